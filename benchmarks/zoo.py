@@ -1,0 +1,310 @@
+"""Does the whole basis convert every architecture exactly? Each timm and torchvision model, original against converted.
+
+    python benchmarks/zoo.py                     # resumes: architectures already in results/zoo.csv are passed over
+    python benchmarks/zoo.py --match 'resnet*' --output /tmp/zoo.csv
+    python benchmarks/zoo.py --summary
+
+Random weights (no network is needed), with every constant parameter and batch-norm statistic drawn at random too, so
+that no branch is silent. Bounds: relative difference of logits (largest difference / largest logit) <= 1e-12 in float64
+and <= 1e-5 in float32, with the same top-1. `own32` is the original's own float32 error (float32 against float64), the
+scale on which to read `error32`. `check` is `full` at the network's own input size, `shrunk` at a smaller one, `meta`
+where only the structure was checked (over 350M parameters: keys, shapes and a run on the meta device).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import fnmatch
+import multiprocessing
+import os
+import time
+import traceback
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from harmconvert.convert import convert
+from harmconvert.errors import HarmconvertError
+from harmconvert.forms import fuse
+from harmconvert.surgery import call, convolutions, evaluating, kernel_size, tensors_in
+
+RESULTS = Path(__file__).parent / "results" / "zoo.csv"
+FIELDS = [
+    "library", "architecture", "status", "check", "input", "native_input", "parameters", "convs_over_1x1", "skipped",
+    "classes", "error64", "error32", "own32", "same_top1", "seconds", "note",
+]  # fmt: skip
+BOUND_64, BOUND_32 = 1e-12, 1e-5
+META_OVER = 350e6
+SMALL = 128
+
+
+class DetectorHeads(nn.Module):
+    """A torchvision detector as a function of the image to its heads' raw outputs, on fixed boxes.
+
+    The boxes that a detector returns pass through thresholds and non-maximum suppression, where a last bit decides
+    whether there is anything to compare.
+    """
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, images: Tensor) -> Any:
+        detector: Any = self.detector
+        features = detector.backbone(images)
+        features = {"0": features} if isinstance(features, Tensor) else features
+        if not hasattr(detector, "rpn"):
+            return detector.head(list(features.values()))
+        outputs = [detector.rpn.head(list(features.values()))]
+        heads, side = detector.roi_heads, images.shape[-1]
+        boxes = [torch.tensor([[4.0, 4.0, side / 2, side / 2], [8.0, 8.0, side - 8.0, side - 8.0]], dtype=images.dtype)]
+        for kind in ("box", "mask", "keypoint"):
+            pool = getattr(heads, f"{kind}_roi_pool", None)
+            if pool is not None:
+                pooled = pool(features, boxes * len(images), [(side, side)] * len(images))
+                outputs.append(getattr(heads, f"{kind}_predictor")(getattr(heads, f"{kind}_head")(pooled)))
+        return outputs
+
+
+def randomise(model: nn.Module) -> None:
+    """Draw every constant parameter and batch-norm statistic, so that zero-initialised branches count."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_meta or not parameter.numel() or not parameter.is_floating_point():
+                continue
+            low, high = parameter.aminmax()
+            if low == high:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(low + 0.1 * noise if low > 0.5 else 0.2 * noise)
+        for module in model.modules():
+            mean, variance = getattr(module, "running_mean", None), getattr(module, "running_var", None)
+            if isinstance(mean, Tensor) and isinstance(variance, Tensor) and not mean.is_meta:
+                mean.copy_(0.1 * torch.randn(mean.shape, generator=generator))
+                variance.copy_(0.5 + torch.rand(variance.shape, generator=generator))
+
+
+def build_timm(name: str, device: str) -> tuple[nn.Module, tuple[int, ...], tuple[int, ...]]:
+    """The network, the input size to use, and its own."""
+    with torch.device(device):
+        native = tuple(timm.get_pretrained_cfg(name).input_size)
+        cfg = timm.get_pretrained_cfg(name)
+        side = native[-1]
+        if cfg.fixed_input_size and side > 224:
+            for smaller in (224, 256):
+                try:
+                    return timm.create_model(name, img_size=smaller), (native[0], smaller, smaller), native
+                except Exception:  # noqa: S112  not every architecture takes img_size: use its own
+                    continue
+        if not cfg.fixed_input_size and side > SMALL:
+            smallest = cfg.min_input_size[-1] if cfg.min_input_size else SMALL
+            size = max(SMALL, smallest) if name.startswith(CONVOLUTIONAL_ONLY) or not needs_own_size(name) else side
+            return timm.create_model(name), (native[0], size, size), native
+        return timm.create_model(name), native, native
+
+
+CONVOLUTIONAL_ONLY = ("resnet", "resnext", "efficientnet", "tf_efficientnet", "densenet", "regnet", "vgg")
+
+
+def needs_own_size(name: str) -> bool:
+    """Architectures that say nothing of a fixed input size and yet have one, or divide it unevenly below it."""
+    families = ("coat", "nest", "tnt", "visformer", "xcit", "volo", "crossvit", "convmixer", "gc", "edgenext", "halo")
+    return any(family in name for family in families)
+
+
+def build_torchvision(name: str, device: str) -> tuple[nn.Module, tuple[int, ...], tuple[int, ...]]:
+    builder = torchvision.models.get_model_builder(name)
+    with torch.device(device):
+        arguments = {"weights": None} if "quantized" in name else {"weights": None, "weights_backbone": None}
+        try:
+            model = builder(**arguments)
+        except (TypeError, ValueError):
+            model = builder(weights=None)
+    module = builder.__module__
+    if ".detection" in module:
+        side = 300 if name.startswith("ssd300") else 320 if name.startswith("ssdlite") else 800
+        return DetectorHeads(model), (3, min(side, 320), min(side, 320)) if side < 800 else (3, 160, 160), (3, side, side)
+    if ".segmentation" in module:
+        return model, (3, SMALL, SMALL), (3, 520, 520)
+    if ".optical_flow" in module:
+        return model, (3, SMALL, SMALL), (3, 520, 960)
+    if ".video" in module:
+        if name.startswith(("mvit", "swin")):
+            return model, (3, 16, 224, 224), (3, 16, 224, 224)
+        return model, (3, 8, 64, 64), (3, 16, 112, 112)
+    if name.startswith(("vit", "swin", "maxvit")):
+        side = {"vit_h_14": 224}.get(name, 224)
+        return model, (3, side, side), (3, side, side)
+    side = 299 if "inception" in name else 224
+    return model, ((3, side, side) if "inception" in name else (3, SMALL, SMALL)), (3, side, side)
+
+
+def relative(found: list[Tensor], expected: list[Tensor]) -> float:
+    worst = 0.0
+    for a, b in zip(found, expected, strict=True):
+        assert a.shape == b.shape, (a.shape, b.shape)
+        if b.is_floating_point() and b.numel():
+            worst = max(worst, ((a.double() - b.double()).abs().max() / b.double().abs().max()).item())
+    return worst
+
+
+def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
+    with evaluating(model):
+        torch.manual_seed(0)
+        return tensors_in(call(model, inputs))
+
+
+def check(library: str, name: str) -> dict[str, Any]:
+    """One row of the table."""
+    start = time.perf_counter()
+    row: dict[str, Any] = {"library": library, "architecture": name}
+    build = build_timm if library == "timm" else build_torchvision
+    skeleton, size, native = build(name, "meta")
+    row["parameters"] = sum(p.numel() for p in skeleton.parameters())
+    over = [c for c in convolutions(skeleton).values() if max(kernel_size(c)) > 1]
+    row["convs_over_1x1"] = len(over)
+    row["classes"] = " ".join(sorted({type(c).__name__ for c in over}))
+    row["native_input"] = "x".join(map(str, native))
+    if not over:
+        return row | {"status": "none", "note": "no convolution over 1x1"}
+    device = "meta" if row["parameters"] > META_OVER else "cpu"
+    torch.manual_seed(0)
+    if device == "meta":
+        model = skeleton
+    else:
+        del skeleton, over
+        model, size, native = build(name, "cpu")
+        randomise(model)
+    batch = 2 if row["parameters"] < 60e6 and len(size) == 3 else 1
+    row["input"] = "x".join(map(str, (batch, *size)))
+    row["check"] = "meta" if device == "meta" else "full" if size == native else "shrunk"
+    x = torch.randn(batch, *size, generator=torch.Generator().manual_seed(2)).to(device)
+    inputs: Any = (x, x.flip(-1)) if name.startswith("raft") else x
+    keys = {key: value.shape for key, value in model.state_dict().items()}
+    conversion = convert(model)
+    row["skipped"] = len(conversion.plan.skipped)
+    assert {key: value.shape for key, value in fuse(conversion.model).state_dict().items()} == keys, "keys or shapes"
+    if device == "meta":
+        shapes = [[t.shape for t in outputs(m, inputs)] for m in (model, conversion.model)]
+        assert shapes[0] == shapes[1], shapes
+        return row | {"status": "ok", "seconds": f"{time.perf_counter() - start:.1f}"}
+    reference32, found32 = outputs(model, inputs), outputs(conversion.model, inputs)
+    row["error32"] = relative(found32, reference32)
+    del conversion
+    torch.set_default_dtype(torch.float64)
+    model = model.double()
+    inputs = tuple(t.double() for t in inputs) if isinstance(inputs, tuple) else inputs.double()
+    try:
+        reference64 = outputs(model, inputs)
+    except RuntimeError as error:  # some forwards make float32 tensors of their own
+        good = row["error32"] <= BOUND_32
+        note = f"does not run in float64 itself: {str(error)[:120]}"
+        row["error32"] = f"{row['error32']:.2e}"
+        return row | {"status": "ok in float32" if good else "over bound", "note": note}
+    conversion = convert(model)
+    del model
+    found64 = outputs(conversion.model, inputs)
+    torch.set_default_dtype(torch.float32)
+    row["error64"] = relative(found64, reference64)
+    row["own32"] = relative(reference32, reference64)
+    logits = len(reference32) == 1 and reference32[0].dim() == 2
+    if logits:
+        row["same_top1"] = all(
+            torch.equal(a[0].argmax(1), b[0].argmax(1)) for a, b in ((found32, reference32), (found64, reference64))
+        )
+    good = row["error64"] <= BOUND_64 and row["error32"] <= BOUND_32 and row.get("same_top1", True)
+    for key in ("error64", "error32", "own32"):
+        row[key] = f"{row[key]:.2e}"
+    return row | {"status": "ok" if good else "over bound", "seconds": f"{time.perf_counter() - start:.1f}"}
+
+
+def worker(library: str, name: str, pipe: Any) -> None:
+    torch.set_num_threads(1)
+    try:
+        row = check(library, name)
+    except HarmconvertError as error:
+        row = {"library": library, "architecture": name, "status": "failed", "note": str(error)[:300]}
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        note = f"{type(error).__name__}: {str(error)[:200]} ({Path(where.filename).name}:{where.lineno})"
+        row = {"library": library, "architecture": name, "status": "failed", "note": note.replace("\n", " ")}
+    pipe.send(row)
+
+
+def summary(path: Path) -> None:
+    rows = list(csv.DictReader(path.open()))
+    for library in ("timm", "torchvision"):
+        mine = [row for row in rows if row["library"] == library]
+        counts = {s: sum(row["status"] == s for row in mine) for s in ("ok", "ok in float32", "over bound", "failed", "none")}
+        checks = {c: sum(row["check"] == c for row in mine) for c in ("full", "shrunk", "meta")}
+        print(library, counts, checks)
+        for column in ("error64", "error32", "own32"):
+            worst = sorted(((float(r[column]), r["architecture"]) for r in mine if r[column]), reverse=True)[:3]
+            print(f"  worst {column}:", ", ".join(f"{value:.1e} {name}" for value, name in worst))
+    for row in rows:
+        if row["status"] in ("over bound", "failed"):
+            print(row["status"], row["architecture"], row["error64"], row["error32"], row["own32"], row["same_top1"], row["note"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--match", default="*", help="shell-style pattern of architecture names")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--limit-seconds", type=float, default=600, help="per architecture")
+    parser.add_argument("--retry", action="store_true", help="try rows again that are not 'ok'")
+    parser.add_argument("--summary", action="store_true", help="print what the table says, run nothing")
+    args = parser.parse_args()
+    if args.summary:
+        summary(args.output)
+        return
+    rows = list(csv.DictReader(args.output.open())) if args.output.exists() else []
+    if args.retry:
+        rows = [row for row in rows if row["status"] in ("ok", "ok in float32", "none")]
+    done = {(row["library"], row["architecture"]) for row in rows}
+    names = [("torchvision", name) for name in torchvision.models.list_models()]
+    names += [("timm", name) for name in timm.list_models()]
+    todo = [n for n in names if n not in done and fnmatch.fnmatch(n[1], args.match)]
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("fork")
+    with args.output.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        running: dict[tuple[str, str], tuple[BaseProcess, Any, float]] = {}
+        while todo or running:
+            while todo and len(running) < args.jobs:
+                job = todo.pop(0)
+                ours, theirs = context.Pipe(duplex=False)
+                process = context.Process(target=worker, args=(*job, theirs))
+                process.start()
+                theirs.close()
+                running[job] = (process, ours, time.monotonic())
+            time.sleep(0.05)
+            for job, (process, pipe, begun) in list(running.items()):
+                late = time.monotonic() - begun > args.limit_seconds
+                if not (pipe.poll() or late or not process.is_alive()):
+                    continue
+                try:
+                    row = pipe.recv() if pipe.poll() else None
+                except EOFError:
+                    row = None
+                if row is None:
+                    note = "took too long" if late else f"the process died ({process.exitcode})"
+                    row = {"library": job[0], "architecture": job[1], "status": "failed", "note": note}
+                process.kill()
+                process.join()
+                del running[job]
+                writer.writerow(row)
+                file.flush()
+                print(row["status"], *job, row.get("error64", ""), row.get("error32", ""), row.get("seconds", ""), row.get("note", ""), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,301 @@
+"""Harmonic convolutions: any convolution class, with its kernel made from coefficients and DCT kernels.
+
+Every convolution of torch and timm reads ``self.weight`` in its forward. `HarmonicMixin` supplies that ``weight`` from
+coefficients and leaves the forward alone, so padding modes, 'same' padding, weight standardisation and transposition
+work as they did. `to_harmonic` and `to_dense` go between the two and copy every other attribute.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import cache
+from typing import Any, cast
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .basis import Frequency, all_frequencies, check_frequencies, dct_basis, frequencies_below, scaled_levels
+from .errors import UsageError
+from .projection import merge, project, reconstruct
+
+CONVOLUTIONS: tuple[type[nn.Module], ...] = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+
+
+class HarmonicMixin(nn.Module):
+    """A convolution whose kernel is coefficients x basis, merged on the fly (sec. 5.2).
+
+    Mixed in front of a convolution class by `to_harmonic`. The parameter ``coefficients`` has shape (O, I, F) and takes
+    the place of ``weight`` (for transposed convolutions O and I follow torch's weight: in_channels, out_channels/groups).
+    """
+
+    coefficients: nn.Parameter
+    basis: Tensor
+    bias: nn.Parameter | None
+    frequencies: tuple[Frequency, ...]
+    normalization: str
+    _merged: Tensor | None
+
+    @property
+    def weight(self) -> Tensor:
+        """The merged kernel, shape (O, I, *kernel_size): inside a forward, the one computed for it."""
+        if self._merged is not None:
+            return self._merged
+        return _merged_kernel(self.coefficients, self.basis, _kernel_size(self), None)
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # Weight-standardising classes read self.weight twice: merge once, and hold it for this forward only.
+        self._merged = _merged_kernel(self.coefficients, self.basis, _kernel_size(self), input)
+        try:
+            return super().forward(input, *args, **kwargs)
+        finally:
+            self._merged = None
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw new coefficients: those of a kernel drawn as torch draws it."""
+        kernel = torch.empty_like(self.weight)
+        nn.init.kaiming_uniform_(kernel, a=math.sqrt(5))
+        self.coefficients.copy_(project(kernel, self.frequencies, self.normalization))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(kernel[0].numel())
+            nn.init.uniform_(cast(Tensor, self.bias), -bound, bound)
+
+    def extra_repr(self) -> str:
+        kept, whole = len(self.frequencies), len(all_frequencies(_kernel_size(self)))
+        return f"{super().extra_repr()}, frequencies={kept}/{whole}"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        # .half(), .to_empty() and the like must not touch the basis: it is a constant, made anew where it is needed.
+        self._set_basis()
+        return self
+
+    def _set_basis(self) -> None:
+        basis = dct_basis(
+            _kernel_size(self),
+            self.frequencies,
+            self.normalization,
+            dtype=torch.promote_types(self.coefficients.dtype, torch.float32),
+        )
+        self._buffers["basis"] = basis.to(self.coefficients.device)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time, so pickle and copy are told how to make it again.
+        return _empty_harmonic, (base_class(self),), self.__dict__.copy()
+
+
+@cache
+def harmonic_class(convolution: type[nn.Module]) -> type[nn.Module]:
+    """The harmonic subclass of a convolution class: `HarmonicConv2d` for `Conv2d`; the same object at every call."""
+    return type(f"Harmonic{convolution.__name__}", (HarmonicMixin, convolution), {"__module__": __name__})
+
+
+def base_class(harmonic: nn.Module) -> type[nn.Module]:
+    """The convolution class that a harmonic convolution was made from."""
+    return cast(type[nn.Module], type(harmonic).__mro__[2])
+
+
+def reason_not_convertible(conv: nn.Module) -> str | None:
+    """Why a convolution over 1x1 cannot be converted, or None where it can be."""
+    if isinstance(conv, HarmonicMixin):
+        return "is harmonic already"
+    if parametrize.is_parametrized(conv):
+        return "its weight is parametrized: remove the parametrization first"
+    weight = conv._parameters.get("weight")
+    if weight is None:
+        return "its weight is computed from other tensors (weight norm, pruning): remove that first"
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        return "its weight is not initialised yet: run the network once first"
+    if hasattr(conv, "weight_fake_quant"):
+        return "it is prepared for quantisation"
+    if weight.is_floating_point() and weight.dtype.itemsize < 2:
+        return f"its weight is {str(weight.dtype).removeprefix('torch.')}, too coarse for coefficients"
+    return None
+
+
+def to_harmonic(
+    conv: nn.Module,
+    frequencies: Sequence[Frequency] | None = None,
+    normalization: str = "ortho",
+    memo: dict[int, Any] | None = None,
+) -> nn.Module:
+    """The harmonic counterpart of a convolution; the original is left as it is.
+
+    Every attribute (stride, padding, padding mode, dilation, groups, bias, dtype, device, requires_grad, training flag,
+    hooks) is carried over; ``memo`` is `copy.deepcopy`'s, for copying a network whose parts share objects.
+
+    >>> to_harmonic(nn.Conv2d(3, 8, 3, stride=2), [(0, 0), (0, 1), (1, 0)])
+    HarmonicConv2d(3, 8, kernel_size=(3, 3), stride=(2, 2), frequencies=3/9)
+
+    Raises:
+        UsageError: not a convolution, not convertible, or frequencies outside its kernel.
+    """
+    if not isinstance(conv, CONVOLUTIONS):
+        raise UsageError(f"{type(conv).__name__} is not a convolution: expected one of torch's Conv classes")
+    if reason := reason_not_convertible(conv):
+        raise UsageError(f"cannot convert this {type(conv).__name__}: {reason}")
+    kernel_size = _kernel_size(conv)
+    frequencies = all_frequencies(kernel_size) if frequencies is None else tuple(map(tuple, frequencies))
+    check_frequencies(kernel_size, frequencies)
+    memo = {} if memo is None else memo
+    harmonic = memo.setdefault(id(conv), _empty_harmonic(type(conv)))
+    weight = cast(nn.Parameter, conv._parameters["weight"])
+    # A weight tied between convolutions is projected once per set of frequencies, and its coefficients stay tied.
+    tie = hash(("coefficients", id(weight), frequencies, normalization))
+    if tie not in memo:
+        memo[tie] = _parameter_like(weight, project(weight, frequencies, normalization))
+    _copy_state(conv, harmonic, "weight", "coefficients", memo[tie], memo)
+    harmonic.frequencies, harmonic.normalization, harmonic._merged = frequencies, normalization, None
+    harmonic._non_persistent_buffers_set.add("basis")
+    harmonic._set_basis()
+    return harmonic
+
+
+def to_dense(harmonic: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """The plain convolution that computes what a harmonic one computes; inverse of `to_harmonic`.
+
+    >>> to_dense(to_harmonic(nn.Conv2d(3, 8, 3)))
+    Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
+    """
+    if not isinstance(harmonic, HarmonicMixin):
+        raise UsageError(f"{type(harmonic).__name__} is not a harmonic convolution")
+    memo = {} if memo is None else memo
+    conv = memo.setdefault(id(harmonic), _empty_dense(harmonic))
+    tie = hash(("weight", id(harmonic.coefficients), harmonic.frequencies, harmonic.normalization))
+    if tie not in memo:
+        kernel = reconstruct(
+            harmonic.coefficients.detach(), _kernel_size(harmonic), harmonic.frequencies, harmonic.normalization
+        )
+        memo[tie] = _parameter_like(harmonic.coefficients, kernel)
+    _copy_state(harmonic, conv, "coefficients", "weight", memo[tie], memo)
+    for name in ("frequencies", "normalization", "_merged"):
+        del conv.__dict__[name]
+    conv._buffers.pop("basis")
+    conv._non_persistent_buffers_set.discard("basis")
+    return conv
+
+
+class HarmonicBlock2d(nn.Module):
+    """The paper's block with spectrum normalisation (eq. 3), for networks trained from scratch.
+
+    Each input channel is filtered with every kept DCT kernel (fixed, depthwise); with ``normalize`` a batch norm
+    without affine parameters normalises each of the in_channels x F responses; a learned 1x1 convolution mixes them.
+    Input (N, in_channels, H, W), output (N, out_channels, H', W'), as `nn.Conv2d` with the same arguments.
+    ``lam``: "full", or an integer lambda meant for 3x3 (a kernel of size K keeps ceil(lam * K / 3) levels).
+
+    >>> HarmonicBlock2d(3, 16, 3, padding=1, lam=2)(torch.zeros(2, 3, 8, 8)).shape
+    torch.Size([2, 16, 8, 8])
+
+    Raises:
+        UsageError: an argument that no convolution of that size can have.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        lam: str | int = "full",
+        normalize: bool = True,
+    ) -> None:
+        super().__init__()
+        if in_channels % groups or out_channels % groups:
+            raise UsageError(
+                f"in_channels (={in_channels}) and out_channels (={out_channels}) must be divisible by groups (={groups})"
+            )
+        self.kernel_size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
+        if lam == "full":
+            self.frequencies = all_frequencies(self.kernel_size)
+        elif isinstance(lam, int) and lam >= 1:
+            self.frequencies = frequencies_below(self.kernel_size, scaled_levels(self.kernel_size, lam))
+        else:
+            raise UsageError(f"lam (={lam!r}) must be 'full' or an integer of at least 1")
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.stride, self.padding, self.dilation = stride, padding, dilation
+        responses = in_channels * len(self.frequencies)
+        self.register_buffer("basis", dct_basis(self.kernel_size, self.frequencies).float(), persistent=False)
+        self.norm = nn.BatchNorm2d(responses, affine=False) if normalize else nn.Identity()
+        self.mix = nn.Conv2d(responses, out_channels, 1, groups=groups, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        basis_F1KK = cast(Tensor, self.basis).unflatten(1, self.kernel_size)[:, None].to(x.dtype)
+        filters = basis_F1KK.repeat(self.in_channels, 1, 1, 1)
+        responses = nn.functional.conv2d(
+            x, filters, None, self.stride, self.padding, self.dilation, groups=self.in_channels
+        )
+        return cast(Tensor, self.mix(self.norm(responses)))
+
+    def extra_repr(self) -> str:
+        kept = f"{len(self.frequencies)}/{len(all_frequencies(self.kernel_size))}"
+        return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, frequencies={kept}"
+
+
+def _kernel_size(conv: nn.Module) -> tuple[int, ...]:
+    return cast(tuple[int, ...], conv.kernel_size)
+
+
+@torch.fx.wrap  # symbolic tracers see one call, not its autocast switch and layout test
+def _merged_kernel(coefficients: Tensor, basis: Tensor, kernel_size: tuple[int, ...], input: Tensor | None) -> Tensor:
+    """The kernel of coefficients and basis: merged in the basis' precision, in the coefficients' dtype and the
+    input's memory format."""
+    # Autocast would run the product in half precision and lose the exactness that conversion promises.
+    device = coefficients.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        kernel_OIK = merge(coefficients.to(basis.dtype), basis).to(coefficients.dtype)
+    kernel = kernel_OIK.unflatten(2, kernel_size)
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(kernel.dim())
+    if input is None or channels_last is None or input.dim() != kernel.dim() or input.is_contiguous():
+        return kernel
+    return kernel.contiguous(memory_format=channels_last) if input.is_contiguous(memory_format=channels_last) else kernel
+
+
+def empty_counterpart(conv: nn.Module) -> nn.Module:
+    """An unfilled module of the other form, for `to_harmonic` or `to_dense` to find in ``memo`` and fill."""
+    return _empty_dense(conv) if isinstance(conv, HarmonicMixin) else cast(nn.Module, _empty_harmonic(type(conv)))
+
+
+def _empty_harmonic(convolution: type[nn.Module]) -> Any:
+    cls = harmonic_class(convolution)
+    return cls.__new__(cls)
+
+
+def _empty_dense(harmonic: nn.Module) -> Any:
+    cls = base_class(harmonic)
+    return cls.__new__(cls)
+
+
+def _parameter_like(parameter: nn.Parameter, value: Tensor) -> nn.Parameter:
+    """A parameter of that value with the other's requires_grad and attributes (such as optimiser hints)."""
+    like = nn.Parameter(value, requires_grad=parameter.requires_grad)
+    like.__dict__.update(parameter.__dict__)
+    return like
+
+
+def _copy_state(
+    source: nn.Module, target: nn.Module, old: str, new: str, parameter: nn.Parameter, memo: dict[int, Any]
+) -> None:
+    """Deep-copy all of a module's state but one parameter, whose successor takes its place in the order."""
+    parameters = dict(source._parameters)
+    rest = {key: value for key, value in source.__dict__.items() if key != "_parameters"}
+    target.__dict__.update(copy.deepcopy(rest, memo))
+    target.__dict__["_parameters"] = {
+        (new if name == old else name): (parameter if name == old else copy.deepcopy(value, memo))
+        for name, value in parameters.items()
+    }

@@ -1,0 +1,198 @@
+"""convert(): a pretrained network in, its harmonic counterpart out (paper sec. 5.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .basis import all_frequencies
+from .conv import HarmonicMixin, to_harmonic
+from .cost import Cost, network_cost
+from .errors import InputError, UsageError, shortened
+from .plan import LayerPlan, Plan, make_plan
+from .projection import relative_error
+from .surgery import Trace, convolutions, exchange, find_sites, trace
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What became of one convolution over 1x1.
+
+    ``kept`` of ``total`` frequencies (0 of total: skipped); ``energy`` is the share of the kernel's squared norm that
+    they hold, ``error`` the relative Frobenius error of the new kernel (both None where skipped or on the meta device);
+    ``why`` says why it was skipped, or kept whole by a policy that cuts others.
+    """
+
+    name: str
+    kind: str
+    kernel: tuple[int, ...]
+    kept: int
+    total: int
+    energy: float | None
+    error: float | None
+    why: str | None
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the convolution was left as it is."""
+        return self.kept == 0
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A converted network, the plan it follows, what became of each layer, and what it costs."""
+
+    model: nn.Module
+    plan: Plan
+    layers: tuple[LayerRecord, ...]
+    cost: Cost
+
+    @property
+    def advice(self) -> str | None:
+        """What to do where the policy was to cut and nothing was cut; else None."""
+        if not self.plan.whole or self.plan.policy == "full":
+            return None
+        spared = [f"{name} ({why.removeprefix('whole: ')})" for name, why in self.plan.notes.items()]
+        return (
+            f"lambda {self.plan.policy} cuts nothing here: {shortened(spared, 2) or 'every layer stays whole'}; "
+            "to cut a layer all the same, name it: --lambda 'PATTERN=N' or --include PATTERN"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the network, JSON-able."""
+        layers = [asdict(layer) for layer in self.layers]
+        return {"plan": self.plan.to_json(), "layers": layers, "cost": asdict(self.cost)}
+
+
+def convert(
+    model: nn.Module,
+    lam: str | int | Mapping[str, int] | Plan = "full",
+    *,
+    example_input: Any = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    normalization: str = "ortho",
+) -> Conversion:
+    """Convert a network's convolutions over 1x1 to harmonic form; ``model`` itself is never changed.
+
+    Each kernel becomes the best matching combination of the DCT kernels that its plan keeps; nothing else changes.
+
+    >>> conversion = convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)), lam=2)
+    >>> [(layer.name, layer.kept) for layer in conversion.layers]
+    [('0', 9), ('1', 3)]
+
+    Args:
+        model: any network; not wrapped in DistributedDataParallel or torch.compile.
+        lam: ``"full"`` (exact), an integer meant for 3x3 and scaled with the kernel, ``"progressive"``, a dict from
+            shell-style layer pattern to literal levels, or a `Plan`.
+        example_input: a tensor, a tuple of arguments, a dict of keywords, or a list (one argument). Needed by
+            ``"progressive"``; defaults to the size in the model's own ``pretrained_cfg``.
+        include: patterns; only convolutions that match one are converted, and count as named.
+        exclude: patterns of convolutions to leave as they are.
+        normalization: of the basis: ``"ortho"``, or ``"l1"`` as in the paper's ImageNet networks.
+
+    Raises:
+        UsageError: unknown lambda, a pattern without a match, an input that the network does not take.
+        InputError: nothing to convert, weights that are not finite or not floating point.
+    """
+    check_network(model)
+    run = _run(model, lam, example_input)
+    plan = make_plan(find_sites(model, run), lam, include, exclude, normalization)
+    if not plan.layers:
+        reasons = shortened([f"{skip.name}: {skip.why}" for skip in plan.skipped], 3) or "it has none"
+        raise InputError(f"this {type(model).__name__} has no convolution over 1x1 to convert ({reasons})")
+    check_weights(model)
+    convs = convolutions(model)
+    converted = exchange(
+        model,
+        {convs[p.name]: partial(to_harmonic, convs[p.name], p.frequencies, plan.normalization) for p in plan.layers},
+    )
+    harmonic = convolutions(converted)
+    records = [_record(layer, convs[layer.name], harmonic[layer.name], plan.notes) for layer in plan.layers]
+    records += [
+        LayerRecord(skip.name, skip.kind, skip.kernel_size, 0, len(all_frequencies(skip.kernel_size)), None, None, skip.why)
+        for skip in plan.skipped
+    ]
+    order = {name: index for index, (name, _) in enumerate(model.named_modules())}
+    records.sort(key=lambda record: order[record.name])
+    return Conversion(converted, plan, tuple(records), network_cost(model, plan, run))
+
+
+def check_network(model: nn.Module) -> None:
+    """Raise UsageError for wrappers, which would go on holding the old parameters after surgery."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    kind = type(model).__name__
+    if isinstance(model, wrappers) or kind in ("FullyShardedDataParallel", "OptimizedModule"):
+        inner = "_orig_mod" if kind == "OptimizedModule" else "module"
+        raise UsageError(f"this network is wrapped in {kind}: pass model.{inner}, and wrap what comes back")
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"a network must be a torch.nn.Module, not {kind}")
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raise InputError, naming the layer, where weights are not finite, or a convolution's not floating point."""
+    for name, conv in convolutions(model).items():
+        weight = conv._parameters.get("weight")
+        if weight is not None and not weight.is_floating_point():
+            kind = str(weight.dtype).removeprefix("torch.")
+            raise InputError(f"layer {name or '(root)'} has {kind} weights: convert the network before it is quantised")
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, tensor in model.state_dict().items():
+        statistics = name.endswith(("running_mean", "running_var"))
+        if name not in parameters and not statistics:
+            continue  # buffers may hold -inf on purpose, such as attention masks
+        if tensor.is_floating_point() and not tensor.is_meta and tensor.numel() and not _finite(tensor):
+            raise InputError(f"{name} holds NaN or infinite values: this checkpoint is broken; use one from before that")
+
+
+def default_input(model: nn.Module, batch: int = 1) -> Tensor | None:
+    """Zeros of the size in the model's ``pretrained_cfg``, in its dtype and on its device; None where it has none."""
+    cfg = getattr(model, "pretrained_cfg", None)
+    size = cfg.get("input_size") if isinstance(cfg, dict) else getattr(cfg, "input_size", None)
+    if not size:
+        return None
+    return fitted(torch.zeros(batch, *size), model)
+
+
+def fitted(tensor: Tensor, model: nn.Module) -> Tensor:
+    """A floating tensor in the dtype and on the device of the network's first parameter."""
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), tensor)
+    return tensor.to(parameter.device, parameter.dtype)
+
+
+def _run(model: nn.Module, lam: Any, example_input: Any) -> Trace | None:
+    """A run of the network where an input is at hand. One that was not asked for may fail without harm."""
+    if example_input is not None:
+        return trace(model, example_input)
+    if lam == "full" or (example_input := default_input(model)) is None:
+        return None
+    try:
+        return trace(model, example_input)
+    except UsageError:
+        if lam == "progressive":
+            raise
+        return None
+
+
+def _record(layer: LayerPlan, conv: nn.Module, harmonic: nn.Module, notes: Mapping[str, str]) -> LayerRecord:
+    total = len(all_frequencies(layer.kernel_size))
+    record = LayerRecord(
+        layer.name, type(conv).__name__, layer.kernel_size, len(layer.frequencies), total, None, None, notes.get(layer.name)
+    )
+    weight = cast(Tensor, conv.weight).detach()
+    if weight.is_meta:
+        return record
+    error = relative_error(cast(Tensor, harmonic.weight).detach(), weight)
+    assert isinstance(harmonic, HarmonicMixin)
+    # With an orthonormal basis what the cut frequencies held is exactly the squared error.
+    return replace(record, energy=1.0 if layer.whole else max(0.0, 1 - error**2), error=error)
+
+
+def _finite(tensor: Tensor) -> bool:
+    low, high = tensor.detach().aminmax()
+    return bool(low.isfinite() and high.isfinite())

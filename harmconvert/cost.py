@@ -1,0 +1,120 @@
+"""What layers and networks cost: parameters, bytes and multiply-adds of each form, before anything is converted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import cast
+
+from torch import Tensor, nn
+
+from .basis import Frequency
+from .plan import Plan
+from .surgery import Trace, convolutions, kernel_size
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One convolution: parameters of its kernel, whole and kept, and MACs per example of its forms (None: no trace).
+
+    ``factored_macs`` counts the separable DCT responses of every input channel and the 1x1 product over the kept ones.
+    """
+
+    parameters: int
+    kept_parameters: int
+    macs: int | None
+    factored_macs: int | None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A network before and after a plan. Parameters: tied ones once. MACs: per example, None without a trace.
+
+    ``over_1x1_*`` is the share that convolutions over 1x1 hold, the only part a plan can touch. The harmonic form costs
+    the dense form's MACs plus ``merge_macs``, once per forward whatever the batch.
+    """
+
+    parameters: int
+    harmonic_parameters: int
+    over_1x1_parameters: int
+    bytes: int
+    harmonic_bytes: int
+    merge_macs: int
+    dense_macs: int | None = None
+    factored_macs: int | None = None
+    over_1x1_macs: int | None = None
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Number of parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def tensor_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and persistent buffers, shared ones once."""
+    unique: dict[int, Tensor] = {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
+    return sum(t.numel() * t.element_size() for t in unique.values())
+
+
+def response_macs(kernel_size: Sequence[int], frequencies: Sequence[Frequency]) -> int:
+    """Multiply-adds to get all kept responses of one channel at one position, axis by axis from the last.
+
+    >>> response_macs((3, 3), [(0, 0), (0, 1), (1, 0)])  # two rows of three, then three columns of three
+    15
+    """
+    return sum(size * len({f[axis:] for f in frequencies}) for axis, size in enumerate(kernel_size))
+
+
+def layer_costs(model: nn.Module, plan: Plan, trace: Trace | None = None) -> dict[str, LayerCost]:
+    """Cost of every planned convolution of the original ``model``, by name."""
+    convs = convolutions(model)
+    costs = {}
+    for layer in plan.layers:
+        conv = convs[layer.name]
+        weight = cast(Tensor, conv.weight)
+        run = trace.layers.get(layer.name) if trace else None
+        kept = weight.numel() // prod(layer.kernel_size) * len(layer.frequencies)
+        macs = factored = None
+        if trace:
+            macs = run.macs // trace.batch if run else 0
+            factored = macs
+            if not layer.whole and not conv.transposed:
+                positions = macs // weight.numel()
+                responses = response_macs(layer.kernel_size, layer.frequencies) * cast(int, conv.in_channels)
+                factored = positions * (responses + kept)
+        costs[layer.name] = LayerCost(weight.numel(), kept, macs, factored)
+    return costs
+
+
+def network_cost(model: nn.Module, plan: Plan, trace: Trace | None = None) -> Cost:
+    """Cost of the original ``model`` before and after ``plan``."""
+    layers = layer_costs(model, plan, trace)
+    convs = convolutions(model)
+    # A tied weight counts once, as its coefficients do: by identity, the last one standing for all.
+    saved = {id(convs[n].weight): (c.parameters - c.kept_parameters, _itemsize(convs[n])) for n, c in layers.items()}
+    over_1x1 = {id(c._parameters.get("weight")): cast(Tensor, c.weight).numel() for n, c in _over_1x1(model).items()}
+    parameters, size = parameter_count(model), tensor_bytes(model)
+    macs = {}
+    if trace:
+        total = trace.macs // trace.batch
+        change = sum((c.factored_macs or 0) - (c.macs or 0) for c in layers.values())
+        reach = sum(run.macs for name, run in trace.layers.items() if name in _over_1x1(model)) // trace.batch
+        macs = {"dense_macs": total, "factored_macs": total + change, "over_1x1_macs": reach}
+    return Cost(
+        parameters=parameters,
+        harmonic_parameters=parameters - sum(count for count, _ in saved.values()),
+        over_1x1_parameters=sum(over_1x1.values()),
+        bytes=size,
+        harmonic_bytes=size - sum(count * itemsize for count, itemsize in saved.values()),
+        merge_macs=sum(c.kept_parameters * prod(kernel_size(convs[name])) for name, c in layers.items()),
+        **macs,
+    )
+
+
+def _over_1x1(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: conv for name, conv in convolutions(model).items() if prod(kernel_size(conv)) > 1}
+
+
+def _itemsize(conv: nn.Module) -> int:
+    return cast(Tensor, conv.weight).element_size()

@@ -1,0 +1,43 @@
+"""Errors that a user can act on, each kind with the exit code of the command line."""
+
+from __future__ import annotations
+
+
+class HarmconvertError(Exception):
+    """Base of everything this package raises on purpose; the message says what, where and what to do."""
+
+    exit_code = 3
+
+
+class CheckFailed(HarmconvertError):
+    """A verification or a tolerance was missed (exit code 1)."""
+
+    exit_code = 1
+
+
+class UsageError(HarmconvertError, ValueError):
+    """The request itself cannot be carried out: unknown lambda, existing output, no match (exit code 2)."""
+
+    exit_code = 2
+
+
+class InputError(HarmconvertError, ValueError):
+    """The network or file given is unusable: corrupt, wrong keys, NaN, nothing to convert (exit code 3)."""
+
+    exit_code = 3
+
+
+class OutsideError(HarmconvertError):
+    """The world outside refused: no network, disk full, no permission, lock held (exit code 4)."""
+
+    exit_code = 4
+
+
+def shortened(names: list[str], limit: int = 10) -> str:
+    """Join names for a one-line message, the first ``limit`` in full.
+
+    >>> shortened(["a", "b", "c"], limit=2)
+    'a, b and 1 more'
+    """
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,109 @@
+"""Write a file whole or not at all: staged beside its target, flushed to disk, renamed."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+from .errors import OutsideError, UsageError
+
+
+def check_output(path: str | Path, force: bool = False) -> Path:
+    """The file that writing to ``path`` would replace or make, links followed; call it before long work begins.
+
+    Raises:
+        UsageError: it exists and ``force`` is not set; it is a folder, a device, a FIFO or a dangling link; its folder
+            does not exist.
+    """
+    path = Path(path)
+    if path.is_symlink() and not path.exists():
+        raise UsageError(f"{path} is a link to nothing ({os.readlink(path)}): remove it or name another output")
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder: name a file in it")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} is a {_kind(path)}: name a regular file")
+    if path.exists() and not force:
+        raise UsageError(f"{path} exists: use --force to replace it, or name another output with -o")
+    if not path.parent.is_dir():
+        raise UsageError(f"the folder {path.parent} does not exist: make it first")
+    return path.resolve()
+
+
+def write_file(path: str | Path, write: Callable[[Path], None], force: bool = False) -> None:
+    """Let ``write`` fill a staging file beside ``path``, then put that in the target's place at once.
+
+    The target is the old file or the whole new one at every moment. A staging file that a killed process left behind is
+    removed by the next run.
+
+    Raises:
+        UsageError: as `check_output`.
+        OutsideError: the disk is full, permission is missing.
+    """
+    target = check_output(path, force)
+    staging = target.with_name(f".{target.name}.{os.getpid()}.staging")
+    try:
+        _remove_leftovers(target)
+        staging.touch(exist_ok=False)
+        mode = stat.S_IMODE(staging.stat().st_mode)
+        write(staging)
+        # The writer may have put a private file in the staging file's place: the umask decides, not its habit.
+        staging.chmod(mode)
+        _flush(staging)
+        if not force and target.exists():
+            raise UsageError(f"{path} has come into being meanwhile: use --force to replace it")
+        staging.replace(target)
+        _flush(target.parent)
+    except OSError as error:
+        raise outside(error, f"cannot write {path}") from error
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def outside(error: OSError, what: str) -> OutsideError:
+    """An OutsideError that says what the system refused and what may help."""
+    remedy = {
+        "ENOSPC": "free some space or name another disk",
+        "EDQUOT": "free some space or name another disk",
+        "EACCES": "check the permissions of the folder",
+        "EPERM": "check the permissions of the folder",
+        "EROFS": "name a place that can be written",
+    }
+    import errno
+
+    name = errno.errorcode.get(error.errno or 0, "")
+    return OutsideError(f"{what}: {error.strerror or error}; {remedy.get(name, 'nothing was changed')}")
+
+
+def _remove_leftovers(target: Path) -> None:
+    pattern = re.compile(re.escape(f".{target.name}.") + r"(\d+)\.staging")
+    for entry in target.parent.iterdir():
+        match = pattern.fullmatch(entry.name)
+        if match and not _alive(int(match[1])):
+            entry.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _kind(path: Path) -> str:
+    mode = path.stat().st_mode
+    kinds = {stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
+    return kinds.get(stat.S_IFMT(mode), "special file")

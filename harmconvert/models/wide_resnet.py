@@ -1,0 +1,93 @@
+"""Wide residual networks for small images (Zagoruyko and Komodakis), the baseline of the paper's Table 1."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from timm.models import register_model
+from torch import Tensor, nn
+
+
+class PreActivationBlock(nn.Module):
+    """BN, ReLU, 3x3, BN, ReLU, (dropout,) 3x3, added to the input or to its 1x1 projection."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.shortcut = (
+            nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
+            if stride != 1 or in_channels != out_channels
+            else None
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated = self.norm1(x).relu()
+        residual = self.conv2(self.dropout(self.norm2(self.conv1(activated)).relu()))
+        return cast(Tensor, residual + (x if self.shortcut is None else self.shortcut(activated)))
+
+
+class WideResNet(nn.Module):
+    """WRN-depth-width: three stages at full, half and quarter size, (depth - 4) / 6 blocks each.
+
+    Input (N, in_chans, H, W), output (N, num_classes).
+
+    Raises:
+        ValueError: ``depth`` is not 6 n + 4.
+    """
+
+    def __init__(
+        self,
+        depth: int = 28,
+        width: int = 10,
+        num_classes: int = 10,
+        in_chans: int = 3,
+        drop_rate: float = 0.0,
+        img_size: int = 32,
+    ) -> None:
+        super().__init__()
+        if depth < 10 or (depth - 4) % 6:
+            raise ValueError(f"depth (={depth}) must be 6 n + 4, such as 16, 22 or 28")
+        self.num_classes = num_classes
+        self.pretrained_cfg = {"input_size": (in_chans, img_size, img_size), "num_classes": num_classes}
+        self.stem = nn.Conv2d(in_chans, 16, 3, padding=1, bias=False)
+        channels = 16
+        for stage, (out_channels, stride) in enumerate([(16 * width, 1), (32 * width, 2), (64 * width, 2)], start=1):
+            blocks = []
+            for index in range((depth - 4) // 6):
+                blocks.append(PreActivationBlock(channels, out_channels, stride if index == 0 else 1, drop_rate))
+                channels = out_channels
+            setattr(self, f"stage{stage}", nn.Sequential(*blocks))
+        self.norm = nn.BatchNorm2d(channels)
+        self.head = nn.Linear(channels, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in (self.stem, self.stage1, self.stage2, self.stage3):
+            x = part(x)
+        return cast(Tensor, self.head(self.norm(x).relu().mean((2, 3))))
+
+
+def _wide_resnet(depth: int, width: int, pretrained: bool, **kwargs: Any) -> WideResNet:
+    if pretrained:
+        raise RuntimeError("no pretrained weights are published for wide residual networks of this size")
+    accepted = {k: v for k, v in kwargs.items() if v is not None and not k.startswith(("pretrained_cfg", "cache_dir"))}
+    return WideResNet(depth, width, **accepted)
+
+
+@register_model
+def wrn28_10(pretrained: bool = False, **kwargs: Any) -> WideResNet:
+    """WRN-28-10, 36.5M parameters with 10 classes."""
+    return _wide_resnet(28, 10, pretrained, **kwargs)
+
+
+@register_model
+def wrn22_1(pretrained: bool = False, **kwargs: Any) -> WideResNet:
+    """WRN-22-1, 0.27M parameters: the size of the shipped sample network."""
+    return _wide_resnet(22, 1, pretrained, **kwargs)

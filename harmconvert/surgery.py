@@ -1,0 +1,243 @@
+"""Find the convolutions of a network, see how they run, and copy a network with some of them exchanged."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .conv import CONVOLUTIONS, HarmonicMixin, empty_counterpart, reason_not_convertible
+from .errors import InputError, UsageError
+from .plan import ConvSite
+
+# Modules that convolve but are no torch convolution: named in the report, so that nothing is left out silently.
+_OTHER_KINDS = {
+    "CondConv2d": "its kernels are mixed anew for each input",
+    "BlurPool2d": "its blur filter is fixed, not learned",
+}
+
+
+@dataclass(frozen=True)
+class LayerRun:
+    """How one convolution ran: its place in the order, output size of its largest call, calls, MACs of all calls."""
+
+    order: int
+    output_size: tuple[int, ...]
+    reads_input: bool
+    calls: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One run of a network on an example input: its convolutions by name, and the MACs of the whole.
+
+    MACs count the matrix products and convolutions that the run dispatched (one multiply-add each, whole batch);
+    element-wise operations, normalisation and pooling are not counted.
+    """
+
+    layers: Mapping[str, LayerRun]
+    macs: int
+    batch: int
+
+
+def convolutions(model: nn.Module) -> dict[str, nn.Module]:
+    """Every convolution by its first name, shared ones once, in the network's own order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, CONVOLUTIONS)}
+
+
+def kernel_size(conv: nn.Module) -> tuple[int, ...]:
+    """A convolution's kernel size as a tuple of ints."""
+    return tuple(cast("tuple[int, ...]", conv.kernel_size))
+
+
+def find_sites(model: nn.Module, trace: Trace | None = None) -> list[ConvSite]:
+    """The convolutions over 1x1, with what a policy needs to know of each; those that cannot be converted say why.
+
+    Without a trace the first convolution of the network is taken for the one that reads its input.
+    """
+    sites: list[ConvSite] = []
+    strangers = _weights_used_elsewhere(model)
+    first_with: dict[int, str] = {}
+    for index, (name, conv) in enumerate(convolutions(model).items()):
+        if prod(kernel_size(conv)) == 1:
+            continue
+        run = trace.layers.get(name) if trace else None
+        weight = conv._parameters.get("weight")
+        skip = reason_not_convertible(conv)
+        if skip is None and id(weight) in strangers:
+            skip = f"its weight is also used by {strangers[id(weight)]}"
+        groups = cast(int, conv.groups)
+        site = ConvSite(name, type(conv).__name__, kernel_size(conv), groups > 1 and groups == conv.in_channels)
+        reads_input = run.reads_input if run else trace is None and index == 0
+        tied_to = first_with.setdefault(id(weight), name) if weight is not None else name
+        sites.append(
+            replace(
+                site,
+                reads_input=reads_input,
+                output_size=run.output_size if run else None,
+                tied_to=tied_to if tied_to != name else None,
+                skip=skip,
+            )
+        )
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if kind in _OTHER_KINDS and not isinstance(module, CONVOLUTIONS):
+            sites.append(ConvSite(name, kind, _size_of_other(module), skip=_OTHER_KINDS[kind]))
+        elif "quantized" in type(module).__module__ and "Conv" in kind:
+            sites.append(ConvSite(name, kind, _size_of_other(module), skip="it is quantised"))
+    return sites
+
+
+def trace(model: nn.Module, example_input: Any) -> Trace:
+    """Run the network once, without gradients and in eval mode, and see which convolutions run, where and on what.
+
+    ``example_input``: a tensor, a tuple of arguments, a dict of keyword arguments, or a list (one argument).
+
+    Raises:
+        UsageError: the network does not run on that input.
+    """
+    inputs = {_storage(tensor) for tensor in tensors_in(example_input)}
+    batch = next((len(t) for t in tensors_in(example_input) if t.dim() > 1), 1)
+    runs: dict[str, LayerRun] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(conv: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+            tensor = args[0] if args else kwargs["input"]
+            run = runs.get(name) or LayerRun(len(runs), (), False, 0, 0)
+            size = tuple(output.shape[2:]) if output.dim() > len(kernel_size(conv)) + 1 else tuple(output.shape[1:])
+            runs[name] = LayerRun(
+                run.order,
+                max(size, run.output_size, key=lambda s: (len(s), prod(s))),
+                run.reads_input or _storage(tensor) in inputs,
+                run.calls + 1,
+                run.macs + _macs(conv, tensor, output),
+            )
+
+        return hook
+
+    handles = [c.register_forward_hook(watch(n), with_kwargs=True) for n, c in convolutions(model).items()]
+    counter = FlopCounterMode(display=False)
+    try:
+        with evaluating(model), torch.random.fork_rng(devices=[]), counter:
+            call(model, example_input)
+    except Exception as error:
+        raise UsageError(
+            f"the network does not run on an example input of {describe_input(example_input)}: "
+            f"{type(error).__name__}: {first_line(error)}; give an input that it takes (example_input=, --input-size C,H,W)"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    if runs and not any(run.reads_input for run in runs.values()):
+        # The input was normalised or padded on its way: the first convolution to run is the one that reads it.
+        first = next(iter(runs))
+        runs[first] = replace(runs[first], reads_input=True)
+    return Trace(runs, counter.get_total_flops() // 2, batch)
+
+
+def exchange(model: nn.Module, fill: Mapping[nn.Module, Callable[[dict[int, Any]], Any]]) -> nn.Module:
+    """A deep copy of ``model`` in which some convolutions are their counterparts in the other form.
+
+    Each key's counterpart is made empty and handed to deepcopy's memo first, so that every reference to it, in
+    containers, under a second name or as the model itself, leads to the one replacement; its weight is never copied.
+
+    Raises:
+        InputError: the network cannot be copied.
+    """
+    memo: dict[int, Any] = {id(conv): empty_counterpart(conv) for conv in fill}
+    try:
+        for make in fill.values():
+            make(memo)
+        return copy.deepcopy(model, memo)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(
+            f"this {type(model).__name__} cannot be copied: {first_line(error)}; remove what copy.deepcopy refuses "
+            "(tensors with a gradient history, locks, open files) and convert again"
+        ) from error
+
+
+def call(model: nn.Module, example_input: Any) -> Any:
+    """Call a network on an example input: tuple as arguments, dict as keywords, anything else as the one argument."""
+    if isinstance(example_input, tuple):
+        return model(*example_input)
+    if isinstance(example_input, dict):
+        return model(**example_input)
+    return model(example_input)
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients for the time being; every module's own training flag is put back afterwards."""
+    flags = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors in nested lists, tuples, dicts and objects with a ``__dict__`` (such as model outputs), in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        return [t for item in value.values() for t in tensors_in(item)]
+    if isinstance(value, list | tuple):
+        return [t for item in value for t in tensors_in(item)]
+    return [t for item in getattr(value, "__dict__", {}).values() for t in tensors_in(item)]
+
+
+def describe_input(example_input: Any) -> str:
+    """Shapes in a line, for messages."""
+    return ", ".join(f"shape {tuple(t.shape)}" for t in tensors_in(example_input)) or type(example_input).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, at most 200 characters."""
+    return (str(error).strip().splitlines() or [""])[0][:200]
+
+
+def _weights_used_elsewhere(model: nn.Module) -> dict[int, str]:
+    """Parameters that something else than a plain convolution's weight also refers to, by id: where."""
+    elsewhere: dict[int, str] = {}
+    for name, module in model.named_modules():
+        is_conv = isinstance(module, CONVOLUTIONS) and not isinstance(module, HarmonicMixin)
+        for key, parameter in module._parameters.items():
+            if parameter is not None and not (is_conv and key == "weight"):
+                elsewhere[id(parameter)] = f"{name}.{key}"
+    return elsewhere
+
+
+def _size_of_other(module: nn.Module) -> tuple[int, ...]:
+    for key in ("kernel_size", "filt_size"):
+        size = getattr(module, key, None)
+        if isinstance(size, int):
+            return (size, size)
+        if isinstance(size, list | tuple):
+            return tuple(size)
+    return ()
+
+
+def _storage(tensor: Tensor) -> int:
+    # The address of the storage object, not of its data: meta tensors have no data.
+    return cast(int, tensor.untyped_storage()._cdata)
+
+
+def _macs(conv: nn.Module, input: Tensor, output: Tensor) -> int:
+    """Multiply-adds of one call: per output element (per input element if transposed) one per weight that reaches it."""
+    per_position = prod(kernel_size(conv)) * cast(int, conv.in_channels) // cast(int, conv.groups)
+    if cast(bool, conv.transposed):
+        per_position = prod(kernel_size(conv)) * cast(int, conv.out_channels) // cast(int, conv.groups)
+        return input.numel() * per_position
+    return output.numel() * per_position

@@ -1,0 +1,327 @@
+"""verify(): an original and a converted network side by side, per layer and end to end.
+
+Three questions, answered apart: is every part that was not to change the same, bit for bit? Is every kernel the
+projection of the original's onto the frequencies kept? And how far are the outputs from the original's?
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .basis import all_frequencies
+from .conv import CONVOLUTIONS, HarmonicMixin
+from .convert import default_input, fitted
+from .errors import UsageError, shortened
+from .projection import project, reconstruct
+from .surgery import call, convolutions, evaluating, first_line, kernel_size, tensors_in
+
+# Relative difference of the outputs with the whole basis, by the dtype of the weights: float64 and float32 as promised
+# in the documentation; the 16-bit ones are bounded by the rounding of their coefficients, amplified layer by layer.
+OUTPUT_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+# Kernels and coefficients, in units of the dtype's epsilon: rounding of the coefficients and of the product.
+KERNEL_TOLERANCE_EPS = 4.0
+COEFFICIENT_TOLERANCE_EPS = 2.0
+
+_ATTRIBUTES = ("stride", "padding", "dilation", "groups", "padding_mode", "output_padding", "transposed", "eps")
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """One convolution over 1x1, original against converted.
+
+    ``kernel_error``: largest difference over the largest weight of the same filter. ``output_error``: relative difference
+    of the layer's outputs in float64, both fed the original's input (None where it did not run). ``problem`` says what
+    is not as the plan has it, or is None.
+    """
+
+    name: str
+    kept: int
+    total: int
+    kernel_error: float
+    output_error: float | None
+    problem: str | None
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The verdict and the figures behind it.
+
+    ``ok``: the converted network computes what the original does, within ``tolerance``. A cut network does not, and says
+    so; ``as_planned`` tells that it is, kernel by kernel, the projection that its plan asks for. Relative errors are
+    largest difference over largest output; ``float64_error`` isolates the rounding of the coefficients,
+    ``float32_error`` adds that of float32 arithmetic (each None where that pass was not run; the notes say why).
+    ``top1_agreement`` is the share of inputs with the same top-1 class (None where outputs are no logits).
+    """
+
+    ok: bool
+    as_planned: bool
+    tolerance: float
+    max_relative_error: float
+    float64_error: float | None
+    float32_error: float | None
+    top1_agreement: float | None
+    inputs: int
+    layers: tuple[LayerCheck, ...]
+    problems: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dict."""
+        return asdict(self)
+
+    @property
+    def verdict(self) -> str:
+        """One line: what holds, or what does not and where."""
+        outputs = f"outputs differ by {self.max_relative_error:.1e} of the largest, tolerance {self.tolerance:.0e}"
+        if self.top1_agreement is not None:
+            outputs += f"; same top-1 on {self.top1_agreement:.1%} of {self.inputs} inputs"
+        if self.ok:
+            return f"verified: {outputs}"
+        cut = [layer for layer in self.layers if layer.kept < layer.total]
+        if self.problems:
+            return f"not the same: {shortened(list(self.problems), 3)} ({outputs})"
+        if cut and self.as_planned:
+            return f"cut as planned in {len(cut)} of {len(self.layers)} layers, so not the same network: {outputs}"
+        return f"not the same: {outputs}"
+
+
+def verify(
+    original: nn.Module, converted: nn.Module, inputs: Any = None, *, tolerance: float | None = None
+) -> Verification:
+    """Compare ``converted`` with the ``original`` it was made from; neither is changed.
+
+    >>> from harmconvert.convert import convert
+    >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten()).double()
+    >>> check = verify(network, convert(network).model, torch.rand(2, 3, 8, 8))
+    >>> check.ok, check.max_relative_error < 1e-12
+    (True, True)
+
+    Args:
+        inputs: a tensor, a tuple of arguments, a dict of keywords, or a list (one argument); two seeded random inputs of
+            the model's own size where None.
+        tolerance: the relative difference of outputs to accept. Where given, it alone decides (structure aside);
+            otherwise it follows the weights' dtype (1e-12 for float64, 1e-5 for float32), top-1 must be the same on
+            every input, and nothing may differ that was not converted.
+
+    Raises:
+        UsageError: no input size is known, or the original does not run on the inputs.
+    """
+    inputs = _inputs(original, inputs)
+    dtype = _weight_dtype(original)
+    pairs, structural = _pairs(original, converted)
+    altered = [] if structural else _altered_state(original, converted)
+    kernels = {name: _check_kernel(name, *pair) for name, pair in pairs.items()}
+    notes: list[str] = []
+    errors: dict[str, float | None] = {"float64": None, "float32": None}
+    outputs: dict[str, float] = {}
+    agreement: float | None = None
+    for precision in (torch.float64, torch.float32):
+        key = str(precision).removeprefix("torch.")
+        if precision == torch.float32 and dtype == torch.float64:
+            continue
+        try:
+            # Per-layer outputs once, in the precision that shows a wrong layer and not the arithmetic.
+            error, same, layer_outputs = _compare(original, converted, inputs, precision, not outputs, list(pairs))
+        except _NoRunError as problem:
+            if precision == torch.float64 and dtype != torch.float64:
+                notes.append(f"not compared in float64: {problem}")
+                continue
+            raise UsageError(str(problem)) from problem
+        errors[key], outputs = error, outputs or layer_outputs
+        agreement = same if agreement is None or same is None else min(agreement, same)
+    layers = tuple(
+        LayerCheck(name, kept, total, kernel_error, outputs.get(name), problem)
+        for name, (kept, total, kernel_error, problem) in kernels.items()
+    )
+    problems = [*structural, *(f"{layer.name}: {layer.problem}" for layer in layers if layer.problem), *altered]
+    worst = max(error for error in errors.values() if error is not None)
+    limit = OUTPUT_TOLERANCE[dtype] if tolerance is None else tolerance
+    within = worst <= limit  # False for NaN
+    ok = within and not structural if tolerance is not None else within and not problems and agreement in (None, 1.0)
+    size = next((len(t) for t in tensors_in(inputs) if t.dim() > 1), 1)
+    return Verification(
+        ok, not problems, limit, worst, errors["float64"], errors["float32"], agreement, size, layers,
+        tuple(problems), tuple(notes),
+    )  # fmt: skip
+
+
+class _NoRunError(Exception):
+    """The network does not run on the inputs in this precision."""
+
+
+def _inputs(model: nn.Module, inputs: Any) -> Any:
+    if inputs is not None:
+        return inputs
+    size = default_input(model, batch=2)
+    if size is None:
+        raise UsageError("no input size is known for this network: give inputs (inputs=, --input-size C,H,W)")
+    return torch.randn(size.shape, generator=torch.Generator().manual_seed(0))
+
+
+def _weight_dtype(model: nn.Module) -> torch.dtype:
+    dtypes = [p.dtype for p in model.parameters() if p.dtype in OUTPUT_TOLERANCE]
+    return max(dtypes, key=lambda d: OUTPUT_TOLERANCE[d], default=torch.float32)
+
+
+def _pairs(original: nn.Module, converted: nn.Module) -> tuple[dict[str, tuple[nn.Module, nn.Module]], list[str]]:
+    """The convolutions of both by name, and what keeps the two networks from having the same structure."""
+    ours, theirs = convolutions(original), convolutions(converted)
+    problems = [f"{name}: only in the original" for name in ours if name not in theirs]
+    problems += [f"{name}: only in the converted network" for name in theirs if name not in ours]
+    pairs = {}
+    for name, conv in ours.items():
+        if name not in theirs:
+            continue
+        other = theirs[name]
+        shapes = [tuple(cast(Tensor, c.weight).shape) for c in (conv, other)]
+        if shapes[0] != shapes[1]:
+            problems.append(f"{name}: its kernel has shape {shapes[1]}, the original's {shapes[0]}")
+            continue
+        for attribute in _ATTRIBUTES:
+            values = [getattr(c, attribute, None) for c in (conv, other)]
+            if values[0] != values[1]:
+                problems.append(f"{name}: {attribute} is {values[1]}, the original's {values[0]}")
+        if isinstance(other, HarmonicMixin) or not torch.equal(cast(Tensor, conv.weight), cast(Tensor, other.weight)):
+            pairs[name] = (conv, other)
+    return pairs, problems
+
+
+def _altered_state(original: nn.Module, converted: nn.Module) -> list[str]:
+    """Parameters and buffers outside the paired kernels that differ in any bit."""
+    convs = [name for name, module in converted.named_modules() if isinstance(module, CONVOLUTIONS)]
+    kernels = {f"{name}.{key}".lstrip(".") for name in convs for key in ("weight", "coefficients")}
+    theirs = converted.state_dict()
+    problems = []
+    for key, tensor in original.state_dict().items():
+        if key in kernels or not isinstance(tensor, Tensor):
+            continue
+        if key not in theirs:
+            problems.append(f"{key}: only in the original")
+        elif theirs[key].shape != tensor.shape or not torch.equal(
+            _bits(tensor), _bits(theirs[key].to(tensor.device, tensor.dtype))
+        ):
+            problems.append(f"{key}: differs from the original's")
+    problems += [f"{key}: only in the converted network" for key in theirs if key not in original.state_dict() and key not in kernels]
+    return problems
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8) if tensor.numel() else tensor
+
+
+def _check_kernel(name: str, conv: nn.Module, other: nn.Module) -> tuple[int, int, float, str | None]:
+    """Kept and total frequencies, error against the original's kernel, and what is not as planned."""
+    whole = all_frequencies(kernel_size(conv))
+    weight = cast(Tensor, conv.weight).detach()
+    exact = weight.to(torch.float64)
+    scale = exact.abs().flatten(1).amax(1).clamp_min(torch.finfo(torch.float64).tiny)
+    eps = torch.finfo(weight.dtype).eps
+
+    def error(kernel: Tensor) -> float:
+        return ((kernel.to(torch.float64) - exact).abs().flatten(1).amax(1) / scale).max().item()
+
+    if not isinstance(other, HarmonicMixin):
+        found = error(cast(Tensor, other.weight).detach())
+        problem = None if found <= KERNEL_TOLERANCE_EPS * eps else f"kernel differs by {found:.1e} of its filter's maximum"
+        return len(whole), len(whole), found, problem
+    coefficients = other.coefficients.detach().to(torch.float64)
+    kernel = reconstruct(coefficients, kernel_size(conv), other.frequencies, other.normalization)
+    planned = project(exact, other.frequencies, other.normalization)
+    # Each coefficient to its own last bit; where one is tiny beside its filter's, to rounding of the float64 product.
+    floor = planned.abs().flatten(1).amax(1)[:, None, None] * 1e-14
+    limit = COEFFICIENT_TOLERANCE_EPS * torch.finfo(other.coefficients.dtype).eps * planned.abs() + floor
+    wrong = int(((coefficients - planned).abs() > limit).sum())
+    problem = f"{wrong} of {planned.numel()} coefficients are not the projection of the original's kernel"
+    return len(other.frequencies), len(whole), error(kernel), problem if wrong else None
+
+
+def _compare(
+    original: nn.Module, converted: nn.Module, inputs: Any, precision: torch.dtype, per_layer: bool, names: list[str]
+) -> tuple[float, float | None, dict[str, float]]:
+    """Relative output error, top-1 agreement and (where asked for) per-layer output errors in one precision."""
+    with _default_dtype(precision):
+        models = [copy.deepcopy(model).to(precision) for model in (original, converted)]
+        inputs = _cast(inputs, models[0])
+        ours, theirs = convolutions(models[0]), convolutions(models[1])
+        outputs: dict[str, float] = {}
+
+        def watch(name: str) -> Callable[..., None]:
+            def hook(conv: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+                error = _relative_difference(theirs[name](*args, **kwargs), output)
+                outputs[name] = max(error, outputs.get(name, 0.0))
+
+            return hook
+
+        handles = [ours[n].register_forward_hook(watch(n), with_kwargs=True) for n in names] if per_layer else []
+        results = []
+        for model in models:
+            try:
+                with evaluating(model), torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(0)
+                    results.append(tensors_in(call(model, inputs)))
+            except Exception as error:
+                which = "original" if model is models[0] else "converted"
+                raise _NoRunError(
+                    f"the {which} network does not run on these inputs in {precision}: "
+                    f"{type(error).__name__}: {first_line(error)}"
+                ) from error
+            for handle in handles:
+                handle.remove()
+            handles = []
+    if [t.shape for t in results[0]] != [t.shape for t in results[1]]:
+        return float("inf"), 0.0, outputs
+    floating = [(a, b) for a, b in zip(*results, strict=True) if a.is_floating_point()]
+    error = max((_relative_difference(b, a) for a, b in floating), default=0.0)
+    return error, _top1_agreement(floating), outputs
+
+
+def _relative_difference(found: Tensor, expected: Tensor) -> float:
+    """Largest difference over largest value; values that are not finite must be the same in both."""
+    if found.shape != expected.shape:
+        return float("inf")
+    if not expected.numel():
+        return 0.0
+    finite = expected.isfinite()
+    if not torch.equal(found[~finite].nan_to_num(nan=0.5), expected[~finite].nan_to_num(nan=0.5)):
+        return float("inf")
+    if not finite.any():
+        return float("nan")
+    difference = (found[finite] - expected[finite]).abs().max().item()
+    largest = expected[finite].abs().max().item()
+    return difference / largest if largest > 0 else difference
+
+
+def _top1_agreement(outputs: list[tuple[Tensor, Tensor]]) -> float | None:
+    if len(outputs) != 1 or outputs[0][0].dim() != 2 or outputs[0][0].shape[1] < 2:
+        return None
+    original, converted = outputs[0]
+    return (original.argmax(1) == converted.argmax(1)).double().mean().item()
+
+
+def _cast(inputs: Any, model: nn.Module) -> Any:
+    if isinstance(inputs, Tensor):
+        return fitted(inputs, model) if inputs.is_floating_point() else inputs
+    if isinstance(inputs, dict):
+        return {key: _cast(value, model) for key, value in inputs.items()}
+    if isinstance(inputs, list | tuple):
+        return type(inputs)(_cast(value, model) for value in inputs)
+    return inputs
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Networks that make tensors in their forward make them in this dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
