@@ -100,7 +100,7 @@ def build_timm(name: str, device: str) -> tuple[nn.Module, tuple[int, ...], tupl
             for smaller in (224, 256):
                 try:
                     return timm.create_model(name, img_size=smaller), (native[0], smaller, smaller), native
-                except Exception:  # noqa: S112  not every architecture takes img_size: use its own
+                except Exception:
                     continue
         if not cfg.fixed_input_size and side > SMALL:
             smallest = cfg.min_input_size[-1] if cfg.min_input_size else SMALL
@@ -129,7 +129,11 @@ def build_torchvision(name: str, device: str) -> tuple[nn.Module, tuple[int, ...
     module = builder.__module__
     if ".detection" in module:
         side = 300 if name.startswith("ssd300") else 320 if name.startswith("ssdlite") else 800
-        return DetectorHeads(model), (3, min(side, 320), min(side, 320)) if side < 800 else (3, 160, 160), (3, side, side)
+        return (
+            DetectorHeads(model),
+            (3, min(side, 320), min(side, 320)) if side < 800 else (3, 160, 160),
+            (3, side, side),
+        )
     if ".segmentation" in module:
         return model, (3, SMALL, SMALL), (3, 520, 520)
     if ".optical_flow" in module:
@@ -241,7 +245,9 @@ def summary(path: Path) -> None:
     rows = list(csv.DictReader(path.open()))
     for library in ("timm", "torchvision"):
         mine = [row for row in rows if row["library"] == library]
-        counts = {s: sum(row["status"] == s for row in mine) for s in ("ok", "ok in float32", "over bound", "failed", "none")}
+        counts = {
+            s: sum(row["status"] == s for row in mine) for s in ("ok", "ok in float32", "over bound", "failed", "none")
+        }
         checks = {c: sum(row["check"] == c for row in mine) for c in ("full", "shrunk", "meta")}
         print(library, counts, checks)
         for column in ("error64", "error32", "own32"):
@@ -249,7 +255,15 @@ def summary(path: Path) -> None:
             print(f"  worst {column}:", ", ".join(f"{value:.1e} {name}" for value, name in worst))
     for row in rows:
         if row["status"] in ("over bound", "failed"):
-            print(row["status"], row["architecture"], row["error64"], row["error32"], row["own32"], row["same_top1"], row["note"])
+            print(
+                row["status"],
+                row["architecture"],
+                row["error64"],
+                row["error32"],
+                row["own32"],
+                row["same_top1"],
+                row["note"],
+            )
 
 
 def main() -> None:
@@ -303,7 +317,15 @@ def main() -> None:
                 del running[job]
                 writer.writerow(row)
                 file.flush()
-                print(row["status"], *job, row.get("error64", ""), row.get("error32", ""), row.get("seconds", ""), row.get("note", ""), flush=True)
+                print(
+                    row["status"],
+                    *job,
+                    row.get("error64", ""),
+                    row.get("error32", ""),
+                    row.get("seconds", ""),
+                    row.get("note", ""),
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

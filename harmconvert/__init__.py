@@ -1,1 +1,80 @@
-"""harmconvert: pretrained CNNs to harmonic form, exactly or with the high frequencies cut away."""
+"""harmconvert: pretrained CNNs to harmonic form, exactly or with the high frequencies cut away.
+
+>>> import harmconvert as hc
+>>> network = hc.open_source("sample:resnet_mnist5k").model
+>>> conversion = hc.convert(network, lam="progressive")
+>>> hc.verify(network, conversion.model).as_planned
+True
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .checkpoint import save
+    from .conv import HarmonicBlock2d
+    from .convert import Conversion, convert
+    from .errors import HarmconvertError
+    from .forms import fuse
+    from .inspection import inspect
+    from .plan import Plan
+    from .sources import load, open_source
+    from .verify import Verification, verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Conversion",
+    "HarmconvertError",
+    "HarmonicBlock2d",
+    "Plan",
+    "Verification",
+    "convert",
+    "fuse",
+    "inspect",
+    "load",
+    "open_source",
+    "save",
+    "verify",
+]
+
+_HOME = {
+    "Conversion": "convert",
+    "HarmconvertError": "errors",
+    "HarmonicBlock2d": "conv",
+    "Plan": "plan",
+    "Verification": "verify",
+    "convert": "convert",
+    "fuse": "forms",
+    "inspect": "inspection",
+    "load": "sources",
+    "open_source": "sources",
+    "save": "checkpoint",
+    "verify": "verify",
+}
+
+
+class _Package(ModuleType):
+    """Names are fetched when first used, so that `harmconvert --help` need not wait for torch."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+        setattr(self, name, value)
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Importing harmconvert.convert would bind the module over the function of that name.
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package

@@ -37,7 +37,7 @@ class HarmonicMixin(nn.Module):
     """A convolution whose kernel is coefficients x basis, merged on the fly (sec. 5.2).
 
     Mixed in front of a convolution class by `to_harmonic`. The parameter ``coefficients`` has shape (O, I, F) and takes
-    the place of ``weight`` (for transposed convolutions O and I follow torch's weight: in_channels, out_channels/groups).
+    the place of ``weight`` (of transposed convolutions, torch's weight has in_channels first, and so do they).
     """
 
     coefficients: nn.Parameter
@@ -218,7 +218,8 @@ class HarmonicBlock2d(nn.Module):
         super().__init__()
         if in_channels % groups or out_channels % groups:
             raise UsageError(
-                f"in_channels (={in_channels}) and out_channels (={out_channels}) must be divisible by groups (={groups})"
+                f"in_channels (={in_channels}) and out_channels (={out_channels}) "
+                f"must be divisible by groups (={groups})"
             )
         self.kernel_size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
         if lam == "full":
@@ -263,7 +264,9 @@ def _merged_kernel(coefficients: Tensor, basis: Tensor, kernel_size: tuple[int, 
     channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(kernel.dim())
     if input is None or channels_last is None or input.dim() != kernel.dim() or input.is_contiguous():
         return kernel
-    return kernel.contiguous(memory_format=channels_last) if input.is_contiguous(memory_format=channels_last) else kernel
+    return (
+        kernel.contiguous(memory_format=channels_last) if input.is_contiguous(memory_format=channels_last) else kernel
+    )
 
 
 def empty_counterpart(conv: nn.Module) -> nn.Module:
@@ -272,7 +275,7 @@ def empty_counterpart(conv: nn.Module) -> nn.Module:
 
 
 def _empty_harmonic(convolution: type[nn.Module]) -> Any:
-    cls = harmonic_class(convolution)
+    cls = harmonic_class(cast(Any, convolution))
     return cls.__new__(cls)
 
 

@@ -101,7 +101,7 @@ def convert(
         InputError: nothing to convert, weights that are not finite or not floating point.
     """
     check_network(model)
-    run = _run(model, lam, example_input)
+    run = run_where_possible(model, lam, example_input)
     plan = make_plan(find_sites(model, run), lam, include, exclude, normalization)
     if not plan.layers:
         reasons = shortened([f"{skip.name}: {skip.why}" for skip in plan.skipped], 3) or "it has none"
@@ -115,7 +115,9 @@ def convert(
     harmonic = convolutions(converted)
     records = [_record(layer, convs[layer.name], harmonic[layer.name], plan.notes) for layer in plan.layers]
     records += [
-        LayerRecord(skip.name, skip.kind, skip.kernel_size, 0, len(all_frequencies(skip.kernel_size)), None, None, skip.why)
+        LayerRecord(
+            skip.name, skip.kind, skip.kernel_size, 0, len(all_frequencies(skip.kernel_size)), None, None, skip.why
+        )
         for skip in plan.skipped
     ]
     order = {name: index for index, (name, _) in enumerate(model.named_modules())}
@@ -147,7 +149,9 @@ def check_weights(model: nn.Module) -> None:
         if name not in parameters and not statistics:
             continue  # buffers may hold -inf on purpose, such as attention masks
         if tensor.is_floating_point() and not tensor.is_meta and tensor.numel() and not _finite(tensor):
-            raise InputError(f"{name} holds NaN or infinite values: this checkpoint is broken; use one from before that")
+            raise InputError(
+                f"{name} holds NaN or infinite values: this checkpoint is broken; use one from before that"
+            )
 
 
 def default_input(model: nn.Module, batch: int = 1) -> Tensor | None:
@@ -165,8 +169,8 @@ def fitted(tensor: Tensor, model: nn.Module) -> Tensor:
     return tensor.to(parameter.device, parameter.dtype)
 
 
-def _run(model: nn.Module, lam: Any, example_input: Any) -> Trace | None:
-    """A run of the network where an input is at hand. One that was not asked for may fail without harm."""
+def run_where_possible(model: nn.Module, lam: Any, example_input: Any) -> Trace | None:
+    """A run of the network where ``lam`` needs one and an input is at hand; one not asked for may fail without harm."""
     if example_input is not None:
         return trace(model, example_input)
     if lam == "full" or (example_input := default_input(model)) is None:
@@ -182,7 +186,14 @@ def _run(model: nn.Module, lam: Any, example_input: Any) -> Trace | None:
 def _record(layer: LayerPlan, conv: nn.Module, harmonic: nn.Module, notes: Mapping[str, str]) -> LayerRecord:
     total = len(all_frequencies(layer.kernel_size))
     record = LayerRecord(
-        layer.name, type(conv).__name__, layer.kernel_size, len(layer.frequencies), total, None, None, notes.get(layer.name)
+        layer.name,
+        type(conv).__name__,
+        layer.kernel_size,
+        len(layer.frequencies),
+        total,
+        None,
+        None,
+        notes.get(layer.name),
     )
     weight = cast(Tensor, conv.weight).detach()
     if weight.is_meta:

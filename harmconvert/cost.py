@@ -45,6 +45,16 @@ class Cost:
     factored_macs: int | None = None
     over_1x1_macs: int | None = None
 
+    @property
+    def parameter_share(self) -> float:
+        """Share of the parameters in convolutions over 1x1."""
+        return self.over_1x1_parameters / max(self.parameters, 1)
+
+    @property
+    def mac_share(self) -> float | None:
+        """Share of the MACs in convolutions over 1x1, or None without a trace."""
+        return None if self.over_1x1_macs is None else self.over_1x1_macs / max(self.dense_macs or 0, 1)
+
 
 def parameter_count(model: nn.Module) -> int:
     """Number of parameters, tied ones once."""

@@ -9,7 +9,7 @@ class HarmconvertError(Exception):
     exit_code = 3
 
 
-class CheckFailed(HarmconvertError):
+class CheckError(HarmconvertError):
     """A verification or a tolerance was missed (exit code 1)."""
 
     exit_code = 1

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +64,44 @@ def write_file(path: str | Path, write: Callable[[Path], None], force: bool = Fa
         staging.unlink(missing_ok=True)
 
 
+def write_folder(path: str | Path, fill: Callable[[Path], None], force: bool = False) -> None:
+    """Let ``fill`` fill a staging folder beside ``path``, then put that in the target's place.
+
+    Raises:
+        UsageError: the output exists and ``force`` is not set, or is something else than a folder.
+        OutsideError: the disk is full, permission is missing.
+    """
+    path = Path(path)
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise UsageError(f"{path} is there and is no folder: name another output with -o")
+    if path.exists() and not force:
+        raise UsageError(f"{path} exists: use --force to replace it, or name another output with -o")
+    if not path.parent.is_dir():
+        raise UsageError(f"the folder {path.parent} does not exist: make it first")
+    target = path.resolve()
+    staging = target.with_name(f".{target.name}.{os.getpid()}.staging")
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    try:
+        _remove_leftovers(target)
+        staging.mkdir()
+        mode = stat.S_IMODE(staging.stat().st_mode) & 0o666
+        fill(staging)
+        for file in staging.iterdir():
+            file.chmod(mode)
+            _flush(file)
+        if target.exists():
+            target.replace(old)
+        staging.replace(target)
+        _flush(target.parent)
+    except OSError as error:
+        raise outside(error, f"cannot write {path}") from error
+    finally:
+        if old.exists() and not target.exists():
+            old.replace(target)
+        for leftover in (staging, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
 def outside(error: OSError, what: str) -> OutsideError:
     """An OutsideError that says what the system refused and what may help."""
     remedy = {
@@ -71,8 +111,6 @@ def outside(error: OSError, what: str) -> OutsideError:
         "EPERM": "check the permissions of the folder",
         "EROFS": "name a place that can be written",
     }
-    import errno
-
     name = errno.errorcode.get(error.errno or 0, "")
     return OutsideError(f"{what}: {error.strerror or error}; {remedy.get(name, 'nothing was changed')}")
 
@@ -81,7 +119,11 @@ def _remove_leftovers(target: Path) -> None:
     pattern = re.compile(re.escape(f".{target.name}.") + r"(\d+)\.staging")
     for entry in target.parent.iterdir():
         match = pattern.fullmatch(entry.name)
-        if match and not _alive(int(match[1])):
+        if not match or _alive(int(match[1])):
+            continue
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
             entry.unlink(missing_ok=True)
 
 

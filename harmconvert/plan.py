@@ -16,7 +16,6 @@ from typing import Any, cast
 from .basis import NORMALIZATIONS, Frequency, all_frequencies, check_frequencies, frequencies_below, scaled_levels
 from .errors import InputError, UsageError, shortened
 
-
 MAX_KERNEL_POSITIONS = 1 << 16  # a plan read from a file may ask for anything; no kernel in use comes near this
 
 
@@ -192,8 +191,8 @@ def make_plan(
 
     Args:
         sites: the network's convolutions over 1x1. ``progressive`` needs their output sizes.
-        lam: ``"full"``; an integer, meant for 3x3 and scaled with the kernel; ``"progressive"``; a dict from shell-style
-            pattern to literal levels (what none matches stays whole); or a Plan to follow.
+        lam: ``"full"``; an integer, meant for 3x3 and scaled with the kernel; ``"progressive"``; a dict from
+            shell-style pattern to literal levels (what none matches stays whole); or a Plan to follow.
         include: patterns; where given, only convolutions that match one are converted, and they count as named, so
             that the policy cuts them even where it would spare them (input layer, depthwise).
         exclude: patterns of convolutions to leave as they are.
@@ -227,7 +226,9 @@ def make_plan(
     elif isinstance(lam, int) and not isinstance(lam, bool):
         layers = _uniform(chosen, lam, named, notes)
     else:
-        raise UsageError(f"unknown lambda {lam!r}: use 'full', 'progressive', an integer, a dict {{pattern: levels}} or a Plan")
+        raise UsageError(
+            f"unknown lambda {lam!r}: use 'full', 'progressive', an integer, a dict {{pattern: levels}} or a Plan"
+        )
     policy = ",".join(f"{k}={v}" for k, v in lam.items()) if isinstance(lam, Mapping) else str(lam)
     layers = _same_for_ties(layers, chosen)
     return Plan(tuple(layers), tuple(skipped), policy, normalization, notes)
@@ -296,7 +297,9 @@ def _spared(site: ConvSite, named: set[str], notes: dict[str, str]) -> bool:
 
 def _uniform(sites: Sequence[ConvSite], lam: int, named: set[str], notes: dict[str, str]) -> list[LayerPlan]:
     if not 1 <= lam <= 5:
-        raise UsageError(f"lambda {lam} is out of range: a bare number is meant for 3x3 kernels, which have levels 1 to 5")
+        raise UsageError(
+            f"lambda {lam} is out of range: a bare number is meant for 3x3 kernels, which have levels 1 to 5"
+        )
     return [
         _whole(site) if _spared(site, named, notes) else _cut(site, scaled_levels(site.kernel_size, lam))
         for site in sites
@@ -341,9 +344,9 @@ def _by_pattern(sites: Sequence[ConvSite], lam: Mapping[str, int], names: Sequen
         levels_by_name.update(dict.fromkeys(matches, levels))
     layers = []
     for site in sites:
-        levels = levels_by_name.get(site.name)
         try:
-            layers.append(_whole(site) if levels is None else _cut(site, levels))
+            named = site.name in levels_by_name
+            layers.append(_cut(site, levels_by_name[site.name]) if named else _whole(site))
         except UsageError as error:
             raise UsageError(f"layer {site.name}: {error}") from error
     return layers
@@ -362,7 +365,9 @@ def _follow(plan: Plan, sites: Sequence[ConvSite], skipped: Sequence[Skip]) -> P
                 f"the plan says {layer.kernel_size}"
             )
     if _same_for_ties(plan.layers, sites) != list(plan.layers):
-        raise UsageError("the plan does not fit this network: convolutions that share a weight keep different frequencies")
+        raise UsageError(
+            "the plan does not fit this network: convolutions that share a weight keep different frequencies"
+        )
     planned = {layer.name for layer in plan.layers}
     left = [Skip(n, kinds[n], kernels[n], "not in the plan") for n in kernels if n not in planned]
     return Plan(plan.layers, (*skipped, *left), plan.policy, plan.normalization, plan.notes)

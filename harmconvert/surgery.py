@@ -131,7 +131,8 @@ def trace(model: nn.Module, example_input: Any) -> Trace:
     except Exception as error:
         raise UsageError(
             f"the network does not run on an example input of {describe_input(example_input)}: "
-            f"{type(error).__name__}: {first_line(error)}; give an input that it takes (example_input=, --input-size C,H,W)"
+            f"{type(error).__name__}: {first_line(error)}; "
+            "give an input that it takes (example_input=, --input-size C,H,W)"
         ) from error
     finally:
         for handle in handles:
@@ -235,7 +236,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _macs(conv: nn.Module, input: Tensor, output: Tensor) -> int:
-    """Multiply-adds of one call: per output element (per input element if transposed) one per weight that reaches it."""
+    """Multiply-adds of one call: a weight for every output element it reaches (input element, if transposed)."""
     per_position = prod(kernel_size(conv)) * cast(int, conv.in_channels) // cast(int, conv.groups)
     if cast(bool, conv.transposed):
         per_position = prod(kernel_size(conv)) * cast(int, conv.out_channels) // cast(int, conv.groups)

@@ -37,9 +37,9 @@ _ATTRIBUTES = ("stride", "padding", "dilation", "groups", "padding_mode", "outpu
 class LayerCheck:
     """One convolution over 1x1, original against converted.
 
-    ``kernel_error``: largest difference over the largest weight of the same filter. ``output_error``: relative difference
-    of the layer's outputs in float64, both fed the original's input (None where it did not run). ``problem`` says what
-    is not as the plan has it, or is None.
+    ``kernel_error``: largest difference over the largest weight of the same filter. ``output_error``: relative
+    difference of the layer's outputs in float64, both fed the original's input (None where it did not run). ``problem``
+    says what is not as the plan has it, or is None.
     """
 
     name: str
@@ -54,9 +54,9 @@ class LayerCheck:
 class Verification:
     """The verdict and the figures behind it.
 
-    ``ok``: the converted network computes what the original does, within ``tolerance``. A cut network does not, and says
-    so; ``as_planned`` tells that it is, kernel by kernel, the projection that its plan asks for. Relative errors are
-    largest difference over largest output; ``float64_error`` isolates the rounding of the coefficients,
+    ``ok``: the converted network computes what the original does, within ``tolerance``. A cut network does not, and
+    says so; ``as_planned`` tells that it is, kernel by kernel, the projection that its plan asks for. Relative errors
+    are largest difference over largest output; ``float64_error`` isolates the rounding of the coefficients,
     ``float32_error`` adds that of float32 arithmetic (each None where that pass was not run; the notes say why).
     ``top1_agreement`` is the share of inputs with the same top-1 class (None where outputs are no logits).
     """
@@ -105,8 +105,8 @@ def verify(
     (True, True)
 
     Args:
-        inputs: a tensor, a tuple of arguments, a dict of keywords, or a list (one argument); two seeded random inputs of
-            the model's own size where None.
+        inputs: a tensor, a tuple of arguments, a dict of keywords, or a list (one argument); two seeded random inputs
+            of the model's own size where None.
         tolerance: the relative difference of outputs to accept. Where given, it alone decides (structure aside);
             otherwise it follows the weights' dtype (1e-12 for float64, 1e-5 for float32), top-1 must be the same on
             every input, and nothing may differ that was not converted.
@@ -209,7 +209,11 @@ def _altered_state(original: nn.Module, converted: nn.Module) -> list[str]:
             _bits(tensor), _bits(theirs[key].to(tensor.device, tensor.dtype))
         ):
             problems.append(f"{key}: differs from the original's")
-    problems += [f"{key}: only in the converted network" for key in theirs if key not in original.state_dict() and key not in kernels]
+    problems += [
+        f"{key}: only in the converted network"
+        for key in theirs
+        if key not in original.state_dict() and key not in kernels
+    ]
     return problems
 
 
@@ -230,7 +234,9 @@ def _check_kernel(name: str, conv: nn.Module, other: nn.Module) -> tuple[int, in
 
     if not isinstance(other, HarmonicMixin):
         found = error(cast(Tensor, other.weight).detach())
-        problem = None if found <= KERNEL_TOLERANCE_EPS * eps else f"kernel differs by {found:.1e} of its filter's maximum"
+        problem = (
+            None if found <= KERNEL_TOLERANCE_EPS * eps else f"kernel differs by {found:.1e} of its filter's maximum"
+        )
         return len(whole), len(whole), found, problem
     coefficients = other.coefficients.detach().to(torch.float64)
     kernel = reconstruct(coefficients, kernel_size(conv), other.frequencies, other.normalization)
@@ -267,12 +273,12 @@ def _compare(
                 with evaluating(model), torch.random.fork_rng(devices=[]):
                     torch.manual_seed(0)
                     results.append(tensors_in(call(model, inputs)))
-            except Exception as error:
+            except Exception as failure:
                 which = "original" if model is models[0] else "converted"
                 raise _NoRunError(
                     f"the {which} network does not run on these inputs in {precision}: "
-                    f"{type(error).__name__}: {first_line(error)}"
-                ) from error
+                    f"{type(failure).__name__}: {first_line(failure)}"
+                ) from failure
             for handle in handles:
                 handle.remove()
             handles = []

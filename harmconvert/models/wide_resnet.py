@@ -47,38 +47,48 @@ class WideResNet(nn.Module):
         in_chans: int = 3,
         drop_rate: float = 0.0,
         img_size: int = 32,
+        architecture: str = "",
     ) -> None:
         super().__init__()
         if depth < 10 or (depth - 4) % 6:
             raise ValueError(f"depth (={depth}) must be 6 n + 4, such as 16, 22 or 28")
-        self.num_classes = num_classes
-        self.pretrained_cfg = {"input_size": (in_chans, img_size, img_size), "num_classes": num_classes}
+        self.num_classes, self.in_chans = num_classes, in_chans
+        self.pretrained_cfg = {
+            "architecture": architecture,
+            "input_size": (in_chans, img_size, img_size),
+            "num_classes": num_classes,
+            "fixed_input_size": False,
+            "first_conv": "stem",
+            "classifier": "head",
+        }
         self.stem = nn.Conv2d(in_chans, 16, 3, padding=1, bias=False)
-        channels = 16
-        for stage, (out_channels, stride) in enumerate([(16 * width, 1), (32 * width, 2), (64 * width, 2)], start=1):
-            blocks = []
-            for index in range((depth - 4) // 6):
-                blocks.append(PreActivationBlock(channels, out_channels, stride if index == 0 else 1, drop_rate))
-                channels = out_channels
-            setattr(self, f"stage{stage}", nn.Sequential(*blocks))
-        self.norm = nn.BatchNorm2d(channels)
-        self.head = nn.Linear(channels, num_classes)
+        blocks = (depth - 4) // 6
+        self.stage1 = _stage(16, 16 * width, 1, blocks, drop_rate)
+        self.stage2 = _stage(16 * width, 32 * width, 2, blocks, drop_rate)
+        self.stage3 = _stage(32 * width, 64 * width, 2, blocks, drop_rate)
+        self.norm = nn.BatchNorm2d(64 * width)
+        self.head = nn.Linear(64 * width, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        for part in (self.stem, self.stage1, self.stage2, self.stage3):
-            x = part(x)
+        x = self.stage3(self.stage2(self.stage1(self.stem(x))))
         return cast(Tensor, self.head(self.norm(x).relu().mean((2, 3))))
+
+
+def _stage(in_channels: int, out_channels: int, stride: int, blocks: int, dropout: float) -> nn.Sequential:
+    first = PreActivationBlock(in_channels, out_channels, stride, dropout)
+    rest = [PreActivationBlock(out_channels, out_channels, 1, dropout) for _ in range(blocks - 1)]
+    return nn.Sequential(first, *rest)
 
 
 def _wide_resnet(depth: int, width: int, pretrained: bool, **kwargs: Any) -> WideResNet:
     if pretrained:
         raise RuntimeError("no pretrained weights are published for wide residual networks of this size")
     accepted = {k: v for k, v in kwargs.items() if v is not None and not k.startswith(("pretrained_cfg", "cache_dir"))}
-    return WideResNet(depth, width, **accepted)
+    return WideResNet(depth, width, architecture=f"wrn{depth}_{width}", **accepted)
 
 
 @register_model

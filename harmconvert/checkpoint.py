@@ -1,0 +1,396 @@
+"""The file: one self-describing .safetensors (DESIGN 9), written whole or not at all, read without running anything.
+
+``<conv>.coefficients`` (O, I, F) stands in the place of ``<conv>.weight``; every other tensor keeps its key. The
+header's metadata entry ``harmconvert`` is JSON: where the network came from, and its plan.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import safetensors
+import safetensors.torch
+import timm
+import torch
+from torch import Tensor, nn
+
+from .conv import HarmonicMixin, to_harmonic
+from .convert import Conversion
+from .errors import InputError, OutsideError, UsageError, shortened
+from .files import outside, write_file
+from .forms import fuse
+from .plan import LayerPlan, Plan
+from .surgery import convolutions, exchange, kernel_size
+
+FORMAT_VERSION = 1
+METADATA_KEY = "harmconvert"
+FORMS = ("harmonic", "dense")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a network came from: scheme and name of its source string, the arguments it was made with, the sha256 of
+    its weights before conversion and their licence."""
+
+    scheme: str
+    name: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    sha256: str | None = None
+    licence: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.scheme}:{self.name}" if self.scheme != "code" else self.name
+
+    @classmethod
+    def from_json(cls, data: Any) -> Source:
+        """Read what `dataclasses.asdict` wrote; raises InputError where it is something else."""
+        try:
+            scheme, name, arguments = str(data["scheme"]), str(data["name"]), dict(data.get("arguments", {}))
+            return cls(scheme, name, arguments, data.get("sha256"), data.get("licence"))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"the source recorded in the file is unreadable: {error!r}") from error
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a harmonic checkpoint says of itself."""
+
+    plan: Plan
+    source: Source | None = None
+    tied: Mapping[str, str] = field(default_factory=dict)
+    history: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dict; inverse of `from_json`."""
+        return {
+            "format_version": self.format_version,
+            "source": asdict(self.source) if self.source else None,
+            "basis": "dct",
+            "normalization": self.plan.normalization,
+            "plan": self.plan.to_json(),
+            "tied": dict(self.tied),
+            "history": dict(self.history),
+            "versions": dict(self.versions),
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> Header:
+        """Read what `to_json` wrote.
+
+        Raises:
+            InputError: an unknown format version or basis, or anything that is not such a header.
+        """
+        found = data.get("format_version") if isinstance(data, dict) else None
+        if found != FORMAT_VERSION:
+            raise InputError(
+                f"it has format version {found!r}, this harmconvert reads version {FORMAT_VERSION}: update harmconvert"
+            )
+        if data.get("basis") != "dct":
+            raise InputError(f"it uses the basis {data.get('basis')!r}, which this harmconvert does not know")
+        source = Source.from_json(data["source"]) if data.get("source") else None
+        try:
+            return cls(
+                Plan.from_json(data.get("plan")),
+                source,
+                {str(k): str(v) for k, v in data.get("tied", {}).items()},
+                dict(data.get("history", {})),
+                {str(k): str(v) for k, v in data.get("versions", {}).items()},
+            )
+        except (TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"its header is unreadable: {error}") from error
+
+
+def save(
+    conversion: Conversion | nn.Module, path: str | Path, *, source: Source | None = None, force: bool = False
+) -> Header:
+    """Write a harmonic network to one .safetensors file; returns the header written.
+
+    Args:
+        conversion: what `convert` returned, or a network with harmonic convolutions (after fine-tuning, say).
+        source: where the network came from; found out for networks made by timm or loaded by this package.
+        force: replace a file that is there.
+
+    Raises:
+        UsageError: the output exists or cannot be a file, or nothing in the network is harmonic.
+        InputError: weights without values (meta device).
+        OutsideError: the disk is full, permission is missing.
+    """
+    model = conversion.model if isinstance(conversion, Conversion) else conversion
+    known: Header | None = model.__dict__.get("harmconvert_header")
+    plan = conversion.plan if isinstance(conversion, Conversion) else _plan_of(model, known)
+    tensors, tied = untied_state(model)
+    source = source or (known.source if known else None) or _timm_source(model)
+    versions = {name: version(name) for name in ("harmconvert", "torch", "timm")}
+    header = Header(plan, source, tied, known.history if known else {}, versions)
+    metadata = {"format": "pt", METADATA_KEY: json.dumps(header.to_json(), separators=(",", ":"))}
+    write_tensors(tensors, path, metadata, force)
+    return header
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: dict[str, str], force: bool) -> None:
+    """Write named tensors as .safetensors, by way of a staging file; raises as `save` does."""
+
+    def write(staging: Path) -> None:
+        try:
+            safetensors.torch.save_file(dict(tensors), staging, metadata)
+        except safetensors.SafetensorError as error:
+            raise OutsideError(f"cannot write {path}: {error}; free some space or name another place") from error
+
+    write_file(path, write, force)
+
+
+def default_name(source: str, lam: str) -> str:
+    """The file that `harmconvert convert` writes where no other is named: NAME-harmonic-LAMBDA.safetensors.
+
+    >>> default_name("hf-hub:timm/resnet18.a1_in1k", "progressive"), default_name("resnet50", "layer4.*=2")
+    ('resnet18.a1_in1k-harmonic-progressive.safetensors', 'resnet50-harmonic-custom.safetensors')
+    """
+    name = source.removesuffix(".safetensors").rstrip("/").replace(":", "/").split("/")[-1]
+    name = re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "network"
+    return f"{name}-harmonic-{'custom' if '=' in lam else lam.strip()}.safetensors"
+
+
+def read_header(path: str | Path) -> Header:
+    """What the checkpoint at ``path`` says of itself; reads no tensor.
+
+    Raises:
+        InputError: no such file, not a safetensors file, not a harmonic checkpoint, or of an unknown version.
+    """
+    with open_safetensors(path) as file:
+        metadata = file.metadata() or {}
+        if METADATA_KEY not in metadata:
+            raise InputError(
+                f"{path} is a safetensors file but no harmonic checkpoint: "
+                f"name its network and give the weights with --checkpoint {path}"
+            )
+        try:
+            header = Header.from_json(json.loads(metadata[METADATA_KEY]))
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise InputError(f"{path}: its header is not JSON: {error}") from error
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+        keys = set(file.keys())
+        for layer in header.plan.layers:
+            key = _join(layer.name, "coefficients")
+            shape = file.get_slice(key).get_shape() if key in keys else None
+            if shape is None and key in header.tied:
+                continue
+            if shape is None or len(shape) != 3 or shape[2] != len(layer.frequencies):
+                raise InputError(
+                    f"{path}: its header and tensors disagree: {key} should hold {len(layer.frequencies)} frequencies, "
+                    f"{'it is missing' if shape is None else f'it has shape {shape}'}"
+                )
+    return header
+
+
+def load(
+    path: str | Path,
+    *,
+    model: nn.Module | None = None,
+    form: str = "harmonic",
+    rebuild: Callable[[Source], nn.Module] | None = None,
+) -> nn.Module:
+    """Read a harmonic checkpoint into a network; `harmconvert.load` also rebuilds the recorded source.
+
+    Args:
+        model: the plain network to fill; it is copied, not changed. Where None, ``rebuild`` makes it from the source.
+        form: ``"harmonic"`` or ``"dense"``.
+
+    Raises:
+        InputError: the file is unreadable, or does not fit the network (the first ten keys are named).
+        UsageError: no network to fill, or an unknown form.
+    """
+    if form not in FORMS:
+        raise UsageError(f"unknown form {form!r}: use one of {', '.join(FORMS)}")
+    header = read_header(path)
+    if model is None:
+        if header.source is None or rebuild is None:
+            raise UsageError(f"{path} does not say how to build its network: pass the plain network as model=")
+        model = rebuild(header.source)
+    harmonic = harmonic_like(model, header.plan, f"{path} does not fit this {type(model).__name__}")
+    with open_safetensors(path) as file:
+        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
+    state |= {alias: state[key] for alias, key in header.tied.items() if key in state}
+    load_state(harmonic, state, str(path))
+    harmonic.__dict__["harmconvert_header"] = header
+    if form == "harmonic":
+        return harmonic
+    dense = fuse(harmonic)
+    del dense.__dict__["harmconvert_header"]
+    return dense
+
+
+def harmonic_like(model: nn.Module, plan: Plan, complaint: str) -> nn.Module:
+    """A copy of a plain network with the harmonic convolutions of a plan, their values still to be loaded."""
+    convs = convolutions(model)
+    wrong = [p.name for p in plan.layers if p.name not in convs or kernel_size(convs[p.name]) != p.kernel_size]
+    if wrong:
+        raise InputError(f"{complaint}: it has no such convolution: {shortened(wrong)}")
+    fill = {convs[p.name]: partial(to_harmonic, convs[p.name], p.frequencies, plan.normalization) for p in plan.layers}
+    return exchange(model, fill)
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Load a state dict strictly, in the dtypes it has.
+
+    Raises:
+        InputError: keys missing, unexpected or of another shape; the first ten of each are named.
+    """
+    own = {key: value for key, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+    complaints = []
+    if missing := [key for key in own if key not in state]:
+        complaints.append(f"missing: {shortened(missing)}")
+    if unexpected := [key for key in state if key not in own]:
+        complaints.append(f"unexpected: {shortened(unexpected)}")
+    shapes = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    if shapes:
+        complaints.append(f"other shape: {shortened(shapes)}")
+    if complaints:
+        raise InputError(f"{where} does not fit this {type(model).__name__}: {'; '.join(complaints)}")
+    for key, tensor in own.items():
+        if tensor.dtype != state[key].dtype:
+            tensor.data = tensor.data.to(state[key].dtype)
+    # Constants such as the DCT basis follow the dtype of the coefficients.
+    model._apply(lambda tensor: tensor)
+    model.load_state_dict(dict(state))
+
+
+def untied_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state dict with every tensor once and contiguous, and which keys are another name of which.
+
+    Raises:
+        InputError: a tensor without values (meta device).
+    """
+    tensors: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    first_key: dict[int, str] = {}
+    storages: set[int] = set()
+    for key, value in model.state_dict(keep_vars=True).items():
+        if not isinstance(value, Tensor):
+            continue
+        if value.is_meta:
+            raise InputError(f"{key} has no values (meta device): load weights first")
+        if id(value) in first_key:
+            tied[key] = first_key[id(value)]
+            continue
+        first_key[id(value)] = key
+        tensor = value.detach()
+        # Two views of one storage are two tensors in a file.
+        storage = tensor.untyped_storage().data_ptr()
+        shared = storage in storages and tensor.numel() > 0
+        storages.add(storage)
+        tensors[key] = tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
+    return tensors, tied
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """sha256 over the network's parameters and persistent buffers: names, dtypes, shapes and bytes, sorted by name."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        if isinstance(tensor, Tensor) and not tensor.is_meta:
+            digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            flat = tensor.detach().cpu().contiguous().flatten()
+            if flat.numel():
+                digest.update(cast(Any, flat.view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def open_safetensors(path: str | Path) -> Any:
+    """`safetensors.safe_open`, with a plain word about what the file is where it is none.
+
+    Raises:
+        InputError: no such file, empty, or something else.
+    """
+    if reason := why_unreadable(path):
+        raise InputError(f"{path} {reason}")
+    try:
+        return safetensors.safe_open(path, framework="pt")
+    except safetensors.SafetensorError as error:
+        raise InputError(f"{path} is not a whole safetensors file: {error}; get the file again") from error
+    except OSError as error:
+        raise outside(error, f"cannot read {path}") from error
+
+
+def why_unreadable(path: str | Path) -> str | None:
+    """Why no weights can be in a file, judged by its first bytes; None where they may be."""
+    path = Path(path)
+    if not path.exists():
+        return "does not exist"
+    if not path.is_file():
+        return "is not a regular file"
+    try:
+        with path.open("rb") as file:
+            start = file.read(512)
+    except OSError as error:
+        raise outside(error, f"cannot read {path}") from error
+    text = start.lstrip().lower()
+    if not start:
+        return "is empty: get the file again"
+    if text.startswith(b"version https://git-lfs"):
+        return "is a git-lfs pointer, not the file itself: run 'git lfs pull' where it came from"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "is a web page, not weights: the download went wrong; get the file again"
+    if path.suffix == ".safetensors" and start.startswith((b"PK\x03\x04", b"\x80")):
+        return "is a pickle, not safetensors: rename it to .pth and give it with --checkpoint"
+    return None
+
+
+def _plan_of(model: nn.Module, known: Header | None) -> Plan:
+    harmonic = {name: conv for name, conv in convolutions(model).items() if isinstance(conv, HarmonicMixin)}
+    if not harmonic:
+        raise UsageError(f"this {type(model).__name__} has no harmonic convolution: convert it first")
+    normalizations = {conv.normalization for conv in harmonic.values()}
+    if len(normalizations) > 1:
+        raise UsageError("this network mixes normalisations of the basis, which one file cannot hold")
+    layers = tuple(LayerPlan(name, kernel_size(conv), conv.frequencies) for name, conv in harmonic.items())
+    plan = Plan(layers, normalization=normalizations.pop())
+    if known and sorted(known.plan.layers, key=str) == sorted(layers, key=str):
+        return replace(known.plan)
+    return plan
+
+
+def _timm_source(model: nn.Module) -> Source | None:
+    """The timm source of a network that timm made, if making it again gives the same shapes."""
+    cfg = getattr(model, "pretrained_cfg", None)
+    cfg = cfg if isinstance(cfg, dict) else getattr(cfg, "__dict__", {})
+    architecture = cfg.get("architecture")
+    if not architecture:
+        return None
+    arguments = {"num_classes": getattr(model, "num_classes", None), "in_chans": getattr(model, "in_chans", None)}
+    arguments = {key: value for key, value in arguments.items() if isinstance(value, int)}
+    shapes = _dense_shapes(model)
+    for candidate in (arguments, {}):
+        with suppress(Exception), torch.device("meta"):
+            twin = timm.create_model(architecture, pretrained=False, **candidate)
+            if _dense_shapes(twin) == shapes:
+                return Source("timm", architecture, candidate, licence=cfg.get("license"))
+    return None
+
+
+def _dense_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes that the state dict of the network's dense form has."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    for name, conv in convolutions(model).items():
+        if isinstance(conv, HarmonicMixin):
+            shape = shapes.pop(_join(name, "coefficients"))
+            shapes[_join(name, "weight")] = (*shape[:2], *kernel_size(conv))
+    return shapes
+
+
+def _join(prefix: str, key: str) -> str:
+    return f"{prefix}.{key}" if prefix else key

@@ -1,0 +1,94 @@
+"""The command line: one file per command, none of them with logic of its own. Torch is imported when a command runs."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import signal
+import sys
+import traceback
+from typing import Any
+
+import click
+
+COMMANDS = ("convert", "verify", "inspect", "export", "demo")
+
+
+class Program(click.Group):
+    """Loads a command's file when it is named, and turns every error into one line and an exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f".{name}", __name__).command
+        return command
+
+    def main(self, args: Any = None, *rest: Any, **extra: Any) -> Any:
+        extra["standalone_mode"] = False
+        arguments = list(sys.argv[1:] if args is None else args)
+        debug = "--debug" in arguments
+        with contextlib.suppress(ValueError):  # not the main thread: whoever runs us handles signals
+            signal.signal(signal.SIGTERM, _terminate)
+        try:
+            result = super().main(arguments, *rest, **extra)
+            sys.exit(result if isinstance(result, int) else 0)
+        except click.exceptions.Exit as stop:
+            sys.exit(stop.exit_code)
+        except click.ClickException as error:
+            _say(error.format_message() + _hint(error))
+            sys.exit(error.exit_code)
+        except (click.Abort, KeyboardInterrupt):
+            _say("interrupted; nothing was written")
+            sys.exit(130)
+        except BrokenPipeError:
+            sys.stderr.close()
+            sys.exit(0)
+        except Exception as error:
+            if debug:
+                traceback.print_exc()
+            message, code = _explain(error)
+            _say(message)
+            sys.exit(code)
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    from ..errors import HarmconvertError
+
+    if isinstance(error, HarmconvertError):
+        return str(error), error.exit_code
+    text = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    if isinstance(error, MemoryError) or "not enough memory" in text or "out of memory" in text:
+        return f"out of memory ({text}): use a smaller input or a machine with more", 4
+    if isinstance(error, OSError):
+        return text, 4
+    return f"unexpected {text}; run again with --debug to see where, and please report it", 3
+
+
+def _hint(error: click.ClickException) -> str:
+    context = getattr(error, "ctx", None)
+    return f" (see {context.command_path} --help)" if context else ""
+
+
+def _say(message: str) -> None:
+    click.echo("harmconvert: error: " + " ".join(message.split()), err=True)
+
+
+def _terminate(number: int, frame: Any) -> None:
+    click.echo("harmconvert: error: terminated; nothing was written", err=True)
+    sys.exit(143)
+
+
+@click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="harmconvert")
+def main() -> None:
+    """Convert pretrained CNNs to harmonic form: exact, or smaller by cutting high DCT frequencies.
+
+    \b
+    Example:
+      harmconvert inspect resnet50
+      harmconvert convert resnet50 --lambda progressive
+      harmconvert export resnet50-harmonic-progressive.safetensors -o resnet50.safetensors
+    """

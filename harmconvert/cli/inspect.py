@@ -1,0 +1,44 @@
+"""harmconvert inspect"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from . import options
+
+
+@click.command(name="inspect")
+@click.argument("source")
+@click.option("--no-pretrained", is_flag=True, help="Do not fetch weights: sizes and MACs only.")
+@options.input_size
+@options.network_options
+@options.common
+def command(source: str, no_pretrained: bool, input_size: Any, as_json: bool, **network_options: Any) -> None:
+    """Say what converting SOURCE could gain, without changing or writing anything.
+
+    \b
+    Example:
+      harmconvert inspect resnet50
+      harmconvert inspect torchvision:resnet18 --no-pretrained --json
+    """
+    from ..errors import OutsideError
+    from ..inspection import inspect
+    from ..report import tables
+
+    try:
+        network = options.opened(source, network_options, pretrained=not no_pretrained, form="dense")
+        weights = not no_pretrained
+    except OutsideError as error:
+        options.say(f"note: {error}; sizes and MACs only")
+        network, weights = options.opened(source, network_options, pretrained=False, form="dense"), False
+    inspection = inspect(network.model, options.example_input(input_size, network.model), energies=weights)
+    if as_json:
+        options.print_json({"source": str(network.source), **inspection.to_json()})
+        return
+    console = options.console()
+    console.print(tables.inspection_layers(inspection))
+    for line in tables.inspection_lines(inspection):
+        console.print(line, markup=False)
+    console.print(tables.inspection_policies(inspection))

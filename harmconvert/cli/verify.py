@@ -1,0 +1,63 @@
+"""harmconvert verify"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from . import options
+
+
+@click.command(name="verify")
+@click.argument("original")
+@click.argument("converted")
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0),
+    help="Accept this relative difference of the outputs; default: 1e-12 for float64 weights, 1e-5 for float32.",
+)
+@click.option(
+    "--as-planned",
+    is_flag=True,
+    help="Accept a cut network whose every kernel is the projection that its plan asks for.",
+)
+@options.input_size
+@options.network_options
+@options.common
+def command(
+    original: str,
+    converted: str,
+    tolerance: float | None,
+    as_planned: bool,
+    input_size: Any,
+    as_json: bool,
+    **network_options: Any,
+) -> int:
+    """Compare the network ORIGINAL with CONVERTED: a harmonic checkpoint, or a dense export.
+
+    Exit code 0 where they compute the same within the tolerance, 1 where they do not; a cut network differs from its
+    original, so give --tolerance or --as-planned for one.
+
+    \b
+    Example:
+      harmconvert verify resnet50 resnet50-harmonic-full.safetensors
+      harmconvert verify resnet50 resnet50-harmonic-progressive.safetensors --as-planned
+    """
+    from ..report import tables
+    from ..sources import open_counterpart
+    from ..verify import verify
+
+    network = options.opened(original, network_options, form="dense")
+    other = open_counterpart(converted, network)
+    check = verify(network.model, other, options.verification_inputs(input_size, network.source), tolerance=tolerance)
+    passed = check.ok or (as_planned and check.as_planned)
+    console = options.console(quiet=as_json)
+    console.print(tables.verification_table(check))
+    for line in (*check.notes, check.verdict):
+        console.print(line, markup=False)
+    if as_json:
+        options.print_json({"passed": passed, **check.to_json()})
+    if not passed:
+        options.say(f"harmconvert: check failed: {check.verdict}")
+    return 0 if passed else 1

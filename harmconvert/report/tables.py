@@ -1,0 +1,146 @@
+"""Conversions, verifications and inspections as tables for a terminal, plain where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from rich.table import Table
+
+from ..convert import Conversion, LayerRecord
+from ..cost import Cost
+from ..inspection import LAMBDAS, Inspection
+from ..verify import Verification
+
+
+def conversion_table(conversion: Conversion) -> Table:
+    """One row per convolution over 1x1: kernel, kept, energy, error, or why it was skipped."""
+    rows = []
+    for layer in conversion.layers:
+        energy = "" if layer.energy is None else f"{layer.energy:.2%}"
+        error = "" if layer.error is None else f"{layer.error:.1e}"
+        rows.append([layer.name or "(root)", kernel_text(layer.kernel), _kept(layer), energy, error, layer.why or ""])
+    return _table(["layer", "kernel", "kept", "energy kept", "kernel error", "note"], rows, left={0, 5})
+
+
+def cost_lines(cost: Cost) -> list[str]:
+    """Totals: parameters, bytes, MACs by form, and the share that convolutions over 1x1 hold."""
+    reach = f"convolutions over 1x1 hold {cost.parameter_share:.1%} of {millions(cost.parameters)} parameters"
+    if cost.mac_share is not None:
+        reach += f" and {cost.mac_share:.1%} of the MACs"
+    kept = cost.harmonic_parameters / max(cost.parameters, 1)
+    return [
+        reach,
+        f"parameters  {millions(cost.parameters)} -> {millions(cost.harmonic_parameters)} ({kept:.1%})",
+        f"tensors     {megabytes(cost.bytes)} -> {megabytes(cost.harmonic_bytes)}",
+        f"MACs        {_macs(cost)}",
+    ]
+
+
+def _macs(cost: Cost) -> str:
+    if cost.dense_macs is None or cost.factored_macs is None:
+        return "unknown without an example input (--input-size C,H,W)"
+    share = cost.factored_macs / max(cost.dense_macs, 1)
+    return (
+        f"dense {millions(cost.dense_macs)}; harmonic the same, and {millions(cost.merge_macs)} a forward to merge "
+        f"kernels; factored {millions(cost.factored_macs)} ({share:.1%})"
+    )
+
+
+def verification_table(verification: Verification) -> Table:
+    """One row per convolution: kept, kernel error, output error, problem."""
+    rows = [
+        [
+            layer.name or "(root)",
+            f"{layer.kept}/{layer.total}",
+            f"{layer.kernel_error:.1e}",
+            "did not run" if layer.output_error is None else f"{layer.output_error:.1e}",
+            layer.problem or "",
+        ]
+        for layer in verification.layers
+    ]
+    return _table(["layer", "kept", "kernel error", "output error", "problem"], rows, left={0, 4})
+
+
+def inspection_layers(inspection: Inspection) -> Table:
+    """One row per convolution over 1x1: share of the parameters and the energy each lambda would keep."""
+    rows = []
+    for layer in inspection.layers:
+        size = "" if layer.output_size is None else kernel_text(layer.output_size)
+        energies = [""] * len(LAMBDAS) if layer.energy is None else [f"{e:.1%}" for e in layer.energy]
+        share = f"{layer.parameters / max(inspection.parameters, 1):.1%}"
+        rows.append([layer.name or "(root)", kernel_text(layer.kernel), size, share, *energies])
+    headings = ["layer", "kernel", "output", "parameters", *(f"energy, {lam}" for lam in LAMBDAS)]
+    return _table(headings, rows, left={0})
+
+
+def inspection_policies(inspection: Inspection) -> Table:
+    """One row per lambda policy: what the network would hold and cost."""
+    rows = []
+    for policy, cost in inspection.policies.items():
+        share = f"{cost.harmonic_parameters / max(cost.parameters, 1):.1%}"
+        macs = "unknown"
+        if cost.dense_macs and cost.factored_macs is not None:
+            macs = f"{millions(cost.factored_macs)} ({cost.factored_macs / cost.dense_macs:.1%})"
+        rows.append([policy, millions(cost.harmonic_parameters), share, megabytes(cost.harmonic_bytes), macs])
+    return _table(["lambda", "parameters", "of the whole", "tensors", "MACs, factored"], rows, left={0})
+
+
+def inspection_lines(inspection: Inspection) -> list[str]:
+    """What a cut can reach at most, and what was passed over."""
+    share = f"{inspection.parameter_share:.1%} of {millions(inspection.parameters)} parameters"
+    macs = inspection.mac_share
+    lines = [
+        f"{len(inspection.layers)} convolutions over 1x1 hold {share}"
+        + (f" and {macs:.1%} of the MACs" if macs is not None else "; MACs are unknown without an input size")
+        + ": no cut can save more",
+    ]
+    if inspection.one_by_one:
+        lines.append(f"{inspection.one_by_one} convolutions of 1x1 have nothing to cut")
+    lines += [f"skipped {skip.name or '(root)'} ({skip.kind}): {skip.why}" for skip in inspection.skipped]
+    return lines
+
+
+def file_size(path: str | Path) -> str:
+    """Size of a file, or of the files in a folder."""
+    path = Path(path)
+    return megabytes(sum(f.stat().st_size for f in path.rglob("*")) if path.is_dir() else path.stat().st_size)
+
+
+def millions(count: int | None) -> str:
+    """A count with a unit: 19.66M, 4.09G."""
+    count = count or 0
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= size:
+            return f"{count / size:.2f}{unit}"
+    return str(count)
+
+
+def megabytes(count: int) -> str:
+    """Bytes in MB of 10^6."""
+    return f"{count / 1e6:.2f} MB"
+
+
+def kernel_text(size: Iterable[int]) -> str:
+    """3x3."""
+    return "x".join(map(str, size))
+
+
+def _kept(layer: LayerRecord) -> str:
+    return "skipped" if layer.skipped else f"{layer.kept}/{layer.total}"
+
+
+def _table(headings: list[str], rows: list[list[str]], left: set[int]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for index, heading in enumerate(headings):
+        if any(row[index] for row in rows):
+            table.add_column(heading, justify="left" if index in left else "right", no_wrap=index == 0)
+    used = [index for index in range(len(headings)) if any(row[index] for row in rows)]
+    for row in rows:
+        table.add_row(*(_plain(row[index]) for index in used))
+    return table
+
+
+def _plain(text: str) -> str:
+    """Names come from files: neither console markup nor control characters in them may do anything."""
+    return "".join(c if c.isprintable() else "?" for c in text).replace("[", "\\[")

@@ -1,0 +1,423 @@
+"""Source strings -> networks (DESIGN 1): where a network and its weights come from."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import importlib
+import importlib.util
+import json
+import os
+import pickle
+import re
+import socket
+import sys
+import urllib.error
+import urllib.parse
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
+
+import huggingface_hub.constants
+import huggingface_hub.errors
+import safetensors.torch
+import timm
+import torch
+import torchvision
+from timm.models import clean_state_dict
+from torch import Tensor, nn
+
+from . import checkpoint
+from .checkpoint import Header, Source, load_state, open_safetensors, weights_sha256, why_unreadable
+from .errors import HarmconvertError, InputError, OutsideError, UsageError
+from .samples import SAMPLES
+from .surgery import first_line
+
+SCHEMES = ("timm", "torchvision", "hf-hub", "local-dir", "sample")
+OFFLINE = (
+    f"what works offline: {', '.join(f'sample:{name}' for name in SAMPLES)}, local-dir:PATH, your own FILE.py:FACTORY, "
+    "or any timm or torchvision name with --checkpoint FILE"
+)
+
+
+# What torch.load raises for files that are broken, or that are more than tensors.
+_UNREADABLE = (
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    OSError,
+)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network, where it came from, and (for a harmonic checkpoint) what its file says of it."""
+
+    model: nn.Module
+    source: Source
+    header: Header | None = None
+
+
+def open_source(
+    text: str,
+    *,
+    weights: str | Path | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    pretrained: bool = True,
+    form: str = "harmonic",
+    trust_code: bool = False,
+) -> Network:
+    """The network that a source string names, with its weights, in eval mode.
+
+    Args:
+        text: ``NAME`` or ``timm:NAME``, ``torchvision:NAME``, ``hf-hub:USER/REPO``, ``local-dir:PATH``,
+            ``package.module:factory``, ``file.py:factory``, ``sample:NAME``, or the path of a harmonic checkpoint.
+        weights: a .safetensors or .pth file that replaces the weights (never unpickled beyond plain tensors).
+        arguments: keyword arguments for the network's maker, such as num_classes.
+        pretrained: False leaves the weights at random, for looking at sizes.
+        form: of a harmonic checkpoint: ``"harmonic"`` or ``"dense"``.
+        trust_code: let a harmonic checkpoint name user code to build its network with, and run that.
+
+    Raises:
+        UsageError: a source that names nothing.
+        InputError: weights that are unreadable or do not fit.
+        OutsideError: the network is needed and not there, or a package is missing.
+    """
+    if is_checkpoint_path(text):
+        header = checkpoint.read_header(text)
+        model = load(text, form=form, trust_code=trust_code)
+        if weights is not None or arguments:
+            raise UsageError(f"{text} is a harmonic checkpoint: it takes neither other weights nor arguments")
+        return Network(model.eval(), header.source or Source("unknown", text), header)
+    source = parse_source(text, arguments)
+    if weights is not None:
+        model, source = _build(source)
+        state = read_weights(weights)
+        load_state(model, _renamed(model, state), str(weights))
+    else:
+        model, source = _build(source, pretrained=pretrained)
+    return Network(model.eval(), replace(source, sha256=weights_sha256(model)))
+
+
+def open_counterpart(text: str, original: Network) -> nn.Module:
+    """The network to compare with an original: a harmonic checkpoint or plain weights of its, or any other source.
+
+    The original's own structure is filled where ``text`` is a file, so nothing that the file names is built or run.
+
+    Raises: as `open_source`.
+    """
+    if not Path(text).is_file() or ".py:" in text:
+        return open_source(text).model
+    try:
+        checkpoint.read_header(text)
+    except InputError:
+        with_weights = copy.deepcopy(original.model)
+        load_state(with_weights, _renamed(with_weights, read_weights(text)), text)
+        return with_weights
+    return checkpoint.load(text, model=original.model).eval()
+
+
+def load(
+    path: str | Path, *, model: nn.Module | None = None, form: str = "harmonic", trust_code: bool = False
+) -> nn.Module:
+    """Read a harmonic checkpoint, rebuilding the network that its source names unless ``model`` is given.
+
+    Args:
+        model: the plain network to fill (for the user's own code); it is copied, not changed.
+        form: ``"harmonic"`` or ``"dense"``.
+        trust_code: rebuild from user code that the file names. Off, because that would run what a file says.
+
+    Raises:
+        InputError: the file is unreadable or does not fit; UsageError: no network to fill, or an unknown form.
+    """
+    return checkpoint.load(path, model=model, form=form, rebuild=lambda source: rebuild(source, trust_code))
+
+
+def rebuild(source: Source, trust_code: bool = False) -> nn.Module:
+    """The network that a recorded source names, its weights still to be loaded. Needs no network.
+
+    Raises:
+        UsageError: the source is user code and ``trust_code`` is not set; InputError: it cannot be built.
+    """
+    if source.scheme == "code" and not trust_code:
+        raise UsageError(
+            f"this checkpoint's network is made by user code ({source.name}), which is not run unasked: "
+            "pass the plain network as model=, or --trust-code if you know the file"
+        )
+    try:
+        if "architecture" in source.arguments:  # hubs and folders: what their config said is recorded
+            arguments = dict(source.arguments)
+            return cast(nn.Module, timm.create_model(arguments.pop("architecture"), pretrained=False, **arguments))
+        return _build(source)[0]
+    except HarmconvertError:
+        raise
+    except Exception as error:
+        raise InputError(f"the recorded source {source} cannot be built: {first_line(error)}; pass model=") from error
+
+
+def is_checkpoint_path(text: str) -> bool:
+    """Whether a source string is a path to a harmonic checkpoint, by its looks; says what to do with a .pth."""
+    if text.endswith((".pth", ".pt", ".bin", ".ckpt")) and Path(text).exists():
+        raise UsageError(f"{text} holds weights only: name its network, and give the weights with --checkpoint {text}")
+    return text.endswith(".safetensors") or (Path(text).is_file() and ":" not in text)
+
+
+def parse_source(text: str, arguments: Mapping[str, Any] | None = None) -> Source:
+    """Split a source string into scheme and name.
+
+    >>> parse_source("torchvision:resnet18").scheme, parse_source("resnet50").scheme, parse_source("net.py:make").scheme
+    ('torchvision', 'timm', 'code')
+    """
+    scheme, colon, name = text.partition(":")
+    arguments = dict(arguments or {})
+    scheme = scheme.replace("_", "-")
+    if colon and scheme in SCHEMES:
+        if not name:
+            raise UsageError(f"source {text!r} names nothing after '{scheme}:'")
+        return Source(scheme, name, arguments)
+    if colon:
+        return Source("code", text, arguments)
+    return Source("timm", text, arguments)
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """A state dict from a .safetensors or .pth file; pickles are read with weights_only=True, whatever the environment.
+
+    Training wrappers are opened ("state_dict", "model", EMA first) and "module." prefixes dropped.
+
+    Raises:
+        InputError: unreadable, not a state dict, or a pickle that would run code.
+    """
+    if reason := why_unreadable(path):
+        raise InputError(f"{path} {reason}")
+    if Path(path).suffix == ".safetensors":
+        with open_safetensors(path):
+            return safetensors.torch.load_file(path)
+    try:
+        # An explicit weights_only=True is not overruled by TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD.
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except _UNREADABLE as error:
+        text = first_line(error)
+        if "Unsupported" in str(error) or "GLOBAL" in str(error) or "weights_only" in str(error).lower():
+            raise InputError(
+                f"{path} holds more than tensors, and reading it would run code: refused; save its state_dict as "
+                f".safetensors where you trust it ({text.split('.')[0][:120]})"
+            ) from error
+        raise InputError(f"{path} is not a readable .pth file: {text or type(error).__name__}; get it again") from error
+    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()) or not content:
+        raise InputError(f"{path} holds no state dict (a mapping from names to tensors)")
+    return dict(clean_state_dict(dict(content)))
+
+
+def _build(source: Source, pretrained: bool = False) -> tuple[nn.Module, Source]:
+    maker = cast(
+        "Callable[[Source, bool], tuple[nn.Module, Source]]", globals()[f"_from_{source.scheme.replace('-', '_')}"]
+    )
+    return maker(source, pretrained)
+
+
+def _from_timm(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
+    if not timm.is_model(source.name):
+        raise UsageError(f"timm has no model {source.name!r}{_close(source.name, timm.list_models())}")
+    with _reaching_out(str(source)):
+        model = timm.create_model(source.name, pretrained=pretrained, **source.arguments)
+    return model, replace(source, licence=_cfg(model).get("license"))
+
+
+def _from_hf_hub(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
+    with _reaching_out(str(source)):
+        _, architecture, model_arguments = timm.models.load_model_config_from_hf(source.name)
+        model = timm.create_model(f"hf-hub:{source.name}", pretrained=pretrained, **source.arguments)
+    return model, _with_config(source, model, architecture, model_arguments)
+
+
+def _from_local_dir(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
+    config = Path(source.name) / "config.json"
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+        architecture = str(content["architecture"])
+    except FileNotFoundError as error:
+        raise InputError(f"{source.name} is no timm folder: it has no config.json") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{config} is unreadable: {first_line(error)}; get the folder again") from error
+    files = [
+        Path(source.name) / f for f in ("model.safetensors", "pytorch_model.bin") if (Path(source.name) / f).exists()
+    ]
+    if pretrained and not files:
+        raise InputError(f"{source.name} has no weights: neither model.safetensors nor pytorch_model.bin")
+    try:
+        model = timm.create_model(f"local-dir:{source.name}", pretrained=False, **source.arguments)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{config} makes no network: {first_line(error)}") from error
+    if pretrained:
+        load_state(model, _renamed(model, read_weights(files[0])), str(files[0]))
+    return model, _with_config(source, model, architecture, content.get("model_args") or {})
+
+
+def _from_torchvision(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
+    name, _, tag = source.name.partition(".")
+    if name not in torchvision.models.list_models():
+        raise UsageError(f"torchvision has no model {name!r}{_close(name, torchvision.models.list_models())}")
+    weights = torchvision.models.get_model_weights(name)
+    try:
+        chosen = weights[tag] if tag else weights["DEFAULT"]
+    except KeyError as error:
+        raise UsageError(
+            f"torchvision:{name} has no weights {tag!r}: there are {', '.join(w.name for w in weights)}"
+        ) from error
+    arguments: dict[str, Any] = dict(source.arguments)
+    builder = torchvision.models.get_model_builder(name)
+    if not pretrained and "weights_backbone" in builder.__code__.co_varnames:
+        arguments |= {"weights_backbone": None}
+    with _reaching_out(str(source)):
+        model = builder(weights=chosen if pretrained else None, **arguments)
+    crop = getattr(chosen.transforms(), "crop_size", None)
+    if crop and not hasattr(model, "pretrained_cfg"):
+        model.pretrained_cfg = {"input_size": _input_size(builder.__module__, chosen, crop[0])}
+    return model, source
+
+
+def _from_sample(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
+    if source.name not in SAMPLES:
+        raise UsageError(f"there is no sample {source.name!r}: use one of {', '.join(SAMPLES)}")
+    sample = SAMPLES[source.name]
+    model = sample.build()
+    if pretrained:
+        load_state(model, sample.weights(), str(source))
+    return model, replace(source, licence=sample.licence)
+
+
+def _from_code(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
+    """The user's own factory: any weights it gives its network are the pretrained ones."""
+    place, _, factory = source.name.rpartition(":")
+    try:
+        module = _import(place)
+    except HarmconvertError:
+        raise
+    except ModuleNotFoundError as error:
+        raise UsageError(f"cannot import {place}: {error}; known schemes are {', '.join(SCHEMES)}") from error
+    except Exception as error:
+        raise InputError(f"{place} fails when imported: {type(error).__name__}: {first_line(error)}") from error
+    if not callable(getattr(module, factory, None)):
+        raise UsageError(f"{place} has no function {factory!r}")
+    try:
+        model = getattr(module, factory)(**source.arguments)
+    except Exception as error:
+        raise InputError(f"{source.name} fails: {type(error).__name__}: {first_line(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{source.name} returns a {type(model).__name__}, not a torch.nn.Module")
+    return model, source
+
+
+def _import(place: str) -> ModuleType:
+    """A file or module of the user's, which may import its neighbours, as when python is started beside it."""
+    if not place.endswith(".py"):
+        if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", place):
+            raise UsageError(f"unknown source {place!r}: use {', '.join(SCHEMES)}:NAME, or MODULE:FACTORY")
+        with _first_on_path(Path.cwd()):
+            return importlib.import_module(place)
+    path = Path(place).resolve()
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise UsageError(f"there is no file {place}: give FILE.py:FACTORY, or one of {', '.join(SCHEMES)}:NAME")
+    module = importlib.util.module_from_spec(spec)
+    with _first_on_path(path.parent):
+        spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def _first_on_path(folder: Path) -> Iterator[None]:
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+
+
+def _renamed(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict under this network's keys: timm's own filter helps where an older file's keys differ."""
+    if set(state) == set(model.state_dict()):
+        return state
+    module = importlib.import_module(type(model).__module__)
+    rename = getattr(module, "checkpoint_filter_fn", None)
+    if rename is None or not type(model).__module__.startswith("timm."):
+        return state
+    try:
+        return dict(rename(dict(state), model))
+    except Exception:
+        return state  # the complaint about the file's own keys says more
+
+
+@contextmanager
+def _reaching_out(what: str) -> Iterator[None]:
+    """Turn every way in which a download fails into one error; without a network look in the local caches only."""
+    offline = huggingface_hub.constants.HF_HUB_OFFLINE
+    try:
+        if not _hub_resolves():
+            # The hub's client would retry for most of a minute before it said so.
+            huggingface_hub.constants.HF_HUB_OFFLINE = True
+        yield
+    except (urllib.error.URLError, huggingface_hub.errors.HfHubHTTPError, OSError) as error:
+        raise OutsideError(f"the weights of {what} cannot be fetched: {first_line(error)}; {OFFLINE}") from error
+    except RuntimeError as error:
+        if "No pretrained weights" in str(error) or "no pretrained weights" in str(error):
+            raise InputError(f"{what} has no pretrained weights: give some with --checkpoint FILE") from error
+        raise InputError(f"{what} cannot be made: {first_line(error)}") from error
+    except (TypeError, ValueError, AssertionError) as error:
+        raise InputError(f"{what} cannot be made: {first_line(error)}") from error
+    finally:
+        huggingface_hub.constants.HF_HUB_OFFLINE = offline
+
+
+def _hub_resolves() -> bool:
+    if any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True  # names are the proxy's to resolve
+    host = urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT)
+    try:
+        socket.getaddrinfo(host.hostname, host.port or 443)
+    except OSError:
+        return False
+    return True
+
+
+def _with_config(source: Source, model: nn.Module, architecture: str, model_arguments: Mapping[str, Any]) -> Source:
+    """The source with all that is needed to build the network again without the hub or the folder."""
+    recorded = {"architecture": architecture, **model_arguments, **source.arguments}
+    if isinstance(classes := getattr(model, "num_classes", None), int):
+        recorded["num_classes"] = classes
+    return replace(source, arguments=recorded, licence=_cfg(model).get("license"))
+
+
+def _cfg(model: nn.Module) -> dict[str, Any]:
+    cfg = getattr(model, "pretrained_cfg", None)
+    return cfg if isinstance(cfg, dict) else {}
+
+
+def _input_size(module: str, weights: Any, crop: int) -> tuple[int, ...]:
+    if ".video" in module:
+        return (3, int(weights.meta.get("min_temporal_size", 16)), crop, crop)
+    return (3, crop, crop)
+
+
+def _close(name: str, names: list[str]) -> str:
+    matches = difflib.get_close_matches(name.partition(".")[0], names, 3)
+    return (
+        f": did you mean {', '.join(matches)}?"
+        if matches
+        else "; other schemes are torchvision:, hf-hub:, local-dir:, sample:"
+    )

@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+# Two cores: either one process with two threads, or (pytest-xdist) two processes with one.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_hub() -> None:
+    os.environ["HF_HUB_OFFLINE"] = "1"
