@@ -83,13 +83,8 @@ class HarmonicMixin(nn.Module):
         return self
 
     def _set_basis(self) -> None:
-        basis = dct_basis(
-            _kernel_size(self),
-            self.frequencies,
-            self.normalization,
-            dtype=torch.promote_types(self.coefficients.dtype, torch.float32),
-        )
-        self._buffers["basis"] = basis.to(self.coefficients.device)
+        kernel_size = _kernel_size(self)
+        self._buffers["basis"] = _basis_for(self.coefficients, kernel_size, self.frequencies, self.normalization)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so pickle and copy are told how to make it again.
@@ -110,7 +105,7 @@ def base_class(harmonic: nn.Module) -> type[nn.Module]:
 def reason_not_convertible(conv: nn.Module) -> str | None:
     """Why a convolution over 1x1 cannot be converted, or None where it can be."""
     if isinstance(conv, HarmonicMixin):
-        return "is harmonic already"
+        return "is harmonic already: fuse() the network first"
     if parametrize.is_parametrized(conv):
         return "its weight is parametrized: remove the parametrization first"
     weight = conv._parameters.get("weight")
@@ -231,9 +226,10 @@ class HarmonicBlock2d(nn.Module):
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.stride, self.padding, self.dilation = stride, padding, dilation
         responses = in_channels * len(self.frequencies)
-        self.register_buffer("basis", dct_basis(self.kernel_size, self.frequencies).float(), persistent=False)
+        self.register_buffer("basis", None, persistent=False)
         self.norm = nn.BatchNorm2d(responses, affine=False) if normalize else nn.Identity()
         self.mix = nn.Conv2d(responses, out_channels, 1, groups=groups, bias=bias)
+        self._set_basis()
 
     def forward(self, x: Tensor) -> Tensor:
         basis_F1KK = cast(Tensor, self.basis).unflatten(1, self.kernel_size)[:, None].to(x.dtype)
@@ -242,6 +238,14 @@ class HarmonicBlock2d(nn.Module):
             x, filters, None, self.stride, self.padding, self.dilation, groups=self.in_channels
         )
         return cast(Tensor, self.mix(self.norm(responses)))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self._set_basis()
+        return self
+
+    def _set_basis(self) -> None:
+        self._buffers["basis"] = _basis_for(self.mix.weight, self.kernel_size, self.frequencies, "ortho")
 
     def extra_repr(self) -> str:
         kept = f"{len(self.frequencies)}/{len(all_frequencies(self.kernel_size))}"
@@ -267,6 +271,14 @@ def _merged_kernel(coefficients: Tensor, basis: Tensor, kernel_size: tuple[int, 
     return (
         kernel.contiguous(memory_format=channels_last) if input.is_contiguous(memory_format=channels_last) else kernel
     )
+
+
+def _basis_for(
+    parameter: Tensor, kernel_size: Sequence[int], frequencies: Sequence[Frequency], normalization: str
+) -> Tensor:
+    """The basis in the precision that merging with that parameter wants (float32 or better), on its device."""
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    return dct_basis(kernel_size, frequencies, normalization, dtype).to(parameter.device)
 
 
 def empty_counterpart(conv: nn.Module) -> nn.Module:

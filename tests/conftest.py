@@ -4,9 +4,14 @@ import os
 
 import pytest
 import torch
+from hypothesis import settings
 
 # Two cores: either one process with two threads, or (pytest-xdist) two processes with one.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+# The same examples at every run, and no verdict from a clock.
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,296 @@
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.fx
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+from harmconvert.basis import all_frequencies, frequencies_below
+from harmconvert.conv import HarmonicBlock2d, HarmonicMixin, harmonic_class, to_dense, to_harmonic
+from harmconvert.errors import UsageError
+from harmconvert.projection import project, reconstruct
+
+from . import oracle
+from .networks import CONVOLUTIONS, random_input, seeded
+
+every_convolution = pytest.mark.parametrize("kind", CONVOLUTIONS)
+
+
+def case(kind: str, dtype: torch.dtype = torch.float32) -> tuple[Any, torch.Tensor]:
+    make, shape = CONVOLUTIONS[kind]
+    return seeded(make, dtype), random_input(shape, dtype)
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+@every_convolution
+def test_whole_basis_computes_the_same(kind: str) -> None:
+    for dtype, bound in ((torch.float64, 1e-13), (torch.float32, 2e-6)):
+        conv, x = case(kind, dtype)
+        assert relative(to_harmonic(conv)(x), conv(x)) < bound
+
+
+@every_convolution
+def test_a_cut_computes_what_the_projected_kernel_does(kind: str) -> None:
+    conv, x = case(kind, torch.float64)
+    size = tuple(conv.weight.shape[2:])
+    kept = all_frequencies(size)[: max(1, len(all_frequencies(size)) // 2)]
+    harmonic = to_harmonic(conv, kept)
+    expected = copy.deepcopy(conv)
+    with torch.no_grad():
+        expected.weight.copy_(reconstruct(project(conv.weight, kept), size, kept))
+    assert harmonic.coefficients.shape == (*conv.weight.shape[:2], len(kept))
+    assert relative(harmonic(x), expected(x)) < 1e-13
+    assert relative(harmonic(x), conv(x)) > 1e-3, "the cut should show"
+
+
+@every_convolution
+def test_dense_again_gives_the_original_back(kind: str) -> None:
+    conv, x = case(kind)
+    again = to_dense(to_harmonic(conv))
+    assert type(again) is type(conv)
+    assert list(again.state_dict()) == list(conv.state_dict())
+    ulp = torch.finfo(torch.float32).eps * conv.weight.abs().flatten(1).amax(1)
+    assert ((again.weight - conv.weight).abs().flatten(1).amax(1) <= 2 * ulp).all()
+    assert set(again.__dict__) == set(conv.__dict__)
+    assert repr(again) == repr(conv)
+
+
+@every_convolution
+def test_every_attribute_is_carried(kind: str) -> None:
+    conv, _ = case(kind)
+    conv.train()
+    conv.weight.requires_grad_(False)
+    harmonic = to_harmonic(conv)
+    assert isinstance(harmonic, type(conv))
+    assert harmonic.training
+    assert not harmonic.coefficients.requires_grad
+    for name in ("stride", "padding", "padding_mode", "dilation", "groups", "kernel_size", "output_padding"):
+        assert getattr(harmonic, name) == getattr(conv, name)
+    assert (harmonic.bias is None) == (conv.bias is None)
+    if conv.bias is not None:
+        assert torch.equal(harmonic.bias, conv.bias)
+        assert harmonic.bias is not conv.bias
+    keys = [key.replace("weight", "coefficients") for key in conv.state_dict()]
+    assert list(harmonic.state_dict()) == keys
+
+
+@every_convolution
+def test_copies_and_pickles(kind: str) -> None:
+    conv, x = case(kind)
+    harmonic = to_harmonic(conv)
+    saved = io.BytesIO()
+    torch.save(harmonic, saved)
+    saved.seek(0)
+    twins = [copy.deepcopy(harmonic), pickle.loads(pickle.dumps(harmonic)), torch.load(saved, weights_only=False)]
+    for twin in twins:
+        assert type(twin) is type(harmonic)
+        assert torch.equal(twin(x), harmonic(x))
+        with torch.no_grad():
+            twin.coefficients.zero_()
+    assert harmonic(x).abs().sum() > 0, "copies must not share parameters"
+
+
+@every_convolution
+def test_gradients_reach_the_coefficients(kind: str) -> None:
+    conv, x = case(kind, torch.float64)
+    harmonic = to_harmonic(conv)
+    (harmonic(x) ** 2).sum().backward()
+    (conv(x) ** 2).sum().backward()
+    # The basis is orthonormal, so the kernel's gradient projects onto the coefficients'.
+    torch.testing.assert_close(harmonic.coefficients.grad, project(conv.weight.grad), rtol=1e-9, atol=1e-9)
+
+
+@every_convolution
+def test_torch_compile_and_export_take_it_whole(kind: str) -> None:
+    conv, x = case(kind)
+    harmonic = to_harmonic(conv)
+    expected = harmonic(x)
+    torch._dynamo.reset()
+    compiled = torch.compile(harmonic, fullgraph=True, backend="eager")
+    assert relative(compiled(x), expected) < 1e-6
+    if "Same" not in kind:  # their padding is computed from the size in a way that export refuses for the plain one too
+        assert relative(torch.export.export(harmonic, (x,)).module()(x), expected) < 1e-6
+
+
+def test_the_mixin_equals_a_slow_harmonic_layer() -> None:
+    conv, x = seeded(lambda: nn.Conv2d(2, 3, 3, stride=2, padding=1, dilation=2, bias=False), torch.float64), None
+    x = random_input((2, 2, 7, 7), torch.float64)
+    kept = frequencies_below((3, 3), 3)
+    harmonic: Any = to_harmonic(conv, kept)
+    expected = oracle.harmonic_layer(x.numpy(), harmonic.coefficients.detach().numpy(), (3, 3), kept, 2, 1, 2)
+    np.testing.assert_allclose(harmonic(x).detach().numpy(), expected, atol=1e-12)
+
+
+def test_the_kernel_is_merged_once_a_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    import harmconvert.conv as module
+
+    merges = []
+    real = module.merge
+    monkeypatch.setattr(module, "merge", lambda *tensors: merges.append(1) or real(*tensors))
+    conv, x = case("ScaledStdConv2dSame")  # reads its weight more than once
+    harmonic = to_harmonic(conv)
+    harmonic(x)
+    assert len(merges) == 1
+    assert harmonic._merged is None, "nothing outlives the forward"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_the_merge_stays_in_float32(dtype: torch.dtype) -> None:
+    conv, x = case("plain")
+    harmonic = to_harmonic(conv)
+    with torch.autocast("cpu", dtype=dtype):
+        assert harmonic(x).dtype == dtype
+        assert harmonic.weight.dtype == torch.float32
+        # The kernel that autocast rounds is within rounding of the original's: so the outputs are near to the last bit.
+        assert relative(harmonic(x).float(), conv(x).float()) <= torch.finfo(dtype).eps
+
+
+def test_the_kernel_follows_the_inputs_memory_format() -> None:
+    conv, x = case("grouped")
+    harmonic = to_harmonic(conv)
+    formats = []
+    real = nn.functional.conv2d
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.functional, "conv2d", lambda x, w, *a: formats.append(w.stride()) or real(x, w, *a))
+        harmonic(x.to(memory_format=torch.channels_last))
+        harmonic(x)
+    assert formats == [(18, 1, 6, 2), (18, 9, 3, 1)]
+
+
+def test_the_basis_survives_casting_and_moving() -> None:
+    conv, x = case("plain")
+    harmonic: Any = to_harmonic(conv)
+    basis = harmonic.basis.clone()
+    assert "basis" not in harmonic.state_dict()
+    half = copy.deepcopy(harmonic).half()
+    assert (half.coefficients.dtype, half.basis.dtype) == (torch.float16, torch.float32)
+    assert torch.equal(half.float().basis, basis)
+    assert copy.deepcopy(harmonic).double().basis.dtype == torch.float64
+    emptied = copy.deepcopy(harmonic).to("meta").to_empty(device="cpu")
+    assert torch.equal(emptied.basis, basis)
+
+
+def test_a_double_network_keeps_float64_accuracy_after_casting() -> None:
+    conv, x = case("plain")
+    harmonic = to_harmonic(conv).double()
+    kernel = reconstruct(harmonic.coefficients.detach(), (3, 3))
+    torch.testing.assert_close(harmonic.weight.detach(), kernel, rtol=0, atol=1e-15)
+
+
+def test_symbolic_tracing_sees_one_call_for_the_merge() -> None:
+    conv, x = case("plain")
+    harmonic = nn.Sequential(to_harmonic(conv))
+    traced = torch.fx.symbolic_trace(harmonic)
+    assert torch.equal(traced(x), harmonic(x))
+
+
+def test_hooks_and_parameter_attributes_are_carried() -> None:
+    conv, x = case("plain")
+    calls: list[int] = []
+    conv.register_forward_hook(lambda *_: calls.append(1))
+    conv.weight.decay = False
+    harmonic: Any = to_harmonic(conv)
+    harmonic(x)
+    assert calls == [1]
+    assert harmonic.coefficients.decay is False
+
+
+def test_distributed_data_parallel_sees_the_coefficients(tmp_path: Any) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        conv, x = case("plain")
+        harmonic: Any = to_harmonic(conv)
+        wrapped = nn.parallel.DistributedDataParallel(harmonic)
+        wrapped(x).sum().backward()
+        assert harmonic.coefficients.grad is not None
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_resetting_parameters_draws_new_coefficients() -> None:
+    conv, _ = case("grouped")
+    harmonic: Any = to_harmonic(conv, [(0, 0)])
+    before = harmonic.coefficients.detach().clone()
+    torch.manual_seed(1)
+    harmonic.reset_parameters()
+    assert not torch.equal(harmonic.coefficients, before)
+    assert harmonic.weight.abs().max() <= 3 / (18**0.5), "the scale of torch's own draw"
+
+
+def test_the_harmonic_class_prints_and_is_made_once() -> None:
+    assert harmonic_class(nn.Conv2d) is harmonic_class(nn.Conv2d)
+    text = repr(to_harmonic(nn.Conv2d(3, 8, 3, stride=2), frequencies_below((3, 3), 2)))
+    assert text == "HarmonicConv2d(3, 8, kernel_size=(3, 3), stride=(2, 2), frequencies=3/9)"
+
+
+@pytest.mark.parametrize(
+    ("prepare", "reason"),
+    [
+        (lambda c: parametrizations.weight_norm(c), "its weight is parametrized"),
+        (lambda c: prune.l1_unstructured(c, "weight", 0.5), "computed from other tensors"),
+        (lambda c: c.to(torch.float8_e4m3fn), "its weight is float8_e4m3fn"),
+        (lambda c: to_harmonic(c), "is harmonic already"),
+    ],
+)
+def test_a_convolution_that_cannot_be_converted_says_why(prepare: Any, reason: str) -> None:
+    with pytest.raises(UsageError, match=reason):
+        to_harmonic(prepare(nn.Conv2d(3, 4, 3)))
+
+
+def test_a_lazy_convolution_wants_to_run_first() -> None:
+    with pytest.raises(UsageError, match="not initialised yet: run the network once"):
+        to_harmonic(nn.LazyConv2d(4, 3))
+
+
+def test_only_convolutions_are_converted() -> None:
+    with pytest.raises(UsageError, match="Linear is not a convolution"):
+        to_harmonic(nn.Linear(3, 3))
+    with pytest.raises(UsageError, match="Conv2d is not a harmonic convolution"):
+        to_dense(nn.Conv2d(3, 3, 3))
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("lam", ["full", 3, 2, 1])
+def test_the_block_equals_equation_3_in_loops(lam: Any, normalize: bool) -> None:
+    block = HarmonicBlock2d(2, 3, 3, stride=2, padding=1, bias=False, lam=lam, normalize=normalize).double().train()
+    x = random_input((3, 2, 6, 6), torch.float64)
+    weights_OIF = block.mix.weight.detach().numpy().reshape(3, 2, -1)
+    eps = block.norm.eps if normalize else None
+    expected = oracle.harmonic_layer(x.numpy(), weights_OIF, (3, 3), block.frequencies, 2, 1, normalize_eps=eps)
+    np.testing.assert_allclose(block(x).detach().numpy(), expected, atol=1e-12)
+
+
+def test_the_block_has_as_many_weights_as_the_convolution_it_replaces() -> None:
+    block, conv = HarmonicBlock2d(6, 9, 3, groups=3), nn.Conv2d(6, 9, 3, groups=3)
+    assert sum(p.numel() for p in block.parameters()) == sum(p.numel() for p in conv.parameters())
+    assert block(torch.zeros(1, 6, 5, 5)).shape == conv(torch.zeros(1, 6, 5, 5)).shape
+    assert block.norm.affine is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lam": 0}, "must be 'full' or an integer of at least 1"),
+        ({"lam": "half"}, "lam"),
+        ({"groups": 4}, "groups"),
+    ],
+)
+def test_block_arguments_are_checked(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        HarmonicBlock2d(6, 9, 3, **arguments)
+
+
+def test_a_harmonic_convolution_is_still_a_convolution() -> None:
+    harmonic = to_harmonic(nn.Conv2d(3, 4, 3))
+    assert isinstance(harmonic, nn.Conv2d)
+    assert isinstance(harmonic, HarmonicMixin)

@@ -1,0 +1,336 @@
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import harmconvert.models  # noqa: F401  registers wrn28_10
+from harmconvert.conv import HarmonicMixin, to_harmonic
+from harmconvert.convert import convert
+from harmconvert.cost import parameter_count
+from harmconvert.errors import InputError, UsageError
+from harmconvert.forms import fuse
+from harmconvert.plan import Plan
+from harmconvert.projection import energy_kept, project, reconstruct, relative_error
+from harmconvert.surgery import convolutions, trace
+
+from .networks import CONVOLUTIONS, Branches, random_input, seeded
+
+X = random_input((2, 3, 16, 16))
+
+
+def fingerprint(model: nn.Module) -> Any:
+    tensors = {key: (id(t), t.clone()) for key, t in model.state_dict(keep_vars=True).items()}
+    return tensors, [(name, id(m), m.training) for name, m in model.named_modules()], torch.get_rng_state()
+
+
+def unchanged(before: Any, model: nn.Module) -> bool:
+    after = fingerprint(model)
+    tensors = all(before[0][k][0] == i and torch.equal(before[0][k][1], t) for k, (i, t) in after[0].items())
+    return tensors and before[1] == after[1] and torch.equal(before[2], after[2])
+
+
+@pytest.mark.parametrize("lam", ["full", 3, 2, "progressive", {"*": 1}])
+def test_the_network_given_is_never_changed(lam: Any) -> None:
+    model = seeded(Branches).train()
+    model.norm.eval()
+    before = fingerprint(model)
+    conversion = convert(model, lam, example_input=X)
+    assert unchanged(before, model)
+    assert [m.training for m in conversion.model.modules()] == [m.training for m in model.modules()]
+    with torch.no_grad():
+        for parameter in conversion.model.parameters():
+            parameter.zero_()
+    assert unchanged(before, model), "no storage may be shared"
+
+
+def test_whole_basis_is_exact_with_shared_tied_and_odd_layers() -> None:
+    model = seeded(Branches, torch.float64)
+    converted = convert(model, example_input=X.double()).model
+    assert (converted(X.double()) - model(X.double())).abs().max() < 1e-14
+    assert converted.shared is converted.alias
+    assert converted.tied_a.coefficients is converted.tied_b.coefficients
+    assert parameter_count(converted) == parameter_count(model)
+
+
+def test_fusing_keeps_ties_and_sharing() -> None:
+    dense = fuse(convert(seeded(Branches), 2, example_input=X).model)
+    assert dense.tied_a.weight is dense.tied_b.weight
+    assert dense.shared is dense.alias
+    assert not any(isinstance(m, HarmonicMixin) for m in dense.modules())
+
+
+def test_references_outside_the_module_tree_follow() -> None:
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.order = [self.conv]  # a plain list: not a submodule
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.order[0](x)
+
+    converted: Any = convert(Listed()).model
+    assert converted.order[0] is converted.conv
+    assert isinstance(converted.conv, HarmonicMixin)
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_a_network_that_is_a_convolution_converts(kind: str) -> None:
+    make, shape = CONVOLUTIONS[kind]
+    conv = seeded(make)
+    conversion = convert(conv, example_input=random_input(shape))
+    assert isinstance(conversion.model, HarmonicMixin)
+    assert [layer.name for layer in conversion.layers] == [""]
+    assert type(fuse(conversion.model)) is type(conv)
+
+
+def test_records_say_what_became_of_each_layer() -> None:
+    model = seeded(Branches)
+    conversion = convert(model, 2, example_input=X, exclude=["unused"])
+    records = {layer.name: layer for layer in conversion.layers}
+    assert list(records) == ["stem", "shared", "tied_a", "tied_b", "deep.odd name [x]", "unused"]
+    assert records["stem"].why == "whole: it reads the network's input"
+    assert (records["stem"].kept, records["stem"].energy) == (9, 1.0)
+    assert records["stem"].error < 1e-6
+    cut, weight = records["shared"], model.shared.weight
+    kept = ((0, 0), (0, 1), (1, 0))
+    assert (cut.kept, cut.total, cut.kernel, cut.kind) == (3, 9, (3, 3), "Conv2d")
+    assert cut.energy == pytest.approx(energy_kept(weight, kept), abs=1e-6)
+    assert cut.error == pytest.approx(relative_error(reconstruct(project(weight, kept), (3, 3), kept), weight), rel=1e-6)
+    assert records["unused"].skipped
+    assert records["unused"].why == "excluded by unused"
+    assert records["unused"].energy is None
+
+
+@pytest.mark.parametrize(
+    ("lam", "millions"), [("full", "36.5"), (3, "24.4"), (2, "12.3"), ("progressive", "15.7")]
+)
+def test_published_sizes_of_wrn_28_10(lam: Any, millions: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model("wrn28_10")
+    conversion = convert(model, lam)
+    assert f"{parameter_count(conversion.model) / 1e6:.1f}" == millions
+    assert conversion.cost.harmonic_parameters == parameter_count(conversion.model)
+
+
+def test_published_size_of_resnet50() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("resnet50")
+    conversion = convert(model, "progressive")
+    assert f"{parameter_count(conversion.model) / 1e6:.2f}" == "19.66"
+    assert conversion.cost.harmonic_parameters == parameter_count(conversion.model)
+
+
+@pytest.mark.parametrize(
+    ("name", "share"), [("resnet18", "94%"), ("resnet50", "44%"), ("convnext_tiny", "6.6%"), ("efficientnet_b0", "3.5%")]
+)
+def test_share_of_parameters_over_1x1(name: str, share: str) -> None:
+    with torch.device("meta"):
+        cost = convert(timm.create_model(name)).cost
+    assert f"{cost.parameter_share:.{1 if '.' in share else 0}%}" == share
+
+
+def test_progressive_takes_the_input_size_from_the_networks_own_configuration() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("resnet18")
+    kept = {layer.name: layer.kept for layer in convert(model, "progressive").layers}
+    assert (kept["conv1"], kept["layer1.0.conv1"], kept["layer3.0.conv1"], kept["layer4.1.conv2"]) == (49, 9, 6, 3)
+
+
+def test_a_policy_that_cuts_nothing_says_so_and_what_would() -> None:
+    with torch.device("meta"):
+        conversion = convert(timm.create_model("efficientnet_b0"), "progressive")
+    assert conversion.advice is not None
+    assert "cuts nothing here" in conversion.advice
+    assert "--include PATTERN" in conversion.advice
+    assert convert(seeded(Branches), "full").advice is None
+    assert convert(seeded(Branches), 2).advice is None
+
+
+def test_a_plan_converts_as_the_policy_that_made_it() -> None:
+    model = seeded(Branches)
+    first = convert(model, "progressive", example_input=X)
+    again = convert(model, Plan.from_json(first.plan.to_json()))
+    assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True))
+
+
+def test_converting_the_fused_network_again_changes_nothing() -> None:
+    first = convert(seeded(Branches), 2, example_input=X).model
+    again = convert(fuse(first), 2, example_input=X).model
+    for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_l1_normalisation_gives_the_same_network() -> None:
+    model = seeded(Branches, torch.float64)
+    ortho, l1 = (convert(model, 2, normalization=n).model for n in ("ortho", "l1"))
+    torch.testing.assert_close(ortho(X.double()), l1(X.double()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtypes_are_kept(dtype: torch.dtype) -> None:
+    model = seeded(Branches, dtype)
+    assert {p.dtype for p in convert(model, 2).model.parameters()} == {dtype}
+
+
+def test_the_first_layer_is_found_by_running_or_by_order() -> None:
+    class Backwards(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Conv2d(4, 4, 3)
+            self.first = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(self.first(x * 2))  # normalised on its way in
+
+    kept = {layer.name: layer.kept for layer in convert(Backwards(), 2, example_input=X).layers}
+    assert kept == {"last": 3, "first": 9}
+    kept = {layer.name: layer.kept for layer in convert(Backwards(), 2).layers}
+    assert kept == {"last": 9, "first": 3}
+
+
+def test_inputs_may_be_a_tuple_a_dict_or_a_list() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Any, scale: Any = 1) -> torch.Tensor:
+            return self.conv(x[0] if isinstance(x, list) else x) * scale
+
+    for inputs in ((X, 2.0), {"x": X, "scale": 2.0}, [X]):
+        assert trace(Two(), inputs).layers["conv"].reads_input
+
+
+def test_macs_of_a_run_by_hand() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, groups=1), nn.ConvTranspose2d(8, 4, 2, stride=2), nn.Flatten(), nn.Linear(1024, 5)
+    )
+    run = trace(net, torch.zeros(2, 3, 8, 8))
+    first, second, linear = 2 * 64 * 8 * 27, 2 * 64 * 8 * 4 * 4, 2 * 1024 * 5
+    assert (run.layers["0"].macs, run.layers["1"].macs) == (first, second)
+    assert run.macs == first + second + linear
+    cost = convert(net, {"0": 2}, example_input=torch.zeros(2, 3, 8, 8)).cost
+    assert cost.dense_macs == run.macs // 2
+    # Responses of 3 channels at 64 positions, 15 products each, then 3 of 9 products of the convolution.
+    assert cost.factored_macs == cost.dense_macs - 64 * 8 * 27 + 64 * (3 * 15 + 8 * 9)
+    assert cost.merge_macs == 8 * 3 * 3 * 9 + 8 * 4 * 4 * 4
+
+
+def test_calls_of_a_shared_layer_add_up() -> None:
+    run = trace(seeded(Branches), X).layers["shared"]
+    assert (run.calls, run.order, run.output_size) == (2, 1, (8, 8))
+    assert run.macs == 2 * (2 * 64 * 8 * 8 * 9)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Linear(3, 3), "this Linear has no convolution over 1x1 to convert (it has none)"),
+        (nn.Conv2d(3, 3, 1), "this Conv2d has no convolution over 1x1 to convert (it has none)"),
+        (nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 3))), "0: its weight is parametrized"),
+        (timm.layers.BlurPool2d(3), "this BlurPool2d has no convolution over 1x1 to convert (: its blur filter is fixed"),
+        (timm.layers.CondConv2d(3, 3, 3, num_experts=2), "its kernels are mixed anew for each input"),
+    ],
+)
+def test_nothing_to_convert_is_bad_input(model: nn.Module, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        convert(model)
+    assert message in str(caught.value)
+
+
+def test_weights_that_are_no_numbers_name_the_layer() -> None:
+    for value in (float("nan"), float("inf"), -float("inf")):
+        model = seeded(Branches)
+        with torch.no_grad():
+            model.point.weight[0, 0] = value
+        with pytest.raises(InputError, match=r"point\.weight holds NaN or infinite values"):
+            convert(model)
+    model = seeded(Branches)
+    model.norm.running_var[1] = float("nan")
+    with pytest.raises(InputError, match=r"norm\.running_var holds NaN"):
+        convert(model)
+
+
+def test_integer_weights_are_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    model[0].weight = nn.Parameter(torch.ones(4, 3, 3, 3, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(InputError, match="layer 0 has int8 weights: convert the network before it is quantised"):
+        convert(model)
+
+
+def test_quantised_networks_are_refused() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantised = torch.ao.nn.quantized.Conv2d(3, 4, 3)
+    with pytest.raises(InputError, match="it is quantised"):
+        convert(nn.Sequential(quantised))
+
+
+def test_wrapped_networks_are_refused_with_the_way_out() -> None:
+    with pytest.raises(UsageError, match=r"wrapped in DataParallel: pass model\.module"):
+        convert(nn.DataParallel(Branches()))
+    with pytest.raises(UsageError, match=r"wrapped in OptimizedModule: pass model\._orig_mod"):
+        convert(torch.compile(Branches()))  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"must be a torch\.nn\.Module, not dict"):
+        convert({})  # type: ignore[arg-type]
+
+
+def test_an_input_that_does_not_fit_says_how_to_give_another() -> None:
+    with pytest.raises(UsageError, match=r"does not run on an example input of shape \(2, 5, 8, 8\): RuntimeError"):
+        convert(seeded(Branches), "progressive", example_input=torch.zeros(2, 5, 8, 8))
+
+
+def test_a_network_that_cannot_be_copied_says_so() -> None:
+    model: Any = seeded(Branches)
+    model.cache = model.stem.weight * 2  # has a gradient history
+    with pytest.raises(InputError, match="this Branches cannot be copied"):
+        convert(model)
+
+
+def test_a_weight_used_by_something_else_is_left_alone() -> None:
+    model: Any = seeded(Branches)
+    model.reader = nn.ParameterList([model.shared.weight])
+    conversion = convert(model, 2)
+    assert {s.name: s.why for s in conversion.plan.skipped} == {"shared": "its weight is also used by reader.0"}
+
+
+def test_on_the_meta_device_structure_is_converted_without_values() -> None:
+    with torch.device("meta"):
+        conversion = convert(Branches(), 2)
+    assert conversion.layers[1].kept == 3
+    assert conversion.layers[1].energy is None
+
+
+def test_harmonic_networks_are_not_converted_twice() -> None:
+    with pytest.raises(InputError, match="is harmonic already"):
+        convert(nn.Sequential(to_harmonic(nn.Conv2d(3, 3, 3))))
+
+
+def test_training_a_converted_network_lowers_its_loss() -> None:
+    model = convert(seeded(Branches), 2, example_input=X).model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    target = torch.tensor([0, 3])
+    losses = []
+    for _ in range(20):
+        loss = nn.functional.cross_entropy(model(X), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+
+
+def test_whole_network_copies_are_independent() -> None:
+    model = convert(seeded(Branches), 2, example_input=X).model
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.shared.coefficients.zero_()
+    assert model.shared.coefficients.abs().sum() > 0
+    assert twin.alias is twin.shared
