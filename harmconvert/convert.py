@@ -101,12 +101,12 @@ def convert(
         InputError: nothing to convert, weights that are not finite or not floating point.
     """
     check_network(model)
+    check_weights(model)
     run = run_where_possible(model, lam, example_input)
     plan = make_plan(find_sites(model, run), lam, include, exclude, normalization)
     if not plan.layers:
         reasons = shortened([f"{skip.name}: {skip.why}" for skip in plan.skipped], 3) or "it has none"
         raise InputError(f"this {type(model).__name__} has no convolution over 1x1 to convert ({reasons})")
-    check_weights(model)
     convs = convolutions(model)
     converted = exchange(
         model,

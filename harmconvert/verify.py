@@ -7,16 +7,17 @@ projection of the original's onto the frequencies kept? And how far are the outp
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from math import isnan, prod
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from .basis import all_frequencies
-from .conv import CONVOLUTIONS, HarmonicMixin
+from .conv import HarmonicMixin
 from .convert import default_input, fitted
 from .errors import UsageError, shortened
 from .projection import project, reconstruct
@@ -117,7 +118,7 @@ def verify(
     inputs = _inputs(original, inputs)
     dtype = _weight_dtype(original)
     pairs, structural = _pairs(original, converted)
-    altered = [] if structural else _altered_state(original, converted)
+    altered = [] if structural else _altered_state(original, converted, pairs)
     kernels = {name: _check_kernel(name, *pair) for name, pair in pairs.items()}
     notes: list[str] = []
     errors: dict[str, float | None] = {"float64": None, "float32": None}
@@ -142,7 +143,10 @@ def verify(
         for name, (kept, total, kernel_error, problem) in kernels.items()
     )
     problems = [*structural, *(f"{layer.name}: {layer.problem}" for layer in layers if layer.problem), *altered]
-    worst = max(error for error in errors.values() if error is not None)
+    measured = [error for error in errors.values() if error is not None]
+    worst = next((error for error in measured if isnan(error)), max(measured))
+    if isnan(worst):
+        notes.append("the original's outputs hold no finite value on these inputs: nothing to compare")
     limit = OUTPUT_TOLERANCE[dtype] if tolerance is None else tolerance
     within = worst <= limit  # False for NaN
     ok = within and not structural if tolerance is not None else within and not problems and agreement in (None, 1.0)
@@ -189,15 +193,16 @@ def _pairs(original: nn.Module, converted: nn.Module) -> tuple[dict[str, tuple[n
             values = [getattr(c, attribute, None) for c in (conv, other)]
             if values[0] != values[1]:
                 problems.append(f"{name}: {attribute} is {values[1]}, the original's {values[0]}")
-        if isinstance(other, HarmonicMixin) or not torch.equal(cast(Tensor, conv.weight), cast(Tensor, other.weight)):
+        if isinstance(other, HarmonicMixin) or prod(kernel_size(conv)) > 1:
             pairs[name] = (conv, other)
     return pairs, problems
 
 
-def _altered_state(original: nn.Module, converted: nn.Module) -> list[str]:
+def _altered_state(original: nn.Module, converted: nn.Module, pairs: Mapping[str, Any]) -> list[str]:
     """Parameters and buffers outside the paired kernels that differ in any bit."""
-    convs = [name for name, module in converted.named_modules() if isinstance(module, CONVOLUTIONS)]
-    kernels = {f"{name}.{key}".lstrip(".") for name in convs for key in ("weight", "coefficients")}
+    paired = {id(original.get_submodule(name)) for name in pairs}
+    names = [name for name, module in original.named_modules(remove_duplicate=False) if id(module) in paired]
+    kernels = {f"{name}.{key}".lstrip(".") for name in names for key in ("weight", "coefficients")}
     theirs = converted.state_dict()
     problems = []
     for key, tensor in original.state_dict().items():
@@ -241,9 +246,10 @@ def _check_kernel(name: str, conv: nn.Module, other: nn.Module) -> tuple[int, in
     coefficients = other.coefficients.detach().to(torch.float64)
     kernel = reconstruct(coefficients, kernel_size(conv), other.frequencies, other.normalization)
     planned = project(exact, other.frequencies, other.normalization)
-    # Each coefficient to its own last bit; where one is tiny beside its filter's, to rounding of the float64 product.
-    floor = planned.abs().flatten(1).amax(1)[:, None, None] * 1e-14
-    limit = COEFFICIENT_TOLERANCE_EPS * torch.finfo(other.coefficients.dtype).eps * planned.abs() + floor
+    # Each coefficient to its own last bit; below that only what float64 products and subnormal numbers cannot hold.
+    info = torch.finfo(other.coefficients.dtype)
+    floor = planned.abs().flatten(1).amax(1)[:, None, None] * 1e-14 + info.smallest_normal * info.eps
+    limit = COEFFICIENT_TOLERANCE_EPS * info.eps * planned.abs() + floor
     wrong = int(((coefficients - planned).abs() > limit).sum())
     problem = f"{wrong} of {planned.numel()} coefficients are not the projection of the original's kernel"
     return len(other.frequencies), len(whole), error(kernel), problem if wrong else None

@@ -1,4 +1,4 @@
-"""Slow, obvious reference maths: plain loops over the paper's equations in float64, sharing no code with the package."""
+"""Slow, obvious reference maths: the paper's equations in plain float64 loops, sharing no code with the package."""
 
 from __future__ import annotations
 

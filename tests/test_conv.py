@@ -55,7 +55,7 @@ def test_a_cut_computes_what_the_projected_kernel_does(kind: str) -> None:
 
 @every_convolution
 def test_dense_again_gives_the_original_back(kind: str) -> None:
-    conv, x = case(kind)
+    conv, _ = case(kind)
     again = to_dense(to_harmonic(conv))
     assert type(again) is type(conv)
     assert list(again.state_dict()) == list(conv.state_dict())
@@ -168,7 +168,7 @@ def test_the_kernel_follows_the_inputs_memory_format() -> None:
 
 
 def test_the_basis_survives_casting_and_moving() -> None:
-    conv, x = case("plain")
+    conv, _ = case("plain")
     harmonic: Any = to_harmonic(conv)
     basis = harmonic.basis.clone()
     assert "basis" not in harmonic.state_dict()
@@ -181,7 +181,7 @@ def test_the_basis_survives_casting_and_moving() -> None:
 
 
 def test_a_double_network_keeps_float64_accuracy_after_casting() -> None:
-    conv, x = case("plain")
+    conv, _ = case("plain")
     harmonic = to_harmonic(conv).double()
     kernel = reconstruct(harmonic.coefficients.detach(), (3, 3))
     torch.testing.assert_close(harmonic.weight.detach(), kernel, rtol=0, atol=1e-15)

@@ -17,7 +17,7 @@ from harmconvert.errors import InputError, UsageError
 from harmconvert.forms import fuse
 from harmconvert.plan import Plan
 from harmconvert.projection import energy_kept, project, reconstruct, relative_error
-from harmconvert.surgery import convolutions, trace
+from harmconvert.surgery import trace
 
 from .networks import CONVOLUTIONS, Branches, random_input, seeded
 
@@ -102,15 +102,15 @@ def test_records_say_what_became_of_each_layer() -> None:
     kept = ((0, 0), (0, 1), (1, 0))
     assert (cut.kept, cut.total, cut.kernel, cut.kind) == (3, 9, (3, 3), "Conv2d")
     assert cut.energy == pytest.approx(energy_kept(weight, kept), abs=1e-6)
-    assert cut.error == pytest.approx(relative_error(reconstruct(project(weight, kept), (3, 3), kept), weight), rel=1e-6)
+    assert cut.error == pytest.approx(
+        relative_error(reconstruct(project(weight, kept), (3, 3), kept), weight), rel=1e-6
+    )
     assert records["unused"].skipped
     assert records["unused"].why == "excluded by unused"
     assert records["unused"].energy is None
 
 
-@pytest.mark.parametrize(
-    ("lam", "millions"), [("full", "36.5"), (3, "24.4"), (2, "12.3"), ("progressive", "15.7")]
-)
+@pytest.mark.parametrize(("lam", "millions"), [("full", "36.5"), (3, "24.4"), (2, "12.3"), ("progressive", "15.7")])
 def test_published_sizes_of_wrn_28_10(lam: Any, millions: str) -> None:
     with torch.device("meta"):
         model = timm.create_model("wrn28_10")
@@ -128,7 +128,8 @@ def test_published_size_of_resnet50() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "share"), [("resnet18", "94%"), ("resnet50", "44%"), ("convnext_tiny", "6.6%"), ("efficientnet_b0", "3.5%")]
+    ("name", "share"),
+    [("resnet18", "94%"), ("resnet50", "44%"), ("convnext_tiny", "6.6%"), ("efficientnet_b0", "3.5%")],
 )
 def test_share_of_parameters_over_1x1(name: str, share: str) -> None:
     with torch.device("meta"):
@@ -235,7 +236,10 @@ def test_calls_of_a_shared_layer_add_up() -> None:
         (nn.Linear(3, 3), "this Linear has no convolution over 1x1 to convert (it has none)"),
         (nn.Conv2d(3, 3, 1), "this Conv2d has no convolution over 1x1 to convert (it has none)"),
         (nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 3))), "0: its weight is parametrized"),
-        (timm.layers.BlurPool2d(3), "this BlurPool2d has no convolution over 1x1 to convert (: its blur filter is fixed"),
+        (
+            timm.layers.BlurPool2d(3),
+            "this BlurPool2d has no convolution over 1x1 to convert (: its blur filter is fixed",
+        ),
         (timm.layers.CondConv2d(3, 3, 3, num_experts=2), "its kernels are mixed anew for each input"),
     ],
 )

@@ -39,7 +39,7 @@ WHOLE = {"stem": 49, "layer1.conv": 9, "layer2.conv": 9, "layer2.dw": 25, "layer
         (2, {"layer1.conv": 3, "layer2.conv": 3, "layer3.conv": 3, "layer3.wide": 5}),
         ("progressive", {"layer2.conv": 6, "layer3.conv": 3, "layer3.wide": 5}),
         ({"layer3.*": 2}, {"layer3.conv": 3, "layer3.wide": 2}),
-        ({"*": 3, "stem": 1}, {n: 6 for n in WHOLE} | {"stem": 1, "layer3.wide": 3}),
+        ({"*": 3, "stem": 1}, dict.fromkeys(WHOLE, 6) | {"stem": 1, "layer3.wide": 3}),
     ],
 )
 def test_policies(lam: Any, expected: dict[str, int]) -> None:
@@ -104,7 +104,10 @@ def test_tied_layers_keep_what_any_of_them_keeps_and_skip_together() -> None:
     ]
     assert kept(make_plan(tied, "progressive")) == {"a": 6, "b": 6}
     plan = make_plan([*tied, SITES[1]], "full", exclude=["b"])
-    assert {s.name: s.why for s in plan.skipped} == {"b": "excluded by b", "a": "its weight is tied to b, which is skipped"}
+    assert {s.name: s.why for s in plan.skipped} == {
+        "b": "excluded by b",
+        "a": "its weight is tied to b, which is skipped",
+    }
 
 
 @pytest.mark.parametrize(
@@ -148,7 +151,7 @@ def test_parsing_a_lambda(text: str, expected: Any) -> None:
 
 @pytest.mark.parametrize("text", ["", "two", "-1", "1.5", "layer=", "=2", "a=2,", "a=two", "a=-1"])
 def test_an_unreadable_lambda_says_what_can_be_read(text: str) -> None:
-    with pytest.raises(UsageError, match="unknown lambda .*use full, progressive, a number, or PATTERN=N"):
+    with pytest.raises(UsageError, match=r"unknown lambda .*use full, progressive, a number, or PATTERN=N"):
         parse_lambda(text)
 
 

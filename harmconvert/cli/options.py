@@ -102,13 +102,13 @@ def opened(text: str, options: dict[str, Any], **more: Any) -> Network:
 
 
 def example_input(size: tuple[int, ...] | None, model: Any) -> Any:
-    """Zeros of ``--input-size`` in the network's dtype, or None for its default."""
-    if size is None:
-        return None
+    """Zeros of ``--input-size``, or of the network's own size (None where it names none), in its dtype."""
     import torch
 
-    from ..convert import fitted
+    from ..convert import default_input, fitted
 
+    if size is None:
+        return default_input(model)
     return fitted(torch.zeros(1, *size), model)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any, cast
 
 from timm.models import register_model
@@ -52,11 +53,13 @@ class WideResNet(nn.Module):
         super().__init__()
         if depth < 10 or (depth - 4) % 6:
             raise ValueError(f"depth (={depth}) must be 6 n + 4, such as 16, 22 or 28")
-        self.num_classes, self.in_chans = num_classes, in_chans
+        self.num_classes, self.in_chans, self.num_features = num_classes, in_chans, 64 * width
         self.pretrained_cfg = {
             "architecture": architecture,
             "input_size": (in_chans, img_size, img_size),
             "num_classes": num_classes,
+            "mean": (0.5,) * in_chans,
+            "std": (0.5,) * in_chans,
             "fixed_input_size": False,
             "first_conv": "stem",
             "classifier": "head",
@@ -87,8 +90,9 @@ def _stage(in_channels: int, out_channels: int, stride: int, blocks: int, dropou
 def _wide_resnet(depth: int, width: int, pretrained: bool, **kwargs: Any) -> WideResNet:
     if pretrained:
         raise RuntimeError("no pretrained weights are published for wide residual networks of this size")
-    accepted = {k: v for k, v in kwargs.items() if v is not None and not k.startswith(("pretrained_cfg", "cache_dir"))}
-    return WideResNet(depth, width, architecture=f"wrn{depth}_{width}", **accepted)
+    # timm's factory also passes what is its own (pretrained_cfg, cache_dir and others).
+    own = {key: value for key, value in kwargs.items() if key in signature(WideResNet).parameters and value is not None}
+    return WideResNet(depth, width, architecture=f"wrn{depth}_{width}", **own)
 
 
 @register_model

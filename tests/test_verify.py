@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from harmconvert.convert import convert
+from harmconvert.errors import UsageError
+from harmconvert.forms import fuse
+from harmconvert.surgery import convolutions
+from harmconvert.verify import verify
+
+from .networks import Branches, random_input, seeded
+
+X = random_input((4, 3, 16, 16))
+LAYERS = ["stem", "shared", "tied_a", "deep.odd name [x]", "unused"]
+
+
+def pair(lam: Any = "full", dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    model = seeded(Branches, dtype)
+    return model, convert(model, lam, example_input=X.to(dtype)).model
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.float16, 2e-2), (torch.bfloat16, 1e-1)]
+)
+def test_whole_basis_passes_in_every_dtype(dtype: torch.dtype, bound: float) -> None:
+    model, converted = pair("full", dtype)
+    check = verify(model, converted, X)
+    assert check.ok, check.verdict
+    assert check.as_planned
+    assert check.tolerance == bound
+    assert check.max_relative_error <= bound
+    assert check.top1_agreement == 1.0
+    assert check.inputs == 4
+    assert (check.float32_error is None) == (dtype == torch.float64)
+    assert check.verdict.startswith("verified: outputs differ by")
+
+
+def test_per_layer_figures_cover_every_convolution() -> None:
+    check = verify(*pair(), X)
+    assert {layer.name: layer.output_error is not None for layer in check.layers} == {
+        "stem": True,
+        "shared": True,
+        "tied_a": True,
+        "tied_b": True,
+        "deep.odd name [x]": True,
+        "unused": False,
+    }
+    assert all(layer.kernel_error < 1e-6 for layer in check.layers)
+    assert all(layer.output_error is None or layer.output_error < 1e-6 for layer in check.layers)
+
+
+def test_a_cut_network_is_as_planned_but_not_the_same() -> None:
+    check = verify(*pair(2), X)
+    assert not check.ok
+    assert check.as_planned
+    assert check.problems == ()
+    assert check.max_relative_error > 1e-3
+    assert check.verdict.startswith("cut as planned in 5 of 6 layers, so not the same network")
+    assert verify(*pair(2), X, tolerance=10.0).ok
+    assert not verify(*pair(2), X, tolerance=1e-3).ok
+
+
+def test_the_dense_form_passes_too() -> None:
+    model, converted = pair()
+    assert verify(model, fuse(converted), X).ok
+    assert verify(model, copy.deepcopy(model), X).max_relative_error == 0.0
+
+
+def test_neither_network_is_changed() -> None:
+    model, converted = pair()
+    model.train()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    verify(model, converted, X)
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+    assert model.training
+    assert model.stem.weight.dtype == torch.float32
+    assert not converted.training
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("lam", ["full", 2])
+def test_one_coefficient_a_thousandth_off_is_found_and_named(name: str, lam: Any) -> None:
+    model, converted = pair(lam)
+    with torch.no_grad():
+        converted.get_submodule(name).coefficients[-1, -1, -1] *= 1.001
+    check = verify(model, converted, X)
+    assert not check.ok
+    assert not check.as_planned
+    assert any(p.startswith(f"{name}: 1 of") and "coefficients are not the projection" in p for p in check.problems)
+    assert check.verdict.startswith("not the same: ")
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_one_weight_a_thousandth_off_in_the_dense_form_is_found_and_named(name: str) -> None:
+    model, converted = pair()
+    dense = fuse(converted)
+    conv: Any = dense.get_submodule(name)
+    with torch.no_grad():
+        largest = conv.weight.abs().argmax()
+        conv.weight.view(-1)[largest] *= 1.001
+    check = verify(model, dense, X)
+    assert not check.ok
+    assert any(p.startswith(f"{name}: kernel differs by") for p in check.problems)
+
+
+def test_two_layers_swapped_are_found_and_named() -> None:
+    model, converted = pair()
+    converted.shared.coefficients, converted.tied_a.coefficients = (
+        converted.tied_a.coefficients,
+        converted.shared.coefficients,
+    )
+    check = verify(model, converted, X)
+    assert not check.ok
+    assert {p.split(":")[0] for p in check.problems} == {"shared", "tied_a"}
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value"), [("stride", (2, 2)), ("padding", (0, 0)), ("dilation", (2, 2)), ("padding_mode", "reflect")]
+)
+def test_a_wrong_attribute_is_found_and_named(attribute: str, value: Any) -> None:
+    model, converted = pair()
+    setattr(converted.shared, attribute, value)
+    check = verify(model, converted, X)
+    assert not check.ok
+    assert any(p.startswith(f"shared: {attribute} is {value}") for p in check.problems)
+
+
+@pytest.mark.parametrize(
+    "key", ["norm.running_mean", "norm.running_var", "norm.weight", "point.weight", "point.bias", "stem.bias"]
+)
+def test_one_bit_elsewhere_is_found_and_named(key: str) -> None:
+    model, converted = pair()
+    tensor = converted.state_dict()[key]
+    tensor.view(-1)[0] = torch.nextafter(tensor.view(-1)[0], torch.tensor(9.0))
+    check = verify(model, converted, X)
+    assert not check.ok
+    assert f"{key}: differs from the original's" in check.problems
+
+
+def test_a_missing_layer_is_found_and_named() -> None:
+    model, converted = pair()
+    del converted.unused
+    check = verify(model, converted, X)
+    assert not check.ok
+    assert "unused: only in the original" in check.problems
+
+
+def test_another_network_altogether_is_told() -> None:
+    small, large = timm.create_model("resnet18"), timm.create_model("resnet34")
+    assert any("only in the converted network" in p for p in verify(small, large, torch.zeros(1, 3, 64, 64)).problems)
+
+
+def test_outputs_that_are_no_numbers_do_not_pass() -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(x).mean((2, 3)) / 0.0
+
+    model = seeded(Broken)
+    converted = convert(model).model
+    check = verify(model, converted, X)
+    assert not check.ok
+    assert check.notes == ("the original's outputs hold no finite value on these inputs: nothing to compare",)
+
+
+def test_a_network_that_runs_in_float32_only_says_so() -> None:
+    class Single(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(x.float()).mean((2, 3))
+
+    model = seeded(Single)
+    check = verify(model, convert(model).model, X)
+    assert check.ok
+    assert check.float64_error is None
+    assert check.notes[0].startswith("not compared in float64: the original network does not run")
+
+
+def test_default_inputs_come_from_the_networks_configuration() -> None:
+    model = timm.create_model("resnet10t")
+    assert verify(model, convert(model).model).inputs == 2
+    with pytest.raises(
+        UsageError, match=r"no input size is known for this network: give inputs \(inputs=, --input-size"
+    ):
+        verify(*pair())
+
+
+def test_inputs_that_do_not_fit_are_told() -> None:
+    with pytest.raises(UsageError, match="the original network does not run on these inputs"):
+        verify(*pair(), torch.zeros(1, 7, 8, 8))
+
+
+def test_a_verification_is_jsonable() -> None:
+    import json
+
+    check = verify(*pair(2), X)
+    data = json.loads(json.dumps(check.to_json()))
+    assert data["ok"] is False
+    assert len(data["layers"]) == len([c for c in convolutions(pair()[0]).values() if c.kernel_size != (1, 1)])
