@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -40,6 +41,11 @@ def all_frequencies(kernel_size: Sequence[int]) -> tuple[Frequency, ...]:
     >>> all_frequencies((2, 2))
     ((0, 0), (0, 1), (1, 0), (1, 1))
     """
+    return _all_frequencies(tuple(kernel_size))
+
+
+@lru_cache(maxsize=64)
+def _all_frequencies(kernel_size: tuple[int, ...]) -> tuple[Frequency, ...]:
     return tuple(sorted(itertools.product(*map(range, kernel_size)), key=lambda f: (sum(f), f)))
 
 
@@ -94,9 +100,17 @@ def dct_basis(
     Raises:
         UsageError: unknown normalisation, or a frequency outside the kernel.
     """
+    if normalization not in NORMALIZATIONS:
+        raise UsageError(f"unknown normalization {normalization!r}: use one of {', '.join(NORMALIZATIONS)}")
     if frequencies is None:
         frequencies = all_frequencies(kernel_size)
     check_frequencies(kernel_size, frequencies)
+    basis_FK = _dct_basis(tuple(kernel_size), tuple(map(tuple, frequencies)), normalization)
+    return basis_FK.to(dtype, copy=True)  # never the cached one itself
+
+
+@lru_cache(maxsize=64)
+def _dct_basis(kernel_size: tuple[int, ...], frequencies: tuple[Frequency, ...], normalization: str) -> Tensor:
     axes = [dct_vectors(size) for size in kernel_size]
     index = torch.tensor(list(frequencies), dtype=torch.long).reshape(len(frequencies), len(kernel_size))
     basis_FK = torch.ones(len(frequencies), 1, dtype=torch.float64)
@@ -104,9 +118,7 @@ def dct_basis(
         basis_FK = (basis_FK[:, :, None] * vectors[index[:, axis]][:, None, :]).flatten(1)
     if normalization == "l1":
         basis_FK = basis_FK / basis_FK.abs().sum(1, keepdim=True)
-    elif normalization != "ortho":
-        raise UsageError(f"unknown normalization {normalization!r}: use one of {', '.join(NORMALIZATIONS)}")
-    return basis_FK.to(dtype)
+    return basis_FK
 
 
 def check_frequencies(kernel_size: Sequence[int], frequencies: Sequence[Frequency]) -> None:

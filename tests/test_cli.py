@@ -289,8 +289,8 @@ def test_the_command_line_is_frozen() -> None:
     size = ["--input-size"]
     assert found == {
         "convert": sorted(
-            ["--exclude", "--force", "--include", "--lambda", "--normalization", "--output", "--plan", "-o"]
-            + network + common + size
+            ["--exclude", "--force", "--include", "--lambda", "--normalization", "--output", "--plan", "-o",
+             *network, *common, *size]
         ),
         "verify": sorted(["--as-planned", "--tolerance", *network, *common, *size]),
         "inspect": sorted(["--no-pretrained", *network, *common, *size]),

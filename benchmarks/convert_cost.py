@@ -1,0 +1,133 @@
+"""What does converting cost, beside loading and saving the same file?
+
+    python benchmarks/convert_cost.py            # about three minutes; writes results/convert_cost.csv
+
+For each ResNet a file of random weights is made; then, in turn and each time in a fresh process, the file is (a) loaded
+into a network and saved again, (b) loaded, converted with the whole basis, and saved as a harmonic checkpoint, both
+flushed to disk. Imports are left out. `time_ratio` is (b)/(a) with loading as a user means it, building the network
+included; `bare_ratio` leaves the building out on both sides. Peak memory is what the process grew by after building.
+Bars: (b) takes at most 1.5 times as long as (a), and at most 3 times the file in memory. Start-up is that of
+`harmconvert --help`, bar 0.5 s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results" / "convert_cost.csv"
+FIELDS = (
+    "network", "file_mb", "roundtrip_s", "convert_s", "time_ratio", "spread", "bare_ratio", "bare_spread",
+    "roundtrip_peak_x", "convert_peak_x", "machine",
+)  # fmt: skip
+NETWORKS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+
+
+def child(mode: str, name: str, weights: str, output: str) -> None:
+    import safetensors.torch
+    import timm
+    import torch
+
+    from harmconvert.checkpoint import Source, save
+    from harmconvert.convert import convert
+
+    torch.set_num_threads(2)
+    torch.ones(8, 8) @ torch.ones(8, 8)
+    begin = time.perf_counter()
+    model = timm.create_model(name).eval()
+    before = _resident()
+    start = time.perf_counter()
+    state = safetensors.torch.load_file(weights)
+    model.load_state_dict(state)
+    del state
+    if mode == "convert":
+        save(convert(model), output, source=Source("timm", name))
+    else:
+        safetensors.torch.save_file(model.state_dict(), output)
+        descriptor = os.open(output, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    end = time.perf_counter()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    print(json.dumps({"seconds": end - begin, "bare": end - start, "peak": peak}))
+
+
+def _resident() -> int:
+    """Resident memory now. The peak so far is no higher: building the network is the largest thing before."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def measure(mode: str, name: str, weights: Path, output: Path) -> dict[str, float]:
+    output.unlink(missing_ok=True)
+    command = [sys.executable, __file__, "--child", mode, name, str(weights), str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        child(*args.child)
+        return
+    import safetensors.torch
+    import timm
+
+    machine = f"{os.cpu_count()} cores {platform.machine()}, torch {__import__('torch').__version__}"
+    with args.output.open("w", newline="") as file, tempfile.TemporaryDirectory() as folder:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(FIELDS)
+        for name in NETWORKS:
+            weights, output = Path(folder) / f"{name}.safetensors", Path(folder) / "out.safetensors"
+            safetensors.torch.save_file(timm.create_model(name).state_dict(), weights)
+            size = weights.stat().st_size
+            pairs = [
+                (measure("roundtrip", name, weights, output), measure("convert", name, weights, output))
+                for _ in range(args.repeats)
+            ]
+            ratios = sorted(b["seconds"] / a["seconds"] for a, b in pairs)
+            bare = sorted(b["bare"] / a["bare"] for a, b in pairs)
+            row = [
+                name,
+                f"{size / 1e6:.1f}",
+                f"{statistics.median(a['seconds'] for a, _ in pairs):.3f}",
+                f"{statistics.median(b['seconds'] for _, b in pairs):.3f}",
+                f"{statistics.median(ratios):.2f}",
+                f"{ratios[0]:.2f}-{ratios[-1]:.2f}",
+                f"{statistics.median(bare):.2f}",
+                f"{bare[0]:.2f}-{bare[-1]:.2f}",
+                f"{max(a['peak'] for a, _ in pairs) / size:.2f}",
+                f"{max(b['peak'] for _, b in pairs) / size:.2f}",
+                machine,
+            ]
+            writer.writerow(row)
+            file.flush()
+            print(*row)
+            weights.unlink()
+        starts = []
+        for _ in range(args.repeats):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, "-m", "harmconvert", "--help"], capture_output=True, check=True)
+            starts.append(time.perf_counter() - start)
+        row = dict.fromkeys(FIELDS, "") | {"network": "harmconvert --help", "machine": machine}
+        row |= {"convert_s": f"{statistics.median(starts):.3f}", "spread": f"{min(starts):.3f}-{max(starts):.3f}"}
+        writer.writerow(row.values())
+        print(*row.values())
+
+
+if __name__ == "__main__":
+    main()

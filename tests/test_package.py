@@ -1,0 +1,137 @@
+"""The package as a whole: imports go one way, the public list is short, documents are true."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import harmconvert as hc
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "harmconvert"
+
+# Each may import those before it; cli may import any.
+ORDER = [
+    "errors", "files", "basis", "projection", "conv", "plan", "surgery", "cost", "forms", "convert", "verify",
+    "checkpoint", "models", "samples", "sources", "export", "inspection", "report", "demo", "cli",
+]  # fmt: skip
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports_of(path: Path) -> set[str]:
+    """Rooms of the package that a file imports, anywhere in it."""
+    depth = len(path.relative_to(PACKAGE).parts)
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == depth:
+            found |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and (node.module or "").startswith("harmconvert"):
+            raise AssertionError(f"{path} imports its own package absolutely")
+    return found
+
+
+def sources() -> list[Path]:
+    return [p for p in sorted(PACKAGE.rglob("*.py")) if p.name not in ("__main__.py",) and p != PACKAGE / "__init__.py"]
+
+
+def test_every_file_stands_in_the_order_of_imports() -> None:
+    assert {room(path) for path in sources()} == set(ORDER)
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_one_way(path: Path) -> None:
+    position = ORDER.index(room(path))
+    assert imports_of(path) <= set(ORDER[: position + (room(path) == "cli")]) | {room(path)} - {path.stem}
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_one_screen_per_idea(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 460, "over 400 lines a file is asking to be two"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef) and node.end_lineno:
+            body = (
+                node.end_lineno - node.body[0].end_lineno if ast.get_docstring(node) else node.end_lineno - node.lineno
+            )
+            assert body <= 60, f"{node.name} has {body} lines"
+
+
+def test_the_public_list() -> None:
+    assert hc.__all__ == sorted(hc.__all__, key=lambda n: (n.islower(), n))
+    for name in hc.__all__:
+        value = getattr(hc, name)
+        assert value.__doc__, name
+        assert value.__name__ == name
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = hc.nothing
+
+
+def test_functions_keep_their_names_when_their_modules_are_imported() -> None:
+    code = "import harmconvert.convert, harmconvert as hc; assert callable(hc.convert) and callable(hc.verify)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def python_blocks(path: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
+
+
+def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = python_blocks(ROOT / "README.md")
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def shell_commands(path: Path) -> list[str]:
+    blocks = re.findall(r"```(?:console|sh)\n(.*?)```", path.read_text(), re.DOTALL)
+    lines = [line.split("  #")[0].strip().removeprefix("$ ") for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line.startswith("harmconvert ")]
+
+
+def test_the_readmes_commands_parse() -> None:
+    """Every command line in README names a command and options that exist; those on samples run in test_cli.py."""
+    import shlex
+
+    import click
+
+    from harmconvert.cli import main
+
+    commands = shell_commands(ROOT / "README.md")
+    assert len(commands) >= 5
+    for line in commands:
+        name, *arguments = shlex.split(line)[1:]
+        command = main.get_command(click.Context(main), name)
+        assert command is not None, line
+        command.make_context(name, arguments)
+
+
+def test_the_readme_names_every_command() -> None:
+    from harmconvert.cli import COMMANDS
+
+    text = (ROOT / "README.md").read_text()
+    for name in COMMANDS:
+        assert f"`{name}" in text, name
+
+
+def test_benchmarks_say_how_they_were_run() -> None:
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    for script in (ROOT / "benchmarks").glob("*.py"):
+        assert script.name in text, script.name
+        assert ast.get_docstring(ast.parse(script.read_text())), script.name
+
+
+def test_the_shipped_sample_is_small_and_has_its_card() -> None:
+    folder = PACKAGE / "samples"
+    assert (folder / "resnet_mnist5k.safetensors").stat().st_size < 1.5e6
+    card = (folder / "README.md").read_text()
+    for word in ("Apache-2.0", "train_sample.py", "held back", "CC BY-SA 3.0"):
+        assert word in card, word

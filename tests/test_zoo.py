@@ -1,0 +1,72 @@
+"""Exactness over real architectures: a sample of benchmarks/zoo.py that covers every kind of convolution."""
+
+from __future__ import annotations
+
+import csv
+import warnings
+
+import pytest
+
+from benchmarks import zoo
+
+ARCHITECTURES = [
+    # plain, bottleneck, grouped, dilated (drn-like stride), deep stems, anti-aliased
+    ("timm", "resnet18"),
+    ("timm", "resnext26ts"),
+    ("timm", "resnetblur18"),
+    ("timm", "resnet26t"),
+    ("timm", "seresnext26d_32x4d"),
+    ("timm", "densenet121"),
+    ("timm", "regnetx_002"),
+    ("timm", "hrnet_w18_small"),
+    ("timm", "dla34"),
+    ("timm", "repvgg_a0"),
+    ("timm", "ghostnet_050"),
+    # depthwise, 'same' padding, large kernels, mixed kernels, conditional convolutions (skipped)
+    ("timm", "mobilenetv3_small_050"),
+    ("timm", "tf_efficientnet_lite0"),
+    ("timm", "tf_mixnet_s"),
+    ("timm", "efficientnet_cc_b0_4e"),
+    ("timm", "convnext_atto"),
+    ("timm", "repghostnet_050"),
+    ("timm", "inception_next_atto"),
+    ("timm", "starnet_s1"),
+    # weight standardisation
+    ("timm", "nf_regnet_b0"),
+    ("timm", "resnetv2_50x1_bit"),
+    ("timm", "eca_nfnet_l0"),
+    ("timm", "vit_tiny_r_s16_p8_224"),
+    # transformers with patch and positional convolutions
+    ("timm", "vit_tiny_patch16_224"),
+    ("timm", "coatnet_pico_rw_224"),
+    ("timm", "levit_128s"),
+    ("timm", "edgenext_xx_small"),
+    ("timm", "xcit_nano_12_p16_224"),
+    # torchvision: classification, asymmetric kernels, segmentation, detection, video, optical flow
+    ("torchvision", "squeezenet1_1"),
+    ("torchvision", "inception_v3"),
+    ("torchvision", "lraspp_mobilenet_v3_large"),
+    ("torchvision", "ssdlite320_mobilenet_v3_large"),
+    ("torchvision", "r2plus1d_18"),
+    ("torchvision", "raft_small"),
+]
+
+
+@pytest.mark.parametrize(("library", "name"), ARCHITECTURES)
+def test_the_whole_basis_is_exact_on(library: str, name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the libraries' own
+        row = zoo.check(library, name)
+    assert row["status"] in ("ok", "ok in float32"), row
+    if row["status"] == "ok":
+        assert float(row["error64"]) <= zoo.BOUND_64
+    assert float(row["error32"]) <= zoo.BOUND_32
+    assert row.get("same_top1", True)
+
+
+def test_the_sample_covers_every_class_that_stands_in_the_table() -> None:
+    rows = list(csv.DictReader(zoo.RESULTS.open()))
+    everywhere = {kind for row in rows for kind in row["classes"].split()}
+    here = {k for row in rows if (row["library"], row["architecture"]) in ARCHITECTURES for k in row["classes"].split()}
+    assert len(rows) > 1400
+    assert here == everywhere
