@@ -7,11 +7,11 @@
 Random weights (no network is needed), with every constant parameter and batch-norm statistic drawn at random too, so
 that no branch is silent. Bounds: relative difference of logits (largest difference / largest logit) <= 1e-12 in float64
 and <= 1e-5 in float32, with the same top-1. `own32` is the original's own float32 error (float32 against float64), the
-scale on which to read `error32`. Some deep networks with such statistics amplify any rounding, their own included, until
+scale to read `error32` on. Some deep networks with such statistics amplify any rounding, their own included, until
 nothing can be read off their logits; where a bound is missed the check is made once more with batch-norm statistics
 estimated on a random batch, as training leaves them, and the note keeps the first figures. `check` is `full` at
-the network's own input size, `shrunk` at a smaller one, `meta` where only the structure was checked (over 350M parameters:
-keys, shapes and a run on the meta device).
+the network's own input size, `shrunk` at a smaller one, `meta` where only the structure was checked (over 350M
+parameters: keys, shapes and a run on the meta device).
 """
 
 from __future__ import annotations
@@ -260,7 +260,8 @@ def compare(model: nn.Module, inputs: Any) -> dict[str, Any]:
         torch.set_default_dtype(torch.float32)
     error64, own32 = relative(found64, reference64), relative(reference32, reference64)
     good = error64 <= BOUND_64 and error32 <= BOUND_32
-    row: dict[str, Any] = {"skipped": skipped, "error64": f"{error64:.2e}", "error32": f"{error32:.2e}", "own32": f"{own32:.2e}"}  # fmt: skip
+    row: dict[str, Any] = {"skipped": skipped}
+    row |= {"error64": f"{error64:.2e}", "error32": f"{error32:.2e}", "own32": f"{own32:.2e}"}
     if len(reference32) == 1 and reference32[0].dim() == 2:
         pairs = ((found32, reference32), (found64, reference64))
         row["same_top1"] = all(torch.equal(a[0].argmax(1), b[0].argmax(1)) for a, b in pairs)

@@ -28,7 +28,8 @@ def dct_vectors(size: int) -> Tensor:
     tensor([[ 0.7071,  0.7071],
             [ 0.7071, -0.7071]], dtype=torch.float64)
     """
-    position = torch.arange(size, dtype=torch.float64)
+    # On the CPU whatever `with torch.device(...)` is in force: these are constants, and they are kept.
+    position = torch.arange(size, dtype=torch.float64, device="cpu")
     frequency = position[:, None]
     vectors = torch.cos(math.pi / size * (position + 0.5) * frequency) * math.sqrt(2 / size)
     vectors[0] = math.sqrt(1 / size)
@@ -112,8 +113,8 @@ def dct_basis(
 @lru_cache(maxsize=64)
 def _dct_basis(kernel_size: tuple[int, ...], frequencies: tuple[Frequency, ...], normalization: str) -> Tensor:
     axes = [dct_vectors(size) for size in kernel_size]
-    index = torch.tensor(list(frequencies), dtype=torch.long).reshape(len(frequencies), len(kernel_size))
-    basis_FK = torch.ones(len(frequencies), 1, dtype=torch.float64)
+    index = torch.tensor(frequencies, dtype=torch.long, device="cpu").reshape(len(frequencies), len(kernel_size))
+    basis_FK = torch.ones(len(frequencies), 1, dtype=torch.float64, device="cpu")
     for axis, vectors in enumerate(axes):
         basis_FK = (basis_FK[:, :, None] * vectors[index[:, axis]][:, None, :]).flatten(1)
     if normalization == "l1":

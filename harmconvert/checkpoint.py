@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -77,8 +77,7 @@ class Header:
             "format_version": self.format_version,
             "source": asdict(self.source) if self.source else None,
             "basis": "dct",
-            "normalization": self.plan.normalization,
-            "plan": self.plan.to_json(),
+            **self.plan.to_json(),
             "tied": dict(self.tied),
             "history": dict(self.history),
             "versions": dict(self.versions),
@@ -101,7 +100,7 @@ class Header:
         source = Source.from_json(data["source"]) if data.get("source") else None
         try:
             return cls(
-                Plan.from_json(data.get("plan")),
+                Plan.from_json(data),
                 source,
                 {str(k): str(v) for k, v in data.get("tied", {}).items()},
                 dict(data.get("history", {})),
@@ -345,7 +344,8 @@ def why_unreadable(path: str | Path) -> str | None:
         return "is a git-lfs pointer, not the file itself: run 'git lfs pull' where it came from"
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         return "is a web page, not weights: the download went wrong; get the file again"
-    if path.suffix == ".safetensors" and start.startswith((b"PK\x03\x04", b"\x80")):
+    # A safetensors file starts with any eight bytes, but its ninth opens the header.
+    if path.suffix == ".safetensors" and start.startswith((b"PK\x03\x04", b"\x80")) and start[8:9] != b"{":
         return "is a pickle, not safetensors: rename it to .pth and give it with --checkpoint"
     return None
 
@@ -360,7 +360,7 @@ def _plan_of(model: nn.Module, known: Header | None) -> Plan:
     layers = tuple(LayerPlan(name, kernel_size(conv), conv.frequencies) for name, conv in harmonic.items())
     plan = Plan(layers, normalization=normalizations.pop())
     if known and sorted(known.plan.layers, key=str) == sorted(layers, key=str):
-        return replace(known.plan)
+        return known.plan
     return plan
 
 

@@ -25,7 +25,7 @@ def project(kernel: Tensor, frequencies: Sequence[Frequency] | None = None, norm
     """
     basis_FK = dct_basis(kernel.shape[2:], frequencies)
     # Rows of the L1 basis are orthogonal but not unit vectors: scaling each coefficient keeps the same kernel.
-    scale_F = basis_FK.abs().sum(1) if normalization == "l1" else torch.ones(len(basis_FK), dtype=torch.float64)
+    scale_F = basis_FK.abs().sum(1) if normalization == "l1" else basis_FK.new_ones(len(basis_FK))
     analysis_KF = (basis_FK * scale_F[:, None]).T.to(kernel.device)
     kernel_NK = kernel.detach().flatten(2).flatten(0, 1)
     coefficients_NF = kernel.new_empty(len(kernel_NK), analysis_KF.shape[1], requires_grad=False)

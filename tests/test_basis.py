@@ -76,3 +76,14 @@ def test_unknown_normalization_is_refused() -> None:
 
 def test_vectors_of_one_position_are_one() -> None:
     assert dct_vectors(1).item() == 1.0
+
+
+def test_a_device_in_force_elsewhere_does_not_reach_the_constants() -> None:
+    with torch.device("meta"):
+        assert dct_basis((2, 5)).device.type == "cpu"
+    assert dct_basis((2, 5)).device.type == "cpu"
+
+
+def test_changing_a_basis_changes_no_other() -> None:
+    dct_basis((3, 4)).zero_()
+    assert dct_basis((3, 4)).abs().sum() > 0

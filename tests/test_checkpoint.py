@@ -76,7 +76,7 @@ def test_the_file_is_what_the_documentation_says(network: Any, saved: Path) -> N
     assert header["normalization"] == "ortho"
     assert header["tied"]["tied_b.coefficients"] == "tied_a.coefficients"
     assert set(header["versions"]) == {"harmconvert", "torch", "timm"}
-    layer = next(layer for layer in header["plan"]["layers"] if layer["name"] == "shared")
+    layer = next(layer for layer in header["layers"] if layer["name"] == "shared")
     assert layer == {"name": "shared", "kernel_size": [3, 3], "frequencies": [[0, 0], [0, 1], [1, 0]]}
 
 
@@ -211,6 +211,16 @@ def test_what_is_no_checkpoint_says_what_it_is(tmp_path: Path, content: bytes, m
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("length", [0x80, 0x180, 0x3C, 0x4B50])
+def test_a_header_whose_length_looks_like_something_else_is_read(tmp_path: Path, length: int) -> None:
+    """The first bytes are a length: it may begin like a pickle, a zip file or a web page."""
+    header = b'{"__metadata__":{"format":"pt"}}'
+    path = tmp_path / "net.safetensors"
+    path.write_bytes(struct.pack("<Q", max(length, len(header))) + header.ljust(length))
+    with pytest.raises(InputError, match="is a safetensors file but no harmonic checkpoint"):
+        read_header(path)
+
+
 def test_a_missing_file_and_a_folder_say_so(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist"):
         read_header(tmp_path / "none.safetensors")
@@ -265,11 +275,11 @@ def _set(path: str, value: Any) -> Any:
         (_set("format_version", 2), "format version 2, this harmconvert reads version 1: update harmconvert"),
         (_set("format_version", None), "format version None"),
         (_set("basis", "haar"), "basis 'haar'"),
-        (_set("plan/layers/0/kernel_size", [10**9, 3]), "this is not a plan"),
-        (_set("plan/layers/0/frequencies", [[0, -1]]), "this is not a plan"),
-        (_set("plan/layers/1/frequencies", [[0, 0]]), "disagree: shared.coefficients should hold 1 frequencies"),
-        (_set("plan/layers/1/name", "elsewhere"), "disagree: elsewhere.coefficients should hold 3"),
-        (_set("plan", None), "this is not a plan"),
+        (_set("layers/0/kernel_size", [10**9, 3]), "this is not a plan"),
+        (_set("layers/0/frequencies", [[0, -1]]), "this is not a plan"),
+        (_set("layers/1/frequencies", [[0, 0]]), "disagree: shared.coefficients should hold 1 frequencies"),
+        (_set("layers/1/name", "elsewhere"), "disagree: elsewhere.coefficients should hold 3"),
+        (_set("layers", None), "this is not a plan"),
         (_set("tied", 3), "unreadable"),
         (_set("source", 3), "unreadable"),
         (lambda header: "{", "its header is not JSON"),
