@@ -23,7 +23,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from .conv import HarmonicMixin, to_harmonic
+from .conv import HarmonicMixin, base_class, to_harmonic
 from .convert import Conversion
 from .errors import InputError, OutsideError, UsageError, shortened
 from .files import outside, write_file
@@ -365,31 +365,39 @@ def _plan_of(model: nn.Module, known: Header | None) -> Plan:
 
 
 def _timm_source(model: nn.Module) -> Source | None:
-    """The timm source of a network that timm made, if making it again gives the same shapes."""
+    """The timm source of a network that timm made, if making it again gives the same modules with the same settings."""
     cfg = getattr(model, "pretrained_cfg", None)
     cfg = cfg if isinstance(cfg, dict) else getattr(cfg, "__dict__", {})
     architecture = cfg.get("architecture")
     if not architecture:
         return None
-    arguments = {"num_classes": getattr(model, "num_classes", None), "in_chans": getattr(model, "in_chans", None)}
-    arguments = {key: value for key, value in arguments.items() if isinstance(value, int)}
-    shapes = _dense_shapes(model)
-    for candidate in (arguments, {}):
+    known = {key: getattr(model, key, None) for key in ("num_classes", "in_chans")}
+    candidates: list[dict[str, Any]] = [{key: value for key, value in known.items() if isinstance(value, int)}, {}]
+    with suppress(Exception):  # newer timm keeps the arguments that a network was made with
+        candidates.insert(0, json.loads(json.dumps(timm.models.get_model_args(model))))
+    for candidate in candidates:
         with suppress(Exception), torch.device("meta"):
             twin = timm.create_model(architecture, pretrained=False, **candidate)
-            if _dense_shapes(twin) == shapes:
+            if _anatomy(twin) == _anatomy(model):
                 return Source("timm", architecture, candidate, licence=cfg.get("license"))
     return None
 
 
-def _dense_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Keys and shapes that the state dict of the network's dense form has."""
-    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    for name, conv in convolutions(model).items():
-        if isinstance(conv, HarmonicMixin):
-            shape = shapes.pop(_join(name, "coefficients"))
-            shapes[_join(name, "weight")] = (*shape[:2], *kernel_size(conv))
-    return shapes
+def _anatomy(model: nn.Module) -> list[tuple[Any, ...]]:
+    """Names, classes, settings and shapes of all modules of the network's dense form.
+
+    Shapes alone would not do: an output stride or another activation leaves them as they are.
+    """
+    parts = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        shapes = {key: tuple(t.shape) for key, t in module._parameters.items() if t is not None}
+        if isinstance(module, HarmonicMixin):
+            shapes["weight"] = (*shapes.pop("coefficients")[:2], *kernel_size(module))
+            base = base_class(module)
+            parts.append((name, base.__name__, base.extra_repr(module), sorted(shapes.items())))
+        else:
+            parts.append((name, type(module).__name__, module.extra_repr(), sorted(shapes.items())))
+    return parts
 
 
 def _join(prefix: str, key: str) -> str:
