@@ -6,6 +6,7 @@ import copy
 import difflib
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 import pickle
@@ -284,7 +285,7 @@ def _from_torchvision(source: Source, pretrained: bool) -> tuple[nn.Module, Sour
         ) from error
     arguments: dict[str, Any] = dict(source.arguments)
     builder = torchvision.models.get_model_builder(name)
-    if not pretrained and "weights_backbone" in builder.__code__.co_varnames:
+    if not pretrained and "weights_backbone" in inspect.signature(builder).parameters:
         arguments |= {"weights_backbone": None}
     with _reaching_out(str(source)):
         model = builder(weights=chosen if pretrained else None, **arguments)

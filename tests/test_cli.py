@@ -258,6 +258,30 @@ def test_the_users_own_network_from_end_to_end() -> None:
     assert set(safetensors.torch.load_file("b.safetensors")) == set(state)
 
 
+def test_a_network_of_two_inputs_takes_two_sizes() -> None:
+    Path("net.py").write_text(
+        "import torch\nfrom torch import nn\nclass Two(nn.Module):\n    def __init__(self):\n"
+        "        super().__init__()\n        torch.manual_seed(0)\n"
+        "        self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(1, 4, 3)\n"
+        "    def forward(self, x, y):\n        return self.a(x) + self.b(y)\n"
+    )
+    run("inspect", "net.py:Two")  # lets Python write its cache first
+    fails(2, "no input size is known for this network", "convert", "net.py:Two")
+    fails(2, "missing 1 required positional argument: 'y'", "convert", "net.py:Two", "--input-size", "3,8,8")
+    sizes = ["--input-size", "3,8,8", "--input-size", "1,8,8"]
+    ok("convert", "net.py:Two", *sizes, "-o", "a.safetensors")
+    ok("verify", "net.py:Two", "a.safetensors", *sizes)
+
+
+def test_a_detector_of_torchvision_with_weights_from_a_file() -> None:
+    import torchvision
+
+    name = "ssdlite320_mobilenet_v3_large"
+    model = torchvision.models.get_model(name, weights=None, weights_backbone=None)
+    torch.save(model.state_dict(), "w.pth")
+    ok("convert", f"torchvision:{name}", "--checkpoint", "w.pth", "--input-size", "3,64,64", "-o", "a.safetensors")
+
+
 def test_bad_checkpoints_keep_everything() -> None:
     for name, content, message in [
         ("empty.pth", b"", "is empty"),

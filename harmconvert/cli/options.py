@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,6 +12,7 @@ import click
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..checkpoint import Source
     from ..sources import Network
 
 
@@ -83,7 +84,10 @@ def network_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 input_size = click.option(
-    "--input-size", type=InputSize(), help="Size of one input; default: the network's own, where it says one."
+    "--input-size",
+    type=InputSize(),
+    multiple=True,
+    help="Size of one input; default: the network's own, where it says one. Repeat it for a network of several inputs.",
 )
 force = click.option("--force", is_flag=True, help="Replace the output where it exists.")
 
@@ -101,27 +105,31 @@ def opened(text: str, options: dict[str, Any], **more: Any) -> Network:
     )
 
 
-def example_input(size: tuple[int, ...] | None, model: Any) -> Any:
-    """Zeros of ``--input-size``, or of the network's own size (None where it names none), in its dtype."""
+def example_input(sizes: Sequence[tuple[int, ...]], model: Any) -> Any:
+    """Zeros of each ``--input-size``, or of the network's own size (None where it names none), in its dtype."""
     import torch
 
     from ..convert import default_input, fitted
 
-    if size is None:
+    if not sizes:
         return default_input(model)
-    return fitted(torch.zeros(1, *size), model)
+    return _one_or_all([fitted(torch.zeros(1, *size), model) for size in sizes])
 
 
-def verification_inputs(size: tuple[int, ...] | None, source: Any = None) -> Any:
-    """Images that belong to a sample network, else two seeded random inputs of the size given, else None."""
+def verification_inputs(sizes: Sequence[tuple[int, ...]], source: Source) -> Any:
+    """Two seeded random inputs of each size given, else images that belong to a sample network, else None."""
     import torch
 
     from ..samples import SAMPLES
 
-    if size is not None:
-        return torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
-    sample = SAMPLES.get(source.name) if source is not None and source.scheme == "sample" else None
-    return sample.images() if sample else None
+    generator = torch.Generator().manual_seed(0)
+    if sizes:
+        return _one_or_all([torch.randn(2, *size, generator=generator) for size in sizes])
+    return SAMPLES[source.name].images() if source.scheme == "sample" else None
+
+
+def _one_or_all(inputs: list[Any]) -> Any:
+    return inputs[0] if len(inputs) == 1 else tuple(inputs)
 
 
 def console(quiet: bool = False) -> Console:
