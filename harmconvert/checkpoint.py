@@ -6,7 +6,6 @@ header's metadata entry ``harmconvert`` is JSON: where the network came from, an
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -15,21 +14,19 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import safetensors
-import safetensors.torch
 import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .conv import HarmonicMixin, base_class, to_harmonic
 from .convert import Conversion
-from .errors import InputError, OutsideError, UsageError, shortened
-from .files import outside, write_file
+from .errors import InputError, UsageError, shortened
 from .forms import fuse
 from .plan import LayerPlan, Plan
 from .surgery import convolutions, exchange, kernel_size
+from .weights import load_state, open_safetensors, untied_state, write_tensors
 
 FORMAT_VERSION = 1
 METADATA_KEY = "harmconvert"
@@ -137,18 +134,6 @@ def save(
     return header
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: dict[str, str], force: bool) -> None:
-    """Write named tensors as .safetensors, by way of a staging file; raises as `save` does."""
-
-    def write(staging: Path) -> None:
-        try:
-            safetensors.torch.save_file(dict(tensors), staging, metadata)
-        except safetensors.SafetensorError as error:
-            raise OutsideError(f"cannot write {path}: {error}; free some space or name another place") from error
-
-    write_file(path, write, force)
-
-
 def default_name(source: str, lam: str) -> str:
     """The file that `harmconvert convert` writes where no other is named: NAME-harmonic-LAMBDA.safetensors.
 
@@ -238,116 +223,6 @@ def harmonic_like(model: nn.Module, plan: Plan, complaint: str) -> nn.Module:
         raise InputError(f"{complaint}: it has no such convolution: {shortened(wrong)}")
     fill = {convs[p.name]: partial(to_harmonic, convs[p.name], p.frequencies, plan.normalization) for p in plan.layers}
     return exchange(model, fill)
-
-
-def load_state(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Load a state dict strictly, in the dtypes it has.
-
-    Raises:
-        InputError: keys missing, unexpected or of another shape; the first ten of each are named.
-    """
-    own = {key: value for key, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
-    complaints = []
-    if missing := [key for key in own if key not in state]:
-        complaints.append(f"missing: {shortened(missing)}")
-    if unexpected := [key for key in state if key not in own]:
-        complaints.append(f"unexpected: {shortened(unexpected)}")
-    shapes = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    if shapes:
-        complaints.append(f"other shape: {shortened(shapes)}")
-    if complaints:
-        raise InputError(f"{where} does not fit this {type(model).__name__}: {'; '.join(complaints)}")
-    for key, tensor in own.items():
-        if tensor.dtype != state[key].dtype:
-            tensor.data = tensor.data.to(state[key].dtype)
-    # Constants such as the DCT basis follow the dtype of the coefficients.
-    model._apply(lambda tensor: tensor)
-    model.load_state_dict(dict(state))
-
-
-def untied_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The state dict with every tensor once and contiguous, and which keys are another name of which.
-
-    Raises:
-        InputError: a tensor without values (meta device).
-    """
-    tensors: dict[str, Tensor] = {}
-    tied: dict[str, str] = {}
-    first_key: dict[int, str] = {}
-    storages: set[int] = set()
-    for key, value in model.state_dict(keep_vars=True).items():
-        if not isinstance(value, Tensor):
-            continue
-        if value.is_meta:
-            raise InputError(f"{key} has no values (meta device): load weights first")
-        if id(value) in first_key:
-            tied[key] = first_key[id(value)]
-            continue
-        first_key[id(value)] = key
-        tensor = value.detach()
-        # Two views of one storage are two tensors in a file.
-        storage = tensor.untyped_storage().data_ptr()
-        shared = storage in storages and tensor.numel() > 0
-        storages.add(storage)
-        tensors[key] = tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
-    return tensors, tied
-
-
-def weights_sha256(model: nn.Module) -> str:
-    """sha256 over the network's parameters and persistent buffers: names, dtypes, shapes and bytes, sorted by name."""
-    digest = hashlib.sha256()
-    for key, tensor in sorted(model.state_dict().items()):
-        if isinstance(tensor, Tensor) and not tensor.is_meta:
-            digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            flat = tensor.detach().cpu().contiguous().flatten()
-            if flat.numel():
-                digest.update(cast(Any, flat.view(torch.uint8).numpy()))
-    return digest.hexdigest()
-
-
-def open_safetensors(path: str | Path) -> Any:
-    """`safetensors.safe_open`, with a plain word about what the file is where it is none.
-
-    Raises:
-        InputError: no such file, empty, or something else.
-    """
-    if reason := why_unreadable(path):
-        raise InputError(f"{path} {reason}")
-    try:
-        return safetensors.safe_open(path, framework="pt")
-    except safetensors.SafetensorError as error:
-        raise InputError(f"{path} is not a whole safetensors file: {error}; get the file again") from error
-    except OSError as error:
-        raise outside(error, f"cannot read {path}") from error
-
-
-def why_unreadable(path: str | Path) -> str | None:
-    """Why no weights can be in a file, judged by its first bytes; None where they may be."""
-    path = Path(path)
-    if not path.exists():
-        return "does not exist"
-    if not path.is_file():
-        return "is not a regular file"
-    try:
-        with path.open("rb") as file:
-            start = file.read(512)
-    except OSError as error:
-        raise outside(error, f"cannot read {path}") from error
-    text = start.lstrip().lower()
-    if not start:
-        return "is empty: get the file again"
-    if text.startswith(b"version https://git-lfs"):
-        return "is a git-lfs pointer, not the file itself: run 'git lfs pull' where it came from"
-    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "is a web page, not weights: the download went wrong; get the file again"
-    # A safetensors file starts with any eight bytes, but its ninth opens the header.
-    if path.suffix == ".safetensors" and start.startswith((b"PK\x03\x04", b"\x80")) and start[8:9] != b"{":
-        return "is a pickle, not safetensors: rename it to .pth and give it with --checkpoint"
-    return None
 
 
 def _plan_of(model: nn.Module, known: Header | None) -> Plan:

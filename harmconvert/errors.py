@@ -41,3 +41,8 @@ def shortened(names: list[str], limit: int = 10) -> str:
     """
     rest = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, at most 200 characters."""
+    return (str(error).strip().splitlines() or [""])[0][:200]

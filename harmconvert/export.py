@@ -7,10 +7,10 @@ from pathlib import Path
 import timm
 from torch import Tensor, nn
 
-from .checkpoint import untied_state, write_tensors
 from .errors import UsageError
 from .files import write_folder
 from .forms import fuse
+from .weights import untied_state, write_tensors
 
 FORMATS = ("dense", "timm")
 

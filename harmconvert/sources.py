@@ -9,14 +9,11 @@ import importlib.util
 import inspect
 import json
 import os
-import pickle
 import re
 import socket
 import sys
 import urllib.error
 import urllib.parse
-import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,38 +23,20 @@ from typing import Any, cast
 
 import huggingface_hub.constants
 import huggingface_hub.errors
-import safetensors.torch
 import timm
-import torch
 import torchvision
-from timm.models import clean_state_dict
 from torch import Tensor, nn
 
 from . import checkpoint
-from .checkpoint import Header, Source, load_state, open_safetensors, weights_sha256, why_unreadable
-from .errors import HarmconvertError, InputError, OutsideError, UsageError
+from .checkpoint import Header, Source
+from .errors import HarmconvertError, InputError, OutsideError, UsageError, first_line
 from .samples import SAMPLES
-from .surgery import first_line
+from .weights import load_state, read_weights, weights_sha256
 
 SCHEMES = ("timm", "torchvision", "hf-hub", "local-dir", "sample")
 OFFLINE = (
     f"what works offline: {', '.join(f'sample:{name}' for name in SAMPLES)}, local-dir:PATH, your own FILE.py:FACTORY, "
     "or any timm or torchvision name with --checkpoint FILE"
-)
-
-
-# What torch.load raises for files that are broken, or that are more than tensors.
-_UNREADABLE = (
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    RuntimeError,
-    EOFError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    OSError,
 )
 
 
@@ -190,41 +169,6 @@ def parse_source(text: str, arguments: Mapping[str, Any] | None = None) -> Sourc
     if colon:
         return Source("code", text, arguments)
     return Source("timm", text, arguments)
-
-
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """A state dict from a .safetensors or .pth file; pickles are read with weights_only=True, whatever the environment.
-
-    Training wrappers are opened ("state_dict", "model", EMA first) and "module." prefixes dropped.
-
-    Raises:
-        InputError: unreadable, not a state dict, or a pickle that would run code.
-    """
-    if reason := why_unreadable(path):
-        raise InputError(f"{path} {reason}")
-    if Path(path).suffix == ".safetensors":
-        with open_safetensors(path):
-            return safetensors.torch.load_file(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # remarks on the pickle's age
-            # An explicit weights_only=True is not overruled by TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD.
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
-        text = first_line(error)
-        if "GLOBAL" in str(error):
-            raise InputError(
-                f"{path} holds more than tensors, and reading it would run code: refused; save its state_dict as "
-                f".safetensors where you trust it"
-            ) from error
-        raise InputError(f"{path} is not a readable .pth file: {text or type(error).__name__}; get it again") from error
-    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()) or not content:
-        raise InputError(f"{path} holds no state dict (a mapping from names to tensors)")
-    return dict(clean_state_dict(dict(content)))
 
 
 def _build(source: Source, pretrained: bool = False) -> tuple[nn.Module, Source]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .conv import CONVOLUTIONS, HarmonicMixin, empty_counterpart, reason_not_convertible
-from .errors import InputError, UsageError
+from .errors import InputError, UsageError, first_line
 from .plan import ConvSite
 
 # Modules that convolve but are no torch convolution: named in the report, so that nothing is left out silently.
@@ -207,11 +207,6 @@ def tensors_in(value: Any) -> list[Tensor]:
 def describe_input(example_input: Any) -> str:
     """Shapes in a line, for messages."""
     return ", ".join(f"shape {tuple(t.shape)}" for t in tensors_in(example_input)) or type(example_input).__name__
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, at most 200 characters."""
-    return (str(error).strip().splitlines() or [""])[0][:200]
 
 
 def _weights_used_elsewhere(model: nn.Module) -> dict[int, str]:

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from .basis import all_frequencies
 from .conv import HarmonicMixin
 from .convert import default_input, fitted
-from .errors import UsageError, shortened
+from .errors import UsageError, first_line, shortened
 from .projection import project, reconstruct
-from .surgery import call, convolutions, evaluating, first_line, kernel_size, tensors_in
+from .surgery import call, convolutions, evaluating, kernel_size, tensors_in
 
 # Relative difference of the outputs with the whole basis, by the dtype of the weights: float64 and float32 as promised
 # in the documentation; the 16-bit ones are bounded by the rounding of their coefficients, amplified layer by layer.

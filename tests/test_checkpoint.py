@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import stat
@@ -17,7 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from harmconvert.checkpoint import METADATA_KEY, Source, default_name, load, read_header, save, weights_sha256
+from harmconvert.checkpoint import METADATA_KEY, Source, default_name, load, read_header, save
 from harmconvert.convert import convert
 from harmconvert.errors import HarmconvertError, InputError, OutsideError, UsageError
 from harmconvert.sources import load as load_rebuilt
@@ -144,19 +143,6 @@ def test_the_network_given_to_load_is_not_changed(network: Any, saved: Path) -> 
     before = {key: value.clone() for key, value in other.state_dict().items()}
     load(saved, model=other)
     assert all(torch.equal(before[key], value) for key, value in other.state_dict().items())
-
-
-def test_weights_are_hashed_by_name_type_shape_and_value(network: Any) -> None:
-    digest = weights_sha256(network)
-    assert len(digest) == 64
-    assert weights_sha256(seeded(Branches)) == digest
-    with torch.no_grad():
-        network.norm.running_mean[0] = 1.0
-    assert weights_sha256(network) != digest
-    expected = hashlib.sha256()
-    linear = torch.nn.Linear(1, 1, bias=False)
-    expected.update(b"weight torch.float32 (1, 1)\n" + linear.weight.detach().numpy().tobytes())
-    assert weights_sha256(linear) == expected.hexdigest()
 
 
 def test_saving_what_is_not_harmonic_is_refused(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ PACKAGE = ROOT / "harmconvert"
 
 # Each may import those before it; cli may import any.
 ORDER = [
-    "errors", "files", "basis", "projection", "conv", "plan", "surgery", "cost", "forms", "convert", "verify",
+    "errors", "files", "weights", "basis", "projection", "conv", "plan", "surgery", "cost", "forms", "convert",
+    "verify",
     "checkpoint", "models", "samples", "sources", "export", "inspection", "report", "demo", "cli",
 ]  # fmt: skip
 
@@ -55,7 +56,7 @@ def test_imports_go_one_way(path: Path) -> None:
 @pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_one_screen_per_idea(path: Path) -> None:
     text = path.read_text()
-    assert len(text.splitlines()) <= 460, "over 400 lines a file is asking to be two"
+    assert len(text.splitlines()) <= 400, "over 400 lines a file is asking to be two"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef) and node.end_lineno:
             body = (

@@ -1,10 +1,6 @@
 from __future__ import annotations
 
-import io
 import json
-import os
-import pickle
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +11,12 @@ import torch
 import torchvision
 from torch import nn
 
-from harmconvert.checkpoint import save, weights_sha256
+from harmconvert.checkpoint import save
 from harmconvert.convert import convert
 from harmconvert.errors import InputError, OutsideError, UsageError
 from harmconvert.samples import mnist5k_held_back, photographs
-from harmconvert.sources import open_counterpart, open_source, read_weights
+from harmconvert.sources import open_counterpart, open_source
+from harmconvert.weights import weights_sha256
 
 from .networks import Branches, seeded
 
@@ -209,88 +206,6 @@ def test_keys_that_do_not_fit_are_listed(resnet: tuple[nn.Module, Path]) -> None
         open_source("resnet10t", weights=weights)
     with pytest.raises(InputError, match=r"missing: conv1.weight, .* and 54 more; unexpected: "):
         open_source("resnet18", weights=weights)
-
-
-class Attack:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return os.system, (f"touch {self.path}",)
-
-
-def attacks(folder: Path) -> dict[str, bytes]:
-    """Pickles that run code, in each container that torch.load reads."""
-    evil = Attack(folder / "ran")
-    zipped, legacy, tarred = io.BytesIO(), io.BytesIO(), io.BytesIO()
-    torch.save({"weight": evil}, zipped)
-    torch.save({"weight": evil}, legacy, _use_new_zipfile_serialization=False)
-    with tarfile.open(fileobj=tarred, mode="w") as archive:
-        for name in ("sys_info", "pickle", "storages", "tensors"):
-            data = pickle.dumps(evil)
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    contents = {"zip": zipped.getvalue(), "legacy": legacy.getvalue(), "tar": tarred.getvalue()}
-    return contents | {"bare": pickle.dumps(evil)}
-
-
-@pytest.mark.parametrize("container", ["zip", "legacy", "tar", "bare"])
-@pytest.mark.parametrize("forced", [False, True])
-def test_a_pickle_that_runs_code_does_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, container: str, forced: bool
-) -> None:
-    if forced:
-        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    path = tmp_path / "evil.pth"
-    path.write_bytes(attacks(tmp_path)[container])
-    with pytest.raises(InputError) as caught:
-        read_weights(path)
-    assert not (tmp_path / "ran").exists()
-    assert str(path) in str(caught.value)
-    if container == "zip":
-        assert "reading it would run code: refused" in str(caught.value)
-
-
-@pytest.mark.parametrize("content", [{"a": 1}, [torch.zeros(1)], {}, torch.zeros(2), {"state_dict": {}}])
-def test_a_pth_that_is_no_state_dict_is_bad_input(tmp_path: Path, content: Any) -> None:
-    torch.save(content, tmp_path / "net.pth")
-    with pytest.raises(InputError, match="holds no state dict"):
-        read_weights(tmp_path / "net.pth")
-
-
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "is empty"),
-        (b"version https://git-lfs.github.com/spec/v1", "git-lfs"),
-        (b"<html>", "web page"),
-        (b"x" * 99, "is not"),
-    ],
-)
-def test_files_that_are_no_weights(tmp_path: Path, suffix: str, content: bytes, message: str) -> None:
-    path = tmp_path / f"net{suffix}"
-    path.write_bytes(content)
-    with pytest.raises(InputError, match=message):
-        read_weights(path)
-
-
-def test_a_truncated_pth_is_bad_input(resnet: tuple[nn.Module, Path], tmp_path: Path) -> None:
-    model, _ = resnet
-    torch.save(model.state_dict(), tmp_path / "net.pth")
-    content = (tmp_path / "net.pth").read_bytes()
-    for share in (0.01, 0.5, 0.99):
-        (tmp_path / "cut.pth").write_bytes(content[: int(len(content) * share)])
-        with pytest.raises(InputError, match=r"cut\.pth"):
-            read_weights(tmp_path / "cut.pth")
-
-
-def test_torchscript_and_exported_programs_are_refused(tmp_path: Path) -> None:
-    net, x = nn.Sequential(nn.Conv2d(1, 1, 3)), torch.zeros(1, 1, 5, 5)
-    torch.export.save(torch.export.export(net, (x,)), tmp_path / "net.pt2")
-    with pytest.raises(InputError):
-        read_weights(tmp_path / "net.pt2")
 
 
 def test_weights_that_are_no_numbers_are_caught_at_conversion(resnet: tuple[nn.Module, Path], tmp_path: Path) -> None:

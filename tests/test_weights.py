@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import pickle
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from harmconvert.errors import InputError
+from harmconvert.weights import read_weights, weights_sha256
+
+from .networks import Branches, seeded
+
+
+def test_weights_are_hashed_by_name_type_shape_and_value() -> None:
+    network: Any = seeded(Branches)
+    digest = weights_sha256(network)
+    assert len(digest) == 64
+    assert weights_sha256(seeded(Branches)) == digest
+    with torch.no_grad():
+        network.norm.running_mean[0] = 1.0
+    assert weights_sha256(network) != digest
+    expected = hashlib.sha256()
+    linear = torch.nn.Linear(1, 1, bias=False)
+    expected.update(b"weight torch.float32 (1, 1)\n" + linear.weight.detach().numpy().tobytes())
+    assert weights_sha256(linear) == expected.hexdigest()
+
+
+class Attack:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.path}",)
+
+
+def attacks(folder: Path) -> dict[str, bytes]:
+    """Pickles that run code, in each container that torch.load reads."""
+    evil = Attack(folder / "ran")
+    zipped, legacy, tarred = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    torch.save({"weight": evil}, zipped)
+    torch.save({"weight": evil}, legacy, _use_new_zipfile_serialization=False)
+    with tarfile.open(fileobj=tarred, mode="w") as archive:
+        for name in ("sys_info", "pickle", "storages", "tensors"):
+            data = pickle.dumps(evil)
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    contents = {"zip": zipped.getvalue(), "legacy": legacy.getvalue(), "tar": tarred.getvalue()}
+    return contents | {"bare": pickle.dumps(evil)}
+
+
+@pytest.mark.parametrize("container", ["zip", "legacy", "tar", "bare"])
+@pytest.mark.parametrize("forced", [False, True])
+def test_a_pickle_that_runs_code_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, container: str, forced: bool
+) -> None:
+    if forced:
+        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    path = tmp_path / "evil.pth"
+    path.write_bytes(attacks(tmp_path)[container])
+    with pytest.raises(InputError) as caught:
+        read_weights(path)
+    assert not (tmp_path / "ran").exists()
+    assert str(path) in str(caught.value)
+    if container == "zip":
+        assert "reading it would run code: refused" in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [{"a": 1}, [torch.zeros(1)], {}, torch.zeros(2), {"state_dict": {}}])
+def test_a_pth_that_is_no_state_dict_is_bad_input(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "net.pth")
+    with pytest.raises(InputError, match="holds no state dict"):
+        read_weights(tmp_path / "net.pth")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1", "git-lfs"),
+        (b"<html>", "web page"),
+        (b"x" * 99, "is not"),
+    ],
+)
+def test_files_that_are_no_weights(tmp_path: Path, suffix: str, content: bytes, message: str) -> None:
+    path = tmp_path / f"net{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_weights(path)
+
+
+def test_a_truncated_pth_is_bad_input(tmp_path: Path) -> None:
+    model = timm.create_model("resnet10t")
+    torch.save(model.state_dict(), tmp_path / "net.pth")
+    content = (tmp_path / "net.pth").read_bytes()
+    for share in (0.01, 0.5, 0.99):
+        (tmp_path / "cut.pth").write_bytes(content[: int(len(content) * share)])
+        with pytest.raises(InputError, match=r"cut\.pth"):
+            read_weights(tmp_path / "cut.pth")
+
+
+def test_torchscript_and_exported_programs_are_refused(tmp_path: Path) -> None:
+    net, x = nn.Sequential(nn.Conv2d(1, 1, 3)), torch.zeros(1, 1, 5, 5)
+    torch.export.save(torch.export.export(net, (x,)), tmp_path / "net.pt2")
+    with pytest.raises(InputError):
+        read_weights(tmp_path / "net.pt2")
