@@ -26,7 +26,7 @@ from .errors import InputError, UsageError, shortened
 from .forms import fuse
 from .plan import LayerPlan, Plan
 from .surgery import convolutions, exchange, kernel_size
-from .weights import load_state, open_safetensors, untied_state, write_tensors
+from .weights import load_state, open_safetensors, untied_state, why_unreadable, write_tensors
 
 FORMAT_VERSION = 1
 METADATA_KEY = "harmconvert"
@@ -122,6 +122,8 @@ def save(
         InputError: weights without values (meta device).
         OutsideError: the disk is full, permission is missing.
     """
+    if Path(path).suffix != ".safetensors":
+        raise UsageError(f"{path} should end in .safetensors, which is what it will be")
     model = conversion.model if isinstance(conversion, Conversion) else conversion
     known: Header | None = model.__dict__.get("harmconvert_header")
     plan = conversion.plan if isinstance(conversion, Conversion) else _plan_of(model, known)
@@ -143,6 +145,14 @@ def default_name(source: str, lam: str) -> str:
     name = source.removesuffix(".safetensors").rstrip("/").replace(":", "/").split("/")[-1]
     name = re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "network"
     return f"{name}-harmonic-{'custom' if '=' in lam else lam.strip()}.safetensors"
+
+
+def is_harmonic(path: str | Path) -> bool:
+    """Whether a file calls itself a harmonic checkpoint, readable or not."""
+    if Path(path).suffix != ".safetensors" or why_unreadable(path):
+        return False
+    with open_safetensors(path) as file:
+        return METADATA_KEY in (file.metadata() or {})
 
 
 def read_header(path: str | Path) -> Header:

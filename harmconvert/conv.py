@@ -50,17 +50,24 @@ class HarmonicMixin(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The merged kernel, shape (O, I, *kernel_size): inside a forward, the one computed for it."""
-        if self._merged is not None:
-            return self._merged
-        return _merged_kernel(self.coefficients, self.basis, _kernel_size(self), None)
+        return self._merge(None) if self._merged is None else self._merged
 
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         # Weight-standardising classes read self.weight twice: merge once, and hold it for this forward only.
-        self._merged = _merged_kernel(self.coefficients, self.basis, _kernel_size(self), input)
+        self._merged = self._merge(next(iter((*args, *kwargs.values())), None))
         try:
-            return super().forward(input, *args, **kwargs)
+            return super().forward(*args, **kwargs)
         finally:
             self._merged = None
+
+    def _merge(self, input: Any) -> Tensor:
+        return _merged_kernel(
+            self.coefficients, self.basis, _kernel_size(self), self.frequencies, self.normalization, input
+        )
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._set_basis()  # assign=True may have brought another device or dtype
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -88,18 +95,19 @@ class HarmonicMixin(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so pickle and copy are told how to make it again.
-        return _empty_harmonic, (base_class(self),), self.__dict__.copy()
+        return _empty_harmonic, (base_class(self),), self.__getstate__()
 
 
 @cache
 def harmonic_class(convolution: type[nn.Module]) -> type[nn.Module]:
     """The harmonic subclass of a convolution class: `HarmonicConv2d` for `Conv2d`; the same object at every call."""
-    return type(f"Harmonic{convolution.__name__}", (HarmonicMixin, convolution), {"__module__": __name__})
+    attributes = {"__module__": __name__, "convolution": convolution}
+    return type(f"Harmonic{convolution.__name__}", (HarmonicMixin, convolution), attributes)
 
 
 def base_class(harmonic: nn.Module) -> type[nn.Module]:
     """The convolution class that a harmonic convolution was made from."""
-    return cast(type[nn.Module], type(harmonic).__mro__[2])
+    return cast(Any, type(harmonic)).convolution
 
 
 def reason_not_convertible(conv: nn.Module) -> str | None:
@@ -108,6 +116,9 @@ def reason_not_convertible(conv: nn.Module) -> str | None:
         return "is harmonic already: fuse() the network first"
     if parametrize.is_parametrized(conv):
         return "its weight is parametrized: remove the parametrization first"
+    own = {*vars(conv), *conv._parameters, *conv._buffers, *conv._modules, *vars(type(conv))}
+    if taken := own & {"coefficients", "basis", "frequencies", "normalization", "_merged"}:
+        return f"it has an attribute {min(taken)!r} of its own, which the harmonic form needs: rename that"
     weight = conv._parameters.get("weight")
     if weight is None:
         return "its weight is computed from other tensors (weight norm, pruning): remove that first"
@@ -166,6 +177,8 @@ def to_dense(harmonic: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modu
     """
     if not isinstance(harmonic, HarmonicMixin):
         raise UsageError(f"{type(harmonic).__name__} is not a harmonic convolution")
+    if parametrize.is_parametrized(harmonic):
+        raise UsageError("the coefficients of a harmonic convolution are parametrized: remove that first")
     memo = {} if memo is None else memo
     conv = memo.setdefault(id(harmonic), _empty_dense(harmonic))
     tie = hash(("weight", id(harmonic.coefficients), harmonic.frequencies, harmonic.normalization))
@@ -232,6 +245,8 @@ class HarmonicBlock2d(nn.Module):
         self._set_basis()
 
     def forward(self, x: Tensor) -> Tensor:
+        if cast(Tensor, self.basis).device != x.device:
+            self._set_basis()
         basis_F1KK = cast(Tensor, self.basis).unflatten(1, self.kernel_size)[:, None].to(x.dtype)
         filters = basis_F1KK.repeat(self.in_channels, 1, 1, 1)
         responses = nn.functional.conv2d(
@@ -257,16 +272,26 @@ def _kernel_size(conv: nn.Module) -> tuple[int, ...]:
 
 
 @torch.fx.wrap  # symbolic tracers see one call, not its autocast switch and layout test
-def _merged_kernel(coefficients: Tensor, basis: Tensor, kernel_size: tuple[int, ...], input: Tensor | None) -> Tensor:
-    """The kernel of coefficients and basis: merged in the basis' precision, in the coefficients' dtype and the
-    input's memory format."""
+def _merged_kernel(
+    coefficients: Tensor,
+    basis: Tensor,
+    kernel_size: tuple[int, ...],
+    frequencies: tuple[Frequency, ...],
+    normalization: str,
+    input: Any,
+) -> Tensor:
+    """The kernel of coefficients and basis: merged in float32 or better, in the coefficients' dtype and the input's
+    memory format."""
+    if basis.device != coefficients.device or basis.dtype != torch.promote_types(coefficients.dtype, torch.float32):
+        # Somebody put other coefficients in place: a stale basis would give a wrong kernel without a word.
+        basis = _basis_for(coefficients, kernel_size, frequencies, normalization)
     # Autocast would run the product in half precision and lose the exactness that conversion promises.
     device = coefficients.device.type
     with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         kernel_OIK = merge(coefficients.to(basis.dtype), basis).to(coefficients.dtype)
     kernel = kernel_OIK.unflatten(2, kernel_size)
     channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(kernel.dim())
-    if input is None or channels_last is None or input.dim() != kernel.dim() or input.is_contiguous():
+    if not isinstance(input, Tensor) or channels_last is None or input.dim() != kernel.dim() or input.is_contiguous():
         return kernel
     return (
         kernel.contiguous(memory_format=channels_last) if input.is_contiguous(memory_format=channels_last) else kernel
@@ -308,7 +333,8 @@ def _copy_state(
 ) -> None:
     """Deep-copy all of a module's state but one parameter, whose successor takes its place in the order."""
     parameters = dict(source._parameters)
-    rest = {key: value for key, value in source.__dict__.items() if key != "_parameters"}
+    # __getstate__ leaves out what torch.compile put into the module: a copy of that would run the original.
+    rest = {key: value for key, value in cast(Any, source).__getstate__().items() if key != "_parameters"}
     target.__dict__.update(copy.deepcopy(rest, memo))
     target.__dict__["_parameters"] = {
         (new if name == old else name): (parameter if name == old else copy.deepcopy(value, memo))

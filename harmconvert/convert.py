@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from .basis import all_frequencies
 from .conv import HarmonicMixin, to_harmonic
@@ -132,6 +133,8 @@ def check_network(model: nn.Module) -> None:
     if isinstance(model, wrappers) or kind in ("FullyShardedDataParallel", "OptimizedModule"):
         inner = "_orig_mod" if kind == "OptimizedModule" else "module"
         raise UsageError(f"this network is wrapped in {kind}: pass model.{inner}, and wrap what comes back")
+    if isinstance(model, nn.Module) and any(isinstance(p, UninitializedParameter) for p in model.parameters()):
+        raise UsageError(f"this {kind} has parameters without values yet (lazy modules): run it once first")
     if not isinstance(model, nn.Module):
         raise UsageError(f"a network must be a torch.nn.Module, not {kind}")
 
@@ -205,6 +208,8 @@ def _record(layer: LayerPlan, conv: nn.Module, harmonic: nn.Module, notes: Mappi
 
 
 def _finite(tensor: Tensor) -> bool:
+    if tensor.dtype.itemsize < 2:
+        tensor = tensor.float()  # 8-bit floats know no arithmetic
     # A sum is the quickest look at every value; only one that is too large needs a second.
     if tensor.detach().sum().isfinite():
         return True

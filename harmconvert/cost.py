@@ -103,7 +103,7 @@ def network_cost(model: nn.Module, plan: Plan, trace: Trace | None = None) -> Co
     convs = convolutions(model)
     # A tied weight counts once, as its coefficients do: by identity, the last one standing for all.
     saved = {id(convs[n].weight): (c.parameters - c.kept_parameters, _itemsize(convs[n])) for n, c in layers.items()}
-    over_1x1 = {id(c._parameters.get("weight")): cast(Tensor, c.weight).numel() for n, c in _over_1x1(model).items()}
+    over_1x1 = {id(c._parameters.get("weight", c)): cast(Tensor, c.weight).numel() for c in _over_1x1(model).values()}
     parameters, size = parameter_count(model), tensor_bytes(model)
     macs = {}
     if trace:

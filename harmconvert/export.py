@@ -8,11 +8,20 @@ import timm
 from torch import Tensor, nn
 
 from .errors import UsageError
-from .files import write_folder
+from .files import check_folder, check_output, write_folder
 from .forms import fuse
 from .weights import untied_state, write_tensors
 
 FORMATS = ("dense", "timm")
+TIMM_FILES = ("config.json", "model.safetensors")
+
+
+def check_target(path: str | Path, format: str, force: bool = False) -> None:
+    """Raise UsageError where `export` would refuse to write; call it before long work begins."""
+    if format == "timm":
+        check_folder(path, TIMM_FILES, force)
+    else:
+        check_output(path, force)
 
 
 def export(model: nn.Module, path: str | Path, format: str = "dense", *, force: bool = False) -> None:
@@ -52,4 +61,4 @@ def _export_timm_folder(dense: nn.Module, path: Path, force: bool) -> None:
     def fill(folder: Path) -> None:
         timm.models.save_for_hf(dense, folder, model_args=arguments or None, safe_serialization=True)
 
-    write_folder(path, fill, force)
+    write_folder(path, TIMM_FILES, fill, force)

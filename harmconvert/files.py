@@ -7,10 +7,10 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
-from .errors import OutsideError, UsageError
+from .errors import OutsideError, UsageError, shortened
 
 
 def check_output(path: str | Path, force: bool = False) -> Path:
@@ -64,21 +64,36 @@ def write_file(path: str | Path, write: Callable[[Path], None], force: bool = Fa
         staging.unlink(missing_ok=True)
 
 
-def write_folder(path: str | Path, fill: Callable[[Path], None], force: bool = False) -> None:
-    """Let ``fill`` fill a staging folder beside ``path``, then put that in the target's place.
+def check_folder(path: str | Path, own: Collection[str], force: bool = False) -> Path:
+    """The folder that writing to ``path`` would make or replace; call it before long work begins.
+
+    ``own`` are the names of the files that will be written: a folder that holds anything else is never replaced.
 
     Raises:
-        UsageError: the output exists and ``force`` is not set, or is something else than a folder.
-        OutsideError: the disk is full, permission is missing.
+        UsageError: it exists and ``force`` is not set, it is no folder or holds other files, its parent does not exist.
     """
     path = Path(path)
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise UsageError(f"{path} is there and is no folder: name another output with -o")
     if path.exists() and not force:
         raise UsageError(f"{path} exists: use --force to replace it, or name another output with -o")
+    if path.exists() and (others := sorted({entry.name for entry in path.iterdir()} - set(own))):
+        raise UsageError(
+            f"{path} holds other files ({shortened(others, 3)}), which --force would remove: name a new folder"
+        )
     if not path.parent.is_dir():
         raise UsageError(f"the folder {path.parent} does not exist: make it first")
-    target = path.resolve()
+    return path.resolve()
+
+
+def write_folder(path: str | Path, own: Collection[str], fill: Callable[[Path], None], force: bool = False) -> None:
+    """Let ``fill`` fill a staging folder beside ``path`` with the files ``own``, then put that in the target's place.
+
+    Raises:
+        UsageError: as `check_folder`.
+        OutsideError: the disk is full, permission is missing.
+    """
+    target = check_folder(path, own, force)
     staging = target.with_name(f".{target.name}.{os.getpid()}.staging")
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
     try:
@@ -116,12 +131,14 @@ def outside(error: OSError, what: str) -> OutsideError:
 
 
 def _remove_leftovers(target: Path) -> None:
-    pattern = re.compile(re.escape(f".{target.name}.") + r"(\d+)\.staging")
-    for entry in target.parent.iterdir():
+    pattern = re.compile(re.escape(f".{target.name}.") + r"(\d+)\.(staging|old)")
+    for entry in list(target.parent.iterdir()):
         match = pattern.fullmatch(entry.name)
         if not match or _alive(int(match[1])):
             continue
-        if entry.is_dir():
+        if match[2] == "old" and not target.exists():
+            entry.replace(target)  # killed between the two renames: the old folder is the target
+        elif entry.is_dir():
             shutil.rmtree(entry, ignore_errors=True)
         else:
             entry.unlink(missing_ok=True)

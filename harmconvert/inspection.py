@@ -8,7 +8,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from .basis import frequencies_below, scaled_levels
-from .convert import check_network, default_input, run_where_possible
+from .convert import check_network, check_weights, default_input, run_where_possible
 from .cost import Cost, network_cost
 from .errors import UsageError
 from .plan import Skip, make_plan
@@ -70,6 +70,8 @@ def inspect(model: nn.Module, example_input: Any = None, *, energies: bool = Tru
         UsageError: an input that the network does not take, or a wrapped network.
     """
     check_network(model)
+    if energies:
+        check_weights(model)
     wanted = "full" if example_input is None and default_input(model) is None else "any"
     run = run_where_possible(model, wanted, example_input)
     sites = find_sites(model, run)

@@ -10,6 +10,7 @@ import fnmatch
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any, cast
 
@@ -328,16 +329,15 @@ def _progressive(sites: Sequence[ConvSite], named: set[str], notes: dict[str, st
 
 
 def _positions(site: ConvSite) -> int:
-    positions = 1
-    for size in cast("tuple[int, ...]", site.output_size):
-        positions *= size
-    return positions
+    return prod(cast("tuple[int, ...]", site.output_size))
 
 
 def _by_pattern(sites: Sequence[ConvSite], lam: Mapping[str, int], names: Sequence[str]) -> list[LayerPlan]:
     """The last pattern that matches a layer decides, so that exceptions can follow a general rule."""
     levels_by_name: dict[str, int] = {}
     for pattern, levels in lam.items():
+        if not isinstance(levels, int) or isinstance(levels, bool):
+            raise UsageError(f"lambda of {pattern!r} is {levels!r}: give a whole number of levels")
         matches = fnmatch.filter([site.name for site in sites], pattern)
         if not matches:
             raise UsageError(_no_match(pattern, names))
@@ -379,10 +379,7 @@ def _no_match(pattern: str, names: Sequence[str]) -> str:
 
 def _layer_from_json(data: Any) -> LayerPlan:
     kernel_size = tuple(_small_int(k) for k in data["kernel_size"])
-    positions = 1
-    for size in kernel_size:
-        positions *= size
-    if not kernel_size or not 1 <= positions <= MAX_KERNEL_POSITIONS:
+    if not kernel_size or not 1 <= prod(kernel_size) <= MAX_KERNEL_POSITIONS:
         raise ValueError(f"kernel size {kernel_size} of layer {data['name']!r} is out of range")
     frequencies = tuple(tuple(_small_int(i) for i in f) for f in data["frequencies"])
     return LayerPlan(str(data["name"]), kernel_size, frequencies)

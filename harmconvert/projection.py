@@ -20,7 +20,7 @@ def project(kernel: Tensor, frequencies: Sequence[Frequency] | None = None, norm
     """Coefficients (O, I, F) of the combination of DCT kernels nearest to ``kernel`` (O, I, *kernel_size).
 
     >>> kernel = torch.ones(1, 1, 3, 3)
-    >>> project(kernel, [(0, 0), (0, 1)])
+    >>> project(kernel, [(0, 0), (0, 1)]).round(decimals=6)
     tensor([[[3., 0.]]])
     """
     basis_FK = dct_basis(kernel.shape[2:], frequencies)

@@ -8,12 +8,8 @@ import importlib
 import importlib.util
 import inspect
 import json
-import os
 import re
-import socket
 import sys
-import urllib.error
-import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,23 +17,21 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
-import huggingface_hub.constants
-import huggingface_hub.errors
 import timm
 import torchvision
 from torch import Tensor, nn
 
 from . import checkpoint
 from .checkpoint import Header, Source
-from .errors import HarmconvertError, InputError, OutsideError, UsageError, first_line
+from .downloads import reaching_out, torchvision_loading
+from .errors import HarmconvertError, InputError, UsageError, first_line
 from .samples import SAMPLES
 from .weights import load_state, read_weights, weights_sha256
 
 SCHEMES = ("timm", "torchvision", "hf-hub", "local-dir", "sample")
-OFFLINE = (
-    f"what works offline: {', '.join(f'sample:{name}' for name in SAMPLES)}, local-dir:PATH, your own FILE.py:FACTORY, "
-    "or any timm or torchvision name with --checkpoint FILE"
-)
+
+# Arguments of timm.create_model that would open files or reach out, which a checkpoint has no business to ask for.
+_NOT_FOR_REBUILDING = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
 
 
 @dataclass(frozen=True)
@@ -80,10 +74,16 @@ def open_source(
         if weights is not None or arguments:
             raise UsageError(f"{text} is a harmonic checkpoint: it takes neither other weights nor arguments")
         return Network(model.eval(), header.source or Source("unknown", text), header)
-    source = parse_source(text, arguments)
+    source = _with_weights_name(parse_source(text, arguments))
     if weights is not None:
-        model, source = _build(source)
         state = read_weights(weights)
+        model, source = _build(source)
+        if source.scheme == "torchvision" and set(state) != set(model.state_dict()):
+            # Trained from scratch, perhaps: the untrained structure may be the one that fits.
+            plain = replace(source, name=source.name.partition(".")[0])
+            other = _build(plain)[0]
+            if set(state) == set(other.state_dict()):
+                model, source = other, plain
         load_state(model, _renamed(model, state), str(weights))
     else:
         model, source = _build(source, pretrained=pretrained)
@@ -99,9 +99,7 @@ def open_counterpart(text: str, original: Network) -> nn.Module:
     """
     if not Path(text).is_file() or ".py:" in text:
         return open_source(text).model
-    try:
-        checkpoint.read_header(text)
-    except InputError:
+    if not checkpoint.is_harmonic(text):
         with_weights = copy.deepcopy(original.model)
         load_state(with_weights, _renamed(with_weights, read_weights(text)), text)
         return with_weights
@@ -138,7 +136,11 @@ def rebuild(source: Source, trust_code: bool = False) -> nn.Module:
     try:
         if "architecture" in source.arguments:  # hubs and folders: what their config said is recorded
             arguments = dict(source.arguments)
+            if not timm.is_model(str(arguments["architecture"])) or {*arguments} & _NOT_FOR_REBUILDING:
+                raise InputError(f"the recorded source {source} asks for more than a timm architecture: refused")
             return cast(nn.Module, timm.create_model(arguments.pop("architecture"), pretrained=False, **arguments))
+        if {*source.arguments} & _NOT_FOR_REBUILDING or source.scheme not in ("timm", "torchvision", "sample", "code"):
+            raise InputError(f"the recorded source {source} asks for more than its structure: refused; pass model=")
         return _build(source)[0]
     except HarmconvertError:
         raise
@@ -181,13 +183,13 @@ def _build(source: Source, pretrained: bool = False) -> tuple[nn.Module, Source]
 def _from_timm(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
     if not timm.is_model(source.name):
         raise UsageError(f"timm has no model {source.name!r}{_close(source.name, timm.list_models())}")
-    with _reaching_out(str(source)):
+    with reaching_out(str(source)):
         model = timm.create_model(source.name, pretrained=pretrained, **source.arguments)
     return model, replace(source, licence=_cfg(model).get("license"))
 
 
 def _from_hf_hub(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
-    with _reaching_out(str(source)):
+    with reaching_out(str(source)):
         _, architecture, model_arguments = timm.models.load_model_config_from_hf(source.name)
         model = timm.create_model(f"hf-hub:{source.name}", pretrained=pretrained, **source.arguments)
     return model, _with_config(source, model, architecture, model_arguments)
@@ -217,26 +219,36 @@ def _from_local_dir(source: Source, pretrained: bool) -> tuple[nn.Module, Source
 
 
 def _from_torchvision(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
+    """``NAME.WEIGHTS`` is built as for those weights, whose networks differ from untrained ones in more than values
+    (frozen norms, auxiliary heads, input transforms); ``NAME`` is the untrained structure."""
     name, _, tag = source.name.partition(".")
-    if name not in torchvision.models.list_models():
-        raise UsageError(f"torchvision has no model {name!r}{_close(name, torchvision.models.list_models())}")
+    builder = torchvision.models.get_model_builder(name)
     weights = torchvision.models.get_model_weights(name)
     try:
-        chosen = weights[tag] if tag else weights["DEFAULT"]
+        chosen = weights[tag or "DEFAULT"]
     except KeyError as error:
-        raise UsageError(
-            f"torchvision:{name} has no weights {tag!r}: there are {', '.join(w.name for w in weights)}"
-        ) from error
+        known = ", ".join(w.name for w in weights)
+        raise UsageError(f"torchvision:{name} has no weights {tag!r}: there are {known}") from error
     arguments: dict[str, Any] = dict(source.arguments)
-    builder = torchvision.models.get_model_builder(name)
-    if not pretrained and "weights_backbone" in inspect.signature(builder).parameters:
-        arguments |= {"weights_backbone": None}
-    with _reaching_out(str(source)):
-        model = builder(weights=chosen if pretrained else None, **arguments)
+    if "weights_backbone" in inspect.signature(builder).parameters:
+        arguments = {"weights_backbone": None, **arguments}
+    with reaching_out(str(source)), torchvision_loading(fetch=pretrained):
+        model = builder(weights=chosen if tag else None, **arguments)
     crop = getattr(chosen.transforms(), "crop_size", None)
     if crop and not hasattr(model, "pretrained_cfg"):
         model.pretrained_cfg = {"input_size": _input_size(builder.__module__, chosen, crop[0])}
     return model, source
+
+
+def _with_weights_name(source: Source) -> Source:
+    """``torchvision:NAME`` means its default weights; their name is recorded, because defaults change."""
+    if source.scheme != "torchvision" or "." in source.name:
+        return source
+    if source.name not in torchvision.models.list_models():
+        raise UsageError(
+            f"torchvision has no model {source.name!r}{_close(source.name, torchvision.models.list_models())}"
+        )
+    return replace(source, name=f"{source.name}.{torchvision.models.get_model_weights(source.name)['DEFAULT'].name}")
 
 
 def _from_sample(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
@@ -279,12 +291,19 @@ def _import(place: str) -> ModuleType:
         with _first_on_path(Path.cwd()):
             return importlib.import_module(place)
     path = Path(place).resolve()
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    # A name of its own: dataclasses and pickles look their module up, and the stem may be an installed package's.
+    name = f"harmconvert_source_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
     if not path.is_file() or spec is None or spec.loader is None:
         raise UsageError(f"there is no file {place}: give FILE.py:FACTORY, or one of {', '.join(SCHEMES)}:NAME")
     module = importlib.util.module_from_spec(spec)
-    with _first_on_path(path.parent):
-        spec.loader.exec_module(module)
+    sys.modules[name] = module
+    try:
+        with _first_on_path(path.parent):
+            spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module
 
 
@@ -301,46 +320,15 @@ def _renamed(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state dict under this network's keys: timm's own filter helps where an older file's keys differ."""
     if set(state) == set(model.state_dict()):
         return state
-    module = importlib.import_module(type(model).__module__)
-    rename = getattr(module, "checkpoint_filter_fn", None)
-    if rename is None or not type(model).__module__.startswith("timm."):
+    if not type(model).__module__.startswith("timm."):
+        return state
+    rename = getattr(importlib.import_module(type(model).__module__), "checkpoint_filter_fn", None)
+    if rename is None:
         return state
     try:
         return dict(rename(dict(state), model))
     except Exception:
         return state  # the complaint about the file's own keys says more
-
-
-@contextmanager
-def _reaching_out(what: str) -> Iterator[None]:
-    """Turn every way in which a download fails into one error; without a network look in the local caches only."""
-    offline = huggingface_hub.constants.HF_HUB_OFFLINE
-    try:
-        if not _hub_resolves():
-            # The hub's client would retry for most of a minute before it said so.
-            huggingface_hub.constants.HF_HUB_OFFLINE = True
-        yield
-    except (urllib.error.URLError, huggingface_hub.errors.HfHubHTTPError, OSError) as error:
-        raise OutsideError(f"the weights of {what} cannot be fetched: {first_line(error)}; {OFFLINE}") from error
-    except RuntimeError as error:
-        if "No pretrained weights" in str(error) or "no pretrained weights" in str(error):
-            raise InputError(f"{what} has no pretrained weights: give some with --checkpoint FILE") from error
-        raise InputError(f"{what} cannot be made: {first_line(error)}") from error
-    except (TypeError, ValueError, AssertionError) as error:
-        raise InputError(f"{what} cannot be made: {first_line(error)}") from error
-    finally:
-        huggingface_hub.constants.HF_HUB_OFFLINE = offline
-
-
-def _hub_resolves() -> bool:
-    if any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return True  # names are the proxy's to resolve
-    host = urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT)
-    try:
-        socket.getaddrinfo(host.hostname, host.port or 443)
-    except OSError:
-        return False
-    return True
 
 
 def _with_config(source: Source, model: nn.Module, architecture: str, model_arguments: Mapping[str, Any]) -> Source:

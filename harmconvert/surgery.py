@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from enum import Enum
 from math import prod
 from typing import Any, cast
 
@@ -105,8 +106,9 @@ def trace(model: nn.Module, example_input: Any) -> Trace:
     Raises:
         UsageError: the network does not run on that input.
     """
+    example_input = cloned(example_input)  # a forward may normalise its input in place
     inputs = {_storage(tensor) for tensor in tensors_in(example_input)}
-    batch = next((len(t) for t in tensors_in(example_input) if t.dim() > 1), 1)
+    batch = batch_size(example_input)
     runs: dict[str, LayerRun] = {}
 
     def watch(name: str) -> Callable[..., None]:
@@ -194,14 +196,40 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """All tensors in nested lists, tuples, dicts and objects with a ``__dict__`` (such as model outputs), in order."""
+    """All tensors in nested lists, tuples, dicts and plain objects (such as model outputs), in order."""
+    found: list[Tensor] = []
+    seen: set[int] = set()
+
+    def visit(item: Any) -> None:
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif id(item) not in seen and not isinstance(item, type | Enum | nn.Module):
+            seen.add(id(item))
+            if isinstance(item, Mapping):
+                item = item.values()
+            elif not isinstance(item, list | tuple):
+                item = getattr(item, "__dict__", {}).values()
+            for part in item:
+                visit(part)
+
+    visit(value)
+    return found
+
+
+def cloned(value: Any) -> Any:
+    """The same nest of lists, tuples and dicts with every tensor cloned."""
     if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        return [t for item in value.values() for t in tensors_in(item)]
-    if isinstance(value, list | tuple):
-        return [t for item in value for t in tensors_in(item)]
-    return [t for item in getattr(value, "__dict__", {}).values() for t in tensors_in(item)]
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: cloned(item) for key, item in value.items()}
+    return type(value)(cloned(item) for item in value) if type(value) in (list, tuple) else value
+
+
+def batch_size(example_input: Any) -> int:
+    """Examples in an input: the length of its first tensor, or of a list of single images, as detectors take them."""
+    if isinstance(example_input, list) and example_input and all(isinstance(t, Tensor) for t in example_input):
+        return len(example_input) if example_input[0].dim() == 3 else len(example_input[0])
+    return next((len(t) for t in tensors_in(example_input) if t.dim() > 1), 1)
 
 
 def describe_input(example_input: Any) -> str:

@@ -21,7 +21,7 @@ from .conv import HarmonicMixin
 from .convert import default_input, fitted
 from .errors import UsageError, first_line, shortened
 from .projection import project, reconstruct
-from .surgery import call, convolutions, evaluating, kernel_size, tensors_in
+from .surgery import batch_size, call, cloned, convolutions, evaluating, kernel_size, tensors_in
 
 # Relative difference of the outputs with the whole basis, by the dtype of the weights: float64 and float32 as promised
 # in the documentation; the 16-bit ones are bounded by the rounding of their coefficients, amplified layer by layer.
@@ -146,11 +146,11 @@ def verify(
     measured = [error for error in errors.values() if error is not None]
     worst = next((error for error in measured if isnan(error)), max(measured))
     if isnan(worst):
-        notes.append("the original's outputs hold no finite value on these inputs: nothing to compare")
+        notes.append("the outputs hold no finite value on these inputs: nothing to compare")
     limit = OUTPUT_TOLERANCE[dtype] if tolerance is None else tolerance
     within = worst <= limit  # False for NaN
     ok = within and not structural if tolerance is not None else within and not problems and agreement in (None, 1.0)
-    size = next((len(t) for t in tensors_in(inputs) if t.dim() > 1), 1)
+    size = batch_size(inputs)
     return Verification(
         ok, not problems, limit, worst, errors["float64"], errors["float32"], agreement, size, layers,
         tuple(problems), tuple(notes),
@@ -278,7 +278,7 @@ def _compare(
             try:
                 with evaluating(model), torch.random.fork_rng(devices=[]):
                     torch.manual_seed(0)
-                    results.append(tensors_in(call(model, inputs)))
+                    results.append(tensors_in(call(model, cloned(inputs))))
             except Exception as failure:
                 which = "original" if model is models[0] else "converted"
                 raise _NoRunError(
@@ -290,9 +290,9 @@ def _compare(
             handles = []
     if [t.shape for t in results[0]] != [t.shape for t in results[1]]:
         return float("inf"), 0.0, outputs
-    floating = [(a, b) for a, b in zip(*results, strict=True) if a.is_floating_point()]
-    error = max((_relative_difference(b, a) for a, b in floating), default=0.0)
-    return error, _top1_agreement(floating), outputs
+    pairs = list(zip(*results, strict=True))
+    error = max((_relative_difference(b, a) for a, b in pairs), default=float("nan"))
+    return error, _top1_agreement(pairs), outputs
 
 
 def _relative_difference(found: Tensor, expected: Tensor) -> float:
@@ -301,6 +301,8 @@ def _relative_difference(found: Tensor, expected: Tensor) -> float:
         return float("inf")
     if not expected.numel():
         return 0.0
+    if not (expected.is_floating_point() or expected.is_complex()):
+        return 0.0 if torch.equal(found, expected) else float("inf")
     finite = expected.isfinite()
     if not torch.equal(found[~finite].nan_to_num(nan=0.5), expected[~finite].nan_to_num(nan=0.5)):
         return float("inf")
@@ -312,7 +314,8 @@ def _relative_difference(found: Tensor, expected: Tensor) -> float:
 
 
 def _top1_agreement(outputs: list[tuple[Tensor, Tensor]]) -> float | None:
-    if len(outputs) != 1 or outputs[0][0].dim() != 2 or outputs[0][0].shape[1] < 2:
+    logits = len(outputs) == 1 and outputs[0][0].is_floating_point() and outputs[0][0].dim() == 2
+    if not logits or outputs[0][0].shape[1] < 2:
         return None
     original, converted = outputs[0]
     return (original.argmax(1) == converted.argmax(1)).double().mean().item()

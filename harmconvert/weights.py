@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import struct
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ _UNREADABLE = (
     pickle.UnpicklingError,
     zipfile.BadZipFile,
     RuntimeError,
+    struct.error,
     EOFError,
     ValueError,
     LookupError,
@@ -134,7 +136,7 @@ def untied_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     storages: set[int] = set()
     for key, value in model.state_dict(keep_vars=True).items():
         if not isinstance(value, Tensor):
-            continue
+            raise InputError(f"{key} is no tensor but a {type(value).__name__}, which no safetensors file can hold")
         if value.is_meta:
             raise InputError(f"{key} has no values (meta device): load weights first")
         if id(value) in first_key:
@@ -154,7 +156,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], where: str) -> Non
     """Load a state dict strictly, in the dtypes it has.
 
     Raises:
-        InputError: keys missing, unexpected or of another shape; the first ten of each are named.
+        InputError: keys missing, unexpected, of another shape or not floating point; the first ten of each are named.
     """
     own = {key: value for key, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
     complaints = []
@@ -169,6 +171,15 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], where: str) -> Non
     ]
     if shapes:
         complaints.append(f"other shape: {shortened(shapes)}")
+    kinds = [
+        f"{key} {str(state[key].dtype).removeprefix('torch.')}"
+        for key in own
+        if key in state and own[key].is_floating_point() and not state[key].is_floating_point()
+    ]
+    if kinds:
+        complaints.append(f"not floating point (quantised?): {shortened(kinds)}")
+    if any(tensor.is_meta for tensor in own.values()):
+        complaints.append("the network is on the meta device: build it on the CPU")
     if complaints:
         raise InputError(f"{where} does not fit this {type(model).__name__}: {'; '.join(complaints)}")
     for key, tensor in own.items():

@@ -209,6 +209,8 @@ def test_outputs_are_never_lost() -> None:
         (["convert", SAMPLE, "--input-size", "3,x"], 2, "'3,x' is not a size such as 3,224,224"),
         (["convert", SAMPLE, "--input-size", "3,8,8"], 2, "does not run on"),
         (["convert", SAMPLE, "--model-kwargs", "x"], 2, "'x' is not KEY=VALUE"),
+        (["convert", SAMPLE, "--plan", "p.json", "--lambda", "2"], 2, "--plan and --lambda both say what to keep"),
+        (["convert", SAMPLE, "-o", "net.pth"], 2, "net.pth should end in .safetensors"),
         (["convert"], 2, "Missing argument 'SOURCE'"),
         (["convert", SAMPLE, "--frobnicate"], 2, "No such option"),
         (["nonsense"], 2, "No such command 'nonsense'"),
@@ -342,6 +344,13 @@ def test_a_traceback_only_with_debug() -> None:
     assert plain.stderr.splitlines()[-1].startswith("harmconvert: error: timm has no model")
     assert "Traceback" not in plain.stderr
     assert "Traceback" in debug.stderr
+
+
+def test_a_reader_that_goes_away_does_not_stop_the_work(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m harmconvert convert {SAMPLE} -o a.safetensors | head -0; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a.safetensors").exists()
 
 
 @pytest.mark.parametrize(("number", "code"), [(2, 130), (15, 143)])

@@ -294,3 +294,44 @@ def test_a_harmonic_convolution_is_still_a_convolution() -> None:
     harmonic = to_harmonic(nn.Conv2d(3, 4, 3))
     assert isinstance(harmonic, nn.Conv2d)
     assert isinstance(harmonic, HarmonicMixin)
+
+
+def test_coefficients_put_in_place_by_assignment_find_the_right_basis() -> None:
+    """A basis left on another device or in another precision would give a wrong kernel without a word."""
+    conv, x = case("plain", torch.float64)
+    state = to_harmonic(conv).state_dict()
+    with torch.device("meta"):
+        harmonic = to_harmonic(nn.Conv2d(3, 8, 3))
+    harmonic.load_state_dict(state, assign=True)
+    assert relative(harmonic(x), conv(x)) < 1e-13
+    single: Any = to_harmonic(nn.Conv2d(3, 8, 3).double().float())
+    single.coefficients = nn.Parameter(state["coefficients"])
+    single.bias = nn.Parameter(state["bias"])
+    assert relative(single(x), conv(x)) < 1e-13
+
+
+def test_a_module_compiled_in_place_is_converted_and_not_copied_with_its_compilation() -> None:
+    conv, x = case("plain")
+    conv.compile(backend="eager")
+    conv(x)
+    harmonic: Any = to_harmonic(conv, [(0, 0)])
+    assert relative(harmonic(x), conv(x)) > 1e-3
+    harmonic.compile(backend="eager")
+    harmonic(x)
+    twin = copy.deepcopy(harmonic)
+    with torch.no_grad():
+        twin.coefficients.zero_()
+        twin.bias.zero_()
+    assert twin(x).abs().max() == 0
+
+
+def test_attributes_that_the_harmonic_form_needs_are_not_taken_from_others() -> None:
+    conv = nn.Conv2d(3, 4, 3)
+    conv.register_buffer("basis", torch.zeros(1))
+    with pytest.raises(UsageError, match="it has an attribute 'basis' of its own"):
+        to_harmonic(conv)
+
+
+def test_inputs_may_go_by_another_name() -> None:
+    conv, x = case("Conv2dSame")
+    assert relative(to_harmonic(conv)(x=x), conv(x=x)) < 2e-6

@@ -103,11 +103,11 @@ def test_what_the_system_refuses_is_told_with_a_remedy(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_written_whole_and_replaced_by_force(tmp_path: Path) -> None:
-    write_folder(tmp_path / "d", lambda folder: fill(folder / "x"))
+    write_folder(tmp_path / "d", ("x", "y"), lambda folder: fill(folder / "x"))
     assert names(tmp_path) == ["d"]
     with pytest.raises(UsageError, match="exists: use --force"):
-        write_folder(tmp_path / "d", lambda folder: fill(folder / "y"))
-    write_folder(tmp_path / "d", lambda folder: fill(folder / "y"), force=True)
+        write_folder(tmp_path / "d", ("x", "y"), lambda folder: fill(folder / "y"))
+    write_folder(tmp_path / "d", ("x", "y"), lambda folder: fill(folder / "y"), force=True)
     assert names(tmp_path / "d") == ["y"]
     assert names(tmp_path) == ["d"]
 
@@ -115,9 +115,31 @@ def test_a_folder_is_written_whole_and_replaced_by_force(tmp_path: Path) -> None
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OutsideError):
-        write_folder(tmp_path / "d", fail, force=True)
+        write_folder(tmp_path / "d", ("x", "y"), fail, force=True)
     assert names(tmp_path / "d") == ["y"]
     assert names(tmp_path) == ["d"]
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UsageError, match="is no folder"):
-        write_folder(tmp_path / "file", fill, force=True)
+        write_folder(tmp_path / "file", ("x", "y"), fill, force=True)
+
+
+def test_a_folder_with_files_of_others_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "notes.txt").write_bytes(b"mine")
+    with pytest.raises(UsageError, match=r"holds other files \(notes.txt\), which --force would remove"):
+        write_folder(tmp_path / "d", ("x",), lambda folder: fill(folder / "x"), force=True)
+    assert names(tmp_path / "d") == ["notes.txt"]
+
+
+def test_a_folder_moved_aside_by_a_killed_process_comes_back(tmp_path: Path) -> None:
+    old = tmp_path / f".d.{2**22 + 1}.old"
+    old.mkdir()
+    (old / "x").write_bytes(b"old")
+
+    def fail(folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OutsideError):
+        write_folder(tmp_path / "d", ("x",), fail, force=True)
+    assert (tmp_path / "d" / "x").read_bytes() == b"old"
+    assert names(tmp_path) == ["d"]

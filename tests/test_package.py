@@ -19,7 +19,7 @@ PACKAGE = ROOT / "harmconvert"
 ORDER = [
     "errors", "files", "weights", "basis", "projection", "conv", "plan", "surgery", "cost", "forms", "convert",
     "verify",
-    "checkpoint", "models", "samples", "sources", "export", "inspection", "report", "demo", "cli",
+    "checkpoint", "models", "samples", "downloads", "sources", "export", "inspection", "report", "demo", "cli",
 ]  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from torch import nn
 
 from harmconvert.checkpoint import save
 from harmconvert.convert import convert
+from harmconvert.downloads import torchvision_loading
 from harmconvert.errors import InputError, OutsideError, UsageError
 from harmconvert.samples import mnist5k_held_back, photographs
-from harmconvert.sources import open_counterpart, open_source
+from harmconvert.sources import open_counterpart, open_source, rebuild
 from harmconvert.weights import weights_sha256
 
 from .networks import Branches, seeded
@@ -234,3 +236,60 @@ def test_the_recorded_header_survives_json() -> None:
 
     source = Source("timm", "resnet18", {"num_classes": 3}, "ab", "apache-2.0")
     assert Source.from_json(json.loads(json.dumps(asdict(source)))) == source
+
+
+@pytest.mark.parametrize("name", ["inception_v3", "googlenet", "fcn_resnet50"])
+def test_torchvision_networks_are_rebuilt_as_their_weights_want_them(name: str, tmp_path: Path) -> None:
+    """Built for pretrained weights they differ in more than values: input transforms, auxiliary heads."""
+    with torchvision_loading(fetch=False):
+        weights = torchvision.models.get_model_weights(name)["DEFAULT"]
+        arguments = {"weights_backbone": None} if name == "fcn_resnet50" else {}
+        stock = torchvision.models.get_model(name, weights=weights, **arguments).eval()
+    torch.save(stock.state_dict(), tmp_path / "w.pth")
+    network = open_source(f"torchvision:{name}", weights=tmp_path / "w.pth")
+    assert str(network.source) == f"torchvision:{name}.{weights.name}"
+    save(convert(network.model), tmp_path / "net.safetensors", source=network.source)
+    again: Any = open_source(str(tmp_path / "net.safetensors"), form="dense").model
+    assert list(again.state_dict()) == list(stock.state_dict())
+    assert getattr(again, "transform_input", None) == getattr(stock, "transform_input", None)
+
+
+def test_a_pickle_in_torchvisions_cache_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Attack:
+        def __reduce__(self) -> Any:
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    url = torchvision.models.get_model_weights("resnet18")["DEFAULT"].url
+    torch.save({"a": Attack()}, folder / url.rsplit("/", 1)[1])
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(InputError, match="hold more than tensors"):
+        open_source("torchvision:resnet18")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_dataclasses_in_the_users_file_find_their_module(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom torch import nn\n"
+        "@dataclass\nclass Config:\n    width: int = 4\n"
+        "def make():\n    return nn.Sequential(nn.Conv2d(3, Config().width, 3))\n"
+    )
+    assert open_source(f"{tmp_path}/net.py:make").model[0].out_channels == 4
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"scheme": "local-dir", "name": "x", "arguments": {"architecture": "hf-hub:evil/repo"}},
+        {"scheme": "local-dir", "name": "x", "arguments": {"architecture": "resnet10t", "checkpoint_path": "evil.pth"}},
+        {"scheme": "timm", "name": "resnet10t", "arguments": {"checkpoint_path": "evil.pth"}},
+        {"scheme": "hf-hub", "name": "evil/repo"},
+        {"scheme": "build", "name": "x"},
+    ],
+)
+def test_a_recorded_source_cannot_ask_for_more_than_structure(source: dict[str, Any]) -> None:
+    from harmconvert.checkpoint import Source
+
+    with pytest.raises(InputError, match="refused"):
+        rebuild(Source.from_json(source))

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from harmconvert.errors import InputError
-from harmconvert.weights import read_weights, weights_sha256
+from harmconvert.weights import load_state, read_weights, untied_state, weights_sha256
 
 from .networks import Branches, seeded
 
@@ -113,3 +113,26 @@ def test_torchscript_and_exported_programs_are_refused(tmp_path: Path) -> None:
     torch.export.save(torch.export.export(net, (x,)), tmp_path / "net.pt2")
     with pytest.raises(InputError):
         read_weights(tmp_path / "net.pt2")
+
+
+def test_weights_without_fractions_are_refused(tmp_path: Path) -> None:
+    state = {k: (v * 9).to(torch.int8) if k.endswith("weight") else v for k, v in seeded(Branches).state_dict().items()}
+    with pytest.raises(InputError, match=r"not floating point \(quantised\?\): stem.weight int8"):
+        load_state(seeded(Branches), state, "w.pth")
+
+
+def test_loading_into_a_network_without_memory_is_refused() -> None:
+    state = seeded(Branches).state_dict()
+    with torch.device("meta"):
+        model = Branches()
+    with pytest.raises(InputError, match="the network is on the meta device: build it on the CPU"):
+        load_state(model, state, "w.pth")
+
+
+def test_state_that_is_no_tensor_is_not_dropped() -> None:
+    class Remembers(nn.Conv2d):
+        def get_extra_state(self) -> Any:
+            return {"seen": 3}
+
+    with pytest.raises(InputError, match="_extra_state is no tensor but a dict"):
+        untied_state(Remembers(3, 3, 3))

@@ -67,12 +67,14 @@ def command(
     """
     from ..checkpoint import default_name, save
     from ..convert import convert
-    from ..errors import CheckError
+    from ..errors import CheckError, UsageError
     from ..files import check_output
     from ..plan import Plan, parse_lambda
     from ..report import tables
     from ..verify import verify
 
+    if plan_file and lam != "full":
+        raise UsageError("--plan and --lambda both say what to keep: give one of them")
     policy: Any = Plan.load(plan_file) if plan_file else parse_lambda(lam)
     output = output or default_name(source, "plan" if plan_file else lam)
     check_output(output, force)

@@ -30,9 +30,10 @@ def command(source: str, format: str, output: str, force: bool, as_json: bool, *
       harmconvert export resnet50-harmonic-progressive.safetensors -o resnet50-dense.safetensors
       harmconvert export resnet50-harmonic-progressive.safetensors --format timm -o resnet50/
     """
-    from ..export import export
+    from ..export import check_target, export
     from ..report import tables
 
+    check_target(output, format, force)
     network = options.opened(source, network_options)
     export(network.model, output, format, force=force)
     if as_json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -136,8 +137,14 @@ def console(quiet: bool = False) -> Console:
     """A console on stdout; where that is no terminal, wide enough that nothing is cut. Silent under --json."""
     from rich.console import Console
 
+    class Patient(Console):
+        def on_broken_pipe(self) -> None:
+            """Whoever read our table has gone: the work goes on without an audience."""
+            self.quiet = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
     terminal = sys.stdout.isatty()
-    return Console(width=None if terminal else 200, highlight=False, soft_wrap=not terminal, quiet=quiet)
+    return Patient(width=None if terminal else 200, highlight=False, soft_wrap=not terminal, quiet=quiet)
 
 
 def say(message: str) -> None:
