@@ -17,7 +17,7 @@ from .cost import Cost, network_cost
 from .errors import InputError, UsageError, shortened
 from .plan import LayerPlan, Plan, make_plan
 from .projection import relative_error
-from .surgery import Trace, convolutions, exchange, find_sites, trace
+from .surgery import Trace, convolutions, exchange, find_sites, fitted, trace
 
 
 @dataclass(frozen=True)
@@ -164,12 +164,6 @@ def default_input(model: nn.Module, batch: int = 1) -> Tensor | None:
     if not size:
         return None
     return fitted(torch.zeros(batch, *size), model)
-
-
-def fitted(tensor: Tensor, model: nn.Module) -> Tensor:
-    """A floating tensor in the dtype and on the device of the network's first parameter."""
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), tensor)
-    return tensor.to(parameter.device, parameter.dtype)
 
 
 def run_where_possible(model: nn.Module, lam: Any, example_input: Any) -> Trace | None:

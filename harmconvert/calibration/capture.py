@@ -1,0 +1,160 @@
+"""Run a network up to one layer, and see each of its convolutions as torch was asked for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..errors import UsageError, first_line
+from ..surgery import call, cloned, describe_input, evaluating, fitted
+
+_PLAIN = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+_SIGNATURES = {f"conv{axes}d": _PLAIN for axes in (1, 2, 3)}
+_SIGNATURES |= {f"conv_transpose{axes}d": _TRANSPOSED for axes in (1, 2, 3)}
+
+
+@dataclass(frozen=True)
+class ConvCall:
+    """One call of torch's convolution: what the module handed it, after padding of its own and with the kernel that it
+    made, so that every class of convolution looks alike here.
+
+    ``input`` (N, I, *size), ``output`` (N, O, *size); ``padding`` is a string for 'same' and 'valid'.
+    """
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    groups: int
+    output_padding: tuple[int, ...]
+    transposed: bool
+    output: Tensor
+
+    def apply(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The same convolution of another input with another kernel."""
+        axes = self.input.dim() - 2
+        if self.transposed:
+            transpose: Callable[..., Tensor] = getattr(nn.functional, f"conv_transpose{axes}d")
+            return transpose(
+                input, weight, bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
+            )
+        plain: Callable[..., Tensor] = getattr(nn.functional, f"conv{axes}d")
+        return plain(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class _Reached(BaseException):
+    """The layer has run; the rest of the forward is not needed. No Exception, so that no model swallows it."""
+
+
+def conv_calls(
+    model: nn.Module, layers: Mapping[str, nn.Module], input: Any, stop_after: int | None = None
+) -> list[tuple[str, ConvCall]]:
+    """Run ``model`` on one batch and return the calls of ``layers`` in their order; stop after so many.
+
+    Raises:
+        UsageError: the network does not run on that input, or a layer convolves more than once in one forward.
+    """
+    recorder = _Recorder()
+    calls: list[tuple[str, ConvCall]] = []
+
+    def after(name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            found = recorder.stop()
+            if len(found) != 1:
+                raise UsageError(f"layer {name} convolves {len(found)} times in one forward: it cannot be calibrated")
+            calls.append((name, found[0]))
+            if len(calls) == stop_after:
+                raise _Reached
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(recorder.start) for layer in layers.values()]
+    handles += [layer.register_forward_hook(after(name)) for name, layer in layers.items()]
+    try:
+        forward(model, input, recorder)
+    except _Reached:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def forward(model: nn.Module, input: Any, mode: TorchFunctionMode | None = None) -> Any:
+    """The network's output on one calibration batch, in eval mode, without gradients and from the same random state.
+
+    Raises:
+        UsageError: the network does not run on that input.
+    """
+    input = fitted(cloned(input), model)  # a forward may normalise its input in place
+    try:
+        with evaluating(model), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # a network that draws in its forward draws the same in both runs
+            if mode is None:
+                return call(model, input)
+            with mode:
+                return call(model, input)
+    except (UsageError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        raise UsageError(
+            f"the network does not run on calibration= inputs of {describe_input(input)}: {type(error).__name__}: "
+            f"{first_line(error)}; calibration= yields tensors, (input, target) pairs, or for a network of several "
+            "inputs dicts of keywords or ((first, second), target) pairs"
+        ) from error
+
+
+class _Recorder(TorchFunctionMode):
+    """Notes the convolutions that torch is asked for between `start` and `stop`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[ConvCall] | None = None
+
+    def start(self, *_: Any) -> None:
+        self.found = []
+
+    def stop(self) -> list[ConvCall]:
+        found, self.found = self.found or [], None
+        return found
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if self.found is not None and name in _SIGNATURES:
+            values = {**dict(zip(_SIGNATURES[name], args, strict=False)), **(kwargs or {})}
+            self.found.append(_conv_call(values, output, "transpose" in name))
+        return output
+
+
+def _conv_call(values: dict[str, Any], output: Tensor, transposed: bool) -> ConvCall:
+    input, weight = values["input"], values["weight"]
+    axes = weight.dim() - 2
+    if input.dim() == axes + 1:  # torch takes a single example without its batch dimension
+        input, output = input[None], output[None]
+    padding = values.get("padding", 0)
+    return ConvCall(
+        input.detach(),
+        weight.detach(),
+        None if values.get("bias") is None else values["bias"].detach(),
+        _per_axis(values.get("stride", 1), axes),
+        padding if isinstance(padding, str) else _per_axis(padding, axes),
+        _per_axis(values.get("dilation", 1), axes),
+        values.get("groups", 1),
+        _per_axis(values.get("output_padding", 0), axes),
+        transposed,
+        output.detach(),
+    )
+
+
+def _per_axis(value: int | tuple[int, ...], axes: int) -> tuple[int, ...]:
+    numbers = (value,) if isinstance(value, int) else tuple(value)
+    return numbers * axes if len(numbers) == 1 else numbers

@@ -1,0 +1,374 @@
+"""The least-squares problem of one layer, held in one of three ways behind one interface.
+
+Over positions p, with the responses z of what the converted network feeds the layer and the residual u = what the
+original layer answered - what the converted one does, find the change D of the coefficients (and b of the bias) with
+least sum |u - D z - b|^2 + d |D|^2. That is DESIGN 4's C = (H + d C0)(G + d I)^-1 with C = C0 + D: written in D it loses
+no digits, and its solution at large d is the projection C0 itself. The bias has a row of its own, which is not damped.
+
+- `NormalEquations` holds sum z z^T: unknowns squared, whatever the number of positions.
+- `Samples` holds every z: less where there are fewer positions than unknowns (the dual form).
+- `Operator` holds the layer's inputs and solves by conjugate gradients: neither squared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+from torch import Tensor
+
+from ..distributed import sum_over_ranks
+from ..projection import merge
+from .capture import ConvCall
+from .responses import from_groups, outputs, pick_positions, responses, to_groups
+
+_CHUNK = 1 << 25  # values of windows at a time: 256 MB in float64
+_STEPS = 60  # of conjugate gradients; held-back inputs stop them long before, as a rule
+
+
+@dataclass(frozen=True)
+class Change:
+    """What to add to a layer's effective coefficients (G, O, I F) and bias (G, O); how it was found."""
+
+    coefficients: Tensor
+    bias: Tensor | None
+    damping: float | None = None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One convolution as the equations see it: ``coefficients`` (G, O per group, I F) of its effective kernel.
+
+    Classes that standardise their kernel bound the change: no part along ``direction`` (I F,), a unit vector (the mean,
+    which they take away), and with ``fixed_norm`` each channel at the norm it has. ``wanted`` positions of each example
+    are sampled.
+    """
+
+    coefficients: Tensor
+    basis: Tensor
+    kernel_size: tuple[int, ...]
+    transposed: bool
+    fits_bias: bool
+    wanted: int
+    seed: int
+    direction: Tensor | None = None
+    fixed_norm: bool = False
+
+    @property
+    def unknowns(self) -> int:
+        """Unknowns of each output channel, its bias aside."""
+        return self.coefficients.shape[2]
+
+    def restricted(self, rows: Tensor) -> Tensor:
+        """``rows`` (..., I F) without their part along ``direction``."""
+        if self.direction is None:
+            return rows
+        return rows - (rows @ self.direction)[..., None] * self.direction
+
+    def reachable(self, change: Change) -> Change:
+        """The change nearest to ``change`` that the class of convolution can make."""
+        if not self.fixed_norm:
+            return change
+        target = self.coefficients + change.coefficients
+        norm = target.norm(dim=2, keepdim=True)
+        scale = torch.where(norm > 0, self.coefficients.norm(dim=2, keepdim=True) / norm.clamp_min(1e-300), 1.0)
+        return replace(change, coefficients=target * scale - self.coefficients)
+
+    def kernel(self, coefficients_GON: Tensor) -> Tensor:
+        """The kernel, in torch's shape, of coefficients in groups."""
+        coefficients = from_groups(coefficients_GON, len(self.basis), self.transposed)
+        return merge(coefficients, self.basis.to(coefficients)).unflatten(2, self.kernel_size)
+
+
+class Problem:
+    """One layer over one part of the calibration inputs."""
+
+    name = ""
+
+    def __init__(self, layer: Layer) -> None:
+        groups, out, _ = layer.coefficients.shape
+        self.layer = layer
+        self.count = 0
+        self.condition: float | None = None
+        # Rows: sum of u, of the layer's own answer a (bias aside), of a a, of a u, of u u, of y y, for each channel.
+        self.channels = layer.coefficients.new_zeros(6, groups, out)
+
+    def add(self, call: ConvCall, target: Tensor, examples: Sequence[int]) -> None:
+        """Take in one call: what the converted network fed the layer, and what the original layer answered (N, O, *).
+
+        ``examples``: the number of each of the N examples in the whole calibration set.
+        """
+        positions = prod(call.output.shape[2:])
+        wanted = min(self.layer.wanted, positions)
+        step = max(1, _CHUNK // (wanted * call.input.shape[1] * prod(self.layer.kernel_size)))
+        for start in range(0, len(call.input), step):
+            part = slice(start, start + step)
+            picks = pick_positions(examples[part], positions, wanted, self.layer.seed)
+            self._add(replace(call, input=call.input[part], output=call.output[part]), target[part], picks)
+
+    def _add(self, call: ConvCall, target: Tensor, picks: Tensor | None) -> None:
+        target_RGO, answer_RGO = (outputs(maps, call.groups, picks) for maps in (target, call.output))
+        device = self.channels.device
+        target_RGO, answer_RGO = target_RGO.to(device), answer_RGO.to(device)
+        residual_RGO = target_RGO - answer_RGO
+        if call.bias is not None:
+            answer_RGO = answer_RGO - call.bias.to(device, torch.float64).view(answer_RGO.shape[1:])
+        products = (answer_RGO * answer_RGO, answer_RGO * residual_RGO, residual_RGO**2, target_RGO**2)
+        self.channels += torch.stack([t.sum(0) for t in (residual_RGO, answer_RGO, *products)])
+        self.count += len(residual_RGO)
+        self._keep(call, residual_RGO, picks)
+
+    def reduce(self) -> None:
+        """Sum over the processes; called once, when all inputs are taken in."""
+        count = self.channels.new_tensor([self.count])
+        sum_over_ranks([self.channels, count, *self._sums()])
+        self.count = round(count.item())
+
+    @property
+    def finite(self) -> bool:
+        """Whether all activations were."""
+        return bool(self.channels.isfinite().all())
+
+    def error(self, change: Change | None) -> float:
+        """Relative output error, |u - D z - b| / |y|, after a change (None: as the layer is)."""
+        squares, power = self.channels[4].sum().item(), self.channels[5].sum().item()
+        if change is not None:
+            squares += self._squares_added(change)
+        return (max(squares, 0.0) / power) ** 0.5 if power > 0 else 0.0
+
+    def rescaling(self) -> Change:
+        """Each channel's mean and variance repaired (bias correction): its best single factor, and its best bias."""
+        u, a, aa, au = self.channels[:4]
+        if self.layer.fits_bias:
+            aa, au = aa - a * a / self.count, au - a * u / self.count
+        # A factor of noise over noise is none: a silent channel keeps its scale.
+        factor = torch.where(aa > 1e-12 * self.channels[5].clamp_min(1e-300), au / aa.clamp_min(1e-300), 0.0)
+        bias = (u - factor * a) / self.count if self.layer.fits_bias else None
+        return Change(self.layer.coefficients * factor[..., None], bias)
+
+    def candidates(self, dampings: Sequence[float]) -> Iterator[Change]:
+        """Solutions from the strongest damping (relative to the mean square of the responses) to the weakest."""
+        raise NotImplementedError
+
+    def _keep(self, call: ConvCall, residual_RGO: Tensor, picks: Tensor | None) -> None:
+        raise NotImplementedError
+
+    def _sums(self) -> list[Tensor]:
+        return []
+
+    def _squares_added(self, change: Change) -> float:
+        raise NotImplementedError
+
+
+class NormalEquations(Problem):
+    """Sums of products of responses and residuals, per group, float64; solved by one eigendecomposition."""
+
+    name = "normal equations"
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__(layer)
+        groups, out, unknowns = layer.coefficients.shape
+        self.gram_GNN = layer.coefficients.new_zeros(groups, unknowns, unknowns)
+        self.cross_GON = layer.coefficients.new_zeros(groups, out, unknowns)
+        self.sum_GN = layer.coefficients.new_zeros(groups, unknowns)
+
+    def _keep(self, call: ConvCall, residual_RGO: Tensor, picks: Tensor | None) -> None:
+        z_RGN = responses(call, self.layer.basis, picks).to(self.gram_GNN.device)
+        z_GRN = z_RGN.transpose(0, 1)
+        if len(z_GRN) == 1:
+            self.gram_GNN[0].addmm_(z_RGN[:, 0].T, z_RGN[:, 0])
+        else:
+            self.gram_GNN.baddbmm_(z_GRN.mT, z_GRN)
+        self.cross_GON += residual_RGO.permute(1, 2, 0) @ z_GRN
+        self.sum_GN += z_RGN.sum(0)
+
+    def _sums(self) -> list[Tensor]:
+        return [self.gram_GNN, self.cross_GON, self.sum_GN]
+
+    def candidates(self, dampings: Sequence[float]) -> Iterator[Change]:
+        gram, cross, residual_GO = self.gram_GNN, self.cross_GON, self.channels[0]
+        if self.layer.fits_bias:  # the undamped row is eliminated, which centres the rest
+            gram = gram - self.sum_GN[:, :, None] * self.sum_GN[:, None] / self.count
+            cross = cross - residual_GO[..., None] * self.sum_GN[:, None] / self.count
+        gram = self.layer.restricted(self.layer.restricted(gram).mT)
+        values_GN, vectors_GNN = torch.linalg.eigh(gram)
+        usable = _usable(values_GN)
+        self.condition = _condition(values_GN, usable)
+        scale_G1 = values_GN.clamp_min(0).mean(1, keepdim=True)
+        rotated_GON = self.layer.restricted(cross) @ vectors_GNN
+        for damping in dampings:
+            inverse = torch.where(usable, 1 / (values_GN + damping * scale_G1), 0.0)
+            change_GON = (rotated_GON * inverse[:, None]) @ vectors_GNN.mT
+            bias = None
+            if self.layer.fits_bias:
+                bias = (residual_GO - (change_GON @ self.sum_GN[..., None])[..., 0]) / self.count
+            yield Change(change_GON, bias, damping)
+
+    def _squares_added(self, change: Change) -> float:
+        D = change.coefficients
+        squares = (D @ self.gram_GNN * D).sum() - 2 * (D * self.cross_GON).sum()
+        if change.bias is not None:
+            b = change.bias
+            squares += self.count * (b * b).sum() - 2 * (b * self.channels[0]).sum()
+            squares += 2 * (b * (D @ self.sum_GN[..., None])[..., 0]).sum()
+        return float(squares)
+
+
+class Samples(Problem):
+    """Every response and residual, float64; solved in the dual, whose size is the number of positions."""
+
+    name = "dual"
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__(layer)
+        self._z: list[Tensor] = []
+        self._u: list[Tensor] = []
+
+    def _keep(self, call: ConvCall, residual_RGO: Tensor, picks: Tensor | None) -> None:
+        self._z.append(responses(call, self.layer.basis, picks).to(self.channels.device))
+        self._u.append(residual_RGO)
+
+    def _all(self) -> tuple[Tensor, Tensor]:
+        self._z, self._u = [torch.cat(self._z)], [torch.cat(self._u)]
+        return self._z[0].transpose(0, 1), self._u[0].transpose(0, 1)
+
+    def candidates(self, dampings: Sequence[float]) -> Iterator[Change]:
+        z_GRN, u_GRO = self._all()
+        mean_G1N, mean_G1O = z_GRN.mean(1, keepdim=True), u_GRO.mean(1, keepdim=True)
+        if self.layer.fits_bias:
+            z_GRN, u_GRO = z_GRN - mean_G1N, u_GRO - mean_G1O
+        z_GRN = self.layer.restricted(z_GRN)
+        values_GR, vectors_GRR = torch.linalg.eigh(z_GRN @ z_GRN.mT)
+        usable = _usable(values_GR)
+        self.condition = _condition(values_GR, usable)
+        scale_G1 = values_GR.clamp_min(0).sum(1, keepdim=True) / self.layer.unknowns
+        rotated_GOR = u_GRO.mT @ vectors_GRR
+        for damping in dampings:
+            inverse = torch.where(usable, 1 / (values_GR + damping * scale_G1), 0.0)
+            change_GON = (rotated_GOR * inverse[:, None]) @ vectors_GRR.mT @ z_GRN
+            bias = (mean_G1O - mean_G1N @ change_GON.mT)[:, 0] if self.layer.fits_bias else None
+            yield Change(change_GON, bias, damping)
+
+    def _squares_added(self, change: Change) -> float:
+        z_GRN, u_GRO = self._all()
+        answer_GRO = z_GRN @ change.coefficients.mT
+        if change.bias is not None:
+            answer_GRO = answer_GRO + change.bias[:, None]
+        return float((answer_GRO * (answer_GRO - 2 * u_GRO)).sum())
+
+
+class Operator(Problem):
+    """The layer's inputs and residual maps; conjugate gradients, one system for each output channel side by side.
+
+    Needs the convolution and its transpose alone. Starts from the projection; each step fits the strongest directions
+    left, so stopping early regularises as damping does (Hanke, Conjugate Gradient Type Methods, ch. 3).
+    """
+
+    name = "conjugate gradients"
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__(layer)
+        self._calls: list[tuple[ConvCall, Tensor]] = []
+
+    def add(self, call: ConvCall, target: Tensor, examples: Sequence[int]) -> None:
+        """As `Problem.add`, but with every position of the map: the convolution computes them all."""
+        self._calls.append((call, target - call.output))
+        self._add(call, target, None)
+
+    def _keep(self, call: ConvCall, residual_RGO: Tensor, picks: Tensor | None) -> None:
+        pass  # the maps are kept as they are
+
+    def candidates(self, dampings: Sequence[float]) -> Iterator[Change]:
+        damping = dampings[0] if len(dampings) == 1 else 0.0
+        gradient, bias_gradient = self._transpose([residual for _, residual in self._calls])
+        change, bias_change = torch.zeros_like(gradient), torch.zeros_like(bias_gradient)
+        step, bias_step = gradient.clone(), bias_gradient.clone()
+        scale = None
+        squares = _dot(gradient, gradient) + bias_gradient**2
+        start = squares.max()
+        for _ in range(_STEPS):
+            image, bias_image = self._transpose(self._answers(step, bias_step))
+            if scale is None:
+                # Rayleigh quotient of the first step, which bounds the largest eigenvalue from below.
+                scale = float(_dot(step, image).sum() / _dot(step, step).sum().clamp_min(1e-300))
+            image = image + damping * scale * step
+            curvature = _dot(step, image) + bias_step * bias_image
+            length = torch.where(curvature > 0, squares / curvature.clamp_min(1e-300), 0.0)
+            change, bias_change = change + length[..., None] * step, bias_change + length * bias_step
+            gradient, bias_gradient = gradient - length[..., None] * image, bias_gradient - length * bias_image
+            yield Change(change, bias_change if self.layer.fits_bias else None, damping or None)
+            before, squares = squares, _dot(gradient, gradient) + bias_gradient**2
+            if squares.max() <= 1e-26 * start:
+                return
+            turn = torch.where(before > 0, squares / before.clamp_min(1e-300), 0.0)
+            step, bias_step = gradient + turn[..., None] * step, bias_gradient + turn * bias_step
+
+    def _answers(self, coefficients: Tensor, bias: Tensor | None) -> list[Tensor]:
+        return [
+            call.apply(
+                call.input,
+                self.layer.kernel(coefficients).to(call.input),
+                None if bias is None else bias.flatten().to(call.input),
+            )
+            for call, _ in self._calls
+        ]
+
+    def _transpose(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Sum over positions of map x responses (G, O, I F), and of the map itself (G, O; zero where no bias)."""
+        groups, out, _ = self.layer.coefficients.shape
+        total = torch.zeros_like(self.layer.kernel(self.layer.coefficients))
+        bias = torch.zeros_like(self.channels[0])
+        for (call, _), answer in zip(self._calls, maps, strict=True):
+            with torch.enable_grad():
+                kernel = total.to(call.input, copy=True).requires_grad_()
+                (gradient,) = torch.autograd.grad(call.apply(call.input, kernel), kernel, answer.to(call.input))
+            total += gradient
+            bias += answer.to(torch.float64).transpose(0, 1).flatten(1).sum(1).view(groups, out).to(bias)
+        sum_over_ranks([total, bias])
+        coefficients_OIF = total.flatten(2) @ self.layer.basis.T.to(total)
+        coefficients = to_groups(coefficients_OIF, groups, self.layer.transposed)
+        return self.layer.restricted(coefficients), bias if self.layer.fits_bias else torch.zeros_like(bias)
+
+    def _squares_added(self, change: Change) -> float:
+        total = self.channels.new_zeros(1)
+        answers = self._answers(change.coefficients, change.bias)
+        for (_, residual), answer in zip(self._calls, answers, strict=True):
+            exact = answer.to(torch.float64)
+            total += (exact * (exact - 2 * residual.to(torch.float64))).sum().to(total)
+        sum_over_ranks([total])
+        return float(total)
+
+
+def solver(layer: Layer, fit: int, held: int, map_values: int, memory: int, alone: bool) -> type[Problem]:
+    """The way to hold a layer's equations within ``memory`` bytes, the quickest first.
+
+    ``fit`` and ``held`` positions; ``map_values`` of all inputs and outputs of the layer, which `Operator` keeps. The
+    dual needs every response in one process (``alone``).
+    """
+    groups, out, unknowns = layer.coefficients.shape
+    normal = 8 * groups * (5 * unknowns**2 + 6 * out * unknowns)
+    dual = 8 * groups * (2 * (fit + held) * unknowns + 3 * fit**2 + 6 * out * unknowns)
+    if alone and fit < unknowns and dual <= memory:
+        return Samples
+    if normal <= memory:
+        return NormalEquations
+    if alone and dual <= memory:
+        return Samples
+    return Operator
+
+
+def _usable(values: Tensor) -> Tensor:
+    """Eigenvalues that stand out of the rounding of the largest."""
+    return values > values.shape[-1] * torch.finfo(values.dtype).eps * values.amax(-1, keepdim=True)
+
+
+def _condition(values: Tensor, usable: Tensor) -> float | None:
+    smallest = torch.where(usable, values, torch.inf).amin(-1)
+    ratios = (values.amax(-1) / smallest)[usable.any(-1)]
+    return float(ratios.max()) if len(ratios) else None
+
+
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    return (left * right).sum(-1)

@@ -1,0 +1,94 @@
+"""The calibration set: what an iterable of batches holds, who of several processes takes what, and what is held back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..distributed import rank, sum_over_ranks, world_size
+from ..errors import InputError, UsageError
+from ..surgery import batch_size, tensors_in
+
+HELD_BACK = 4  # every fourth example is kept from the fit, to choose on
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of one forward, as `surgery.call` takes them, and the number of each example in the whole set."""
+
+    input: Any
+    examples: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """This process's share: batches to fit on, batches held back; ``total`` examples in all processes."""
+
+    fit: tuple[Batch, ...]
+    held: tuple[Batch, ...]
+    total: int
+    fit_total: int
+
+
+def calibration_set(batches: Iterable[Any]) -> CalibrationSet:
+    """Read an iterable of batches once: tensors, (input, target) pairs whose target is not looked at, or dicts.
+
+    The numbers of the examples, and so what is held back, do not depend on the number of processes.
+
+    Raises:
+        UsageError: not an iterable of batches. InputError: no input, one with NaN, or fewer batches than processes.
+    """
+    if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
+        raise UsageError(f"calibration= is a {type(batches).__name__}: give a list or a loader of batches of inputs")
+    mine: list[Batch] = []
+    total = 0
+    for index, item in enumerate(batches):
+        input = item[0] if isinstance(item, tuple | list) and item else item
+        size = batch_size(input)
+        if index % world_size() == rank():
+            _check_finite(input, index)
+            mine.append(Batch(input, tuple(range(total, total + size))))
+        total += size
+    if not total:
+        raise InputError("calibration= holds no input: give some images (32 or more)")
+    fewest = torch.tensor([0.0 if mine else 1.0])
+    if torch.cuda.is_available():
+        fewest = fewest.cuda()
+    sum_over_ranks([fewest])
+    if fewest.item():
+        raise InputError(f"there are fewer calibration batches than the {world_size()} processes: use smaller batches")
+    every = min(HELD_BACK, total)
+    fit = [part for batch in mine if (part := _select(batch, every, held=False))]
+    held = [part for batch in mine if (part := _select(batch, every, held=True))] if total > 1 else []
+    return CalibrationSet(tuple(fit), tuple(held), total, total - (total // every if total > 1 else 0))
+
+
+def _select(batch: Batch, every: int, held: bool) -> Batch | None:
+    rows = [row for row, number in enumerate(batch.examples) if ((number + 1) % every == 0) == held or every == 1]
+    if not rows or len(rows) == len(batch):
+        return batch if rows else None
+    return Batch(_rows(batch.input, rows, len(batch)), tuple(batch.examples[row] for row in rows))
+
+
+def _rows(input: Any, rows: list[int], size: int) -> Any:
+    """Some examples of a batch: rows of every tensor that has one for each, or items of a list of single images."""
+    if isinstance(input, Tensor):
+        return input[rows] if input.dim() and len(input) == size else input
+    if isinstance(input, dict):
+        return {key: _rows(value, rows, size) for key, value in input.items()}
+    if isinstance(input, list) and len(input) == size and all(isinstance(t, Tensor) and t.dim() == 3 for t in input):
+        return [input[row] for row in rows]
+    return type(input)(_rows(value, rows, size) for value in input) if type(input) in (list, tuple) else input
+
+
+def _check_finite(input: Any, index: int) -> None:
+    for tensor in tensors_in(input):
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise InputError(f"calibration batch {index} holds NaN or infinite values: leave those inputs out")

@@ -1,0 +1,145 @@
+"""One layer's refit: how its kernel is made, which solution is taken, and how that is written into the module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ..basis import dct_basis
+from ..conv import HarmonicMixin
+from ..projection import project
+from ..surgery import kernel_size
+from .capture import ConvCall
+from .equations import Change, Layer, Problem
+from .responses import to_groups
+
+# An improvement smaller than this is rounding.
+_LEAST_GAIN = 1e-9
+# Held-back errors rise for good after the best damping, or the best step: so many worse ones in a row end the search.
+_PATIENCE = 3
+
+
+class RefitError(Exception):
+    """This layer cannot be refitted: the message says why."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the held-back inputs chose: ``decision`` is refit, rescaled or projection; errors are relative output errors
+    on those inputs."""
+
+    decision: str
+    change: Change | None
+    error_before: float
+    error_after: float
+
+
+def choose(fit: Problem, held: Problem, dampings: Sequence[float]) -> Choice:
+    """The candidate of least error on the held-back inputs; the projection where none lowers it."""
+    before = held.error(None)
+    best = Choice("projection", None, before, before)
+
+    def better(change: Change, decision: str) -> bool:
+        nonlocal best
+        change = fit.layer.reachable(change)
+        error = held.error(change)
+        if not error < best.error_after - _LEAST_GAIN * (before + 1):
+            return False
+        best = Choice(decision, change, before, error)
+        return True
+
+    better(fit.rescaling(), "rescaled")
+    worse = 0
+    for change in fit.candidates(dampings):
+        worse = 0 if better(change, "refit") else worse + 1
+        if worse == _PATIENCE:
+            break
+    return best
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """How a module makes its effective kernel from the merged one: as it is, or centred and brought to a fixed norm per
+    channel (weight standardisation), which a ``gain`` of the class may then scale."""
+
+    module: HarmonicMixin
+    effective: Tensor
+    factor: Tensor | None = None
+    gain: nn.Parameter | None = None
+
+    @classmethod
+    def of(cls, module: nn.Module, call: ConvCall) -> Kernel:
+        """Told from what the module handed to torch.
+
+        Raises:
+            RefitError: the effective kernel is some other function of the merged one.
+        """
+        assert isinstance(module, HarmonicMixin)
+        merged, effective = module.weight.detach().to(torch.float64), call.weight.to(torch.float64)
+        if merged.shape == effective.shape and _same(merged, effective):
+            return cls(module, effective)
+        if merged.shape == effective.shape and not call.transposed:
+            centred = merged - merged.mean(_filter_dims(merged), keepdim=True)
+            factor = _dot(centred, effective) / _dot(centred, centred).clamp_min(1e-300)
+            if _same(factor * centred, effective):
+                gain = module._parameters.get("gain")
+                fits = gain is not None and gain.numel() == len(merged) and bool((gain != 0).all())
+                return cls(module, effective, factor, gain if fits else None)
+        raise RefitError(f"{type(module).__name__} changes its kernel in a way that cannot be undone")
+
+    def layer(self, call: ConvCall, fits_bias: bool, wanted: int, seed: int) -> Layer:
+        """The layer that the equations are about; its unknowns are the coefficients of the effective kernel."""
+        frequencies = self.module.frequencies
+        coefficients = to_groups(project(self.effective, frequencies), call.groups, call.transposed)
+        if coefficients.device.type == "mps":  # no float64 there
+            coefficients = coefficients.cpu()
+        size = kernel_size(self.module)
+        basis = dct_basis(size, frequencies).to(coefficients.device)
+        direction = None
+        if self.factor is not None and (zero := (0,) * len(size)) in frequencies:
+            direction = coefficients.new_zeros(coefficients.shape[2])
+            direction[frequencies.index(zero) :: len(frequencies)] = 1  # the mean is all in the zero frequency
+            direction /= direction.norm()
+        fixed_norm = self.factor is not None and self.gain is None
+        return Layer(coefficients, basis, size, call.transposed, fits_bias, wanted, seed, direction, fixed_norm)
+
+    @torch.no_grad()
+    def write(self, target: Tensor) -> None:
+        """Make the effective kernel ``target`` (torch's shape; centred, and of the present norm where that is fixed)."""
+        if self.factor is not None:
+            norm, present = _dot(target, target).sqrt(), _dot(self.effective, self.effective).sqrt()
+            scale = torch.where((norm > 0) & (present > 0), present / norm.clamp_min(1e-300), 1.0)
+            if self.gain is not None:
+                self.gain.div_(scale.view_as(self.gain).to(self.gain))
+            # At its present norm the merged kernel meets the present factor again, eps in it included.
+            target = target * scale / torch.where(self.factor == 0, 1.0, self.factor)
+        self.module.coefficients.copy_(project(target, self.module.frequencies, self.module.normalization))
+
+
+def refittable_bias(model: nn.Module, modules: Sequence[nn.Module]) -> nn.Parameter | None:
+    """The bias that a refit may change: one, of all the modules that share the coefficients and of no other."""
+    biases = {id(m._parameters.get("bias")): m._parameters.get("bias") for m in modules}
+    bias = next(iter(biases.values())) if len(biases) == 1 else None
+    if bias is None:
+        return None
+    ours = {id(module) for module in modules}
+    users = [m for m in model.modules() if id(m) not in ours and any(p is bias for p in m._parameters.values())]
+    return None if users else cast(nn.Parameter, bias)
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    """Equal to what half precision can tell."""
+    return bool((left - right).norm() <= 2e-3 * right.norm())
+
+
+def _filter_dims(kernel: Tensor) -> tuple[int, ...]:
+    return tuple(range(1, kernel.dim()))
+
+
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    """Inner product per output channel, in a shape that broadcasts."""
+    return (left * right).sum(_filter_dims(left), keepdim=True)

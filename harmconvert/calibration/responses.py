@@ -1,0 +1,103 @@
+"""DCT responses of a convolution's input, and where on the map they are taken. Tensors only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from .capture import ConvCall
+
+
+def responses(call: ConvCall, basis_FK: Tensor, picks_NP: Tensor | None = None) -> Tensor:
+    """What each basis kernel answers to each input channel, shape (R, G, I F), rows = examples x positions.
+
+    ``basis_FK`` (F, K), K = prod(kernel size); ``picks_NP`` chooses P positions (flat indices into the output map) of
+    each of the N examples, all of them where None. With coefficients_GON from `to_groups`, the convolution's output at
+    those positions is ``responses @ coefficients`` per group (sec. 3, eq. 2). In float64.
+    """
+    kernel_size = call.weight.shape[2:]
+    basis_FK = basis_FK.to(call.input.device, torch.float64)
+    if call.transposed:
+        # A transposed convolution is a plain one of the input with zeros in between, its kernel turned round.
+        basis_FK = basis_FK.unflatten(1, kernel_size).flip(*range(1, len(kernel_size) + 1)).flatten(1)
+    windows_NPIK = _windows(call, kernel_size, picks_NP)
+    dtype = torch.promote_types(windows_NPIK.dtype, torch.float32)
+    responses_NPIF = (windows_NPIK.to(dtype).flatten(0, 2) @ basis_FK.T.to(dtype)).to(torch.float64)
+    return responses_NPIF.view(windows_NPIK.shape[0] * windows_NPIK.shape[1], call.groups, -1)
+
+
+def outputs(maps: Tensor, groups: int, picks_NP: Tensor | None = None) -> Tensor:
+    """An output map (N, O, *size) at the same positions, shape (R, G, O per group), float64."""
+    flat_NPO = maps.flatten(2).transpose(1, 2)
+    if picks_NP is not None:
+        flat_NPO = flat_NPO[torch.arange(len(maps), device=maps.device)[:, None], picks_NP.to(maps.device)]
+    return flat_NPO.to(torch.float64).reshape(-1, groups, maps.shape[1] // groups)
+
+
+def pick_positions(examples: Sequence[int], available: int, wanted: int, seed: int) -> Tensor | None:
+    """Flat positions (N, P) to sample on a map of ``available`` positions; None where ``wanted`` is all of them.
+
+    Each example, known by its number in the whole set, takes the next stretch of one seeded permutation: the choice is
+    the same however the set is cut into batches, and examples together cover the map evenly.
+    """
+    if wanted >= available:
+        return None
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
+    first_N1 = torch.tensor(list(examples), dtype=torch.long)[:, None] * wanted
+    return order[(first_N1 + torch.arange(wanted)) % available]
+
+
+def to_groups(coefficients_OIF: Tensor, groups: int, transposed: bool) -> Tensor:
+    """Coefficients (O, I per group, F), of transposed ones (I, O per group, F), as (G, O per group, I F)."""
+    blocks = coefficients_OIF.unflatten(0, (groups, -1))
+    return (blocks.transpose(1, 2) if transposed else blocks).flatten(2)
+
+
+def from_groups(coefficients_GON: Tensor, frequencies: int, transposed: bool) -> Tensor:
+    """Inverse of `to_groups`."""
+    blocks = coefficients_GON.unflatten(2, (-1, frequencies))
+    return (blocks.transpose(1, 2) if transposed else blocks).flatten(0, 1)
+
+
+def _windows(call: ConvCall, kernel_size: Sequence[int], picks_NP: Tensor | None) -> Tensor:
+    """What the kernel sees at each position, shape (N, P, I, K); copies only what was picked."""
+    size = call.output.shape[2:]
+    view = _padded(call, kernel_size)
+    strides = (1,) * len(size) if call.transposed else call.stride
+    for axis, (k, dilation, stride) in enumerate(zip(kernel_size, call.dilation, strides, strict=True)):
+        view = view.unfold(2 + axis, dilation * (k - 1) + 1, stride)[..., ::dilation]
+    axes = len(size)
+    if picks_NP is None:
+        order = (0, *range(2, 2 + axes), 1, *range(2 + axes, 2 + 2 * axes))
+        return view.permute(order).reshape(len(view), prod(size), view.shape[1], -1)
+    index: list[Tensor] = []
+    rest = picks_NP.to(view.device)
+    for length in reversed(size):
+        index.insert(0, rest % length)
+        rest = rest // length
+    examples = torch.arange(len(view), device=view.device)[:, None]
+    picked: Tensor = view[(examples, slice(None), *index)]  # advanced indices with a slice between: they go first
+    return picked.flatten(3)
+
+
+def _padded(call: ConvCall, kernel_size: Sequence[int]) -> Tensor:
+    input, edges = call.input, []
+    if call.transposed:
+        for axis, stride in enumerate(call.stride):
+            if stride > 1:
+                length = (input.shape[2 + axis] - 1) * stride + 1
+                spread = input.new_zeros(*input.shape[: 2 + axis], length, *input.shape[3 + axis :])
+                spread[(slice(None),) * (2 + axis) + (slice(None, None, stride),)] = input
+                input = spread
+        assert not isinstance(call.padding, str)  # torch knows no 'same' for these
+        for k, d, p, extra in zip(kernel_size, call.dilation, call.padding, call.output_padding, strict=True):
+            edges.append((d * (k - 1) - p, d * (k - 1) - p + extra))
+    elif call.padding == "same":
+        for k, d in zip(kernel_size, call.dilation, strict=True):
+            edges.append((d * (k - 1) // 2, d * (k - 1) - d * (k - 1) // 2))
+    elif not isinstance(call.padding, str):
+        edges = [(p, p) for p in call.padding]
+    return nn.functional.pad(input, [edge for pair in reversed(edges) for edge in pair])
