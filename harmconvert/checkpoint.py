@@ -80,6 +80,13 @@ class Header:
             "versions": dict(self.versions),
         }
 
+    @property
+    def calibrated(self) -> dict[str, str]:
+        """Keys of the tensors that calibration wrote, each with the sha256 of what it wrote."""
+        record = self.history.get("calibration")
+        changed = record.get("changed") if isinstance(record, dict) else None
+        return {str(k): str(v) for k, v in changed.items()} if isinstance(changed, dict) else {}
+
     @classmethod
     def from_json(cls, data: Any) -> Header:
         """Read what `to_json` wrote.
@@ -130,7 +137,10 @@ def save(
     tensors, tied = untied_state(model)
     source = source or (known.source if known else None) or _timm_source(model)
     versions = {name: version(name) for name in ("harmconvert", "torch", "timm")}
-    header = Header(plan, source, tied, known.history if known else {}, versions)
+    history = dict(known.history) if known else {}
+    if calibration := model.__dict__.get("harmconvert_calibration"):
+        history["calibration"] = calibration.to_json()
+    header = Header(plan, source, tied, history, versions)
     metadata = {"format": "pt", METADATA_KEY: json.dumps(header.to_json(), separators=(",", ":"))}
     write_tensors(tensors, path, metadata, force)
     return header

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from .basis import all_frequencies
+from .calibration import Calibration, CalibrationSettings, Progress, calibrate
 from .conv import HarmonicMixin, to_harmonic
 from .cost import Cost, network_cost
 from .errors import InputError, UsageError, shortened
@@ -46,12 +47,13 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class Conversion:
-    """A converted network, the plan it follows, what became of each layer, and what it costs."""
+    """A converted network, the plan it follows, what became of each layer, what it costs, and how it was calibrated."""
 
     model: nn.Module
     plan: Plan
     layers: tuple[LayerRecord, ...]
     cost: Cost
+    calibration: Calibration | None = None
 
     @property
     def advice(self) -> str | None:
@@ -67,7 +69,8 @@ class Conversion:
     def to_json(self) -> dict[str, Any]:
         """Everything but the network, JSON-able."""
         layers = [asdict(layer) for layer in self.layers]
-        return {"plan": self.plan.to_json(), "layers": layers, "cost": asdict(self.cost)}
+        calibration = self.calibration.to_json() if self.calibration else None
+        return {"plan": self.plan.to_json(), "layers": layers, "cost": asdict(self.cost), "calibration": calibration}
 
 
 def convert(
@@ -78,10 +81,14 @@ def convert(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     normalization: str = "ortho",
+    calibration: Iterable[Any] | None = None,
+    settings: CalibrationSettings | None = None,
+    progress: Progress | None = None,
 ) -> Conversion:
     """Convert a network's convolutions over 1x1 to harmonic form; ``model`` itself is never changed.
 
-    Each kernel becomes the best matching combination of the DCT kernels that its plan keeps; nothing else changes.
+    Each kernel becomes the best matching combination of the DCT kernels that its plan keeps; nothing else changes. With
+    ``calibration`` what a cut broke is then repaired in closed form, on inputs without labels.
 
     >>> conversion = convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)), lam=2)
     >>> [(layer.name, layer.kept) for layer in conversion.layers]
@@ -96,10 +103,14 @@ def convert(
         include: patterns; only convolutions that match one are converted, and count as named.
         exclude: patterns of convolutions to leave as they are.
         normalization: of the basis: ``"ortho"``, or ``"l1"`` as in the paper's ImageNet networks.
+        calibration: batches of inputs to refit on (32 inputs or more): tensors, (input, target) pairs whose target is
+            not looked at, or dicts of keywords; read once.
+        settings: of the calibration.
+        progress: called with (layers done, layers, layer) while calibrating.
 
     Raises:
         UsageError: unknown lambda, a pattern without a match, an input that the network does not take.
-        InputError: nothing to convert, weights that are not finite or not floating point.
+        InputError: nothing to convert, weights or calibration inputs that are not finite, or none of them.
     """
     check_network(model)
     check_weights(model)
@@ -123,7 +134,11 @@ def convert(
     ]
     order = {name: index for index, (name, _) in enumerate(model.named_modules())}
     records.sort(key=lambda record: order[record.name])
-    return Conversion(converted, plan, tuple(records), network_cost(model, plan, run))
+    calibrated = None
+    if calibration is not None:
+        calibrated = calibrate(model, converted, plan, calibration, settings, progress)
+        converted.__dict__["harmconvert_calibration"] = calibrated  # what is saved or verified later says so
+    return Conversion(converted, plan, tuple(records), network_cost(model, plan, run), calibrated)
 
 
 def check_network(model: nn.Module) -> None:

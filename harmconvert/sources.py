@@ -234,9 +234,8 @@ def _from_torchvision(source: Source, pretrained: bool) -> tuple[nn.Module, Sour
         arguments = {"weights_backbone": None, **arguments}
     with reaching_out(str(source)), torchvision_loading(fetch=pretrained):
         model = builder(weights=chosen if tag else None, **arguments)
-    crop = getattr(chosen.transforms(), "crop_size", None)
-    if crop and not hasattr(model, "pretrained_cfg"):
-        model.pretrained_cfg = {"input_size": _input_size(builder.__module__, chosen, crop[0])}
+    if not hasattr(model, "pretrained_cfg") and (cfg := _preprocessing(builder.__module__, chosen)):
+        model.pretrained_cfg = cfg
     return model, source
 
 
@@ -344,10 +343,18 @@ def _cfg(model: nn.Module) -> dict[str, Any]:
     return cfg if isinstance(cfg, dict) else {}
 
 
-def _input_size(module: str, weights: Any, crop: int) -> tuple[int, ...]:
+def _preprocessing(module: str, weights: Any) -> dict[str, Any]:
+    """What timm calls a pretrained_cfg, from the transforms that belong to torchvision's weights."""
+    transforms = weights.transforms()
+    if not (crop := getattr(transforms, "crop_size", None)):
+        return {}
+    size = (crop[0], crop[0])
     if ".video" in module:
-        return (3, int(weights.meta.get("min_temporal_size", 16)), crop, crop)
-    return (3, crop, crop)
+        return {"input_size": (3, int(weights.meta.get("min_temporal_size", 16)), *size)}
+    cfg = {"input_size": (3, *size), "mean": tuple(transforms.mean), "std": tuple(transforms.std)}
+    if resize := getattr(transforms, "resize_size", None):
+        cfg |= {"crop_pct": crop[0] / resize[0], "interpolation": transforms.interpolation.value}
+    return cfg
 
 
 def _close(name: str, names: list[str]) -> str:

@@ -22,6 +22,7 @@ from .convert import default_input
 from .errors import UsageError, first_line, shortened
 from .projection import project, reconstruct
 from .surgery import batch_size, call, cloned, convolutions, evaluating, fitted, kernel_size, tensors_in
+from .weights import tensors_sha256
 
 # Relative difference of the outputs with the whole basis, by the dtype of the weights: float64 and float32 as promised
 # in the documentation; the 16-bit ones are bounded by the rounding of their coefficients, amplified layer by layer.
@@ -95,7 +96,12 @@ class Verification:
 
 
 def verify(
-    original: nn.Module, converted: nn.Module, inputs: Any = None, *, tolerance: float | None = None
+    original: nn.Module,
+    converted: nn.Module,
+    inputs: Any = None,
+    *,
+    tolerance: float | None = None,
+    calibrated: Mapping[str, str] | None = None,
 ) -> Verification:
     """Compare ``converted`` with the ``original`` it was made from; neither is changed.
 
@@ -111,6 +117,8 @@ def verify(
         tolerance: the relative difference of outputs to accept. Where given, it alone decides (structure aside);
             otherwise it follows the weights' dtype (1e-12 for float64, 1e-5 for float32), top-1 must be the same on
             every input, and nothing may differ that was not converted.
+        calibrated: keys of the tensors that calibration wrote, with their sha256 (`Calibration.changed`); known of a
+            network that `convert` or `load` returned. Those are as planned where they are what calibration wrote.
 
     Raises:
         UsageError: no input size is known, or the original does not run on the inputs.
@@ -118,8 +126,9 @@ def verify(
     inputs = _inputs(original, inputs)
     dtype = _weight_dtype(original)
     pairs, structural = _pairs(original, converted)
-    altered = [] if structural else _altered_state(original, converted, pairs)
-    kernels = {name: _check_kernel(name, *pair) for name, pair in pairs.items()}
+    written = _as_calibrated(converted, _written_by_calibration(converted) if calibrated is None else calibrated)
+    altered = [] if structural else _altered_state(original, converted, pairs, written)
+    kernels = {name: _check_kernel(*pair, written.get(_join(name, "coefficients"))) for name, pair in pairs.items()}
     notes: list[str] = []
     errors: dict[str, float | None] = {"float64": None, "float32": None}
     outputs: dict[str, float] = {}
@@ -198,15 +207,33 @@ def _pairs(original: nn.Module, converted: nn.Module) -> tuple[dict[str, tuple[n
     return pairs, problems
 
 
-def _altered_state(original: nn.Module, converted: nn.Module, pairs: Mapping[str, Any]) -> list[str]:
-    """Parameters and buffers outside the paired kernels that differ in any bit."""
+def _written_by_calibration(converted: nn.Module) -> Mapping[str, str]:
+    if (header := converted.__dict__.get("harmconvert_header")) is not None:
+        return cast("Mapping[str, str]", header.calibrated)
+    record = converted.__dict__.get("harmconvert_calibration")
+    return cast("Mapping[str, str]", record.changed) if record is not None else {}
+
+
+def _as_calibrated(converted: nn.Module, calibrated: Mapping[str, str]) -> dict[str, bool]:
+    """Whether each tensor that calibration wrote is what it wrote."""
+    state = converted.state_dict()
+    return {key: key in state and tensors_sha256({key: state[key]}) == sha256 for key, sha256 in calibrated.items()}
+
+
+def _altered_state(
+    original: nn.Module, converted: nn.Module, pairs: Mapping[str, Any], written: Mapping[str, bool]
+) -> list[str]:
+    """Parameters and buffers outside the paired kernels that differ in any bit, or from what calibration wrote."""
     paired = {id(original.get_submodule(name)) for name in pairs}
     names = [name for name, module in original.named_modules(remove_duplicate=False) if id(module) in paired]
     kernels = {f"{name}.{key}".lstrip(".") for name in names for key in ("weight", "coefficients")}
     theirs = converted.state_dict()
     problems = []
     for key, tensor in original.state_dict().items():
-        if key in kernels or not isinstance(tensor, Tensor):
+        if key in kernels or not isinstance(tensor, Tensor) or written.get(key):
+            continue
+        if key in written:
+            problems.append(f"{key}: is not what calibration wrote")
             continue
         if key not in theirs:
             problems.append(f"{key}: only in the original")
@@ -226,8 +253,9 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().flatten().view(torch.uint8) if tensor.numel() else tensor
 
 
-def _check_kernel(name: str, conv: nn.Module, other: nn.Module) -> tuple[int, int, float, str | None]:
-    """Kept and total frequencies, error against the original's kernel, and what is not as planned."""
+def _check_kernel(conv: nn.Module, other: nn.Module, as_calibrated: bool | None) -> tuple[int, int, float, str | None]:
+    """Kept and total frequencies, error against the original's kernel, and what is not as planned; whether coefficients
+    that calibration wrote are what it wrote is told."""
     whole = all_frequencies(kernel_size(conv))
     weight = cast(Tensor, conv.weight).detach()
     exact = weight.to(torch.float64)
@@ -245,6 +273,9 @@ def _check_kernel(name: str, conv: nn.Module, other: nn.Module) -> tuple[int, in
         return len(whole), len(whole), found, problem
     coefficients = other.coefficients.detach().to(torch.float64)
     kernel = reconstruct(coefficients, kernel_size(conv), other.frequencies, other.normalization)
+    if as_calibrated is not None:
+        problem = None if as_calibrated else "its coefficients are not what calibration wrote"
+        return len(other.frequencies), len(whole), error(kernel), problem
     planned = project(exact, other.frequencies, other.normalization)
     # Each coefficient to its own last bit; below that only what float64 products and subnormal numbers cannot hold.
     info = torch.finfo(other.coefficients.dtype)
@@ -253,6 +284,10 @@ def _check_kernel(name: str, conv: nn.Module, other: nn.Module) -> tuple[int, in
     wrong = int(((coefficients - planned).abs() > limit).sum())
     problem = f"{wrong} of {planned.numel()} coefficients are not the projection of the original's kernel"
     return len(other.frequencies), len(whole), error(kernel), problem if wrong else None
+
+
+def _join(prefix: str, key: str) -> str:
+    return f"{prefix}.{key}" if prefix else key
 
 
 def _compare(

@@ -192,11 +192,16 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], where: str) -> Non
 
 def weights_sha256(model: nn.Module) -> str:
     """sha256 over the network's parameters and persistent buffers: names, dtypes, shapes and bytes, sorted by name."""
+    state = {key: tensor for key, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    return tensors_sha256({key: tensor for key, tensor in state.items() if not tensor.is_meta})
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over named tensors: names, dtypes, shapes and bytes, sorted by name."""
     digest = hashlib.sha256()
-    for key, tensor in sorted(model.state_dict().items()):
-        if isinstance(tensor, Tensor) and not tensor.is_meta:
-            digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            flat = tensor.detach().cpu().contiguous().flatten()
-            if flat.numel():
-                digest.update(cast(Any, flat.view(torch.uint8).numpy()))
+    for key, tensor in sorted(tensors.items()):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        if flat.numel():
+            digest.update(cast(Any, flat.view(torch.uint8).numpy()))
     return digest.hexdigest()

@@ -22,6 +22,7 @@ from ..distributed import world_size
 from ..errors import UsageError, first_line
 from ..plan import Plan
 from ..surgery import convolutions
+from ..weights import tensors_sha256
 from .batch_norm import batch_norms, reestimate_batch_norm
 from .capture import ConvCall, conv_calls
 from .divergence import divergence
@@ -100,7 +101,8 @@ class Calibration:
     """What was done to a whole network. Divergences are of its outputs from the original's on held-back inputs: mean
     KL divergence of the class probabilities (nats), or for other outputs the relative squared difference; None where
     outputs cannot be compared. ``kept`` is the share of the refit's change that was taken (1 unless that made the
-    outputs worse than the plain cut)."""
+    outputs worse than the plain cut). ``changed`` has the keys of the tensors written, each with the
+    sha256 of what was written."""
 
     layers: tuple[LayerCalibration, ...]
     inputs: int
@@ -112,7 +114,7 @@ class Calibration:
     batch_norms: int = 0
     notes: tuple[str, ...] = ()
     settings: CalibrationSettings = field(default_factory=CalibrationSettings)
-    changed: tuple[str, ...] = ()
+    changed: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def failed(self) -> tuple[LayerCalibration, ...]:
@@ -172,19 +174,22 @@ def calibrate(
             progress(len(groups), len(groups), "batch norms")
         norms, final = _batch_norms(original, converted, data, final)
     after = converted.state_dict()
-    changed = tuple(key for key, tensor in after.items() if not torch.equal(tensor, before[key]))
+    changed = {k: tensors_sha256({k: t}) for k, t in after.items() if not torch.equal(t, before[k])}
     held = data.total - data.fit_total
     notes = () if held else ("one input: none can be held back, so nothing is refitted",)
-    return Calibration(
-        tuple(layers), data.total, held, plain, refit, final, kept, norms, notes, settings, changed
-    )
+    return Calibration(tuple(layers), data.total, held, plain, refit, final, kept, norms, notes, settings, changed)
 
 
 class _Work:
     """What refitting one layer after the other needs to know."""
 
     def __init__(
-        self, original: nn.Module, converted: nn.Module, data: CalibrationSet, settings: CalibrationSettings, cut: list[str]
+        self,
+        original: nn.Module,
+        converted: nn.Module,
+        data: CalibrationSet,
+        settings: CalibrationSettings,
+        cut: list[str],
     ) -> None:
         self.original, self.converted, self.data, self.settings = original, converted, data, settings
         originals, harmonics = convolutions(original), convolutions(converted)
@@ -254,7 +259,15 @@ class _Work:
         modules = {name: self.harmonics[name] for name in names}
         found = conv_calls(self.converted, modules, self.first.input, calls)
         kernels = [Kernel.of(modules[name], call) for name, call in found]
-        if len({(call.groups, call.transposed, kernel.factor is None) for kernel, (_, call) in zip(kernels, found, strict=True)}) > 1:
+        if (
+            len(
+                {
+                    (call.groups, call.transposed, kernel.factor is None)
+                    for kernel, (_, call) in zip(kernels, found, strict=True)
+                }
+            )
+            > 1
+        ):
             raise RefitError("convolutions of different kinds share its coefficients")
         if len(names) > 1 and kernels[0].factor is not None:
             raise RefitError("several standardised convolutions share its coefficients")
@@ -275,7 +288,9 @@ class _Work:
             targets = conv_calls(self.original, originals, batch.input, calls)
             fed = conv_calls(self.converted, harmonics, batch.input, calls)
             if [(n, c.output.shape) for n, c in targets] != [(n, c.output.shape) for n, c in fed]:
-                raise UsageError("the converted network runs it otherwise than the original, so their calls do not pair")
+                raise UsageError(
+                    "the converted network runs it otherwise than the original, so their calls do not pair"
+                )
             for (_, target), (_, call) in zip(targets, fed, strict=True):
                 rows = len(call.input)
                 examples = [batch.examples[row * len(batch) // rows] for row in range(rows)]

@@ -18,7 +18,9 @@ def divergence(original: nn.Module, converted: nn.Module, batches: Iterable[Batc
     difference of all floating outputs over their square; None where shapes differ or nothing can be compared."""
     sums = torch.zeros(3, dtype=torch.float64)  # divergence, weight, batches that cannot be compared
     for batch in batches:
-        ours, theirs = ([t for t in tensors_in(forward(m, batch.input)) if t.is_floating_point()] for m in (original, converted))
+        ours, theirs = (
+            [t for t in tensors_in(forward(m, batch.input)) if t.is_floating_point()] for m in (original, converted)
+        )
         if not ours or [t.shape for t in ours] != [t.shape for t in theirs]:
             sums[2] += 1
         elif len(ours) == 1 and ours[0].dim() == 2 and ours[0].shape[1] > 1:

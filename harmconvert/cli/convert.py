@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from . import options
+
+if TYPE_CHECKING:
+    from ..convert import Conversion
+    from ..sources import Network
 
 
 @click.command(name="convert")
@@ -39,7 +43,9 @@ from . import options
 )
 @click.option("-o", "--output", metavar="FILE", help="Default: NAME-harmonic-LAMBDA.safetensors.")
 @options.force
+@options.calibration_options
 @options.input_size
+@options.device
 @options.network_options
 @options.common
 def command(
@@ -53,8 +59,9 @@ def command(
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     normalization: str,
-    **network_options: Any,
-) -> None:
+    device: str | None,
+    **more: Any,
+) -> int:
     """Convert the network SOURCE to harmonic form, verify it, and write one .safetensors file.
 
     SOURCE: a timm name, torchvision:NAME, hf-hub:USER/REPO, local-dir:PATH, sample:NAME, FILE.py:FACTORY,
@@ -63,15 +70,15 @@ def command(
     \b
     Example:
       harmconvert convert resnet50 --lambda progressive
+      harmconvert convert resnet50 --lambda 2 --calibrate photographs/
       harmconvert convert sample:resnet_mnist5k --lambda 'stage3.*=2' -o cut.safetensors
     """
-    from ..checkpoint import default_name, save
+    from ..checkpoint import default_name
     from ..convert import convert
-    from ..errors import CheckError, UsageError
+    from ..distributed import joined, rank
+    from ..errors import UsageError
     from ..files import check_output
     from ..plan import Plan, parse_lambda
-    from ..report import tables
-    from ..verify import verify
 
     if plan_file and lam != "full":
         raise UsageError("--plan and --lambda both say what to keep: give one of them")
@@ -79,23 +86,48 @@ def command(
     output = output or default_name(source, "plan" if plan_file else lam)
     check_output(output, force)
     options.say(f"loading {source}")
-    network = options.opened(source, network_options, form="dense")
-    conversion = convert(
-        network.model,
-        policy,
-        example_input=options.example_input(input_size, network.model),
-        include=include,
-        exclude=exclude,
-        normalization=normalization,
-    )
+    with joined():
+        network = options.opened(source, more, form="dense")
+        options.place(network.model, device, more["data"])
+        images, settings = options.calibration(more, network.model, input_size)
+        with options.progress() as progress:
+            conversion = convert(
+                network.model,
+                policy,
+                example_input=options.example_input(input_size, network.model),
+                include=include,
+                exclude=exclude,
+                normalization=normalization,
+                calibration=images.batches if images else None,
+                settings=settings,
+                progress=progress,
+            )
+        if rank() > 0:
+            return 0  # the first process verifies and writes
+        inputs = options.verification_inputs(input_size, network.source)
+        _finish(network, conversion, inputs, output, force, as_json)
+    return _calibration_verdict(conversion, output, more["allow_fallback"])
+
+
+def _finish(network: Network, conversion: Conversion, inputs: Any, output: str, force: bool, as_json: bool) -> None:
+    """Show what was done, verify it, write it."""
+    from ..checkpoint import save
+    from ..errors import CheckError
+    from ..report import tables
+    from ..verify import verify
+
     console = options.console(quiet=as_json)
     console.print(tables.conversion_table(conversion))
+    if conversion.calibration:
+        console.print(tables.calibration_table(conversion.calibration))
+        for line in tables.calibration_lines(conversion.calibration):
+            console.print(line, markup=False)
     for line in tables.cost_lines(conversion.cost):
         console.print(line)
     if conversion.advice:
         options.say(f"note: {conversion.advice}")
     options.say("verifying")
-    check = verify(network.model, conversion.model, options.verification_inputs(input_size, network.source))
+    check = verify(network.model, conversion.model, inputs)
     if not (check.ok or (check.as_planned and not conversion.plan.whole)):
         raise CheckError(f"{check.verdict}; nothing was written")
     save(conversion, output, source=network.source, force=force)
@@ -103,3 +135,17 @@ def command(
     console.print(f"wrote {output} ({tables.file_size(output)})", markup=False)
     if as_json:
         options.print_json({"output": output, **conversion.to_json(), "verification": check.to_json()})
+
+
+def _calibration_verdict(conversion: Conversion, output: str, allow_fallback: bool) -> int:
+    """Exit code: 1 where a layer could not be calibrated and that was not allowed. The file is written all the same:
+    hours of work on the other layers are in it."""
+    failed = conversion.calibration.failed if conversion.calibration else ()
+    if not failed:
+        return 0
+    what = ", ".join(f"{layer.name} ({layer.why})" for layer in failed[:3])
+    options.say(
+        f"harmconvert: {'note' if allow_fallback else 'check failed'}: {len(failed)} layers of {output} could not be "
+        f"calibrated and stay a plain cut: {what}" + ("" if allow_fallback else "; --allow-fallback accepts that")
+    )
+    return 0 if allow_fallback else 1

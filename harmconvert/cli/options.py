@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -50,6 +52,34 @@ class KeyValue(click.ParamType):
             return key, text
 
 
+class Numbers(click.ParamType):
+    """0.5 or 0.485,0.456,0.406."""
+
+    name = "N,N,N"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(float(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers such as 0.485,0.456,0.406", param, ctx)
+
+
+class Bytes(click.ParamType):
+    """A number of bytes: 500M, 2G."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", str(value).strip(), re.IGNORECASE)
+        if not match:
+            self.fail(f"{value!r} is not a size such as 500M or 2G", param, ctx)
+        return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+
+
 def common(command: Callable[..., Any]) -> Callable[..., Any]:
     """--json and --debug."""
     command = click.option("--debug", is_flag=True, expose_value=False, help="Show a traceback where something fails.")(
@@ -84,11 +114,122 @@ def network_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What to calibrate on, and how."""
+    for option in (
+        click.option(
+            "--allow-fallback",
+            is_flag=True,
+            help="Exit with 0 where a layer could not be refitted and stays a plain cut.",
+        ),
+        click.option(
+            "--calibration-memory",
+            type=Bytes(),
+            help="Memory that one layer's equations may take, such as 2G; default: half of what is free.",
+        ),
+        click.option(
+            "--damping",
+            type=float,
+            help="Pull of each refit towards the plain cut, relative to the layer's mean square response; "
+            "default: chosen on images held back.",
+        ),
+        click.option("--crop-pct", type=float, help="Centre share of each image to take; default: the network's own."),
+        click.option("--interpolation", help="How images are resized (bilinear, bicubic); default: the network's own."),
+        click.option("--std", type=Numbers(), help="Channel deviations to divide by; default: the network's own."),
+        click.option("--mean", type=Numbers(), help="Channel means to subtract; default: the network's own."),
+        click.option("--calibration-split", default="train", show_default=True, help="Split of a timm data set."),
+        click.option("--data-dir", metavar="DIR", help="Where a timm data set such as torch/cifar10 lies."),
+        click.option("--seed", default=0, show_default=True, help="Of the choice of images and positions."),
+        click.option(
+            "--calibration-batch-size",
+            default=32,
+            show_default=True,
+            help="Images in one forward; fewer take less memory.",
+        ),
+        click.option(
+            "--calibration-images",
+            default=256,
+            show_default=True,
+            help="Images to use; more help layers that lack them.",
+        ),
+        click.option(
+            "--calibrate",
+            "data",
+            metavar="DATA",
+            help="Repair the cut on images, without labels or training: a folder, sample:mnist5k, sample:photographs, or "
+            "a timm data set.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def calibration(options: dict[str, Any], model: Any, sizes: Sequence[tuple[int, ...]]) -> Any:
+    """Images and settings for `convert` under `calibration_options` (both None without --calibrate)."""
+    if options["data"] is None:
+        return None, None
+    from ..calibration import CalibrationSettings
+    from ..data import calibration_images
+    from ..errors import UsageError, shortened
+
+    if len(sizes) > 1:
+        raise UsageError("--calibrate feeds one image; for a network of several inputs use calibration= in Python")
+    settings = CalibrationSettings(options["damping"], options["calibration_memory"], seed=options["seed"])
+    own = {key: options[key] for key in ("mean", "std", "interpolation", "crop_pct")}
+    images = calibration_images(
+        options["data"],
+        model,
+        options["calibration_images"],
+        options["calibration_batch_size"],
+        overrides={**own, "input_size": sizes[0] if sizes else None},
+        data_dir=options["data_dir"],
+        split=options["calibration_split"],
+        seed=options["seed"],
+    )
+    say(f"calibrating on {len(images)} images of {options['data']}, {_described(images.preprocessing)}")
+    if images.unreadable:
+        say(f"note: {len(images.unreadable)} images could not be read: {shortened(list(images.unreadable), 3)}")
+    return images, settings
+
+
+def _described(config: Any) -> str:
+    size = "x".join(map(str, config["input_size"]))
+    mean, std = (",".join(f"{number:.4g}" for number in config[key]) for key in ("mean", "std"))
+    return f"{size}, mean {mean}, std {std}, {config['interpolation']}, crop {config['crop_pct']:.3g}"
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[int, int, str], None]]:
+    """A bar on stderr with the time left; where that is no terminal, a line for every tenth of the way."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        told = -1
+
+        def tell(done: int, total: int, what: str) -> None:
+            nonlocal told
+            if total and done * 10 // total > told:
+                told = done * 10 // total
+                say(f"  {done}/{total} {what}")
+
+        yield tell
+        return
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("")
+        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what[-40:])
+
+
 input_size = click.option(
     "--input-size",
     type=InputSize(),
     multiple=True,
     help="Size of one input; default: the network's own, where it says one. Repeat it for a network of several inputs.",
+)
+device = click.option(
+    "--device", help="Where to run: cpu, cuda, cuda:1, mps; default: a GPU where there is one and images are given."
 )
 force = click.option("--force", is_flag=True, help="Replace the output where it exists.")
 
@@ -104,6 +245,21 @@ def opened(text: str, options: dict[str, Any], **more: Any) -> Network:
         trust_code=options["trust_code"],
         **more,
     )
+
+
+def place(model: Any, device: str | None, data: str | None) -> None:
+    """Move a network to the device asked for; by default to this process's GPU, if there is one and work for it."""
+    import torch
+
+    from ..errors import UsageError, first_line
+
+    if device is None:
+        gpu = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        device = gpu if data is not None and torch.cuda.is_available() else "cpu"
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {device}: {first_line(error)}") from error
 
 
 def example_input(sizes: Sequence[tuple[int, ...]], model: Any) -> Any:
@@ -149,8 +305,9 @@ def console(quiet: bool = False) -> Console:
 
 
 def say(message: str) -> None:
-    """Progress and messages go to stderr."""
-    click.echo(message, err=True)
+    """Progress and messages go to stderr; of several processes the first one speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        click.echo(message, err=True)
 
 
 def print_json(data: Any) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from ..calibration import Calibration
 from ..convert import Conversion, LayerRecord
 from ..cost import Cost
 from ..inspection import LAMBDAS, Inspection
@@ -21,6 +22,38 @@ def conversion_table(conversion: Conversion) -> Table:
         error = "" if layer.error is None else f"{layer.error:.1e}"
         rows.append([layer.name or "(root)", kernel_text(layer.kernel), _kept(layer), energy, error, layer.why or ""])
     return _table(["layer", "kernel", "kept", "energy kept", "kernel error", "note"], rows, left={0, 5})
+
+
+def calibration_table(calibration: Calibration) -> Table:
+    """One row per truncated convolution: output error before and after on held-back inputs, and how it was got."""
+    rows = []
+    for layer in calibration.layers:
+        errors = [layer.error_before, layer.error_after]
+        error = "" if None in errors else " -> ".join(f"{e:.3f}" for e in errors)
+        damping = "" if layer.damping is None else f"{layer.damping:.0e}"
+        ratio = f"{layer.positions_per_unknown:.3g}" if layer.positions else ""
+        why = layer.why or ("" if layer.inputs >= layer.inputs_enough else f"{layer.inputs_enough} inputs would do")
+        rows.append([layer.name, layer.decision, error, damping, ratio, f"{layer.seconds:.1f}", why])
+    headings = ["layer", "decision", "output error", "damping", "positions/unknown", "seconds", "note"]
+    return _table(headings, rows, left={0, 1, 6})
+
+
+def calibration_lines(calibration: Calibration) -> list[str]:
+    """What calibration came to, in a line or a few."""
+    decisions = [layer.decision for layer in calibration.layers]
+    counts = ", ".join(f"{decisions.count(d)} {d}" for d in sorted(set(decisions), key=decisions.index))
+    seen = f"{calibration.inputs} inputs, {calibration.held_back} of them held back"
+    lines = [f"calibrated on {seen}: {counts or 'nothing cut'}", *calibration.notes]
+    if calibration.plain_divergence is not None and calibration.divergence is not None:
+        plain, after = calibration.plain_divergence, calibration.divergence
+        lines.append(
+            f"divergence from the original's outputs, held-back inputs: plain cut {plain:.3g}, now {after:.3g}"
+        )
+    if calibration.kept < 1 and calibration.layers:
+        lines.append(f"the refit made the outputs worse: {calibration.kept:.0%} of its change was kept")
+    if calibration.batch_norms:
+        lines.append(f"{calibration.batch_norms} batch norms re-estimated")
+    return lines
 
 
 def cost_lines(cost: Cost) -> list[str]:

