@@ -1,4 +1,4 @@
-"""Images for a network: from folders, from timm's data sets, from the samples; pre-processed as the network was trained.
+"""Images for a network, from folders, timm's data sets or the samples, pre-processed as the network was trained.
 
 The pre-processing is timm's, told by the network's ``pretrained_cfg`` unless overridden.
 """

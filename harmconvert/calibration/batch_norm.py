@@ -71,7 +71,8 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> int:
 
 
 def _statistics(norm: _BatchNorm) -> tuple[Tensor, Tensor, Tensor | None]:
-    assert norm.running_mean is not None and norm.running_var is not None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     tracked = norm.num_batches_tracked
     return norm.running_mean.clone(), norm.running_var.clone(), None if tracked is None else tracked.clone()
 

@@ -15,7 +15,7 @@ from ..surgery import call, cloned, describe_input, evaluating, fitted
 
 _PLAIN = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
-_SIGNATURES = {f"conv{axes}d": _PLAIN for axes in (1, 2, 3)}
+_SIGNATURES: dict[str, tuple[str, ...]] = {f"conv{axes}d": _PLAIN for axes in (1, 2, 3)}
 _SIGNATURES |= {f"conv_transpose{axes}d": _TRANSPOSED for axes in (1, 2, 3)}
 
 

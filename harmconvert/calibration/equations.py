@@ -2,8 +2,8 @@
 
 Over positions p, with the responses z of what the converted network feeds the layer and the residual u = what the
 original layer answered - what the converted one does, find the change D of the coefficients (and b of the bias) with
-least sum |u - D z - b|^2 + d |D|^2. That is DESIGN 4's C = (H + d C0)(G + d I)^-1 with C = C0 + D: written in D it loses
-no digits, and its solution at large d is the projection C0 itself. The bias has a row of its own, which is not damped.
+least sum |u - D z - b|^2 + d |D|^2. That is DESIGN 4's C = (H + d C0)(G + d I)^-1 with C = C0 + D: written in D it
+loses no digits, and at large d its solution is the projection C0 itself. The bias has a row of its own, undamped.
 
 - `NormalEquations` holds sum z z^T: unknowns squared, whatever the number of positions.
 - `Samples` holds every z: less where there are fewer positions than unknowns (the dual form).
@@ -95,26 +95,25 @@ class Problem:
         # Rows: sum of u, of the layer's own answer a (bias aside), of a a, of a u, of u u, of y y, for each channel.
         self.channels = layer.coefficients.new_zeros(6, groups, out)
 
-    def add(self, call: ConvCall, target: Tensor, examples: Sequence[int]) -> None:
-        """Take in one call: what the converted network fed the layer, and what the original layer answered (N, O, *).
+    def add(self, call: ConvCall, target_NPO: Tensor, examples: Sequence[int]) -> None:
+        """Take in one call: what the converted network fed the layer, and what the original layer answered at the
+        positions that `pick_positions` gives.
 
         ``examples``: the number of each of the N examples in the whole calibration set.
         """
-        positions = prod(call.output.shape[2:])
-        wanted = min(self.layer.wanted, positions)
-        step = max(1, _CHUNK // (wanted * call.input.shape[1] * prod(self.layer.kernel_size)))
+        step = max(1, _CHUNK // (target_NPO.shape[1] * call.input.shape[1] * prod(self.layer.kernel_size)))
         for start in range(0, len(call.input), step):
             part = slice(start, start + step)
-            picks = pick_positions(examples[part], positions, wanted, self.layer.seed)
-            self._add(replace(call, input=call.input[part], output=call.output[part]), target[part], picks)
+            picks = pick_positions(examples[part], call.output.shape[2:], self.layer.wanted, self.layer.seed)
+            self._add(replace(call, input=call.input[part], output=call.output[part]), target_NPO[part], picks)
 
-    def _add(self, call: ConvCall, target: Tensor, picks: Tensor | None) -> None:
-        target_RGO, answer_RGO = (outputs(maps, call.groups, picks) for maps in (target, call.output))
-        device = self.channels.device
-        target_RGO, answer_RGO = target_RGO.to(device), answer_RGO.to(device)
+    def _add(self, call: ConvCall, target_NPO: Tensor, picks: Tensor | None) -> None:
+        shape = (-1, *self.channels.shape[1:])
+        target_RGO = target_NPO.to(self.channels.device).to(torch.float64).reshape(shape)
+        answer_RGO = outputs(call.output, picks).to(self.channels.device).to(torch.float64).reshape(shape)
         residual_RGO = target_RGO - answer_RGO
         if call.bias is not None:
-            answer_RGO = answer_RGO - call.bias.to(device, torch.float64).view(answer_RGO.shape[1:])
+            answer_RGO = answer_RGO - call.bias.to(answer_RGO).view(answer_RGO.shape[1:])
         products = (answer_RGO * answer_RGO, answer_RGO * residual_RGO, residual_RGO**2, target_RGO**2)
         self.channels += torch.stack([t.sum(0) for t in (residual_RGO, answer_RGO, *products)])
         self.count += len(residual_RGO)
@@ -272,13 +271,16 @@ class Operator(Problem):
         super().__init__(layer)
         self._calls: list[tuple[ConvCall, Tensor]] = []
 
-    def add(self, call: ConvCall, target: Tensor, examples: Sequence[int]) -> None:
-        """As `Problem.add`, but with every position of the map: the convolution computes them all."""
-        self._calls.append((call, target - call.output))
-        self._add(call, target, None)
-
     def _keep(self, call: ConvCall, residual_RGO: Tensor, picks: Tensor | None) -> None:
-        pass  # the maps are kept as they are
+        assert picks is None  # the convolution computes all positions
+        residual_NOP = residual_RGO.reshape(len(call.output), -1, call.output.shape[1]).transpose(1, 2)
+        self._calls.append((call, residual_NOP.reshape(call.output.shape).to(call.output)))
+
+    @property
+    def bytes(self) -> int:
+        """Memory that the maps take."""
+        tensors = (t for call, residual in self._calls for t in (call.input, residual))
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     def candidates(self, dampings: Sequence[float]) -> Iterator[Change]:
         damping = dampings[0] if len(dampings) == 1 else 0.0
@@ -341,15 +343,14 @@ class Operator(Problem):
         return float(total)
 
 
-def solver(layer: Layer, fit: int, held: int, map_values: int, memory: int, alone: bool) -> type[Problem]:
+def solver(groups: int, out: int, unknowns: int, fit: int, held: int, memory: int, alone: bool = True) -> type[Problem]:
     """The way to hold a layer's equations within ``memory`` bytes, the quickest first.
 
-    ``fit`` and ``held`` positions; ``map_values`` of all inputs and outputs of the layer, which `Operator` keeps. The
-    dual needs every response in one process (``alone``).
+    ``fit`` and ``held`` positions; the dual needs every response in one process (``alone``).
     """
-    groups, out, unknowns = layer.coefficients.shape
-    normal = 8 * groups * (5 * unknowns**2 + 6 * out * unknowns)
-    dual = 8 * groups * (2 * (fit + held) * unknowns + 3 * fit**2 + 6 * out * unknowns)
+    right_hand_sides = 6 * out * unknowns
+    normal = 8 * groups * (5 * unknowns**2 + right_hand_sides)
+    dual = 8 * groups * (2 * (fit + held) * unknowns + 3 * fit**2 + right_hand_sides)
     if alone and fit < unknowns and dual <= memory:
         return Samples
     if normal <= memory:

@@ -1,4 +1,4 @@
-"""The calibration set: what an iterable of batches holds, who of several processes takes what, and what is held back."""
+"""The calibration set: what an iterable of batches holds, which process takes what, and what is held back."""
 
 from __future__ import annotations
 

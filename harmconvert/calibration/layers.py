@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +108,7 @@ class Kernel:
 
     @torch.no_grad()
     def write(self, target: Tensor) -> None:
-        """Make the effective kernel ``target`` (torch's shape; centred, and of the present norm where that is fixed)."""
+        """Make the effective kernel ``target`` (torch's shape), which the class can make (`Layer.reachable`)."""
         if self.factor is not None:
             norm, present = _dot(target, target).sqrt(), _dot(self.effective, self.effective).sqrt()
             scale = torch.where((norm > 0) & (present > 0), present / norm.clamp_min(1e-300), 1.0)
@@ -128,7 +127,7 @@ def refittable_bias(model: nn.Module, modules: Sequence[nn.Module]) -> nn.Parame
         return None
     ours = {id(module) for module in modules}
     users = [m for m in model.modules() if id(m) not in ours and any(p is bias for p in m._parameters.values())]
-    return None if users else cast(nn.Parameter, bias)
+    return None if users else bias
 
 
 def _same(left: Tensor, right: Tensor) -> bool:

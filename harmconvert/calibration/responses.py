@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,20 +30,21 @@ def responses(call: ConvCall, basis_FK: Tensor, picks_NP: Tensor | None = None) 
     return responses_NPIF.view(windows_NPIK.shape[0] * windows_NPIK.shape[1], call.groups, -1)
 
 
-def outputs(maps: Tensor, groups: int, picks_NP: Tensor | None = None) -> Tensor:
-    """An output map (N, O, *size) at the same positions, shape (R, G, O per group), float64."""
+def outputs(maps: Tensor, picks_NP: Tensor | None = None) -> Tensor:
+    """An output map (N, O, *size) at the same positions, shape (N, P, O)."""
     flat_NPO = maps.flatten(2).transpose(1, 2)
-    if picks_NP is not None:
-        flat_NPO = flat_NPO[torch.arange(len(maps), device=maps.device)[:, None], picks_NP.to(maps.device)]
-    return flat_NPO.to(torch.float64).reshape(-1, groups, maps.shape[1] // groups)
+    if picks_NP is None:
+        return flat_NPO
+    return flat_NPO[torch.arange(len(maps), device=maps.device)[:, None], picks_NP.to(maps.device)]
 
 
-def pick_positions(examples: Sequence[int], available: int, wanted: int, seed: int) -> Tensor | None:
-    """Flat positions (N, P) to sample on a map of ``available`` positions; None where ``wanted`` is all of them.
+def pick_positions(examples: Sequence[int], size: Sequence[int], wanted: int, seed: int) -> Tensor | None:
+    """Flat positions (N, P) to sample on a map of that size; None where ``wanted`` is all of them.
 
     Each example, known by its number in the whole set, takes the next stretch of one seeded permutation: the choice is
     the same however the set is cut into batches, and examples together cover the map evenly.
     """
+    available = prod(size)
     if wanted >= available:
         return None
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
@@ -79,7 +81,8 @@ def _windows(call: ConvCall, kernel_size: Sequence[int], picks_NP: Tensor | None
         index.insert(0, rest % length)
         rest = rest // length
     examples = torch.arange(len(view), device=view.device)[:, None]
-    picked: Tensor = view[(examples, slice(None), *index)]  # advanced indices with a slice between: they go first
+    everywhere: list[Any] = [examples, slice(None), *index]
+    picked: Tensor = view[tuple(everywhere)]  # advanced indices with a slice between them: their axes go first
     return picked.flatten(3)
 
 

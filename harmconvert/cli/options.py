@@ -156,8 +156,8 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--calibrate",
             "data",
             metavar="DATA",
-            help="Repair the cut on images, without labels or training: a folder, sample:mnist5k, sample:photographs, or "
-            "a timm data set.",
+            help="Repair the cut on images, without labels or training: a folder, sample:mnist5k, "
+            "sample:photographs, or a timm data set.",
         ),
     ):
         command = option(command)

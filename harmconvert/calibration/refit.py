@@ -1,0 +1,145 @@
+"""Refit the layers of a network one after the other, each fed by those already refitted."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from ..conv import HarmonicMixin
+from ..errors import UsageError, first_line
+from .capture import conv_calls
+from .equations import Layer, Operator, Problem
+from .inputs import Batch, CalibrationSet
+from .layers import Choice, Kernel, RefitError, choose, refittable_bias
+from .records import CalibrationSettings, LayerCalibration
+from .sites import Site, Targets, rows_of
+
+# Relative to the mean square of the responses; strongest first. At 10 hardly anything moves.
+DAMPINGS = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+# No damping below this over the positions per unknown: the fewer there are, the less the fit is believed.
+DAMPING_TIMES_POSITIONS = 1e-3
+# Fitted on ten positions per unknown, a linear model's error is about a tenth over the best one's.
+ENOUGH_POSITIONS = 10
+
+
+class Refit:
+    """Refits sites of ``converted`` in place, in the order given."""
+
+    def __init__(
+        self,
+        converted: nn.Module,
+        layers: dict[str, HarmonicMixin],
+        targets: Targets,
+        data: CalibrationSet,
+        settings: CalibrationSettings,
+        memory: int,
+    ) -> None:
+        self.converted, self.layers, self.targets = converted, layers, targets
+        self.data, self.settings, self.memory = data, settings, memory
+
+    def __call__(self, site: Site) -> LayerCalibration:
+        """Refit one site; one that cannot be keeps the projection and says why."""
+        start = time.perf_counter()
+        enough = ENOUGH_POSITIONS * site.unknowns / site.positions * self.data.total / max(self.data.fit_total, 1)
+        record = LayerCalibration(
+            ", ".join(site.names),
+            "projection",
+            positions=round(site.sampled * self.data.fit_total),
+            unknowns=site.unknowns,
+            inputs=self.data.total,
+            inputs_enough=math.ceil(enough),
+        )
+        try:
+            record = self._refit(site, record)
+        except RefitError as error:
+            record = replace(record, why=str(error))
+        except (torch.OutOfMemoryError, MemoryError, torch.linalg.LinAlgError, UsageError, RuntimeError) as error:
+            record = replace(record, decision="failed", why=_explained(error))
+        return replace(record, seconds=time.perf_counter() - start)
+
+    def _refit(self, site: Site, record: LayerCalibration) -> LayerCalibration:
+        if self.data.fit_total == self.data.total:
+            return replace(record, why="one input: none can be held back to choose on")
+        modules = {name: self.layers[name] for name in site.names}
+        bias = refittable_bias(self.converted, list(modules.values()))
+        kernel, layer = self._layer(site, modules, bias)
+        targets = self.targets.of(site, self.data)
+        fit, held = (
+            self._problem(site, layer, modules, targets, batches) for batches in (self.data.fit, self.data.held)
+        )
+        del targets
+        if not (fit.finite and held.finite):
+            raise UsageError("its activations are NaN or infinite on the calibration inputs")
+        choice = choose(fit, held, self._dampings(fit.count / layer.unknowns))
+        if choice.change is not None:
+            _write(kernel, layer, choice, bias)
+        return replace(
+            record,
+            decision=choice.decision,
+            solver=fit.name,
+            damping=choice.change.damping if choice.change else None,
+            condition=fit.condition,
+            error_before=choice.error_before,
+            error_after=choice.error_after,
+            positions=fit.count,
+            why=None if choice.change else "nothing lowers its error on held-back inputs",
+        )
+
+    def _layer(self, site: Site, modules: dict[str, HarmonicMixin], bias: nn.Parameter | None) -> tuple[Kernel, Layer]:
+        first = (*self.data.fit, *self.data.held)[0]
+        calls = conv_calls(self.converted, modules, first.input, len(site.calls))
+        kernels = [Kernel.of(modules[name], call) for name, call in calls]
+        kinds = {(call.groups, call.transposed) for _, call in calls} | {kernel.factor is None for kernel in kernels}
+        if len(kinds) > 2 or (len(modules) > 1 and kernels[0].factor is not None):
+            raise RefitError("convolutions of different kinds share its coefficients")
+        return kernels[0], kernels[0].layer(calls[0][1], bias is not None, site.wanted, self.settings.seed)
+
+    def _problem(
+        self,
+        site: Site,
+        layer: Layer,
+        modules: dict[str, HarmonicMixin],
+        targets: dict[int, list[tuple[str, tuple[int, ...], torch.Tensor]]],
+        batches: Sequence[Batch],
+    ) -> Problem:
+        problem = site.method(layer)
+        for batch in batches:
+            fed = conv_calls(self.converted, modules, batch.input, len(site.calls))
+            wanted = targets.pop(id(batch))
+            if [(name, shape) for name, shape, _ in wanted] != [(name, tuple(c.output.shape)) for name, c in fed]:
+                raise UsageError(
+                    "the converted network runs it otherwise than the original, so that their calls do not pair"
+                )
+            for (_, _, target), (_, call) in zip(wanted, fed, strict=True):
+                problem.add(call, target, rows_of(batch, len(call.input)))
+            if isinstance(problem, Operator) and problem.bytes > self.memory:
+                break  # it holds whole maps: fewer inputs are better than none
+        problem.reduce()
+        return problem
+
+    def _dampings(self, positions_per_unknown: float) -> tuple[float, ...]:
+        if self.settings.damping is not None:
+            return (self.settings.damping,)
+        least = min(DAMPING_TIMES_POSITIONS / max(positions_per_unknown, 1e-9), DAMPINGS[0])
+        return tuple(damping for damping in DAMPINGS if damping >= least)
+
+
+@torch.no_grad()
+def _write(kernel: Kernel, layer: Layer, choice: Choice, bias: nn.Parameter | None) -> None:
+    assert choice.change is not None
+    target = layer.kernel(layer.coefficients + choice.change.coefficients)
+    kernel.write(target.to(kernel.effective.device))
+    if bias is not None and choice.change.bias is not None:
+        bias.add_(choice.change.bias.flatten().to(bias))
+
+
+def _explained(error: Exception) -> str:
+    text = first_line(error) or type(error).__name__
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "memory" in text:
+        return f"out of memory ({text}): lower --calibration-memory, --calibration-batch-size or --calibration-images"
+    return text
