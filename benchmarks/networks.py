@@ -91,9 +91,15 @@ class Recipe:
     lr: float
 
 
+def resnet18_elpv() -> nn.Module:
+    model = timm.create_model("resnet18", in_chans=1, num_classes=4)
+    model.pretrained_cfg |= {"input_size": (1, 96, 96)}
+    return model
+
+
 RECIPES = {
     "wrn16_4_mnist5k": Recipe(lambda: WideResNet(16, 4, in_chans=1, img_size=28), mnist5k, shifted, 12, 0.1),
-    "resnet18_elpv": Recipe(lambda: timm.create_model("resnet18", in_chans=1, num_classes=4), elpv, flipped, 25, 0.05),
+    "resnet18_elpv": Recipe(resnet18_elpv, elpv, flipped, 25, 0.05),
 }
 
 

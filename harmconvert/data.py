@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_dataset, create_transform, resolve_data_config
-from timm.data.readers.img_extensions import get_img_extensions
 from torch import Tensor, nn
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from .errors import InputError, OutsideError, UsageError, first_line, shortened
 from .samples import mnist5k, whole_photographs
@@ -133,12 +133,11 @@ def _pictures(
 
 
 def _folder(folder: Path, count: int, generator: np.random.Generator, unreadable: list[str]) -> Iterator[Image.Image]:
-    extensions = get_img_extensions(as_set=True)
     paths = sorted(
         os.path.join(root, name)
         for root, _, names in os.walk(folder)
         for name in names
-        if os.path.splitext(name)[1].lower() in extensions
+        if name.lower().endswith(IMG_EXTENSIONS)
     )
     bound = max(3, int(UNREADABLE_SHARE * count))
     for index in generator.permutation(len(paths)):

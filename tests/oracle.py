@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 
 def frequencies(kernel_size: Sequence[int], levels: int) -> list[tuple[int, ...]]:
@@ -89,3 +91,53 @@ def harmonic_layer(
                 for f in range(len(kept)):
                     out[n, o] += weights[o, c, f] * stacked[n, c, f]
     return out
+
+
+def design_matrix(conv: torch.nn.Module, kept: Sequence[Sequence[int]], inputs: torch.Tensor) -> list[np.ndarray]:
+    """One matrix per group of a convolution: rows are positions of its output, columns its input channels x kept
+    frequencies; each column is what the convolution itself answers when its kernel is that one DCT kernel."""
+    probe = copy.deepcopy(conv)
+    groups, transposed = conv.groups, conv.transposed
+    inside = conv.in_channels // groups
+    matrices = []
+    for group in range(groups):
+        columns = []
+        for channel in range(inside):
+            for f in kept:
+                with torch.no_grad():
+                    probe.weight.zero_()
+                    psi = torch.from_numpy(dct_kernel(conv.kernel_size, f))
+                    first_output = group * (conv.out_channels // groups)
+                    if transposed:
+                        probe.weight[group * inside + channel, 0] = psi
+                    else:
+                        probe.weight[first_output, channel] = psi
+                    if probe.bias is not None:
+                        probe.bias.zero_()
+                    columns.append(probe(inputs)[:, first_output].flatten().numpy())
+        matrices.append(np.stack(columns, 1))
+    return matrices
+
+
+def refit(
+    conv: torch.nn.Module, kept: Sequence[Sequence[int]], inputs: torch.Tensor, start: np.ndarray
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Coefficients (groups, out per group, columns) and bias (out,) with least squared output error, by lstsq over the
+    design matrix; where several do, those nearest to ``start``."""
+    with torch.no_grad():
+        target = conv(inputs).numpy()
+    found, biases = [], []
+    per_group = conv.out_channels // conv.groups
+    for group, matrix in enumerate(design_matrix(conv, kept, inputs)):
+        outputs = target[:, group * per_group : (group + 1) * per_group]
+        rows = np.moveaxis(outputs, 1, -1).reshape(-1, per_group)
+        if conv.bias is not None:
+            middle, level = matrix.mean(0), rows.mean(0)
+        else:
+            middle, level = np.zeros(matrix.shape[1]), np.zeros(per_group)
+        centred = matrix - middle
+        rest = rows - level - centred @ start[group].T
+        coefficients = start[group] + np.linalg.lstsq(centred, rest, rcond=None)[0].T
+        found.append(coefficients)
+        biases.append(level - coefficients @ middle)
+    return np.stack(found), np.concatenate(biases) if conv.bias is not None else None

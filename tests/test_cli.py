@@ -316,7 +316,9 @@ def test_the_command_line_is_frozen() -> None:
     assert found == {
         "convert": sorted(
             ["--exclude", "--force", "--include", "--lambda", "--normalization", "--output", "--plan", "-o",
-             *network, *common, *size]
+             "--allow-fallback", "--calibrate", "--calibration-batch-size", "--calibration-images",
+             "--calibration-memory", "--calibration-split", "--crop-pct", "--damping", "--data-dir", "--device",
+             "--interpolation", "--mean", "--seed", "--std", *network, *common, *size]
         ),
         "verify": sorted(["--as-planned", "--tolerance", *network, *common, *size]),
         "inspect": sorted(["--no-pretrained", *network, *common, *size]),

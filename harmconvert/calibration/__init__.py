@@ -130,11 +130,11 @@ def _never_worse(
 def _batch_norms(
     original: nn.Module, converted: nn.Module, data: CalibrationSet, so_far: float | None
 ) -> tuple[int, float | None]:
-    """Re-estimate, and keep that where the held-back outputs come no further from the original's."""
+    """Re-estimate, and keep that where it is seen to bring the held-back outputs nearer to the original's."""
     before = _copied(converted)
     norms = reestimate_batch_norm(converted, (batch.input for batch in data.fit))
     found = divergence(original, converted, data.held)
-    if so_far is not None and (found is None or not found <= so_far):
+    if so_far is None or found is None or not found < so_far:
         _blend(converted, before, before, 0.0)
         return 0, so_far
     return norms, found

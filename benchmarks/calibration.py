@@ -1,0 +1,286 @@
+"""How much of what a cut lost does calibration win back, without labels or training, and is it the best way?
+
+    python benchmarks/calibration.py                        # appends to results/calibration.csv; skips rows it has
+    python benchmarks/calibration.py --networks resnet_mnist5k --images 128 --seeds 0
+    python benchmarks/calibration.py --summary
+
+For each network, lambda, number of calibration images and seed (which images): the uncut network, the plain cut, the
+plain cut with batch norms re-estimated, the refit, the refit with batch norms re-estimated, and what `convert
+--calibrate` delivers (it keeps the re-estimation where that helps on inputs held back from the fit). Beside them, at
+the same number of parameters and as free of training: Tucker-2 of each kernel, a KLT basis per layer (eigenvectors of
+the layer's own filters) in place of the DCT, and the filters of least magnitude set to zero.
+
+Measured on test images that neither training nor calibration saw: top-1, agreement with the uncut network, and KL of
+the class probabilities from the uncut network's (nats). `won_back` is the share of the KL, and where the cut cost at
+least one point of top-1 of those points, that is gone. Networks: two samples, and two dense 3x3 networks that
+networks.py trains. efficientnet_lite0 has no labelled test set here: crops of photographs, agreement and KL only, its
+depthwise layers cut by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+import networks
+import torch
+from torch import Tensor, nn
+
+import harmconvert as hc
+from harmconvert.calibration import CalibrationSettings, calibrate, reestimate_batch_norm
+from harmconvert.convert import Conversion
+from harmconvert.data import calibration_images
+from harmconvert.samples import photographs
+from harmconvert.surgery import convolutions
+
+RESULTS = Path(__file__).parent / "results" / "calibration.csv"
+KEYS = ["network", "lambda", "images", "seed", "method"]
+FIELDS = [*KEYS, "parameters", "top1", "agreement", "kl", "seconds", "torch"]
+LAMBDAS: list[str | int] = [3, "progressive", 2, 1]
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network, the images to calibrate on by (count, seed), and the test images with labels where there are any."""
+
+    model: nn.Module
+    calibration: Callable[[int, int], list[Tensor]]
+    images: Tensor
+    labels: Tensor | None
+    include: tuple[str, ...] = ()
+    lambdas: tuple[str | int, ...] = tuple(LAMBDAS)
+
+
+def subject(name: str) -> Subject:
+    if name == "efficientnet_lite0":
+        model = hc.open_source("sample:efficientnet_lite0").model
+        depthwise = tuple(n for n, c in convolutions(model).items() if c.groups > 1)
+        test = torch.cat(calibration_images("sample:photographs", model, 200, BATCH, seed=12345).batches)
+        assert photographs().shape[1:] == test.shape[1:]
+        return Subject(
+            model,
+            lambda count, seed: list(calibration_images("sample:photographs", model, count, BATCH, seed=seed).batches),
+            test,
+            None,
+            depthwise,
+            (3, 2),
+        )
+    if name == "resnet_mnist5k":
+        model, data = hc.open_source("sample:resnet_mnist5k").model, networks.mnist5k()
+    else:
+        model, data = networks.trained(name), networks.RECIPES[name].data()
+
+    def drawn(count: int, seed: int) -> list[Tensor]:
+        order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(seed))
+        return list(data.images[order[:count]].split(BATCH))
+
+    return Subject(model, drawn, data.test_images, data.test_labels)
+
+
+def logits(model: nn.Module, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([model(batch) for batch in images.split(64)]).double()
+
+
+def scores(model: nn.Module, subject: Subject, uncut: Tensor) -> dict[str, float | str]:
+    found = logits(model, subject.images)
+    p, q = uncut.log_softmax(1), found.log_softmax(1)
+    kl = (p.exp() * (p - q)).sum(1).mean().item()
+    agreement = (found.argmax(1) == uncut.argmax(1)).double().mean().item()
+    top1: float | str = ""
+    if subject.labels is not None:
+        top1 = round((found.argmax(1) == subject.labels).double().mean().item(), 4)
+    return {"top1": top1, "agreement": round(agreement, 4), "kl": float(f"{kl:.4g}")}
+
+
+# --- the other ways, each with the parameters that the cut leaves to a layer ---
+
+
+def tucker2(kernel: Tensor, budget: int) -> Tensor:
+    """Tucker-2 (higher-order orthogonal iteration) of a kernel (O, I, *K) over both channel axes: ranks in proportion
+    to the axes, the largest whose two factors and core together fit the budget."""
+    out, inside, size = kernel.shape[0], kernel.shape[1], kernel[0, 0].numel()
+    share = next(
+        s
+        for s in torch.linspace(1, 0, 2001).tolist()
+        if (r := max(1, int(s * out))) * out + (q := max(1, int(s * inside))) * inside + r * q * size <= budget
+        or s == 0
+    )
+    ranks = max(1, int(share * out)), max(1, int(share * inside))
+    tensor = kernel.double().flatten(2)
+    right = torch.linalg.svd(tensor.transpose(0, 1).flatten(1), full_matrices=False)[0][:, : ranks[1]]
+    for _ in range(20):
+        left = torch.linalg.svd(torch.einsum("oik,iq->oqk", tensor, right).flatten(1), full_matrices=False)[0]
+        left = left[:, : ranks[0]]
+        mixed = torch.einsum("oik,or->irk", tensor, left).flatten(1)
+        right = torch.linalg.svd(mixed, full_matrices=False)[0][:, : ranks[1]]
+    core = torch.einsum("oik,or,iq->rqk", tensor, left, right)
+    return torch.einsum("rqk,or,iq->oik", core, left, right).view_as(kernel).to(kernel)
+
+
+def klt(kernel: Tensor, kept: int) -> Tensor:
+    """Each filter projected onto the layer's own ``kept`` strongest eigenvectors (their values stored, too)."""
+    filters = kernel.double().flatten(2).flatten(0, 1)
+    vectors = torch.linalg.eigh(filters.T @ filters)[1][:, -kept:]
+    return (filters @ vectors @ vectors.T).view_as(kernel).to(kernel)
+
+
+def pruned(kernel: Tensor, share: float) -> Tensor:
+    """Output filters of least norm set to zero, keeping the ``share`` of them that the cut keeps of the parameters."""
+    norms = kernel.flatten(1).norm(dim=1)
+    keep = norms.topk(max(1, round(share * len(norms)))).indices
+    mask = torch.zeros_like(norms)
+    mask[keep] = 1
+    return kernel * mask.view(-1, *(1,) * (kernel.dim() - 1))
+
+
+def other_ways(model: nn.Module, conversion: Conversion) -> Iterator[tuple[str, nn.Module]]:
+    for name in ("tucker-2", "klt", "filter pruning"):
+        other = copy.deepcopy(model)
+        convs = convolutions(other)
+        for layer in conversion.plan.layers:
+            if layer.whole:
+                continue
+            weight = convs[layer.name].weight
+            kept, total = len(layer.frequencies), weight[0, 0].numel()
+            if name == "tucker-2":
+                new = tucker2(weight.data, weight.numel() * kept // total)
+            elif name == "klt":
+                new = klt(weight.data, kept)
+            else:
+                new = pruned(weight.data, kept / total)
+            weight.data.copy_(new)
+        yield name, other
+
+
+# --- rows ---
+
+
+def methods(subject: Subject, lam: str | int, count: int, seed: int) -> Iterator[tuple[str, nn.Module, float]]:
+    """Name, network and seconds of every way; the network is converted anew for each."""
+
+    def cut() -> Conversion:
+        return hc.convert(subject.model, lam, include=subject.include)
+
+    batches = subject.calibration(count, seed)
+    yield "projection", cut().model, 0.0
+    conversion = cut()
+    start = time.perf_counter()
+    reestimate_batch_norm(conversion.model, batches)
+    yield "projection + bn", conversion.model, time.perf_counter() - start
+    conversion = cut()
+    start = time.perf_counter()
+    plan = conversion.plan
+    calibrate(subject.model, conversion.model, plan, batches, CalibrationSettings(batch_norm=False, seed=seed))
+    seconds = time.perf_counter() - start
+    yield "refit", conversion.model, seconds
+    delivered = copy.deepcopy(conversion.model)
+    reestimate_batch_norm(conversion.model, batches)
+    yield "refit + bn", conversion.model, time.perf_counter() - start
+    # What convert() does after its refit, on the same refit: keep the re-estimation where held-back outputs improve.
+    calibrate(subject.model, delivered, plan, batches, CalibrationSettings(refit=False, seed=seed))
+    yield "convert --calibrate", delivered, time.perf_counter() - start
+
+
+def run(names: list[str], counts: list[int], seeds: list[int], threads: int) -> None:
+    torch.set_num_threads(threads)
+    done = set()
+    if RESULTS.exists():
+        with RESULTS.open() as file:
+            done = {tuple(row[key] for key in KEYS) for row in csv.DictReader(file)}
+    with RESULTS.open("a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        if not done:
+            writer.writeheader()
+
+        def write(key: tuple[object, ...], parameters: int, found: dict[str, float | str], seconds: float) -> None:
+            row = dict(zip(KEYS, map(str, key), strict=True))
+            row |= {"parameters": str(parameters), "seconds": f"{seconds:.1f}", "torch": torch.__version__, **found}
+            writer.writerow(row)
+            file.flush()
+            print(*row.values(), flush=True)
+
+        subjects = {name: subject(name) for name in names}
+        uncut = {name: logits(it.model, it.images) for name, it in subjects.items()}
+        sizes: dict[tuple[str, str | int], int] = {}
+        for name, it in subjects.items():
+            if (name, "full", "", "", "uncut") not in done:
+                size = sum(p.numel() for p in it.model.parameters())
+                write((name, "full", "", "", "uncut"), size, scores(it.model, it, uncut[name]), 0.0)
+            for lam in it.lambdas:
+                conversion = hc.convert(it.model, lam, include=it.include)
+                sizes[name, lam] = conversion.cost.harmonic_parameters
+                for way, model in other_ways(it.model, conversion):
+                    if (name, str(lam), "", "", way) not in done:
+                        write((name, lam, "", "", way), sizes[name, lam], scores(model, it, uncut[name]), 0.0)
+        # Seeds outermost: a stop leaves whole tables of fewer seeds.
+        for seed, count, (name, it) in itertools.product(seeds, counts, subjects.items()):
+            for lam in it.lambdas:
+                if (name, str(lam), str(count), str(seed), "convert --calibrate") in done:
+                    continue
+                for way, model, seconds in methods(it, lam, count, seed):
+                    key = (name, lam, count, seed, way)
+                    if tuple(map(str, key)) not in done:
+                        write(key, sizes[name, lam], scores(model, it, uncut[name]), seconds)
+
+
+def summary() -> None:
+    with RESULTS.open() as file:
+        rows = list(csv.DictReader(file))
+    uncut = {row["network"]: row for row in rows if row["method"] == "uncut"}
+
+    def pick(**wanted: str) -> list[dict[str, str]]:
+        return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+    def spread(values: list[float], digits: int = 1) -> str:
+        if len(values) == 1 or max(values) == min(values):
+            return f"{mean(values):.{digits}f}"
+        return f"{mean(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+
+    for name, base in uncut.items():
+        labelled = base["top1"] != ""
+        measure = "top1" if labelled else "agreement"
+        print(f"\n{name}: {measure} in % (uncut {100 * float(base[measure]):.1f}), spread over seeds")
+        for lam in dict.fromkeys(row["lambda"] for row in rows if row["network"] == name and row["lambda"] != "full"):
+            here = pick(network=name, **{"lambda": lam})
+            print(f"  lambda {lam}, {int(here[-1]['parameters']):,} parameters")
+            cut = mean([float(row[measure]) for row in here if row["method"] == "projection"] or [float("nan")])
+            cut_kl = mean([float(row["kl"]) for row in here if row["method"] == "projection"] or [float("nan")])
+            for way in dict.fromkeys(row["method"] for row in here):
+                for count in dict.fromkeys(row["images"] for row in here if row["method"] == way):
+                    found = [row for row in here if row["method"] == way and row["images"] == count]
+                    if way == "projection" and count != "32":
+                        continue
+                    values = [100 * float(row[measure]) for row in found]
+                    kls = [float(row["kl"]) for row in found]
+                    back = f"KL won back {100 * (1 - mean(kls) / cut_kl):6.1f} %"
+                    lost = 100 * (float(base[measure]) - cut)
+                    if lost >= 1:
+                        back += f"   {measure} won back {100 * (mean(values) - 100 * cut) / lost:6.1f} %"
+                    print(f"    {way:20} {count:>4}  {spread(values):22} KL {mean(kls):.4f}  {back}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    every = ["resnet_mnist5k", "wrn16_4_mnist5k", "resnet18_elpv", "efficientnet_lite0"]
+    parser.add_argument("--networks", nargs="+", default=every, choices=every)
+    parser.add_argument("--images", nargs="+", type=int, default=[32, 128, 512])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--summary", action="store_true")
+    args = parser.parse_args()
+    if not args.summary:
+        run(args.networks, args.images, args.seeds, args.threads)
+    summary()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""What does calibrating cost? ResNet-50 at 224 (random weights: the cost does not depend on them), lambda 2.
+
+    python benchmarks/calibration_cost.py            # appends to results/calibration_cost.csv, about ten minutes
+    python benchmarks/calibration_cost.py --device cuda
+
+Bars: peak memory under 6 GB with 256 images; time linear in the images; accumulating the normal equations at over 60 %
+of this machine's GEMM rate, measured in the same run, in float64 and at the same shape. Each number of images runs in a
+process of its own, so that its peak memory is its own; the GEMM rate is measured before and after.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import timm
+import torch
+from torch import nn
+
+import harmconvert as hc
+from harmconvert.calibration.capture import conv_calls
+from harmconvert.calibration.equations import NormalEquations
+from harmconvert.calibration.layers import Kernel
+from harmconvert.calibration.responses import outputs, pick_positions
+from harmconvert.conv import to_harmonic
+
+RESULTS = Path(__file__).parent / "results" / "calibration_cost.csv"
+LAYERS = RESULTS.with_name("calibration_cost_layers.csv")
+
+
+def synchronise(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def gemm_rate(rows: int, unknowns: int, device: str) -> float:
+    """GFLOP/s of one float64 product of that shape, the best of five."""
+    z = torch.randn(rows, unknowns, dtype=torch.float64, device=device)
+    best = float("inf")
+    for _ in range(5):
+        synchronise(device)
+        start = time.perf_counter()
+        z.T @ z
+        synchronise(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * rows * unknowns**2 / best / 1e9
+
+
+def accumulation(channels: int, size: int, wanted: int, device: str) -> dict[str, float]:
+    """Taking in one batch of 32 of a 3x3 layer at lambda 2: GFLOP/s of the two products, all work included."""
+    conv = to_harmonic(nn.Conv2d(channels, channels, 3, padding=1, bias=False), [(0, 0), (0, 1), (1, 0)]).to(device)
+    x = torch.randn(32, channels, size, size, device=device)
+    ((_, call),) = conv_calls(conv, {"": conv}, x)
+    layer = Kernel.of(conv, call).layer(call, False, wanted, 0)
+    problem = NormalEquations(layer)
+    target = outputs(call.output, pick_positions(range(32), (size, size), wanted, 0)).contiguous()
+    best, rows = float("inf"), 0
+    for _ in range(5):
+        before = problem.count
+        synchronise(device)
+        start = time.perf_counter()
+        problem.add(call, target, range(32))
+        synchronise(device)
+        best = min(best, time.perf_counter() - start)
+        rows = problem.count - before
+    unknowns = layer.unknowns
+    done = 2 * rows * unknowns * (unknowns + channels) / best / 1e9
+    rate = gemm_rate(rows, unknowns, device)
+    return {"unknowns": unknowns, "rows": rows, "gflops": done, "gemm_gflops": rate, "share": done / rate}
+
+
+def one_run(images: int, device: str) -> dict[str, object]:
+    torch.manual_seed(0)
+    model = timm.create_model("resnet50", pretrained=False).eval().to(device)
+    batches = list(torch.randn(images, 3, 224, 224).split(32))
+    hc.convert(model, 2)  # warm-up
+    start = time.perf_counter()
+    conversion = hc.convert(model, 2, calibration=batches)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if device != "cpu":
+        peak = torch.cuda.max_memory_allocated()
+    assert conversion.calibration is not None
+    layers = [(r.name, r.unknowns, r.positions, round(r.seconds, 2)) for r in conversion.calibration.layers]
+    return {"seconds": round(seconds, 1), "peak_gb": round(peak / 1e9, 2), "layers": layers}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--images", nargs="+", type=int, default=[64, 128, 256])
+    parser.add_argument("--run", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.run:
+        print(json.dumps(one_run(args.run, args.device)))
+        return
+    machine = torch.cuda.get_device_name() if args.device != "cpu" else f"{torch.get_num_threads()} threads"
+    fresh = not RESULTS.exists()
+    with RESULTS.open("a", newline="") as file, LAYERS.open("a", newline="") as layer_file:
+        rows, layer_rows = csv.writer(file), csv.writer(layer_file)
+        if fresh:
+            rows.writerow(
+                ["what", "machine", "images or channels", "seconds", "peak_gb", "gflops", "gemm_gflops", "share"]
+            )
+            layer_rows.writerow(["machine", "images", "layer", "unknowns", "positions", "seconds"])
+        for channels, size, wanted in ((64, 56, 171), (128, 28, 171), (256, 14, 196), (512, 7, 49)):
+            found = accumulation(channels, size, wanted, args.device)
+            figures = [f"{found[key]:.2f}" for key in ("gflops", "gemm_gflops", "share")]
+            rows.writerow(["accumulate", machine, channels, "", "", *figures])
+            print("accumulate", channels, *figures, flush=True)
+        for images in args.images:
+            command = [sys.executable, __file__, "--run", str(images), "--device", args.device]
+            found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+            rows.writerow(["resnet50, lambda 2", machine, images, found["seconds"], found["peak_gb"], "", "", ""])
+            layer_rows.writerows([machine, images, *layer] for layer in found["layers"])
+            file.flush(), layer_file.flush()
+            print("resnet50", images, found["seconds"], "s", found["peak_gb"], "GB", flush=True)
+
+
+if __name__ == "__main__":
+    main()

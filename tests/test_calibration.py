@@ -1,0 +1,652 @@
+"""Calibration: the refit is the least-squares solution, is taken only where it generalises, and says what it did."""
+
+from __future__ import annotations
+
+import copy
+import math
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import harmconvert as hc
+from harmconvert.calibration import CalibrationSettings, calibrate, reestimate_batch_norm
+from harmconvert.calibration import _never_worse as never_worse
+from harmconvert.calibration.capture import conv_calls
+from harmconvert.calibration.divergence import divergence
+from harmconvert.calibration.equations import Change, NormalEquations, Operator, Problem, Samples, solver
+from harmconvert.calibration.inputs import Batch, calibration_set
+from harmconvert.calibration.layers import Kernel, choose
+from harmconvert.calibration.responses import from_groups, outputs, pick_positions, to_groups
+from harmconvert.conv import to_harmonic
+from harmconvert.errors import InputError, UsageError
+from harmconvert.plan import LayerPlan, Plan
+
+from . import oracle
+from .networks import CONVOLUTIONS, Branches, random_input, seeded
+
+PLAIN = [name for name in CONVOLUTIONS if "Std" not in name]
+STANDARDISED = [name for name in CONVOLUTIONS if "Std" in name]
+UNDAMPED = CalibrationSettings(damping=0.0)
+
+
+def smooth(shape: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Images whose neighbours agree, as those of photographs do: on white noise the projection is the best cut."""
+    x = random_input(shape, torch.float64, seed)
+    for axis in range(2, len(shape)):
+        x = x + 0.9 * x.roll(1, axis) + 0.6 * x.roll(2, axis)
+        # And what is not the same everywhere: of a stationary pair, sum and difference are uncorrelated already.
+        x = x * (1 + 0.8 * torch.sin(0.7 * torch.arange(shape[axis]))).view(-1, *(1,) * (len(shape) - 1 - axis))
+    return (x + 0.2).to(dtype)
+
+
+def half(kernel_size: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """About half of a kernel's frequencies, the low ones; six of a large one's."""
+    every = oracle.frequencies(kernel_size, sum(kernel_size))
+    return every[: min(6, math.ceil(len(every) / 2))]
+
+
+def one_layer(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Plan, tuple[int, ...]]:
+    """A network of one convolution, a plan that cuts it, and its input shape."""
+    make, shape = CONVOLUTIONS[name]
+    model = seeded(lambda: nn.Sequential(make()), dtype)
+    size = tuple(model[0].kernel_size)
+    return model, Plan((LayerPlan("0", size, tuple(half(size))),)), shape
+
+
+def fitted_rows(x: Tensor) -> Tensor:
+    """All examples but every fourth, which is held back."""
+    return x[[i for i in range(len(x)) if (i + 1) % 4]]
+
+
+def measured_error(original: nn.Module, converted: nn.Module, x: Tensor) -> float:
+    with torch.no_grad():
+        return ((original(x) - converted(x)).norm() / original(x).norm()).item()
+
+
+# --- the least squares ---
+
+
+@pytest.mark.parametrize("name", [name for name in PLAIN if name != "2x2"])  # rescaling serves that one better
+def test_the_refit_is_the_least_squares_solution(name: str) -> None:
+    model, plan, shape = one_layer(name)
+    x = smooth((80, *shape[1:]))
+    conversion = hc.convert(model, plan, calibration=x.split(7), settings=UNDAMPED)
+    (record,) = conversion.calibration.layers
+    assert record.decision == "refit"
+    conv, harmonic = model[0], conversion.model[0]
+    start = to_groups(hc.convert(model, plan).model[0].coefficients.detach(), conv.groups, conv.transposed).numpy()
+    expected, bias = oracle.refit(conv, half(tuple(conv.kernel_size)), fitted_rows(x), start)
+    found = to_groups(harmonic.coefficients.detach(), conv.groups, conv.transposed).numpy()
+    assert np.abs(found - expected).max() <= 1e-8 * np.abs(expected).max()
+    if bias is not None:
+        assert np.abs(harmonic.bias.detach().numpy() - bias).max() <= 1e-8 * np.abs(bias).max()
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_the_errors_reported_are_those_of_the_layer_on_inputs_held_back(name: str) -> None:
+    model, plan, shape = one_layer(name)
+    x = smooth((80, *shape[1:]))
+    conversion = hc.convert(model, plan, calibration=x.split(7))
+    (record,) = conversion.calibration.layers
+    held = x[3::4]
+    before = measured_error(model, hc.convert(model, plan).model, held)
+    assert record.error_before == pytest.approx(before, rel=1e-9)
+    assert record.error_after == pytest.approx(measured_error(model, conversion.model, held), rel=1e-4)
+    assert record.error_after < before
+
+
+@pytest.mark.parametrize("name", STANDARDISED)
+def test_a_standardised_kernel_is_refitted_within_what_its_class_can_make(name: str) -> None:
+    model, plan, shape = one_layer(name, torch.float32)
+    conversion = hc.convert(model, plan, calibration=smooth((24, *shape[1:]), dtype=torch.float32).split(8))
+    assert conversion.calibration.layers[0].decision == "refit"
+    # Negative gains turn the kernel round.
+    if hasattr(model[0], "gain"):
+        with torch.no_grad():
+            model[0].gain[::2] *= -1.5
+        x = smooth((24, *shape[1:]), dtype=torch.float32)
+        turned = hc.convert(model, plan, calibration=x.split(8))
+        assert turned.calibration.layers[0].error_after == pytest.approx(
+            measured_error(model, turned.model, x[3::4]), rel=1e-3
+        )
+
+
+METHODS: list[type[Problem]] = [NormalEquations, Samples, Operator]
+
+
+def problem(method: type[Problem], name: str, count: int, seed: int = 0) -> tuple[Problem, nn.Module, Tensor]:
+    """One layer's problem over ``count`` inputs, with its original convolution and those inputs."""
+    make, shape = CONVOLUTIONS[name]
+    conv = seeded(make, torch.float64)
+    harmonic = to_harmonic(conv, half(tuple(conv.kernel_size)))
+    x = smooth((count, *shape[1:]), seed)
+    ((_, call),) = conv_calls(harmonic, {"": harmonic}, x)
+    layer = Kernel.of(harmonic, call).layer(call, conv.bias is not None, 1 << 30, 0)
+    built = method(layer)
+    with torch.no_grad():
+        built.add(call, outputs(conv(x)), range(count))
+    built.reduce()
+    return built, conv, x
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "name", ["plain", "2x2", "grouped", "dilated", "ConvTranspose2d", "Conv3d", "reflect", "Conv2dSame"]
+)
+def test_all_ways_to_hold_the_equations_have_one_solution(method: type[Problem], name: str) -> None:
+    built, conv, x = problem(method, name, 12)
+    *_, change = built.candidates([0.0])
+    expected, bias = oracle.refit(conv, half(tuple(conv.kernel_size)), x, built.layer.coefficients.numpy())
+    found = (built.layer.coefficients + change.coefficients).numpy()
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+    if bias is not None:
+        assert change.bias is not None
+        assert (change.bias.flatten() + conv.bias).detach().numpy() == pytest.approx(bias, abs=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS[:2])
+def test_fewer_positions_than_unknowns_move_as_little_as_they_can(method: type[Problem]) -> None:
+    built, conv, x = problem(method, "16x16 patches", 3)
+    assert built.count < built.layer.unknowns
+    *_, change = built.candidates([0.0])
+    expected, _ = oracle.refit(conv, half((16, 16)), x, built.layer.coefficients.numpy())
+    found = (built.layer.coefficients + change.coefficients).numpy()
+    assert np.abs(found - expected).max() <= 1e-6 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("method", METHODS[:2])
+def test_damping_solves_the_equation_of_the_design(method: type[Problem]) -> None:
+    built, conv, x = problem(method, "strided, padded, no bias", 6)
+    (change,) = built.candidates([0.1])
+    (matrix,) = oracle.design_matrix(conv, half((3, 3)), x)
+    with torch.no_grad():
+        target = conv(x).transpose(0, 1).flatten(1).numpy()  # O, positions
+    start = built.layer.coefficients[0].numpy()
+    gram, cross = matrix.T @ matrix, target @ matrix
+    strength = 0.1 * np.trace(gram) / len(gram)
+    expected = (cross + strength * start) @ np.linalg.inv(gram + strength * np.eye(len(gram)))
+    assert (start + change.coefficients[0].numpy()) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_error_of_a_change_is_that_of_the_output(method: type[Problem]) -> None:
+    built, conv, x = problem(method, "grouped", 5)
+    generator = torch.Generator().manual_seed(1)
+    D = torch.randn(built.layer.coefficients.shape, generator=generator, dtype=torch.float64)
+    b = torch.randn(built.layer.coefficients.shape[:2], generator=generator, dtype=torch.float64)
+    changed = to_harmonic(conv, half((3, 3)))
+    with torch.no_grad():
+        changed.coefficients += from_groups(D, len(changed.frequencies), False)
+        changed.bias += b.flatten()
+    assert built.error(Change(D, b)) == pytest.approx(measured_error(conv, changed, x), rel=1e-9)
+
+
+def test_the_rescaling_repairs_each_channels_mean_and_variance() -> None:
+    built, conv, x = problem(NormalEquations, "plain", 12)
+    harmonic = to_harmonic(conv, half((3, 3)))
+    change = built.rescaling()
+    with torch.no_grad():
+        harmonic.coefficients += from_groups(change.coefficients, len(harmonic.frequencies), False)
+        harmonic.bias += change.bias.flatten()
+        difference = conv(x) - harmonic(x)
+        answer = harmonic(x) - harmonic.bias[:, None, None]
+    # What least squares leaves is uncorrelated with what it used: each channel's mean, and its answer.
+    assert difference.mean((0, 2, 3)).abs().max() < 1e-12
+    assert (difference * answer).mean((0, 2, 3)).abs().max() < 1e-12
+
+
+def test_memory_and_positions_decide_how_equations_are_held() -> None:
+    gigabyte = 1 << 30
+    assert solver(1, 64, 500, 10_000, 3_000, gigabyte) is NormalEquations
+    assert solver(1, 64, 5_000, 200, 60, gigabyte) is Samples
+    assert solver(1, 1024, 30_000, 100_000, 30_000, 2 * gigabyte) is Operator
+    assert solver(1, 64, 5_000, 200, 60, gigabyte, alone=False) is not Samples
+
+
+@given(st.integers(2, 200), st.integers(1, 60), st.integers(0, 5))
+def test_positions_are_the_same_however_the_set_is_cut_and_cover_the_map(size: int, wanted: int, seed: int) -> None:
+    together = pick_positions(range(8), (size,), wanted, seed)
+    if wanted >= size:
+        assert together is None
+        return
+    parts = [pick_positions([i], (size,), wanted, seed) for i in range(8)]
+    assert torch.equal(together, torch.cat(parts))
+    assert all(len(set(row.tolist())) == wanted for row in together)
+    counts = torch.bincount(together.flatten(), minlength=size)
+    assert counts.max() - counts.min() <= 1
+
+
+# --- whole networks ---
+
+
+def stack(dtype: torch.dtype = torch.float64) -> nn.Module:
+    """Three convolutions, batch norm and ReLU, with a head; the first reads the input and stays whole."""
+
+    def make() -> nn.Module:
+        blocks = []
+        for channels, out in ((3, 8), (8, 12), (12, 12)):
+            blocks += [nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+        return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5))
+
+    model = seeded(make, dtype)
+    reestimate_batch_norm(model, smooth((64, 3, 12, 12), 5, dtype).split(16))
+    return model
+
+
+def test_a_whole_basis_is_left_alone_bit_for_bit() -> None:
+    model = stack(torch.float32)
+    plain = hc.convert(model)
+    conversion = hc.convert(model, calibration=smooth((16, 3, 12, 12), dtype=torch.float32).split(8))
+    for key, tensor in plain.model.state_dict().items():
+        assert torch.equal(tensor, conversion.model.state_dict()[key]), key
+    assert "nothing was cut" in conversion.calibration.notes[0]
+
+
+def test_the_original_is_never_changed() -> None:
+    model = stack()
+    before = copy.deepcopy(model.state_dict())
+    hc.convert(model, 2, calibration=smooth((16, 3, 12, 12)).split(8))
+    assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("lam", [1, 2, 3])
+def test_calibration_brings_the_outputs_nearer_on_inputs_it_never_saw(lam: int) -> None:
+    model, x, unseen = stack(), smooth((64, 3, 12, 12)), smooth((64, 3, 12, 12), 9)
+    cut, conversion = hc.convert(model, lam), hc.convert(model, lam, calibration=x.split(16))
+    assert measured_error(model, conversion.model, unseen) < 0.9 * measured_error(model, cut.model, unseen)
+    record = conversion.calibration
+    assert record.divergence <= record.refit_divergence <= record.plain_divergence
+
+
+def test_each_layer_is_fed_by_those_already_refitted() -> None:
+    model, x = stack(), smooth((32, 3, 12, 12))
+    conversion = hc.convert(model, 2, calibration=[x], settings=CalibrationSettings(damping=0.0, batch_norm=False))
+    # The third convolution's refit must be the least squares between the original's answers and what it is fed now.
+    with torch.no_grad():
+        fed, target = conversion.model[:6](fitted_rows(x)), model[:7](fitted_rows(x))
+    kept = oracle.frequencies((3, 3), 2)
+    (matrix,) = oracle.design_matrix(model[6], kept, fed)
+    expected = np.linalg.lstsq(matrix, target.transpose(0, 1).flatten(1).numpy().T, rcond=None)[0].T
+    found = to_groups(conversion.model[6].coefficients.detach(), 1, False)[0].numpy()
+    assert found == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+class Backwards(nn.Module):
+    """Registers its convolutions in another order than it runs them in; one runs twice, one never."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.never = nn.Conv2d(4, 4, 3)
+        self.last = nn.Conv2d(4, 4, 3)
+        self.twice = nn.Conv2d(4, 4, 3, padding=1)
+        self.first = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.twice(self.twice(self.first(x)).relu()).relu())
+
+
+def test_layers_are_refitted_in_the_order_in_which_they_run() -> None:
+    model = seeded(Backwards, torch.float64)
+    x = smooth((24, 3, 12, 12))
+    conversion = hc.convert(model, {"*": 2}, calibration=x.split(8))
+    layers = conversion.calibration.layers
+    assert [layer.name for layer in layers] == ["first", "twice", "last", "never"]
+    assert layers[3].decision == "projection"
+    assert "does not run" in layers[3].why
+    assert measured_error(model, conversion.model, x[3::4]) < measured_error(
+        model, hc.convert(model, {"*": 2}).model, x[3::4]
+    )
+
+
+def test_shared_tied_and_grouped_convolutions_are_refitted_together() -> None:
+    model = seeded(Branches, torch.float64)
+    conversion = hc.convert(model, {"*": 2}, calibration=smooth((24, 3, 20, 20)).split(8))
+    names = [layer.name for layer in conversion.calibration.layers]
+    assert names == ["stem", "shared", "tied_a, tied_b", "deep.odd name [x]", "unused"]
+    assert conversion.model.tied_a.coefficients is conversion.model.tied_b.coefficients
+    # Biases of their own stay: one refit cannot fit two.
+    assert torch.equal(conversion.model.tied_a.bias, model.tied_a.bias)
+    assert not torch.equal(conversion.model.stem.bias, model.stem.bias)
+
+
+class Ear(nn.Module):
+    """Tells twelve notes apart by long kernels, 64x1 and 32x1, as pitch trackers do: many unknowns, few positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv1d(1, 12, 64, stride=4, padding=32)
+        self.middle = nn.Conv1d(12, 24, 64, stride=2, padding=32)
+        self.top = nn.Conv1d(24, 24, 32, stride=2, padding=16)
+        self.head = nn.Linear(24, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.max_pool1d(self.stem(x).relu(), 2)
+        return self.head(self.top(self.middle(x).relu()).relu().mean(2))
+
+
+def notes(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Notes (count, 1, 512) with two overtones of random strength and phase, in noise; which of twelve each is."""
+    generator = torch.Generator().manual_seed(seed)
+    label = torch.randint(0, 12, (count,), generator=generator)
+    pitch = 0.06 * 2 ** (label / 4.0)
+    phase = torch.rand(count, 3, 1, generator=generator) * 6.28
+    volume = torch.rand(count, 3, 1, generator=generator)
+    volume[:, 0] += 0.5
+    overtone = torch.arange(1, 4.0)[None, :, None]
+    waves = volume / overtone * torch.sin(pitch[:, None, None] * overtone * torch.arange(512.0) + phase)
+    return waves.sum(1, keepdim=True) + 0.3 * torch.randn(count, 1, 512, generator=generator), label
+
+
+@pytest.fixture(scope="module")
+def ear() -> nn.Module:
+    """Trained until it hears every note."""
+    model = seeded(Ear).train()
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for step in range(300):
+        x, label = notes(64, 1000 + step)
+        loss = nn.functional.cross_entropy(model(x), label)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def share_right(model: nn.Module, x: Tensor, label: Tensor) -> float:
+    with torch.no_grad():
+        return (model(x).argmax(1) == label).double().mean().item()
+
+
+@pytest.mark.parametrize("lam", [{"*": 16, "top": 8}, {"*": 8, "top": 4}], ids=["a quarter kept", "an eighth kept"])
+def test_starved_sets_are_never_worse_than_the_plain_cut_and_more_inputs_help(
+    ear: nn.Module, lam: dict[str, int]
+) -> None:
+    unseen = notes(500, 1)
+    assert share_right(ear, *unseen) > 0.98
+    plain = share_right(hc.convert(ear, lam).model, *unseen)
+    assert plain < 0.85
+    found = []
+    for count in (8, 32, 128, 512):
+        conversion = hc.convert(ear, lam, calibration=notes(count, 2)[0].split(32))
+        found.append(share_right(conversion.model, *unseen))
+        assert 32 < conversion.calibration.layers[2].inputs_enough < 512
+    assert found[0] >= plain - 0.01
+    assert all(more >= fewer - 0.01 for fewer, more in pairwise(found)), (plain, found)
+    assert found[-1] - plain > 0.75 * (1 - plain)
+
+
+def test_a_refit_that_does_not_generalise_is_not_taken() -> None:
+    fit, _, _ = problem(NormalEquations, "plain", 24)
+    held, _, _ = problem(NormalEquations, "plain", 24, seed=1)
+    best = choose(fit, held, [1e-3])
+    assert best.decision == "refit"
+    # Residuals of another sign: what helps the fit now harms the inputs held back.
+    held.cross_GON *= -1
+    held.channels[[0, 3]] *= -1
+    assert choose(fit, held, [1e-3]).decision == "projection"
+
+
+def test_weak_damping_is_not_tried_where_positions_are_few() -> None:
+    model, plan, _ = one_layer("16x16 patches", torch.float32)
+    x = smooth((8, 3, 32, 32), dtype=torch.float32)
+    (record,) = hc.convert(model, plan, calibration=[x]).calibration.layers
+    assert record.positions < 2 * record.unknowns
+    assert record.damping is None or record.damping >= 1e-4
+    assert record.inputs_enough == math.ceil(10 * record.unknowns / 4 * 8 / 6)
+
+
+def test_outputs_that_come_out_worse_are_taken_back() -> None:
+    model, x = stack(), smooth((16, 3, 12, 12))
+    data = calibration_set([x])
+    conversion = hc.convert(model, 3)
+    before = {key: tensor.clone() for key, tensor in conversion.model.state_dict().items()}
+    plain = divergence(model, conversion.model, data.held)
+    with torch.no_grad():
+        conversion.model[6].coefficients.neg_()
+    worse = divergence(model, conversion.model, data.held)
+    kept, final = never_worse(model, conversion.model, data, before, plain, worse)
+    assert (kept, final) == (0.0, plain)
+    assert all(torch.equal(before[key], tensor) for key, tensor in conversion.model.state_dict().items())
+
+
+def test_the_divergence_of_logits_is_the_mean_kl() -> None:
+    a, b = seeded(lambda: nn.Linear(3, 4), seed=0), seeded(lambda: nn.Linear(3, 4), seed=1)
+    x = random_input((5, 3))
+    with torch.no_grad():
+        p, q = a(x).double().softmax(1).numpy(), b(x).double().softmax(1).numpy()
+    expected = sum(p[n, c] * math.log(p[n, c] / q[n, c]) for n in range(5) for c in range(4)) / 5
+    batches = [Batch(x[:2], (0, 1)), Batch(x[2:], (2, 3, 4))]
+    assert divergence(a, b, batches) == pytest.approx(expected, rel=1e-6)
+
+
+# --- batch norm ---
+
+
+def test_batch_norm_statistics_are_those_of_the_data() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.BatchNorm2d(4)).eval()
+    x = random_input((12, 3, 5, 5))
+    assert reestimate_batch_norm(model, x.split(4)) == 2
+    with torch.no_grad():
+        parts = [model[0](part).transpose(0, 1).flatten(1).numpy() for part in x.split(4)]
+    assert model[1].running_mean.numpy() == pytest.approx(np.mean([p.mean(1) for p in parts], 0), abs=1e-6)
+    assert model[1].running_var.numpy() == pytest.approx(np.mean([p.var(1, ddof=1) for p in parts], 0), rel=1e-5)
+    # The second sees the first one's output normalised by its own batch, and no dropout.
+    assert model[3].running_mean.abs().max() < 1e-6
+    assert (model[3].running_var - 1).abs().max() < 0.02
+    assert model[1].num_batches_tracked == 0
+    assert not any(module.training for module in model.modules())
+
+
+def test_batch_norms_that_do_not_run_or_see_one_value_stay() -> None:
+    model = nn.ModuleDict({"used": nn.BatchNorm1d(3), "unused": nn.BatchNorm1d(3)})
+    model.forward = lambda x: model["used"](x)
+    assert reestimate_batch_norm(model, [random_input((1, 3))]) == 0
+    assert torch.equal(model["used"].running_var, torch.ones(3))
+    assert reestimate_batch_norm(model, [random_input((8, 3))]) == 1
+
+
+def test_batch_norms_are_reestimated_only_where_that_helps() -> None:
+    model, x = stack(), smooth((64, 3, 12, 12))
+    wrecked = copy.deepcopy(model)
+    with torch.no_grad():
+        for norm in (wrecked[4], wrecked[7]):
+            norm.running_mean.add_(2)  # statistics that the cut no longer has
+    plan = hc.convert(model, 2).plan
+    converted = hc.convert(wrecked, 2).model
+    record = calibrate(model, converted, plan, x.split(16), CalibrationSettings(refit=False))
+    assert record.batch_norms == 3
+    assert record.divergence < record.plain_divergence
+    off = hc.convert(model, 2, calibration=x.split(16), settings=CalibrationSettings(batch_norm=False))
+    assert off.calibration.batch_norms == 0
+    assert torch.equal(off.model[1].running_mean, model[1].running_mean)
+
+
+# --- several processes ---
+
+PARITY = """
+import sys, torch
+from torch import nn
+import harmconvert as hc
+from harmconvert.distributed import joined, rank
+sys.path.insert(0, sys.argv[2])
+from tests.test_calibration import smooth, stack
+torch.set_num_threads(1)
+with joined():
+    model = stack()
+    conversion = hc.convert(model, 2, calibration=smooth((24, 3, 12, 12)).split(4))
+    if rank() == 0:
+        found = {"state": conversion.model.state_dict(), "divergence": conversion.calibration.divergence}
+        torch.save(found, sys.argv[1])
+"""
+
+
+def test_two_processes_come_to_what_one_does(tmp_path: Path) -> None:
+    script = tmp_path / "parity.py"
+    script.write_text(PARITY)
+    root = str(Path(__file__).resolve().parents[1])
+    found = []
+    for processes in (1, 2):
+        out = tmp_path / f"{processes}.pt"
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        done = subprocess.run([*launch, str(script), str(out), root], capture_output=True, text=True, cwd=root)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found.append(torch.load(out, weights_only=True))
+    one, two = found
+    assert two["divergence"] == pytest.approx(one["divergence"], rel=1e-9)
+    for key, tensor in one["state"].items():
+        assert torch.allclose(tensor.double(), two["state"][key].double(), rtol=1e-8, atol=1e-10), key
+
+
+# --- what is fed to it ---
+
+
+def test_batches_may_be_pairs_dicts_generators_and_of_any_size() -> None:
+    model, x = stack(), smooth((21, 3, 12, 12))
+    first = hc.convert(model, 2, calibration=[x[:9], x[9:10], x[10:]])
+    pairs = hc.convert(model, 2, calibration=((part, torch.zeros(len(part))) for part in (x[:9], x[9:10], x[10:])))
+    lists = hc.convert(model, 2, calibration=[[x[:9], None], [x[9:10], None], [x[10:], None]])
+    keywords = hc.convert(model, 2, calibration=[{"input": part} for part in (x[:9], x[9:10], x[10:])])
+    assert first.calibration.inputs == 21
+    assert first.calibration.held_back == 5
+    for other in (pairs, lists, keywords):
+        assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), other.model.parameters(), strict=True))
+
+
+def test_an_empty_set_is_an_error() -> None:
+    with pytest.raises(InputError, match=r"calibration= holds no input: give some images"):
+        hc.convert(stack(), 2, calibration=[])
+
+
+def test_a_single_tensor_is_not_a_set() -> None:
+    with pytest.raises(UsageError, match=r"calibration= is a Tensor: give a list or a loader of batches"):
+        hc.convert(stack(), 2, calibration=torch.zeros(4, 3, 12, 12))
+
+
+def test_inputs_with_nan_are_named() -> None:
+    x = smooth((8, 3, 12, 12))
+    x[5, 0, 0, 0] = float("nan")
+    with pytest.raises(InputError, match="calibration batch 1 holds NaN"):
+        hc.convert(stack(), 2, calibration=x.split(4))
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+        self.c = nn.Conv2d(4, 4, 3)
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        return self.c(self.a(left) + self.b(right))
+
+
+def test_a_network_of_two_inputs_says_how_to_feed_it() -> None:
+    model, x, y = seeded(TwoInputs, torch.float64), smooth((8, 3, 9, 9)), smooth((8, 3, 9, 9), 1)
+    with pytest.raises(UsageError, match=r"does not run on calibration= inputs .*dicts of keywords or"):
+        hc.convert(model, {"*": 2}, calibration=[(x, y)])
+    pairs = hc.convert(model, {"*": 2}, calibration=[((x, y), None)])
+    keywords = hc.convert(model, {"*": 2}, calibration=[{"left": x, "right": y}])
+    assert torch.equal(pairs.model.c.coefficients, keywords.model.c.coefficients)
+    assert {layer.decision for layer in pairs.calibration.layers} == {"refit"}
+
+
+def test_one_input_refits_nothing_and_says_so() -> None:
+    model = stack()
+    conversion = hc.convert(model, 2, calibration=[smooth((1, 3, 12, 12))])
+    assert {layer.decision for layer in conversion.calibration.layers} == {"projection"}
+    assert "none can be held back" in conversion.calibration.notes[0]
+    assert conversion.calibration.batch_norms == 0
+
+
+def test_constant_activations_leave_the_projection() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, bias=False)).double().eval()
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[0].bias.fill_(-1)  # dead: the next layer is fed zeros
+    conversion = hc.convert(model, {"2": 2}, calibration=smooth((8, 3, 9, 9)).split(4))
+    assert conversion.calibration.layers[0].decision == "projection"
+    assert torch.equal(conversion.model[2].coefficients, hc.convert(model, {"2": 2}).model[2].coefficients)
+
+
+class Overflowing(nn.Module):
+    """Its second convolution is fed infinity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x) / 0)
+
+
+def test_a_layer_that_cannot_be_refitted_keeps_the_cut_and_fails_by_name() -> None:
+    model = seeded(Overflowing)
+    conversion = hc.convert(model, {"*": 2}, calibration=smooth((8, 3, 9, 9), dtype=torch.float32).split(4))
+    a, b = conversion.calibration.layers
+    assert a.decision == "refit"
+    assert b.decision == "failed"
+    assert "NaN or infinite" in b.why
+    assert conversion.calibration.failed == (b,)
+    assert torch.equal(conversion.model.b.coefficients, hc.convert(model, {"*": 2}).model.b.coefficients)
+
+
+class Doubling(nn.Conv2d):
+    """Convolves with a kernel that is no linear function of its weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.conv2d(input, self.weight**2, self.bias)
+
+
+def test_a_kernel_made_in_an_unknown_way_keeps_the_projection_and_says_so() -> None:
+    model = nn.Sequential(Doubling(3, 4, 3), nn.Conv2d(4, 4, 3)).double().eval()
+    conversion = hc.convert(model, {"*": 2}, calibration=smooth((8, 3, 9, 9)).split(4))
+    first, second = conversion.calibration.layers
+    assert first.decision == "projection"
+    assert "in a way that cannot be undone" in first.why
+    assert second.decision == "refit"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"damping": -1.0}, "damping .* must be zero or more"), ({"memory": 5}, "must be at least a megabyte")],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        CalibrationSettings(**settings)
+
+
+def test_little_memory_changes_how_a_layer_is_solved_not_what_comes_out() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 48, 3), nn.ReLU(), nn.Conv2d(48, 8, 5)), torch.float64)
+    x = smooth((32, 3, 14, 14))
+    plenty, little = (
+        hc.convert(model, {"2": 4}, calibration=x.split(8), settings=CalibrationSettings(memory=memory))
+        for memory in (1 << 30, 1 << 20)
+    )
+    assert plenty.calibration.layers[0].solver == "normal equations"
+    assert little.calibration.layers[0].solver == "conjugate gradients"
+    assert little.calibration.layers[0].error_after < 1.1 * plenty.calibration.layers[0].error_after
+
+
+def test_what_was_done_is_saved_and_verified(tmp_path: Path) -> None:
+    model, x = stack(torch.float32), smooth((32, 3, 12, 12), dtype=torch.float32)
+    conversion = hc.convert(model, 2, calibration=x.split(8))
+    assert hc.verify(model, conversion.model, x[:2]).as_planned
+    hc.save(conversion, tmp_path / "a.safetensors")
+    loaded = hc.load(tmp_path / "a.safetensors", model=model)
+    check = hc.verify(model, loaded, x[:2])
+    assert check.as_planned
+    assert not check.ok
+    history = loaded.__dict__["harmconvert_header"].history["calibration"]
+    assert [layer["decision"] for layer in history["layers"]] == ["refit", "refit"]
+    with torch.no_grad():
+        loaded[6].coefficients[1, 2, 0] *= 1.001
+        loaded[4].running_mean[0] += 1e-3
+    problems = hc.verify(model, loaded, x[:2]).problems
+    assert any(p.startswith("6: its coefficients are not what calibration wrote") for p in problems)
+    assert any(p.startswith("4.running_mean") for p in problems)

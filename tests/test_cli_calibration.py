@@ -1,0 +1,137 @@
+"""`convert --calibrate` as a user meets it: folders with broken files, exit codes, several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from harmconvert.checkpoint import read_header
+from harmconvert.samples import mnist5k_held_back
+from harmconvert.sources import open_source
+
+from .test_cli import SAMPLE, ok, run
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def digits() -> Path:
+    """A folder of 24 digits as images, one of them broken."""
+    folder = Path("digits")
+    images, _ = mnist5k_held_back()
+    folder.mkdir()
+    for number, image in enumerate(images[::40][:24, 0]):
+        Image.fromarray(((image * 0.3081 + 0.1307) * 255).round().to(torch.uint8).numpy()).save(
+            folder / f"{number}.png"
+        )
+    (folder / "broken.png").write_bytes(b"no picture")
+    return folder
+
+
+def test_calibrating_repairs_a_cut_and_the_file_says_how(digits: Path) -> None:
+    result = ok("convert", SAMPLE, "--lambda", "2", "--calibrate", str(digits), "-o", "out.safetensors")
+    assert "stage1.0.conv1  refit" in result.stdout
+    assert "calibrated on 24 inputs, 6 of them held back: " in result.stdout
+    assert "calibrating on 24 images of digits, 1x28x28, mean 0.1307, std 0.3081" in result.stderr
+    assert "note: 1 images could not be read: digits/broken.png" in result.stderr
+    images, labels = mnist5k_held_back()
+    with torch.no_grad():
+        right = (open_source("out.safetensors").model(images).argmax(1) == labels).double().mean().item()
+    assert right > 0.9  # the plain cut: 0.642
+    history = read_header("out.safetensors").history["calibration"]
+    assert history["inputs"] == 24
+    assert all(layer["error_after"] <= layer["error_before"] for layer in history["layers"])
+    ok("verify", SAMPLE, "out.safetensors", "--as-planned")
+
+
+def test_calibration_as_json() -> None:
+    result = ok(
+        "convert", SAMPLE, "--lambda", "stage3.2.*=2", "--calibrate", "sample:mnist5k", "--calibration-images", "16",
+        "--calibration-batch-size", "8", "--damping", "0.01", "--calibration-memory", "1G", "--seed", "3", "--json",
+    )  # fmt: skip
+    calibration = json.loads(result.stdout)["calibration"]
+    assert [layer["name"] for layer in calibration["layers"]] == ["stage3.2.conv1", "stage3.2.conv2"]
+    assert {layer["damping"] for layer in calibration["layers"]} <= {0.01, None}
+    assert calibration["settings"] == {
+        "damping": 0.01, "memory": 1 << 30, "batch_norm": True, "refit": True, "seed": 3,
+    }  # fmt: skip
+
+
+FAILING = """
+import torch
+from torch import nn
+
+class Overflowing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x):
+        return self.b(torch.where(x.mean() == 0, self.a(x), self.a(x) / 0)).nan_to_num()
+
+def make():
+    torch.manual_seed(0)
+    return Overflowing()
+"""
+
+
+def test_a_layer_that_fails_falls_back_exits_1_and_is_still_written() -> None:
+    Path("net.py").write_text(FAILING)
+    common = [
+        "convert",
+        "net.py:make",
+        "--lambda",
+        "*=2",
+        "--calibrate",
+        "sample:photographs",
+        "--input-size",
+        "3,16,16",
+    ]
+    few = ["--calibration-images", "8", "-o", "out.safetensors"]
+    result = run(*common, *few)
+    assert result.exit_code == 1, result.stderr
+    assert (
+        "check failed: 1 layers of out.safetensors could not be calibrated and stay a plain cut: b (" in result.stderr
+    )
+    assert Path("out.safetensors").exists()
+    result = ok(*common, *few, "--allow-fallback", "--force")
+    assert "note: 1 layers of out.safetensors" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "options"),
+    [
+        (2, "there is no folder nowhere", ["--calibrate", "nowhere"]),
+        (2, "'lots' is not a size such as 500M or 2G", ["--calibration-memory", "lots"]),
+        (2, "damping (=-1.0) must be zero or more", ["--calibrate", "sample:mnist5k", "--damping", "-1"]),
+        (2, "'a,b' is not a list of numbers", ["--mean", "a,b"]),
+        (2, "both must be at least 1", ["--calibrate", "sample:mnist5k", "--calibration-images", "0"]),
+        (2, "--device nonsense", ["--device", "nonsense"]),
+    ],
+)
+def test_calibration_options_out_of_range_are_refused(code: int, message: str, options: list[str]) -> None:
+    result = run("convert", SAMPLE, "--lambda", "2", *options)
+    assert result.exit_code == code, result.stderr
+    assert message in result.stderr
+    assert os.listdir() == []
+
+
+def test_several_processes_write_one_file() -> None:
+    options = ["convert", SAMPLE, "--lambda", "stage3.2.*=2", "--calibrate", "sample:mnist5k"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "harmconvert"]
+    few = ["--calibration-images", "16", "--calibration-batch-size", "4"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *options, *few], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("wrote resnet_mnist5k-harmonic-custom.safetensors") == 1
+    ok("verify", SAMPLE, "resnet_mnist5k-harmonic-custom.safetensors", "--as-planned")

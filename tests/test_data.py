@@ -1,0 +1,158 @@
+"""Images for calibration: whatever lies in a folder, in the network's own pre-processing, with broken files named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import nn
+
+import harmconvert as hc
+from harmconvert.data import calibration_images, preprocessing
+from harmconvert.errors import InputError, UsageError
+from harmconvert.samples import mnist5k, mnist5k_held_back
+
+
+@pytest.fixture
+def network() -> nn.Module:
+    return timm.create_model("resnet18", pretrained=False)
+
+
+def picture(path: Path, seed: int, size: tuple[int, int] = (40, 30), mode: str = "RGB") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Twelve images, flat and nested, of several formats and modes, and a text that is none."""
+    names = ["a.png", "b.jpg", "deep/c.PNG", "deep/er/d.jpeg", "e.bmp", "f.webp"]
+    for number, name in enumerate(names * 2):
+        path = tmp_path / name
+        picture(path.with_stem(f"{path.stem}{number}"), number, mode=["RGB", "L", "RGB"][number % 3])
+    (tmp_path / "notes.txt").write_text("no image")
+    return tmp_path
+
+
+def test_every_image_of_a_folder_is_found_whatever_its_depth(folder: Path, network: nn.Module) -> None:
+    images = calibration_images(str(folder), network, 100, 5, overrides={"input_size": (3, 32, 32)})
+    assert len(images) == 12
+    assert [len(batch) for batch in images.batches] == [5, 5, 2]
+    assert images.unreadable == ()
+
+
+def test_the_choice_of_images_is_seeded(folder: Path, network: nn.Module) -> None:
+    def chosen(seed: int) -> torch.Tensor:
+        return torch.cat(calibration_images(str(folder), network, 4, 4, seed=seed).batches)
+
+    assert torch.equal(chosen(0), chosen(0))
+    assert not torch.equal(chosen(0), chosen(1))
+
+
+def test_pixels_are_scaled_as_the_network_was_trained(tmp_path: Path, network: nn.Module) -> None:
+    Image.new("RGB", (300, 300), (255, 0, 51)).save(tmp_path / "flat.png")
+    (batch,) = calibration_images(str(tmp_path), network).batches
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    assert batch.shape == (1, 3, 224, 224)
+    assert torch.allclose(batch[0, :, 100, 100], (torch.tensor([1.0, 0.0, 0.2]) - mean) / std, atol=1e-5)
+    overrides = {"mean": (0.5,), "std": (0.25,), "input_size": (3, 64, 48)}
+    (batch,) = calibration_images(str(tmp_path), network, overrides=overrides).batches
+    assert batch.shape == (1, 3, 64, 48)
+    assert torch.allclose(batch[0, :, 10, 10], torch.tensor([2.0, -2.0, -1.2]), atol=1e-5)
+
+
+def test_a_network_of_one_channel_is_fed_grey(tmp_path: Path) -> None:
+    Image.new("RGB", (28, 28), (255, 255, 255)).save(tmp_path / "white.png")
+    network = hc.open_source("sample:resnet_mnist5k").model
+    (batch,) = calibration_images(str(tmp_path), network).batches
+    assert batch.shape == (1, 1, 28, 28)
+    assert batch.min() == pytest.approx((1 - 0.1307) / 0.3081, rel=1e-5)
+
+
+def test_unreadable_images_are_skipped_and_named(folder: Path, network: nn.Module) -> None:
+    (folder / "broken.jpg").write_bytes(b"not a picture")
+    (folder / "cut.png").write_bytes((folder / "a0.png").read_bytes()[:200])
+    images = calibration_images(str(folder), network, 100)
+    assert len(images) == 12
+    assert sorted(Path(name).name for name in images.unreadable) == ["broken.jpg", "cut.png"]
+
+
+def test_too_many_unreadable_images_are_an_error(tmp_path: Path, network: nn.Module) -> None:
+    for number in range(6):
+        (tmp_path / f"{number}.jpg").write_bytes(b"")
+    with pytest.raises(InputError, match=r"4 images of .* cannot be read \(.*0|.*mend the folder"):
+        calibration_images(str(tmp_path), network, 20)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("no/such/folder", "there is no folder no/such/folder: give a folder of images"),
+        ("sample:cats", "there is no sample data set 'sample:cats'"),
+        ("torch/nonsense", "timm cannot open torch/nonsense"),
+    ],
+)
+def test_what_is_no_data_set_is_refused(data: str, message: str, network: nn.Module) -> None:
+    with pytest.raises(UsageError, match=message):
+        calibration_images(data, network)
+
+
+def test_a_file_is_no_folder(folder: Path, network: nn.Module) -> None:
+    with pytest.raises(UsageError, match="is a file: give the folder"):
+        calibration_images(str(folder / "a0.png"), network)
+
+
+def test_an_empty_folder_holds_no_image(tmp_path: Path, network: nn.Module) -> None:
+    with pytest.raises(InputError, match="holds no image"):
+        calibration_images(str(tmp_path), network)
+
+
+def test_a_timm_data_set_on_disk_is_read(tmp_path: Path, network: nn.Module) -> None:
+    for number in range(4):
+        picture(tmp_path / "validation" / "cats" / f"{number}.png", number)
+    images = calibration_images("torch/image_folder", network, 3, data_dir=str(tmp_path), split="validation")
+    assert len(images) == 3
+
+
+def test_the_training_digits_are_not_those_held_back() -> None:
+    images, labels = mnist5k()
+    held, _ = mnist5k_held_back()
+    assert len(images) == len(labels) == 4000
+    seen = {image.tobytes() for image in images.numpy()}
+    back = ((held[:, 0] * 0.3081 + 0.1307) * 255).round().to(torch.uint8)
+    assert not seen & {image.tobytes() for image in back.numpy()}
+
+
+def test_photographs_are_cropped_as_often_as_asked(network: nn.Module) -> None:
+    images = calibration_images("sample:photographs", network, 5, 2, overrides={"input_size": (3, 32, 32)})
+    assert [len(batch) for batch in images.batches] == [2, 2, 1]
+    assert len({image.numpy().tobytes() for batch in images.batches for image in batch}) == 5
+
+
+def test_a_network_that_names_no_size_asks_for_one() -> None:
+    with pytest.raises(UsageError, match="give --input-size C,H,W"):
+        preprocessing(nn.Conv2d(3, 3, 3), {})
+    assert preprocessing(nn.Conv2d(3, 3, 3), {"input_size": (3, 50, 60)})["input_size"] == (3, 50, 60)
+
+
+def test_inputs_that_are_no_images_are_refused() -> None:
+    with pytest.raises(UsageError, match="inputs of 4 axes, not images"):
+        preprocessing(nn.Conv2d(3, 3, 3), {"input_size": (3, 16, 112, 112)})
+    with pytest.raises(UsageError, match="reads 4 channels, images have 1 or 3"):
+        calibration_images("sample:photographs", nn.Conv2d(4, 3, 3), overrides={"input_size": (4, 32, 32)})
+    with pytest.raises(UsageError, match="--mean has 2 numbers for 3 channels"):
+        preprocessing(nn.Conv2d(3, 3, 3), {"input_size": (3, 32, 32), "mean": (0.5, 0.5)})
+
+
+def test_torchvisions_own_preprocessing_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = hc.open_source("torchvision:resnet18.IMAGENET1K_V1", pretrained=False).model
+    config = preprocessing(network, {})
+    assert config["input_size"] == (3, 224, 224)
+    assert config["mean"] == (0.485, 0.456, 0.406)
+    assert config["crop_pct"] == pytest.approx(224 / 256)
+    assert config["interpolation"] == "bilinear"
