@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .checkpoint import save
 from .convert import convert
+from .data import calibration_images
 from .errors import OutsideError
 from .report.tables import file_size, millions
 from .samples import mnist5k_held_back, photographs
@@ -54,11 +55,24 @@ def tell(say: Callable[[str], None]) -> dict[str, Any]:
                 say(f"  lambda {lam}: {size} ({cost.harmonic_parameters / cost.parameters:.0%});")
                 plain = f"{accuracy:.1%} right ({points:+.1f} points), {agreement:.1%} predicted as before"
                 say(f"    a plain cut, nothing repaired: {plain}")
+        try:
+            facts["calibrated"] = _calibrated(original, images, labels, say)
+        except OutsideError as error:
+            say(f"  calibration: left out: {error}")
     try:
         facts["efficientnet_lite0"] = _photographs(say)
     except OutsideError as error:
         say(f"sample:efficientnet_lite0: left out: {error}")
     return facts
+
+
+def _calibrated(original: nn.Module, images: Tensor, labels: Tensor, say: Callable[[str], None]) -> dict[str, Any]:
+    seen = calibration_images("sample:mnist5k", original, 128)
+    conversion = convert(original, 2, calibration=seen.batches)
+    accuracy, agreement = _accuracy(conversion.model, images, labels), _agreement(original, conversion.model, images)
+    say(f"    the same cut calibrated on {len(seen)} other images, no labels, no training: {accuracy:.1%} right,")
+    say(f"    {agreement:.1%} predicted as before")
+    return {"accuracy": accuracy, "agreement": agreement, "images": len(seen)}
 
 
 def _photographs(say: Callable[[str], None]) -> dict[str, Any]:

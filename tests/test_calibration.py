@@ -6,6 +6,7 @@ import copy
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -517,6 +518,16 @@ def test_batches_may_be_pairs_dicts_generators_and_of_any_size() -> None:
     assert first.calibration.held_back == 5
     for other in (pairs, lists, keywords):
         assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), other.model.parameters(), strict=True))
+
+
+def test_an_endless_loader_is_read_up_to_the_limit() -> None:
+    def endless() -> Iterator[Tensor]:
+        while True:
+            yield smooth((8, 3, 12, 12))
+
+    conversion = hc.convert(stack(), 2, calibration=endless(), settings=CalibrationSettings(inputs=20))
+    assert conversion.calibration.inputs == 24
+    assert "only the first 24 inputs" in conversion.calibration.notes[0]
 
 
 def test_an_empty_set_is_an_error() -> None:

@@ -63,7 +63,7 @@ def test_calibration_as_json() -> None:
     assert [layer["name"] for layer in calibration["layers"]] == ["stage3.2.conv1", "stage3.2.conv2"]
     assert {layer["damping"] for layer in calibration["layers"]} <= {0.01, None}
     assert calibration["settings"] == {
-        "damping": 0.01, "memory": 1 << 30, "batch_norm": True, "refit": True, "seed": 3,
+        "damping": 0.01, "memory": 1 << 30, "batch_norm": True, "refit": True, "seed": 3, "inputs": 16,
     }  # fmt: skip
 
 

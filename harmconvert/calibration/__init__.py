@@ -62,7 +62,7 @@ def calibrate(
         UsageError: the networks do not run on the inputs. InputError: there is none, or one with NaN.
     """
     settings = settings or CalibrationSettings()
-    data = calibration_set(batches)
+    data = calibration_set(batches, settings.inputs)
     cut = [layer.name for layer in plan.layers if not layer.whole]
     if not cut:
         return Calibration((), data.total, 0, notes=("nothing was cut, so there is nothing to repair",))
@@ -77,8 +77,12 @@ def calibrate(
     state = converted.state_dict()
     changed = {k: tensors_sha256({k: t}) for k, t in state.items() if not torch.equal(t, before[k])}
     held = data.total - data.fit_total
-    notes = () if held else ("one input: none can be held back, so nothing is refitted",)
-    return Calibration(tuple(layers), data.total, held, plain, refit, final, kept, norms, notes, settings, changed)
+    notes = [] if held else ["one input: none can be held back, so nothing is refitted"]
+    if data.left:
+        notes.append(f"only the first {data.total} inputs were read (settings: inputs={settings.inputs})")
+    return Calibration(
+        tuple(layers), data.total, held, plain, refit, final, kept, norms, tuple(notes), settings, changed
+    )
 
 
 def _refit(

@@ -37,12 +37,12 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> int:
 
     def watch(name: str) -> Any:
         def hook(norm: _BatchNorm, args: Any) -> None:
-            x = args[0].detach().to(torch.float64 if args[0].device.type != "mps" else torch.float32)
+            x = args[0].detach().to(torch.float64)
             values = x.transpose(0, 1).flatten(1) if x.dim() > 1 else x[:, None]
             norm.training = values.shape[1] > 1
             if norm.training:
                 moments = torch.cat([values.mean(1), values.var(1)])
-                sums[name] += torch.cat([moments, moments.new_ones(1)]).cpu().to(torch.float64) * len(x)
+                sums[name] += torch.cat([moments, moments.new_ones(1)]).cpu() * len(x)
 
         return hook
 

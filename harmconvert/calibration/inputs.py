@@ -35,10 +35,12 @@ class CalibrationSet:
     held: tuple[Batch, ...]
     total: int
     fit_total: int
+    left: bool = False  # there were more
 
 
-def calibration_set(batches: Iterable[Any]) -> CalibrationSet:
-    """Read an iterable of batches once: tensors, (input, target) pairs whose target is not looked at, or dicts.
+def calibration_set(batches: Iterable[Any], limit: int | None = None) -> CalibrationSet:
+    """Read an iterable of batches once, until ``limit`` examples are there: tensors, (input, target) pairs whose target
+    is not looked at, or dicts.
 
     The numbers of the examples, and so what is held back, do not depend on the number of processes.
 
@@ -48,8 +50,11 @@ def calibration_set(batches: Iterable[Any]) -> CalibrationSet:
     if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
         raise UsageError(f"calibration= is a {type(batches).__name__}: give a list or a loader of batches of inputs")
     mine: list[Batch] = []
-    total = 0
+    total, left = 0, False
     for index, item in enumerate(batches):
+        if limit is not None and total >= limit:
+            left = True
+            break
         input = item[0] if isinstance(item, tuple | list) and item else item
         size = batch_size(input)
         if index % world_size() == rank():
@@ -67,7 +72,7 @@ def calibration_set(batches: Iterable[Any]) -> CalibrationSet:
     every = min(HELD_BACK, total)
     fit = [part for batch in mine if (part := _select(batch, every, held=False))]
     held = [part for batch in mine if (part := _select(batch, every, held=True))] if total > 1 else []
-    return CalibrationSet(tuple(fit), tuple(held), total, total - (total // every if total > 1 else 0))
+    return CalibrationSet(tuple(fit), tuple(held), total, total - (total // every if total > 1 else 0), left)
 
 
 def _select(batch: Batch, every: int, held: bool) -> Batch | None:

@@ -94,8 +94,6 @@ class Kernel:
         """The layer that the equations are about; its unknowns are the coefficients of the effective kernel."""
         frequencies = self.module.frequencies
         coefficients = to_groups(project(self.effective, frequencies), call.groups, call.transposed)
-        if coefficients.device.type == "mps":  # no float64 there
-            coefficients = coefficients.cpu()
         size = kernel_size(self.module)
         basis = dct_basis(size, frequencies).to(coefficients.device)
         direction = None

@@ -17,17 +17,20 @@ class CalibrationSettings:
     """``damping``: fixed, relative to the mean square of a layer's responses; None chooses on held-back inputs.
     ``memory``: bytes that one layer's equations may take; None takes half of what is free. ``batch_norm``: re-estimate
     batch-norm statistics where that helps. ``refit``: False leaves the coefficients alone. ``seed``: of the positions
-    sampled."""
+    sampled. ``inputs``: no more than so many are read (to the end of a batch), lest a whole training set is."""
 
     damping: float | None = None
     memory: int | None = None
     batch_norm: bool = True
     refit: bool = True
     seed: int = 0
+    inputs: int = 1024
 
     def __post_init__(self) -> None:
         if self.damping is not None and not (math.isfinite(self.damping) and self.damping >= 0):
             raise UsageError(f"damping (={self.damping}) must be zero or more; leave it out to have it chosen")
+        if self.inputs < 1:
+            raise UsageError(f"{self.inputs} calibration inputs: there must be at least 1")
         if self.memory is not None and self.memory < 1 << 20:
             raise UsageError(f"calibration memory (={self.memory} bytes) must be at least a megabyte")
 

@@ -174,7 +174,9 @@ def calibration(options: dict[str, Any], model: Any, sizes: Sequence[tuple[int, 
 
     if len(sizes) > 1:
         raise UsageError("--calibrate feeds one image; for a network of several inputs use calibration= in Python")
-    settings = CalibrationSettings(options["damping"], options["calibration_memory"], seed=options["seed"])
+    settings = CalibrationSettings(
+        options["damping"], options["calibration_memory"], seed=options["seed"], inputs=options["calibration_images"]
+    )
     own = {key: options[key] for key in ("mean", "std", "interpolation", "crop_pct")}
     images = calibration_images(
         options["data"],
@@ -229,7 +231,7 @@ input_size = click.option(
     help="Size of one input; default: the network's own, where it says one. Repeat it for a network of several inputs.",
 )
 device = click.option(
-    "--device", help="Where to run: cpu, cuda, cuda:1, mps; default: a GPU where there is one and images are given."
+    "--device", help="Where to run: cpu, cuda, cuda:1; default: a GPU where there is one and images are given."
 )
 force = click.option("--force", is_flag=True, help="Replace the output where it exists.")
 
@@ -256,6 +258,8 @@ def place(model: Any, device: str | None, data: str | None) -> None:
     if device is None:
         gpu = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         device = gpu if data is not None and torch.cuda.is_available() else "cpu"
+    if device.startswith("mps"):
+        raise UsageError("--device mps has no float64, which projections and fits need: use cpu")
     try:
         model.to(device)
     except (RuntimeError, AssertionError) as error:
