@@ -2,6 +2,7 @@
 
     python benchmarks/calibration_cost.py            # appends to results/calibration_cost.csv, about ten minutes
     python benchmarks/calibration_cost.py --device cuda
+    python benchmarks/calibration_cost.py --solvers  # which way to hold the equations when
 
 Bars: peak memory under 6 GB with 256 images; time linear in the images; accumulating the normal equations at over 60 %
 of this machine's GEMM rate, measured in the same run, in float64 and at the same shape. Each number of images runs in a
@@ -25,13 +26,15 @@ from torch import nn
 
 import harmconvert as hc
 from harmconvert.calibration.capture import conv_calls
-from harmconvert.calibration.equations import NormalEquations
-from harmconvert.calibration.layers import Kernel
+from harmconvert.calibration.equations import NormalEquations, Operator, Problem, Samples
+from harmconvert.calibration.layers import Kernel, choose
+from harmconvert.calibration.refit import DAMPINGS
 from harmconvert.calibration.responses import outputs, pick_positions
 from harmconvert.conv import to_harmonic
 
 RESULTS = Path(__file__).parent / "results" / "calibration_cost.csv"
 LAYERS = RESULTS.with_name("calibration_cost_layers.csv")
+SOLVERS = RESULTS.with_name("calibration_solvers.csv")
 
 
 def synchronise(device: str) -> None:
@@ -75,6 +78,54 @@ def accumulation(channels: int, size: int, wanted: int, device: str) -> dict[str
     return {"unknowns": unknowns, "rows": rows, "gflops": done, "gemm_gflops": rate, "share": done / rate}
 
 
+def solving(method: type[Problem], unknowns: int, positions: int, device: str) -> dict[str, float]:
+    """Seconds to take in and solve a layer of 256 outputs by one method, for all dampings, and its held-back error: a
+    1-d layer of kernel 8, half kept, on correlated inputs and a target of its own whole kernel plus noise."""
+    generator = torch.Generator().manual_seed(0)
+    channels = unknowns // 4
+    torch.manual_seed(0)
+    dense = nn.Conv1d(channels, 256, 8, bias=False).to(device)
+    harmonic = to_harmonic(dense, [(i,) for i in range(4)])
+    problems = []
+    start = 0.0
+    for count in (positions, positions // 3):
+        x = torch.randn(8, channels, count // 8 + 7, generator=generator).to(device)
+        x = x + 0.9 * x.roll(1, 2) + 0.6 * x.roll(1, 1)
+        ((_, call),) = conv_calls(harmonic, {"": harmonic}, x)
+        layer = Kernel.of(harmonic, call).layer(call, False, 1 << 30, 0)
+        with torch.no_grad():
+            target = dense(x)
+        noise = torch.randn(target.shape, generator=generator).to(device) * 0.1 * target.std()
+        problem = method(layer)
+        synchronise(device)
+        start -= time.perf_counter()
+        problem.add(call, outputs(target + noise), range(8))
+        synchronise(device)
+        start += time.perf_counter()
+        problems.append(problem)
+    start -= time.perf_counter()
+    choice = choose(*problems, DAMPINGS)
+    synchronise(device)
+    return {"seconds": start + time.perf_counter(), "before": choice.error_before, "after": choice.error_after}
+
+
+def solvers(device: str, machine: str) -> None:
+    """Every method on problems of several sizes, where it fits in memory."""
+    with SOLVERS.open("a", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["machine", "method", "unknowns", "positions", "seconds", "error before", "error after"])
+        for unknowns in (512, 2048, 4096, 8192):
+            for positions in (unknowns // 4, unknowns, 4 * unknowns):
+                for method in (NormalEquations, Samples, Operator):
+                    if method is Samples and positions > 8192:
+                        continue
+                    found = solving(method, unknowns, positions, device)
+                    figures = [f"{value:.3g}" for value in found.values()]
+                    rows.writerow([machine, method.name, unknowns, positions, *figures])
+                    file.flush()
+                    print(method.name, unknowns, positions, *figures, flush=True)
+
+
 def one_run(images: int, device: str) -> dict[str, object]:
     torch.manual_seed(0)
     model = timm.create_model("resnet50", pretrained=False).eval().to(device)
@@ -95,12 +146,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--images", nargs="+", type=int, default=[64, 128, 256])
+    parser.add_argument("--solvers", action="store_true", help="compare the three solvers instead")
     parser.add_argument("--run", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
         print(json.dumps(one_run(args.run, args.device)))
         return
     machine = torch.cuda.get_device_name() if args.device != "cpu" else f"{torch.get_num_threads()} threads"
+    if args.solvers:
+        solvers(args.device, machine)
+        return
     fresh = not RESULTS.exists()
     with RESULTS.open("a", newline="") as file, LAYERS.open("a", newline="") as layer_file:
         rows, layer_rows = csv.writer(file), csv.writer(layer_file)

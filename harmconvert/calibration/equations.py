@@ -25,7 +25,7 @@ from .capture import ConvCall
 from .responses import from_groups, outputs, pick_positions, responses, to_groups
 
 _CHUNK = 1 << 25  # values of windows at a time: 256 MB in float64
-_STEPS = 60  # of conjugate gradients; held-back inputs stop them long before, as a rule
+_STEPS = 60  # of conjugate gradients at one damping, a quarter of it on the way from one to the next
 
 
 @dataclass(frozen=True)
@@ -258,11 +258,32 @@ class Samples(Problem):
         return float((answer_GRO * (answer_GRO - 2 * u_GRO)).sum())
 
 
+@dataclass(frozen=True)
+class _Unknowns:
+    """Coefficients (G, O, I F) and bias (G, O) as one vector for each output channel."""
+
+    kernel: Tensor
+    bias: Tensor
+
+    def __add__(self, other: _Unknowns) -> _Unknowns:
+        return _Unknowns(self.kernel + other.kernel, self.bias + other.bias)
+
+    def __sub__(self, other: _Unknowns) -> _Unknowns:
+        return _Unknowns(self.kernel - other.kernel, self.bias - other.bias)
+
+    def scaled(self, factors_GO: Tensor) -> _Unknowns:
+        return _Unknowns(self.kernel * factors_GO[..., None], self.bias * factors_GO)
+
+    def dot(self, other: _Unknowns) -> Tensor:
+        return (self.kernel * other.kernel).sum(-1) + self.bias * other.bias
+
+
 class Operator(Problem):
     """The layer's inputs and residual maps; conjugate gradients, one system for each output channel side by side.
 
-    Needs the convolution and its transpose alone. Starts from the projection; each step fits the strongest directions
-    left, so stopping early regularises as damping does (Hanke, Conjugate Gradient Type Methods, ch. 3).
+    Needs the convolution and its transpose alone. Starts from the projection and goes from strong damping to weak; each
+    step fits the strongest directions left, so that stopping early regularises, too (Hanke, Conjugate Gradient Type
+    Methods, ch. 3).
     """
 
     name = "conjugate gradients"
@@ -270,11 +291,16 @@ class Operator(Problem):
     def __init__(self, layer: Layer) -> None:
         super().__init__(layer)
         self._calls: list[tuple[ConvCall, Tensor]] = []
+        self._power = self.channels.new_zeros(1)  # trace of G
 
     def _keep(self, call: ConvCall, residual_RGO: Tensor, picks: Tensor | None) -> None:
         assert picks is None  # the convolution computes all positions
+        self._power += responses(call, self.layer.basis).square().sum()
         residual_NOP = residual_RGO.reshape(len(call.output), -1, call.output.shape[1]).transpose(1, 2)
         self._calls.append((call, residual_NOP.reshape(call.output.shape).to(call.output)))
+
+    def _sums(self) -> list[Tensor]:
+        return [self._power]
 
     @property
     def bytes(self) -> int:
@@ -283,29 +309,35 @@ class Operator(Problem):
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def candidates(self, dampings: Sequence[float]) -> Iterator[Change]:
-        damping = dampings[0] if len(dampings) == 1 else 0.0
-        gradient, bias_gradient = self._transpose([residual for _, residual in self._calls])
-        change, bias_change = torch.zeros_like(gradient), torch.zeros_like(bias_gradient)
-        step, bias_step = gradient.clone(), bias_gradient.clone()
-        scale = None
-        squares = _dot(gradient, gradient) + bias_gradient**2
-        start = squares.max()
-        for _ in range(_STEPS):
-            image, bias_image = self._transpose(self._answers(step, bias_step))
-            if scale is None:
-                # Rayleigh quotient of the first step, which bounds the largest eigenvalue from below.
-                scale = float(_dot(step, image).sum() / _dot(step, step).sum().clamp_min(1e-300))
-            image = image + damping * scale * step
-            curvature = _dot(step, image) + bias_step * bias_image
+        scale = float(self._power) / self.layer.unknowns
+        goal = self._transpose([residual for _, residual in self._calls])
+        state = _Unknowns(torch.zeros_like(goal.kernel), torch.zeros_like(goal.bias))
+        # From each damping's solution on to the next weaker one's: strong ones take two or three steps.
+        limit = _STEPS if len(dampings) == 1 else _STEPS // 4
+        for damping in dampings:
+            state = self._descend(state, goal, damping * scale, limit)
+            yield Change(state.kernel, state.bias if self.layer.fits_bias else None, damping)
+
+    def _descend(self, x: _Unknowns, goal: _Unknowns, strength: float, limit: int) -> _Unknowns:
+        """Conjugate gradients for (G + strength) x = goal, each output channel with steps of its own."""
+        residual = goal - self._normal(x, strength)
+        step, squares = residual, residual.dot(residual)
+        small = 1e-24 * goal.dot(goal).max() if strength == 0 else 1e-8 * goal.dot(goal).max()
+        for _ in range(limit):
+            if squares.max() <= small:
+                break
+            image = self._normal(step, strength)
+            curvature = step.dot(image)
             length = torch.where(curvature > 0, squares / curvature.clamp_min(1e-300), 0.0)
-            change, bias_change = change + length[..., None] * step, bias_change + length * bias_step
-            gradient, bias_gradient = gradient - length[..., None] * image, bias_gradient - length * bias_image
-            yield Change(change, bias_change if self.layer.fits_bias else None, damping or None)
-            before, squares = squares, _dot(gradient, gradient) + bias_gradient**2
-            if squares.max() <= 1e-26 * start:
-                return
-            turn = torch.where(before > 0, squares / before.clamp_min(1e-300), 0.0)
-            step, bias_step = gradient + turn[..., None] * step, bias_gradient + turn * bias_step
+            x, residual = x + step.scaled(length), residual - image.scaled(length)
+            before, squares = squares, residual.dot(residual)
+            step = residual + step.scaled(torch.where(before > 0, squares / before.clamp_min(1e-300), 0.0))
+        return x
+
+    def _normal(self, x: _Unknowns, strength: float) -> _Unknowns:
+        """(G + strength) x; the bias is not damped."""
+        image = self._transpose(self._answers(x.kernel, x.bias))
+        return replace(image, kernel=image.kernel + strength * x.kernel)
 
     def _answers(self, coefficients: Tensor, bias: Tensor | None) -> list[Tensor]:
         return [
@@ -317,8 +349,8 @@ class Operator(Problem):
             for call, _ in self._calls
         ]
 
-    def _transpose(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Sum over positions of map x responses (G, O, I F), and of the map itself (G, O; zero where no bias)."""
+    def _transpose(self, maps: list[Tensor]) -> _Unknowns:
+        """Sums over positions of map x responses, and of the map itself (zero where there is no bias to fit)."""
         groups, out, _ = self.layer.coefficients.shape
         total = torch.zeros_like(self.layer.kernel(self.layer.coefficients))
         bias = torch.zeros_like(self.channels[0])
@@ -331,7 +363,7 @@ class Operator(Problem):
         sum_over_ranks([total, bias])
         coefficients_OIF = total.flatten(2) @ self.layer.basis.T.to(total)
         coefficients = to_groups(coefficients_OIF, groups, self.layer.transposed)
-        return self.layer.restricted(coefficients), bias if self.layer.fits_bias else torch.zeros_like(bias)
+        return _Unknowns(self.layer.restricted(coefficients), bias if self.layer.fits_bias else torch.zeros_like(bias))
 
     def _squares_added(self, change: Change) -> float:
         total = self.channels.new_zeros(1)
@@ -369,7 +401,3 @@ def _condition(values: Tensor, usable: Tensor) -> float | None:
     smallest = torch.where(usable, values, torch.inf).amin(-1)
     ratios = (values.amax(-1) / smallest)[usable.any(-1)]
     return float(ratios.max()) if len(ratios) else None
-
-
-def _dot(left: Tensor, right: Tensor) -> Tensor:
-    return (left * right).sum(-1)
