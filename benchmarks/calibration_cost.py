@@ -26,10 +26,11 @@ from torch import nn
 
 import harmconvert as hc
 from harmconvert.calibration.capture import conv_calls
-from harmconvert.calibration.equations import NormalEquations, Operator, Problem, Samples
+from harmconvert.calibration.equations import Problem
 from harmconvert.calibration.layers import Kernel, choose
 from harmconvert.calibration.refit import DAMPINGS
 from harmconvert.calibration.responses import outputs, pick_positions
+from harmconvert.calibration.solvers import NormalEquations, Operator, Samples
 from harmconvert.conv import to_harmonic
 
 RESULTS = Path(__file__).parent / "results" / "calibration_cost.csv"

@@ -22,10 +22,11 @@ from harmconvert.calibration import CalibrationSettings, calibrate, reestimate_b
 from harmconvert.calibration import _never_worse as never_worse
 from harmconvert.calibration.capture import conv_calls
 from harmconvert.calibration.divergence import divergence
-from harmconvert.calibration.equations import Change, NormalEquations, Operator, Problem, Samples, solver
+from harmconvert.calibration.equations import Change, Problem
 from harmconvert.calibration.inputs import Batch, calibration_set
 from harmconvert.calibration.layers import Kernel, choose
 from harmconvert.calibration.responses import from_groups, outputs, pick_positions, to_groups
+from harmconvert.calibration.solvers import NormalEquations, Operator, Samples, solver
 from harmconvert.conv import to_harmonic
 from harmconvert.errors import InputError, UsageError
 from harmconvert.plan import LayerPlan, Plan

@@ -6,8 +6,8 @@ least-squares problem. A part of the inputs is held back from it. They choose th
 taken at all: a layer that generalises no better than the plain cut keeps the plain cut. No labels, no training.
 
 From the whole to the parts: `calibrate` here; refit.py, one layer after the other; layers.py, one layer's kernel and
-the choice of a solution; equations.py, the least squares; responses.py, DCT responses; capture.py, running a network
-up to a layer.
+the choice of a solution; equations.py and solvers.py, the least squares; responses.py, DCT responses; capture.py,
+running a network up to a layer.
 """
 
 from __future__ import annotations

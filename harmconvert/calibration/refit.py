@@ -13,11 +13,12 @@ from torch import nn
 from ..conv import HarmonicMixin
 from ..errors import UsageError, first_line
 from .capture import conv_calls
-from .equations import Layer, Operator, Problem
+from .equations import Layer, Problem
 from .inputs import Batch, CalibrationSet
 from .layers import Choice, Kernel, RefitError, choose, refittable_bias
 from .records import CalibrationSettings, LayerCalibration
 from .sites import Site, Targets, rows_of
+from .solvers import Operator
 
 # Relative to the mean square of the responses; strongest first. At 10 hardly anything moves.
 DAMPINGS = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)

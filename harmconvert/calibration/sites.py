@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from ..conv import HarmonicMixin
 from ..distributed import world_size
 from .capture import conv_calls
-from .equations import Operator, Problem, solver
+from .equations import Problem
 from .inputs import Batch, CalibrationSet
 from .responses import outputs, pick_positions
+from .solvers import Operator, solver
 
 # Positions sampled of each layer: this many per unknown, and no fewer than that many in all. On two trained networks
 # 8 per unknown left the refit measurably worse, and 256 no better than 32.

@@ -1,0 +1,263 @@
+"""Three ways to hold and solve a layer's equations, and which one when.
+
+- `NormalEquations` holds sum z z^T: unknowns squared, whatever the number of positions.
+- `Samples` holds every z: less where there are fewer positions than unknowns (the dual form).
+- `Operator` holds the layer's inputs and solves by conjugate gradients: neither squared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..distributed import sum_over_ranks
+from .capture import ConvCall
+from .equations import Change, Layer, Problem
+from .responses import responses, to_groups
+
+_STEPS = 60  # of conjugate gradients at one damping, a quarter of it on the way from one to the next
+
+
+class NormalEquations(Problem):
+    """Sums of products of responses and residuals, per group, float64; solved by one eigendecomposition."""
+
+    name = "normal equations"
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__(layer)
+        groups, out, unknowns = layer.coefficients.shape
+        self.gram_GNN = layer.coefficients.new_zeros(groups, unknowns, unknowns)
+        self.cross_GON = layer.coefficients.new_zeros(groups, out, unknowns)
+        self.sum_GN = layer.coefficients.new_zeros(groups, unknowns)
+
+    def _keep(self, call: ConvCall, residual_RGO: Tensor, picks: Tensor | None) -> None:
+        z_RGN = responses(call, self.layer.basis, picks).to(self.gram_GNN.device)
+        z_GRN = z_RGN.transpose(0, 1)
+        if len(z_GRN) == 1:
+            self.gram_GNN[0].addmm_(z_RGN[:, 0].T, z_RGN[:, 0])
+        else:
+            self.gram_GNN.baddbmm_(z_GRN.mT, z_GRN)
+        self.cross_GON += residual_RGO.permute(1, 2, 0) @ z_GRN
+        self.sum_GN += z_RGN.sum(0)
+
+    def _sums(self) -> list[Tensor]:
+        return [self.gram_GNN, self.cross_GON, self.sum_GN]
+
+    def candidates(self, dampings: Sequence[float]) -> Iterator[Change]:
+        gram, cross, residual_GO = self.gram_GNN, self.cross_GON, self.channels[0]
+        if self.layer.fits_bias:  # the undamped row is eliminated, which centres the rest
+            gram = gram - self.sum_GN[:, :, None] * self.sum_GN[:, None] / self.count
+            cross = cross - residual_GO[..., None] * self.sum_GN[:, None] / self.count
+        gram = self.layer.restricted(self.layer.restricted(gram).mT)
+        values_GN, vectors_GNN = torch.linalg.eigh(gram)
+        usable = _usable(values_GN)
+        self.condition = _condition(values_GN, usable)
+        scale_G1 = values_GN.clamp_min(0).mean(1, keepdim=True)
+        rotated_GON = self.layer.restricted(cross) @ vectors_GNN
+        for damping in dampings:
+            inverse = torch.where(usable, 1 / (values_GN + damping * scale_G1), 0.0)
+            change_GON = (rotated_GON * inverse[:, None]) @ vectors_GNN.mT
+            bias = None
+            if self.layer.fits_bias:
+                bias = (residual_GO - (change_GON @ self.sum_GN[..., None])[..., 0]) / self.count
+            yield Change(change_GON, bias, damping)
+
+    def _squares_added(self, change: Change) -> float:
+        D = change.coefficients
+        squares = (D @ self.gram_GNN * D).sum() - 2 * (D * self.cross_GON).sum()
+        if change.bias is not None:
+            b = change.bias
+            squares += self.count * (b * b).sum() - 2 * (b * self.channels[0]).sum()
+            squares += 2 * (b * (D @ self.sum_GN[..., None])[..., 0]).sum()
+        return float(squares)
+
+
+class Samples(Problem):
+    """Every response and residual, float64; solved in the dual, whose size is the number of positions."""
+
+    name = "dual"
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__(layer)
+        self._z: list[Tensor] = []
+        self._u: list[Tensor] = []
+
+    def _keep(self, call: ConvCall, residual_RGO: Tensor, picks: Tensor | None) -> None:
+        self._z.append(responses(call, self.layer.basis, picks).to(self.channels.device))
+        self._u.append(residual_RGO)
+
+    def _all(self) -> tuple[Tensor, Tensor]:
+        self._z, self._u = [torch.cat(self._z)], [torch.cat(self._u)]
+        return self._z[0].transpose(0, 1), self._u[0].transpose(0, 1)
+
+    def candidates(self, dampings: Sequence[float]) -> Iterator[Change]:
+        z_GRN, u_GRO = self._all()
+        mean_G1N, mean_G1O = z_GRN.mean(1, keepdim=True), u_GRO.mean(1, keepdim=True)
+        if self.layer.fits_bias:
+            z_GRN, u_GRO = z_GRN - mean_G1N, u_GRO - mean_G1O
+        z_GRN = self.layer.restricted(z_GRN)
+        values_GR, vectors_GRR = torch.linalg.eigh(z_GRN @ z_GRN.mT)
+        usable = _usable(values_GR)
+        self.condition = _condition(values_GR, usable)
+        scale_G1 = values_GR.clamp_min(0).sum(1, keepdim=True) / self.layer.unknowns
+        rotated_GOR = u_GRO.mT @ vectors_GRR
+        for damping in dampings:
+            inverse = torch.where(usable, 1 / (values_GR + damping * scale_G1), 0.0)
+            change_GON = (rotated_GOR * inverse[:, None]) @ vectors_GRR.mT @ z_GRN
+            bias = (mean_G1O - mean_G1N @ change_GON.mT)[:, 0] if self.layer.fits_bias else None
+            yield Change(change_GON, bias, damping)
+
+    def _squares_added(self, change: Change) -> float:
+        z_GRN, u_GRO = self._all()
+        answer_GRO = z_GRN @ change.coefficients.mT
+        if change.bias is not None:
+            answer_GRO = answer_GRO + change.bias[:, None]
+        return float((answer_GRO * (answer_GRO - 2 * u_GRO)).sum())
+
+
+@dataclass(frozen=True)
+class _Unknowns:
+    """Coefficients (G, O, I F) and bias (G, O) as one vector for each output channel."""
+
+    kernel: Tensor
+    bias: Tensor
+
+    def __add__(self, other: _Unknowns) -> _Unknowns:
+        return _Unknowns(self.kernel + other.kernel, self.bias + other.bias)
+
+    def __sub__(self, other: _Unknowns) -> _Unknowns:
+        return _Unknowns(self.kernel - other.kernel, self.bias - other.bias)
+
+    def scaled(self, factors_GO: Tensor) -> _Unknowns:
+        return _Unknowns(self.kernel * factors_GO[..., None], self.bias * factors_GO)
+
+    def dot(self, other: _Unknowns) -> Tensor:
+        return (self.kernel * other.kernel).sum(-1) + self.bias * other.bias
+
+
+class Operator(Problem):
+    """The layer's inputs and residual maps; conjugate gradients, one system for each output channel side by side.
+
+    Needs the convolution and its transpose alone. Starts from the projection and goes from strong damping to weak; each
+    step fits the strongest directions left, so that stopping early regularises, too (Hanke, Conjugate Gradient Type
+    Methods, ch. 3).
+    """
+
+    name = "conjugate gradients"
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__(layer)
+        self._calls: list[tuple[ConvCall, Tensor]] = []
+        self._power = self.channels.new_zeros(1)  # trace of G
+
+    def _keep(self, call: ConvCall, residual_RGO: Tensor, picks: Tensor | None) -> None:
+        assert picks is None  # the convolution computes all positions
+        self._power += responses(call, self.layer.basis).square().sum()
+        residual_NOP = residual_RGO.reshape(len(call.output), -1, call.output.shape[1]).transpose(1, 2)
+        self._calls.append((call, residual_NOP.reshape(call.output.shape).to(call.output)))
+
+    def _sums(self) -> list[Tensor]:
+        return [self._power]
+
+    @property
+    def bytes(self) -> int:
+        """Memory that the maps take."""
+        tensors = (t for call, residual in self._calls for t in (call.input, residual))
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def candidates(self, dampings: Sequence[float]) -> Iterator[Change]:
+        scale = float(self._power) / self.layer.unknowns
+        goal = self._transpose([residual for _, residual in self._calls])
+        state = _Unknowns(torch.zeros_like(goal.kernel), torch.zeros_like(goal.bias))
+        # From each damping's solution on to the next weaker one's: strong ones take two or three steps.
+        limit = _STEPS if len(dampings) == 1 else _STEPS // 4
+        for damping in dampings:
+            state = self._descend(state, goal, damping * scale, limit)
+            yield Change(state.kernel, state.bias if self.layer.fits_bias else None, damping)
+
+    def _descend(self, x: _Unknowns, goal: _Unknowns, strength: float, limit: int) -> _Unknowns:
+        """Conjugate gradients for (G + strength) x = goal, each output channel with steps of its own."""
+        residual = goal - self._normal(x, strength)
+        step, squares = residual, residual.dot(residual)
+        small = 1e-24 * goal.dot(goal).max() if strength == 0 else 1e-8 * goal.dot(goal).max()
+        for _ in range(limit):
+            if squares.max() <= small:
+                break
+            image = self._normal(step, strength)
+            curvature = step.dot(image)
+            length = torch.where(curvature > 0, squares / curvature.clamp_min(1e-300), 0.0)
+            x, residual = x + step.scaled(length), residual - image.scaled(length)
+            before, squares = squares, residual.dot(residual)
+            step = residual + step.scaled(torch.where(before > 0, squares / before.clamp_min(1e-300), 0.0))
+        return x
+
+    def _normal(self, x: _Unknowns, strength: float) -> _Unknowns:
+        """(G + strength) x; the bias is not damped."""
+        image = self._transpose(self._answers(x.kernel, x.bias))
+        return replace(image, kernel=image.kernel + strength * x.kernel)
+
+    def _answers(self, coefficients: Tensor, bias: Tensor | None) -> list[Tensor]:
+        return [
+            call.apply(
+                call.input,
+                self.layer.kernel(coefficients).to(call.input),
+                None if bias is None else bias.flatten().to(call.input),
+            )
+            for call, _ in self._calls
+        ]
+
+    def _transpose(self, maps: list[Tensor]) -> _Unknowns:
+        """Sums over positions of map x responses, and of the map itself (zero where there is no bias to fit)."""
+        groups, out, _ = self.layer.coefficients.shape
+        total = torch.zeros_like(self.layer.kernel(self.layer.coefficients))
+        bias = torch.zeros_like(self.channels[0])
+        for (call, _), answer in zip(self._calls, maps, strict=True):
+            with torch.enable_grad():
+                kernel = total.to(call.input, copy=True).requires_grad_()
+                (gradient,) = torch.autograd.grad(call.apply(call.input, kernel), kernel, answer.to(call.input))
+            total += gradient
+            bias += answer.to(torch.float64).transpose(0, 1).flatten(1).sum(1).view(groups, out).to(bias)
+        sum_over_ranks([total, bias])
+        coefficients_OIF = total.flatten(2) @ self.layer.basis.T.to(total)
+        coefficients = to_groups(coefficients_OIF, groups, self.layer.transposed)
+        return _Unknowns(self.layer.restricted(coefficients), bias if self.layer.fits_bias else torch.zeros_like(bias))
+
+    def _squares_added(self, change: Change) -> float:
+        total = self.channels.new_zeros(1)
+        answers = self._answers(change.coefficients, change.bias)
+        for (_, residual), answer in zip(self._calls, answers, strict=True):
+            exact = answer.to(torch.float64)
+            total += (exact * (exact - 2 * residual.to(torch.float64))).sum().to(total)
+        sum_over_ranks([total])
+        return float(total)
+
+
+def solver(groups: int, out: int, unknowns: int, fit: int, held: int, memory: int, alone: bool = True) -> type[Problem]:
+    """The way to hold a layer's equations within ``memory`` bytes, the quickest first.
+
+    ``fit`` and ``held`` positions; the dual needs every response in one process (``alone``).
+    """
+    right_hand_sides = 6 * out * unknowns
+    normal = 8 * groups * (5 * unknowns**2 + right_hand_sides)
+    dual = 8 * groups * (2 * (fit + held) * unknowns + 3 * fit**2 + right_hand_sides)
+    if alone and fit < unknowns and dual <= memory:
+        return Samples
+    if normal <= memory:
+        return NormalEquations
+    if alone and dual <= memory:
+        return Samples
+    return Operator
+
+
+def _usable(values: Tensor) -> Tensor:
+    """Eigenvalues that stand out of the rounding of the largest."""
+    return values > values.shape[-1] * torch.finfo(values.dtype).eps * values.amax(-1, keepdim=True)
+
+
+def _condition(values: Tensor, usable: Tensor) -> float | None:
+    smallest = torch.where(usable, values, torch.inf).amin(-1)
+    ratios = (values.amax(-1) / smallest)[usable.any(-1)]
+    return float(ratios.max()) if len(ratios) else None
