@@ -21,6 +21,8 @@ from .solvers import Operator, solver
 # 8 per unknown left the refit measurably worse, and 256 no better than 32.
 POSITIONS_PER_UNKNOWN = 32
 LEAST_POSITIONS = 1 << 15
+# Depthwise layers have a handful of unknowns for each channel, and every channel costs: fewer will do there.
+LEAST_POSITIONS_GROUPED = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def _site(
     out, inside = (second, first // groups) if transposed else (first // groups, second)
     unknowns = inside * kept
     rows = sum(shape[0] for _, shape in calls) / batch
-    least = max(POSITIONS_PER_UNKNOWN * unknowns, LEAST_POSITIONS)
+    least = max(POSITIONS_PER_UNKNOWN * unknowns, LEAST_POSITIONS_GROUPED if groups > 8 else LEAST_POSITIONS)
     wanted = math.ceil(least / max(data.fit_total, 1) / rows)
     sampled = _sampled(calls, wanted) / batch
     fit, held = (math.ceil(sampled * count) for count in (data.fit_total, data.total - data.fit_total))
