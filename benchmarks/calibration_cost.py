@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 import harmconvert as hc
-from harmconvert.calibration.capture import conv_calls
+from harmconvert.calibration.capture import ConvCall, watch_convolutions
 from harmconvert.calibration.equations import Problem
 from harmconvert.calibration.layers import Kernel, choose
 from harmconvert.calibration.refit import DAMPINGS
@@ -41,6 +41,12 @@ SOLVERS = RESULTS.with_name("calibration_solvers.csv")
 def synchronise(device: str) -> None:
     if device != "cpu":
         torch.cuda.synchronize()
+
+
+def captured(conv: nn.Module, x: torch.Tensor) -> ConvCall:
+    calls: list[ConvCall] = []
+    watch_convolutions(conv, {"": conv}, x, lambda _, call: calls.append(call))
+    return calls[0]
 
 
 def gemm_rate(rows: int, unknowns: int, device: str) -> float:
@@ -60,7 +66,7 @@ def accumulation(channels: int, size: int, wanted: int, device: str) -> dict[str
     """Taking in one batch of 32 of a 3x3 layer at lambda 2: GFLOP/s of the two products, all work included."""
     conv = to_harmonic(nn.Conv2d(channels, channels, 3, padding=1, bias=False), [(0, 0), (0, 1), (1, 0)]).to(device)
     x = torch.randn(32, channels, size, size, device=device)
-    ((_, call),) = conv_calls(conv, {"": conv}, x)
+    call = captured(conv, x)
     layer = Kernel.of(conv, call).layer(call, False, wanted, 0)
     problem = NormalEquations(layer)
     target = outputs(call.output, pick_positions(range(32), (size, size), wanted, 0)).contiguous()
@@ -92,7 +98,7 @@ def solving(method: type[Problem], unknowns: int, positions: int, device: str) -
     for count in (positions, positions // 3):
         x = torch.randn(8, channels, count // 8 + 7, generator=generator).to(device)
         x = x + 0.9 * x.roll(1, 2) + 0.6 * x.roll(1, 1)
-        ((_, call),) = conv_calls(harmonic, {"": harmonic}, x)
+        call = captured(harmonic, x)
         layer = Kernel.of(harmonic, call).layer(call, False, 1 << 30, 0)
         with torch.no_grad():
             target = dense(x)

@@ -25,4 +25,6 @@ def fuse(model: nn.Module) -> nn.Module:
         InputError: the network cannot be copied.
     """
     harmonic = [module for module in model.modules() if isinstance(module, HarmonicMixin)]
-    return exchange(model, {conv: partial(to_dense, conv) for conv in harmonic})
+    dense = exchange(model, {conv: partial(to_dense, conv) for conv in harmonic})
+    dense.__dict__.pop("harmconvert_calibration", None)  # it tells of coefficients, which are no more
+    return dense

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import harmconvert as hc
 from harmconvert.calibration import CalibrationSettings, calibrate, reestimate_batch_norm
 from harmconvert.calibration import _never_worse as never_worse
-from harmconvert.calibration.capture import conv_calls
+from harmconvert.calibration.capture import ConvCall, watch_convolutions
 from harmconvert.calibration.divergence import divergence
 from harmconvert.calibration.equations import Change, Problem
 from harmconvert.calibration.inputs import Batch, calibration_set
@@ -121,6 +121,15 @@ def test_a_standardised_kernel_is_refitted_within_what_its_class_can_make(name: 
         )
 
 
+def captured(conv: nn.Module, x: Tensor) -> ConvCall:
+    """The one call of torch's convolution that a module makes."""
+    calls: list[ConvCall | None] = []
+    watch_convolutions(conv, {"": conv}, x, lambda _, call: calls.append(call))
+    (call,) = calls
+    assert call is not None
+    return call
+
+
 METHODS: list[type[Problem]] = [NormalEquations, Samples, Operator]
 
 
@@ -130,7 +139,7 @@ def problem(method: type[Problem], name: str, count: int, seed: int = 0) -> tupl
     conv = seeded(make, torch.float64)
     harmonic = to_harmonic(conv, half(tuple(conv.kernel_size)))
     x = smooth((count, *shape[1:]), seed)
-    ((_, call),) = conv_calls(harmonic, {"": harmonic}, x)
+    call = captured(harmonic, x)
     layer = Kernel.of(harmonic, call).layer(call, conv.bias is not None, 1 << 30, 0)
     built = method(layer)
     with torch.no_grad():
@@ -162,6 +171,14 @@ def test_fewer_positions_than_unknowns_move_as_little_as_they_can(method: type[P
     expected, _ = oracle.refit(conv, half((16, 16)), x, built.layer.coefficients.numpy())
     found = (built.layer.coefficients + change.coefficients).numpy()
     assert np.abs(found - expected).max() <= 1e-6 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["plain", "grouped", "depthwise"])
+def test_all_ways_damp_alike(method: type[Problem], name: str) -> None:
+    (expected,) = problem(NormalEquations, name, 12)[0].candidates([0.1])
+    (found,) = problem(method, name, 12)[0].candidates([0.1])
+    assert (found.coefficients - expected.coefficients).norm() <= 1e-3 * expected.coefficients.norm()
 
 
 @pytest.mark.parametrize("method", METHODS[:2])
@@ -423,9 +440,34 @@ def test_the_divergence_of_logits_is_the_mean_kl() -> None:
     x = random_input((5, 3))
     with torch.no_grad():
         p, q = a(x).double().softmax(1).numpy(), b(x).double().softmax(1).numpy()
+    a.num_classes = 4
     expected = sum(p[n, c] * math.log(p[n, c] / q[n, c]) for n in range(5) for c in range(4)) / 5
     batches = [Batch(x[:2], (0, 1)), Batch(x[2:], (2, 3, 4))]
     assert divergence(a, b, batches) == pytest.approx(expected, rel=1e-6)
+    # Of a network that does not call itself a classifier, outputs are compared as they are.
+    del a.num_classes
+    with torch.no_grad():
+        b.load_state_dict(a.state_dict())
+        b.bias += 100
+        size = a(x).double().square().sum().item()
+    assert divergence(a, b, batches) == pytest.approx(5 * 4 * 100**2 / size, rel=1e-5)
+
+
+def test_a_class_masked_out_and_outputs_that_cannot_be_compared() -> None:
+    class Masked(nn.Linear):
+        num_classes = 4
+
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input).index_fill(1, torch.tensor([2]), -math.inf)
+
+    class Ragged(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input)[: 2 if self.bias is None else 1]
+
+    batches = [Batch(random_input((5, 3)), tuple(range(5)))]
+    a, b = seeded(lambda: Masked(3, 4)), seeded(lambda: Masked(3, 4), seed=1)
+    assert 0 < divergence(a, b, batches) < 10
+    assert divergence(Ragged(3, 4), Ragged(3, 4, bias=False), batches) is None
 
 
 # --- batch norm ---
@@ -613,6 +655,97 @@ class Doubling(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         return nn.functional.conv2d(input, self.weight**2, self.bias)
+
+
+class Unfolding(nn.Conv2d):
+    """Convolves without torch's convolution."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        columns = nn.functional.unfold(input, 3)
+        return (self.weight.flatten(1) @ columns).unflatten(2, (input.shape[2] - 2, -1))
+
+
+def test_a_layer_that_cannot_be_seen_is_left_out_and_the_others_are_not() -> None:
+    model = nn.Sequential(Unfolding(3, 4, 3), nn.Conv2d(4, 4, 3)).double().eval()
+    layers = hc.convert(model, {"*": 2}, calibration=smooth((16, 3, 9, 9)).split(4)).calibration.layers
+    found = {layer.name: (layer.decision, layer.why) for layer in layers}
+    assert found["0"] == ("projection", "it convolves otherwise than once in a forward")
+    assert found["1"] == ("refit", None)
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_what_is_changed_in_place_later_is_seen_as_it_was(inplace: bool) -> None:
+    def make() -> nn.Module:
+        parts = [nn.Conv2d(3, 8, 3), nn.ReLU(inplace), nn.Conv2d(8, 8, 3), nn.ReLU(inplace), nn.Conv2d(8, 4, 3)]
+        return nn.Sequential(*parts)
+
+    x = smooth((24, 3, 12, 12))
+    found = hc.convert(seeded(make, torch.float64), {"*": 2}, calibration=x.split(8))
+    plain = seeded(make, torch.float64)
+    for module in plain.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+    expected = hc.convert(plain, {"*": 2}, calibration=x.split(8))
+    assert all(torch.equal(a, b) for a, b in zip(found.model.parameters(), expected.model.parameters(), strict=True))
+
+
+def test_half_precision_is_refitted_by_every_method() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 48, 3), nn.ReLU(), nn.Conv2d(48, 8, 5)), torch.bfloat16)
+    x = smooth((32, 3, 14, 14), dtype=torch.bfloat16)
+    for memory in (1 << 30, 1 << 20):
+        conversion = hc.convert(model, {"2": 4}, calibration=x.split(8), settings=CalibrationSettings(memory=memory))
+        (record,) = conversion.calibration.layers
+        assert record.decision == "refit"
+        assert record.error_after < 0.97 * record.error_before
+
+
+def test_inputs_of_several_sizes() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 48, 3), nn.ReLU(), nn.Conv2d(48, 8, 5)), torch.float64)
+    batches = [smooth((8, 3, 14, 14)), smooth((8, 3, 20, 17), 1)]
+    for memory in (1 << 30, 1 << 20):
+        conversion = hc.convert(model, {"2": 4}, calibration=batches, settings=CalibrationSettings(memory=memory))
+        assert conversion.calibration.layers[0].decision == "refit"
+
+
+def test_a_list_of_single_images_is_one_input() -> None:
+    class Detector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+        def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+            return [{"boxes": self.b(self.a(torch.stack(images)).relu()).flatten()}]
+
+    model = seeded(Detector, torch.float64)
+    lists = [list(part) for part in smooth((12, 3, 12, 12)).split(4)]
+    first = hc.convert(model, {"b": 2}, calibration=lists)
+    pairs = hc.convert(model, {"b": 2}, calibration=[(part, None) for part in lists])
+    assert first.calibration.inputs == 12
+    assert torch.equal(first.model.b.coefficients, pairs.model.b.coefficients)
+
+
+def test_one_failure_costs_no_other_layer_its_refit(monkeypatch: pytest.MonkeyPatch) -> None:
+    import harmconvert.calibration.refit as room
+
+    choose_really, calls = room.choose, []
+
+    def failing(*arguments: object) -> object:
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise MemoryError("no memory left")
+        return choose_really(*arguments)
+
+    monkeypatch.setattr(room, "choose", failing)
+    layers = hc.convert(stack(), {"*": 2}, calibration=smooth((24, 3, 12, 12)).split(8)).calibration.layers
+    assert [layer.decision for layer in layers] == ["failed", "refit", "refit"]
+    assert "out of memory (no memory left): lower --calibration-memory" in layers[0].why
+
+
+def test_fusing_leaves_the_record_of_calibration_behind() -> None:
+    model = stack(torch.float32)
+    conversion = hc.convert(model, 2, calibration=smooth((16, 3, 12, 12), dtype=torch.float32).split(8))
+    dense = hc.fuse(conversion.model)
+    assert hc.verify(dense, hc.convert(dense).model, smooth((2, 3, 12, 12), dtype=torch.float32)).ok
 
 
 def test_a_kernel_made_in_an_unknown_way_keeps_the_projection_and_says_so() -> None:

@@ -13,12 +13,16 @@ running a network up to a layer.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..conv import HarmonicMixin
+from ..distributed import least_over_ranks, local_world_size
+from ..errors import first_line
 from ..plan import Plan
 from ..surgery import convolutions
 from ..weights import tensors_sha256
@@ -27,7 +31,7 @@ from .divergence import divergence
 from .inputs import CalibrationSet, calibration_set
 from .records import Calibration, CalibrationSettings, LayerCalibration, Progress
 from .refit import Refit
-from .sites import Targets, find_sites
+from .sites import Targets, running_sites
 
 __all__ = [
     "Calibration",
@@ -49,7 +53,7 @@ def calibrate(
 ) -> Calibration:
     """Refit the truncated convolutions of ``converted``, in place, then re-estimate its batch norms.
 
-    Runs ``converted`` once for each truncated layer, up to that layer: the cost is linear in the inputs, and of the
+    Runs ``converted`` once for each truncated layer, up to that layer: the cost is linear in the inputs. Of the
     activations one layer's of one batch are held, and answers at sampled positions. Under torch.distributed the inputs
     are shared out and the sums are taken over all processes.
 
@@ -67,19 +71,26 @@ def calibrate(
     if not cut:
         return Calibration((), data.total, 0, notes=("nothing was cut, so there is nothing to repair",))
     before = _copied(converted)
+    layers = _refit(original, converted, cut, data, settings, progress)
+    after = _copied(converted)
+    _blend(converted, before, before, 0.0)
     plain = divergence(original, converted, data.held)
-    layers = _refit(original, converted, cut, data, settings, progress) if settings.refit else []
-    refit = divergence(original, converted, data.held) if layers else plain
+    _blend(converted, after, after, 0.0)
+    refit = divergence(original, converted, data.held) if settings.refit else plain
     kept, final = _never_worse(original, converted, data, before, plain, refit)
     norms = 0
+    notes: list[str] = []
     if settings.batch_norm and batch_norms(converted):
-        norms, final = _batch_norms(original, converted, data, final)
-    state = converted.state_dict()
-    changed = {k: tensors_sha256({k: t}) for k, t in state.items() if not torch.equal(t, before[k])}
-    held = data.total - data.fit_total
-    notes = [] if held else ["one input: none can be held back, so nothing is refitted"]
+        norms, final, notes = _batch_norms(original, converted, data, final)
+    if not data.held:
+        notes.append("one input: none can be held back, so nothing is refitted")
+    elif plain is None and refit is None:
+        notes.append("the outputs cannot be compared, so the layers' own errors alone decided")
     if data.left:
         notes.append(f"only the first {data.total} inputs were read (settings: inputs={settings.inputs})")
+    state = converted.state_dict()
+    changed = {k: tensors_sha256({k: state[k]}) for k, t in before.items() if not torch.equal(state[k], t)}
+    held = data.total - data.fit_total
     return Calibration(
         tuple(layers), data.total, held, plain, refit, final, kept, norms, tuple(notes), settings, changed
     )
@@ -93,21 +104,28 @@ def _refit(
     settings: CalibrationSettings,
     progress: Progress | None,
 ) -> list[LayerCalibration]:
-    originals, converteds = convolutions(original), convolutions(converted)
-    layers = {name: originals[name] for name in cut}
+    converteds = convolutions(converted)
     harmonic = {name: cast(HarmonicMixin, converteds[name]) for name in cut}
-    memory = settings.memory or free_memory(next(converted.parameters()).device) // 2
-    sites = find_sites(original, harmonic, layers, data, memory)
-    targets = Targets(original, layers, sites, settings.seed, memory // 2)
-    refit = Refit(converted, harmonic, targets, data, settings, memory)
+    device = next(converted.parameters()).device
+    memory = settings.memory or least_over_ranks(free_memory(device) // 2 // local_world_size())
+    sites, odd = running_sites(original, harmonic, data, memory)
+    if not settings.refit:
+        return []
+    refit = Refit(
+        converted, harmonic, Targets(original, sites, data, settings.seed, memory // 2), data, settings, memory
+    )
     records = []
     for done, site in enumerate(sites):
         if progress:
             progress(done, len(sites), site.names[0])
         records.append(refit(site))
-    ran = {name for site in sites for name in site.names}
-    why = "it does not run on the calibration inputs"
-    return records + [LayerCalibration(name, "projection", why=why) for name in cut if name not in ran]
+    if progress:
+        progress(len(sites), len(sites), "checking the outputs")
+    for name in cut:
+        if not any(name in site.names for site in sites):
+            why = odd.get(name, "it does not run on the calibration inputs")
+            records.append(LayerCalibration(name, "projection", why=why))
+    return records
 
 
 def _never_worse(
@@ -119,7 +137,7 @@ def _never_worse(
     refit: float | None,
 ) -> tuple[float, float | None]:
     """Where layer by layer better is worse at the end, take half the change, a quarter, none; which, and the result."""
-    if plain is None or refit is None or refit <= plain:
+    if plain is None or (refit is not None and refit <= plain):
         return 1.0, refit
     after = _copied(converted)
     for kept in (0.5, 0.25):
@@ -133,15 +151,18 @@ def _never_worse(
 
 def _batch_norms(
     original: nn.Module, converted: nn.Module, data: CalibrationSet, so_far: float | None
-) -> tuple[int, float | None]:
+) -> tuple[int, float | None, list[str]]:
     """Re-estimate, and keep that where it is seen to bring the held-back outputs nearer to the original's."""
-    before = _copied(converted)
-    norms = reestimate_batch_norm(converted, (batch.input for batch in data.fit))
+    before, notes, norms = _copied(converted), [], 0
+    try:
+        norms = reestimate_batch_norm(converted, (batch.input for batch in data.fit))
+    except Exception as error:  # nothing that comes last may cost what was done before
+        notes.append(f"batch norms were not re-estimated: {first_line(error)}")
     found = divergence(original, converted, data.held)
     if so_far is None or found is None or not found < so_far:
         _blend(converted, before, before, 0.0)
-        return 0, so_far
-    return norms, found
+        return 0, so_far, notes
+    return norms, found, notes
 
 
 def _copied(model: nn.Module) -> dict[str, Tensor]:
@@ -161,8 +182,11 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return 8 << 30
+    with suppress(OSError, ValueError):  # a container may have less; "max" is no number
+        group = Path("/sys/fs/cgroup")
+        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return max(free, 1 << 21)

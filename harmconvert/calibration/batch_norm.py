@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..distributed import sum_over_ranks
 from ..surgery import evaluating
 from .capture import forward
+from .inputs import input_of
 
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -27,7 +28,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> int:
     did not run, and batches with one value per channel, change nothing.
 
     Args:
-        batches: inputs as the network takes them: tensors, tuples of arguments, dicts of keywords.
+        batches: tensors, (input, target) pairs whose target is not looked at, dicts of keywords.
 
     Raises:
         UsageError: the network does not run on them.
@@ -36,8 +37,8 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> int:
     sums = {name: torch.zeros(2 * n.num_features + 1, dtype=torch.float64) for name, n in norms.items()}
 
     def watch(name: str) -> Any:
-        def hook(norm: _BatchNorm, args: Any) -> None:
-            x = args[0].detach().to(torch.float64)
+        def hook(norm: _BatchNorm, args: Any, kwargs: Any) -> None:
+            x = next(iter((*args, *kwargs.values()))).detach().to(torch.float64)
             values = x.transpose(0, 1).flatten(1) if x.dim() > 1 else x[:, None]
             norm.training = values.shape[1] > 1
             if norm.training:
@@ -47,24 +48,22 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> int:
         return hook
 
     before = {name: _statistics(norm) for name, norm in norms.items()}
-    handles = [norm.register_forward_pre_hook(watch(name)) for name, norm in norms.items()]
+    handles = [norm.register_forward_pre_hook(watch(name), with_kwargs=True) for name, norm in norms.items()]
     try:
         with evaluating(model):
             for batch in batches:
-                forward(model, batch)
+                forward(model, input_of(batch))
     finally:
         for handle in handles:
             handle.remove()
         for name, norm in norms.items():  # the forwards moved the running statistics their own way
             _restore(norm, before[name])
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    totals = {name: total.to(device) if device.type == "cuda" else total for name, total in sums.items()}
-    sum_over_ranks(totals.values())
+    sum_over_ranks(sums.values())
     ran = 0
     for name, norm in norms.items():
-        weight = totals[name][-1]
+        weight = sums[name][-1]
         if weight > 0:
-            mean, var = (totals[name][:-1] / weight).chunk(2)
+            mean, var = (sums[name][:-1] / weight).chunk(2)
             _restore(norm, (mean, var, None))
             ran += 1
     return ran

@@ -54,24 +54,35 @@ class _Reached(BaseException):
     """The layer has run; the rest of the forward is not needed. No Exception, so that no model swallows it."""
 
 
-def conv_calls(
-    model: nn.Module, layers: Mapping[str, nn.Module], input: Any, stop_after: int | None = None
-) -> list[tuple[str, ConvCall]]:
-    """Run ``model`` on one batch and return the calls of ``layers`` in their order; stop after so many.
+def watch_convolutions(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    input: Any,
+    see: Callable[[str, ConvCall | None], None],
+    stop_after: int | None = None,
+) -> None:
+    """Run ``model`` on one batch and show each call of ``layers`` to ``see`` as it happens; stop after so many calls.
+
+    ``see`` gets the layer's name and the call, None where the layer convolves otherwise than once in a forward. What it
+    wants to keep of the maps it must copy: the network may change them in place next.
 
     Raises:
-        UsageError: the network does not run on that input, or a layer convolves more than once in one forward.
+        UsageError: the network does not run on that input. Whatever ``see`` raises.
     """
     recorder = _Recorder()
-    calls: list[tuple[str, ConvCall]] = []
+    seen = 0
+    failure: list[Exception] = []
 
     def after(name: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
+            nonlocal seen
             found = recorder.stop()
-            if len(found) != 1:
-                raise UsageError(f"layer {name} convolves {len(found)} times in one forward: it cannot be calibrated")
-            calls.append((name, found[0]))
-            if len(calls) == stop_after:
+            seen += 1
+            try:
+                see(name, found[0] if len(found) == 1 else None)
+            except Exception as error:
+                failure.append(error)
+            if failure or seen == stop_after:
                 raise _Reached
 
         return hook
@@ -85,7 +96,8 @@ def conv_calls(
     finally:
         for handle in handles:
             handle.remove()
-    return calls
+    if failure:
+        raise failure[0]
 
 
 def forward(model: nn.Module, input: Any, mode: TorchFunctionMode | None = None) -> Any:

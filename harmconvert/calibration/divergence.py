@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,30 +15,46 @@ from .inputs import Batch
 
 
 def divergence(original: nn.Module, converted: nn.Module, batches: Iterable[Batch]) -> float | None:
-    """Mean KL divergence of class probabilities in nats where the output is logits (N, classes), else the squared
-    difference of all floating outputs over their square; None where shapes differ or nothing can be compared."""
-    sums = torch.zeros(3, dtype=torch.float64)  # divergence, weight, batches that cannot be compared
+    """Mean KL divergence of class probabilities (nats) for a classifier, which says so by ``num_classes``; for others
+    the squared difference of all floating outputs over their square. None where outputs have other shapes, are not
+    finite, or do not come at all."""
+    sums = torch.zeros(3, dtype=torch.float64)  # distance, weight, batches that cannot be compared
     for batch in batches:
-        ours, theirs = (
-            [t for t in tensors_in(forward(m, batch.input)) if t.is_floating_point()] for m in (original, converted)
-        )
-        if not ours or [t.shape for t in ours] != [t.shape for t in theirs]:
+        try:
+            ours, theirs = (_floats(forward(model, batch.input)) for model in (original, converted))
+            sums += _distance(ours, theirs, _classes(original))
+        except Exception:  # every process must come to the sum below
             sums[2] += 1
-        elif len(ours) == 1 and ours[0].dim() == 2 and ours[0].shape[1] > 1:
-            sums += torch.tensor([_kl(ours[0], theirs[0]), len(ours[0]), 0.0], dtype=torch.float64)
-        else:
-            squares = [_squares(b.double() - a.double()) for a, b in zip(ours, theirs, strict=True)]
-            sums += torch.tensor([sum(squares), sum(_squares(a.double()) for a in ours), 0.0], dtype=torch.float64)
-    device = next((p.device for p in original.parameters()), sums.device)
-    total = sums.to(device) if device.type == "cuda" else sums
-    sum_over_ranks([total])
-    distance, weight, lost = total.tolist()
-    return distance / weight if weight > 0 and not lost else None
+    sum_over_ranks([sums])
+    distance, weight, lost = sums.tolist()
+    value = distance / weight if weight > 0 and not lost else float("nan")
+    return value if value == value and value != float("inf") else None
+
+
+def _floats(outputs: Any) -> list[Tensor]:
+    return [tensor for tensor in tensors_in(outputs) if tensor.is_floating_point()]
+
+
+def _distance(ours: list[Tensor], theirs: list[Tensor], classes: int | None) -> Tensor:
+    if not ours or [t.shape for t in ours] != [t.shape for t in theirs]:
+        return torch.tensor([0.0, 0.0, 1.0])
+    if len(ours) == 1 and ours[0].dim() == 2 and ours[0].shape[1] == classes:
+        return torch.tensor([_kl(ours[0], theirs[0]), len(ours[0]), 0.0], dtype=torch.float64)
+    difference = sum(_squares(b.double() - a.double()) for a, b in zip(ours, theirs, strict=True))
+    return torch.tensor([difference, sum(_squares(a.double()) for a in ours), 0.0], dtype=torch.float64)
+
+
+def _classes(model: nn.Module) -> int | None:
+    """Number of classes, which timm's classifiers and their configurations name; None where nothing says so."""
+    cfg = getattr(model, "pretrained_cfg", None)
+    configured = cfg.get("num_classes") if isinstance(cfg, dict) else getattr(cfg, "num_classes", None)
+    classes = getattr(model, "num_classes", configured)
+    return classes if isinstance(classes, int) and classes > 1 else None
 
 
 def _kl(original: Tensor, converted: Tensor) -> float:
     p, q = (torch.log_softmax(logits.double(), 1) for logits in (original, converted))
-    return float((p.exp() * (p - q)).sum())
+    return float(torch.where(p > -torch.inf, p.exp() * (p - q), 0.0).sum())  # a class masked out by -inf says nothing
 
 
 def _squares(tensor: Tensor) -> float:

@@ -86,6 +86,7 @@ class Problem:
         groups, out, _ = layer.coefficients.shape
         self.layer = layer
         self.count = 0
+        self.inputs = 0
         self.condition: float | None = None
         # Rows: sum of u, of the layer's own answer a (bias aside), of a a, of a u, of u u, of y y, for each channel.
         self.channels = layer.coefficients.new_zeros(6, groups, out)
@@ -116,9 +117,9 @@ class Problem:
 
     def reduce(self) -> None:
         """Sum over the processes; called once, when all inputs are taken in."""
-        count = self.channels.new_tensor([self.count])
-        sum_over_ranks([self.channels, count, *self._sums()])
-        self.count = round(count.item())
+        counts = self.channels.new_tensor([self.count, self.inputs])
+        sum_over_ranks([self.channels, counts, *self._sums()])
+        self.count, self.inputs = (round(number) for number in counts.tolist())
 
     @property
     def finite(self) -> bool:

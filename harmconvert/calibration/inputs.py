@@ -6,10 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..distributed import rank, sum_over_ranks, world_size
+from ..distributed import any_rank, rank, world_size
 from ..errors import InputError, UsageError
 from ..surgery import batch_size, tensors_in
 
@@ -50,29 +49,38 @@ def calibration_set(batches: Iterable[Any], limit: int | None = None) -> Calibra
     if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
         raise UsageError(f"calibration= is a {type(batches).__name__}: give a list or a loader of batches of inputs")
     mine: list[Batch] = []
+    problem: str | None = None
     total, left = 0, False
     for index, item in enumerate(batches):
         if limit is not None and total >= limit:
             left = True
             break
-        input = item[0] if isinstance(item, tuple | list) and item else item
+        input = input_of(item)
         size = batch_size(input)
         if index % world_size() == rank():
-            _check_finite(input, index)
+            problem = problem or _not_finite(input, index)
             mine.append(Batch(input, tuple(range(total, total + size))))
         total += size
     if not total:
         raise InputError("calibration= holds no input: give some images (32 or more)")
-    fewest = torch.tensor([0.0 if mine else 1.0])
-    if torch.cuda.is_available():
-        fewest = fewest.cuda()
-    sum_over_ranks([fewest])
-    if fewest.item():
+    if any_rank(problem is not None):
+        raise InputError(problem or "another process was given calibration inputs with NaN or infinite values")
+    if any_rank(not mine):
         raise InputError(f"there are fewer calibration batches than the {world_size()} processes: use smaller batches")
     every = min(HELD_BACK, total)
     fit = [part for batch in mine if (part := _select(batch, every, held=False))]
     held = [part for batch in mine if (part := _select(batch, every, held=True))] if total > 1 else []
     return CalibrationSet(tuple(fit), tuple(held), total, total - (total // every if total > 1 else 0), left)
+
+
+def input_of(item: Any) -> Any:
+    """The input in what a loader yields: of an (input, target) pair the first; a list of single images, as detectors
+    take them, is one input."""
+    if not isinstance(item, tuple | list) or not item:
+        return item
+    if isinstance(item, list) and all(isinstance(part, Tensor) and part.dim() == 3 for part in item):
+        return item
+    return item[0]
 
 
 def _select(batch: Batch, every: int, held: bool) -> Batch | None:
@@ -93,7 +101,8 @@ def _rows(input: Any, rows: list[int], size: int) -> Any:
     return type(input)(_rows(value, rows, size) for value in input) if type(input) in (list, tuple) else input
 
 
-def _check_finite(input: Any, index: int) -> None:
+def _not_finite(input: Any, index: int) -> str | None:
     for tensor in tensors_in(input):
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise InputError(f"calibration batch {index} holds NaN or infinite values: leave those inputs out")
+            return f"calibration batch {index} holds NaN or infinite values: leave those inputs out"
+    return None

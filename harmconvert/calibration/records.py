@@ -69,7 +69,7 @@ class LayerCalibration:
 @dataclass(frozen=True)
 class Calibration:
     """What was done to a whole network. Divergences are of its outputs from the original's on held-back inputs: mean
-    KL divergence of the class probabilities (nats), or for other outputs the relative squared difference; None where
+    KL divergence of a classifier's probabilities (nats), for others the relative squared difference; None where
     outputs cannot be compared. ``kept`` is the share of the refit's change that was taken (1 unless that made the
     outputs worse than the plain cut). ``changed`` has the keys of the tensors written, each with the
     sha256 of what was written."""
@@ -93,4 +93,5 @@ class Calibration:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict."""
-        return asdict(self)
+        layers = [{**asdict(r), "positions_per_unknown": r.positions_per_unknown} for r in self.layers]
+        return {**asdict(self), "layers": layers}

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from ..conv import HarmonicMixin
+from ..distributed import any_rank
 from ..errors import UsageError, first_line
-from .capture import conv_calls
+from .capture import ConvCall, watch_convolutions
 from .equations import Layer, Problem
 from .inputs import Batch, CalibrationSet
 from .layers import Choice, Kernel, RefitError, choose, refittable_bias
@@ -59,8 +60,10 @@ class Refit:
             record = self._refit(site, record)
         except RefitError as error:
             record = replace(record, why=str(error))
-        except (torch.OutOfMemoryError, MemoryError, torch.linalg.LinAlgError, UsageError, RuntimeError) as error:
+        except Exception as error:  # one layer's trouble must not cost the others their refit
             record = replace(record, decision="failed", why=_explained(error))
+        finally:
+            self.targets.forget(site)
         return replace(record, seconds=time.perf_counter() - start)
 
     def _refit(self, site: Site, record: LayerCalibration) -> LayerCalibration:
@@ -69,11 +72,8 @@ class Refit:
         modules = {name: self.layers[name] for name in site.names}
         bias = refittable_bias(self.converted, list(modules.values()))
         kernel, layer = self._layer(site, modules, bias)
-        targets = self.targets.of(site, self.data)
-        fit, held = (
-            self._problem(site, layer, modules, targets, batches) for batches in (self.data.fit, self.data.held)
-        )
-        del targets
+        fit = self._problem(site, layer, modules, self.data.fit)
+        held = self._problem(site, layer, modules, self.data.held)
         if not (fit.finite and held.finite):
             raise UsageError("its activations are NaN or infinite on the calibration inputs")
         choice = choose(fit, held, self._dampings(fit.count / layer.unknowns))
@@ -88,40 +88,54 @@ class Refit:
             error_before=choice.error_before,
             error_after=choice.error_after,
             positions=fit.count,
+            inputs=fit.inputs + held.inputs,
             why=None if choice.change else "nothing lowers its error on held-back inputs",
         )
 
     def _layer(self, site: Site, modules: dict[str, HarmonicMixin], bias: nn.Parameter | None) -> tuple[Kernel, Layer]:
+        """How the layer makes its kernel, seen in one forward of the first batch."""
+        seen: list[tuple[str, ConvCall | None]] = []
         first = (*self.data.fit, *self.data.held)[0]
-        calls = conv_calls(self.converted, modules, first.input, len(site.calls))
+        watch_convolutions(self.converted, modules, first.input, lambda *call: seen.append(call), len(site.calls))
+        calls = [(name, call) for name, call in seen if call is not None]
         kernels = [Kernel.of(modules[name], call) for name, call in calls]
-        kinds = {(call.groups, call.transposed) for _, call in calls} | {kernel.factor is None for kernel in kernels}
-        if len(kinds) > 2 or (len(modules) > 1 and kernels[0].factor is not None):
+        kinds = {(call.groups, call.transposed, k.factor is None) for k, (_, call) in zip(kernels, calls, strict=True)}
+        if len(kinds) != 1 or (len(modules) > 1 and kernels[0].factor is not None):
             raise RefitError("convolutions of different kinds share its coefficients")
         return kernels[0], kernels[0].layer(calls[0][1], bias is not None, site.wanted, self.settings.seed)
 
     def _problem(
-        self,
-        site: Site,
-        layer: Layer,
-        modules: dict[str, HarmonicMixin],
-        targets: dict[int, list[tuple[str, tuple[int, ...], torch.Tensor]]],
-        batches: Sequence[Batch],
+        self, site: Site, layer: Layer, modules: dict[str, HarmonicMixin], batches: Sequence[Batch]
     ) -> Problem:
-        problem = site.method(layer)
-        for batch in batches:
-            fed = conv_calls(self.converted, modules, batch.input, len(site.calls))
-            wanted = targets.pop(id(batch))
-            if [(name, shape) for name, shape, _ in wanted] != [(name, tuple(c.output.shape)) for name, c in fed]:
-                raise UsageError(
-                    "the converted network runs it otherwise than the original, so that their calls do not pair"
-                )
-            for (_, _, target), (_, call) in zip(wanted, fed, strict=True):
-                problem.add(call, target, rows_of(batch, len(call.input)))
-            if isinstance(problem, Operator) and problem.bytes > self.memory:
-                break  # it holds whole maps: fewer inputs are better than none
+        """One layer's equations over some batches, of all processes."""
+        problem, failure = site.method(layer), None
+        try:
+            for batch in batches:
+                self._take_in(problem, site, modules, batch)
+                if isinstance(problem, Operator) and problem.bytes > self.memory // 2:
+                    break  # it holds whole maps: fewer inputs are better than none
+        except Exception as error:
+            failure = error
+        if any_rank(failure is not None):  # or the sums of the others would wait for this one's
+            raise failure or RuntimeError("another process could not take in its inputs")
         problem.reduce()
         return problem
+
+    def _take_in(self, problem: Problem, site: Site, modules: dict[str, HarmonicMixin], batch: Batch) -> None:
+        answers = self.targets.of(site, batch)
+        unpaired = UsageError("the converted network runs it otherwise than the original: their calls do not pair")
+        waiting = iter(answers)
+
+        def see(name: str, call: ConvCall | None) -> None:
+            wanted, shape, target = next(waiting, ("", (), torch.empty(0)))
+            if call is None or (wanted, shape) != (name, tuple(call.output.shape)):
+                raise unpaired
+            problem.add(call, target, rows_of(batch, len(call.input)))
+
+        watch_convolutions(self.converted, modules, batch.input, see, len(site.calls))
+        if next(waiting, None) is not None:
+            raise unpaired
+        problem.inputs += len(batch)
 
     def _dampings(self, positions_per_unknown: float) -> tuple[float, ...]:
         if self.settings.damping is not None:

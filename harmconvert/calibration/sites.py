@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from ..conv import HarmonicMixin
-from ..distributed import world_size
-from .capture import conv_calls
+from ..distributed import from_first_rank, world_size
+from ..surgery import convolutions
+from .capture import ConvCall, watch_convolutions
 from .equations import Problem
 from .inputs import Batch, CalibrationSet
 from .responses import outputs, pick_positions
@@ -51,59 +54,90 @@ class Site:
         return _sampled(self.calls, self.wanted) / self.batch
 
 
-def find_sites(
-    original: nn.Module,
-    converted: dict[str, HarmonicMixin],
-    layers: dict[str, nn.Module],
-    data: CalibrationSet,
-    memory: int,
-) -> list[Site]:
-    """The sites of ``layers`` of the original that run on the calibration inputs, in the order in which they do."""
+def running_sites(
+    original: nn.Module, converted: dict[str, HarmonicMixin], data: CalibrationSet, memory: int
+) -> tuple[list[Site], dict[str, str]]:
+    """The sites of ``converted`` layers that run on the calibration inputs, in the order in which the original runs
+    them; and why others that run cannot be refitted, by name.
+
+    Raises:
+        UsageError: the network does not run on the inputs.
+    """
     first = (*data.fit, *data.held)[0]
+    originals = convolutions(original)
     shared: dict[int, list[tuple[str, tuple[int, ...]]]] = {}
-    for name, call in conv_calls(original, layers, first.input):
-        shared.setdefault(id(converted[name].coefficients), []).append((name, tuple(call.output.shape)))
-    return [_site(converted[calls[0][0]], calls, len(first), data, memory) for calls in shared.values()]
+    odd: dict[str, str] = {}
+
+    def see(name: str, call: ConvCall | None) -> None:
+        if call is None:
+            odd[name] = "it convolves otherwise than once in a forward"
+        else:
+            shared.setdefault(id(converted[name].coefficients), []).append((name, tuple(call.output.shape)))
+
+    watch_convolutions(original, {name: originals[name] for name in converted}, first.input, see)
+    plain = [calls for calls in shared.values() if not any(name in odd for name, _ in calls)]
+    sites = [_site(converted[calls[0][0]], calls, len(first), data, memory) for calls in plain]
+    return from_first_rank(sites), odd
+
+
+Answer = tuple[str, tuple[int, ...], Tensor]  # layer, shape of its output, its values (N, P, O) at sampled positions
 
 
 class Targets:
     """What the original network answers at the sampled positions: of as many layers in one run as ``memory`` holds."""
 
     def __init__(
-        self, original: nn.Module, layers: dict[str, nn.Module], sites: Sequence[Site], seed: int, memory: int
-    ):
-        self._original, self._layers, self._sites, self._seed, self._memory = original, layers, sites, seed, memory
-        self._kept: dict[tuple[str, ...], dict[int, list[tuple[str, tuple[int, ...], Tensor]]]] = {}
+        self, original: nn.Module, sites: Sequence[Site], data: CalibrationSet, seed: int, memory: int
+    ) -> None:
+        self._original, self._sites, self._data = original, sites, data
+        self._seed, self._memory = seed, memory
+        self._layers = convolutions(original)
+        self._kept: dict[tuple[str, ...], dict[int, list[Answer]]] = {}
 
-    def of(self, site: Site, data: CalibrationSet) -> dict[int, list[tuple[str, tuple[int, ...], Tensor]]]:
-        """For each batch (by id): name, output shape and answers (N, P, O) of each call of the site; given out once."""
+    def of(self, site: Site, batch: Batch) -> list[Answer]:
+        """The original's answers to one batch, call by call."""
+        if site.method is Operator:  # whole maps: one batch at a time
+            return self._run([site], [batch])[site.names][id(batch)]
         if site.names not in self._kept:
-            self._run(self._next(site, data), data)
-        return self._kept.pop(site.names)
+            batches = (*self._data.fit, *self._data.held)
+            try:
+                self._kept = self._run(self._following(site), batches)
+            except (torch.OutOfMemoryError, MemoryError):
+                self._kept = {}
+                self._kept = self._run([site], batches)
+        return self._kept[site.names].pop(id(batch))
 
-    def _next(self, site: Site, data: CalibrationSet) -> list[Site]:
-        following = self._sites[self._sites.index(site) :]
-        chosen, used = [site], 0.0
-        for other in following[1:]:
-            channels = max(shape[1] for _, shape in other.calls)
-            used += 4 * channels * other.sampled * data.total
-            if used > self._memory:
+    def forget(self, site: Site) -> None:
+        """Free what is kept for a site."""
+        self._kept.pop(site.names, None)
+
+    def _following(self, site: Site) -> list[Site]:
+        chosen: list[Site] = []
+        used = 0.0
+        for other in self._sites[self._sites.index(site) :]:
+            used += 4 * max(shape[1] for _, shape in other.calls) * other.sampled * self._data.total
+            if chosen and (used > self._memory or other.method is Operator):
                 break
             chosen.append(other)
         return chosen
 
-    def _run(self, sites: list[Site], data: CalibrationSet) -> None:
+    def _run(self, sites: Sequence[Site], batches: Sequence[Batch]) -> dict[tuple[str, ...], dict[int, list[Answer]]]:
         owner = {name: site for site in sites for name in site.names}
-        layers = {name: self._layers[name] for name in owner}
-        self._kept = {site.names: {} for site in sites}
-        for batch in (*data.fit, *data.held):
-            for site in sites:
-                self._kept[site.names][id(batch)] = []
-            for name, call in conv_calls(self._original, layers, batch.input, sum(len(s.calls) for s in sites)):
-                site, shape = owner[name], tuple(call.output.shape)
-                picks = pick_positions(rows_of(batch, shape[0]), shape[2:], site.wanted, self._seed)
-                answers = outputs(call.output, picks).contiguous()
-                self._kept[site.names][id(batch)].append((name, shape, answers))
+        found: dict[tuple[str, ...], dict[int, list[Answer]]] = {site.names: {} for site in sites}
+        for batch in batches:
+
+            def see(name: str, call: ConvCall | None, batch: Batch = batch) -> None:
+                site = owner[name]
+                shape = tuple(call.output.shape) if call else ()
+                values = torch.empty(0)
+                if call:
+                    picks = pick_positions(rows_of(batch, shape[0]), shape[2:], site.wanted, self._seed)
+                    values = outputs(call.output, picks).clone()
+                found[site.names].setdefault(id(batch), []).append((name, shape, values))
+
+            calls = sum(len(site.calls) for site in sites)
+            watch_convolutions(self._original, {n: self._layers[n] for n in owner}, batch.input, see, calls)
+        return found
 
 
 def rows_of(batch: Batch, rows: int) -> list[int]:
@@ -125,7 +159,7 @@ def _site(
     fit, held = (math.ceil(sampled * count) for count in (data.fit_total, data.total - data.fit_total))
     method = solver(groups, out, unknowns, fit, held, memory, world_size() == 1)
     if method is Operator:
-        wanted = max(math.prod(shape[2:]) for _, shape in calls)
+        wanted = sys.maxsize  # the convolution computes every position, on maps of whatever size
     return Site(tuple(dict.fromkeys(name for name, _ in calls)), tuple(calls), batch, unknowns, wanted, method)
 
 

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +18,7 @@ from .capture import ConvCall
 from .equations import Change, Layer, Problem
 from .responses import responses, to_groups
 
+_LARGEST_EIGENPROBLEM = 12288  # about five minutes on two cores; conjugate gradients take less from there on
 _STEPS = 60  # of conjugate gradients at one damping, a quarter of it on the way from one to the next
 
 
@@ -151,16 +152,22 @@ class Operator(Problem):
     def __init__(self, layer: Layer) -> None:
         super().__init__(layer)
         self._calls: list[tuple[ConvCall, Tensor]] = []
-        self._power = self.channels.new_zeros(1)  # trace of G
+        self._power = self.channels.new_zeros(len(self.channels[0]))  # trace of G, per group
+        self._sum = layer.coefficients.new_zeros(len(self.channels[0]), layer.unknowns)
 
     def _keep(self, call: ConvCall, residual_RGO: Tensor, picks: Tensor | None) -> None:
         assert picks is None  # the convolution computes all positions
-        self._power += responses(call, self.layer.basis).square().sum()
+        z_RGN = responses(call, self.layer.basis)
+        self._power += z_RGN.square().sum((0, 2))
+        self._sum += z_RGN.sum(0)
+        # Steps and gradients leave the range of half precision.
+        input = call.input.to(torch.promote_types(call.input.dtype, torch.float32), copy=True)
         residual_NOP = residual_RGO.reshape(len(call.output), -1, call.output.shape[1]).transpose(1, 2)
-        self._calls.append((call, residual_NOP.reshape(call.output.shape).to(call.output)))
+        residual = residual_NOP.reshape(call.output.shape).to(input.device, input.dtype)
+        self._calls.append((replace(call, input=input, output=residual), residual))
 
     def _sums(self) -> list[Tensor]:
-        return [self._power]
+        return [self._power, self._sum]
 
     @property
     def bytes(self) -> int:
@@ -169,20 +176,21 @@ class Operator(Problem):
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def candidates(self, dampings: Sequence[float]) -> Iterator[Change]:
-        scale = float(self._power) / self.layer.unknowns
-        goal = self._transpose([residual for _, residual in self._calls])
+        power = self._power - (self._sum.square().sum(1) / self.count if self.layer.fits_bias else 0)
+        scale_G11 = (power / self.layer.unknowns).view(-1, 1, 1)
+        goal = self._transpose(residual for _, residual in self._calls)
         state = _Unknowns(torch.zeros_like(goal.kernel), torch.zeros_like(goal.bias))
         # From each damping's solution on to the next weaker one's: strong ones take two or three steps.
         limit = _STEPS if len(dampings) == 1 else _STEPS // 4
         for damping in dampings:
-            state = self._descend(state, goal, damping * scale, limit)
+            state = self._descend(state, goal, damping * scale_G11, limit)
             yield Change(state.kernel, state.bias if self.layer.fits_bias else None, damping)
 
-    def _descend(self, x: _Unknowns, goal: _Unknowns, strength: float, limit: int) -> _Unknowns:
+    def _descend(self, x: _Unknowns, goal: _Unknowns, strength: Tensor, limit: int) -> _Unknowns:
         """Conjugate gradients for (G + strength) x = goal, each output channel with steps of its own."""
         residual = goal - self._normal(x, strength)
         step, squares = residual, residual.dot(residual)
-        small = 1e-24 * goal.dot(goal).max() if strength == 0 else 1e-8 * goal.dot(goal).max()
+        small = (1e-8 if bool((strength > 0).all()) else 1e-24) * goal.dot(goal).max()
         for _ in range(limit):
             if squares.max() <= small:
                 break
@@ -194,22 +202,22 @@ class Operator(Problem):
             step = residual + step.scaled(torch.where(before > 0, squares / before.clamp_min(1e-300), 0.0))
         return x
 
-    def _normal(self, x: _Unknowns, strength: float) -> _Unknowns:
+    def _normal(self, x: _Unknowns, strength: Tensor) -> _Unknowns:
         """(G + strength) x; the bias is not damped."""
         image = self._transpose(self._answers(x.kernel, x.bias))
         return replace(image, kernel=image.kernel + strength * x.kernel)
 
-    def _answers(self, coefficients: Tensor, bias: Tensor | None) -> list[Tensor]:
-        return [
+    def _answers(self, coefficients: Tensor, bias: Tensor | None) -> Iterator[Tensor]:
+        return (
             call.apply(
                 call.input,
                 self.layer.kernel(coefficients).to(call.input),
                 None if bias is None else bias.flatten().to(call.input),
             )
             for call, _ in self._calls
-        ]
+        )
 
-    def _transpose(self, maps: list[Tensor]) -> _Unknowns:
+    def _transpose(self, maps: Iterable[Tensor]) -> _Unknowns:
         """Sums over positions of map x responses, and of the map itself (zero where there is no bias to fit)."""
         groups, out, _ = self.layer.coefficients.shape
         total = torch.zeros_like(self.layer.kernel(self.layer.coefficients))
@@ -243,13 +251,12 @@ def solver(groups: int, out: int, unknowns: int, fit: int, held: int, memory: in
     right_hand_sides = 6 * out * unknowns
     normal = 8 * groups * (5 * unknowns**2 + right_hand_sides)
     dual = 8 * groups * (2 * (fit + held) * unknowns + 3 * fit**2 + right_hand_sides)
-    if alone and fit < unknowns and dual <= memory:
+    dual_fits = alone and dual <= memory and fit <= _LARGEST_EIGENPROBLEM
+    if dual_fits and fit < unknowns:
         return Samples
-    if normal <= memory:
+    if normal <= memory and unknowns <= _LARGEST_EIGENPROBLEM:
         return NormalEquations
-    if alone and dual <= memory:
-        return Samples
-    return Operator
+    return Samples if dual_fits else Operator
 
 
 def _usable(values: Tensor) -> Tensor:
