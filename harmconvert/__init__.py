@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .calibration import CalibrationSettings, reestimate_batch_norm
     from .checkpoint import save
     from .conv import HarmonicBlock2d
     from .convert import Conversion, convert
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CalibrationSettings",
     "Conversion",
     "HarmconvertError",
     "HarmonicBlock2d",
@@ -38,11 +40,13 @@ __all__ = [
     "inspect",
     "load",
     "open_source",
+    "reestimate_batch_norm",
     "save",
     "verify",
 ]
 
 _HOME = {
+    "CalibrationSettings": "calibration",
     "Conversion": "convert",
     "HarmconvertError": "errors",
     "HarmonicBlock2d": "conv",
@@ -53,6 +57,7 @@ _HOME = {
     "inspect": "inspection",
     "load": "sources",
     "open_source": "sources",
+    "reestimate_batch_norm": "calibration",
     "save": "checkpoint",
     "verify": "verify",
 }

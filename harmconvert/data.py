@@ -74,7 +74,10 @@ def calibration_images(
         raise UsageError(
             f"the network reads {channels} channels, images have 1 or 3: give batches of your own in Python"
         )
-    transform: Transform = create_transform(**config, is_training=False)
+    try:
+        transform: Transform = create_transform(**config, is_training=False)
+    except (KeyError, ValueError, AssertionError) as error:
+        raise UsageError(f"timm knows no such pre-processing: {first_line(error)}") from error
     mode = "L" if channels == 1 else "RGB"
     unreadable: list[str] = []
     found = [
@@ -106,7 +109,13 @@ def preprocessing(model: nn.Module, overrides: Mapping[str, Any]) -> dict[str, A
     for key in ("mean", "std"):
         if key in given and len(given[key]) not in (1, size[0]):
             raise UsageError(f"--{key} has {len(given[key])} numbers for {size[0]} channels: give one, or one for each")
-    return dict(resolve_data_config({**given, "input_size": tuple(size)}, pretrained_cfg=cfg))
+        if key == "std" and key in given and not all(given[key]):
+            raise UsageError("--std is divided by: it cannot be zero")
+    config = dict(resolve_data_config({**given, "input_size": tuple(size)}, pretrained_cfg=cfg))
+    for key in ("mean", "std"):  # timm's defaults have three channels
+        if len(config[key]) != size[0]:
+            config[key] = (sum(config[key]) / len(config[key]),) * size[0]
+    return config
 
 
 def _pictures(
@@ -135,7 +144,7 @@ def _pictures(
 def _folder(folder: Path, count: int, generator: np.random.Generator, unreadable: list[str]) -> Iterator[Image.Image]:
     paths = sorted(
         os.path.join(root, name)
-        for root, _, names in os.walk(folder)
+        for root, _, names in os.walk(folder, followlinks=True)
         for name in names
         if name.lower().endswith(IMG_EXTENSIONS)
     )
@@ -144,7 +153,7 @@ def _folder(folder: Path, count: int, generator: np.random.Generator, unreadable
         try:
             with Image.open(paths[index]) as image:
                 image.load()
-                yield image
+                yield _eight_bit(image)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             unreadable.append(paths[index])
             if len(unreadable) > bound:
@@ -158,6 +167,8 @@ def _timm(
     data: str, data_dir: str | None, split: str, count: int, generator: np.random.Generator
 ) -> Iterator[Image.Image]:
     name, root = ("", data) if data.endswith(".tar") else (data, data_dir)
+    if root is None and data.startswith("torch/"):
+        raise UsageError(f"{data}: say where it lies with --data-dir DIR")
     try:
         dataset = create_dataset(name, root=root, split=split, num_samples=count, seed=0)
     except (AssertionError, ValueError, RuntimeError, LookupError, TypeError, FileNotFoundError, ImportError) as error:
@@ -170,6 +181,15 @@ def _timm(
     if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
         return (dataset[int(i)][0] for i in generator.permutation(len(dataset))[:count])
     return (item[0] for item in dataset)
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Images of more than 8 bits a pixel, scaled to 8: Pillow's own conversion would cut them off at 255."""
+    if image.mode[:1] not in ("I", "F"):
+        return image
+    values = np.asarray(image, dtype=np.float64)
+    largest = 65535.0 if image.mode.startswith("I") else max(1.0, float(values.max()))
+    return Image.fromarray((values.clip(0, largest) * (255 / largest)).round().astype(np.uint8))
 
 
 def _crops(generator: np.random.Generator) -> Iterator[Image.Image]:

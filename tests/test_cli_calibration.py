@@ -113,10 +113,15 @@ def test_a_layer_that_fails_falls_back_exits_1_and_is_still_written() -> None:
     [
         (2, "there is no folder nowhere", ["--calibrate", "nowhere"]),
         (2, "'lots' is not a size such as 500M or 2G", ["--calibration-memory", "lots"]),
-        (2, "damping (=-1.0) must be zero or more", ["--calibrate", "sample:mnist5k", "--damping", "-1"]),
+        (2, "-1.0 is not in the range x>=0", ["--calibrate", "sample:mnist5k", "--damping", "-1"]),
         (2, "'a,b' is not a list of numbers", ["--mean", "a,b"]),
-        (2, "both must be at least 1", ["--calibrate", "sample:mnist5k", "--calibration-images", "0"]),
+        (2, "0 is not in the range x>=1", ["--calibrate", "sample:mnist5k", "--calibration-images", "0"]),
         (2, "--device nonsense", ["--device", "nonsense"]),
+        (2, "--device meta holds no values", ["--device", "meta"]),
+        (2, "--damping is of use only with --calibrate DATA", ["--damping", "0.1"]),
+        (2, "-1 is not in the range x>=0", ["--seed", "-1"]),
+        (2, "'foo' is not one of", ["--interpolation", "foo"]),
+        (2, "--std is divided by", ["--calibrate", "sample:mnist5k", "--std", "0"]),
     ],
 )
 def test_calibration_options_out_of_range_are_refused(code: int, message: str, options: list[str]) -> None:

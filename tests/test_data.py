@@ -94,12 +94,29 @@ def test_too_many_unreadable_images_are_an_error(tmp_path: Path, network: nn.Mod
     [
         ("no/such/folder", "there is no folder no/such/folder: give a folder of images"),
         ("sample:cats", "there is no sample data set 'sample:cats'"),
-        ("torch/nonsense", "timm cannot open torch/nonsense"),
+        ("torch/cifar10", "torch/cifar10: say where it lies with --data-dir"),
     ],
 )
 def test_what_is_no_data_set_is_refused(data: str, message: str, network: nn.Module) -> None:
     with pytest.raises(UsageError, match=message):
         calibration_images(data, network)
+
+
+def test_sixteen_bits_and_linked_folders(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    pixels = np.linspace(0, 65535, 28 * 28).reshape(28, 28).astype(np.uint16)
+    Image.fromarray(pixels).save(tmp_path / "real" / "x-ray.png")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "link").symlink_to(tmp_path / "real")
+    network = nn.Conv2d(1, 1, 3)
+    overrides = {"input_size": (1, 28, 28), "mean": (0.0,), "std": (1.0,), "crop_pct": 1.0}
+    (batch,) = calibration_images(str(tmp_path / "set"), network, overrides=overrides).batches
+    assert torch.allclose(batch[0, 0], torch.from_numpy(pixels / 65535).float(), atol=1 / 255)
+
+
+def test_one_channel_and_timms_defaults_of_three() -> None:
+    config = preprocessing(nn.Conv2d(1, 1, 3), {"input_size": (1, 16, 16)})
+    assert config["mean"] == (pytest.approx(0.449),)
 
 
 def test_a_file_is_no_folder(folder: Path, network: nn.Module) -> None:
@@ -110,6 +127,11 @@ def test_a_file_is_no_folder(folder: Path, network: nn.Module) -> None:
 def test_an_empty_folder_holds_no_image(tmp_path: Path, network: nn.Module) -> None:
     with pytest.raises(InputError, match="holds no image"):
         calibration_images(str(tmp_path), network)
+
+
+def test_a_data_set_that_timm_does_not_know(tmp_path: Path, network: nn.Module) -> None:
+    with pytest.raises(UsageError, match="timm cannot open torch/nonsense"):
+        calibration_images("torch/nonsense", network, data_dir=str(tmp_path))
 
 
 def test_a_timm_data_set_on_disk_is_read(tmp_path: Path, network: nn.Module) -> None:

@@ -29,11 +29,12 @@ from ..weights import tensors_sha256
 from .batch_norm import batch_norms, reestimate_batch_norm
 from .divergence import divergence
 from .inputs import CalibrationSet, calibration_set
-from .records import Calibration, CalibrationSettings, LayerCalibration, Progress
+from .records import ENOUGH_POSITIONS, Calibration, CalibrationSettings, LayerCalibration, Progress
 from .refit import Refit
 from .sites import Targets, running_sites
 
 __all__ = [
+    "ENOUGH_POSITIONS",
     "Calibration",
     "CalibrationSettings",
     "LayerCalibration",

@@ -17,7 +17,7 @@ from .capture import ConvCall, watch_convolutions
 from .equations import Layer, Problem
 from .inputs import Batch, CalibrationSet
 from .layers import Choice, Kernel, RefitError, choose, refittable_bias
-from .records import CalibrationSettings, LayerCalibration
+from .records import ENOUGH_POSITIONS, CalibrationSettings, LayerCalibration
 from .sites import Site, Targets, rows_of
 from .solvers import Operator
 
@@ -25,8 +25,6 @@ from .solvers import Operator
 DAMPINGS = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 # No damping below this over the positions per unknown: the fewer there are, the less the fit is believed.
 DAMPING_TIMES_POSITIONS = 1e-3
-# Fitted on ten positions per unknown, a linear model's error is about a tenth over the best one's.
-ENOUGH_POSITIONS = 10
 
 
 class Refit:

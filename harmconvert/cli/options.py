@@ -129,25 +129,41 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--damping",
-            type=float,
+            type=click.FloatRange(min=0),
             help="Pull of each refit towards the plain cut, relative to the layer's mean square response; "
             "default: chosen on images held back.",
         ),
-        click.option("--crop-pct", type=float, help="Centre share of each image to take; default: the network's own."),
-        click.option("--interpolation", help="How images are resized (bilinear, bicubic); default: the network's own."),
+        click.option(
+            "--crop-pct",
+            type=click.FloatRange(min=0, min_open=True),
+            help="Centre share of each image to take; default: the network's own.",
+        ),
+        click.option(
+            "--interpolation",
+            type=click.Choice(["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]),
+            help="How images are resized; default: the network's own.",
+        ),
         click.option("--std", type=Numbers(), help="Channel deviations to divide by; default: the network's own."),
         click.option("--mean", type=Numbers(), help="Channel means to subtract; default: the network's own."),
         click.option("--calibration-split", default="train", show_default=True, help="Split of a timm data set."),
         click.option("--data-dir", metavar="DIR", help="Where a timm data set such as torch/cifar10 lies."),
-        click.option("--seed", default=0, show_default=True, help="Of the choice of images and positions."),
+        click.option(
+            "--seed",
+            type=click.IntRange(min=0),
+            default=0,
+            show_default=True,
+            help="Of the choice of images and positions.",
+        ),
         click.option(
             "--calibration-batch-size",
+            type=click.IntRange(min=1),
             default=32,
             show_default=True,
             help="Images in one forward; fewer take less memory.",
         ),
         click.option(
             "--calibration-images",
+            type=click.IntRange(min=1),
             default=256,
             show_default=True,
             help="Images to use; more help layers that lack them.",
@@ -166,12 +182,13 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def calibration(options: dict[str, Any], model: Any, sizes: Sequence[tuple[int, ...]]) -> Any:
     """Images and settings for `convert` under `calibration_options` (both None without --calibrate)."""
-    if options["data"] is None:
-        return None, None
     from ..calibration import CalibrationSettings
     from ..data import calibration_images
     from ..errors import UsageError, shortened
 
+    if options["data"] is None:
+        _only_with_calibrate()
+        return None, None
     if len(sizes) > 1:
         raise UsageError("--calibrate feeds one image; for a network of several inputs use calibration= in Python")
     settings = CalibrationSettings(
@@ -194,6 +211,17 @@ def calibration(options: dict[str, Any], model: Any, sizes: Sequence[tuple[int, 
     return images, settings
 
 
+def _only_with_calibrate() -> None:
+    """Raise UsageError where an option of calibration was given that nothing will heed."""
+    from ..errors import UsageError
+
+    context = click.get_current_context()
+    own = [p for p in calibration_options(lambda: None).__click_params__ if p.name]  # type: ignore[attr-defined]
+    given = [p for p in own if context.get_parameter_source(p.name) is click.core.ParameterSource.COMMANDLINE]
+    if given:
+        raise UsageError(f"{given[0].opts[0]} is of use only with --calibrate DATA")
+
+
 def _described(config: Any) -> str:
     size = "x".join(map(str, config["input_size"]))
     mean, std = (",".join(f"{number:.4g}" for number in config[key]) for key in ("mean", "std"))
@@ -207,6 +235,9 @@ def progress() -> Iterator[Callable[[int, int, str], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
+    if os.environ.get("RANK", "0") != "0":
+        yield lambda done, total, what: None
+        return
     if not console.is_terminal:
         told = -1
 
@@ -261,6 +292,8 @@ def place(model: Any, device: str | None, data: str | None) -> None:
     if device.startswith("mps"):
         raise UsageError("--device mps has no float64, which projections and fits need: use cpu")
     try:
+        if torch.device(device).type == "meta":
+            raise UsageError("--device meta holds no values: use cpu or cuda")
         model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {device}: {first_line(error)}") from error

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from ..calibration import Calibration
+from ..calibration import ENOUGH_POSITIONS, Calibration
 from ..convert import Conversion, LayerRecord
 from ..cost import Cost
 from ..inspection import LAMBDAS, Inspection
@@ -31,10 +31,14 @@ def calibration_table(calibration: Calibration) -> Table:
         errors = [layer.error_before, layer.error_after]
         error = "" if None in errors else " -> ".join(f"{e:.3f}" for e in errors)
         damping = "" if layer.damping is None else f"{layer.damping:.0e}"
-        ratio = f"{layer.positions_per_unknown:.3g}" if layer.positions else ""
-        why = layer.why or ("" if layer.inputs >= layer.inputs_enough else f"{layer.inputs_enough} inputs would do")
-        rows.append([layer.name, layer.decision, error, damping, ratio, f"{layer.seconds:.1f}", why])
-    headings = ["layer", "decision", "output error", "damping", "positions/unknown", "seconds", "note"]
+        positions = f"{layer.positions} ({layer.positions_per_unknown:.3g})" if layer.positions else ""
+        notes = [layer.why or ""]
+        if layer.unknowns and layer.inputs < layer.inputs_enough:
+            needed = ENOUGH_POSITIONS * layer.unknowns
+            notes.append(f"few positions: {needed} would do, {layer.inputs_enough} inputs")
+        note = "; ".join(filter(None, notes))
+        rows.append([layer.name, layer.decision, error, damping, positions, f"{layer.seconds:.1f}", note])
+    headings = ["layer", "decision", "output error", "damping", "positions (per unknown)", "seconds", "note"]
     return _table(headings, rows, left={0, 1, 6})
 
 
