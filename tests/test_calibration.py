@@ -514,38 +514,64 @@ def test_batch_norms_are_reestimated_only_where_that_helps() -> None:
 
 # --- several processes ---
 
-PARITY = """
+SCRIPT = """
 import sys, torch
-from torch import nn
 import harmconvert as hc
+import harmconvert.calibration as room
+from harmconvert.calibration.refit import Refit
 from harmconvert.distributed import joined, rank
 sys.path.insert(0, sys.argv[2])
 from tests.test_calibration import smooth, stack
 torch.set_num_threads(1)
+
+def unlucky(take_in):
+    def wrapped(self, problem, site, modules, batch):
+        if rank() == 1 and site.names[0] == "3":
+            raise MemoryError("no memory left")
+        return take_in(self, problem, site, modules, batch)
+    return wrapped
+
 with joined():
-    model = stack()
-    conversion = hc.convert(model, 2, calibration=smooth((24, 3, 12, 12)).split(4))
-    if rank() == 0:
-        found = {"state": conversion.model.state_dict(), "divergence": conversion.calibration.divergence}
-        torch.save(found, sys.argv[1])
+    if sys.argv[3] == "trouble":
+        Refit._take_in = unlucky(Refit._take_in)
+        room.free_memory = lambda device: (1 << 33) >> (18 * rank())
+    conversion = hc.convert(stack(), 2, calibration=smooth((24, 3, 12, 12)).split(4))
+    record = conversion.calibration
+    found = {"state": conversion.model.state_dict(), "divergence": record.divergence}
+    found["layers"] = [[layer.decision, layer.solver, layer.why] for layer in record.layers]
+    torch.save(found, f"{sys.argv[1]}{rank()}")
 """
 
 
-def test_two_processes_come_to_what_one_does(tmp_path: Path) -> None:
-    script = tmp_path / "parity.py"
-    script.write_text(PARITY)
+def launched(folder: Path, processes: int, what: str) -> list[dict[str, object]]:
+    """What each of several processes that torchrun starts came to."""
     root = str(Path(__file__).resolve().parents[1])
-    found = []
-    for processes in (1, 2):
-        out = tmp_path / f"{processes}.pt"
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        done = subprocess.run([*launch, str(script), str(out), root], capture_output=True, text=True, cwd=root)
-        assert done.returncode == 0, done.stderr[-2000:]
-        found.append(torch.load(out, weights_only=True))
-    one, two = found
-    assert two["divergence"] == pytest.approx(one["divergence"], rel=1e-9)
-    for key, tensor in one["state"].items():
-        assert torch.allclose(tensor.double(), two["state"][key].double(), rtol=1e-8, atol=1e-10), key
+    script, out = folder / "script.py", folder / f"{what}-{processes}-"
+    script.write_text(SCRIPT)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    done = subprocess.run(
+        [*launch, str(script), str(out), root, what], capture_output=True, text=True, cwd=root, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [torch.load(f"{out}{number}", weights_only=True) for number in range(processes)]
+
+
+def test_two_processes_come_to_what_one_does(tmp_path: Path) -> None:
+    (one,) = launched(tmp_path, 1, "parity")
+    for two in launched(tmp_path, 2, "parity"):
+        assert two["layers"] == one["layers"]
+        assert two["divergence"] == pytest.approx(one["divergence"], rel=1e-9)
+        for key, tensor in one["state"].items():
+            assert torch.allclose(tensor.double(), two["state"][key].double(), rtol=1e-8, atol=1e-10), key
+
+
+def test_what_one_process_cannot_do_all_leave(tmp_path: Path) -> None:
+    first, second = launched(tmp_path, 2, "trouble")
+    assert [layer[0] for layer in first["layers"]] == [layer[0] for layer in second["layers"]] == ["failed", "refit"]
+    assert "another process" in first["layers"][0][2]
+    assert "no memory left" in second["layers"][0][2]
+    assert first["layers"][1] == second["layers"][1]
+    assert all(torch.equal(tensor, second["state"][key]) for key, tensor in first["state"].items())
 
 
 # --- what is fed to it ---

@@ -114,8 +114,29 @@ def network_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def preprocessing_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """timm's words for what is done to an image before the network sees it."""
+    for option in (
+        click.option(
+            "--crop-pct",
+            type=click.FloatRange(min=0, min_open=True),
+            help="Centre share of each image to take; default: the network's own.",
+        ),
+        click.option(
+            "--interpolation",
+            type=click.Choice(["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]),
+            help="How images are resized; default: the network's own.",
+        ),
+        click.option("--std", type=Numbers(), help="Channel deviations to divide by; default: the network's own."),
+        click.option("--mean", type=Numbers(), help="Channel means to subtract; default: the network's own."),
+    ):
+        command = option(command)
+    return command
+
+
 def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """What to calibrate on, and how."""
+    command = preprocessing_options(command)
     for option in (
         click.option(
             "--allow-fallback",
@@ -133,18 +154,6 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Pull of each refit towards the plain cut, relative to the layer's mean square response; "
             "default: chosen on images held back.",
         ),
-        click.option(
-            "--crop-pct",
-            type=click.FloatRange(min=0, min_open=True),
-            help="Centre share of each image to take; default: the network's own.",
-        ),
-        click.option(
-            "--interpolation",
-            type=click.Choice(["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]),
-            help="How images are resized; default: the network's own.",
-        ),
-        click.option("--std", type=Numbers(), help="Channel deviations to divide by; default: the network's own."),
-        click.option("--mean", type=Numbers(), help="Channel means to subtract; default: the network's own."),
         click.option("--calibration-split", default="train", show_default=True, help="Split of a timm data set."),
         click.option("--data-dir", metavar="DIR", help="Where a timm data set such as torch/cifar10 lies."),
         click.option(
