@@ -36,6 +36,12 @@ class CalibrationSet:
     fit_total: int
     left: bool = False  # there were more
 
+    @property
+    def probe(self) -> Batch:
+        """One example, to see how the network runs."""
+        first = (*self.fit, *self.held)[0]
+        return Batch(_rows(first.input, [0], len(first)), first.examples[:1])
+
 
 def calibration_set(batches: Iterable[Any], limit: int | None = None) -> CalibrationSet:
     """Read an iterable of batches once, until ``limit`` examples are there: tensors, (input, target) pairs whose target

@@ -49,7 +49,7 @@ class Refit:
         record = LayerCalibration(
             ", ".join(site.names),
             "projection",
-            positions=round(site.sampled * self.data.fit_total),
+            positions=site.sampled * self.data.fit_total,
             unknowns=site.unknowns,
             inputs=self.data.total,
             inputs_enough=math.ceil(enough),
@@ -91,10 +91,10 @@ class Refit:
         )
 
     def _layer(self, site: Site, modules: dict[str, HarmonicMixin], bias: nn.Parameter | None) -> tuple[Kernel, Layer]:
-        """How the layer makes its kernel, seen in one forward of the first batch."""
+        """How the layer makes its kernel, seen in one forward of one example."""
         seen: list[tuple[str, ConvCall | None]] = []
-        first = (*self.data.fit, *self.data.held)[0]
-        watch_convolutions(self.converted, modules, first.input, lambda *call: seen.append(call), len(site.calls))
+        probe = self.data.probe.input
+        watch_convolutions(self.converted, modules, probe, lambda *call: seen.append(call), len(site.calls))
         calls = [(name, call) for name, call in seen if call is not None]
         kernels = [Kernel.of(modules[name], call) for name, call in calls]
         kinds = {(call.groups, call.transposed, k.factor is None) for k, (_, call) in zip(kernels, calls, strict=True)}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from functools import lru_cache
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +25,11 @@ def responses(call: ConvCall, basis_FK: Tensor, picks_NP: Tensor | None = None) 
     if call.transposed:
         # A transposed convolution is a plain one of the input with zeros in between, its kernel turned round.
         basis_FK = basis_FK.unflatten(1, kernel_size).flip(*range(1, len(kernel_size) + 1)).flatten(1)
-    windows_NPIK = _windows(call, kernel_size, picks_NP)
-    dtype = torch.promote_types(windows_NPIK.dtype, torch.float32)
-    responses_NPIF = (windows_NPIK.to(dtype).flatten(0, 2) @ basis_FK.T.to(dtype)).to(torch.float64)
-    return responses_NPIF.view(windows_NPIK.shape[0] * windows_NPIK.shape[1], call.groups, -1)
+    windows_NIKP = _windows(call, kernel_size, picks_NP)
+    dtype = torch.promote_types(windows_NIKP.dtype, torch.float32)
+    responses_NIFP = basis_FK.to(dtype) @ windows_NIKP.to(dtype)
+    responses_NPIF = responses_NIFP.permute(0, 3, 1, 2).to(torch.float64, memory_format=torch.contiguous_format)
+    return responses_NPIF.reshape(len(responses_NPIF) * responses_NPIF.shape[1], call.groups, -1)
 
 
 def outputs(maps: Tensor, picks_NP: Tensor | None = None) -> Tensor:
@@ -47,9 +49,14 @@ def pick_positions(examples: Sequence[int], size: Sequence[int], wanted: int, se
     available = prod(size)
     if wanted >= available:
         return None
-    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
+    order = _permutation(available, seed)
     first_N1 = torch.tensor(list(examples), dtype=torch.long)[:, None] * wanted
     return order[(first_N1 + torch.arange(wanted)) % available]
+
+
+@lru_cache(maxsize=16)
+def _permutation(size: int, seed: int) -> Tensor:
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed))
 
 
 def to_groups(coefficients_OIF: Tensor, groups: int, transposed: bool) -> Tensor:
@@ -65,25 +72,28 @@ def from_groups(coefficients_GON: Tensor, frequencies: int, transposed: bool) ->
 
 
 def _windows(call: ConvCall, kernel_size: Sequence[int], picks_NP: Tensor | None) -> Tensor:
-    """What the kernel sees at each position, shape (N, P, I, K); copies only what was picked."""
+    """What the kernel sees at each position, shape (N, I, K, P); copies only what was picked."""
     size = call.output.shape[2:]
-    view = _padded(call, kernel_size)
     strides = (1,) * len(size) if call.transposed else call.stride
-    for axis, (k, dilation, stride) in enumerate(zip(kernel_size, call.dilation, strides, strict=True)):
-        view = view.unfold(2 + axis, dilation * (k - 1) + 1, stride)[..., ::dilation]
-    axes = len(size)
+    padded = _padded(call, kernel_size)
+    offsets = list(itertools.product(*(range(0, k * d, d) for k, d in zip(kernel_size, call.dilation, strict=True))))
     if picks_NP is None:
-        order = (0, *range(2, 2 + axes), 1, *range(2 + axes, 2 + 2 * axes))
-        return view.permute(order).reshape(len(view), prod(size), view.shape[1], -1)
-    index: list[Tensor] = []
-    rest = picks_NP.to(view.device)
-    for length in reversed(size):
-        index.insert(0, rest % length)
-        rest = rest // length
-    examples = torch.arange(len(view), device=view.device)[:, None]
-    everywhere: list[Any] = [examples, slice(None), *index]
-    picked: Tensor = view[tuple(everywhere)]  # advanced indices with a slice between them: their axes go first
-    return picked.flatten(3)
+        parts = []
+        for offset in offsets:
+            ends = [o + (n - 1) * s + 1 for o, n, s in zip(offset, size, strides, strict=True)]
+            slices = [slice(o, end, s) for o, end, s in zip(offset, ends, strides, strict=True)]
+            parts.append(padded[tuple([slice(None), slice(None), *slices])])
+        return torch.stack(parts, 2).flatten(3)
+    # Flat indices into the padded map and one gather: indexing a view of windows was measured eight times slower.
+    first_NP, rest, step = torch.zeros_like(picks_NP), picks_NP, 1
+    shift_K = torch.zeros(len(offsets), dtype=torch.long)
+    for axis in reversed(range(len(size))):
+        first_NP = first_NP + rest % size[axis] * strides[axis] * step
+        shift_K += torch.tensor([offset[axis] for offset in offsets]) * step
+        rest, step = rest // size[axis], step * padded.shape[2 + axis]
+    index_N1KP = (first_NP[:, None, :] + shift_K[:, None])[:, None].to(padded.device)
+    flat = index_N1KP.flatten(2).expand(-1, padded.shape[1], -1)
+    return padded.flatten(2).gather(2, flat).unflatten(2, (len(offsets), -1))
 
 
 def _padded(call: ConvCall, kernel_size: Sequence[int]) -> Tensor:

@@ -32,26 +32,25 @@ LEAST_POSITIONS_GROUPED = 1 << 12
 class Site:
     """One set of coefficients: the layers that share it, and the problem that refitting it is.
 
-    ``calls``: name and output shape of each call in one forward of ``batch`` examples, in order. ``wanted`` positions
-    are sampled of each row of a map.
+    ``calls``: name and output shape of each call in one forward of one example, in order. ``wanted`` positions are
+    sampled of each row of a map.
     """
 
     names: tuple[str, ...]
     calls: tuple[tuple[str, tuple[int, ...]], ...]
-    batch: int
     unknowns: int
     wanted: int
     method: type[Problem]
 
     @property
-    def positions(self) -> float:
+    def positions(self) -> int:
         """Positions that one input offers."""
-        return sum(shape[0] * math.prod(shape[2:]) for _, shape in self.calls) / self.batch
+        return sum(shape[0] * math.prod(shape[2:]) for _, shape in self.calls)
 
     @property
-    def sampled(self) -> float:
+    def sampled(self) -> int:
         """Positions sampled of one input."""
-        return _sampled(self.calls, self.wanted) / self.batch
+        return _sampled(self.calls, self.wanted)
 
 
 def running_sites(
@@ -63,7 +62,6 @@ def running_sites(
     Raises:
         UsageError: the network does not run on the inputs.
     """
-    first = (*data.fit, *data.held)[0]
     originals = convolutions(original)
     shared: dict[int, list[tuple[str, tuple[int, ...]]]] = {}
     odd: dict[str, str] = {}
@@ -74,9 +72,9 @@ def running_sites(
         else:
             shared.setdefault(id(converted[name].coefficients), []).append((name, tuple(call.output.shape)))
 
-    watch_convolutions(original, {name: originals[name] for name in converted}, first.input, see)
+    watch_convolutions(original, {name: originals[name] for name in converted}, data.probe.input, see)
     plain = [calls for calls in shared.values() if not any(name in odd for name, _ in calls)]
-    sites = [_site(converted[calls[0][0]], calls, len(first), data, memory) for calls in plain]
+    sites = [_site(converted[calls[0][0]], calls, data, memory) for calls in plain]
     return from_first_rank(sites), odd
 
 
@@ -145,22 +143,20 @@ def rows_of(batch: Batch, rows: int) -> list[int]:
     return [batch.examples[row * len(batch) // rows] for row in range(rows)]
 
 
-def _site(
-    conv: HarmonicMixin, calls: list[tuple[str, tuple[int, ...]]], batch: int, data: CalibrationSet, memory: int
-) -> Site:
+def _site(conv: HarmonicMixin, calls: list[tuple[str, tuple[int, ...]]], data: CalibrationSet, memory: int) -> Site:
     groups, transposed = cast(int, conv.groups), cast(bool, conv.transposed)
     first, second, kept = conv.coefficients.shape
     out, inside = (second, first // groups) if transposed else (first // groups, second)
     unknowns = inside * kept
-    rows = sum(shape[0] for _, shape in calls) / batch
+    rows = sum(shape[0] for _, shape in calls)
     least = max(POSITIONS_PER_UNKNOWN * unknowns, LEAST_POSITIONS_GROUPED if groups > 8 else LEAST_POSITIONS)
     wanted = math.ceil(least / max(data.fit_total, 1) / rows)
-    sampled = _sampled(calls, wanted) / batch
-    fit, held = (math.ceil(sampled * count) for count in (data.fit_total, data.total - data.fit_total))
+    sampled = _sampled(calls, wanted)
+    fit, held = sampled * data.fit_total, sampled * (data.total - data.fit_total)
     method = solver(groups, out, unknowns, fit, held, memory, world_size() == 1)
     if method is Operator:
         wanted = sys.maxsize  # the convolution computes every position, on maps of whatever size
-    return Site(tuple(dict.fromkeys(name for name, _ in calls)), tuple(calls), batch, unknowns, wanted, method)
+    return Site(tuple(dict.fromkeys(name for name, _ in calls)), tuple(calls), unknowns, wanted, method)
 
 
 def _sampled(calls: Sequence[tuple[str, tuple[int, ...]]], wanted: int) -> int:
