@@ -733,6 +733,21 @@ def test_inputs_of_several_sizes() -> None:
         assert conversion.calibration.layers[0].decision == "refit"
 
 
+def test_a_layer_that_runs_on_some_batches_only() -> None:
+    class Sometimes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            return self.b(x) if x.shape[-1] == 12 else x
+
+    batches = [smooth((8, 3, 12, 12)), smooth((8, 3, 9, 9), 1), smooth((8, 3, 12, 12), 2)]
+    layers = hc.convert(seeded(Sometimes, torch.float64), {"*": 2}, calibration=batches).calibration.layers
+    assert [layer.decision for layer in layers] == ["refit", "refit"]
+
+
 def test_a_list_of_single_images_is_one_input() -> None:
     class Detector(nn.Module):
         def __init__(self) -> None:

@@ -82,7 +82,8 @@ def _windows(call: ConvCall, kernel_size: Sequence[int], picks_NP: Tensor | None
         for offset in offsets:
             ends = [o + (n - 1) * s + 1 for o, n, s in zip(offset, size, strides, strict=True)]
             slices = [slice(o, end, s) for o, end, s in zip(offset, ends, strides, strict=True)]
-            parts.append(padded[tuple([slice(None), slice(None), *slices])])
+            index = (slice(None), slice(None), *slices)
+            parts.append(padded[index])
         return torch.stack(parts, 2).flatten(3)
     # Flat indices into the padded map and one gather: indexing a view of windows was measured eight times slower.
     first_NP, rest, step = torch.zeros_like(picks_NP), picks_NP, 1

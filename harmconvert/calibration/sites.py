@@ -95,7 +95,7 @@ class Targets:
     def of(self, site: Site, batch: Batch) -> list[Answer]:
         """The original's answers to one batch, call by call."""
         if site.method is Operator:  # whole maps: one batch at a time
-            return self._run([site], [batch])[site.names][id(batch)]
+            return self._run([site], [batch])[site.names].get(id(batch), [])
         if site.names not in self._kept:
             batches = (*self._data.fit, *self._data.held)
             try:
@@ -103,7 +103,7 @@ class Targets:
             except (torch.OutOfMemoryError, MemoryError):
                 self._kept = {}
                 self._kept = self._run([site], batches)
-        return self._kept[site.names].pop(id(batch))
+        return self._kept[site.names].pop(id(batch), [])  # none where the layer did not run
 
     def forget(self, site: Site) -> None:
         """Free what is kept for a site."""
