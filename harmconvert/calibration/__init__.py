@@ -86,7 +86,8 @@ def calibrate(
     notes: list[str] = []
     if settings.batch_norm and batch_norms(converted):
         norms, final, notes = _batch_norms(original, converted, data, final)
-    if not data.held:
+    held = data.total - data.fit_total
+    if not held:
         notes.append("one input: none can be held back, so nothing is refitted")
     elif plain is None and refit is None:
         notes.append("the outputs cannot be compared, so the layers' own errors alone decided")
@@ -94,7 +95,6 @@ def calibrate(
         notes.append(f"only the first {data.total} inputs were read (settings: inputs={settings.inputs})")
     state = converted.state_dict()
     changed = {k: tensors_sha256({k: state[k]}) for k, t in before.items() if not torch.equal(state[k], t)}
-    held = data.total - data.fit_total
     return Calibration(
         tuple(layers), data.total, held, plain, refit, final, kept, norms, tuple(notes), settings, changed
     )
