@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from timm.data import create_dataset, create_transform, resolve_data_config
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from .errors import InputError, OutsideError, UsageError, first_line, shortened
@@ -178,9 +179,9 @@ def _timm(
         ) from error
     except OSError as error:
         raise OutsideError(f"{data} cannot be fetched: {first_line(error)}; give a folder of images") from error
-    if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
-        return (dataset[int(i)][0] for i in generator.permutation(len(dataset))[:count])
-    return (item[0] for item in dataset)
+    if isinstance(dataset, IterableDataset):  # a stream: its first images, in the order in which it gives them
+        return (item[0] for item in dataset)
+    return (dataset[int(i)][0] for i in generator.permutation(len(dataset))[:count])
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:

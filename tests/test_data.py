@@ -134,6 +134,24 @@ def test_a_data_set_that_timm_does_not_know(tmp_path: Path, network: nn.Module) 
         calibration_images("torch/nonsense", network, data_dir=str(tmp_path))
 
 
+def test_a_stream_is_read_as_it_comes(monkeypatch: pytest.MonkeyPatch, network: nn.Module) -> None:
+    class Reader:
+        """What timm's readers of streams look like."""
+
+        def __iter__(self):
+            for value in range(0, 250, 10):
+                yield Image.new("RGB", (40, 40), (value, 0, 0)), 0
+
+        def __len__(self) -> int:
+            return 25
+
+    stream = timm.data.IterableImageDataset(None, reader=Reader())
+    monkeypatch.setattr("harmconvert.data.create_dataset", lambda *_, **__: stream)
+    overrides = {"input_size": (3, 16, 16), "mean": (0.0,), "std": (1.0,)}
+    images = calibration_images("wds/some", network, 5, overrides=overrides)
+    assert [round(float(x[0, 0, 0] * 255)) for x in images.batches[0]] == [0, 10, 20, 30, 40]
+
+
 def test_a_timm_data_set_on_disk_is_read(tmp_path: Path, network: nn.Module) -> None:
     for number in range(4):
         picture(tmp_path / "validation" / "cats" / f"{number}.png", number)
