@@ -24,7 +24,7 @@ import copy
 import csv
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -142,8 +142,13 @@ def pruned(kernel: Tensor, share: float) -> Tensor:
     return kernel * mask.view(-1, *(1,) * (kernel.dim() - 1))
 
 
-def other_ways(model: nn.Module, conversion: Conversion) -> Iterator[tuple[str, nn.Module]]:
-    for name in ("tucker-2", "klt", "filter pruning"):
+OTHER_WAYS = ("tucker-2", "klt", "filter pruning")
+
+
+def other_ways(
+    model: nn.Module, conversion: Conversion, names: Iterable[str] = OTHER_WAYS
+) -> Iterator[tuple[str, nn.Module]]:
+    for name in names:
         other = copy.deepcopy(model)
         convs = convolutions(other)
         for layer in conversion.plan.layers:
@@ -218,9 +223,9 @@ def run(names: list[str], counts: list[int], seeds: list[int], threads: int) -> 
             for lam in it.lambdas:
                 conversion = hc.convert(it.model, lam, include=it.include)
                 sizes[name, lam] = conversion.cost.harmonic_parameters
-                for way, model in other_ways(it.model, conversion):
-                    if (name, str(lam), "", "", way) not in done:
-                        write((name, lam, "", "", way), sizes[name, lam], scores(model, it, uncut[name]), 0.0)
+                missing = [way for way in OTHER_WAYS if (name, str(lam), "", "", way) not in done]
+                for way, model in other_ways(it.model, conversion, missing):
+                    write((name, lam, "", "", way), sizes[name, lam], scores(model, it, uncut[name]), 0.0)
         # Seeds outermost: a stop leaves whole tables of fewer seeds.
         for seed, count, (name, it) in itertools.product(seeds, counts, subjects.items()):
             for lam in it.lambdas:
