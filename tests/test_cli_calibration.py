@@ -54,6 +54,13 @@ def test_calibrating_repairs_a_cut_and_the_file_says_how(digits: Path) -> None:
     ok("verify", SAMPLE, "out.safetensors", "--as-planned")
 
 
+def test_layers_that_want_more_positions_are_named() -> None:
+    few = ["--calibrate", "sample:mnist5k", "--calibration-images", "12"]
+    result = ok("convert", SAMPLE, "--lambda", "stage3.2.conv1=2", *few, "-o", "out.safetensors")
+    # 64 channels x 3 frequencies, ten positions for each; 49 positions an image, a quarter of the images held back.
+    assert "few positions, so damped the more: stage3.2.conv1 wants 1920 (53 inputs)" in result.stdout
+
+
 def test_calibration_as_json() -> None:
     result = ok(
         "convert", SAMPLE, "--lambda", "stage3.2.*=2", "--calibrate", "sample:mnist5k", "--calibration-images", "16",

@@ -10,6 +10,7 @@ from rich.table import Table
 from ..calibration import ENOUGH_POSITIONS, Calibration
 from ..convert import Conversion, LayerRecord
 from ..cost import Cost
+from ..errors import shortened
 from ..inspection import LAMBDAS, Inspection
 from ..verify import Verification
 
@@ -25,21 +26,17 @@ def conversion_table(conversion: Conversion) -> Table:
 
 
 def calibration_table(calibration: Calibration) -> Table:
-    """One row per truncated convolution: output error before and after on held-back inputs, and how it was got."""
+    """One row per truncated convolution: output error on held-back inputs before and after, and how it was got."""
     rows = []
     for layer in calibration.layers:
-        errors = [layer.error_before, layer.error_after]
-        error = "" if None in errors else " -> ".join(f"{e:.3f}" for e in errors)
+        before, after = ("" if e is None else f"{e:.3f}" for e in (layer.error_before, layer.error_after))
         damping = "" if layer.damping is None else f"{layer.damping:.0e}"
-        positions = f"{layer.positions} ({layer.positions_per_unknown:.3g})" if layer.positions else ""
-        notes = [layer.why or ""]
-        if layer.unknowns and layer.inputs < layer.inputs_enough:
-            needed = ENOUGH_POSITIONS * layer.unknowns
-            notes.append(f"few positions: {needed} would do, {layer.inputs_enough} inputs")
-        note = "; ".join(filter(None, notes))
-        rows.append([layer.name, layer.decision, error, damping, positions, f"{layer.seconds:.1f}", note])
-    headings = ["layer", "decision", "output error", "damping", "positions (per unknown)", "seconds", "note"]
-    return _table(headings, rows, left={0, 1, 6})
+        ratio = f"{layer.positions_per_unknown:.3g}" if layer.positions else ""
+        rows.append(
+            [layer.name, layer.decision, before, after, damping, ratio, f"{layer.seconds:.1f}", layer.why or ""]
+        )
+    headings = ["layer", "decision", "error before", "after", "damping", "positions/unknown", "s", "note"]
+    return _table(headings, rows, left={0, 1, 7})
 
 
 def calibration_lines(calibration: Calibration) -> list[str]:
@@ -48,6 +45,13 @@ def calibration_lines(calibration: Calibration) -> list[str]:
     counts = ", ".join(f"{decisions.count(d)} {d}" for d in sorted(set(decisions), key=decisions.index))
     seen = f"{calibration.inputs} inputs, {calibration.held_back} of them held back"
     lines = [f"calibrated on {seen}: {counts or 'nothing cut'}", *calibration.notes]
+    starved = [
+        f"{layer.name} wants {ENOUGH_POSITIONS * layer.unknowns} ({layer.inputs_enough} inputs)"
+        for layer in calibration.layers
+        if layer.unknowns and layer.inputs < layer.inputs_enough
+    ]
+    if starved:
+        lines.append(f"few positions, so damped the more: {shortened(starved, 3)}")
     if calibration.plain_divergence is not None and calibration.divergence is not None:
         plain, after = calibration.plain_divergence, calibration.divergence
         lines.append(
