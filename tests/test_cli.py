@@ -382,5 +382,6 @@ def test_the_demo_tells_its_story() -> None:
     assert facts["full"]["agreement"] == 1.0
     assert facts["full"]["accuracy"] == facts["accuracy"]
     assert facts["2"]["accuracy"] < facts["accuracy"], "what a deep plain cut costs is told"
+    assert facts["calibrated"]["accuracy"] > facts["accuracy"] - 0.005, "and that calibration takes it back"
     assert facts["progressive"]["parameters"] == 119930
     assert facts["efficientnet_lite0"]["ok"] is True
