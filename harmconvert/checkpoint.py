@@ -115,13 +115,19 @@ class Header:
 
 
 def save(
-    conversion: Conversion | nn.Module, path: str | Path, *, source: Source | None = None, force: bool = False
+    conversion: Conversion | nn.Module,
+    path: str | Path,
+    *,
+    source: Source | None = None,
+    history: Mapping[str, Any] | None = None,
+    force: bool = False,
 ) -> Header:
     """Write a harmonic network to one .safetensors file; returns the header written.
 
     Args:
         conversion: what `convert` returned, or a network with harmonic convolutions (after fine-tuning, say).
         source: where the network came from; found out for networks made by timm or loaded by this package.
+        history: what to add to the record of what was done to it.
         force: replace a file that is there.
 
     Raises:
@@ -137,10 +143,10 @@ def save(
     tensors, tied = untied_state(model)
     source = source or (known.source if known else None) or _timm_source(model)
     versions = {name: version(name) for name in ("harmconvert", "torch", "timm")}
-    history = dict(known.history) if known else {}
+    record = dict(known.history) if known else {}
     if calibration := model.__dict__.get("harmconvert_calibration"):
-        history["calibration"] = calibration.to_json()
-    header = Header(plan, source, tied, history, versions)
+        record["calibration"] = calibration.to_json()
+    header = Header(plan, source, tied, {**record, **(history or {})}, versions)
     metadata = {"format": "pt", METADATA_KEY: json.dumps(header.to_json(), separators=(",", ":"))}
     write_tensors(tensors, path, metadata, force)
     return header

@@ -37,12 +37,12 @@ def sum_over_ranks(tensors: Iterable[Tensor]) -> None:
 
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set in any process: what one cannot do, all must leave together."""
-    return any(_gathered(flag))
+    return any(gathered(flag))
 
 
 def least_over_ranks(value: int) -> int:
     """The smallest of all processes' values."""
-    return min(_gathered(value))
+    return min(gathered(value))
 
 
 def from_first_rank(value: T) -> T:
@@ -81,7 +81,8 @@ def joined() -> Iterator[None]:
         distributed.destroy_process_group()
 
 
-def _gathered(value: T) -> list[T]:
+def gathered(value: T) -> list[T]:
+    """Every process's value, in the order of their numbers."""
     values: list[T] = [value] * world_size()
     if world_size() > 1:
         distributed.all_gather_object(values, value)

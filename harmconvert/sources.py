@@ -106,6 +106,34 @@ def open_counterpart(text: str, original: Network) -> nn.Module:
     return checkpoint.load(text, model=original.model).eval()
 
 
+def open_original(header: Header, teacher: str | None = None, trust_code: bool = False) -> nn.Module:
+    """The uncut network that a harmonic checkpoint was converted from, with its weights, in eval mode.
+
+    Args:
+        teacher: a source, or a file of weights for the recorded structure; None opens the recorded source, whose
+            weights must be those that were converted.
+
+    Raises: as `open_source`; InputError where the weights are others.
+    """
+    if teacher is not None and not Path(teacher).is_file():
+        return open_source(teacher, form="dense", trust_code=trust_code).model
+    if teacher is not None and checkpoint.is_harmonic(teacher):
+        return load(teacher, form="dense", trust_code=trust_code).eval()
+    source = header.source
+    if source is None:
+        raise UsageError("the checkpoint does not say what network it was: name the uncut one with --teacher SOURCE")
+    if teacher is not None:
+        model = rebuild(source, trust_code)
+        load_state(model, _renamed(model, read_weights(teacher)), teacher)
+        return model.eval()
+    rebuild(source, trust_code)  # refuses what a file has no business to ask for
+    arguments = {key: value for key, value in source.arguments.items() if key != "architecture"}
+    model = _build(replace(source, arguments=arguments), pretrained=True)[0].eval()
+    if source.sha256 is not None and weights_sha256(model) != source.sha256:
+        raise InputError(f"the weights of {source} are not those that were converted: name them with --teacher")
+    return model
+
+
 def load(
     path: str | Path, *, model: nn.Module | None = None, form: str = "harmonic", trust_code: bool = False
 ) -> nn.Module:

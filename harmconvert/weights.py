@@ -21,7 +21,7 @@ from .errors import InputError, OutsideError, first_line, shortened
 from .files import outside, write_file
 
 # What torch.load raises for files that are broken, or that are more than tensors.
-_UNREADABLE = (
+UNREADABLE = (
     pickle.UnpicklingError,
     zipfile.BadZipFile,
     RuntimeError,
@@ -54,7 +54,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             warnings.simplefilter("ignore")  # remarks on the pickle's age
             # An explicit weights_only=True is not overruled by TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD.
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         text = first_line(error)
         if "GLOBAL" in str(error):
             raise InputError(

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-COMMANDS = ("convert", "verify", "inspect", "export", "demo")
+COMMANDS = ("convert", "finetune", "evaluate", "train", "verify", "inspect", "export", "demo")
 
 
 class Program(click.Group):

@@ -90,12 +90,15 @@ def common(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
+trust_code = click.option(
+    "--trust-code", is_flag=True, help="Let a checkpoint run the user code that it names as its source."
+)
+
+
 def network_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """How to get the network of a SOURCE."""
     for option in (
-        click.option(
-            "--trust-code", is_flag=True, help="Let a checkpoint run the user code that it names as its source."
-        ),
+        trust_code,
         click.option(
             "--model-kwargs",
             "arguments",

@@ -76,6 +76,11 @@ class WideResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         nn.init.zeros_(self.head.bias)
 
+    def reset_classifier(self, num_classes: int) -> None:
+        """Another classifier, untrained, for so many classes (timm's name for it)."""
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.num_features, num_classes).to(self.head.weight.device)
+
     def forward(self, x: Tensor) -> Tensor:
         x = self.stage3(self.stage2(self.stage1(self.stem(x))))
         return cast(Tensor, self.head(self.norm(x).relu().mean((2, 3))))

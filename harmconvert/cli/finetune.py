@@ -1,0 +1,197 @@
+"""harmconvert finetune"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import options, training_options
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..checkpoint import Header, Source
+    from ..data.datasets import Data
+    from ..training import Recipe
+    from ..training.finetuning import Setting
+
+
+@click.command(name="finetune")
+@click.argument("source")
+@training_options.data_options
+@training_options.holdout
+@training_options.recipe_options
+@click.option(
+    "--train-only",
+    type=click.Choice(["all", "coefficients"]),
+    help="What to train; coefficients: those of harmonic layers, all else stays.",
+)
+@click.option(
+    "--num-classes",
+    type=click.IntRange(min=1),
+    help="Give the network a new classifier, for data of other classes (timm networks).",
+)
+@click.option(
+    "--distill",
+    type=click.FloatRange(0, 1),
+    is_flag=False,
+    flag_value=1.0,
+    help="Share of the loss that follows the uncut network's logits; --distill alone: all of it, no labels needed. "
+    "Default: 0, or 1 where the images have no labels.",
+)
+@click.option("--distill-temperature", "temperature", type=float, help="By which logits are softened.")
+@click.option(
+    "--teacher",
+    metavar="SOURCE",
+    help="The uncut network, or a file of its weights; default: what the checkpoint was converted from.",
+)
+@click.option(
+    "--calibration-images",
+    type=click.IntRange(min=0),
+    default=256,
+    show_default=True,
+    help="Training images, labels unseen, to calibrate on first where convert has not; 0: do not.",
+)
+@click.option("-o", "--output", metavar="FILE", help="Default: NAME-finetuned.safetensors.")
+@options.force
+@training_options.run_options
+@options.trust_code
+@options.common
+def command(
+    source: str,
+    output: str | None,
+    force: bool,
+    teacher: str | None,
+    num_classes: int | None,
+    calibration_images: int,
+    trust_code: bool,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Fine-tune the harmonic checkpoint SOURCE: the paper's 5 epochs, unless options say otherwise.
+
+    Ends with a harmonic checkpoint and what the network was worth uncut, cut, calibrated and fine-tuned. Batches are of
+    all processes together: `torchrun --nproc-per-node N -m harmconvert finetune ...` comes to the same.
+
+    \b
+    Example:
+      harmconvert finetune resnet50-harmonic-progressive.safetensors --data-dir imagenet/
+      harmconvert finetune cut.safetensors --data-dir photographs/ --distill      # no labels needed
+      harmconvert finetune cut.safetensors --dataset sample:mnist5k --hflip 0 --scale 0.7 1
+    """
+    from ..checkpoint import save
+    from ..distributed import joined, rank
+    from ..files import check_output
+    from ..report import tables
+    from ..training.finetuning import finetune
+
+    output = output or default_output(source)
+    check_output(output, force or bool(given["resume"]))
+    with joined():
+        job = prepare(source, output, given, teacher, num_classes, trust_code)
+        record = training_options.recorder(output, given["log"])
+        with training_options.progress(job.recipe.epochs) as (told, epoch_done):
+
+            def after_epoch(rows: Any) -> None:
+                record(rows)
+                epoch_done(rows[-1])
+
+            setting = replace(job.setting, told=told, epoch_done=after_epoch)
+            done = finetune(
+                job.model,
+                job.header,
+                job.data,
+                job.recipe,
+                setting,
+                original=job.original,
+                why_no_original=job.why_no_original,
+                calibration_images=calibration_images,
+            )
+        if rank() > 0:
+            return
+        history = {"training": [*job.header.history.get("training", []), done.record()]}
+        save(done.model, output, source=job.source, history=history, force=True)
+        setting.keeper.remove()
+    console = options.console(quiet=as_json)
+    console.print(tables.stages_table(done.stages))
+    console.print(f"wrote {output} ({tables.file_size(output)})", markup=False)
+    if as_json:
+        options.print_json({"output": output, **done.record()})
+
+
+@dataclass(frozen=True)
+class Job:
+    """A harmonic checkpoint, its uncut network where that can be had, and what to train on, how and with what."""
+
+    model: nn.Module
+    header: Header
+    source: Source | None
+    original: nn.Module | None
+    why_no_original: str
+    data: Data
+    recipe: Recipe
+    setting: Setting
+
+
+def prepare(
+    source: str,
+    output: str,
+    given: dict[str, Any],
+    teacher: str | None,
+    num_classes: int | None,
+    trust_code: bool,
+) -> Job:
+    """Load all that a fine-tuning needs.
+
+    Raises:
+        UsageError: SOURCE is no harmonic checkpoint; InputError, OutsideError: something cannot be read or had.
+    """
+    from ..checkpoint import is_harmonic
+    from ..errors import HarmconvertError, UsageError
+    from ..sources import open_original, open_source
+    from ..training.finetuning import Setting, new_classifier
+
+    if not (Path(source).is_file() and is_harmonic(source)):
+        raise UsageError(f"{source} is no harmonic checkpoint: make one first with: harmconvert convert {source}")
+    network = open_source(source, trust_code=trust_code)
+    header, recorded = network.header, network.source
+    assert header is not None
+    original, why = None, ""
+    if num_classes is not None:
+        new_classifier(network.model, num_classes)
+        recorded = replace(recorded, arguments={**recorded.arguments, "num_classes": num_classes})
+        why = f"the uncut network has not the new classifier of {num_classes} classes"
+    else:
+        try:
+            original = open_original(header, teacher, trust_code)
+        except HarmconvertError as error:
+            if teacher is not None:
+                raise
+            why = str(error)
+    data = training_options.data_from(given, training_options.seed_from(given), ("train", "test"))
+    wanted = {"train_only": given["train_only"], "distill": given["distill"], "temperature": given["temperature"]}
+    if not data.labelled and wanted["distill"] is None and not given["resume"]:
+        options.say("note: these images have no labels, so the uncut network teaches (--distill)")
+        wanted["distill"] = 1.0
+    recipe = training_options.recipe_from("finetune", given, **wanted)
+    if recipe.distill and original is None:
+        raise UsageError(f"--distill needs the uncut network: {why or 'there is none'}; name it with --teacher SOURCE")
+    options.say(str(recipe))
+    identity = {"recipe": recipe.to_json(), "data": data.identity(), "plan": header.plan.to_json()}
+    setting = Setting(
+        training_options.preprocessing_from(given, network.model),
+        training_options.machine_from(given),
+        training_options.workers_from(given),
+        keeper=training_options.keeper_from(given, output, identity),
+        resume=Path(given["resume"]) if given["resume"] else None,
+        say=options.say,
+    )
+    return Job(network.model, header, recorded, original, why, data, recipe, setting)
+
+
+def default_output(source: str) -> str:
+    """Where the fine-tuned checkpoint goes unless told: NAME-finetuned.safetensors, here."""
+    return f"{Path(source).stem}-finetuned.safetensors"

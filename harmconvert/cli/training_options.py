@@ -1,0 +1,282 @@
+"""Options of the commands that read labelled data, and what they make of them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import options
+
+if TYPE_CHECKING:
+    from ..data.datasets import Data
+    from ..training import Keeper, Machine, Recipe, Told
+
+
+def _stacked(*stack: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(stack):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+data_options = _stacked(
+    click.option(
+        "--data-dir",
+        metavar="DIR",
+        help="Folder of images, one folder for each class, in train/ and val/ or in one; or where --dataset lies.",
+    ),
+    click.option(
+        "--dataset",
+        default="",
+        metavar="NAME",
+        help="sample:mnist5k, or a timm data set: torch/cifar10, hfds/USER/NAME, wds/NAME, tfds/NAME.",
+    ),
+    click.option("--train-split", default="train", show_default=True, help="Name of the split to train on."),
+    click.option("--val-split", default="validation", show_default=True, help="Name of the split to test on."),
+    click.option("--img-size", type=click.IntRange(min=1), help="Side of the images; default: the network's own."),
+    click.option(
+        "--workers", "-j", type=click.IntRange(min=0), help="Processes that load images; default: one for each core."
+    ),
+    options.preprocessing_options,
+)
+
+holdout = click.option(
+    "--holdout",
+    type=click.FloatRange(min=0, max=1, max_open=True),
+    default=0.1,
+    show_default=True,
+    help="Share to test on, where the data has one split only.",
+)
+
+# Each is a field of Recipe; not given means the recipe's own.
+recipe_options = _stacked(
+    click.option("--epochs", type=click.IntRange(min=1), help="Epochs; the recipe's schedule stretches with them."),
+    click.option(
+        "--batch-size", "-b", type=click.IntRange(min=1), help="Images of one step, over all processes together."
+    ),
+    click.option("--lr", type=click.FloatRange(min=0), help="Learning rate."),
+    click.option("--opt", help="Optimiser, by timm's name: momentum, sgd (Nesterov), adamw, ..."),
+    click.option("--momentum", type=float, help="Of the optimiser."),
+    click.option("--weight-decay", type=click.FloatRange(min=0), help="Of every parameter."),
+    click.option("--sched", help="Schedule, by timm's name: none (constant), cosine, step, multistep, ..."),
+    click.option("--warmup-epochs", type=click.IntRange(min=0), help="Epochs in which the learning rate rises."),
+    click.option("--min-lr", type=click.FloatRange(min=0), help="Where a schedule ends."),
+    click.option(
+        "--crop",
+        type=click.Choice(["resized", "padded", "none"]),
+        help="Augmentation: random area and aspect (ImageNet), padded and cropped (CIFAR), or none.",
+    ),
+    click.option("--scale", type=float, nargs=2, help="Smallest and largest area of a resized crop."),
+    click.option("--ratio", type=float, nargs=2, help="Least and greatest aspect of a resized crop."),
+    click.option("--hflip", type=click.FloatRange(0, 1), help="Share of images that are mirrored; 0 for writing."),
+    click.option("--vflip", type=click.FloatRange(0, 1), help="Share of images that are turned upside down."),
+    click.option("--color-jitter", type=click.FloatRange(min=0), help="Strength of random colours."),
+    click.option("--aa", metavar="POLICY", help="timm's auto-augmentation, such as rand-m9-mstd0.5."),
+    click.option("--reprob", type=click.FloatRange(0, 1), help="Share of images with a random part erased."),
+    click.option("--mixup", type=click.FloatRange(min=0), help="Mixup's alpha."),
+    click.option("--cutmix", type=click.FloatRange(min=0), help="CutMix's alpha."),
+    click.option("--smoothing", type=click.FloatRange(0, 1), help="Label smoothing."),
+    click.option("--clip-grad", type=click.FloatRange(min=0, min_open=True), help="Largest norm of the gradient."),
+    click.option("--model-ema-decay", "ema", type=click.FloatRange(0, 1), help="Deliver a moving average of weights."),
+    click.option(
+        "--amp",
+        type=click.Choice(["float32", "bfloat16", "float16"]),
+        is_flag=False,
+        flag_value="bfloat16",
+        help="Precision of the forward; --amp alone: bfloat16.",
+    ),
+    click.option(
+        "--grad-accum-steps", type=click.IntRange(min=1), help="Run a step's images in so many parts: less memory."
+    ),
+    click.option("--freeze-bn", is_flag=True, default=None, help="Batch norms keep statistics and weights."),
+    click.option("--seed", type=click.IntRange(min=0), help="Of the order, the augmentation and the hold-out."),
+)
+
+run_options = _stacked(
+    options.device,
+    click.option("--torchcompile", is_flag=True, help="Compile the network first: faster after some minutes."),
+    click.option("--no-channels-last", is_flag=True, help="Keep the memory format that the network has."),
+    click.option("--no-sync-bn", is_flag=True, help="Batch norms look at each process's own images only."),
+    click.option("--save-every", type=click.IntRange(min=1), metavar="STEPS", help="Save the state more often."),
+    click.option(
+        "--resume", metavar="STATE", help="Go on from a saved state; the other options as when the run was begun."
+    ),
+    click.option(
+        "--log", type=click.Choice(["tensorboard"]), help="Write events, too (pip install 'harmconvert[tensorboard]')."
+    ),
+)
+
+_CHANGEABLE = (
+    *("epochs", "batch_size", "lr", "opt", "momentum", "weight_decay", "sched", "warmup_epochs", "min_lr", "crop"),
+    *("scale", "ratio", "hflip", "vflip", "color_jitter", "aa", "reprob", "mixup", "cutmix", "smoothing", "clip_grad"),
+    *("ema", "amp", "grad_accum_steps", "freeze_bn", "seed"),
+)
+
+
+def recipe_from(name: str, given: Mapping[str, Any], **more: Any) -> Recipe:
+    """The recipe of that name as the options change it; with --resume the one that the run was begun with.
+
+    Raises:
+        UsageError: options that differ from those of the run that is resumed.
+    """
+    from ..errors import UsageError
+    from ..training import Recipe, recipe_named
+    from ..training.state import identity_of
+
+    changes = {key: given[key] for key in _CHANGEABLE if given[key] is not None} | more
+    if not given["resume"]:
+        return recipe_named(name, **changes)
+    recipe = Recipe.from_json(identity_of(given["resume"]).get("recipe"))
+    for key, value in changes.items():
+        if value is not None and getattr(recipe, key) != value:
+            raise UsageError(
+                f"the run of {given['resume']} was begun with {key}={getattr(recipe, key)}, not {value}: leave it out"
+            )
+    return recipe
+
+
+def seed_from(given: Mapping[str, Any]) -> int:
+    """The seed: of the run that is resumed, the one given, or 0."""
+    from ..training.state import identity_of
+
+    if given["resume"]:
+        return int(identity_of(given["resume"])["recipe"]["seed"])
+    return int(given["seed"] or 0)
+
+
+def data_from(given: Mapping[str, Any], seed: int, parts: tuple[str, ...]) -> Data:
+    """The data that the options name; what a user should know about it is said."""
+    from ..data.datasets import DataRequest, open_data
+
+    request = DataRequest(
+        given["dataset"], given["data_dir"], given["train_split"], given["val_split"], given["holdout"], seed
+    )
+    data = open_data(request, parts)
+    for note in data.notes:
+        options.say(f"note: {note}")
+    return data
+
+
+def preprocessing_from(given: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """The network's pre-processing as the options change it."""
+    from ..data import preprocessing
+
+    overrides = {key: given[key] for key in ("mean", "std", "interpolation", "crop_pct")}
+    if given["img_size"]:
+        cfg = getattr(model, "pretrained_cfg", None)
+        size = cfg.get("input_size") if isinstance(cfg, dict) else getattr(cfg, "input_size", None)
+        overrides["input_size"] = (size[0] if size else 3, given["img_size"], given["img_size"])
+    return preprocessing(model, overrides)
+
+
+def workers_from(given: Mapping[str, Any]) -> int:
+    """Processes that load images for this one."""
+    from ..distributed import local_world_size
+
+    if given["workers"] is not None:
+        return int(given["workers"])
+    if given["dataset"].startswith("sample:"):
+        return 0  # a few thousand small arrays: handing them over would cost more than making them
+    return max(1, min(8, len(os.sched_getaffinity(0)) // local_world_size()))
+
+
+def machine_from(given: Mapping[str, Any]) -> Machine:
+    """Where and how to run."""
+    import torch
+
+    from ..errors import UsageError, first_line
+    from ..training import Machine
+
+    name = given["device"] or (f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name}: {first_line(error)}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name}: use cpu or cuda")
+    return Machine(device, not given["no_channels_last"], given["torchcompile"], not given["no_sync_bn"])
+
+
+def keeper_from(given: Mapping[str, Any], output: str, identity: Mapping[str, Any]) -> Keeper:
+    """Where and when the state of the run that makes ``output`` is saved."""
+    from ..training import Keeper
+    from ..training.state import state_path
+
+    path = Path(given["resume"]) if given["resume"] else state_path(output)
+    return Keeper(path, given["save_every"], identity, say=options.say)
+
+
+def recorder(output: str, log: str | None) -> Callable[[Sequence[Mapping[str, Any]]], None]:
+    """What keeps the figures of a run beside its output."""
+    from ..training.metrics import Events, metrics_path, write_metrics
+
+    if os.environ.get("RANK", "0") != "0":
+        return lambda rows: None
+    events = Events(Path(output).with_suffix(".tensorboard")) if log == "tensorboard" else None
+
+    def record(rows: Sequence[Mapping[str, Any]]) -> None:
+        write_metrics(metrics_path(output), rows)
+        if events is not None:
+            events.write(rows[-1])
+
+    return record
+
+
+@contextmanager
+def progress(epochs: int) -> Iterator[tuple[Callable[[Told], None], Callable[[Mapping[str, Any]], None]]]:
+    """What to call while training and after an epoch: a bar with the time left on a terminal, else lines."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if os.environ.get("RANK", "0") != "0":
+        yield (lambda told: None), (lambda row: None)
+        return
+    if not console.is_terminal:
+        yield _tell_now_and_then(epochs), lambda row: options.say(epoch_line(row, epochs))
+        return
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("training")
+
+        def told(at: Told) -> None:
+            steps = at.steps or at.step
+            text = f"{at.epoch + 1}/{epochs}  loss {at.loss:.3f}  {at.accuracy:.1%}  {at.images_per_second:,.0f} img/s"
+            bar.update(task, completed=at.epoch * steps + at.step, total=epochs * steps, description=text)
+
+        yield told, lambda row: bar.console.print(epoch_line(row, epochs), markup=False, highlight=False)
+
+
+def epoch_line(row: Mapping[str, Any], epochs: int) -> str:
+    """What came of an epoch, in a line."""
+    tested = ""
+    if row.get("test_top1") is not None:
+        tested = f", test top-1 {row['test_top1']:.2%}"
+    elif row.get("test_agreement") is not None:
+        tested = f", test agreement {row['test_agreement']:.2%}"
+    speed = row["images"] / max(row["seconds"], 1e-9)
+    return f"epoch {row['epoch']}/{epochs}: loss {row['loss']:.4f}{tested}, lr {row['lr']:.3g}, {speed:,.0f} images/s"
+
+
+def _tell_now_and_then(epochs: int) -> Callable[[Told], None]:
+    last = time.monotonic()
+
+    def told(at: Told) -> None:
+        nonlocal last
+        if time.monotonic() - last > 30:
+            last = time.monotonic()
+            options.say(
+                f"  epoch {at.epoch + 1}/{epochs}, step {at.step}/{at.steps or '?'}: loss {at.loss:.4f}, "
+                f"{at.images_per_second:,.0f} images/s"
+            )
+
+    return told

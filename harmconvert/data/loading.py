@@ -1,0 +1,244 @@
+"""Batches of pre-processed pictures: the same ones whatever the number of processes, workers and interruptions.
+
+What happens to a picture in an epoch (crop, flip) is a function of the seed, the epoch and the picture alone; which
+pictures make up a batch is a function of the seed, the epoch and the batch. So two processes see what one would, and a
+run that goes on after batch 17 goes on with batch 18.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from ..distributed import rank, world_size
+from ..errors import InputError, first_line, shortened
+from .datasets import Pictures, Stream
+from .pictures import UNREADABLE, eight_bit
+from .preprocessing import Transform
+
+# A broken picture is replaced by the next one that can be read; a run of this many is a broken data set.
+REPLACEMENTS = 10
+NO_LABEL = -1
+
+
+class Batch(NamedTuple):
+    """Images (N, C, H, W), labels (N,; -1 where there are none), and what could not be read."""
+
+    images: Tensor
+    labels: Tensor
+    problems: list[str]
+
+
+@dataclass
+class Loading:
+    """Batches of one part of a data set for this process, epoch by epoch.
+
+    ``steps``: batches in an epoch (None for a stream whose length is not known); the last, incomplete one is left out
+    when training. ``batch_size`` is the number of pictures in a batch over all processes.
+    """
+
+    loader: DataLoader[Any]
+    order: _Order | None
+    steps: int | None
+    set_epoch: Callable[[int], None]
+
+    def epoch(self, number: int, first_step: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from a step on."""
+        self.set_epoch(number)
+        if self.order is None:
+            batches = iter(self.loader)
+            for _ in range(first_step):  # a stream can only be run through
+                next(batches, None)
+            yield from batches
+            return
+        self.order.epoch, self.order.first_step = number, first_step
+        yield from self.loader
+
+
+def training_batches(
+    pictures: Pictures | Stream,
+    transform: Transform,
+    mode: str,
+    batch_size: int,
+    *,
+    seed: int = 0,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> Loading:
+    """Shuffled and augmented, the incomplete last batch left out (a set smaller than a batch is one batch)."""
+    if isinstance(pictures, Stream):
+        return _streamed(pictures, transform, mode, batch_size, seed, workers, pin_memory, drop_last=True)
+    batch_size = min(batch_size, len(pictures) // world_size() * world_size())
+    if batch_size == 0:
+        raise InputError(f"{len(pictures)} images for {world_size()} processes: use fewer processes")
+    order = _Order(len(pictures), batch_size, seed, shuffle=True)
+    return _indexed(_Items(pictures, transform, mode, seed, replace=True), order, workers, pin_memory)
+
+
+def evaluation_batches(
+    pictures: Pictures | Stream,
+    transform: Transform,
+    mode: str,
+    batch_size: int,
+    *,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> Loading:
+    """Every picture once, in order; broken ones are left out and named."""
+    if isinstance(pictures, Stream):
+        return _streamed(pictures, transform, mode, batch_size, 0, workers, pin_memory, drop_last=False)
+    order = _Order(len(pictures), batch_size, 0, shuffle=False)
+    return _indexed(_Items(pictures, transform, mode, 0, replace=False), order, workers, pin_memory)
+
+
+def some_images(pictures: Pictures | Stream, transform: Transform, mode: str, count: int, seed: int) -> Tensor:
+    """Up to ``count`` pre-processed images (N, C, H, W), chosen by ``seed`` (of a stream the first), the same in every
+    process; broken ones are passed over.
+
+    Raises:
+        InputError: none can be read.
+    """
+    if isinstance(pictures, Stream):
+        found = [transform(eight_bit(item[0]).convert(mode)) for item in islice(pictures.dataset, count)]
+    else:
+        items = _Items(pictures, transform, mode, seed, replace=False)
+        order = np.random.default_rng(seed).permutation(len(pictures))
+        read = (items[0, int(index)][0] for index in order)
+        found = list(islice((image for image in read if image is not None), count))
+    if not found:
+        raise InputError("none of the training images can be read")
+    return torch.stack(found)
+
+
+class _Order:
+    """Which pictures this process reads, batch by batch, as (epoch, picture)."""
+
+    def __init__(self, length: int, batch_size: int, seed: int, shuffle: bool) -> None:
+        self.length, self.batch_size, self.seed, self.shuffle = length, batch_size, seed, shuffle
+        self.epoch = self.first_step = 0
+
+    def __len__(self) -> int:
+        return self.length // self.batch_size if self.shuffle else -(-self.length // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = np.arange(self.length)
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
+        for step in range(self.first_step, len(self)):
+            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+            yield [(self.epoch, int(index)) for index in np.array_split(batch, world_size())[rank()]]
+
+
+class _Items(Dataset[Any]):
+    """Pre-processed pictures by (epoch, index)."""
+
+    def __init__(self, pictures: Pictures, transform: Transform, mode: str, seed: int, replace: bool) -> None:
+        self.pictures, self.transform, self.mode, self.seed, self.replace = pictures, transform, mode, seed, replace
+
+    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor | None, int, list[str]]:
+        epoch, index = place
+        problems: list[str] = []
+        for attempt in range(REPLACEMENTS if self.replace else 1):
+            this = (index + attempt) % len(self.pictures)
+            try:
+                image, label = self.pictures.read(this)
+                image = eight_bit(image).convert(self.mode)
+            except UNREADABLE as error:
+                problems.append(f"{self.pictures.name(this)} ({first_line(error) or type(error).__name__})")
+                continue
+            with _seeded(self.seed, epoch, index):
+                return self.transform(image), NO_LABEL if label is None else label, problems
+        if self.replace:
+            raise InputError(f"{REPLACEMENTS} images in a row cannot be read: {shortened(problems, 2)}: mend the data")
+        return None, NO_LABEL, problems
+
+
+class _StreamItems(IterableDataset[Any]):
+    def __init__(self, dataset: Any, transform: Transform, mode: str, seed: int) -> None:
+        self.dataset, self.transform, self.mode, self.seed, self.epoch = dataset, transform, mode, seed, 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int, list[str]]]:
+        worker = get_worker_info()
+        place = rank() * 1000 + (worker.id if worker else 0)
+        for number, (image, label, *_) in enumerate(self.dataset):
+            with _seeded(self.seed, self.epoch, place, number):
+                yield self.transform(eight_bit(image).convert(self.mode)), int(label), []
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+
+def _indexed(items: _Items, order: _Order, workers: int, pin_memory: bool) -> Loading:
+    loader: DataLoader[Any] = DataLoader(
+        items,
+        batch_sampler=order,
+        collate_fn=_collated,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        persistent_workers=workers > 0,
+        # Its own, because a loader draws from the generator it has, and dropout's must not notice a resumption.
+        generator=torch.Generator(),
+    )
+    return Loading(loader, order, len(order), lambda epoch: None)
+
+
+def _streamed(
+    stream: Stream,
+    transform: Transform,
+    mode: str,
+    batch_size: int,
+    seed: int,
+    workers: int,
+    pin_memory: bool,
+    drop_last: bool,
+) -> Loading:
+    items = _StreamItems(stream.dataset, transform, mode, seed)
+    loader: DataLoader[Any] = DataLoader(
+        items,
+        batch_size=max(1, batch_size // world_size()),
+        collate_fn=_collated,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        drop_last=drop_last,
+        generator=torch.Generator(),
+    )
+    try:
+        steps: int | None = len(stream.dataset) // batch_size
+    except TypeError:
+        steps = None
+    return Loading(loader, None, steps, items.set_epoch)
+
+
+def _collated(items: Sequence[tuple[Tensor | None, int, list[str]]]) -> Batch:
+    problems = [problem for _, _, problems in items for problem in problems]
+    whole = [(image, label) for image, label, _ in items if image is not None]
+    if not whole:
+        return Batch(torch.empty(0), torch.empty(0, dtype=torch.long), problems)
+    return Batch(torch.stack([image for image, _ in whole]), torch.tensor([label for _, label in whole]), problems)
+
+
+@contextmanager
+def _seeded(*key: int) -> Iterator[None]:
+    """The random numbers that transforms draw (torch's, numpy's, Python's), from a key, and as they were afterwards."""
+    before = torch.random.get_rng_state(), np.random.get_state(), random.getstate()
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    torch.default_generator.manual_seed(seed)  # the CPU's alone: torch.manual_seed would touch the GPU's, too
+    np.random.seed(seed)
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        torch.random.set_rng_state(before[0])
+        np.random.set_state(before[1])
+        random.setstate(before[2])

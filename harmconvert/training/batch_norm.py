@@ -1,0 +1,94 @@
+"""Batch norms in training: over the batch of all processes, or frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.overrides import TorchFunctionMode
+
+from ..distributed import world_size
+
+
+def over_all_processes() -> AbstractContextManager[Any]:
+    """Batch norms that run inside normalise by the batch of all processes, so that many compute what one would.
+
+    Any class that calls torch's ``batch_norm`` is covered, and no module is exchanged; torch's SyncBatchNorm needs a
+    GPU and replaces modules.
+    """
+    return _GlobalBatchNorm() if world_size() > 1 else nullcontext()
+
+
+@contextmanager
+def frozen(model: nn.Module, freeze: bool) -> Iterator[None]:
+    """Train mode, but for batch norms where they are frozen: these keep statistics and weights."""
+    model.train()
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] if freeze else []
+    for norm in norms:
+        norm.eval()
+    try:
+        yield
+    finally:
+        model.eval()
+
+
+class _GlobalBatchNorm(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.functional.batch_norm and _training(*args, **kwargs):
+            return _batch_norm(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _training(
+    x: Tensor, mean: Any, var: Any, weight: Any = None, bias: Any = None, training: bool = False, *_: Any, **__: Any
+) -> bool:
+    return training
+
+
+def _batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Ioffe and Szegedy's normalisation with mean and variance over every process's (N, C, *); all sizes alike."""
+    axes = [0, *range(2, x.dim())]
+    shape = [1, -1, *[1] * (x.dim() - 2)]
+    values = x.float() if x.dtype.itemsize < 4 else x
+    count = values.numel() // values.shape[1] * world_size()
+    # Two passes, mean first: E[x^2] - E[x]^2 loses its digits where the mean is large.
+    mean = _Sum.apply(values.sum(axes)) / count
+    centred = values - mean.view(shape)
+    variance = _Sum.apply(centred.square().sum(axes)) / count
+    normalised = centred * (variance + eps).rsqrt().view(shape)
+    if running_mean is not None and running_var is not None:
+        with torch.no_grad():
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_((variance * (count / max(count - 1, 1))).to(running_var.dtype), momentum)
+    if weight is not None and bias is not None:
+        normalised = normalised * weight.view(shape) + bias.view(shape)
+    return normalised.to(x.dtype)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over all processes, through which gradients pass."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        value = value.clone()
+        distributed.all_reduce(value)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone()
+        distributed.all_reduce(gradient)
+        return gradient

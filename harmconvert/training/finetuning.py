@@ -1,0 +1,249 @@
+"""Fine-tuning a converted network, with what every stage of it is worth: uncut, cut, calibrated, fine-tuned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration import CalibrationSettings, calibrate
+from ..checkpoint import Header
+from ..convert import convert
+from ..data.datasets import Data
+from ..data.loading import evaluation_batches, some_images, training_batches
+from ..data.preprocessing import color_mode, evaluation_transform
+from ..errors import HarmconvertError, InputError, UsageError
+from ..evaluation import Evaluation, evaluate
+from .learner import Machine, autocast, number_of_classes
+from .loop import Told, train
+from .recipe import Recipe
+from .state import Keeper, record_of
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What the network was worth at one stage, or why that is not known."""
+
+    name: str
+    evaluation: Evaluation | None = None
+    why: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dict; inverse of `from_json`."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Stage:
+        """Read what `to_json` wrote."""
+        found = dict(data["evaluation"]) if data["evaluation"] else None
+        evaluation = Evaluation(**{**found, "unreadable": tuple(found["unreadable"])}) if found else None
+        return cls(data["name"], evaluation, data["why"])
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """A fine-tuned network, its stages, a row of figures for each epoch, and the recipe."""
+
+    model: nn.Module
+    stages: tuple[Stage, ...]
+    rows: tuple[Mapping[str, Any], ...]
+    recipe: Recipe
+
+    def record(self) -> dict[str, Any]:
+        """What the checkpoint says of this run."""
+        return {
+            "recipe": self.recipe.to_json(),
+            "stages": [stage.to_json() for stage in self.stages],
+            "epochs": [dict(row) for row in self.rows],
+        }
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run works with: pre-processing, machine, loading, where state is kept, whom to tell."""
+
+    preprocessing: Mapping[str, Any]
+    machine: Machine
+    workers: int = 0
+    evaluation_batch_size: int = 256
+    keeper: Keeper = field(default_factory=Keeper)
+    resume: Path | None = None
+    say: Callable[[str], None] = lambda message: None
+    told: Callable[[Told], None] = lambda told: None
+    epoch_done: Callable[[Sequence[Mapping[str, Any]]], None] = lambda rows: None
+
+    @property
+    def pin_memory(self) -> bool:
+        """Whether batches travel to a GPU."""
+        return self.machine.device.type == "cuda"
+
+
+def finetune(
+    model: nn.Module,
+    header: Header,
+    data: Data,
+    recipe: Recipe,
+    setting: Setting,
+    *,
+    original: nn.Module | None = None,
+    why_no_original: str = "",
+    calibration_images: int = 256,
+) -> FineTuning:
+    """Fine-tune a harmonic network in place, after calibrating it where that has not been done and can be.
+
+    Args:
+        model, header: a harmonic checkpoint, loaded.
+        original: the uncut network: compared with, calibrated to, and learnt from where the recipe distills.
+        why_no_original: what to say of stages that need it where it is None.
+        calibration_images: of the training set, without their labels; 0 leaves calibration out.
+
+    Raises: as `harmconvert.training.train`; InputError also where the data's classes are not the network's.
+    """
+    if data.train is None or data.test is None:
+        raise UsageError("fine-tuning needs images to train on and images to test on")
+    if recipe.distill < 1:
+        check_classes(data, model)
+    device = setting.machine.device
+    for network in (model, original):
+        if network is not None:
+            network.float().to(device)
+    worth = evaluator(data, recipe, setting, original)
+    if setting.resume is not None:
+        stages = [Stage.from_json(stage) for stage in record_of(setting.resume)["stages"]]
+    else:
+        first = _Stages(model, header, original, why_no_original, worth, setting)
+        stages = first.stages(data, calibration_images, recipe.seed)
+    keeper = replace(setting.keeper, record={"stages": [stage.to_json() for stage in stages]})
+    rows = train(
+        model,
+        train_loading(data, recipe, setting),
+        recipe,
+        test=worth,
+        teacher=original if recipe.distill else None,
+        machine=setting.machine,
+        keeper=keeper,
+        resume=setting.resume,
+        progress=setting.told,
+        epoch_done=setting.epoch_done,
+    )
+    stages.append(Stage("fine-tuned", worth(model)))
+    return FineTuning(model, tuple(stages), rows, recipe)
+
+
+def train_loading(data: Data, recipe: Recipe, setting: Setting) -> Any:
+    """Batches to train on, by a recipe."""
+    assert data.train is not None
+    return training_batches(
+        data.train,
+        recipe.transform(setting.preprocessing),
+        color_mode(setting.preprocessing),
+        recipe.batch_size,
+        seed=recipe.seed,
+        workers=setting.workers,
+        pin_memory=setting.pin_memory,
+    )
+
+
+def evaluator(
+    data: Data, recipe: Recipe, setting: Setting, original: nn.Module | None = None
+) -> Callable[[nn.Module], Evaluation]:
+    """A function that evaluates a network on the test images, beside the original where there is one."""
+    assert data.test is not None
+    config = setting.preprocessing
+    loading = evaluation_batches(
+        data.test,
+        evaluation_transform(config),
+        color_mode(config),
+        setting.evaluation_batch_size,
+        workers=setting.workers,
+        pin_memory=setting.pin_memory,
+    )
+
+    def worth(network: nn.Module) -> Evaluation:
+        other = None if network is original else original
+        return evaluate(network, loading.epoch(0), other, autocast=lambda: autocast(recipe.amp, setting.machine.device))
+
+    return worth
+
+
+def check_classes(data: Data, model: nn.Module) -> None:
+    """Raise InputError where the data's classes cannot be the network's, naming the flags that help."""
+    classes = number_of_classes(model)
+    if data.classes is not None and classes is not None and data.classes != classes:
+        raise InputError(
+            f"the data has {data.classes} classes, the network {classes}: name its own data (--data-dir, --dataset), "
+            f"give it a new classifier with --num-classes {data.classes}, or leave labels aside with --distill"
+        )
+
+
+def new_classifier(model: nn.Module, classes: int) -> None:
+    """Give a network another classifier, untrained.
+
+    Raises:
+        UsageError: the network has no ``reset_classifier`` (timm's name for it).
+    """
+    reset = getattr(model, "reset_classifier", None)
+    if reset is None:
+        raise UsageError(f"--num-classes: this {type(model).__name__} has no reset_classifier(), as timm's have")
+    reset(classes)
+
+
+class _Stages:
+    """The stages before training."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        header: Header,
+        original: nn.Module | None,
+        why_no_original: str,
+        worth: Callable[[nn.Module], Evaluation],
+        setting: Setting,
+    ) -> None:
+        self.model, self.header, self.original, self.worth, self.setting = model, header, original, worth, setting
+        self.why_no_original = why_no_original
+
+    def stages(self, data: Data, calibration_images: int, seed: int) -> list[Stage]:
+        uncut = Stage("uncut", why=self.why_no_original)
+        if self.original is not None:
+            uncut = self._stage("uncut", self.original)
+        if "training" in self.header.history:  # trained before: what it is now is where this run starts
+            return [uncut, self._stage("before", self.model)]
+        if self.header.plan.whole:
+            return [uncut, self._stage("before", self.model), Stage("calibrated", why="nothing is cut")]
+        if self.header.calibrated:
+            before = Stage("before", why=self.why_no_original)
+            if self.original is not None:
+                before = self._stage("before", convert(self.original, self.header.plan).model)
+            return [uncut, before, self._stage("calibrated", self.model)]
+        before = self._stage("before", self.model)
+        return [uncut, before, self._calibrated(data, calibration_images, seed)]
+
+    def _calibrated(self, data: Data, count: int, seed: int) -> Stage:
+        if self.original is None:
+            return Stage("calibrated", why=self.why_no_original)
+        if count == 0:
+            return Stage("calibrated", why="--calibration-images 0")
+        assert data.train is not None
+        config = self.setting.preprocessing
+        images = some_images(data.train, evaluation_transform(config), color_mode(config), count, seed)
+        self.setting.say(f"calibrating on {len(images)} training images, without their labels")
+        batches: tuple[Tensor, ...] = tuple(batch.to(self.setting.machine.device) for batch in images.split(32))
+        try:
+            settings = CalibrationSettings(seed=seed, inputs=len(images))
+            done = calibrate(self.original, self.model, self.header.plan, batches, settings)
+        except HarmconvertError as error:
+            return Stage("calibrated", why=str(error))
+        # Training is about to change what it wrote: the record keeps what was done, not what came of each tensor.
+        self.model.__dict__["harmconvert_calibration"] = replace(done, changed={})
+        return self._stage("calibrated", self.model)
+
+    def _stage(self, name: str, network: nn.Module) -> Stage:
+        with torch.no_grad():
+            stage = Stage(name, self.worth(network))
+        self.setting.say(f"{name}: {stage.evaluation}")
+        return stage

@@ -1,0 +1,215 @@
+"""The network in training and all that changes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from ..conv import HarmonicMixin
+from ..data.loading import Batch
+from ..distributed import sum_over_ranks, world_size
+from ..errors import InputError, UsageError, first_line
+from ..evaluation import class_logits
+from .interrupts import Request
+from .objective import Objective
+from .recipe import Recipe
+
+# A GPU is not made to wait for its losses at every step; NaN and signals are noticed this much later there.
+STEPS_BETWEEN_LOOKS = 10
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run is done with, which does not change what it comes to beyond rounding."""
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    channels_last: bool = True
+    compile: bool = False
+    sync_bn: bool = True
+
+
+class Learner:
+    """The network and all that changes with it: optimiser, schedule, scaler, moving average."""
+
+    def __init__(
+        self, model: nn.Module, recipe: Recipe, machine: Machine, steps: int | None, teacher: nn.Module | None
+    ) -> None:
+        self.model, self.recipe, self.machine = model, recipe, machine
+        model.to(machine.device)
+        if machine.channels_last:
+            model.to(memory_format=torch.channels_last)
+        choose_parameters(model, recipe)
+        self.objective = Objective(recipe, teacher, number_of_classes(model) or 1 << 31)
+        try:
+            self.optimizer = create_optimizer_v2(
+                [p for p in model.parameters() if p.requires_grad],
+                recipe.opt,
+                lr=recipe.lr,
+                weight_decay=recipe.weight_decay,
+                momentum=recipe.momentum,
+            )
+            self.scheduler, _ = create_scheduler_v2(
+                self.optimizer,
+                recipe.sched,
+                num_epochs=recipe.epochs,
+                warmup_epochs=recipe.warmup_epochs,
+                decay_epochs=recipe.decay_epochs,
+                decay_milestones=list(recipe.decay_milestones),
+                decay_rate=recipe.decay_rate,
+                min_lr=recipe.min_lr,
+                step_on_epochs=steps is None,
+                updates_per_epoch=steps or 0,
+            )
+        except (AssertionError, ValueError, KeyError, TypeError, ImportError) as error:
+            raise UsageError(f"timm takes no such --opt or --sched: {first_line(error)}") from error
+        self.scaler = torch.amp.GradScaler(machine.device.type, enabled=recipe.amp == "float16")
+        self.ema = ModelEmaV3(model, recipe.ema) if recipe.ema else None
+        self.updates = 0
+        self.steps = steps
+        self.sums = torch.zeros(3, dtype=torch.float64, device=machine.device)
+        self.network = self._wrapped()
+
+    def _wrapped(self) -> nn.Module:
+        network = cast(nn.Module, torch.compile(self.model)) if self.machine.compile else self.model
+        if world_size() == 1:
+            return network
+        ids = [self.machine.device.index or 0] if self.machine.device.type == "cuda" else None
+        # A network may have parts that never run; buffers are alike already, or averaged after the epoch.
+        return nn.parallel.DistributedDataParallel(
+            network, device_ids=ids, broadcast_buffers=False, find_unused_parameters=True
+        )
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return autocast(self.recipe.amp, self.machine.device)
+
+    def step(self, batch: Batch, epoch: int, step: int) -> None:
+        """One optimiser step on a batch, in as many parts as the recipe says."""
+        self._schedule(epoch, step)
+        images = batch.images.to(self.machine.device, non_blocking=True)
+        if self.machine.channels_last and images.dim() == 4:
+            images = images.contiguous(memory_format=torch.channels_last)
+        images, targets = self.objective.prepared(images, batch.labels.to(self.machine.device, non_blocking=True))
+        count = self.recipe.grad_accum_steps
+        parts = list(zip(images.chunk(count), targets.chunk(count), strict=True))
+        self.optimizer.zero_grad(set_to_none=True)
+        for number, (part, target) in enumerate(parts):
+            last = number == len(parts) - 1
+            network = cast(Any, self.network)
+            with network.no_sync() if world_size() > 1 and not last else nullcontext():
+                with self.autocast():
+                    output = network(part)
+                    loss = self.objective(output, part, target)
+                self.scaler.scale(loss * (len(part) / len(images))).backward()
+            self._count(loss, output, target)
+        if self.recipe.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.updates += 1
+        if self.ema is not None:
+            self.ema.update(self.model, step=self.updates)
+
+    @torch.no_grad()
+    def _count(self, loss: Tensor, output: object, targets: Tensor) -> None:
+        labels = targets if targets.dim() == 1 else targets.argmax(1)
+        right = (class_logits(output).argmax(1) == labels).sum()
+        self.sums += torch.stack(
+            [loss.detach().double() * len(targets), right.double(), loss.new_tensor(len(targets)).double()]
+        )
+
+    def _schedule(self, epoch: int, step: int) -> None:
+        if self.scheduler is None:
+            return
+        if self.steps is None:
+            self.scheduler.step(epoch)
+        else:
+            self.scheduler.step_update(epoch * self.steps + step)
+
+    def look_now(self, step: int) -> bool:
+        """Whether to look at the losses after this step."""
+        return self.machine.device.type == "cpu" or (step + 1) % STEPS_BETWEEN_LOOKS == 0
+
+    def look(self, request: Request) -> tuple[tuple[float, ...], int]:
+        """Sums over all processes since the last look, and a signal that one of them got (0: none)."""
+        shared = torch.cat([self.sums.cpu(), torch.tensor([request.signal, request.signal > 0], dtype=torch.float64)])
+        sum_over_ranks([shared])
+        self.sums.zero_()
+        *sums, signals, processes = shared.tolist()
+        return tuple(sums), round(signals / processes) if processes else 0
+
+    def evaluated(self) -> nn.Module:
+        """The network that will be delivered: the moving average where there is one."""
+        return self.ema.module if self.ema is not None else self.model
+
+    def lr(self) -> float:
+        """Learning rate of the last step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def finish(self) -> None:
+        """Put the moving average, where there is one, in the network's place."""
+        if self.ema is not None:
+            self.model.load_state_dict(self.ema.module.state_dict())
+        self.model.eval()
+
+    def content(self) -> dict[str, Any]:
+        """What `load` needs to go on."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema is not None else None,
+            "updates": self.updates,
+        }
+
+    def load(self, content: Mapping[str, Any]) -> None:
+        """Take up what `content` gave."""
+        try:
+            self.model.load_state_dict(content["model"])
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.scaler.load_state_dict(content["scaler"])
+            if self.ema is not None:
+                self.ema.module.load_state_dict(content["ema"])
+            self.updates = int(content["updates"])
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"the training state does not fit this network: {first_line(error)}") from error
+
+
+def autocast(amp: str, device: torch.device) -> AbstractContextManager[Any]:
+    """The precision of a recipe's forwards."""
+    return nullcontext() if amp == "float32" else torch.autocast(device.type, getattr(torch, amp))
+
+
+def choose_parameters(model: nn.Module, recipe: Recipe) -> None:
+    """Leave gradients on where the recipe trains.
+
+    Raises:
+        UsageError: nothing is left to train.
+    """
+    if recipe.train_only == "coefficients":
+        chosen = {id(m.coefficients) for m in model.modules() if isinstance(m, HarmonicMixin)}
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in chosen)
+    if recipe.freeze_bn:
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UsageError(f"nothing in this {type(model).__name__} is left to train: see --train-only and --freeze-bn")
+
+
+def number_of_classes(model: nn.Module) -> int | None:
+    """Outputs of a classifier: its ``num_classes``, or the width of its last linear layer; None where neither is."""
+    classes = getattr(model, "num_classes", None)
+    if isinstance(classes, int) and classes > 0:
+        return classes
+    last = [module.out_features for module in model.modules() if isinstance(module, nn.Linear)]
+    return last[-1] if last else None

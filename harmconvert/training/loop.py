@@ -1,0 +1,192 @@
+"""The training loop, to be read from top to bottom."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.utils import distribute_bn
+from torch import nn
+
+from ..data.loading import Batch, Loading
+from ..distributed import any_rank, rank, world_size
+from ..errors import CheckError, InputError, UsageError
+from ..evaluation import Evaluation
+from .batch_norm import frozen, over_all_processes
+from .interrupts import SignalError, asked_to_stop
+from .learner import Learner, Machine
+from .recipe import Recipe
+from .state import Keeper, Position
+
+
+@dataclass(frozen=True)
+class Told:
+    """What progress is told after a look at the losses: running means of the epoch, images per second of all."""
+
+    epoch: int
+    step: int
+    steps: int | None
+    loss: float
+    accuracy: float
+    images_per_second: float
+
+
+def train(
+    model: nn.Module,
+    batches: Loading,
+    recipe: Recipe,
+    *,
+    test: Callable[[nn.Module], Evaluation] | None = None,
+    teacher: nn.Module | None = None,
+    machine: Machine | None = None,
+    keeper: Keeper | None = None,
+    resume: Path | None = None,
+    progress: Callable[[Told], None] = lambda told: None,
+    epoch_done: Callable[[Sequence[Mapping[str, Any]]], None] = lambda rows: None,
+) -> tuple[Mapping[str, Any], ...]:
+    """Train ``model`` in place by a recipe; returns a row of figures for each epoch.
+
+    Args:
+        model: a classifier in the form that is to be trained; ends on ``machine.device`` in eval mode.
+        test: evaluates the network (the average, where the recipe keeps one) after each epoch; chooses nothing.
+        teacher: the network whose logits the recipe's ``distill`` follows, on the same device.
+        epoch_done: called with the rows so far after each epoch, by every process.
+        keeper: where state is saved. resume: a state to go on from.
+
+    Raises:
+        CheckError: the loss, or a weight, is no longer finite; the last saved state is from before that.
+        SignalError: SIGINT or SIGTERM came; the state is saved.
+        InputError: labels are missing or beyond the classes. UsageError: settings that do not fit together.
+        OutsideError: the state cannot be written.
+    """
+    machine, keeper = machine or Machine(), keeper or Keeper()
+    _check(recipe, batches, teacher)
+    _seed(recipe.seed + rank())
+    learner = Learner(model, recipe, machine, batches.steps, teacher)
+    position = Position()
+    if resume is not None:
+        position, content = keeper.load(resume)
+        learner.load(content)
+
+    def save() -> None:
+        _check_finite(learner, position, keeper)
+        keeper.save(position, learner.content)
+
+    with asked_to_stop() as request:
+        for epoch in range(position.epoch, recipe.epochs):
+            start, seen = time.perf_counter(), position.sums[2]
+            with frozen(model, recipe.freeze_bn), over_all_processes() if machine.sync_bn else nullcontext():
+                for step, batch in _agreed(batches, epoch, position.step):
+                    learner.step(batch, epoch, step)
+                    due = keeper.due(step + 1)
+                    if not (due or learner.look_now(step)):
+                        continue
+                    sums, signal = learner.look(request)
+                    position = Position(epoch, step + 1, _added(position.sums, sums), position.rows)
+                    loss, right, images = position.sums
+                    if not np.isfinite(loss):
+                        raise CheckError(_not_finite(learner, position, keeper, "the loss"))
+                    if due or signal:
+                        save()
+                    if signal:
+                        raise SignalError(_stopped(position, keeper, signal), signal)
+                    speed = (images - seen) / max(time.perf_counter() - start, 1e-9)
+                    progress(Told(epoch, step + 1, batches.steps, loss / images, right / images, speed))
+            if world_size() > 1 and not machine.sync_bn:
+                distribute_bn(model, world_size(), reduce=True)
+            sums, signal = learner.look(request)
+            position = replace(position, sums=_added(position.sums, sums))
+            row = _row(learner, epoch, position, keeper, time.perf_counter() - start, test)
+            position = Position(epoch + 1, 0, rows=(*position.rows, row))
+            save()
+            epoch_done(position.rows)
+            if signal and epoch + 1 < recipe.epochs:
+                raise SignalError(_stopped(position, keeper, signal), signal)
+    learner.finish()
+    return position.rows
+
+
+def _check(recipe: Recipe, batches: Loading, teacher: nn.Module | None) -> None:
+    if recipe.distill and teacher is None:
+        raise UsageError("distillation needs the uncut network: name it with --teacher SOURCE")
+    parts = world_size() * recipe.grad_accum_steps
+    if recipe.batch_size % parts:
+        raise UsageError(
+            f"a batch of {recipe.batch_size} images cannot be shared out evenly over {world_size()} processes x "
+            f"{recipe.grad_accum_steps} parts: give a --batch-size that {parts} divides"
+        )
+    if batches.steps == 0:
+        raise InputError("the data set is smaller than one batch: give a smaller --batch-size")
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed % (1 << 32))
+    random.seed(seed)
+
+
+def _agreed(batches: Loading, epoch: int, first_step: int) -> Iterator[tuple[int, Batch]]:
+    """Numbered batches, as long as every process has one: streams may end at different times."""
+    found = iter(batches.epoch(epoch, first_step))
+    step = first_step
+    while True:
+        batch = next(found, None)
+        if batches.order is None and world_size() > 1 and any_rank(batch is None):
+            return
+        if batch is None:
+            return
+        yield step, batch
+        step += 1
+
+
+def _added(a: tuple[float, ...], b: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(x + y for x, y in zip(a, b, strict=True))
+
+
+def _row(
+    learner: Learner,
+    epoch: int,
+    position: Position,
+    keeper: Keeper,
+    seconds: float,
+    test: Callable[[nn.Module], Evaluation] | None,
+) -> dict[str, Any]:
+    loss, right, images = position.sums
+    if not np.isfinite(loss):
+        raise CheckError(_not_finite(learner, position, keeper, "the loss"))
+    if not images:
+        raise InputError("an epoch without a batch: the data set is smaller than a batch, or the stream is empty")
+    row: dict[str, Any] = {"epoch": epoch + 1, "lr": learner.lr(), "loss": loss / images, "accuracy": right / images}
+    row |= {"images": int(images), "seconds": round(seconds, 3)}
+    if test is not None:
+        found = test(learner.evaluated())
+        row |= {"test_top1": found.top1, "test_top5": found.top5, "test_loss": found.loss}
+        row |= {"test_agreement": found.agreement, "test_divergence": found.divergence}
+    return row
+
+
+def _check_finite(learner: Learner, position: Position, keeper: Keeper) -> None:
+    # A loss of before the step may be finite while the weights after it are not: those must not be saved.
+    for name, tensor in learner.model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise CheckError(_not_finite(learner, position, keeper, name))
+
+
+def _not_finite(learner: Learner, position: Position, keeper: Keeper, what: str) -> str:
+    where = f"epoch {position.epoch + 1}, step {position.step} (learning rate {learner.lr():g})"
+    kept = f"; the last good state is in {keeper.path}" if keeper.path and keeper.path.exists() else ""
+    return f"{what} is no longer finite in {where}: lower --lr, or give --clip-grad 1{kept}"
+
+
+def _stopped(position: Position, keeper: Keeper, signal: int) -> str:
+    done = f"after {position.epoch} epochs and {position.step} steps"
+    if keeper.path is None:
+        return f"interrupted {done}; no state is kept"
+    return f"interrupted {done}; go on with the same command and --resume {keeper.path}"

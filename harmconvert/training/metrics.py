@@ -1,0 +1,50 @@
+"""The figures of a run, epoch by epoch: a .csv file, and TensorBoard's events where they are wanted."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import OutsideError
+from ..files import write_file
+
+
+def metrics_path(output: str | Path) -> Path:
+    """Where the figures of the run that makes ``output`` are kept.
+
+    >>> metrics_path("a/net.safetensors").name
+    'net.metrics.csv'
+    """
+    return Path(output).with_suffix(".metrics.csv")
+
+
+def write_metrics(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write all rows anew, whole or not at all; raises OutsideError where that fails."""
+
+    def write(staging: Path) -> None:
+        with staging.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write_file(path, write, force=True)
+
+
+class Events:
+    """TensorBoard's events of a run, in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise OutsideError("--log tensorboard needs it: pip install 'harmconvert[tensorboard]'") from error
+        self.writer = SummaryWriter(str(folder))
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """One epoch's figures."""
+        for key, value in row.items():
+            if isinstance(value, int | float) and key != "epoch":
+                self.writer.add_scalar(key, value, row["epoch"])
+        self.writer.flush()

@@ -1,0 +1,62 @@
+"""What training lowers: cross-entropy with the labels, or with what a teacher says, or both."""
+
+from __future__ import annotations
+
+import torch
+from timm.data import Mixup
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..data.loading import NO_LABEL
+from ..errors import InputError
+from ..evaluation import check_labels, class_logits
+from .recipe import Recipe
+
+
+class Objective:
+    """The loss of a recipe; a teacher is needed where the recipe distills."""
+
+    def __init__(self, recipe: Recipe, teacher: nn.Module | None, classes: int) -> None:
+        self.recipe, self.teacher, self.classes = recipe, teacher, classes
+        self.mixup = None
+        if recipe.mixup or recipe.cutmix:
+            self.mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=classes)
+
+    def prepared(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Images and targets of a batch, checked and mixed.
+
+        Raises:
+            InputError: labels are missing, or beyond the network's classes.
+        """
+        if self.recipe.distill == 1:
+            return images, labels
+        if (labels == NO_LABEL).any():
+            raise InputError(
+                "these images have no labels: give a folder for each class, or learn from the uncut network (--distill)"
+            )
+        check_labels(labels, self.classes)
+        if self.mixup is None or len(images) % 2:
+            return images, labels
+        return self.mixup(images.clone(), labels)
+
+    def __call__(self, output: object, images: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss of a batch (scalar), float32."""
+        logits = class_logits(output).float()
+        share = self.recipe.distill
+        loss = logits.new_zeros(())
+        if share < 1:
+            smoothing = self.recipe.smoothing if targets.dim() == 1 else 0.0
+            loss = (1 - share) * functional.cross_entropy(logits, targets, label_smoothing=smoothing)
+        if share > 0:
+            assert self.teacher is not None
+            with torch.no_grad():
+                theirs = class_logits(self.teacher(images)).float()
+            loss = loss + share * distillation(logits, theirs, self.recipe.temperature)
+        return loss
+
+
+def distillation(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Mean KL from the teacher's class probabilities to the student's, both softened; times the square of the
+    temperature, so that its gradients keep their size (Hinton, Vinyals, Dean 2015, sec. 2)."""
+    ours, theirs = (logits / temperature).log_softmax(1), (teacher / temperature).log_softmax(1)
+    return functional.kl_div(ours, theirs, reduction="batchmean", log_target=True) * temperature**2

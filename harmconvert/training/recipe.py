@@ -1,0 +1,172 @@
+"""A recipe: all that decides what a training run comes to, as one value that prints, saves and reloads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from ..data.preprocessing import Transform, padded_crop_transform, timm_transform
+from ..errors import InputError, UsageError
+
+CROPS = ("resized", "padded", "none")
+PRECISIONS = ("float32", "bfloat16", "float16")
+PARTS = ("all", "coefficients")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train. The defaults are the paper's fine-tuning of converted networks (sec. 5.2).
+
+    ``batch_size``: images of one optimiser step, over all processes. ``opt``, ``sched`` and their arguments are timm's
+    (its ``sgd`` has Nesterov momentum, its ``momentum`` has not). ``crop``: ``resized`` (random area and aspect, as for
+    ImageNet), ``padded`` (by ``padding`` pixels, then a random crop, as for CIFAR) or ``none``. ``amp``: precision of
+    the forward. ``distill``: share (0 to 1) of the loss that follows the teacher's logits, softened by
+    ``temperature``; 1 needs no labels. ``ema``: decay of a moving average of the weights, which is then what is
+    delivered (0: none). ``grad_accum_steps``: a step's images are run in so many parts. ``freeze_bn``: batch norms keep
+    their statistics and weights. ``train_only``: ``coefficients`` leaves all but harmonic coefficients as they are.
+    """
+
+    name: str = "finetune"
+    epochs: int = 5
+    batch_size: int = 256
+    opt: str = "momentum"
+    lr: float = 0.001
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    sched: str = "none"
+    warmup_epochs: int = 0
+    decay_epochs: float = 30
+    decay_milestones: tuple[int, ...] = ()
+    decay_rate: float = 0.1
+    min_lr: float = 0.0
+    crop: str = "resized"
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    padding: int = 4
+    hflip: float = 0.5
+    vflip: float = 0.0
+    color_jitter: float = 0.0
+    aa: str | None = None
+    reprob: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    smoothing: float = 0.0
+    clip_grad: float | None = None
+    ema: float = 0.0
+    amp: str = "float32"
+    grad_accum_steps: int = 1
+    freeze_bn: bool = False
+    train_only: str = "all"
+    distill: float = 0.0
+    temperature: float = 2.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "grad_accum_steps"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} (={getattr(self, name)}) must be at least 1")
+        for name, known in (("crop", CROPS), ("amp", PRECISIONS), ("train_only", PARTS)):
+            if getattr(self, name) not in known:
+                raise UsageError(f"{name} (={getattr(self, name)!r}) must be one of {', '.join(known)}")
+        for name in ("distill", "hflip", "vflip", "reprob", "smoothing", "ema"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"{name} (={getattr(self, name)}) must be from 0 to 1")
+        if self.lr < 0 or self.temperature <= 0:
+            raise UsageError(f"lr (={self.lr}) must not be negative, temperature (={self.temperature}) must be above 0")
+        if self.distill and (self.mixup or self.cutmix) and self.distill == 1:
+            raise UsageError("mixup and cutmix mix labels, which distill=1 does not look at: leave them out")
+
+    def __str__(self) -> str:
+        default = RECIPES.get(self.name, Recipe())
+        changed = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if self._differs(default, f.name)]
+        schedule = "constant" if self.sched == "none" else self.sched
+        return (
+            f"{self.name}: {self.epochs} epochs, {self.opt}, lr {self.lr:g} ({schedule}), "
+            f"weight decay {self.weight_decay:g}, batch {self.batch_size}, seed {self.seed}"
+            + (f"; changed: {', '.join(changed)}" if changed else "")
+        )
+
+    def _differs(self, other: Recipe, name: str) -> bool:
+        return name not in ("name", "seed") and getattr(self, name) != getattr(other, name)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dict; inverse of `from_json`."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Recipe:
+        """Read what `to_json` wrote.
+
+        Raises:
+            InputError: it is no recipe, or has settings that this harmconvert does not know.
+        """
+        if not isinstance(data, Mapping) or (strange := set(data) - {field.name for field in fields(cls)}):
+            what = f"settings unknown here: {', '.join(sorted(map(str, strange)))}" if data else "it is empty"
+            raise InputError(f"this is no recipe that can be read ({what}): update harmconvert")
+        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        try:
+            return cls(**settings)
+        except (TypeError, UsageError) as error:
+            raise InputError(f"this is no recipe that can be read: {error}") from error
+
+    def transform(self, config: Mapping[str, Any]) -> Transform:
+        """What is done to an image to train on; ``config`` is `harmconvert.data.preprocessing`'s."""
+        if self.crop == "padded":
+            return padded_crop_transform(config, self.padding, self.hflip, self.vflip)
+        return timm_transform(
+            config,
+            is_training=True,
+            no_aug=self.crop == "none",
+            scale=self.scale,
+            ratio=self.ratio,
+            hflip=self.hflip,
+            vflip=self.vflip,
+            color_jitter=self.color_jitter or None,
+            auto_augment=self.aa,
+            re_prob=self.reprob,
+        )
+
+
+_SGD = Recipe(lr=0.1, sched="step")
+
+# The recipes of the paper: of converted networks (sec. 5.2), of ImageNet networks (sec. 5.1: a tenth every 30 of 90
+# epochs), and of WRNs (as Zagoruyko and Komodakis trained them: a fifth at 60, 120 and 160 of 200 epochs).
+RECIPES = {
+    "finetune": Recipe(),
+    "imagenet-resnet": replace(_SGD, name="imagenet-resnet", epochs=90),
+    "cifar-wrn": replace(
+        _SGD,
+        name="cifar-wrn",
+        epochs=200,
+        batch_size=128,
+        opt="sgd",
+        weight_decay=5e-4,
+        sched="multistep",
+        decay_milestones=(60, 120, 160),
+        decay_rate=0.2,
+        crop="padded",
+    ),
+}
+
+
+def recipe_named(name: str, **changes: Any) -> Recipe:
+    """The recipe of that name with changes (None changes nothing); its schedule stretches with the epochs.
+
+    >>> recipe_named("cifar-wrn", epochs=20).decay_milestones
+    (6, 12, 16)
+
+    Raises:
+        UsageError: no recipe of that name, or a setting that makes no sense.
+    """
+    if name not in RECIPES:
+        raise UsageError(f"there is no recipe {name!r}: use one of {', '.join(RECIPES)}")
+    recipe = RECIPES[name]
+    changes = {key: value for key, value in changes.items() if value is not None}
+    stretch = max(changes.get("epochs", recipe.epochs), 1) / recipe.epochs
+    stretched = replace(
+        recipe,
+        decay_epochs=recipe.decay_epochs * stretch,
+        decay_milestones=tuple(round(milestone * stretch) for milestone in recipe.decay_milestones),
+    )
+    return replace(stretched, **changes)
