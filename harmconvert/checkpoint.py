@@ -20,12 +20,13 @@ import timm
 import torch
 from torch import nn
 
-from .conv import HarmonicMixin, base_class, to_harmonic
+from .block import to_block
+from .conv import HarmonicBlock2d, HarmonicMixin, base_class, to_harmonic
 from .convert import Conversion
 from .errors import InputError, UsageError, shortened
 from .forms import fuse
 from .plan import LayerPlan, Plan
-from .surgery import convolutions, exchange, kernel_size
+from .surgery import convolutions, exchange, kernel_size, put_in_place
 from .weights import load_state, open_safetensors, untied_state, why_unreadable, write_tensors
 
 FORMAT_VERSION = 1
@@ -66,6 +67,7 @@ class Header:
     tied: Mapping[str, str] = field(default_factory=dict)
     history: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    blocks: Mapping[str, bool] = field(default_factory=dict)  # HarmonicBlock2d by name, and whether it normalises
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> dict[str, Any]:
@@ -75,6 +77,7 @@ class Header:
             "source": asdict(self.source) if self.source else None,
             "basis": "dct",
             **self.plan.to_json(),
+            "blocks": dict(self.blocks),
             "tied": dict(self.tied),
             "history": dict(self.history),
             "versions": dict(self.versions),
@@ -109,6 +112,7 @@ class Header:
                 {str(k): str(v) for k, v in data.get("tied", {}).items()},
                 dict(data.get("history", {})),
                 {str(k): str(v) for k, v in data.get("versions", {}).items()},
+                {str(k): bool(v) for k, v in data.get("blocks", {}).items()},
             )
         except (TypeError, ValueError, AttributeError) as error:
             raise InputError(f"its header is unreadable: {error}") from error
@@ -146,7 +150,7 @@ def save(
     record = dict(known.history) if known else {}
     if calibration := model.__dict__.get("harmconvert_calibration"):
         record["calibration"] = calibration.to_json()
-    header = Header(plan, source, tied, {**record, **(history or {})}, versions)
+    header = Header(plan, source, tied, {**record, **(history or {})}, versions, _blocks_of(model))
     metadata = {"format": "pt", METADATA_KEY: json.dumps(header.to_json(), separators=(",", ":"))}
     write_tensors(tensors, path, metadata, force)
     return header
@@ -228,7 +232,8 @@ def load(
         if header.source is None or rebuild is None:
             raise UsageError(f"{path} does not say how to build its network: pass the plain network as model=")
         model = rebuild(header.source)
-    harmonic = harmonic_like(model, header.plan, f"{path} does not fit this {type(model).__name__}")
+    complaint = f"{path} does not fit this {type(model).__name__}"
+    harmonic = harmonic_like(model, header.plan, complaint, header.blocks)
     with open_safetensors(path) as file:
         state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
     state |= {alias: state[key] for alias, key in header.tied.items() if key in state}
@@ -241,21 +246,35 @@ def load(
     return dense
 
 
-def harmonic_like(model: nn.Module, plan: Plan, complaint: str) -> nn.Module:
-    """A copy of a plain network with the harmonic convolutions of a plan, their values still to be loaded."""
+def harmonic_like(model: nn.Module, plan: Plan, complaint: str, blocks: Mapping[str, bool] | None = None) -> nn.Module:
+    """A copy of a plain network with the harmonic convolutions of a plan, and blocks, their values to be loaded."""
     convs = convolutions(model)
     wrong = [p.name for p in plan.layers if p.name not in convs or kernel_size(convs[p.name]) != p.kernel_size]
     if wrong:
         raise InputError(f"{complaint}: it has no such convolution: {shortened(wrong)}")
     fill = {convs[p.name]: partial(to_harmonic, convs[p.name], p.frequencies, plan.normalization) for p in plan.layers}
-    return exchange(model, fill)
+    copied = exchange(model, fill)
+    for name, normalize in (blocks or {}).items():
+        conv = convolutions(copied).get(name)
+        if conv is None or isinstance(conv, HarmonicMixin):
+            raise InputError(f"{complaint}: it has no such convolution: {name}")
+        copied = put_in_place(copied, conv, to_block(conv, normalize))
+    return copied
+
+
+def _blocks_of(model: nn.Module) -> dict[str, bool]:
+    """The blocks of a network that stand in the place of convolutions, and whether they normalise."""
+    blocks = {name: module for name, module in model.named_modules() if isinstance(module, HarmonicBlock2d)}
+    return {name: isinstance(block.norm, nn.BatchNorm2d) for name, block in blocks.items()}
 
 
 def _plan_of(model: nn.Module, known: Header | None) -> Plan:
     harmonic = {name: conv for name, conv in convolutions(model).items() if isinstance(conv, HarmonicMixin)}
-    if not harmonic:
+    if not harmonic and not _blocks_of(model):
         raise UsageError(f"this {type(model).__name__} has no harmonic convolution: convert it first")
     normalizations = {conv.normalization for conv in harmonic.values()}
+    if not harmonic:
+        return Plan(())
     if len(normalizations) > 1:
         raise UsageError("this network mixes normalisations of the basis, which one file cannot hold")
     layers = tuple(LayerPlan(name, kernel_size(conv), conv.frequencies) for name, conv in harmonic.items())

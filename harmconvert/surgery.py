@@ -172,6 +172,17 @@ def exchange(model: nn.Module, fill: Mapping[nn.Module, Callable[[dict[int, Any]
         ) from error
 
 
+def put_in_place(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    """Give ``new`` every name that ``old`` has in ``model``, which is changed; gives the model back."""
+    if model is old:
+        return new
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child is old:
+                setattr(parent, name, new)
+    return model
+
+
 def call(model: nn.Module, example_input: Any) -> Any:
     """Call a network on an example input: tuple as arguments, dict as keywords, anything else as the one argument."""
     if isinstance(example_input, tuple):

@@ -1,0 +1,156 @@
+"""harmconvert train"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import options, training_options
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..sources import Network
+
+
+@click.command(name="train")
+@click.argument("source")
+@click.option(
+    "--recipe",
+    "recipe_name",
+    type=click.Choice(["cifar-wrn", "imagenet-resnet", "finetune"]),
+    default="imagenet-resnet",
+    show_default=True,
+    help="The paper's recipes; other options change them.",
+)
+@click.option(
+    "--harmonic",
+    type=click.Choice(["none", "first", "all"]),
+    default="all",
+    show_default=True,
+    help="none: the plain network; first: Harm1, its input layer alone; all: Harm.",
+)
+@click.option(
+    "--lambda",
+    "lam",
+    default="full",
+    show_default=True,
+    metavar="LAMBDA",
+    help="What the layers behind the first keep (with --harmonic all), as in convert.",
+)
+@training_options.data_options
+@training_options.holdout
+@training_options.recipe_options
+@click.option("-o", "--output", metavar="FILE", help="Default: NAME-trained.safetensors.")
+@options.force
+@training_options.run_options
+@options.network_options
+@options.common
+def command(
+    source: str,
+    recipe_name: str,
+    harmonic: str,
+    lam: str,
+    output: str | None,
+    force: bool,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Train the network SOURCE from scratch, plain or harmonic.
+
+    Writes a harmonic checkpoint; with --harmonic none plain weights, for --checkpoint of the other commands. Batches
+    are of all processes together, as in finetune.
+
+    \b
+    Example:
+      harmconvert train wrn28_10 --recipe cifar-wrn --harmonic all --lambda 3 --dataset torch/cifar10 --data-dir cifar/
+      harmconvert train resnet50 --recipe imagenet-resnet --harmonic none --data-dir imagenet/ --amp
+      harmconvert train sample:resnet_mnist5k --harmonic none --recipe cifar-wrn --dataset sample:mnist5k --hflip 0
+    """
+    from ..distributed import joined, rank
+    from ..files import check_output
+    from ..training import train
+    from ..training.finetuning import Setting, check_classes, evaluator, train_loading
+
+    output = output or default_output(source)
+    check_output(output, force or bool(given["resume"]))
+    with joined():
+        network, model = untrained(source, given, harmonic, lam)
+        data = training_options.data_from(given, training_options.seed_from(given), ("train", "test"))
+        check_classes(data, model)
+        recipe = training_options.recipe_from(recipe_name, given)
+        options.say(str(recipe))
+        identity = {"recipe": recipe.to_json(), "data": data.identity(), "network": [source, harmonic, lam]}
+        keeper = training_options.keeper_from(given, output, identity)
+        config = training_options.preprocessing_from(given, model)
+        machine, workers = training_options.machine_from(given), training_options.workers_from(given)
+        setting = Setting(config, machine, workers)
+        worth, record = evaluator(data, recipe, setting), training_options.recorder(output, given["log"])
+        with training_options.progress(recipe.epochs) as (told, epoch_done):
+
+            def after_epoch(rows: Any) -> None:
+                record(rows)
+                epoch_done(rows[-1])
+
+            rows = train(
+                model,
+                train_loading(data, recipe, setting),
+                recipe,
+                test=worth,
+                machine=setting.machine,
+                keeper=keeper,
+                resume=Path(given["resume"]) if given["resume"] else None,
+                progress=told,
+                epoch_done=after_epoch,
+            )
+        found = worth(model)
+        if rank() > 0:
+            return
+        run = {"recipe": recipe.to_json(), "epochs": [dict(row) for row in rows], "evaluation": found.to_json()}
+        write(model, network, output, harmonic, run)
+        keeper.remove()
+    if as_json:
+        options.print_json({"output": output, **run})
+        return
+    options.console().print(f"{found}\nwrote {output}", markup=False)
+
+
+def untrained(source: str, given: dict[str, Any], harmonic: str, lam: str) -> tuple[Network, nn.Module]:
+    """The network of a source with weights from the seed, and the form of it that is to be trained."""
+    import torch
+
+    from ..harmonize import harmonize
+    from ..plan import parse_lambda
+
+    torch.manual_seed(training_options.seed_from(given))
+    network = options.opened(source, given, pretrained=False)
+    if harmonic == "none":
+        return network, network.model
+    size = (given["img_size"],) * 2
+    example = options.example_input([(3, *size)] if given["img_size"] else [], network.model)
+    return network, harmonize(network.model, harmonic, parse_lambda(lam), example_input=example)
+
+
+def write(model: nn.Module, network: Network, output: str, harmonic: str, run: dict[str, Any]) -> None:
+    """A harmonic checkpoint, or the plain weights."""
+    from dataclasses import replace
+
+    from ..checkpoint import save
+    from ..weights import untied_state, write_tensors
+
+    if harmonic == "none":
+        metadata = {"format": "pt", "harmconvert_training": json.dumps(run)}
+        write_tensors(untied_state(model)[0], output, metadata, force=True)
+    else:
+        source = replace(network.source, sha256=None)  # it was not converted from weights
+        save(model, output, source=source, history={"training": [run]}, force=True)
+
+
+def default_output(source: str) -> str:
+    """Where the trained network goes unless told: NAME-trained.safetensors, here."""
+    from ..checkpoint import default_name
+
+    return default_name(source, "trained").replace("-harmonic-trained", "-trained")
