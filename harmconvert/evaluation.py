@@ -92,7 +92,7 @@ def evaluate(
     unreadable: list[str] = []
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with evaluating(*(network for network in (model, other) if network is not None)), autocast():
-        for images, labels, problems in batches:
+        for images, labels, problems, _ in batches:
             unreadable += problems
             if not len(images):
                 continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -141,3 +141,32 @@ def refit(
         found.append(coefficients)
         biases.append(level - coefficients @ middle)
     return np.stack(found), np.concatenate(biases) if conv.bias is not None else None
+
+
+def sgd(
+    parameters: list[torch.Tensor],
+    loss: Callable[[], torch.Tensor],
+    steps: int,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+) -> None:
+    """Gradient descent with momentum and decay, parameter by parameter: v = m v + (g + d p), p = p - lr v."""
+    velocity = [torch.zeros_like(p) for p in parameters]
+    for _ in range(steps):
+        gradients = torch.autograd.grad(loss(), parameters)
+        with torch.no_grad():
+            for p, g, v in zip(parameters, gradients, velocity, strict=True):
+                v.copy_(momentum * v + g + weight_decay * p)
+                p.copy_(p - lr * v)
+
+
+def softened_kl(student: np.ndarray, teacher: np.ndarray, temperature: float) -> float:
+    """Mean over images of sum over classes of p log(p / q), p and q softened; times the temperature's square."""
+    total = 0.0
+    for ours, theirs in zip(student, teacher, strict=True):
+        q = [math.exp(value / temperature) for value in ours]
+        p = [math.exp(value / temperature) for value in theirs]
+        q, p = [value / sum(q) for value in q], [value / sum(p) for value in p]
+        total += sum(b * math.log(b / a) for a, b in zip(q, p, strict=True))
+    return total / len(student) * temperature**2

@@ -112,8 +112,7 @@ def command(
             )
         if rank() > 0:
             return
-        history = {"training": [*job.header.history.get("training", []), done.record()]}
-        save(done.model, output, source=job.source, history=history, force=True)
+        save(done.model, output, source=job.source, history=done.history(job.header.history), force=True)
         setting.keeper.remove()
     console = options.console(quiet=as_json)
     console.print(tables.stages_table(done.stages))

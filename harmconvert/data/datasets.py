@@ -177,7 +177,8 @@ class _FromReader(Pictures):
 
     def __init__(self, reader: Any, labelled: bool = True) -> None:
         self.reader, self.labelled = reader, labelled
-        names = getattr(reader, "class_to_idx", None) or {}
+        # timm's tar reader has another name for it.
+        names = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {}
         self.classes = sorted(names, key=names.__getitem__) or None
 
     def __len__(self) -> int:

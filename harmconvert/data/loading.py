@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from ..distributed import rank, world_size
-from ..errors import InputError, first_line, shortened
+from ..errors import InputError, OutsideError, first_line, shortened
 from .datasets import Pictures, Stream
 from .pictures import UNREADABLE, eight_bit
 from .preprocessing import Transform
@@ -31,11 +31,12 @@ NO_LABEL = -1
 
 
 class Batch(NamedTuple):
-    """Images (N, C, H, W), labels (N,; -1 where there are none), and what could not be read."""
+    """Images (N, C, H, W), labels (N,; -1 where there are none), what could not be read, and whether that is final."""
 
     images: Tensor
     labels: Tensor
     problems: list[str]
+    broken: bool = False
 
 
 @dataclass
@@ -52,16 +53,26 @@ class Loading:
     set_epoch: Callable[[int], None]
 
     def epoch(self, number: int, first_step: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from a step on."""
+        """The batches of an epoch from a step on.
+
+        Raises:
+            InputError: too many images in a row cannot be read. OutsideError: a worker died.
+        """
         self.set_epoch(number)
-        if self.order is None:
-            batches = iter(self.loader)
-            for _ in range(first_step):  # a stream can only be run through
-                next(batches, None)
-            yield from batches
-            return
-        self.order.epoch, self.order.first_step = number, first_step
-        yield from self.loader
+        if self.order is not None:
+            self.order.epoch, self.order.first_step = number, first_step
+        skipped = 0 if self.order is not None else first_step  # a stream can only be run through
+        try:
+            for batch in islice(self.loader, skipped, None):
+                # Raised here: an exception that crosses from a worker brings its traceback as its message.
+                if batch.broken:
+                    what = shortened(batch.problems[-REPLACEMENTS:], 2)
+                    raise InputError(f"{REPLACEMENTS} images in a row cannot be read: {what}: mend the data")
+                yield batch
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise OutsideError(f"{first_line(error)}: give fewer --workers, or more shared memory") from error
 
 
 def training_batches(
@@ -157,8 +168,6 @@ class _Items(Dataset[Any]):
                 continue
             with _seeded(self.seed, epoch, index):
                 return self.transform(image), NO_LABEL if label is None else label, problems
-        if self.replace:
-            raise InputError(f"{REPLACEMENTS} images in a row cannot be read: {shortened(problems, 2)}: mend the data")
         return None, NO_LABEL, problems
 
 
@@ -223,9 +232,11 @@ def _streamed(
 def _collated(items: Sequence[tuple[Tensor | None, int, list[str]]]) -> Batch:
     problems = [problem for _, _, problems in items for problem in problems]
     whole = [(image, label) for image, label, _ in items if image is not None]
+    broken = any(image is None and len(tried) >= REPLACEMENTS for image, _, tried in items)
     if not whole:
-        return Batch(torch.empty(0), torch.empty(0, dtype=torch.long), problems)
-    return Batch(torch.stack([image for image, _ in whole]), torch.tensor([label for _, label in whole]), problems)
+        return Batch(torch.empty(0), torch.empty(0, dtype=torch.long), problems, broken)
+    images = torch.stack([image for image, _ in whole])
+    return Batch(images, torch.tensor([label for _, label in whole]), problems, broken)
 
 
 @contextmanager

@@ -46,12 +46,20 @@ class Stage:
 
 @dataclass(frozen=True)
 class FineTuning:
-    """A fine-tuned network, its stages, a row of figures for each epoch, and the recipe."""
+    """A fine-tuned network, its stages, a row of figures for each epoch, the recipe, and how it was calibrated."""
 
     model: nn.Module
     stages: tuple[Stage, ...]
     rows: tuple[Mapping[str, Any], ...]
     recipe: Recipe
+    calibration: Mapping[str, Any] | None = None
+
+    def history(self, before: Mapping[str, Any]) -> dict[str, Any]:
+        """The history that the checkpoint is to record, from what was recorded before this run."""
+        calibration = self.calibration or before.get("calibration")
+        # Training changed what calibration wrote: the record keeps what was done, not what came of each tensor.
+        kept = {"calibration": {**calibration, "changed": {}}} if calibration else {}
+        return {**before, **kept, "training": [*before.get("training", []), self.record()]}
 
     def record(self) -> dict[str, Any]:
         """What the checkpoint says of this run."""
@@ -113,11 +121,13 @@ def finetune(
             network.float().to(device)
     worth = evaluator(data, recipe, setting, original)
     if setting.resume is not None:
-        stages = [Stage.from_json(stage) for stage in record_of(setting.resume)["stages"]]
+        record = record_of(setting.resume)
+        stages, calibration = [Stage.from_json(stage) for stage in record["stages"]], record["calibration"]
     else:
         first = _Stages(model, header, original, why_no_original, worth, setting)
-        stages = first.stages(data, calibration_images, recipe.seed)
-    keeper = replace(setting.keeper, record={"stages": [stage.to_json() for stage in stages]})
+        stages, calibration = first.stages(data, calibration_images, recipe.seed), first.calibration
+    record = {"stages": [stage.to_json() for stage in stages], "calibration": calibration}
+    keeper = replace(setting.keeper, record=record)
     rows = train(
         model,
         train_loading(data, recipe, setting),
@@ -131,7 +141,7 @@ def finetune(
         epoch_done=setting.epoch_done,
     )
     stages.append(Stage("fine-tuned", worth(model)))
-    return FineTuning(model, tuple(stages), rows, recipe)
+    return FineTuning(model, tuple(stages), rows, recipe, calibration)
 
 
 def train_loading(data: Data, recipe: Recipe, setting: Setting) -> Any:
@@ -206,6 +216,7 @@ class _Stages:
     ) -> None:
         self.model, self.header, self.original, self.worth, self.setting = model, header, original, worth, setting
         self.why_no_original = why_no_original
+        self.calibration: Mapping[str, Any] | None = None
 
     def stages(self, data: Data, calibration_images: int, seed: int) -> list[Stage]:
         uncut = Stage("uncut", why=self.why_no_original)
@@ -238,8 +249,7 @@ class _Stages:
             done = calibrate(self.original, self.model, self.header.plan, batches, settings)
         except HarmconvertError as error:
             return Stage("calibrated", why=str(error))
-        # Training is about to change what it wrote: the record keeps what was done, not what came of each tensor.
-        self.model.__dict__["harmconvert_calibration"] = replace(done, changed={})
+        self.calibration = done.to_json()
         return self._stage("calibrated", self.model)
 
     def _stage(self, name: str, network: nn.Module) -> Stage:

@@ -16,8 +16,8 @@ from timm.utils import distribute_bn
 from torch import nn
 
 from ..data.loading import Batch, Loading
-from ..distributed import any_rank, rank, world_size
-from ..errors import CheckError, InputError, UsageError
+from ..distributed import any_rank, gathered, rank, world_size
+from ..errors import CheckError, InputError, UsageError, shortened
 from ..evaluation import Evaluation
 from .batch_norm import frozen, over_all_processes
 from .interrupts import SignalError, asked_to_stop
@@ -82,8 +82,10 @@ def train(
     with asked_to_stop() as request:
         for epoch in range(position.epoch, recipe.epochs):
             start, seen = time.perf_counter(), position.sums[2]
+            unreadable: list[str] = []
             with frozen(model, recipe.freeze_bn), over_all_processes() if machine.sync_bn else nullcontext():
                 for step, batch in _agreed(batches, epoch, position.step):
+                    unreadable += batch.problems
                     learner.step(batch, epoch, step)
                     due = keeper.due(step + 1)
                     if not (due or learner.look_now(step)):
@@ -101,6 +103,11 @@ def train(
                     progress(Told(epoch, step + 1, batches.steps, loss / images, right / images, speed))
             if world_size() > 1 and not machine.sync_bn:
                 distribute_bn(model, world_size(), reduce=True)
+            if unreadable := sorted({name for names in gathered(unreadable) for name in names}):
+                keeper.say(
+                    f"note: {len(unreadable)} images could not be read, others took their place: "
+                    f"{shortened(unreadable, 3)}"
+                )
             sums, signal = learner.look(request)
             position = replace(position, sums=_added(position.sums, sums))
             row = _row(learner, epoch, position, keeper, time.perf_counter() - start, test)

@@ -40,8 +40,8 @@ class Objective:
         return self.mixup(images.clone(), labels)
 
     def __call__(self, output: object, images: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss of a batch (scalar), float32."""
-        logits = class_logits(output).float()
+        """Mean loss of a batch (scalar), in float32 or better."""
+        logits = _precise(class_logits(output))
         share = self.recipe.distill
         loss = logits.new_zeros(())
         if share < 1:
@@ -50,7 +50,7 @@ class Objective:
         if share > 0:
             assert self.teacher is not None
             with torch.no_grad():
-                theirs = class_logits(self.teacher(images)).float()
+                theirs = _precise(class_logits(self.teacher(images)))
             loss = loss + share * distillation(logits, theirs, self.recipe.temperature)
         return loss
 
@@ -60,3 +60,7 @@ def distillation(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     temperature, so that its gradients keep their size (Hinton, Vinyals, Dean 2015, sec. 2)."""
     ours, theirs = (logits / temperature).log_softmax(1), (teacher / temperature).log_softmax(1)
     return functional.kl_div(ours, theirs, reduction="batchmean", log_target=True) * temperature**2
+
+
+def _precise(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype.itemsize < 4 else logits

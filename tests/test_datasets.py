@@ -1,0 +1,290 @@
+"""Labelled data: what is found, how it is split, what is refused; batches that depend on nothing but the seed."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import IterableDataset
+from torchvision import transforms
+
+from harmconvert.data.datasets import DataRequest, Stream, open_data
+from harmconvert.data.loading import NO_LABEL, evaluation_batches, some_images, training_batches
+from harmconvert.errors import InputError, UsageError
+
+from .pictures import digit_folders
+
+TO_TENSOR = transforms.ToTensor()
+RANDOM = transforms.Compose([transforms.RandomCrop(28, 4), transforms.RandomHorizontalFlip(), TO_TENSOR])
+
+
+@pytest.fixture
+def split_folder(tmp_path: Path) -> Path:
+    digit_folders(tmp_path / "train", 4)
+    digit_folders(tmp_path / "val", 2, first=4)
+    return tmp_path
+
+
+# --- what is found ---
+
+
+def test_a_folder_with_splits(split_folder: Path) -> None:
+    data = open_data(DataRequest(data_dir=str(split_folder)))
+    assert data.identity() == {"images": [40, 20], "classes": 10}
+    assert data.labelled
+    assert not data.notes
+    labels = [data.train.read(index)[1] for index in range(40)]
+    assert sorted(labels) == sorted(list(range(10)) * 4)
+    image, label = data.test.read(7)
+    assert image.size == (28, 28)
+    assert data.test.name(7).endswith(f"val/{label}/1.png")
+
+
+def test_classes_are_numbered_in_natural_order(tmp_path: Path) -> None:
+    for name in ("2", "10", "1"):
+        (tmp_path / name).mkdir()
+        Image.new("L", (4, 4)).save(tmp_path / name / "a.png")
+    data = open_data(DataRequest(data_dir=str(tmp_path), holdout=0), ("test",))
+    assert list(data.test.classes) == ["1", "2", "10"]
+
+
+def test_a_folder_without_splits_is_split_by_the_seed(tmp_path: Path) -> None:
+    digit_folders(tmp_path, 4)
+    request = DataRequest(data_dir=str(tmp_path), holdout=0.25, seed=3)
+    data, again = open_data(request), open_data(request)
+    names = [{part.name(i) for i in range(len(part))} for part in (data.train, data.test)]
+    assert [len(name) for name in names] == [30, 10]
+    assert not names[0] & names[1]
+    assert names[1] == {again.test.name(i) for i in range(10)}
+    other = open_data(DataRequest(data_dir=str(tmp_path), holdout=0.25, seed=4))
+    assert names[1] != {other.test.name(i) for i in range(10)}
+    assert "10 of its 40 images (seed 3) are tested on" in data.notes[0]
+
+
+def test_evaluating_without_a_holdout_tests_on_all(tmp_path: Path) -> None:
+    digit_folders(tmp_path, 2)
+    assert len(open_data(DataRequest(data_dir=str(tmp_path), holdout=0), ("test",)).test) == 20
+
+
+def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
+    for number in range(10):
+        Image.new("L", (8, 8), number).save(tmp_path / f"{number}.png")
+    data = open_data(DataRequest(data_dir=str(tmp_path)))
+    assert not data.labelled
+    assert data.classes is None
+    assert data.train.read(0)[1] is None
+
+
+def test_a_tar_file(tmp_path: Path) -> None:
+    digit_folders(tmp_path / "digits", 2)
+    with tarfile.open(tmp_path / "digits.tar", "w") as archive:
+        archive.add(tmp_path / "digits", "digits")
+    data = open_data(DataRequest(data_dir=str(tmp_path / "digits.tar"), holdout=0.5))
+    assert data.identity() == {"images": [10, 10], "classes": 10}
+    assert data.train.read(0)[0].size == (28, 28)
+
+
+def test_torchs_data_sets(tmp_path: Path) -> None:
+    """timm's torch/image_folder stands for the others, which all are read from a disk in the same way."""
+    digit_folders(tmp_path / "train", 2)
+    digit_folders(tmp_path / "validation", 1, first=5)
+    data = open_data(DataRequest("torch/image_folder", str(tmp_path)))
+    assert data.identity() == {"images": [20, 10], "classes": 10}
+    assert data.train.read(3)[1] == 1
+
+
+def test_the_samples() -> None:
+    digits = open_data(DataRequest("sample:mnist5k"))
+    assert digits.identity() == {"images": [4000, 1000], "classes": 10}
+    crops = open_data(DataRequest("sample:photographs"))
+    assert not crops.labelled
+    assert crops.train.read(5)[0] == crops.train.read(5)[0]
+    assert crops.train.read(5)[0] != crops.test.read(5)[0]
+
+
+# --- what is refused ---
+
+
+def test_an_empty_class_folder_is_named(split_folder: Path) -> None:
+    (split_folder / "train" / "0a").mkdir()
+    with pytest.raises(InputError, match=r"train has class folders without an image \(0a\).*shift the numbers"):
+        open_data(DataRequest(data_dir=str(split_folder)))
+
+
+def test_test_classes_must_be_those_of_training(split_folder: Path) -> None:
+    (split_folder / "val" / "ten").mkdir()
+    Image.new("L", (4, 4)).save(split_folder / "val" / "ten" / "a.png")
+    with pytest.raises(InputError, match="val has classes that there are none of to train on: ten"):
+        open_data(DataRequest(data_dir=str(split_folder)))
+
+
+def test_a_class_that_is_not_tested_does_not_shift_the_others(split_folder: Path) -> None:
+    for image in (split_folder / "val" / "3").iterdir():
+        image.unlink()
+    (split_folder / "val" / "3").rmdir()
+    data = open_data(DataRequest(data_dir=str(split_folder)))
+    for index in range(len(data.test)):
+        assert f"/{data.test.read(index)[1]}/" in data.test.name(index)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (DataRequest(), "give --data-dir FOLDER, or --dataset NAME"),
+        (DataRequest(data_dir="nowhere"), "there is no folder nowhere"),
+        (DataRequest("cifar10"), "there is no data set 'cifar10': use sample:mnist5k, a timm data set"),
+        (DataRequest("sample:cats"), "there is no sample data set 'sample:cats'"),
+        (DataRequest("torch/cifar10"), "say where it lies with --data-dir"),
+        (DataRequest("torch/nothing", "."), "timm cannot open torch/nothing"),
+    ],
+)
+def test_data_that_is_not_there(request_: DataRequest, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        open_data(request_)
+
+
+def test_one_split_and_nothing_held_back(tmp_path: Path) -> None:
+    digit_folders(tmp_path, 1)
+    with pytest.raises(UsageError, match="give --holdout above 0"):
+        open_data(DataRequest(data_dir=str(tmp_path), holdout=0))
+
+
+def test_a_folder_without_images(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no image"):
+        open_data(DataRequest(data_dir=str(tmp_path)))
+
+
+# --- batches ---
+
+
+def digits(folder: Path, each: int = 4) -> object:
+    return open_data(DataRequest(data_dir=str(digit_folders(folder, each)), holdout=0), ("train",)).train
+
+
+def test_every_epoch_is_another_order_and_each_sees_every_picture(tmp_path: Path) -> None:
+    loading = training_batches(digits(tmp_path), TO_TENSOR, "L", 10)
+    assert loading.steps == 4
+    epochs = [torch.cat([batch.images for batch in loading.epoch(epoch)]) for epoch in (0, 1, 0)]
+    assert torch.equal(epochs[0], epochs[2])
+    assert not torch.equal(epochs[0], epochs[1])
+    flat = [sorted(image.sum().item() for image in epoch) for epoch in epochs]
+    assert flat[0] == flat[1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_going_on_in_the_middle_gives_the_batches_that_were_left(tmp_path: Path, workers: int) -> None:
+    pictures = digits(tmp_path)
+    whole = list(training_batches(pictures, RANDOM, "L", 8, seed=5).epoch(2))
+    loading = training_batches(pictures, RANDOM, "L", 8, seed=5, workers=workers)
+    rest = list(loading.epoch(2, first_step=3))
+    assert len(rest) == 2
+    for batch, expected in zip(rest, whole[3:], strict=True):
+        assert torch.equal(batch.images, expected.images)
+        assert torch.equal(batch.labels, expected.labels)
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_picture(tmp_path: Path) -> None:
+    pictures = digits(tmp_path, 1)
+    first = next(training_batches(pictures, RANDOM, "L", 10, seed=0).epoch(0))
+    torch.manual_seed(99)
+    np.random.seed(99)
+    assert torch.equal(first.images, next(training_batches(pictures, RANDOM, "L", 10, seed=0).epoch(0)).images)
+    assert not torch.equal(first.images, next(training_batches(pictures, RANDOM, "L", 10, seed=1).epoch(0)).images)
+
+
+def test_loading_leaves_the_random_numbers_of_the_run_alone(tmp_path: Path) -> None:
+    loading = training_batches(digits(tmp_path), RANDOM, "L", 10)
+    torch.manual_seed(1)
+    list(loading.epoch(0))
+    drawn = torch.rand(3)
+    torch.manual_seed(1)
+    assert torch.equal(drawn, torch.rand(3))
+
+
+def test_processes_share_each_batch_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = digits(tmp_path)
+    whole = list(training_batches(pictures, RANDOM, "L", 8).epoch(0))
+    tested = list(evaluation_batches(pictures, TO_TENSOR, "L", 7).epoch(0))
+    shares: list[list[torch.Tensor]] = []
+    test_shares: list[torch.Tensor] = []
+    for number in range(2):
+        monkeypatch.setattr("harmconvert.data.loading.rank", lambda number=number: number)
+        monkeypatch.setattr("harmconvert.data.loading.world_size", lambda: 2)
+        shares.append([batch.images for batch in training_batches(pictures, RANDOM, "L", 8).epoch(0)])
+        test_shares += [batch.labels for batch in evaluation_batches(pictures, TO_TENSOR, "L", 7).epoch(0)]
+    for step, batch in enumerate(whole):
+        assert torch.equal(torch.cat([shares[0][step], shares[1][step]]), batch.images)
+    assert sorted(torch.cat(test_shares).tolist()) == sorted(torch.cat([b.labels for b in tested]).tolist())
+
+
+def test_the_incomplete_batch_is_left_out_of_training_and_tested_on(tmp_path: Path) -> None:
+    pictures = digits(tmp_path)
+    assert [len(b.images) for b in training_batches(pictures, TO_TENSOR, "L", 16).epoch(0)] == [16, 16]
+    assert [len(b.images) for b in evaluation_batches(pictures, TO_TENSOR, "L", 16).epoch(0)] == [16, 16, 8]
+    assert [len(b.images) for b in training_batches(pictures, TO_TENSOR, "L", 100).epoch(0)] == [40]
+
+
+def test_a_broken_picture_is_replaced_in_training_and_left_out_of_a_test(tmp_path: Path) -> None:
+    folder = digit_folders(tmp_path, 2)
+    (folder / "4" / "0.png").write_bytes(b"nothing")
+    pictures = open_data(DataRequest(data_dir=str(folder), holdout=0), ("train",)).train
+    (batch,) = training_batches(pictures, TO_TENSOR, "L", 20).epoch(0)
+    assert len(batch.images) == 20
+    assert sorted(batch.labels.tolist()).count(4) == 2  # the next picture is the other 4
+    assert len(batch.problems) == 1
+    assert "4/0.png (cannot identify image file" in batch.problems[0]
+    (batch,) = evaluation_batches(pictures, TO_TENSOR, "L", 20).epoch(0)
+    assert len(batch.images) == 19
+    assert len(batch.problems) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_of_broken_pictures_is_a_broken_data_set(tmp_path: Path, workers: int) -> None:
+    folder = digit_folders(tmp_path, 2)
+    for image in folder.glob("*/*.png"):
+        image.write_bytes(b"nothing")
+    pictures = open_data(DataRequest(data_dir=str(folder), holdout=0), ("train",)).train
+    with pytest.raises(InputError, match=r"^10 images in a row cannot be read: .*png.*mend the data$"):
+        list(training_batches(pictures, TO_TENSOR, "L", 20, workers=workers).epoch(0))
+
+
+def test_calibration_images_are_drawn_by_the_seed(tmp_path: Path) -> None:
+    pictures = digits(tmp_path)
+    images = some_images(pictures, TO_TENSOR, "L", 12, seed=1)
+    assert images.shape == (12, 1, 28, 28)
+    assert torch.equal(images, some_images(pictures, TO_TENSOR, "L", 12, seed=1))
+    assert not torch.equal(images, some_images(pictures, TO_TENSOR, "L", 12, seed=2))
+
+
+class _Counted(IterableDataset):
+    """What timm gives for a stream: pictures and labels in its own order, an epoch at a time."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> object:
+        return ((Image.new("L", (28, 28), 10 * self.epoch + n), n) for n in range(7))
+
+
+def test_a_stream_is_read_epoch_by_epoch() -> None:
+    loading = training_batches(Stream(_Counted()), TO_TENSOR, "L", 3)
+    assert loading.steps is None
+    assert [batch.labels.tolist() for batch in loading.epoch(0)] == [[0, 1, 2], [3, 4, 5]]
+    assert [batch.labels.tolist() for batch in loading.epoch(1, first_step=1)] == [[3, 4, 5]]
+    (first, *_) = loading.epoch(1)
+    assert (first.images[0] * 255).round().max() == 10
+    assert sum(len(batch.images) for batch in evaluation_batches(Stream(_Counted()), TO_TENSOR, "L", 3).epoch(0)) == 7
+
+
+def test_unlabelled_pictures_have_no_label_in_a_batch(tmp_path: Path) -> None:
+    for number in range(4):
+        Image.new("L", (8, 8), number).save(tmp_path / f"{number}.png")
+    pictures = open_data(DataRequest(data_dir=str(tmp_path), holdout=0), ("train",)).train
+    (batch,) = training_batches(pictures, TO_TENSOR, "L", 4).epoch(0)
+    assert batch.labels.tolist() == [NO_LABEL] * 4

@@ -1,0 +1,179 @@
+"""A run's state: continued bit for bit, whole at every moment, refused where it belongs to another run."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from harmconvert.errors import InputError, OutsideError, UsageError
+from harmconvert.training import Keeper, Recipe, train
+from harmconvert.training.interrupts import SignalError
+from harmconvert.training.loop import Told
+from harmconvert.training.state import state_path
+
+from .test_training import PLAIN, noise, small
+
+# Everything that has a state of its own: momentum, a schedule, a moving average, mixup's and dropout's random numbers.
+RECIPE = Recipe(epochs=3, batch_size=8, lr=0.05, sched="cosine", ema=0.9, mixup=0.3)
+
+
+class KilledError(Exception):
+    """Stands for SIGKILL: the run ends without a word to anybody."""
+
+
+def killed_at(epoch: int, step: int) -> object:
+    def progress(told: Told) -> None:
+        if (told.epoch, told.step) == (epoch, step):
+            raise KilledError
+
+    return progress
+
+
+def uninterrupted() -> dict[str, Tensor]:
+    model = small(dropout=0.3)
+    train(model, noise(), RECIPE, machine=PLAIN)
+    return model.state_dict()
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+
+
+@pytest.mark.parametrize(("epoch", "step"), [(0, 2), (0, 4), (1, 1), (1, 3), (2, 4)])
+@pytest.mark.parametrize("every", [1, 3, None])
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(
+    tmp_path: Path, epoch: int, step: int, every: int | None
+) -> None:
+    path = tmp_path / "run.state.pth"
+    keeper = Keeper(path, every, {"recipe": RECIPE.to_json()})
+    with pytest.raises(KilledError):
+        train(small(dropout=0.3), noise(), RECIPE, machine=PLAIN, keeper=keeper, progress=killed_at(epoch, step))
+    if not path.exists():
+        assert epoch == 0  # killed before anything was due
+        return
+    torch.manual_seed(12345)  # whatever came in between
+    model = small(dropout=0.3)
+    rows = train(model, noise(), RECIPE, machine=PLAIN, keeper=keeper, resume=path)
+    assert same(model.state_dict(), uninterrupted())
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+
+
+def test_figures_of_an_interrupted_epoch_are_those_of_the_whole(tmp_path: Path) -> None:
+    keeper = Keeper(tmp_path / "run.state.pth", 1)
+    with pytest.raises(KilledError):
+        train(small(), noise(), RECIPE, machine=PLAIN, keeper=keeper, progress=killed_at(1, 3))
+    resumed = train(small(), noise(), RECIPE, machine=PLAIN, keeper=keeper, resume=keeper.path)
+    whole = train(small(), noise(), RECIPE, machine=PLAIN)
+    for row, expected in zip(resumed, whole, strict=True):
+        assert {k: v for k, v in row.items() if k != "seconds"} == {k: v for k, v in expected.items() if k != "seconds"}
+
+
+def test_a_spoilt_state_falls_back_to_the_one_before_and_says_so(tmp_path: Path) -> None:
+    said: list[str] = []
+    keeper = Keeper(tmp_path / "run.state.pth", 1, say=said.append)
+    with pytest.raises(KilledError):
+        train(small(dropout=0.3), noise(), RECIPE, machine=PLAIN, keeper=keeper, progress=killed_at(1, 3))
+    content = keeper.path.read_bytes()
+    keeper.path.write_bytes(content[: len(content) // 2])
+    model = small(dropout=0.3)
+    train(model, noise(), RECIPE, machine=PLAIN, keeper=keeper, resume=keeper.path)
+    assert same(model.state_dict(), uninterrupted())
+    assert "run.state.pth is no readable training state" in said[0]
+    assert "going on from the one before it" in said[0]
+
+
+def test_a_state_that_is_spoilt_with_none_before_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "run.state.pth"
+    for content, message in [(b"", "is empty"), (b"nonsense", "no readable training state")]:
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            train(small(), noise(), RECIPE, machine=PLAIN, keeper=Keeper(path), resume=path)
+
+
+def test_the_state_of_another_run_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.state.pth"
+    train(small(), noise(), RECIPE, machine=PLAIN, keeper=Keeper(path, 1, {"recipe": RECIPE.to_json(), "data": [4]}))
+    other = Keeper(path, 1, {"recipe": replace(RECIPE, lr=1.0).to_json(), "data": [4]})
+    with pytest.raises(UsageError, match=r"another run: its recipe's lr was 0\.05, here it is 1\.0"):
+        train(small(), noise(), RECIPE, machine=PLAIN, keeper=other, resume=path)
+    other = Keeper(path, 1, {"recipe": RECIPE.to_json(), "data": [5]})
+    with pytest.raises(UsageError, match=r"another run: its data was \[4\], here it is \[5\]"):
+        train(small(), noise(), RECIPE, machine=PLAIN, keeper=other, resume=path)
+
+
+def test_nothing_is_run_that_a_state_holds(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> object:
+            return os.mkdir, (str(tmp_path / "sprung"),)
+
+    path = tmp_path / "run.state.pth"
+    torch.save({"version": 1, "trap": Trap()}, path)
+    with pytest.raises(InputError, match="no readable training state"):
+        train(small(), noise(), RECIPE, machine=PLAIN, keeper=Keeper(path), resume=path)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_full_disk_leaves_the_state_before_as_it_was(tmp_path: Path) -> None:
+    import resource
+
+    keeper = Keeper(tmp_path / "run.state.pth", 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    content = b""
+
+    def fill_up(told: Told) -> None:
+        nonlocal content
+        if told.step == 2:
+            content = keeper.path.read_bytes()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+
+    try:
+        with pytest.raises(OutsideError, match=r"cannot (save the training state|write .*run.state.pth)"):
+            train(small(), noise(), RECIPE, machine=PLAIN, keeper=keeper, progress=fill_up)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert content
+    assert keeper.path.read_bytes() == content
+    assert not list(tmp_path.glob("*.staging"))
+    model = small()
+    train(model, noise(), RECIPE, machine=PLAIN, keeper=keeper, resume=keeper.path)
+    whole = small()
+    train(whole, noise(), RECIPE, machine=PLAIN)
+    assert same(model.state_dict(), whole.state_dict())
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_says_how_to_go_on_and_leaves(tmp_path: Path, number: int, code: int) -> None:
+    keeper = Keeper(tmp_path / "run.state.pth")
+    handler = signal.getsignal(number)
+
+    def interrupt(told: Told) -> None:
+        if (told.epoch, told.step) == (1, 2):
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(SignalError, match=r"after 1 epochs and 3 steps; go on with .* --resume .*state.pth") as caught:
+        train(small(dropout=0.3), noise(), RECIPE, machine=PLAIN, keeper=keeper, progress=interrupt)
+    assert caught.value.exit_code == code
+    assert signal.getsignal(number) == handler
+    model = small(dropout=0.3)
+    train(model, noise(), RECIPE, machine=PLAIN, keeper=keeper, resume=keeper.path)
+    assert same(model.state_dict(), uninterrupted())
+
+
+def test_a_finished_run_leaves_no_state(tmp_path: Path) -> None:
+    keeper = Keeper(tmp_path / "run.state.pth", 1)
+    train(small(), noise(), RECIPE, machine=PLAIN, keeper=keeper)
+    assert {path.name for path in tmp_path.iterdir()} == {"run.state.pth", "run.state.pth.previous"}
+    keeper.remove()
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_the_state_lies() -> None:
+    assert state_path("x/net-finetuned.safetensors") == Path("x/net-finetuned.state.pth")
