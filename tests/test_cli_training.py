@@ -1,0 +1,380 @@
+"""`finetune`, `evaluate` and `train` as a user meets them: real files, real processes, every exit code."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from harmconvert.checkpoint import read_header
+from harmconvert.sources import open_source
+
+from .pictures import digit_folders
+from .test_cli import SAMPLE, ok, run
+
+# Digits: no mirror images; small steps, because the batches of these tests are small.
+DIGITS = ["--hflip", "0", "--crop", "padded", "-b", "10", "--workers", "0"]
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cut and a whole checkpoint, and digits that neither was trained on, 40 to train on and 20 to test on."""
+    folder = tmp_path_factory.mktemp("material")
+    digit_folders(folder / "digits" / "train", 4)
+    digit_folders(folder / "digits" / "val", 2, first=4)
+    ok("convert", SAMPLE, "--lambda", "2", "-o", str(folder / "cut.safetensors"))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").symlink_to(material / "digits")
+    shutil.copy(material / "cut.safetensors", tmp_path)
+
+
+def failed(*arguments: str, code: int) -> str:
+    """The one line of an error with that exit code."""
+    result = run(*arguments)
+    assert result.exit_code == code, (result.stderr, result.exception)
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("harmconvert: ")]
+    assert "Traceback" not in result.stderr
+    return line
+
+
+def tensors(path: str | Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(path)
+
+
+# --- finetune ---
+
+
+def test_finetuning_prints_what_every_stage_is_worth() -> None:
+    result = ok("finetune", "cut.safetensors", "--data-dir", "digits", *DIGITS, "--epochs", "2", "--json")
+    found = json.loads(result.stdout)
+    stages = {stage["name"]: stage["evaluation"] for stage in found["stages"]}
+    assert list(stages) == ["uncut", "before", "calibrated", "fine-tuned"]
+    assert stages["uncut"]["top1"] == 1
+    assert stages["before"]["top1"] < 0.9
+    assert stages["calibrated"]["top1"] > stages["before"]["top1"]
+    assert stages["fine-tuned"]["agreement"] >= 0.9
+    assert "finetune: 2 epochs, momentum, lr 0.001" in result.stderr
+    assert "calibrating on 40 training images, without their labels" in result.stderr
+    assert "epoch 2/2: loss" in result.stderr
+    # The checkpoint says what was done, and is what it says.
+    assert found["output"] == "cut-finetuned.safetensors"
+    header = read_header("cut-finetuned.safetensors")
+    assert header.history["training"][0]["recipe"]["epochs"] == 2
+    assert header.history["calibration"]["inputs"] == 40
+    assert header.calibrated == {}
+    assert header.plan == read_header("cut.safetensors").plan
+    again = ok("evaluate", "cut-finetuned.safetensors", "--data-dir", "digits", "--compare", SAMPLE, "--json")
+    assert json.loads(again.stdout)["top1"] == stages["fine-tuned"]["top1"]
+    with Path("cut-finetuned.metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert float(rows[1]["test_top1"]) == stages["fine-tuned"]["top1"]
+    assert not list(Path().glob("*.state.pth*"))
+
+
+def test_a_finetuned_checkpoint_exports_and_finetunes_again() -> None:
+    quick = ["--data-dir", "digits", *DIGITS, "--epochs", "1", "--calibration-images", "0"]
+    result = ok("finetune", "cut.safetensors", *quick, "-o", "a.safetensors")
+    assert "calibrated  not known" in result.stdout
+    assert "--calibration-images 0" in result.stdout
+    result = ok("finetune", "a.safetensors", *quick, "-o", "b.safetensors")
+    assert "calibrated" not in result.stdout  # what it was is where this run started
+    assert len(read_header("b.safetensors").history["training"]) == 2
+    ok("export", "b.safetensors", "-o", "dense.safetensors")
+    dense, harmonic = open_source(SAMPLE, weights="dense.safetensors").model, open_source("b.safetensors").model
+    x = torch.randn(3, 1, 28, 28)
+    with torch.no_grad():
+        assert torch.allclose(dense(x), harmonic(x), atol=1e-4)
+
+
+def test_a_calibrated_checkpoint_is_compared_with_its_plain_cut() -> None:
+    ok("convert", SAMPLE, "--lambda", "2", "--calibrate", "digits/train", "-o", "calibrated.safetensors")
+    result = ok("finetune", "calibrated.safetensors", "--data-dir", "digits", *DIGITS, "--epochs", "1", "--json")
+    stages = {stage["name"]: stage["evaluation"] for stage in json.loads(result.stdout)["stages"]}
+    assert stages["before"]["top1"] < stages["calibrated"]["top1"]
+    assert "calibrating on" not in result.stderr
+    assert read_header("calibrated-finetuned.safetensors").calibrated == {}
+
+
+def test_images_without_labels_are_learnt_from_the_uncut_network() -> None:
+    Path("flat").mkdir()
+    for number, path in enumerate(sorted(Path("digits").glob("*/*/*.png"))):
+        shutil.copy(path, f"flat/{number}.png")
+    result = ok("finetune", "cut.safetensors", "--data-dir", "flat", *DIGITS, "--epochs", "1", "--json")
+    assert "have no labels, so the uncut network teaches" in result.stderr
+    found = json.loads(result.stdout)
+    assert found["recipe"]["distill"] == 1
+    stages = {stage["name"]: stage["evaluation"] for stage in found["stages"]}
+    assert stages["fine-tuned"]["top1"] is None
+    assert stages["fine-tuned"]["divergence"] < stages["before"]["divergence"]
+
+
+def test_another_classifier_for_other_classes() -> None:
+    three = Path("three")
+    for split in ("train", "val"):
+        for digit in range(3):
+            shutil.copytree(f"digits/{split}/{digit}", three / split / str(digit))
+    message = failed("finetune", "cut.safetensors", "--data-dir", "three", *DIGITS, code=3)
+    assert "the data has 3 classes, the network 10" in message
+    assert "--num-classes 3" in message
+    run = ["--data-dir", "three", *DIGITS, "--epochs", "2", "--lr", "0.05", "--num-classes", "3"]
+    result = ok("finetune", "cut.safetensors", *run, "-o", "three.safetensors", "--json")
+    assert json.loads(result.stdout)["stages"][0]["why"].startswith("the uncut network has not the new classifier")
+    assert open_source("three.safetensors").model(torch.zeros(1, 1, 28, 28)).shape == (1, 3)
+
+
+def test_the_teacher_may_be_a_file_of_weights() -> None:
+    ok("export", SAMPLE, "-o", "uncut.safetensors")
+    quick = ["--data-dir", "digits", *DIGITS, "--epochs", "1", "--distill", "0.5"]
+    result = ok("finetune", "cut.safetensors", *quick, "--teacher", "uncut.safetensors", "--json")
+    assert json.loads(result.stdout)["stages"][0]["evaluation"]["top1"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["cut.safetensors"], 2, "which images? give --data-dir FOLDER, or --dataset NAME"),
+        ([SAMPLE, "--data-dir", "digits"], 2, "is no harmonic checkpoint: make one first with: harmconvert convert"),
+        (["cut.safetensors", "--data-dir", "digits", "-o", "cut.safetensors"], 2, "cut.safetensors exists"),
+        (["cut.safetensors", "--data-dir", "digits", "--resume", "no.pth"], 3, "no.pth does not exist"),
+        (["cut.safetensors", "--data-dir", "digits", "--device", "cuda:99"], 2, "--device cuda:99"),
+        (["cut.safetensors", "--data-dir", "digits", "--opt", "magic"], 2, "timm takes no such --opt"),
+        (["cut.safetensors", "--data-dir", "digits", "--grad-accum-steps", "3"], 2, "that 3 divides"),
+    ],
+)
+def test_what_finetune_refuses(arguments: list[str], code: int, message: str) -> None:
+    assert message in failed("finetune", *arguments, "--workers", "0", code=code)
+
+
+def test_a_loss_that_explodes_is_a_failed_check() -> None:
+    run = ["--data-dir", "digits", *DIGITS, "--lr", "1e20", "--calibration-images", "0"]
+    assert "is no longer finite in epoch" in failed("finetune", "cut.safetensors", *run, code=1)
+    assert not Path("cut-finetuned.safetensors").exists()
+
+
+def test_broken_images_are_named_and_the_run_goes_on() -> None:
+    shutil.copytree("digits", "spoilt")
+    Path("spoilt/train/3/0.png").write_bytes(b"no picture")
+    Path("spoilt/val/3/0.png").write_bytes(b"no picture")
+    run = ["--data-dir", "spoilt", *DIGITS, "--epochs", "1", "--calibration-images", "0"]
+    result = ok("finetune", "cut.safetensors", *run, "--json")
+    assert "1 images could not be read, others took their place: spoilt/train/3/0.png" in result.stderr.replace(
+        os.getcwd() + "/", ""
+    )
+    assert json.loads(result.stdout)["stages"][0]["evaluation"]["images"] == 19
+
+
+# --- stopped and resumed, as processes ---
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "harmconvert", *arguments]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def started(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(command(*arguments), text=True, stderr=subprocess.PIPE, env=environment())
+
+
+RUN = ["finetune", "cut.safetensors", "--data-dir", "digits", *DIGITS, "--calibration-images", "0", "--save-every", "1"]
+
+
+def killed_and_resumed(kills: int, epochs: int, chance: random.Random) -> None:
+    whole = subprocess.run(
+        command(*RUN, "--epochs", str(epochs), "-o", "whole.safetensors"), capture_output=True, env=environment()
+    )
+    assert whole.returncode == 0
+    arguments = [*RUN, "--epochs", str(epochs), "-o", "parts.safetensors"]
+    state = Path("parts.state.pth")
+    for _ in range(kills):
+        resume = ["--resume", str(state)] if state.exists() else []
+        before = state.stat().st_mtime_ns if state.exists() else 0
+        process = started(*arguments, *resume)
+        while process.poll() is None and not (state.exists() and state.stat().st_mtime_ns > before):
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.15))
+        process.kill()
+        process.communicate()
+    if not Path("parts.safetensors").exists():
+        resume = ["--resume", str(state)] if state.exists() else []
+        done = subprocess.run(command(*arguments, *resume), capture_output=True, text=True, env=environment())
+        assert done.returncode == 0, done.stderr
+    one, other = tensors("whole.safetensors"), tensors("parts.safetensors")
+    assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+    stages = [read_header(f"{name}.safetensors").history["training"][0]["stages"] for name in ("whole", "parts")]
+    assert [s["evaluation"]["top1"] for s in stages[0][:2]] == [s["evaluation"]["top1"] for s in stages[1][:2]]
+    assert not list(Path().glob("*.staging"))
+
+
+def test_sigkill_loses_nothing_that_was_saved() -> None:
+    killed_and_resumed(kills=1, epochs=6, chance=random.Random(0))
+
+
+@pytest.mark.slow
+def test_sigkill_at_many_random_moments() -> None:
+    killed_and_resumed(kills=12, epochs=20, chance=random.Random(1))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_it_with_the_state_saved(number: int, code: int) -> None:
+    process = started(*RUN, "--epochs", "500")
+    while process.poll() is None and not Path("cut-finetuned.state.pth").exists():
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == code, stderr
+    assert stderr.strip().splitlines()[-1].endswith("go on with the same command and --resume cut-finetuned.state.pth")
+    assert "Traceback" not in stderr
+    assert torch.load("cut-finetuned.state.pth", weights_only=True)["position"]
+    if number == signal.SIGINT:
+        message = failed(*RUN, "--epochs", "500", "--lr", "0.5", "--resume", "cut-finetuned.state.pth", code=2)
+        assert "was begun with lr=0.001, not 0.5: leave it out" in message
+
+
+# --- several processes ---
+
+
+def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    launch += ["-m", "harmconvert", *arguments]
+    return subprocess.run(launch, capture_output=True, text=True, env=environment(), timeout=300)
+
+
+def test_two_processes_come_to_what_one_does() -> None:
+    """Batch norms, calibration, augmentation, a moving average and the last, smaller share of the test images."""
+    run = ["finetune", "cut.safetensors", "--data-dir", "digits", *DIGITS, "--epochs", "2", "--lr", "0.01"]
+    run += ["--model-ema-decay", "0.5", "--json"]
+    results = {}
+    for processes in (1, 2):
+        done = torchrun(processes, *run, "-o", f"{processes}.safetensors")
+        assert done.returncode == 0, done.stderr[-3000:]
+        results[processes] = json.loads(done.stdout)
+    for one, two in zip(results[1]["stages"], results[2]["stages"], strict=True):
+        assert one["evaluation"]["images"] == two["evaluation"]["images"] == 20
+        assert one["evaluation"]["top1"] == two["evaluation"]["top1"]
+        assert one["evaluation"]["loss"] == pytest.approx(two["evaluation"]["loss"], rel=1e-4)
+    for one, two in zip(results[1]["epochs"], results[2]["epochs"], strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
+        assert one["images"] == two["images"] == 40
+    a, b = tensors("1.safetensors"), tensors("2.safetensors")
+    for key, tensor in a.items():
+        assert torch.allclose(tensor.double(), b[key].double(), rtol=1e-3, atol=1e-5), key
+
+
+def test_a_process_that_dies_takes_the_others_with_it() -> None:
+    """The second process ends itself, without a word, once the first has saved a state."""
+    Path("sitecustomize.py").write_text(
+        "import os, threading, time\n"
+        "def die():\n"
+        "    while not os.path.exists('cut-finetuned.state.pth'):\n"
+        "        time.sleep(0.01)\n"
+        "    os._exit(9)\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    threading.Thread(target=die, daemon=True).start()\n"
+    )
+    os.environ["PYTHONPATH"] = os.getcwd()
+    try:
+        start = time.monotonic()
+        done = torchrun(2, *RUN, "--epochs", "2000")
+    finally:
+        del os.environ["PYTHONPATH"]
+    assert done.returncode != 0
+    assert time.monotonic() - start < 120
+    assert not Path("cut-finetuned.safetensors").exists()
+    assert torch.load("cut-finetuned.state.pth", weights_only=True)["position"]
+
+
+def test_a_loss_that_explodes_ends_every_process() -> None:
+    run = ["finetune", "cut.safetensors", "--data-dir", "digits", *DIGITS, "--lr", "1e20", "--calibration-images", "0"]
+    done = torchrun(2, *run)
+    assert done.returncode != 0
+    assert done.stderr.count("harmconvert: error: ") == 2
+    assert done.stderr.count("is no longer finite in epoch") >= 2
+
+
+# --- evaluate ---
+
+
+def test_evaluate_says_how_right_and_how_sure() -> None:
+    result = ok("evaluate", SAMPLE, "--dataset", "sample:mnist5k")
+    assert "top-1 99.40% (95 %: 98.70% to 99.72%), 1,000 images" in result.stdout
+    assert "top-5 100.00%" in result.stdout
+    assert "images/s" in result.stdout
+    found = json.loads(
+        ok("evaluate", "cut.safetensors", "--data-dir", "digits/val", "--compare", SAMPLE, "--json").stdout
+    )
+    assert found["images"] == 20
+    assert found["agreement"] < 1
+    assert found["preprocessing"]["mean"] == [0.1307]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([SAMPLE], 2, "which images?"),
+        ([SAMPLE, "--data-dir", "nowhere"], 2, "there is no folder nowhere"),
+        ([SAMPLE, "--dataset", "sample:mnist5k", "--compare", "nothing"], 2, "timm has no model 'nothing'"),
+        (["sample:efficientnet_lite0", "--data-dir", "digits"], 3, "the data has 10 classes, the network 1000"),
+    ],
+)
+def test_what_evaluate_refuses(arguments: list[str], code: int, message: str) -> None:
+    assert message in failed("evaluate", *arguments, "--workers", "0", code=code)
+
+
+# --- train ---
+
+
+@pytest.mark.parametrize("harmonic", ["none", "first", "all"])
+def test_training_from_scratch(harmonic: str) -> None:
+    run = ["--recipe", "cifar-wrn", *DIGITS, "--data-dir", "digits", "--epochs", "2", "--harmonic", harmonic]
+    result = ok(
+        "train", SAMPLE, *run, "--lambda", "3" if harmonic == "all" else "full", "-o", "net.safetensors", "--json"
+    )
+    found = json.loads(result.stdout)
+    assert found["recipe"]["name"] == "cifar-wrn"
+    assert found["epochs"][1]["loss"] < found["epochs"][0]["loss"]
+    state = tensors("net.safetensors")
+    if harmonic == "none":
+        assert state.keys() == tensors(_sample_file()).keys()
+        source = [SAMPLE, "--checkpoint", "net.safetensors"]
+    else:
+        assert state["stem.norm.running_var"].shape == (9,)
+        assert ("stage3.0.conv1.coefficients" in state) == (harmonic == "all")
+        source = ["net.safetensors"]
+    if harmonic == "all":
+        assert state["stage3.0.conv1.coefficients"].shape == (64, 32, 6)
+    again = json.loads(ok("evaluate", *source, "--data-dir", "digits", "--json").stdout)
+    assert again["top1"] == found["evaluation"]["top1"]
+    assert again["loss"] == pytest.approx(found["evaluation"]["loss"], rel=1e-4)
+
+
+def _sample_file() -> Path:
+    return Path(__file__).resolve().parents[1] / "harmconvert" / "samples" / "resnet_mnist5k.safetensors"
+
+
+def test_training_is_the_same_from_the_same_seed() -> None:
+    run = ["--recipe", "cifar-wrn", *DIGITS, "--data-dir", "digits", "--epochs", "1", "--harmonic", "all"]
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        ok("train", SAMPLE, *run, "--seed", seed, "-o", f"{name}.safetensors")
+    a, b, c = (tensors(f"{name}.safetensors") for name in "abc")
+    assert all(torch.equal(tensor, b[key]) for key, tensor in a.items())
+    assert not torch.equal(a["head.weight"], c["head.weight"])
