@@ -58,6 +58,12 @@ def merge(coefficients_OIF: Tensor, basis_FK: Tensor) -> Tensor:
     return (coefficients_OIF.flatten(0, 1) @ basis_FK).unflatten(0, coefficients_OIF.shape[:2])
 
 
+def merge_channels_last(coefficients_OFI: Tensor, basis_FK: Tensor) -> Tensor:
+    """The same product as `merge`, (O, F, I) x (F, K) -> (O, K, I): what channels_last kernels are in memory."""
+    basis_OKF = basis_FK.T.expand(len(coefficients_OFI), -1, -1)
+    return torch.bmm(basis_OKF, coefficients_OFI)
+
+
 def energy_kept(kernel: Tensor, frequencies: Sequence[Frequency]) -> float:
     """Share of the kernel's squared norm that the kept frequencies hold, from 0 to 1 (1 for an all-zero kernel)."""
     total = kernel.detach().to(torch.float64).square().sum().item()

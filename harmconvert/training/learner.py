@@ -13,7 +13,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from ..conv import HarmonicMixin
+from ..conv import HarmonicMixin, lay_out_channels_last
 from ..data.loading import Batch
 from ..distributed import sum_over_ranks, world_size
 from ..errors import InputError, UsageError, first_line
@@ -46,6 +46,7 @@ class Learner:
         model.to(machine.device)
         if machine.channels_last:
             model.to(memory_format=torch.channels_last)
+            lay_out_channels_last(model)
         choose_parameters(model, recipe)
         self.objective = Objective(recipe, teacher, number_of_classes(model) or 1 << 31)
         try:
