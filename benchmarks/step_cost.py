@@ -5,8 +5,8 @@
     python benchmarks/step_cost.py --device cuda --batch 256 --amp bfloat16
 
 ResNet-50 at 224 and WRN-28-10 at 32, whole basis and progressive: forward, backward and an SGD step with momentum on
-one batch. All forms take turns, step by step, so that what disturbs the machine disturbs them alike; the ratio is that of
-the medians, the spread the quartiles of the ratios of neighbouring steps. Peak memory is of a process of its own for
+one batch. All forms take turns, step by step, so that what disturbs the machine disturbs them alike; the ratio is that
+of the medians, the spread the quartiles of the ratios of neighbouring steps. Peak memory is of a process of its own for
 each form (on a GPU what the allocator counted). Bars: 1.03 times the time, 1.05 times the memory.
 """
 

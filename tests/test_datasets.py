@@ -79,6 +79,7 @@ def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
     assert data.train.read(0)[1] is None
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # timm leaves the archive open
 def test_a_tar_file(tmp_path: Path) -> None:
     digit_folders(tmp_path / "digits", 2)
     with tarfile.open(tmp_path / "digits.tar", "w") as archive:

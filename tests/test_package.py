@@ -134,5 +134,5 @@ def test_the_shipped_sample_is_small_and_has_its_card() -> None:
     folder = PACKAGE / "samples"
     assert (folder / "resnet_mnist5k.safetensors").stat().st_size < 1.5e6
     card = (folder / "README.md").read_text()
-    for word in ("Apache-2.0", "train_sample.py", "held back", "CC BY-SA 3.0"):
+    for word in ("Apache-2.0", "harmconvert train", "held back", "CC BY-SA 3.0"):
         assert word in card, word
