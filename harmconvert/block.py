@@ -32,13 +32,13 @@ def to_block(conv: nn.Module, normalize: bool = True) -> HarmonicBlock2d:
         conv.groups,
         conv.bias is not None,
         normalize=normalize,
-    )
+    ).to(conv.weight.device, conv.weight.dtype)
     with torch.no_grad():
         coefficients_OIF = project(conv.weight, block.frequencies)
         block.mix.weight.copy_(coefficients_OIF.flatten(1)[..., None, None])
         if conv.bias is not None and block.mix.bias is not None:
             block.mix.bias.copy_(conv.bias)
-    return block.to(conv.weight.device, conv.weight.dtype).train(conv.training)
+    return block.train(conv.training)
 
 
 def fold_block(block: HarmonicBlock2d) -> nn.Conv2d:

@@ -13,7 +13,14 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from harmconvert.basis import all_frequencies, frequencies_below
-from harmconvert.conv import HarmonicBlock2d, HarmonicMixin, harmonic_class, to_dense, to_harmonic
+from harmconvert.conv import (
+    HarmonicBlock2d,
+    HarmonicMixin,
+    harmonic_class,
+    lay_out_channels_last,
+    to_dense,
+    to_harmonic,
+)
 from harmconvert.errors import UsageError
 from harmconvert.projection import project, reconstruct
 
@@ -335,3 +342,22 @@ def test_attributes_that_the_harmonic_form_needs_are_not_taken_from_others() -> 
 def test_inputs_may_go_by_another_name() -> None:
     conv, x = case("Conv2dSame")
     assert relative(to_harmonic(conv)(x=x), conv(x=x)) < 2e-6
+
+
+@pytest.mark.parametrize("kept", [1, 3, 9])
+def test_coefficients_laid_out_for_channels_last_make_the_same_kernel_in_that_format(kept: int) -> None:
+    conv = seeded(lambda: nn.Conv2d(6, 5, 3, padding=1), torch.float64)
+    plain = to_harmonic(conv, all_frequencies((3, 3))[:kept])
+    laid_out = copy.deepcopy(plain)
+    lay_out_channels_last(laid_out)
+    assert torch.equal(laid_out.coefficients, plain.coefficients)
+    assert laid_out.coefficients.shape == (5, 6, kept)
+    x = random_input((2, 6, 7, 7), torch.float64).to(memory_format=torch.channels_last)
+    kernels = []
+    for network in (plain, laid_out):
+        network.register_forward_hook(lambda m, args, out: kernels.append(m._merge(args[0])))
+        network(x).square().sum().backward()
+    assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
+    assert torch.allclose(kernels[0], kernels[1], rtol=1e-12, atol=1e-14)
+    assert torch.allclose(plain.coefficients.grad, laid_out.coefficients.grad, rtol=1e-12)
+    assert torch.allclose(laid_out(x), laid_out(x.contiguous()), rtol=1e-12)

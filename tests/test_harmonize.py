@@ -1,0 +1,144 @@
+"""Harm1-X and Harm-X of any network: blocks in place, kept in checkpoints, folded into plain convolutions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import harmconvert as hc
+import harmconvert.models
+from harmconvert.block import fold_block, to_block
+from harmconvert.checkpoint import Source, read_header
+from harmconvert.conv import HarmonicBlock2d, HarmonicMixin
+from harmconvert.errors import InputError, UsageError
+from harmconvert.harmonize import harmonize
+
+from .networks import random_input, seeded
+
+WRN = Source("timm", "wrn22_1", {"in_chans": 1, "img_size": 28})
+
+
+def wrn() -> nn.Module:
+    return seeded(lambda: timm.create_model("wrn22_1", in_chans=1, img_size=28))
+
+
+def with_statistics(block: HarmonicBlock2d) -> HarmonicBlock2d:
+    """A block whose batch norm has seen something."""
+    if isinstance(block.norm, nn.BatchNorm2d):
+        generator = torch.Generator().manual_seed(3)
+        block.norm.running_mean.copy_(torch.randn(block.norm.num_features, generator=generator))
+        block.norm.running_var.copy_(torch.rand(block.norm.num_features, generator=generator) + 0.1)
+    return block.eval()
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.Conv2d(3, 8, 7, stride=(2, 1), padding=(3, 2), bias=False),
+        nn.Conv2d(6, 4, (3, 5), dilation=(1, 2), groups=2),
+    ],
+    ids=["plain", "strided", "grouped"],
+)
+def test_a_block_folds_exactly_into_one_convolution(conv: nn.Conv2d, normalize: bool) -> None:
+    block = with_statistics(to_block(conv, normalize).double())
+    folded = fold_block(block)
+    assert type(folded) is nn.Conv2d
+    x = random_input((2, conv.in_channels, 13, 12), torch.float64)
+    assert torch.allclose(folded(x), block(x), rtol=1e-12, atol=1e-12)
+
+
+def test_without_normalisation_a_block_is_the_convolution_that_it_replaced() -> None:
+    conv = seeded(lambda: nn.Conv2d(4, 6, 3, padding=1, groups=2), torch.float64)
+    x = random_input((2, 4, 9, 9), torch.float64)
+    assert torch.allclose(to_block(conv, normalize=False)(x), conv(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [nn.Conv1d(3, 4, 3), nn.Conv2d(3, 4, 3, padding_mode="reflect", padding=1), nn.Conv2d(3, 4, 3, padding="same")],
+)
+def test_convolutions_that_no_block_can_replace(conv: nn.Module) -> None:
+    with pytest.raises(UsageError, match="a block can take the place of a plain Conv2d padded with zeros"):
+        to_block(conv)
+
+
+def test_the_first_layer_normalises_and_the_others_are_merged() -> None:
+    network = harmonize(wrn(), "all", "progressive")
+    kinds = {
+        name: type(m).__name__ for name, m in network.named_modules() if isinstance(m, HarmonicBlock2d | HarmonicMixin)
+    }
+    assert kinds.pop("stem") == "HarmonicBlock2d"
+    assert set(kinds.values()) == {"HarmonicConv2d"}
+    assert len(kinds) == 18
+    assert network.stem.norm.num_features == 9
+    assert len(network.stage3[0].conv1.frequencies) == 3
+    # As many parameters as the cut of the plain network: the block's norm has none.
+    count = sum(p.numel() for p in network.parameters())
+    assert count == sum(p.numel() for p in hc.convert(wrn(), "progressive").model.parameters())
+
+
+def test_harm1_leaves_the_rest_alone_and_the_network_it_was_given() -> None:
+    plain = wrn()
+    network = harmonize(plain, "first")
+    assert isinstance(network.stem, HarmonicBlock2d)
+    assert type(plain.stem) is nn.Conv2d
+    assert not any(isinstance(m, HarmonicMixin) for m in network.modules())
+    assert torch.equal(network.stage1[0].conv1.weight, plain.stage1[0].conv1.weight)
+
+
+def test_without_normalisation_the_first_layer_is_merged_too() -> None:
+    network = harmonize(wrn(), "all", normalize_first=False)
+    assert isinstance(network.stem, HarmonicMixin)
+    assert isinstance(harmonize(wrn(), "first", normalize_first=False).stem, HarmonicMixin)
+
+
+@pytest.mark.parametrize("which", ["first", "all"])
+def test_checkpoints_keep_blocks(tmp_path: Path, which: str) -> None:
+    network = harmonize(wrn(), which, 3 if which == "all" else "full")
+    with_statistics(network.stem)
+    hc.save(network, tmp_path / "net.safetensors", source=WRN)
+    assert read_header(tmp_path / "net.safetensors").blocks == {"stem": True}
+    x = random_input((2, 1, 28, 28))
+    loaded = hc.load(tmp_path / "net.safetensors").eval()
+    dense = hc.load(tmp_path / "net.safetensors", form="dense").eval()
+    assert torch.equal(loaded(x), network(x))
+    assert torch.allclose(dense(x), network(x), rtol=1e-4, atol=1e-5)
+    assert type(dense.stem) is nn.Conv2d
+
+
+def test_a_checkpoint_whose_block_is_nowhere_is_refused(tmp_path: Path) -> None:
+    network = harmonize(wrn(), "first")
+    hc.save(network, tmp_path / "net.safetensors", source=WRN)
+    with pytest.raises(InputError, match="it has no such convolution: stem"):
+        hc.load(tmp_path / "net.safetensors", model=nn.Sequential(nn.Conv2d(1, 16, 3)))
+
+
+def test_the_root_may_be_the_first_layer() -> None:
+    assert isinstance(harmonize(nn.Conv2d(1, 2, 3), "first"), HarmonicBlock2d)
+    assert type(hc.fuse(harmonize(nn.Conv2d(1, 2, 3), "first"))) is nn.Conv2d
+
+
+def test_a_block_learns() -> None:
+    network = harmonize(wrn(), "first").train()
+    before: Tensor = network.stem.norm.running_var.clone()
+    network(random_input((4, 1, 28, 28))).sum().backward()
+    assert network.stem.mix.weight.grad.abs().sum() > 0
+    assert not torch.equal(network.stem.norm.running_var, before)
+
+
+def test_what_cannot_be_harmonized() -> None:
+    with pytest.raises(UsageError, match=r"which \(='last'\) must be one of first, all"):
+        harmonize(wrn(), "last")
+    with pytest.raises(InputError, match="no convolution over 1x1 that reads its input"):
+        harmonize(nn.Sequential(nn.Conv2d(3, 4, 1)))
+
+
+def test_the_models_are_registered() -> None:
+    assert harmconvert.models
+    assert timm.is_model("wrn28_10")
