@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -309,6 +311,34 @@ def test_a_loss_that_explodes_ends_every_process() -> None:
     assert done.returncode != 0
     assert done.stderr.count("harmconvert: error: ") == 2
     assert done.stderr.count("is no longer finite in epoch") >= 2
+
+
+# --- streams ---
+
+
+def shard(path: str, folder: Path) -> int:
+    """A tar file of images and labels, as webdataset has them; how many there are."""
+    images = sorted(folder.glob("*/*.png"), key=lambda image: image.stem + image.parent.name)
+    with tarfile.open(path, "w") as archive:
+        for number, image in enumerate(images):
+            for suffix, content in (("png", image.read_bytes()), ("cls", image.parent.name.encode())):
+                member = tarfile.TarInfo(f"{number:05d}.{suffix}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    return len(images)
+
+
+def test_a_webdataset_is_streamed() -> None:
+    pytest.importorskip("webdataset")
+    train, test = shard("train-0.tar", Path("digits/train")), shard("val-0.tar", Path("digits/val"))
+    splits = ["--train-split", f"train-0.tar|{train}", "--val-split", f"val-0.tar|{test}"]
+    run = ["--dataset", "wds/", "--data-dir", ".", *splits, *DIGITS, "--epochs", "2", "--json"]
+    found = json.loads(ok("finetune", "cut.safetensors", *run).stdout)
+    stages = {stage["name"]: stage["evaluation"] for stage in found["stages"]}
+    assert stages["uncut"]["images"] == 20
+    assert stages["uncut"]["top1"] == 1
+    assert stages["fine-tuned"]["top1"] > stages["before"]["top1"]
+    assert [row["images"] for row in found["epochs"]] == [40, 40]
 
 
 # --- evaluate ---

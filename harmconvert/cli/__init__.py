@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import signal
 import sys
 import traceback
@@ -30,6 +31,8 @@ class Program(click.Group):
         extra["standalone_mode"] = False
         arguments = list(sys.argv[1:] if args is None else args)
         debug = "--debug" in arguments
+        # torch's own remarks, meant for those who wrote the program, are none of the user's business.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         with contextlib.suppress(ValueError):  # not the main thread: whoever runs us handles signals
             signal.signal(signal.SIGTERM, _terminate)
         try:

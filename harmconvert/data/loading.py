@@ -43,13 +43,14 @@ class Batch(NamedTuple):
 class Loading:
     """Batches of one part of a data set for this process, epoch by epoch.
 
-    ``steps``: batches in an epoch (None for a stream whose length is not known); the last, incomplete one is left out
-    when training. ``batch_size`` is the number of pictures in a batch over all processes.
+    ``steps``: batches in an epoch, ``images``: all there are, over all processes (None for a stream whose length is not
+    known); the last, incomplete batch is left out when training.
     """
 
     loader: DataLoader[Any]
     order: _Order | None
     steps: int | None
+    images: int | None
     set_epoch: Callable[[int], None]
 
     def epoch(self, number: int, first_step: int = 0) -> Iterator[Batch]:
@@ -199,7 +200,7 @@ def _indexed(items: _Items, order: _Order, workers: int, pin_memory: bool) -> Lo
         # Its own, because a loader draws from the generator it has, and dropout's must not notice a resumption.
         generator=torch.Generator(),
     )
-    return Loading(loader, order, len(order), lambda epoch: None)
+    return Loading(loader, order, len(order), order.length, lambda epoch: None)
 
 
 def _streamed(
@@ -223,10 +224,11 @@ def _streamed(
         generator=torch.Generator(),
     )
     try:
-        steps: int | None = len(stream.dataset) // batch_size
+        images: int | None = len(stream.dataset)
     except TypeError:
-        steps = None
-    return Loading(loader, None, steps, items.set_epoch)
+        images = None
+    steps = None if images is None else images // batch_size
+    return Loading(loader, None, steps, images, items.set_epoch)
 
 
 def _collated(items: Sequence[tuple[Tensor | None, int, list[str]]]) -> Batch:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..calibration import CalibrationSettings, calibrate
 from ..checkpoint import Header
@@ -16,6 +16,7 @@ from ..convert import convert
 from ..data.datasets import Data
 from ..data.loading import evaluation_batches, some_images, training_batches
 from ..data.preprocessing import color_mode, evaluation_transform
+from ..distributed import world_size
 from ..errors import HarmconvertError, InputError, UsageError
 from ..evaluation import Evaluation, evaluate
 from .learner import Machine, autocast, number_of_classes
@@ -243,7 +244,8 @@ class _Stages:
         config = self.setting.preprocessing
         images = some_images(data.train, evaluation_transform(config), color_mode(config), count, seed)
         self.setting.say(f"calibrating on {len(images)} training images, without their labels")
-        batches: tuple[Tensor, ...] = tuple(batch.to(self.setting.machine.device) for batch in images.split(32))
+        size = max(1, min(32, len(images) // (4 * world_size())))  # every process wants a share
+        batches = tuple(batch.to(self.setting.machine.device) for batch in images.split(size))
         try:
             settings = CalibrationSettings(seed=seed, inputs=len(images))
             done = calibrate(self.original, self.model, self.header.plan, batches, settings)

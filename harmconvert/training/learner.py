@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -83,10 +84,12 @@ class Learner:
         if world_size() == 1:
             return network
         ids = [self.machine.device.index or 0] if self.machine.device.type == "cuda" else None
-        # A network may have parts that never run; buffers are alike already, or averaged after the epoch.
-        return nn.parallel.DistributedDataParallel(
-            network, device_ids=ids, broadcast_buffers=False, find_unused_parameters=True
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # newer torch has two options for broadcast_buffers
+            # A network may have parts that never run; buffers are alike already, or averaged after the epoch.
+            return nn.parallel.DistributedDataParallel(
+                network, device_ids=ids, broadcast_buffers=False, find_unused_parameters=True
+            )
 
     def autocast(self) -> AbstractContextManager[Any]:
         return autocast(self.recipe.amp, self.machine.device)
