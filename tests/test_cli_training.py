@@ -328,6 +328,7 @@ def shard(path: str, folder: Path) -> int:
     return len(images)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves shards open
 def test_a_webdataset_is_streamed() -> None:
     pytest.importorskip("webdataset")
     train, test = shard("train-0.tar", Path("digits/train")), shard("val-0.tar", Path("digits/val"))

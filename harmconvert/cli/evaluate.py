@@ -83,6 +83,8 @@ def command(source: str, batch_size: int, compare: str | None, amp: str, as_json
                 autocast=lambda: autocast(amp, machine.device),
                 progress=count,
             )
+        if note := loading.unread(found.images + len(found.unreadable)):
+            options.say(note)
         if rank() > 0:
             return
     if as_json:

@@ -53,6 +53,15 @@ class Loading:
     images: int | None
     set_epoch: Callable[[int], None]
 
+    def unread(self, read: int) -> str | None:
+        """A note where fewer images came than there are: streams are shared out shard by shard."""
+        if self.images is None or read >= self.images:
+            return None
+        return (
+            f"note: {read} of {self.images} images were read: a stream wants as many shards as there are processes "
+            "times --workers"
+        )
+
     def epoch(self, number: int, first_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from a step on.
 

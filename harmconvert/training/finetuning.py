@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,11 @@ def evaluator(
 
     def worth(network: nn.Module) -> Evaluation:
         other = None if network is original else original
-        return evaluate(network, loading.epoch(0), other, autocast=lambda: autocast(recipe.amp, setting.machine.device))
+        precision = partial(autocast, recipe.amp, setting.machine.device)
+        found = evaluate(network, loading.epoch(0), other, autocast=precision)
+        if note := loading.unread(found.images + len(found.unreadable)):
+            setting.say(note)
+        return found
 
     return worth
 
