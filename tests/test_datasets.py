@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tarfile
 from pathlib import Path
 
@@ -87,6 +88,8 @@ def test_a_tar_file(tmp_path: Path) -> None:
     data = open_data(DataRequest(data_dir=str(tmp_path / "digits.tar"), holdout=0.5))
     assert data.identity() == {"images": [10, 10], "classes": 10}
     assert data.train.read(0)[0].size == (28, 28)
+    del data
+    gc.collect()  # here, not in another test
 
 
 def test_torchs_data_sets(tmp_path: Path) -> None:
