@@ -14,6 +14,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from .registration import register_with_timm as _register_with_timm
+
 if TYPE_CHECKING:
     from .calibration import CalibrationSettings, reestimate_batch_norm
     from .checkpoint import save
@@ -83,3 +85,4 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+_register_with_timm()

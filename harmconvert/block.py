@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import timm
 import torch
+import torchvision
 from torch import Tensor, nn
 
 from .conv import HarmonicBlock2d
@@ -12,13 +14,13 @@ from .errors import UsageError
 from .projection import project, reconstruct
 
 
-def to_block(conv: nn.Module, normalize: bool = True) -> HarmonicBlock2d:
+def to_block(conv: nn.Module, normalize: bool = True, normalization: str = "ortho") -> HarmonicBlock2d:
     """The whole-basis block (eq. 3) in the place of a 2-d convolution; its mixing weights are that kernel, projected.
 
     Without ``normalize`` it computes what `to_harmonic`'s counterpart does.
 
     Raises:
-        UsageError: a convolution of another class, or one that does not pad with zeros.
+        UsageError: a convolution of another class, one that does not pad with zeros, or an unknown normalisation.
     """
     if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         raise UsageError(f"a block can take the place of a plain Conv2d padded with zeros, not of this {conv}")
@@ -32,9 +34,10 @@ def to_block(conv: nn.Module, normalize: bool = True) -> HarmonicBlock2d:
         conv.groups,
         conv.bias is not None,
         normalize=normalize,
+        normalization=normalization,
     ).to(conv.weight.device, conv.weight.dtype)
     with torch.no_grad():
-        coefficients_OIF = project(conv.weight, block.frequencies)
+        coefficients_OIF = project(conv.weight, block.frequencies, normalization)
         block.mix.weight.copy_(coefficients_OIF.flatten(1)[..., None, None])
         if conv.bias is not None and block.mix.bias is not None:
             block.mix.bias.copy_(conv.bias)
@@ -67,10 +70,40 @@ def fold_block(block: HarmonicBlock2d) -> nn.Conv2d:
         bias=biased,
     ).to(block.mix.weight.device, block.mix.weight.dtype)
     with torch.no_grad():
-        conv.weight.copy_(reconstruct(coefficients_OIF, block.kernel_size, block.frequencies))
+        conv.weight.copy_(reconstruct(coefficients_OIF, block.kernel_size, block.frequencies, block.normalization))
         if conv.bias is not None:
             conv.bias.copy_(bias)
     return conv.train(block.training)
+
+
+def absorb_bias(model: nn.Module, name: str) -> None:
+    """Take the bias of the convolution ``name`` into the batch norms that alone read it, where it is known which do.
+
+    So the dense form of a network that has no such bias has none either, and stock code loads it. Exact but for the
+    rounding of the running means; in training mode a batch norm does not see a constant anyway.
+    """
+    conv, norms = cast(nn.Conv2d, model.get_submodule(name)), _norms_reading(model, name)
+    bias = conv.bias
+    if bias is None or not norms or not all(isinstance(norm.running_mean, Tensor) for norm in norms):
+        return
+    for norm in norms:
+        mean = cast(Tensor, norm.running_mean)
+        mean.copy_((mean.double() - bias.detach().double()).to(mean.dtype))
+    conv.bias = None
+
+
+def _norms_reading(model: nn.Module, name: str) -> list[nn.BatchNorm2d]:
+    """The batch norms whose inputs are the output of a layer, or that plus something else; none where unknown."""
+    place, _, child = name.rpartition(".")
+    parent: Any = model.get_submodule(place)
+    after: Any = None
+    if isinstance(parent, nn.Sequential):
+        after = dict(zip(parent._modules, [*parent][1:], strict=False)).get(child)
+    elif isinstance(parent, timm.models.resnet.ResNet | torchvision.models.ResNet) and child == "conv1":
+        after = parent.bn1
+    elif child == "stem" and hasattr(parent, "norms_reading_the_stem"):
+        return list(parent.norms_reading_the_stem())
+    return [after] if isinstance(after, nn.BatchNorm2d) else []
 
 
 def _pair(value: Any) -> tuple[int, int]:

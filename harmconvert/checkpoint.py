@@ -18,8 +18,9 @@ from typing import Any
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from .basis import NORMALIZATIONS
 from .block import to_block
 from .conv import HarmonicBlock2d, HarmonicMixin, base_class, to_harmonic
 from .convert import Conversion
@@ -59,6 +60,24 @@ class Source:
 
 
 @dataclass(frozen=True)
+class BlockRecord:
+    """How a `HarmonicBlock2d` stands in a network: whether it normalises, and the scale of its DCT kernels."""
+
+    normalize: bool = True
+    normalization: str = "ortho"
+
+    @classmethod
+    def from_json(cls, data: Any) -> BlockRecord:
+        """Read what `dataclasses.asdict` wrote, or the bare ``normalize`` of files from before there was more."""
+        if isinstance(data, bool):
+            return cls(data)
+        record = cls(bool(data["normalize"]), str(data["normalization"]))
+        if record.normalization not in NORMALIZATIONS:
+            raise ValueError(f"a block's normalization is {record.normalization!r}")
+        return record
+
+
+@dataclass(frozen=True)
 class Header:
     """What a harmonic checkpoint says of itself."""
 
@@ -67,7 +86,7 @@ class Header:
     tied: Mapping[str, str] = field(default_factory=dict)
     history: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
-    blocks: Mapping[str, bool] = field(default_factory=dict)  # HarmonicBlock2d by name, and whether it normalises
+    blocks: Mapping[str, BlockRecord] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> dict[str, Any]:
@@ -77,7 +96,7 @@ class Header:
             "source": asdict(self.source) if self.source else None,
             "basis": "dct",
             **self.plan.to_json(),
-            "blocks": dict(self.blocks),
+            "blocks": {name: asdict(block) for name, block in self.blocks.items()},
             "tied": dict(self.tied),
             "history": dict(self.history),
             "versions": dict(self.versions),
@@ -112,9 +131,9 @@ class Header:
                 {str(k): str(v) for k, v in data.get("tied", {}).items()},
                 dict(data.get("history", {})),
                 {str(k): str(v) for k, v in data.get("versions", {}).items()},
-                {str(k): bool(v) for k, v in data.get("blocks", {}).items()},
+                {str(k): BlockRecord.from_json(v) for k, v in data.get("blocks", {}).items()},
             )
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise InputError(f"its header is unreadable: {error}") from error
 
 
@@ -162,7 +181,7 @@ def default_name(source: str, lam: str) -> str:
     >>> default_name("hf-hub:timm/resnet18.a1_in1k", "progressive"), default_name("resnet50", "layer4.*=2")
     ('resnet18.a1_in1k-harmonic-progressive.safetensors', 'resnet50-harmonic-custom.safetensors')
     """
-    name = source.removesuffix(".safetensors").rstrip("/").replace(":", "/").split("/")[-1]
+    name = re.sub(r"(\.(safetensors|pth|pt7?|tar))+$", "", source).rstrip("/").replace(":", "/").split("/")[-1]
     name = re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "network"
     return f"{name}-harmonic-{'custom' if '=' in lam else lam.strip()}.safetensors"
 
@@ -232,12 +251,21 @@ def load(
         if header.source is None or rebuild is None:
             raise UsageError(f"{path} does not say how to build its network: pass the plain network as model=")
         model = rebuild(header.source)
-    complaint = f"{path} does not fit this {type(model).__name__}"
-    harmonic = harmonic_like(model, header.plan, complaint, header.blocks)
     with open_safetensors(path) as file:
         state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
     state |= {alias: state[key] for alias, key in header.tied.items() if key in state}
-    load_state(harmonic, state, str(path))
+    return filled(model, header, state, str(path), form)
+
+
+def filled(model: nn.Module, header: Header, state: Mapping[str, Tensor], where: str, form: str) -> nn.Module:
+    """The network in a form of `load`'s that a header and tensors say, from a plain one, which is not changed.
+
+    Raises:
+        InputError: they do not fit the network; ``where`` is named.
+    """
+    complaint = f"{where} does not fit this {type(model).__name__}"
+    harmonic = harmonic_like(model, header.plan, complaint, header.blocks)
+    load_state(harmonic, state, where)
     harmonic.__dict__["harmconvert_header"] = header
     if form == "harmonic":
         return harmonic
@@ -246,7 +274,9 @@ def load(
     return dense
 
 
-def harmonic_like(model: nn.Module, plan: Plan, complaint: str, blocks: Mapping[str, bool] | None = None) -> nn.Module:
+def harmonic_like(
+    model: nn.Module, plan: Plan, complaint: str, blocks: Mapping[str, BlockRecord] | None = None
+) -> nn.Module:
     """A copy of a plain network with the harmonic convolutions of a plan, and blocks, their values to be loaded."""
     convs = convolutions(model)
     wrong = [p.name for p in plan.layers if p.name not in convs or kernel_size(convs[p.name]) != p.kernel_size]
@@ -254,18 +284,20 @@ def harmonic_like(model: nn.Module, plan: Plan, complaint: str, blocks: Mapping[
         raise InputError(f"{complaint}: it has no such convolution: {shortened(wrong)}")
     fill = {convs[p.name]: partial(to_harmonic, convs[p.name], p.frequencies, plan.normalization) for p in plan.layers}
     copied = exchange(model, fill)
-    for name, normalize in (blocks or {}).items():
+    for name, block in (blocks or {}).items():
         conv = convolutions(copied).get(name)
         if conv is None or isinstance(conv, HarmonicMixin):
             raise InputError(f"{complaint}: it has no such convolution: {name}")
-        copied = put_in_place(copied, conv, to_block(conv, normalize))
+        copied = put_in_place(copied, conv, to_block(conv, block.normalize, block.normalization))
     return copied
 
 
-def _blocks_of(model: nn.Module) -> dict[str, bool]:
-    """The blocks of a network that stand in the place of convolutions, and whether they normalise."""
+def _blocks_of(model: nn.Module) -> dict[str, BlockRecord]:
+    """The blocks of a network that stand in the place of convolutions."""
     blocks = {name: module for name, module in model.named_modules() if isinstance(module, HarmonicBlock2d)}
-    return {name: isinstance(block.norm, nn.BatchNorm2d) for name, block in blocks.items()}
+    return {
+        name: BlockRecord(isinstance(block.norm, nn.BatchNorm2d), block.normalization) for name, block in blocks.items()
+    }
 
 
 def _plan_of(model: nn.Module, known: Header | None) -> Plan:

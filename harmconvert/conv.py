@@ -213,6 +213,8 @@ class HarmonicBlock2d(nn.Module):
     without affine parameters normalises each of the in_channels x F responses; a learned 1x1 convolution mixes them.
     Input (N, in_channels, H, W), output (N, out_channels, H', W'), as `nn.Conv2d` with the same arguments.
     ``lam``: "full", or an integer lambda meant for 3x3 (a kernel of size K keeps ceil(lam * K / 3) levels).
+    ``normalization``: of the DCT kernels, "ortho" or "l1"; with ``normalize`` no mere rescaling of the weights, because
+    the batch norm adds its eps to the variance of what they give.
 
     >>> HarmonicBlock2d(3, 16, 3, padding=1, lam=2)(torch.zeros(2, 3, 8, 8)).shape
     torch.Size([2, 16, 8, 8])
@@ -233,6 +235,7 @@ class HarmonicBlock2d(nn.Module):
         bias: bool = True,
         lam: str | int = "full",
         normalize: bool = True,
+        normalization: str = "ortho",
     ) -> None:
         super().__init__()
         if in_channels % groups or out_channels % groups:
@@ -248,7 +251,7 @@ class HarmonicBlock2d(nn.Module):
         else:
             raise UsageError(f"lam (={lam!r}) must be 'full' or an integer of at least 1")
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.stride, self.padding, self.dilation = stride, padding, dilation
+        self.stride, self.padding, self.dilation, self.normalization = stride, padding, dilation, normalization
         responses = in_channels * len(self.frequencies)
         self.register_buffer("basis", None, persistent=False)
         self.norm = nn.BatchNorm2d(responses, affine=False) if normalize else nn.Identity()
@@ -271,7 +274,7 @@ class HarmonicBlock2d(nn.Module):
         return self
 
     def _set_basis(self) -> None:
-        self._buffers["basis"] = _basis_for(self.mix.weight, self.kernel_size, self.frequencies, "ortho")
+        self._buffers["basis"] = _basis_for(self.mix.weight, self.kernel_size, self.frequencies, self.normalization)
 
     def extra_repr(self) -> str:
         kept = f"{len(self.frequencies)}/{len(all_frequencies(self.kernel_size))}"

@@ -5,16 +5,11 @@ from __future__ import annotations
 import copy
 import difflib
 import importlib
-import importlib.util
 import inspect
 import json
-import re
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any, cast
 
 import timm
@@ -25,10 +20,13 @@ from . import checkpoint
 from .checkpoint import Header, Source
 from .downloads import reaching_out, torchvision_loading
 from .errors import HarmconvertError, InputError, UsageError, first_line
+from .forms import fuse
+from .reference import open_reference
 from .samples import SAMPLES
+from .user_code import import_place
 from .weights import load_state, read_weights, weights_sha256
 
-SCHEMES = ("timm", "torchvision", "hf-hub", "local-dir", "sample")
+SCHEMES = ("timm", "torchvision", "hf-hub", "local-dir", "sample", "reference")
 
 # Arguments of timm.create_model that would open files or reach out, which a checkpoint has no business to ask for.
 _NOT_FOR_REBUILDING = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
@@ -56,11 +54,12 @@ def open_source(
 
     Args:
         text: ``NAME`` or ``timm:NAME``, ``torchvision:NAME``, ``hf-hub:USER/REPO``, ``local-dir:PATH``,
-            ``package.module:factory``, ``file.py:factory``, ``sample:NAME``, or the path of a harmonic checkpoint.
+            ``package.module:factory``, ``file.py:factory``, ``sample:NAME``, ``reference:FILE`` (a checkpoint of the
+            reference implementation: `harmconvert.reference`), or the path of a harmonic checkpoint.
         weights: a .safetensors or .pth file that replaces the weights (never unpickled beyond plain tensors).
         arguments: keyword arguments for the network's maker, such as num_classes.
         pretrained: False leaves the weights at random, for looking at sizes.
-        form: of a harmonic checkpoint: ``"harmonic"`` or ``"dense"``.
+        form: of a checkpoint, harmonic or reference: ``"harmonic"`` or ``"dense"``.
         trust_code: let a harmonic checkpoint name user code to build its network with, and run that.
 
     Raises:
@@ -68,6 +67,12 @@ def open_source(
         InputError: weights that are unreadable or do not fit.
         OutsideError: the network is needed and not there, or a package is missing.
     """
+    if text.startswith("reference:"):
+        given = parse_source(text, arguments)
+        if weights is not None or {*given.arguments} - {"pool"}:
+            raise UsageError(f"{text} is a checkpoint: it takes neither other weights nor arguments, but for pool")
+        model, source, found = open_reference(given.name, given.arguments, form)
+        return Network(model.eval(), source, found)
     if is_checkpoint_path(text):
         header = checkpoint.read_header(text)
         model = load(text, form=form, trust_code=trust_code)
@@ -99,11 +104,12 @@ def open_counterpart(text: str, original: Network) -> nn.Module:
     """
     if not Path(text).is_file() or ".py:" in text:
         return open_source(text).model
+    plain = fuse(original.model) if original.header else original.model
     if not checkpoint.is_harmonic(text):
-        with_weights = copy.deepcopy(original.model)
+        with_weights = copy.deepcopy(plain)
         load_state(with_weights, _renamed(with_weights, read_weights(text)), text)
         return with_weights
-    return checkpoint.load(text, model=original.model).eval()
+    return checkpoint.load(text, model=plain).eval()
 
 
 def open_original(header: Header, teacher: str | None = None, trust_code: bool = False) -> nn.Module:
@@ -127,11 +133,13 @@ def open_original(header: Header, teacher: str | None = None, trust_code: bool =
         load_state(model, _renamed(model, read_weights(teacher)), teacher)
         return model.eval()
     rebuild(source, trust_code)  # refuses what a file has no business to ask for
-    arguments = {key: value for key, value in source.arguments.items() if key != "architecture"}
-    model = _build(replace(source, arguments=arguments), pretrained=True)[0].eval()
-    if source.sha256 is not None and weights_sha256(model) != source.sha256:
+    arguments = dict(source.arguments)
+    if source.scheme != "reference":  # a hub and a folder say theirs; of a reference file it tells how it was read
+        arguments.pop("architecture", None)
+    model, opened = _build(replace(source, arguments=arguments, sha256=None), pretrained=True)
+    if source.sha256 is not None and (opened.sha256 or weights_sha256(model)) != source.sha256:
         raise InputError(f"the weights of {source} are not those that were converted: name them with --teacher")
-    return model
+    return model.eval()
 
 
 def load(
@@ -290,11 +298,15 @@ def _from_sample(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
     return model, replace(source, licence=sample.licence)
 
 
+def _from_reference(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
+    return open_reference(source.name, source.arguments, "dense")[:2]
+
+
 def _from_code(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
     """The user's own factory: any weights it gives its network are the pretrained ones."""
     place, _, factory = source.name.rpartition(":")
     try:
-        module = _import(place)
+        module = import_place(place, SCHEMES)
     except HarmconvertError:
         raise
     except ModuleNotFoundError as error:
@@ -310,39 +322,6 @@ def _from_code(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
     if not isinstance(model, nn.Module):
         raise InputError(f"{source.name} returns a {type(model).__name__}, not a torch.nn.Module")
     return model, source
-
-
-def _import(place: str) -> ModuleType:
-    """A file or module of the user's, which may import its neighbours, as when python is started beside it."""
-    if not place.endswith(".py"):
-        if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", place):
-            raise UsageError(f"unknown source {place!r}: use {', '.join(SCHEMES)}:NAME, or MODULE:FACTORY")
-        with _first_on_path(Path.cwd()):
-            return importlib.import_module(place)
-    path = Path(place).resolve()
-    # A name of its own: dataclasses and pickles look their module up, and the stem may be an installed package's.
-    name = f"harmconvert_source_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if not path.is_file() or spec is None or spec.loader is None:
-        raise UsageError(f"there is no file {place}: give FILE.py:FACTORY, or one of {', '.join(SCHEMES)}:NAME")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        with _first_on_path(path.parent):
-            spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
-
-
-@contextmanager
-def _first_on_path(folder: Path) -> Iterator[None]:
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
 
 
 def _renamed(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:

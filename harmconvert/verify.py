@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from .basis import all_frequencies
-from .conv import HarmonicMixin
+from .conv import HarmonicBlock2d, HarmonicMixin
 from .convert import default_input
 from .errors import UsageError, first_line, shortened
+from .forms import fold_blocks
 from .projection import project, reconstruct
 from .surgery import batch_size, call, cloned, convolutions, evaluating, fitted, kernel_size, tensors_in
 from .weights import tensors_sha256
@@ -124,6 +125,8 @@ def verify(
         UsageError: no input size is known, or the original does not run on the inputs.
     """
     inputs = _inputs(original, inputs)
+    if _blocks(original) != _blocks(converted):  # what a block computes is compared with a convolution as one
+        original, converted = fold_blocks(original), fold_blocks(converted)
     dtype = _weight_dtype(original)
     pairs, structural = _pairs(original, converted)
     written = _as_calibrated(converted, _written_by_calibration(converted) if calibrated is None else calibrated)
@@ -164,6 +167,10 @@ def verify(
         ok, not problems, limit, worst, errors["float64"], errors["float32"], agreement, size, layers,
         tuple(problems), tuple(notes),
     )  # fmt: skip
+
+
+def _blocks(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, HarmonicBlock2d)]
 
 
 class _NoRunError(Exception):
@@ -257,7 +264,7 @@ def _check_kernel(conv: nn.Module, other: nn.Module, as_calibrated: bool | None)
     """Kept and total frequencies, error against the original's kernel, and what is not as planned; whether coefficients
     that calibration wrote are what it wrote is told."""
     whole = all_frequencies(kernel_size(conv))
-    weight = cast(Tensor, conv.weight).detach()
+    weight = _kernel_of(conv)
     exact = weight.to(torch.float64)
     scale = exact.abs().flatten(1).amax(1).clamp_min(torch.finfo(torch.float64).tiny)
     eps = torch.finfo(weight.dtype).eps
@@ -276,7 +283,10 @@ def _check_kernel(conv: nn.Module, other: nn.Module, as_calibrated: bool | None)
     if as_calibrated is not None:
         problem = None if as_calibrated else "its coefficients are not what calibration wrote"
         return len(other.frequencies), len(whole), error(kernel), problem
-    planned = project(exact, other.frequencies, other.normalization)
+    if isinstance(conv, HarmonicMixin) and _basis_of(conv) == _basis_of(other):
+        planned = conv.coefficients.detach().to(torch.float64)  # a merged kernel has no longer all of their digits
+    else:
+        planned = project(exact, other.frequencies, other.normalization)
     # Each coefficient to its own last bit; below that only what float64 products and subnormal numbers cannot hold.
     info = torch.finfo(other.coefficients.dtype)
     floor = planned.abs().flatten(1).amax(1)[:, None, None] * 1e-14 + info.smallest_normal * info.eps
@@ -284,6 +294,17 @@ def _check_kernel(conv: nn.Module, other: nn.Module, as_calibrated: bool | None)
     wrong = int(((coefficients - planned).abs() > limit).sum())
     problem = f"{wrong} of {planned.numel()} coefficients are not the projection of the original's kernel"
     return len(other.frequencies), len(whole), error(kernel), problem if wrong else None
+
+
+def _kernel_of(conv: nn.Module) -> Tensor:
+    """A convolution's kernel; of a harmonic one that of its dense form, to the last bit."""
+    if isinstance(conv, HarmonicMixin):
+        return reconstruct(conv.coefficients.detach(), kernel_size(conv), conv.frequencies, conv.normalization)
+    return cast(Tensor, conv.weight).detach()
+
+
+def _basis_of(conv: HarmonicMixin) -> tuple[Any, ...]:
+    return conv.frequencies, conv.normalization
 
 
 def _join(prefix: str, key: str) -> str:

@@ -39,7 +39,7 @@ UNREADABLE = (
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """A state dict from a .safetensors or .pth file; pickles are read with weights_only=True, whatever the environment.
 
-    Training wrappers are opened ("state_dict", "model", EMA first) and "module." prefixes dropped.
+    Training wrappers are opened ("state_dict", "model", "params", EMA first) and "module." prefixes dropped.
 
     Raises:
         InputError: unreadable, not a state dict, or a pickle that would run code.
@@ -62,7 +62,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
                 f".safetensors where you trust it"
             ) from error
         raise InputError(f"{path} is not a readable .pth file: {text or type(error).__name__}; get it again") from error
-    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
+    for key in ("state_dict_ema", "model_ema", "state_dict", "model", "params"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
             break

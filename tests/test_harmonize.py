@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import harmconvert as hc
 import harmconvert.models
 from harmconvert.block import fold_block, to_block
-from harmconvert.checkpoint import Source, read_header
+from harmconvert.checkpoint import BlockRecord, Source, read_header
 from harmconvert.conv import HarmonicBlock2d, HarmonicMixin
 from harmconvert.errors import InputError, UsageError
 from harmconvert.harmonize import harmonize
@@ -103,7 +103,7 @@ def test_checkpoints_keep_blocks(tmp_path: Path, which: str) -> None:
     network = harmonize(wrn(), which, 3 if which == "all" else "full")
     with_statistics(network.stem)
     hc.save(network, tmp_path / "net.safetensors", source=WRN)
-    assert read_header(tmp_path / "net.safetensors").blocks == {"stem": True}
+    assert read_header(tmp_path / "net.safetensors").blocks == {"stem": BlockRecord(normalize=True)}
     x = random_input((2, 1, 28, 28))
     loaded = hc.load(tmp_path / "net.safetensors").eval()
     dense = hc.load(tmp_path / "net.safetensors", form="dense").eval()

@@ -17,8 +17,9 @@ PACKAGE = ROOT / "harmconvert"
 
 # Each may import those before it; cli may import any.
 ORDER = [
-    "errors", "files", "weights", "distributed", "basis", "projection", "conv", "block", "plan", "surgery", "cost",
-    "calibration", "forms", "convert", "harmonize", "verify", "checkpoint", "models", "samples", "downloads", "sources",
+    "registration", "errors", "files", "weights", "distributed", "basis", "projection", "conv", "block", "plan",
+    "surgery", "cost", "calibration", "forms", "convert", "harmonize", "verify", "checkpoint", "models", "reference",
+    "samples", "downloads", "user_code", "sources",
     "data", "evaluation", "training", "export", "inspection", "report", "demo", "cli",
 ]  # fmt: skip
 

@@ -18,11 +18,10 @@ if TYPE_CHECKING:
 @click.option(
     "--lambda",
     "lam",
-    default="full",
-    show_default=True,
     metavar="LAMBDA",
     help="What to keep: full (exact), progressive (by map size, as the paper), a number meant for 3x3 kernels and "
-    "scaled to others, or 'PATTERN=N,PATTERN=N' with literal levels.",
+    "scaled to others, or 'PATTERN=N,PATTERN=N' with literal levels. Default: full; of a network that is harmonic "
+    "already, what it has.",
 )
 @click.option("--plan", "plan_file", metavar="FILE", help="Follow a plan saved as JSON instead of a lambda.")
 @click.option(
@@ -50,7 +49,7 @@ if TYPE_CHECKING:
 @options.common
 def command(
     source: str,
-    lam: str,
+    lam: str | None,
     plan_file: str | None,
     output: str | None,
     force: bool,
@@ -65,13 +64,15 @@ def command(
     """Convert the network SOURCE to harmonic form, verify it, and write one .safetensors file.
 
     SOURCE: a timm name, torchvision:NAME, hf-hub:USER/REPO, local-dir:PATH, sample:NAME, FILE.py:FACTORY,
-    package.module:factory, or a harmonic checkpoint.
+    package.module:factory, a harmonic checkpoint, or reference:FILE, a checkpoint of the reference implementation
+    (matej-ulicny/harmonic-networks; --model-kwargs pool=max or pool=avg where its ResNet pools behind the stem).
 
     \b
     Example:
       harmconvert convert resnet50 --lambda progressive
       harmconvert convert resnet50 --lambda 2 --calibrate photographs/
       harmconvert convert sample:resnet_mnist5k --lambda 'stage3.*=2' -o cut.safetensors
+      harmconvert convert reference:model_best.pth.tar
     """
     from ..checkpoint import default_name
     from ..convert import convert
@@ -80,14 +81,18 @@ def command(
     from ..files import check_output
     from ..plan import Plan, parse_lambda
 
-    if plan_file and lam != "full":
+    if plan_file and lam is not None:
         raise UsageError("--plan and --lambda both say what to keep: give one of them")
-    policy: Any = Plan.load(plan_file) if plan_file else parse_lambda(lam)
-    output = output or default_name(source, "plan" if plan_file else lam)
+    policy: Any = Plan.load(plan_file) if plan_file else parse_lambda(lam or "full")
+    told = any((lam, plan_file, include, exclude, normalization != "ortho", more["data"]))
+    kept_name = output or default_name(source, "kept").replace("-harmonic-kept", "-harmonic")
+    output = output or default_name(source, "plan" if plan_file else lam or "full")
     check_output(output, force)
     options.say(f"loading {source}")
     with joined():
-        network = options.opened(source, more, form="dense")
+        network = options.opened(source, more, form="dense" if told else "harmonic")
+        if network.header and not told:
+            return _keep(network, options.verification_inputs(input_size, network.source), kept_name, force, as_json)
         options.place(network.model, device, more["data"])
         images, settings = options.calibration(more, network.model, input_size)
         with options.progress() as progress:
@@ -107,6 +112,31 @@ def command(
         inputs = options.verification_inputs(input_size, network.source)
         _finish(network, conversion, inputs, output, force, as_json)
     return _calibration_verdict(conversion, output, more["allow_fallback"])
+
+
+def _keep(network: Network, inputs: Any, output: str, force: bool, as_json: bool) -> int:
+    """Write a network that is harmonic already as it is, and compare the file with it."""
+    from ..checkpoint import load, save
+    from ..distributed import rank
+    from ..errors import CheckError
+    from ..forms import fuse
+    from ..report import tables
+    from ..verify import verify
+
+    if rank() > 0:
+        return 0
+    header = save(network.model, output, source=network.source, force=force)
+    check = verify(network.model, load(output, model=fuse(network.model)), inputs)
+    if not check.ok:
+        raise CheckError(f"{output}, read back: {check.verdict}")
+    if as_json:
+        options.print_json({"output": output, "plan": header.plan.to_json(), "verification": check.to_json()})
+        return 0
+    console = options.console()
+    console.print(f"{network.source} is harmonic already: written as it is; --lambda says what to cut", markup=False)
+    console.print(check.verdict, markup=False)
+    console.print(f"wrote {output} ({tables.file_size(output)})", markup=False)
+    return 0
 
 
 def _finish(network: Network, conversion: Conversion, inputs: Any, output: str, force: bool, as_json: bool) -> None:

@@ -153,11 +153,11 @@ def prepare(
     from ..sources import open_original, open_source
     from ..training.finetuning import Setting, new_classifier
 
-    if not (Path(source).is_file() and is_harmonic(source)):
+    known = source.startswith("reference:") or (Path(source).is_file() and is_harmonic(source))
+    network = open_source(source, trust_code=trust_code) if known else None
+    if network is None or network.header is None:
         raise UsageError(f"{source} is no harmonic checkpoint: make one first with: harmconvert convert {source}")
-    network = open_source(source, trust_code=trust_code)
     header, recorded = network.header, network.source
-    assert header is not None
     original, why = None, ""
     if num_classes is not None:
         new_classifier(network.model, num_classes)
@@ -193,4 +193,4 @@ def prepare(
 
 def default_output(source: str) -> str:
     """Where the fine-tuned checkpoint goes unless told: NAME-finetuned.safetensors, here."""
-    return f"{Path(source).stem}-finetuned.safetensors"
+    return f"{Path(source.removeprefix('reference:')).stem}-finetuned.safetensors"

@@ -48,7 +48,7 @@ def command(
     from ..sources import open_counterpart
     from ..verify import verify
 
-    network = options.opened(original, network_options, form="dense")
+    network = options.opened(original, network_options, form="harmonic")
     other = open_counterpart(converted, network)
     check = verify(network.model, other, options.verification_inputs(input_size, network.source), tolerance=tolerance)
     passed = check.ok or (as_planned and check.as_planned)

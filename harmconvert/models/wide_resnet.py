@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from inspect import signature
 from typing import Any, cast
 
@@ -34,7 +35,8 @@ class PreActivationBlock(nn.Module):
 class WideResNet(nn.Module):
     """WRN-depth-width: three stages at full, half and quarter size, (depth - 4) / 6 blocks each.
 
-    Input (N, in_chans, H, W), output (N, num_classes).
+    Input (N, in_chans, H, W), output (N, num_classes). ``drop_rate`` is that of the dropout between the convolutions of
+    a block (0.3 in Table 1); ``img_size``, ``mean`` and ``std`` are those of the images that it is meant for.
 
     Raises:
         ValueError: ``depth`` is not 6 n + 4.
@@ -49,6 +51,8 @@ class WideResNet(nn.Module):
         drop_rate: float = 0.0,
         img_size: int = 32,
         architecture: str = "",
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         if depth < 10 or (depth - 4) % 6:
@@ -58,8 +62,9 @@ class WideResNet(nn.Module):
             "architecture": architecture,
             "input_size": (in_chans, img_size, img_size),
             "num_classes": num_classes,
-            "mean": (0.5,) * in_chans,
-            "std": (0.5,) * in_chans,
+            "mean": tuple(mean or (0.5,) * in_chans),
+            "std": tuple(std or (0.5,) * in_chans),
+            "crop_pct": 1.0,
             "fixed_input_size": False,
             "first_conv": "stem",
             "classifier": "head",
@@ -81,6 +86,15 @@ class WideResNet(nn.Module):
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes).to(self.head.weight.device)
 
+    def norms_reading_the_stem(self) -> list[nn.BatchNorm2d]:
+        """The batch norms that read what the stem adds to, and all that read it: a constant added to the stem's output
+        comes to the same as one taken from their running means."""
+        stage1 = cast("list[PreActivationBlock]", list(self.stage1))
+        if stage1[0].shortcut is not None:
+            return [stage1[0].norm1]
+        # At width 1 the stem's output runs along the shortcuts to the first projection.
+        return [block.norm1 for block in (*stage1, cast(PreActivationBlock, self.stage2[0]))]
+
     def forward(self, x: Tensor) -> Tensor:
         x = self.stage3(self.stage2(self.stage1(self.stem(x))))
         return cast(Tensor, self.head(self.norm(x).relu().mean((2, 3))))
@@ -92,21 +106,51 @@ def _stage(in_channels: int, out_channels: int, stride: int, blocks: int, dropou
     return nn.Sequential(first, *rest)
 
 
-def _wide_resnet(depth: int, width: int, pretrained: bool, **kwargs: Any) -> WideResNet:
+def _wide_resnet(pretrained: bool, **kwargs: Any) -> WideResNet:
     if pretrained:
         raise RuntimeError("no pretrained weights are published for wide residual networks of this size")
     # timm's factory also passes what is its own (pretrained_cfg, cache_dir and others).
     own = {key: value for key, value in kwargs.items() if key in signature(WideResNet).parameters and value is not None}
-    return WideResNet(depth, width, architecture=f"wrn{depth}_{width}", **own)
+    return WideResNet(**own)
+
+
+@register_model
+def wrn(pretrained: bool = False, **kwargs: Any) -> WideResNet:
+    """WRN of any size: depth=28, width=10 unless told."""
+    return _wide_resnet(pretrained, architecture="wrn", **kwargs)
 
 
 @register_model
 def wrn28_10(pretrained: bool = False, **kwargs: Any) -> WideResNet:
     """WRN-28-10, 36.5M parameters with 10 classes."""
-    return _wide_resnet(28, 10, pretrained, **kwargs)
+    return _wide_resnet(pretrained, depth=28, width=10, architecture="wrn28_10", **kwargs)
+
+
+@register_model
+def wrn28_8(pretrained: bool = False, **kwargs: Any) -> WideResNet:
+    """WRN-28-8, 23.4M parameters with 10 classes."""
+    return _wide_resnet(pretrained, depth=28, width=8, architecture="wrn28_8", **kwargs)
+
+
+@register_model
+def wrn28_6(pretrained: bool = False, **kwargs: Any) -> WideResNet:
+    """WRN-28-6, 13.1M parameters with 10 classes."""
+    return _wide_resnet(pretrained, depth=28, width=6, architecture="wrn28_6", **kwargs)
+
+
+@register_model
+def wrn16_8(pretrained: bool = False, **kwargs: Any) -> WideResNet:
+    """WRN-16-8, 11.0M parameters with 10 classes."""
+    return _wide_resnet(pretrained, depth=16, width=8, architecture="wrn16_8", **kwargs)
+
+
+@register_model
+def wrn16_4(pretrained: bool = False, **kwargs: Any) -> WideResNet:
+    """WRN-16-4, 2.7M parameters with 10 classes."""
+    return _wide_resnet(pretrained, depth=16, width=4, architecture="wrn16_4", **kwargs)
 
 
 @register_model
 def wrn22_1(pretrained: bool = False, **kwargs: Any) -> WideResNet:
     """WRN-22-1, 0.27M parameters: the size of the shipped sample network."""
-    return _wide_resnet(22, 1, pretrained, **kwargs)
+    return _wide_resnet(pretrained, depth=22, width=1, architecture="wrn22_1", **kwargs)

@@ -1,0 +1,55 @@
+"""Import the user's own Python: a file or a module that makes a network."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+from .errors import UsageError
+
+
+def import_place(place: str, schemes: Sequence[str]) -> ModuleType:
+    """A file or module of the user's, which may import its neighbours, as when python is started beside it.
+
+    Args:
+        place: ``FILE.py`` or ``package.module``.
+        schemes: of source strings, to name where the place is no such thing.
+
+    Raises:
+        UsageError: no such file, or no name of a module; and whatever it raises when imported.
+    """
+    if not place.endswith(".py"):
+        if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", place):
+            raise UsageError(f"unknown source {place!r}: use {', '.join(schemes)}:NAME, or MODULE:FACTORY")
+        with _first_on_path(Path.cwd()):
+            return importlib.import_module(place)
+    path = Path(place).resolve()
+    # A name of its own: dataclasses and pickles look their module up, and the stem may be an installed package's.
+    name = f"harmconvert_source_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise UsageError(f"there is no file {place}: give FILE.py:FACTORY, or one of {', '.join(schemes)}:NAME")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        with _first_on_path(path.parent):
+            spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+@contextmanager
+def _first_on_path(folder: Path) -> Iterator[None]:
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
