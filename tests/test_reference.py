@@ -28,6 +28,7 @@ from harmconvert.sources import Network, open_original, open_source
 from harmconvert.weights import weights_sha256
 
 from .networks import random_input, seeded
+from .pictures import digit_folders
 from .reference_cases import CASES, RECORDING, random_tensor
 from .test_cli import fails, ok
 
@@ -343,6 +344,22 @@ def test_it_is_converted_anew_where_a_lambda_says_so(tmp_path: Path, monkeypatch
     ok("convert", "model-harmonic-2.safetensors", "-o", "same.safetensors")
     ok("verify", "model-harmonic-2.safetensors", "same.safetensors")
     assert open_source("same.safetensors").source == cut.source
+
+
+def test_it_is_evaluated_and_finetuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, "harm_wrn10_1")
+    digits = ["--data-dir", str(digit_folders(tmp_path / "digits", 2)), "--holdout", "0.5", "--workers", "0"]
+    data = json.loads(ok("evaluate", "reference:model.pt7", *digits, "--json").stdout)
+    assert (data["images"], data["preprocessing"]["input_size"]) == (10, [3, 32, 32])
+    quick = ["--epochs", "1", "-b", "10", "--crop", "padded", "--json"]
+    found = json.loads(ok("finetune", "reference:model.pt7", *digits, *quick).stdout)
+    # What it is now is where the run starts, and its own dense form is what it is compared with.
+    assert [stage["name"] for stage in found["stages"]] == ["uncut", "before", "fine-tuned"]
+    assert found["stages"][0]["evaluation"]["top1"] == found["stages"][1]["evaluation"]["top1"] == data["top1"]
+    header = read_header("model-finetuned.safetensors")
+    assert [run.get("by") for run in header.history["training"]] == ["the reference implementation", None]
+    assert header.blocks == {"stem": BlockRecord(True, "l1")}
 
 
 def test_a_plain_wide_resnet_is_converted_like_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
