@@ -184,6 +184,11 @@ def rebuild(source: Source, trust_code: bool = False) -> nn.Module:
         raise InputError(f"the recorded source {source} cannot be built: {first_line(error)}; pass model=") from error
 
 
+def is_harmonic_source(text: str) -> bool:
+    """Whether a source string names a file that holds a harmonic network, as far as can be told without opening it."""
+    return text.startswith("reference:") or (Path(text).is_file() and checkpoint.is_harmonic(text))
+
+
 def is_checkpoint_path(text: str) -> bool:
     """Whether a source string is a path to a harmonic checkpoint, by its looks; says what to do with a .pth."""
     if text.endswith((".pth", ".pt", ".bin", ".ckpt")) and Path(text).exists():

@@ -342,6 +342,9 @@ def test_it_is_converted_anew_where_a_lambda_says_so(tmp_path: Path, monkeypatch
     assert {len(layer.frequencies) for layer in cut.header.plan.layers} == {9, 3}
     ok("verify", "reference:model.pt7", "model-harmonic-2.safetensors", "--as-planned")
     ok("convert", "model-harmonic-2.safetensors", "-o", "same.safetensors")
+    ok("convert", "model-harmonic-2.safetensors", "--lambda", "full")
+    whole = read_header("model-harmonic-2-harmonic-full.safetensors").plan
+    assert whole.whole
     ok("verify", "model-harmonic-2.safetensors", "same.safetensors")
     assert open_source("same.safetensors").source == cut.source
 
@@ -366,7 +369,7 @@ def test_a_plain_wide_resnet_is_converted_like_any_other(tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     written(tmp_path, "wrn10_2")
     ok("convert", "reference:model.pt7")
-    ok("verify", "reference:model.pt7", "model-harmonic-full.safetensors")
+    ok("verify", "reference:model.pt7", "model-harmonic.safetensors")
     fails(2, "is no harmonic checkpoint: make one first", "finetune", "reference:model.pt7", "--dataset", "sample:x")
 
 

@@ -80,19 +80,21 @@ def command(
     from ..errors import UsageError
     from ..files import check_output
     from ..plan import Plan, parse_lambda
+    from ..sources import is_harmonic_source
 
     if plan_file and lam is not None:
         raise UsageError("--plan and --lambda both say what to keep: give one of them")
     policy: Any = Plan.load(plan_file) if plan_file else parse_lambda(lam or "full")
     told = any((lam, plan_file, include, exclude, normalization != "ortho", more["data"]))
-    kept_name = output or default_name(source, "kept").replace("-harmonic-kept", "-harmonic")
-    output = output or default_name(source, "plan" if plan_file else lam or "full")
+    as_it_is = not told and is_harmonic_source(source)
+    named = default_name(source, "plan" if plan_file else lam or "full")
+    output = output or (named.replace("-harmonic-full", "-harmonic") if as_it_is else named)
     check_output(output, force)
     options.say(f"loading {source}")
     with joined():
-        network = options.opened(source, more, form="dense" if told else "harmonic")
-        if network.header and not told:
-            return _keep(network, options.verification_inputs(input_size, network.source), kept_name, force, as_json)
+        network = options.opened(source, more, form="harmonic" if as_it_is else "dense")
+        if as_it_is and network.header:
+            return _keep(network, options.verification_inputs(input_size, network.source), output, force, as_json)
         options.place(network.model, device, more["data"])
         images, settings = options.calibration(more, network.model, input_size)
         with options.progress() as progress:

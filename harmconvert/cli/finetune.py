@@ -148,13 +148,11 @@ def prepare(
     Raises:
         UsageError: SOURCE is no harmonic checkpoint; InputError, OutsideError: something cannot be read or had.
     """
-    from ..checkpoint import is_harmonic
     from ..errors import HarmconvertError, UsageError
-    from ..sources import open_original, open_source
+    from ..sources import is_harmonic_source, open_original, open_source
     from ..training.finetuning import Setting, new_classifier
 
-    known = source.startswith("reference:") or (Path(source).is_file() and is_harmonic(source))
-    network = open_source(source, trust_code=trust_code) if known else None
+    network = open_source(source, trust_code=trust_code) if is_harmonic_source(source) else None
     if network is None or network.header is None:
         raise UsageError(f"{source} is no harmonic checkpoint: make one first with: harmconvert convert {source}")
     header, recorded = network.header, network.source
