@@ -227,13 +227,13 @@ def calibration(
     settings = CalibrationSettings(
         options["damping"], options["calibration_memory"], seed=options["seed"], inputs=options["calibration_images"]
     )
-    own = {key: options[key] for key in ("mean", "std", "interpolation", "crop_pct")}
+    overrides = {key: options[key] for key in ("mean", "std", "interpolation", "crop_pct")}
     images = calibration_images(
         options["data"],
         model,
         options["calibration_images"],
         options["calibration_batch_size"],
-        overrides={**own, "input_size": sizes[0] if sizes else None},
+        overrides={**overrides, "input_size": sizes[0] if sizes else None},
         data_dir=options["data_dir"],
         split=options["calibration_split"],
         seed=options["seed"],

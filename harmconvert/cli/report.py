@@ -73,8 +73,10 @@ def command(
       harmconvert report sample:resnet_mnist5k --figure tradeoff --dataset sample:mnist5k --calibrate sample:mnist5k
     """
     from ..errors import UsageError
+    from ..report import tables
     from ..report.filters import filter_bank
     from ..report.spectrum import spectrum
+    from ..report.tradeoff import Tradeoff
     from ..report.writing import check_figure, drawing, write_figure
 
     if figure is None:
@@ -102,8 +104,10 @@ def command(
         written = {"output": str(image), "numbers": str(numbers)}
         options.print_json({"figure": figure, "source": str(network.source), **written, "rows": rows})
         return
-    _told(found)
-    options.console().print(f"wrote {image} and {numbers}", markup=False)
+    console = options.console()
+    if isinstance(found, Tradeoff):
+        console.print(tables.tradeoff_table(found))
+    console.print(f"wrote {image} and {numbers}", markup=False)
 
 
 def _tradeoff(network: Network, given: dict[str, Any]) -> Tradeoff:
@@ -135,12 +139,3 @@ def _tradeoff(network: Network, given: dict[str, Any]) -> Tradeoff:
     if note := loading.unread(found.uncut.evaluation.images + len(found.uncut.evaluation.unreadable)):
         options.say(note)
     return found
-
-
-def _told(found: FilterBank | Spectrum | Tradeoff) -> None:
-    """What the figure shows, in a few words or a table."""
-    from ..report import tables
-    from ..report.tradeoff import Tradeoff
-
-    if isinstance(found, Tradeoff):
-        options.console().print(tables.tradeoff_table(found))

@@ -26,10 +26,11 @@ class LayerSpectrum:
     magnitudes: tuple[float, ...]
 
     @property
-    def shares(self) -> tuple[float, ...]:
-        """The magnitudes over their sum, so that layers of large and small weights compare (0 where all are 0)."""
-        total = sum(self.magnitudes)
-        return tuple(value / total if total else 0.0 for value in self.magnitudes)
+    def relative(self) -> tuple[float, ...]:
+        """The magnitudes over the largest of them, so that layers of large and small weights, and cut and whole ones
+        compare (0 where all are 0)."""
+        largest = max(self.magnitudes)
+        return tuple(value / largest if largest else 0.0 for value in self.magnitudes)
 
     @property
     def levels(self) -> tuple[int, ...]:
@@ -60,11 +61,11 @@ class Spectrum:
                 "level": at,
                 "kept": kept,
                 "mean_abs": magnitude,
-                "share": share,
+                "relative": relative,
             }
             for layer in self.layers
-            for frequency, at, kept, magnitude, share in zip(
-                layer.frequencies, layer.levels, layer.kept, layer.magnitudes, layer.shares, strict=True
+            for frequency, at, kept, magnitude, relative in zip(
+                layer.frequencies, layer.levels, layer.kept, layer.magnitudes, layer.relative, strict=True
             )
         ]
 
