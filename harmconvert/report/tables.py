@@ -105,7 +105,7 @@ def tradeoff_table(tradeoff: Tradeoff) -> Table:
         interval = "" if point.error_interval is None else "{:.2f} to {:.2f} %".format(*point.error_interval)
         macs = "" if point.mac_share is None else f"{point.mac_share:.1%}"
         size = [millions(point.parameters), f"{point.parameter_share:.1%}", macs]
-        name = " = ".join(point.lambdas) or "uncut"
+        name = ", ".join(point.lambdas) or "uncut"
         against = [f"{point.disagreement:.2f} %", f"{point.divergence:.3g}"] if point.lambdas else ["", ""]
         rows.append([name, "yes" if point.calibrated else "", *size, error, interval, *against, point.note or ""])
     headings = ["lambda", "calibrated", "parameters", "of the whole", "MACs, factored"]

@@ -80,7 +80,7 @@ class Point:
         """The figures of this point, flat; shares from 0 to 1, errors in %."""
         low, high = self.error_interval or (None, None)
         return {
-            "lambda": " = ".join(self.lambdas) or "uncut",
+            "lambda": ", ".join(self.lambdas) or "uncut",
             "calibrated": self.calibrated,
             "parameters": self.parameters,
             "parameter_share": self.parameter_share,
