@@ -181,9 +181,17 @@ def default_name(source: str, lam: str) -> str:
     >>> default_name("hf-hub:timm/resnet18.a1_in1k", "progressive"), default_name("resnet50", "layer4.*=2")
     ('resnet18.a1_in1k-harmonic-progressive.safetensors', 'resnet50-harmonic-custom.safetensors')
     """
+    return f"{short_name(source)}-harmonic-{'custom' if '=' in lam else lam.strip()}.safetensors"
+
+
+def short_name(source: str) -> str:
+    """What a file made from a source is called after.
+
+    >>> short_name("sample:resnet_mnist5k"), short_name("reference:folder/resnet50.pth.tar")
+    ('resnet_mnist5k', 'resnet50')
+    """
     name = re.sub(r"(\.(safetensors|pth|pt7?|tar))+$", "", source).rstrip("/").replace(":", "/").split("/")[-1]
-    name = re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "network"
-    return f"{name}-harmonic-{'custom' if '=' in lam else lam.strip()}.safetensors"
+    return re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "network"
 
 
 def is_harmonic(path: str | Path) -> bool:

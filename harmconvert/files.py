@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from .errors import OutsideError, UsageError, shortened
 
@@ -62,6 +64,18 @@ def write_file(path: str | Path, write: Callable[[Path], None], force: bool = Fa
         raise outside(error, f"cannot write {path}") from error
     finally:
         staging.unlink(missing_ok=True)
+
+
+def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]], force: bool = False) -> None:
+    """Write rows that share their keys, at least one, as `write_file` does; None is an empty cell."""
+
+    def write(staging: Path) -> None:
+        with staging.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write_file(path, write, force)
 
 
 def check_folder(path: str | Path, own: Collection[str], force: bool = False) -> Path:

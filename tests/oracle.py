@@ -42,6 +42,30 @@ def coefficient(kernel: np.ndarray, frequency: Sequence[int]) -> float:
     return total
 
 
+def mean_magnitudes(kernels: np.ndarray, kept: Sequence[Sequence[int]]) -> list[float]:
+    """Mean over filters and channels of |coefficient|, frequency by frequency; kernels (O, I, *kernel_size)."""
+    means = []
+    for f in kept:
+        values = [abs(coefficient(kernel, f)) for filters in kernels for kernel in filters]
+        means.append(sum(values) / len(values))
+    return means
+
+
+def wilson(count: int, total: int) -> tuple[float, float]:
+    """The shares p between which |count / total - p| is at most 1.96 standard deviations of p, by bisection."""
+    seen = count / total
+
+    def bound(outside: float) -> float:
+        inside = seen
+        for _ in range(200):
+            p = (inside + outside) / 2
+            near = abs(seen - p) <= 1.959963984540054 * math.sqrt(p * (1 - p) / total)
+            inside, outside = (p, outside) if near else (inside, p)
+        return inside
+
+    return bound(0.0), bound(1.0)
+
+
 def convolution2d(
     image: np.ndarray, kernel: np.ndarray, stride: int = 1, padding: int = 0, dilation: int = 1
 ) -> np.ndarray:

@@ -339,6 +339,11 @@ def test_the_command_line_is_frozen() -> None:
         "train": sorted(["--recipe", "--harmonic", "--lambda", *data, *training, *network, *common]),
         "verify": sorted(["--as-planned", "--tolerance", *network, *common, *size]),
         "inspect": sorted(["--no-pretrained", *network, *common, *size]),
+        "report": sorted(
+            ["--figure", "--output", "-o", "--force", "--kernel-size", "--include", "--seed", "--batch-size", "-b",
+             "--calibrate", "--calibration-batch-size", "--calibration-images", "--calibration-memory",
+             "--calibration-split", "--damping", "--device", *data, *network, *common]
+        ),
         "export": sorted(["--force", "--format", "--output", "-o", *network, *common]),
         "demo": sorted(common),
     }  # fmt: skip

@@ -18,19 +18,29 @@ if TYPE_CHECKING:
     from ..checkpoint import Source
     from ..sources import Network
 
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
 
 class InputSize(click.ParamType):
     """C,H,W (or C,T,H,W, or C,L): one example's size."""
 
     name = "C,H,W"
+    example = "3,224,224"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
         if isinstance(value, tuple):
             return value
         parts = str(value).replace("x", ",").split(",")
         if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-            self.fail(f"{value!r} is not a size such as 3,224,224", param, ctx)
+            self.fail(f"{value!r} is not a size such as {self.example}", param, ctx)
         return tuple(int(part) for part in parts)
+
+
+class KernelSize(InputSize):
+    """KxK, or one number: that along every axis."""
+
+    name = "KxK"
+    example = "3 or 1x7"
 
 
 class KeyValue(click.ParamType):
@@ -137,15 +147,9 @@ def preprocessing_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What to calibrate on, and how."""
-    command = preprocessing_options(command)
+def calibration_data_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What to calibrate on, and how; beside options that say where data lies and how it is pre-processed."""
     for option in (
-        click.option(
-            "--allow-fallback",
-            is_flag=True,
-            help="Exit with 0 where a layer could not be refitted and stays a plain cut.",
-        ),
         click.option(
             "--calibration-memory",
             type=Bytes(),
@@ -158,14 +162,6 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "default: chosen on images held back.",
         ),
         click.option("--calibration-split", default="train", show_default=True, help="Split of a timm data set."),
-        click.option("--data-dir", metavar="DIR", help="Where a timm data set such as torch/cifar10 lies."),
-        click.option(
-            "--seed",
-            type=click.IntRange(min=0),
-            default=0,
-            show_default=True,
-            help="Of the choice of images and positions.",
-        ),
         click.option(
             "--calibration-batch-size",
             type=click.IntRange(min=1),
@@ -192,27 +188,52 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def calibration(options: dict[str, Any], model: Any, sizes: Sequence[tuple[int, ...]]) -> Any:
-    """Images and settings for `convert` under `calibration_options` (both None without --calibrate)."""
+def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What to calibrate on, and how, where no other option speaks of data."""
+    for option in (
+        preprocessing_options,
+        click.option(
+            "--allow-fallback",
+            is_flag=True,
+            help="Exit with 0 where a layer could not be refitted and stays a plain cut.",
+        ),
+        click.option("--data-dir", metavar="DIR", help="Where a timm data set such as torch/cifar10 lies."),
+        click.option(
+            "--seed",
+            type=click.IntRange(min=0),
+            default=0,
+            show_default=True,
+            help="Of the choice of images and positions.",
+        ),
+        calibration_data_options,
+    ):
+        command = option(command)
+    return command
+
+
+def calibration(
+    options: dict[str, Any], model: Any, sizes: Sequence[tuple[int, ...]], own: Decorator = calibration_options
+) -> Any:
+    """Images and settings for `convert` under the options ``own`` (both None without --calibrate)."""
     from ..calibration import CalibrationSettings
     from ..data import calibration_images
     from ..errors import UsageError, shortened
 
     if options["data"] is None:
-        _only_with_calibrate()
+        only_with(own, "--calibrate DATA")
         return None, None
     if len(sizes) > 1:
         raise UsageError("--calibrate feeds one image; for a network of several inputs use calibration= in Python")
     settings = CalibrationSettings(
         options["damping"], options["calibration_memory"], seed=options["seed"], inputs=options["calibration_images"]
     )
-    own = {key: options[key] for key in ("mean", "std", "interpolation", "crop_pct")}
+    overrides = {key: options[key] for key in ("mean", "std", "interpolation", "crop_pct")}
     images = calibration_images(
         options["data"],
         model,
         options["calibration_images"],
         options["calibration_batch_size"],
-        overrides={**own, "input_size": sizes[0] if sizes else None},
+        overrides={**overrides, "input_size": sizes[0] if sizes else None},
         data_dir=options["data_dir"],
         split=options["calibration_split"],
         seed=options["seed"],
@@ -223,15 +244,15 @@ def calibration(options: dict[str, Any], model: Any, sizes: Sequence[tuple[int, 
     return images, settings
 
 
-def _only_with_calibrate() -> None:
-    """Raise UsageError where an option of calibration was given that nothing will heed."""
+def only_with(own: Decorator, what: str) -> None:
+    """Raise UsageError where one of the options ``own`` was given that nothing will heed without ``what``."""
     from ..errors import UsageError
 
     context = click.get_current_context()
-    own = [p for p in calibration_options(lambda: None).__click_params__ if p.name]  # type: ignore[attr-defined]
-    given = [p for p in own if context.get_parameter_source(p.name) is click.core.ParameterSource.COMMANDLINE]
+    names = [p for p in own(lambda: None).__click_params__ if p.name]  # type: ignore[attr-defined]
+    given = [p for p in names if context.get_parameter_source(p.name) is click.core.ParameterSource.COMMANDLINE]
     if given:
-        raise UsageError(f"{given[0].opts[0]} is of use only with --calibrate DATA")
+        raise UsageError(f"{given[0].opts[0]} is of use only with {what}")
 
 
 def _described(config: Any) -> str:

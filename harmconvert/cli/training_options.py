@@ -15,6 +15,7 @@ from . import options
 
 if TYPE_CHECKING:
     from ..data.datasets import Data
+    from ..data.loading import Loading
     from ..training import Keeper, Machine, Recipe, Told
 
 
@@ -54,6 +55,21 @@ holdout = click.option(
     default=0.1,
     show_default=True,
     help="Share to test on, where the data has one split only.",
+)
+
+evaluation_options = _stacked(
+    data_options,
+    click.option(
+        "--holdout",
+        type=click.FloatRange(min=0, max=1, max_open=True),
+        default=0.0,
+        show_default=True,
+        help="Where the data has one split only: test on this share of it, as finetune does; 0: on all of it.",
+    ),
+    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the choice of images."),
+    click.option(
+        "--batch-size", "-b", type=click.IntRange(min=1), default=256, show_default=True, help="Images at once."
+    ),
 )
 
 # Each is a field of Recipe; not given means the recipe's own.
@@ -163,6 +179,28 @@ def data_from(given: Mapping[str, Any], seed: int, parts: tuple[str, ...]) -> Da
     for note in data.notes:
         options.say(f"note: {note}")
     return data
+
+
+def evaluation_loading(given: Mapping[str, Any], model: Any, machine: Machine) -> tuple[Loading, dict[str, Any]]:
+    """The images to test a network on under `evaluation_options`, and how they are pre-processed."""
+    from ..data.loading import evaluation_batches
+    from ..data.preprocessing import color_mode, evaluation_transform
+    from ..training.finetuning import check_classes
+
+    data = data_from(given, given["seed"], ("test",))
+    assert data.test is not None
+    if data.labelled:
+        check_classes(data, model)
+    config = preprocessing_from(given, model)
+    loading = evaluation_batches(
+        data.test,
+        evaluation_transform(config),
+        color_mode(config),
+        given["batch_size"],
+        workers=workers_from(given),
+        pin_memory=machine.device.type == "cuda",
+    )
+    return loading, config
 
 
 def preprocessing_from(given: Mapping[str, Any], model: Any) -> dict[str, Any]:

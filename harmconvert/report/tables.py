@@ -15,6 +15,7 @@ from ..evaluation import Evaluation
 from ..inspection import LAMBDAS, Inspection
 from ..training.finetuning import Stage
 from ..verify import Verification
+from .tradeoff import Tradeoff
 
 
 def conversion_table(conversion: Conversion) -> Table:
@@ -94,6 +95,21 @@ def stages_table(stages: Sequence[Stage]) -> Table:
         agreement = "" if found.agreement is None else f"{found.agreement:.2%}"
         rows.append([stage.name, top1, interval, loss, agreement, ""])
     return _table(["stage", "top-1", "95 %", "loss", "agreement with uncut", "note"], rows, left={0, 5})
+
+
+def tradeoff_table(tradeoff: Tradeoff) -> Table:
+    """One row per network: lambda, parameters, error with its interval, disagreement with the uncut network, KL."""
+    rows = []
+    for point in (tradeoff.uncut, *tradeoff.points):
+        error = "" if point.error is None else f"{point.error:.2f} %"
+        interval = "" if point.error_interval is None else "{:.2f} to {:.2f} %".format(*point.error_interval)
+        macs = "" if point.mac_share is None else f"{point.mac_share:.1%}"
+        size = [millions(point.parameters), f"{point.parameter_share:.1%}", macs]
+        name = ", ".join(point.lambdas) or "uncut"
+        against = [f"{point.disagreement:.2f} %", f"{point.divergence:.3g}"] if point.lambdas else ["", ""]
+        rows.append([name, "yes" if point.calibrated else "", *size, error, interval, *against, point.note or ""])
+    headings = ["lambda", "calibrated", "parameters", "of the whole", "MACs, factored"]
+    return _table([*headings, "top-1 error", "95 %", "other than uncut", "KL", "note"], rows, left={0, 1, 9})
 
 
 def cost_lines(cost: Cost) -> list[str]:

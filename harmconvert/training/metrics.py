@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import OutsideError
-from ..files import write_file
+from ..files import write_csv
 
 
 def metrics_path(output: str | Path) -> Path:
@@ -22,14 +21,7 @@ def metrics_path(output: str | Path) -> Path:
 
 def write_metrics(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write all rows anew, whole or not at all; raises OutsideError where that fails."""
-
-    def write(staging: Path) -> None:
-        with staging.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-
-    write_file(path, write, force=True)
+    write_csv(path, rows, force=True)
 
 
 class Events:

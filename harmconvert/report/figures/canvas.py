@@ -1,0 +1,59 @@
+"""What all figures share: colours, style, an empty canvas."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+COLOURS = colormaps["viridis"]
+# Okabe and Ito's colours, told apart by people who see fewer of them.
+BLUE, VERMILION, GREY, PALE = "#0072B2", "#D55E00", "#555555", "#e4e4e4"
+_STYLE: dict[Any, Any] = {
+    "font.size": 9.0,
+    "axes.titlesize": 10.0,
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9.0,
+    "axes.linewidth": 0.6,
+    "legend.frameon": False,
+    # Names of layers are data: a $ in one is a $.
+    "text.parse_math": False,
+    # As outlines: a reader who lacks the font sees what was drawn; and the same names for the same things.
+    "svg.fonttype": "path",
+    "svg.hashsalt": "harmconvert",
+}
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Our settings alone, whatever the user's matplotlibrc says; put back afterwards."""
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands for it
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)
+        yield
+
+
+def canvas(width: float, height: float) -> Figure:
+    """An empty figure of that many inches, off any screen."""
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def edges(kept: Sequence[Sequence[bool]]) -> list[list[tuple[int, int]]]:
+    """Lines between the kept and the cut cells of a grid, each cell one wide and one high."""
+    lines = []
+    for row, cells in enumerate(kept):
+        for column, cell in enumerate(cells):
+            if column and cell != cells[column - 1]:
+                lines.append([(column, row), (column, row + 1)])
+            if row and cell != kept[row - 1][column]:
+                lines.append([(column, row), (column + 1, row)])
+    return lines

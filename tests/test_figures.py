@@ -1,0 +1,470 @@
+"""Figures: their numbers against slow maths, their images by what they hold, the command by files and exit codes."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import itertools
+import json
+import math
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from harmconvert.block import to_block
+from harmconvert.conv import to_harmonic
+from harmconvert.convert import convert
+from harmconvert.cost import Cost
+from harmconvert.data.loading import Batch
+from harmconvert.errors import InputError, OutsideError, UsageError
+from harmconvert.evaluation import Evaluation, evaluate
+from harmconvert.report import figures
+from harmconvert.report.filters import filter_bank
+from harmconvert.report.spectrum import Spectrum, spectrum
+from harmconvert.report.tables import tradeoff_table
+from harmconvert.report.tradeoff import Point, Tradeoff, tradeoff
+from harmconvert.report.writing import check_figure, drawing, write_figure
+
+from . import oracle
+from .networks import CONVOLUTIONS, Branches, seeded
+from .pictures import digit_folders
+from .test_cli import SAMPLE, fails, ok
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+# --- spectrum: numbers ---
+
+SMALL = ["plain", "grouped", "depthwise", "1x7", "2x2", "Conv3d", "ConvTranspose2d", "StdConv2d"]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_magnitudes_are_the_mean_of_absolute_inner_products(name: str) -> None:
+    conv = seeded(CONVOLUTIONS[name][0])
+    (layer,) = spectrum(conv).layers
+    kernels = conv.weight.detach().double().numpy()
+    size = kernels.shape[2:]
+    expected = oracle.mean_magnitudes(kernels, oracle.frequencies(size, sum(size) - len(size) + 1))
+    assert layer.magnitudes == pytest.approx(expected, rel=1e-6)
+    assert layer.relative == pytest.approx([value / max(expected) for value in expected], rel=1e-6)
+    assert layer.kernel_size == size
+    assert all(layer.kept)
+
+
+@pytest.mark.parametrize("normalization", ["ortho", "l1"])
+def test_a_harmonic_convolution_shows_what_it_kept(normalization: str) -> None:
+    """Of orthonormal filters, whatever basis its coefficients belong to."""
+    conv = seeded(lambda: nn.Conv2d(3, 4, 3))
+    kept = oracle.frequencies((3, 3), 2)
+    (plain,) = spectrum(conv).layers
+    (cut,) = spectrum(to_harmonic(conv, kept, normalization)).layers
+    assert cut.kept == (True,) * 3 + (False,) * 6
+    assert cut.magnitudes[:3] == pytest.approx(plain.magnitudes[:3], rel=1e-5)
+    assert cut.magnitudes[3:] == (0.0,) * 6
+    assert max(cut.relative) == 1
+
+
+def test_a_block_shows_its_mixing_weights() -> None:
+    conv = seeded(lambda: nn.Conv2d(2, 5, 3))
+    block = nn.Sequential(to_block(conv))
+    (layer,) = spectrum(block).layers
+    assert layer.name == "0"
+    assert layer.magnitudes == pytest.approx(spectrum(conv).layers[0].magnitudes, rel=1e-5)
+
+
+def test_layers_come_in_the_order_of_the_network_and_panels_by_kernel() -> None:
+    found = spectrum(seeded(Branches))
+    names = ["stem", "shared", "tied_a", "tied_b", "deep.odd name [x]", "unused"]
+    assert [layer.name for layer in found.layers] == names
+    assert {size: len(layers) for size, layers in found.panels.items()} == {(3, 3): 5, (5, 5): 1}
+    assert [layer.name for layer in spectrum(seeded(Branches), (5,)).layers] == ["unused"]
+    rows = found.rows()
+    assert len(rows) == 5 * 9 + 25
+    assert rows[1] == {
+        "layer": "stem",
+        "kernel": "3x3",
+        "frequency": "(0, 1)",
+        "level": 1,
+        "kept": True,
+        "mean_abs": found.layers[0].magnitudes[1],
+        "relative": found.layers[0].relative[1],
+    }
+
+
+def test_what_a_spectrum_leaves_out_is_told() -> None:
+    from timm.layers.cond_conv2d import CondConv2d
+
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), CondConv2d(4, 4, 3, num_experts=2))
+    found = spectrum(net)
+    assert [layer.name for layer in found.layers] == ["0"]
+    assert [(skip.name, skip.why) for skip in found.skipped] == [("1", "its kernels are mixed anew for each input")]
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: nn.Conv2d(3, 4, 1), InputError, "has no convolution over 1x1: there is nothing to draw"),
+        (lambda: nn.Conv2d(3, 4, 3, device="meta"), InputError, r"layer \(root\) is on the meta device"),
+        (lambda: _spoilt(), InputError, "weight holds NaN"),
+        (lambda: nn.DataParallel(nn.Conv2d(3, 4, 3)), UsageError, "wrapped in DataParallel"),
+    ],
+)
+def test_what_has_no_spectrum(make: Callable[[], nn.Module], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        spectrum(make())
+
+
+def _spoilt() -> nn.Module:
+    conv = nn.Conv2d(1, 1, 3)
+    conv.weight.data[0] = float("nan")
+    return conv
+
+
+def test_a_layer_of_zeros_has_a_spectrum_of_zeros() -> None:
+    conv = nn.Conv2d(1, 1, 3)
+    nn.init.zeros_(conv.weight)
+    assert spectrum(conv).layers[0].relative == (0.0,) * 9
+
+
+# --- filters: numbers ---
+
+
+@pytest.mark.parametrize("size", [(3, 3), (2, 5), (4,)])
+def test_filters_are_those_of_eq_1(size: tuple[int, ...]) -> None:
+    conv = nn.Conv1d(1, 1, size) if len(size) == 1 else nn.Conv2d(1, 1, size)
+    bank = filter_bank(conv)
+    levels = sum(size) - len(size) + 1
+    assert [one.frequency for one in bank.filters] == oracle.frequencies(size, levels)
+    for one in bank.filters:
+        np.testing.assert_allclose(np.reshape(one.values, size), oracle.dct_kernel(size, one.frequency), atol=1e-12)
+    assert bank.lambdas == tuple((lam, len(oracle.frequencies(size, lam))) for lam in range(1, levels + 1))
+    row = bank.rows()[-1]
+    for position in itertools.product(*map(range, size)):
+        value = oracle.dct_kernel(size, bank.filters[-1].frequency)[position]
+        assert row["value_" + "_".join(map(str, position))] == pytest.approx(value, abs=1e-12)
+
+
+def test_the_most_common_kernel_is_shown_unless_another_is_named() -> None:
+    net = seeded(Branches)
+    assert (filter_bank(net).kernel_size, filter_bank(net).layers) == ((3, 3), 5)
+    assert filter_bank(net, (5, 5)).kernel_size == (5, 5)
+    assert filter_bank(net, (5,)).layers == 1
+    with pytest.raises(UsageError, match=r"no layer has a kernel of 7x7 \(there are: 3x3, 5x5\)"):
+        filter_bank(net, (7, 7))
+    with pytest.raises(UsageError, match="filters of 3x2x3 have more axes than a page: --figure spectrum shows them"):
+        filter_bank(seeded(CONVOLUTIONS["Conv3d"][0]))
+
+
+def test_a_bank_says_who_keeps_what() -> None:
+    net = nn.Sequential(*(nn.Conv2d(2, 2, 3) for _ in range(4)))
+    assert filter_bank(net).cuts == ()
+    assert all(one.kept_by == 4 for one in filter_bank(net).filters)
+    cut = convert(net, {"1": 2, "2": 2}).model
+    bank = filter_bank(cut)
+    assert bank.cuts == ((2, 2), (5, 2))
+    assert [one.kept_by for one in bank.filters] == [4, 4, 4, 2, 2, 2, 2, 2, 2]
+    odd = nn.Sequential(to_harmonic(nn.Conv2d(2, 2, 3), [(0, 0), (1, 1), (2, 2)]), nn.Conv2d(2, 2, 3))
+    assert filter_bank(odd).cuts == ((None, 1), (5, 1))
+
+
+# --- trade-off: numbers ---
+
+
+class Small(nn.Module):
+    """Six classes of 8x8 pictures; its sizes can be counted by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 3, padding=1, bias=False)
+        self.middle = nn.Conv2d(4, 4, 3, stride=2, padding=1, bias=False)
+        self.last = nn.Conv2d(4, 6, 3, padding=1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.middle(self.stem(x).relu()).relu()).mean((2, 3))
+
+
+IMAGES = torch.randn(60, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+LABELS = torch.arange(60) % 6
+
+
+def small_tradeoff(labels: torch.Tensor = LABELS, **more: Any) -> Tradeoff:
+    net = seeded(Small)
+
+    def worth(converted: nn.Module, uncut: nn.Module | None) -> Evaluation:
+        return evaluate(converted, [Batch(IMAGES, labels, [])], uncut)
+
+    return tradeoff(net, worth, example_input=IMAGES[:1], **more)
+
+
+def test_every_point_is_that_network_on_those_images() -> None:
+    found = small_tradeoff()
+    uncut = seeded(Small)
+    whole = 9 * (1 * 4 + 4 * 4 + 4 * 6)
+    assert (found.uncut.parameters, found.uncut.parameter_share) == (whole, 1)
+    # progressive: the smallest maps are those of middle and last (lambda 2), the next that of the input layer: whole.
+    sizes = {"full": whole, "3": 36 + 6 * 40, "progressive, 2": 36 + 3 * 40, "1": 36 + 1 * 40}
+    assert {", ".join(point.lambdas): point.parameters for point in found.points} == sizes
+    with torch.no_grad():
+        before = uncut(IMAGES).double().numpy()
+    for point in found.points:
+        lam = point.lambdas[-1]
+        model = convert(uncut, lam if lam == "full" else int(lam), example_input=IMAGES[:1]).model
+        with torch.no_grad():
+            logits = model(IMAGES).double().numpy()
+        wrong = sum(int(row.argmax()) != int(label) for row, label in zip(logits, LABELS, strict=True))
+        other = sum(int(a.argmax()) != int(b.argmax()) for a, b in zip(logits, before, strict=True))
+        assert point.error == pytest.approx(100 * wrong / 60)
+        assert point.disagreement == pytest.approx(100 * other / 60)
+        assert point.divergence == pytest.approx(oracle.softened_kl(logits, before, 1), abs=1e-9)
+        for value, interval in ((wrong, point.error_interval), (other, point.disagreement_interval)):
+            assert interval == pytest.approx([100 * bound for bound in oracle.wilson(value, 60)], abs=1e-6)
+        assert point.mac_share is not None
+        assert point.mac_share <= 1
+    assert found.uncut.disagreement_interval == (0, 0)
+
+
+def test_calibrated_cuts_stand_beside_the_plain_ones() -> None:
+    found = small_tradeoff(calibration=[IMAGES])
+    assert [point.calibrated for point in found.points] == [False, False, True, False, True, False, True]
+    for plain, calibrated in itertools.pairwise(found.points[1:]):
+        if calibrated.calibrated:
+            assert plain.lambdas == calibrated.lambdas
+            assert plain.parameters == calibrated.parameters
+            assert calibrated.divergence <= plain.divergence
+    assert [row["lambda"] for row in found.rows()][:2] == ["uncut", "full"]
+
+
+def test_without_labels_there_is_no_error_to_speak_of() -> None:
+    found = small_tradeoff(torch.full((60,), -1))
+    assert not found.labelled
+    assert {row["error"] for row in found.rows()} == {None}
+    assert "top-1 error" not in str([column.header for column in tradeoff_table(found).columns])
+
+
+def test_progress_is_told() -> None:
+    told: list[Any] = []
+    small_tradeoff(progress=lambda *what: told.append(what), include=["last"])
+    assert told[:2] == [(0, 5, "uncut"), (1, 5, "lambda full")]
+    assert told[-1] == (4, 5, "lambda 1")
+
+
+def test_where_nothing_can_be_cut_there_is_no_tradeoff() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, groups=4), nn.Flatten())
+    with pytest.raises(InputError, match=r"no lambda cuts anything here: 0 \(.*1 \(depthwise.*--include PATTERN"):
+        tradeoff(net, lambda model, uncut: pytest.fail("nothing to evaluate"), example_input=torch.zeros(1, 3, 8, 8))
+
+
+# --- images ---
+
+
+class Hostile(nn.Module):
+    """Names that would be markup, mathematics, or no letters at all, to a program that takes them for such."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        names = ("<script>alert(1)</script>", "$x_1^2$", "100%_\\frac", "--><b>&amp;", "\u6f22\n\x07", "n" * 200)
+        self.layers = nn.ModuleDict({name: nn.Conv2d(1, 1, 3) for name in names})
+
+
+def deep() -> Spectrum:
+    return spectrum(nn.Sequential(*(nn.Conv2d(1, 1, 3) for _ in range(300))))
+
+
+def worth_of(top1: float, agreement: float | None, kl: float | None) -> Evaluation:
+    return Evaluation(1000, 1000, top1, None, None, agreement, kl, 1.0)
+
+
+def even_tradeoff() -> Tradeoff:
+    """Errors of one order, so that the axis is linear, and all of it without labels on the other side."""
+    cost = Cost(5_000_000_000, 2_000_000_000, 0, 0, 0, 0)
+    uncut = Point((), False, cost, worth_of(0.76, None, None))
+    return Tradeoff(uncut, (Point(("full",), False, cost, worth_of(0.7, 0.9, 0.1)),))
+
+
+DRAWN: dict[str, Callable[[], Any]] = {
+    "filters": lambda: filter_bank(nn.Conv2d(1, 1, 3)),
+    "filters, cut": lambda: filter_bank(convert(nn.Sequential(*(nn.Conv2d(1, 1, 3) for _ in range(2))), 2).model),
+    "filters, one axis": lambda: filter_bank(nn.Conv1d(1, 1, 40)),
+    "filters, a column": lambda: filter_bank(nn.Conv2d(1, 1, (7, 1))),
+    "filters, large": lambda: filter_bank(nn.Conv2d(1, 1, 14)),
+    "spectrum": lambda: spectrum(seeded(Branches)),
+    "spectrum, 256 frequencies": lambda: spectrum(nn.Conv2d(1, 1, 16)),
+    "spectrum, cut": lambda: spectrum(convert(nn.Sequential(nn.Conv2d(1, 1, 3), nn.Conv2d(1, 1, 3)), 2).model),
+    "spectrum, 300 layers": deep,
+    "spectrum, hostile": lambda: spectrum(Hostile()),
+    "trade-off": lambda: small_tradeoff(calibration=[IMAGES]),
+    "trade-off, no labels": lambda: small_tradeoff(torch.full((60,), -1)),
+    "trade-off, linear": even_tradeoff,
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_images_are_sound_and_of_a_size_to_look_at(name: str) -> None:
+    found = DRAWN[name]()
+    write_figure(found, Path("a.png"), Path("a.csv"))
+    with Image.open("a.png") as image:
+        image.load()
+        width, height = image.size
+        assert not image.info.keys() & {"Software", "Creation Time"}
+        assert len(image.convert("RGB").getcolors(1 << 24) or []) > 20, "an empty page"
+    assert 400 <= width <= 2400
+    assert 200 <= height <= 6500
+
+
+@pytest.mark.parametrize("name", ["filters, cut", "spectrum, hostile", "trade-off, linear"])
+def test_the_same_numbers_give_the_same_bytes(name: str) -> None:
+    for suffix in (".png", ".svg"):
+        figures.save(figures.draw(DRAWN[name]()), Path(f"a{suffix}"), suffix)
+        with matplotlib.rc_context({"font.size": 30, "svg.hashsalt": "other", "figure.facecolor": "red"}):
+            torch.manual_seed(0)
+            found = DRAWN[name]()
+            figures.save(figures.draw(found), Path(f"b{suffix}"), suffix)
+            assert matplotlib.rcParams["font.size"] == 30, "the user's settings are put back"
+        torch.manual_seed(0)
+        figures.save(figures.draw(DRAWN[name]()), Path(f"a{suffix}"), suffix)
+        assert Path(f"a{suffix}").read_bytes() == Path(f"b{suffix}").read_bytes()
+
+
+def test_names_of_layers_are_data() -> None:
+    write_figure(spectrum(Hostile()), Path("a.svg"), Path("a.csv"))
+    root = ElementTree.parse("a.svg").getroot()
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    tags = {element.tag.rpartition("}")[2] for element in root.iter() if isinstance(element.tag, str)}
+    assert tags.isdisjoint({"script", "b", "foreignObject", "a"})
+    assert "date" not in tags
+    text = Path("a.svg").read_text()
+    assert "<script" not in text
+    assert "$x_1^2$" in text, "drawn letter by letter, not as mathematics"
+    with Path("a.csv").open(newline="", encoding="utf-8") as file:
+        assert {row["layer"] for row in csv.DictReader(file)} == {f"layers.{name}" for name in Hostile().layers}
+
+
+def test_a_missing_matplotlib_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("harmconvert.report.figures")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(OutsideError, match=r"drawn by matplotlib: pip install 'harmconvert\[report\]'"):
+        drawing()
+    fails(4, "pip install 'harmconvert[report]'", "report", SAMPLE, "--figure", "filters")
+    # The rest of the package does without it.
+    monkeypatch.delitem(sys.modules, "harmconvert.report.tables")
+    importlib.import_module("harmconvert.report.tables")
+
+
+# --- where they go ---
+
+
+def test_outputs_are_named_and_never_lost() -> None:
+    assert check_figure("timm:resnet50", "spectrum", None, False) == (
+        Path("resnet50-spectrum.png"),
+        Path("resnet50-spectrum.csv"),
+    )
+    assert check_figure("x", "filters", "A.SVG", False)[1] == Path("A.csv")
+    with pytest.raises(UsageError, match=r"a.pdf should end in .png or .svg"):
+        check_figure("x", "filters", "a.pdf", False)
+    Path("a.csv").write_text("mine")
+    with pytest.raises(UsageError, match=r"a.csv exists: use --force to replace it"):
+        check_figure("x", "filters", "a.png", False)
+    write_figure(filter_bank(nn.Conv2d(1, 1, 3)), Path("a.PNG"), Path("a.csv"), force=True)
+    assert sorted(path.name for path in Path().iterdir()) == ["a.PNG", "a.csv"]
+
+
+# --- the command ---
+
+
+def same_rows(path: str, document: str) -> list[dict[str, Any]]:
+    """The rows of a command's JSON, which must be those of the .csv."""
+    found = json.loads(document)
+    with Path(path).open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert found["numbers"] == path
+    expected = [{key: "" if value is None else str(value) for key, value in row.items()} for row in found["rows"]]
+    assert rows == expected
+    return found["rows"]
+
+
+def test_filters_and_spectrum_of_a_cut_network() -> None:
+    ok("convert", SAMPLE, "--lambda", "progressive", "-o", "cut.safetensors")
+    result = ok("report", "cut.safetensors", "--figure", "filters", "--json")
+    rows = same_rows("cut-filters.csv", result.stdout)
+    assert [row["kept_by"] for row in rows] == [19, 19, 19, 13, 13, 13, 7, 7, 7]
+    assert json.loads(result.stdout)["output"] == "cut-filters.png"
+    assert json.loads(result.stdout)["source"] == SAMPLE
+    result = ok("report", "cut.safetensors", "--figure", "spectrum", "-o", "s.svg", "--json")
+    rows = same_rows("s.csv", result.stdout)
+    assert sum(not row["kept"] for row in rows) == 6 * 3 + 6 * 6
+    again = ok("report", "cut.safetensors", "--figure", "spectrum", "-o", "s.svg", "--force")
+    assert again.stdout == "wrote s.svg and s.csv\n"
+    assert ElementTree.parse("s.svg").getroot().tag.endswith("svg")
+
+
+def test_filters_need_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """resnet50's would have to be fetched."""
+    ok("report", "resnet50", "--figure", "filters", "--kernel-size", "7x7", "-o", "a.png")
+    with Path("a.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 49
+
+
+def test_the_tradeoff_on_labelled_digits() -> None:
+    digit_folders(Path("digits"), 2)
+    data = ["--data-dir", "digits", "--workers", "0", "--include", "stage3.1.*"]
+    calibrated = ["--calibrate", "sample:mnist5k", "--calibration-images", "16"]
+    result = ok("report", SAMPLE, "--figure", "tradeoff", *data, *calibrated, "--json")
+    rows = same_rows("resnet_mnist5k-tradeoff.csv", result.stdout)
+    # Convolutions that are not included stay plain; the two smallest-mapped ones are cut alike by progressive and 2.
+    assert [(row["lambda"], row["calibrated"]) for row in rows] == [
+        ("uncut", False), ("full", False), ("3", False), ("3", True), ("progressive, 2", False),
+        ("progressive, 2", True), ("1", False), ("1", True),
+    ]  # fmt: skip
+    assert rows[0]["parameters"] == 271994
+    assert rows[2]["parameters"] == 271994 - 2 * 64 * 64 * 3
+    assert {row["images"] for row in rows} == {20}
+    assert rows[0]["error"] == 0
+    assert rows[1]["disagreement"] == 0
+    assert rows[7]["divergence"] < rows[6]["divergence"]
+    assert all(math.isfinite(row["error_high"]) for row in rows)
+    assert "calibrating on 16 images of sample:mnist5k" in result.stderr
+
+
+def test_the_tradeoff_is_told_as_a_table_and_says_what_uncut_means() -> None:
+    digit_folders(Path("digits"), 1)
+    ok("convert", SAMPLE, "--lambda", "3", "-o", "cut.safetensors")
+    run = ["--figure", "tradeoff", "--data-dir", "digits", "--workers", "0", "--include", "stage3.2.*"]
+    result = ok("report", "cut.safetensors", *run)
+    assert "note: this checkpoint is cut already: it is what 'uncut' means here" in result.stderr
+    assert "other than uncut" in result.stdout
+    assert result.stdout.splitlines()[1].startswith("uncut")
+    assert result.stdout.splitlines()[-1] == "wrote cut-tradeoff.png and cut-tradeoff.csv"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "which figure? give --figure filters, spectrum or tradeoff"),
+        (["--figure", "pie"], 2, "'pie' is not one of 'filters', 'spectrum', 'tradeoff'"),
+        (["--figure", "filters", "-o", "a.pdf"], 2, "a.pdf should end in .png or .svg"),
+        (["--figure", "filters", "-o", "none/a.png"], 2, "the folder none does not exist"),
+        (["--figure", "filters", "--kernel-size", "7"], 2, "no layer has a kernel of 7 (there are: 3x3)"),
+        (["--figure", "filters", "--kernel-size", "big"], 2, "'big' is not a size such as 3 or 1x7"),
+        (["--figure", "filters", "--dataset", "x"], 2, "--dataset is of use only with --figure tradeoff"),
+        (["--figure", "spectrum", "--calibrate", "x"], 2, "--calibrate is of use only with --figure tradeoff"),
+        (["--figure", "spectrum", "--include", "x"], 2, "--include is of use only with --figure tradeoff"),
+        (["--figure", "tradeoff", "--kernel-size", "3"], 2, "--kernel-size is of use only with --figure filters or"),
+        (["--figure", "tradeoff"], 2, "which images? give --data-dir FOLDER, or --dataset NAME"),
+        (["--figure", "tradeoff", "--dataset", "sample:mnist5k", "--damping", "1"], 2, "--damping is of use only with"),
+    ],
+)
+def test_what_report_refuses(arguments: list[str], code: int, message: str) -> None:
+    fails(code, message, "report", SAMPLE, *arguments)
