@@ -230,8 +230,10 @@ def test_every_point_is_that_network_on_those_images() -> None:
         assert point.divergence == pytest.approx(oracle.softened_kl(logits, before, 1), abs=1e-9)
         for value, interval in ((wrong, point.error_interval), (other, point.disagreement_interval)):
             assert interval == pytest.approx([100 * bound for bound in oracle.wilson(value, 60)], abs=1e-6)
-        assert point.mac_share is not None
-        assert point.mac_share <= 1
+    assert found.points[0].mac_share == 1
+    shares = [point.mac_share for point in found.points[1:] if point.mac_share is not None]
+    assert len(shares) == len(sizes) - 1
+    assert shares == sorted(set(shares), reverse=True)
     assert found.uncut.disagreement_interval == (0, 0)
 
 

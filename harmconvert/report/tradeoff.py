@@ -162,11 +162,12 @@ def _distinct_plans(
     run = run_where_possible(model, "progressive", example_input)
     sites = find_sites(model, run)
     found: dict[Any, tuple[tuple[str, ...], Plan]] = {}
+    notes: dict[str, str] = {}
     for lam in policies:
         plan = make_plan(sites, lam, include)
+        notes |= plan.notes
         names, first = found.get(plan.layers, ((), plan))
         found[plan.layers] = ((*names, plan.policy), first)
-    notes = {name: why for _, plan in found.values() for name, why in plan.notes.items()}
     if all(plan.whole for _, plan in found.values()):
         spared = shortened([f"{name} ({why.removeprefix('whole: ')})" for name, why in notes.items()], 2)
         raise InputError(
