@@ -1,14 +1,17 @@
-"""The DCT basis: vectors, the order of frequencies, and which of them a lambda keeps (paper sec. 3 and 4).
+"""Bases of kernels: their vectors, the order of frequencies, and which of them a lambda keeps (paper sec. 3 and 4).
 
 A *frequency* is a tuple of indices, one per kernel axis; its *level* is their sum. A kernel of shape (A, B) has A x B
-frequencies on A + B - 1 levels. Everything here is a pure function of numbers and tensors.
+frequencies on A + B - 1 levels. The DCT is the paper's basis and the default; it names wavelets and derivatives of
+Gaussians as others (sec. 1), which stand here beside it under the same frequencies. Pure functions of numbers and
+tensors.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -84,42 +87,149 @@ def scaled_levels(kernel_size: Sequence[int], lam: int) -> int:
     return min(math.ceil(lam * max(kernel_size) / 3), level_count(kernel_size))
 
 
-def dct_basis(
-    kernel_size: Sequence[int],
-    frequencies: Sequence[Frequency] | None = None,
-    normalization: str = "ortho",
-    dtype: torch.dtype = torch.float64,
-) -> Tensor:
-    """DCT kernels of the given frequencies, shape (F, K) with K = prod(kernel_size); computed in float64.
+def haar_vectors(size: int) -> Tensor:
+    """Orthonormal Haar wavelets of one axis, shape (index, position), float64: the mean, then differences of halves,
+    coarse to fine, left to right. Where a stretch cannot be halved its left part is the longer one.
 
-    ``ortho`` gives orthonormal rows; ``l1`` divides each row by its L1 norm (sec. 5.2), which only rescales
-    coefficients.
+    >>> haar_vectors(2)
+    tensor([[ 0.7071,  0.7071],
+            [ 0.7071, -0.7071]], dtype=torch.float64)
+    """
+    vectors = torch.zeros(size, size, dtype=torch.float64, device="cpu")
+    vectors[0] = 1 / math.sqrt(size)
+    stretches, row = [(0, size)], 1
+    while stretches:
+        first, last = stretches.pop(0)
+        if last - first < 2:
+            continue
+        middle = first + (last - first + 1) // 2
+        left, right = middle - first, last - middle
+        vectors[row, first:middle] = math.sqrt(right / (left * (left + right)))
+        vectors[row, middle:last] = -math.sqrt(left / (right * (left + right)))
+        stretches += [(first, middle), (middle, last)]
+        row += 1
+    return vectors
 
-    >>> dct_basis((3, 3), [(0, 0)]) * 3
-    tensor([[1., 1., 1., 1., 1., 1., 1., 1., 1.]], dtype=torch.float64)
+
+def gaussian_vectors(size: int) -> Tensor:
+    """Derivatives of a Gaussian on one axis, orders 0 to size - 1, made orthonormal in that order, shape (order,
+    position), float64. Its standard deviation is a quarter of the axis, so that the axis holds two to each side.
+
+    The first n span what the Gaussian and its first n - 1 derivatives span: each is the Gaussian times a polynomial of
+    its order. They are grown from one another (Arnoldi), as sampled derivatives of high order are nearly dependent.
+
+    >>> gaussian_vectors(2).round(decimals=4)
+    tensor([[ 0.7071,  0.7071],
+            [ 0.7071, -0.7071]], dtype=torch.float64)
+    """
+    position = torch.arange(size, dtype=torch.float64, device="cpu") - (size - 1) / 2
+    vectors = torch.zeros(size, size, dtype=torch.float64, device="cpu")
+    vector = torch.exp(-0.5 * (position / (size / 4)) ** 2)
+    for order in range(size):
+        for _ in range(2):  # once leaves rounding that grows from order to order
+            vector = vector - vectors[:order].T @ (vectors[:order] @ vector)
+        vectors[order] = vector / vector.norm()
+        vector = -position * vectors[order]
+    return vectors
+
+
+def klt_vectors(kernel: Tensor) -> Tensor:
+    """Orthonormal eigenvectors (K, K) of the filters of ``kernel`` (O, I, *kernel_size), strongest first, float64: the
+    basis in which that one layer's first n coefficients hold the most energy (Karhunen-Loeve)."""
+    filters_NK = kernel.detach().flatten(2).flatten(0, 1).to(torch.float64)
+    if filters_NK.is_meta:
+        return torch.eye(filters_NK.shape[1], dtype=torch.float64, device="meta")
+    # An eigenvector's sign is the solver's whim: its largest entry is made positive.
+    vectors_KK = torch.linalg.eigh(filters_NK.T @ filters_NK)[1].flip(1).T
+    largest = vectors_KK.gather(1, vectors_KK.abs().argmax(1, keepdim=True))
+    return vectors_KK * torch.where(largest < 0, -1.0, 1.0)
+
+
+# The vectors of one axis; a kernel's basis is their outer products.
+_AXES: dict[str, Callable[[int], Tensor]] = {"dct": dct_vectors, "haar": haar_vectors, "gaussian": gaussian_vectors}
+BASES = (*_AXES, "klt")
+
+
+@dataclass(frozen=True)
+class Basis:
+    """A named basis of kernels, an orthogonal one for every kernel size, in the order of `all_frequencies`.
+
+    ``dct``, ``haar`` and ``gaussian`` are outer products of one vector an axis. ``klt`` is a layer's own: the strongest
+    eigenvector of its filters stands under the first frequency, the next under the second, so that a lambda keeps as
+    many as it does of the others. ``ortho`` gives kernels of unit norm; ``l1`` of unit L1 norm (sec. 5.2), which only
+    rescales coefficients.
+
+    >>> Basis("haar").kernels((2, 2), [(0, 0)])
+    tensor([[0.5000, 0.5000, 0.5000, 0.5000]], dtype=torch.float64)
 
     Raises:
-        UsageError: unknown normalisation, or a frequency outside the kernel.
+        UsageError: unknown name or normalisation.
     """
-    if normalization not in NORMALIZATIONS:
-        raise UsageError(f"unknown normalization {normalization!r}: use one of {', '.join(NORMALIZATIONS)}")
-    if frequencies is None:
-        frequencies = all_frequencies(kernel_size)
-    check_frequencies(kernel_size, frequencies)
-    basis_FK = _dct_basis(tuple(kernel_size), tuple(map(tuple, frequencies)), normalization)
-    return basis_FK.to(dtype, copy=True)  # never the cached one itself
+
+    name: str = "dct"
+    normalization: str = "ortho"
+
+    def __post_init__(self) -> None:
+        if self.name not in BASES:
+            raise UsageError(f"unknown basis {self.name!r}: use one of {', '.join(BASES)}")
+        if self.normalization not in NORMALIZATIONS:
+            raise UsageError(f"unknown normalization {self.normalization!r}: use one of {', '.join(NORMALIZATIONS)}")
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.normalization})"
+
+    @property
+    def fitted(self) -> bool:
+        """Whether its kernels depend on the layer, so that a file has to hold them."""
+        return self.name not in _AXES
+
+    def kernels(self, kernel_size: Sequence[int], frequencies: Sequence[Frequency] | None = None) -> Tensor:
+        """Kernels of the given frequencies (all where None), shape (F, K) with K = prod(kernel_size), float64.
+
+        Raises:
+            UsageError: a frequency outside the kernel, or a basis that is fitted: see `kernels_for`.
+        """
+        if self.fitted:
+            raise UsageError(f"the {self.name} basis is a layer's own: it is made from that layer's kernel")
+        frequencies = all_frequencies(kernel_size) if frequencies is None else frequencies
+        check_frequencies(kernel_size, frequencies)
+        # Never the cached one itself.
+        return _outer_products(self, tuple(kernel_size), tuple(map(tuple, frequencies))).clone()
+
+    def kernels_for(self, kernel: Tensor, frequencies: Sequence[Frequency] | None = None) -> Tensor:
+        """As `kernels`, of the size of ``kernel`` (O, I, *kernel_size), and fitted to it where this basis is fitted."""
+        if not self.fitted:
+            return self.kernels(kernel.shape[2:], frequencies)
+        every = all_frequencies(kernel.shape[2:])
+        frequencies = every if frequencies is None else frequencies
+        check_frequencies(kernel.shape[2:], frequencies)
+        place = {frequency: index for index, frequency in enumerate(every)}
+        vectors_FK = klt_vectors(kernel)[[place[tuple(frequency)] for frequency in frequencies]]
+        return self._normalized(vectors_FK)
+
+    def _normalized(self, vectors_FK: Tensor) -> Tensor:
+        return vectors_FK / vectors_FK.abs().sum(1, keepdim=True) if self.normalization == "l1" else vectors_FK
 
 
 @lru_cache(maxsize=64)
-def _dct_basis(kernel_size: tuple[int, ...], frequencies: tuple[Frequency, ...], normalization: str) -> Tensor:
-    axes = [dct_vectors(size) for size in kernel_size]
+def _outer_products(basis: Basis, kernel_size: tuple[int, ...], frequencies: tuple[Frequency, ...]) -> Tensor:
+    axes = [_AXES[basis.name](size) for size in kernel_size]
     index = torch.tensor(frequencies, dtype=torch.long, device="cpu").reshape(len(frequencies), len(kernel_size))
-    basis_FK = torch.ones(len(frequencies), 1, dtype=torch.float64, device="cpu")
+    vectors_FK = torch.ones(len(frequencies), 1, dtype=torch.float64, device="cpu")
     for axis, vectors in enumerate(axes):
-        basis_FK = (basis_FK[:, :, None] * vectors[index[:, axis]][:, None, :]).flatten(1)
-    if normalization == "l1":
-        basis_FK = basis_FK / basis_FK.abs().sum(1, keepdim=True)
-    return basis_FK
+        vectors_FK = (vectors_FK[:, :, None] * vectors[index[:, axis]][:, None, :]).flatten(1)
+    return basis._normalized(vectors_FK)
+
+
+def dct_basis(
+    kernel_size: Sequence[int], frequencies: Sequence[Frequency] | None = None, normalization: str = "ortho"
+) -> Tensor:
+    """DCT kernels of the given frequencies, shape (F, K), float64: `Basis.kernels` of the paper's basis.
+
+    >>> dct_basis((3, 3), [(0, 0)]) * 3
+    tensor([[1., 1., 1., 1., 1., 1., 1., 1., 1.]], dtype=torch.float64)
+    """
+    return Basis("dct", normalization).kernels(kernel_size, frequencies)
 
 
 def check_frequencies(kernel_size: Sequence[int], frequencies: Sequence[Frequency]) -> None:

@@ -37,7 +37,7 @@ def to_block(conv: nn.Module, normalize: bool = True, normalization: str = "orth
         normalization=normalization,
     ).to(conv.weight.device, conv.weight.dtype)
     with torch.no_grad():
-        coefficients_OIF = project(conv.weight, block.frequencies, normalization)
+        coefficients_OIF = project(conv.weight, block.kernels)
         block.mix.weight.copy_(coefficients_OIF.flatten(1)[..., None, None])
         if conv.bias is not None and block.mix.bias is not None:
             block.mix.bias.copy_(conv.bias)
@@ -70,7 +70,7 @@ def fold_block(block: HarmonicBlock2d) -> nn.Conv2d:
         bias=biased,
     ).to(block.mix.weight.device, block.mix.weight.dtype)
     with torch.no_grad():
-        conv.weight.copy_(reconstruct(coefficients_OIF, block.kernel_size, block.frequencies, block.normalization))
+        conv.weight.copy_(reconstruct(coefficients_OIF, block.kernels, _pair(block.kernel_size)))
         if conv.bias is not None:
             conv.bias.copy_(bias)
     return conv.train(block.training)

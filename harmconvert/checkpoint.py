@@ -1,7 +1,8 @@
 """The file: one self-describing .safetensors (DESIGN 9), written whole or not at all, read without running anything.
 
-``<conv>.coefficients`` (O, I, F) stands in the place of ``<conv>.weight``; every other tensor keeps its key. The
-header's metadata entry ``harmconvert`` is JSON: where the network came from, and its plan.
+``<conv>.coefficients`` (O, I, F) stands in the place of ``<conv>.weight``, with ``<conv>.fitted_basis`` (F, K) beside
+it where the basis is the layer's own; every other tensor keeps its key. The header's metadata entry ``harmconvert`` is
+JSON: where the network came from, and its plan.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from .basis import NORMALIZATIONS
+from .basis import BASES, NORMALIZATIONS
 from .block import to_block
 from .conv import HarmonicBlock2d, HarmonicMixin, base_class, to_harmonic
 from .convert import Conversion
@@ -94,7 +96,6 @@ class Header:
         return {
             "format_version": self.format_version,
             "source": asdict(self.source) if self.source else None,
-            "basis": "dct",
             **self.plan.to_json(),
             "blocks": {name: asdict(block) for name, block in self.blocks.items()},
             "tied": dict(self.tied),
@@ -121,7 +122,7 @@ class Header:
             raise InputError(
                 f"it has format version {found!r}, this harmconvert reads version {FORMAT_VERSION}: update harmconvert"
             )
-        if data.get("basis") != "dct":
+        if data.get("basis") not in BASES:
             raise InputError(f"it uses the basis {data.get('basis')!r}, which this harmconvert does not know")
         source = Source.from_json(data["source"]) if data.get("source") else None
         try:
@@ -222,17 +223,21 @@ def read_header(path: str | Path) -> Header:
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
         keys = set(file.keys())
-        for layer in header.plan.layers:
-            key = _join(layer.name, "coefficients")
-            shape = file.get_slice(key).get_shape() if key in keys else None
-            if shape is None and key in header.tied:
-                continue
-            if shape is None or len(shape) != 3 or shape[2] != len(layer.frequencies):
-                raise InputError(
-                    f"{path}: its header and tensors disagree: {key} should hold {len(layer.frequencies)} frequencies, "
-                    f"{'it is missing' if shape is None else f'it has shape {shape}'}"
-                )
+        shapes = {key: file.get_slice(key).get_shape() for key in keys}
+    for layer in header.plan.layers:
+        kept, key = len(layer.frequencies), _join(layer.name, "coefficients")
+        shape = shapes.get(key)
+        if not (shape is None and key in header.tied) and (shape is None or len(shape) != 3 or shape[2] != kept):
+            raise _disagreement(path, key, f"hold {kept} frequencies", shape)
+        key, wanted = _join(layer.name, "fitted_basis"), [kept, prod(layer.kernel_size)]
+        if header.plan.family.fitted and key not in header.tied and shapes.get(key) != wanted:
+            raise _disagreement(path, key, f"have shape {wanted}", shapes.get(key))
     return header
+
+
+def _disagreement(path: str | Path, key: str, wanted: str, shape: list[int] | None) -> InputError:
+    found = "it is missing" if shape is None else f"it has shape {shape}"
+    return InputError(f"{path}: its header and tensors disagree: {key} should {wanted}, {found}")
 
 
 def load(
@@ -290,7 +295,7 @@ def harmonic_like(
     wrong = [p.name for p in plan.layers if p.name not in convs or kernel_size(convs[p.name]) != p.kernel_size]
     if wrong:
         raise InputError(f"{complaint}: it has no such convolution: {shortened(wrong)}")
-    fill = {convs[p.name]: partial(to_harmonic, convs[p.name], p.frequencies, plan.normalization) for p in plan.layers}
+    fill = {convs[p.name]: partial(to_harmonic, convs[p.name], p.frequencies, plan.family) for p in plan.layers}
     copied = exchange(model, fill)
     for name, block in (blocks or {}).items():
         conv = convolutions(copied).get(name)
@@ -312,13 +317,13 @@ def _plan_of(model: nn.Module, known: Header | None) -> Plan:
     harmonic = {name: conv for name, conv in convolutions(model).items() if isinstance(conv, HarmonicMixin)}
     if not harmonic and not _blocks_of(model):
         raise UsageError(f"this {type(model).__name__} has no harmonic convolution: convert it first")
-    normalizations = {conv.normalization for conv in harmonic.values()}
+    families = {conv.family for conv in harmonic.values()}
     if not harmonic:
         return Plan(())
-    if len(normalizations) > 1:
-        raise UsageError("this network mixes normalisations of the basis, which one file cannot hold")
+    if len(families) > 1:
+        raise UsageError("this network mixes bases, or their normalisations, which one file cannot hold")
     layers = tuple(LayerPlan(name, kernel_size(conv), conv.frequencies) for name, conv in harmonic.items())
-    plan = Plan(layers, normalization=normalizations.pop())
+    plan = Plan(layers, family=families.pop())
     if known and sorted(known.plan.layers, key=str) == sorted(layers, key=str):
         return known.plan
     return plan

@@ -19,7 +19,7 @@ import torch.fx
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .basis import Frequency, all_frequencies, check_frequencies, dct_basis, frequencies_below, scaled_levels
+from .basis import Basis, Frequency, all_frequencies, check_frequencies, dct_basis, frequencies_below, scaled_levels
 from .errors import UsageError
 from .projection import merge, merge_channels_last, project, reconstruct
 
@@ -37,15 +37,25 @@ class HarmonicMixin(nn.Module):
     """A convolution whose kernel is coefficients x basis, merged on the fly (sec. 5.2).
 
     Mixed in front of a convolution class by `to_harmonic`. The parameter ``coefficients`` has shape (O, I, F) and takes
-    the place of ``weight`` (of transposed convolutions, torch's weight has in_channels first, and so do they).
+    the place of ``weight`` (of transposed convolutions, torch's weight has in_channels first, and so do they). The
+    buffer ``basis`` (F, K) is made anew wherever it is needed; of a basis that is fitted to the layer the buffer
+    ``fitted_basis`` (F, K) is part of the state and float64 whatever the module is cast to, else it is None.
     """
 
     coefficients: nn.Parameter
     basis: Tensor
+    fitted_basis: Tensor | None
     bias: nn.Parameter | None
     frequencies: tuple[Frequency, ...]
-    normalization: str
+    family: Basis
     _merged: Tensor | None
+
+    @property
+    def kernels(self) -> Tensor:
+        """The basis kernels (F, K), float64."""
+        return _kernels(
+            _kernel_size(self), self.frequencies, self.family.name, self.family.normalization, self.fitted_basis
+        )
 
     @property
     def weight(self) -> Tensor:
@@ -61,9 +71,11 @@ class HarmonicMixin(nn.Module):
             self._merged = None
 
     def _merge(self, input: Any) -> Tensor:
+        name, normalization = self.family.name, self.family.normalization
         return _merged_kernel(
-            self.coefficients, self.basis, _kernel_size(self), self.frequencies, self.normalization, input
-        )
+            self.coefficients, self.basis, _kernel_size(self), self.frequencies, name, normalization,
+            self.fitted_basis, input,
+        )  # fmt: skip
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -74,7 +86,7 @@ class HarmonicMixin(nn.Module):
         """Draw new coefficients: those of a kernel drawn as torch draws it."""
         kernel = torch.empty_like(self.weight)
         nn.init.kaiming_uniform_(kernel, a=math.sqrt(5))
-        self.coefficients.copy_(project(kernel, self.frequencies, self.normalization))
+        self.coefficients.copy_(project(kernel, self.kernels))
         if self.bias is not None:
             bound = 1 / math.sqrt(kernel[0].numel())
             nn.init.uniform_(cast(Tensor, self.bias), -bound, bound)
@@ -84,14 +96,19 @@ class HarmonicMixin(nn.Module):
         return f"{super().extra_repr()}, frequencies={kept}/{whole}"
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        fitted = self.fitted_basis
         super()._apply(fn, recurse)
         # .half(), .to_empty() and the like must not touch the basis: it is a constant, made anew where it is needed.
+        if fitted is not None:
+            device = self.coefficients.device
+            moved = torch.empty_like(fitted, device=device) if fitted.is_meta else fitted.to(device)
+            self._buffers["fitted_basis"] = moved
         self._set_basis()
         return self
 
     def _set_basis(self) -> None:
-        kernel_size = _kernel_size(self)
-        self._buffers["basis"] = _basis_for(self.coefficients, kernel_size, self.frequencies, self.normalization)
+        dtype = torch.promote_types(self.coefficients.dtype, torch.float32)
+        self._buffers["basis"] = self.kernels.to(self.coefficients.device, dtype)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so pickle and copy are told how to make it again.
@@ -128,7 +145,7 @@ def reason_not_convertible(conv: nn.Module) -> str | None:
     if parametrize.is_parametrized(conv):
         return "its weight is parametrized: remove the parametrization first"
     own = {*vars(conv), *conv._parameters, *conv._buffers, *conv._modules, *vars(type(conv))}
-    if taken := own & {"coefficients", "basis", "frequencies", "normalization", "_merged"}:
+    if taken := own & {"coefficients", "basis", "fitted_basis", "frequencies", "family", "kernels", "_merged"}:
         return f"it has an attribute {min(taken)!r} of its own, which the harmonic form needs: rename that"
     weight = conv._parameters.get("weight")
     if weight is None:
@@ -145,13 +162,14 @@ def reason_not_convertible(conv: nn.Module) -> str | None:
 def to_harmonic(
     conv: nn.Module,
     frequencies: Sequence[Frequency] | None = None,
-    normalization: str = "ortho",
+    family: Basis | None = None,
     memo: dict[int, Any] | None = None,
 ) -> nn.Module:
     """The harmonic counterpart of a convolution; the original is left as it is.
 
     Every attribute (stride, padding, padding mode, dilation, groups, bias, dtype, device, requires_grad, training flag,
-    hooks) is carried over; ``memo`` is `copy.deepcopy`'s, for copying a network whose parts share objects.
+    hooks) is carried over. ``family`` is the DCT where None; ``memo`` is `copy.deepcopy`'s, for copying a network whose
+    parts share objects.
 
     >>> to_harmonic(nn.Conv2d(3, 8, 3, stride=2), [(0, 0), (0, 1), (1, 0)])
     HarmonicConv2d(3, 8, kernel_size=(3, 3), stride=(2, 2), frequencies=3/9)
@@ -167,15 +185,19 @@ def to_harmonic(
     frequencies = all_frequencies(kernel_size) if frequencies is None else tuple(map(tuple, frequencies))
     check_frequencies(kernel_size, frequencies)
     memo = {} if memo is None else memo
+    family = Basis() if family is None else family
     harmonic = memo.setdefault(id(conv), _empty_harmonic(type(conv)))
     weight = cast(nn.Parameter, conv._parameters["weight"])
     # A weight tied between convolutions is projected once per set of frequencies, and its coefficients stay tied.
-    tie = hash(("coefficients", id(weight), frequencies, normalization))
+    tie = hash(("coefficients", id(weight), frequencies, family))
     if tie not in memo:
-        memo[tie] = _parameter_like(weight, project(weight, frequencies, normalization))
-    _copy_state(conv, harmonic, "weight", "coefficients", memo[tie], memo)
-    harmonic.frequencies, harmonic.normalization, harmonic._merged = frequencies, normalization, None
+        kernels_FK = family.kernels_for(weight, frequencies)
+        memo[tie] = _parameter_like(weight, project(weight, kernels_FK)), kernels_FK if family.fitted else None
+    coefficients, fitted_basis = memo[tie]
+    _copy_state(conv, harmonic, "weight", "coefficients", coefficients, memo)
+    harmonic.frequencies, harmonic.family, harmonic._merged = frequencies, family, None
     harmonic._non_persistent_buffers_set.add("basis")
+    harmonic._buffers["fitted_basis"] = fitted_basis
     harmonic._set_basis()
     return harmonic
 
@@ -192,16 +214,15 @@ def to_dense(harmonic: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modu
         raise UsageError("the coefficients of a harmonic convolution are parametrized: remove that first")
     memo = {} if memo is None else memo
     conv = memo.setdefault(id(harmonic), _empty_dense(harmonic))
-    tie = hash(("weight", id(harmonic.coefficients), harmonic.frequencies, harmonic.normalization))
+    tie = hash(("weight", id(harmonic.coefficients), harmonic.frequencies, harmonic.family))
     if tie not in memo:
-        kernel = reconstruct(
-            harmonic.coefficients.detach(), _kernel_size(harmonic), harmonic.frequencies, harmonic.normalization
-        )
+        kernel = reconstruct(harmonic.coefficients.detach(), harmonic.kernels, _kernel_size(harmonic))
         memo[tie] = _parameter_like(harmonic.coefficients, kernel)
     _copy_state(harmonic, conv, "coefficients", "weight", memo[tie], memo)
-    for name in ("frequencies", "normalization", "_merged"):
+    for name in ("frequencies", "family", "_merged"):
         del conv.__dict__[name]
-    conv._buffers.pop("basis")
+    for name in ("basis", "fitted_basis"):
+        conv._buffers.pop(name)
     conv._non_persistent_buffers_set.discard("basis")
     return conv
 
@@ -274,7 +295,13 @@ class HarmonicBlock2d(nn.Module):
         return self
 
     def _set_basis(self) -> None:
-        self._buffers["basis"] = _basis_for(self.mix.weight, self.kernel_size, self.frequencies, self.normalization)
+        dtype = torch.promote_types(self.mix.weight.dtype, torch.float32)
+        self._buffers["basis"] = self.kernels.to(self.mix.weight.device, dtype)
+
+    @property
+    def kernels(self) -> Tensor:
+        """The DCT kernels (F, K), float64."""
+        return dct_basis(self.kernel_size, self.frequencies, self.normalization)
 
     def extra_repr(self) -> str:
         kept = f"{len(self.frequencies)}/{len(all_frequencies(self.kernel_size))}"
@@ -291,14 +318,18 @@ def _merged_kernel(
     basis: Tensor,
     kernel_size: tuple[int, ...],
     frequencies: tuple[Frequency, ...],
+    family: str,
     normalization: str,
+    fitted_basis: Tensor | None,
     input: Any,
 ) -> Tensor:
     """The kernel of coefficients and basis: merged in float32 or better, in the coefficients' dtype and the input's
     memory format."""
-    if basis.device != coefficients.device or basis.dtype != torch.promote_types(coefficients.dtype, torch.float32):
+    dtype = torch.promote_types(coefficients.dtype, torch.float32)
+    if basis.device != coefficients.device or basis.dtype != dtype:
         # Somebody put other coefficients in place: a stale basis would give a wrong kernel without a word.
-        basis = _basis_for(coefficients, kernel_size, frequencies, normalization)
+        kernels_FK = _kernels(kernel_size, frequencies, family, normalization, fitted_basis)
+        basis = kernels_FK.to(coefficients.device, dtype)
     # Autocast would run the product in half precision and lose the exactness that conversion promises.
     device = coefficients.device.type
     with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
@@ -319,12 +350,14 @@ def _reads_channels_last(input: Any, channels_last: torch.memory_format | None, 
     return not input.is_contiguous() and input.is_contiguous(memory_format=channels_last)
 
 
-def _basis_for(
-    parameter: Tensor, kernel_size: Sequence[int], frequencies: Sequence[Frequency], normalization: str
+def _kernels(
+    kernel_size: Sequence[int],
+    frequencies: Sequence[Frequency],
+    family: str,
+    normalization: str,
+    fitted_basis: Tensor | None,
 ) -> Tensor:
-    """The basis in the precision that merging with that parameter wants (float32 or better), on its device."""
-    dtype = torch.promote_types(parameter.dtype, torch.float32)
-    return dct_basis(kernel_size, frequencies, normalization, dtype).to(parameter.device)
+    return Basis(family, normalization).kernels(kernel_size, frequencies) if fitted_basis is None else fitted_basis
 
 
 def empty_counterpart(conv: nn.Module) -> nn.Module:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from .basis import all_frequencies
+from .basis import Basis, all_frequencies
 from .calibration import Calibration, CalibrationSettings, Progress, calibrate
 from .conv import HarmonicMixin, to_harmonic
 from .cost import Cost, network_cost
@@ -80,6 +80,7 @@ def convert(
     example_input: Any = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    basis: str = "dct",
     normalization: str = "ortho",
     calibration: Iterable[Any] | None = None,
     settings: CalibrationSettings | None = None,
@@ -87,8 +88,8 @@ def convert(
 ) -> Conversion:
     """Convert a network's convolutions over 1x1 to harmonic form; ``model`` itself is never changed.
 
-    Each kernel becomes the best matching combination of the DCT kernels that its plan keeps; nothing else changes. With
-    ``calibration`` what a cut broke is then repaired in closed form, on inputs without labels.
+    Each kernel becomes the best matching combination of the basis kernels that its plan keeps; nothing else changes.
+    With ``calibration`` what a cut broke is then repaired in closed form, on inputs without labels.
 
     >>> conversion = convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)), lam=2)
     >>> [(layer.name, layer.kept) for layer in conversion.layers]
@@ -102,6 +103,8 @@ def convert(
             ``"progressive"``; defaults to the size in the model's own ``pretrained_cfg``.
         include: patterns; only convolutions that match one are converted, and count as named.
         exclude: patterns of convolutions to leave as they are.
+        basis: ``"dct"``, ``"haar"``, ``"gaussian"``, or ``"klt"``, which is fitted to each layer (`Basis`); a `Plan`
+            has its own.
         normalization: of the basis: ``"ortho"``, or ``"l1"`` as in the paper's ImageNet networks.
         calibration: batches of inputs to refit on (32 inputs or more): tensors, (input, target) pairs whose target is
             not looked at, or dicts of keywords; read once.
@@ -115,14 +118,14 @@ def convert(
     check_network(model)
     check_weights(model)
     run = run_where_possible(model, lam, example_input)
-    plan = make_plan(find_sites(model, run), lam, include, exclude, normalization)
+    plan = make_plan(find_sites(model, run), lam, include, exclude, Basis(basis, normalization))
     if not plan.layers:
         reasons = shortened([f"{skip.name}: {skip.why}" for skip in plan.skipped], 3) or "it has none"
         raise InputError(f"this {type(model).__name__} has no convolution over 1x1 to convert ({reasons})")
     convs = convolutions(model)
     converted = exchange(
         model,
-        {convs[p.name]: partial(to_harmonic, convs[p.name], p.frequencies, plan.normalization) for p in plan.layers},
+        {convs[p.name]: partial(to_harmonic, convs[p.name], p.frequencies, plan.family) for p in plan.layers},
     )
     harmonic = convolutions(converted)
     records = [_record(layer, convs[layer.name], harmonic[layer.name], plan.notes) for layer in plan.layers]

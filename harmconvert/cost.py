@@ -29,7 +29,8 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class Cost:
-    """A network before and after a plan. Parameters: tied ones once. MACs: per example, None without a trace.
+    """A network before and after a plan. Parameters: tied ones once, fitted bases with them. MACs: per example, None
+    without a trace.
 
     ``over_1x1_*`` is the share that convolutions over 1x1 hold, the only part a plan can touch. The harmonic form costs
     the dense form's MACs plus ``merge_macs``, once per forward whatever the batch.
@@ -103,6 +104,8 @@ def network_cost(model: nn.Module, plan: Plan, trace: Trace | None = None) -> Co
     convs = convolutions(model)
     # A tied weight counts once, as its coefficients do: by identity, the last one standing for all.
     saved = {id(convs[n].weight): (c.parameters - c.kept_parameters, _itemsize(convs[n])) for n, c in layers.items()}
+    # A basis that is fitted to a layer has to be kept beside its coefficients, in float64.
+    bases = sum(len(p.frequencies) * prod(p.kernel_size) for p in plan.layers) if plan.family.fitted else 0
     over_1x1 = {id(c._parameters.get("weight", c)): cast(Tensor, c.weight).numel() for c in _over_1x1(model).values()}
     parameters, size = parameter_count(model), tensor_bytes(model)
     macs = {}
@@ -113,10 +116,10 @@ def network_cost(model: nn.Module, plan: Plan, trace: Trace | None = None) -> Co
         macs = {"dense_macs": total, "factored_macs": total + change, "over_1x1_macs": reach}
     return Cost(
         parameters=parameters,
-        harmonic_parameters=parameters - sum(count for count, _ in saved.values()),
+        harmonic_parameters=parameters - sum(count for count, _ in saved.values()) + bases,
         over_1x1_parameters=sum(over_1x1.values()),
         bytes=size,
-        harmonic_bytes=size - sum(count * itemsize for count, itemsize in saved.values()),
+        harmonic_bytes=size - sum(count * itemsize for count, itemsize in saved.values()) + 8 * bases,
         merge_macs=sum(c.kept_parameters * prod(kernel_size(convs[name])) for name, c in layers.items()),
         **macs,
     )

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from .basis import frequencies_below, scaled_levels
+from .basis import dct_basis, frequencies_below, scaled_levels
 from .convert import check_network, check_weights, default_input, run_where_possible
 from .cost import Cost, network_cost
 from .errors import UsageError
@@ -89,7 +89,7 @@ def inspect(model: nn.Module, example_input: Any = None, *, energies: bool = Tru
         energy = None
         if energies and not weight.is_meta and weight.is_floating_point():
             kept = [frequencies_below(layer.kernel_size, scaled_levels(layer.kernel_size, lam)) for lam in LAMBDAS]
-            energy = tuple(energy_kept(weight, frequencies) for frequencies in kept)
+            energy = tuple(energy_kept(weight, dct_basis(layer.kernel_size, frequencies)) for frequencies in kept)
         kind = type(convs[layer.name]).__name__
         layers.append(LayerInspection(layer.name, kind, layer.kernel_size, weight.numel(), size[layer.name], energy))
     return Inspection(tuple(layers), plan.skipped, policies["full"].parameters, policies, len(convs) - len(plan.layers))

@@ -1,4 +1,4 @@
-"""Plan: which DCT frequencies each convolution keeps; and the lambda policies that make one (paper sec. 4 and 5).
+"""Plan: which frequencies each convolution keeps; and the lambda policies that make one (paper sec. 4 and 5).
 
 A plan is data: it prints, compares, and saves as JSON. Making one needs only facts about the convolutions (`ConvSite`),
 not the network itself.
@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, cast
 
-from .basis import NORMALIZATIONS, Frequency, all_frequencies, check_frequencies, frequencies_below, scaled_levels
+from .basis import Basis, Frequency, all_frequencies, check_frequencies, frequencies_below, scaled_levels
 from .errors import InputError, UsageError, shortened
 
 MAX_KERNEL_POSITIONS = 1 << 16  # a plan read from a file may ask for anything; no kernel in use comes near this
@@ -74,7 +74,7 @@ class Skip:
 
 @dataclass(frozen=True)
 class Plan:
-    """Frequencies kept per convolution, for one network.
+    """Frequencies kept per convolution, for one network, and the basis that they are of.
 
     ``notes`` gives a reason for layers that the policy treats in a way of their own, by name.
     """
@@ -82,12 +82,18 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     skipped: tuple[Skip, ...] = ()
     policy: str = "custom"
-    normalization: str = "ortho"
+    family: Basis = field(default_factory=Basis)
     notes: Mapping[str, str] = field(default_factory=dict, compare=False)
 
-    def __post_init__(self) -> None:
-        if self.normalization not in NORMALIZATIONS:
-            raise UsageError(f"unknown normalization {self.normalization!r}: use one of {', '.join(NORMALIZATIONS)}")
+    @property
+    def basis(self) -> str:
+        """Name of the basis."""
+        return self.family.name
+
+    @property
+    def normalization(self) -> str:
+        """Scale of the basis kernels, ``"ortho"`` or ``"l1"``."""
+        return self.family.normalization
 
     @property
     def whole(self) -> bool:
@@ -106,7 +112,8 @@ class Plan:
         """A JSON-able dict; inverse of `from_json`."""
         return {
             "policy": self.policy,
-            "normalization": self.normalization,
+            "basis": self.family.name,
+            "normalization": self.family.normalization,
             "layers": [asdict(layer) for layer in self.layers],
             "skipped": [asdict(skip) for skip in self.skipped],
             "notes": dict(self.notes),
@@ -127,7 +134,7 @@ class Plan:
                     for s in data.get("skipped", [])
                 ),
                 str(data.get("policy", "custom")),
-                str(data.get("normalization", "ortho")),
+                Basis(str(data.get("basis", "dct")), str(data.get("normalization", "ortho"))),
                 {str(k): str(v) for k, v in data.get("notes", {}).items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -186,7 +193,7 @@ def make_plan(
     lam: str | int | Mapping[str, int] | Plan = "full",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    normalization: str = "ortho",
+    family: Basis | None = None,
 ) -> Plan:
     """Turn a lambda policy into a plan (DESIGN 3).
 
@@ -197,7 +204,7 @@ def make_plan(
         include: patterns; where given, only convolutions that match one are converted, and they count as named, so
             that the policy cuts them even where it would spare them (input layer, depthwise).
         exclude: patterns of convolutions to leave as they are.
-        normalization: of the basis, ``"ortho"`` or ``"l1"``.
+        family: the basis; the DCT where None. A Plan to follow has its own.
 
     Raises:
         UsageError: unknown lambda, a pattern that matches nothing, more levels than a kernel has, or a plan that does
@@ -216,6 +223,8 @@ def make_plan(
             chosen.append(site)
     chosen, skipped = _skip_torn_ties(chosen, skipped, sites)
     if isinstance(lam, Plan):
+        if family not in (None, Basis(), lam.family):
+            raise UsageError(f"the plan is of the basis {lam.family}, not {family}: leave out one of the two")
         return _follow(lam, chosen, skipped)
     notes: dict[str, str] = {}
     if lam == "full":
@@ -232,7 +241,7 @@ def make_plan(
         )
     policy = ",".join(f"{k}={v}" for k, v in lam.items()) if isinstance(lam, Mapping) else str(lam)
     layers = _same_for_ties(layers, chosen)
-    return Plan(tuple(layers), tuple(skipped), policy, normalization, notes)
+    return Plan(tuple(layers), tuple(skipped), policy, Basis() if family is None else family, notes)
 
 
 def _reason_to_skip(site: ConvSite, include: Sequence[str], exclude: Sequence[str]) -> str | None:
@@ -370,7 +379,7 @@ def _follow(plan: Plan, sites: Sequence[ConvSite], skipped: Sequence[Skip]) -> P
         )
     planned = {layer.name for layer in plan.layers}
     left = [Skip(n, kinds[n], kernels[n], "not in the plan") for n in kernels if n not in planned]
-    return Plan(plan.layers, (*skipped, *left), plan.policy, plan.normalization, plan.notes)
+    return Plan(plan.layers, (*skipped, *left), plan.policy, plan.family, plan.notes)
 
 
 def _no_match(pattern: str, names: Sequence[str]) -> str:

@@ -11,22 +11,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .basis import Frequency, dct_basis
-
 _SLICE = 8192  # filters of one channel at a time
 
 
-def project(kernel: Tensor, frequencies: Sequence[Frequency] | None = None, normalization: str = "ortho") -> Tensor:
-    """Coefficients (O, I, F) of the combination of DCT kernels nearest to ``kernel`` (O, I, *kernel_size).
+def project(kernel: Tensor, basis_FK: Tensor) -> Tensor:
+    """Coefficients (O, I, F) of the combination of the basis kernels nearest to ``kernel`` (O, I, *kernel_size).
 
+    ``basis_FK`` (F, K): orthogonal rows in float64, of any norm, as `Basis` gives them.
+
+    >>> from harmconvert.basis import dct_basis
     >>> kernel = torch.ones(1, 1, 3, 3)
-    >>> project(kernel, [(0, 0), (0, 1)]).round(decimals=6)
+    >>> project(kernel, dct_basis((3, 3), [(0, 0), (0, 1)])).round(decimals=6)
     tensor([[[3., 0.]]])
     """
-    basis_FK = dct_basis(kernel.shape[2:], frequencies)
-    # Rows of the L1 basis are orthogonal but not unit vectors: scaling each coefficient keeps the same kernel.
-    scale_F = basis_FK.abs().sum(1) if normalization == "l1" else basis_FK.new_ones(len(basis_FK))
-    analysis_KF = (basis_FK * scale_F[:, None]).T.to(kernel.device)
+    analysis_KF = (basis_FK / basis_FK.square().sum(1, keepdim=True)).T.to(kernel.device)
     kernel_NK = kernel.detach().flatten(2).flatten(0, 1)
     coefficients_NF = kernel.new_empty(len(kernel_NK), analysis_KF.shape[1], requires_grad=False)
     # In slices that stay in the cache: float64 copies of whole kernels took three times as long.
@@ -35,20 +33,16 @@ def project(kernel: Tensor, frequencies: Sequence[Frequency] | None = None, norm
     return coefficients_NF.unflatten(0, kernel.shape[:2])
 
 
-def reconstruct(
-    coefficients: Tensor,
-    kernel_size: Sequence[int],
-    frequencies: Sequence[Frequency] | None = None,
-    normalization: str = "ortho",
-) -> Tensor:
+def reconstruct(coefficients: Tensor, basis_FK: Tensor, kernel_size: Sequence[int]) -> Tensor:
     """Kernel (O, I, *kernel_size) of coefficients (O, I, F): sum over f of w_f psi_f (sec. 5.2); inverse of `project`.
 
-    >>> reconstruct(project(torch.ones(1, 1, 2, 2)), (2, 2)).squeeze()
+    >>> from harmconvert.basis import dct_basis
+    >>> basis_FK = dct_basis((2, 2))
+    >>> reconstruct(project(torch.ones(1, 1, 2, 2), basis_FK), basis_FK, (2, 2)).squeeze()
     tensor([[1., 1.],
             [1., 1.]])
     """
-    basis_FK = dct_basis(kernel_size, frequencies, normalization).to(coefficients.device)
-    kernel_OIK = merge(coefficients.to(torch.float64), basis_FK)
+    kernel_OIK = merge(coefficients.to(torch.float64), basis_FK.to(coefficients.device, torch.float64))
     return kernel_OIK.unflatten(2, tuple(kernel_size)).to(coefficients.dtype)
 
 
@@ -64,10 +58,10 @@ def merge_channels_last(coefficients_OFI: Tensor, basis_FK: Tensor) -> Tensor:
     return torch.bmm(basis_OKF, coefficients_OFI)
 
 
-def energy_kept(kernel: Tensor, frequencies: Sequence[Frequency]) -> float:
-    """Share of the kernel's squared norm that the kept frequencies hold, from 0 to 1 (1 for an all-zero kernel)."""
+def energy_kept(kernel: Tensor, basis_FK: Tensor) -> float:
+    """Share of the kernel's squared norm that orthonormal basis kernels hold, 0 to 1 (1 for an all-zero kernel)."""
     total = kernel.detach().to(torch.float64).square().sum().item()
-    kept = project(kernel.detach().to(torch.float64), frequencies).square().sum().item()
+    kept = project(kernel.detach().to(torch.float64), basis_FK).square().sum().item()
     return kept / total if total > 0 else 1.0
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from . import models  # noqa: F401  registers the networks that are built here
-from .basis import all_frequencies, dct_basis, frequencies_below, level_count
+from .basis import Basis, all_frequencies, dct_basis, frequencies_below, level_count
 from .checkpoint import BlockRecord, Header, Source, filled
 from .errors import InputError, UsageError, shortened
 from .plan import LayerPlan, Plan
@@ -70,7 +70,7 @@ def open_reference(path: str, arguments: Mapping[str, Any], form: str) -> tuple[
     plain = timm.create_model(made_with.pop("architecture"), **made_with)
     # Older files lack the batch norms' counters, which count for nothing here.
     counters = {key: value for key, value in plain.state_dict().items() if key.endswith("num_batches_tracked")}
-    plan = Plan(tuple(tensors.layers), normalization="l1")
+    plan = Plan(tuple(tensors.layers), family=Basis("dct", "l1"))
     # What it is now is where a fine-tuning starts: there never was an uncut network to calibrate it to.
     header = Header(plan, source, history={"training": [{"by": "the reference implementation"}]}, blocks=tensors.blocks)
     model = filled(plain, header, counters | tensors.taken, path, form)

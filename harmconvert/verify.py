@@ -16,22 +16,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .basis import all_frequencies
 from .conv import HarmonicBlock2d, HarmonicMixin
 from .convert import default_input
 from .errors import UsageError, first_line, shortened
 from .forms import fold_blocks
-from .projection import project, reconstruct
+from .kernels import check_kernel
 from .surgery import batch_size, call, cloned, convolutions, evaluating, fitted, kernel_size, tensors_in
 from .weights import tensors_sha256
 
 # Relative difference of the outputs with the whole basis, by the dtype of the weights: float64 and float32 as promised
 # in the documentation; the 16-bit ones are bounded by the rounding of their coefficients, amplified layer by layer.
 OUTPUT_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-
-# Kernels and coefficients, in units of the dtype's epsilon: rounding of the coefficients and of the product.
-KERNEL_TOLERANCE_EPS = 4.0
-COEFFICIENT_TOLERANCE_EPS = 2.0
 
 _ATTRIBUTES = ("stride", "padding", "dilation", "groups", "padding_mode", "output_padding", "transposed", "eps")
 
@@ -131,7 +126,7 @@ def verify(
     pairs, structural = _pairs(original, converted)
     written = _as_calibrated(converted, _written_by_calibration(converted) if calibrated is None else calibrated)
     altered = [] if structural else _altered_state(original, converted, pairs, written)
-    kernels = {name: _check_kernel(*pair, written.get(_join(name, "coefficients"))) for name, pair in pairs.items()}
+    kernels = {name: check_kernel(*pair, written.get(_join(name, "coefficients"))) for name, pair in pairs.items()}
     notes: list[str] = []
     errors: dict[str, float | None] = {"float64": None, "float32": None}
     outputs: dict[str, float] = {}
@@ -233,7 +228,7 @@ def _altered_state(
     """Parameters and buffers outside the paired kernels that differ in any bit, or from what calibration wrote."""
     paired = {id(original.get_submodule(name)) for name in pairs}
     names = [name for name, module in original.named_modules(remove_duplicate=False) if id(module) in paired]
-    kernels = {f"{name}.{key}".lstrip(".") for name in names for key in ("weight", "coefficients")}
+    kernels = {f"{name}.{key}".lstrip(".") for name in names for key in ("weight", "coefficients", "fitted_basis")}
     theirs = converted.state_dict()
     problems = []
     for key, tensor in original.state_dict().items():
@@ -258,53 +253,6 @@ def _altered_state(
 
 def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().flatten().view(torch.uint8) if tensor.numel() else tensor
-
-
-def _check_kernel(conv: nn.Module, other: nn.Module, as_calibrated: bool | None) -> tuple[int, int, float, str | None]:
-    """Kept and total frequencies, error against the original's kernel, and what is not as planned; whether coefficients
-    that calibration wrote are what it wrote is told."""
-    whole = all_frequencies(kernel_size(conv))
-    weight = _kernel_of(conv)
-    exact = weight.to(torch.float64)
-    scale = exact.abs().flatten(1).amax(1).clamp_min(torch.finfo(torch.float64).tiny)
-    eps = torch.finfo(weight.dtype).eps
-
-    def error(kernel: Tensor) -> float:
-        return ((kernel.to(torch.float64) - exact).abs().flatten(1).amax(1) / scale).max().item()
-
-    if not isinstance(other, HarmonicMixin):
-        found = error(cast(Tensor, other.weight).detach())
-        problem = (
-            None if found <= KERNEL_TOLERANCE_EPS * eps else f"kernel differs by {found:.1e} of its filter's maximum"
-        )
-        return len(whole), len(whole), found, problem
-    coefficients = other.coefficients.detach().to(torch.float64)
-    kernel = reconstruct(coefficients, kernel_size(conv), other.frequencies, other.normalization)
-    if as_calibrated is not None:
-        problem = None if as_calibrated else "its coefficients are not what calibration wrote"
-        return len(other.frequencies), len(whole), error(kernel), problem
-    if isinstance(conv, HarmonicMixin) and _basis_of(conv) == _basis_of(other):
-        planned = conv.coefficients.detach().to(torch.float64)  # a merged kernel has no longer all of their digits
-    else:
-        planned = project(exact, other.frequencies, other.normalization)
-    # Each coefficient to its own last bit; below that only what float64 products and subnormal numbers cannot hold.
-    info = torch.finfo(other.coefficients.dtype)
-    floor = planned.abs().flatten(1).amax(1)[:, None, None] * 1e-14 + info.smallest_normal * info.eps
-    limit = COEFFICIENT_TOLERANCE_EPS * info.eps * planned.abs() + floor
-    wrong = int(((coefficients - planned).abs() > limit).sum())
-    problem = f"{wrong} of {planned.numel()} coefficients are not the projection of the original's kernel"
-    return len(other.frequencies), len(whole), error(kernel), problem if wrong else None
-
-
-def _kernel_of(conv: nn.Module) -> Tensor:
-    """A convolution's kernel; of a harmonic one that of its dense form, to the last bit."""
-    if isinstance(conv, HarmonicMixin):
-        return reconstruct(conv.coefficients.detach(), kernel_size(conv), conv.frequencies, conv.normalization)
-    return cast(Tensor, conv.weight).detach()
-
-
-def _basis_of(conv: HarmonicMixin) -> tuple[Any, ...]:
-    return conv.frequencies, conv.normalization
 
 
 def _join(prefix: str, key: str) -> str:

@@ -33,6 +33,25 @@ def dct_kernel(kernel_size: Sequence[int], frequency: Sequence[int]) -> np.ndarr
     return psi
 
 
+def haar_matrix(size: int) -> np.ndarray:
+    """The Haar matrix of a power of two by its Kronecker recursion, rows brought to norm 1."""
+    matrix = np.ones((1, 1))
+    while len(matrix) < size:
+        matrix = np.vstack([np.kron(matrix, [1, 1]), np.kron(np.eye(len(matrix)), [1, -1])])
+    return matrix / np.linalg.norm(matrix, axis=1, keepdims=True)
+
+
+def gaussian_derivative(size: int, order: int) -> np.ndarray:
+    """The order-th derivative of exp(-x^2 / 2 s^2), s = size / 4, at the middle of each position, by its polynomial:
+    if g = p exp(..) then g' = (p' - x p / s^2) exp(..)."""
+    variance = (size / 4) ** 2
+    polynomial = np.polynomial.Polynomial([1.0])
+    for _ in range(order):
+        polynomial = polynomial.deriv() - np.polynomial.Polynomial([0, 1 / variance]) * polynomial
+    x = np.arange(size) - (size - 1) / 2
+    return polynomial(x) * np.exp(-(x**2) / (2 * variance))
+
+
 def coefficient(kernel: np.ndarray, frequency: Sequence[int]) -> float:
     """Inner product of a kernel with psi of one frequency."""
     psi = dct_kernel(kernel.shape, frequency)

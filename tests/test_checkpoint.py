@@ -276,7 +276,8 @@ def _set(path: str, value: Any) -> Any:
     [
         (_set("format_version", 2), "format version 2, this harmconvert reads version 1: update harmconvert"),
         (_set("format_version", None), "format version None"),
-        (_set("basis", "haar"), "basis 'haar'"),
+        (_set("basis", "fourier"), "basis 'fourier'"),
+        (_set("basis", "klt"), "disagree: stem.fitted_basis should have shape [9, 9], it is missing"),
         (_set("layers/0/kernel_size", [10**9, 3]), "this is not a plan"),
         (_set("layers/0/frequencies", [[0, -1]]), "this is not a plan"),
         (_set("layers/1/frequencies", [[0, 0]]), "disagree: shared.coefficients should hold 1 frequencies"),

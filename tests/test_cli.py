@@ -324,7 +324,7 @@ def test_the_command_line_is_frozen() -> None:
     ]  # fmt: skip
     assert found == {
         "convert": sorted(
-            ["--exclude", "--force", "--include", "--lambda", "--normalization", "--output", "--plan", "-o",
+            ["--basis", "--exclude", "--force", "--include", "--lambda", "--normalization", "--output", "--plan", "-o",
              "--allow-fallback", "--calibrate", "--calibration-batch-size", "--calibration-images",
              "--calibration-memory", "--calibration-split", "--crop-pct", "--damping", "--data-dir", "--device",
              "--interpolation", "--mean", "--seed", "--std", *network, *common, *size]
@@ -336,7 +336,7 @@ def test_the_command_line_is_frozen() -> None:
         "evaluate": sorted(
             ["--seed", "--batch-size", "-b", "--compare", "--amp", "--device", *data, *network, *common]
         ),
-        "train": sorted(["--recipe", "--harmonic", "--lambda", *data, *training, *network, *common]),
+        "train": sorted(["--recipe", "--harmonic", "--basis", "--lambda", *data, *training, *network, *common]),
         "verify": sorted(["--as-planned", "--tolerance", *network, *common, *size]),
         "inspect": sorted(["--no-pretrained", *network, *common, *size]),
         "report": sorted(

@@ -12,7 +12,7 @@ import torch.fx
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from harmconvert.basis import all_frequencies, frequencies_below
+from harmconvert.basis import Basis, all_frequencies, dct_basis, frequencies_below
 from harmconvert.conv import (
     HarmonicBlock2d,
     HarmonicMixin,
@@ -54,7 +54,7 @@ def test_a_cut_computes_what_the_projected_kernel_does(kind: str) -> None:
     harmonic = to_harmonic(conv, kept)
     expected = copy.deepcopy(conv)
     with torch.no_grad():
-        expected.weight.copy_(reconstruct(project(conv.weight, kept), size, kept))
+        expected.weight.copy_(reconstruct(project(conv.weight, dct_basis(size, kept)), dct_basis(size, kept), size))
     assert harmonic.coefficients.shape == (*conv.weight.shape[:2], len(kept))
     assert relative(harmonic(x), expected(x)) < 1e-13
     assert relative(harmonic(x), conv(x)) > 1e-3, "the cut should show"
@@ -114,7 +114,9 @@ def test_gradients_reach_the_coefficients(kind: str) -> None:
     (harmonic(x) ** 2).sum().backward()
     (conv(x) ** 2).sum().backward()
     # The basis is orthonormal, so the kernel's gradient projects onto the coefficients'.
-    torch.testing.assert_close(harmonic.coefficients.grad, project(conv.weight.grad), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        harmonic.coefficients.grad, project(conv.weight.grad, dct_basis(conv.weight.shape[2:])), rtol=1e-9, atol=1e-9
+    )
 
 
 @every_convolution
@@ -190,7 +192,7 @@ def test_the_basis_survives_casting_and_moving() -> None:
 def test_a_double_network_keeps_float64_accuracy_after_casting() -> None:
     conv, _ = case("plain")
     harmonic = to_harmonic(conv).double()
-    kernel = reconstruct(harmonic.coefficients.detach(), (3, 3))
+    kernel = reconstruct(harmonic.coefficients.detach(), dct_basis((3, 3)), (3, 3))
     torch.testing.assert_close(harmonic.weight.detach(), kernel, rtol=0, atol=1e-15)
 
 
@@ -361,3 +363,42 @@ def test_coefficients_laid_out_for_channels_last_make_the_same_kernel_in_that_fo
     assert torch.allclose(kernels[0], kernels[1], rtol=1e-12, atol=1e-14)
     assert torch.allclose(plain.coefficients.grad, laid_out.coefficients.grad, rtol=1e-12)
     assert torch.allclose(laid_out(x), laid_out(x.contiguous()), rtol=1e-12)
+
+
+# --- bases that are fitted to the layer ---
+
+
+def fitted(dtype: torch.dtype = torch.float32, kept: int = 4) -> Any:
+    conv = seeded(lambda: nn.Conv2d(6, 5, 3, padding=1), dtype)
+    return to_harmonic(conv, all_frequencies((3, 3))[:kept], Basis("klt"))
+
+
+def test_a_fitted_basis_is_part_of_the_state_and_others_are_not() -> None:
+    assert fitted().state_dict()["fitted_basis"].shape == (4, 9)
+    assert "fitted_basis" not in to_harmonic(nn.Conv2d(6, 5, 3), None, Basis("haar")).state_dict()
+    assert "fitted_basis" not in to_dense(fitted()).__dict__["_buffers"]
+
+
+@pytest.mark.parametrize("move", [nn.Module.half, nn.Module.bfloat16, nn.Module.double, copy.deepcopy])
+def test_a_fitted_basis_keeps_its_digits_whatever_it_is_cast_to(move: Any) -> None:
+    harmonic = fitted()
+    before = harmonic.fitted_basis.clone()
+    moved = move(harmonic)
+    assert moved.fitted_basis.dtype == torch.float64
+    assert torch.equal(moved.fitted_basis, before)
+    assert moved.basis.dtype == torch.promote_types(moved.coefficients.dtype, torch.float32)
+
+
+def test_a_fitted_basis_is_loaded_with_the_coefficients() -> None:
+    harmonic, other = fitted(), fitted(kept=4)
+    with torch.no_grad():
+        other.fitted_basis.zero_()
+        other._set_basis()
+    other.load_state_dict(harmonic.state_dict())
+    x = random_input((1, 6, 7, 7))
+    assert torch.equal(other(x), harmonic(x))
+    with torch.device("meta"):
+        empty = fitted()
+    empty = empty.to_empty(device="cpu")
+    empty.load_state_dict(harmonic.state_dict())
+    assert torch.equal(empty(x), harmonic(x))

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import harmconvert.models  # noqa: F401  registers wrn28_10
+from harmconvert.basis import dct_basis
 from harmconvert.conv import HarmonicMixin, to_harmonic
 from harmconvert.convert import convert
 from harmconvert.cost import parameter_count
@@ -99,11 +100,11 @@ def test_records_say_what_became_of_each_layer() -> None:
     assert (records["stem"].kept, records["stem"].energy) == (9, 1.0)
     assert records["stem"].error < 1e-6
     cut, weight = records["shared"], model.shared.weight
-    kept = ((0, 0), (0, 1), (1, 0))
+    basis_FK = dct_basis((3, 3), ((0, 0), (0, 1), (1, 0)))
     assert (cut.kept, cut.total, cut.kernel, cut.kind) == (3, 9, (3, 3), "Conv2d")
-    assert cut.energy == pytest.approx(energy_kept(weight, kept), abs=1e-6)
+    assert cut.energy == pytest.approx(energy_kept(weight, basis_FK), abs=1e-6)
     assert cut.error == pytest.approx(
-        relative_error(reconstruct(project(weight, kept), (3, 3), kept), weight), rel=1e-6
+        relative_error(reconstruct(project(weight, basis_FK), basis_FK, (3, 3)), weight), rel=1e-6
     )
     assert records["unused"].skipped
     assert records["unused"].why == "excluded by unused"

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harmconvert.basis import all_frequencies
+from harmconvert.basis import BASES, Basis, all_frequencies
 from harmconvert.errors import InputError, UsageError
 from harmconvert.plan import ConvSite, LayerPlan, Plan, make_plan, parse_lambda
 
@@ -170,7 +170,8 @@ def plans(draw: st.DrawFn) -> Plan:
         size = draw(sizes)
         some = draw(st.sets(st.sampled_from(all_frequencies(size)), min_size=1))
         layers.append(LayerPlan(name, size, tuple(f for f in all_frequencies(size) if f in some)))
-    return Plan(tuple(layers), policy=draw(st.text(max_size=8)), normalization=draw(st.sampled_from(["ortho", "l1"])))
+    family = Basis(draw(st.sampled_from(BASES)), draw(st.sampled_from(["ortho", "l1"])))
+    return Plan(tuple(layers), policy=draw(st.text(max_size=8)), family=family)
 
 
 @given(plans())

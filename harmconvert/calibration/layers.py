@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..basis import dct_basis
 from ..conv import HarmonicMixin
 from ..projection import project
 from ..surgery import kernel_size
@@ -92,17 +91,13 @@ class Kernel:
 
     def layer(self, call: ConvCall, fits_bias: bool, wanted: int, seed: int) -> Layer:
         """The layer that the equations are about; its unknowns are the coefficients of the effective kernel."""
-        frequencies = self.module.frequencies
-        coefficients = to_groups(project(self.effective, frequencies), call.groups, call.transposed)
-        size = kernel_size(self.module)
-        basis = dct_basis(size, frequencies).to(coefficients.device)
-        direction = None
-        if self.factor is not None and (zero := (0,) * len(size)) in frequencies:
-            direction = coefficients.new_zeros(coefficients.shape[2])
-            direction[frequencies.index(zero) :: len(frequencies)] = 1  # the mean is all in the zero frequency
-            direction /= direction.norm()
+        basis_FK = self.module.kernels.to(self.effective.device)
+        basis_FK = basis_FK / basis_FK.norm(dim=1, keepdim=True)
+        coefficients = to_groups(project(self.effective, basis_FK), call.groups, call.transposed)
+        direction = None if self.factor is None else _mean_direction(basis_FK, coefficients.shape[2])
         fixed_norm = self.factor is not None and self.gain is None
-        return Layer(coefficients, basis, size, call.transposed, fits_bias, wanted, seed, direction, fixed_norm)
+        size = kernel_size(self.module)
+        return Layer(coefficients, basis_FK, size, call.transposed, fits_bias, wanted, seed, direction, fixed_norm)
 
     @torch.no_grad()
     def write(self, target: Tensor) -> None:
@@ -114,7 +109,24 @@ class Kernel:
                 self.gain.div_(scale.view_as(self.gain).to(self.gain))
             # At its present norm the merged kernel meets the present factor again, eps in it included.
             target = target * scale / torch.where(self.factor == 0, 1.0, self.factor)
-        self.module.coefficients.copy_(project(target, self.module.frequencies, self.module.normalization))
+        self.module.coefficients.copy_(project(target, self.module.kernels))
+
+
+def _mean_direction(basis_FK: Tensor, unknowns: int) -> Tensor | None:
+    """The unit vector of coefficients whose kernel is constant, which a centred kernel has no part in; None where the
+    basis holds no mean at all.
+
+    Raises:
+        RefitError: it holds part of one, so that centring a kernel would leave the basis.
+    """
+    sums_F = basis_FK.sum(1)
+    energy = sums_F.square().sum().item() / basis_FK.shape[1]  # 1 where the constant kernel is in the span
+    if energy < 1e-12:
+        return None
+    if energy < 1 - 1e-9:
+        raise RefitError("it centres its kernels, which this cut of this basis cannot follow")
+    direction = sums_F.repeat(unknowns // len(sums_F))
+    return direction / direction.norm()
 
 
 def refittable_bias(model: nn.Module, modules: Sequence[nn.Module]) -> nn.Parameter | None:

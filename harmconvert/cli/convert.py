@@ -33,12 +33,13 @@ if TYPE_CHECKING:
 @click.option(
     "--exclude", multiple=True, metavar="PATTERN", help="Leave layers whose name matches as they are; repeatable."
 )
+@options.basis
 @click.option(
     "--normalization",
     type=click.Choice(["ortho", "l1"]),
     default="ortho",
     show_default=True,
-    help="Scale of the DCT filters; l1 only for parity with the paper's ImageNet networks.",
+    help="Scale of the basis filters; l1 only for parity with the paper's ImageNet networks.",
 )
 @click.option("-o", "--output", metavar="FILE", help="Default: NAME-harmonic-LAMBDA.safetensors.")
 @options.force
@@ -57,6 +58,7 @@ def command(
     as_json: bool,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
+    basis: str,
     normalization: str,
     device: str | None,
     **more: Any,
@@ -85,7 +87,7 @@ def command(
     if plan_file and lam is not None:
         raise UsageError("--plan and --lambda both say what to keep: give one of them")
     policy: Any = Plan.load(plan_file) if plan_file else parse_lambda(lam or "full")
-    told = any((lam, plan_file, include, exclude, normalization != "ortho", more["data"]))
+    told = any((lam, plan_file, include, exclude, basis != "dct", normalization != "ortho", more["data"]))
     as_it_is = not told and is_harmonic_source(source)
     named = default_name(source, "plan" if plan_file else lam or "full")
     output = output or (named.replace("-harmonic-full", "-harmonic") if as_it_is else named)
@@ -104,6 +106,7 @@ def command(
                 example_input=options.example_input(input_size, network.model),
                 include=include,
                 exclude=exclude,
+                basis=basis,
                 normalization=normalization,
                 calibration=images.batches if images else None,
                 settings=settings,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from . import types
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,75 +20,6 @@ if TYPE_CHECKING:
     from ..sources import Network
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-
-
-class InputSize(click.ParamType):
-    """C,H,W (or C,T,H,W, or C,L): one example's size."""
-
-    name = "C,H,W"
-    example = "3,224,224"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        parts = str(value).replace("x", ",").split(",")
-        if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-            self.fail(f"{value!r} is not a size such as {self.example}", param, ctx)
-        return tuple(int(part) for part in parts)
-
-
-class KernelSize(InputSize):
-    """KxK, or one number: that along every axis."""
-
-    name = "KxK"
-    example = "3 or 1x7"
-
-
-class KeyValue(click.ParamType):
-    """KEY=VALUE, the value read as Python where it can be (timm's --model-kwargs)."""
-
-    name = "KEY=VALUE"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, Any]:
-        import ast
-
-        if isinstance(value, tuple):
-            return value
-        key, equals, text = str(value).partition("=")
-        if not equals or not key.isidentifier():
-            self.fail(f"{value!r} is not KEY=VALUE", param, ctx)
-        try:
-            return key, ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            return key, text
-
-
-class Numbers(click.ParamType):
-    """0.5 or 0.485,0.456,0.406."""
-
-    name = "N,N,N"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[float, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(float(part) for part in str(value).split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not a list of numbers such as 0.485,0.456,0.406", param, ctx)
-
-
-class Bytes(click.ParamType):
-    """A number of bytes: 500M, 2G."""
-
-    name = "SIZE"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> int:
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", str(value).strip(), re.IGNORECASE)
-        if not match:
-            self.fail(f"{value!r} is not a size such as 500M or 2G", param, ctx)
-        return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
 
 
 def common(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -112,7 +44,7 @@ def network_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--model-kwargs",
             "arguments",
-            type=KeyValue(),
+            type=types.KeyValue(),
             multiple=True,
             help="An argument of the network's maker, such as num_classes=10; repeatable.",
         ),
@@ -140,8 +72,10 @@ def preprocessing_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Choice(["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]),
             help="How images are resized; default: the network's own.",
         ),
-        click.option("--std", type=Numbers(), help="Channel deviations to divide by; default: the network's own."),
-        click.option("--mean", type=Numbers(), help="Channel means to subtract; default: the network's own."),
+        click.option(
+            "--std", type=types.Numbers(), help="Channel deviations to divide by; default: the network's own."
+        ),
+        click.option("--mean", type=types.Numbers(), help="Channel means to subtract; default: network's own."),
     ):
         command = option(command)
     return command
@@ -152,7 +86,7 @@ def calibration_data_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option(
             "--calibration-memory",
-            type=Bytes(),
+            type=types.Bytes(),
             help="Memory that one layer's equations may take, such as 2G; default: half of what is free.",
         ),
         click.option(
@@ -290,12 +224,20 @@ def progress() -> Iterator[Callable[[int, int, str], None]]:
 
 input_size = click.option(
     "--input-size",
-    type=InputSize(),
+    type=types.InputSize(),
     multiple=True,
     help="Size of one input; default: the network's own, where it says one. Repeat it for a network of several inputs.",
 )
 device = click.option(
     "--device", help="Where to run: cpu, cuda, cuda:1; default: a GPU where there is one and images are given."
+)
+basis = click.option(
+    "--basis",
+    type=click.Choice(["dct", "haar", "gaussian", "klt"]),
+    default="dct",
+    show_default=True,
+    help="What kernels are combined of: the DCT, Haar wavelets, derivatives of a Gaussian, or each layer's own "
+    "principal components, which are kept in the file.",
 )
 force = click.option("--force", is_flag=True, help="Replace the output where it exists.")
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import options, training_options
+from . import options, training_options, types
 
 if TYPE_CHECKING:
     from ..report.filters import FilterBank
@@ -46,7 +46,7 @@ def tradeoff_options(command: Any) -> Any:
 @options.force
 @click.option(
     "--kernel-size",
-    type=options.KernelSize(),
+    type=types.KernelSize(),
     help="filters, spectrum: of this kernel only, such as 7x7; default: the most common one, or all.",
 )
 @tradeoff_options

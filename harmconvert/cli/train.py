@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     metavar="LAMBDA",
     help="What the layers behind the first keep (with --harmonic all), as in convert.",
 )
+@options.basis
 @training_options.data_options
 @training_options.holdout
 @training_options.recipe_options
@@ -54,6 +55,7 @@ def command(
     recipe_name: str,
     harmonic: str,
     lam: str,
+    basis: str,
     output: str | None,
     force: bool,
     as_json: bool,
@@ -78,12 +80,12 @@ def command(
     output = output or default_output(source)
     check_output(output, force or bool(given["resume"]))
     with joined():
-        network, model = untrained(source, given, harmonic, lam)
+        network, model = untrained(source, given, harmonic, lam, basis)
         data = training_options.data_from(given, training_options.seed_from(given), ("train", "test"))
         check_classes(data, model)
         recipe = training_options.recipe_from(recipe_name, given)
         options.say(str(recipe))
-        identity = {"recipe": recipe.to_json(), "data": data.identity(), "network": [source, harmonic, lam]}
+        identity = {"recipe": recipe.to_json(), "data": data.identity(), "network": [source, harmonic, lam, basis]}
         keeper = training_options.keeper_from(given, output, identity)
         config = training_options.preprocessing_from(given, model)
         machine, workers = training_options.machine_from(given), training_options.workers_from(given)
@@ -118,7 +120,7 @@ def command(
     options.console().print(f"{found}\nwrote {output}", markup=False)
 
 
-def untrained(source: str, given: dict[str, Any], harmonic: str, lam: str) -> tuple[Network, nn.Module]:
+def untrained(source: str, given: dict[str, Any], harmonic: str, lam: str, basis: str) -> tuple[Network, nn.Module]:
     """The network of a source with weights from the seed, and the form of it that is to be trained."""
     import torch
 
@@ -131,7 +133,7 @@ def untrained(source: str, given: dict[str, Any], harmonic: str, lam: str) -> tu
         return network, network.model
     size = (given["img_size"],) * 2
     example = options.example_input([(3, *size)] if given["img_size"] else [], network.model)
-    return network, harmonize(network.model, harmonic, parse_lambda(lam), example_input=example)
+    return network, harmonize(network.model, harmonic, parse_lambda(lam), basis=basis, example_input=example)
 
 
 def write(model: nn.Module, network: Network, output: str, harmonic: str, run: dict[str, Any]) -> None:

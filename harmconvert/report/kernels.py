@@ -40,7 +40,7 @@ class Layer:
             weight = self.module.weight
             assert isinstance(weight, Tensor)
             # Of the merged kernel: an l1 basis would scale each frequency its own way.
-            coefficients_OIF = project(weight.detach().to(torch.float64), self.frequencies)
+            coefficients_OIF = project(weight.detach().to(torch.float64), dct_basis(self.kernel_size, self.frequencies))
         if coefficients_OIF.is_meta:
             raise InputError(f"layer {self.name or '(root)'} is on the meta device, where weights have no values")
         return coefficients_OIF

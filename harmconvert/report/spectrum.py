@@ -75,8 +75,8 @@ def spectrum(model: nn.Module, kernel_size: Sequence[int] | None = None) -> Spec
 
     >>> conv = nn.Conv2d(1, 1, 2)
     >>> _ = nn.init.ones_(conv.weight)
-    >>> spectrum(conv).layers[0].magnitudes
-    (2.0, 0.0, 0.0, 0.0)
+    >>> [round(magnitude, 6) for magnitude in spectrum(conv).layers[0].magnitudes]
+    [2.0, 0.0, 0.0, 0.0]
 
     Args:
         kernel_size: only layers with that kernel.
