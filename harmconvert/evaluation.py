@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .data.loading import NO_LABEL, Batch
-from .distributed import sum_over_ranks
+from .distributed import gathered, sum_over_ranks
 from .errors import InputError, shortened
 from .surgery import evaluating
 
@@ -109,6 +109,8 @@ def evaluate(
                 sums[5] += (logits.argmax(1) == theirs.argmax(1)).sum()
                 sums[6] += functional.kl_div(logits.log_softmax(1), theirs.log_softmax(1), None, None, "sum", True)
             progress(len(images))
+    unreadable = [name for names in gathered(unreadable) for name in names]
+    slowest = max(gathered(sums[-1].item()))
     sum_over_ranks([sums])
     total = dict(zip(names, sums.tolist(), strict=True))
     if not total["images"]:
@@ -127,7 +129,7 @@ def evaluate(
         share("loss", "labelled"),
         share("agree", "images") if compared else None,
         share("kl", "images") if compared else None,
-        total["images"] / max(total["seconds"], 1e-9),
+        total["images"] / max(slowest, 1e-9),
         tuple(unreadable),
     )
 
@@ -153,7 +155,7 @@ def check_labels(labels: Tensor, classes: int) -> None:
     if len(labels) and (largest := int(labels.max())) >= classes:
         raise InputError(
             f"label {largest} is beyond the {classes} classes of this network: are these its data (--data-dir, "
-            f"--dataset)? to train another classifier give --num-classes N"
+            "--dataset)? finetune --num-classes N gives it another classifier"
         )
 
 

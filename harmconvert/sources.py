@@ -132,12 +132,17 @@ def open_original(header: Header, teacher: str | None = None, trust_code: bool =
         model = rebuild(source, trust_code)
         load_state(model, _renamed(model, read_weights(teacher)), teacher)
         return model.eval()
+    if source.sha256 is None:
+        raise UsageError(
+            f"the checkpoint was not converted from weights of {source} that it knows, so there is no uncut network to "
+            "compare it with: name one with --teacher SOURCE"
+        )
     rebuild(source, trust_code)  # refuses what a file has no business to ask for
     arguments = dict(source.arguments)
     if source.scheme != "reference":  # a hub and a folder say theirs; of a reference file it tells how it was read
         arguments.pop("architecture", None)
     model, opened = _build(replace(source, arguments=arguments, sha256=None), pretrained=True)
-    if source.sha256 is not None and (opened.sha256 or weights_sha256(model)) != source.sha256:
+    if (opened.sha256 or weights_sha256(model)) != source.sha256:
         raise InputError(f"the weights of {source} are not those that were converted: name them with --teacher")
     return model.eval()
 

@@ -89,9 +89,9 @@ def command(
     from ..training.finetuning import finetune
 
     output = output or default_output(source)
-    check_output(output, force or bool(given["resume"]))
+    check_output(output, force)
     with joined():
-        job = prepare(source, output, given, teacher, num_classes, trust_code)
+        job = prepare(source, output, force, given, teacher, num_classes, trust_code)
         record = training_options.recorder(output, given["log"])
         with training_options.progress(job.recipe.epochs) as (told, epoch_done):
 
@@ -138,6 +138,7 @@ class Job:
 def prepare(
     source: str,
     output: str,
+    force: bool,
     given: dict[str, Any],
     teacher: str | None,
     num_classes: int | None,
@@ -151,6 +152,8 @@ def prepare(
     from ..errors import HarmconvertError, UsageError
     from ..sources import is_harmonic_source, open_original, open_source
     from ..training.finetuning import Setting, new_classifier
+    from ..training.learner import number_of_classes
+    from ..weights import tensors_sha256
 
     network = open_source(source, trust_code=trust_code) if is_harmonic_source(source) else None
     if network is None or network.header is None:
@@ -168,6 +171,13 @@ def prepare(
             if teacher is not None:
                 raise
             why = str(error)
+    if original is not None and number_of_classes(original) != number_of_classes(network.model):
+        why = (
+            f"the uncut network has {number_of_classes(original)} classes, this one {number_of_classes(network.model)}"
+        )
+        if teacher is not None:
+            raise UsageError(f"--teacher {teacher}: {why}")
+        original = None
     data = training_options.data_from(given, training_options.seed_from(given), ("train", "test"))
     wanted = {"train_only": given["train_only"], "distill": given["distill"], "temperature": given["temperature"]}
     if not data.labelled and wanted["distill"] is None and not given["resume"]:
@@ -177,12 +187,18 @@ def prepare(
     if recipe.distill and original is None:
         raise UsageError(f"--distill needs the uncut network: {why or 'there is none'}; name it with --teacher SOURCE")
     options.say(str(recipe))
-    identity = {"recipe": recipe.to_json(), "data": data.identity(), "plan": header.plan.to_json()}
+    preprocessing = training_options.preprocessing_from(given, network.model)
+    identity = {
+        "recipe": recipe.to_json(),
+        "data": training_options.data_identity(given, data, preprocessing),
+        "plan": header.plan.to_json(),
+        "weights": tensors_sha256(network.model.state_dict()),
+    }
     setting = Setting(
-        training_options.preprocessing_from(given, network.model),
+        preprocessing,
         training_options.machine_from(given),
         training_options.workers_from(given),
-        keeper=training_options.keeper_from(given, output, identity),
+        keeper=training_options.keeper_from(given, output, identity, force),
         resume=Path(given["resume"]) if given["resume"] else None,
         say=options.say,
     )

@@ -78,16 +78,20 @@ def command(
     from ..training.finetuning import Setting, check_classes, evaluator, train_loading
 
     output = output or default_output(source)
-    check_output(output, force or bool(given["resume"]))
+    check_output(output, force)
     with joined():
         network, model = untrained(source, given, harmonic, lam, basis)
         data = training_options.data_from(given, training_options.seed_from(given), ("train", "test"))
-        check_classes(data, model)
+        check_classes(data, model, f"make the network with --model-kwargs num_classes={data.classes}")
         recipe = training_options.recipe_from(recipe_name, given)
         options.say(str(recipe))
-        identity = {"recipe": recipe.to_json(), "data": data.identity(), "network": [source, harmonic, lam, basis]}
-        keeper = training_options.keeper_from(given, output, identity)
         config = training_options.preprocessing_from(given, model)
+        identity = {
+            "recipe": recipe.to_json(),
+            "data": training_options.data_identity(given, data, config),
+            "network": [source, harmonic, lam, basis],
+        }
+        keeper = training_options.keeper_from(given, output, identity, force)
         machine, workers = training_options.machine_from(given), training_options.workers_from(given)
         setting = Setting(config, machine, workers)
         worth, record = evaluator(data, recipe, setting), training_options.recorder(output, given["log"])
@@ -131,8 +135,8 @@ def untrained(source: str, given: dict[str, Any], harmonic: str, lam: str, basis
     network = options.opened(source, given, pretrained=False)
     if harmonic == "none":
         return network, network.model
-    size = (given["img_size"],) * 2
-    example = options.example_input([(3, *size)] if given["img_size"] else [], network.model)
+    size = training_options.preprocessing_from(given, network.model)["input_size"] if given["img_size"] else None
+    example = options.example_input([tuple(size)] if size else [], network.model)
     return network, harmonize(network.model, harmonic, parse_lambda(lam), basis=basis, example_input=example)
 
 

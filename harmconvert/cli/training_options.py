@@ -190,7 +190,7 @@ def evaluation_loading(given: Mapping[str, Any], model: Any, machine: Machine) -
     data = data_from(given, given["seed"], ("test",))
     assert data.test is not None
     if data.labelled:
-        check_classes(data, model)
+        check_classes(data, model, "evaluate a network of these classes")
     config = preprocessing_from(given, model)
     loading = evaluation_batches(
         data.test,
@@ -209,10 +209,24 @@ def preprocessing_from(given: Mapping[str, Any], model: Any) -> dict[str, Any]:
 
     overrides = {key: given[key] for key in ("mean", "std", "interpolation", "crop_pct")}
     if given["img_size"]:
-        cfg = getattr(model, "pretrained_cfg", None)
-        size = cfg.get("input_size") if isinstance(cfg, dict) else getattr(cfg, "input_size", None)
-        overrides["input_size"] = (size[0] if size else 3, given["img_size"], given["img_size"])
+        overrides["input_size"] = (_input_channels(model), given["img_size"], given["img_size"])
     return preprocessing(model, overrides)
+
+
+def _input_channels(model: Any) -> int:
+    """What the network's configuration says, else what its first convolution reads, else 3."""
+    from ..surgery import convolutions
+
+    cfg = getattr(model, "pretrained_cfg", None)
+    size = cfg.get("input_size") if isinstance(cfg, dict) else getattr(cfg, "input_size", None)
+    first = next(iter(convolutions(model).values()), None)
+    return int(getattr(first, "in_channels", size[0] if size else 3))
+
+
+def data_identity(given: Mapping[str, Any], data: Data, preprocessing: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the data and of what is done to them must be the same for a run to go on, JSON-able."""
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in preprocessing.items()}
+    return {**data.identity(), "dataset": given["dataset"], "preprocessing": plain}
 
 
 def workers_from(given: Mapping[str, Any]) -> int:
@@ -233,7 +247,9 @@ def machine_from(given: Mapping[str, Any]) -> Machine:
     from ..errors import UsageError, first_line
     from ..training import Machine
 
-    name = given["device"] or (f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
+    name = given["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda":  # each process of a machine has a GPU of its own
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
@@ -244,22 +260,33 @@ def machine_from(given: Mapping[str, Any]) -> Machine:
     return Machine(device, not given["no_channels_last"], given["torchcompile"], not given["no_sync_bn"])
 
 
-def keeper_from(given: Mapping[str, Any], output: str, identity: Mapping[str, Any]) -> Keeper:
-    """Where and when the state of the run that makes ``output`` is saved."""
+def keeper_from(given: Mapping[str, Any], output: str, identity: Mapping[str, Any], force: bool) -> Keeper:
+    """Where and when the state of the run that makes ``output`` is saved.
+
+    Raises:
+        UsageError: a new run would replace the state of one that was interrupted.
+    """
+    from ..distributed import any_rank
+    from ..errors import UsageError
     from ..training import Keeper
     from ..training.state import state_path
 
     path = Path(given["resume"]) if given["resume"] else state_path(output)
+    if any_rank(not given["resume"] and not force and path.exists()):
+        raise UsageError(
+            f"{path} is the state of an interrupted run: go on with --resume {path}, or begin anew: --force"
+        )
     return Keeper(path, given["save_every"], identity, say=options.say)
 
 
 def recorder(output: str, log: str | None) -> Callable[[Sequence[Mapping[str, Any]]], None]:
     """What keeps the figures of a run beside its output."""
     from ..training.metrics import Events, metrics_path, write_metrics
+    from ..training.state import beside
 
     if os.environ.get("RANK", "0") != "0":
         return lambda rows: None
-    events = Events(Path(output).with_suffix(".tensorboard")) if log == "tensorboard" else None
+    events = Events(beside(output, ".tensorboard")) if log == "tensorboard" else None
 
     def record(rows: Sequence[Mapping[str, Any]]) -> None:
         write_metrics(metrics_path(output), rows)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain, islice
 from itertools import count as count_from
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from ..distributed import gathered, world_size
 from ..errors import InputError, UsageError, first_line, shortened
 from ..samples import mnist5k
-from .datasets import PACKAGES, open_timm
+from .datasets import PACKAGES, STREAMS, Files, Pictures, Stream, open_timm, pictures_of
 from .pictures import UNREADABLE, eight_bit, photographs, random_crop
 from .preprocessing import color_mode, evaluation_transform, preprocessing
 
@@ -70,10 +68,14 @@ def calibration_images(
     config = preprocessing(model, overrides or {})
     transform, mode = evaluation_transform(config), color_mode(config)
     unreadable: list[str] = []
+    stream = data.startswith(STREAMS)  # which gives every process a part of its own
+    wanted = -(-count // world_size()) if stream else count
     found = [
         transform(image.convert(mode))
-        for image in islice(_pictures(data, count, data_dir, split, seed, unreadable), count)
+        for image in islice(_pictures(data, count, data_dir, split, seed, unreadable), wanted)
     ]
+    if stream:
+        found = list(chain.from_iterable(gathered(found)))[:count]
     if not found:
         raise InputError(f"{data} holds no image: give a folder of images, sample:NAME or a timm data set")
     stacked = torch.stack(found)
@@ -93,7 +95,7 @@ def _pictures(
     if data.startswith("sample:"):
         raise UsageError(f"there is no sample data set {data!r}: use sample:mnist5k or sample:photographs")
     if Path(data).is_dir():
-        return _folder(Path(data), count, generator, unreadable)
+        return _readable(Files(Path(data)), data, count, generator, unreadable)
     if Path(data).is_file() and not data.endswith(".tar"):
         raise UsageError(f"{data} is a file: give the folder that holds the images")
     if not (Path(data).is_file() or data.startswith(PACKAGES)):
@@ -101,36 +103,25 @@ def _pictures(
             f"there is no folder {data}: give a folder of images, sample:mnist5k, sample:photographs, "
             "or a timm data set such as torch/cifar10 or hfds/USER/NAME"
         )
-    return _timm(data, data_dir, split, count, generator)
+    name, root = ("", data) if data.endswith(".tar") else (data, data_dir)
+    found = pictures_of(open_timm(name, root, split=split, seed=0))
+    if isinstance(found, Stream):  # its first images, in the order in which it gives them
+        return (eight_bit(item[0]) for item in found.dataset)
+    return _readable(found, data, count, generator, unreadable)
 
 
-def _folder(folder: Path, count: int, generator: np.random.Generator, unreadable: list[str]) -> Iterator[Image.Image]:
-    paths = sorted(
-        os.path.join(root, name)
-        for root, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if name.lower().endswith(IMG_EXTENSIONS)
-    )
+def _readable(
+    pictures: Pictures, data: str, count: int, generator: np.random.Generator, unreadable: list[str]
+) -> Iterator[Image.Image]:
+    """The pictures in an order by chance, those that cannot be read passed over and named, up to a bound."""
     bound = max(3, int(UNREADABLE_SHARE * count))
-    for index in generator.permutation(len(paths)):
+    for index in generator.permutation(len(pictures)):
         try:
-            with Image.open(paths[index]) as image:
-                image.load()
-                yield eight_bit(image)
+            yield eight_bit(pictures.read(int(index))[0])
         except UNREADABLE as error:
-            unreadable.append(paths[index])
+            unreadable.append(pictures.name(int(index)))
             if len(unreadable) > bound:
                 raise InputError(
-                    f"{len(unreadable)} images of {folder} cannot be read ({shortened(unreadable, 3)}; the last: "
-                    f"{first_line(error)}): mend the folder, or leave them out"
+                    f"{len(unreadable)} images of {data} cannot be read ({shortened(unreadable, 3)}; the last: "
+                    f"{first_line(error)}): mend the data, or leave them out"
                 ) from error
-
-
-def _timm(
-    data: str, data_dir: str | None, split: str, count: int, generator: np.random.Generator
-) -> Iterator[Image.Image]:
-    name, root = ("", data) if data.endswith(".tar") else (data, data_dir)
-    dataset = open_timm(name, root, split=split, num_samples=count, seed=0)
-    if isinstance(dataset, IterableDataset):  # a stream: its first images, in the order in which it gives them
-        return (item[0] for item in dataset)
-    return (dataset[int(i)][0] for i in generator.permutation(len(dataset))[:count])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from timm.data import create_dataset
+from timm.utils.misc import natural_key
 from torch.utils.data import IterableDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -172,11 +173,34 @@ class _FromPhotographs(Pictures):
         return random_crop(self.pictures, np.random.default_rng([self.seed, index])), None
 
 
-class _FromReader(Pictures):
-    """timm's folders, tar files and Hugging Face data sets: a reader gives files or bytes, and labels."""
+class Files(Pictures):
+    """All images below a folder; those below a folder named in ``classes`` are of that class and others left out, or
+    where there are no classes all are pictures without labels."""
 
-    def __init__(self, reader: Any, labelled: bool = True) -> None:
-        self.reader, self.labelled = reader, labelled
+    def __init__(self, root: Path, classes: Sequence[str] | None = None) -> None:
+        self.classes, self.labelled = classes, classes is not None
+        labels = {name: label for label, name in enumerate(classes or ())}
+        found = [(path, labels.get(Path(path).relative_to(root).parts[0])) for path in image_files(root)]
+        self.files = [(path, label) for path, label in found if classes is None or label is not None]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, index: int) -> tuple[Image.Image, int | None]:
+        path, label = self.files[index]
+        with Image.open(path) as image:
+            image.load()
+            return image, label
+
+    def name(self, index: int) -> str:
+        return self.files[index][0]
+
+
+class _FromReader(Pictures):
+    """timm's tar files and Hugging Face data sets: a reader gives files or bytes, and labels."""
+
+    def __init__(self, reader: Any) -> None:
+        self.reader = reader
         # timm's tar reader has another name for it.
         names = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {}
         self.classes = sorted(names, key=names.__getitem__) or None
@@ -189,7 +213,7 @@ class _FromReader(Pictures):
         with file:
             image = Image.open(file)
             image.load()
-        return image, int(label) if self.labelled and label is not None else None
+        return image, int(label) if label is not None else None
 
     def name(self, index: int) -> str:
         try:
@@ -255,7 +279,11 @@ def _sample(name: str, parts: Sequence[str]) -> Data:
 
 
 def _packaged(name: str, root: str | None, split: str, training: bool, seed: int) -> Pictures | Stream:
-    dataset = open_timm(name, root, split=split, is_training=training, seed=seed)
+    return pictures_of(open_timm(name, root, split=split, is_training=training, seed=seed))
+
+
+def pictures_of(dataset: Any) -> Pictures | Stream:
+    """The pictures of what timm opened."""
     if isinstance(dataset, IterableDataset):
         return Stream(dataset)
     return _FromReader(dataset.reader) if hasattr(dataset, "reader") else _FromTorch(dataset)
@@ -283,24 +311,34 @@ def _split_folder(root: Path, split: str, kind: str) -> Path | None:
 
 def _folder(root: Path, train: Pictures | None) -> Pictures:
     """The pictures of one folder: labelled by its folders, unlabelled where they lie in it directly."""
-    folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    folders = class_folders(root)
     labelled = not any(entry.suffix.lower() in IMG_EXTENSIONS for entry in root.iterdir() if entry.is_file())
-    if labelled and (empty := [folder.name for folder in folders if not _holds_images(folder)]):
+    if labelled and (empty := [name for name in folders if not any(image_files(root / name))]):
         raise InputError(
             f"{root} has class folders without an image ({shortened(empty, 3)}), and leaving them out would shift the "
             "numbers of the classes after them: fill or remove them"
         )
-    if not _holds_images(root):
+    if not any(image_files(root)):
         raise InputError(f"{root} holds no image: give --data-dir a folder with a folder of images for each class")
-    known = {name: index for index, name in enumerate(train.classes)} if train is not None and train.classes else None
-    if labelled and known and (strangers := [folder.name for folder in folders if folder.name not in known]):
+    known = train.classes if train is not None else None
+    if labelled and known and (strangers := [name for name in folders if name not in known]):
         raise InputError(f"{root} has classes that there are none of to train on: {shortened(strangers, 3)}")
-    return _FromReader(open_timm("", str(root), search_split=False, class_map=known or "").reader, labelled)
+    return Files(root, (known or folders) if labelled else None)
 
 
-def _holds_images(folder: Path) -> bool:
-    walk = os.walk(folder, followlinks=True)
-    return any(os.path.splitext(name)[1].lower() in IMG_EXTENSIONS for _, _, names in walk for name in names)
+def class_folders(root: Path) -> list[str]:
+    """Names of the visible folders in a folder, numbers in them by value, as timm numbers classes."""
+    names = [entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    return sorted(names, key=natural_key)
+
+
+def image_files(folder: Path) -> Iterator[str]:
+    """Paths of all images below a folder, in a fixed order; hidden files and folders are passed over."""
+    for root, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith("."):
+                yield os.path.join(root, name)
 
 
 def _split(pictures: Pictures, request: DataRequest, parts: Sequence[str]) -> Data:

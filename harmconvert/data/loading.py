@@ -8,10 +8,11 @@ run that goes on after batch 17 goes on with batch 18.
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from ..distributed import rank, world_size
+from ..distributed import gathered, rank, world_size
 from ..errors import InputError, OutsideError, first_line, shortened
 from .datasets import Pictures, Stream
 from .pictures import UNREADABLE, eight_bit
@@ -122,14 +123,16 @@ def evaluation_batches(
 
 
 def some_images(pictures: Pictures | Stream, transform: Transform, mode: str, count: int, seed: int) -> Tensor:
-    """Up to ``count`` pre-processed images (N, C, H, W), chosen by ``seed`` (of a stream the first), the same in every
-    process; broken ones are passed over.
+    """Up to ``count`` pre-processed images (N, C, H, W), chosen by ``seed`` (of a stream the first of each process's
+    share), the same in every process; broken ones are passed over.
 
     Raises:
         InputError: none can be read.
     """
     if isinstance(pictures, Stream):
-        found = [transform(eight_bit(item[0]).convert(mode)) for item in islice(pictures.dataset, count)]
+        share = islice(pictures.dataset, -(-count // world_size()))
+        mine = [transform(eight_bit(item[0]).convert(mode)) for item in share]
+        found = list(chain.from_iterable(gathered(mine)))[:count]
     else:
         items = _Items(pictures, transform, mode, seed, replace=False)
         order = np.random.default_rng(seed).permutation(len(pictures))
@@ -204,6 +207,7 @@ def _indexed(items: _Items, order: _Order, workers: int, pin_memory: bool) -> Lo
         batch_sampler=order,
         collate_fn=_collated,
         num_workers=workers,
+        worker_init_fn=_outlast_a_signal,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
         # Its own, because a loader draws from the generator it has, and dropout's must not notice a resumption.
@@ -228,6 +232,7 @@ def _streamed(
         batch_size=max(1, batch_size // world_size()),
         collate_fn=_collated,
         num_workers=workers,
+        worker_init_fn=_outlast_a_signal,
         pin_memory=pin_memory,
         drop_last=drop_last,
         generator=torch.Generator(),
@@ -238,6 +243,17 @@ def _streamed(
         images = None
     steps = None if images is None else images // batch_size
     return Loading(loader, None, steps, images, items.set_epoch)
+
+
+def _outlast_a_signal(worker: int) -> None:
+    """Ctrl-C and schedulers signal the whole process group: a worker must live until the main process, which saves the
+    state first, is done with it. Only a second SIGTERM, such as that process sends to a stuck one, ends it."""
+
+    def wait_for_another(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, wait_for_another)
 
 
 def _collated(items: Sequence[tuple[Tensor | None, int, list[str]]]) -> Batch:

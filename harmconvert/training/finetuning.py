@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from ..calibration import CalibrationSettings, calibrate
 from ..checkpoint import Header
 from ..convert import convert
 from ..data.datasets import Data
-from ..data.loading import evaluation_batches, some_images, training_batches
+from ..data.loading import NO_LABEL, Batch, evaluation_batches, some_images, training_batches
 from ..data.preprocessing import color_mode, evaluation_transform
 from ..distributed import world_size
 from ..errors import HarmconvertError, InputError, UsageError
@@ -116,7 +116,8 @@ def finetune(
     if data.train is None or data.test is None:
         raise UsageError("fine-tuning needs images to train on and images to test on")
     if recipe.distill < 1:
-        check_classes(data, model)
+        instead = f"give it a new classifier with --num-classes {data.classes}, or leave labels aside with --distill"
+        check_classes(data, model, instead)
     device = setting.machine.device
     for network in (model, original):
         if network is not None:
@@ -178,7 +179,11 @@ def evaluator(
     def worth(network: nn.Module) -> Evaluation:
         other = None if network is original else original
         precision = partial(autocast, recipe.amp, setting.machine.device)
-        found = evaluate(network, loading.epoch(0), other, autocast=precision)
+        batches: Iterable[Batch] = loading.epoch(0)
+        if recipe.distill == 1 and data.classes not in (None, number_of_classes(network)):
+            # Labels that are not looked at in training may be of anything.
+            batches = (batch._replace(labels=torch.full_like(batch.labels, NO_LABEL)) for batch in batches)
+        found = evaluate(network, batches, other, autocast=precision)
         if note := loading.unread(found.images + len(found.unreadable)):
             setting.say(note)
         return found
@@ -186,13 +191,13 @@ def evaluator(
     return worth
 
 
-def check_classes(data: Data, model: nn.Module) -> None:
-    """Raise InputError where the data's classes cannot be the network's, naming the flags that help."""
+def check_classes(data: Data, model: nn.Module, instead: str) -> None:
+    """Raise InputError where the data's classes cannot be the network's, saying what to do ``instead``."""
     classes = number_of_classes(model)
     if data.classes is not None and classes is not None and data.classes != classes:
         raise InputError(
             f"the data has {data.classes} classes, the network {classes}: name its own data (--data-dir, --dataset), "
-            f"give it a new classifier with --num-classes {data.classes}, or leave labels aside with --distill"
+            f"or {instead}"
         )
 
 

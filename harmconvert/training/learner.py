@@ -60,7 +60,8 @@ class Learner:
             )
             self.scheduler, _ = create_scheduler_v2(
                 self.optimizer,
-                recipe.sched,
+                # timm's "none" is no schedule at all, and so no warm-up either.
+                "constant" if recipe.sched == "none" and recipe.warmup_epochs else recipe.sched,
                 num_epochs=recipe.epochs,
                 warmup_epochs=recipe.warmup_epochs,
                 decay_epochs=recipe.decay_epochs,

@@ -83,7 +83,7 @@ def train(
         for epoch in range(position.epoch, recipe.epochs):
             start, seen = time.perf_counter(), position.sums[2]
             unreadable: list[str] = []
-            with frozen(model, recipe.freeze_bn), over_all_processes() if machine.sync_bn else nullcontext():
+            with frozen(model, recipe.keeps_batch_norm), over_all_processes() if machine.sync_bn else nullcontext():
                 for step, batch in _agreed(batches, epoch, position.step):
                     unreadable += batch.problems
                     learner.step(batch, epoch, step)

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import OutsideError
 from ..files import write_csv
+from .state import beside
 
 
 def metrics_path(output: str | Path) -> Path:
@@ -16,7 +17,7 @@ def metrics_path(output: str | Path) -> Path:
     >>> metrics_path("a/net.safetensors").name
     'net.metrics.csv'
     """
-    return Path(output).with_suffix(".metrics.csv")
+    return beside(output, ".metrics.csv")
 
 
 def write_metrics(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

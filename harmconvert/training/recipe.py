@@ -87,7 +87,14 @@ class Recipe:
             + (f"; changed: {', '.join(changed)}" if changed else "")
         )
 
+    @property
+    def keeps_batch_norm(self) -> bool:
+        """Whether batch norms keep statistics and weights: they are no coefficients."""
+        return self.freeze_bn or self.train_only == "coefficients"
+
     def _differs(self, other: Recipe, name: str) -> bool:
+        if self.sched in ("none", "constant") and name.startswith("decay_"):
+            return False
         return name not in ("name", "seed") and getattr(self, name) != getattr(other, name)
 
     def to_json(self) -> dict[str, Any]:

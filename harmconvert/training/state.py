@@ -107,7 +107,12 @@ def state_path(output: str | Path) -> Path:
     >>> state_path("a/net.safetensors").name
     'net.state.pth'
     """
-    return Path(output).with_suffix(".state.pth")
+    return beside(output, ".state.pth")
+
+
+def beside(output: str | Path, ending: str) -> Path:
+    """The path of what belongs to an output: its name without .safetensors, and an ending."""
+    return Path(str(output).removesuffix(".safetensors") + ending)
 
 
 def identity_of(path: str | Path) -> Mapping[str, Any]:
