@@ -140,6 +140,31 @@ def test_another_classifier_for_other_classes() -> None:
     result = ok("finetune", "cut.safetensors", *run, "-o", "three.safetensors", "--json")
     assert json.loads(result.stdout)["stages"][0]["why"].startswith("the uncut network has not the new classifier")
     assert open_source("three.safetensors").model(torch.zeros(1, 1, 28, 28)).shape == (1, 3)
+    # And once more: the uncut network, of ten classes, is no longer one to compare with.
+    result = ok("finetune", "three.safetensors", *run[:-2], "-o", "again.safetensors", "--json")
+    assert json.loads(result.stdout)["stages"][0]["why"] == "the uncut network has 10 classes, this one 3"
+    message = failed("finetune", "three.safetensors", *run[:-2], "-o", "x.safetensors", "--teacher", SAMPLE, code=2)
+    assert f"--teacher {SAMPLE}: the uncut network has 10 classes, this one 3" in message
+
+
+def test_labels_of_other_classes_are_not_looked_at_where_the_uncut_network_teaches() -> None:
+    for split in ("train", "val"):
+        for digit in range(10):
+            shutil.copytree(f"digits/{split}/{digit}", f"twenty/{split}/{digit}")
+            shutil.copytree(f"digits/{split}/{digit}", f"twenty/{split}/{digit + 10}")
+    run = ["--data-dir", "twenty", *DIGITS, "--epochs", "1", "--distill", "--calibration-images", "0", "--json"]
+    found = json.loads(ok("finetune", "cut.safetensors", *run).stdout)
+    assert found["stages"][-1]["evaluation"]["top1"] is None
+    assert found["stages"][-1]["evaluation"]["agreement"] > found["stages"][1]["evaluation"]["agreement"]
+
+
+def test_a_network_trained_from_scratch_has_no_uncut_one() -> None:
+    quick = ["--data-dir", "digits", *DIGITS, "--epochs", "1"]
+    ok("train", SAMPLE, "--recipe", "cifar-wrn", *quick, "-o", "scratch.safetensors")
+    found = json.loads(ok("finetune", "scratch.safetensors", *quick, "--json").stdout)
+    assert "so there is no uncut network to compare it with" in found["stages"][0]["why"]
+    message = failed("finetune", "scratch.safetensors", *quick, "--distill", "-o", "x.safetensors", code=2)
+    assert "--distill needs the uncut network" in message
 
 
 def test_the_teacher_may_be_a_file_of_weights() -> None:
@@ -195,7 +220,9 @@ def environment() -> dict[str, str]:
 
 
 def started(*arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(command(*arguments), text=True, stderr=subprocess.PIPE, env=environment())
+    return subprocess.Popen(
+        command(*arguments), text=True, stderr=subprocess.PIPE, env=environment(), start_new_session=True
+    )
 
 
 RUN = ["finetune", "cut.safetensors", "--data-dir", "digits", *DIGITS, "--calibration-images", "0", "--save-every", "1"]
@@ -238,19 +265,34 @@ def test_sigkill_at_many_random_moments() -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_it_with_the_state_saved(number: int, code: int) -> None:
-    process = started(*RUN, "--epochs", "500")
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_signal_ends_it_with_the_state_saved(number: int, code: int, workers: str) -> None:
+    """To the whole process group, workers included, as a terminal's Ctrl-C and schedulers send it."""
+    process = started(*RUN, "--epochs", "500", "--workers", workers)
     while process.poll() is None and not Path("cut-finetuned.state.pth").exists():
         time.sleep(0.01)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == code, stderr
     assert stderr.strip().splitlines()[-1].endswith("go on with the same command and --resume cut-finetuned.state.pth")
     assert "Traceback" not in stderr
     assert torch.load("cut-finetuned.state.pth", weights_only=True)["position"]
-    if number == signal.SIGINT:
-        message = failed(*RUN, "--epochs", "500", "--lr", "0.5", "--resume", "cut-finetuned.state.pth", code=2)
-        assert "was begun with lr=0.001, not 0.5: leave it out" in message
+    if number == signal.SIGTERM or workers != "0":
+        return
+    again, resume = [*RUN, "--epochs", "500"], ["--resume", "cut-finetuned.state.pth"]
+    message = failed(*again, "--lr", "0.5", *resume, code=2)
+    assert "was begun with lr=0.001, not 0.5: leave it out" in message
+    message = failed(*again, code=2)
+    assert (
+        "is the state of an interrupted run: --resume cut-finetuned.state.pth goes on, --force begins anew" in message
+    )
+    message = failed(*again, "--mean", "0.9", *resume, code=2)
+    assert "is the state of another run: its data's preprocessing's mean was [0.1307]" in message
+    ok("convert", SAMPLE, "--lambda", "2", "--calibrate", "digits/train", "-o", "other.safetensors")
+    message = failed("finetune", "other.safetensors", *again[2:], *resume, code=2)
+    assert "is the state of another run: its weights was" in message
+    Path("mine.safetensors").write_bytes(b"of another run")
+    assert "mine.safetensors exists" in failed(*again, "-o", "mine.safetensors", *resume, code=2)
 
 
 # --- several processes ---
@@ -344,6 +386,21 @@ def test_a_webdataset_is_streamed() -> None:
     gc.collect()  # here, not in another test
 
 
+def test_two_processes_read_a_webdataset_once(tmp_path: Path) -> None:
+    """In shards, each process its own: calibration sees every image once, and both processes the same ones."""
+    pytest.importorskip("webdataset")
+    for number, each in enumerate((4, 2)):
+        digit_folders(tmp_path / f"part{number}", each, first=4 * number)
+    counts = [shard(f"part-{number}.tar", tmp_path / f"part{number}") for number in (0, 1)]
+    split = f"part-{{0..1}}.tar|{sum(counts)}"
+    run = ["convert", SAMPLE, "--lambda", "2", "--calibrate", "wds/", "--data-dir", ".", "--calibration-split", split]
+    done = torchrun(2, *run, "--calibration-images", "40", "-o", "streamed.safetensors", "--json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    calibration = json.loads(done.stdout)["calibration"]
+    assert calibration["inputs"] == 40
+    assert calibration["refit_divergence"] < calibration["plain_divergence"]
+
+
 # --- evaluate ---
 
 
@@ -374,6 +431,25 @@ def test_what_evaluate_refuses(arguments: list[str], code: int, message: str) ->
 
 
 # --- train ---
+
+
+def test_a_network_of_one_channel_trains_at_another_size() -> None:
+    run = ["--data-dir", "digits", *DIGITS, "--epochs", "1", "--img-size", "20", "--harmonic", "all"]
+    ok("train", SAMPLE, "--recipe", "cifar-wrn", *run, "--lambda", "progressive", "-o", "small.safetensors")
+    assert not read_header("small.safetensors").plan.whole
+
+
+def test_two_processes_name_what_either_could_not_read_and_agree_on_how_right() -> None:
+    shutil.copytree("digits/val", "spoilt")
+    for digit in (0, 9):
+        Path(f"spoilt/{digit}/0.png").write_bytes(b"no picture")
+    run = ["evaluate", SAMPLE, "--data-dir", "spoilt", "-b", "10", "--workers", "0", "--json"]
+    one, two = ok(*run), torchrun(2, *run)
+    found = [json.loads(result.stdout) for result in (one, two)]
+    assert sorted(found[1]["unreadable"]) == sorted(found[0]["unreadable"])
+    assert len(found[1]["unreadable"]) == 2
+    assert found[1]["images"] == 18
+    assert "note:" not in two.stderr
 
 
 @pytest.mark.parametrize("harmonic", ["none", "first", "all"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +151,19 @@ def test_a_stream_is_read_as_it_comes(monkeypatch: pytest.MonkeyPatch, network: 
     overrides = {"input_size": (3, 16, 16), "mean": (0.0,), "std": (1.0,)}
     images = calibration_images("wds/some", network, 5, overrides=overrides)
     assert [round(float(x[0, 0, 0] * 255)) for x in images.batches[0]] == [0, 10, 20, 30, 40]
+
+
+def test_broken_and_deep_pictures_of_an_archive_are_passed_over_and_scaled(tmp_path: Path, network: nn.Module) -> None:
+    folder = tmp_path / "in" / "cats"
+    folder.mkdir(parents=True)
+    Image.fromarray(np.full((20, 20), 65535, dtype=np.uint16)).save(folder / "deep.png")
+    (folder / "broken.png").write_bytes(b"no picture")
+    with tarfile.open(tmp_path / "pictures.tar", "w") as archive:
+        archive.add(tmp_path / "in", arcname=".")
+    overrides = {"input_size": (3, 16, 16), "mean": (0.0,), "std": (1.0,)}
+    images = calibration_images(str(tmp_path / "pictures.tar"), network, 8, overrides=overrides)
+    assert len(images) == len(images.unreadable) == 1
+    assert images.batches[0].min() == 1
 
 
 def test_a_timm_data_set_on_disk_is_read(tmp_path: Path, network: nn.Module) -> None:

@@ -53,6 +53,17 @@ def test_classes_are_numbered_in_natural_order(tmp_path: Path) -> None:
     assert list(data.test.classes) == ["1", "2", "10"]
 
 
+def test_a_class_is_a_visible_folder_with_all_below_it(tmp_path: Path) -> None:
+    for name in ("a/x.bmp", "b/deep/deeper/y.webp", "b/z.JPG", "b/.hidden/w.png", ".cache/v.png", "c/u.png"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (4, 4)).save(path)
+    data = open_data(DataRequest(data_dir=str(tmp_path), holdout=0), ("test",))
+    assert list(data.test.classes) == ["a", "b", "c"]
+    found = {data.test.name(i).removeprefix(f"{tmp_path}/"): data.test.read(i)[1] for i in range(len(data.test))}
+    assert found == {"a/x.bmp": 0, "b/deep/deeper/y.webp": 1, "b/z.JPG": 1, "c/u.png": 2}
+
+
 def test_a_folder_without_splits_is_split_by_the_seed(tmp_path: Path) -> None:
     digit_folders(tmp_path, 4)
     request = DataRequest(data_dir=str(tmp_path), holdout=0.25, seed=3)

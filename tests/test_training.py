@@ -138,6 +138,8 @@ def test_training_coefficients_only() -> None:
     train(harmonic, noise(), replace(RECIPE, train_only="coefficients"), machine=PLAIN)
     for (name, parameter), old in zip(harmonic.named_parameters(), before.parameters(), strict=True):
         assert torch.equal(parameter, old) != name.endswith("coefficients"), name
+    for (name, buffer), old in zip(harmonic.named_buffers(), before.buffers(), strict=True):
+        assert torch.equal(buffer, old), f"{name} is no coefficient"
 
 
 def test_the_moving_average_is_what_is_delivered() -> None:
@@ -248,6 +250,16 @@ def test_the_papers_learning_rates(name: str, expected: list[tuple[int, float]])
     rows = train(model, one, recipe, machine=PLAIN)
     for epoch, lr in expected:
         assert rows[epoch]["lr"] == pytest.approx(lr), epoch
+
+
+def test_a_constant_rate_may_be_warmed_up_to() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    one = Given([Batch(torch.zeros(8, 4), torch.zeros(8, dtype=torch.long), [])])
+    recipe = replace(RECIPES["finetune"], batch_size=8, epochs=6, warmup_epochs=3)
+    rates = [row["lr"] for row in train(model, one, recipe, machine=PLAIN)]
+    assert rates[0] < rates[1] < rates[2] < rates[3]
+    assert rates[3:] == pytest.approx([0.001] * 3)
+    assert "decay_epochs" not in str(recipe_named("finetune", epochs=6))
 
 
 def test_a_schedule_stretches_with_the_epochs() -> None:

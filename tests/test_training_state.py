@@ -176,4 +176,5 @@ def test_a_finished_run_leaves_no_state(tmp_path: Path) -> None:
 
 
 def test_where_the_state_lies() -> None:
+    assert len({state_path(name) for name in ("net.a", "net.b", "net.safetensors")}) == 3
     assert state_path("x/net-finetuned.safetensors") == Path("x/net-finetuned.state.pth")

@@ -215,11 +215,11 @@ def preprocessing_from(given: Mapping[str, Any], model: Any) -> dict[str, Any]:
 
 def _input_channels(model: Any) -> int:
     """What the network's configuration says, else what its first convolution reads, else 3."""
-    from ..surgery import convolutions
+    from ..conv import CONVOLUTIONS, HarmonicBlock2d
 
     cfg = getattr(model, "pretrained_cfg", None)
     size = cfg.get("input_size") if isinstance(cfg, dict) else getattr(cfg, "input_size", None)
-    first = next(iter(convolutions(model).values()), None)
+    first = next((module for module in model.modules() if isinstance(module, (HarmonicBlock2d, *CONVOLUTIONS))), None)
     return int(getattr(first, "in_channels", size[0] if size else 3))
 
 
