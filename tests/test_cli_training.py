@@ -283,9 +283,7 @@ def test_a_signal_ends_it_with_the_state_saved(number: int, code: int, workers: 
     message = failed(*again, "--lr", "0.5", *resume, code=2)
     assert "was begun with lr=0.001, not 0.5: leave it out" in message
     message = failed(*again, code=2)
-    assert (
-        "is the state of an interrupted run: --resume cut-finetuned.state.pth goes on, --force begins anew" in message
-    )
+    assert "is the state of an interrupted run: go on with --resume cut-finetuned.state.pth, or begin" in message
     message = failed(*again, "--mean", "0.9", *resume, code=2)
     assert "is the state of another run: its data's preprocessing's mean was [0.1307]" in message
     ok("convert", SAMPLE, "--lambda", "2", "--calibrate", "digits/train", "-o", "other.safetensors")

@@ -140,8 +140,9 @@ def _difference(key: str, found: Any, value: Any) -> str:
     """What of an identity is not the same, in a few words."""
     if isinstance(found, Mapping) and isinstance(value, Mapping):
         differing = [name for name in {**found, **value} if found.get(name) != value.get(name)]
-        if len(differing) == 1 and len(str(found.get(differing[0]))) < 60:
-            return _difference(f"{key}'s {differing[0]}", found.get(differing[0]), value.get(differing[0]))
+        first = found.get(differing[0])
+        if len(differing) == 1 and (isinstance(first, Mapping) or len(str(first)) < 60):
+            return _difference(f"{key}'s {differing[0]}", first, value.get(differing[0]))
         return f"its {key} differs in {shortened(differing, 5)}"
     return f"its {key} was {found}, here it is {value}"
 
