@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from .registration import register_with_timm as _register_with_timm
 
 if TYPE_CHECKING:
+    from .block import HarmonicBlock2d
     from .calibration import CalibrationSettings, reestimate_batch_norm
     from .checkpoint import save
-    from .conv import HarmonicBlock2d
     from .convert import Conversion, convert
     from .errors import HarmconvertError
     from .forms import fuse
@@ -51,7 +51,7 @@ _HOME = {
     "CalibrationSettings": "calibration",
     "Conversion": "convert",
     "HarmconvertError": "errors",
-    "HarmonicBlock2d": "conv",
+    "HarmonicBlock2d": "block",
     "Plan": "plan",
     "Verification": "verify",
     "convert": "convert",

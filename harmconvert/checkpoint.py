@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from .basis import BASES, NORMALIZATIONS
-from .block import to_block
-from .conv import HarmonicBlock2d, HarmonicMixin, base_class, to_harmonic
+from .block import HarmonicBlock2d, to_block
+from .conv import HarmonicMixin, base_class, to_harmonic
 from .convert import Conversion
 from .errors import InputError, UsageError, shortened
 from .forms import fuse

@@ -19,7 +19,7 @@ import torch.fx
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .basis import Basis, Frequency, all_frequencies, check_frequencies, dct_basis, frequencies_below, scaled_levels
+from .basis import Basis, Frequency, all_frequencies, check_frequencies
 from .errors import UsageError
 from .projection import merge, merge_channels_last, project, reconstruct
 
@@ -225,87 +225,6 @@ def to_dense(harmonic: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modu
         conv._buffers.pop(name)
     conv._non_persistent_buffers_set.discard("basis")
     return conv
-
-
-class HarmonicBlock2d(nn.Module):
-    """The paper's block with spectrum normalisation (eq. 3), for networks trained from scratch.
-
-    Each input channel is filtered with every kept DCT kernel (fixed, depthwise); with ``normalize`` a batch norm
-    without affine parameters normalises each of the in_channels x F responses; a learned 1x1 convolution mixes them.
-    Input (N, in_channels, H, W), output (N, out_channels, H', W'), as `nn.Conv2d` with the same arguments.
-    ``lam``: "full", or an integer lambda meant for 3x3 (a kernel of size K keeps ceil(lam * K / 3) levels).
-    ``normalization``: of the DCT kernels, "ortho" or "l1"; with ``normalize`` no mere rescaling of the weights, because
-    the batch norm adds its eps to the variance of what they give.
-
-    >>> HarmonicBlock2d(3, 16, 3, padding=1, lam=2)(torch.zeros(2, 3, 8, 8)).shape
-    torch.Size([2, 16, 8, 8])
-
-    Raises:
-        UsageError: an argument that no convolution of that size can have.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] = 0,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        lam: str | int = "full",
-        normalize: bool = True,
-        normalization: str = "ortho",
-    ) -> None:
-        super().__init__()
-        if in_channels % groups or out_channels % groups:
-            raise UsageError(
-                f"in_channels (={in_channels}) and out_channels (={out_channels}) "
-                f"must be divisible by groups (={groups})"
-            )
-        self.kernel_size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
-        if lam == "full":
-            self.frequencies = all_frequencies(self.kernel_size)
-        elif isinstance(lam, int) and lam >= 1:
-            self.frequencies = frequencies_below(self.kernel_size, scaled_levels(self.kernel_size, lam))
-        else:
-            raise UsageError(f"lam (={lam!r}) must be 'full' or an integer of at least 1")
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.stride, self.padding, self.dilation, self.normalization = stride, padding, dilation, normalization
-        responses = in_channels * len(self.frequencies)
-        self.register_buffer("basis", None, persistent=False)
-        self.norm = nn.BatchNorm2d(responses, affine=False) if normalize else nn.Identity()
-        self.mix = nn.Conv2d(responses, out_channels, 1, groups=groups, bias=bias)
-        self._set_basis()
-
-    def forward(self, x: Tensor) -> Tensor:
-        if cast(Tensor, self.basis).device != x.device:
-            self._set_basis()
-        basis_F1KK = cast(Tensor, self.basis).unflatten(1, self.kernel_size)[:, None].to(x.dtype)
-        filters = basis_F1KK.repeat(self.in_channels, 1, 1, 1)
-        responses = nn.functional.conv2d(
-            x, filters, None, self.stride, self.padding, self.dilation, groups=self.in_channels
-        )
-        return cast(Tensor, self.mix(self.norm(responses)))
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
-        self._set_basis()
-        return self
-
-    def _set_basis(self) -> None:
-        dtype = torch.promote_types(self.mix.weight.dtype, torch.float32)
-        self._buffers["basis"] = self.kernels.to(self.mix.weight.device, dtype)
-
-    @property
-    def kernels(self) -> Tensor:
-        """The DCT kernels (F, K), float64."""
-        return dct_basis(self.kernel_size, self.frequencies, self.normalization)
-
-    def extra_repr(self) -> str:
-        kept = f"{len(self.frequencies)}/{len(all_frequencies(self.kernel_size))}"
-        return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, frequencies={kept}"
 
 
 def _kernel_size(conv: nn.Module) -> tuple[int, ...]:

@@ -6,8 +6,8 @@ from functools import partial
 
 from torch import nn
 
-from .block import absorb_bias, fold_block
-from .conv import HarmonicBlock2d, HarmonicMixin, to_dense
+from .block import HarmonicBlock2d, absorb_bias, fold_block
+from .conv import HarmonicMixin, to_dense
 from .surgery import exchange, put_in_place
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from .basis import Basis
-from .block import to_block
-from .conv import HarmonicBlock2d, HarmonicMixin, to_harmonic
+from .block import HarmonicBlock2d, to_block
+from .conv import HarmonicMixin, to_harmonic
 from .convert import check_network, run_where_possible
 from .errors import InputError, UsageError
 from .plan import Plan, make_plan

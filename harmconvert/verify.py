@@ -16,7 +16,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .conv import HarmonicBlock2d, HarmonicMixin
+from .block import HarmonicBlock2d
+from .conv import HarmonicMixin
 from .convert import default_input
 from .errors import UsageError, first_line, shortened
 from .forms import fold_blocks

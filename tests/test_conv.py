@@ -13,14 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from harmconvert.basis import Basis, all_frequencies, dct_basis, frequencies_below
-from harmconvert.conv import (
-    HarmonicBlock2d,
-    HarmonicMixin,
-    harmonic_class,
-    lay_out_channels_last,
-    to_dense,
-    to_harmonic,
-)
+from harmconvert.conv import HarmonicMixin, harmonic_class, lay_out_channels_last, to_dense, to_harmonic
 from harmconvert.errors import UsageError
 from harmconvert.projection import project, reconstruct
 
@@ -266,37 +259,6 @@ def test_only_convolutions_are_converted() -> None:
         to_harmonic(nn.Linear(3, 3))
     with pytest.raises(UsageError, match="Conv2d is not a harmonic convolution"):
         to_dense(nn.Conv2d(3, 3, 3))
-
-
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("lam", ["full", 3, 2, 1])
-def test_the_block_equals_equation_3_in_loops(lam: Any, normalize: bool) -> None:
-    block = HarmonicBlock2d(2, 3, 3, stride=2, padding=1, bias=False, lam=lam, normalize=normalize).double().train()
-    x = random_input((3, 2, 6, 6), torch.float64)
-    weights_OIF = block.mix.weight.detach().numpy().reshape(3, 2, -1)
-    eps = block.norm.eps if normalize else None
-    expected = oracle.harmonic_layer(x.numpy(), weights_OIF, (3, 3), block.frequencies, 2, 1, normalize_eps=eps)
-    np.testing.assert_allclose(block(x).detach().numpy(), expected, atol=1e-12)
-
-
-def test_the_block_has_as_many_weights_as_the_convolution_it_replaces() -> None:
-    block, conv = HarmonicBlock2d(6, 9, 3, groups=3), nn.Conv2d(6, 9, 3, groups=3)
-    assert sum(p.numel() for p in block.parameters()) == sum(p.numel() for p in conv.parameters())
-    assert block(torch.zeros(1, 6, 5, 5)).shape == conv(torch.zeros(1, 6, 5, 5)).shape
-    assert block.norm.affine is False
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"lam": 0}, "must be 'full' or an integer of at least 1"),
-        ({"lam": "half"}, "lam"),
-        ({"groups": 4}, "groups"),
-    ],
-)
-def test_block_arguments_are_checked(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        HarmonicBlock2d(6, 9, 3, **arguments)
 
 
 def test_a_harmonic_convolution_is_still_a_convolution() -> None:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import harmconvert as hc
 import harmconvert.models
-from harmconvert.block import fold_block, to_block
+from harmconvert.block import HarmonicBlock2d, fold_block, to_block
 from harmconvert.checkpoint import BlockRecord, Source, read_header
-from harmconvert.conv import HarmonicBlock2d, HarmonicMixin
+from harmconvert.conv import HarmonicMixin
 from harmconvert.errors import InputError, UsageError
 from harmconvert.harmonize import harmonize
 

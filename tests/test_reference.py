@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 import harmconvert as hc
+from harmconvert.block import HarmonicBlock2d
 from harmconvert.checkpoint import BlockRecord, Header, read_header
-from harmconvert.conv import HarmonicBlock2d, HarmonicMixin
+from harmconvert.conv import HarmonicMixin
 from harmconvert.errors import InputError, UsageError
 from harmconvert.harmonize import harmonize
 from harmconvert.reference import open_reference

@@ -215,7 +215,8 @@ def preprocessing_from(given: Mapping[str, Any], model: Any) -> dict[str, Any]:
 
 def _input_channels(model: Any) -> int:
     """What the network's configuration says, else what its first convolution reads, else 3."""
-    from ..conv import CONVOLUTIONS, HarmonicBlock2d
+    from ..block import HarmonicBlock2d
+    from ..conv import CONVOLUTIONS
 
     cfg = getattr(model, "pretrained_cfg", None)
     size = cfg.get("input_size") if isinstance(cfg, dict) else getattr(cfg, "input_size", None)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..basis import Frequency, all_frequencies, dct_basis
-from ..conv import CONVOLUTIONS, HarmonicBlock2d, HarmonicMixin
+from ..block import HarmonicBlock2d
+from ..conv import CONVOLUTIONS, HarmonicMixin
 from ..errors import InputError, UsageError
 from ..plan import Skip
 from ..projection import project
