@@ -336,7 +336,10 @@ def test_the_command_line_is_frozen() -> None:
         "evaluate": sorted(
             ["--seed", "--batch-size", "-b", "--compare", "--amp", "--device", *data, *network, *common]
         ),
-        "train": sorted(["--recipe", "--harmonic", "--basis", "--lambda", *data, *training, *network, *common]),
+        "train": sorted(
+            ["--recipe", "--harmonic", "--no-normalize-first", "--basis", "--lambda", *data, *training, *network,
+             *common]
+        ),
         "verify": sorted(["--as-planned", "--tolerance", *network, *common, *size]),
         "inspect": sorted(["--no-pretrained", *network, *common, *size]),
         "report": sorted(

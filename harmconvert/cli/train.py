@@ -41,6 +41,11 @@ if TYPE_CHECKING:
     metavar="LAMBDA",
     help="What the layers behind the first keep (with --harmonic all), as in convert.",
 )
+@click.option(
+    "--no-normalize-first",
+    is_flag=True,
+    help="Leave the spectrum normalisation of the first layer out ('no BN' in the paper's Table 1).",
+)
 @options.basis
 @training_options.data_options
 @training_options.holdout
@@ -56,6 +61,7 @@ def command(
     harmonic: str,
     lam: str,
     basis: str,
+    no_normalize_first: bool,
     output: str | None,
     force: bool,
     as_json: bool,
@@ -80,7 +86,7 @@ def command(
     output = output or default_output(source)
     check_output(output, force)
     with joined():
-        network, model = untrained(source, given, harmonic, lam, basis)
+        network, model = untrained(source, given, harmonic, lam, basis, not no_normalize_first)
         data = training_options.data_from(given, training_options.seed_from(given), ("train", "test"))
         check_classes(data, model, f"make the network with --model-kwargs num_classes={data.classes}")
         recipe = training_options.recipe_from(recipe_name, given)
@@ -89,7 +95,7 @@ def command(
         identity = {
             "recipe": recipe.to_json(),
             "data": training_options.data_identity(given, data, config),
-            "network": [source, harmonic, lam, basis],
+            "network": [source, harmonic, lam, basis, no_normalize_first],
         }
         keeper = training_options.keeper_from(given, output, identity, force)
         machine, workers = training_options.machine_from(given), training_options.workers_from(given)
@@ -124,7 +130,9 @@ def command(
     options.console().print(f"{found}\nwrote {output}", markup=False)
 
 
-def untrained(source: str, given: dict[str, Any], harmonic: str, lam: str, basis: str) -> tuple[Network, nn.Module]:
+def untrained(
+    source: str, given: dict[str, Any], harmonic: str, lam: str, basis: str, normalize_first: bool
+) -> tuple[Network, nn.Module]:
     """The network of a source with weights from the seed, and the form of it that is to be trained."""
     import torch
 
@@ -137,7 +145,15 @@ def untrained(source: str, given: dict[str, Any], harmonic: str, lam: str, basis
         return network, network.model
     size = training_options.preprocessing_from(given, network.model)["input_size"] if given["img_size"] else None
     example = options.example_input([tuple(size)] if size else [], network.model)
-    return network, harmonize(network.model, harmonic, parse_lambda(lam), basis=basis, example_input=example)
+    model = harmonize(
+        network.model,
+        harmonic,
+        parse_lambda(lam),
+        normalize_first=normalize_first,
+        basis=basis,
+        example_input=example,
+    )
+    return network, model
 
 
 def write(model: nn.Module, network: Network, output: str, harmonic: str, run: dict[str, Any]) -> None:
