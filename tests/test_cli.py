@@ -316,11 +316,12 @@ def test_the_command_line_is_frozen() -> None:
     data = ["--data-dir", "--dataset", "--train-split", "--val-split", "--img-size", "--workers", "-j", "--holdout",
             "--mean", "--std", "--interpolation", "--crop-pct"]  # fmt: skip
     training = [
-        "--epochs", "--batch-size", "-b", "--lr", "--opt", "--momentum", "--weight-decay", "--sched", "--warmup-epochs",
-        "--min-lr", "--crop", "--scale", "--ratio", "--hflip", "--vflip", "--color-jitter", "--aa", "--reprob",
-        "--mixup", "--cutmix", "--smoothing", "--clip-grad", "--model-ema-decay", "--amp", "--grad-accum-steps",
-        "--freeze-bn", "--seed", "--output", "-o", "--force", "--device", "--torchcompile", "--no-channels-last",
-        "--no-sync-bn", "--save-every", "--resume", "--log",
+        "--epochs", "--batch-size", "-b", "--lr", "--opt", "--momentum", "--weight-decay", "--sched",
+        "--warmup-epochs", "--decay-epochs", "--decay-milestones", "--decay-rate", "--padding", "--min-lr",
+        "--crop", "--scale", "--ratio", "--hflip", "--vflip", "--color-jitter", "--aa", "--reprob", "--mixup",
+        "--cutmix", "--smoothing", "--clip-grad", "--model-ema-decay", "--amp", "--grad-accum-steps",
+        "--freeze-bn", "--seed", "--output", "-o", "--force", "--device", "--torchcompile",
+        "--no-channels-last", "--no-sync-bn", "--save-every", "--resume", "--log",
     ]  # fmt: skip
     assert found == {
         "convert": sorted(

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,9 @@ import safetensors.torch
 import torch
 
 from harmconvert.checkpoint import read_header
+from harmconvert.cli.finetune import command as finetune_command
 from harmconvert.sources import open_source
+from harmconvert.training import Recipe
 
 from .pictures import digit_folders
 from .test_cli import SAMPLE, ok, run
@@ -429,6 +432,17 @@ def test_what_evaluate_refuses(arguments: list[str], code: int, message: str) ->
 
 
 # --- train ---
+
+
+def test_every_setting_of_a_recipe_has_an_option() -> None:
+    run = ["--data-dir", "digits", *DIGITS, "--epochs", "3", "--sched", "multistep", "--decay-milestones", "2"]
+    run += ["--decay-rate", "0.5", "--lr", "0.01", "--padding", "2", "--calibration-images", "0", "--json"]
+    found = json.loads(ok("finetune", "cut.safetensors", *run).stdout)
+    assert found["recipe"]["padding"] == 2
+    rates = [row["lr"] for row in found["epochs"]]
+    assert (rates[0], rates[2]) == pytest.approx((0.01, 0.005))
+    options = {parameter.name for parameter in finetune_command.params}
+    assert {field.name for field in fields(Recipe)} - {"name"} <= options
 
 
 def test_a_network_of_one_channel_trains_at_another_size() -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import options
+from . import options, types
 
 if TYPE_CHECKING:
     from ..data.datasets import Data
@@ -84,12 +84,16 @@ recipe_options = _stacked(
     click.option("--weight-decay", type=click.FloatRange(min=0), help="Of every parameter."),
     click.option("--sched", help="Schedule, by timm's name: none (constant), cosine, step, multistep, ..."),
     click.option("--warmup-epochs", type=click.IntRange(min=0), help="Epochs in which the learning rate rises."),
+    click.option("--decay-epochs", type=click.FloatRange(min=0, min_open=True), help="step: epochs between two cuts."),
+    click.option("--decay-milestones", type=types.Numbers(), help="multistep: epochs of the cuts, such as 60,120,160."),
+    click.option("--decay-rate", type=click.FloatRange(min=0), help="step, multistep: what a cut multiplies by."),
     click.option("--min-lr", type=click.FloatRange(min=0), help="Where a schedule ends."),
     click.option(
         "--crop",
         type=click.Choice(["resized", "padded", "none"]),
         help="Augmentation: random area and aspect (ImageNet), padded and cropped (CIFAR), or none.",
     ),
+    click.option("--padding", type=click.IntRange(min=0), help="Pixels of a padded crop."),
     click.option("--scale", type=float, nargs=2, help="Smallest and largest area of a resized crop."),
     click.option("--ratio", type=float, nargs=2, help="Least and greatest aspect of a resized crop."),
     click.option("--hflip", type=click.FloatRange(0, 1), help="Share of images that are mirrored; 0 for writing."),
@@ -132,6 +136,7 @@ run_options = _stacked(
 
 _CHANGEABLE = (
     *("epochs", "batch_size", "lr", "opt", "momentum", "weight_decay", "sched", "warmup_epochs", "min_lr", "crop"),
+    *("decay_epochs", "decay_milestones", "decay_rate", "padding"),
     *("scale", "ratio", "hflip", "vflip", "color_jitter", "aa", "reprob", "mixup", "cutmix", "smoothing", "clip_grad"),
     *("ema", "amp", "grad_accum_steps", "freeze_bn", "seed"),
 )
@@ -148,6 +153,8 @@ def recipe_from(name: str, given: Mapping[str, Any], **more: Any) -> Recipe:
     from ..training.state import identity_of
 
     changes = {key: given[key] for key in _CHANGEABLE if given[key] is not None} | more
+    if "decay_milestones" in changes:
+        changes["decay_milestones"] = tuple(round(epoch) for epoch in changes["decay_milestones"])
     if not given["resume"]:
         return recipe_named(name, **changes)
     recipe = Recipe.from_json(identity_of(given["resume"]).get("recipe"))
