@@ -142,3 +142,52 @@ def test_what_cannot_be_harmonized() -> None:
 def test_the_models_are_registered() -> None:
     assert harmconvert.models
     assert timm.is_model("wrn28_10")
+
+
+# --- how the weights start ---
+
+
+def drawn(**more: object) -> nn.Module:
+    plain = nn.Sequential(nn.Conv2d(3, 256, 7, bias=True), nn.Conv2d(256, 128, 3), nn.Linear(4, 4))
+    torch.manual_seed(5)
+    return harmonize(plain, "all", 2, **more)
+
+
+def test_weights_are_drawn_as_the_papers_code_draws_them() -> None:
+    """From N(0, 2 / fan-out): of a 1x1 mixing the output channels, of coefficients those times the frequencies."""
+    network = drawn()
+    block, merged = network[0], network[1]
+    assert block.mix.weight.std().item() == pytest.approx((2 / 256) ** 0.5, rel=0.02)
+    assert merged.coefficients.std().item() == pytest.approx((2 / (128 * 3)) ** 0.5, rel=0.02)
+    assert block.mix.weight.mean().abs() < 1e-3
+    assert block.mix.bias.abs().max() == merged.bias.abs().max() == 0
+    again = drawn()
+    assert torch.equal(again[0].mix.weight, block.mix.weight), "the same from the same seed"
+
+
+def test_a_whole_basis_starts_as_kaimings_kernels_do() -> None:
+    torch.manual_seed(0)
+    (merged,) = harmonize(nn.Sequential(nn.Conv2d(64, 64, 3)), "all", normalize_first=False)
+    kernel = torch.empty(64, 64, 3, 3)
+    nn.init.kaiming_normal_(kernel, mode="fan_out")
+    assert merged.weight.std().item() == pytest.approx(kernel.std().item(), rel=0.02)
+
+
+def test_a_pretrained_network_keeps_its_kernels_and_is_not_normalised() -> None:
+    plain = wrn().double()
+    x = random_input((2, 1, 28, 28), torch.float64)
+    network = harmonize(plain, "all", pretrained=True)
+    assert not any(isinstance(module, HarmonicBlock2d) for module in network.modules())
+    assert torch.allclose(network.eval()(x), plain.eval()(x), rtol=1e-11, atol=1e-11)
+    first = harmonize(plain, "first", pretrained=True)
+    assert [name for name, m in first.named_modules() if isinstance(m, HarmonicMixin)] == ["stem"]
+    klt = harmonize(plain, "all", 2, pretrained=True, basis="klt")
+    assert klt.stage3[0].conv1.fitted_basis is not None
+
+
+def test_all_else_of_the_network_stays_as_it_is() -> None:
+    plain = wrn()
+    network = harmonize(plain, "all")
+    kept = {key: tensor for key, tensor in network.state_dict().items() if key in plain.state_dict()}
+    assert any("norm" in key or "bn" in key for key in kept)
+    assert all(torch.equal(tensor, plain.state_dict()[key]) for key, tensor in kept.items())
