@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from .basis import Basis, all_frequencies
+from .budget import Budget, Search, SearchSettings
+from .budget.searching import Searching
 from .calibration import Calibration, CalibrationSettings, Progress, calibrate
 from .conv import HarmonicMixin, to_harmonic
 from .cost import Cost, network_cost
@@ -54,6 +56,7 @@ class Conversion:
     layers: tuple[LayerRecord, ...]
     cost: Cost
     calibration: Calibration | None = None
+    search: Search | None = None
 
     @property
     def advice(self) -> str | None:
@@ -70,7 +73,11 @@ class Conversion:
         """Everything but the network, JSON-able."""
         layers = [asdict(layer) for layer in self.layers]
         calibration = self.calibration.to_json() if self.calibration else None
-        return {"plan": self.plan.to_json(), "layers": layers, "cost": asdict(self.cost), "calibration": calibration}
+        search = self.search.to_json() if self.search else None
+        cost = asdict(self.cost)
+        return {
+            "plan": self.plan.to_json(), "layers": layers, "cost": cost, "calibration": calibration, "search": search,
+        }  # fmt: skip
 
 
 def convert(
@@ -82,8 +89,10 @@ def convert(
     exclude: Sequence[str] = (),
     basis: str = "dct",
     normalization: str = "ortho",
+    budget: str | Mapping[str, Any] | None = None,
     calibration: Iterable[Any] | None = None,
     settings: CalibrationSettings | None = None,
+    search: SearchSettings | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
     """Convert a network's convolutions over 1x1 to harmonic form; ``model`` itself is never changed.
@@ -106,9 +115,11 @@ def convert(
         basis: ``"dct"``, ``"haar"``, ``"gaussian"``, or ``"klt"``, which is fitted to each layer (`Basis`); a `Plan`
             has its own.
         normalization: of the basis: ``"ortho"``, or ``"l1"`` as in the paper's ImageNet networks.
+        budget: instead of ``lam``: a share of the whole network's parameters, bytes or MACs, ``{"params": 0.6}``
+            or ``"macs=50%"``; the plan of least harm within it is searched for (`harmconvert.budget`).
         calibration: batches of inputs to refit on (32 inputs or more): tensors, (input, target) pairs whose target is
             not looked at, or dicts of keywords; read once.
-        settings: of the calibration.
+        settings: of the calibration. search: of the search for a budget.
         progress: called with (layers done, layers, layer) while calibrating.
 
     Raises:
@@ -117,6 +128,13 @@ def convert(
     """
     check_network(model)
     check_weights(model)
+    if budget is not None:
+        if lam != "full":
+            raise UsageError(f"lam (={lam!r}) and budget (={budget!r}) both say what to keep: give one of them")
+        return _within(
+            model, Budget.parse(budget), Basis(basis, normalization), include, exclude, example_input, calibration,
+            settings or CalibrationSettings(), search or SearchSettings(), progress,
+        )  # fmt: skip
     run = run_where_possible(model, lam, example_input)
     plan = make_plan(find_sites(model, run), lam, include, exclude, Basis(basis, normalization))
     if not plan.layers:
@@ -142,6 +160,32 @@ def convert(
         calibrated = calibrate(model, converted, plan, calibration, settings, progress)
         converted.__dict__["harmconvert_calibration"] = calibrated  # what is saved or verified later says so
     return Conversion(converted, plan, tuple(records), network_cost(model, plan, run), calibrated)
+
+
+def _within(
+    model: nn.Module,
+    budget: Budget,
+    family: Basis,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    example_input: Any,
+    calibration: Iterable[Any] | None,
+    settings: CalibrationSettings,
+    search: SearchSettings,
+    progress: Progress | None,
+) -> Conversion:
+    """Convert by the best plan within a budget."""
+    run = run_where_possible(model, "any", example_input)
+    images = None if calibration is None else tuple(calibration)
+
+    def by_plan(plan: Plan, images: Sequence[Any] | None, settings: CalibrationSettings) -> Conversion:
+        return convert(model, plan, example_input=example_input, calibration=images, settings=settings)
+
+    searching = Searching(model, budget, find_sites(model, run), run, by_plan, images, settings, search)
+    if progress is not None:
+        searching.progress = progress
+    conversion, record = searching(include, exclude, family)
+    return replace(conversion, search=record)
 
 
 def check_network(model: nn.Module) -> None:

@@ -66,6 +66,11 @@ def write_file(path: str | Path, write: Callable[[Path], None], force: bool = Fa
         staging.unlink(missing_ok=True)
 
 
+def beside(output: str | Path, ending: str) -> Path:
+    """The path of what belongs to an output: its name without .safetensors, and an ending."""
+    return Path(str(output).removesuffix(".safetensors") + ending)
+
+
 def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]], force: bool = False) -> None:
     """Write rows that share their keys, at least one, as `write_file` does; None is an empty cell."""
 

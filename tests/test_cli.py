@@ -209,7 +209,11 @@ def test_outputs_are_never_lost() -> None:
         (["convert", SAMPLE, "--input-size", "3,x"], 2, "'3,x' is not a size such as 3,224,224"),
         (["convert", SAMPLE, "--input-size", "3,8,8"], 2, "does not run on"),
         (["convert", SAMPLE, "--model-kwargs", "x"], 2, "'x' is not KEY=VALUE"),
-        (["convert", SAMPLE, "--plan", "p.json", "--lambda", "2"], 2, "--plan and --lambda both say what to keep"),
+        (
+            ["convert", SAMPLE, "--plan", "p.json", "--lambda", "2"],
+            2,
+            "--plan, --lambda and --budget each say what to keep",
+        ),
         (["convert", SAMPLE, "-o", "net.pth"], 2, "net.pth should end in .safetensors"),
         (["convert"], 2, "Missing argument 'SOURCE'"),
         (["convert", SAMPLE, "--frobnicate"], 2, "No such option"),
@@ -325,7 +329,8 @@ def test_the_command_line_is_frozen() -> None:
     ]  # fmt: skip
     assert found == {
         "convert": sorted(
-            ["--basis", "--exclude", "--force", "--include", "--lambda", "--normalization", "--output", "--plan", "-o",
+            ["--basis", "--budget", "--trials", "--probes", "--save-plan", "--exclude",
+             "--force", "--include", "--lambda", "--normalization", "--output", "--plan", "-o",
              "--allow-fallback", "--calibrate", "--calibration-batch-size", "--calibration-images",
              "--calibration-memory", "--calibration-split", "--crop-pct", "--damping", "--data-dir", "--device",
              "--interpolation", "--mean", "--seed", "--std", *network, *common, *size]

@@ -13,6 +13,22 @@ if TYPE_CHECKING:
     from ..sources import Network
 
 
+def budget_options(command: Any) -> Any:
+    """How a plan for --budget is searched for."""
+    command = click.option(
+        "--probes",
+        metavar="FILE",
+        help="budget: where scores are kept for the next search; default: NAME.probes.json beside the output.",
+    )(command)
+    return click.option(
+        "--trials",
+        type=click.IntRange(min=0),
+        default=8,
+        show_default=True,
+        help="budget: whole plans tried on the network; 0 trusts the scores of single layers.",
+    )(command)
+
+
 @click.command(name="convert")
 @click.argument("source")
 @click.option(
@@ -23,6 +39,15 @@ if TYPE_CHECKING:
     "scaled to others, or 'PATTERN=N,PATTERN=N' with literal levels. Default: full; of a network that is harmonic "
     "already, what it has.",
 )
+@click.option(
+    "--budget",
+    multiple=True,
+    metavar="UNIT=SHARE",
+    help="Instead of a lambda: params=60%, bytes=60% or macs=60% (of the factored form) of the whole network; the plan "
+    "of least harm within it is searched for, on the images of --calibrate or by energy.",
+)
+@budget_options
+@click.option("--save-plan", metavar="FILE", help="Write the plan as JSON, to edit and to follow with --plan.")
 @click.option("--plan", "plan_file", metavar="FILE", help="Follow a plan saved as JSON instead of a lambda.")
 @click.option(
     "--include",
@@ -52,6 +77,10 @@ def command(
     source: str,
     lam: str | None,
     plan_file: str | None,
+    budget: tuple[str, ...],
+    trials: int,
+    probes: str | None,
+    save_plan: str | None,
     output: str | None,
     force: bool,
     input_size: Any,
@@ -73,25 +102,35 @@ def command(
     Example:
       harmconvert convert resnet50 --lambda progressive
       harmconvert convert resnet50 --lambda 2 --calibrate photographs/
+      harmconvert convert resnet50 --budget params=60% --calibrate photographs/
       harmconvert convert sample:resnet_mnist5k --lambda 'stage3.*=2' -o cut.safetensors
       harmconvert convert reference:model_best.pth.tar
     """
+    from ..budget import Budget, SearchSettings
     from ..checkpoint import default_name
     from ..convert import convert
     from ..distributed import joined, rank
     from ..errors import UsageError
-    from ..files import check_output
+    from ..files import beside, check_output, write_file
     from ..plan import Plan, parse_lambda
     from ..sources import is_harmonic_source
 
-    if plan_file and lam is not None:
-        raise UsageError("--plan and --lambda both say what to keep: give one of them")
+    if sum((plan_file is not None, lam is not None, bool(budget))) > 1 or len(budget) > 1:
+        raise UsageError("--plan, --lambda and --budget each say what to keep: give one of them, once")
+    if not budget:
+        options.only_with(budget_options, "--budget")
+    share = Budget.parse(budget[0]) if budget else None
     policy: Any = Plan.load(plan_file) if plan_file else parse_lambda(lam or "full")
-    told = any((lam, plan_file, include, exclude, basis != "dct", normalization != "ortho", more["data"]))
+    told = any((lam, plan_file, budget, include, exclude, basis != "dct", normalization != "ortho", more["data"]))
     as_it_is = not told and is_harmonic_source(source)
-    named = default_name(source, "plan" if plan_file else lam or "full")
+    kept = f"{share.unit}{100 * share.share:g}" if share else lam or "full"
+    named = default_name(source, "plan" if plan_file else kept)
     output = output or (named.replace("-harmonic-full", "-harmonic") if as_it_is else named)
     check_output(output, force)
+    if save_plan:
+        check_output(save_plan, force)
+    if share and probes is None and more["data"]:
+        probes = str(beside(output, ".probes.json"))
     options.say(f"loading {source}")
     with joined():
         network = options.opened(source, more, form="harmonic" if as_it_is else "dense")
@@ -108,12 +147,16 @@ def command(
                 exclude=exclude,
                 basis=basis,
                 normalization=normalization,
+                budget={share.unit: share.share} if share else None,
+                search=SearchSettings(trials, probes, options.say),
                 calibration=images.batches if images else None,
                 settings=settings,
                 progress=progress,
             )
         if rank() > 0:
             return 0  # the first process verifies and writes
+        if save_plan:
+            write_file(save_plan, conversion.plan.save, force)
         inputs = options.verification_inputs(input_size, network.source)
         _finish(network, conversion, inputs, output, force, as_json)
     return _calibration_verdict(conversion, output, more["allow_fallback"])
@@ -152,6 +195,8 @@ def _finish(network: Network, conversion: Conversion, inputs: Any, output: str, 
     from ..verify import verify
 
     console = options.console(quiet=as_json)
+    if conversion.search:
+        console.print(tables.search_table(conversion.search))
     console.print(tables.conversion_table(conversion))
     if conversion.calibration:
         console.print(tables.calibration_table(conversion.calibration))

@@ -289,8 +289,8 @@ def keeper_from(given: Mapping[str, Any], output: str, identity: Mapping[str, An
 
 def recorder(output: str, log: str | None) -> Callable[[Sequence[Mapping[str, Any]]], None]:
     """What keeps the figures of a run beside its output."""
+    from ..files import beside
     from ..training.metrics import Events, metrics_path, write_metrics
-    from ..training.state import beside
 
     if os.environ.get("RANK", "0") != "0":
         return lambda rows: None

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from ..budget import Search
 from ..calibration import ENOUGH_POSITIONS, Calibration
 from ..convert import Conversion, LayerRecord
 from ..cost import Cost
@@ -26,6 +27,18 @@ def conversion_table(conversion: Conversion) -> Table:
         error = "" if layer.error is None else f"{layer.error:.1e}"
         rows.append([layer.name or "(root)", kernel_text(layer.kernel), _kept(layer), energy, error, layer.why or ""])
     return _table(["layer", "kernel", "kept", "energy kept", "kernel error", "note"], rows, left={0, 5})
+
+
+def search_table(search: Search) -> Table:
+    """One row per plan that was tried for a budget, the one taken marked."""
+    rows = []
+    for number, plan in enumerate(search.tried):
+        measured = "" if plan.measured is None else f"{plan.measured:.3g}"
+        taken = "taken" if number == search.taken else ""
+        share = f"{plan.cost / search.whole:.1%}"
+        rows.append([plan.origin, f"{plan.cost:,}", share, f"{plan.expected:.3g}", measured, taken])
+    headings = ["plan", search.unit, "of the whole", f"{search.scored_by}, summed", "divergence seen", ""]
+    return _table(headings, rows, left={0, 5})
 
 
 def calibration_table(calibration: Calibration) -> Table:

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OutsideError
-from ..files import write_csv
-from .state import beside
+from ..files import beside, write_csv
 
 
 def metrics_path(output: str | Path) -> Path:

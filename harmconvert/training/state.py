@@ -15,7 +15,7 @@ import torch
 
 from ..distributed import any_rank, gathered, rank
 from ..errors import HarmconvertError, InputError, OutsideError, UsageError, first_line, shortened
-from ..files import write_file
+from ..files import beside, write_file
 from ..weights import UNREADABLE, why_unreadable
 
 STATE_VERSION = 1
@@ -108,11 +108,6 @@ def state_path(output: str | Path) -> Path:
     'net.state.pth'
     """
     return beside(output, ".state.pth")
-
-
-def beside(output: str | Path, ending: str) -> Path:
-    """The path of what belongs to an output: its name without .safetensors, and an ending."""
-    return Path(str(output).removesuffix(".safetensors") + ending)
 
 
 def identity_of(path: str | Path) -> Mapping[str, Any]:

@@ -1,0 +1,241 @@
+"""Ask for a size and get the plan of least harm (DESIGN 5).
+
+Each layer is cut alone, to each of some sizes, and scored by what that does to the network's outputs; dynamic
+programming picks one size for each layer within the budget; then whole plans are tried on the network itself, because
+scores do not add up when the cut is deep. From the whole to the parts: searching.py, the search on a network; `choose`
+here, the search among plans; choices.py, what there is to choose and its costs; probes.py, scores kept in a file;
+energy.py, scores without images; knapsack.py, the exact choice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..errors import UsageError
+from ..plan import Plan
+from .choices import Item, plan_of
+from .knapsack import Frontier, frontier
+
+UNITS = {"params": "parameters", "macs": "MACs in factored form", "bytes": "bytes"}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A share of the whole network's parameters, bytes or MACs (of the factored form), above 0 and up to 1.
+
+    >>> Budget.parse("params=60%"), Budget.parse({"macs": 0.5})
+    (Budget(unit='params', share=0.6), Budget(unit='macs', share=0.5))
+    """
+
+    unit: str
+    share: float
+
+    @classmethod
+    def parse(cls, given: str | Mapping[str, Any]) -> Budget:
+        """Read ``"params=60%"``, ``"params=0.6"``, or a dict of one of them.
+
+        Raises:
+            UsageError: an unknown unit, several, or a share that is none.
+        """
+        pairs = dict([given.partition("=")[::2]]) if isinstance(given, str) else dict(given)
+        if len(pairs) != 1:
+            raise UsageError(f"a budget is one of {', '.join(UNITS)}: {given!r} names {len(pairs)}")
+        ((unit, value),) = pairs.items()
+        unit = unit.strip()
+        if unit == "latency":
+            raise UsageError("latency is not a budget yet: this version has no form that a cut makes faster; use macs=")
+        if unit not in UNITS:
+            raise UsageError(f"unknown budget {unit!r}: use one of {', '.join(UNITS)}, such as params=60%")
+        try:
+            text = str(value).strip()
+            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            share = math.nan
+        if not 0 < share <= 1:
+            raise UsageError(f"the budget {unit}={value} is no share of the network: give 60% or 0.6, at most 100%")
+        return cls(unit, share)
+
+    def __str__(self) -> str:
+        return f"{self.unit}={100 * self.share:g}%"
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """``trials``: whole plans tried on the network (0 trusts the scores of single layers); ``probes``: file in which
+    scores are kept; ``say`` is told what can be reached before the work begins."""
+
+    trials: int = 8
+    probes: str | None = None
+    say: Callable[[str], None] = field(default=lambda message: None, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.trials < 0:
+            raise UsageError(f"{self.trials} trials: give 0 or more")
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A plan: where it comes from, what it costs, the sum of its layers' scores, and the divergence that it was seen to
+    have on images held back (None: not tried)."""
+
+    origin: str
+    cost: int
+    expected: float
+    measured: float | None = None
+
+
+@dataclass(frozen=True)
+class Search:
+    """How a plan was found: the budget, its limit, what can be reached, how cuts were scored (``divergence`` on images,
+    or ``energy`` without), all plans tried, the best plans of every size by their scores, and which was taken."""
+
+    budget: str
+    unit: str
+    whole: int
+    limit: int
+    smallest: int
+    scored_by: str
+    tried: tuple[Tried, ...]
+    taken: int
+    frontier: tuple[tuple[int, float], ...]
+    exact: bool
+
+    @property
+    def best(self) -> Tried:
+        """The plan that was taken."""
+        return self.tried[self.taken]
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dict."""
+        return asdict(self)
+
+
+def limit_of(budget: Budget, whole: int, changes: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """The most that a plan may cost, and the least that any plan does.
+
+    Raises:
+        UsageError: no plan is within the budget; says what can be reached.
+    """
+    limit, smallest = math.floor(budget.share * whole), whole + sum(min(row) for row in changes)
+    if smallest > limit:
+        raise UsageError(
+            f"the budget {budget} cannot be met: cutting can bring the {whole:,} {UNITS[budget.unit]} of this network "
+            f"to {smallest:,} at least, so ask for {math.ceil(1000 * smallest / whole) / 10:g}% or more; layers that a "
+            "policy spares are cut where --include names them"
+        )
+    return limit, smallest
+
+
+def choose(
+    budget: Budget,
+    whole_plan: Plan,
+    items: Sequence[Item],
+    costs: tuple[int, Sequence[Sequence[int]]],
+    scores: Sequence[Sequence[float]],
+    scored_by: str,
+    others: Mapping[str, Plan],
+    measure: Callable[[Plan], float | None] | None,
+    trials: int,
+) -> tuple[Plan, Search]:
+    """The plan of least divergence within the budget, and how it was found.
+
+    Args:
+        costs: of the whole plan, and the change by each choice of each item.
+        scores: of each choice of each item, 0 for the whole.
+        others: plans to try beside those of the search, where they are within the budget.
+        measure: the divergence of a whole plan (None: it cannot be told); None leaves scores alone to decide.
+
+    Raises:
+        UsageError: the budget cannot be met.
+    """
+    whole, changes = costs
+    limit, smallest = limit_of(budget, whole, changes)
+    front = frontier(changes, scores)
+    index = {name: number for number, item in enumerate(items) for name in item.names}
+    sets = [{frequencies: choice for choice, frequencies in enumerate(item.sets)} for item in items]
+
+    def cost(chosen: Sequence[int]) -> int:
+        return whole + sum(row[choice] for row, choice in zip(changes, chosen, strict=True))
+
+    def expected(chosen: Sequence[int]) -> float:
+        return sum(row[choice] for row, choice in zip(scores, chosen, strict=True))
+
+    def choices_in(plan: Plan) -> tuple[int, ...] | None:
+        """A plan as choices, where it is made of them."""
+        planned = {index[p.name]: sets[index[p.name]].get(p.frequencies) for p in plan.layers if p.name in index}
+        found = [planned.get(number) for number in range(len(items))]
+        return tuple(choice for choice in found if choice is not None) if None not in found else None
+
+    first = front.best(limit - whole)
+    assert first is not None
+    starts = {first: "search"}
+    rooted = frontier(changes, [[math.sqrt(max(score, 0.0)) for score in row] for row in scores]).best(limit - whole)
+    if rooted is not None:
+        starts.setdefault(rooted, "search, by roots")
+    fitting = [
+        (cost(chosen), chosen, name) for name, plan in others.items() if (chosen := choices_in(plan)) is not None
+    ]
+    for _, chosen, name in sorted((f for f in fitting if f[0] <= limit), reverse=True)[:2]:  # smaller ones are worse
+        starts.setdefault(chosen, name)
+    tried: dict[tuple[int, ...], Tried] = {}
+
+    def attempt(chosen: tuple[int, ...], origin: str) -> float:
+        value = measure(plan_of(whole_plan, items, chosen, str(budget))) if measure and trials else None
+        tried[chosen] = Tried(origin, cost(chosen), expected(chosen), value)
+        return math.inf if value is None else value
+
+    best, least = first, attempt(first, "search")
+    if measure is not None:
+        for chosen, origin in list(starts.items())[1:]:
+            if len(tried) < trials and (value := attempt(chosen, origin)) < least:
+                best, least = chosen, value
+        while len(tried) < trials:
+            swap = next((s for s in _swaps(best, changes, scores, limit - whole) if s not in tried), None)
+            if swap is None:
+                break
+            if (value := attempt(swap, "swap")) < least:
+                best, least = swap, value
+    plans = list(tried)
+    return plan_of(whole_plan, items, best, str(budget)), Search(
+        str(budget), budget.unit, whole, limit, smallest, scored_by, tuple(tried.values()), plans.index(best),
+        _shown(front, whole), front.exact,
+    )  # fmt: skip
+
+
+def _swaps(
+    chosen: tuple[int, ...], changes: Sequence[Sequence[int]], scores: Sequence[Sequence[float]], limit: int
+) -> Iterator[tuple[int, ...]]:
+    """Plans that give one item the next larger size and another a smaller one, as much as that takes to stay within the
+    limit; those of the least scores first."""
+    cost = sum(row[choice] for row, choice in zip(changes, chosen, strict=True))
+    found: list[tuple[float, tuple[int, ...]]] = []
+    for up, (row_up, choice) in enumerate(zip(changes, chosen, strict=True)):
+        if choice == 0:
+            continue
+        more = cost + row_up[choice - 1] - row_up[choice]
+        if more <= limit:
+            found.append((scores[up][choice - 1] - scores[up][choice], _with(chosen, {up: choice - 1})))
+        for down, row_down in enumerate(changes):
+            if down == up:
+                continue
+            for smaller in range(chosen[down] + 1, len(row_down)):
+                if more + row_down[smaller] - row_down[chosen[down]] <= limit:
+                    change = scores[up][choice - 1] - scores[up][choice]
+                    change += scores[down][smaller] - scores[down][chosen[down]]
+                    found.append((change, _with(chosen, {up: choice - 1, down: smaller})))
+                    break
+    yield from (swap for _, swap in sorted(found))
+
+
+def _with(chosen: tuple[int, ...], changed: Mapping[int, int]) -> tuple[int, ...]:
+    return tuple(changed.get(index, choice) for index, choice in enumerate(chosen))
+
+
+def _shown(front: Frontier, whole: int, points: int = 60) -> tuple[tuple[int, float], ...]:
+    """Some points of the frontier, from the smallest plan to the whole, evenly spaced in cost."""
+    wanted = [front.costs[0] + (front.costs[-1] - front.costs[0]) * step / (points - 1) for step in range(points)]
+    indices = sorted({int(i) for i in front.costs.searchsorted(wanted).clip(0, len(front.costs) - 1)})
+    return tuple((whole + int(front.costs[i]), float(front.scores[i])) for i in indices)

@@ -1,0 +1,72 @@
+"""One choice for each item, of least total score at no more than a total cost: exact dynamic programming."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+# So many combinations that no other beats are remembered; more of them are thinned out to the best of each cost cell.
+LIMIT = 50_000
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """Every trade-off that no other beats: total costs (rising), total scores (falling), and the choices of each.
+
+    ``exact`` is False where there were too many to remember: then a better plan may be missed, but none costs more than
+    it says.
+    """
+
+    costs: np.ndarray  # (n,) int64, true costs
+    scores: np.ndarray  # (n,)
+    choices: np.ndarray  # (n, items) int64
+    exact: bool
+
+    def best(self, budget: int) -> tuple[int, ...] | None:
+        """The choices of least score that cost no more than ``budget``; None where nothing does."""
+        fitting = int(np.searchsorted(self.costs, budget, side="right"))
+        return tuple(map(int, self.choices[fitting - 1])) if fitting else None
+
+
+def frontier(costs: Sequence[Sequence[int]], scores: Sequence[Sequence[float]], limit: int = LIMIT) -> Frontier:
+    """All best trade-offs of items with the given cost and score of each choice.
+
+    Partial sums that cost as much and score worse than others cannot be part of a best whole, whatever comes after;
+    dropping them as they arise is exact (dynamic programming by dominance for the multiple-choice knapsack: Kellerer,
+    Pferschy and Pisinger 2004, ch. 11). Costs of layers share large divisors, which keeps their number small.
+
+    >>> found = frontier([[9, 3], [9, 3]], [[0.0, 1.0], [0.0, 5.0]])
+    >>> found.best(12), found.best(5)
+    ((1, 0), None)
+    """
+    total_costs, total_scores = np.zeros(1, np.int64), np.zeros(1)
+    chosen, exact = np.zeros((1, 0), np.int64), True
+    for cost, score in zip(costs, scores, strict=True):
+        all_costs = (total_costs[:, None] + np.asarray(cost, np.int64)).ravel()
+        all_scores = (total_scores[:, None] + np.asarray(score, np.float64)).ravel()
+        kept = _undominated(all_costs, all_scores)
+        if len(kept) > limit:
+            exact = False
+            kept = _thinned(all_costs, all_scores, kept, limit)
+        parents, choice = np.divmod(kept, len(cost))
+        total_costs, total_scores = all_costs[kept], all_scores[kept]
+        chosen = np.concatenate([chosen[parents], choice[:, None]], 1)
+    return Frontier(total_costs, total_scores, chosen, exact)
+
+
+def _undominated(costs: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Indices, by rising cost, of what scores less than everything that costs no more."""
+    order = np.lexsort((scores, costs))
+    best = np.minimum.accumulate(scores[order])
+    return order[np.concatenate([[True], scores[order][1:] < best[:-1]])]
+
+
+def _thinned(costs: np.ndarray, scores: np.ndarray, kept: np.ndarray, limit: int) -> np.ndarray:
+    """Of each cell of a grid of costs the best score, and the cheapest of all."""
+    low, high = costs[kept[0]], costs[kept[-1]]
+    cells = (costs[kept] - low) * (limit - 1) // max(int(high - low), 1)
+    last = np.concatenate([cells[1:] != cells[:-1], [True]])  # scores fall, so the last of a cell is its best
+    last[0] = True
+    return kept[last]

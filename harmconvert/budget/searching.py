@@ -1,0 +1,147 @@
+"""The search on a network: what there is to choose, its scores, and the plans tried."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..basis import Basis, all_frequencies
+from ..calibration import CalibrationSettings, Progress
+from ..errors import InputError, UsageError
+from ..plan import ConvSite, Plan, make_plan
+from ..surgery import Trace
+from . import UNITS, Budget, Search, SearchSettings, choose, limit_of
+from .choices import Item, costs_of, items_of
+from .energy import energy_scores
+from .probes import Probes, key_of, name_of, name_of_plan
+
+OTHERS: tuple[str | int, ...] = ("progressive", 4, 3, 2, 1)
+
+# Converts by a plan, on calibration images and under settings; returns a Conversion (of a module further down).
+Converter = Callable[[Plan, "Sequence[Any] | None", CalibrationSettings], Any]
+
+
+@dataclass
+class Searching:
+    """One search: ``convert`` converts by a plan, on images or without."""
+
+    model: nn.Module
+    budget: Budget
+    sites: Sequence[ConvSite]
+    trace: Trace | None
+    convert: Converter
+    images: Sequence[Any] | None
+    settings: CalibrationSettings
+    search: SearchSettings
+    progress: Progress = lambda done, total, what: None
+
+    def __call__(self, include: Sequence[str], exclude: Sequence[str], family: Basis) -> tuple[Any, Search]:
+        """The conversion by the best plan that was found, and how it was found.
+
+        Raises:
+            UsageError: the budget cannot be met, or probes of something else lie in the file for them.
+            InputError: nothing may be cut, or outputs that cannot be compared.
+        """
+        if self.budget.unit == "macs" and self.trace is None:
+            raise UsageError(
+                f"the budget {self.budget} counts multiply-adds: give an example input (--input-size C,H,W)"
+            )
+        spared = make_plan(self.sites, 1, include, exclude, family)
+        whole = replace(
+            spared,
+            layers=tuple(replace(layer, frequencies=all_frequencies(layer.kernel_size)) for layer in spared.layers),
+            policy=str(self.budget),
+        )
+        items = items_of(whole, {site.name: site.tied_to for site in self.sites if site.tied_to})
+        if not items:
+            raise InputError(
+                f"no layer of this {type(self.model).__name__} may be cut: --include names those that should"
+            )
+        costs = costs_of(self.model, whole, items, self.budget.unit, self.trace)
+        limit, smallest = limit_of(self.budget, *costs)
+        self.search.say(
+            f"{UNITS[self.budget.unit]}: {costs[0]:,} now, {smallest:,} ({smallest / costs[0]:.1%}) at least; "
+            f"{self.budget} is {limit:,}"
+        )
+        others: dict[str, Plan] = {}
+        for policy in OTHERS:
+            with suppress(UsageError):  # progressive without map sizes
+                others[f"lambda {policy}"] = make_plan(self.sites, policy, include, exclude, family)
+        if self.images is None:
+            scores = [energy_scores(self.model, item.names, item.sets, family) for item in items]
+            plan, record = choose(self.budget, whole, items, costs, scores, "energy", others, None, 0)
+            return self.convert(plan, None, self.settings), record
+        path = Path(self.search.probes) if self.search.probes else None
+        probes = Probes.opened(path, key_of(self.model, self.images, self.settings, family))
+        scores = self._probed(whole, items, probes)
+        return self._tried(whole, items, costs, scores, others, probes)
+
+    def _probed(self, whole: Plan, items: Sequence[Item], probes: Probes) -> list[list[float]]:
+        """The divergence by each choice of each item, all else whole; those known from the file are not measured."""
+        total, done = sum(len(item.sets) - 1 for item in items), 0
+        scores = []
+        for item in items:
+            row = [0.0]
+            for frequencies in item.sets[1:]:
+                name = name_of(item.names, frequencies)
+                self.progress(done, total, f"probing {item.names[0]}")
+                done += 1
+                if name not in probes.single:
+                    cut = [replace(p, frequencies=frequencies) for p in whole.layers if p.name in item.names]
+                    probes.single[name] = self._divergence(replace(whole, layers=tuple(cut)), batch_norm=False)[1]
+                    probes.keep()
+                row.append(probes.single[name])
+            scores.append(row)
+        self.progress(total, total, "all layers probed")
+        return scores
+
+    def _tried(
+        self,
+        whole: Plan,
+        items: Sequence[Item],
+        costs: tuple[int, list[list[int]]],
+        scores: list[list[float]],
+        others: dict[str, Plan],
+        probes: Probes,
+    ) -> tuple[Any, Search]:
+        best: tuple[float, Any] = (float("inf"), None)
+        done = 0
+
+        def measure(plan: Plan) -> float:
+            nonlocal best, done
+            self.progress(done, self.search.trials, "trying whole plans")
+            done += 1
+            name = name_of_plan(plan)
+            if name not in probes.whole:
+                conversion, divergence = self._divergence(plan, self.settings.batch_norm)
+                if divergence < best[0]:
+                    best = (divergence, conversion)  # the others are let go
+                probes.whole[name] = divergence
+                probes.keep()
+            return probes.whole[name]
+
+        plan, record = choose(
+            self.budget, whole, items, costs, scores, "divergence", others, measure, self.search.trials
+        )
+        self.progress(self.search.trials, self.search.trials, "plan found")
+        conversion = best[1]
+        if conversion is None or conversion.plan.layers != plan.layers:
+            conversion = self.convert(plan, self.images, self.settings)
+        return replace(conversion, plan=replace(conversion.plan, policy=plan.policy)), record
+
+    def _divergence(self, plan: Plan, batch_norm: bool) -> tuple[Any, float]:
+        conversion = self.convert(plan, self.images, replace(self.settings, batch_norm=batch_norm))
+        found = conversion.calibration.divergence if conversion.calibration else None
+        if plan.whole:
+            return conversion, 0.0
+        if found is None:
+            raise InputError(
+                "the outputs of this network cannot be compared on these images, so plans cannot be told apart: give "
+                "two images or more, or leave the images out (then the energy that a cut takes decides)"
+            )
+        return conversion, found

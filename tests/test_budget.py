@@ -1,0 +1,297 @@
+"""Budgets: the exact choice against brute force, plans that stay within them, scores that are kept and told apart."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import harmconvert as hc
+from harmconvert.basis import Basis, all_frequencies, frequencies_below
+from harmconvert.budget import Budget, SearchSettings
+from harmconvert.budget.choices import costs_of, items_of, plan_of
+from harmconvert.budget.energy import energy_scores
+from harmconvert.budget.knapsack import frontier
+from harmconvert.convert import convert
+from harmconvert.cost import network_cost
+from harmconvert.errors import InputError, UsageError
+from harmconvert.plan import Plan, make_plan
+from harmconvert.samples import mnist5k_held_back
+from harmconvert.surgery import find_sites, trace
+
+from .networks import Branches, random_input, seeded
+from .test_cli import SAMPLE, ok, run
+
+X = random_input((2, 3, 16, 16))
+numbers = st.integers(0, 60)
+
+
+@st.composite
+def instances(draw: st.DrawFn) -> tuple[list[list[int]], list[list[float]]]:
+    sizes = draw(st.lists(st.integers(1, 4), min_size=1, max_size=6))
+    costs = [draw(st.lists(numbers, min_size=n, max_size=n)) for n in sizes]
+    scores = [draw(st.lists(numbers.map(float), min_size=n, max_size=n)) for n in sizes]
+    return costs, scores
+
+
+def brute_force(costs: list[list[int]], scores: list[list[float]], budget: int) -> float | None:
+    totals = [
+        sum(score[i] for score, i in zip(scores, chosen, strict=True))
+        for chosen in itertools.product(*(range(len(cost)) for cost in costs))
+        if sum(cost[i] for cost, i in zip(costs, chosen, strict=True)) <= budget
+    ]
+    return min(totals, default=None)
+
+
+@given(instances(), st.integers(0, 300))
+def test_the_choice_is_that_of_brute_force(case: tuple[Any, Any], budget: int) -> None:
+    costs, scores = case
+    found = frontier(costs, scores)
+    chosen, expected = found.best(budget), brute_force(costs, scores, budget)
+    assert found.exact
+    if chosen is None:
+        assert expected is None
+        return
+    assert sum(score[i] for score, i in zip(scores, chosen, strict=True)) == expected
+    assert sum(cost[i] for cost, i in zip(costs, chosen, strict=True)) <= budget
+
+
+@settings(deadline=None)
+@given(instances(), st.integers(0, 300), st.integers(2, 5))
+def test_thinned_out_it_still_stays_within_the_budget(case: tuple[Any, Any], budget: int, limit: int) -> None:
+    costs, scores = case
+    found = frontier(costs, scores, limit)
+    assert len(found.costs) <= max(limit, 2) + 1
+    chosen = found.best(budget)
+    if chosen is None:
+        assert brute_force(costs, scores, budget) is None, "the cheapest plan is never thinned out"
+        return
+    total = sum(cost[i] for cost, i in zip(costs, chosen, strict=True))
+    assert total <= budget
+    assert total in found.costs
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("params", "params= is no share of the network"),
+        ("params=0", "params=0 is no share"),
+        ("params=101%", "at most 100%"),
+        ("params=1.5", "at most 100%"),
+        ("params=-3", "no share"),
+        ("params=half", "no share"),
+        ("params=nan", "no share"),
+        ("weight=60%", "unknown budget 'weight': use one of params, macs, bytes, such as params=60%"),
+        ("latency=60%", "latency is not a budget yet"),
+        ({"params": 0.5, "macs": 0.5}, "names 2"),
+        ({}, "names 0"),
+    ],
+)
+def test_budgets_that_are_none(given: Any, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Budget.parse(given)
+    assert message in str(caught.value)
+
+
+def test_budgets_that_are_read() -> None:
+    same = [Budget.parse(text) for text in ("params=60%", "params=0.6", " params = 60 % ".replace(" %", "%"))]
+    assert {*same, Budget.parse({"params": 0.6}), Budget.parse({"params": "60%"})} == {Budget("params", 0.6)}
+    assert str(same[0]) == "params=60%"
+
+
+@pytest.mark.parametrize("unit", ["params", "bytes", "macs"])
+def test_costs_of_choices_add_up_to_the_networks(unit: str) -> None:
+    """Ties count once, bytes by the layer's own dtype, MACs of the factored form."""
+    model = seeded(Branches)
+    model.deep.half()
+    run_ = trace(seeded(Branches), X)
+    sites = find_sites(model, run_)
+    whole = make_plan(sites, "full")
+    items = items_of(whole, {site.name: site.tied_to for site in sites if site.tied_to})
+    assert ("tied_a", "tied_b") in [item.names for item in items]
+    total, changes = costs_of(model, whole, items, unit, run_)
+    for chosen in itertools.islice(itertools.product(*(range(0, len(row), 2) for row in changes)), 40):
+        cost = network_cost(model, plan_of(whole, items, chosen, ""), run_)
+        found = {"params": cost.harmonic_parameters, "bytes": cost.harmonic_bytes, "macs": cost.factored_macs}[unit]
+        assert found == total + sum(row[choice] for row, choice in zip(changes, chosen, strict=True))
+
+
+@pytest.mark.parametrize("size", [(3, 3), (5, 5), (7, 7), (64, 1), (2, 2), (1, 7), (3, 3, 3)])
+def test_every_uniform_lambda_is_among_the_choices(size: tuple[int, ...]) -> None:
+    conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(size)]
+    model = nn.Sequential(nn.ReLU(), conv(2, 2, size), conv(2, 2, size))
+    sites = find_sites(model)
+    (_, item) = items_of(make_plan(sites, "full"), {})
+    assert item.sets[0] == all_frequencies(size)
+    assert [len(s) for s in item.sets] == sorted({len(s) for s in item.sets}, reverse=True)
+    for lam in range(1, 6):
+        uniform = make_plan(sites, lam, include=["2"])
+        assert uniform.layers[0].frequencies in item.sets
+
+
+@pytest.mark.parametrize("share", [0.9, 0.5, 0.3, 0.15])
+@pytest.mark.parametrize("unit", ["params", "bytes", "macs"])
+def test_a_budget_is_never_exceeded(unit: str, share: float) -> None:
+    model = hc.open_source(SAMPLE).model
+    example = torch.zeros(1, 1, 28, 28)
+    found = convert(model, budget={unit: share}, example_input=example)
+    cost, whole = found.cost, network_cost(model, make_plan(find_sites(model), "full"), trace(model, example))
+    kept = {"params": cost.harmonic_parameters, "bytes": cost.harmonic_bytes, "macs": cost.factored_macs}[unit]
+    all_ = {"params": whole.parameters, "bytes": whole.bytes, "macs": whole.dense_macs}[unit]
+    assert kept <= share * all_
+    assert kept > (share - 0.08) * all_, "and it is used"
+    assert found.search.scored_by == "energy"
+    assert found.search.best.cost == kept
+    assert found.plan.policy == f"{unit}={100 * share:g}%"
+
+
+def digits(count: int) -> list[torch.Tensor]:
+    return [mnist5k_held_back()[0][:count]]
+
+
+def test_the_plan_taken_is_the_best_of_those_tried_and_beats_the_uniform_one() -> None:
+    model = hc.open_source(SAMPLE).model
+    found = convert(model, budget="params=35%", calibration=digits(64), search=SearchSettings(trials=5))
+    search = found.search
+    assert len(search.tried) == 5
+    origins = {plan.origin: plan.measured for plan in search.tried}
+    assert "lambda 2" in origins
+    assert search.best.measured == min(plan.measured for plan in search.tried)
+    assert search.best.measured < origins["lambda 2"]
+    assert all(plan.cost <= search.limit for plan in search.tried)
+    assert found.calibration.divergence == search.best.measured
+    assert hc.verify(model, found.model).as_planned
+    again = convert(model, Plan.from_json(found.plan.to_json()), calibration=digits(64))
+    assert again.calibration.divergence == pytest.approx(found.calibration.divergence, rel=1e-3)
+    json.dumps(found.to_json())
+
+
+def test_scores_are_kept_and_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, probes = hc.open_source(SAMPLE).model, tmp_path / "scores.json"
+    first = convert(
+        model, budget="params=40%", calibration=digits(32), search=SearchSettings(trials=2, probes=str(probes))
+    )
+    kept = json.loads(probes.read_text())
+    assert len(kept["single"]) == 18 * 4
+    assert len(kept["whole"]) == 2
+    calls: list[str] = []
+    monkeypatch.setattr(sys.modules["harmconvert.convert"], "calibrate", lambda *a, **k: calls.append("calibrate"))
+    settings_ = SearchSettings(trials=0, probes=str(probes))
+    second = convert(model, budget="params=20%", calibration=digits(32), search=settings_)
+    assert len(calls) == 1, "the delivered network alone is calibrated"
+    assert second.cost.harmonic_parameters < first.cost.harmonic_parameters
+    assert second.search.tried[0].measured is None
+
+
+def test_an_interrupted_search_goes_on(tmp_path: Path) -> None:
+    model, probes = hc.open_source(SAMPLE).model, tmp_path / "scores.json"
+    arguments: dict[str, Any] = {
+        "budget": "params=40%", "calibration": digits(16), "search": SearchSettings(trials=1, probes=str(probes)),
+    }  # fmt: skip
+
+    def stop(done: int, total: int, what: str) -> None:
+        if done == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(model, progress=stop, **arguments)
+    assert len(json.loads(probes.read_text())["single"]) == 7
+    whole = convert(model, **arguments)
+    alone = convert(model, **{**arguments, "search": SearchSettings(trials=1)})
+    assert whole.plan == alone.plan
+
+
+def test_probes_of_something_else_are_refused(tmp_path: Path) -> None:
+    model, probes = hc.open_source(SAMPLE).model, tmp_path / "scores.json"
+    search = SearchSettings(trials=1, probes=str(probes))
+    convert(
+        model, budget="params=40%", include=["stage3.2.*"], calibration=digits(16), search=search
+    ) if False else None
+    convert(model, budget="params=95%", include=["stage3.2.*"], calibration=digits(16), search=search)
+    arguments: dict[str, Any] = {"budget": "params=95%", "include": ["stage3.2.*"], "search": search}
+    other = hc.open_source(SAMPLE).model
+    with torch.no_grad():
+        other.fc.bias.add_(1) if hasattr(other, "fc") else next(other.parameters()).add_(1e-3)
+    with pytest.raises(UsageError, match="holds probes of other weights: remove it, or name another file"):
+        convert(other, calibration=digits(16), **arguments)
+    with pytest.raises(UsageError, match="holds probes of other images"):
+        convert(model, calibration=digits(17), **arguments)
+    with pytest.raises(UsageError, match="holds probes of other settings"):
+        convert(model, calibration=digits(16), basis="haar", **arguments)
+    for spoilt in ("{", "[]", '{"version": 2}', '{"version": 1, "key": {}, "single": {"a": "b"}, "whole": {}}'):
+        probes.write_text(spoilt)
+        with pytest.raises(InputError, match=r"holds (no )?probes .*: remove it"):
+            convert(model, calibration=digits(16), **arguments)
+
+
+def test_what_cannot_be_met_says_what_can() -> None:
+    model = hc.open_source(SAMPLE).model
+    with pytest.raises(UsageError, match=r"271,994 parameters of this network to 34,426 at least, so ask for 12\.7%"):
+        convert(model, budget="params=5%")
+    with pytest.raises(UsageError, match="counts multiply-adds: give an example input"):
+        convert(seeded(Branches), budget="macs=50%")
+    with pytest.raises(UsageError, match=r"lam \(=2\) and budget \(='params=50%'\) both say what to keep"):
+        convert(model, 2, budget="params=50%")
+    with pytest.raises(InputError, match="no layer of this Sequential may be cut: --include names those that should"):
+        convert(nn.Sequential(nn.Conv2d(3, 4, 3)), budget="params=50%")
+    with pytest.raises(InputError, match="cannot be compared on these images"):
+        convert(model, budget="params=50%", calibration=digits(1))
+
+
+def test_energy_is_what_a_cut_takes_as_the_batch_norm_sees_it() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ConvTranspose2d(4, 5, 3)))
+    model[1].running_var.copy_(torch.tensor([1.0, 4.0, 0.5, 2.0]))
+    sets = [all_frequencies((3, 3)), frequencies_below((3, 3), 2)]
+    whole, cut = energy_scores(model, ["0"], sets, Basis())
+    kernels_FK = Basis().kernels((3, 3))
+    lost = (model[0].weight.double().flatten(2) @ kernels_FK[3:].T).square().sum((1, 2))
+    assert whole == pytest.approx(0, abs=1e-12)
+    assert cut == pytest.approx((lost / model[1].running_var).mean().item(), rel=1e-6)
+    _, cut = energy_scores(model, ["2"], sets, Basis())
+    weight = model[2].weight.double()
+    lost = (weight.flatten(2) @ kernels_FK[3:].T).square().sum((0, 2))
+    assert cut == pytest.approx((lost / weight.square().sum((0, 2, 3))).mean().item(), rel=1e-6)
+
+
+# --- the command line ---
+
+
+def test_convert_by_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["convert", SAMPLE, "--budget", "params=30%", "--calibrate", "sample:mnist5k"]
+    arguments += ["--calibration-images", "32", "--trials", "2"]
+    result = ok(*arguments, "--save-plan", "plan.json")
+    assert "parameters: 271,994 now, 34,426 (12.7%) at least; params=30% is 81,598" in result.stderr
+    assert "taken" in result.stdout
+    assert Path("resnet_mnist5k-harmonic-params30.safetensors").exists()
+    assert Path("resnet_mnist5k-harmonic-params30.probes.json").exists()
+    followed = ok("convert", SAMPLE, "--plan", "plan.json", "-o", "followed.safetensors", "--json")
+    plan = json.loads(followed.stdout)["plan"]
+    assert plan == json.loads(Path("plan.json").read_text())
+    found = json.loads(ok(*arguments, "-o", "again.safetensors", "--json").stdout)
+    assert found["search"]["tried"]
+    assert found["cost"]["harmonic_parameters"] <= 81_598
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--budget", "params=30%", "--lambda", "2"], "give one of them, once"),
+        (["--budget", "params=30%", "--budget", "macs=30%"], "give one of them, once"),
+        (["--trials", "3"], "--trials is of use only with --budget"),
+        (["--budget", "params=0%"], "is no share of the network"),
+        (["--budget", "params=1%"], "cannot be met"),
+    ],
+)
+def test_what_a_budget_refuses(arguments: list[str], message: str) -> None:
+    result = run("convert", SAMPLE, *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
