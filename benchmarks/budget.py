@@ -1,0 +1,237 @@
+"""At equal size, is the searched plan better than a uniform lambda, progressive, and the ways of others?
+
+    python benchmarks/budget.py                          # appends to results/budget.csv; skips rows it has
+    python benchmarks/budget.py --networks resnet_mnist5k --seeds 0
+    python benchmarks/budget.py --summary
+
+Sizes, as shares of the parameters: those of lambda 3, progressive, lambda 2 and lambda 1, where the uniform plans are
+compared, and 50, 40, 30, 20 and 15 %. Each way may use no more:
+
+- search: `convert --budget`, 8 plans tried; scores alone: none tried (--trials 0); by energy: scores without images.
+- threshold: every layer is cut as far as its own score stays below one threshold, the same for all (AIMET's way of
+  taking layer scores), the highest that keeps the size.
+- uniform, progressive: where a lambda has that size. All of these are calibrated on the same 128 images.
+- Tucker-2 of every layer at the same share, and channel pruning by magnitude (Torch-Pruning), batch norms re-estimated
+  on the same images.
+
+Top-1 (or agreement) and KL on held-back images that nothing was chosen on; training-free, and after 1 epoch of the
+paper's fine-tuning, for three draws of the images. The search's own seconds are its cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import itertools
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+
+import calibration as common
+import finetune
+import torch
+from torch import Tensor, nn
+
+import harmconvert as hc
+from harmconvert.budget import SearchSettings
+from harmconvert.budget.choices import costs_of, items_of, plan_of
+from harmconvert.calibration import CalibrationSettings, reestimate_batch_norm
+from harmconvert.plan import Plan, make_plan
+from harmconvert.surgery import convolutions, find_sites, trace
+from harmconvert.training import Machine, train
+
+RESULTS = Path(__file__).parent / "results" / "budget.csv"
+KEYS = ["network", "size", "seed", "method", "epochs"]
+FIELDS = [*KEYS, "parameters", "share", "top1", "agreement", "kl", "seconds", "torch"]
+UNIFORM: list[str | int] = [3, "progressive", 2, 1]
+SHARES = [0.5, 0.4, 0.3, 0.2, 0.15]
+IMAGES = 128
+
+
+class Study:
+    """One network and one draw of calibration images: every way at every size, the layers probed once."""
+
+    def __init__(self, name: str, seed: int, folder: Path) -> None:
+        self.name, self.seed = name, seed
+        self.subject = common.subject(name)
+        self.model, self.include = self.subject.model, self.subject.include
+        self.example = self.subject.images[:1]
+        self.batches = self.subject.calibration(IMAGES, seed)
+        self.settings = CalibrationSettings(seed=seed)
+        self.probes = str(folder / "probes.json")
+        self.sites = find_sites(self.model, trace(self.model, self.example))
+        self.whole = hc.convert(self.model).cost.parameters
+
+    def sizes(self) -> Iterator[tuple[str, float, Plan | None]]:
+        """Name of a size, its share of the parameters, and the plan of a lambda that has it."""
+        for lam in UNIFORM:
+            conversion = hc.convert(self.model, lam, example_input=self.example, include=self.include)
+            yield f"lambda {lam}", conversion.cost.harmonic_parameters / self.whole, conversion.plan
+        yield from ((f"{100 * share:g} %", share, None) for share in SHARES)
+
+    def ways(self, share: float, uniform: Plan | None) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
+        yield "search", lambda: self.searched(share, 8)
+        yield "search, scores alone", lambda: self.searched(share, 0)
+        yield "search, by energy", lambda: self.by_energy(share)
+        yield "threshold", lambda: self.by_threshold(share)
+        if uniform is not None:
+            yield "uniform or progressive", lambda: self.calibrated(uniform)
+        yield "tucker-2", lambda: self.tucker(share)
+        yield "channel pruning", lambda: self.pruned(share)
+
+    def calibrated(self, plan: Plan) -> nn.Module:
+        return hc.convert(
+            self.model, plan, example_input=self.example, calibration=self.batches, settings=self.settings
+        ).model
+
+    def searched(self, share: float, trials: int) -> nn.Module:
+        return hc.convert(
+            self.model, budget={"params": share}, example_input=self.example, include=self.include,
+            calibration=self.batches, settings=self.settings, search=SearchSettings(trials, self.probes),
+        ).model  # fmt: skip
+
+    def by_energy(self, share: float) -> nn.Module:
+        found = hc.convert(self.model, budget={"params": share}, example_input=self.example, include=self.include)
+        return self.calibrated(found.plan)
+
+    def by_threshold(self, share: float) -> nn.Module:
+        spared = make_plan(self.sites, 1, self.include)
+        full = {p.name: p for p in make_plan(self.sites, "full", self.include).layers}
+        whole = replace(spared, layers=tuple(full[p.name] for p in spared.layers))
+        items = items_of(whole, {})
+        total, changes = costs_of(self.model, whole, items, "params", None)
+        scores = Study.scores(self, whole, items)
+        for threshold in sorted({score for row in scores for score in row}):
+            chosen = [max(i for i, score in enumerate(row) if score <= threshold) for row in scores]
+            if total + sum(row[i] for row, i in zip(changes, chosen, strict=True)) <= share * self.whole:
+                break
+        return self.calibrated(plan_of(whole, items, chosen, "threshold"))
+
+    def scores(self, whole: Plan, items: tuple[object, ...]) -> list[list[float]]:
+        """Those that the search kept in its file."""
+        from harmconvert.budget.probes import Probes, key_of, name_of
+
+        kept = Probes.opened(Path(self.probes), key_of(self.model, self.batches, self.settings, whole.family)).single
+        return [[0.0, *(kept[name_of(item.names, s)] for s in item.sets[1:])] for item in items]  # type: ignore[attr-defined]
+
+    def tucker(self, share: float) -> nn.Module:
+        other = copy.deepcopy(self.model)
+        convs, rest = convolutions(other), self.whole
+        layers = [p.name for p in make_plan(self.sites, 1, self.include).layers if not p.whole]
+        reach = sum(convs[name].weight.numel() for name in layers)
+        kept = (share * self.whole - (rest - reach)) / reach
+        for name in layers:
+            weight = convs[name].weight
+            weight.data.copy_(common.tucker2(weight.data, int(weight.numel() * kept)))
+        reestimate_batch_norm(other, self.batches)
+        return other
+
+    def pruned(self, share: float) -> nn.Module:
+        import torch_pruning
+
+        def at(ratio: float) -> nn.Module:
+            other = copy.deepcopy(self.model)
+            last = [module for module in other.modules() if isinstance(module, nn.Linear)][-1:]
+            torch_pruning.pruner.MagnitudePruner(
+                other, self.example, torch_pruning.importance.MagnitudeImportance(p=2), pruning_ratio=ratio,
+                ignored_layers=last,
+            ).step()  # fmt: skip
+            return other
+
+        low, high = 0.0, 0.95
+        for _ in range(9):
+            middle = (low + high) / 2
+            size = sum(p.numel() for p in at(middle).parameters())
+            low, high = (low, middle) if size <= share * self.whole else (middle, high)
+        other = at(high)
+        reestimate_batch_norm(other, self.batches)
+        return other
+
+    def tuned(self, model: nn.Module) -> nn.Module:
+        model = copy.deepcopy(model)
+        data = finetune.training_data(self.name, self.model, self.seed)
+        train(model, data, replace(finetune.RECIPE, seed=self.seed, epochs=1), machine=Machine())
+        return model
+
+
+def rows(study: Study, uncut: Tensor, done: set[tuple[str, ...]]) -> Iterator[dict[str, object]]:
+    for size, share, uniform in study.sizes():
+        for method, make in study.ways(share, uniform):
+            keys = [(study.name, size, str(study.seed), method, str(epochs)) for epochs in (0, 1)]
+            if all(key in done for key in keys):
+                continue
+            start = time.perf_counter()
+            model = make()
+            seconds = time.perf_counter() - start
+            # A Tucker form is multiplied out here: it has the parameters that it was given.
+            count = int(share * study.whole) if method == "tucker-2" else sum(p.numel() for p in model.parameters())
+            for key in keys:
+                if key in done:
+                    continue
+                network = model if key[-1] == "0" else study.tuned(model)
+                if key[-1] == "1" and method == "tucker-2":
+                    continue  # trained multiplied out it would no longer be one
+                yield {
+                    **dict(zip(KEYS, key, strict=True)), "parameters": count, "share": f"{count / study.whole:.4f}",
+                    **common.scores(network, study.subject, uncut), "seconds": f"{seconds:.1f}",
+                    "torch": torch.__version__,
+                }  # fmt: skip
+
+
+def run(names: list[str], seeds: list[int], threads: int) -> None:
+    torch.set_num_threads(threads)
+    done = set()
+    if RESULTS.exists():
+        with RESULTS.open() as file:
+            done = {tuple(row[key] for key in KEYS) for row in csv.DictReader(file)}
+    with RESULTS.open("a", newline="") as file, tempfile.TemporaryDirectory() as folder:
+        writer = csv.DictWriter(file, FIELDS)
+        if not done:
+            writer.writeheader()
+        for seed, name in itertools.product(seeds, names):
+            place = Path(folder) / f"{name}-{seed}"
+            place.mkdir()
+            study = Study(name, seed, place)
+            for row in rows(study, common.logits(study.model, study.subject.images), done):
+                writer.writerow(row)
+                file.flush()
+                print(*row.values(), flush=True)
+
+
+def summary() -> None:
+    with RESULTS.open() as file:
+        table = list(csv.DictReader(file))
+    for name, epochs in dict.fromkeys((row["network"], row["epochs"]) for row in table):
+        here = [row for row in table if (row["network"], row["epochs"]) == (name, epochs)]
+        measure = "top1" if here[0]["top1"] else "agreement"
+        print(f"\n{name}, {epochs} epochs: {measure} in %, mean (least-greatest) over seeds; KL")
+        for size, method in dict.fromkeys((row["size"], row["method"]) for row in here):
+            found = [row for row in here if (row["size"], row["method"]) == (size, method)]
+            values = [100 * float(row[measure]) for row in found]
+            share = mean(float(row["share"]) for row in found)
+            kl, seconds = (mean(float(row[key]) for row in found) for key in ("kl", "seconds"))
+            print(
+                f"  {size:18} {method:24} {share:6.1%}  {mean(values):6.2f} ({min(values):.1f}-{max(values):.1f})  "
+                f"KL {kl:.4f}  {seconds:6.1f} s  {len(found)} seeds"
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    every = ["resnet_mnist5k", "wrn16_4_mnist5k", "resnet18_elpv"]
+    parser.add_argument("--networks", nargs="+", default=every, choices=every)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--summary", action="store_true")
+    args = parser.parse_args()
+    if not args.summary:
+        run(args.networks, args.seeds, args.threads)
+    summary()
+
+
+if __name__ == "__main__":
+    main()
