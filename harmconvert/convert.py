@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -13,6 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from .basis import Basis, all_frequencies
 from .budget import Budget, Search, SearchSettings
+from .budget.dropping import Step, smallest_within
 from .budget.searching import Searching
 from .calibration import Calibration, CalibrationSettings, Progress, calibrate
 from .conv import HarmonicMixin, to_harmonic
@@ -57,6 +59,7 @@ class Conversion:
     cost: Cost
     calibration: Calibration | None = None
     search: Search | None = None
+    drops: tuple[Step, ...] = ()
 
     @property
     def advice(self) -> str | None:
@@ -77,6 +80,7 @@ class Conversion:
         cost = asdict(self.cost)
         return {
             "plan": self.plan.to_json(), "layers": layers, "cost": cost, "calibration": calibration, "search": search,
+            "drops": [asdict(step) for step in self.drops],
         }  # fmt: skip
 
 
@@ -90,6 +94,8 @@ def convert(
     basis: str = "dct",
     normalization: str = "ortho",
     budget: str | Mapping[str, Any] | None = None,
+    max_drop: float | None = None,
+    worth: Callable[[nn.Module], float] | None = None,
     calibration: Iterable[Any] | None = None,
     settings: CalibrationSettings | None = None,
     search: SearchSettings | None = None,
@@ -117,6 +123,8 @@ def convert(
         normalization: of the basis: ``"ortho"``, or ``"l1"`` as in the paper's ImageNet networks.
         budget: instead of ``lam``: a share of the whole network's parameters, bytes or MACs, ``{"params": 0.6}``
             or ``"macs=50%"``; the plan of least harm within it is searched for (`harmconvert.budget`).
+        max_drop: instead of ``lam``: the fewest parameters at which ``worth`` (of a network, in points, as top-1 in %)
+            falls by no more than this; by bisection over budgets, all of them in ``drops`` of what comes back.
         calibration: batches of inputs to refit on (32 inputs or more): tensors, (input, target) pairs whose target is
             not looked at, or dicts of keywords; read once.
         settings: of the calibration. search: of the search for a budget.
@@ -128,6 +136,17 @@ def convert(
     """
     check_network(model)
     check_weights(model)
+    if (max_drop is None) != (worth is None):
+        raise UsageError("max_drop needs worth, a function that says how good a network is, and worth max_drop")
+    if max_drop is not None and worth is not None:
+        if budget is not None or lam != "full":
+            raise UsageError("max_drop finds the size itself: leave out lam and budget")
+        images = None if calibration is None else tuple(calibration)
+        at = partial(
+            convert, model, example_input=example_input, include=include, exclude=exclude, basis=basis,
+            normalization=normalization, calibration=images, settings=settings, search=search, progress=progress,
+        )  # fmt: skip
+        return _within_drop(model, at, max_drop, worth)
     if budget is not None:
         if lam != "full":
             raise UsageError(f"lam (={lam!r}) and budget (={budget!r}) both say what to keep: give one of them")
@@ -186,6 +205,22 @@ def _within(
         searching.progress = progress
     conversion, record = searching(include, exclude, family)
     return replace(conversion, search=record)
+
+
+def _within_drop(
+    model: nn.Module, at: Callable[..., Conversion], max_drop: float, worth: Callable[[nn.Module], float]
+) -> Conversion:
+    """The smallest conversion that costs no more than so many points of what a network is worth."""
+    uncut = worth(model)
+
+    def attempt(share: float) -> tuple[Conversion, float]:
+        conversion = at(budget={"params": share}) if share < 1 else at("full")
+        return conversion, uncut - worth(conversion.model)
+
+    smallest = at(1, calibration=None, settings=None).cost
+    least = math.ceil(1e6 * smallest.harmonic_parameters / smallest.parameters) / 1e6
+    conversion, steps = smallest_within(attempt, least, max_drop)
+    return cast(Conversion, replace(conversion, drops=steps))
 
 
 def check_network(model: nn.Module) -> None:

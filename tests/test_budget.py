@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 import sys
@@ -18,6 +19,7 @@ import harmconvert as hc
 from harmconvert.basis import Basis, all_frequencies, frequencies_below
 from harmconvert.budget import Budget, SearchSettings
 from harmconvert.budget.choices import costs_of, items_of, plan_of
+from harmconvert.budget.dropping import smallest_within
 from harmconvert.budget.energy import energy_scores
 from harmconvert.budget.knapsack import frontier
 from harmconvert.convert import convert
@@ -28,6 +30,7 @@ from harmconvert.samples import mnist5k_held_back
 from harmconvert.surgery import find_sites, trace
 
 from .networks import Branches, random_input, seeded
+from .pictures import digit_folders
 from .test_cli import SAMPLE, ok, run
 
 X = random_input((2, 3, 16, 16))
@@ -289,9 +292,57 @@ def test_convert_by_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         (["--trials", "3"], "--trials is of use only with --budget"),
         (["--budget", "params=0%"], "is no share of the network"),
         (["--budget", "params=1%"], "cannot be met"),
+        (["--max-drop", "1"], "--max-drop POINTS is measured on --labelled DATA: give both"),
+        (["--labelled", "sample:mnist5k"], "give both"),
+        (["--max-drop", "1", "--labelled", "sample:mnist5k", "--lambda", "2"], "give one of them, once"),
+        (["--max-drop", "1", "--labelled", "nowhere"], "there is no data set 'nowhere'"),
     ],
 )
 def test_what_a_budget_refuses(arguments: list[str], message: str) -> None:
     result = run("convert", SAMPLE, *arguments)
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+# --- the largest drop ---
+
+
+@given(st.floats(0, 1), st.floats(0, 0.5))
+def test_bisection_finds_the_least_share_within_the_drop(threshold: float, least: float) -> None:
+    """Where the drop falls with the share; and what comes back is always within it."""
+    made, steps = smallest_within(lambda share: (share, 0.0 if share >= threshold else 10.0), least, 1.0, 7)
+    assert made >= threshold or made == least
+    assert made == pytest.approx(max(threshold, least), abs=(1 - least) / 2**7 + 1e-12)
+    assert all(0 <= step.share <= 1 for step in steps)
+
+
+def test_nothing_is_cut_where_every_cut_costs_too_much() -> None:
+    made, steps = smallest_within(lambda share: (share, 0.0 if share == 1 else 50.0), 0.1, 1.0, 3)
+    assert made == 1
+    assert len(steps) == 5
+    with pytest.raises(UsageError, match="a drop of -1 points: give 0 or more"):
+        smallest_within(lambda share: (share, 0.0), 0.1, -1)
+
+
+def test_the_smallest_network_within_a_drop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    digit_folders(tmp_path / "digits", 20)
+    arguments = ["convert", SAMPLE, "--max-drop", "3", "--labelled", "digits", "--calibrate", "sample:mnist5k"]
+    arguments += ["--calibration-images", "32", "--trials", "1", "--search-figure", "search.svg", "--json"]
+    found = json.loads(ok(*arguments).stdout)
+    assert found["output"] == "resnet_mnist5k-harmonic-drop3.safetensors"
+    within = [step["share"] for step in found["drops"] if step["drop"] <= 3]
+    assert found["cost"]["harmonic_parameters"] / found["cost"]["parameters"] <= min(within)
+    assert found["cost"]["harmonic_parameters"] / found["cost"]["parameters"] < 0.5
+    assert found["held_out"]["uncut"]["images"] == 100
+    assert found["held_out"]["converted"]["top1"] > 0.85
+    assert Path("search.svg").read_text().startswith("<?xml")
+    plans = list(csv.DictReader(Path("search.csv").read_text().splitlines()))
+    assert [row["taken"] for row in plans if row["plan"] != "frontier"].count("True") == 1
+
+
+def test_a_drop_needs_a_judge() -> None:
+    with pytest.raises(UsageError, match="max_drop needs worth"):
+        convert(nn.Conv2d(3, 4, 3), max_drop=1.0)
+    with pytest.raises(UsageError, match="max_drop finds the size itself"):
+        convert(nn.Conv2d(3, 4, 3), 2, max_drop=1.0, worth=lambda network: 1.0)

@@ -212,7 +212,7 @@ def test_outputs_are_never_lost() -> None:
         (
             ["convert", SAMPLE, "--plan", "p.json", "--lambda", "2"],
             2,
-            "--plan, --lambda and --budget each say what to keep",
+            "--plan, --lambda, --budget and --max-drop each say what to keep",
         ),
         (["convert", SAMPLE, "-o", "net.pth"], 2, "net.pth should end in .safetensors"),
         (["convert"], 2, "Missing argument 'SOURCE'"),
@@ -329,7 +329,9 @@ def test_the_command_line_is_frozen() -> None:
     ]  # fmt: skip
     assert found == {
         "convert": sorted(
-            ["--basis", "--budget", "--trials", "--probes", "--save-plan", "--exclude",
+            ["--basis", "--budget", "--max-drop", "--labelled", "--search-figure",
+             "--trials", "--probes", "--save-plan",
+             "--exclude",
              "--force", "--include", "--lambda", "--normalization", "--output", "--plan", "-o",
              "--allow-fallback", "--calibrate", "--calibration-batch-size", "--calibration-images",
              "--calibration-memory", "--calibration-split", "--crop-pct", "--damping", "--data-dir", "--device",

@@ -108,6 +108,20 @@ class Search:
         """The plan that was taken."""
         return self.tried[self.taken]
 
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each plan tried, then for each point of the frontier of scores."""
+        seen = [
+            {"plan": plan.origin, "cost": plan.cost, "share": plan.cost / self.whole, "summed": plan.expected,
+             "measured": plan.measured, "taken": index == self.taken}
+            for index, plan in enumerate(self.tried)
+        ]  # fmt: skip
+        front = [
+            {"plan": "frontier", "cost": cost, "share": cost / self.whole, "summed": score, "measured": None,
+             "taken": False}
+            for cost, score in self.frontier
+        ]  # fmt: skip
+        return [*seen, *front]
+
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict."""
         return asdict(self)

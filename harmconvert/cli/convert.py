@@ -9,12 +9,18 @@ import click
 from . import options
 
 if TYPE_CHECKING:
+    from ..budget import Budget
     from ..convert import Conversion
     from ..sources import Network
 
 
 def budget_options(command: Any) -> Any:
-    """How a plan for --budget is searched for."""
+    """How a plan for --budget or --max-drop is searched for."""
+    command = click.option(
+        "--search-figure",
+        metavar="FILE",
+        help="budget: draw all plans that were seen, .png or .svg, and a .csv beside it.",
+    )(command)
     command = click.option(
         "--probes",
         metavar="FILE",
@@ -45,6 +51,18 @@ def budget_options(command: Any) -> Any:
     metavar="UNIT=SHARE",
     help="Instead of a lambda: params=60%, bytes=60% or macs=60% (of the factored form) of the whole network; the plan "
     "of least harm within it is searched for, on the images of --calibrate or by energy.",
+)
+@click.option(
+    "--max-drop",
+    type=click.FloatRange(min=0),
+    metavar="POINTS",
+    help="Instead of a lambda: the smallest network that loses no more than so many points of top-1 on --labelled.",
+)
+@click.option(
+    "--labelled",
+    metavar="DATA",
+    help="max-drop: a folder with a folder for each class, sample:mnist5k, or a timm data set; half of the test images "
+    "choose, the other half say what was lost.",
 )
 @budget_options
 @click.option("--save-plan", metavar="FILE", help="Write the plan as JSON, to edit and to follow with --plan.")
@@ -78,6 +96,9 @@ def command(
     lam: str | None,
     plan_file: str | None,
     budget: tuple[str, ...],
+    max_drop: float | None,
+    labelled: str | None,
+    search_figure: str | None,
     trials: int,
     probes: str | None,
     save_plan: str | None,
@@ -110,33 +131,34 @@ def command(
     from ..checkpoint import default_name
     from ..convert import convert
     from ..distributed import joined, rank
-    from ..errors import UsageError
     from ..files import beside, check_output, write_file
     from ..plan import Plan, parse_lambda
+    from ..report.writing import check_figure, write_figure
     from ..sources import is_harmonic_source
+    from .labelled import halves
 
-    if sum((plan_file is not None, lam is not None, bool(budget))) > 1 or len(budget) > 1:
-        raise UsageError("--plan, --lambda and --budget each say what to keep: give one of them, once")
-    if not budget:
-        options.only_with(budget_options, "--budget")
+    _check_choice(plan_file, lam, budget, max_drop, labelled)
     share = Budget.parse(budget[0]) if budget else None
     policy: Any = Plan.load(plan_file) if plan_file else parse_lambda(lam or "full")
-    told = any((lam, plan_file, budget, include, exclude, basis != "dct", normalization != "ortho", more["data"]))
+    told = any(
+        (lam, plan_file, budget, labelled, include, exclude, basis != "dct", normalization != "ortho", more["data"])
+    )
     as_it_is = not told and is_harmonic_source(source)
-    kept = f"{share.unit}{100 * share.share:g}" if share else lam or "full"
-    named = default_name(source, "plan" if plan_file else kept)
+    named = default_name(source, _kept(lam, plan_file, share, max_drop))
     output = output or (named.replace("-harmonic-full", "-harmonic") if as_it_is else named)
     check_output(output, force)
     if save_plan:
         check_output(save_plan, force)
-    if share and probes is None and more["data"]:
+    figure = check_figure(source, "search", search_figure, force) if search_figure else None
+    if (share or labelled) and probes is None and more["data"]:
         probes = str(beside(output, ".probes.json"))
-    options.say(f"loading {source}")
     with joined():
+        options.say(f"loading {source}")
         network = options.opened(source, more, form="harmonic" if as_it_is else "dense")
         if as_it_is and network.header:
             return _keep(network, options.verification_inputs(input_size, network.source), output, force, as_json)
-        options.place(network.model, device, more["data"])
+        options.place(network.model, device, more["data"] or labelled)
+        worth, report = halves(labelled, network.model, more) if labelled else (None, None)
         images, settings = options.calibration(more, network.model, input_size)
         with options.progress() as progress:
             conversion = convert(
@@ -148,18 +170,44 @@ def command(
                 basis=basis,
                 normalization=normalization,
                 budget={share.unit: share.share} if share else None,
+                max_drop=max_drop,
+                worth=worth,
                 search=SearchSettings(trials, probes, options.say),
                 calibration=images.batches if images else None,
                 settings=settings,
                 progress=progress,
             )
+        held_out = report(network.model, conversion.model) if report else None  # by all processes
         if rank() > 0:
             return 0  # the first process verifies and writes
+        if figure and conversion.search:
+            write_figure(conversion.search, *figure, force)
         if save_plan:
             write_file(save_plan, conversion.plan.save, force)
         inputs = options.verification_inputs(input_size, network.source)
-        _finish(network, conversion, inputs, output, force, as_json)
+        _finish(network, conversion, inputs, output, force, as_json, held_out)
     return _calibration_verdict(conversion, output, more["allow_fallback"])
+
+
+def _kept(lam: str | None, plan_file: str | None, share: Budget | None, max_drop: float | None) -> str:
+    """What a file is called after that keeps this."""
+    if share is not None:
+        return f"{share.unit}{100 * share.share:g}"
+    return f"drop{max_drop:g}" if max_drop is not None else "plan" if plan_file else lam or "full"
+
+
+def _check_choice(
+    plan_file: str | None, lam: str | None, budget: tuple[str, ...], max_drop: float | None, labelled: str | None
+) -> None:
+    """Raise UsageError where what to keep is said twice, or in half."""
+    from ..errors import UsageError
+
+    if sum((plan_file is not None, lam is not None, bool(budget), max_drop is not None)) > 1 or len(budget) > 1:
+        raise UsageError("--plan, --lambda, --budget and --max-drop each say what to keep: give one of them, once")
+    if (max_drop is None) != (labelled is None):
+        raise UsageError("--max-drop POINTS is measured on --labelled DATA: give both")
+    if not budget and max_drop is None:
+        options.only_with(budget_options, "--budget")
 
 
 def _keep(network: Network, inputs: Any, output: str, force: bool, as_json: bool) -> int:
@@ -187,7 +235,9 @@ def _keep(network: Network, inputs: Any, output: str, force: bool, as_json: bool
     return 0
 
 
-def _finish(network: Network, conversion: Conversion, inputs: Any, output: str, force: bool, as_json: bool) -> None:
+def _finish(
+    network: Network, conversion: Conversion, inputs: Any, output: str, force: bool, as_json: bool, held_out: Any
+) -> None:
     """Show what was done, verify it, write it."""
     from ..checkpoint import save
     from ..errors import CheckError
@@ -197,6 +247,8 @@ def _finish(network: Network, conversion: Conversion, inputs: Any, output: str, 
     console = options.console(quiet=as_json)
     if conversion.search:
         console.print(tables.search_table(conversion.search))
+    if conversion.drops:
+        console.print(tables.drops_table(conversion.drops))
     console.print(tables.conversion_table(conversion))
     if conversion.calibration:
         console.print(tables.calibration_table(conversion.calibration))
@@ -213,8 +265,13 @@ def _finish(network: Network, conversion: Conversion, inputs: Any, output: str, 
     save(conversion, output, source=network.source, force=force)
     console.print(check.verdict, markup=False)
     console.print(f"wrote {output} ({tables.file_size(output)})", markup=False)
+    if held_out:
+        for name, found in held_out.items():
+            console.print(f"{name}, on the images that chose nothing: {found}", markup=False)
     if as_json:
-        options.print_json({"output": output, **conversion.to_json(), "verification": check.to_json()})
+        record = {"output": output, **conversion.to_json(), "verification": check.to_json()}
+        held_out = {name: found.to_json() for name, found in held_out.items()} if held_out else None
+        options.print_json({**record, "held_out": held_out})
 
 
 def _calibration_verdict(conversion: Conversion, output: str, allow_fallback: bool) -> int:

@@ -238,7 +238,9 @@ class _FromTorch(Pictures):
 
 
 @dataclass(frozen=True)
-class _Some(Pictures):
+class Some(Pictures):
+    """Some of the pictures of another set, by their indices."""
+
     whole: Pictures
     indices: np.ndarray
     classes: Sequence[str] | None = field(init=False)
@@ -353,6 +355,6 @@ def _split(pictures: Pictures, request: DataRequest, parts: Sequence[str]) -> Da
     kept_back = max(1, round(request.holdout * len(pictures)))
     if kept_back == len(pictures):
         raise InputError(f"{request} holds {len(pictures)} image: too few to train on and to test on")
-    test, train = _Some(pictures, np.sort(order[:kept_back])), _Some(pictures, np.sort(order[kept_back:]))
+    test, train = Some(pictures, np.sort(order[:kept_back])), Some(pictures, np.sort(order[kept_back:]))
     note = f"{request} has one split: {len(test)} of its {len(pictures)} images (seed {request.seed}) are tested on"
     return Data(train if "train" in parts else None, test if "test" in parts else None, (note,))

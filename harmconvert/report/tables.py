@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from ..budget import Search
+from ..budget.dropping import Step
 from ..calibration import ENOUGH_POSITIONS, Calibration
 from ..convert import Conversion, LayerRecord
 from ..cost import Cost
@@ -39,6 +40,12 @@ def search_table(search: Search) -> Table:
         rows.append([plan.origin, f"{plan.cost:,}", share, f"{plan.expected:.3g}", measured, taken])
     headings = ["plan", search.unit, "of the whole", f"{search.scored_by}, summed", "divergence seen", ""]
     return _table(headings, rows, left={0, 5})
+
+
+def drops_table(drops: Sequence[Step]) -> Table:
+    """One row per budget tried for a largest drop, in the order in which they were tried."""
+    rows = [[f"{step.share:.1%}", f"{step.drop:+.2f}"] for step in drops]
+    return _table(["parameters", "points lost, on the choosing half"], rows, left=set())
 
 
 def calibration_table(calibration: Calibration) -> Table:

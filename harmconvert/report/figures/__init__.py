@@ -1,4 +1,5 @@
-"""Figures 2, 3 and 4 of the paper, drawn by matplotlib from plain numbers; the same numbers give the same bytes."""
+"""Figures 2, 3 and 4 of the paper, and one of a budget search, drawn by matplotlib from plain numbers; the same numbers
+give the same bytes."""
 
 from __future__ import annotations
 
@@ -6,11 +7,13 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from ...budget import Search
 from ..filters import FilterBank
 from ..spectrum import Spectrum
 from ..tradeoff import Tradeoff
 from .canvas import style
 from .filters import draw_filters
+from .search import draw_search
 from .spectrum import draw_spectrum
 from .tradeoff import draw_tradeoff
 
@@ -19,11 +22,13 @@ DPI = 150
 _METADATA: dict[str, dict[str, None]] = {"png": {"Software": None}, "svg": {"Creator": None, "Date": None}}
 
 
-def draw(found: FilterBank | Spectrum | Tradeoff) -> Figure:
+def draw(found: FilterBank | Spectrum | Tradeoff | Search) -> Figure:
     """The figure of these numbers."""
     with style():
         if isinstance(found, FilterBank):
             return draw_filters(found)
+        if isinstance(found, Search):
+            return draw_search(found)
         return draw_spectrum(found) if isinstance(found, Spectrum) else draw_tradeoff(found)
 
 

@@ -1,0 +1,57 @@
+"""Labelled images of one option: half of them to choose on, the other half to say what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+Judge = Callable[[Any], float]
+Report = Callable[[Any, Any], dict[str, Any]]
+
+
+def halves(data: str, model: Any, given: Mapping[str, Any]) -> tuple[Judge, Report]:
+    """Top-1 in % of a network on every second test image; and what two networks, the uncut and the converted one, are
+    worth on the others, by name.
+
+    Raises:
+        UsageError, InputError: no such images, without labels, or of other classes than the network's.
+    """
+    import numpy as np
+
+    from ..data import preprocessing
+    from ..data.datasets import DataRequest, Pictures, Some, open_data
+    from ..data.loading import evaluation_batches
+    from ..data.preprocessing import color_mode, evaluation_transform
+    from ..errors import InputError, UsageError
+    from ..evaluation import Evaluation, evaluate
+    from ..training.finetuning import check_classes
+
+    own = Path(data).is_dir() or data.endswith(".tar")
+    request = DataRequest("" if own else data, data if own else given["data_dir"], holdout=0.0)
+    pictures = open_data(request, ("test",)).test
+    if not isinstance(pictures, Pictures):
+        raise UsageError(f"--labelled {data} is a stream, which cannot be halved: give a folder or another data set")
+    if not pictures.labelled:
+        raise InputError(f"--labelled {data} has no labels: give a folder with a folder for each class")
+    if len(pictures) < 2:
+        raise InputError(f"--labelled {data} holds {len(pictures)} image: give two or more, of which half choose")
+    overrides = {key: given[key] for key in ("mean", "std", "interpolation", "crop_pct")}
+    config = preprocessing(model, overrides)
+    parts = [Some(pictures, np.arange(start, len(pictures), 2)) for start in (0, 1)]
+    check_classes(open_data(request, ("test",)), model, "give images of the network's classes")
+
+    def on(part: Some, network: Any) -> Evaluation:
+        loading = evaluation_batches(part, evaluation_transform(config), color_mode(config), 256)
+        found = evaluate(network, loading.epoch(0))
+        if found.top1 is None:
+            raise InputError(f"--labelled {data} has no labels: give a folder with a folder for each class")
+        return found
+
+    def worth(network: Any) -> float:
+        return 100 * (on(parts[0], network).top1 or 0.0)
+
+    def report(uncut: Any, converted: Any) -> dict[str, Any]:
+        return {"uncut": on(parts[1], uncut), "converted": on(parts[1], converted)}
+
+    return worth, report
