@@ -10,7 +10,6 @@ run. The rule of ``stage="auto"`` is read off this table.
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from pathlib import Path
 from statistics import median, quantiles
 
 import torch
+from table import appended
 from torch import Tensor
 
 from harmconvert import HarmonicBlock2d
@@ -85,16 +85,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    fresh = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if fresh:
-            writer.writeheader()
+    with appended(RESULTS, FIELDS) as (_, write):
         for name, lam, backward in itertools.product(LAYERS, LAMBDAS, (False, True)):
-            row = compare(name, lam, backward, args)
-            writer.writerow(row)
-            file.flush()
-            print(*row.values(), flush=True)
+            write(compare(name, lam, backward, args))
 
 
 if __name__ == "__main__":

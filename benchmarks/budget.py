@@ -26,7 +26,7 @@ import csv
 import itertools
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -34,11 +34,13 @@ from statistics import mean
 import calibration as common
 import finetune
 import torch
+from table import appended
 from torch import Tensor, nn
 
 import harmconvert as hc
 from harmconvert.budget import SearchSettings
-from harmconvert.budget.choices import costs_of, items_of, plan_of
+from harmconvert.budget.choices import Item, costs_of, items_of, plan_of, whole_plan
+from harmconvert.budget.probes import Probes, key_of, name_of
 from harmconvert.calibration import CalibrationSettings, reestimate_batch_norm
 from harmconvert.plan import Plan, make_plan
 from harmconvert.surgery import convolutions, find_sites, trace
@@ -99,24 +101,20 @@ class Study:
         return self.calibrated(found.plan)
 
     def by_threshold(self, share: float) -> nn.Module:
-        spared = make_plan(self.sites, 1, self.include)
-        full = {p.name: p for p in make_plan(self.sites, "full", self.include).layers}
-        whole = replace(spared, layers=tuple(full[p.name] for p in spared.layers))
+        whole = whole_plan(self.sites, self.include)
         items = items_of(whole, {})
         total, changes = costs_of(self.model, whole, items, "params", None)
-        scores = Study.scores(self, whole, items)
+        scores = self.scores(whole, items)
         for threshold in sorted({score for row in scores for score in row}):
             chosen = [max(i for i, score in enumerate(row) if score <= threshold) for row in scores]
             if total + sum(row[i] for row, i in zip(changes, chosen, strict=True)) <= share * self.whole:
                 break
         return self.calibrated(plan_of(whole, items, chosen, "threshold"))
 
-    def scores(self, whole: Plan, items: tuple[object, ...]) -> list[list[float]]:
+    def scores(self, whole: Plan, items: Sequence[Item]) -> list[list[float]]:
         """Those that the search kept in its file."""
-        from harmconvert.budget.probes import Probes, key_of, name_of
-
         kept = Probes.opened(Path(self.probes), key_of(self.model, self.batches, self.settings, whole.family)).single
-        return [[0.0, *(kept[name_of(item.names, s)] for s in item.sets[1:])] for item in items]  # type: ignore[attr-defined]
+        return [[0.0, *(kept[name_of(item.names, s)] for s in item.sets[1:])] for item in items]
 
     def tucker(self, share: float) -> nn.Module:
         other = copy.deepcopy(self.model)
@@ -184,22 +182,13 @@ def rows(study: Study, uncut: Tensor, done: set[tuple[str, ...]]) -> Iterator[di
 
 def run(names: list[str], seeds: list[int], threads: int) -> None:
     torch.set_num_threads(threads)
-    done = set()
-    if RESULTS.exists():
-        with RESULTS.open() as file:
-            done = {tuple(row[key] for key in KEYS) for row in csv.DictReader(file)}
-    with RESULTS.open("a", newline="") as file, tempfile.TemporaryDirectory() as folder:
-        writer = csv.DictWriter(file, FIELDS)
-        if not done:
-            writer.writeheader()
+    with appended(RESULTS, FIELDS, KEYS) as (done, write), tempfile.TemporaryDirectory() as folder:
         for seed, name in itertools.product(seeds, names):
             place = Path(folder) / f"{name}-{seed}"
             place.mkdir()
             study = Study(name, seed, place)
             for row in rows(study, common.logits(study.model, study.subject.images), done):
-                writer.writerow(row)
-                file.flush()
-                print(*row.values(), flush=True)
+                write(row)
 
 
 def summary() -> None:

@@ -31,6 +31,7 @@ from statistics import mean
 
 import networks
 import torch
+from table import appended
 from torch import Tensor, nn
 
 import harmconvert as hc
@@ -197,21 +198,12 @@ def methods(subject: Subject, lam: str | int, count: int, seed: int) -> Iterator
 
 def run(names: list[str], counts: list[int], seeds: list[int], threads: int) -> None:
     torch.set_num_threads(threads)
-    done = set()
-    if RESULTS.exists():
-        with RESULTS.open() as file:
-            done = {tuple(row[key] for key in KEYS) for row in csv.DictReader(file)}
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if not done:
-            writer.writeheader()
+    with appended(RESULTS, FIELDS, KEYS) as (done, append):
 
         def write(key: tuple[object, ...], parameters: int, found: dict[str, float | str], seconds: float) -> None:
             row = dict(zip(KEYS, map(str, key), strict=True))
             row |= {"parameters": str(parameters), "seconds": f"{seconds:.1f}", "torch": torch.__version__, **found}
-            writer.writerow(row)
-            file.flush()
-            print(*row.values(), flush=True)
+            append(row)
 
         subjects = {name: subject(name) for name in names}
         uncut = {name: logits(it.model, it.images) for name, it in subjects.items()}

@@ -29,6 +29,7 @@ from statistics import mean
 import calibration as common
 import networks
 import torch
+from table import appended
 from torch import Tensor, nn
 
 import harmconvert as hc
@@ -53,11 +54,12 @@ class Tensors:
     labels: Tensor
     augment: Callable[[Tensor], Tensor]
     seed: int
+    batch_size: int = RECIPE.batch_size
     order: None = None
 
     @property
     def steps(self) -> int:
-        return len(self.images) // RECIPE.batch_size
+        return len(self.images) // self.batch_size
 
     def epoch(self, number: int, first_step: int = 0) -> Iterator[Batch]:
         for step in range(first_step, self.steps):
@@ -65,7 +67,7 @@ class Tensors:
                 torch.manual_seed(1_000_003 * self.seed + number)
                 order = torch.randperm(len(self.images))
                 torch.manual_seed(1_000_003 * self.seed + 1009 * number + step + 1)
-                chosen = order[step * RECIPE.batch_size : (step + 1) * RECIPE.batch_size]
+                chosen = order[step * self.batch_size : (step + 1) * self.batch_size]
                 images = self.augment(self.images[chosen])
             yield Batch(images, self.labels[chosen], [])
 
@@ -128,14 +130,7 @@ def rows(name: str, subject: common.Subject, seed: int) -> Iterator[tuple[str, s
 
 def run(names: list[str], seeds: list[int], threads: int) -> None:
     torch.set_num_threads(threads)
-    done = set()
-    if RESULTS.exists():
-        with RESULTS.open() as file:
-            done = {tuple(row[key] for key in KEYS) for row in csv.DictReader(file)}
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if not done:
-            writer.writeheader()
+    with appended(RESULTS, FIELDS, KEYS) as (done, write):
         for seed, name in itertools.product(seeds, names):
             last = str(LAMBDAS.get(name, ["progressive", 2])[-1])
             if (name, last, str(seed), "refit + 5 epochs distilled, no labels") in done:
@@ -149,9 +144,7 @@ def run(names: list[str], seeds: list[int], threads: int) -> None:
                 row = dict(zip(KEYS, (name, lam, str(seed), method), strict=True))
                 row |= {"parameters": str(sum(p.numel() for p in model.parameters())), "seconds": f"{seconds:.1f}"}
                 row |= {"torch": torch.__version__, **common.scores(model, subject, uncut)}
-                writer.writerow(row)
-                file.flush()
-                print(*row.values(), flush=True)
+                write(row)
 
 
 def summary() -> None:

@@ -22,20 +22,21 @@ import argparse
 import csv
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
+import finetune
 import networks
 import timm
 import torch
-from torch import Tensor, nn
+from table import appended
+from torch import nn
 
 import harmconvert as hc
 import harmconvert.models
 from harmconvert.cost import parameter_count
-from harmconvert.data.loading import Batch
 from harmconvert.harmonize import harmonize
 from harmconvert.models.wide_resnet import WideResNet
 from harmconvert.surgery import trace
@@ -166,37 +167,13 @@ EPOCHS = {100: 200, 500: 40, 1000: 20, 4000: 5}  # 400 steps each
 FEW = ("plain", "Harm1", "Harm")
 
 
-@dataclass
-class Samples:
-    """Some training images, shuffled and augmented by seed and epoch: what `train` wants of a loader."""
-
-    images: Tensor
-    labels: Tensor
-    seed: int
-    order: None = None
-
-    @property
-    def steps(self) -> int:
-        return len(self.images) // BATCH
-
-    def epoch(self, number: int, first_step: int = 0) -> Iterator[Batch]:
-        for step in range(first_step, self.steps):
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(1_000_003 * self.seed + number)
-                order = torch.randperm(len(self.images))
-                torch.manual_seed(1_000_003 * self.seed + 1009 * number + step + 1)
-                chosen = order[step * BATCH : (step + 1) * BATCH]
-                images = networks.shifted(self.images[chosen])
-            yield Batch(images, self.labels[chosen], [])
-
-
-def some_of_each(data: networks.Data, count: int, seed: int) -> Samples:
+def some_of_each(data: networks.Data, count: int, seed: int) -> finetune.Tensors:
     """``count`` training images, as many of each class as there can be."""
     order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(seed))
     classes = int(data.labels.max()) + 1
     each = [order[data.labels[order] == label][: count // classes] for label in range(classes)]
     chosen = torch.cat(each)
-    return Samples(data.images[chosen], data.labels[chosen], seed)
+    return finetune.Tensors(data.images[chosen], data.labels[chosen], networks.shifted, seed, BATCH)
 
 
 def scaled(form: str, samples: int, seed: int, data: networks.Data) -> dict[str, object]:
@@ -224,22 +201,12 @@ def scaled(form: str, samples: int, seed: int, data: networks.Data) -> dict[str,
 def run_scaled(samples: list[int], seeds: list[int], threads: int) -> None:
     torch.set_num_threads(threads)
     results, data = FOLDER / "paper_scaled.csv", networks.mnist5k()
-    done = set()
-    if results.exists():
-        with results.open() as file:
-            done = {tuple(row[key] for key in KEYS) for row in csv.DictReader(file)}
-    with results.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if not done:
-            writer.writeheader()
+    with appended(results, FIELDS, KEYS) as (done, write):
         for count, seed in itertools.product(samples, seeds):
             for form in FORMS if count == 4000 else FEW:
                 if ("mnist5k", str(count), form, str(seed)) in done:
                     continue
-                row = scaled(form, count, seed, data)
-                writer.writerow(row)
-                file.flush()
-                print(*row.values(), flush=True)
+                write(scaled(form, count, seed, data))
 
 
 def summary() -> None:

@@ -222,8 +222,7 @@ def read_header(path: str | Path) -> Header:
             raise InputError(f"{path}: its header is not JSON: {error}") from error
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
-        keys = set(file.keys())
-        shapes = {key: file.get_slice(key).get_shape() for key in keys}
+        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118  not a dict
     for layer in header.plan.layers:
         kept, key = len(layer.frequencies), _join(layer.name, "coefficients")
         shape = shapes.get(key)

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
@@ -144,9 +146,9 @@ def convert(
         images = None if calibration is None else tuple(calibration)
         at = partial(
             convert, model, example_input=example_input, include=include, exclude=exclude, basis=basis,
-            normalization=normalization, calibration=images, settings=settings, search=search, progress=progress,
+            normalization=normalization, calibration=images, settings=settings, progress=progress,
         )  # fmt: skip
-        return _within_drop(model, at, max_drop, worth)
+        return _within_drop(model, at, max_drop, worth, search or SearchSettings())
     if budget is not None:
         if lam != "full":
             raise UsageError(f"lam (={lam!r}) and budget (={budget!r}) both say what to keep: give one of them")
@@ -208,18 +210,24 @@ def _within(
 
 
 def _within_drop(
-    model: nn.Module, at: Callable[..., Conversion], max_drop: float, worth: Callable[[nn.Module], float]
+    model: nn.Module,
+    at: Callable[..., Conversion],
+    max_drop: float,
+    worth: Callable[[nn.Module], float],
+    search: SearchSettings,
 ) -> Conversion:
     """The smallest conversion that costs no more than so many points of what a network is worth."""
     uncut = worth(model)
-
-    def attempt(share: float) -> tuple[Conversion, float]:
-        conversion = at(budget={"params": share}) if share < 1 else at("full")
-        return conversion, uncut - worth(conversion.model)
-
     smallest = at(1, calibration=None, settings=None).cost
     least = math.ceil(1e6 * smallest.harmonic_parameters / smallest.parameters) / 1e6
-    conversion, steps = smallest_within(attempt, least, max_drop)
+    with TemporaryDirectory() as folder:  # the layers are probed once for all budgets
+        kept = search if search.probes else replace(search, probes=str(Path(folder) / "probes.json"))
+
+        def attempt(share: float) -> tuple[Conversion, float]:
+            conversion = at(budget={"params": share}, search=kept) if share < 1 else at("full")
+            return conversion, uncut - worth(conversion.model)
+
+        conversion, steps = smallest_within(attempt, least, max_drop)
     return cast(Conversion, replace(conversion, drops=steps))
 
 

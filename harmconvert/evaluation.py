@@ -87,7 +87,8 @@ def evaluate(
     Raises:
         InputError: no images, a label beyond the network's classes, outputs that are not one row of logits an image.
     """
-    names = ("images", "labelled", "top1", "top5", "loss", "agree", "kl", "seconds")
+    names = ("images", "labelled", "top1", "top5", "loss", "agree", "kl")
+    seconds = 0.0
     sums = torch.zeros(len(names), dtype=torch.float64)
     unreadable: list[str] = []
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -99,7 +100,7 @@ def evaluate(
             images = images.to(device, non_blocking=True)
             start = time.perf_counter()
             logits = class_logits(model(images)).double().cpu()  # waits for a GPU to finish
-            sums[-1] += time.perf_counter() - start
+            seconds += time.perf_counter() - start
             sums[:5] += torch.tensor([len(images), *_right(logits, labels)], dtype=torch.float64)
             if other is not None:
                 theirs = class_logits(other(images)).double().cpu()
@@ -110,7 +111,7 @@ def evaluate(
                 sums[6] += functional.kl_div(logits.log_softmax(1), theirs.log_softmax(1), None, None, "sum", True)
             progress(len(images))
     unreadable = [name for names in gathered(unreadable) for name in names]
-    slowest = max(gathered(sums[-1].item()))
+    slowest = max(gathered(seconds))
     sum_over_ranks([sums])
     total = dict(zip(names, sums.tolist(), strict=True))
     if not total["images"]:

@@ -21,7 +21,7 @@ from .conv import HarmonicMixin
 from .convert import default_input
 from .errors import UsageError, first_line, shortened
 from .forms import fold_blocks
-from .kernels import check_kernel
+from .kernel_check import check_kernel
 from .surgery import batch_size, call, cloned, convolutions, evaluating, fitted, kernel_size, tensors_in
 from .weights import tensors_sha256
 

@@ -14,6 +14,7 @@ from torch import nn
 import harmconvert as hc
 from harmconvert.basis import BASES, Basis, all_frequencies, gaussian_vectors, haar_vectors, klt_vectors
 from harmconvert.checkpoint import read_header
+from harmconvert.cli import options
 from harmconvert.conv import HarmonicMixin, to_harmonic
 from harmconvert.convert import convert
 from harmconvert.cost import network_cost
@@ -86,6 +87,11 @@ def test_signs_of_a_klt_are_settled() -> None:
     kernel = torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(1))
     for vector in klt_vectors(kernel):
         assert vector[vector.abs().argmax()] > 0
+
+
+def test_the_command_line_knows_every_basis() -> None:
+    (option,) = options.basis(lambda: None).__click_params__
+    assert tuple(option.type.choices) == BASES
 
 
 def test_what_is_no_basis_is_refused() -> None:

@@ -416,8 +416,8 @@ def test_the_demo_tells_its_story() -> None:
     assert facts["full"]["agreement"] == 1.0
     assert facts["full"]["accuracy"] == facts["accuracy"]
     assert facts["2"]["accuracy"] < facts["accuracy"], "what a deep plain cut costs is told"
-    assert facts["calibrated"]["accuracy"] > facts["accuracy"] - 0.010, "and that calibration takes it back"
-    assert facts["fine-tuned"]["accuracy"] > facts["accuracy"] - 0.010
+    assert facts["calibrated"]["accuracy"] > facts["accuracy"] - 0.0055, "and that calibration takes it back"
+    assert facts["fine-tuned"]["accuracy"] > facts["accuracy"] - 0.007
     assert facts["exported"]["agreement"] == 1.0
     assert facts["progressive"]["parameters"] == 119930
     assert facts["efficientnet_lite0"]["ok"] is True

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "harmconvert"
 # Each may import those before it; cli may import any.
 ORDER = [
     "registration", "errors", "files", "weights", "distributed", "basis", "projection", "conv", "block", "plan",
-    "surgery", "cost", "calibration", "budget", "forms", "convert", "harmonize", "kernels", "verify", "checkpoint",
+    "surgery", "cost", "calibration", "budget", "forms", "convert", "harmonize", "kernel_check", "verify", "checkpoint",
     "models", "reference", "samples", "downloads", "user_code", "sources",
     "data", "evaluation", "training", "export", "inspection", "report", "demo", "cli",
 ]  # fmt: skip

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from ..basis import Frequency, frequencies_below, level_count, scaled_levels
+from ..basis import Basis, Frequency, all_frequencies, frequencies_below, level_count, scaled_levels
 from ..cost import network_cost
-from ..plan import LayerPlan, Plan
+from ..plan import ConvSite, LayerPlan, Plan, make_plan
 from ..surgery import Trace
 
-# Levels that there are fewer than so many of are no choice: then halves of a lambda count, too.
+# With fewer levels than these there is little to choose: then halves of a lambda count, too.
 FEW = 5
 
 
@@ -25,6 +25,15 @@ class Item:
     names: tuple[str, ...]
     kernel_size: tuple[int, ...]
     sets: tuple[tuple[Frequency, ...], ...]
+
+
+def whole_plan(
+    sites: Sequence[ConvSite], include: Sequence[str] = (), exclude: Sequence[str] = (), family: Basis | None = None
+) -> Plan:
+    """The plan that cuts nothing, with notes on the layers that a policy which cuts would spare."""
+    spared = make_plan(sites, 1, include, exclude, family)
+    layers = (replace(layer, frequencies=all_frequencies(layer.kernel_size)) for layer in spared.layers)
+    return replace(spared, layers=tuple(layers))
 
 
 def items_of(whole: Plan, ties: Mapping[str, str]) -> tuple[Item, ...]:

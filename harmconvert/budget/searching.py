@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import nn
 
-from ..basis import Basis, all_frequencies
+from ..basis import Basis
 from ..calibration import CalibrationSettings, Progress
 from ..errors import InputError, UsageError
 from ..plan import ConvSite, Plan, make_plan
 from ..surgery import Trace
 from . import UNITS, Budget, Search, SearchSettings, choose, limit_of
-from .choices import Item, costs_of, items_of
+from .choices import Item, costs_of, items_of, whole_plan
 from .energy import energy_scores
 from .probes import Probes, key_of, name_of, name_of_plan
 
@@ -51,12 +51,7 @@ class Searching:
             raise UsageError(
                 f"the budget {self.budget} counts multiply-adds: give an example input (--input-size C,H,W)"
             )
-        spared = make_plan(self.sites, 1, include, exclude, family)
-        whole = replace(
-            spared,
-            layers=tuple(replace(layer, frequencies=all_frequencies(layer.kernel_size)) for layer in spared.layers),
-            policy=str(self.budget),
-        )
+        whole = whole_plan(self.sites, include, exclude, family)
         items = items_of(whole, {site.name: site.tied_to for site in self.sites if site.tied_to})
         if not items:
             raise InputError(

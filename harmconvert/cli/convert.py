@@ -24,7 +24,7 @@ def budget_options(command: Any) -> Any:
     command = click.option(
         "--probes",
         metavar="FILE",
-        help="budget: where scores are kept for the next search; default: NAME.probes.json beside the output.",
+        help="budget: where scores are kept, for another budget to start from; default: beside the output.",
     )(command)
     return click.option(
         "--trials",

@@ -29,24 +29,26 @@ def halves(data: str, model: Any, given: Mapping[str, Any]) -> tuple[Judge, Repo
 
     own = Path(data).is_dir() or data.endswith(".tar")
     request = DataRequest("" if own else data, data if own else given["data_dir"], holdout=0.0)
-    pictures = open_data(request, ("test",)).test
+    found = open_data(request, ("test",))
+    pictures = found.test
     if not isinstance(pictures, Pictures):
         raise UsageError(f"--labelled {data} is a stream, which cannot be halved: give a folder or another data set")
+    unlabelled = InputError(f"--labelled {data} has no labels: give a folder with a folder for each class")
     if not pictures.labelled:
-        raise InputError(f"--labelled {data} has no labels: give a folder with a folder for each class")
+        raise unlabelled
     if len(pictures) < 2:
         raise InputError(f"--labelled {data} holds {len(pictures)} image: give two or more, of which half choose")
     overrides = {key: given[key] for key in ("mean", "std", "interpolation", "crop_pct")}
     config = preprocessing(model, overrides)
     parts = [Some(pictures, np.arange(start, len(pictures), 2)) for start in (0, 1)]
-    check_classes(open_data(request, ("test",)), model, "give images of the network's classes")
+    check_classes(found, model, "give images of the network's classes")
 
     def on(part: Some, network: Any) -> Evaluation:
         loading = evaluation_batches(part, evaluation_transform(config), color_mode(config), 256)
-        found = evaluate(network, loading.epoch(0))
-        if found.top1 is None:
-            raise InputError(f"--labelled {data} has no labels: give a folder with a folder for each class")
-        return found
+        evaluation = evaluate(network, loading.epoch(0))
+        if evaluation.top1 is None:
+            raise unlabelled
+        return evaluation
 
     def worth(network: Any) -> float:
         return 100 * (on(parts[0], network).top1 or 0.0)

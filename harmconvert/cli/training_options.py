@@ -221,7 +221,7 @@ def preprocessing_from(given: Mapping[str, Any], model: Any) -> dict[str, Any]:
 
 
 def _input_channels(model: Any) -> int:
-    """What the network's configuration says, else what its first convolution reads, else 3."""
+    """What the network's first convolution reads, else what its configuration says, else 3."""
     from ..block import HarmonicBlock2d
     from ..conv import CONVOLUTIONS
 

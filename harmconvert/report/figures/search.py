@@ -17,21 +17,11 @@ def draw_search(found: Search) -> Figure:
     what = "divergence" if found.scored_by == "divergence" else "energy cut"
     axes.plot(shares, [score for _, score in found.frontier], color=GREY, linewidth=1.0, label=f"{what}, layers summed")
     tried = [(plan, plan.measured) for plan in found.tried if plan.measured is not None]
-    for plans, colour, marker, name in (
-        (
-            [(plan, seen) for plan, seen in tried if plan.origin.startswith("lambda")],
-            BLUE,
-            "o",
-            "uniform and progressive, tried",
-        ),
-        (
-            [(plan, seen) for plan, seen in tried if not plan.origin.startswith("lambda")],
-            VERMILION,
-            "s",
-            "searched, tried",
-        ),
+    for uniform, colour, marker, name in (
+        (True, BLUE, "o", "uniform and progressive, tried"),
+        (False, VERMILION, "s", "searched, tried"),
     ):
-        if plans:
+        if plans := [(plan, seen) for plan, seen in tried if plan.origin.startswith("lambda") == uniform]:
             axes.plot(
                 [100 * plan.cost / found.whole for plan, _ in plans], [seen for _, seen in plans], marker,
                 color=colour, markersize=5, label=name,
