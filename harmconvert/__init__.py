@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .checkpoint import save
     from .convert import Conversion, convert
     from .errors import HarmconvertError
-    from .forms import fuse
+    from .forms import factor, fuse
     from .inspection import inspect
     from .plan import Plan
     from .sources import load, open_source
@@ -38,6 +38,7 @@ __all__ = [
     "Plan",
     "Verification",
     "convert",
+    "factor",
     "fuse",
     "inspect",
     "load",
@@ -55,6 +56,7 @@ _HOME = {
     "Plan": "plan",
     "Verification": "verify",
     "convert": "convert",
+    "factor": "forms",
     "fuse": "forms",
     "inspect": "inspection",
     "load": "sources",

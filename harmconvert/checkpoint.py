@@ -25,16 +25,16 @@ from torch import Tensor, nn
 from .basis import BASES, NORMALIZATIONS
 from .block import HarmonicBlock2d, to_block
 from .conv import HarmonicMixin, base_class, to_harmonic
-from .convert import Conversion
+from .convert import Conversion, default_input
 from .errors import InputError, UsageError, shortened
-from .forms import fuse
+from .forms import factor, fuse
 from .plan import LayerPlan, Plan
 from .surgery import convolutions, exchange, kernel_size, put_in_place
 from .weights import load_state, open_safetensors, untied_state, why_unreadable, write_tensors
 
 FORMAT_VERSION = 1
 METADATA_KEY = "harmconvert"
-FORMS = ("harmonic", "dense")
+FORMS = ("harmonic", "dense", "factored")
 
 
 @dataclass(frozen=True)
@@ -244,17 +244,19 @@ def load(
     *,
     model: nn.Module | None = None,
     form: str = "harmonic",
+    example_input: Any = None,
     rebuild: Callable[[Source], nn.Module] | None = None,
 ) -> nn.Module:
     """Read a harmonic checkpoint into a network; `harmconvert.load` also rebuilds the recorded source.
 
     Args:
         model: the plain network to fill; it is copied, not changed. Where None, ``rebuild`` makes it from the source.
-        form: ``"harmonic"`` or ``"dense"``.
+        form: ``"harmonic"``, ``"dense"``, or ``"factored"``: in eval mode, as `factor` finds it to be fastest here.
+        example_input: what the factored form is to be fast at; default: one input of the network's own size.
 
     Raises:
         InputError: the file is unreadable, or does not fit the network (the first ten keys are named).
-        UsageError: no network to fill, or an unknown form.
+        UsageError: no network to fill, an unknown form, or nothing known to measure the factored form on.
     """
     if form not in FORMS:
         raise UsageError(f"unknown form {form!r}: use one of {', '.join(FORMS)}")
@@ -266,11 +268,14 @@ def load(
     with open_safetensors(path) as file:
         state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
     state |= {alias: state[key] for alias, key in header.tied.items() if key in state}
+    if form == "factored":
+        harmonic = filled(model, header, state, str(path), "harmonic").eval()
+        return factor(harmonic, default_input(harmonic) if example_input is None else example_input)
     return filled(model, header, state, str(path), form)
 
 
 def filled(model: nn.Module, header: Header, state: Mapping[str, Tensor], where: str, form: str) -> nn.Module:
-    """The network in a form of `load`'s that a header and tensors say, from a plain one, which is not changed.
+    """The network in harmonic or dense form that a header and tensors say, from a plain one, which is not changed.
 
     Raises:
         InputError: they do not fit the network; ``where`` is named.

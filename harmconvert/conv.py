@@ -219,8 +219,8 @@ def to_dense(harmonic: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modu
         kernel = reconstruct(harmonic.coefficients.detach(), harmonic.kernels, _kernel_size(harmonic))
         memo[tie] = _parameter_like(harmonic.coefficients, kernel)
     _copy_state(harmonic, conv, "coefficients", "weight", memo[tie], memo)
-    for name in ("frequencies", "family", "_merged"):
-        del conv.__dict__[name]
+    for name in ("frequencies", "family", "_merged", "_packed"):
+        conv.__dict__.pop(name, None)
     for name in ("basis", "fitted_basis"):
         conv._buffers.pop(name)
     conv._non_persistent_buffers_set.discard("basis")

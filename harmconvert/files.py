@@ -66,6 +66,18 @@ def write_file(path: str | Path, write: Callable[[Path], None], force: bool = Fa
         staging.unlink(missing_ok=True)
 
 
+def cache_folder() -> Path:
+    """The folder for what can be made again: ``$HARMCONVERT_CACHE``, else harmconvert/ in the user's cache folder.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = Path(os.environ.get("HARMCONVERT_CACHE") or users / "harmconvert")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
+
+
 def beside(output: str | Path, ending: str) -> Path:
     """The path of what belongs to an output: its name without .safetensors, and an ending."""
     return Path(str(output).removesuffix(".safetensors") + ending)

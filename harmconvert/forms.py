@@ -1,14 +1,51 @@
-"""The forms of one network (DESIGN 2): `fuse` gives the dense one."""
+"""The forms of one network (DESIGN 2): `fuse` gives the dense one, `factor` the factored one where it is faster."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import partial
+from typing import Any, Literal, cast
 
 from torch import nn
 
 from .block import HarmonicBlock2d, absorb_bias, fold_block
-from .conv import HarmonicMixin, to_dense
-from .surgery import exchange, put_in_place
+from .conv import HarmonicMixin, empty_counterpart, to_dense
+from .errors import UsageError, first_line
+from .factored import empty_factored, reason_not_factorable, to_factored
+from .layer_times import Site, lay_out, layer_times
+from .surgery import call, cloned, describe_input, evaluating, exchange, put_in_place
+from .timing import in_turns
+
+Choice = Literal["dense", "factored"]
+# A form has to be this much faster than another before it is taken for faster.
+MARGIN = 0.02
+
+
+@dataclass(frozen=True)
+class LayerForm:
+    """The form that one harmonic convolution got, and why; medians in seconds of both where they were measured."""
+
+    name: str
+    form: Choice
+    why: str
+    dense_seconds: float | None = None
+    factored_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Factoring:
+    """What `factor` chose, layer by layer; seconds of the whole network in its best dense form and as chosen."""
+
+    layers: tuple[LayerForm, ...]
+    dense_seconds: float | None = None
+    factored_seconds: float | None = None
+
+    @property
+    def factored(self) -> tuple[str, ...]:
+        """Names of the layers that were factored."""
+        return tuple(layer.name for layer in self.layers if layer.form == "factored")
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -29,13 +66,144 @@ def fuse(model: nn.Module) -> nn.Module:
     """
     harmonic = [module for module in model.modules() if isinstance(module, HarmonicMixin)]
     dense = exchange(model, {conv: partial(to_dense, conv) for conv in harmonic})
-    dense.__dict__.pop("harmconvert_calibration", None)  # it tells of coefficients, which are no more
+    for told in ("harmconvert_calibration", "harmconvert_factoring"):
+        dense.__dict__.pop(told, None)  # of coefficients, which are no more
     return _folded(dense)
 
 
 def fold_blocks(model: nn.Module) -> nn.Module:
     """A copy of ``model`` with a convolution in the place of each `HarmonicBlock2d`, all else as it is."""
     return _folded(exchange(model, {}))
+
+
+def factor(model: nn.Module, example_input: Any = None, *, layers: str | Mapping[str, str] = "measured") -> nn.Module:
+    """The factored form: a copy of ``model`` whose truncated convolutions filter their input by the kept basis kernels
+    and mix what comes out, wherever that is *measured* to be faster on this machine; elsewhere they are dense.
+
+    Where the whole is not faster than the dense network, all of it is dense. The copy is laid out channels_last where
+    that is faster, and says what was chosen: `factoring` of it. It can be trained, saved and fused as the harmonic form
+    can. Times are kept in the cache folder (`harmconvert.layer_times`).
+
+    Args:
+        model: a network with harmonic convolutions, such as `convert` makes.
+        example_input: as for `convert`, of the size and batch that the network is to be fast at; needed where anything
+            is to be measured.
+        layers: ``"measured"``; ``"factored"`` or ``"dense"`` to have all that can be so without measuring; or a dict
+            from shell-style layer pattern to one of the three, where what no pattern matches is measured.
+
+    Raises:
+        UsageError: an unknown form, a pattern without a match, no input to measure on or one that does not fit.
+        InputError: the network cannot be copied.
+    """
+    harmonic = {name: module for name, module in model.named_modules() if isinstance(module, HarmonicMixin)}
+    wanted = _wanted(harmonic, layers)
+    fixed = {name: _fixed(name, conv, wanted[name]) for name, conv in harmonic.items()}
+    measured = {name: harmonic[name] for name, choice in fixed.items() if choice is None}
+    if measured and example_input is None:
+        raise UsageError("which form is faster is measured on an input: give example_input, or layers='factored'")
+    sites = _sites(model, measured, example_input) if measured else {}
+    found = [fixed[name] or _faster(name, conv, sites.get(name)) for name, conv in harmonic.items()]
+    factored, record = _as_chosen(model, harmonic, found), Factoring(tuple(found))
+    if any(layer.form == "factored" for layer in found):
+        lay_out(factored)
+    if measured:
+        factored, record = _never_slower(model, factored, record, example_input)
+    factored.__dict__["harmconvert_factoring"] = record
+    return factored
+
+
+def factoring(model: nn.Module) -> Factoring | None:
+    """What `factor` chose for a network that it made; None for any other."""
+    return cast("Factoring | None", model.__dict__.get("harmconvert_factoring"))
+
+
+def _wanted(harmonic: Mapping[str, HarmonicMixin], layers: str | Mapping[str, str]) -> dict[str, str]:
+    patterns = {"*": layers} if isinstance(layers, str) else layers
+    wanted = dict.fromkeys(harmonic, "measured")
+    for pattern, form in patterns.items():
+        if form not in ("measured", "dense", "factored"):
+            raise UsageError(f"unknown form {form!r} of a layer: use measured, dense or factored")
+        matching = [name for name in harmonic if fnmatchcase(name, pattern)]
+        if not matching and pattern != "*":
+            raise UsageError(f"no harmonic convolution matches {pattern!r}: there are {', '.join(list(harmonic)[:5])}")
+        wanted |= dict.fromkeys(matching, form)
+    return wanted
+
+
+def _fixed(name: str, conv: HarmonicMixin, wanted: str) -> LayerForm | None:
+    """The form of a layer that need not be measured; None for one that must be."""
+    if wanted != "dense" and (reason := reason_not_factorable(conv)):
+        return LayerForm(name, "dense", reason)
+    return None if wanted == "measured" else LayerForm(name, cast(Choice, wanted), "as asked for")
+
+
+def _sites(model: nn.Module, convs: Mapping[str, HarmonicMixin], example_input: Any) -> dict[str, Site]:
+    """What each of the layers is fed in one run; of those that run."""
+    found: dict[str, Site] = {}
+
+    def watch(name: str) -> Any:
+        def hook(conv: nn.Module, args: Any, kwargs: Any) -> None:
+            given = args[0] if args else kwargs["input"]
+            found[name] = Site(tuple(given.shape), given.dtype, given.device)
+
+        return hook
+
+    handles = [conv.register_forward_pre_hook(watch(name), with_kwargs=True) for name, conv in convs.items()]
+    try:
+        with evaluating(model):
+            call(model, cloned(example_input))
+    except Exception as error:
+        raise UsageError(
+            f"the network does not run on an example input of {describe_input(example_input)}: {first_line(error)}"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _faster(name: str, conv: HarmonicMixin, site: Site | None) -> LayerForm:
+    if site is None:
+        return LayerForm(name, "dense", "it does not run on this input")
+    dense, factored = layer_times(conv, site)
+    if factored < (1 - MARGIN) * dense:
+        return LayerForm(name, "factored", f"{dense / factored:.2f} times as fast as dense", dense, factored)
+    return LayerForm(name, "dense", f"factored it takes {factored / dense:.2f} times as long", dense, factored)
+
+
+def _as_chosen(model: nn.Module, harmonic: Mapping[str, HarmonicMixin], found: list[LayerForm]) -> nn.Module:
+    wanted = {harmonic[layer.name] for layer in found if layer.form == "factored"}
+    fill: dict[nn.Module, Any] = {
+        conv: partial(to_factored if conv in wanted else to_dense, conv) for conv in harmonic.values()
+    }
+    copied = exchange(model, fill, lambda conv: empty_factored(conv) if conv in wanted else empty_counterpart(conv))
+    return _folded(copied)
+
+
+def _never_slower(
+    model: nn.Module, factored: nn.Module, record: Factoring, example_input: Any
+) -> tuple[nn.Module, Factoring]:
+    """The fastest whole network: as chosen layer by layer, or dense in either memory layout."""
+    candidates = {"dense": fuse(model), "dense, channels_last": lay_out(fuse(model))}
+    if record.factored:
+        candidates["factored"] = factored
+    with evaluating(*candidates.values()):
+        runs = {name: partial(_run, network, example_input) for name, network in candidates.items()}
+        times = {name: found.median for name, found in in_turns(runs, 7, 3, 6.0).items()}
+    fastest = min(times, key=lambda name: times[name])
+    dense = min(seconds for name, seconds in times.items() if name != "factored")
+    record = replace(record, dense_seconds=dense, factored_seconds=times.get("factored"))
+    if fastest == "factored":
+        return factored, record
+    layers = tuple(
+        layer if layer.form == "dense" else replace(layer, form="dense", why="factored, the whole network is no faster")
+        for layer in record.layers
+    )
+    return candidates[fastest], replace(record, layers=layers)
+
+
+def _run(network: nn.Module, example_input: Any) -> Any:
+    return call(network, cloned(example_input))
 
 
 def _folded(model: nn.Module) -> nn.Module:

@@ -148,19 +148,27 @@ def open_original(header: Header, teacher: str | None = None, trust_code: bool =
 
 
 def load(
-    path: str | Path, *, model: nn.Module | None = None, form: str = "harmonic", trust_code: bool = False
+    path: str | Path,
+    *,
+    model: nn.Module | None = None,
+    form: str = "harmonic",
+    example_input: Any = None,
+    trust_code: bool = False,
 ) -> nn.Module:
     """Read a harmonic checkpoint, rebuilding the network that its source names unless ``model`` is given.
 
     Args:
         model: the plain network to fill (for the user's own code); it is copied, not changed.
-        form: ``"harmonic"`` or ``"dense"``.
+        form: ``"harmonic"``, ``"dense"``, or ``"factored"``: in eval mode, as `factor` finds it to be fastest here.
+        example_input: what the factored form is to be fast at; default: one input of the network's own size.
         trust_code: rebuild from user code that the file names. Off, because that would run what a file says.
 
     Raises:
         InputError: the file is unreadable or does not fit; UsageError: no network to fill, or an unknown form.
     """
-    return checkpoint.load(path, model=model, form=form, rebuild=lambda source: rebuild(source, trust_code))
+    return checkpoint.load(
+        path, model=model, form=form, example_input=example_input, rebuild=lambda source: rebuild(source, trust_code)
+    )
 
 
 def rebuild(source: Source, trust_code: bool = False) -> nn.Module:

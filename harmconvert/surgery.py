@@ -147,16 +147,20 @@ def trace(model: nn.Module, example_input: Any) -> Trace:
     return Trace(runs, counter.get_total_flops() // 2, batch)
 
 
-def exchange(model: nn.Module, fill: Mapping[nn.Module, Callable[[dict[int, Any]], Any]]) -> nn.Module:
-    """A deep copy of ``model`` in which some convolutions are their counterparts in the other form.
+def exchange(
+    model: nn.Module,
+    fill: Mapping[nn.Module, Callable[[dict[int, Any]], Any]],
+    empty: Callable[[nn.Module], Any] = empty_counterpart,
+) -> nn.Module:
+    """A deep copy of ``model`` in which some convolutions are their counterparts in another form.
 
-    Each key's counterpart is made empty and handed to deepcopy's memo first, so that every reference to it, in
+    Each key's counterpart is made ``empty`` and handed to deepcopy's memo first, so that every reference to it, in
     containers, under a second name or as the model itself, leads to the one replacement; its weight is never copied.
 
     Raises:
         InputError: the network cannot be copied.
     """
-    memo: dict[int, Any] = {id(conv): empty_counterpart(conv) for conv in fill}
+    memo: dict[int, Any] = {id(conv): empty(conv) for conv in fill}
     # Every module has a dozen empty containers for hooks: making them here halves the time of the copy.
     for value in (value for module in model.modules() for value in vars(module).values()):
         if type(value) in (dict, OrderedDict, set) and not value:

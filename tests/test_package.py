@@ -17,10 +17,11 @@ PACKAGE = ROOT / "harmconvert"
 
 # Each may import those before it; cli may import any.
 ORDER = [
-    "registration", "errors", "files", "weights", "distributed", "basis", "projection", "conv", "block", "plan",
-    "surgery", "cost", "calibration", "budget", "forms", "convert", "harmonize", "kernel_check", "verify", "checkpoint",
+    "registration", "errors", "files", "native", "weights", "distributed", "basis", "projection", "conv", "block",
+    "factored", "timing", "layer_times", "plan", "surgery", "cost", "calibration", "forms", "budget", "convert",
+    "harmonize", "kernel_check", "verify", "checkpoint",
     "models", "reference", "samples", "downloads", "user_code", "sources",
-    "data", "evaluation", "training", "export", "inspection", "report", "demo", "cli",
+    "data", "evaluation", "training", "benchmark", "export", "inspection", "report", "demo", "cli",
 ]  # fmt: skip
 
 

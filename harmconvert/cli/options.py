@@ -286,6 +286,24 @@ def example_input(sizes: Sequence[tuple[int, ...]], model: Any) -> Any:
     return _one_or_all([fitted(torch.zeros(1, *size), model) for size in sizes])
 
 
+def random_input(sizes: Sequence[tuple[int, ...]], model: Any) -> Any:
+    """One seeded random example of each ``--input-size``, or of the network's own size.
+
+    Raises:
+        UsageError: no size is given and the network names none.
+    """
+    import torch
+
+    from ..errors import UsageError
+    from ..surgery import fitted, tensors_in
+
+    sizes = sizes or [tuple(t.shape[1:]) for t in tensors_in(example_input((), model))]
+    if not sizes:
+        raise UsageError("this network does not say what it takes: give --input-size C,H,W")
+    generator = torch.Generator().manual_seed(0)
+    return _one_or_all([fitted(torch.randn(1, *size, generator=generator), model) for size in sizes])
+
+
 def verification_inputs(sizes: Sequence[tuple[int, ...]], source: Source) -> Any:
     """Two seeded random inputs of each size given, else images that belong to a sample network, else None."""
     import torch

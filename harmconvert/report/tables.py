@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from ..benchmark import Benchmark
 from ..budget import Search
 from ..budget.dropping import Step
 from ..calibration import ENOUGH_POSITIONS, Calibration
@@ -14,6 +15,7 @@ from ..convert import Conversion, LayerRecord
 from ..cost import Cost
 from ..errors import shortened
 from ..evaluation import Evaluation
+from ..forms import Factoring
 from ..inspection import LAMBDAS, Inspection
 from ..training.finetuning import Stage
 from ..verify import Verification
@@ -85,6 +87,34 @@ def calibration_lines(calibration: Calibration) -> list[str]:
     if calibration.batch_norms:
         lines.append(f"{calibration.batch_norms} batch norms re-estimated")
     return lines
+
+
+def benchmark_rows(found: Benchmark) -> Table:
+    """One row for each way to run the network."""
+    rows = []
+    for row in found.rows:
+        how = [row.form, "compiled" if row.compiled else "eager", row.layout, str(row.batch), str(row.threads)]
+        if row.seconds is None or row.examples_per_second is None:
+            rows.append([*how, "", "", "", "", row.note or ""])
+            continue
+        peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.0f}"
+        speed = f"{row.examples_per_second:,.1f}"
+        error = "" if row.error is None else f"{row.error:.0e}"
+        rows.append([*how, f"{1e3 * row.seconds:,.1f}", f"{row.spread or 0:.0%}", speed, peak, error])
+    headings = ["form", "mode", "layout", "batch", "threads", "ms", "+-", "per s", "peak MiB", "error, or note"]
+    return _table(headings, rows, left={0, 1, 2, 9})
+
+
+def factored_layers(found: Factoring, title: str) -> Table:
+    """One row for each harmonic convolution: the form it got, milliseconds of both, and why."""
+    rows = []
+    for layer in found.layers:
+        dense, factored = (
+            "" if seconds is None else f"{1e3 * seconds:.3g}"
+            for seconds in (layer.dense_seconds, layer.factored_seconds)
+        )
+        rows.append([layer.name or "(root)", layer.form, dense, factored, layer.why])
+    return _table([f"layer ({title})", "form", "dense ms", "factored ms", "why"], rows, left={0, 1, 4})
 
 
 def evaluation_lines(evaluation: Evaluation) -> list[str]:

@@ -1,0 +1,268 @@
+"""How fast is each form of a network here, and which one should be deployed?"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import native
+from .conv import HarmonicMixin
+from .convert import check_network
+from .errors import UsageError, first_line
+from .forms import Factoring, factor, factoring, fuse
+from .layer_times import lay_out
+from .surgery import call, cloned, evaluating, exchange, tensors_in
+from .timing import in_turns
+
+FORMS = ("dense", "harmonic", "factored")
+LAYOUTS = ("contiguous", "channels_last")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to run a network: median seconds of a forward, half the distance of the quartiles as a share of it,
+    examples per second, and bytes in use at most beyond what was in use before (None where that cannot be told).
+
+    ``error``: greatest difference from the dense form's outputs, relative to the greatest of these.
+    """
+
+    form: str
+    compiled: bool
+    layout: str
+    batch: int
+    threads: int
+    seconds: float | None
+    spread: float | None
+    examples_per_second: float | None
+    peak_bytes: int | None
+    error: float | None
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """All rows, what `factor` chose for each (batch, threads), and the machine."""
+
+    rows: tuple[Row, ...]
+    factorings: dict[tuple[int, int], Factoring]
+    machine: dict[str, Any]
+
+    def fastest(self, batch: int, threads: int) -> Row:
+        """The row to deploy by."""
+        timed = [row for row in self.rows if row.seconds is not None and (row.batch, row.threads) == (batch, threads)]
+        return min(timed, key=lambda row: row.seconds or 0.0)
+
+    def advice(self) -> list[str]:
+        """A sentence for each batch size and number of threads."""
+        said = []
+        for batch, threads in dict.fromkeys((row.batch, row.threads) for row in self.rows):
+            best = self.fastest(batch, threads)
+            alike = [row for row in self.rows if (row.batch, row.threads) == (batch, threads)]
+            eager = [row.seconds for row in alike if row.form == "dense" and row.seconds and not row.compiled]
+            gain = ""
+            if eager and best.seconds:
+                gain = f": {min(eager) / best.seconds:.2f} times as fast as the dense form, eager"
+            how = f"{best.form} form, {best.layout}, {'compiled' if best.compiled else 'eager'}"
+            said.append(f"batch {batch}, {threads} threads: deploy the {how}{gain}")
+        return said
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, JSON-able."""
+        factorings = [
+            {"batch": batch, "threads": threads, **asdict(found)} for (batch, threads), found in self.factorings.items()
+        ]
+        return {
+            "machine": self.machine, "rows": [asdict(row) for row in self.rows], "factored": factorings,
+            "advice": self.advice(),
+        }  # fmt: skip
+
+
+def benchmark(
+    model: nn.Module,
+    example_input: Any,
+    *,
+    batches: Sequence[int] = (1, 16),
+    threads: Sequence[int] = (),
+    forms: Sequence[str] = FORMS,
+    layouts: Sequence[str] = LAYOUTS,
+    compiled: bool = False,
+    repeats: int = 9,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> Benchmark:
+    """Time the forms of a network in turns, without gradients, for each batch size and number of threads.
+
+    A network with no harmonic convolutions has its dense form only. The factored form has its layout from `factor`.
+
+    Args:
+        example_input: one example or more, as for `convert`; repeated to each batch size.
+        threads: of torch; default: as many as it has now.
+        compiled: time each also under torch.compile; what does not compile says so in its row's note.
+        repeats: of each; fewer where they take long.
+
+    Raises:
+        UsageError: an unknown form or layout, an input that the network does not take.
+    """
+    check_network(model)
+    for given, known, what in ((forms, FORMS, "form"), (layouts, LAYOUTS, "layout")):
+        if unknown := [name for name in given if name not in known]:
+            raise UsageError(f"unknown {what} {unknown[0]!r}: use {', '.join(known)}")
+    if not any(isinstance(module, HarmonicMixin) for module in model.modules()):
+        forms = [form for form in forms if form == "dense"] or ["dense"]
+    groups = list(itertools.product(batches, threads or [torch.get_num_threads()]))
+    rows: list[Row] = []
+    factorings: dict[tuple[int, int], Factoring] = {}
+    for index, (batch, count) in enumerate(groups):
+        progress(index, len(groups), f"batch {batch}, {count} threads")
+        with _threads(count):
+            found, chosen = _group(
+                model, _repeated(example_input, batch), batch, count, forms, layouts, compiled, repeats
+            )
+        rows += found
+        if chosen is not None:
+            factorings[batch, count] = chosen
+    progress(len(groups), len(groups), "done")
+    return Benchmark(tuple(rows), factorings, machine())
+
+
+def machine() -> dict[str, Any]:
+    """What the times were taken on."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "processor": platform.processor() or platform.machine(), "capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(), "gpu": gpu, "torch": torch.__version__, "python": platform.python_version(),
+        "compiled kernel": native.unavailable() or "yes",
+    }  # fmt: skip
+
+
+def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
+    """Bytes in use at most while ``run`` runs, beyond those before; None where the system does not tell."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed would be used again without a trace
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        before = _status("VmRSS")
+        run()
+        return max(0, _status("VmHWM") - before)
+    except (OSError, AttributeError, StopIteration):
+        return None
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(f"{key}:")))
+
+
+def _group(
+    model: nn.Module, input: Any, batch: int, threads: int, forms: Sequence[str], layouts: Sequence[str],
+    compiled: bool, repeats: int,
+) -> tuple[list[Row], Factoring | None]:  # fmt: skip
+    """All ways to run the network on one input."""
+    networks: dict[tuple[str, str], nn.Module] = {}
+    chosen = None
+    for form, layout in itertools.product(forms, layouts):
+        if form == "factored":
+            if chosen is None:
+                networks[form, "channels_last"] = factored = factor(model, input)
+                chosen = factoring(factored)
+            continue
+        network = fuse(model) if form == "dense" else exchange(model, {})
+        networks[form, layout] = lay_out(network) if layout == "channels_last" else network
+    rows: list[Row] = []
+    runs: dict[int, Callable[[], Any]] = {}
+    with evaluating(*networks.values()):
+        told = {layout: _laid_out(input, layout) for layout in LAYOUTS}
+        truth = _outputs(partial(call, fuse(model).eval(), cloned(input)))
+        for (form, layout), network in networks.items():
+            for under_compiler in (False, True) if compiled else (False,):
+                row = Row(form, under_compiler, layout, batch, threads, None, None, None, None, None)
+                run, note = _runnable(network, told[layout], under_compiler)
+                if run is not None:
+                    device = tensors_in(input)[0].device
+                    row = replace(row, error=_difference(truth, _outputs(run)), peak_bytes=peak_bytes(run, device))
+                    runs[len(rows)] = run
+                rows.append(replace(row, note=note))
+        times = in_turns({str(index): run for index, run in runs.items()}, repeats, 3, 20.0, warm=1)
+    for name, found in times.items():
+        timed = replace(
+            rows[int(name)], seconds=found.median, spread=found.spread, examples_per_second=batch / found.median
+        )
+        rows[int(name)] = timed
+    return rows, chosen
+
+
+def _runnable(network: nn.Module, input: Any, compiled: bool) -> tuple[Callable[[], Any] | None, str | None]:
+    """What to time, warmed up; or why there is nothing."""
+    if not compiled:
+        return partial(_run, network, input), None
+    fast = torch.compile(network)
+    try:
+        run = partial(_run, fast, input)
+        run()
+        return run, None
+    except Exception as error:
+        return None, f"does not compile ({type(error).__name__}: {first_line(error)})"
+
+
+def _run(network: Any, input: Any) -> Any:
+    with torch.no_grad():
+        return call(network, input)
+
+
+def _outputs(run: Callable[[], Any]) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return [tensor.double() for tensor in tensors_in(run()) if tensor.is_floating_point()]
+
+
+def _difference(truth: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> float:
+    pairs = [(a, b) for a, b in zip(truth, outputs, strict=True) if a.numel()]
+    return max((float((a - b).abs().max() / a.abs().max().clamp_min(1e-300)) for a, b in pairs), default=0.0)
+
+
+def _repeated(input: Any, batch: int) -> Any:
+    """The same nest with every tensor's examples repeated and cut to ``batch``."""
+    if isinstance(input, torch.Tensor):
+        times = -(-batch // max(len(input), 1))
+        return input.repeat(times, *[1] * (input.dim() - 1))[:batch]
+    if isinstance(input, dict):
+        return {key: _repeated(item, batch) for key, item in input.items()}
+    return type(input)(_repeated(item, batch) for item in input) if type(input) in (list, tuple) else input
+
+
+def _laid_out(input: Any, layout: str) -> Any:
+    if isinstance(input, torch.Tensor):
+        return (
+            input.contiguous(memory_format=torch.channels_last)
+            if layout == "channels_last" and input.dim() == 4
+            else input
+        )
+    if isinstance(input, dict):
+        return {key: _laid_out(item, layout) for key, item in input.items()}
+    return type(input)(_laid_out(item, layout) for item in input) if type(input) in (list, tuple) else input
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

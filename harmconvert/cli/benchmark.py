@@ -1,0 +1,101 @@
+"""harmconvert benchmark"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from . import options
+
+
+@click.command(name="benchmark")
+@click.argument("source")
+@click.option(
+    "-b",
+    "--batch-size",
+    "batches",
+    type=click.IntRange(min=1),
+    multiple=True,
+    default=(1, 16),
+    show_default=True,
+    help="Examples in a forward; repeatable.",
+)
+@click.option(
+    "--threads", type=click.IntRange(min=1), multiple=True, help="Threads of torch; repeatable. Default: all cores."
+)
+@click.option(
+    "--form",
+    "forms",
+    type=click.Choice(["dense", "harmonic", "factored"]),
+    multiple=True,
+    default=("dense", "harmonic", "factored"),
+    show_default=True,
+    help="Forms to time; repeatable.",
+)
+@click.option(
+    "--layout",
+    "layouts",
+    type=click.Choice(["contiguous", "channels_last"]),
+    multiple=True,
+    default=("contiguous", "channels_last"),
+    show_default=True,
+    help="Memory layouts to time; repeatable.",
+)
+@click.option("--torchcompile", is_flag=True, help="Time each under torch.compile as well.")
+@click.option(
+    "--repeats", type=click.IntRange(min=3), default=9, show_default=True, help="Of each, in turns with the others."
+)
+@click.option("--layers", is_flag=True, help="Say layer by layer which form was chosen, and why.")
+@options.input_size
+@options.device
+@options.network_options
+@options.common
+def command(
+    source: str,
+    batches: tuple[int, ...],
+    threads: tuple[int, ...],
+    forms: tuple[str, ...],
+    layouts: tuple[str, ...],
+    torchcompile: bool,
+    repeats: int,
+    layers: bool,
+    input_size: Any,
+    device: str | None,
+    as_json: bool,
+    **network_options: Any,
+) -> None:
+    """Time the forms of the network SOURCE on this machine, and say which one to deploy.
+
+    \b
+    Example:
+      harmconvert benchmark resnet50-harmonic-2.safetensors -b 16
+      harmconvert benchmark resnet50-harmonic-2.safetensors --torchcompile --threads 1 --threads 2 --json
+    """
+    from ..benchmark import benchmark
+    from ..report import tables
+
+    network = options.opened(source, network_options)
+    options.place(network.model, device, None)
+    with options.progress() as progress:
+        found = benchmark(
+            network.model,
+            options.random_input(input_size, network.model),
+            batches=batches,
+            threads=threads,
+            forms=forms,
+            layouts=layouts,
+            compiled=torchcompile,
+            repeats=repeats,
+            progress=progress,
+        )
+    if as_json:
+        options.print_json({"source": str(network.source), **found.to_json()})
+        return
+    console = options.console()
+    console.print(tables.benchmark_rows(found))
+    if layers:
+        for (batch, count), chosen in found.factorings.items():
+            console.print(tables.factored_layers(chosen, f"batch {batch}, {count} threads"))
+    for line in found.advice():
+        console.print(line, markup=False)

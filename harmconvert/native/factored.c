@@ -1,0 +1,225 @@
+/* A factored convolution over channels-last maps in one pass: the responses of a tile of pixels to the kept basis
+ * kernels are formed in cache, a block of channels at a time, and multiplied with the coefficients there and then.
+ *
+ *   y[p, o] = bias[o] + sum_c sum_f coefficient[o, c, f] * response[p, c, f]
+ *   response[p, c, f] = sum_ij vertical[v(f)][i] * horizontal[f][j] * x[row(p, i), column(p, j), c]
+ *
+ * Maps of responses, F times as large as x, are never written to memory. Plain C with the vector types of GCC and
+ * clang, no other header than the standard library's; float32.
+ */
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#if defined(__AVX512F__)
+#define LANES 16
+#define ROWS 12 /* pixels of a register tile: 12 x 2 vectors of sums in 32 registers */
+#elif defined(__AVX__)
+#define LANES 8
+#define ROWS 6 /* in 16 registers */
+#else
+#define LANES 4
+#define ROWS 12
+#endif
+#define COLUMNS (2 * LANES) /* output channels of a register tile */
+#define CACHE_FLOATS (160 * 1024) /* what a tile's responses and sums may take of the second-level cache */
+
+typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+typedef struct {
+    int64_t batch, height, width, channels;          /* of x */
+    int64_t out_height, out_width, out_channels;     /* of y */
+    int64_t rows, columns;                           /* of the kernel */
+    int64_t stride_y, stride_x, dilation_y, dilation_x;
+    int64_t top, left;                               /* zeros around x; below and right follow from the size of y */
+    int64_t verticals, frequencies, block;           /* vertical vectors, basis kernels, channels of a block */
+} shape_t;
+
+int64_t harmconvert_panel(void) { return COLUMNS; }
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* y[m][COLUMNS] (+)= a[m][depth] times panel[depth][COLUMNS], m known when compiled. */
+INLINE void tile(const int m, int64_t depth, const float *a, int64_t stride_a, const float *panel, const float *bias,
+                 float *y, int64_t stride_y, int first)
+{
+    vector sum[ROWS][2];
+    for (int i = 0; i < m; i++) {
+        const float *from = first ? bias : y + i * stride_y;
+        sum[i][0] = *(const vector *)from;
+        sum[i][1] = *(const vector *)(from + LANES);
+    }
+    for (int64_t k = 0; k < depth; k++) {
+        const vector p0 = *(const vector *)(panel + k * COLUMNS), p1 = *(const vector *)(panel + k * COLUMNS + LANES);
+        for (int i = 0; i < m; i++) {
+            const float value = a[i * stride_a + k];
+            sum[i][0] += value * p0;
+            sum[i][1] += value * p1;
+        }
+    }
+    for (int i = 0; i < m; i++) {
+        *(vector *)(y + i * stride_y) = sum[i][0];
+        *(vector *)(y + i * stride_y + LANES) = sum[i][1];
+    }
+}
+
+static void tiles(int64_t m, int64_t depth, const float *a, int64_t stride_a, const float *panel, const float *bias,
+                  float *y, int64_t stride_y, int first)
+{
+    for (; m >= ROWS; m -= ROWS, a += ROWS * stride_a, y += ROWS * stride_y)
+        tile(ROWS, depth, a, stride_a, panel, bias, y, stride_y, first);
+    switch (m) {
+#define CASE(n) case n: tile(n, depth, a, stride_a, panel, bias, y, stride_y, first); break;
+    CASE(1) CASE(2) CASE(3) CASE(4) CASE(5)
+#if ROWS > 6
+    CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11)
+#endif
+    default: break;
+    }
+}
+
+/* to[0 : count] = sum_i weight[i] * from[i][0 : count]; a null from[i] is zeros. */
+INLINE void combine(float *restrict to, int64_t count, const float *const *from, const float *weight, int64_t terms)
+{
+    int64_t c = 0;
+    for (; c + 4 * LANES <= count; c += 4 * LANES) {
+        vector s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0};
+        for (int64_t i = 0; i < terms; i++) {
+            if (!from[i] || weight[i] == 0)
+                continue;
+            const vector *f = (const vector *)(from[i] + c);
+            s0 += weight[i] * f[0];
+            s1 += weight[i] * f[1];
+            s2 += weight[i] * f[2];
+            s3 += weight[i] * f[3];
+        }
+        vector *t = (vector *)(to + c);
+        t[0] = s0, t[1] = s1, t[2] = s2, t[3] = s3;
+    }
+    for (; c + LANES <= count; c += LANES) {
+        vector s = {0};
+        for (int64_t i = 0; i < terms; i++)
+            if (from[i])
+                s += weight[i] * *(const vector *)(from[i] + c);
+        *(vector *)(to + c) = s;
+    }
+    for (; c < count; c++) {
+        float s = 0;
+        for (int64_t i = 0; i < terms; i++)
+            if (from[i])
+                s += weight[i] * from[i][c];
+        to[c] = s;
+    }
+}
+
+/* Responses of the pixels first .. last, all in one row of one map, to channels c .. c + count. */
+static void responses(const shape_t *s, const float *x, const float *vertical, const float *horizontal,
+                      const int32_t *vertical_of, int64_t first, int64_t last, int64_t c, int64_t count, float *columns,
+                      float *a, int64_t stride_a)
+{
+    const float *from[64];
+    const int64_t out_row = first / s->out_width, out_column = first % s->out_width;
+    const int64_t image = out_row / s->out_height, pixels = last - first;
+    const int64_t top = out_row % s->out_height * s->stride_y - s->top;
+    const int64_t left = out_column * s->stride_x - s->left;
+    const int64_t needed = (pixels - 1) * s->stride_x + (s->columns - 1) * s->dilation_x + 1;
+    const int64_t apart = s->verticals * count; /* a column: one run of channels for each vertical vector */
+    for (int64_t column = 0; column < needed; column++) {
+        const int64_t at = left + column;
+        float *to = columns + column * apart;
+        if (at < 0 || at >= s->width) {
+            memset(to, 0, apart * sizeof(float));
+            continue;
+        }
+        for (int64_t i = 0; i < s->rows; i++) {
+            const int64_t row = top + i * s->dilation_y;
+            from[i] = row < 0 || row >= s->height
+                          ? NULL
+                          : x + ((image * s->height + row) * s->width + at) * s->channels + c;
+        }
+        for (int64_t v = 0; v < s->verticals; v++)
+            combine(to + v * count, count, from, vertical + v * s->rows, s->rows);
+    }
+    for (int64_t pixel = 0; pixel < pixels; pixel++)
+        for (int64_t f = 0; f < s->frequencies; f++) {
+            for (int64_t j = 0; j < s->columns; j++)
+                from[j] = columns + (pixel * s->stride_x + j * s->dilation_x) * apart + vertical_of[f] * count;
+            combine(a + pixel * stride_a + f * count, count, from, horizontal + f * s->columns, s->columns);
+        }
+}
+
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/* Panels q0 .. q1 of one tile of pixels p0 .. p1. `edge` holds the sums of a last panel that y has no room for. */
+static void work(const shape_t *s, const float *x, const float *vertical, const float *horizontal,
+                 const int32_t *vertical_of, const float *packed, const float *bias, float *y, int64_t p0, int64_t p1,
+                 int64_t q0, int64_t q1, float *a, float *columns, float *edge)
+{
+    const int64_t o = s->out_channels, panels = up(o, COLUMNS), stride_a = s->frequencies * s->block + LANES;
+    const float *weights = packed;
+    for (int64_t c = 0; c < s->channels; c += s->block) {
+        const int64_t count = least(s->block, s->channels - c), depth = s->frequencies * count;
+        for (int64_t p = p0; p < p1;) {
+            const int64_t end = least(p1, (p / s->out_width + 1) * s->out_width);
+            responses(s, x, vertical, horizontal, vertical_of, p, end, c, count, columns, a + (p - p0) * stride_a,
+                      stride_a);
+            p = end;
+        }
+        for (int64_t q = q0; q < q1; q++) {
+            const float *panel = weights + q * depth * COLUMNS;
+            if ((q + 1) * COLUMNS <= o)
+                tiles(p1 - p0, depth, a, stride_a, panel, bias + q * COLUMNS, y + p0 * o + q * COLUMNS, o, c == 0);
+            else
+                tiles(p1 - p0, depth, a, stride_a, panel, bias + q * COLUMNS, edge, COLUMNS, c == 0);
+        }
+        weights += panels * depth * COLUMNS;
+    }
+    if (q1 == panels && panels * COLUMNS > o)
+        for (int64_t p = p0; p < p1; p++)
+            memcpy(y + p * o + (panels - 1) * COLUMNS, edge + (p - p0) * COLUMNS,
+                   (o - (panels - 1) * COLUMNS) * sizeof(float));
+}
+
+/* x (N, H, W, C), y (N, H', W', O), vertical (V, rows), horizontal (F, columns), vertical_of (F), bias (padded O);
+ * packed: for each block of channels, for each panel of COLUMNS output channels, [F x channels][COLUMNS].
+ * Gives 0, or 1 where memory is short. */
+int harmconvert_factored(const shape_t *s, const float *x, const float *vertical, const float *horizontal,
+                         const int32_t *vertical_of, const float *packed, const float *bias, float *y, int threads)
+{
+    const int64_t pixels = s->batch * s->out_height * s->out_width, panels = up(s->out_channels, COLUMNS);
+    const int64_t stride_a = s->frequencies * s->block + LANES;
+    int64_t size = CACHE_FLOATS / (stride_a + least(s->out_channels, 1024));
+    size = size < 2 * ROWS ? 2 * ROWS : size;
+    int64_t count = up(up(pixels, size), threads) * threads; /* tiles: as many for each thread */
+    size = up(up(pixels, count), ROWS) * ROWS;
+    count = up(pixels, size);
+    /* Few pixels: threads share out the output channels as well, and each forms the responses for itself. */
+    const int64_t shares = count >= threads ? 1 : least(panels, up(threads, count));
+    const int64_t needed = (s->out_width - 1) * s->stride_x + (s->columns - 1) * s->dilation_x + 1;
+    const int64_t floats = size * stride_a + needed * s->verticals * s->block + size * COLUMNS;
+    int failed = 0;
+#pragma omp parallel num_threads(threads)
+    {
+        float *room = NULL;
+        if (posix_memalign((void **)&room, 64, floats * sizeof(float)))
+            room = NULL;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t job = 0; job < count * shares; job++) {
+            const int64_t p0 = job / shares * size, share = job % shares;
+            if (!room) {
+#pragma omp atomic write
+                failed = 1;
+                continue;
+            }
+            float *columns = room + size * stride_a, *edge = columns + needed * s->verticals * s->block;
+            work(s, x, vertical, horizontal, vertical_of, packed, bias, y, p0, least(pixels, p0 + size),
+                 panels * share / shares, panels * (share + 1) / shares, room, columns, edge);
+        }
+        free(room);
+    }
+    return failed;
+}
