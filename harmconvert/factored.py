@@ -42,7 +42,9 @@ def reason_not_factorable(conv: HarmonicMixin) -> str | None:
 class FactoredMixin(HarmonicMixin):
     """A harmonic convolution that filters its input by the kept basis kernels and mixes what comes out.
 
-    Made by `to_factored`. Parameters, buffers and state dict are those of the harmonic form.
+    Made by `to_factored`. Parameters, buffers and state dict are those of the harmonic form. What factored.c reads is
+    laid out when the parameters have changed, as torch counts changes; one behind its back (``p.data.mul_(2)``), or in
+    eval mode under torch.compile, is seen after the next ``eval()``.
     """
 
     _packed: tuple[int, native.Packed] | None
@@ -113,7 +115,8 @@ class FactoredMixin(HarmonicMixin):
         return self._packed[1]
 
     def _kernels_for(self, input: Tensor) -> Tensor:
-        return self.kernels.to(input.device, input.dtype)
+        stale = self.basis.device != self.coefficients.device or self.basis.dtype.itemsize < input.dtype.itemsize
+        return (self.kernels if stale else self.basis).to(input.device, input.dtype)
 
     def prepare(self) -> None:
         """Lay the layer out for factored.c now, where that knows it: torch.compile takes what is there."""

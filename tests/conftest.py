@@ -22,3 +22,9 @@ def _seed() -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _no_hub() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Times of layers and the compiled kernel: nothing that an earlier run left, nothing left for the user."""
+    os.environ["HARMCONVERT_CACHE"] = str(tmp_path_factory.mktemp("cache"))

@@ -101,6 +101,26 @@ def convolution2d(
     return out
 
 
+def convolution(
+    images: np.ndarray,
+    kernel: np.ndarray,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> np.ndarray:
+    """All channels and filters: images (N, I, H, W), kernel (O, I, A, B), one sum for every output position."""
+    padded = np.pad(images, ((0, 0), (0, 0), (padding[0], padding[0]), (padding[1], padding[1])))
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel.shape[2:], strict=True)]
+    height, width = ((n - r) // s + 1 for n, r, s in zip(padded.shape[2:], reach, stride, strict=True))
+    out = np.zeros((len(images), len(kernel), height, width))
+    for y in range(height):
+        for x in range(width):
+            top, left = y * stride[0], x * stride[1]
+            seen = padded[:, :, top : top + reach[0] : dilation[0], left : left + reach[1] : dilation[1]]
+            out[:, :, y, x] = np.einsum("nckl,ockl->no", seen, kernel)
+    return out
+
+
 def harmonic_layer(
     images: np.ndarray,
     weights: np.ndarray,

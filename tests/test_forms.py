@@ -1,0 +1,398 @@
+"""The factored form computes what the harmonic one does, is chosen where it is faster, and follows its parameters."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import harmconvert as hc
+from harmconvert import native
+from harmconvert.basis import frequencies_below, level_count
+from harmconvert.conv import HarmonicMixin, harmonic_class, to_dense, to_harmonic
+from harmconvert.convert import convert
+from harmconvert.errors import UsageError
+from harmconvert.factored import FactoredMixin, reason_not_factorable, to_factored
+from harmconvert.forms import factor, factoring, fuse
+from harmconvert.layer_times import Site, layer_times
+from harmconvert.timing import in_turns
+
+from . import oracle
+from .networks import CONVOLUTIONS, Branches, random_input, seeded
+
+X = random_input((2, 3, 24, 24))
+COMPILER = native.unavailable()
+
+
+def truncated(conv: nn.Module, levels: int = 2) -> HarmonicMixin:
+    harmonic = to_harmonic(conv, frequencies_below(conv.kernel_size, levels))
+    assert isinstance(harmonic, HarmonicMixin)
+    return harmonic
+
+
+def outputs(module: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return module(x)
+
+
+def test_a_c_compiler_is_at_hand_here() -> None:
+    """Else half of this file would test one way against itself."""
+    assert COMPILER is None
+
+
+@settings(max_examples=60)
+@given(
+    sizes=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    channels=st.tuples(st.integers(1, 40), st.integers(1, 70)),
+    kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 2)),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 3)),
+    padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    levels=st.integers(1, 7),
+    batch=st.integers(1, 3),
+    bias=st.booleans(),
+    seed=st.integers(0, 2**20),
+)
+def test_the_compiled_kernel_computes_the_convolution(
+    sizes: tuple[int, int], channels: tuple[int, int], kernel: tuple[int, int], stride: tuple[int, int],
+    dilation: tuple[int, int], padding: tuple[int, int], levels: int, batch: int, bias: bool, seed: int,
+) -> None:  # fmt: skip
+    """Against one whose every output is a sum written out, in float64 (oracle.convolution)."""
+    torch.manual_seed(seed)
+    size = tuple(max(n, d * (k - 1) + 1 - 2 * p) for n, k, d, p in zip(sizes, kernel, dilation, padding, strict=True))
+    conv = nn.Conv2d(*channels, kernel, stride, padding, dilation, bias=bias)
+    factored = to_factored(truncated(conv, min(levels, level_count(kernel))))
+    x = torch.randn(batch, channels[0], *size)
+    merged = to_dense(factored)
+    kernel_OIAB = merged.weight.detach().double().numpy()
+    expected = oracle.convolution(x.double().numpy(), kernel_OIAB, stride, padding, dilation)
+    if bias:
+        expected += merged.bias.detach().double().numpy()[:, None, None]
+    found = outputs(factored, x)
+    assert factored._packed is not None, "computed another way"
+    assert found.shape == expected.shape
+    assert np.abs(found.double().numpy() - expected).max() <= 1e-5 * max(1, np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "batch"), [(160, 16, 2), (64, 30, 3), (512, 5, 2), (33, 17, 1), (700, 3, 1)]
+)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_channels_over_many_blocks_and_tiles(channels: int, size: int, batch: int, threads: int) -> None:
+    conv = truncated(nn.Conv2d(channels, channels + 7, 3, padding=1))
+    x = torch.randn(batch, channels, size, size)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = outputs(to_factored(conv), x)
+    finally:
+        torch.set_num_threads(before)
+    expected = outputs(to_dense(conv).double(), x.double())
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_every_class_is_factored_or_says_why_not(name: str, dtype: torch.dtype) -> None:
+    make, shape = CONVOLUTIONS[name]
+    conv = truncated(seeded(make, dtype), 1)
+    transposed_or_standardised = "Transpose" in name or "Std" in name
+    assert (reason_not_factorable(conv) is not None) == transposed_or_standardised
+    if transposed_or_standardised:
+        return
+    factored, x = to_factored(conv), random_input(shape, dtype)
+    assert type(factored).__name__ == f"Factored{type(conv).convolution.__name__}"
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    assert torch.allclose(outputs(factored, x), outputs(conv, x), atol=tolerance, rtol=tolerance)
+    assert torch.allclose(outputs(factored, x[0]), outputs(conv, x[0]), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("basis", ["haar", "gaussian", "klt"])
+@pytest.mark.parametrize("normalization", ["ortho", "l1"])
+def test_other_bases(basis: str, normalization: str) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3, padding=1))
+    harmonic = convert(network, {"1": 2}, basis=basis, normalization=normalization).model
+    factored = factor(harmonic, layers="factored")
+    assert isinstance(factored[1], FactoredMixin)
+    assert torch.allclose(outputs(factored, X), outputs(harmonic, X), atol=1e-5)
+
+
+def test_a_whole_basis_and_hooks_are_left_alone() -> None:
+    assert reason_not_factorable(to_harmonic(nn.Conv2d(3, 4, 3))) == "it keeps the whole basis"
+    hooked = truncated(nn.Conv2d(3, 4, 3))
+    hooked.register_forward_hook(lambda module, args, output: None)
+    assert reason_not_factorable(hooked) == "it has hooks"
+
+
+# --- gradients, state, and what changes the parameters ---
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Conv2d(5, 7, 3, padding=1), lambda: nn.Conv2d(4, 6, 3, 2, groups=2)])
+def test_gradients_are_those_of_the_harmonic_form(make: object) -> None:
+    harmonic = truncated(make())
+    factored = to_factored(harmonic)
+    grads = []
+    for module in (harmonic, factored):
+        x = random_input((2, module.in_channels, 8, 8)).requires_grad_()
+        module(x).square().sum().backward()
+        grads.append([x.grad, module.coefficients.grad, module.bias.grad])
+    for expected, found in zip(*grads, strict=True):
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
+
+
+def test_gradcheck_in_float64() -> None:
+    factored = to_factored(truncated(nn.Conv2d(2, 3, 3, padding=1).double()))
+    x = random_input((1, 2, 4, 4), torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(factored, (x,))
+
+
+def test_frozen_coefficients_pass_gradients_to_the_input_alone() -> None:
+    factored = to_factored(truncated(nn.Conv2d(5, 7, 3))).requires_grad_(False)
+    x = random_input((1, 5, 8, 8)).requires_grad_()
+    factored(x).sum().backward()
+    assert x.grad is not None
+    assert factored.coefficients.grad is None
+
+
+def test_training_through_the_factored_form_follows_the_harmonic_one() -> None:
+    networks = [seeded(lambda: convert(Branches(), 2, example_input=X).model)]
+    networks.append(factor(networks[0], layers="factored"))
+    for network in networks:
+        network.train()
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.05)
+        for _ in range(3):
+            optimizer.zero_grad()
+            network(X).square().mean().backward()
+            optimizer.step()
+        network.eval()
+    assert torch.allclose(outputs(networks[1], X), outputs(networks[0], X), atol=1e-5)
+    before = outputs(networks[1], X)
+    networks[1].load_state_dict(
+        factor(convert(seeded(Branches), 2, example_input=X).model, layers="factored").state_dict()
+    )
+    assert not torch.allclose(outputs(networks[1], X), before, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda f: f.coefficients.mul_(2),
+        lambda f: setattr(f.coefficients, "data", f.coefficients.data * 2),
+        lambda f: setattr(f, "coefficients", nn.Parameter(f.coefficients.detach() * 2)),
+        lambda f: f.bias.add_(1),
+        lambda f: f.load_state_dict({key: 2 * value for key, value in f.state_dict().items()}),
+    ],
+)
+def test_changed_parameters_are_seen(change: object) -> None:
+    factored = to_factored(truncated(nn.Conv2d(5, 7, 3)))
+    x = random_input((1, 5, 8, 8))
+    before = outputs(factored, x)
+    with torch.no_grad():
+        change(factored)
+    after = outputs(factored, x)
+    assert not torch.allclose(before, after, atol=1e-3)
+    assert torch.allclose(after, outputs(to_dense(factored), x), atol=1e-5)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda f: pickle.loads(pickle.dumps(f))])
+def test_copies_are_factored_and_their_own(copied: object) -> None:
+    factored = to_factored(truncated(nn.Conv2d(5, 7, 3)))
+    x = random_input((1, 5, 8, 8))
+    expected = outputs(factored, x)
+    other = copied(factored)
+    assert type(other) is type(factored)
+    with torch.no_grad():
+        factored.coefficients.zero_()
+    assert torch.equal(outputs(other, x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    harmonic = truncated(nn.Conv2d(5, 7, 3))
+    x = random_input((1, 5, 8, 8))
+    found = outputs(to_factored(harmonic).to(dtype), x.to(dtype))
+    assert found.dtype == dtype
+    assert torch.allclose(found.float(), outputs(harmonic, x), atol=3e-2 if dtype == torch.bfloat16 else 1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert outputs(to_factored(harmonic), x).dtype == torch.bfloat16
+
+
+def test_not_a_number_comes_through() -> None:
+    factored = to_factored(truncated(nn.Conv2d(5, 7, 3, padding=1)))
+    x = torch.zeros(1, 5, 8, 8)
+    x[0, 2, 4, 4] = torch.nan
+    found = outputs(factored, x)
+    assert found[0, :, 3:6, 3:6].isnan().all()
+    assert not found[0, :, :3].isnan().any()
+
+
+# --- factor() ---
+
+
+def test_factor_keeps_the_state_and_what_is_shared() -> None:
+    harmonic = convert(seeded(Branches), 2, example_input=X).model
+    factored = factor(harmonic, layers="factored")
+    assert isinstance(factored.shared, FactoredMixin)
+    assert factored.alias is factored.shared
+    assert factored.tied_a.coefficients is factored.tied_b.coefficients
+    assert type(factored.stem).__name__ == "Conv2d", "the whole basis is merged"
+    cut = [
+        name for name, m in harmonic.named_modules() if isinstance(m, HarmonicMixin) and not reason_not_factorable(m)
+    ]
+    assert factoring(factored).factored == tuple(cut)
+    assert torch.allclose(outputs(factored, X), outputs(harmonic, X), atol=1e-5)
+    assert torch.allclose(outputs(fuse(factored), X), outputs(harmonic, X), atol=1e-5)
+    assert set(fuse(factored).state_dict()) == set(seeded(Branches).state_dict())
+    assert hc.verify(seeded(Branches), factored, X).as_planned
+    assert not any(isinstance(module, FactoredMixin) for module in harmonic.modules())
+
+
+def test_factor_measures_and_never_makes_the_network_slower() -> None:
+    network = nn.Sequential(
+        nn.Conv2d(3, 96, 3), nn.Conv2d(96, 96, 3, padding=1), nn.Conv2d(96, 4, 3), nn.Conv2d(4, 4, 3)
+    )
+    harmonic = convert(network.eval(), 1).model
+    x = random_input((8, 3, 24, 24))
+    factored = factor(harmonic, x)
+    record = factoring(factored)
+    assert [layer.name for layer in record.layers] == ["0", "1", "2", "3"]
+    assert record.layers[0].why == "it keeps the whole basis"
+    for layer in record.layers[1:]:
+        assert layer.dense_seconds > 0
+        assert layer.factored_seconds > 0
+        assert (layer.form == "factored") == isinstance(factored[int(layer.name)], FactoredMixin)
+    # a ninth of the multiplications: not in doubt on any machine
+    assert record.factored == () or record.factored_seconds <= record.dense_seconds
+    assert record.layers[1].dense_seconds > record.layers[1].factored_seconds
+    assert torch.allclose(outputs(factored, x), outputs(harmonic, x), atol=1e-5)
+
+
+def test_patterns_say_what_is_not_measured() -> None:
+    harmonic = convert(seeded(Branches), 2, example_input=X).model
+    factored = factor(harmonic, layers={"*": "dense", "tied_*": "factored"})
+    assert factoring(factored).factored == ("tied_a", "tied_b")
+    assert {layer.why for layer in factoring(factored).layers if layer.form == "dense"} == {"as asked for"}
+
+
+@pytest.mark.parametrize(
+    ("layers", "x", "message"),
+    [
+        ("quick", X, "unknown form 'quick'"),
+        ({"nothing*": "dense"}, X, "no harmonic convolution matches 'nothing\\*'"),
+        ("measured", None, "give example_input"),
+        ("measured", torch.zeros(1, 5, 24, 24), "does not run on an example input of shape \\(1, 5, 24, 24\\)"),
+    ],
+)
+def test_what_factor_refuses(layers: object, x: object, message: str) -> None:
+    harmonic = convert(seeded(Branches), 2, example_input=X).model
+    with pytest.raises(UsageError, match=message):
+        factor(harmonic, x, layers=layers)
+
+
+def test_a_network_without_truncated_layers_is_fused() -> None:
+    factored = factor(seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())), X)
+    assert factoring(factored).layers == ()
+    assert type(factored[0]) is nn.Conv2d
+
+
+def test_layer_times_are_kept_and_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HARMCONVERT_CACHE", str(tmp_path))
+    conv, site = truncated(nn.Conv2d(3, 4, 3)), Site((1, 3, 8, 8), torch.float32, torch.device("cpu"))
+    times = layer_times(conv, site)
+    [path] = tmp_path.glob("layer-times-*.json")
+    [(key, kept)] = json.loads(path.read_text()).items()
+    assert tuple(kept) == times
+    assert layer_times(conv, site) == times
+    path.write_text(json.dumps({key: [7.0, 5.0]}))
+    read = (
+        "import json, sys; from tests.test_forms import *; torch.set_num_threads(int(sys.argv[1])); print(layer_times("
+    )
+    read += "truncated(nn.Conv2d(3, 4, 3)), Site((1, 3, 8, 8), torch.float32, torch.device('cpu'))))"
+    done = subprocess.run([sys.executable, "-c", read, str(torch.get_num_threads())], capture_output=True, text=True)
+    assert done.stdout.strip() == "(7.0, 5.0)", done.stderr
+
+
+@pytest.mark.parametrize("damage", ["", "[1", '{"a": 1}', '{"a": ["x", 1]}', "[]"])
+def test_a_damaged_table_of_times_is_measured_anew(
+    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from harmconvert.layer_times import _file, _known
+
+    monkeypatch.setenv("HARMCONVERT_CACHE", str(tmp_path))
+    _file().write_text(damage)
+    _known.cache_clear()
+    assert all(
+        t > 0
+        for t in layer_times(truncated(nn.Conv2d(3, 4, 3)), Site((1, 3, 8, 8), torch.float32, torch.device("cpu")))
+    )
+
+
+@pytest.mark.parametrize("setting", [{"HARMCONVERT_NATIVE": "0"}, {"CC": "no-such-compiler"}, {"CC": "false"}])
+def test_without_a_compiler_torchs_operators_do(setting: dict[str, str], tmp_path: Path) -> None:
+    code = (
+        "from tests.test_forms import *\n"
+        "assert native.unavailable(), 'compiled all the same'\n"
+        "harmonic = convert(seeded(Branches), 2, example_input=X).model\n"
+        "factored = factor(harmonic, layers='factored')\n"
+        "assert factored.shared._packed is None\n"
+        "assert torch.allclose(outputs(factored, X), outputs(harmonic, X), atol=1e-5)\n"
+        "print(native.unavailable())"
+    )
+    env = {**os.environ, **setting, "HARMCONVERT_CACHE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert next(iter(setting.values())) in done.stdout or "no C compiler" in done.stdout
+
+
+def test_the_library_is_made_once_and_whole(tmp_path: Path) -> None:
+    """Several processes at once: each gets it, one file stays."""
+    code = "from harmconvert import native; assert native.unavailable() is None, native.unavailable()"
+    env = {**os.environ, "HARMCONVERT_CACHE": str(tmp_path)}
+    processes = [subprocess.Popen([sys.executable, "-c", code], env=env) for _ in range(3)]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    assert [path.suffix for path in tmp_path.iterdir()] == [".so"]
+
+
+def test_a_checkpoint_loads_in_factored_form(tmp_path: Path) -> None:
+    network = hc.open_source("sample:resnet_mnist5k").model
+    conversion = hc.convert(network, 2)
+    hc.save(conversion, tmp_path / "a.safetensors")
+    assert factoring(hc.load(tmp_path / "a.safetensors", form="factored")).dense_seconds > 0
+    x = torch.randn(16, 1, 28, 28)
+    factored = hc.load(tmp_path / "a.safetensors", model=network, form="factored", example_input=x)
+    assert len(factoring(factored).layers) == 19
+    assert torch.allclose(outputs(factored, x), outputs(conversion.model, x), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_factored_form_compiles() -> None:
+    harmonic = convert(seeded(Branches), 2, example_input=X).model
+    factored = factor(harmonic, layers="factored")
+    compiled = torch.compile(factored, fullgraph=True)
+    assert torch.allclose(outputs(compiled, X), outputs(harmonic, X), atol=1e-5)
+
+
+def test_turns_alternate_and_are_counted() -> None:
+    seen: list[str] = []
+    times = in_turns({"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}, 4, warm=1)
+    assert seen == ["a", "b", *["a", "b"] * 4]
+    assert {len(t.seconds) for t in times.values()} == {4}
+    assert times["a"].median > 0
+    assert times["a"].spread >= 0
+
+
+def test_harmonic_and_factored_classes_are_cached() -> None:
+    assert harmonic_class(nn.Conv2d) is harmonic_class(nn.Conv2d)
+    assert type(to_factored(truncated(nn.Conv2d(1, 1, 3)))) is type(to_factored(truncated(nn.Conv2d(2, 1, 3))))
