@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from . import native
+from .comparison import greatest_difference
 from .conv import HarmonicMixin
 from .convert import check_network
 from .errors import UsageError, first_line
@@ -196,7 +197,9 @@ def _group(
                 run, note = _runnable(network, told[layout], under_compiler)
                 if run is not None:
                     device = tensors_in(input)[0].device
-                    row = replace(row, error=_difference(truth, _outputs(run)), peak_bytes=peak_bytes(run, device))
+                    row = replace(
+                        row, error=greatest_difference(_outputs(run), truth), peak_bytes=peak_bytes(run, device)
+                    )
                     runs[len(rows)] = run
                 rows.append(replace(row, note=note))
         times = in_turns({str(index): run for index, run in runs.items()}, repeats, 3, 20.0, warm=1)
@@ -229,11 +232,6 @@ def _run(network: Any, input: Any) -> Any:
 def _outputs(run: Callable[[], Any]) -> list[torch.Tensor]:
     with torch.no_grad():
         return [tensor.double() for tensor in tensors_in(run()) if tensor.is_floating_point()]
-
-
-def _difference(truth: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> float:
-    pairs = [(a, b) for a, b in zip(truth, outputs, strict=True) if a.numel()]
-    return max((float((a - b).abs().max() / a.abs().max().clamp_min(1e-300)) for a, b in pairs), default=0.0)
 
 
 def _repeated(input: Any, batch: int) -> Any:

@@ -101,7 +101,7 @@ def factor(model: nn.Module, example_input: Any = None, *, layers: str | Mapping
     measured = {name: harmonic[name] for name, choice in fixed.items() if choice is None}
     if measured and example_input is None:
         raise UsageError("which form is faster is measured on an input: give example_input, or layers='factored'")
-    sites = _sites(model, measured, example_input) if measured else {}
+    sites = sites_of(model, measured, example_input) if measured else {}
     found = [fixed[name] or _faster(name, conv, sites.get(name)) for name, conv in harmonic.items()]
     factored, record = _as_chosen(model, harmonic, found), Factoring(tuple(found))
     if any(layer.form == "factored" for layer in found):
@@ -137,7 +137,7 @@ def _fixed(name: str, conv: HarmonicMixin, wanted: str) -> LayerForm | None:
     return None if wanted == "measured" else LayerForm(name, cast(Choice, wanted), "as asked for")
 
 
-def _sites(model: nn.Module, convs: Mapping[str, HarmonicMixin], example_input: Any) -> dict[str, Site]:
+def sites_of(model: nn.Module, convs: Mapping[str, HarmonicMixin], example_input: Any) -> dict[str, Site]:
     """What each of the layers is fed in one run; of those that run."""
     found: dict[str, Site] = {}
 

@@ -24,7 +24,7 @@ def check_kernel(conv: nn.Module, other: nn.Module, as_calibrated: bool | None) 
     weight = _kernel_of(conv)
     exact = weight.to(torch.float64)
     scale = exact.abs().flatten(1).amax(1).clamp_min(torch.finfo(torch.float64).tiny)
-    eps = torch.finfo(weight.dtype).eps
+    eps = max(torch.finfo(weight.dtype).eps, torch.finfo(cast(Tensor, other.weight).dtype).eps)
 
     def error(kernel: Tensor) -> float:
         return ((kernel.to(torch.float64) - exact).abs().flatten(1).amax(1) / scale).max().item()

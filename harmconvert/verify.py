@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .block import HarmonicBlock2d
+from .comparison import relative_difference, top1_agreement
 from .conv import HarmonicMixin
 from .convert import default_input
 from .errors import UsageError, first_line, shortened
@@ -123,7 +124,7 @@ def verify(
     inputs = _inputs(original, inputs)
     if _blocks(original) != _blocks(converted):  # what a block computes is compared with a convolution as one
         original, converted = fold_blocks(original), fold_blocks(converted)
-    dtype = _weight_dtype(original)
+    dtype = max((_weight_dtype(original), _weight_dtype(converted)), key=lambda d: OUTPUT_TOLERANCE[d])
     pairs, structural = _pairs(original, converted)
     written = _as_calibrated(converted, _written_by_calibration(converted) if calibrated is None else calibrated)
     altered = [] if structural else _altered_state(original, converted, pairs, written)
@@ -240,9 +241,7 @@ def _altered_state(
             continue
         if key not in theirs:
             problems.append(f"{key}: only in the original")
-        elif theirs[key].shape != tensor.shape or not torch.equal(
-            _bits(tensor), _bits(theirs[key].to(tensor.device, tensor.dtype))
-        ):
+        elif theirs[key].shape != tensor.shape or not _equal(tensor, theirs[key]):
             problems.append(f"{key}: differs from the original's")
     problems += [
         f"{key}: only in the converted network"
@@ -250,6 +249,15 @@ def _altered_state(
         if key not in original.state_dict() and key not in kernels
     ]
     return problems
+
+
+def _equal(tensor: Tensor, other: Tensor) -> bool:
+    """Whether a tensor has the other's bits; where one is stored in fewer bits, rounded to those."""
+    if not (tensor.is_floating_point() and other.is_floating_point()):
+        dtype = tensor.dtype
+    else:
+        dtype = min((tensor.dtype, other.dtype), key=lambda d: -torch.finfo(d).eps)
+    return torch.equal(_bits(tensor.to(dtype)), _bits(other.to(tensor.device, dtype)))
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -272,7 +280,7 @@ def _compare(
 
         def watch(name: str) -> Callable[..., None]:
             def hook(conv: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-                error = _relative_difference(theirs[name](*args, **kwargs), output)
+                error = relative_difference(theirs[name](*args, **kwargs), output)
                 outputs[name] = max(error, outputs.get(name, 0.0))
 
             return hook
@@ -296,34 +304,8 @@ def _compare(
     if [t.shape for t in results[0]] != [t.shape for t in results[1]]:
         return float("inf"), 0.0, outputs
     pairs = list(zip(*results, strict=True))
-    error = max((_relative_difference(b, a) for a, b in pairs), default=float("nan"))
-    return error, _top1_agreement(pairs), outputs
-
-
-def _relative_difference(found: Tensor, expected: Tensor) -> float:
-    """Largest difference over largest value; values that are not finite must be the same in both."""
-    if found.shape != expected.shape:
-        return float("inf")
-    if not expected.numel():
-        return 0.0
-    if not (expected.is_floating_point() or expected.is_complex()):
-        return 0.0 if torch.equal(found, expected) else float("inf")
-    finite = expected.isfinite()
-    if not torch.equal(found[~finite].nan_to_num(nan=0.5), expected[~finite].nan_to_num(nan=0.5)):
-        return float("inf")
-    if not finite.any():
-        return float("nan")
-    difference = (found[finite] - expected[finite]).abs().max().item()
-    largest = expected[finite].abs().max().item()
-    return difference / largest if largest > 0 else difference
-
-
-def _top1_agreement(outputs: list[tuple[Tensor, Tensor]]) -> float | None:
-    logits = len(outputs) == 1 and outputs[0][0].is_floating_point() and outputs[0][0].dim() == 2
-    if not logits or outputs[0][0].shape[1] < 2:
-        return None
-    original, converted = outputs[0]
-    return (original.argmax(1) == converted.argmax(1)).double().mean().item()
+    error = max((relative_difference(b, a) for a, b in pairs), default=float("nan"))
+    return error, top1_agreement(pairs), outputs
 
 
 @contextmanager

@@ -329,7 +329,7 @@ def test_the_command_line_is_frozen() -> None:
     ]  # fmt: skip
     assert found == {
         "convert": sorted(
-            ["--basis", "--budget", "--max-drop", "--labelled", "--search-figure",
+            ["--basis", "--budget", "--dtype", "--max-drop", "--labelled", "--search-figure",
              "--trials", "--probes", "--save-plan",
              "--exclude",
              "--force", "--include", "--lambda", "--normalization", "--output", "--plan", "-o",
@@ -355,7 +355,13 @@ def test_the_command_line_is_frozen() -> None:
              "--calibrate", "--calibration-batch-size", "--calibration-images", "--calibration-memory",
              "--calibration-split", "--damping", "--device", *data, *network, *common]
         ),
-        "export": sorted(["--force", "--format", "--output", "-o", *network, *common]),
+        "benchmark": sorted(
+            ["--batch-size", "-b", "--threads", "--form", "--layout", "--torchcompile", "--repeats", "--layers",
+             "--device", *network, *common, *size]
+        ),
+        "export": sorted(
+            ["--force", "--form", "--format", "--dtype", "--output", "-o", *network, *common, *size]
+        ),
         "demo": sorted(common),
     }  # fmt: skip
 

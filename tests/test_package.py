@@ -19,7 +19,8 @@ PACKAGE = ROOT / "harmconvert"
 ORDER = [
     "registration", "errors", "files", "native", "weights", "distributed", "basis", "projection", "conv", "block",
     "factored", "timing", "layer_times", "plan", "surgery", "cost", "calibration", "forms", "budget", "convert",
-    "harmonize", "kernel_check", "verify", "checkpoint",
+    "harmonize", "kernel_check", "comparison", "verify", "precision",
+    "checkpoint",
     "models", "reference", "samples", "downloads", "user_code", "sources",
     "data", "evaluation", "training", "benchmark", "export", "inspection", "report", "demo", "cli",
 ]  # fmt: skip

@@ -84,6 +84,7 @@ def budget_options(command: Any) -> Any:
     show_default=True,
     help="Scale of the basis filters; l1 only for parity with the paper's ImageNet networks.",
 )
+@options.dtype
 @click.option("-o", "--output", metavar="FILE", help="Default: NAME-harmonic-LAMBDA.safetensors.")
 @options.force
 @options.calibration_options
@@ -140,8 +141,11 @@ def command(
     _check_choice(plan_file, lam, budget, max_drop, labelled)
     share = Budget.parse(budget[0]) if budget else None
     policy: Any = Plan.load(plan_file) if plan_file else parse_lambda(lam or "full")
-    told = any(
-        (lam, plan_file, budget, labelled, include, exclude, basis != "dct", normalization != "ortho", more["data"])
+    told = (
+        any(
+            (lam, plan_file, budget, labelled, include, exclude, basis != "dct", normalization != "ortho", more["data"])
+        )
+        or more["dtype"] != "float32"
     )
     as_it_is = not told and is_harmonic_source(source)
     named = default_name(source, _kept(lam, plan_file, share, max_drop))
@@ -185,7 +189,7 @@ def command(
         if save_plan:
             write_file(save_plan, conversion.plan.save, force)
         inputs = options.verification_inputs(input_size, network.source)
-        _finish(network, conversion, inputs, output, force, as_json, held_out)
+        _finish(network, conversion, inputs, output, force, as_json, held_out, more["dtype"])
     return _calibration_verdict(conversion, output, more["allow_fallback"])
 
 
@@ -236,11 +240,13 @@ def _keep(network: Network, inputs: Any, output: str, force: bool, as_json: bool
 
 
 def _finish(
-    network: Network, conversion: Conversion, inputs: Any, output: str, force: bool, as_json: bool, held_out: Any
-) -> None:
+    network: Network, conversion: Conversion, inputs: Any, output: str, force: bool, as_json: bool, held_out: Any,
+    dtype: str,
+) -> None:  # fmt: skip
     """Show what was done, verify it, write it."""
     from ..checkpoint import save
     from ..errors import CheckError
+    from ..precision import in_fewer_bits
     from ..report import tables
     from ..verify import verify
 
@@ -262,8 +268,11 @@ def _finish(
     check = verify(network.model, conversion.model, inputs)
     if not (check.ok or (check.as_planned and not conversion.plan.whole)):
         raise CheckError(f"{check.verdict}; nothing was written")
-    save(conversion, output, source=network.source, force=force)
     console.print(check.verdict, markup=False)
+    if dtype != "float32":
+        conversion, difference = in_fewer_bits(conversion, dtype, inputs)
+        console.print(f"rounded to {dtype}: outputs differ by {difference:.1e} of the largest", markup=False)
+    save(conversion, output, source=network.source, force=force)
     console.print(f"wrote {output} ({tables.file_size(output)})", markup=False)
     if held_out:
         for name, found in held_out.items():

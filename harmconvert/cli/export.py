@@ -13,30 +13,67 @@ from . import options
 @click.argument("source")
 @click.option(
     "--format",
-    type=click.Choice(["dense", "timm"]),
+    type=click.Choice(["dense", "timm", "onnx", "torch-export"]),
     default="dense",
     show_default=True,
-    help="dense: a plain state dict (.safetensors) for stock timm or torchvision; timm: a folder for local-dir:.",
+    help="dense: a plain state dict (.safetensors) for stock timm or torchvision; timm: a folder for local-dir:; onnx: "
+    "one file for any batch size, compared in ONNX Runtime (pip install 'harmconvert[onnx]'); torch-export: a .pt2 "
+    "program.",
 )
-@click.option("-o", "--output", required=True, metavar="PATH", help="File (dense) or folder (timm) to write.")
+@click.option(
+    "--form",
+    type=click.Choice(["dense", "factored"]),
+    default="dense",
+    show_default=True,
+    help="onnx, torch-export: factored writes truncated convolutions as depthwise ones and a 1x1 where that is faster.",
+)
+@options.dtype
+@click.option("-o", "--output", required=True, metavar="PATH", help="File, or (timm) folder, to write.")
 @options.force
+@options.input_size
 @options.network_options
 @options.common
-def command(source: str, format: str, output: str, force: bool, as_json: bool, **network_options: Any) -> None:
+def command(
+    source: str,
+    format: str,
+    form: str,
+    dtype: str,
+    output: str,
+    force: bool,
+    input_size: Any,
+    as_json: bool,
+    **network_options: Any,
+) -> None:
     """Write the network SOURCE with plain convolutions, for use without harmconvert.
 
     \b
     Example:
       harmconvert export resnet50-harmonic-progressive.safetensors -o resnet50-dense.safetensors
       harmconvert export resnet50-harmonic-progressive.safetensors --format timm -o resnet50/
+      harmconvert export resnet50-harmonic-2.safetensors --format onnx --form factored -o resnet50.onnx
     """
+    from dataclasses import asdict
+
     from ..export import check_target, export
     from ..report import tables
 
-    check_target(output, format, force)
+    check_target(output, format, force, dtype, form)
     network = options.opened(source, network_options)
-    export(network.model, output, format, force=force)
+    found = export(
+        network.model,
+        output,
+        format,
+        form=form,
+        dtype=dtype,
+        example_input=options.example_input(input_size, network.model),
+        force=force,
+        progress=options.say,
+    )
     if as_json:
-        options.print_json({"output": output, "format": format, "source": str(network.source)})
-    else:
-        options.console().print(f"wrote {output} ({tables.file_size(output)})", markup=False)
+        record = {"output": output, "format": format, "form": form, "dtype": dtype, "source": str(network.source)}
+        options.print_json({**record, "check": asdict(found) if found else None})
+        return
+    console = options.console()
+    for line in tables.export_lines(found, dtype) if found else ():
+        console.print(line, markup=False)
+    console.print(f"wrote {output} ({tables.file_size(output)})", markup=False)

@@ -15,6 +15,7 @@ from ..convert import Conversion, LayerRecord
 from ..cost import Cost
 from ..errors import shortened
 from ..evaluation import Evaluation
+from ..export import Exported
 from ..forms import Factoring
 from ..inspection import LAMBDAS, Inspection
 from ..training.finetuning import Stage
@@ -115,6 +116,17 @@ def factored_layers(found: Factoring, title: str) -> Table:
         )
         rows.append([layer.name or "(root)", layer.form, dense, factored, layer.why])
     return _table([f"layer ({title})", "form", "dense ms", "factored ms", "why"], rows, left={0, 1, 4})
+
+
+def export_lines(found: Exported, dtype: str) -> list[str]:
+    """How exact an exported file is, and what it holds, in a line or a few."""
+    what = "compared" if dtype == "float32" else f"rounded to {dtype}"
+    top1 = "" if found.top1_agreement is None else f"; same top-1 on {found.top1_agreement:.0%}"
+    lines = [f"{what}: outputs differ by {found.difference:.1e} of the largest{top1}"]
+    if found.factored:
+        times = "" if found.speedup is None else f", {found.speedup:.2f} times as fast as dense in ONNX Runtime"
+        lines.append(f"{len(found.factored)} layers factored{times}")
+    return [*lines, *(f"note: {note}" for note in found.notes)]
 
 
 def evaluation_lines(evaluation: Evaluation) -> list[str]:

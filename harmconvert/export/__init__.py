@@ -1,0 +1,125 @@
+"""Hand a network over to others: plain state dicts, timm folders, ONNX, torch.export; never from the harmonic form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+from torch import Tensor, nn
+
+from ..convert import default_input
+from ..errors import UsageError
+from ..files import check_folder, check_output, write_folder
+from ..forms import fuse
+from ..precision import check_rounding, dtype_named, rounded
+from ..weights import untied_state, write_tensors
+from .graphs import Exported, check_packages, check_runs, export_onnx, export_program, random_batch
+
+FORMATS = ("dense", "timm", "onnx", "torch-export")
+TIMM_FILES = ("config.json", "model.safetensors")
+
+__all__ = ["FORMATS", "Exported", "check_target", "export"]
+
+
+def check_target(
+    path: str | Path, format: str, force: bool = False, dtype: str = "float32", form: str = "dense"
+) -> None:
+    """Raise what `export` would raise before it begins; call it before long work.
+
+    Raises:
+        UsageError: the output exists, or the format does not go with its suffix, the dtype or the form.
+        OutsideError: a package is missing.
+    """
+    if format not in FORMATS:
+        raise UsageError(f"unknown format {format!r}: use one of {', '.join(FORMATS)}")
+    if form not in ("dense", "factored") or (form == "factored" and format not in ("onnx", "torch-export")):
+        raise UsageError(f"--form {form} does not go with {format}: factored is for onnx and torch-export")
+    dtype_named(dtype)
+    if format == "timm":
+        check_folder(path, TIMM_FILES, force)
+        return
+    check_output(path, force)
+    suffix = {"onnx": ".onnx", "torch-export": ".pt2"}.get(format)
+    if suffix and Path(path).suffix != suffix:
+        raise UsageError(f"{path} should end in {suffix}, which is what it will be")
+    if format == "onnx":
+        if dtype != "float32":
+            raise UsageError(f"ONNX Runtime has no {dtype} convolutions on a CPU to check the file with: use float32")
+        check_packages()
+
+
+def export(
+    model: nn.Module,
+    path: str | Path,
+    format: str = "dense",
+    *,
+    form: str = "dense",
+    dtype: str = "float32",
+    example_input: Any = None,
+    force: bool = False,
+    progress: Callable[[str], None] = lambda what: None,
+) -> Exported | None:
+    """Write ``model`` for use without this package, and say how exact the file is (None where nothing was run).
+
+    ``dense``: a .safetensors state dict with the original network's keys and shapes, which stock timm or torchvision
+    loads strictly. ``timm``: a folder for ``timm.create_model("local-dir:PATH", pretrained=True)``. ``onnx``: one
+    .onnx file of standard operators, any batch size, compared with the network in ONNX Runtime before it is kept.
+    ``torch-export``: a .pt2 program of torch's operators, read again and compared before it is kept.
+
+    Args:
+        form: ``"dense"``, or (onnx, torch-export) ``"factored"``: truncated convolutions as depthwise ones and a 1x1,
+            where that is faster: of onnx as ONNX Runtime runs it here, else as `factor` finds.
+        dtype: ``"float16"`` or ``"bfloat16"`` store weights in 16 bits, within a tolerance of the outputs.
+        example_input: as for `convert`; by default of the network's own size. Needed but for float32 state dicts.
+
+    Raises:
+        UsageError: unknown format, an output that exists, no example input, or a timm folder of another's network.
+        InputError: the network cannot be exported.
+        CheckError: the file does not compute what the network does; nothing was written.
+        OutsideError: the disk is full, permission or a package is missing.
+    """
+    check_target(path, format, force, dtype, form)
+    runs = format in ("onnx", "torch-export") or dtype != "float32"
+    if runs and example_input is None and (example_input := default_input(model)) is None:
+        raise UsageError("this network does not say what it takes: give example_input (--input-size C,H,W)")
+    if runs:
+        check_runs(model, example_input)
+    if format == "onnx":
+        return export_onnx(model, Path(path), form, example_input, force, progress)
+    dense = fuse(model)
+    difference = None
+    if dtype != "float32":
+        small = rounded(dense, dtype_named(dtype))
+        difference = check_rounding(dense, small, random_batch(example_input, None))
+        dense = small
+    if format == "torch-export":
+        return export_program(dense if form == "dense" else model, Path(path), form, example_input, force, progress)
+    if format == "dense":
+        write_tensors(_full_state(dense), path, {"format": "pt"}, force)
+    else:
+        _export_timm_folder(dense, Path(path), force)
+    return None if difference is None else Exported(difference, None, ())
+
+
+def _full_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with tied tensors under each of their keys, as a strict load wants them."""
+    tensors, tied = untied_state(model)
+    return tensors | {alias: tensors[key].clone() for alias, key in tied.items()}
+
+
+def _export_timm_folder(dense: nn.Module, path: Path, force: bool) -> None:
+    cfg = getattr(dense, "pretrained_cfg", None)
+    cfg = cfg if isinstance(cfg, dict) else getattr(cfg, "__dict__", {})
+    architecture = cfg.get("architecture")
+    if not architecture or not timm.is_model(architecture):
+        raise UsageError(
+            f"a timm folder needs a timm network, and this is a {type(dense).__name__}: use --format dense"
+        )
+    arguments = {"in_chans": dense.in_chans} if isinstance(getattr(dense, "in_chans", None), int) else {}
+
+    def fill(folder: Path) -> None:
+        timm.models.save_for_hf(dense, folder, model_args=arguments or None, safe_serialization=True)
+
+    write_folder(path, TIMM_FILES, fill, force)

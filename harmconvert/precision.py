@@ -1,0 +1,92 @@
+"""Store a network in 16 bits, and see what that costs its outputs."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .comparison import greatest_difference
+from .convert import Conversion, default_input
+from .errors import CheckError, InputError, UsageError
+from .surgery import call, cloned, evaluating, fitted, tensors_in
+from .verify import OUTPUT_TOLERANCE
+from .weights import tensors_sha256
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """The dtype of that name.
+
+    Raises:
+        UsageError: none in which networks are stored here.
+    """
+    if name not in DTYPES:
+        raise UsageError(f"unknown dtype {name!r}: use one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def rounded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of a network with its parameters and buffers in ``dtype`` (integers and fitted bases as they are).
+
+    Raises:
+        InputError: a value that is out of the dtype's range.
+    """
+    small = copy.deepcopy(model).to(dtype)
+    for key, tensor in small.state_dict().items():
+        if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta and not tensor.isfinite().all():
+            before = model.state_dict()[key]
+            if before.isfinite().all():
+                largest = before.abs().max().item()
+                raise InputError(
+                    f"{key} has values up to {largest:.3g}, out of float16's range: use bfloat16 or float32"
+                )
+    calibration = small.__dict__.get("harmconvert_calibration")
+    if calibration is not None:  # what calibration wrote is what stands in the file now
+        state = small.state_dict()
+        changed = {key: tensors_sha256({key: state[key]}) for key in calibration.changed if key in state}
+        small.__dict__["harmconvert_calibration"] = replace(calibration, changed=changed)
+    return small
+
+
+def check_rounding(model: nn.Module, small: nn.Module, inputs: Any) -> float:
+    """The relative difference that rounding makes to the outputs, both networks computing in float32.
+
+    Raises:
+        CheckError: it is more than `OUTPUT_TOLERANCE` of the dtype allows.
+    """
+    networks = [copy.deepcopy(network).float() for network in (model, small)]
+    with evaluating(*networks):
+        expected, found = (_outputs(network, inputs) for network in networks)
+    difference = greatest_difference(found, expected)
+    dtype = next((p.dtype for p in small.parameters() if p.is_floating_point()), torch.float32)
+    if not difference <= OUTPUT_TOLERANCE[dtype]:
+        name, other = str(dtype).removeprefix("torch."), "bfloat16 or " if dtype == torch.float16 else ""
+        raise CheckError(
+            f"rounded to {name} the outputs differ by {difference:.1e} of the largest, tolerance "
+            f"{OUTPUT_TOLERANCE[dtype]:.0e}; nothing was written: use {other}float32"
+        )
+    return difference
+
+
+def in_fewer_bits(conversion: Conversion, dtype: str, inputs: Any = None) -> tuple[Conversion, float]:
+    """The conversion with its network stored in ``dtype``, and the relative difference that this makes to the outputs.
+
+    Raises:
+        UsageError: an unknown dtype, no ``inputs`` and none known of the network; InputError, CheckError: as `rounded`,
+            `check_rounding`.
+    """
+    if inputs is None and (size := default_input(conversion.model, batch=2)) is not None:
+        inputs = torch.randn(size.shape, generator=torch.Generator().manual_seed(0))
+    if inputs is None:
+        raise UsageError("no input size is known for this network: give inputs (inputs=, --input-size C,H,W)")
+    small = rounded(conversion.model, dtype_named(dtype))
+    return replace(conversion, model=small), check_rounding(conversion.model, small, inputs)
+
+
+def _outputs(network: nn.Module, inputs: Any) -> list[Tensor]:
+    return tensors_in(call(network, cloned(fitted(inputs, network))))

@@ -1,0 +1,99 @@
+"""The forms side by side: every way to run a network gets its row, and the advice follows the fastest."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import harmconvert as hc
+from harmconvert.benchmark import Benchmark, Row, benchmark, peak_bytes
+from harmconvert.errors import UsageError
+from harmconvert.forms import factoring
+
+from .networks import Branches, random_input, seeded
+from .test_cli import SAMPLE, fails, ok
+
+X = random_input((1, 3, 24, 24))
+
+
+def test_every_form_layout_batch_and_thread_count_has_a_row() -> None:
+    before = torch.get_num_threads()
+    model = hc.convert(seeded(Branches), 2, example_input=X).model
+    found = benchmark(model, X, batches=(1, 3), threads=(1, 2), repeats=3)
+    assert torch.get_num_threads() == before
+    assert len(found.rows) == 4 * (2 + 2 + 1)
+    for row in found.rows:
+        assert row.seconds > 0
+        assert row.spread >= 0
+        assert row.examples_per_second == pytest.approx(row.batch / row.seconds)
+        assert row.error < 1e-5
+    assert set(found.factorings) == {(1, 1), (1, 2), (3, 1), (3, 2)}
+    assert len(found.advice()) == 4
+    json.dumps(found.to_json(), allow_nan=False)
+
+
+def test_a_plain_network_has_its_dense_form_only() -> None:
+    found = benchmark(seeded(Branches), X, batches=(2,), repeats=3)
+    assert {row.form for row in found.rows} == {"dense"}
+    assert found.factorings == {}
+
+
+def test_what_does_not_compile_says_so_and_the_rest_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(network: nn.Module) -> nn.Module:
+        class Broken(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                raise RuntimeError("no compiler\nand more")
+
+        return Broken()
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    found = benchmark(seeded(Branches), X, batches=(1,), layouts=("contiguous",), compiled=True, repeats=3)
+    assert [row.compiled for row in found.rows] == [False, True]
+    assert found.rows[0].seconds > 0
+    assert found.rows[1].seconds is None
+    assert found.rows[1].note == "does not compile (RuntimeError: no compiler)"
+    assert found.fastest(1, torch.get_num_threads()) == found.rows[0]
+
+
+def test_the_advice_names_the_fastest_and_its_gain() -> None:
+    row = Row("dense", False, "contiguous", 4, 2, 0.3, 0.0, 13.3, None, 0.0)
+    rows = (row, replace(row, layout="channels_last", seconds=0.2), replace(row, form="factored", seconds=0.1))
+    compiled = replace(row, compiled=True, seconds=0.15)
+    [line] = Benchmark((*rows, compiled), {}, {}).advice()
+    assert (
+        line
+        == "batch 4, 2 threads: deploy the factored form, contiguous, eager: 2.00 times as fast as the dense form, eager"
+    )
+
+
+def test_peak_memory_counts_what_is_in_use_at_once() -> None:
+    def run() -> None:
+        for _ in range(3):
+            torch.zeros(64 << 18).add_(1)  # 64 MiB, freed each time
+
+    found = peak_bytes(run, torch.device("cpu"))
+    assert found is None or 50 << 20 < found < 150 << 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [({"forms": ["slow"]}, "unknown form 'slow'"), ({"layouts": ["x"]}, "unknown layout")]
+)
+def test_what_it_refuses(arguments: dict[str, list[str]], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        benchmark(seeded(Branches), X, **arguments)
+
+
+def test_benchmark_by_command() -> None:
+    ok("convert", SAMPLE, "--lambda", "2", "-o", "a.safetensors")
+    text = ok("benchmark", "a.safetensors", "-b", "2", "--repeats", "3", "--layers").stdout
+    assert "deploy the" in text
+    assert "it keeps the whole basis" in text
+    data = json.loads(ok("benchmark", "a.safetensors", "-b", "2", "--form", "dense", "--repeats", "3", "--json").stdout)
+    assert {row["form"] for row in data["rows"]} == {"dense"}
+    assert data["machine"]["torch"] == torch.__version__
+    fails(2, "does not run on an example input", "benchmark", "a.safetensors", "--input-size", "3,28,28")
+    assert factoring(hc.load("a.safetensors")) is None

@@ -1,0 +1,306 @@
+"""What is handed over computes what the network does, at any batch size, or nothing is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+from torch import Tensor, nn
+
+import harmconvert as hc
+from harmconvert.checkpoint import load
+from harmconvert.errors import CheckError, InputError, OutsideError, UsageError
+from harmconvert.export import export, graphs
+from harmconvert.forms import fuse
+from harmconvert.precision import rounded
+
+from .networks import Branches, random_input, seeded
+from .test_cli import SAMPLE, fails, ok
+
+X = random_input((1, 3, 24, 24))
+# Same padding, squeeze and excitation, dense and split connections, standardised weights, attention, re-parametrised.
+ARCHITECTURES = {
+    "resnet18": 64, "tf_efficientnet_lite0": 64, "mobilenetv3_small_050": 64, "densenet121": 64, "regnety_002": 64,
+    "convnext_atto": 64, "inception_v3": 96, "eca_nfnet_l0": 64, "repvgg_a0": 64, "hrnet_w18_small": 64,
+    "resnest14d": 64, "mobilevit_xxs": 64, "vgg11_bn": 64,
+}  # fmt: skip
+QUICK = ("resnet18", "tf_efficientnet_lite0")
+
+
+def in_runtime(path: Path, x: Tensor) -> np.ndarray:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in ARCHITECTURES]
+)
+def test_architectures_round_trip(name: str, tmp_path: Path) -> None:
+    size = ARCHITECTURES[name]
+    network = seeded(lambda: timm.create_model(name, num_classes=10))
+    model = hc.convert(network, 2, example_input=torch.zeros(1, 3, size, size)).model
+    x, example = random_input((5, 3, size, size)), torch.zeros(1, 3, size, size)
+    with torch.no_grad():
+        expected = model(x).numpy()
+    scale = np.abs(expected).max()
+    found = export(model, tmp_path / "a.onnx", "onnx", example_input=example)
+    assert found is not None
+    assert found.notes == ()
+    assert np.abs(in_runtime(tmp_path / "a.onnx", x) - expected).max() < 1e-4 * scale
+    assert export(model, tmp_path / "a.pt2", "torch-export", example_input=example).notes == ()
+    with torch.no_grad():
+        program = torch.export.load(tmp_path / "a.pt2").module()
+        assert np.abs(program(x).numpy() - expected).max() < 1e-5 * scale
+    export(model, tmp_path / "a.safetensors", "dense")
+    network.load_state_dict(safetensors.torch.load_file(tmp_path / "a.safetensors"))
+    with torch.no_grad():
+        assert np.abs(network(x).numpy() - expected).max() < 1e-5 * scale
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.onnx", "a.pt2", "a.safetensors"]
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch-export"])
+def test_factored_networks_export_as_standard_operators(format: str, tmp_path: Path) -> None:
+    """A ninth of the multiplications on small maps of many channels: faster anywhere, so it is factored."""
+    network = nn.Sequential(nn.Conv2d(3, 128, 3), nn.Conv2d(128, 128, 3, padding=1), nn.Conv2d(128, 4, 3), nn.Flatten())
+    model = hc.convert(seeded(lambda: network), 1).model
+    path = tmp_path / ("a.onnx" if format == "onnx" else "a.pt2")
+    example = torch.zeros(8, 3, 12, 12)
+    found = export(model, path, format, form="factored", example_input=example)
+    assert found.factored == ("1", "2") or found.factored == ("1",)
+    x = random_input((4, 3, 12, 12))
+    with torch.no_grad():
+        expected = model(x).numpy()
+    if format == "onnx":
+        import onnx
+
+        graph = onnx.load(path)
+        assert {n.domain for n in graph.graph.node} == {""}
+        assert found.speedup > 0
+        got = in_runtime(path, x)
+    else:
+        program = torch.export.load(path)
+        assert not any("harmconvert" in str(node.target) for node in program.graph.nodes)
+        got = program.module()(x).detach().numpy()
+    assert np.abs(got - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+class FixedBatch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert len(x) == 1
+        return self.conv(x).mean((2, 3))
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor, scale: Tensor) -> dict[str, Tensor]:
+        y = self.conv(x) * scale[:, None, None, None]
+        return {"map": y, "mean": y.mean((2, 3))}
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch-export"])
+def test_a_network_of_one_batch_size_says_so(format: str, tmp_path: Path) -> None:
+    path = tmp_path / ("a.onnx" if format == "onnx" else "a.pt2")
+    found = export(hc.convert(seeded(FixedBatch), include=["conv"]).model, path, format, example_input=X)
+    assert "the batch is fixed" in found.notes[0]
+    assert path.exists()
+
+
+def test_several_inputs_and_outputs(tmp_path: Path) -> None:
+    model = hc.convert(seeded(TwoInputs)).model
+    found = export(model, tmp_path / "a.onnx", "onnx", example_input=(X, torch.ones(1)))
+    assert found.difference < 1e-5
+    assert found.top1_agreement is None
+    assert export(model, tmp_path / "a.pt2", "torch-export", example_input={"x": X, "scale": torch.ones(1)}).notes == ()
+
+
+def test_a_mismatch_deletes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.onnx"
+    path.write_text("mine")
+    run = graphs._session_outputs
+
+    def off(content: bytes) -> Any:
+        outputs = run(content)
+        return lambda inputs: [tensor * 1.001 for tensor in outputs(inputs)]
+
+    monkeypatch.setattr(graphs, "_session_outputs", off)
+    with pytest.raises(
+        CheckError, match=r"outputs differ by 1.0e-03 of the largest, tolerance 1e-04.*nothing was written"
+    ):
+        export(hc.convert(seeded(Branches)).model, path, "onnx", example_input=X, force=True)
+    assert path.read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_network_that_does_not_export(tmp_path: Path) -> None:
+    class Stubborn(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(torch.from_numpy(x.numpy()))
+
+    with pytest.raises(InputError, match="this Stubborn cannot be exported"):
+        export(
+            hc.convert(Stubborn().eval().requires_grad_(False)).model,
+            tmp_path / "a.pt2",
+            "torch-export",
+            example_input=X,
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_missing_package_is_named(missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(OutsideError, match=rf"ONNX needs {missing}: pip install 'harmconvert\[onnx\]'"):
+        export(hc.convert(seeded(Branches)).model, tmp_path / "a.onnx", "onnx", example_input=X)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"format": "pdf"}, "unknown format 'pdf'"),
+        ({"format": "dense", "dtype": "int8"}, "unknown dtype 'int8'"),
+        ({"format": "onnx", "dtype": "bfloat16"}, "no bfloat16 convolutions"),
+        ({"format": "dense", "form": "factored"}, "factored is for onnx"),
+        ({"format": "torch-export"}, "should end in .pt2"),
+    ],
+)
+def test_what_does_not_go_together(arguments: dict[str, str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        export(hc.convert(seeded(Branches)).model, tmp_path / "a.onnx", example_input=X, **arguments)
+
+
+def test_an_input_that_does_not_fit_or_is_not_known(tmp_path: Path) -> None:
+    model = hc.convert(seeded(Branches)).model
+    with pytest.raises(UsageError, match=r"does not run on an example input of shape \(1, 5, 24, 24\)"):
+        export(model, tmp_path / "a.onnx", "onnx", example_input=torch.zeros(1, 5, 24, 24))
+    with pytest.raises(UsageError, match="give example_input"):
+        export(model, tmp_path / "a.onnx", "onnx")
+
+
+def test_over_two_gigabytes_there_is_no_single_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "LARGEST", 1000)
+    with pytest.raises(InputError, match="more than one ONNX file holds"):
+        export(hc.convert(seeded(Branches)).model, tmp_path / "a.onnx", "onnx", example_input=X)
+
+
+# --- 16 bits ---
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_sixteen_bits_halve_a_file_and_load(dtype: str, tmp_path: Path) -> None:
+    model = hc.convert(hc.open_source(SAMPLE).model, 2).model
+    export(model, tmp_path / "a.safetensors", "dense")
+    found = export(model, tmp_path / "b.safetensors", "dense", dtype=dtype)
+    sizes = [(tmp_path / name).stat().st_size for name in ("a.safetensors", "b.safetensors")]
+    assert sizes[1] < 0.53 * sizes[0]
+    assert 1e-5 < found.difference < (2e-2 if dtype == "float16" else 1e-1)
+    stored = safetensors.torch.load_file(tmp_path / "b.safetensors")
+    for key, tensor in fuse(model).state_dict().items():
+        if tensor.is_floating_point():
+            assert torch.equal(stored[key], tensor.to(stored[key].dtype)), key
+            assert str(stored[key].dtype) == f"torch.{dtype}"
+
+
+def test_a_value_out_of_range_is_named() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 1, 3), nn.BatchNorm2d(1))
+    network[1].running_var.fill_(1e6)
+    with pytest.raises(InputError, match=r"1.running_var has values up to 1e\+06, out of float16's range"):
+        rounded(network, torch.float16)
+    assert rounded(network, torch.bfloat16)[1].running_var.isfinite()
+
+
+def test_rounding_that_costs_too_much_is_refused(tmp_path: Path) -> None:
+    """A difference of nearly equal numbers: what is left of it are the bits that bfloat16 cuts off."""
+    network = nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.Conv2d(2, 1, 1, bias=False))
+    with torch.no_grad():
+        network[0].weight[1] = network[0].weight[0] * 1.001
+        network[1].weight[:] = torch.tensor([1.0, -1.0])[None, :, None, None]
+    with pytest.raises(CheckError, match="rounded to bfloat16 the outputs differ"):
+        export(
+            hc.convert(network).model,
+            tmp_path / "a.safetensors",
+            dtype="bfloat16",
+            example_input=torch.zeros(1, 1, 8, 8),
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_checkpoints_in_sixteen_bits() -> None:
+    assert (
+        "rounded to bfloat16: outputs differ by"
+        in ok("convert", SAMPLE, "--dtype", "bfloat16", "-o", "a.safetensors").stdout
+    )
+    ok("convert", SAMPLE, "-o", "b.safetensors")
+    assert Path("a.safetensors").stat().st_size < 0.56 * Path("b.safetensors").stat().st_size
+    assert next(load("a.safetensors", model=hc.open_source(SAMPLE).model).parameters()).dtype == torch.bfloat16
+    ok("verify", SAMPLE, "a.safetensors")
+    ok(
+        "convert",
+        SAMPLE,
+        "--lambda",
+        "2",
+        "--calibrate",
+        "sample:mnist5k",
+        "--calibration-images",
+        "32",
+        "--dtype",
+        "float16",
+        "-o",
+        "c.safetensors",
+    )
+    ok("verify", SAMPLE, "c.safetensors", "--as-planned")
+    ok("evaluate", "c.safetensors", "--dataset", "sample:mnist5k")
+
+
+def test_exporting_by_command() -> None:
+    ok("convert", SAMPLE, "--lambda", "2", "-o", "a.safetensors")
+    text = ok("export", "a.safetensors", "--format", "onnx", "-o", "a.onnx").stdout
+    assert "compared: outputs differ by" in text
+    assert "same top-1 on 100%" in text
+    data = json.loads(ok("export", "a.safetensors", "--format", "torch-export", "-o", "a.pt2", "--json").stdout)
+    assert data["check"]["difference"] < 1e-5
+    fails(2, "exists: use --force", "export", "a.safetensors", "--format", "onnx", "-o", "a.onnx")
+    fails(
+        2,
+        "does not run on an example input",
+        "export",
+        "a.safetensors",
+        "--format",
+        "onnx",
+        "-o",
+        "b.onnx",
+        "--input-size",
+        "3,28,28",
+    )
+    fails(
+        2,
+        "no float16 convolutions",
+        "export",
+        "a.safetensors",
+        "--format",
+        "onnx",
+        "--dtype",
+        "float16",
+        "-o",
+        "b.onnx",
+    )
