@@ -245,7 +245,8 @@ def test_rounding_that_costs_too_much_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_checkpoints_in_sixteen_bits() -> None:
+def test_checkpoints_in_sixteen_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     assert (
         "rounded to bfloat16: outputs differ by"
         in ok("convert", SAMPLE, "--dtype", "bfloat16", "-o", "a.safetensors").stdout
@@ -272,7 +273,8 @@ def test_checkpoints_in_sixteen_bits() -> None:
     ok("evaluate", "c.safetensors", "--dataset", "sample:mnist5k")
 
 
-def test_exporting_by_command() -> None:
+def test_exporting_by_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     ok("convert", SAMPLE, "--lambda", "2", "-o", "a.safetensors")
     text = ok("export", "a.safetensors", "--format", "onnx", "-o", "a.onnx").stdout
     assert "compared: outputs differ by" in text
