@@ -53,6 +53,15 @@ def rounded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return small
 
 
+def in_float32(model: nn.Module) -> nn.Module:
+    """The network itself, its 16-bit parameters and buffers made float32: 16 bits are for files, not for arithmetic."""
+    for module in model.modules():
+        own = (*module._parameters.values(), *module._buffers.values())
+        if any(t is not None and t.dtype in (torch.float16, torch.bfloat16) for t in own):
+            return model.float()
+    return model
+
+
 def check_rounding(model: nn.Module, small: nn.Module, inputs: Any) -> float:
     """The relative difference that rounding makes to the outputs, both networks computing in float32.
 

@@ -34,6 +34,7 @@ def command(source: str, compare: str | None, amp: str, as_json: bool, **given: 
     """
     from ..distributed import joined, rank
     from ..evaluation import evaluate
+    from ..precision import in_float32
     from ..report import tables
     from ..sources import open_source
     from ..training.learner import autocast
@@ -42,7 +43,7 @@ def command(source: str, compare: str | None, amp: str, as_json: bool, **given: 
     with joined():
         machine = training_options.machine_from(given)
         network = options.opened(source, given, form="dense")
-        other = open_source(compare, form="dense").model.to(machine.device) if compare else None
+        other = in_float32(open_source(compare, form="dense").model.to(machine.device)) if compare else None
         loading, config = training_options.evaluation_loading(given, network.model, machine)
         with options.progress() as progress:
             seen, total = 0, loading.steps or 0
@@ -53,7 +54,7 @@ def command(source: str, compare: str | None, amp: str, as_json: bool, **given: 
                 progress(seen, total, "batches")
 
             found = evaluate(
-                network.model.to(machine.device),
+                in_float32(network.model.to(machine.device)),
                 loading.epoch(0),
                 other,
                 autocast=lambda: autocast(amp, machine.device),

@@ -150,6 +150,7 @@ def prepare(
         UsageError: SOURCE is no harmonic checkpoint; InputError, OutsideError: something cannot be read or had.
     """
     from ..errors import HarmconvertError, UsageError
+    from ..precision import in_float32
     from ..sources import is_harmonic_source, open_original, open_source
     from ..training.finetuning import Setting, new_classifier
     from ..training.learner import number_of_classes
@@ -158,6 +159,7 @@ def prepare(
     network = open_source(source, trust_code=trust_code) if is_harmonic_source(source) else None
     if network is None or network.header is None:
         raise UsageError(f"{source} is no harmonic checkpoint: make one first with: harmconvert convert {source}")
+    in_float32(network.model)
     header, recorded = network.header, network.source
     original, why = None, ""
     if num_classes is not None:

@@ -21,7 +21,8 @@ from ..errors import CheckError, InputError, OutsideError, UsageError, first_lin
 from ..factored import reason_not_factorable, to_factored
 from ..files import write_file
 from ..forms import MARGIN, factor, factoring, fuse, sites_of
-from ..surgery import call, cloned, describe_input, evaluating, fitted, tensors_in
+from ..precision import in_float32
+from ..surgery import call, cloned, describe_input, evaluating, exchange, fitted, tensors_in
 from ..timing import in_turns
 
 # Relative to the largest output: what ONNX Runtime's own order of sums comes to, and torch's with itself.
@@ -57,6 +58,7 @@ def export_onnx(
     model: nn.Module, path: Path, form: str, example_input: Any, force: bool, progress: Callable[[str], None]
 ) -> Exported:
     """One .onnx file; see `harmconvert.export.export`."""
+    model = in_float32(exchange(model, {}))  # ONNX Runtime has no 16-bit convolutions on a CPU
     dense = fuse(model).eval()
     names: tuple[str, ...] = ()
     speedup = None
@@ -67,14 +69,14 @@ def export_onnx(
         )
     network = dense
     if form == "factored":
-        network = _factored_for_onnx(model, example_input, progress)
+        network = factored_for_onnx(model, example_input, progress)
         names = _names_of_factored(network)
     progress("exporting to ONNX")
-    content, batches, notes = _onnx(network, example_input)
+    content, batches, notes = onnx_bytes(network, example_input)
     progress("comparing in ONNX Runtime")
     difference, agreement = _compared("onnx", _session_outputs(content), dense, example_input, batches)
     if names:
-        other, *_ = _onnx(dense, example_input)
+        other, *_ = onnx_bytes(dense, example_input)
         speedup = _speedup(other, content, example_input)
     elif form == "factored":
         notes = (*notes, "no layer is faster in factored form in ONNX Runtime here: all are dense")
@@ -107,7 +109,13 @@ def export_program(
     return Exported(difference, agreement, names, None, notes)
 
 
-def _onnx(network: nn.Module, example_input: Any) -> tuple[bytes, tuple[int, ...], tuple[str, ...]]:
+def onnx_bytes(network: nn.Module, example_input: Any) -> tuple[bytes, tuple[int, ...], tuple[str, ...]]:
+    """An ONNX file, the batch sizes to compare it at (0: that of the example), and notes.
+
+    Raises:
+        InputError: the network cannot be exported.
+    """
+
     def exported(inputs: Any, dynamic: bool) -> bytes:
         args, kwargs = _arguments(inputs)
         names = [f"input_{i}" if len(args) > 1 else "input" for i in range(len(args))] + list(kwargs)
@@ -178,7 +186,12 @@ def _compared(
     return worst, agreement
 
 
-def _session(content: bytes) -> Any:
+def session_of(content: bytes) -> Any:
+    """ONNX Runtime's session for a file, on as many threads as torch has.
+
+    Raises:
+        InputError: it refuses the file.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -190,7 +203,8 @@ def _session(content: bytes) -> Any:
         raise InputError(f"ONNX Runtime refuses what was exported: {first_line(error)}") from error
 
 
-def _feed(session: Any, inputs: Any) -> dict[str, Any]:
+def feed_of(session: Any, inputs: Any) -> dict[str, Any]:
+    """Tensors by the names of a session's inputs."""
     args, kwargs = _arguments(inputs)
     return dict(
         zip([i.name for i in session.get_inputs()], [t.numpy() for t in tensors_in((args, kwargs))], strict=True)
@@ -198,14 +212,14 @@ def _feed(session: Any, inputs: Any) -> dict[str, Any]:
 
 
 def _session_outputs(content: bytes) -> Callable[[Any], Sequence[Tensor]]:
-    session = _session(content)
-    return lambda inputs: [torch.from_numpy(array) for array in session.run(None, _feed(session, inputs))]
+    session = session_of(content)
+    return lambda inputs: [torch.from_numpy(array) for array in session.run(None, feed_of(session, inputs))]
 
 
 def _speedup(before: bytes, after: bytes, example_input: Any) -> float:
     inputs = random_batch(example_input, None)
-    sessions = {"before": _session(before), "after": _session(after)}
-    feeds = {name: _feed(session, inputs) for name, session in sessions.items()}
+    sessions = {"before": session_of(before), "after": session_of(after)}
+    feeds = {name: feed_of(session, inputs) for name, session in sessions.items()}
     runs = {name: lambda s=session, f=feeds[name]: s.run(None, f) for name, session in sessions.items()}
     times = in_turns(runs, 7, 3, 10.0)
     return times["before"].median / times["after"].median
@@ -216,7 +230,7 @@ def _names_of_factored(network: nn.Module) -> tuple[str, ...]:
     return record.factored if record else ()
 
 
-def _factored_for_onnx(model: nn.Module, example_input: Any, progress: Callable[[str], None]) -> nn.Module:
+def factored_for_onnx(model: nn.Module, example_input: Any, progress: Callable[[str], None]) -> nn.Module:
     """Factored where ONNX Runtime runs that faster here, layer by layer; one measurement for each shape."""
     open_ones = {
         name: conv
@@ -232,7 +246,9 @@ def _factored_for_onnx(model: nn.Module, example_input: Any, progress: Callable[
         if key not in known:
             progress(f"timing {name} in ONNX Runtime ({number + 1}/{len(sites)})")
             input = torch.zeros(site.shape)
-            dense, factored = (_onnx(nn.Sequential(form(conv)).eval(), input)[0] for form in (to_dense, to_factored))
+            dense, factored = (
+                onnx_bytes(nn.Sequential(form(conv)).eval(), input)[0] for form in (to_dense, to_factored)
+            )
             known[key] = "factored" if _speedup(dense, factored, input) > 1 + MARGIN else "dense"
         chosen[name] = known[key]
     return factor(model, layers=chosen or "dense").eval()

@@ -1,0 +1,236 @@
+"""Does the cut pay on a clock? Forms of a network, eager and compiled, and what else one would deploy, in turns.
+
+    python benchmarks/speed.py                              # results/speed.csv and results/speed_layers.csv
+    python benchmarks/speed.py --networks wrn28_10 --lambdas 2
+    python benchmarks/speed.py --device cuda --batch 256 --amp bfloat16 --networks wrn28_10
+    python benchmarks/speed.py --summary
+
+Networks with random weights (time does not depend on them), without gradients. In one interleaved run for each network
+and lambda: the dense original as it is loaded (contiguous), laid out channels_last, and that under torch.compile; the
+factored form that `factor` chooses, eager and compiled; kernels merged at each call, by our harmonic form and in the
+reference implementation's way; ONNX Runtime on the dense and on the factored export. `ratio` is the time of the
+original over that of the row, `ratio_dense` that of the faster eager dense form. Bars, on a CPU, at lambda 2, against
+the original: WRN-28-10 2.2, VGG16-BN 1.8, ResNet-18 1.5; never slower than dense.
+
+speed_layers.csv: each distinct layer of WRN-28-10 and ResNet-18 at lambda 2, dense and factored, beside the floor: the
+matrix product alone (a 1x1 convolution over responses that are there), and the bytes that a layer has to move.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import itertools
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from table import appended
+from torch import Tensor, nn
+from torch.nn import functional
+
+import harmconvert as hc
+import harmconvert.models
+from harmconvert.conv import HarmonicMixin, to_dense
+from harmconvert.export import graphs
+from harmconvert.factored import FactoredMixin, reason_not_factorable, to_factored
+from harmconvert.forms import factoring, fuse, sites_of
+from harmconvert.layer_times import lay_out
+from harmconvert.surgery import put_in_place
+from harmconvert.timing import in_turns
+
+FOLDER = Path(__file__).parent / "results"
+NETWORKS = {"wrn28_10": (32, 16), "resnet18": (224, 16), "resnet50": (224, 16), "vgg16_bn": (224, 4)}  # size, batch
+LAMBDAS: tuple[int | str, ...] = (1, 2, 3, "progressive")
+KEYS = ["network", "lambda", "way", "device", "amp", "batch", "threads"]
+FIELDS = [*KEYS, "factored_layers", "median_ms", "spread", "ratio", "ratio_dense", "turns", "torch"]
+LAYER_FIELDS = [
+    *("layer", "channels", "out", "size", "stride", "batch", "threads", "dense_ms", "factored_ms", "product_ms"),
+    *("over_product", "speedup", "moved_mb", "torch"),
+]
+Ways = dict[str, Callable[[], Any]]
+
+
+class MergedEachCall(nn.Module):
+    """A kernel merged at each call by writing the product of coefficients and basis out and summing it: the way of the
+    reference implementation."""
+
+    def __init__(self, conv: HarmonicMixin) -> None:
+        super().__init__()
+        self.conv = to_dense(conv)
+        self.coefficients = nn.Parameter(conv.coefficients.detach()[..., None, None])
+        self.basis = nn.Parameter(conv.kernels.float().reshape(1, 1, len(conv.frequencies), *conv.kernel_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = (self.coefficients * self.basis).sum(2)
+        conv: Any = self.conv
+        return functional.conv2d(x, kernel, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def merged_each_call(model: nn.Module) -> nn.Module:
+    copied = copy.deepcopy(model)
+    for module in [m for m in copied.modules() if isinstance(m, HarmonicMixin)]:
+        copied = put_in_place(copied, module, MergedEachCall(module))
+    return copied
+
+
+def ways(name: str, lam: int | str, args: argparse.Namespace) -> tuple[Ways, int]:
+    """Functions that run one forward each, and how many layers were factored."""
+    size, batch = NETWORKS[name]
+    batch = args.batch or batch
+    torch.manual_seed(0)
+    plain = timm.create_model(name).eval()
+    x = torch.randn(batch, 3, size, size, device=args.device)
+    last = x.contiguous(memory_format=torch.channels_last)
+    model = hc.convert(plain, lam, example_input=x[:1].cpu()).model.to(args.device)
+    plain = plain.to(args.device)
+    amp = (lambda: torch.autocast(args.device, torch.bfloat16)) if args.amp else nullcontext
+
+    def runner(network: Any, input: Tensor) -> Callable[[], Any]:
+        def run() -> Any:
+            with amp():
+                return network(input)
+
+        return run
+
+    factored = hc.factor(model, x)
+    networks = {
+        "original": (plain, x), "dense, channels_last": (lay_out(fuse(plain)), last),
+        "dense, compiled": (torch.compile(lay_out(fuse(plain))), last),
+        "factored": (factored, last), "factored, compiled": (torch.compile(factored), last),
+        "harmonic": (lay_out(model), last), "merged at each call, as the reference does": (merged_each_call(model), x),
+    }  # fmt: skip
+    if args.no_compile:
+        networks = {way: pair for way, pair in networks.items() if "compiled" not in way}
+    found: Ways = {way: runner(*pair) for way, pair in networks.items()}
+    if args.device == "cpu" and not args.no_onnx:
+        found |= onnx_ways(model, x)
+    return found, len(factoring(factored).factored)  # type: ignore[union-attr]
+
+
+def onnx_ways(model: nn.Module, x: Tensor) -> Ways:
+    """The dense network and, where it differs, the factored one in ONNX Runtime."""
+    found: Ways = {}
+    networks = {"ONNX Runtime, dense": fuse(model).eval()}
+    cut = graphs.factored_for_onnx(model, x, lambda what: None)
+    if any(isinstance(module, FactoredMixin) for module in cut.modules()):
+        networks["ONNX Runtime, factored"] = cut
+    for way, network in networks.items():
+        session = graphs.session_of(graphs.onnx_bytes(network, x)[0])
+        feed = graphs.feed_of(session, x)
+        found[way] = lambda session=session, feed=feed: session.run(None, feed)
+    return found
+
+
+def run(args: argparse.Namespace) -> None:
+    results = FOLDER / "speed.csv"
+    device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+    with appended(results, FIELDS, KEYS) as (done, write), torch.no_grad():
+        for name, lam in itertools.product(args.networks, args.lambdas):
+            batch = args.batch or NETWORKS[name][1]
+            key = {
+                "network": name,
+                "lambda": lam,
+                "device": device,
+                "amp": args.amp,
+                "batch": batch,
+                "threads": args.threads,
+            }
+            if tuple(str(key.get(k, "original")) for k in KEYS) in done:
+                continue
+            candidates, layers = ways(name, lam, args)
+            times = in_turns(candidates, args.turns, 5, 240.0)
+            dense = min(times[way].median for way in ("original", "dense, channels_last"))
+            for way, found in times.items():
+                write(
+                    {
+                        **{k: way if k == "way" else key[k] for k in KEYS},
+                        "factored_layers": layers,
+                        "median_ms": f"{1e3 * found.median:.1f}",
+                        "spread": f"{found.spread:.3f}",
+                        "ratio": f"{times['original'].median / found.median:.2f}",
+                        "ratio_dense": f"{dense / found.median:.2f}",
+                        "turns": len(found.seconds),
+                        "torch": torch.__version__,
+                    }
+                )
+
+
+def layers(args: argparse.Namespace) -> None:
+    with (
+        appended(FOLDER / "speed_layers.csv", LAYER_FIELDS, ["layer", "batch", "threads"]) as (done, write),
+        torch.no_grad(),
+    ):
+        for name in ("wrn28_10", "resnet18"):
+            size, batch = NETWORKS[name]
+            x = torch.randn(batch, 3, size, size)
+            model = hc.convert(timm.create_model(name).eval(), 2, example_input=x[:1]).model
+            convs = {
+                n: m for n, m in model.named_modules() if isinstance(m, HarmonicMixin) and not reason_not_factorable(m)
+            }
+            seen = set()
+            for layer, site in sites_of(model, convs, x).items():
+                conv: Any = convs[layer]
+                kind = (site.shape, conv.out_channels, conv.stride)
+                if kind in seen or (f"{name} {layer}", str(batch), str(args.threads)) in done:
+                    continue
+                seen.add(kind)
+                write({"layer": f"{name} {layer}", **one_layer(conv, site.shape), "threads": args.threads})
+
+
+def one_layer(conv: Any, shape: tuple[int, ...]) -> dict[str, object]:
+    dense, factored = lay_out(to_dense(conv)), to_factored(conv)
+    x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+    y = dense(x)
+    kept = len(conv.frequencies)
+    responses = torch.randn(shape[0], kept * shape[1], *y.shape[2:]).contiguous(memory_format=torch.channels_last)
+    product = torch.randn(conv.out_channels, kept * shape[1], 1, 1)
+    forms = {"dense": lambda: dense(x), "factored": lambda: factored(x)}
+    forms["product"] = lambda: functional.conv2d(responses, product)
+    times = in_turns(forms, 31, 9, 5.0)
+    seconds = {way: found.median for way, found in times.items()}
+    return {
+        "channels": shape[1], "out": conv.out_channels, "size": shape[2], "stride": conv.stride[0], "batch": shape[0],
+        **{f"{way}_ms": f"{1e3 * value:.3f}" for way, value in seconds.items()},
+        "over_product": f"{seconds['factored'] / seconds['product']:.2f}",
+        "speedup": f"{seconds['dense'] / seconds['factored']:.2f}",
+        "moved_mb": f"{4e-6 * (x.numel() + y.numel() + product.numel()):.1f}", "torch": torch.__version__,
+    }  # fmt: skip
+
+
+def summary() -> None:
+    with (FOLDER / "speed.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    print("Time of the original (contiguous, eager) over that of each way")
+    for network, lam in dict.fromkeys((row["network"], row["lambda"]) for row in rows):
+        mine = [row for row in rows if (row["network"], row["lambda"]) == (network, lam)]
+        print(f"  {network}, lambda {lam}: " + "; ".join(f"{row['way']} {row['ratio']}" for row in mine))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument("--lambdas", nargs="+", default=list(LAMBDAS), type=lambda t: int(t) if t.isdecimal() else t)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--amp", default="", choices=["", "bfloat16"])
+    parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--no-onnx", action="store_true")
+    parser.add_argument("--summary", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if not args.summary:
+        if args.device == "cpu":
+            layers(args)
+        run(args)
+    summary()
+
+
+if __name__ == "__main__":
+    main()
