@@ -138,8 +138,13 @@ class Refit:
     def _dampings(self, positions_per_unknown: float) -> tuple[float, ...]:
         if self.settings.damping is not None:
             return (self.settings.damping,)
-        least = min(DAMPING_TIMES_POSITIONS / max(positions_per_unknown, 1e-9), DAMPINGS[0])
+        least = weakest_damping(positions_per_unknown)
         return tuple(damping for damping in DAMPINGS if damping >= least)
+
+
+def weakest_damping(positions_per_unknown: float) -> float:
+    """The least pull towards the projection that so many positions allow."""
+    return min(DAMPING_TIMES_POSITIONS / max(positions_per_unknown, 1e-9), DAMPINGS[0])
 
 
 @torch.no_grad()

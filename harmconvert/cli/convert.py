@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,7 +25,16 @@ def budget_options(command: Any) -> Any:
     command = click.option(
         "--probes",
         metavar="FILE",
-        help="budget: where scores are kept, for another budget to start from; default: beside the output.",
+        help="budget: where scores are kept, for another budget to start from; default: NAME-harmonic.probes.json beside "
+        "the output.",
+    )(command)
+    command = click.option(
+        "--frequencies",
+        type=click.Choice(["lambda", "best"]),
+        default="lambda",
+        show_default=True,
+        help="budget: cut each layer from the highest on, or also try the best of its frequencies one by one: by output "
+        "error on the images, else by energy; three times the probes.",
     )(command)
     return click.option(
         "--trials",
@@ -100,6 +110,7 @@ def command(
     labelled: str | None,
     search_figure: str | None,
     trials: int,
+    frequencies: str,
     probes: str | None,
     save_plan: str | None,
     output: str | None,
@@ -128,10 +139,10 @@ def command(
       harmconvert convert reference:model_best.pth.tar
     """
     from ..budget import Budget, SearchSettings
-    from ..checkpoint import default_name
+    from ..checkpoint import default_name, short_name
     from ..convert import convert
     from ..distributed import joined, rank
-    from ..files import beside, check_output, write_file
+    from ..files import check_output, write_file
     from ..plan import Plan, parse_lambda
     from ..report.writing import check_figure, write_figure
     from ..sources import is_harmonic_source
@@ -151,7 +162,8 @@ def command(
         check_output(save_plan, force)
     figure = check_figure(source, "search", search_figure, force) if search_figure else None
     if (share or labelled) and probes is None and more["data"]:
-        probes = str(beside(output, ".probes.json"))
+        # Every budget of the same network finds the scores of the first.
+        probes = str(Path(output).parent / f"{short_name(source)}-harmonic.probes.json")
     with joined():
         options.say(f"loading {source}")
         network = options.opened(source, more, form="harmonic" if as_it_is else "dense")
@@ -172,7 +184,7 @@ def command(
                 budget={share.unit: share.share} if share else None,
                 max_drop=max_drop,
                 worth=worth,
-                search=SearchSettings(trials, probes, options.say),
+                search=SearchSettings(trials, probes, options.say, frequencies),
                 calibration=images.batches if images else None,
                 settings=settings,
                 progress=progress,
@@ -247,6 +259,8 @@ def _finish(
     console = options.console(quiet=as_json)
     if conversion.search:
         console.print(tables.search_table(conversion.search))
+        for note in conversion.search.notes:
+            console.print(note, markup=False)
     if conversion.drops:
         console.print(tables.drops_table(conversion.drops))
     console.print(tables.conversion_table(conversion))
