@@ -186,6 +186,28 @@ def refit(
     return np.stack(found), np.concatenate(biases) if conv.bias is not None else None
 
 
+def elimination(problems: Sequence[tuple[np.ndarray, np.ndarray]], frequencies: int) -> tuple[list[int], list[float]]:
+    """Backward elimination by trying: of the frequencies left the one goes without which lstsq fits the whole answer
+    best. Each problem is a design matrix (positions, channels x frequencies) and coefficients (out, columns); one
+    frequency goes from all of them. The order, and the squared error after each step but the last."""
+    left, order, errors = list(range(frequencies)), [], []
+    while len(left) > 1:
+        squares = []
+        for candidate in left:
+            total = 0.0
+            for matrix, coefficients in problems:
+                columns = [
+                    c for c in range(matrix.shape[1]) if c % frequencies in left and c % frequencies != candidate
+                ]
+                answer = matrix @ coefficients.T
+                fitted = matrix[:, columns] @ np.linalg.lstsq(matrix[:, columns], answer, rcond=None)[0]
+                total += float(((answer - fitted) ** 2).sum())
+            squares.append(total)
+        errors.append(min(squares))
+        order.append(left.pop(squares.index(min(squares))))
+    return order + left, errors
+
+
 def sgd(
     parameters: list[torch.Tensor],
     loss: Callable[[], torch.Tensor],

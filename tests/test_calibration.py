@@ -30,6 +30,7 @@ from harmconvert.calibration.solvers import NormalEquations, Operator, Samples, 
 from harmconvert.conv import to_harmonic
 from harmconvert.errors import InputError, UsageError
 from harmconvert.plan import LayerPlan, Plan
+from harmconvert.report.tables import calibration_lines
 
 from . import oracle
 from .networks import CONVOLUTIONS, Branches, random_input, seeded
@@ -426,10 +427,10 @@ def test_outputs_that_come_out_worse_are_taken_back() -> None:
     data = calibration_set([x])
     conversion = hc.convert(model, 3)
     before = {key: tensor.clone() for key, tensor in conversion.model.state_dict().items()}
-    plain = divergence(model, conversion.model, data.held)
+    plain, _ = divergence(model, conversion.model, data.held)
     with torch.no_grad():
         conversion.model[6].coefficients.neg_()
-    worse = divergence(model, conversion.model, data.held)
+    worse, _ = divergence(model, conversion.model, data.held)
     kept, final = never_worse(model, conversion.model, data, before, plain, worse)
     assert (kept, final) == (0.0, plain)
     assert all(torch.equal(before[key], tensor) for key, tensor in conversion.model.state_dict().items())
@@ -443,14 +444,14 @@ def test_the_divergence_of_logits_is_the_mean_kl() -> None:
     a.num_classes = 4
     expected = sum(p[n, c] * math.log(p[n, c] / q[n, c]) for n in range(5) for c in range(4)) / 5
     batches = [Batch(x[:2], (0, 1)), Batch(x[2:], (2, 3, 4))]
-    assert divergence(a, b, batches) == pytest.approx(expected, rel=1e-6)
+    assert divergence(a, b, batches) == (pytest.approx(expected, rel=1e-6), None)
     # Of a network that does not call itself a classifier, outputs are compared as they are.
     del a.num_classes
     with torch.no_grad():
         b.load_state_dict(a.state_dict())
         b.bias += 100
         size = a(x).double().square().sum().item()
-    assert divergence(a, b, batches) == pytest.approx(5 * 4 * 100**2 / size, rel=1e-5)
+    assert divergence(a, b, batches) == (pytest.approx(5 * 4 * 100**2 / size, rel=1e-5), None)
 
 
 def test_a_class_masked_out_and_outputs_that_cannot_be_compared() -> None:
@@ -466,8 +467,42 @@ def test_a_class_masked_out_and_outputs_that_cannot_be_compared() -> None:
 
     batches = [Batch(random_input((5, 3)), tuple(range(5)))]
     a, b = seeded(lambda: Masked(3, 4)), seeded(lambda: Masked(3, 4), seed=1)
-    assert 0 < divergence(a, b, batches) < 10
-    assert divergence(Ragged(3, 4), Ragged(3, 4, bias=False), batches) is None
+    assert 0 < divergence(a, b, batches)[0] < 10
+    other = "the converted network's are 1x4, the original's 2x4"
+    assert divergence(Ragged(3, 4), Ragged(3, 4, bias=False), batches) == (None, other)
+    nothing = nn.Flatten()
+    nothing.forward = lambda x: x.argmax(1)
+    assert divergence(nothing, nothing, batches) == (None, "none of them is a tensor of floating point")
+    with torch.no_grad():
+        plain = nn.Linear(3, 4)
+        plain.bias[0] = math.inf
+    assert divergence(plain, plain, batches) == (None, "they are not finite")
+    assert divergence(a, b, [])[1] == "they are all zero, or there are none"
+
+
+def test_why_outputs_cannot_be_compared_is_told() -> None:
+    """Memory that ran out in the end is not taken for outputs of an odd kind."""
+
+    class Hungry(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.last(self.conv(x).relu())
+            if hasattr(self.conv, "coefficients"):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            return x
+
+    x = smooth((8, 3, 9, 9))
+    record = hc.convert(seeded(Hungry, torch.float64), {"*": 2}, calibration=x.split(4)).calibration
+    assert record.divergence is None
+    why = "out of memory (CUDA out of memory. Tried to allocate 2 GiB): lower --calibration-memory"
+    assert record.incomparable.startswith(why)
+    assert record.to_json()["incomparable"] == record.incomparable
+    assert [layer.decision for layer in record.layers] == ["refit", "refit"]
+    (line,) = [line for line in calibration_lines(record) if "cannot be compared" in line]
+    assert line.startswith(f"the outputs cannot be compared ({why}")
 
 
 # --- batch norm ---
@@ -518,6 +553,7 @@ SCRIPT = """
 import sys, torch
 import harmconvert as hc
 import harmconvert.calibration as room
+from harmconvert.budget import SearchSettings
 from harmconvert.calibration.refit import Refit
 from harmconvert.distributed import joined, rank
 sys.path.insert(0, sys.argv[2])
@@ -535,10 +571,14 @@ with joined():
     if sys.argv[3] == "trouble":
         Refit._take_in = unlucky(Refit._take_in)
         room.free_memory = lambda device: (1 << 33) >> (18 * rank())
-    conversion = hc.convert(stack(), 2, calibration=smooth((24, 3, 12, 12)).split(4))
+    kind = {"lam": 2}
+    if sys.argv[3] == "best":
+        kind = {"budget": "params=60%", "search": SearchSettings(1, frequencies="best")}
+    conversion = hc.convert(stack(), calibration=smooth((24, 3, 12, 12)).split(4), **kind)
     record = conversion.calibration
     found = {"state": conversion.model.state_dict(), "divergence": record.divergence}
     found["layers"] = [[layer.decision, layer.solver, layer.why] for layer in record.layers]
+    found["kept"] = [list(layer.frequencies) for layer in conversion.plan.layers]
     torch.save(found, f"{sys.argv[1]}{rank()}")
 """
 

@@ -98,8 +98,8 @@ class Tried:
 class Search:
     """How a plan was found: the budget, its limit, what can be reached, how cuts were scored (``divergence`` on images,
     or ``energy`` without), all plans tried, the best plans of every size by their scores, and which was taken.
-    ``frequencies`` as in `SearchSettings`; ``notes`` say where single frequencies were chosen by something else than the
-    output error."""
+    ``frequencies`` as in `SearchSettings`; ``notes`` say where single frequencies were chosen by something else than
+    the output error."""
 
     budget: str
     unit: str

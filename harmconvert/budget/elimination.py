@@ -1,4 +1,4 @@
-"""In what order a layer can do without its frequencies, by the output error that losing each one costs. Tensors only."""
+"""In what order a layer can do without its frequencies, by the output error that each costs it. Tensors only."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def eliminate(gram_GNN: Tensor, coefficients_GON: Tensor, frequencies: int) -> E
 
     The whole layer answers C z; with the frequencies of S kept, the best that a refit can leave is the least of
     E |C z - D z_S|^2. Setting the coefficients C_f of one frequency to zero and refitting all others adds
-    tr(C_f (P_ff)^-1 C_f^T), P = G^-1, to that; the others become C - C_f (P_ff)^-1 P_f, and their P the Schur complement
-    P - P_f^T (P_ff)^-1 P_f, which is the inverse of what is left of G (Hassibi and Stork 1993, by blocks). So the chain
-    from all frequencies to one costs one inversion.
+    tr(C_f (P_ff)^-1 C_f^T), P = G^-1, to that; the others become C - C_f (P_ff)^-1 P_f, and their P the Schur
+    complement P - P_f^T (P_ff)^-1 P_f, which is the inverse of what is left of G (Hassibi and Stork 1993, by blocks).
+    So the chain from all frequencies to one costs one inversion.
 
     Args:
         gram_GNN: (G, I F, I F) second moments G of the responses, I input channels by F frequencies, per group;
@@ -42,7 +42,9 @@ def eliminate(gram_GNN: Tensor, coefficients_GON: Tensor, frequencies: int) -> E
     ordered_GNN = gram_GNN[:, by_frequency][:, :, by_frequency]
     inverse_GNN = torch.cholesky_inverse(torch.linalg.cholesky(ordered_GNN))
     kept_GON = coefficients_GON[:, :, by_frequency]
-    left, order, errors = list(range(frequencies)), [], []
+    left = list(range(frequencies))
+    order: list[int] = []
+    errors: list[float] = []
     while len(left) > 1:
         blocks = [slice(place * channels, (place + 1) * channels) for place in range(len(left))]
         costs = torch.stack([_cost(inverse_GNN[:, b, b], kept_GON[:, :, b]) for b in blocks])

@@ -162,9 +162,10 @@ class Searching:
         if plan.whole:
             return conversion, 0.0
         if found is None:
+            why = conversion.calibration.incomparable if conversion.calibration else None
             raise InputError(
-                "the outputs of this network cannot be compared on these images, so plans cannot be told apart: give "
-                "two images or more, or leave the images out (then the energy that a cut takes decides)"
+                f"the outputs of this network cannot be compared on these images ({why}), so plans cannot be told "
+                "apart: give two images or more, or leave the images out (then the energy that a cut takes decides)"
             )
         return conversion, found
 

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from ..conv import HarmonicMixin
 from ..distributed import any_rank
-from ..errors import first_line
-from .capture import ConvCall, watch_convolutions
+from .capture import ConvCall, explained, watch_convolutions
 from .equations import Layer, Problem
 from .inputs import Batch, CalibrationSet
 from .layers import Kernel, refittable_bias
@@ -130,7 +129,7 @@ class _Taking:
             picks = pick_positions(examples, call.output.shape[2:], self.wanted, self.seed)
             self.problem.add(call, outputs(call.output, picks), examples)
         except Exception as error:  # one layer's trouble must not cost the others theirs
-            self.why = first_line(error) or type(error).__name__
+            self.why = explained(error)
 
     def moments(self) -> Moments | str:
         if any_rank(self.problem is None or self.why is not None):

@@ -25,16 +25,16 @@ def budget_options(command: Any) -> Any:
     command = click.option(
         "--probes",
         metavar="FILE",
-        help="budget: where scores are kept, for another budget to start from; default: NAME-harmonic.probes.json beside "
-        "the output.",
+        help="budget: where scores are kept, for another budget to start from; default: NAME-harmonic.probes.json "
+        "beside the output.",
     )(command)
     command = click.option(
         "--frequencies",
         type=click.Choice(["lambda", "best"]),
         default="lambda",
         show_default=True,
-        help="budget: cut each layer from the highest on, or also try the best of its frequencies one by one: by output "
-        "error on the images, else by energy; three times the probes.",
+        help="budget: keep the lowest of each layer's, or also try those that its output needs most, on the images (by "
+        "energy without): for networks that see more detail across than down; up to three times the probes.",
     )(command)
     return click.option(
         "--trials",
