@@ -80,7 +80,9 @@ def measured_error(original: nn.Module, converted: nn.Module, x: Tensor) -> floa
 @pytest.mark.parametrize("name", PLAIN)
 def test_the_refit_is_the_least_squares_solution(name: str) -> None:
     model, plan, shape = one_layer(name)
-    x = smooth((400 if name == "2x2" else 80, *shape[1:]))  # of few of its positions a rescaling generalises better
+    x = smooth((80, *shape[1:]))
+    if name == "2x2":  # sum and difference of two neighbours alike are uncorrelated: there the projection is the best
+        x = x * torch.tensor([1.0, 0.3]).repeat(4) * torch.tensor([1.0, 0.5]).repeat(4)[:, None]
     conversion = hc.convert(model, plan, calibration=x.split(7), settings=UNDAMPED)
     (record,) = conversion.calibration.layers
     assert record.decision == "refit"

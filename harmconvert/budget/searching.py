@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -92,10 +92,11 @@ class Searching:
         orders known from the file are not worked out again."""
         known = probes.orders if probes is not None else {}
         missing = [item for item in items if item.names[0] not in known]
+        found: Iterable[tuple[Item, Order]] = ()
         if self.images is None:
             found = orders_by_energy(self.model, missing, whole.family, "there are no images")
-        else:
-            uncut = self.convert(whole, None, self.settings).model if missing else self.model
+        elif missing:
+            uncut = self.convert(whole, None, self.settings).model
             found = orders_by_error(self.model, uncut, missing, whole.family, self.images, self.settings, self.progress)
         for item, order in found:
             known[item.names[0]] = order
