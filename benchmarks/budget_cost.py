@@ -2,16 +2,18 @@
 
     python benchmarks/budget_cost.py                       # appends to results/budget_cost.csv, about half an hour
     python benchmarks/budget_cost.py --frequencies best    # starts from nothing, too
-    python benchmarks/budget_cost.py --images 16 --trials 1
+    python benchmarks/budget_cost.py --images 16 --size 64 --trials 1    # does it run?
 
 Random weights (the cost does not depend on them) and random crops of the sample photographs. Rows: the whole search for
 60 % of the parameters, the network that it delivers included; then, from its probes, a second budget of 40 %: the
-search itself without trials, that is, everything but refitting the network which it delivers; and with that.
+search itself without trials, that is, everything but refitting the network which it delivers; and with that. ``load`` is the
+machine's when it began, beside which the seconds are to be read.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import resource
 import tempfile
 import time
@@ -30,8 +32,8 @@ from harmconvert.calibration import CalibrationSettings
 from harmconvert.data import calibration_images
 
 RESULTS = Path(__file__).parent / "results" / "budget_cost.csv"
-FIELDS = ["what", "frequencies", "images", "trials", "probes", "seconds", "of that delivering", "peak_gb", "threads",
-          "cpu", "torch"]  # fmt: skip
+FIELDS = ["what", "frequencies", "images", "size", "trials", "probes", "seconds", "of that delivering", "peak_gb", "threads",
+          "load", "torch"]  # fmt: skip
 
 
 class Delivering:
@@ -70,6 +72,7 @@ class Delivering:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=128)
+    parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--frequencies", choices=["lambda", "best"], default="lambda")
@@ -77,22 +80,24 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     model = timm.create_model("resnet18", pretrained=False).eval()
-    batches = list(calibration_images("sample:photographs", model, args.images, 32).batches)
+    size = {"input_size": (3, args.size, args.size)}
+    batches = list(calibration_images("sample:photographs", model, args.images, 32, overrides=size).batches)
     delivering = Delivering()
     delivering.watch(Searching)
     with appended(RESULTS, FIELDS) as (_, write), tempfile.TemporaryDirectory() as folder:
         for what, share, trials in (("search", 0.6, args.trials), ("second budget", 0.4, 0)):
             delivering.seconds, delivering.probes = 0.0, 0
             search = SearchSettings(trials, str(Path(folder) / "probes.json"), frequencies=args.frequencies)
-            start = time.perf_counter()
+            start, load = time.perf_counter(), os.getloadavg()[0]
             hc.convert(model, budget={"params": share}, calibration=batches, search=search)
             seconds = time.perf_counter() - start
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
             write({
-                "what": what, "frequencies": args.frequencies, "images": args.images, "trials": trials,
+                "what": what, "frequencies": args.frequencies, "images": args.images, "size": args.size,
+                "trials": trials,
                 "probes": delivering.probes, "seconds": f"{seconds:.1f}",
                 "of that delivering": f"{delivering.seconds:.1f}", "peak_gb": f"{peak:.1f}", "threads": args.threads,
-                "cpu": "x86-64, 2 cores", "torch": torch.__version__,
+                "load": f"{load:.1f}", "torch": torch.__version__,
             })  # fmt: skip
 
 

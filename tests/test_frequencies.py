@@ -83,7 +83,7 @@ def designed(conv: nn.Module, x: Tensor, centred: bool) -> list[tuple[np.ndarray
 
 
 @pytest.mark.parametrize(
-    "name", ["plain", "strided, padded, no bias", "2x2", "grouped", "depthwise", "1x7", "ConvTranspose2d", "Conv2dSame"]
+    "name", ["plain", "strided, padded, no bias", "2x2", "grouped", "1x7", "ConvTranspose2d", "Conv2dSame"]
 )
 def test_moments_are_those_of_the_responses_and_order_as_trying_does(name: str) -> None:
     make, shape = CONVOLUTIONS[name]
@@ -130,11 +130,11 @@ def test_what_does_not_fit_in_memory_is_taken_channel_by_channel() -> None:
 
 
 def test_silent_channels_and_starved_layers_have_an_order() -> None:
-    conv = seeded(lambda: nn.Conv2d(3, 4, 16, stride=16, groups=1), torch.float64)
-    x = smooth((3, 3, 32, 32))
+    conv = seeded(lambda: nn.Conv2d(3, 4, 8, stride=8), torch.float64)
+    x = smooth((3, 3, 16, 16))
     x[:, 1] = 0
     found = moments_of(conv, x)
-    assert sorted(eliminate(found.gram, found.coefficients, 256).order) == list(range(256))
+    assert sorted(eliminate(found.gram, found.coefficients, 64).order) == list(range(64))
     found = moments_of(seeded(lambda: nn.Conv2d(2, 2, 3, groups=2), torch.float64), torch.zeros(8, 2, 9, 9).double())
     assert sorted(eliminate(found.gram, found.coefficients, 9).order) == list(range(9))
 
@@ -329,11 +329,11 @@ def test_two_processes_choose_what_one_does(tmp_path: Path) -> None:
 
 def test_convert_by_best_frequencies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    arguments = ["convert", SAMPLE, "--budget", "params=86%", "--frequencies", "best", "--include", "stage3.2.*"]
+    arguments = ["convert", SAMPLE, "--budget", "params=92%", "--frequencies", "best", "--include", "stage3.2.conv2"]
     text = ok(*arguments, "-o", "alone.safetensors").stdout
-    assert "frequencies by energy (there are no images): stage3.2.conv1, stage3.2.conv2" in text
+    assert "frequencies by energy (there are no images): stage3.2.conv2" in text
     arguments += ["--calibrate", "sample:mnist5k", "--calibration-images", "16", "--trials", "1"]
     found = json.loads(ok(*arguments, "-o", "best.safetensors", "--json").stdout)
     assert found["search"]["frequencies"] == "best"
     ok("verify", SAMPLE, "best.safetensors", "--as-planned")
-    assert found["cost"]["harmonic_parameters"] <= 0.86 * 271_994
+    assert found["cost"]["harmonic_parameters"] <= 0.92 * 271_994

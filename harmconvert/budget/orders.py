@@ -13,7 +13,7 @@ from ..calibration import CalibrationSettings, Progress, free_memory
 from ..calibration.inputs import calibration_set
 from ..calibration.moments import Moments, response_moments
 from ..conv import HarmonicMixin
-from ..distributed import least_over_ranks, local_world_size
+from ..distributed import from_first_rank, least_over_ranks, local_world_size
 from ..surgery import convolutions
 from .choices import Item
 from .elimination import eliminate
@@ -84,7 +84,8 @@ def orders_by_error(
             continue  # another layer with the same coefficients has spoken
         if isinstance(found, Moments):
             every = all_frequencies(item.kernel_size)
-            order = eliminate(found.gram, found.coefficients, len(every)).order
+            # Rounding may differ between processes, and all must choose from the same sets.
+            order = from_first_rank(eliminate(found.gram, found.coefficients, len(every)).order)
             yield item, Order(tuple(every[index] for index in order), APART if found.apart else BY_ERROR)
         else:
             yield from orders_by_energy(model, [item], family, found)
