@@ -6,8 +6,8 @@
 
 Random weights (the cost does not depend on them) and random crops of the sample photographs. Rows: the whole search for
 60 % of the parameters, the network that it delivers included; then, from its probes, a second budget of 40 %: the
-search itself without trials, that is, everything but refitting the network which it delivers; and with that. ``load`` is the
-machine's when it began, beside which the seconds are to be read.
+search without trials. Its bar is on the search itself: ``seconds`` less those ``of that delivering``, refitting the
+network that is delivered. ``load`` is the machine's when it began, beside which the seconds are to be read.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from harmconvert.calibration import CalibrationSettings
 from harmconvert.data import calibration_images
 
 RESULTS = Path(__file__).parent / "results" / "budget_cost.csv"
-FIELDS = ["what", "frequencies", "images", "size", "trials", "probes", "seconds", "of that delivering", "peak_gb", "threads",
-          "load", "torch"]  # fmt: skip
+FIELDS = ["what", "frequencies", "images", "size", "trials", "probes", "seconds", "of that delivering", "peak_gb",
+          "threads", "load", "torch"]  # fmt: skip
 
 
 class Delivering:

@@ -139,7 +139,7 @@ def command(
       harmconvert convert reference:model_best.pth.tar
     """
     from ..budget import Budget, SearchSettings
-    from ..checkpoint import default_name, short_name
+    from ..checkpoint import default_name
     from ..convert import convert
     from ..distributed import joined, rank
     from ..files import check_output, write_file
@@ -162,8 +162,7 @@ def command(
         check_output(save_plan, force)
     figure = check_figure(source, "search", search_figure, force) if search_figure else None
     if (share or labelled) and probes is None and more["data"]:
-        # Every budget of the same network finds the scores of the first.
-        probes = str(Path(output).parent / f"{short_name(source)}-harmonic.probes.json")
+        probes = _probes_beside(output, source)
     with joined():
         options.say(f"loading {source}")
         network = options.opened(source, more, form="harmonic" if as_it_is else "dense")
@@ -206,6 +205,13 @@ def _kept(lam: str | None, plan_file: str | None, share: Budget | None, max_drop
     if share is not None:
         return f"{share.unit}{100 * share.share:g}"
     return f"drop{max_drop:g}" if max_drop is not None else "plan" if plan_file else lam or "full"
+
+
+def _probes_beside(output: str, source: str) -> str:
+    """Where scores are kept unless --probes says otherwise: whatever the budget, so that the next one finds them."""
+    from ..checkpoint import short_name
+
+    return str(Path(output).parent / f"{short_name(source)}-harmonic.probes.json")
 
 
 def _check_choice(
