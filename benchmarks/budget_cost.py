@@ -1,6 +1,6 @@
 """What does a budget search cost? ResNet-18 at 224 on 128 images, two threads: bars 25 minutes, a second budget 10 s.
 
-    python benchmarks/budget_cost.py                       # appends to results/budget_cost.csv, about half an hour
+    python benchmarks/budget_cost.py                       # appends to results/budget_cost.csv; takes long
     python benchmarks/budget_cost.py --frequencies best    # starts from nothing, too
     python benchmarks/budget_cost.py --images 16 --size 64 --trials 1    # does it run?
 
