@@ -2,12 +2,14 @@
 
     python benchmarks/budget.py                          # appends to results/budget.csv; skips rows it has
     python benchmarks/budget.py --networks resnet_mnist5k --seeds 0
+    python benchmarks/budget.py --methods "best frequencies" --sizes "50 %" "20 %"
     python benchmarks/budget.py --summary
 
 Sizes, as shares of the parameters: those of lambda 3, progressive, lambda 2 and lambda 1, where the uniform plans are
 compared, and 50, 40, 30, 20 and 15 %. Each way may use no more:
 
 - search: `convert --budget`, 8 plans tried; scores alone: none tried (--trials 0); by energy: scores without images.
+- best frequencies: `convert --budget --frequencies best`, 8 plans tried; scores alone: none.
 - threshold: every layer is cut as far as its own score stays below one threshold, the same for all (AIMET's way of
   taking layer scores), the highest that keeps the size.
 - uniform, progressive: where a lambda has that size. All of these are calibrated on the same 128 images.
@@ -79,6 +81,8 @@ class Study:
         yield "search", lambda: self.searched(share, 8)
         yield "search, scores alone", lambda: self.searched(share, 0)
         yield "search, by energy", lambda: self.by_energy(share)
+        yield "best frequencies", lambda: self.searched(share, 8, "best")
+        yield "best frequencies, scores alone", lambda: self.searched(share, 0, "best")
         yield "threshold", lambda: self.by_threshold(share)
         if uniform is not None:
             yield "uniform or progressive", lambda: self.calibrated(uniform)
@@ -90,10 +94,11 @@ class Study:
             self.model, plan, example_input=self.example, calibration=self.batches, settings=self.settings
         ).model
 
-    def searched(self, share: float, trials: int) -> nn.Module:
+    def searched(self, share: float, trials: int, frequencies: str = "lambda") -> nn.Module:
+        search = SearchSettings(trials, self.probes, frequencies=frequencies)
         return hc.convert(
             self.model, budget={"params": share}, example_input=self.example, include=self.include,
-            calibration=self.batches, settings=self.settings, search=SearchSettings(trials, self.probes),
+            calibration=self.batches, settings=self.settings, search=search,
         ).model  # fmt: skip
 
     def by_energy(self, share: float) -> nn.Module:
@@ -156,9 +161,13 @@ class Study:
         return model
 
 
-def rows(study: Study, uncut: Tensor, done: set[tuple[str, ...]]) -> Iterator[dict[str, object]]:
+def rows(
+    study: Study, uncut: Tensor, done: set[tuple[str, ...]], sizes: Sequence[str], methods: Sequence[str]
+) -> Iterator[dict[str, object]]:
     for size, share, uniform in study.sizes():
         for method, make in study.ways(share, uniform):
+            if (sizes and size not in sizes) or (methods and method not in methods):
+                continue
             keys = [(study.name, size, str(study.seed), method, str(epochs)) for epochs in (0, 1)]
             if all(key in done for key in keys):
                 continue
@@ -180,14 +189,14 @@ def rows(study: Study, uncut: Tensor, done: set[tuple[str, ...]]) -> Iterator[di
                 }  # fmt: skip
 
 
-def run(names: list[str], seeds: list[int], threads: int) -> None:
+def run(names: list[str], seeds: list[int], threads: int, sizes: list[str], methods: list[str]) -> None:
     torch.set_num_threads(threads)
     with appended(RESULTS, FIELDS, KEYS) as (done, write), tempfile.TemporaryDirectory() as folder:
         for seed, name in itertools.product(seeds, names):
             place = Path(folder) / f"{name}-{seed}"
             place.mkdir()
             study = Study(name, seed, place)
-            for row in rows(study, common.logits(study.model, study.subject.images), done):
+            for row in rows(study, common.logits(study.model, study.subject.images), done, sizes, methods):
                 write(row)
 
 
@@ -211,14 +220,16 @@ def summary() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    every = ["resnet_mnist5k", "wrn16_4_mnist5k", "resnet18_elpv"]
+    every = ["resnet_mnist5k", "wrn16_4_mnist5k", "resnet18_elpv", "ear_notes"]
     parser.add_argument("--networks", nargs="+", default=every, choices=every)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--sizes", nargs="+", default=[], help="such as '50 %%'; default: all")
+    parser.add_argument("--methods", nargs="+", default=[], help="such as 'best frequencies'; default: all")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--summary", action="store_true")
     args = parser.parse_args()
     if not args.summary:
-        run(args.networks, args.seeds, args.threads)
+        run(args.networks, args.seeds, args.threads, args.sizes, args.methods)
     summary()
 
 

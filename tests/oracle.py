@@ -182,11 +182,36 @@ def design_matrix(conv: torch.nn.Module, kept: Sequence[Sequence[int]], inputs: 
     return matrices
 
 
+def standardised(conv: torch.nn.Module) -> torch.nn.Conv2d:
+    """The plain convolution that one of timm's weight-standardised ones amounts to: each filter less its mean, over its
+    deviation, and with a gain scaled by that and by one over the root of its size."""
+    weight = conv.weight.detach().double().numpy()
+    kernel = np.zeros_like(weight)
+    for o, filters in enumerate(weight):
+        kernel[o] = (filters - filters.mean()) / math.sqrt(filters.var() + conv.eps)
+        if hasattr(conv, "gain"):
+            kernel[o] *= float(conv.gain.detach()[o]) / math.sqrt(filters.size)
+    plain = torch.nn.Conv2d(
+        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
+        conv.groups, conv.bias is not None,
+    ).double()  # fmt: skip
+    with torch.no_grad():
+        plain.weight.copy_(torch.from_numpy(kernel))
+        if conv.bias is not None:
+            plain.bias.copy_(conv.bias)
+    return plain
+
+
 def refit(
-    conv: torch.nn.Module, kept: Sequence[Sequence[int]], inputs: torch.Tensor, start: np.ndarray
+    conv: torch.nn.Module,
+    kept: Sequence[Sequence[int]],
+    inputs: torch.Tensor,
+    start: np.ndarray,
+    centred_kernels: bool = False,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Coefficients (groups, out per group, columns) and bias (out,) with least squared output error, by lstsq over the
-    design matrix; where several do, those nearest to ``start``."""
+    design matrix; where several do, those nearest to ``start``. With ``centred_kernels`` among those whose kernels sum
+    to zero."""
     with torch.no_grad():
         target = conv(inputs).numpy()
     found, biases = [], []
@@ -200,10 +225,36 @@ def refit(
             middle, level = np.zeros(matrix.shape[1]), np.zeros(per_group)
         centred = matrix - middle
         rest = rows - level - centred @ start[group].T
-        coefficients = start[group] + np.linalg.lstsq(centred, rest, rcond=None)[0].T
+        allowed = np.eye(matrix.shape[1])
+        if centred_kernels:
+            sums = [dct_kernel(conv.kernel_size, f).sum() for f in kept] * (matrix.shape[1] // len(kept))
+            allowed = np.linalg.svd(np.array([sums]))[2][1:].T  # what is at right angles to the sums
+        coefficients = start[group] + (allowed @ np.linalg.lstsq(centred @ allowed, rest, rcond=None)[0]).T
         found.append(coefficients)
         biases.append(level - coefficients @ middle)
     return np.stack(found), np.concatenate(biases) if conv.bias is not None else None
+
+
+def elimination(problems: Sequence[tuple[np.ndarray, np.ndarray]], frequencies: int) -> tuple[list[int], list[float]]:
+    """Backward elimination by trying: of the frequencies left the one goes without which lstsq fits the whole answer
+    best. Each problem is a design matrix (positions, channels x frequencies) and coefficients (out, columns); one
+    frequency goes from all of them. The order, and the squared error after each step but the last."""
+    left, order, errors = list(range(frequencies)), [], []
+    while len(left) > 1:
+        squares = []
+        for candidate in left:
+            total = 0.0
+            for matrix, coefficients in problems:
+                columns = [
+                    c for c in range(matrix.shape[1]) if c % frequencies in left and c % frequencies != candidate
+                ]
+                answer = matrix @ coefficients.T
+                fitted = matrix[:, columns] @ np.linalg.lstsq(matrix[:, columns], answer, rcond=None)[0]
+                total += float(((answer - fitted) ** 2).sum())
+            squares.append(total)
+        errors.append(min(squares))
+        order.append(left.pop(squares.index(min(squares))))
+    return order + left, errors
 
 
 def sgd(

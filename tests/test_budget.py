@@ -22,6 +22,7 @@ from harmconvert.budget.choices import costs_of, items_of, plan_of
 from harmconvert.budget.dropping import smallest_within
 from harmconvert.budget.energy import energy_scores
 from harmconvert.budget.knapsack import frontier
+from harmconvert.budget.searching import Searching
 from harmconvert.convert import convert
 from harmconvert.cost import network_cost
 from harmconvert.errors import InputError, UsageError
@@ -142,16 +143,18 @@ def test_every_uniform_lambda_is_among_the_choices(size: tuple[int, ...]) -> Non
 
 @pytest.mark.parametrize("share", [0.9, 0.5, 0.3, 0.15])
 @pytest.mark.parametrize("unit", ["params", "bytes", "macs"])
-def test_a_budget_is_never_exceeded(unit: str, share: float) -> None:
+@pytest.mark.parametrize("frequencies", ["lambda", "best"])
+def test_a_budget_is_never_exceeded(frequencies: str, unit: str, share: float) -> None:
     model = hc.open_source(SAMPLE).model
     example = torch.zeros(1, 1, 28, 28)
-    found = convert(model, budget={unit: share}, example_input=example)
+    search = SearchSettings(frequencies=frequencies)
+    found = convert(model, budget={unit: share}, example_input=example, search=search)
     cost, whole = found.cost, network_cost(model, make_plan(find_sites(model), "full"), trace(model, example))
     kept = {"params": cost.harmonic_parameters, "bytes": cost.harmonic_bytes, "macs": cost.factored_macs}[unit]
     all_ = {"params": whole.parameters, "bytes": whole.bytes, "macs": whole.dense_macs}[unit]
     assert kept <= share * all_
     assert kept > (share - 0.08) * all_, "and it is used"
-    assert found.search.scored_by == "energy"
+    assert (found.search.scored_by, found.search.frequencies) == ("energy", frequencies)
     assert found.search.best.cost == kept
     assert found.plan.policy == f"{unit}={100 * share:g}%"
 
@@ -215,9 +218,6 @@ def test_an_interrupted_search_goes_on(tmp_path: Path) -> None:
 def test_probes_of_something_else_are_refused(tmp_path: Path) -> None:
     model, probes = hc.open_source(SAMPLE).model, tmp_path / "scores.json"
     search = SearchSettings(trials=1, probes=str(probes))
-    convert(
-        model, budget="params=40%", include=["stage3.2.*"], calibration=digits(16), search=search
-    ) if False else None
     convert(model, budget="params=95%", include=["stage3.2.*"], calibration=digits(16), search=search)
     arguments: dict[str, Any] = {"budget": "params=95%", "include": ["stage3.2.*"], "search": search}
     other = hc.open_source(SAMPLE).model
@@ -245,7 +245,8 @@ def test_what_cannot_be_met_says_what_can() -> None:
         convert(model, 2, budget="params=50%")
     with pytest.raises(InputError, match="no layer of this Sequential may be cut: --include names those that should"):
         convert(nn.Sequential(nn.Conv2d(3, 4, 3)), budget="params=50%")
-    with pytest.raises(InputError, match="cannot be compared on these images"):
+    alone = r"cannot be compared on these images \(one input: none can be held back\), so plans cannot"
+    with pytest.raises(InputError, match=alone):
         convert(model, budget="params=50%", calibration=digits(1))
 
 
@@ -275,7 +276,7 @@ def test_convert_by_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "parameters: 271,994 now, 34,426 (12.7%) at least; params=30% is 81,598" in result.stderr
     assert "taken" in result.stdout
     assert Path("resnet_mnist5k-harmonic-params30.safetensors").exists()
-    assert Path("resnet_mnist5k-harmonic-params30.probes.json").exists()
+    assert [path.name for path in Path().glob("*.probes.json")] == ["resnet_mnist5k-harmonic.probes.json"]
     followed = ok("convert", SAMPLE, "--plan", "plan.json", "-o", "followed.safetensors", "--json")
     plan = json.loads(followed.stdout)["plan"]
     assert plan == json.loads(Path("plan.json").read_text())
@@ -284,12 +285,37 @@ def test_convert_by_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert found["cost"]["harmonic_parameters"] <= 81_598
 
 
+def test_a_second_budget_starts_from_the_first_ones_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    few = ["--calibrate", "sample:mnist5k", "--calibration-images", "16", "--include", "stage3.2.*", "--trials", "0"]
+    ok("convert", SAMPLE, "--budget", "params=95%", *few, "-o", "out/first.safetensors")
+    kept = Path("out/resnet_mnist5k-harmonic.probes.json").read_text()
+    assert len(json.loads(kept)["single"]) == 2 * 4
+    calls: list[str] = []
+    measured = Searching._divergence
+    monkeypatch.setattr(
+        Searching, "_divergence", lambda self, *a, **k: calls.append("probe") or measured(self, *a, **k)
+    )
+    ok("convert", SAMPLE, "--budget", "params=85%", *few, "-o", "out/second.safetensors")
+    assert not calls
+    assert Path("out/resnet_mnist5k-harmonic.probes.json").read_text() == kept
+    # Of other images it is refused, as a file named with --probes is.
+    few[3] = "17"
+    result = run("convert", SAMPLE, "--budget", "params=85%", *few, "-o", "out/third.safetensors")
+    assert result.exit_code == 2
+    assert "holds probes of other images and settings: remove it, or name another file (--probes)" in result.stderr
+    ok("convert", SAMPLE, "--budget", "params=90%", *few, "--probes", "mine.json", "-o", "out/third.safetensors")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--budget", "params=30%", "--lambda", "2"], "give one of them, once"),
         (["--budget", "params=30%", "--budget", "macs=30%"], "give one of them, once"),
         (["--trials", "3"], "--trials is of use only with --budget"),
+        (["--frequencies", "best"], "--frequencies is of use only with --budget"),
+        (["--budget", "params=30%", "--frequencies", "worst"], "'worst' is not one of 'lambda', 'best'"),
         (["--budget", "params=0%"], "is no share of the network"),
         (["--budget", "params=1%"], "cannot be met"),
         (["--max-drop", "1"], "--max-drop POINTS is measured on --labelled DATA: give both"),

@@ -3,8 +3,9 @@
 Each layer is cut alone, to each of some sizes, and scored by what that does to the network's outputs; dynamic
 programming picks one size for each layer within the budget; then whole plans are tried on the network itself, because
 scores do not add up when the cut is deep. From the whole to the parts: searching.py, the search on a network; `choose`
-here, the search among plans; choices.py, what there is to choose and its costs; probes.py, scores kept in a file;
-energy.py, scores without images; knapsack.py, the exact choice.
+here, the search among plans; choices.py, what there is to choose and its costs; orders.py and elimination.py, which
+frequencies a layer needs least; probes.py, scores kept in a file; energy.py, scores without images; knapsack.py, the
+exact choice.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ..plan import Plan
 from .choices import Item, plan_of
 from .knapsack import Frontier, frontier
 
+FREQUENCIES = ("lambda", "best")
 UNITS = {"params": "parameters", "macs": "MACs in factored form", "bytes": "bytes"}
 
 
@@ -65,15 +67,20 @@ class Budget:
 @dataclass(frozen=True)
 class SearchSettings:
     """``trials``: whole plans tried on the network (0 trusts the scores of single layers); ``probes``: file in which
-    scores are kept; ``say`` is told what can be reached before the work begins."""
+    scores are kept; ``say`` is told what can be reached before the work begins; ``frequencies``: ``"lambda"`` keeps the
+    lowest of each layer, ``"best"`` also tries those whose loss costs that layer's output most, one size after the
+    other."""
 
     trials: int = 8
     probes: str | None = None
     say: Callable[[str], None] = field(default=lambda message: None, compare=False)
+    frequencies: str = "lambda"
 
     def __post_init__(self) -> None:
         if self.trials < 0:
             raise UsageError(f"{self.trials} trials: give 0 or more")
+        if self.frequencies not in FREQUENCIES:
+            raise UsageError(f"unknown frequencies {self.frequencies!r}: use one of {', '.join(FREQUENCIES)}")
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,9 @@ class Tried:
 @dataclass(frozen=True)
 class Search:
     """How a plan was found: the budget, its limit, what can be reached, how cuts were scored (``divergence`` on images,
-    or ``energy`` without), all plans tried, the best plans of every size by their scores, and which was taken."""
+    or ``energy`` without), all plans tried, the best plans of every size by their scores, and which was taken.
+    ``frequencies`` as in `SearchSettings`; ``notes`` say where single frequencies were chosen by something else than
+    the output error."""
 
     budget: str
     unit: str
@@ -102,6 +111,8 @@ class Search:
     taken: int
     frontier: tuple[tuple[int, float], ...]
     exact: bool
+    frequencies: str = "lambda"
+    notes: tuple[str, ...] = ()
 
     @property
     def best(self) -> Tried:
@@ -222,26 +233,39 @@ def choose(
 def _swaps(
     chosen: tuple[int, ...], changes: Sequence[Sequence[int]], scores: Sequence[Sequence[float]], limit: int
 ) -> Iterator[tuple[int, ...]]:
-    """Plans that give one item the next larger size and another a smaller one, as much as that takes to stay within the
-    limit; those of the least scores first."""
+    """Plans that give one item another set of the same cost, or the next larger one and another item a smaller one, as
+    much as that takes to stay within the limit; those of the least scores first."""
     cost = sum(row[choice] for row, choice in zip(changes, chosen, strict=True))
     found: list[tuple[float, tuple[int, ...]]] = []
-    for up, (row_up, choice) in enumerate(zip(changes, chosen, strict=True)):
-        if choice == 0:
-            continue
-        more = cost + row_up[choice - 1] - row_up[choice]
-        if more <= limit:
-            found.append((scores[up][choice - 1] - scores[up][choice], _with(chosen, {up: choice - 1})))
-        for down, row_down in enumerate(changes):
-            if down == up:
+    for up, choice in enumerate(chosen):
+        for larger in _not_smaller(changes[up], choice):
+            more = cost + changes[up][larger] - changes[up][choice]
+            gain = scores[up][larger] - scores[up][choice]
+            if more <= limit:
+                found.append((gain, _with(chosen, {up: larger})))
+            if changes[up][larger] == changes[up][choice]:
                 continue
-            for smaller in range(chosen[down] + 1, len(row_down)):
-                if more + row_down[smaller] - row_down[chosen[down]] <= limit:
-                    change = scores[up][choice - 1] - scores[up][choice]
-                    change += scores[down][smaller] - scores[down][chosen[down]]
-                    found.append((change, _with(chosen, {up: choice - 1, down: smaller})))
-                    break
+            for down, row_down in enumerate(changes):
+                if down == up:
+                    continue
+                for smaller in _smaller(row_down, scores[down], chosen[down]):
+                    if more + row_down[smaller] - row_down[chosen[down]] <= limit:
+                        change = gain + scores[down][smaller] - scores[down][chosen[down]]
+                        found.append((change, _with(chosen, {up: larger, down: smaller})))
+                        break
     yield from (swap for _, swap in sorted(found))
+
+
+def _not_smaller(row: Sequence[int], choice: int) -> list[int]:
+    """Other choices of an item that cost the same, and those of the next higher cost."""
+    higher = min((cost for cost in row if cost > row[choice]), default=row[choice])
+    return [other for other, cost in enumerate(row) if other != choice and cost in (row[choice], higher)]
+
+
+def _smaller(row: Sequence[int], scores: Sequence[float], choice: int) -> list[int]:
+    """Choices of an item that cost less, the dearest first, of equal ones that of the least score."""
+    cheaper = [other for other, cost in enumerate(row) if cost < row[choice]]
+    return sorted(cheaper, key=lambda other: (-row[other], scores[other]))
 
 
 def _with(chosen: tuple[int, ...], changed: Mapping[int, int]) -> tuple[int, ...]:

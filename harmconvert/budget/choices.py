@@ -15,11 +15,13 @@ from ..surgery import Trace
 
 # With fewer levels than these there is little to choose: then halves of a lambda count, too.
 FEW = 5
+# Sizes of the sets chosen frequency by frequency: each is a probe, and large kernels have dozens.
+MOST = 12
 
 
 @dataclass(frozen=True)
 class Item:
-    """Layers that share their coefficients, and so one choice: the sets of frequencies, whole first, each smaller than
+    """Layers that share their coefficients, and so one choice: the sets of frequencies, whole first, none larger than
     the one before."""
 
     names: tuple[str, ...]
@@ -50,6 +52,16 @@ def items_of(whole: Plan, ties: Mapping[str, str]) -> tuple[Item, ...]:
         for layers in members.values()
         if not any(layer.name in spared for layer in layers)
     )
+
+
+def with_order(item: Item, order: Sequence[Frequency]) -> Item:
+    """An item with more to choose from: of every size (of a large kernel, of some) what is left once the first of
+    ``order`` are cut, beside the lambdas."""
+    count = len(order)
+    sizes = {round(1 + (count - 1) * step / (MOST - 1)) for step in range(MOST)} if count > MOST else range(1, count)
+    chain = [tuple(sorted(order[count - size :], key=item.sets[0].index)) for size in sizes]
+    sets = sorted(dict.fromkeys([*item.sets, *chain]), key=len, reverse=True)
+    return replace(item, sets=tuple(sets))
 
 
 def plan_of(whole: Plan, items: Sequence[Item], chosen: Sequence[int], policy: str) -> Plan:

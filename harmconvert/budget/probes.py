@@ -18,13 +18,15 @@ from ..files import write_file
 from ..plan import Plan
 from ..surgery import tensors_in
 from ..weights import tensors_sha256, weights_sha256
+from .orders import Order
 
 VERSION = 1
 
 
 @dataclass
 class Probes:
-    """Measured divergences: of one item cut to one set of frequencies, and of whole plans.
+    """Measured divergences: of one item cut to one set of frequencies, and of whole plans; and the order in which each
+    layer's frequencies go, by its first name.
 
     ``key`` says of which weights, inputs and settings; a file of another key is refused. Every entry is written at
     once, so that an interrupted search goes on where it was.
@@ -34,6 +36,7 @@ class Probes:
     path: Path | None = None
     single: dict[str, float] = field(default_factory=dict)
     whole: dict[str, float] = field(default_factory=dict)
+    orders: dict[str, Order] = field(default_factory=dict)
 
     @classmethod
     def opened(cls, path: Path | None, key: Mapping[str, Any]) -> Probes:
@@ -52,13 +55,14 @@ class Probes:
             raise UsageError(
                 f"{path} holds probes of other {' and '.join(differing)}: remove it, or name another file (--probes)"
             )
-        return cls(key, path, data["single"], data["whole"])
+        return cls(key, path, data["single"], data["whole"], _orders(data))
 
     def keep(self) -> None:
         """Write all that is known."""
         if self.path is None or rank() > 0:
             return
         data = {"version": VERSION, "key": dict(self.key), "single": self.single, "whole": self.whole}
+        data["orders"] = {name: order.to_json() for name, order in self.orders.items()}
 
         def write(staging: Path) -> None:
             staging.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
@@ -101,6 +105,12 @@ def _read(path: Path) -> Any:
         numbers = [*data["single"].values(), *data["whole"].values()]
         if not (isinstance(data["key"], dict) and all(isinstance(number, float | int) for number in numbers)):
             raise TypeError("no numbers")
+        _orders(data)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{path} holds no probes that can be read ({type(error).__name__}: {error}): remove it"
     return data
+
+
+def _orders(data: Any) -> dict[str, Order]:
+    """Files of before there were orders have none."""
+    return {name: Order.from_json(order) for name, order in data.get("orders", {}).items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,12 +12,13 @@ from torch import nn
 
 from ..basis import Basis
 from ..calibration import CalibrationSettings, Progress
-from ..errors import InputError, UsageError
+from ..errors import InputError, UsageError, shortened
 from ..plan import ConvSite, Plan, make_plan
 from ..surgery import Trace
 from . import UNITS, Budget, Search, SearchSettings, choose, limit_of
-from .choices import Item, costs_of, items_of, whole_plan
+from .choices import Item, costs_of, items_of, whole_plan, with_order
 from .energy import energy_scores
+from .orders import BY_ERROR, Order, orders_by_energy, orders_by_error
 from .probes import Probes, key_of, name_of, name_of_plan
 
 OTHERS: tuple[str | int, ...] = ("progressive", 4, 3, 2, 1)
@@ -67,14 +68,41 @@ class Searching:
         for policy in OTHERS:
             with suppress(UsageError):  # progressive without map sizes
                 others[f"lambda {policy}"] = make_plan(self.sites, policy, include, exclude, family)
-        if self.images is None:
+        probes = None
+        if self.images is not None:
+            path = Path(self.search.probes) if self.search.probes else None
+            probes = Probes.opened(path, key_of(self.model, self.images, self.settings, family))
+        notes: tuple[str, ...] = ()
+        if self.search.frequencies == "best":
+            items, notes = self._ordered(whole, items, probes)
+            costs = costs_of(self.model, whole, items, self.budget.unit, self.trace)
+        if probes is None:
             scores = [energy_scores(self.model, item.names, item.sets, family) for item in items]
             plan, record = choose(self.budget, whole, items, costs, scores, "energy", others, None, 0)
-            return self.convert(plan, None, self.settings), record
-        path = Path(self.search.probes) if self.search.probes else None
-        probes = Probes.opened(path, key_of(self.model, self.images, self.settings, family))
-        scores = self._probed(whole, items, probes)
-        return self._tried(whole, items, costs, scores, others, probes)
+            conversion = self.convert(plan, None, self.settings)
+        else:
+            scores = self._probed(whole, items, probes)
+            conversion, record = self._tried(whole, items, costs, scores, others, probes)
+        return conversion, replace(record, frequencies=self.search.frequencies, notes=notes)
+
+    def _ordered(
+        self, whole: Plan, items: Sequence[Item], probes: Probes | None
+    ) -> tuple[tuple[Item, ...], tuple[str, ...]]:
+        """The items with the sets that single frequencies make, and how those were chosen where not by output error;
+        orders known from the file are not worked out again."""
+        known = probes.orders if probes is not None else {}
+        missing = [item for item in items if item.names[0] not in known]
+        found: Iterable[tuple[Item, Order]] = ()
+        if self.images is None:
+            found = orders_by_energy(self.model, missing, whole.family, "there are no images")
+        elif missing:
+            uncut = self.convert(whole, None, self.settings).model
+            found = orders_by_error(self.model, uncut, missing, whole.family, self.images, self.settings, self.progress)
+        for item, order in found:
+            known[item.names[0]] = order
+            if probes is not None:
+                probes.keep()
+        return tuple(with_order(item, known[item.names[0]].frequencies) for item in items), _notes(items, known)
 
     def _probed(self, whole: Plan, items: Sequence[Item], probes: Probes) -> list[list[float]]:
         """The divergence by each choice of each item, all else whole; those known from the file are not measured."""
@@ -135,8 +163,19 @@ class Searching:
         if plan.whole:
             return conversion, 0.0
         if found is None:
+            why = conversion.calibration.incomparable if conversion.calibration else None
             raise InputError(
-                "the outputs of this network cannot be compared on these images, so plans cannot be told apart: give "
-                "two images or more, or leave the images out (then the energy that a cut takes decides)"
+                f"the outputs of this network cannot be compared on these images ({why}), so plans cannot be told "
+                "apart: give two images or more, or leave the images out (then the energy that a cut takes decides)"
             )
         return conversion, found
+
+
+def _notes(items: Sequence[Item], orders: Mapping[str, Order]) -> tuple[str, ...]:
+    """Where frequencies were chosen by something else than the output error of a whole layer, and why."""
+    layers: dict[str, list[str]] = {}
+    for item in items:
+        order = orders[item.names[0]]
+        if order.by != BY_ERROR:
+            layers.setdefault(order.by + (f" ({order.why})" if order.why else ""), []).append(item.names[0])
+    return tuple(f"frequencies by {how}: {shortened(names, 3)}" for how, names in layers.items())

@@ -78,25 +78,29 @@ def calibrate(
     layers = _refit(original, converted, cut, data, settings, progress)
     after = _copied(converted)
     _blend(converted, before, before, 0.0)
-    plain = divergence(original, converted, data.held)
+    plain, why = divergence(original, converted, data.held)
     _blend(converted, after, after, 0.0)
-    refit = divergence(original, converted, data.held) if settings.refit else plain
+    refit, why_refit = divergence(original, converted, data.held) if settings.refit else (plain, why)
     kept, final = _never_worse(original, converted, data, before, plain, refit)
     norms = 0
     notes: list[str] = []
     if settings.batch_norm and batch_norms(converted):
         norms, final, notes = _batch_norms(original, converted, data, final)
     held = data.total - data.fit_total
+    incomparable = why or why_refit if held else "one input: none can be held back"
     if not held:
-        notes.append("one input: none can be held back, so nothing is refitted")
-    elif plain is None and refit is None:
-        notes.append("the outputs cannot be compared, so the layers' own errors alone decided")
+        notes.append(f"{incomparable}, so nothing is refitted")
+    elif why and why_refit:
+        notes.append(f"the outputs cannot be compared ({why}), so the layers' own errors alone decided")
+    elif incomparable:
+        which = "of the plain cut" if why else "after the refit"
+        notes.append(f"the outputs {which} cannot be compared ({incomparable})")
     if data.left:
         notes.append(f"only the first {data.total} inputs were read (settings: inputs={settings.inputs})")
     state = converted.state_dict()
     changed = {k: tensors_sha256({k: state[k]}) for k, t in before.items() if not torch.equal(state[k], t)}
     return Calibration(
-        tuple(layers), data.total, held, plain, refit, final, kept, norms, tuple(notes), settings, changed
+        tuple(layers), data.total, held, plain, refit, final, kept, norms, tuple(notes), settings, changed, incomparable
     )
 
 
@@ -146,7 +150,7 @@ def _never_worse(
     after = _copied(converted)
     for kept in (0.5, 0.25):
         _blend(converted, before, after, kept)
-        found = divergence(original, converted, data.held)
+        found, _ = divergence(original, converted, data.held)
         if found is not None and found < plain:
             return kept, found
     _blend(converted, before, after, 0.0)
@@ -162,7 +166,9 @@ def _batch_norms(
         norms = reestimate_batch_norm(converted, (batch.input for batch in data.fit))
     except Exception as error:  # nothing that comes last may cost what was done before
         notes.append(f"batch norms were not re-estimated: {first_line(error)}")
-    found = divergence(original, converted, data.held)
+    found, why = divergence(original, converted, data.held)
+    if so_far is not None and why:
+        notes.append(f"with batch norms re-estimated the outputs cannot be compared ({why})")
     if so_far is None or found is None or not found < BATCH_NORM_GAIN * so_far:
         _blend(converted, before, before, 0.0)
         return 0, so_far, notes

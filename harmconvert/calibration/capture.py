@@ -124,6 +124,14 @@ def forward(model: nn.Module, input: Any, mode: TorchFunctionMode | None = None)
         ) from error
 
 
+def explained(error: Exception) -> str:
+    """What went wrong in a run, in one line, and where memory ran out what to do."""
+    text = first_line(error) or type(error).__name__
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "memory" in text:
+        return f"out of memory ({text}): lower --calibration-memory, --calibration-batch-size or --calibration-images"
+    return text
+
+
 class _Recorder(TorchFunctionMode):
     """Notes the convolutions that torch is asked for between `start` and `stop`."""
 

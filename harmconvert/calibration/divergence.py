@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..distributed import sum_over_ranks
+from ..distributed import gathered, sum_over_ranks
 from ..surgery import tensors_in
-from .capture import forward
+from .capture import explained, forward
 from .inputs import Batch
 
 
-def divergence(original: nn.Module, converted: nn.Module, batches: Iterable[Batch]) -> float | None:
+def divergence(original: nn.Module, converted: nn.Module, batches: Iterable[Batch]) -> tuple[float | None, str | None]:
     """Mean KL divergence of class probabilities (nats) for a classifier, which says so by ``num_classes``; for others
-    the squared difference of all floating outputs over their square. None where outputs have other shapes, are not
-    finite, or do not come at all."""
+    the squared difference of all floating outputs over their square. None, and the reason, where outputs have other
+    shapes, are not finite, or do not come at all."""
     sums = torch.zeros(3, dtype=torch.float64)  # distance, weight, batches that cannot be compared
+    why: str | None = None
     for batch in batches:
         try:
             ours, theirs = (_floats(forward(model, batch.input)) for model in (original, converted))
-            sums += _distance(ours, theirs, _classes(original))
-        except Exception:  # every process must come to the sum below
+            sums[:2] += _distance(ours, theirs, _classes(original))
+        except Exception as error:  # every process must come to the sum below
             sums[2] += 1
+            why = why or explained(error)
     sum_over_ranks([sums])
     distance, weight, lost = sums.tolist()
-    value = distance / weight if weight > 0 and not lost else float("nan")
-    return value if value == value and value != float("inf") else None
+    if lost:
+        return None, next(reason for reason in gathered(why) if reason is not None)
+    value = distance / weight if weight > 0 else math.nan
+    if math.isfinite(value):
+        return value, None
+    return None, "they are not finite" if weight > 0 or math.isnan(weight) else "they are all zero, or there are none"
 
 
 def _floats(outputs: Any) -> list[Tensor]:
@@ -36,12 +43,15 @@ def _floats(outputs: Any) -> list[Tensor]:
 
 
 def _distance(ours: list[Tensor], theirs: list[Tensor], classes: int | None) -> Tensor:
-    if not ours or [t.shape for t in ours] != [t.shape for t in theirs]:
-        return torch.tensor([0.0, 0.0, 1.0])
+    shapes = [", ".join("x".join(map(str, t.shape)) for t in outputs) for outputs in (ours, theirs)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"the converted network's are {shapes[1]}, the original's {shapes[0]}")
+    if not ours:
+        raise ValueError("none of them is a tensor of floating point")
     if len(ours) == 1 and ours[0].dim() == 2 and ours[0].shape[1] == classes:
-        return torch.tensor([_kl(ours[0], theirs[0]), len(ours[0]), 0.0], dtype=torch.float64)
+        return torch.tensor([_kl(ours[0], theirs[0]), len(ours[0])], dtype=torch.float64)
     difference = sum(_squares(b.double() - a.double()) for a, b in zip(ours, theirs, strict=True))
-    return torch.tensor([difference, sum(_squares(a.double()) for a in ours), 0.0], dtype=torch.float64)
+    return torch.tensor([difference, sum(_squares(a.double()) for a in ours)], dtype=torch.float64)
 
 
 def _classes(model: nn.Module) -> int | None:

@@ -75,7 +75,7 @@ class Calibration:
     KL divergence of a classifier's probabilities (nats), for others the relative squared difference; None where
     outputs cannot be compared. ``kept`` is the share of the refit's change that was taken (1 unless that made the
     outputs worse than the plain cut). ``changed`` has the keys of the tensors written, each with the
-    sha256 of what was written."""
+    sha256 of what was written. ``incomparable`` says why outputs could not be compared."""
 
     layers: tuple[LayerCalibration, ...]
     inputs: int
@@ -88,6 +88,7 @@ class Calibration:
     notes: tuple[str, ...] = ()
     settings: CalibrationSettings = field(default_factory=CalibrationSettings)
     changed: Mapping[str, str] = field(default_factory=dict)
+    incomparable: str | None = None
 
     @property
     def failed(self) -> tuple[LayerCalibration, ...]:

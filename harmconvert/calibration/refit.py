@@ -12,8 +12,8 @@ from torch import nn
 
 from ..conv import HarmonicMixin
 from ..distributed import any_rank
-from ..errors import UsageError, first_line
-from .capture import ConvCall, watch_convolutions
+from ..errors import UsageError
+from .capture import ConvCall, explained, watch_convolutions
 from .equations import Layer, Problem
 from .inputs import Batch, CalibrationSet
 from .layers import Choice, Kernel, RefitError, choose, refittable_bias
@@ -59,7 +59,7 @@ class Refit:
         except RefitError as error:
             record = replace(record, why=str(error))
         except Exception as error:  # one layer's trouble must not cost the others their refit
-            record = replace(record, decision="failed", why=_explained(error))
+            record = replace(record, decision="failed", why=explained(error))
         finally:
             self.targets.forget(site)
         return replace(record, seconds=time.perf_counter() - start)
@@ -138,8 +138,13 @@ class Refit:
     def _dampings(self, positions_per_unknown: float) -> tuple[float, ...]:
         if self.settings.damping is not None:
             return (self.settings.damping,)
-        least = min(DAMPING_TIMES_POSITIONS / max(positions_per_unknown, 1e-9), DAMPINGS[0])
+        least = weakest_damping(positions_per_unknown)
         return tuple(damping for damping in DAMPINGS if damping >= least)
+
+
+def weakest_damping(positions_per_unknown: float) -> float:
+    """The least pull towards the projection that so many positions allow."""
+    return min(DAMPING_TIMES_POSITIONS / max(positions_per_unknown, 1e-9), DAMPINGS[0])
 
 
 @torch.no_grad()
@@ -149,10 +154,3 @@ def _write(kernel: Kernel, layer: Layer, choice: Choice, bias: nn.Parameter | No
     kernel.write(target.to(kernel.effective.device))
     if bias is not None and choice.change.bias is not None:
         bias.add_(choice.change.bias.flatten().to(bias))
-
-
-def _explained(error: Exception) -> str:
-    text = first_line(error) or type(error).__name__
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "memory" in text:
-        return f"out of memory ({text}): lower --calibration-memory, --calibration-batch-size or --calibration-images"
-    return text

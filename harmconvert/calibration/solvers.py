@@ -47,10 +47,16 @@ class NormalEquations(Problem):
     def _sums(self) -> list[Tensor]:
         return [self.gram_GNN, self.cross_GON, self.sum_GN]
 
+    @property
+    def centred_gram(self) -> Tensor:
+        """Sums of products of responses; where a bias is fitted its undamped row is eliminated, which centres them."""
+        if not self.layer.fits_bias:
+            return self.gram_GNN
+        return self.gram_GNN - self.sum_GN[:, :, None] * self.sum_GN[:, None] / self.count
+
     def candidates(self, dampings: Sequence[float]) -> Iterator[Change]:
-        gram, cross, residual_GO = self.gram_GNN, self.cross_GON, self.channels[0]
-        if self.layer.fits_bias:  # the undamped row is eliminated, which centres the rest
-            gram = gram - self.sum_GN[:, :, None] * self.sum_GN[:, None] / self.count
+        gram, cross, residual_GO = self.centred_gram, self.cross_GON, self.channels[0]
+        if self.layer.fits_bias:
             cross = cross - residual_GO[..., None] * self.sum_GN[:, None] / self.count
         gram = self.layer.restricted(self.layer.restricted(gram).mT)
         values_GN, vectors_GNN = torch.linalg.eigh(gram)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,7 +25,16 @@ def budget_options(command: Any) -> Any:
     command = click.option(
         "--probes",
         metavar="FILE",
-        help="budget: where scores are kept, for another budget to start from; default: beside the output.",
+        help="budget: where scores are kept, for another budget to start from; default: NAME-harmonic.probes.json "
+        "beside the output.",
+    )(command)
+    command = click.option(
+        "--frequencies",
+        type=click.Choice(["lambda", "best"]),
+        default="lambda",
+        show_default=True,
+        help="budget: keep the lowest of each layer's, or also try those that its output needs most, on the images (by "
+        "energy without): for networks that see more detail across than down; up to three times the probes.",
     )(command)
     return click.option(
         "--trials",
@@ -101,6 +111,7 @@ def command(
     labelled: str | None,
     search_figure: str | None,
     trials: int,
+    frequencies: str,
     probes: str | None,
     save_plan: str | None,
     output: str | None,
@@ -132,7 +143,7 @@ def command(
     from ..checkpoint import default_name
     from ..convert import convert
     from ..distributed import joined, rank
-    from ..files import beside, check_output, write_file
+    from ..files import check_output, write_file
     from ..plan import Plan, parse_lambda
     from ..report.writing import check_figure, write_figure
     from ..sources import is_harmonic_source
@@ -155,7 +166,7 @@ def command(
         check_output(save_plan, force)
     figure = check_figure(source, "search", search_figure, force) if search_figure else None
     if (share or labelled) and probes is None and more["data"]:
-        probes = str(beside(output, ".probes.json"))
+        probes = _probes_beside(output, source)
     with joined():
         options.say(f"loading {source}")
         network = options.opened(source, more, form="harmonic" if as_it_is else "dense")
@@ -176,7 +187,7 @@ def command(
                 budget={share.unit: share.share} if share else None,
                 max_drop=max_drop,
                 worth=worth,
-                search=SearchSettings(trials, probes, options.say),
+                search=SearchSettings(trials, probes, options.say, frequencies),
                 calibration=images.batches if images else None,
                 settings=settings,
                 progress=progress,
@@ -198,6 +209,13 @@ def _kept(lam: str | None, plan_file: str | None, share: Budget | None, max_drop
     if share is not None:
         return f"{share.unit}{100 * share.share:g}"
     return f"drop{max_drop:g}" if max_drop is not None else "plan" if plan_file else lam or "full"
+
+
+def _probes_beside(output: str, source: str) -> str:
+    """Where scores are kept unless --probes says otherwise: whatever the budget, so that the next one finds them."""
+    from ..checkpoint import short_name
+
+    return str(Path(output).parent / f"{short_name(source)}-harmonic.probes.json")
 
 
 def _check_choice(
@@ -253,6 +271,8 @@ def _finish(
     console = options.console(quiet=as_json)
     if conversion.search:
         console.print(tables.search_table(conversion.search))
+        for note in conversion.search.notes:
+            console.print(note, markup=False)
     if conversion.drops:
         console.print(tables.drops_table(conversion.drops))
     console.print(tables.conversion_table(conversion))

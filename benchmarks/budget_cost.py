@@ -1,0 +1,105 @@
+"""What does a budget search cost? ResNet-18 at 224 on 128 images, two threads: bars 25 minutes, a second budget 10 s.
+
+    python benchmarks/budget_cost.py                       # appends to results/budget_cost.csv; takes long
+    python benchmarks/budget_cost.py --frequencies best    # starts from nothing, too
+    python benchmarks/budget_cost.py --images 16 --size 64 --trials 1    # does it run?
+
+Random weights (the cost does not depend on them) and random crops of the sample photographs. Rows: the whole search for
+60 % of the parameters, the network that it delivers included; then, from its probes, a second budget of 40 %: the
+search without trials. Its bar is on the search itself: ``seconds`` less those ``of that delivering``, refitting the
+network that is delivered. ``load`` is the machine's when it began, beside which the seconds are to be read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from table import appended
+
+import harmconvert as hc
+from harmconvert.budget import SearchSettings
+from harmconvert.budget.searching import Searching
+from harmconvert.calibration import CalibrationSettings
+from harmconvert.data import calibration_images
+
+RESULTS = Path(__file__).parent / "results" / "budget_cost.csv"
+FIELDS = ["what", "frequencies", "images", "size", "trials", "probes", "seconds", "of that delivering", "peak_gb",
+          "threads", "load", "torch"]  # fmt: skip
+
+
+class Delivering:
+    """Seconds spent on the network that is delivered: the conversions asked for outside of probes and trials."""
+
+    def __init__(self) -> None:
+        self.seconds, self.probes = 0.0, 0
+
+    def watch(self, searching: type[Searching]) -> None:
+        made: Callable[..., Any] = searching.__call__
+        measured: Callable[..., Any] = searching._divergence
+        told = self
+
+        def call(self: Searching, *arguments: Any) -> Any:
+            convert = self.convert
+
+            def timed(plan: Any, images: Any, settings: CalibrationSettings) -> Any:
+                start = time.perf_counter()
+                conversion = convert(plan, images, settings)
+                told.seconds += time.perf_counter() - start if images is not None else 0.0
+                return conversion
+
+            self.convert = timed
+            return made(self, *arguments)
+
+        def divergence(self: Searching, *arguments: Any, **more: Any) -> Any:
+            before = told.seconds
+            found = measured(self, *arguments, **more)
+            told.seconds = before
+            told.probes += 1
+            return found
+
+        searching.__call__, searching._divergence = call, divergence  # type: ignore[method-assign]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=128)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--trials", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--frequencies", choices=["lambda", "best"], default="lambda")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    model = timm.create_model("resnet18", pretrained=False).eval()
+    size = {"input_size": (3, args.size, args.size)}
+    batches = list(calibration_images("sample:photographs", model, args.images, 32, overrides=size).batches)
+    delivering = Delivering()
+    delivering.watch(Searching)
+    with appended(RESULTS, FIELDS) as (_, write), tempfile.TemporaryDirectory() as folder:
+        for what, share, trials in (("search", 0.6, args.trials), ("second budget", 0.4, 0)):
+            delivering.seconds, delivering.probes = 0.0, 0
+            search = SearchSettings(trials, str(Path(folder) / "probes.json"), frequencies=args.frequencies)
+            start, load = time.perf_counter(), os.getloadavg()[0]
+            hc.convert(model, budget={"params": share}, calibration=batches, search=search)
+            seconds = time.perf_counter() - start
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+            write({
+                "what": what, "frequencies": args.frequencies, "images": args.images, "size": args.size,
+                "trials": trials,
+                "probes": delivering.probes, "seconds": f"{seconds:.1f}",
+                "of that delivering": f"{delivering.seconds:.1f}", "peak_gb": f"{peak:.1f}", "threads": args.threads,
+                "load": f"{load:.1f}", "torch": torch.__version__,
+            })  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""With as many frequencies in every layer, which ones: the lowest, the strongest, or those that the output needs most?
+
+    python benchmarks/frequencies.py             # appends to results/frequencies.csv; skips rows it has; two minutes
+    python benchmarks/frequencies.py --summary
+
+No search: every layer that a policy may cut keeps the same share of its frequencies, so that nothing but the choice of
+frequencies differs (`--frequencies best` also has sizes between those of the lambdas to choose from). The lowest, in
+the house order, are a lambda's where a lambda keeps that many. All are calibrated on the same 128 images. Top-1 and KL
+on images that nothing was chosen on, three draws of the images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+
+import calibration as common
+import torch
+from table import appended
+
+import harmconvert as hc
+from harmconvert.basis import Basis, Frequency, all_frequencies
+from harmconvert.budget.choices import items_of, whole_plan
+from harmconvert.budget.orders import orders_by_energy, orders_by_error
+from harmconvert.calibration import CalibrationSettings
+from harmconvert.plan import LayerPlan
+from harmconvert.surgery import find_sites, trace
+
+RESULTS = Path(__file__).parent / "results" / "frequencies.csv"
+KEYS = ["network", "kept", "seed", "frequencies"]
+FIELDS = [*KEYS, "top1", "agreement", "kl", "torch"]
+SHARES = {"resnet_mnist5k": [n / 9 for n in (7, 6, 5, 4, 3, 2)], "ear_notes": [1 / 2, 1 / 4, 1 / 8]}
+IMAGES = 128
+
+
+def cut(layer: LayerPlan, order: tuple[Frequency, ...], share: float) -> LayerPlan:
+    """What is left of a layer once the first of ``order`` are cut."""
+    every = all_frequencies(layer.kernel_size)
+    count = max(1, round(share * len(every)))
+    return replace(layer, frequencies=tuple(sorted(order[-count:], key=every.index)))
+
+
+def rows(name: str, seed: int, done: set[tuple[str, ...]]) -> Iterator[dict[str, object]]:
+    subject = common.subject(name)
+    model, uncut = subject.model, common.logits(subject.model, subject.images)
+    images, settings = subject.calibration(IMAGES, seed), CalibrationSettings(seed=seed)
+    whole = whole_plan(find_sites(model, trace(model, subject.images[:1])))
+    items = items_of(whole, {})
+    harmonic = hc.convert(model, whole).model
+    by_error = orders_by_error(model, harmonic, items, Basis(), images, settings, lambda *_: None)
+    orders = {
+        "lowest": {item.names[0]: all_frequencies(item.kernel_size)[::-1] for item in items},
+        "strongest": {item.names[0]: order.frequencies for item, order in orders_by_energy(model, items, Basis())},
+        "output error": {item.names[0]: order.frequencies for item, order in by_error},
+    }
+    for share in SHARES[name]:
+        for how, order in orders.items():
+            key = (name, f"{share:.3f}", str(seed), how)
+            if key in done:
+                continue
+            layers = [cut(p, order[p.name], share) if p.name in order else p for p in whole.layers]
+            plan = replace(whole, layers=tuple(layers))
+            network = hc.convert(model, plan, calibration=images, settings=settings).model
+            scores = common.scores(network, subject, uncut)
+            yield {**dict(zip(KEYS, key, strict=True)), **scores, "torch": torch.__version__}
+
+
+def summary() -> None:
+    with RESULTS.open() as file:
+        table = list(csv.DictReader(file))
+    for name, kept, how in dict.fromkeys((row["network"], row["kept"], row["frequencies"]) for row in table):
+        found = [row for row in table if (row["network"], row["kept"], row["frequencies"]) == (name, kept, how)]
+        values = [100 * float(row["top1"]) for row in found]
+        kl = mean(float(row["kl"]) for row in found)
+        print(f"{name:16} {kept} {how:13} {mean(values):6.2f} ({min(values):.1f}-{max(values):.1f})  KL {kl:.5f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", default=list(SHARES), choices=list(SHARES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--summary", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if not args.summary:
+        with appended(RESULTS, FIELDS, KEYS) as (done, write):
+            for name in args.networks:
+                for seed in args.seeds:
+                    for row in rows(name, seed, done):
+                        write(row)
+    summary()
+
+
+if __name__ == "__main__":
+    main()
