@@ -176,9 +176,11 @@ def layers(args: argparse.Namespace) -> None:
             for layer, site in sites_of(model, convs, x).items():
                 conv: Any = convs[layer]
                 kind = (site.shape, conv.out_channels, conv.stride)
-                if kind in seen or (f"{name} {layer}", str(batch), str(args.threads)) in done:
+                if kind in seen:
                     continue
                 seen.add(kind)
+                if (f"{name} {layer}", str(batch), str(args.threads)) in done:
+                    continue
                 write({"layer": f"{name} {layer}", **one_layer(conv, site.shape), "threads": args.threads})
 
 

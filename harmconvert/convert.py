@@ -123,8 +123,9 @@ def convert(
         basis: ``"dct"``, ``"haar"``, ``"gaussian"``, or ``"klt"``, which is fitted to each layer (`Basis`); a `Plan`
             has its own.
         normalization: of the basis: ``"ortho"``, or ``"l1"`` as in the paper's ImageNet networks.
-        budget: instead of ``lam``: a share of the whole network's parameters, bytes or MACs, ``{"params": 0.6}``
-            or ``"macs=50%"``; the plan of least harm within it is searched for (`harmconvert.budget`).
+        budget: instead of ``lam``: a share of the whole network's parameters, bytes, MACs or time on this machine (at
+            ``example_input``, as `factor` will have it), ``{"params": 0.6}`` or ``"latency=50%"``; the plan of least
+            harm within it is searched for (`harmconvert.budget`).
         max_drop: instead of ``lam``: the fewest parameters at which ``worth`` (of a network, in points, as top-1 in %)
             falls by no more than this; by bisection over budgets, all of them in ``drops`` of what comes back.
         calibration: batches of inputs to refit on (32 inputs or more): tensors, (input, target) pairs whose target is
@@ -202,7 +203,8 @@ def _within(
     def by_plan(plan: Plan, images: Sequence[Any] | None, settings: CalibrationSettings) -> Conversion:
         return convert(model, plan, example_input=example_input, calibration=images, settings=settings)
 
-    searching = Searching(model, budget, find_sites(model, run), run, by_plan, images, settings, search)
+    given = default_input(model) if example_input is None else example_input
+    searching = Searching(model, budget, find_sites(model, run), run, by_plan, images, settings, search, given)
     if progress is not None:
         searching.progress = progress
     conversion, record = searching(include, exclude, family)

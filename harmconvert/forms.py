@@ -137,7 +137,7 @@ def _fixed(name: str, conv: HarmonicMixin, wanted: str) -> LayerForm | None:
     return None if wanted == "measured" else LayerForm(name, cast(Choice, wanted), "as asked for")
 
 
-def sites_of(model: nn.Module, convs: Mapping[str, HarmonicMixin], example_input: Any) -> dict[str, Site]:
+def sites_of(model: nn.Module, convs: Mapping[str, nn.Module], example_input: Any) -> dict[str, Site]:
     """What each of the layers is fed in one run; of those that run."""
     found: dict[str, Site] = {}
 
@@ -184,12 +184,10 @@ def _never_slower(
     model: nn.Module, factored: nn.Module, record: Factoring, example_input: Any
 ) -> tuple[nn.Module, Factoring]:
     """The fastest whole network: as chosen layer by layer, or dense in either memory layout."""
-    candidates = {"dense": fuse(model), "dense, channels_last": lay_out(fuse(model))}
+    candidates = dense_layouts(model)
     if record.factored:
         candidates["factored"] = factored
-    with evaluating(*candidates.values()):
-        runs = {name: partial(_run, network, example_input) for name, network in candidates.items()}
-        times = {name: found.median for name, found in in_turns(runs, 7, 3, 6.0).items()}
+    times = _times(candidates, example_input)
     fastest = min(times, key=lambda name: times[name])
     dense = min(seconds for name, seconds in times.items() if name != "factored")
     record = replace(record, dense_seconds=dense, factored_seconds=times.get("factored"))
@@ -200,6 +198,22 @@ def _never_slower(
         for layer in record.layers
     )
     return candidates[fastest], replace(record, layers=layers)
+
+
+def run_times(model: nn.Module, example_input: Any) -> dict[str, float]:
+    """Median seconds of a forward of a network's dense form in each memory layout, measured in turns."""
+    return _times(dense_layouts(model), example_input)
+
+
+def dense_layouts(model: nn.Module) -> dict[str, nn.Module]:
+    """The dense form of a network, and that laid out channels_last."""
+    return {"dense": fuse(model), "dense, channels_last": lay_out(fuse(model))}
+
+
+def _times(candidates: Mapping[str, nn.Module], example_input: Any) -> dict[str, float]:
+    with evaluating(*candidates.values()):
+        runs = {name: partial(_run, network, example_input) for name, network in candidates.items()}
+        return {name: found.median for name, found in in_turns(runs, 7, 3, 6.0).items()}
 
 
 def _run(network: nn.Module, example_input: Any) -> Any:

@@ -330,7 +330,7 @@ def test_the_command_line_is_frozen() -> None:
     assert found == {
         "convert": sorted(
             ["--basis", "--budget", "--dtype", "--max-drop", "--labelled", "--search-figure",
-             "--trials", "--frequencies", "--probes", "--save-plan",
+             "--trials", "--frequencies", "--probes", "--save-plan", "--latency-batch",
              "--exclude",
              "--force", "--include", "--lambda", "--normalization", "--output", "--plan", "-o",
              "--allow-fallback", "--calibrate", "--calibration-batch-size", "--calibration-images",

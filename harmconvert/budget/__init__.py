@@ -3,9 +3,9 @@
 Each layer is cut alone, to each of some sizes, and scored by what that does to the network's outputs; dynamic
 programming picks one size for each layer within the budget; then whole plans are tried on the network itself, because
 scores do not add up when the cut is deep. From the whole to the parts: searching.py, the search on a network; `choose`
-here, the search among plans; choices.py, what there is to choose and its costs; orders.py and elimination.py, which
-frequencies a layer needs least; probes.py, scores kept in a file; energy.py, scores without images; knapsack.py, the
-exact choice.
+here, the search among plans; choices.py, what there is to choose and its costs; latency.py, costs on a clock; orders.py
+and elimination.py, which frequencies a layer needs least; probes.py, scores kept in a file; energy.py, scores without
+images; knapsack.py, the exact choice.
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ from .choices import Item, plan_of
 from .knapsack import Frontier, frontier
 
 FREQUENCIES = ("lambda", "best")
-UNITS = {"params": "parameters", "macs": "MACs in factored form", "bytes": "bytes"}
+UNITS = {
+    "params": "parameters", "macs": "MACs in factored form", "bytes": "bytes", "latency": "microseconds",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Budget:
-    """A share of the whole network's parameters, bytes or MACs (of the factored form), above 0 and up to 1.
+    """A share of the whole network's parameters, bytes, MACs (of the factored form), or of its time here, above 0 and
+    up to 1.
 
     >>> Budget.parse("params=60%"), Budget.parse({"macs": 0.5})
     (Budget(unit='params', share=0.6), Budget(unit='macs', share=0.5))
@@ -47,8 +50,6 @@ class Budget:
             raise UsageError(f"a budget is one of {', '.join(UNITS)}: {given!r} names {len(pairs)}")
         ((unit, value),) = pairs.items()
         unit = unit.strip()
-        if unit == "latency":
-            raise UsageError("latency is not a budget yet: this version has no form that a cut makes faster; use macs=")
         if unit not in UNITS:
             raise UsageError(f"unknown budget {unit!r}: use one of {', '.join(UNITS)}, such as params=60%")
         try:

@@ -12,12 +12,14 @@ from torch import nn
 
 from ..basis import Basis
 from ..calibration import CalibrationSettings, Progress
+from ..distributed import from_first_rank
 from ..errors import InputError, UsageError, shortened
 from ..plan import ConvSite, Plan, make_plan
 from ..surgery import Trace
 from . import UNITS, Budget, Search, SearchSettings, choose, limit_of
 from .choices import Item, costs_of, items_of, whole_plan, with_order
 from .energy import energy_scores
+from .latency import latency_costs
 from .orders import BY_ERROR, Order, orders_by_energy, orders_by_error
 from .probes import Probes, key_of, name_of, name_of_plan
 
@@ -39,6 +41,7 @@ class Searching:
     images: Sequence[Any] | None
     settings: CalibrationSettings
     search: SearchSettings
+    example_input: Any = None
     progress: Progress = lambda done, total, what: None
 
     def __call__(self, include: Sequence[str], exclude: Sequence[str], family: Basis) -> tuple[Any, Search]:
@@ -48,17 +51,16 @@ class Searching:
             UsageError: the budget cannot be met, or probes of something else lie in the file for them.
             InputError: nothing may be cut, or outputs that cannot be compared.
         """
-        if self.budget.unit == "macs" and self.trace is None:
-            raise UsageError(
-                f"the budget {self.budget} counts multiply-adds: give an example input (--input-size C,H,W)"
-            )
+        counted = {"macs": "counts multiply-adds", "latency": "is measured"}.get(self.budget.unit)
+        if counted and self.trace is None:
+            raise UsageError(f"the budget {self.budget} {counted}: give an example input (--input-size C,H,W)")
         whole = whole_plan(self.sites, include, exclude, family)
         items = items_of(whole, {site.name: site.tied_to for site in self.sites if site.tied_to})
         if not items:
             raise InputError(
                 f"no layer of this {type(self.model).__name__} may be cut: --include names those that should"
             )
-        costs = costs_of(self.model, whole, items, self.budget.unit, self.trace)
+        costs = self._costs(whole, items)
         limit, smallest = limit_of(self.budget, *costs)
         self.search.say(
             f"{UNITS[self.budget.unit]}: {costs[0]:,} now, {smallest:,} ({smallest / costs[0]:.1%}) at least; "
@@ -75,7 +77,7 @@ class Searching:
         notes: tuple[str, ...] = ()
         if self.search.frequencies == "best":
             items, notes = self._ordered(whole, items, probes)
-            costs = costs_of(self.model, whole, items, self.budget.unit, self.trace)
+            costs = self._costs(whole, items)
         if probes is None:
             scores = [energy_scores(self.model, item.names, item.sets, family) for item in items]
             plan, record = choose(self.budget, whole, items, costs, scores, "energy", others, None, 0)
@@ -84,6 +86,14 @@ class Searching:
             scores = self._probed(whole, items, probes)
             conversion, record = self._tried(whole, items, costs, scores, others, probes)
         return conversion, replace(record, frequencies=self.search.frequencies, notes=notes)
+
+    def _costs(self, whole: Plan, items: Sequence[Item]) -> tuple[int, list[list[int]]]:
+        """Of the whole, and the change by each choice of each item, in the budget's unit."""
+        if self.budget.unit == "latency":
+            assert self.trace is not None
+            costs = latency_costs(self.model, items, whole.family, self.example_input, self.trace, self.progress)
+            return from_first_rank(costs)
+        return costs_of(self.model, whole, items, self.budget.unit, self.trace)
 
     def _ordered(
         self, whole: Plan, items: Sequence[Item], probes: Probes | None

@@ -36,6 +36,13 @@ def budget_options(command: Any) -> Any:
         help="budget: keep the lowest of each layer's, or also try those that its output needs most, on the images (by "
         "energy without): for networks that see more detail across than down; up to three times the probes.",
     )(command)
+    command = click.option(
+        "--latency-batch",
+        type=click.IntRange(min=1),
+        default=1,
+        show_default=True,
+        help="budget latency=: images in the forward that is timed.",
+    )(command)
     return click.option(
         "--trials",
         type=click.IntRange(min=0),
@@ -59,8 +66,9 @@ def budget_options(command: Any) -> Any:
     "--budget",
     multiple=True,
     metavar="UNIT=SHARE",
-    help="Instead of a lambda: params=60%, bytes=60% or macs=60% (of the factored form) of the whole network; the plan "
-    "of least harm within it is searched for, on the images of --calibrate or by energy.",
+    help="Instead of a lambda: params=60%, bytes=60%, macs=60% (of the factored form) or latency=60% (measured here, "
+    "each layer in its faster form) of the whole network; the plan of least harm within it is searched for, on the "
+    "images of --calibrate or by energy.",
 )
 @click.option(
     "--max-drop",
@@ -113,6 +121,7 @@ def command(
     trials: int,
     frequencies: str,
     probes: str | None,
+    latency_batch: int,
     save_plan: str | None,
     output: str | None,
     force: bool,
@@ -179,7 +188,7 @@ def command(
             conversion = convert(
                 network.model,
                 policy,
-                example_input=options.example_input(input_size, network.model),
+                example_input=options.example_input(input_size, network.model, latency_batch),
                 include=include,
                 exclude=exclude,
                 basis=basis,

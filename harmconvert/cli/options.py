@@ -281,16 +281,16 @@ def place(model: Any, device: str | None, data: str | None) -> None:
         raise UsageError(f"--device {device}: {first_line(error)}") from error
 
 
-def example_input(sizes: Sequence[tuple[int, ...]], model: Any) -> Any:
-    """Zeros of each ``--input-size``, or of the network's own size (None where it names none), in its dtype."""
+def example_input(sizes: Sequence[tuple[int, ...]], model: Any, batch: int = 1) -> Any:
+    """So many zeros of each ``--input-size``, or of the network's own size (None where it names none), in its dtype."""
     import torch
 
     from ..convert import default_input
     from ..surgery import fitted
 
     if not sizes:
-        return default_input(model)
-    return _one_or_all([fitted(torch.zeros(1, *size), model) for size in sizes])
+        return default_input(model, batch)
+    return _one_or_all([fitted(torch.zeros(batch, *size), model) for size in sizes])
 
 
 def random_input(sizes: Sequence[tuple[int, ...]], model: Any) -> Any:
