@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-COMMANDS = ("convert", "finetune", "evaluate", "train", "verify", "inspect", "report", "export", "demo")
+COMMANDS = ("convert", "finetune", "evaluate", "train", "verify", "inspect", "report", "compare", "export", "demo")
 
 
 class Program(click.Group):

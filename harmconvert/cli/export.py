@@ -21,6 +21,7 @@ from . import options
 @click.option("-o", "--output", required=True, metavar="PATH", help="File (dense) or folder (timm) to write.")
 @options.force
 @options.network_options
+@options.loudness
 @options.common
 def command(source: str, format: str, output: str, force: bool, as_json: bool, **network_options: Any) -> None:
     """Write the network SOURCE with plain convolutions, for use without harmconvert.

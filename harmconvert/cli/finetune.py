@@ -56,13 +56,16 @@ if TYPE_CHECKING:
     help="Training images, labels unseen, to calibrate on first where convert has not; 0: do not.",
 )
 @click.option("-o", "--output", metavar="FILE", help="Default: NAME-finetuned.safetensors.")
+@options.report
 @options.force
 @training_options.run_options
 @options.trust_code
+@options.loudness
 @options.common
 def command(
     source: str,
     output: str | None,
+    report: str | None,
     force: bool,
     teacher: str | None,
     num_classes: int | None,
@@ -86,10 +89,12 @@ def command(
     from ..distributed import joined, rank
     from ..files import check_output
     from ..report import tables
+    from ..report.page import check_report
     from ..training.finetuning import finetune
 
     output = output or default_output(source)
     check_output(output, force)
+    page = check_report(output, report, force) if report else None
     with joined():
         job = prepare(source, output, force, given, teacher, num_classes, trust_code)
         record = training_options.recorder(output, given["log"])
@@ -112,13 +117,17 @@ def command(
             )
         if rank() > 0:
             return
-        save(done.model, output, source=job.source, history=done.history(job.header.history), force=True)
+        header = save(done.model, output, source=job.source, history=done.history(job.header.history), force=True)
         setting.keeper.remove()
+        if page:
+            options.write_page(done.model, header, output, page, force)
     console = options.console(quiet=as_json)
     console.print(tables.stages_table(done.stages))
     console.print(f"wrote {output} ({tables.file_size(output)})", markup=False)
+    if page:
+        console.print(f"wrote {page}", markup=False)
     if as_json:
-        options.print_json({"output": output, **done.record()})
+        options.print_json({"output": output, **done.record()} | ({"report": str(page)} if page else {}))
 
 
 @dataclass(frozen=True)

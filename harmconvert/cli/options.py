@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,11 @@ import click
 from . import types
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import Console
 
-    from ..checkpoint import Source
+    from ..checkpoint import Header, Source
     from ..sources import Network
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -30,6 +33,35 @@ def common(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--json", "as_json", is_flag=True, help="Print one JSON document on stdout, nothing else there."
     )(command)
+
+
+_LOUDNESS, _START = "harmconvert.loudness", "harmconvert.start"
+
+
+def loudness(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--quiet and --verbose, for commands whose work is a file or an exit code."""
+    for name, letter, text in (
+        ("verbose", "-v", "Say when each thing was done, and every step of the way where no bar is shown."),
+        ("quiet", "-q", "Print nothing but errors, failed checks, and what --json asks for."),
+    ):
+        command = click.option(
+            f"--{name}", letter, is_flag=True, expose_value=False, callback=_remember, help=text
+        )(command)
+    return command
+
+
+def _remember(context: click.Context, option: click.Parameter, given: bool) -> None:
+    if given and context.meta.get(_LOUDNESS, option.name) != option.name:
+        raise click.UsageError("--quiet and --verbose: give one of them", context)
+    if given:
+        context.meta[_LOUDNESS] = option.name
+        context.meta[_START] = time.monotonic()
+
+
+def loud(name: str) -> bool:
+    """Whether --quiet or --verbose (``name``) was given to the command that runs."""
+    context = click.get_current_context(silent=True)
+    return context is not None and context.meta.get(_LOUDNESS) == name
 
 
 trust_code = click.option(
@@ -202,7 +234,7 @@ def progress() -> Iterator[Callable[[int, int, str], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    if os.environ.get("RANK", "0") != "0":
+    if os.environ.get("RANK", "0") != "0" or loud("quiet"):
         yield lambda done, total, what: None
         return
     if not console.is_terminal:
@@ -210,8 +242,9 @@ def progress() -> Iterator[Callable[[int, int, str], None]]:
 
         def tell(done: int, total: int, what: str) -> None:
             nonlocal told
-            if total and done * 10 // total > told:
-                told = done * 10 // total
+            steps = total if loud("verbose") else min(10, total)
+            if total and done * steps // total > told:
+                told = done * steps // total
                 say(f"  {done}/{total} {what}")
 
         yield tell
@@ -230,6 +263,9 @@ input_size = click.option(
 )
 device = click.option(
     "--device", help="Where to run: cpu, cuda, cuda:1; default: a GPU where there is one and images are given."
+)
+report = click.option(
+    "--report", metavar="FILE", help="Write a page about what was done, too: .html to look at, or .json, its data."
 )
 basis = click.option(
     "--basis",
@@ -303,7 +339,7 @@ def _one_or_all(inputs: list[Any]) -> Any:
 
 
 def console(quiet: bool = False) -> Console:
-    """A console on stdout; where that is no terminal, wide enough that nothing is cut. Silent under --json."""
+    """A console on stdout; where that is no terminal, so wide that a row is a line. Silent under --json and --quiet."""
     from rich.console import Console
 
     class Patient(Console):
@@ -313,13 +349,29 @@ def console(quiet: bool = False) -> Console:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     terminal = sys.stdout.isatty()
-    return Patient(width=None if terminal else 200, highlight=False, soft_wrap=not terminal, quiet=quiet)
+    quiet = quiet or loud("quiet")
+    return Patient(width=None if terminal else 1000, highlight=False, soft_wrap=not terminal, quiet=quiet)
 
 
-def say(message: str) -> None:
-    """Progress and messages go to stderr; of several processes the first one speaks."""
-    if os.environ.get("RANK", "0") == "0":
-        click.echo(message, err=True)
+def say(message: str, *, urgent: bool = False) -> None:
+    """Progress and messages go to stderr; of several processes the first one speaks, under --quiet only if ``urgent``."""
+    if os.environ.get("RANK", "0") != "0" or (loud("quiet") and not urgent):
+        return
+    if loud("verbose"):
+        message = f"[{time.monotonic() - click.get_current_context().meta[_START]:6.1f} s] {message}"
+    click.echo(message, err=True)
+
+
+def write_page(
+    model: Any, header: Header, output: str, page: Path, force: bool, sizes: Sequence[tuple[int, ...]] = ()
+) -> None:
+    """Write the report of a harmonic checkpoint that was just written to ``output``."""
+    from ..checkpoint import short_name
+    from ..report.page import write_report
+    from ..report.summary import report_of
+
+    example = example_input(sizes, model) if sizes else None
+    write_report(report_of(model, header, short_name(output), path=output, example_input=example), page, force)
 
 
 def print_json(data: Any) -> None:

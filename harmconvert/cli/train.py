@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 @options.force
 @training_options.run_options
 @options.network_options
+@options.loudness
 @options.common
 def command(
     source: str,

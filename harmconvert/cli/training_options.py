@@ -311,7 +311,7 @@ def progress(epochs: int) -> Iterator[tuple[Callable[[Told], None], Callable[[Ma
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    if os.environ.get("RANK", "0") != "0":
+    if os.environ.get("RANK", "0") != "0" or options.loud("quiet"):
         yield (lambda told: None), (lambda row: None)
         return
     if not console.is_terminal:

@@ -6,7 +6,11 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from ..budget import UNITS
 from .summary import LayerFacts, Report
+
+
+_DECADES = 1e6  # that a logarithmic axis spans at most: what is less lies at its end
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class Chart:
 def axis(label: str, values: Iterable[float], *, log: bool = False, zero: bool = False) -> Axis:
     """An axis that holds the values, between round numbers; by powers of ten where ``log`` and they differ in order."""
     values = [value for value in values if math.isfinite(value)]
-    positive = [value for value in values if value > 0]
+    positive = [value for value in values if value > max(values) / _DECADES]
     if log and positive and max(positive) / min(positive) > 8:
         first, last = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))
         step = max(1, math.ceil((last - first) / 6))
@@ -159,7 +163,7 @@ def search_chart(report: Report) -> Chart | None:
     ]
     points = [point for one in series for point in one.points]
     return Chart(
-        "search", "Harm against size", axis(f"{search['unit']}, % of the uncut network's", (x for x, _, _ in points)),
+        "search", "Harm against size", axis(f"{UNITS.get(search['unit'], search['unit'])}, % of the uncut network's", (x for x, _, _ in points)),
         axis(unit, (y for _, y, _ in points), log=True), tuple(one for one in series if one.points),
         limit=(100 * search["limit"] / whole, f"budget {search['budget']}"),
     )  # fmt: skip

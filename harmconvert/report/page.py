@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
@@ -82,7 +82,7 @@ def page(report: Report) -> str:
     )  # fmt: skip
     environment.filters |= {
         "count": millions, "megabytes": megabytes, "size": size_text, "percent": _percent, "short": shortened_name,
-        "colour": grid.hexadecimal,
+        "colour": grid.hexadecimal, "plan_name": lambda name: shortened_name(name, 60),
     }  # fmt: skip
     charts = [chart for chart in (error_chart(report.layers, True), error_chart(report.layers, False)) if chart]
     maps, search, training = heat_maps(report.layers), search_chart(report), training_charts(report)
@@ -117,6 +117,11 @@ class HeatMap:
         return 18.0 if len(self.layers) <= NAMED_ROWS else max(1.0, 18.0 * NAMED_ROWS / len(self.layers))
 
     @property
+    def lined(self) -> bool:
+        """Whether rows are high enough for a line round what is cut; else that is left blank."""
+        return self.row >= 4
+
+    @property
     def names(self) -> list[tuple[float, str]]:
         """Where names stand, in percent from the top, every second or tenth of them where they are many."""
         step = math.ceil(18 / self.row)
@@ -126,13 +131,15 @@ class HeatMap:
         ]
 
     @property
-    def levels(self) -> list[tuple[float, float, int]]:
-        """Place, width (in percent) and number of each level of the frequencies."""
-        numbers = [level(frequency) for frequency in all_frequencies(self.kernel)]
-        return [
-            (100 * numbers.index(at) / self.columns, 100 * numbers.count(at) / self.columns, at)
-            for at in sorted(set(numbers))
-        ]
+    def levels(self) -> list[tuple[int, float, str]]:
+        """Of each level the column that it begins at, its middle in percent, and its number where there is room."""
+        numbers, found, last = [level(frequency) for frequency in all_frequencies(self.kernel)], [], -100.0
+        for at in sorted(set(numbers)):
+            first, middle = numbers.index(at), 100 * (numbers.index(at) + numbers.count(at) / 2) / self.columns
+            roomy = middle - last >= 7 or at == 0
+            found.append((first, middle, str(at) if roomy else ""))
+            last = middle if roomy else last
+        return found
 
 
 def heat_maps(layers: Sequence[LayerFacts]) -> list[HeatMap]:
@@ -142,10 +149,17 @@ def heat_maps(layers: Sequence[LayerFacts]) -> list[HeatMap]:
     for size in dict.fromkeys(layer.kernel for layer in known):
         mine = tuple(layer for layer in known if layer.kernel == size)
         rows = [bytes(map(grid.steps, _shares(layer))) for layer in mine]
-        lines = grid.edges([layer.keeps for layer in mine])
-        image = base64.b64encode(grid.png(rows)).decode("ascii")
-        maps.append(HeatMap(size, mine, b"".join(rows), image, _joined(lines)))
+        heat = HeatMap(size, mine, b"".join(rows), "", "")
+        if heat.lined:
+            shown, cut = rows, _joined(grid.edges([layer.keeps for layer in mine]))
+        else:
+            shown, cut = [_kept_only(row, layer) for row, layer in zip(rows, mine, strict=True)], ""
+        maps.append(replace(heat, image=base64.b64encode(grid.png(shown)).decode("ascii"), cut=cut))
     return maps
+
+
+def _kept_only(row: bytes, layer: LayerFacts) -> bytes:
+    return bytes(cell if kept else grid.NOTHING for cell, kept in zip(row, layer.keeps, strict=True))
 
 
 def _shares(layer: LayerFacts) -> list[float | None]:

@@ -126,6 +126,11 @@ class Report:
         return self.form("harmonic").parameters / max(self.form("dense").parameters, 1)
 
     @property
+    def from_scratch(self) -> bool:
+        """Whether the first thing recorded is a training, not a conversion."""
+        return bool(self.training) and not self.training[0].get("stages")
+
+    @property
     def cut(self) -> tuple[LayerFacts, ...]:
         """The layers that lost frequencies."""
         return tuple(layer for layer in self.layers if layer.cut)
