@@ -7,6 +7,7 @@ projection of the original's onto the frequencies kept? And how far are the outp
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -144,7 +145,9 @@ def verify(
             continue
         try:
             # Per-layer outputs once, in the precision that shows a wrong layer and not the arithmetic.
-            error, same, layer_outputs = _compare(original, converted, inputs, precision, not outputs, list(pairs), tick)
+            error, same, layer_outputs = _compare(
+                original, converted, inputs, precision, not outputs, list(pairs), tick
+            )
         except _NoRunError as problem:
             if precision == torch.float64 and dtype != torch.float64:
                 notes.append(f"not compared in float64: {problem}")

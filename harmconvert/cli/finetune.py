@@ -98,13 +98,13 @@ def command(
     with joined():
         job = prepare(source, output, force, given, teacher, num_classes, trust_code)
         record = training_options.recorder(output, given["log"])
-        with training_options.progress(job.recipe.epochs) as (told, epoch_done):
+        with training_options.progress(job.recipe.epochs) as (told, epoch_done, tested):
 
             def after_epoch(rows: Any) -> None:
                 record(rows)
                 epoch_done(rows[-1])
 
-            setting = replace(job.setting, told=told, epoch_done=after_epoch)
+            setting = replace(job.setting, told=told, tested=tested, epoch_done=after_epoch)
             done = finetune(
                 job.model,
                 job.header,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ..checkpoint import Header, Source
+    from ..report.summary import Report
     from ..sources import Network
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -44,9 +45,9 @@ def loudness(command: Callable[..., Any]) -> Callable[..., Any]:
         ("verbose", "-v", "Say when each thing was done, and every step of the way where no bar is shown."),
         ("quiet", "-q", "Print nothing but errors, failed checks, and what --json asks for."),
     ):
-        command = click.option(
-            f"--{name}", letter, is_flag=True, expose_value=False, callback=_remember, help=text
-        )(command)
+        command = click.option(f"--{name}", letter, is_flag=True, expose_value=False, callback=_remember, help=text)(
+            command
+        )
     return command
 
 
@@ -229,7 +230,8 @@ def _described(config: Any) -> str:
 
 @contextmanager
 def progress() -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on stderr with the time left; where that is no terminal, a line for every tenth of the way."""
+    """A bar on stderr with the time left; where that is no terminal, a line for every tenth of a way of over two
+    seconds."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -238,12 +240,13 @@ def progress() -> Iterator[Callable[[int, int, str], None]]:
         yield lambda done, total, what: None
         return
     if not console.is_terminal:
-        told = -1
+        told, start = -1, time.monotonic()
 
         def tell(done: int, total: int, what: str) -> None:
             nonlocal told
             steps = total if loud("verbose") else min(10, total)
-            if total and done * steps // total > told:
+            late = loud("verbose") or time.monotonic() - start > 2
+            if total and late and done * steps // total > told:
                 told = done * steps // total
                 say(f"  {done}/{total} {what}")
 
@@ -354,12 +357,32 @@ def console(quiet: bool = False) -> Console:
 
 
 def say(message: str, *, urgent: bool = False) -> None:
-    """Progress and messages go to stderr; of several processes the first one speaks, under --quiet only if ``urgent``."""
+    """Progress and messages go to stderr; of several processes the first speaks, under --quiet only where ``urgent``."""
     if os.environ.get("RANK", "0") != "0" or (loud("quiet") and not urgent):
         return
     if loud("verbose"):
         message = f"[{time.monotonic() - click.get_current_context().meta[_START]:6.1f} s] {message}"
     click.echo(message, err=True)
+
+
+def report_on(source: str, sizes: Sequence[tuple[int, ...]], given: dict[str, Any]) -> Report:
+    """The report of a harmonic checkpoint.
+
+    Raises:
+        UsageError: it is none.
+    """
+    from pathlib import Path
+
+    from ..checkpoint import short_name
+    from ..errors import UsageError
+    from ..report.summary import report_of
+    from ..sources import is_harmonic_source
+
+    network = opened(source, {"weights": None, "arguments": (), **given}) if is_harmonic_source(source) else None
+    if network is None or network.header is None:
+        raise UsageError(f"{source} is no harmonic checkpoint: make one first with: harmconvert convert {source}")
+    example, file = example_input(sizes, network.model) if sizes else None, Path(source.removeprefix("reference:"))
+    return report_of(network.model, network.header, short_name(source), path=file, example_input=example)
 
 
 def write_page(

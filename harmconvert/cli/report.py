@@ -71,8 +71,8 @@ def command(
 ) -> None:
     """Write a page about the harmonic checkpoint SOURCE, or with --figure one figure of any network.
 
-    The page needs nothing but itself: what was done and what it cost, layer by layer, as far as the file and the network
-    tell; with -o FILE.json its data. Figures are the paper's 2, 3 and 4, from your network, with their numbers beside
+    The page needs nothing but itself: what was done and what it costs, layer by layer, as far as the file tells;
+    with -o FILE.json its data. Figures are the paper's 2, 3 and 4, from your network, with their numbers beside
     them as .csv. The trade-off tests on --dataset or --data-dir, as evaluate does, and draws the calibrated cuts, too,
     where --calibrate says on which images.
 
@@ -134,29 +134,20 @@ def _page(
     as_json: bool,
 ) -> None:
     """Write the page, or its data."""
-    from pathlib import Path
-
-    from ..checkpoint import short_name
     from ..errors import UsageError
     from ..report.page import check_report, write_report
-    from ..report.summary import report_of
     from ..sources import is_harmonic_source
 
     if not is_harmonic_source(source):
         raise UsageError(
-            f"which figure? give --figure {', '.join(FIGURES[:-1])} or {FIGURES[-1]}; without it the page of a harmonic "
-            f"checkpoint is written, and {source} is none: make one with: harmconvert convert {source}"
+            f"which figure? give --figure {', '.join(FIGURES[:-1])} or {FIGURES[-1]}; without it the page of a "
+            f"harmonic checkpoint is written, and {source} is none: make one with: harmconvert convert {source}"
         )
     options.only_with(tradeoff_options, "--figure tradeoff")
     if kernel_size is not None:
         raise UsageError("--kernel-size is of use only with --figure filters or spectrum")
     path = check_report(source, output, force)
-    network = options.opened(source, given)
-    if network.header is None:
-        raise UsageError(f"{source} holds a plain network, of which there is nothing to report")
-    example = options.example_input(input_size, network.model) if input_size else None
-    file = Path(source.removeprefix("reference:"))
-    report = report_of(network.model, network.header, short_name(source), path=file, example_input=example)
+    report = options.report_on(source, input_size, given)
     write_report(report, path, force)
     if as_json:
         options.print_json({"output": str(path), **report.to_json()})

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from ..budget import UNITS
 from .summary import LayerFacts, Report
 
-
 _DECADES = 1e6  # that a logarithmic axis spans at most: what is less lies at its end
 
 
@@ -66,7 +65,9 @@ class Chart:
 
     def stem_path(self) -> str:
         """The stems as an SVG path."""
-        lines = ((10 * self.x.place(x), 1000 - 10 * self.y.place(a), 1000 - 10 * self.y.place(b)) for x, a, b in self.stems)
+        lines = (
+            (10 * self.x.place(x), 1000 - 10 * self.y.place(a), 1000 - 10 * self.y.place(b)) for x, a, b in self.stems
+        )
         return "".join(f"M{x:.1f} {a:.1f}V{b:.1f}" for x, a, b in lines)
 
     def hover(self) -> list[tuple[float, float, str]]:
@@ -84,9 +85,9 @@ def axis(label: str, values: Iterable[float], *, log: bool = False, zero: bool =
     values = [value for value in values if math.isfinite(value)]
     positive = [value for value in values if value > max(values) / _DECADES]
     if log and positive and max(positive) / min(positive) > 8:
-        first, last = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))
-        step = max(1, math.ceil((last - first) / 6))
-        return Axis(label, 10.0**first, 10.0**last, True, tuple(10.0**power for power in range(first, last + 1, step)))
+        least, most = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))
+        decades = range(least, most + 1, max(1, math.ceil((most - least) / 6)))
+        return Axis(label, 10.0**least, 10.0**most, True, tuple(10.0**power for power in decades))
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     low = min(low, 0.0) if zero or log else low
     high = high if high > low else low + (abs(low) or 1.0)
@@ -119,7 +120,9 @@ def error_chart(layers: Sequence[LayerFacts], plain: bool) -> Chart | None:
         if not found:
             return None
         y = axis("relative error of the kernel, %", (value for _, value, _ in found), zero=True)
-        return Chart("kernels", "What the cut took from each kernel", x, y, (Series("plain cut", "dots", "b", tuple(found)),))
+        return Chart(
+            "kernels", "What the cut took from each kernel", x, y, (Series("plain cut", "dots", "b", tuple(found)),)
+        )
     pairs = [
         (number, layer, 100 * layer.output_error_before, 100 * layer.output_error_after)
         for number, layer in numbered
@@ -127,7 +130,9 @@ def error_chart(layers: Sequence[LayerFacts], plain: bool) -> Chart | None:
     ]
     if not pairs:
         return None
-    tips = [f"{_called(layer)}\noutput error {a:.3g} % -> {b:.3g} %\n{layer.decision or ''}" for _, layer, a, b in pairs]
+    tips = [
+        f"{_called(layer)}\noutput error {a:.3g} % -> {b:.3g} %\n{layer.decision or ''}" for _, layer, a, b in pairs
+    ]
     y = axis("relative error of the output, %", [v for _, _, *both in pairs for v in both], zero=True)
     before = tuple((number, a, tip) for (number, _, a, _), tip in zip(pairs, tips, strict=True))
     after = tuple((number, b, tip) for (number, _, _, b), tip in zip(pairs, tips, strict=True))
@@ -162,11 +167,10 @@ def search_chart(report: Report) -> Chart | None:
         Series("taken", "halo", "b", tuple(best)),
     ]
     points = [point for one in series for point in one.points]
-    return Chart(
-        "search", "Harm against size", axis(f"{UNITS.get(search['unit'], search['unit'])}, % of the uncut network's", (x for x, _, _ in points)),
-        axis(unit, (y for _, y, _ in points), log=True), tuple(one for one in series if one.points),
-        limit=(100 * search["limit"] / whole, f"budget {search['budget']}"),
-    )  # fmt: skip
+    x = axis(f"{UNITS.get(search['unit'], search['unit'])}, % of the uncut network's", (x for x, _, _ in points))
+    y, limit = axis(unit, (y for _, y, _ in points), log=True), 100 * search["limit"] / whole
+    shown = tuple(one for one in series if one.points)
+    return Chart("search", "Harm against size", x, y, shown, limit=(limit, f"budget {search['budget']}"))
 
 
 def training_charts(report: Report) -> list[Chart]:

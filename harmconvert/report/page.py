@@ -64,7 +64,11 @@ def write_report(report: Report, path: Path, force: bool = False) -> None:
         text = json.dumps(_finite(report.to_json()), indent=1, allow_nan=False, default=str) + "\n"
     else:
         text = page(report)
-    write_file(path, lambda staging: staging.write_text(text, encoding="utf-8") and None, force)
+
+    def write(staging: Path) -> None:
+        staging.write_text(text, encoding="utf-8")
+
+    write_file(path, write, force)
 
 
 def page(report: Report) -> str:
@@ -89,10 +93,17 @@ def page(report: Report) -> str:
     every = [*charts, *([search] if search else []), *training]
     return str(
         environment.get_template("page").render(
-            r=report, style=_raw(jinja2, style), script=_raw(jinja2, script), script_hash=_hash(script),
-            errors=charts, search=search, training=training, maps=maps, data=_data(report, every, maps),
+            r=report,
+            style=_raw(jinja2, style),
+            script=_raw(jinja2, script),
+            script_hash=_hash(script),
+            errors=charts,
+            search=search,
+            training=training,
+            maps=maps,
+            data=_data(report, every, maps),
             plan_json=json.dumps(report.plan.to_json(), indent=1),
-        )  # fmt: skip
+        )
     )
 
 
@@ -175,7 +186,8 @@ def _joined(lines: Sequence[Sequence[tuple[int, int]]]) -> str:
     ends: dict[tuple[int, int, bool], tuple[int, int]] = {}
     for first, last in sorted(((a, b) for a, b in lines), reverse=True):
         across = first[1] == last[1]
-        ends[(*first, across)] = ends.pop((*last, across), last)
+        begins, goes_on = (*first, across), (*last, across)
+        ends[begins] = ends.pop(goes_on, last)
     return "".join(f"M{x} {y}{f'H{end[0]}' if across else f'V{end[1]}'}" for (x, y, across), end in ends.items())
 
 

@@ -58,7 +58,7 @@ class StageFacts:
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """One convolution over 1x1. ``kept`` of ``total`` frequencies (0: skipped), ``keeps`` says which, in the house order.
+    """One convolution over 1x1. ``kept`` of ``total`` frequencies (0: skipped); ``keeps`` says which.
 
     ``kernel_error`` is that of the plain cut; output errors are of held-back inputs, before and after calibration.
     ``spectrum`` is the mean |coefficient| of each frequency, of the uncut kernel where ``spectrum_uncut``.
@@ -236,14 +236,14 @@ def _layers(
         )
         values, uncut = spectra.get(layer.name, (None, False))
         facts.append(replace(found, spectrum=values, spectrum_uncut=uncut))
-    for layer in layers_of(model):  # blocks are in no plan: they were made harmonic, not converted
-        if layer.name not in costs and layer.harmonic:
-            keeps = _flags(layer.kernel_size, layer.frequencies)
+    for block in layers_of(model):  # blocks are in no plan: they were made harmonic, not converted
+        if block.name not in costs and block.harmonic:
+            keeps = _flags(block.kernel_size, block.frequencies)
             made = LayerFacts(
-                layer.name, "HarmonicBlock2d", layer.kernel_size, sum(keeps), len(keeps), keeps, None,
+                block.name, "HarmonicBlock2d", block.kernel_size, sum(keeps), len(keeps), keeps, None,
                 why="a block with weights of its own for each frequency",
             )  # fmt: skip
-            facts.append(replace(made, spectrum=spectra.get(layer.name, (None, False))[0]))
+            facts.append(replace(made, spectrum=spectra.get(block.name, (None, False))[0]))
     for skip in plan.skipped:
         total = len(all_frequencies(skip.kernel_size))
         facts.append(LayerFacts(skip.name, skip.kind, skip.kernel_size, 0, total, (), None, why=skip.why))

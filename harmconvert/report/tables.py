@@ -17,7 +17,11 @@ from ..evaluation import Evaluation
 from ..inspection import LAMBDAS, Inspection
 from ..training.finetuning import Stage
 from ..verify import Verification
+from .comparison import Column, Comparison
 from .tradeoff import Tradeoff
+
+# Columns that wide are never broken at 80 columns; wider ones give way first.
+LONGEST_NAME, LONGEST_NUMBER = 24, 8
 
 
 def conversion_table(conversion: Conversion) -> Table:
@@ -132,6 +136,44 @@ def tradeoff_table(tradeoff: Tradeoff) -> Table:
     return _table([*headings, "top-1 error", "95 %", "other than uncut", "KL", "note"], rows, left={0, 1, 9})
 
 
+def comparison_table(comparison: Comparison) -> Table:
+    """A row for each fact, a column for each checkpoint."""
+    columns = comparison.columns
+    facts: list[tuple[str, list[str]]] = [
+        ("network", [column.source or "not recorded" for column in columns]),
+        ("plan", [column.plan for column in columns]),
+        ("basis", [column.basis if column.basis != "dct" else "" for column in columns]),
+        ("layers cut", [f"{column.cut} of {column.converted}" for column in columns]),
+        ("skipped", [str(column.skipped or "") for column in columns]),
+        ("parameters", [f"{millions(c.parameters)} ({c.share:.1%})" for c in columns]),
+        ("tensors", [megabytes(column.bytes) for column in columns]),
+        ("MACs, factored", [_factored(column) for column in columns]),
+        ("calibrated on", [f"{c.calibration_inputs} inputs" if c.calibration_inputs else "" for c in columns]),
+        ("divergence", ["" if c.divergence is None else f"{c.divergence:.3g}" for c in columns]),
+        ("trained", [f"{column.epochs} epochs" if column.epochs else "" for column in columns]),
+        ("top-1", ["not known" if c.top1 is None else f"{c.top1:.2%} ({c.stage})" for c in columns]),
+        ("95 %", ["" if not c.top1_interval else "{:.2%} to {:.2%}".format(*c.top1_interval) for c in columns]),
+        ("as uncut", ["" if column.agreement is None else f"{column.agreement:.2%}" for column in columns]),
+    ]
+    rows = [[fact, *values] for fact, values in facts if any(values)]
+    return _table(["", *(column.name for column in columns)], rows, left={0})
+
+
+def differences_table(comparison: Comparison) -> Table:
+    """A row for each layer shown."""
+    rows = [
+        [name or "(root)", *("-" if one is None else "skipped" if not one[0] else f"{one[0]}/{one[1]}" for one in row)]
+        for name, row in comparison.layers.items()
+    ]
+    return _table(["layer", *(column.name for column in comparison.columns)], rows, left={0})
+
+
+def _factored(column: Column) -> str:
+    if column.factored_macs is None or not column.dense_macs:
+        return "unknown"
+    return f"{millions(column.factored_macs)} ({column.factored_macs / column.dense_macs:.1%})"
+
+
 def cost_lines(cost: Cost) -> list[str]:
     """Totals: parameters, bytes, MACs by form, and the share that convolutions over 1x1 hold."""
     reach = f"convolutions over 1x1 hold {cost.parameter_share:.1%} of {millions(cost.parameters)} parameters"
@@ -240,10 +282,18 @@ def _kept(layer: LayerRecord) -> str:
 
 
 def _table(headings: list[str], rows: list[list[str]], left: set[int]) -> Table:
+    """A table without the columns that say nothing; words that do not fit the width are folded, never left out."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for index, heading in enumerate(headings):
         if any(row[index] for row in rows):
-            table.add_column(heading, justify="left" if index in left else "right", no_wrap=index == 0)
+            # Numbers and short names stay in one piece; what cannot is folded, never left out.
+            longest = max(len(row[index]) for row in rows)
+            whole = longest <= (LONGEST_NAME if index == 0 else LONGEST_NUMBER)
+            side = "left" if index in left else "right"
+            least = min(longest, LONGEST_NUMBER) if index else None
+            table.add_column(
+                heading, justify=side, no_wrap=False, overflow="fold", min_width=longest if whole else least
+            )
     used = [index for index in range(len(headings)) if any(row[index] for row in rows)]
     for row in rows:
         table.add_row(*(_plain(row[index]) for index in used))
