@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -357,11 +359,14 @@ def console(quiet: bool = False) -> Console:
 
 
 def say(message: str, *, urgent: bool = False) -> None:
-    """Progress and messages go to stderr; of several processes the first speaks, under --quiet only where ``urgent``."""
+    """Messages go to stderr; of several processes the first one speaks, and under --quiet only where ``urgent``."""
     if os.environ.get("RANK", "0") != "0" or (loud("quiet") and not urgent):
         return
     if loud("verbose"):
         message = f"[{time.monotonic() - click.get_current_context().meta[_START]:6.1f} s] {message}"
+    if sys.stderr.isatty():  # between words; what is one word, as a path, stays one
+        width = max(shutil.get_terminal_size().columns, 20)
+        message = textwrap.fill(message, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
     click.echo(message, err=True)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from ..budget import Search
@@ -20,8 +22,7 @@ from ..verify import Verification
 from .comparison import Column, Comparison
 from .tradeoff import Tradeoff
 
-# Columns that wide are never broken at 80 columns; wider ones give way first.
-LONGEST_NAME, LONGEST_NUMBER = 24, 8
+LONGEST_WORD = 14  # of a name that is folded, where there is no room for more
 
 
 def conversion_table(conversion: Conversion) -> Table:
@@ -125,15 +126,15 @@ def tradeoff_table(tradeoff: Tradeoff) -> Table:
     """One row per network: lambda, parameters, error with its interval, disagreement with the uncut network, KL."""
     rows = []
     for point in (tradeoff.uncut, *tradeoff.points):
-        error = "" if point.error is None else f"{point.error:.2f} %"
-        interval = "" if point.error_interval is None else "{:.2f} to {:.2f} %".format(*point.error_interval)
+        error = "" if point.error is None else f"{point.error:.2f}"
+        interval = "" if point.error_interval is None else "{:.2f} to {:.2f}".format(*point.error_interval)
         macs = "" if point.mac_share is None else f"{point.mac_share:.1%}"
         size = [millions(point.parameters), f"{point.parameter_share:.1%}", macs]
-        name = ", ".join(point.lambdas) or "uncut"
-        against = [f"{point.disagreement:.2f} %", f"{point.divergence:.3g}"] if point.lambdas else ["", ""]
-        rows.append([name, "yes" if point.calibrated else "", *size, error, interval, *against, point.note or ""])
-    headings = ["lambda", "calibrated", "parameters", "of the whole", "MACs, factored"]
-    return _table([*headings, "top-1 error", "95 %", "other than uncut", "KL", "note"], rows, left={0, 1, 9})
+        name = (", ".join(point.lambdas) or "uncut") + (", calibrated" if point.calibrated else "")
+        against = [f"{point.disagreement:.2f}", f"{point.divergence:.3g}"] if point.lambdas else ["", ""]
+        rows.append([name, *size, error, interval, *against, point.note or ""])
+    headings = ["lambda", "params", "of the whole", "MACs, factored"]
+    return _table([*headings, "top-1 error, %", "95 %", "other than uncut, %", "KL", "note"], rows, left={0, 8})
 
 
 def comparison_table(comparison: Comparison) -> Table:
@@ -281,19 +282,33 @@ def _kept(layer: LayerRecord) -> str:
     return "skipped" if layer.skipped else f"{layer.kept}/{layer.total}"
 
 
+class _Fitted(Table):
+    """A table that gives way where it must: words of headings and notes go to the next line, then long names are
+    folded. Rich alone would break numbers, too."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        widths, words = [], []
+        for column in self.columns:
+            cells = [str(cell).replace("\\[", "[") for cell in column.cells]
+            parts = str(column.header).split() + (" ".join(cells).split() if column.justify == "left" else cells)
+            widths.append(max(map(cell_len, [str(column.header), *cells])))
+            words.append(max(map(cell_len, parts), default=1))
+        for floors in (words, [min(least, LONGEST_WORD) for least in words]):
+            while sum(widths) + 2 * (len(widths) - 1) > options.max_width:
+                slack = [width - floor for width, floor in zip(widths, floors, strict=True)]
+                if not any(slack):
+                    break
+                widths[slack.index(max(slack))] -= 1
+        for column, width in zip(self.columns, widths, strict=True):
+            column.width = width
+        return super().__rich_console__(console, options)
+
+
 def _table(headings: list[str], rows: list[list[str]], left: set[int]) -> Table:
-    """A table without the columns that say nothing; words that do not fit the width are folded, never left out."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = _Fitted(box=None, pad_edge=False, header_style="bold")
     for index, heading in enumerate(headings):
         if any(row[index] for row in rows):
-            # Numbers and short names stay in one piece; what cannot is folded, never left out.
-            longest = max(len(row[index]) for row in rows)
-            whole = longest <= (LONGEST_NAME if index == 0 else LONGEST_NUMBER)
-            side = "left" if index in left else "right"
-            least = min(longest, LONGEST_NUMBER) if index else None
-            table.add_column(
-                heading, justify=side, no_wrap=False, overflow="fold", min_width=longest if whole else least
-            )
+            table.add_column(heading, justify="left" if index in left else "right", overflow="fold")
     used = [index for index in range(len(headings)) if any(row[index] for row in rows)]
     for row in rows:
         table.add_row(*(_plain(row[index]) for index in used))
