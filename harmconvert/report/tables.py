@@ -131,7 +131,7 @@ def tradeoff_table(tradeoff: Tradeoff) -> Table:
         macs = "" if point.mac_share is None else f"{point.mac_share:.1%}"
         size = [millions(point.parameters), f"{point.parameter_share:.1%}", macs]
         name = (", ".join(point.lambdas) or "uncut") + (", calibrated" if point.calibrated else "")
-        against = [f"{point.disagreement:.2f}", f"{point.divergence:.3g}"] if point.lambdas else ["", ""]
+        against = [f"{point.disagreement:.2f}", f"{point.divergence:.2g}"] if point.lambdas else ["", ""]
         rows.append([name, *size, error, interval, *against, point.note or ""])
     headings = ["lambda", "params", "of the whole", "MACs, factored"]
     return _table([*headings, "top-1 error, %", "95 %", "other than uncut, %", "KL", "note"], rows, left={0, 8})
