@@ -90,7 +90,8 @@ def axis(label: str, values: Iterable[float], *, log: bool = False, zero: bool =
         return Axis(label, 10.0**least, 10.0**most, True, tuple(10.0**power for power in decades))
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     low = min(low, 0.0) if zero or log else low
-    high = high if high > low else low + (abs(low) or 1.0)
+    if high == low:
+        low, high = low - (abs(low) / 2 or 1.0), high + (abs(high) / 2 or 1.0)
     step = _round_step((high - low) / 4)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     ticks = tuple(float(f"{index * step:.10g}") for index in range(first, last + 1))

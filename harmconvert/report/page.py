@@ -147,7 +147,7 @@ class HeatMap:
         numbers, found, last = [level(frequency) for frequency in all_frequencies(self.kernel)], [], -100.0
         for at in sorted(set(numbers)):
             first, middle = numbers.index(at), 100 * (numbers.index(at) + numbers.count(at) / 2) / self.columns
-            roomy = middle - last >= 7 or at == 0
+            roomy = middle - last >= 9.5 or at == 0
             found.append((first, middle, str(at) if roomy else ""))
             last = middle if roomy else last
         return found
