@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from . import options
+from . import options, pages
 
 
 @click.command(name="compare")
@@ -27,7 +27,7 @@ def command(sources: tuple[str, ...], all_layers: bool, input_size: Any, trust_c
     from ..report.comparison import compare
     from ..report.tables import comparison_table, differences_table
 
-    reports = [options.report_on(source, input_size, {"trust_code": trust_code}) for source in sources]
+    reports = [pages.report_on(source, input_size, {"trust_code": trust_code}) for source in sources]
     comparison = compare(reports, all_layers)
     if as_json:
         options.print_json(comparison.to_json())

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import options
+from . import options, pages
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -87,7 +87,7 @@ def budget_options(command: Any) -> Any:
     help="Scale of the basis filters; l1 only for parity with the paper's ImageNet networks.",
 )
 @click.option("-o", "--output", metavar="FILE", help="Default: NAME-harmonic-LAMBDA.safetensors.")
-@options.report
+@pages.option
 @options.force
 @options.calibration_options
 @options.input_size
@@ -138,7 +138,6 @@ def command(
     from ..distributed import joined, rank
     from ..files import beside, check_output, write_file
     from ..plan import Plan, parse_lambda
-    from ..report.page import check_report
     from ..report.writing import check_figure, write_figure
     from ..sources import is_harmonic_source
     from .labelled import halves
@@ -155,7 +154,7 @@ def command(
     check_output(output, force)
     if save_plan:
         check_output(save_plan, force)
-    page = check_report(output, report, force) if report else None
+    page = pages.checked(output, report, force)
     figure = check_figure(source, "search", search_figure, force) if search_figure else None
     if (share or labelled) and probes is None and more["data"]:
         probes = str(beside(output, ".probes.json"))
@@ -233,7 +232,7 @@ def _keep(network: Network, sizes: Any, output: str, page: Path | None, force: b
     if not check.ok:
         raise CheckError(f"{output}, read back: {check.verdict}")
     if page:
-        options.write_page(network.model, header, output, page, force, sizes)
+        pages.write_page(network.model, header, output, page, force, sizes)
     if as_json:
         options.print_json({"output": output, "plan": header.plan.to_json(), "verification": check.to_json()})
         return 0
@@ -286,7 +285,7 @@ def _finish(
     console.print(check.verdict, markup=False)
     console.print(f"wrote {output} ({tables.file_size(output)})", markup=False)
     if page:
-        options.write_page(conversion.model, header, output, page, force, sizes)
+        pages.write_page(conversion.model, header, output, page, force, sizes)
         console.print(f"wrote {page}", markup=False)
     if held_out:
         for name, found in held_out.items():

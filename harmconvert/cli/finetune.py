@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import options, training_options
+from . import options, pages, training_options
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     help="Training images, labels unseen, to calibrate on first where convert has not; 0: do not.",
 )
 @click.option("-o", "--output", metavar="FILE", help="Default: NAME-finetuned.safetensors.")
-@options.report
+@pages.option
 @options.force
 @training_options.run_options
 @options.trust_code
@@ -89,12 +89,11 @@ def command(
     from ..distributed import joined, rank
     from ..files import check_output
     from ..report import tables
-    from ..report.page import check_report
     from ..training.finetuning import finetune
 
     output = output or default_output(source)
     check_output(output, force)
-    page = check_report(output, report, force) if report else None
+    page = pages.checked(output, report, force)
     with joined():
         job = prepare(source, output, force, given, teacher, num_classes, trust_code)
         record = training_options.recorder(output, given["log"])
@@ -120,7 +119,7 @@ def command(
         header = save(done.model, output, source=job.source, history=done.history(job.header.history), force=True)
         setting.keeper.remove()
         if page:
-            options.write_page(done.model, header, output, page, force)
+            pages.write_page(done.model, header, output, page, force)
     console = options.console(quiet=as_json)
     console.print(tables.stages_table(done.stages))
     console.print(f"wrote {output} ({tables.file_size(output)})", markup=False)

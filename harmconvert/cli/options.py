@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import types
+from .loudness import loud, stamp
+from .loudness import loudness as loudness
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from rich.console import Console
 
-    from ..checkpoint import Header, Source
-    from ..report.summary import Report
+    from ..checkpoint import Source
     from ..sources import Network
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -36,35 +35,6 @@ def common(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--json", "as_json", is_flag=True, help="Print one JSON document on stdout, nothing else there."
     )(command)
-
-
-_LOUDNESS, _START = "harmconvert.loudness", "harmconvert.start"
-
-
-def loudness(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--quiet and --verbose, for commands whose work is a file or an exit code."""
-    for name, letter, text in (
-        ("verbose", "-v", "Say when each thing was done, and every step of the way where no bar is shown."),
-        ("quiet", "-q", "Print nothing but errors, failed checks, and what --json asks for."),
-    ):
-        command = click.option(f"--{name}", letter, is_flag=True, expose_value=False, callback=_remember, help=text)(
-            command
-        )
-    return command
-
-
-def _remember(context: click.Context, option: click.Parameter, given: bool) -> None:
-    if given and context.meta.get(_LOUDNESS, option.name) != option.name:
-        raise click.UsageError("--quiet and --verbose: give one of them", context)
-    if given:
-        context.meta[_LOUDNESS] = option.name
-        context.meta[_START] = time.monotonic()
-
-
-def loud(name: str) -> bool:
-    """Whether --quiet or --verbose (``name``) was given to the command that runs."""
-    context = click.get_current_context(silent=True)
-    return context is not None and context.meta.get(_LOUDNESS) == name
 
 
 trust_code = click.option(
@@ -269,9 +239,6 @@ input_size = click.option(
 device = click.option(
     "--device", help="Where to run: cpu, cuda, cuda:1; default: a GPU where there is one and images are given."
 )
-report = click.option(
-    "--report", metavar="FILE", help="Write a page about what was done, too: .html to look at, or .json, its data."
-)
 basis = click.option(
     "--basis",
     type=click.Choice(["dct", "haar", "gaussian", "klt"]),
@@ -363,43 +330,11 @@ def say(message: str, *, urgent: bool = False) -> None:
     if os.environ.get("RANK", "0") != "0" or (loud("quiet") and not urgent):
         return
     if loud("verbose"):
-        message = f"[{time.monotonic() - click.get_current_context().meta[_START]:6.1f} s] {message}"
+        message = f"{stamp()} {message}"
     if sys.stderr.isatty():  # between words; what is one word, as a path, stays one
         width = max(shutil.get_terminal_size().columns, 20)
         message = textwrap.fill(message, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
     click.echo(message, err=True)
-
-
-def report_on(source: str, sizes: Sequence[tuple[int, ...]], given: dict[str, Any]) -> Report:
-    """The report of a harmonic checkpoint.
-
-    Raises:
-        UsageError: it is none.
-    """
-    from pathlib import Path
-
-    from ..checkpoint import short_name
-    from ..errors import UsageError
-    from ..report.summary import report_of
-    from ..sources import is_harmonic_source
-
-    network = opened(source, {"weights": None, "arguments": (), **given}) if is_harmonic_source(source) else None
-    if network is None or network.header is None:
-        raise UsageError(f"{source} is no harmonic checkpoint: make one first with: harmconvert convert {source}")
-    example, file = example_input(sizes, network.model) if sizes else None, Path(source.removeprefix("reference:"))
-    return report_of(network.model, network.header, short_name(source), path=file, example_input=example)
-
-
-def write_page(
-    model: Any, header: Header, output: str, page: Path, force: bool, sizes: Sequence[tuple[int, ...]] = ()
-) -> None:
-    """Write the report of a harmonic checkpoint that was just written to ``output``."""
-    from ..checkpoint import short_name
-    from ..report.page import write_report
-    from ..report.summary import report_of
-
-    example = example_input(sizes, model) if sizes else None
-    write_report(report_of(model, header, short_name(output), path=output, example_input=example), page, force)
 
 
 def print_json(data: Any) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import options, training_options, types
+from . import options, pages, training_options, types
 
 if TYPE_CHECKING:
     from ..report.filters import FilterBank
@@ -147,7 +147,7 @@ def _page(
     if kernel_size is not None:
         raise UsageError("--kernel-size is of use only with --figure filters or spectrum")
     path = check_report(source, output, force)
-    report = options.report_on(source, input_size, given)
+    report = pages.report_on(source, input_size, given)
     write_report(report, path, force)
     if as_json:
         options.print_json({"output": str(path), **report.to_json()})
