@@ -55,7 +55,7 @@ RUNS: dict[str, list[str]] = {
     "report": ["report", "tuned.safetensors"],
     "report, tradeoff": ["report", SAMPLE, "--figure", "tradeoff", *DATA],
     "compare": ["compare", "cut.safetensors", "cal.safetensors", "tuned.safetensors"],
-    "compare, long names": ["compare", "long.safetensors", "cut.safetensors"],
+    "compare, long names": ["compare", "long.safetensors", "cut.safetensors", "--trust-code"],
     "export": ["export", "cut.safetensors", "-o", "dense.safetensors"],
     "no colour": ["verify", SAMPLE, "cut.safetensors", "--as-planned"],
     "refusal": ["compare", "cut.safetensors"],

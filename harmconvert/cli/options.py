@@ -334,7 +334,7 @@ def say(message: str, *, urgent: bool = False) -> None:
     if sys.stderr.isatty():  # between words; what is one word, as a path, stays one
         width = max(shutil.get_terminal_size().columns, 20)
         message = textwrap.fill(message, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
-    click.echo(message, err=True)
+    print(message, file=sys.stderr, flush=True)  # click would write past a bar that is shown, and through it
 
 
 def print_json(data: Any) -> None:
