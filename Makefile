@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --retries 5
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow lint browser clean
 
 demo: $(VENV)/.samples
 	$(BIN)/harmconvert demo
@@ -19,6 +19,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# What the tests of the report page open it in; without it they are skipped, and say so.
+browser:
+	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
 
 $(VENV)/.samples: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

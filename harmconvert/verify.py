@@ -7,6 +7,7 @@ projection of the original's onto the frequencies kept? And how far are the outp
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -100,6 +101,7 @@ def verify(
     *,
     tolerance: float | None = None,
     calibrated: Mapping[str, str] | None = None,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> Verification:
     """Compare ``converted`` with the ``original`` it was made from; neither is changed.
 
@@ -117,6 +119,7 @@ def verify(
             every input, and nothing may differ that was not converted.
         calibrated: keys of the tensors that calibration wrote, with their sha256 (`Calibration.changed`); known of a
             network that `convert` or `load` returned. Those are as planned where they are what calibration wrote.
+        progress: called with (steps done, steps, what is looked at).
 
     Raises:
         UsageError: no input size is known, or the original does not run on the inputs.
@@ -128,7 +131,11 @@ def verify(
     pairs, structural = _pairs(original, converted)
     written = _as_calibrated(converted, _written_by_calibration(converted) if calibrated is None else calibrated)
     altered = [] if structural else _altered_state(original, converted, pairs, written)
-    kernels = {name: check_kernel(*pair, written.get(_join(name, "coefficients"))) for name, pair in pairs.items()}
+    tick = _ticker(progress, 2 * len(pairs) + 2 * (1 if dtype == torch.float64 else 2))
+    kernels = {}
+    for name, pair in pairs.items():
+        tick(name)
+        kernels[name] = check_kernel(*pair, written.get(_join(name, "coefficients")))
     notes: list[str] = []
     errors: dict[str, float | None] = {"float64": None, "float32": None}
     outputs: dict[str, float] = {}
@@ -139,7 +146,9 @@ def verify(
             continue
         try:
             # Per-layer outputs once, in the precision that shows a wrong layer and not the arithmetic.
-            error, same, layer_outputs = _compare(original, converted, inputs, precision, not outputs, list(pairs))
+            error, same, layer_outputs = _compare(
+                original, converted, inputs, precision, not outputs, list(pairs), tick
+            )
         except _NoRunError as problem:
             if precision == torch.float64 and dtype != torch.float64:
                 notes.append(f"not compared in float64: {problem}")
@@ -268,8 +277,20 @@ def _join(prefix: str, key: str) -> str:
     return f"{prefix}.{key}" if prefix else key
 
 
+def _ticker(progress: Callable[[int, int, str], None], total: int) -> Callable[[str], None]:
+    done = itertools.count()
+    # A layer may run twice, and is then looked at twice.
+    return lambda what: progress(min(next(done), total), total, what)
+
+
 def _compare(
-    original: nn.Module, converted: nn.Module, inputs: Any, precision: torch.dtype, per_layer: bool, names: list[str]
+    original: nn.Module,
+    converted: nn.Module,
+    inputs: Any,
+    precision: torch.dtype,
+    per_layer: bool,
+    names: list[str],
+    tick: Callable[[str], None],
 ) -> tuple[float, float | None, dict[str, float]]:
     """Relative output error, top-1 agreement and (where asked for) per-layer output errors in one precision."""
     with _default_dtype(precision):
@@ -280,6 +301,7 @@ def _compare(
 
         def watch(name: str) -> Callable[..., None]:
             def hook(conv: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+                tick(name)
                 error = relative_difference(theirs[name](*args, **kwargs), output)
                 outputs[name] = max(error, outputs.get(name, 0.0))
 
@@ -288,6 +310,7 @@ def _compare(
         handles = [ours[n].register_forward_hook(watch(n), with_kwargs=True) for n in names] if per_layer else []
         results = []
         for model in models:
+            tick(f"outputs in {str(precision).removeprefix('torch.')}")
             try:
                 with evaluating(model), torch.random.fork_rng(devices=[]):
                     torch.manual_seed(0)

@@ -316,6 +316,7 @@ def test_the_command_line_is_frozen() -> None:
     found = {c.name: sorted(o for p in c.params for o in p.opts if o.startswith("-")) for c in every_command()}
     network = ["--checkpoint", "--model-kwargs", "--trust-code"]
     common = ["--debug", "--json"]
+    loudness = ["--quiet", "-q", "--verbose", "-v"]
     size = ["--input-size"]
     data = ["--data-dir", "--dataset", "--train-split", "--val-split", "--img-size", "--workers", "-j", "--holdout",
             "--mean", "--std", "--interpolation", "--crop-pct"]  # fmt: skip
@@ -335,32 +336,33 @@ def test_the_command_line_is_frozen() -> None:
              "--force", "--include", "--lambda", "--normalization", "--output", "--plan", "-o",
              "--allow-fallback", "--calibrate", "--calibration-batch-size", "--calibration-images",
              "--calibration-memory", "--calibration-split", "--crop-pct", "--damping", "--data-dir", "--device",
-             "--interpolation", "--mean", "--seed", "--std", *network, *common, *size]
+             "--interpolation", "--mean", "--seed", "--std", "--report", *network, *common, *size, *loudness]
         ),
         "finetune": sorted(
             ["--train-only", "--num-classes", "--distill", "--distill-temperature", "--teacher", "--calibration-images",
-             "--trust-code", *data, *training, *common]
+             "--trust-code", "--report", *data, *training, *common, *loudness]
         ),
         "evaluate": sorted(
             ["--seed", "--batch-size", "-b", "--compare", "--amp", "--device", *data, *network, *common]
         ),
         "train": sorted(
             ["--recipe", "--harmonic", "--no-normalize-first", "--basis", "--lambda", *data, *training, *network,
-             *common]
+             *common, *loudness]
         ),
-        "verify": sorted(["--as-planned", "--tolerance", *network, *common, *size]),
+        "verify": sorted(["--as-planned", "--tolerance", *network, *common, *size, *loudness]),
         "inspect": sorted(["--no-pretrained", *network, *common, *size]),
         "report": sorted(
             ["--figure", "--output", "-o", "--force", "--kernel-size", "--include", "--seed", "--batch-size", "-b",
              "--calibrate", "--calibration-batch-size", "--calibration-images", "--calibration-memory",
-             "--calibration-split", "--damping", "--device", *data, *network, *common]
+             "--calibration-split", "--damping", "--device", *data, *network, *common, *size, *loudness]
         ),
+        "compare": sorted(["--all-layers", "--trust-code", *common, *size]),
         "benchmark": sorted(
             ["--batch-size", "-b", "--threads", "--form", "--layout", "--torchcompile", "--repeats", "--layers",
-             "--device", *network, *common, *size]
+             "--device", *network, *common, *size, *loudness]
         ),
         "export": sorted(
-            ["--force", "--form", "--format", "--dtype", "--output", "-o", *network, *common, *size]
+            ["--force", "--form", "--format", "--dtype", "--output", "-o", *network, *common, *size, *loudness]
         ),
         "demo": sorted(common),
     }  # fmt: skip

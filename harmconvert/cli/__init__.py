@@ -12,7 +12,9 @@ from typing import Any
 
 import click
 
-COMMANDS = ("convert", "finetune", "evaluate", "train", "verify", "inspect", "report", "benchmark", "export", "demo")
+COMMANDS = (
+    "convert", "finetune", "evaluate", "train", "verify", "inspect", "report", "compare", "benchmark", "export", "demo",
+)  # fmt: skip
 
 
 class Program(click.Group):

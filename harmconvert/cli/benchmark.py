@@ -50,6 +50,7 @@ from . import options
 @options.input_size
 @options.device
 @options.network_options
+@options.loudness
 @options.common
 def command(
     source: str,

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import options
+from . import options, pages
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ..budget import Budget
     from ..convert import Conversion
     from ..sources import Network
@@ -104,11 +106,13 @@ def budget_options(command: Any) -> Any:
 )
 @options.dtype
 @click.option("-o", "--output", metavar="FILE", help="Default: NAME-harmonic-LAMBDA.safetensors.")
+@pages.option
 @options.force
 @options.calibration_options
 @options.input_size
 @options.device
 @options.network_options
+@options.loudness
 @options.common
 def command(
     source: str,
@@ -124,6 +128,7 @@ def command(
     latency_batch: int,
     save_plan: str | None,
     output: str | None,
+    report: str | None,
     force: bool,
     input_size: Any,
     as_json: bool,
@@ -173,6 +178,7 @@ def command(
     check_output(output, force)
     if save_plan:
         check_output(save_plan, force)
+    page = pages.checked(output, report, force)
     figure = check_figure(source, "search", search_figure, force) if search_figure else None
     if (share or labelled) and probes is None and more["data"]:
         probes = _probes_beside(output, source)
@@ -180,9 +186,9 @@ def command(
         options.say(f"loading {source}")
         network = options.opened(source, more, form="harmonic" if as_it_is else "dense")
         if as_it_is and network.header:
-            return _keep(network, options.verification_inputs(input_size, network.source), output, force, as_json)
+            return _keep(network, input_size, output, page, force, as_json)
         options.place(network.model, device, more["data"] or labelled)
-        worth, report = halves(labelled, network.model, more) if labelled else (None, None)
+        worth, judged = halves(labelled, network.model, more) if labelled else (None, None)
         images, settings = options.calibration(more, network.model, input_size)
         with options.progress() as progress:
             conversion = convert(
@@ -201,15 +207,14 @@ def command(
                 settings=settings,
                 progress=progress,
             )
-        held_out = report(network.model, conversion.model) if report else None  # by all processes
+        held_out = judged(network.model, conversion.model) if judged else None  # by all processes
         if rank() > 0:
             return 0  # the first process verifies and writes
         if figure and conversion.search:
             write_figure(conversion.search, *figure, force)
         if save_plan:
             write_file(save_plan, conversion.plan.save, force)
-        inputs = options.verification_inputs(input_size, network.source)
-        _finish(network, conversion, inputs, output, force, as_json, held_out, more["dtype"])
+        _finish(network, conversion, input_size, output, page, force, as_json, held_out, more["dtype"])
     return _calibration_verdict(conversion, output, more["allow_fallback"])
 
 
@@ -241,7 +246,7 @@ def _check_choice(
         options.only_with(budget_options, "--budget")
 
 
-def _keep(network: Network, inputs: Any, output: str, force: bool, as_json: bool) -> int:
+def _keep(network: Network, sizes: Any, output: str, page: Path | None, force: bool, as_json: bool) -> int:
     """Write a network that is harmonic already as it is, and compare the file with it."""
     from ..checkpoint import load, save
     from ..distributed import rank
@@ -253,9 +258,12 @@ def _keep(network: Network, inputs: Any, output: str, force: bool, as_json: bool
     if rank() > 0:
         return 0
     header = save(network.model, output, source=network.source, force=force)
+    inputs = options.verification_inputs(sizes, network.source)
     check = verify(network.model, load(output, model=fuse(network.model)), inputs)
     if not check.ok:
         raise CheckError(f"{output}, read back: {check.verdict}")
+    if page:
+        pages.write_page(network.model, header, output, page, force, sizes)
     if as_json:
         options.print_json({"output": output, "plan": header.plan.to_json(), "verification": check.to_json()})
         return 0
@@ -267,14 +275,22 @@ def _keep(network: Network, inputs: Any, output: str, force: bool, as_json: bool
 
 
 def _finish(
-    network: Network, conversion: Conversion, inputs: Any, output: str, force: bool, as_json: bool, held_out: Any,
+    network: Network,
+    conversion: Conversion,
+    sizes: Any,
+    output: str,
+    page: Path | None,
+    force: bool,
+    as_json: bool,
+    held_out: Any,
     dtype: str,
-) -> None:  # fmt: skip
+) -> None:
     """Show what was done, verify it, write it."""
     from ..checkpoint import save
     from ..errors import CheckError
     from ..precision import in_fewer_bits
     from ..report import tables
+    from ..report.record import record_of
     from ..verify import verify
 
     console = options.console(quiet=as_json)
@@ -294,22 +310,28 @@ def _finish(
     if conversion.advice:
         options.say(f"note: {conversion.advice}")
     options.say("verifying")
-    check = verify(network.model, conversion.model, inputs)
+    with options.progress() as progress:
+        inputs = options.verification_inputs(sizes, network.source)
+        check = verify(network.model, conversion.model, inputs, progress=progress)
     if not (check.ok or (check.as_planned and not conversion.plan.whole)):
         raise CheckError(f"{check.verdict}; nothing was written")
+    record = record_of(conversion, network.model, held_out)
     console.print(check.verdict, markup=False)
     if dtype != "float32":
         conversion, difference = in_fewer_bits(conversion, dtype, inputs)
         console.print(f"rounded to {dtype}: outputs differ by {difference:.1e} of the largest", markup=False)
-    save(conversion, output, source=network.source, force=force)
+    header = save(conversion, output, source=network.source, history=record, force=force)
     console.print(f"wrote {output} ({tables.file_size(output)})", markup=False)
+    if page:
+        pages.write_page(conversion.model, header, output, page, force, sizes)
+        console.print(f"wrote {page}", markup=False)
     if held_out:
         for name, found in held_out.items():
             console.print(f"{name}, on the images that chose nothing: {found}", markup=False)
     if as_json:
-        record = {"output": output, **conversion.to_json(), "verification": check.to_json()}
+        told = {"output": output, **conversion.to_json(), "verification": check.to_json()}
         held_out = {name: found.to_json() for name, found in held_out.items()} if held_out else None
-        options.print_json({**record, "held_out": held_out})
+        options.print_json({**told, "held_out": held_out} | ({"report": str(page)} if page else {}))
 
 
 def _calibration_verdict(conversion: Conversion, output: str, allow_fallback: bool) -> int:
@@ -321,6 +343,7 @@ def _calibration_verdict(conversion: Conversion, output: str, allow_fallback: bo
     what = ", ".join(f"{layer.name} ({layer.why})" for layer in failed[:3])
     options.say(
         f"harmconvert: {'note' if allow_fallback else 'check failed'}: {len(failed)} layers of {output} could not be "
-        f"calibrated and stay a plain cut: {what}" + ("" if allow_fallback else "; --allow-fallback accepts that")
+        f"calibrated and stay a plain cut: {what}" + ("" if allow_fallback else "; --allow-fallback accepts that"),
+        urgent=True,
     )
     return 0 if allow_fallback else 1

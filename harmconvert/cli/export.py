@@ -32,6 +32,7 @@ from . import options
 @options.force
 @options.input_size
 @options.network_options
+@options.loudness
 @options.common
 def command(
     source: str,

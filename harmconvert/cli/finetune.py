@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import options, training_options
+from . import options, pages, training_options
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,13 +56,16 @@ if TYPE_CHECKING:
     help="Training images, labels unseen, to calibrate on first where convert has not; 0: do not.",
 )
 @click.option("-o", "--output", metavar="FILE", help="Default: NAME-finetuned.safetensors.")
+@pages.option
 @options.force
 @training_options.run_options
 @options.trust_code
+@options.loudness
 @options.common
 def command(
     source: str,
     output: str | None,
+    report: str | None,
     force: bool,
     teacher: str | None,
     num_classes: int | None,
@@ -90,16 +93,17 @@ def command(
 
     output = output or default_output(source)
     check_output(output, force)
+    page = pages.checked(output, report, force)
     with joined():
         job = prepare(source, output, force, given, teacher, num_classes, trust_code)
         record = training_options.recorder(output, given["log"])
-        with training_options.progress(job.recipe.epochs) as (told, epoch_done):
+        with training_options.progress(job.recipe.epochs) as (told, epoch_done, tested):
 
             def after_epoch(rows: Any) -> None:
                 record(rows)
                 epoch_done(rows[-1])
 
-            setting = replace(job.setting, told=told, epoch_done=after_epoch)
+            setting = replace(job.setting, told=told, tested=tested, epoch_done=after_epoch)
             done = finetune(
                 job.model,
                 job.header,
@@ -112,13 +116,17 @@ def command(
             )
         if rank() > 0:
             return
-        save(done.model, output, source=job.source, history=done.history(job.header.history), force=True)
+        header = save(done.model, output, source=job.source, history=done.history(job.header.history), force=True)
         setting.keeper.remove()
+        if page:
+            pages.write_page(done.model, header, output, page, force)
     console = options.console(quiet=as_json)
     console.print(tables.stages_table(done.stages))
     console.print(f"wrote {output} ({tables.file_size(output)})", markup=False)
+    if page:
+        console.print(f"wrote {page}", markup=False)
     if as_json:
-        options.print_json({"output": output, **done.record()})
+        options.print_json({"output": output, **done.record()} | ({"report": str(page)} if page else {}))
 
 
 @dataclass(frozen=True)

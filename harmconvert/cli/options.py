@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
+import textwrap
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -12,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import types
+from .loudness import loud, stamp
+from .loudness import loudness as loudness
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -197,21 +202,24 @@ def _described(config: Any) -> str:
 
 @contextmanager
 def progress() -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on stderr with the time left; where that is no terminal, a line for every tenth of the way."""
+    """A bar on stderr with the time left; where that is no terminal, a line for every tenth of a way of over two
+    seconds."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    if os.environ.get("RANK", "0") != "0":
+    if os.environ.get("RANK", "0") != "0" or loud("quiet"):
         yield lambda done, total, what: None
         return
     if not console.is_terminal:
-        told = -1
+        told, start = -1, time.monotonic()
 
         def tell(done: int, total: int, what: str) -> None:
             nonlocal told
-            if total and done * 10 // total > told:
-                told = done * 10 // total
+            steps = total if loud("verbose") else min(10, total)
+            late = loud("verbose") or time.monotonic() - start > 2
+            if total and late and done * steps // total > told:
+                told = done * steps // total
                 say(f"  {done}/{total} {what}")
 
         yield tell
@@ -328,7 +336,7 @@ def _one_or_all(inputs: list[Any]) -> Any:
 
 
 def console(quiet: bool = False) -> Console:
-    """A console on stdout; where that is no terminal, wide enough that nothing is cut. Silent under --json."""
+    """A console on stdout; where that is no terminal, so wide that a row is a line. Silent under --json and --quiet."""
     from rich.console import Console
 
     class Patient(Console):
@@ -338,13 +346,20 @@ def console(quiet: bool = False) -> Console:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     terminal = sys.stdout.isatty()
-    return Patient(width=None if terminal else 200, highlight=False, soft_wrap=not terminal, quiet=quiet)
+    quiet = quiet or loud("quiet")
+    return Patient(width=None if terminal else 1000, highlight=False, soft_wrap=not terminal, quiet=quiet)
 
 
-def say(message: str) -> None:
-    """Progress and messages go to stderr; of several processes the first one speaks."""
-    if os.environ.get("RANK", "0") == "0":
-        click.echo(message, err=True)
+def say(message: str, *, urgent: bool = False) -> None:
+    """Messages go to stderr; of several processes the first one speaks, and under --quiet only where ``urgent``."""
+    if os.environ.get("RANK", "0") != "0" or (loud("quiet") and not urgent):
+        return
+    if loud("verbose"):
+        message = f"{stamp()} {message}"
+    if sys.stderr.isatty():  # between words; what is one word, as a path, stays one
+        width = max(shutil.get_terminal_size().columns, 20)
+        message = textwrap.fill(message, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    print(message, file=sys.stderr, flush=True)  # click would write past a bar that is shown, and through it
 
 
 def print_json(data: Any) -> None:

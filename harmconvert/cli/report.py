@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import options, training_options, types
+from . import options, pages, training_options, types
 
 if TYPE_CHECKING:
     from ..report.filters import FilterBank
@@ -39,10 +39,15 @@ def tradeoff_options(command: Any) -> Any:
 @click.option(
     "--figure",
     type=click.Choice(FIGURES),
-    help="filters: the DCT filters and what lambda keeps of them; spectrum: which frequencies each layer uses; "
-    "tradeoff: error against parameters as lambda varies.",
+    help="Instead of the page, one figure. filters: the DCT filters and what lambda keeps of them; spectrum: which "
+    "frequencies each layer uses; tradeoff: error against parameters as lambda varies.",
 )
-@click.option("-o", "--output", metavar="FILE", help=".png or .svg; default: NAME-FIGURE.png. The .csv lies beside it.")
+@click.option(
+    "-o",
+    "--output",
+    metavar="FILE",
+    help="Of a report .html (default: NAME-report.html) or .json; of a figure .png (default: NAME-FIGURE.png) or .svg.",
+)
 @options.force
 @click.option(
     "--kernel-size",
@@ -50,7 +55,9 @@ def tradeoff_options(command: Any) -> Any:
     help="filters, spectrum: of this kernel only, such as 7x7; default: the most common one, or all.",
 )
 @tradeoff_options
+@options.input_size
 @options.network_options
+@options.loudness
 @options.common
 def command(
     source: str,
@@ -58,16 +65,20 @@ def command(
     output: str | None,
     force: bool,
     kernel_size: tuple[int, ...] | None,
+    input_size: Any,
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Draw a figure of the network SOURCE, and write the numbers that it shows beside it as .csv.
+    """Write a page about the harmonic checkpoint SOURCE, or with --figure one figure of any network.
 
-    The paper's figures 2, 3 and 4, from your network. The trade-off tests on --dataset or --data-dir, as evaluate does,
-    and draws the calibrated cuts, too, where --calibrate says on which images.
+    The page needs nothing but itself: what was done and what it costs, layer by layer, as far as the file tells;
+    with -o FILE.json its data. Figures are the paper's 2, 3 and 4, from your network, with their numbers beside
+    them as .csv. The trade-off tests on --dataset or --data-dir, as evaluate does, and draws the calibrated cuts, too,
+    where --calibrate says on which images.
 
     \b
     Example:
+      harmconvert report resnet50-harmonic-progressive.safetensors -o report.html
       harmconvert report resnet50 --figure filters -o filters.svg
       harmconvert report resnet50 --figure spectrum
       harmconvert report sample:resnet_mnist5k --figure tradeoff --dataset sample:mnist5k --calibrate sample:mnist5k
@@ -80,7 +91,10 @@ def command(
     from ..report.writing import check_figure, drawing, write_figure
 
     if figure is None:
-        raise UsageError(f"which figure? give --figure {', '.join(FIGURES[:-1])} or {FIGURES[-1]}")
+        _page(source, given, output, force, kernel_size, input_size, as_json)
+        return
+    if input_size:
+        raise UsageError("--input-size is of use only without --figure")
     if figure != "tradeoff":
         options.only_with(tradeoff_options, "--figure tradeoff")
     elif kernel_size is not None:
@@ -108,6 +122,37 @@ def command(
     if isinstance(found, Tradeoff):
         console.print(tables.tradeoff_table(found))
     console.print(f"wrote {image} and {numbers}", markup=False)
+
+
+def _page(
+    source: str,
+    given: dict[str, Any],
+    output: str | None,
+    force: bool,
+    kernel_size: tuple[int, ...] | None,
+    input_size: Any,
+    as_json: bool,
+) -> None:
+    """Write the page, or its data."""
+    from ..errors import UsageError
+    from ..report.page import check_report, write_report
+    from ..sources import is_harmonic_source
+
+    if not is_harmonic_source(source):
+        raise UsageError(
+            f"which figure? give --figure {', '.join(FIGURES[:-1])} or {FIGURES[-1]}; without it the page of a "
+            f"harmonic checkpoint is written, and {source} is none: make one with: harmconvert convert {source}"
+        )
+    options.only_with(tradeoff_options, "--figure tradeoff")
+    if kernel_size is not None:
+        raise UsageError("--kernel-size is of use only with --figure filters or spectrum")
+    path = check_report(source, output, force)
+    report = pages.report_on(source, input_size, given)
+    write_report(report, path, force)
+    if as_json:
+        options.print_json({"output": str(path), **report.to_json()})
+        return
+    options.console().print(f"wrote {path}", markup=False)
 
 
 def _tradeoff(network: Network, given: dict[str, Any]) -> Tradeoff:

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 @options.force
 @training_options.run_options
 @options.network_options
+@options.loudness
 @options.common
 def command(
     source: str,
@@ -78,6 +79,8 @@ def command(
       harmconvert train resnet50 --recipe imagenet-resnet --harmonic none --data-dir imagenet/ --amp
       harmconvert train sample:resnet_mnist5k --harmonic none --recipe cifar-wrn --dataset sample:mnist5k --hflip 0
     """
+    from dataclasses import replace
+
     from ..distributed import joined, rank
     from ..files import check_output
     from ..training import train
@@ -100,8 +103,9 @@ def command(
         keeper = training_options.keeper_from(given, output, identity, force)
         machine, workers = training_options.machine_from(given), training_options.workers_from(given)
         setting = Setting(config, machine, workers)
-        worth, record = evaluator(data, recipe, setting), training_options.recorder(output, given["log"])
-        with training_options.progress(recipe.epochs) as (told, epoch_done):
+        record = training_options.recorder(output, given["log"])
+        with training_options.progress(recipe.epochs) as (told, epoch_done, tested):
+            worth = evaluator(data, recipe, replace(setting, tested=tested))
 
             def after_epoch(rows: Any) -> None:
                 record(rows)
@@ -118,7 +122,7 @@ def command(
                 progress=told,
                 epoch_done=after_epoch,
             )
-        found = worth(model)
+            found = worth(model)
         if rank() > 0:
             return
         run = {"recipe": recipe.to_json(), "epochs": [dict(row) for row in rows], "evaluation": found.to_json()}

@@ -305,17 +305,19 @@ def recorder(output: str, log: str | None) -> Callable[[Sequence[Mapping[str, An
 
 
 @contextmanager
-def progress(epochs: int) -> Iterator[tuple[Callable[[Told], None], Callable[[Mapping[str, Any]], None]]]:
-    """What to call while training and after an epoch: a bar with the time left on a terminal, else lines."""
+def progress(
+    epochs: int,
+) -> Iterator[tuple[Callable[[Told], None], Callable[[Mapping[str, Any]], None], Callable[[int, int | None], None]]]:
+    """What to call while training, after an epoch, and while testing: bars on a terminal, else lines."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    if os.environ.get("RANK", "0") != "0":
-        yield (lambda told: None), (lambda row: None)
+    if os.environ.get("RANK", "0") != "0" or options.loud("quiet"):
+        yield (lambda told: None), (lambda row: None), (lambda done, steps: None)
         return
     if not console.is_terminal:
-        yield _tell_now_and_then(epochs), lambda row: options.say(epoch_line(row, epochs))
+        yield _tell_now_and_then(epochs), lambda row: options.say(epoch_line(row, epochs)), lambda done, steps: None
         return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
@@ -326,7 +328,14 @@ def progress(epochs: int) -> Iterator[tuple[Callable[[Told], None], Callable[[Ma
             text = f"{at.epoch + 1}/{epochs}  loss {at.loss:.3f}  {at.accuracy:.1%}  {at.images_per_second:,.0f} img/s"
             bar.update(task, completed=at.epoch * steps + at.step, total=epochs * steps, description=text)
 
-        yield told, lambda row: bar.console.print(epoch_line(row, epochs), markup=False, highlight=False)
+        testing = bar.add_task("testing", visible=False)
+
+        def tested(done: int, steps: int | None) -> None:
+            if done == 1:
+                bar.reset(testing, total=steps)
+            bar.update(testing, completed=done, visible=steps is None or done < steps)
+
+        yield told, lambda row: bar.console.print(epoch_line(row, epochs), markup=False, highlight=False), tested
 
 
 def epoch_line(row: Mapping[str, Any], epochs: int) -> str:

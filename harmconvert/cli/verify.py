@@ -24,6 +24,7 @@ from . import options
 )
 @options.input_size
 @options.network_options
+@options.loudness
 @options.common
 def command(
     original: str,
@@ -50,7 +51,9 @@ def command(
 
     network = options.opened(original, network_options, form="harmonic")
     other = open_counterpart(converted, network)
-    check = verify(network.model, other, options.verification_inputs(input_size, network.source), tolerance=tolerance)
+    inputs = options.verification_inputs(input_size, network.source)
+    with options.progress() as progress:
+        check = verify(network.model, other, inputs, tolerance=tolerance, progress=progress)
     passed = check.ok or (as_planned and check.as_planned)
     console = options.console(quiet=as_json)
     console.print(tables.verification_table(check))
@@ -59,5 +62,5 @@ def command(
     if as_json:
         options.print_json({"passed": passed, **check.to_json()})
     if not passed:
-        options.say(f"harmconvert: check failed: {check.verdict}")
+        options.say(f"harmconvert: check failed: {check.verdict}", urgent=True)
     return 0 if passed else 1

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from ..benchmark import Benchmark
@@ -20,7 +22,10 @@ from ..forms import Factoring
 from ..inspection import LAMBDAS, Inspection
 from ..training.finetuning import Stage
 from ..verify import Verification
+from .comparison import Column, Comparison
 from .tradeoff import Tradeoff
+
+LONGEST_WORD = 14  # of a name that is folded, where there is no room for more
 
 
 def conversion_table(conversion: Conversion) -> Table:
@@ -163,15 +168,53 @@ def tradeoff_table(tradeoff: Tradeoff) -> Table:
     """One row per network: lambda, parameters, error with its interval, disagreement with the uncut network, KL."""
     rows = []
     for point in (tradeoff.uncut, *tradeoff.points):
-        error = "" if point.error is None else f"{point.error:.2f} %"
-        interval = "" if point.error_interval is None else "{:.2f} to {:.2f} %".format(*point.error_interval)
+        error = "" if point.error is None else f"{point.error:.2f}"
+        interval = "" if point.error_interval is None else "{:.2f} to {:.2f}".format(*point.error_interval)
         macs = "" if point.mac_share is None else f"{point.mac_share:.1%}"
         size = [millions(point.parameters), f"{point.parameter_share:.1%}", macs]
-        name = ", ".join(point.lambdas) or "uncut"
-        against = [f"{point.disagreement:.2f} %", f"{point.divergence:.3g}"] if point.lambdas else ["", ""]
-        rows.append([name, "yes" if point.calibrated else "", *size, error, interval, *against, point.note or ""])
-    headings = ["lambda", "calibrated", "parameters", "of the whole", "MACs, factored"]
-    return _table([*headings, "top-1 error", "95 %", "other than uncut", "KL", "note"], rows, left={0, 1, 9})
+        name = (", ".join(point.lambdas) or "uncut") + (", calibrated" if point.calibrated else "")
+        against = [f"{point.disagreement:.2f}", f"{point.divergence:.2g}"] if point.lambdas else ["", ""]
+        rows.append([name, *size, error, interval, *against, point.note or ""])
+    headings = ["lambda", "params", "of the whole", "MACs, factored"]
+    return _table([*headings, "top-1 error, %", "95 %", "other than uncut, %", "KL", "note"], rows, left={0, 8})
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """A row for each fact, a column for each checkpoint."""
+    columns = comparison.columns
+    facts: list[tuple[str, list[str]]] = [
+        ("network", [column.source or "not recorded" for column in columns]),
+        ("plan", [column.plan for column in columns]),
+        ("basis", [column.basis if column.basis != "dct" else "" for column in columns]),
+        ("layers cut", [f"{column.cut} of {column.converted}" for column in columns]),
+        ("skipped", [str(column.skipped or "") for column in columns]),
+        ("parameters", [f"{millions(c.parameters)} ({c.share:.1%})" for c in columns]),
+        ("tensors", [megabytes(column.bytes) for column in columns]),
+        ("MACs, factored", [_factored(column) for column in columns]),
+        ("calibrated on", [f"{c.calibration_inputs} inputs" if c.calibration_inputs else "" for c in columns]),
+        ("divergence", ["" if c.divergence is None else f"{c.divergence:.3g}" for c in columns]),
+        ("trained", [f"{column.epochs} epochs" if column.epochs else "" for column in columns]),
+        ("top-1", ["not known" if c.top1 is None else f"{c.top1:.2%} ({c.stage})" for c in columns]),
+        ("95 %", ["" if not c.top1_interval else "{:.2%} to {:.2%}".format(*c.top1_interval) for c in columns]),
+        ("as uncut", ["" if column.agreement is None else f"{column.agreement:.2%}" for column in columns]),
+    ]
+    rows = [[fact, *values] for fact, values in facts if any(values)]
+    return _table(["", *(column.name for column in columns)], rows, left={0})
+
+
+def differences_table(comparison: Comparison) -> Table:
+    """A row for each layer shown."""
+    rows = [
+        [name or "(root)", *("-" if one is None else "skipped" if not one[0] else f"{one[0]}/{one[1]}" for one in row)]
+        for name, row in comparison.layers.items()
+    ]
+    return _table(["layer", *(column.name for column in comparison.columns)], rows, left={0})
+
+
+def _factored(column: Column) -> str:
+    if column.factored_macs is None or not column.dense_macs:
+        return "unknown"
+    return f"{millions(column.factored_macs)} ({column.factored_macs / column.dense_macs:.1%})"
 
 
 def cost_lines(cost: Cost) -> list[str]:
@@ -281,11 +324,33 @@ def _kept(layer: LayerRecord) -> str:
     return "skipped" if layer.skipped else f"{layer.kept}/{layer.total}"
 
 
+class _Fitted(Table):
+    """A table that gives way where it must: words of headings and notes go to the next line, then long names are
+    folded. Rich alone would break numbers, too."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        widths, words = [], []
+        for column in self.columns:
+            cells = [str(cell).replace("\\[", "[") for cell in column.cells]
+            parts = str(column.header).split() + (" ".join(cells).split() if column.justify == "left" else cells)
+            widths.append(max(map(cell_len, [str(column.header), *cells])))
+            words.append(max(map(cell_len, parts), default=1))
+        for floors in (words, [min(least, LONGEST_WORD) for least in words]):
+            while sum(widths) + 2 * (len(widths) - 1) > options.max_width:
+                slack = [width - floor for width, floor in zip(widths, floors, strict=True)]
+                if not any(slack):
+                    break
+                widths[slack.index(max(slack))] -= 1
+        for column, width in zip(self.columns, widths, strict=True):
+            column.width = width
+        return super().__rich_console__(console, options)
+
+
 def _table(headings: list[str], rows: list[list[str]], left: set[int]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = _Fitted(box=None, pad_edge=False, header_style="bold")
     for index, heading in enumerate(headings):
         if any(row[index] for row in rows):
-            table.add_column(heading, justify="left" if index in left else "right", no_wrap=index == 0)
+            table.add_column(heading, justify="left" if index in left else "right", overflow="fold")
     used = [index for index in range(len(headings)) if any(row[index] for row in rows)]
     for row in rows:
         table.add_row(*(_plain(row[index]) for index in used))

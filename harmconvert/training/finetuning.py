@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -74,7 +75,8 @@ class FineTuning:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a run works with: pre-processing, machine, loading, where state is kept, whom to tell."""
+    """What a run works with: pre-processing, machine, loading, where state is kept, whom to tell (``tested``: after
+    each batch of test images, of so many, None: of a stream)."""
 
     preprocessing: Mapping[str, Any]
     machine: Machine
@@ -84,6 +86,7 @@ class Setting:
     resume: Path | None = None
     say: Callable[[str], None] = lambda message: None
     told: Callable[[Told], None] = lambda told: None
+    tested: Callable[[int, int | None], None] = lambda done, steps: None
     epoch_done: Callable[[Sequence[Mapping[str, Any]]], None] = lambda rows: None
 
     @property
@@ -183,7 +186,10 @@ def evaluator(
         if recipe.distill == 1 and data.classes not in (None, number_of_classes(network)):
             # Labels that are not looked at in training may be of anything.
             batches = (batch._replace(labels=torch.full_like(batch.labels, NO_LABEL)) for batch in batches)
-        found = evaluate(network, batches, other, autocast=precision)
+        done = itertools.count(1)
+        found = evaluate(
+            network, batches, other, autocast=precision, progress=lambda _: setting.tested(next(done), loading.steps)
+        )
         if note := loading.unread(found.images + len(found.unreadable)):
             setting.say(note)
         return found

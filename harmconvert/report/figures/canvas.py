@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,15 +45,3 @@ def canvas(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
     return figure
-
-
-def edges(kept: Sequence[Sequence[bool]]) -> list[list[tuple[int, int]]]:
-    """Lines between the kept and the cut cells of a grid, each cell one wide and one high."""
-    lines = []
-    for row, cells in enumerate(kept):
-        for column, cell in enumerate(cells):
-            if column and cell != cells[column - 1]:
-                lines.append([(column, row), (column, row + 1)])
-            if row and cell != kept[row - 1][column]:
-                lines.append([(column, row), (column + 1, row)])
-    return lines

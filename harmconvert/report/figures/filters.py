@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from ..filters import FilterBank
+from ..grid import edges
 from ..kernels import size_text
-from .canvas import COLOURS, GREY, PALE, canvas, edges
+from .canvas import COLOURS, GREY, PALE, canvas
 
 _ROOMY = 0.6  # inches that a filter needs to have words beside it
 

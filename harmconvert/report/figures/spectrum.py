@@ -8,9 +8,10 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, QuadMesh
 from matplotlib.figure import Figure
 
+from ..grid import edges
 from ..kernels import size_text
 from ..spectrum import LayerSpectrum, Spectrum
-from .canvas import COLOURS, PALE, VERMILION, canvas, edges
+from .canvas import COLOURS, PALE, VERMILION, canvas
 
 MAX_HEIGHT = 40.0  # inches: beyond that rows grow thinner instead
 

@@ -1,0 +1,41 @@
+"""harmconvert compare"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from . import options, pages
+
+
+@click.command(name="compare")
+@click.argument("sources", nargs=-1, required=True, metavar="A B [C ...]")
+@click.option("--all-layers", is_flag=True, help="Show layers of which all keep as much, too.")
+@options.input_size
+@options.trust_code
+@options.common
+def command(sources: tuple[str, ...], all_layers: bool, input_size: Any, trust_code: bool, as_json: bool) -> None:
+    """Show the harmonic checkpoints A, B, ... side by side: sizes, accuracies as they are recorded, and where the plans
+    differ.
+
+    \b
+    Example:
+      harmconvert compare resnet50-harmonic-2.safetensors resnet50-harmonic-progressive.safetensors
+      harmconvert compare cut.safetensors cut-finetuned.safetensors --json
+    """
+    from ..report.comparison import compare
+    from ..report.tables import comparison_table, differences_table
+
+    reports = [pages.report_on(source, input_size, {"trust_code": trust_code}) for source in sources]
+    comparison = compare(reports, all_layers)
+    if as_json:
+        options.print_json(comparison.to_json())
+        return
+    console = options.console()
+    console.print(comparison_table(comparison))
+    if comparison.layers:
+        console.print()
+        console.print(differences_table(comparison))
+    for note in comparison.notes:
+        console.print(f"note: {note}", markup=False)

@@ -1,0 +1,202 @@
+"""The charts of the page as geometry: places in percent of the plot, so that it stretches and its words do not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ..budget import UNITS
+from .summary import LayerFacts, Report
+
+_DECADES = 1e6  # that a logarithmic axis spans at most: what is less lies at its end
+
+
+@dataclass(frozen=True)
+class Axis:
+    """From ``low`` to ``high``, evenly or by powers of ten; ``ticks`` are what is written beside it."""
+
+    label: str
+    low: float
+    high: float
+    log: bool = False
+    ticks: tuple[float, ...] = ()
+
+    def place(self, value: float) -> float:
+        """Where a value lies, from 0 to 100; what is beyond lies at the end."""
+        low, high = self.low, self.high
+        if self.log:
+            low, high, value = math.log10(low), math.log10(high), math.log10(max(value, low))
+        return 100 * min(max((value - low) / ((high - low) or 1), 0.0), 1.0)
+
+    def words(self) -> list[tuple[float, str]]:
+        """The places of the ticks, and what is written there."""
+        return [(self.place(tick), f"{tick:g}") for tick in self.ticks]
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points (x, y, what they are) under one name: a ``line``, ``dots`` or ``rings``, in one of the page's colours."""
+
+    name: str
+    look: str
+    colour: str
+    points: tuple[tuple[float, float, str], ...]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Series on two axes; ``stems`` are thin lines between pairs of points, ``limit`` a line across at a place of x."""
+
+    name: str
+    title: str
+    x: Axis
+    y: Axis
+    series: tuple[Series, ...]
+    stems: tuple[tuple[float, float, float], ...] = ()
+    limit: tuple[float, str] | None = None
+
+    def path(self, series: Series) -> str:
+        """The series as an SVG path in a square of 1000: a line, or a point for each dot, which its cap makes round."""
+        places = [(10 * self.x.place(x), 1000 - 10 * self.y.place(y)) for x, y, _ in series.points]
+        if series.look == "line":
+            return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places) if places else ""
+        return "".join(f"M{x:.1f} {y:.1f}h.01" for x, y in places)
+
+    def stem_path(self) -> str:
+        """The stems as an SVG path."""
+        lines = (
+            (10 * self.x.place(x), 1000 - 10 * self.y.place(a), 1000 - 10 * self.y.place(b)) for x, a, b in self.stems
+        )
+        return "".join(f"M{x:.1f} {a:.1f}V{b:.1f}" for x, a, b in lines)
+
+    def hover(self) -> list[tuple[float, float, str]]:
+        """Every point that tells something: places in percent from the left and the top, and the text."""
+        return [
+            (round(self.x.place(x), 2), round(100 - self.y.place(y), 2), tip)
+            for series in self.series
+            for x, y, tip in series.points
+            if tip
+        ]
+
+
+def axis(label: str, values: Iterable[float], *, log: bool = False, zero: bool = False) -> Axis:
+    """An axis that holds the values, between round numbers; by powers of ten where ``log`` and they differ in order."""
+    values = [value for value in values if math.isfinite(value)]
+    positive = [value for value in values if value > max(values) / _DECADES]
+    if log and positive and max(positive) / min(positive) > 8:
+        least, most = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))
+        decades = range(least, most + 1, max(1, math.ceil((most - least) / 6)))
+        return Axis(label, 10.0**least, 10.0**most, True, tuple(10.0**power for power in decades))
+    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    low = min(low, 0.0) if zero or log else low
+    if high == low:
+        low, high = low - (abs(low) / 2 or 1.0), high + (abs(high) / 2 or 1.0)
+    step = _round_step((high - low) / 4)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    ticks = tuple(float(f"{index * step:.10g}") for index in range(first, last + 1))
+    return Axis(label, ticks[0], ticks[-1], False, ticks)
+
+
+def _round_step(step: float) -> float:
+    scale = 10.0 ** math.floor(math.log10(step))
+    return next(factor * scale for factor in (1, 2, 2.5, 5, 10) if factor * scale >= step * 0.999)
+
+
+def counted(label: str, count: int) -> Axis:
+    """An axis of 1 to ``count`` with half a place to spare, and whole numbers beside it."""
+    step = max(1, int(_round_step(max(count - 1, 1) / 5)))
+    ticks = [1, *range(step if step > 1 else 2, count + 1, step)] if count > 1 else [1]
+    return Axis(label, 0.5, count + 0.5, False, tuple(map(float, ticks)))
+
+
+def error_chart(layers: Sequence[LayerFacts], plain: bool) -> Chart | None:
+    """Errors of the cut layers in the order of the network: of the kernel, or (not ``plain``) of what the layer puts
+    out, before and after calibration."""
+    numbered = [(number, layer) for number, layer in enumerate(layers, 1) if layer.cut]
+    x = counted("layer, in the order of the network", len(layers))
+    if plain:
+        found = [(number, 100 * e, f"{_called(layer)}\nkernel error {100 * e:.3g} %")
+                 for number, layer in numbered if (e := layer.kernel_error) is not None]  # fmt: skip
+        if not found:
+            return None
+        y = axis("relative error of the kernel, %", (value for _, value, _ in found), zero=True)
+        return Chart(
+            "kernels", "What the cut took from each kernel", x, y, (Series("plain cut", "dots", "b", tuple(found)),)
+        )
+    pairs = [
+        (number, layer, 100 * layer.output_error_before, 100 * layer.output_error_after)
+        for number, layer in numbered
+        if layer.output_error_before is not None and layer.output_error_after is not None
+    ]
+    if not pairs:
+        return None
+    tips = [
+        f"{_called(layer)}\noutput error {a:.3g} % -> {b:.3g} %\n{layer.decision or ''}" for _, layer, a, b in pairs
+    ]
+    y = axis("relative error of the output, %", [v for _, _, *both in pairs for v in both], zero=True)
+    before = tuple((number, a, tip) for (number, _, a, _), tip in zip(pairs, tips, strict=True))
+    after = tuple((number, b, tip) for (number, _, _, b), tip in zip(pairs, tips, strict=True))
+    series = (Series("plain cut", "rings", "b", before), Series("calibrated", "dots", "a", after))
+    return Chart(
+        "outputs", "What each layer puts out, before and after calibration", x, y, series,
+        tuple((number, a, b) for number, _, a, b in pairs),
+    )  # fmt: skip
+
+
+def search_chart(report: Report) -> Chart | None:
+    """Every plan that the budget search saw: harm against size."""
+    search = report.search
+    if not search:
+        return None
+    whole, scored = search["whole"], search["scored_by"]
+    front = [(100 * cost / whole, score, f"best by scores\n{100 * cost / whole:.1f} %: {score:.3g}")
+             for cost, score in search["frontier"]]  # fmt: skip
+    groups: dict[bool, list[tuple[float, float, str]]] = {True: [], False: []}
+    best: list[tuple[float, float, str]] = []
+    for number, plan in enumerate(search["tried"]):
+        seen = plan["measured"] if plan["measured"] is not None else plan["expected"]
+        point = (100 * plan["cost"] / whole, seen, f"{plan['origin']}\n{100 * plan['cost'] / whole:.1f} %: {seen:.3g}")
+        groups[plan["origin"].startswith("lambda")].append(point)
+        if number == search["taken"]:
+            best.append((*point[:2], f"taken: {point[2]}"))
+    unit = "KL from the uncut network, nats" if scored == "divergence" else "energy cut, layers summed"
+    series = [
+        Series("best by the scores of single layers", "line", "grey", tuple(front)),
+        Series("uniform and progressive, tried", "dots", "a", tuple(groups[True])),
+        Series("searched, tried", "dots", "b", tuple(groups[False])),
+        Series("taken", "halo", "b", tuple(best)),
+    ]
+    points = [point for one in series for point in one.points]
+    x = axis(f"{UNITS.get(search['unit'], search['unit'])}, % of the uncut network's", (x for x, _, _ in points))
+    y, limit = axis(unit, (y for _, y, _ in points), log=True), 100 * search["limit"] / whole
+    shown = tuple(one for one in series if one.points)
+    return Chart("search", "Harm against size", x, y, shown, limit=(limit, f"budget {search['budget']}"))
+
+
+def training_charts(report: Report) -> list[Chart]:
+    """Loss and top-1 by epoch, over all runs; what was not measured has no line."""
+    rows = [row for run in report.training for row in run.get("epochs") or []]
+    charts = []
+    for name, title, label, keys, scale in (
+        ("loss", "Loss by epoch", "loss, nats", ("loss", "test_loss"), 1.0),
+        ("top1", "Top-1 by epoch", "top-1, %", ("accuracy", "test_top1"), 100.0),
+    ):
+        series = []
+        for key, words, colour in zip(keys, ("training images", "test images"), ("b", "a"), strict=True):
+            points = tuple(
+                (number, scale * row[key], f"epoch {number}, {words}\n{label.partition(',')[0]} {scale * row[key]:.4g}")
+                for number, row in enumerate(rows, 1)
+                if row.get(key) is not None and math.isfinite(row[key])
+            )
+            if points:
+                bare = tuple((x, y, "") for x, y, _ in points)
+                series += [Series("", "line", colour, bare), Series(words, "dots", colour, points)]
+        if series:
+            values = [y for one in series for _, y, _ in one.points]
+            charts.append(Chart(name, title, counted("epoch", len(rows)), axis(label, values), tuple(series)))
+    return charts
+
+
+def _called(layer: LayerFacts) -> str:
+    return layer.name or "(root)"

@@ -1,0 +1,113 @@
+"""Checkpoints side by side: what they hold, what they cost, what they are worth, and where they differ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..errors import UsageError
+from .summary import Report, StageFacts
+
+
+@dataclass(frozen=True)
+class Column:
+    """One checkpoint: sizes, MACs per example in factored form, and its last known accuracy. None: not known."""
+
+    name: str
+    source: str | None
+    weights: str | None
+    plan: str
+    basis: str
+    converted: int
+    cut: int
+    skipped: int
+    uncut_parameters: int
+    parameters: int
+    bytes: int
+    dense_macs: int | None
+    factored_macs: int | None
+    calibration_inputs: int | None
+    divergence: float | None
+    epochs: int
+    stage: str | None
+    top1: float | None
+    top1_interval: tuple[float, float] | None
+    agreement: float | None
+    images: int | None
+
+    @property
+    def share(self) -> float:
+        """Parameters over those of the uncut network."""
+        return self.parameters / max(self.uncut_parameters, 1)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Checkpoints, and their layers: by name, what each keeps of how many (None: it has no such layer)."""
+
+    columns: tuple[Column, ...]
+    layers: dict[str, tuple[tuple[int, int] | None, ...]]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What makes the columns hard to compare."""
+        notes = []
+        if len({column.source for column in self.columns}) > 1:
+            notes.append("these are of different networks")
+        elif len({column.weights for column in self.columns} - {None}) > 1:
+            notes.append("these were converted from different weights of the same network")
+        if len({column.images for column in self.columns if column.top1 is not None}) > 1:
+            notes.append("accuracies are of different numbers of images")
+        return tuple(notes)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dict."""
+        columns = [{**asdict(column), "share": column.share} for column in self.columns]
+        return {"checkpoints": columns, "layers": {k: list(v) for k, v in self.layers.items()}, "notes": self.notes}
+
+
+def compare(reports: Sequence[Report], all_layers: bool = False) -> Comparison:
+    """The reports of two checkpoints or more, side by side; of their layers those of which they do not all keep as
+    much, or all.
+
+    Raises:
+        UsageError: fewer than two.
+    """
+    if len(reports) < 2:
+        raise UsageError("a comparison wants two checkpoints or more")
+    kept = [{layer.name: (layer.kept, layer.total) for layer in report.layers} for report in reports]
+    names = dict.fromkeys(layer.name for report in reports for layer in report.layers)
+    rows = {name: tuple(one.get(name) for one in kept) for name in names}
+    shown = {name: row for name, row in rows.items() if all_layers or len(set(row)) > 1}
+    return Comparison(tuple(map(_column, reports)), shown)
+
+
+def _column(report: Report) -> Column:
+    dense, harmonic, factored = (report.form(name) for name in ("dense", "harmonic", "factored"))
+    known = [stage for stage in report.stages if stage.top1 is not None or stage.agreement is not None]
+    stage = known[-1] if known else StageFacts("")
+    calibration = report.calibration or {}
+    return Column(
+        name=report.name,
+        source=str(report.source) if report.source else None,
+        weights=report.source.sha256 if report.source else None,
+        plan=report.plan.policy,
+        basis=report.plan.basis,
+        converted=sum(layer.kept > 0 for layer in report.layers),
+        cut=len(report.cut),
+        skipped=sum(layer.kept == 0 for layer in report.layers),
+        uncut_parameters=dense.parameters,
+        parameters=harmonic.parameters,
+        bytes=harmonic.bytes,
+        dense_macs=dense.macs,
+        factored_macs=factored.macs,
+        calibration_inputs=calibration.get("inputs"),
+        divergence=calibration.get("divergence"),
+        epochs=sum(len(run.get("epochs") or []) for run in report.training),
+        stage=stage.name or None,
+        top1=stage.top1,
+        top1_interval=stage.top1_interval,
+        agreement=stage.agreement,
+        images=stage.images,
+    )

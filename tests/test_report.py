@@ -1,0 +1,598 @@
+"""The report: its data, the page, the comparison; and how they look in a browser."""
+
+from __future__ import annotations
+
+import base64
+import html.parser
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pytest
+import safetensors.torch
+import timm
+import torch
+from PIL import Image
+from torch import nn
+
+from harmconvert.budget import SearchSettings
+from harmconvert.calibration import CalibrationSettings
+from harmconvert.checkpoint import Header, Source, read_header, save
+from harmconvert.convert import convert
+from harmconvert.errors import InputError, OutsideError, UsageError
+from harmconvert.plan import Plan
+from harmconvert.report import grid
+from harmconvert.report.charts import axis, counted
+from harmconvert.report.comparison import compare
+from harmconvert.report.page import page, shortened_name, write_report
+from harmconvert.report.record import record_of
+from harmconvert.report.summary import Report, report_of
+from harmconvert.sources import open_source
+
+from .browser import UNREADABLE, Visit, chromium
+from .pictures import digit_folders
+from .test_cli import SAMPLE, fails, ok
+
+SNAPSHOT = Path(__file__).with_name("report_snapshot.json")
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 5), nn.Conv2d(4, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+
+
+def evaluation(top1: float | None, images: int = 1000) -> dict[str, Any]:
+    return {
+        "images": images, "labelled": images if top1 is not None else 0, "top1": top1, "top5": None, "loss": 0.5,
+        "agreement": None if top1 is not None else 0.75, "divergence": None, "images_per_second": 1.0, "unreadable": [],
+    }  # fmt: skip
+
+
+def training(**recipe: Any) -> dict[str, Any]:
+    """What finetune records, in short."""
+    epochs = [{"epoch": n, "loss": 1 / n, "accuracy": 0.9, "test_loss": 0.5, "test_top1": 0.95} for n in (1, 2)]
+    stages = [
+        {"name": "uncut", "evaluation": evaluation(0.99), "why": None},
+        {"name": "before", "evaluation": evaluation(0.5), "why": None},
+        {"name": "calibrated", "evaluation": None, "why": "--calibration-images 0"},
+        {"name": "fine-tuned", "evaluation": evaluation(0.98), "why": None},
+    ]
+    return {"recipe": {"name": "finetune", "epochs": 2, "lr": 0.01, **recipe}, "stages": stages, "epochs": epochs}
+
+
+def made(network: nn.Module, lam: Any = 2, history: dict[str, Any] | None = None, **given: Any) -> Report:
+    """The report of a conversion, as the command line makes it."""
+    conversion = convert(network, lam, **given)
+    source = Source("sample", "resnet_mnist5k", {}, "ab" * 32, "Apache-2.0")
+    record = {**record_of(conversion, network), **(history or {})}
+    header = save(conversion, "net.safetensors", source=source, history=record, force=True)
+    example = given.get("example_input")
+    return report_of(conversion.model, header, "net", path="net.safetensors", example_input=example)
+
+
+def rich_report() -> Report:
+    """Something of everything: calibration, search, training, latency."""
+    network, inputs = small(), torch.randn(64, 1, 16, 16)
+    conversion = convert(
+        network, budget={"params": 0.6}, calibration=[inputs], example_input=inputs[:1], search=SearchSettings(4),
+        settings=CalibrationSettings(seed=3),
+    )  # fmt: skip
+    history = {**record_of(conversion, network), "training": [training()]}
+    header = save(conversion, "net.safetensors", source=Source("timm", "x", {"a": 1}, "cd" * 32), history=history)
+    return report_of(
+        conversion.model, header, "net", path="net.safetensors", example_input=inputs[:1],
+        latency={"dense": 0.02, "harmonic": 0.021},
+    )  # fmt: skip
+
+
+# --- the data ---
+
+
+def snapshot() -> dict[str, Any]:
+    """A report whose numbers are the same everywhere: six digits, no versions, no hashes."""
+
+    def plain(data: Any) -> Any:
+        if isinstance(data, float):
+            return float(f"{data:.5g}") if abs(data) > 1e-5 else 0.0
+        if isinstance(data, dict):
+            return {key: plain(value) for key, value in data.items()}
+        return [plain(value) for value in data] if isinstance(data, list | tuple) else data
+
+    found = made(small(), 2, {"training": [training()]}, example_input=torch.zeros(1, 1, 16, 16)).to_json()
+    return plain({**found, "versions": {}, "sha256": None, "harmconvert": "", "file_bytes": None})
+
+
+def test_the_data_are_those_of_the_snapshot() -> None:
+    """To renew it where the data are meant to change: python -m tests.test_report."""
+    assert json.loads(json.dumps(snapshot())) == json.loads(SNAPSHOT.read_text())
+
+
+def test_a_checkpoint_tells_afterwards_what_the_conversion_knew() -> None:
+    ok("convert", SAMPLE, "--lambda", "2", "-o", "cut.safetensors", "--report", "now.json")
+    ok("report", "cut.safetensors", "-o", "later.json")
+    assert json.loads(Path("now.json").read_text()) == json.loads(Path("later.json").read_text())
+    found = json.loads(Path("now.json").read_text())
+    layer = found["layers"][1]
+    assert (layer["name"], layer["kept"], layer["total"], layer["levels"]) == ("stage1.0.conv1", 3, 9, 2)
+    assert 0.4 < layer["energy"] < 0.6
+    assert all(value > 0 for value in layer["spectrum"]), "the uncut kernel's, the cut frequencies with it"
+    assert layer["spectrum_uncut"] is True
+    assert [form["parameters"] for form in found["forms"]] == [271994, 93818, 93818]
+    assert found["forms"][0]["macs"] > found["forms"][2]["macs"]
+    assert found["stages"] == []
+    assert Plan.from_json(found["plan"]) == read_header("cut.safetensors").plan
+
+
+def test_what_is_not_known_is_none() -> None:
+    network = small()
+    conversion = convert(network, 2)
+    found = report_of(conversion.model, save(conversion, "net.safetensors"), "net")
+    assert {form.macs for form in found.forms} == {form.seconds for form in found.forms} == {None}
+    assert (found.source, found.stages, found.calibration, found.search, found.commands) == (None, (), None, None, ())
+    cut = found.cut[0]
+    assert (cut.energy, cut.kernel_error, cut.output_error_after) == (None, None, None)
+    assert not cut.spectrum_uncut
+    assert cut.spectrum is not None
+    assert [value == 0 for value in cut.spectrum] == [not kept for kept in cut.keeps]
+    text = page(found)
+    for words in ("Accuracy is not known", "unknown", "not measured", "not recorded", "Errors are not recorded"):
+        assert words in text, words
+
+
+def test_stages_are_those_that_were_measured() -> None:
+    found = made(small(), 2, {"training": [training(), training()]})
+    names = ["uncut", "cut", "calibrated", "fine-tuned", "fine-tuned again (2)"]
+    assert [stage.name for stage in found.stages] == names
+    assert [stage.top1 for stage in found.stages] == [0.99, 0.5, None, 0.98, 0.98]
+    assert found.stages[2].why == "--calibration-images 0"
+    assert found.stages[0].top1_interval == pytest.approx((0.98169, 0.99456), abs=1e-4)
+    held_out = record_of(convert(small(), 2), small())
+    held_out["conversion"]["held_out"] = {"uncut": evaluation(0.9), "converted": evaluation(None)}
+    found = made(small(), 2, held_out)
+    assert [(stage.name, stage.top1, stage.agreement) for stage in found.stages] == [
+        ("uncut", 0.9, None), ("cut", None, 0.75),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        {"training": 3},
+        {"training": [{"stages": [{"name": "x"}]}]},
+        {"calibration": {"layers": [{}]}},
+        {"conversion": {"layers": [1]}},
+        {"conversion": {"layers": {"0": {"energy": "much"}}}},
+    ],
+)
+def test_a_history_of_something_else_is_told_in_a_line(history: dict[str, Any]) -> None:
+    conversion = convert(small(), 2)
+    with pytest.raises(InputError, match="net: what its header says was done to it is unreadable"):
+        report_of(conversion.model, replace(save(conversion, "net.safetensors"), history=history), "net")
+
+
+def test_commands_make_it_again() -> None:
+    ok("convert", SAMPLE, "--lambda", "3", "-o", "first.safetensors", "--report", "first.json")
+    (line,) = json.loads(Path("first.json").read_text())["commands"]
+    assert line == f"harmconvert convert {SAMPLE} --lambda 3 -o first.safetensors"
+    ok(*line.split()[1:-1], "again.safetensors")
+    assert read_header("again.safetensors") == read_header("first.safetensors")
+    one, other = (safetensors.torch.load_file(f"{name}.safetensors") for name in ("again", "first"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_commands_say_plan_where_no_lambda_gives_it_and_options_that_differ() -> None:
+    history = {"training": [training(scale=[0.5, 1.0], freeze_bn=True, ema=0.9, decay_milestones=[1, 2], hflip=0.5)]}
+    convert_line, finetune_line = made(small(), {"2": 1, "3": 2}, history).commands
+    assert convert_line == f"harmconvert convert {SAMPLE} --lambda 2=1,3=2 -o cut.safetensors"
+    options = "--epochs 2 --lr 0.01 --decay-milestones 1,2 --scale 0.5 1.0 --model-ema-decay 0.9 --freeze-bn"
+    assert finetune_line == f"harmconvert finetune cut.safetensors --data-dir DATA {options} -o net.safetensors"
+    assert "--plan plan.json" in made(small(), 2, include=["3"]).commands[0], "no lambda alone gives that"
+    calibrated = made(small(), 2, calibration=[torch.randn(40, 1, 16, 16)], settings=CalibrationSettings(0.1, seed=7))
+    assert "--calibrate DATA --calibration-images 40 --seed 7 --damping 0.1" in calibrated.commands[0]
+
+
+def test_every_option_that_commands_may_name_exists() -> None:
+    from dataclasses import fields
+
+    from harmconvert.cli.finetune import command
+    from harmconvert.report.reproduce import _OPTIONS
+    from harmconvert.training import Recipe
+
+    known = {option for parameter in command.params for option in parameter.opts}
+    for field in fields(Recipe):
+        if field.name != "name":
+            assert f"--{_OPTIONS.get(field.name, field.name).replace('_', '-')}" in known, field.name
+
+
+def test_a_network_trained_from_scratch_has_blocks_and_no_conversion() -> None:
+    digit_folders(Path("digits"), 2)
+    data = ["--data-dir", "digits", "--workers", "0", "--holdout", "0.5", "-b", "10", "--epochs", "1", "--hflip", "0"]
+    ok("train", SAMPLE, "--recipe", "cifar-wrn", *data, "-o", "t.safetensors")
+    ok("report", "t.safetensors", "-o", "t.json")
+    found = json.loads(Path("t.json").read_text())
+    assert {layer["kind"] for layer in found["layers"]} >= {"HarmonicBlock2d"}
+    assert [stage["name"] for stage in found["stages"]] == ["trained"]
+    ok("report", "t.safetensors", "-o", "t.html")
+    assert "was trained in harmonic form" in Path("t.html").read_text()
+
+
+# --- the page ---
+
+
+class Outline(html.parser.HTMLParser):
+    """Tags with their attributes, and the text of each kind of tag."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text: dict[str, list[str]] = {}
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attributes)))
+        if tag not in ("meta", "link", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data: str) -> None:
+        if self.open:
+            self.text.setdefault(self.open[-1], []).append(data)
+
+
+def test_the_page_is_sound_and_has_every_section() -> None:
+    outline = Outline(page(rich_report()))
+    assert outline.open == []
+    assert outline.text["h2"] == [
+        "What it costs", "The network, layer by layer", "Which frequencies the layers live on",
+        "What the cut broke, and what came back", "The search for a budget", "Training", "The plan",
+        "Where it comes from",
+    ]  # fmt: skip
+    assert outline.text["title"] == ["net: what harmconvert did"]
+    classes = [attributes.get("class") for _, attributes in outline.tags]
+    assert classes.count("heat") == 2, "one for each kernel size"
+    assert classes.count("area") == 5, "two of errors, one of the search, two of training"
+    assert sum("data-i" in attributes for _, attributes in outline.tags) == 3
+    assert any("99.00 %" in text for text in outline.text["span"])
+    assert "20 ms" in outline.text["td"]
+
+
+def test_sections_without_anything_to_show_are_left_out() -> None:
+    headings = Outline(page(made(small(), "full"))).text["h2"]
+    assert headings == [
+        "What it costs", "The network, layer by layer", "Which frequencies the layers live on", "The plan",
+        "Where it comes from",
+    ]  # fmt: skip
+    assert "Nothing is cut" in page(made(small(), "full"))
+    assert "the basis is haar" in page(made(small(), 2, basis="haar"))
+
+
+def test_the_page_asks_for_nothing_and_runs_only_its_own_script() -> None:
+    text = page(rich_report())
+    outline = Outline(text)
+    for tag, attributes in outline.tags:
+        for key in ("src", "href", "action", "srcset", "data", "poster"):
+            assert (attributes.get(key) or "data:").startswith("data:"), (tag, attributes)
+        assert not [key for key in attributes if key.startswith("on")], (tag, attributes)
+    assert not re.search(r"https?://|@import|url\(", text)
+    policy = next(a["content"] for tag, a in outline.tags if a.get("http-equiv") == "Content-Security-Policy") or ""
+    assert policy.startswith("default-src 'none'; img-src data:; ")
+    (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    import hashlib
+
+    assert f"script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" in policy
+
+
+HOSTILE = (
+    "<script>window.hit=1</script>", "</script><script>window.hit=1</script>", "<img src=x onerror=window.hit=1>",
+    "\"><svg onload='window.hit=1'>", "{{ 7 * 7 }}", "<!--", "]]>", "&lt;b&gt;", "\u202egpj.exe", "a\x00b\x07\n",
+    "n" * 300, "漢字",
+)  # fmt: skip
+
+
+def hostile() -> Report:
+    """A report in which every word that comes from a file is out to do harm."""
+    network = nn.Module()
+    network.layers = nn.ModuleDict({name.replace(".", "_"): nn.Conv2d(1, 1, 3) for name in HOSTILE})
+    conversion = convert(network, 2)
+    history = {**record_of(conversion, network), "training": [training()]}
+    history["training"][0]["stages"][2]["why"] = HOSTILE[0]
+    plan = replace(conversion.plan, policy=HOSTILE[0], notes={"layers." + HOSTILE[0]: HOSTILE[1]})
+    source = Source(HOSTILE[0], HOSTILE[1], {HOSTILE[2]: HOSTILE[3]}, HOSTILE[0], HOSTILE[1])
+    header = Header(plan, source, {}, history, {HOSTILE[0]: HOSTILE[2]})
+    return report_of(conversion.model, header, HOSTILE[0])
+
+
+def test_names_from_files_are_names() -> None:
+    text = page(hostile())
+    outline = Outline(text)
+    assert outline.open == []
+    assert [tag for tag, _ in outline.tags].count("script") == 2, "the data and our own"
+    assert {tag for tag, _ in outline.tags}.isdisjoint({"iframe", "b<", "object"})
+    assert all(attributes.get("src", "data:").startswith("data:") for _, attributes in outline.tags)  # type: ignore[union-attr]
+    assert "&lt;script&gt;window.hit=1&lt;/script&gt;" in text
+    assert "{{ 7 * 7 }}" in text
+    assert not {c for c in text if not c.isprintable()} - {"\n"}
+    (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
+    assert "<" not in data
+    assert json.loads(data)["layers"][0].startswith("layers.<script>")
+
+
+def deep() -> Report:
+    """A thousand layers, every third of them cut; some with large kernels."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(2, 2, 7 if number % 10 == 0 else 3) for number in range(1000)]
+    return made(nn.Sequential(*layers), {f"{number}": 1 + number % 5 for number in range(0, 1000, 3)})
+
+
+@pytest.mark.parametrize("suffix", [".html", ".json"])
+def test_a_thousand_layers_are_under_two_megabytes_and_three_seconds(suffix: str) -> None:
+    report = deep()
+    start = time.process_time()
+    write_report(report, Path(f"deep{suffix}"))
+    assert time.process_time() - start < 3  # measured: 0.2
+    assert Path(f"deep{suffix}").stat().st_size < (2e6 if suffix == ".html" else 4e6)
+
+
+def test_a_missing_jinja_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    ok("convert", SAMPLE, "--lambda", "2", "-o", "cut.safetensors")
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(OutsideError, match=r"made by jinja2: pip install 'harmconvert\[report\]'"):
+        page(made(small()))
+    fails(4, "pip install 'harmconvert[report]'", "report", "cut.safetensors")
+    # Told before the work, not after it.
+    fails(4, "pip install 'harmconvert[report]'", "convert", SAMPLE, "-o", "b.safetensors", "--report", "b.html")
+    ok("report", "cut.safetensors", "-o", "cut.json")
+
+
+# --- colours, images and axes ---
+
+
+def test_colours_are_those_of_viridis() -> None:
+    for step in range(101):
+        exact = [255 * part for part in matplotlib.colormaps["viridis"](step / 100)[:3]]
+        assert grid.colour(step / 100) == pytest.approx(exact, abs=7)
+
+
+def test_images_hold_a_pixel_for_each_cell() -> None:
+    data = grid.png([bytes([0, 200]), bytes([100, grid.NOTHING])])
+    with Image.open(BytesIO(data)) as image:
+        pixels = image.convert("RGBA")
+        assert pixels.size == (2, 2)
+        assert pixels.getpixel((0, 0)) == (*grid.colour(0), 255)
+        assert pixels.getpixel((1, 0)) == (*grid.colour(1), 255)
+        assert pixels.getpixel((0, 1)) == (*grid.colour(0.5), 255)
+        assert pixels.getpixel((1, 1))[3] == 0  # type: ignore[index]
+
+
+def test_axes_hold_their_values_between_round_numbers() -> None:
+    assert axis("", [0.13, 0.87], zero=True).ticks == (0, 0.25, 0.5, 0.75, 1)
+    assert axis("", [3.0, 3.0]).low < 3.0 <= axis("", [3.0, 3.0]).high
+    assert axis("", []).high > axis("", []).low
+    log = axis("", [1e-30, 0.002, 5.0], log=True)
+    assert (log.log, log.low, log.high) == (True, 1e-3, 10)
+    assert log.place(0.0) == log.place(1e-30) == 0
+    assert log.place(10.0) == 100
+    assert [word for _, word in log.words()] == ["0.001", "0.01", "0.1", "1", "10"]
+    assert not axis("", [0.0, 0.0], log=True).log
+    assert counted("", 1).ticks == (1,)
+    assert counted("", 19).ticks[0] == 1
+    assert len(counted("", 1000).ticks) <= 8
+    assert max(counted("", 1000).ticks) <= 1000
+
+
+def test_long_names_lose_their_middle() -> None:
+    assert shortened_name("") == "(root)"
+    assert shortened_name("layer4.2.conv2") == "layer4.2.conv2"
+    assert len(shortened_name("a" * 300)) == 24
+    assert shortened_name("stage1." + "x" * 50 + ".conv2").endswith(".conv2")
+
+
+# --- the command ---
+
+
+def test_the_report_is_written_beside_and_never_over_something() -> None:
+    ok("convert", SAMPLE, "--lambda", "2", "-o", "cut.safetensors")
+    assert ok("report", "cut.safetensors").stdout == "wrote cut-report.html\n"
+    fails(2, "cut-report.html exists: use --force", "report", "cut.safetensors")
+    found = json.loads(ok("report", "cut.safetensors", "--force", "--json").stdout)
+    ok("report", "cut.safetensors", "-o", "a.json")
+    assert found.pop("output") == "cut-report.html"
+    assert found == json.loads(Path("a.json").read_text()), "the same data"
+    Path("mine.html").write_text("mine")
+    fails(2, "mine.html exists", "convert", SAMPLE, "-o", "b.safetensors", "--report", "mine.html")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (
+            ["report", SAMPLE],
+            2,
+            "without it the page of a harmonic checkpoint is written, and sample:resnet_mnist5k is",
+        ),
+        (["report", "cut.safetensors", "-o", "a.pdf"], 2, "a.pdf should end in .html or .json"),
+        (["report", "cut.safetensors", "--kernel-size", "3"], 2, "--kernel-size is of use only with --figure filters"),
+        (["report", "cut.safetensors", "--include", "x"], 2, "--include is of use only with --figure tradeoff"),
+        (["report", "cut.safetensors", "--figure", "filters", "--input-size", "1,9,9"], 2, "only without --figure"),
+        (["report", "cut.safetensors", "-q", "-v"], 2, "--quiet and --verbose: give one of them"),
+        (["compare", "cut.safetensors"], 2, "a comparison wants two checkpoints or more"),
+        (["compare", "cut.safetensors", SAMPLE], 2, "sample:resnet_mnist5k is no harmonic checkpoint: make one first"),
+        (["compare", "cut.safetensors", "none.safetensors"], 2, "none.safetensors is no harmonic checkpoint"),
+    ],
+)
+def test_what_report_and_compare_refuse(arguments: list[str], code: int, message: str) -> None:
+    ok("convert", SAMPLE, "--lambda", "2", "-o", "cut.safetensors")
+    fails(code, message, *arguments)
+
+
+def test_quiet_is_quiet_and_verbose_counts_seconds() -> None:
+    result = ok("convert", SAMPLE, "--lambda", "2", "-o", "a.safetensors", "--quiet")
+    assert result.stdout == result.stderr == ""
+    assert json.loads(ok("convert", SAMPLE, "-o", "b.safetensors", "-q", "--json").stdout)["output"] == "b.safetensors"
+    fails(1, "harmconvert: check failed: cut as planned", "verify", SAMPLE, "a.safetensors", "--quiet")
+    lines = ok("convert", SAMPLE, "-o", "c.safetensors", "-v").stderr.splitlines()
+    assert all(re.match(r"\[ *\d+\.\d s\] ", line) for line in lines)
+    assert any("stage3.2.conv2" in line for line in lines)
+
+
+def test_fine_tuning_writes_its_report() -> None:
+    ok("convert", SAMPLE, "--lambda", "2", "-o", "cut.safetensors")
+    digit_folders(Path("digits") / "train", 4)
+    digit_folders(Path("digits") / "val", 2, first=4)
+    how = ["--hflip", "0", "--crop", "padded", "-b", "10", "--workers", "0", "--epochs", "1"]
+    found = ok("finetune", "cut.safetensors", "--data-dir", "digits", *how, "--report", "a.json", "-o", "b.safetensors")
+    assert found.stdout.splitlines()[-1] == "wrote a.json"
+    report = json.loads(Path("a.json").read_text())
+    assert [stage["name"] for stage in report["stages"]] == ["uncut", "cut", "calibrated", "fine-tuned"]
+    assert report["layers"][1]["energy"] > 0, "what convert recorded is still there"
+    assert report["layers"][1]["output_error_after"] > 0
+    assert [run["epochs"][0]["epoch"] for run in report["training"]] == [1]
+    assert report["sha256"] is not None
+
+
+# --- side by side ---
+
+
+def test_a_comparison_shows_where_checkpoints_differ() -> None:
+    ok("convert", SAMPLE, "--lambda", "2", "-o", "a.safetensors")
+    ok("convert", SAMPLE, "--lambda", "progressive", "-o", "b.safetensors")
+    text = ok("compare", "a.safetensors", "b.safetensors").stdout
+    assert re.search(r"^parameters +93.82k \(34.5%\) +119.93k \(44.1%\)$", text, re.MULTILINE)
+    assert re.search(r"^stage1.0.conv1 +3/9 +9/9$", text, re.MULTILINE)
+    assert "stage3.0.conv1" not in text, "both keep three"
+    assert re.search(
+        r"^stage3.0.conv1 +3/9 +3/9$",
+        ok("compare", "a.safetensors", "b.safetensors", "--all-layers").stdout,
+        re.MULTILINE,
+    )
+    found = json.loads(ok("compare", "a.safetensors", "b.safetensors", "--json").stdout)
+    assert [one["share"] for one in found["checkpoints"]] == pytest.approx([93818 / 271994, 119930 / 271994])
+    assert found["layers"]["stage2.0.conv1"] == [[3, 9], [6, 9]]
+    assert found["notes"] == []
+
+
+def test_a_comparison_says_what_cannot_be_compared() -> None:
+    one = made(small(), 2, {"training": [training()]})
+    other = replace(one, source=Source("timm", "other", {}, "00" * 32), layers=one.layers[:1])
+    found = compare([one, other])
+    assert found.notes == ("these are of different networks",)
+    assert found.layers["2"][1] is None
+    assert (found.columns[0].top1, found.columns[0].stage) == (0.98, "fine-tuned")
+    source = one.source
+    assert source is not None
+    found = compare([one, replace(one, source=replace(source, sha256="00" * 32))])
+    assert found.notes == ("these were converted from different weights of the same network",)
+    few = replace(one.stages[-1], images=10)
+    assert compare([one, replace(one, stages=(few,))]).notes == ("accuracies are of different numbers of images",)
+    with pytest.raises(UsageError, match="two checkpoints or more"):
+        compare([one])
+
+
+# --- in a browser ---
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as running:
+        yield running
+
+
+def resnet50() -> Report:
+    torch.manual_seed(0)
+    return made(timm.create_model("resnet50").eval(), "progressive")
+
+
+def sample() -> Report:
+    return made(open_source(SAMPLE).model, 2, {"training": [training()]})
+
+
+SHOWN: dict[str, Callable[[], Report]] = {
+    "sample": sample, "everything": rich_report, "ResNet-50": resnet50, "1000 layers": deep, "hostile": hostile,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_pages_in_a_browser(browser: Any, name: str) -> None:
+    report = SHOWN[name]()
+    path = Path("page.html")
+    write_report(report, path)
+    assert path.stat().st_size < 2e6
+    for width, scheme in ((360, "light"), (1440, "dark")):
+        with Visit(browser, path, width, scheme) as visit:
+            assert visit.complaints == []
+            assert visit.requests == [
+                path.resolve().as_uri(),
+                *(url for url in visit.requests if url.startswith("data:")),
+            ]
+            visit.page.eval_on_selector_all("details", "all => all.forEach((one) => { one.open = true; })")
+            assert visit.page.evaluate(UNREADABLE) == []
+            assert visit.page.evaluate("window.hit") is None
+            tip = visit.hover(".strip i:nth-child(2)")
+            assert tip.startswith((report.layers[1].name + "\n")[:20])
+            assert "frequencies" in tip
+            tip = visit.hover(
+                ".heat", 0.01, 0.5 / sum(layer.kernel == report.layers[0].kernel for layer in report.layers)
+            )
+            assert "frequency (0, 0)" in tip
+            assert "% of the layer's largest" in tip
+            if report.training or report.search:
+                x, y, text = visit.page.evaluate(
+                    "JSON.parse(document.getElementById('data').textContent).charts.loss[0]"
+                )
+                assert visit.hover("[data-chart=loss]", x / 100, y / 100) == text
+                assert visit.page.locator(".ring").count() == 1
+            visit.page.mouse.move(1, 1)
+            assert visit.hover("h1") == ""
+            assert visit.page.locator(".ring, .cell, .on").count() == 0
+            assert visit.complaints == []
+
+
+def test_the_page_is_light_or_dark_and_unfolds_for_print(browser: Any) -> None:
+    write_report(rich_report(), Path("page.html"))
+    seen = set()
+    for scheme in ("light", "dark"):
+        with Visit(browser, Path("page.html"), 800, scheme) as visit:
+            seen.add(visit.page.evaluate("getComputedStyle(document.body).backgroundColor"))
+            visit.page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+            assert visit.page.evaluate("[...document.querySelectorAll('details')].every((one) => one.open)")
+            visit.page.emulate_media(media="print")
+            assert visit.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+            assert visit.page.pdf(format="A4").startswith(b"%PDF")
+    assert len(seen) == 2
+
+
+def test_words_that_are_cut_would_be_noticed(browser: Any) -> None:
+    write_report(made(small()), Path("page.html"))
+    with Visit(browser, Path("page.html"), 360) as visit:
+        assert visit.page.evaluate(UNREADABLE) == []
+        visit.page.evaluate("document.querySelector('h1').style = 'overflow:hidden; width:9px; white-space:nowrap'")
+        assert visit.page.evaluate(UNREADABLE) == ["net"]
+    with Visit(browser, Path("page.html"), 360) as visit:
+        visit.page.evaluate("document.querySelectorAll('.names span').forEach((one) => { one.style.top = '50%'; })")
+        assert set(visit.page.evaluate(UNREADABLE)) == {"labels over one another in names"}
+
+
+if __name__ == "__main__":
+    import os
+    import tempfile
+
+    os.chdir(tempfile.mkdtemp())
+    SNAPSHOT.write_text(json.dumps(snapshot(), indent=1) + "\n")
