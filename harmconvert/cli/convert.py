@@ -35,8 +35,8 @@ def budget_options(command: Any) -> Any:
         type=click.Choice(["lambda", "best"]),
         default="lambda",
         show_default=True,
-        help="budget: keep the lowest of each layer's, or also try those that its output needs most, on the images (by "
-        "energy without): for networks that see more detail across than down; up to three times the probes.",
+        help="budget: keep the lowest of each layer's, or also try those that its output needs most on the images "
+        "(without images, the strongest): for long kernels, and images with a direction; up to three times the probes.",
     )(command)
     command = click.option(
         "--latency-batch",
