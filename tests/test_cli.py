@@ -61,7 +61,9 @@ def test_converting_writes_the_documented_file_and_tells_all_about_it() -> None:
     assert "factored" in text
     assert "cut as planned in 12 of 19 layers" in text
     assert "wrote resnet_mnist5k-harmonic-progressive.safetensors" in text
-    assert result.stderr.splitlines() == [f"loading {SAMPLE}", "verifying"]
+    # On a slow machine there is progress between them.
+    said = [line for line in result.stderr.splitlines() if not line.startswith("  ")]
+    assert said == [f"loading {SAMPLE}", "verifying"]
     source = read_header("resnet_mnist5k-harmonic-progressive.safetensors").source
     assert source is not None
     assert (str(source), source.licence) == (SAMPLE, "Apache-2.0")
