@@ -26,7 +26,6 @@ from harmconvert.budget.searching import Searching
 from harmconvert.convert import convert
 from harmconvert.cost import network_cost
 from harmconvert.errors import InputError, UsageError
-from harmconvert.forms import factoring
 from harmconvert.plan import Plan, make_plan
 from harmconvert.samples import mnist5k_held_back
 from harmconvert.surgery import find_sites, trace
@@ -163,22 +162,34 @@ def digits(count: int) -> list[torch.Tensor]:
     return [mnist5k_held_back()[0][:count]]
 
 
-def test_a_latency_is_measured_and_factoring_delivers_it() -> None:
-    """Two layers of 192 channels take nearly all of the time, and a ninth of their multiplications is not in doubt."""
-    layers = (nn.Conv2d(3, 192, 3), nn.Conv2d(192, 192, 3, padding=1), nn.Conv2d(192, 192, 3, padding=1), nn.Flatten())
-    network, x = seeded(lambda: nn.Sequential(*layers)), random_input((8, 3, 18, 18))
-    conversion = convert(network, budget="latency=60%", example_input=x)
-    search = conversion.search
+def test_a_budget_of_latency_follows_the_times_of_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With times as they might be: 4 ms a layer dense, 1 ms factored for each frequency, 10 ms the whole."""
+    from harmconvert.budget import latency
+
+    monkeypatch.setattr(latency, "layer_times", lambda conv, site: (4e-3, 1e-3 * len(conv.frequencies)))
+    monkeypatch.setattr(latency, "run_times", lambda model, x: {"dense": 11e-3, "dense, channels_last": 10e-3})
+    layers = (nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Flatten())
+    network, x = seeded(lambda: nn.Sequential(*layers)), random_input((1, 3, 12, 12))
+    search = convert(network, budget="latency=60%", example_input=x).search
     assert search is not None
     assert (search.unit, search.scored_by) == ("latency", "energy")
-    assert search.smallest <= search.best.cost <= search.limit < search.whole
-    found = factoring(hc.factor(conversion.model, x))
-    assert found.factored
-    assert found.factored_seconds < 0.85 * found.dense_seconds
+    assert (search.whole, search.smallest, search.limit) == (10000, 4000, 6000)
+    assert search.best.cost == 6000  # three frequencies fewer than a layer's four: three of the two layers' six ms
+    with pytest.raises(UsageError, match="the budget latency=39% cannot be met: cutting can bring the 10,000 micro"):
+        convert(network, budget="latency=39%", example_input=x)
     with pytest.raises(UsageError, match=r"the budget latency=60% is measured: give an example input"):
         convert(network, budget="latency=60%")
-    with pytest.raises(UsageError, match="the budget latency=1% cannot be met: cutting can bring"):
-        convert(network, budget="latency=1%", example_input=x)
+    monkeypatch.setattr(latency, "layer_times", lambda conv, site: (40e-3, 1e-3))  # more than the whole
+    search = convert(network, budget="latency=60%", example_input=x).search
+    assert search is not None
+    assert 500 < search.smallest < search.limit
+
+
+def test_a_budget_of_latency_is_measured_here() -> None:
+    network = seeded(lambda: nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Flatten()))
+    search = convert(network, budget="latency=100%", example_input=random_input((2, 3, 12, 12))).search
+    assert search is not None
+    assert 0 < search.smallest <= search.best.cost <= search.limit == search.whole
 
 
 def test_the_plan_taken_is_the_best_of_those_tried_and_beats_the_uniform_one() -> None:

@@ -17,7 +17,7 @@ import harmconvert as hc
 from harmconvert.checkpoint import load
 from harmconvert.errors import CheckError, InputError, OutsideError, UsageError
 from harmconvert.export import export, graphs
-from harmconvert.forms import fuse
+from harmconvert.forms import factor, fuse
 from harmconvert.precision import rounded
 
 from .networks import Branches, random_input, seeded
@@ -67,14 +67,18 @@ def test_architectures_round_trip(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("format", ["onnx", "torch-export"])
-def test_factored_networks_export_as_standard_operators(format: str, tmp_path: Path) -> None:
-    """A ninth of the multiplications on small maps of many channels: faster anywhere, so it is factored."""
+def test_factored_networks_export_as_standard_operators(
+    format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is faster on this machine: both layers that can be."""
+    monkeypatch.setattr(graphs, "_speedup", lambda before, after, x: 2.0)
+    monkeypatch.setattr(graphs, "factor", lambda model, x=None, layers="factored": factor(model, layers=layers))
     network = nn.Sequential(nn.Conv2d(3, 128, 3), nn.Conv2d(128, 128, 3, padding=1), nn.Conv2d(128, 4, 3), nn.Flatten())
     model = hc.convert(seeded(lambda: network), 1).model
     path = tmp_path / ("a.onnx" if format == "onnx" else "a.pt2")
     example = torch.zeros(8, 3, 12, 12)
     found = export(model, path, format, form="factored", example_input=example)
-    assert found.factored == ("1", "2") or found.factored == ("1",)
+    assert found.factored == ("1", "2")
     x = random_input((4, 3, 12, 12))
     with torch.no_grad():
         expected = model(x).numpy()
@@ -83,7 +87,7 @@ def test_factored_networks_export_as_standard_operators(format: str, tmp_path: P
 
         graph = onnx.load(path)
         assert {n.domain for n in graph.graph.node} == {""}
-        assert found.speedup > 0
+        assert found.speedup == 2.0
         got = in_runtime(path, x)
     else:
         program = torch.export.load(path)

@@ -56,6 +56,7 @@ RUNS: dict[str, list[str]] = {
     "report, tradeoff": ["report", SAMPLE, "--figure", "tradeoff", *DATA],
     "compare": ["compare", "cut.safetensors", "cal.safetensors", "tuned.safetensors"],
     "compare, long names": ["compare", "long.safetensors", "cut.safetensors", "--trust-code"],
+    "benchmark": ["benchmark", "cut.safetensors", "-b", "2", "--repeats", "3", "--layers"],
     "export": ["export", "cut.safetensors", "-o", "dense.safetensors"],
     "no colour": ["verify", SAMPLE, "cut.safetensors", "--as-planned"],
     "refusal": ["compare", "cut.safetensors"],

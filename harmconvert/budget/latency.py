@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, cast
 
 from torch import nn
@@ -17,6 +16,9 @@ from ..layer_times import Site, layer_times
 from ..surgery import Trace, convolutions
 from .choices import Item
 
+# Convolutions over 1x1 are at most this share of a network's time.
+MOST_OF_IT = 0.95
+
 
 def latency_costs(
     model: nn.Module, items: Sequence[Item], family: Basis, example_input: Any, trace: Trace, progress: Progress
@@ -27,32 +29,34 @@ def latency_costs(
     Times of layers are taken alone and added up (`layer_times`, which keeps them); what `factor` then makes of the plan
     is measured as a whole.
     """
-    whole = round(1e6 * min(run_times(model, example_input).values()))
+    whole = min(run_times(model, example_input).values())
     convs = convolutions(model)
     sites = sites_of(model, {name: convs[name] for item in items for name in item.names}, example_input)
     total, done = sum(len(item.sets) - 1 for item in items), 0
-    changes = []
+    gains: list[list[float]] = []  # seconds by each choice but the whole
+    parts: list[float] = []  # seconds of the layers themselves, dense
     for item in items:
-        row = [0]
+        calls = {name: trace.layers[name].calls for name in item.names if name in sites and name in trace.layers}
+        row, taken = [], []
         for frequencies in item.sets[1:]:
             progress(done, total, f"timing {item.names[0]}")
             done += 1
-            gain = partial(_gained, family=family, frequencies=frequencies)
-            seconds = sum(
-                trace.layers[name].calls * gain(convs[name], sites[name])
-                for name in item.names
-                if name in sites and name in trace.layers
+            times = {name: _times(convs[name], sites[name], family, frequencies) for name in calls}
+            row.append(
+                sum(calls[name] * max(0.0, 1 - factored / dense) * dense for name, (dense, factored) in times.items())
             )
-            row.append(-round(1e6 * seconds))
-        changes.append(row)
+            taken.append(sum(calls[name] * dense for name, (dense, _) in times.items()))
+        gains.append(row)
+        parts.append(max(taken, default=0.0))
     progress(total, total, "all layers timed")
-    return whole, changes
+    # Layers alone, at another moment, may come to more than the whole that they are parts of.
+    scale = min(1.0, MOST_OF_IT * whole / max(sum(parts), 1e-12))
+    return round(1e6 * whole), [[0, *(-round(1e6 * scale * gain) for gain in row)] for row in gains]
 
 
-def _gained(conv: nn.Module, site: Site, family: Basis, frequencies: tuple[Frequency, ...]) -> float:
-    """Seconds that the factored form with those frequencies saves of one call, 0 where it saves nothing."""
+def _times(conv: nn.Module, site: Site, family: Basis, frequencies: tuple[Frequency, ...]) -> tuple[float, float]:
+    """Seconds of a call dense and, where there is such a form, factored with those frequencies."""
     harmonic = cast(HarmonicMixin, to_harmonic(conv, frequencies, family))
     if reason_not_factorable(harmonic):
-        return 0.0
-    dense, factored = layer_times(harmonic, site)
-    return max(0.0, dense - factored)
+        return 1e-12, 1e-12  # nothing to gain, whatever it takes
+    return layer_times(harmonic, site)

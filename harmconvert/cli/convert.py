@@ -166,18 +166,14 @@ def command(
     _check_choice(plan_file, lam, budget, max_drop, labelled)
     share = Budget.parse(budget[0]) if budget else None
     policy: Any = Plan.load(plan_file) if plan_file else parse_lambda(lam or "full")
-    told = (
-        any(
-            (lam, plan_file, budget, labelled, include, exclude, basis != "dct", normalization != "ortho", more["data"])
-        )
-        or more["dtype"] != "float32"
-    )
+    choices = (lam, plan_file, budget, labelled, include, exclude, more["data"])
+    told = any(choices) or (basis, normalization, more["dtype"]) != ("dct", "ortho", "float32")
     as_it_is = not told and is_harmonic_source(source)
     named = default_name(source, _kept(lam, plan_file, share, max_drop))
     output = output or (named.replace("-harmonic-full", "-harmonic") if as_it_is else named)
-    check_output(output, force)
-    if save_plan:
-        check_output(save_plan, force)
+    for path in (output, save_plan):
+        if path:
+            check_output(path, force)
     page = pages.checked(output, report, force)
     figure = check_figure(source, "search", search_figure, force) if search_figure else None
     if (share or labelled) and probes is None and more["data"]:

@@ -99,7 +99,8 @@ def benchmark_rows(found: Benchmark) -> Table:
     """One row for each way to run the network."""
     rows = []
     for row in found.rows:
-        how = [row.form, "compiled" if row.compiled else "eager", row.layout, str(row.batch), str(row.threads)]
+        layout = row.layout.replace("channels_last", "ch. last")
+        how = [row.form, "compiled" if row.compiled else "eager", layout, str(row.batch), str(row.threads)]
         if row.seconds is None or row.examples_per_second is None:
             rows.append([*how, "", "", "", "", row.note or ""])
             continue
@@ -107,7 +108,7 @@ def benchmark_rows(found: Benchmark) -> Table:
         speed = f"{row.examples_per_second:,.1f}"
         error = "" if row.error is None else f"{row.error:.0e}"
         rows.append([*how, f"{1e3 * row.seconds:,.1f}", f"{row.spread or 0:.0%}", speed, peak, error])
-    headings = ["form", "mode", "layout", "batch", "threads", "ms", "+-", "per s", "peak MiB", "error, or note"]
+    headings = ["form", "mode", "layout", "batch", "thr", "ms", "+-", "per s", "MiB", "error"]
     return _table(headings, rows, left={0, 1, 2, 9})
 
 
