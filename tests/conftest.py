@@ -6,8 +6,11 @@ import pytest
 import torch
 from hypothesis import settings
 
-# Two cores: either one process with two threads, or (pytest-xdist) two processes with one.
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+# Two cores: either one process with two threads, or (pytest-xdist) two processes with one; their children alike,
+# because threads that wait for one another while others hold the cores wait long.
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+torch.set_num_threads(THREADS)
+os.environ["OMP_NUM_THREADS"] = str(THREADS)
 
 # The same examples at every run, and no verdict from a clock.
 settings.register_profile("repeatable", deadline=None, derandomize=True)
