@@ -24,7 +24,7 @@ from .convert import check_network
 from .errors import UsageError, first_line
 from .forms import Factoring, factor, factoring, fuse
 from .layer_times import lay_out
-from .surgery import call, cloned, evaluating, exchange, tensors_in
+from .surgery import call, cloned, evaluating, exchange, mapped, tensors_in
 from .timing import in_turns
 
 FORMS = ("dense", "harmonic", "factored")
@@ -127,9 +127,8 @@ def benchmark(
     for index, (batch, count) in enumerate(groups):
         progress(index, len(groups), f"batch {batch}, {count} threads")
         with _threads(count):
-            found, chosen = _group(
-                model, _repeated(example_input, batch), batch, count, forms, layouts, compiled, repeats
-            )
+            input = mapped(partial(_repeated, batch=batch), example_input)
+            found, chosen = _group(model, input, batch, count, forms, layouts, compiled, repeats)
         rows += found
         if chosen is not None:
             factorings[batch, count] = chosen
@@ -189,7 +188,7 @@ def _group(
     rows: list[Row] = []
     runs: dict[int, Callable[[], Any]] = {}
     with evaluating(*networks.values()):
-        told = {layout: _laid_out(input, layout) for layout in LAYOUTS}
+        told = {"contiguous": input, "channels_last": mapped(_channels_last, input)}
         truth = _outputs(partial(call, fuse(model).eval(), cloned(input)))
         for (form, layout), network in networks.items():
             for under_compiler in (False, True) if compiled else (False,):
@@ -234,26 +233,14 @@ def _outputs(run: Callable[[], Any]) -> list[torch.Tensor]:
         return [tensor.double() for tensor in tensors_in(run()) if tensor.is_floating_point()]
 
 
-def _repeated(input: Any, batch: int) -> Any:
-    """The same nest with every tensor's examples repeated and cut to ``batch``."""
-    if isinstance(input, torch.Tensor):
-        times = -(-batch // max(len(input), 1))
-        return input.repeat(times, *[1] * (input.dim() - 1))[:batch]
-    if isinstance(input, dict):
-        return {key: _repeated(item, batch) for key, item in input.items()}
-    return type(input)(_repeated(item, batch) for item in input) if type(input) in (list, tuple) else input
+def _repeated(tensor: torch.Tensor, batch: int) -> torch.Tensor:
+    """A tensor's examples repeated and cut to ``batch``."""
+    times = -(-batch // max(len(tensor), 1))
+    return tensor.repeat(times, *[1] * (tensor.dim() - 1))[:batch]
 
 
-def _laid_out(input: Any, layout: str) -> Any:
-    if isinstance(input, torch.Tensor):
-        return (
-            input.contiguous(memory_format=torch.channels_last)
-            if layout == "channels_last" and input.dim() == 4
-            else input
-        )
-    if isinstance(input, dict):
-        return {key: _laid_out(item, layout) for key, item in input.items()}
-    return type(input)(_laid_out(item, layout) for item in input) if type(input) in (list, tuple) else input
+def _channels_last(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
 
 
 @contextmanager

@@ -12,10 +12,10 @@ from torch import nn
 
 from .block import HarmonicBlock2d, absorb_bias, fold_block
 from .conv import HarmonicMixin, empty_counterpart, to_dense
-from .errors import UsageError, first_line
+from .errors import UsageError
 from .factored import empty_factored, reason_not_factorable, to_factored
 from .layer_times import Site, lay_out, layer_times
-from .surgery import call, cloned, describe_input, evaluating, exchange, put_in_place
+from .surgery import call, cloned, evaluating, exchange, put_in_place, refusing
 from .timing import in_turns
 
 Choice = Literal["dense", "factored"]
@@ -150,12 +150,8 @@ def sites_of(model: nn.Module, convs: Mapping[str, nn.Module], example_input: An
 
     handles = [conv.register_forward_pre_hook(watch(name), with_kwargs=True) for name, conv in convs.items()]
     try:
-        with evaluating(model):
+        with refusing(example_input), evaluating(model):
             call(model, cloned(example_input))
-    except Exception as error:
-        raise UsageError(
-            f"the network does not run on an example input of {describe_input(example_input)}: {first_line(error)}"
-        ) from error
     finally:
         for handle in handles:
             handle.remove()

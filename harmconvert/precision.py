@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .comparison import greatest_difference
-from .convert import Conversion, default_input
+from .convert import Conversion
 from .errors import CheckError, InputError, UsageError
 from .surgery import call, cloned, evaluating, fitted, tensors_in
-from .verify import OUTPUT_TOLERANCE
+from .verify import OUTPUT_TOLERANCE, seeded_inputs
 from .weights import tensors_sha256
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -42,9 +42,8 @@ def rounded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             before = model.state_dict()[key]
             if before.isfinite().all():
                 largest = before.abs().max().item()
-                raise InputError(
-                    f"{key} has values up to {largest:.3g}, out of float16's range: use bfloat16 or float32"
-                )
+                name, others = _named(dtype)
+                raise InputError(f"{key} has values up to {largest:.3g}, out of {name}'s range: use {others}")
     calibration = small.__dict__.get("harmconvert_calibration")
     if calibration is not None:  # what calibration wrote is what stands in the file now
         state = small.state_dict()
@@ -74,10 +73,10 @@ def check_rounding(model: nn.Module, small: nn.Module, inputs: Any) -> float:
     difference = greatest_difference(found, expected)
     dtype = next((p.dtype for p in small.parameters() if p.is_floating_point()), torch.float32)
     if not difference <= OUTPUT_TOLERANCE[dtype]:
-        name, other = str(dtype).removeprefix("torch."), "bfloat16 or " if dtype == torch.float16 else ""
+        name, others = _named(dtype)
         raise CheckError(
             f"rounded to {name} the outputs differ by {difference:.1e} of the largest, tolerance "
-            f"{OUTPUT_TOLERANCE[dtype]:.0e}; nothing was written: use {other}float32"
+            f"{OUTPUT_TOLERANCE[dtype]:.0e}; nothing was written: use {others}"
         )
     return difference
 
@@ -89,12 +88,14 @@ def in_fewer_bits(conversion: Conversion, dtype: str, inputs: Any = None) -> tup
         UsageError: an unknown dtype, no ``inputs`` and none known of the network; InputError, CheckError: as `rounded`,
             `check_rounding`.
     """
-    if inputs is None and (size := default_input(conversion.model, batch=2)) is not None:
-        inputs = torch.randn(size.shape, generator=torch.Generator().manual_seed(0))
-    if inputs is None:
-        raise UsageError("no input size is known for this network: give inputs (inputs=, --input-size C,H,W)")
+    inputs = seeded_inputs(conversion.model) if inputs is None else inputs
     small = rounded(conversion.model, dtype_named(dtype))
     return replace(conversion, model=small), check_rounding(conversion.model, small, inputs)
+
+
+def _named(dtype: torch.dtype) -> tuple[str, str]:
+    """A dtype's name, and what to use where it is not enough."""
+    return str(dtype).removeprefix("torch."), "bfloat16 or float32" if dtype == torch.float16 else "float32"
 
 
 def _outputs(network: nn.Module, inputs: Any) -> list[Tensor]:

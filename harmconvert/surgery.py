@@ -129,14 +129,8 @@ def trace(model: nn.Module, example_input: Any) -> Trace:
     handles = [c.register_forward_hook(watch(n), with_kwargs=True) for n, c in convolutions(model).items()]
     counter = FlopCounterMode(display=False)
     try:
-        with evaluating(model), torch.random.fork_rng(devices=[]), counter:
+        with refusing(example_input), evaluating(model), torch.random.fork_rng(devices=[]), counter:
             call(model, example_input)
-    except Exception as error:
-        raise UsageError(
-            f"the network does not run on an example input of {describe_input(example_input)}: "
-            f"{type(error).__name__}: {first_line(error)}; "
-            "give an input that it takes (example_input=, --input-size C,H,W)"
-        ) from error
     finally:
         for handle in handles:
             handle.remove()
@@ -197,6 +191,19 @@ def call(model: nn.Module, example_input: Any) -> Any:
 
 
 @contextmanager
+def refusing(example_input: Any) -> Iterator[None]:
+    """Whatever goes wrong in a run on an example input becomes a UsageError that names the input."""
+    try:
+        yield
+    except Exception as error:
+        raise UsageError(
+            f"the network does not run on an example input of {describe_input(example_input)}: "
+            f"{type(error).__name__}: {first_line(error)}; "
+            "give an input that it takes (example_input=, --input-size C,H,W)"
+        ) from error
+
+
+@contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
     """Eval mode and no gradients for the time being; every module's own training flag is put back afterwards."""
     flags = [(module, module.training) for model in models for module in model.modules()]
@@ -231,24 +238,28 @@ def tensors_in(value: Any) -> list[Tensor]:
     return found
 
 
+def mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """The same nest of lists, tuples and dicts with every tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: mapped(change, item) for key, item in value.items()}
+    return type(value)(mapped(change, item) for item in value) if type(value) in (list, tuple) else value
+
+
 def cloned(value: Any) -> Any:
     """The same nest of lists, tuples and dicts with every tensor cloned."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {key: cloned(item) for key, item in value.items()}
-    return type(value)(cloned(item) for item in value) if type(value) in (list, tuple) else value
+    return mapped(Tensor.clone, value)
 
 
 def fitted(inputs: Any, model: nn.Module) -> Any:
     """The same nest of lists, tuples and dicts with every tensor on the device of the network's first floating
     parameter, and floating ones in its dtype."""
-    if isinstance(inputs, Tensor):
-        parameter = next((p for p in model.parameters() if p.is_floating_point()), inputs)
-        return inputs.to(parameter.device, parameter.dtype if inputs.is_floating_point() else inputs.dtype)
-    if isinstance(inputs, dict):
-        return {key: fitted(item, model) for key, item in inputs.items()}
-    return type(inputs)(fitted(item, model) for item in inputs) if type(inputs) in (list, tuple) else inputs
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if parameter is None:
+        return mapped(lambda tensor: tensor, inputs)
+    device, dtype = parameter.device, parameter.dtype
+    return mapped(lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype), inputs)
 
 
 def batch_size(example_input: Any) -> int:

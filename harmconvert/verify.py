@@ -124,7 +124,7 @@ def verify(
     Raises:
         UsageError: no input size is known, or the original does not run on the inputs.
     """
-    inputs = _inputs(original, inputs)
+    inputs = seeded_inputs(original) if inputs is None else inputs
     if _blocks(original) != _blocks(converted):  # what a block computes is compared with a convolution as one
         original, converted = fold_blocks(original), fold_blocks(converted)
     dtype = max((_weight_dtype(original), _weight_dtype(converted)), key=lambda d: OUTPUT_TOLERANCE[d])
@@ -183,9 +183,12 @@ class _NoRunError(Exception):
     """The network does not run on the inputs in this precision."""
 
 
-def _inputs(model: nn.Module, inputs: Any) -> Any:
-    if inputs is not None:
-        return inputs
+def seeded_inputs(model: nn.Module) -> Tensor:
+    """Two seeded random inputs of the network's own size.
+
+    Raises:
+        UsageError: it names none.
+    """
     size = default_input(model, batch=2)
     if size is None:
         raise UsageError("no input size is known for this network: give inputs (inputs=, --input-size C,H,W)")

@@ -164,10 +164,10 @@ def digits(count: int) -> list[torch.Tensor]:
 
 def test_a_budget_of_latency_follows_the_times_of_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """With times as they might be: 4 ms a layer dense, 1 ms factored for each frequency, 10 ms the whole."""
-    from harmconvert.budget import latency
+    from harmconvert.budget import latency, searching
 
     monkeypatch.setattr(latency, "layer_times", lambda conv, site: (4e-3, 1e-3 * len(conv.frequencies)))
-    monkeypatch.setattr(latency, "run_times", lambda model, x: {"dense": 11e-3, "dense, channels_last": 10e-3})
+    monkeypatch.setattr(searching, "run_times", lambda model, x: {"dense": 11e-3, "dense, channels_last": 10e-3})
     layers = (nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Flatten())
     network, x = seeded(lambda: nn.Sequential(*layers)), random_input((1, 3, 12, 12))
     search = convert(network, budget="latency=60%", example_input=x).search

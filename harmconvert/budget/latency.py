@@ -11,7 +11,7 @@ from ..basis import Basis, Frequency
 from ..calibration import Progress
 from ..conv import HarmonicMixin, to_harmonic
 from ..factored import reason_not_factorable
-from ..forms import run_times, sites_of
+from ..forms import sites_of
 from ..layer_times import Site, layer_times
 from ..surgery import Trace, convolutions
 from .choices import Item
@@ -21,15 +21,20 @@ MOST_OF_IT = 0.95
 
 
 def latency_costs(
-    model: nn.Module, items: Sequence[Item], family: Basis, example_input: Any, trace: Trace, progress: Progress
+    model: nn.Module,
+    items: Sequence[Item],
+    family: Basis,
+    example_input: Any,
+    trace: Trace,
+    whole: float,
+    progress: Progress,
 ) -> tuple[int, list[list[int]]]:
-    """Microseconds of a forward of the whole network in its faster dense layout, and by how much each choice of each
-    item changes that: a layer is factored where that is faster on this machine, else dense.
+    """Microseconds of a forward that takes ``whole`` seconds dense, and by how much each choice of each item changes
+    that: a layer is factored where that is faster on this machine, else dense.
 
     Times of layers are taken alone and added up (`layer_times`, which keeps them); what `factor` then makes of the plan
     is measured as a whole.
     """
-    whole = min(run_times(model, example_input).values())
     convs = convolutions(model)
     sites = sites_of(model, {name: convs[name] for item in items for name in item.names}, example_input)
     total, done = sum(len(item.sets) - 1 for item in items), 0
@@ -42,21 +47,18 @@ def latency_costs(
             progress(done, total, f"timing {item.names[0]}")
             done += 1
             times = {name: _times(convs[name], sites[name], family, frequencies) for name in calls}
-            row.append(
-                sum(calls[name] * max(0.0, 1 - factored / dense) * dense for name, (dense, factored) in times.items())
-            )
+            row.append(sum(calls[name] * max(0.0, dense - factored) for name, (dense, factored) in times.items()))
             taken.append(sum(calls[name] * dense for name, (dense, _) in times.items()))
         gains.append(row)
         parts.append(max(taken, default=0.0))
     progress(total, total, "all layers timed")
     # Layers alone, at another moment, may come to more than the whole that they are parts of.
-    scale = min(1.0, MOST_OF_IT * whole / max(sum(parts), 1e-12))
+    taken_by_all = sum(parts)
+    scale = min(1.0, MOST_OF_IT * whole / taken_by_all) if taken_by_all else 1.0
     return round(1e6 * whole), [[0, *(-round(1e6 * scale * gain) for gain in row)] for row in gains]
 
 
 def _times(conv: nn.Module, site: Site, family: Basis, frequencies: tuple[Frequency, ...]) -> tuple[float, float]:
-    """Seconds of a call dense and, where there is such a form, factored with those frequencies."""
+    """Seconds of a call dense and factored with those frequencies; none of both where there is no such form."""
     harmonic = cast(HarmonicMixin, to_harmonic(conv, frequencies, family))
-    if reason_not_factorable(harmonic):
-        return 1e-12, 1e-12  # nothing to gain, whatever it takes
-    return layer_times(harmonic, site)
+    return (0.0, 0.0) if reason_not_factorable(harmonic) else layer_times(harmonic, site)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..basis import Basis
 from ..calibration import CalibrationSettings, Progress
 from ..distributed import from_first_rank
 from ..errors import InputError, UsageError, shortened
+from ..forms import run_times
 from ..plan import ConvSite, Plan, make_plan
 from ..surgery import Trace
 from . import UNITS, Budget, Search, SearchSettings, choose, limit_of
@@ -87,11 +89,19 @@ class Searching:
             conversion, record = self._tried(whole, items, costs, scores, others, probes)
         return conversion, replace(record, frequencies=self.search.frequencies, notes=notes)
 
+    @cached_property
+    def _whole_seconds(self) -> float:
+        """Of a forward of the network in its faster dense layout: measured once, because a budget is a share of it."""
+        return min(run_times(self.model, self.example_input).values())
+
     def _costs(self, whole: Plan, items: Sequence[Item]) -> tuple[int, list[list[int]]]:
         """Of the whole, and the change by each choice of each item, in the budget's unit."""
         if self.budget.unit == "latency":
             assert self.trace is not None
-            costs = latency_costs(self.model, items, whole.family, self.example_input, self.trace, self.progress)
+            given = self.example_input
+            costs = latency_costs(
+                self.model, items, whole.family, given, self.trace, self._whole_seconds, self.progress
+            )
             return from_first_rank(costs)
         return costs_of(self.model, whole, items, self.budget.unit, self.trace)
 

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from ..comparison import greatest_difference, top1_agreement
 from ..conv import HarmonicMixin, to_dense
-from ..errors import CheckError, InputError, OutsideError, UsageError, first_line
+from ..errors import CheckError, InputError, OutsideError, first_line
 from ..factored import reason_not_factorable, to_factored
 from ..files import write_file
 from ..forms import MARGIN, factor, factoring, fuse, sites_of
 from ..precision import in_float32
-from ..surgery import call, cloned, describe_input, evaluating, exchange, fitted, tensors_in
+from ..surgery import call, cloned, evaluating, exchange, fitted, mapped, refusing, tensors_in
 from ..timing import in_turns
 
 # Relative to the largest output: what ONNX Runtime's own order of sums comes to, and torch's with itself.
@@ -131,14 +131,8 @@ def onnx_bytes(network: nn.Module, example_input: Any) -> tuple[bytes, tuple[int
 
 def check_runs(network: nn.Module, example_input: Any) -> None:
     """Raise UsageError unless the network runs on such an input."""
-    try:
-        with evaluating(network):
-            call(network, fitted(random_batch(example_input, None), network))
-    except Exception as error:
-        raise UsageError(
-            f"the network does not run on an example input of {describe_input(example_input)}: "
-            f"{type(error).__name__}: {first_line(error)}; give one that it takes (--input-size C,H,W)"
-        ) from error
+    with refusing(example_input), evaluating(network):
+        call(network, fitted(random_batch(example_input, None), network))
 
 
 def _with_any_batch(
@@ -278,17 +272,16 @@ def random_batch(example_input: Any, batch: int | None, seed: int = 0) -> Any:
     """Seeded random tensors like those of ``example_input``, of so many examples (None: as many as it has)."""
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.is_floating_point():
-            shape = (batch or len(value), *value.shape[1:]) if value.dim() else value.shape
-            return torch.randn(shape, generator=generator, dtype=torch.float64).to(value.dtype)
-        if isinstance(value, Tensor) and value.dim() and batch:
-            return value[:1].expand(batch, *value.shape[1:]).clone()
-        if isinstance(value, dict):
-            return {key: draw(item) for key, item in value.items()}
-        return type(value)(draw(item) for item in value) if type(value) in (list, tuple) else value
+    def draw(tensor: Tensor) -> Tensor:
+        if not tensor.dim():
+            shape: tuple[int, ...] = ()
+        else:
+            shape = (batch or len(tensor), *tensor.shape[1:])
+        if tensor.is_floating_point():
+            return torch.randn(shape, generator=generator, dtype=torch.float64).to(tensor.dtype)
+        return tensor[:1].expand(shape).clone() if tensor.dim() and batch else tensor
 
-    return draw(example_input)
+    return mapped(draw, example_input)
 
 
 def _write(staging: Path, content: bytes) -> None:

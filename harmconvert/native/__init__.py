@@ -27,8 +27,8 @@ from ..files import cache_folder
 
 SOURCE = Path(__file__).with_name("factored.c")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fPIC")
-# Channels of a block are chosen so that a row of responses has about this many numbers: measured on layers of
-# WRN-28-10 and ResNet-18, 200 to 400 differ by less than 3 %.
+# Channels of a block are chosen so that a row of responses has about this many numbers: fewer, and forming them costs
+# more beside the product; more, and they leave no room in the cache.
 DEPTH = 288
 
 
@@ -140,8 +140,8 @@ def _library() -> tuple[ctypes.CDLL | None, str | None]:
     try:
         library = ctypes.CDLL(str(_built()))
     except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or error
-        return None, f"no C compiler made it ({first_line(RuntimeError(said))})"
+        said = (getattr(error, "stderr", None) or b"").decode(errors="replace")
+        return None, f"no C compiler made it ({first_line(RuntimeError(said)) or first_line(error)})"
     library.harmconvert_panel.restype = ctypes.c_int64
     library.harmconvert_factored.restype = ctypes.c_int
     library.harmconvert_factored.argtypes = [*[ctypes.c_void_p] * 8, ctypes.c_int]
