@@ -48,12 +48,9 @@ class Tally:
     def check(self) -> None:
         """Fail where anything was not survived, or nothing was tried."""
         assert self.tried, "nothing was tried"
-        assert not (self.lost or self.executed or self.survived < self.tried), "\n".join(
-            [
-                f"{self.survived} of {self.tried} survived, {self.lost} lost, {self.executed} executed",
-                *self.complaints[:5],
-            ]
-        )
+        counts = f"{self.survived} of {self.tried} survived, {self.lost} lost, {self.executed} executed"
+        fine = self.survived == self.tried and not self.lost and not self.executed
+        assert fine, "\n".join([counts, *self.complaints[:5]])
 
     def write(self, path: str | Path) -> None:
         """Append the line to a table, in one write: several processes may."""
