@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import printable
 from . import types
 from .loudness import loud, stamp
 from .loudness import loudness as loudness
@@ -227,7 +228,7 @@ def progress() -> Iterator[Callable[[int, int, str], None]]:
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("")
-        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what[-40:])
+        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=printable(what[-40:]))
 
 
 input_size = click.option(
@@ -340,6 +341,9 @@ def console(quiet: bool = False) -> Console:
     from rich.console import Console
 
     class Patient(Console):
+        def print(self, *objects: Any, **how: Any) -> None:
+            super().print(*(printable(one) if isinstance(one, str) else one for one in objects), **how)
+
         def on_broken_pipe(self) -> None:
             """Whoever read our table has gone: the work goes on without an audience."""
             self.quiet = True
@@ -359,7 +363,7 @@ def say(message: str, *, urgent: bool = False) -> None:
     if sys.stderr.isatty():  # between words; what is one word, as a path, stays one
         width = max(shutil.get_terminal_size().columns, 20)
         message = textwrap.fill(message, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
-    print(message, file=sys.stderr, flush=True)  # click would write past a bar that is shown, and through it
+    print(printable(message), file=sys.stderr, flush=True)  # click would write past a bar that is shown, and through it
 
 
 def print_json(data: Any) -> None:
