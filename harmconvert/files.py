@@ -47,19 +47,21 @@ def check_output(path: str | Path, force: bool = False) -> Path:
 
 
 def write_file(path: str | Path, write: Callable[[Path], None], force: bool = False) -> None:
-    """Let ``write`` fill a staging file beside ``path``, then put that in the target's place at once.
+    """Let ``write`` fill a file in a staging folder beside ``path``, then put that in the target's place at once.
 
-    The target is the old file or the whole new one at every moment. A staging file that a killed process left behind is
-    removed by the next run.
+    The target is the old file or the whole new one at every moment. A staging folder that a killed process left behind,
+    with whatever its writer put there, is removed by the next run.
 
     Raises:
         UsageError: as `check_output`.
         OutsideError: the disk is full, permission is missing.
     """
     target = check_output(path, force)
-    with _staged(target, "staging") as (staging,):
+    with _staged(target, "staging") as (folder,):
         try:
             _remove_leftovers(target)
+            folder.mkdir()
+            staging = folder / target.name
             staging.touch(exist_ok=False)
             mode = stat.S_IMODE(staging.stat().st_mode)
             write(staging)
@@ -76,7 +78,7 @@ def write_file(path: str | Path, write: Callable[[Path], None], force: bool = Fa
         except OSError as error:
             raise outside(error, f"cannot write {path}") from error
         finally:
-            staging.unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def cache_folder() -> Path:

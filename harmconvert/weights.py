@@ -9,6 +9,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -176,13 +177,17 @@ def _why_not_weights(path: str | Path) -> str | None:
 def write_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: dict[str, str], force: bool) -> None:
     """Write named tensors as .safetensors, by way of a staging file; raises as `save` does."""
 
-    def write(staging: Path) -> None:
-        try:
-            safetensors.torch.save_file(dict(tensors), staging, metadata)
-        except safetensors.SafetensorError as error:
-            raise OutsideError(f"cannot write {path}: {error}; free some space or name another place") from error
+    with saving(path):
+        write_file(path, lambda staging: safetensors.torch.save_file(dict(tensors), staging, metadata), force)
 
-    write_file(path, write, force)
+
+@contextmanager
+def saving(path: str | Path) -> Iterator[None]:
+    """What safetensors raises when a disk is full is no OSError; here it is an OutsideError, as others are."""
+    try:
+        yield
+    except safetensors.SafetensorError as error:
+        raise OutsideError(f"cannot write {path}: {error}; free some space or name another place") from error
 
 
 def untied_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
