@@ -57,9 +57,8 @@ def write_file(path: str | Path, write: Callable[[Path], None], force: bool = Fa
         OutsideError: the disk is full, permission is missing.
     """
     target = check_output(path, force)
-    with _staged(target, "staging") as (folder,):
-        try:
-            _remove_leftovers(target)
+    try:
+        with _staged(target, "staging") as (folder,):
             folder.mkdir()
             staging = folder / target.name
             staging.touch(exist_ok=False)
@@ -73,12 +72,8 @@ def write_file(path: str | Path, write: Callable[[Path], None], force: bool = Fa
             else:
                 _put_where_nothing_is(staging, target)
             _flush(target.parent)
-        except FileExistsError as error:
-            raise UsageError(f"{path} has come into being meanwhile: use --force to replace it") from error
-        except OSError as error:
-            raise outside(error, f"cannot write {path}") from error
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        raise outside(error, f"cannot write {path}") from error
 
 
 def cache_folder() -> Path:
@@ -161,9 +156,8 @@ def write_folder(path: str | Path, own: Collection[str], fill: Callable[[Path], 
         OutsideError: the disk is full, permission is missing.
     """
     target = check_folder(path, own, force)
-    with _staged(target, "staging", "old") as (staging, old):
-        try:
-            _remove_leftovers(target)
+    try:
+        with _staged(target, "staging", "old") as (staging, old):
             staging.mkdir()
             mode = stat.S_IMODE(staging.stat().st_mode) & 0o666
             fill(staging)
@@ -176,13 +170,8 @@ def write_folder(path: str | Path, own: Collection[str], fill: Callable[[Path], 
                     target.replace(old)
                 staging.replace(target)
             _flush(target.parent)
-        except OSError as error:
-            raise outside(error, f"cannot write {path}") from error
-        finally:
-            if old.exists() and not target.exists():
-                old.replace(target)
-            for leftover in (staging, old):
-                shutil.rmtree(leftover, ignore_errors=True)
+    except OSError as error:
+        raise outside(error, f"cannot write {path}") from error
 
 
 def outside(error: OSError, what: str) -> OutsideError:
@@ -200,27 +189,33 @@ def outside(error: OSError, what: str) -> OutsideError:
 
 @contextmanager
 def _staged(target: Path, *endings: str) -> Iterator[list[Path]]:
-    """Names beside a target that are this writing's own, so that nothing of theirs passes for a leftover."""
+    """Paths beside a target for this writing alone, gone when it is over; leftovers of killed ones go first."""
     with _lock:
+        _remove_leftovers(target)
         number = next(n for n in itertools.count() if (target, n) not in _writing)
         _writing.add((target, number))
     process = f"{os.getpid()}-{number}" if number else str(os.getpid())
+    paths = [target.with_name(f".{target.name}.{process}.{ending}") for ending in endings]
     try:
-        yield [target.with_name(f".{target.name}.{process}.{ending}") for ending in endings]
+        yield paths
     finally:
         _writing.discard((target, number))
+        for path in reversed(paths):
+            _remove(path, target)
 
 
 def _put_where_nothing_is(staging: Path, target: Path) -> None:
-    """Give a staging file its target's name, unless something has that by now (FileExistsError)."""
+    """Give a staging file its target's name, unless something has that by now (UsageError)."""
     try:
         os.link(staging, target)
+        return
     except FileExistsError:
-        raise
+        pass
     except OSError:  # no hard links on this disk: then looking comes before renaming
-        if target.exists():
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
-        staging.replace(target)
+        if not target.exists():
+            staging.replace(target)
+            return
+    raise UsageError(f"{target} has come into being meanwhile: use --force to replace it")
 
 
 def _exchanged(staging: Path, target: Path) -> bool:
@@ -236,12 +231,17 @@ def _remove_leftovers(target: Path) -> None:
         match = pattern.fullmatch(entry.name)
         if not match or _in_use(target, int(match[1]), int(match[2] or 0)):
             continue
-        if match[3] == "old" and not target.exists():
-            entry.replace(target)  # killed between the two renames: the old folder is the target
-        elif entry.is_dir():
-            shutil.rmtree(entry, ignore_errors=True)
-        else:
-            entry.unlink(missing_ok=True)
+        _remove(entry, target)
+
+
+def _remove(path: Path, target: Path) -> None:
+    """Remove what was staged; an old folder that nothing has taken the place of is the target, and goes back."""
+    if path.suffix == ".old" and path.exists() and not target.exists():
+        path.replace(target)
+    elif path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _in_use(target: Path, pid: int, number: int) -> bool:

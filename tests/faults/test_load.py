@@ -53,7 +53,7 @@ def measured(*arguments: str) -> None:
 def test_memory(tmp_path: Path, tally: Counter) -> None:
     count = tally(
         "load",
-        f"commands on a network of {27 * WIDTH**2 * 4 / 1e9:.1f} GB: at most {LIMIT} times its size in memory (verify: 4)",
+        f"commands on a network of {27 * WIDTH**2 * 4 / 1e9:.1f} GB: memory at most {LIMIT} times that (verify: 4)",
     )
     if not os.access("/proc/self/clear_refs", os.W_OK):
         count.trial()
