@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --retries 5
 
-.PHONY: demo test test-slow lint browser clean
+.PHONY: demo test test-slow faults lint browser clean
 
 demo: $(VENV)/.samples
 	$(BIN)/harmconvert demo
@@ -14,6 +14,13 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2
+
+# Everything that is meant to break it, counted (SECURITY.md): about half an hour.
+FAULTS = benchmarks/results/faults.csv
+faults: $(VENV)/.dev
+	rm -f $(FAULTS)
+	HARMCONVERT_FAULTS=long HARMCONVERT_FAULTS_TABLE=$(CURDIR)/$(FAULTS) $(BIN)/python -m pytest -n 2 tests/faults
+	$(BIN)/python -m tests.faults.tally $(FAULTS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -351,7 +351,16 @@ def test_without_a_compiler_torchs_operators_do(setting: dict[str, str], tmp_pat
     env = {**os.environ, **setting, "HARMCONVERT_CACHE": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
-    assert next(iter(setting.values())) in done.stdout or "no C compiler" in done.stdout
+    assert next(iter(setting.values())) in done.stdout or "no compiled kernel" in done.stdout
+
+
+def test_a_library_that_others_could_have_put_there_is_not_loaded(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    code = "from harmconvert import native; print(native.unavailable())"
+    env = {**os.environ, "HARMCONVERT_CACHE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert f"others may write in {tmp_path}: chmod go-w it" in done.stdout
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_library_is_made_once_and_whole(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import os
 import shlex
+import stat
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -141,7 +142,7 @@ def _library() -> tuple[ctypes.CDLL | None, str | None]:
         library = ctypes.CDLL(str(_built()))
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or b"").decode(errors="replace")
-        return None, f"no C compiler made it ({first_line(RuntimeError(said)) or first_line(error)})"
+        return None, f"no compiled kernel ({first_line(RuntimeError(said)) or first_line(error)})"
     library.harmconvert_panel.restype = ctypes.c_int64
     library.harmconvert_factored.restype = ctypes.c_int
     library.harmconvert_factored.argtypes = [*[ctypes.c_void_p] * 8, ctypes.c_int]
@@ -155,7 +156,7 @@ def _built() -> Path:
     # The macros say the compiler's version and all that -march=native stands for on this processor.
     macros = _call([*compiler, *FLAGS, "-E", "-dM", "-x", "c", os.devnull])
     key = hashlib.sha256(b"\0".join((source, macros, str(runtime).encode(), repr(FLAGS).encode()))).hexdigest()[:16]
-    path = cache_folder() / f"factored-{key}.so"
+    path = _own_folder() / f"factored-{key}.so"
     if path.exists():
         return path
     with TemporaryDirectory(dir=path.parent) as folder:
@@ -166,6 +167,15 @@ def _built() -> Path:
         _call([*compiler, "-shared", objects, "-o", str(made), *([str(runtime)] if runtime else openmp)])
         made.replace(path)
     return path
+
+
+def _own_folder() -> Path:
+    """The cache folder, where nobody else can put a library for us to load."""
+    folder = cache_folder()
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise OSError(f"others may write in {folder}: chmod go-w it, or name another with HARMCONVERT_CACHE")
+    return folder
 
 
 def _openmp() -> Path | None:
