@@ -9,6 +9,7 @@ import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .checkpoint import Header, Source
-from .downloads import reaching_out, torchvision_loading
+from .cost import bytes_of
+from .downloads import reaching_out, torchvision_loading, torchvision_preprocessing
 from .errors import HarmconvertError, InputError, UsageError, first_line
 from .forms import fuse
 from .reference import open_reference
@@ -29,7 +31,11 @@ from .weights import load_state, read_weights, weights_sha256
 SCHEMES = ("timm", "torchvision", "hf-hub", "local-dir", "sample", "reference")
 
 # Arguments of timm.create_model that would open files or reach out, which a checkpoint has no business to ask for.
+_REBUILT = ("timm", "torchvision", "sample", "code")
 _NOT_FOR_REBUILDING = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
+
+# A file of a few bytes may name a network of any size: it is built up to this size, and this many times the file's.
+_LEAST_LIMIT, _MOST_PER_BYTE = 1 << 30, 64
 
 
 @dataclass(frozen=True)
@@ -167,12 +173,15 @@ def load(
         InputError: the file is unreadable or does not fit; UsageError: no network to fill, or an unknown form.
     """
     return checkpoint.load(
-        path, model=model, form=form, example_input=example_input, rebuild=lambda source: rebuild(source, trust_code)
-    )
+        path, model=model, form=form, example_input=example_input,
+        rebuild=lambda source: rebuild(source, trust_code, _LEAST_LIMIT + _MOST_PER_BYTE * Path(path).stat().st_size),
+    )  # fmt: skip
 
 
-def rebuild(source: Source, trust_code: bool = False) -> nn.Module:
+def rebuild(source: Source, trust_code: bool = False, limit: int | None = None) -> nn.Module:
     """The network that a recorded source names, its weights still to be loaded. Needs no network.
+
+    ``limit``: bytes that its tensors may take, where a file that may be anybody's names it.
 
     Raises:
         UsageError: the source is user code and ``trust_code`` is not set; InputError: it cannot be built.
@@ -187,10 +196,17 @@ def rebuild(source: Source, trust_code: bool = False) -> nn.Module:
             arguments = dict(source.arguments)
             if not timm.is_model(str(arguments["architecture"])) or {*arguments} & _NOT_FOR_REBUILDING:
                 raise InputError(f"the recorded source {source} asks for more than a timm architecture: refused")
-            return cast(nn.Module, timm.create_model(arguments.pop("architecture"), pretrained=False, **arguments))
-        if {*source.arguments} & _NOT_FOR_REBUILDING or source.scheme not in ("timm", "torchvision", "sample", "code"):
+            build = partial(timm.create_model, arguments.pop("architecture"), pretrained=False, **arguments)
+        elif {*source.arguments} & _NOT_FOR_REBUILDING or source.scheme not in _REBUILT:
             raise InputError(f"the recorded source {source} asks for more than its structure: refused; pass model=")
-        return _build(source)[0]
+        else:
+            build = partial(_built, source)
+        size = bytes_of(build) if limit is not None and source.scheme != "code" else None
+        if limit is not None and size is not None and size > limit:
+            raise InputError(
+                f"the recorded source {source} is a network of {size:,} bytes, far more than the file holds: refused"
+            )
+        return cast(nn.Module, build())
     except HarmconvertError:
         raise
     except Exception as error:
@@ -225,6 +241,10 @@ def parse_source(text: str, arguments: Mapping[str, Any] | None = None) -> Sourc
     if colon:
         return Source("code", text, arguments)
     return Source("timm", text, arguments)
+
+
+def _built(source: Source) -> nn.Module:
+    return _build(source)[0]
 
 
 def _build(source: Source, pretrained: bool = False) -> tuple[nn.Module, Source]:
@@ -288,7 +308,7 @@ def _from_torchvision(source: Source, pretrained: bool) -> tuple[nn.Module, Sour
         arguments = {"weights_backbone": None, **arguments}
     with reaching_out(str(source)), torchvision_loading(fetch=pretrained):
         model = builder(weights=chosen if tag else None, **arguments)
-    if not hasattr(model, "pretrained_cfg") and (cfg := _preprocessing(builder.__module__, chosen)):
+    if not hasattr(model, "pretrained_cfg") and (cfg := torchvision_preprocessing(builder.__module__, chosen)):
         model.pretrained_cfg = cfg
     return model, source
 
@@ -368,20 +388,6 @@ def _with_config(source: Source, model: nn.Module, architecture: str, model_argu
 def _cfg(model: nn.Module) -> dict[str, Any]:
     cfg = getattr(model, "pretrained_cfg", None)
     return cfg if isinstance(cfg, dict) else {}
-
-
-def _preprocessing(module: str, weights: Any) -> dict[str, Any]:
-    """What timm calls a pretrained_cfg, from the transforms that belong to torchvision's weights."""
-    transforms = weights.transforms()
-    if not (crop := getattr(transforms, "crop_size", None)):
-        return {}
-    size = (crop[0], crop[0])
-    if ".video" in module:
-        return {"input_size": (3, int(weights.meta.get("min_temporal_size", 16)), *size)}
-    cfg = {"input_size": (3, *size), "mean": tuple(transforms.mean), "std": tuple(transforms.std)}
-    if resize := getattr(transforms, "resize_size", None):
-        cfg |= {"crop_pct": crop[0] / resize[0], "interpolation": transforms.interpolation.value}
-    return cfg
 
 
 def _close(name: str, names: list[str]) -> str:

@@ -200,7 +200,7 @@ def _of_document(read: Callable[[Any], None]) -> Callable[[Path], None]:
 def _read_recorded_source(document: Any) -> None:
     source = Source.from_json(document)
     str(source)
-    sources.rebuild(source)
+    sources.rebuild(source, limit=1 << 30)
 
 
 def _read_header_json(document: Any) -> None:
