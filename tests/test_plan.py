@@ -81,6 +81,12 @@ def test_progressive_stages_are_those_of_the_planned_layers() -> None:
     assert kept(plan)["layer1.conv"] == 6
 
 
+def test_progressive_compares_maps_by_their_number_of_positions() -> None:
+    sizes = {"square": (6, 6), "flat": (2, 12), "long": (9, 4), "large": (7, 7)}
+    sites = [ConvSite(name, "Conv2d", (3, 3), output_size=size) for name, size in sizes.items()]
+    assert kept(make_plan(sites, "progressive")) == {"square": 6, "flat": 3, "long": 6, "large": 9}
+
+
 def test_progressive_leaves_layers_that_did_not_run_whole() -> None:
     sites = [*SITES, ConvSite("aside", "Conv2d", (3, 3))]
     plan = make_plan(sites, "progressive")

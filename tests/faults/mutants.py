@@ -60,8 +60,7 @@ MUTANTS = (
         "Haar wavelets that do not change their sign", BASES,
     ),
     Mutant(
-        "basis.py", "for _ in range(2):", "for _ in range(1):",
-        "derivatives of high order lose their orthogonality", BASES,
+        "basis.py", "(position / (size / 4))", "(position / (size / 2))", "a Gaussian twice as wide", BASES,
     ),
     Mutant("basis.py", "[1].flip(1).T", "[1].T", "the weakest eigenvectors come first", BASES),
     Mutant(
