@@ -63,6 +63,11 @@ def count(value: Any) -> bool:
     return whole(value) and 0 <= value < 1 << 63
 
 
+def pair(value: Any) -> bool:
+    """Two finite numbers."""
+    return isinstance(value, list | tuple) and len(value) == 2 and all(map(finite, value))
+
+
 def plain(value: Any, depth: int = 100) -> bool:
     """What JSON can hold, nested no deeper than any file of ours; dicts have names for keys."""
     if isinstance(value, Mapping | list | tuple) and not depth:

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .documents import check, count, finite, number, plain
+from .documents import check, count, finite, number, pair, plain
 
 _NUMBER, _TEXT = (number, None), (str, None)
-
-
-def _pair(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 2 and all(map(number, value))
-
 
 _EVALUATION = {
     **dict.fromkeys(("images", "labelled"), count),
@@ -38,7 +33,7 @@ _SEARCH = {
     **dict.fromkeys(("budget", "unit", "scored_by", "frequencies"), str),
     **dict.fromkeys(("whole", "limit", "smallest", "taken"), count),
     "tried": [{"origin": str, "cost": count, "expected": number, "measured": _NUMBER}],
-    "frontier": [_pair],
+    "frontier": [pair],
     "exact": bool,
     "notes": [str],
 }

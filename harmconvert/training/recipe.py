@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from ..data.preprocessing import Transform, padded_crop_transform, timm_transform
-from ..documents import check, count, finite
+from ..documents import check, count, finite, pair
 from ..errors import InputError, UsageError
 
 CROPS = ("resized", "padded", "none")
@@ -17,8 +17,7 @@ PARTS = ("all", "coefficients")
 # What a file may hold for a field of that type.
 _SHAPES: dict[str, Any] = {
     "str": str, "int": count, "float": finite, "bool": bool, "str | None": (str, None), "float | None": (finite, None),
-    "tuple[int, ...]": [count], "tuple[float, float]": lambda value: isinstance(value, list | tuple)
-    and len(value) == 2 and all(map(finite, value)),
+    "tuple[int, ...]": [count], "tuple[float, float]": pair,
 }  # fmt: skip
 
 

@@ -77,14 +77,15 @@ def _file(kind: str) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "net.safetensors"
         images = [random_input((8, 1, 12, 12))]
-        settings, search = CalibrationSettings(memory=1 << 24), SearchSettings(trials=1)
         if kind == "source":
             save(convert(timm.create_model("test_resnet", num_classes=3), 2), path)
         elif kind == "klt":
             save(convert(_network(), 2, example_input=images[0], basis="klt"), path)
         else:
-            made = convert(_network(), budget={"params": 0.7}, calibration=images, settings=settings, search=search)
+            made = convert(_network(), 2, calibration=images, settings=CalibrationSettings(memory=1 << 24))
             history = record_of(made, _network())
+            searched = convert(_network(), budget={"params": 0.7}, search=SearchSettings(trials=0)).search
+            history["conversion"]["search"] = searched.to_json() if searched else None
             stage = {"name": "cut", "evaluation": _EVALUATION, "why": None}
             trained = FineTuning(made.model, (Stage.from_json(stage),), (_EPOCH,), Recipe())
             save(made, path, source=Source("timm", "test_resnet", sha256="ab"), history=trained.history(history))
