@@ -114,6 +114,7 @@ def test_tied_layers_keep_what_any_of_them_keeps_and_skip_together() -> None:
         "b": "excluded by b",
         "a": "its weight is tied to b, which is skipped",
     }
+    assert set(kept(plan)) == {SITES[1].name}
 
 
 @pytest.mark.parametrize(
@@ -205,6 +206,8 @@ def test_a_plan_of_another_network_is_refused() -> None:
         make_plan(SITES, Plan((LayerPlan("elsewhere", (3, 3), ((0, 0),)),)))
     with pytest.raises(UsageError, match=r"layer stem has kernel \(7, 7\), the plan says \(3, 3\)"):
         make_plan(SITES, Plan((LayerPlan("stem", (3, 3), ((0, 0),)),)))
+    with pytest.raises(UsageError, match=r"layer stem has kernel \(7, 7\), the plan says \(1, 49\)"):
+        make_plan(SITES, Plan((LayerPlan("stem", (1, 49), ((0, 0),)),)))
 
 
 GOOD: dict[str, Any] = {"name": "a", "kernel_size": [3, 3], "frequencies": [[0, 0]]}
