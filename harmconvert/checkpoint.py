@@ -8,7 +8,6 @@ JSON: where the network came from, and its plan.
 from __future__ import annotations
 
 import json
-import re
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -27,8 +26,10 @@ from .basis import BASES, NORMALIZATIONS
 from .block import HarmonicBlock2d, to_block
 from .conv import HarmonicMixin, base_class, to_harmonic
 from .convert import Conversion, default_input
+from .documents import check, parsed, plain
 from .errors import HarmconvertWarning, InputError, UsageError, shortened
 from .forms import factor, fuse
+from .history import check_history
 from .plan import LayerPlan, Plan
 from .surgery import convolutions, exchange, kernel_size, put_in_place
 from .weights import load_state, open_safetensors, tensors_crc32, untied_state, why_unreadable, write_tensors
@@ -36,6 +37,9 @@ from .weights import load_state, open_safetensors, tensors_crc32, untied_state, 
 FORMAT_VERSION = 1
 METADATA_KEY = "harmconvert"
 FORMS = ("harmonic", "dense", "factored")
+_SOURCE = {
+    "scheme": str, "name": str, "arguments": {...: plain}, "sha256": (str, None), "licence": plain,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,9 @@ class Source:
     def from_json(cls, data: Any) -> Source:
         """Read what `dataclasses.asdict` wrote; raises InputError where it is something else."""
         try:
-            scheme, name, arguments = str(data["scheme"]), str(data["name"]), dict(data.get("arguments", {}))
-            return cls(scheme, name, arguments, data.get("sha256"), data.get("licence"))
+            check(data, _SOURCE, "source")
+            arguments = dict(data.get("arguments", {}))
+            return cls(data["scheme"], data["name"], arguments, data.get("sha256"), data.get("licence"))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"the source recorded in the file is unreadable: {error!r}") from error
 
@@ -134,6 +139,7 @@ class Header:
             raise InputError(f"it uses the basis {data.get('basis')!r}, which this harmconvert does not know")
         source = Source.from_json(data["source"]) if data.get("source") else None
         try:
+            check_history(data.get("history", {}))
             return cls(
                 Plan.from_json(data),
                 source,
@@ -186,25 +192,6 @@ def save(
     return header
 
 
-def default_name(source: str, lam: str) -> str:
-    """The file that `harmconvert convert` writes where no other is named: NAME-harmonic-LAMBDA.safetensors.
-
-    >>> default_name("hf-hub:timm/resnet18.a1_in1k", "progressive"), default_name("resnet50", "layer4.*=2")
-    ('resnet18.a1_in1k-harmonic-progressive.safetensors', 'resnet50-harmonic-custom.safetensors')
-    """
-    return f"{short_name(source)}-harmonic-{'custom' if '=' in lam else lam.strip()}.safetensors"
-
-
-def short_name(source: str) -> str:
-    """What a file made from a source is called after.
-
-    >>> short_name("sample:resnet_mnist5k"), short_name("reference:folder/resnet50.pth.tar")
-    ('resnet_mnist5k', 'resnet50')
-    """
-    name = re.sub(r"(\.(safetensors|pth|pt7?|tar))+$", "", source).rstrip("/").replace(":", "/").split("/")[-1]
-    return re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "network"
-
-
 def is_harmonic(path: str | Path) -> bool:
     """Whether a file calls itself a harmonic checkpoint, readable or not."""
     if Path(path).suffix != ".safetensors" or why_unreadable(path):
@@ -227,9 +214,11 @@ def read_header(path: str | Path) -> Header:
                 f"name its network and give the weights with --checkpoint {path}"
             )
         try:
-            header = Header.from_json(json.loads(metadata[METADATA_KEY]))
-        except (json.JSONDecodeError, RecursionError) as error:
+            data = parsed(metadata[METADATA_KEY])
+        except ValueError as error:
             raise InputError(f"{path}: its header is not JSON: {error}") from error
+        try:
+            header = Header.from_json(data)
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
         shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118  not a dict

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from .basis import Frequency
@@ -66,6 +67,15 @@ def tensor_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and persistent buffers, shared ones once."""
     unique: dict[int, Tensor] = {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
     return sum(t.numel() * t.element_size() for t in unique.values())
+
+
+def bytes_of(build: Callable[[], nn.Module]) -> int | None:
+    """Bytes of the network that ``build`` makes, without taking them; None where it cannot be made without values."""
+    try:
+        with torch.device("meta"):
+            return tensor_bytes(build())
+    except Exception:
+        return None
 
 
 def response_macs(kernel_size: Sequence[int], frequencies: Sequence[Frequency]) -> int:

@@ -10,6 +10,7 @@ import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import huggingface_hub.constants
 import huggingface_hub.errors
@@ -76,3 +77,17 @@ def torchvision_loading(fetch: bool) -> Iterator[None]:
     finally:
         torchvision_api.load_state_dict_from_url = read
         nn.Module.load_state_dict = load  # type: ignore[method-assign]
+
+
+def torchvision_preprocessing(module: str, weights: Any) -> dict[str, Any]:
+    """What timm calls a pretrained_cfg, from the transforms that belong to torchvision's weights."""
+    transforms = weights.transforms()
+    if not (crop := getattr(transforms, "crop_size", None)):
+        return {}
+    size = (crop[0], crop[0])
+    if ".video" in module:
+        return {"input_size": (3, int(weights.meta.get("min_temporal_size", 16)), *size)}
+    cfg = {"input_size": (3, *size), "mean": tuple(transforms.mean), "std": tuple(transforms.std)}
+    if resize := getattr(transforms, "resize_size", None):
+        cfg |= {"crop_pct": crop[0] / resize[0], "interpolation": transforms.interpolation.value}
+    return cfg

@@ -6,7 +6,6 @@ import csv
 import ctypes
 import errno
 import itertools
-import json
 import os
 import re
 import shutil
@@ -18,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+from .documents import parsed
 from .errors import OutsideError, UsageError, shortened
 
 # What this process is writing: targets, each with the number of the writing among those of one target.
@@ -93,6 +93,25 @@ def beside(output: str | Path, ending: str) -> Path:
     return Path(str(output).removesuffix(".safetensors") + ending)
 
 
+def default_name(source: str, lam: str) -> str:
+    """The file that `harmconvert convert` writes where no other is named: NAME-harmonic-LAMBDA.safetensors.
+
+    >>> default_name("hf-hub:timm/resnet18.a1_in1k", "progressive"), default_name("resnet50", "layer4.*=2")
+    ('resnet18.a1_in1k-harmonic-progressive.safetensors', 'resnet50-harmonic-custom.safetensors')
+    """
+    return f"{short_name(source)}-harmonic-{'custom' if '=' in lam else lam.strip()}.safetensors"
+
+
+def short_name(source: str) -> str:
+    """What a file made from a source is called after.
+
+    >>> short_name("sample:resnet_mnist5k"), short_name("reference:folder/resnet50.pth.tar")
+    ('resnet_mnist5k', 'resnet50')
+    """
+    name = re.sub(r"(\.(safetensors|pth|pt7?|tar))+$", "", source).rstrip("/").replace(":", "/").split("/")[-1]
+    return re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "network"
+
+
 def write_text(path: str | Path, text: str, force: bool = False) -> None:
     """Write a text in UTF-8 as `write_file` does."""
     write_file(path, lambda staging: cast(None, staging.write_text(text, encoding="utf-8")), force)
@@ -103,15 +122,12 @@ def read_json(path: str | Path) -> Any:
 
     Raises:
         OSError: it is no regular file (a FIFO would be waited for without end), or cannot be read.
-        ValueError: it is not JSON in UTF-8.
+        ValueError: it is not JSON in UTF-8, or as `harmconvert.documents.parsed` says.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "not a regular file", str(path))
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError as error:
-        raise ValueError("its JSON is nested too deeply") from error
+    return parsed(path.read_text(encoding="utf-8"))
 
 
 def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]], force: bool = False) -> None:

@@ -22,6 +22,7 @@ from torch import nn
 
 from . import native
 from .conv import HarmonicMixin, base_class, to_dense
+from .documents import check, finite
 from .errors import OutsideError
 from .factored import to_factored
 from .files import cache_folder, read_json, write_text
@@ -90,9 +91,14 @@ def _known(path: Path | None) -> dict[str, tuple[float, float]]:
 def _read(path: Path | None) -> dict[str, tuple[float, float]]:
     try:
         content = read_json(path) if path else {}
-        return {str(key): (float(dense), float(factored)) for key, (dense, factored) in content.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        check(content, {...: [_seconds]}, "times")
+        return {key: (float(dense), float(factored)) for key, (dense, factored) in content.items()}
+    except (OSError, ValueError):
         return {}  # of no harm: they are measured again
+
+
+def _seconds(value: Any) -> bool:
+    return finite(value) and value > 0
 
 
 def _keep(known: dict[str, tuple[float, float]], path: Path | None) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from .basis import Basis, Frequency, all_frequencies, check_frequencies, frequencies_below, scaled_levels
+from .documents import check, count
 from .errors import InputError, UsageError, shortened
 from .files import read_json, write_text
 
@@ -54,7 +55,7 @@ class LayerPlan:
     @property
     def whole(self) -> bool:
         """Whether it keeps every frequency."""
-        return len(self.frequencies) == len(all_frequencies(self.kernel_size))
+        return len(self.frequencies) == prod(self.kernel_size)
 
     @property
     def levels(self) -> int | None:
@@ -105,7 +106,7 @@ class Plan:
         width = max((len(layer.name) for layer in self.layers), default=0)
         lines = [f"plan {self.policy}: {len(self.layers)} convolutions, {len(self.skipped)} skipped"]
         for layer in self.layers:
-            whole, kept = len(all_frequencies(layer.kernel_size)), len(layer.frequencies)
+            whole, kept = prod(layer.kernel_size), len(layer.frequencies)
             lines.append(f"  {layer.name:<{width}}  {'x'.join(map(str, layer.kernel_size))}  keeps {kept} of {whole}")
         return "\n".join(lines)
 
@@ -131,7 +132,7 @@ class Plan:
             plan = cls(
                 tuple(_layer_from_json(layer) for layer in data["layers"]),
                 tuple(
-                    Skip(str(s["name"]), str(s["kind"]), tuple(map(int, s["kernel_size"])), str(s["why"]))
+                    Skip(str(s["name"]), str(s["kind"]), _kernel_size(s), str(s["why"]))
                     for s in data.get("skipped", [])
                 ),
                 str(data.get("policy", "custom")),
@@ -384,14 +385,12 @@ def _no_match(pattern: str, names: Sequence[str]) -> str:
 
 
 def _layer_from_json(data: Any) -> LayerPlan:
-    kernel_size = tuple(_small_int(k) for k in data["kernel_size"])
-    if not kernel_size or not 1 <= prod(kernel_size) <= MAX_KERNEL_POSITIONS:
-        raise ValueError(f"kernel size {kernel_size} of layer {data['name']!r} is out of range")
-    frequencies = tuple(tuple(_small_int(i) for i in f) for f in data["frequencies"])
-    return LayerPlan(str(data["name"]), kernel_size, frequencies)
+    check(data["frequencies"], [[count]], "frequencies")
+    return LayerPlan(str(data["name"]), _kernel_size(data), tuple(map(tuple, data["frequencies"])))
 
 
-def _small_int(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_KERNEL_POSITIONS:
-        raise ValueError(f"{value!r} is not a small whole number")
-    return value
+def _kernel_size(data: Any) -> tuple[int, ...]:
+    check(size := data["kernel_size"], [count], "kernel size")
+    if not 1 <= len(size) <= 3 or not 1 <= prod(size) <= MAX_KERNEL_POSITIONS:
+        raise ValueError(f"kernel size {size[:4]} of layer {str(data['name'])[:80]!r} is out of range")
+    return tuple(size)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from . import models  # noqa: F401  registers the networks that are built here
 from .basis import Basis, all_frequencies, dct_basis, frequencies_below, level_count
 from .checkpoint import BlockRecord, Header, Source, harmonic_like, in_form
-from .errors import InputError, UsageError, shortened
+from .errors import HarmconvertError, InputError, UsageError, first_line, shortened
 from .plan import LayerPlan, Plan
 from .weights import load_state, read_weights, tensors_sha256
 
@@ -55,6 +55,17 @@ def open_reference(path: str, arguments: Mapping[str, Any], form: str) -> tuple[
         UsageError: an unknown argument.
     """
     state = read_weights(path)
+    try:
+        return _opened(path, state, arguments, form)
+    except HarmconvertError:
+        raise
+    except (RuntimeError, LookupError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: the shapes of its tensors do not go together: {first_line(error)}") from error
+
+
+def _opened(
+    path: str, state: Mapping[str, Tensor], arguments: Mapping[str, Any], form: str
+) -> tuple[nn.Module, Source, Header | None]:
     tensors = _Tensors(path, state)
     if any(re.match(r"layer\d+\.\d+\.", key) for key in state):
         made_with = _read_resnet(tensors, _pool(arguments))

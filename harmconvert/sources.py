@@ -8,6 +8,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .checkpoint import Header, Source
-from .downloads import reaching_out, torchvision_loading
+from .cost import bytes_of
+from .downloads import reaching_out, torchvision_loading, torchvision_preprocessing
 from .errors import HarmconvertError, InputError, UsageError, first_line
 from .files import read_json
 from .forms import fuse
@@ -29,12 +31,13 @@ from .weights import load_state, read_weights, weights_sha256
 SCHEMES = ("timm", "torchvision", "hf-hub", "local-dir", "sample", "reference")
 
 # Arguments of timm.create_model that would open files or reach out, which a checkpoint has no business to ask for.
+_REBUILT = ("timm", "torchvision", "sample", "code")
 _NOT_FOR_REBUILDING = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
 
-# What a folder's weights may be called, and what a large network's index of several files is called.
-_LOCAL_WEIGHTS = tuple(
-    f"{name}{end}" for end in ("", ".index.json") for name in ("model.safetensors", "pytorch_model.bin")
-)
+# What a folder's weights may be called; with .index.json at the end, a large network's index of several files.
+_LOCAL_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+# A file of a few bytes may name a network of any size: it is built up to this size, and this many times the file's.
+_LEAST_LIMIT, _MOST_PER_BYTE = 1 << 30, 64
 
 
 @dataclass(frozen=True)
@@ -172,12 +175,15 @@ def load(
         InputError: the file is unreadable or does not fit; UsageError: no network to fill, or an unknown form.
     """
     return checkpoint.load(
-        path, model=model, form=form, example_input=example_input, rebuild=lambda source: rebuild(source, trust_code)
-    )
+        path, model=model, form=form, example_input=example_input,
+        rebuild=lambda source: rebuild(source, trust_code, _LEAST_LIMIT + _MOST_PER_BYTE * Path(path).stat().st_size),
+    )  # fmt: skip
 
 
-def rebuild(source: Source, trust_code: bool = False) -> nn.Module:
+def rebuild(source: Source, trust_code: bool = False, limit: int | None = None) -> nn.Module:
     """The network that a recorded source names, its weights still to be loaded. Needs no network.
+
+    ``limit``: bytes that its tensors may take, where a file that may be anybody's names it.
 
     Raises:
         UsageError: the source is user code and ``trust_code`` is not set; InputError: it cannot be built.
@@ -192,10 +198,17 @@ def rebuild(source: Source, trust_code: bool = False) -> nn.Module:
             arguments = dict(source.arguments)
             if not timm.is_model(str(arguments["architecture"])) or {*arguments} & _NOT_FOR_REBUILDING:
                 raise InputError(f"the recorded source {source} asks for more than a timm architecture: refused")
-            return cast(nn.Module, timm.create_model(arguments.pop("architecture"), pretrained=False, **arguments))
-        if {*source.arguments} & _NOT_FOR_REBUILDING or source.scheme not in ("timm", "torchvision", "sample", "code"):
+            build = partial(timm.create_model, arguments.pop("architecture"), pretrained=False, **arguments)
+        elif {*source.arguments} & _NOT_FOR_REBUILDING or source.scheme not in _REBUILT:
             raise InputError(f"the recorded source {source} asks for more than its structure: refused; pass model=")
-        return _build(source)[0]
+        else:
+            build = partial(_built, source)
+        size = bytes_of(build) if limit is not None and source.scheme != "code" else None
+        if limit is not None and size is not None and size > limit:
+            raise InputError(
+                f"the recorded source {source} is a network of {size:,} bytes, far more than the file holds: refused"
+            )
+        return cast(nn.Module, build())
     except HarmconvertError:
         raise
     except Exception as error:
@@ -230,6 +243,10 @@ def parse_source(text: str, arguments: Mapping[str, Any] | None = None) -> Sourc
     if colon:
         return Source("code", text, arguments)
     return Source("timm", text, arguments)
+
+
+def _built(source: Source) -> nn.Module:
+    return _build(source)[0]
 
 
 def _build(source: Source, pretrained: bool = False) -> tuple[nn.Module, Source]:
@@ -267,11 +284,10 @@ def _from_local_dir(source: Source, pretrained: bool) -> tuple[nn.Module, Source
         model = timm.create_model(f"local-dir:{source.name}", pretrained=False, **source.arguments)
     except (RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{config} makes no network: {first_line(error)}") from error
-    files = [path for name in _LOCAL_WEIGHTS if (path := Path(source.name) / name).exists()]
+    paths = [Path(source.name) / f"{name}{end}" for end in ("", ".index.json") for name in _LOCAL_WEIGHTS]
+    files = [path for path in paths if path.exists()]
     if pretrained and not files:
-        raise InputError(
-            f"{source.name} has no weights: neither {_LOCAL_WEIGHTS[0]} nor {' nor '.join(_LOCAL_WEIGHTS[1:])}"
-        )
+        raise InputError(f"{source.name} has no weights: neither {' nor '.join(_LOCAL_WEIGHTS)}")
     if pretrained:
         load_state(model, _renamed(model, read_weights(files[0])), str(files[0]))
     return model, _with_config(source, model, architecture, content.get("model_args") or {})
@@ -293,7 +309,7 @@ def _from_torchvision(source: Source, pretrained: bool) -> tuple[nn.Module, Sour
         arguments = {"weights_backbone": None, **arguments}
     with reaching_out(str(source)), torchvision_loading(fetch=pretrained):
         model = builder(weights=chosen if tag else None, **arguments)
-    if not hasattr(model, "pretrained_cfg") and (cfg := _preprocessing(builder.__module__, chosen)):
+    if not hasattr(model, "pretrained_cfg") and (cfg := torchvision_preprocessing(builder.__module__, chosen)):
         model.pretrained_cfg = cfg
     return model, source
 
@@ -373,20 +389,6 @@ def _with_config(source: Source, model: nn.Module, architecture: str, model_argu
 def _cfg(model: nn.Module) -> dict[str, Any]:
     cfg = getattr(model, "pretrained_cfg", None)
     return cfg if isinstance(cfg, dict) else {}
-
-
-def _preprocessing(module: str, weights: Any) -> dict[str, Any]:
-    """What timm calls a pretrained_cfg, from the transforms that belong to torchvision's weights."""
-    transforms = weights.transforms()
-    if not (crop := getattr(transforms, "crop_size", None)):
-        return {}
-    size = (crop[0], crop[0])
-    if ".video" in module:
-        return {"input_size": (3, int(weights.meta.get("min_temporal_size", 16)), *size)}
-    cfg = {"input_size": (3, *size), "mean": tuple(transforms.mean), "std": tuple(transforms.std)}
-    if resize := getattr(transforms, "resize_size", None):
-        cfg |= {"crop_pct": crop[0] / resize[0], "interpolation": transforms.interpolation.value}
-    return cfg
 
 
 def _close(name: str, names: list[str]) -> str:

@@ -27,6 +27,7 @@ UNREADABLE = (
     pickle.UnpicklingError,
     zipfile.BadZipFile,
     RuntimeError,
+    MemoryError,  # of a length that the file only claims
     struct.error,
     EOFError,
     ValueError,
@@ -72,6 +73,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             break
     if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()) or not content:
         raise InputError(f"{path} holds no state dict (a mapping from names to tensors)")
+    for name, tensor in content.items():
+        if not isinstance(name, str) or (reason := why_no_values(tensor)):
+            raise InputError(f"{path}: {name!r:.80} {reason if isinstance(name, str) else 'is no name of a tensor'}")
     return dict(clean_state_dict(dict(content)))
 
 
@@ -108,6 +112,15 @@ def unpickled(path: str | Path) -> Any:
         warnings.simplefilter("ignore")  # remarks on the pickle's age
         # An explicit weights_only=True is not overruled by TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD.
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def why_no_values(tensor: Tensor) -> str | None:
+    """Why a tensor from a pickle cannot be taken as it is; None where it can."""
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        return "is no plain tensor (meta, sparse or quantised)"
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return f"claims the shape {tuple(tensor.shape)}, of which the file holds a part (expanded)"
+    return None
 
 
 def open_safetensors(path: str | Path) -> Any:

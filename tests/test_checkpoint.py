@@ -16,9 +16,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from harmconvert.checkpoint import METADATA_KEY, Source, default_name, load, read_header, save
+from harmconvert.checkpoint import METADATA_KEY, Source, load, read_header, save
 from harmconvert.convert import convert
 from harmconvert.errors import HarmconvertError, HarmconvertWarning, InputError, OutsideError, UsageError
+from harmconvert.files import default_name
 from harmconvert.sources import load as load_rebuilt
 
 from .networks import CONVOLUTIONS, Branches, random_input, seeded

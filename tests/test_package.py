@@ -17,7 +17,8 @@ PACKAGE = ROOT / "harmconvert"
 
 # Each may import those before it; cli may import any.
 ORDER = [
-    "registration", "errors", "files", "native", "weights", "distributed", "basis", "projection", "conv", "block",
+    "registration", "errors", "documents", "history", "files", "native", "weights", "distributed", "basis",
+    "projection", "conv", "block",
     "factored", "timing", "layer_times", "plan", "surgery", "cost", "calibration", "forms", "budget", "convert",
     "harmonize", "kernel_check", "comparison", "verify", "precision",
     "checkpoint",

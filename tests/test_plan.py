@@ -81,6 +81,12 @@ def test_progressive_stages_are_those_of_the_planned_layers() -> None:
     assert kept(plan)["layer1.conv"] == 6
 
 
+def test_progressive_compares_maps_by_their_number_of_positions() -> None:
+    sizes = {"square": (6, 6), "flat": (2, 12), "long": (9, 4), "large": (7, 7)}
+    sites = [ConvSite(name, "Conv2d", (3, 3), output_size=size) for name, size in sizes.items()]
+    assert kept(make_plan(sites, "progressive")) == {"square": 6, "flat": 3, "long": 6, "large": 9}
+
+
 def test_progressive_leaves_layers_that_did_not_run_whole() -> None:
     sites = [*SITES, ConvSite("aside", "Conv2d", (3, 3))]
     plan = make_plan(sites, "progressive")
@@ -108,6 +114,7 @@ def test_tied_layers_keep_what_any_of_them_keeps_and_skip_together() -> None:
         "b": "excluded by b",
         "a": "its weight is tied to b, which is skipped",
     }
+    assert set(kept(plan)) == {SITES[1].name}
 
 
 @pytest.mark.parametrize(
@@ -199,6 +206,8 @@ def test_a_plan_of_another_network_is_refused() -> None:
         make_plan(SITES, Plan((LayerPlan("elsewhere", (3, 3), ((0, 0),)),)))
     with pytest.raises(UsageError, match=r"layer stem has kernel \(7, 7\), the plan says \(3, 3\)"):
         make_plan(SITES, Plan((LayerPlan("stem", (3, 3), ((0, 0),)),)))
+    with pytest.raises(UsageError, match=r"layer stem has kernel \(7, 7\), the plan says \(1, 49\)"):
+        make_plan(SITES, Plan((LayerPlan("stem", (1, 49), ((0, 0),)),)))
 
 
 GOOD: dict[str, Any] = {"name": "a", "kernel_size": [3, 3], "frequencies": [[0, 0]]}

@@ -96,6 +96,17 @@ def test_one_coefficient_a_thousandth_off_is_found_and_named(name: str, lam: Any
     assert check.verdict.startswith("not the same: ")
 
 
+def test_a_small_coefficient_is_held_to_its_own_last_bits_not_to_the_largest_ones() -> None:
+    model = seeded(Branches)
+    with torch.no_grad():
+        model.shared.weight[3] *= 1e-6
+    converted = convert(model, 2, example_input=X).model
+    assert verify(model, converted, X).as_planned
+    with torch.no_grad():
+        converted.shared.coefficients[3, 0, 0] *= 1.001
+    assert any(p.startswith("shared: 1 of") for p in verify(model, converted, X).problems)
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_one_weight_a_thousandth_off_in_the_dense_form_is_found_and_named(name: str) -> None:
     model, converted = pair()

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..basis import Basis, Frequency, all_frequencies, frequencies_below, level_count, scaled_levels
 from ..cost import network_cost
+from ..errors import InputError
 from ..plan import ConvSite, LayerPlan, Plan, make_plan
 from ..surgery import Trace
 
@@ -56,7 +57,13 @@ def items_of(whole: Plan, ties: Mapping[str, str]) -> tuple[Item, ...]:
 
 def with_order(item: Item, order: Sequence[Frequency]) -> Item:
     """An item with more to choose from: of every size (of a large kernel, of some) what is left once the first of
-    ``order`` are cut, beside the lambdas."""
+    ``order`` are cut, beside the lambdas.
+
+    Raises:
+        InputError: the order, which may come from a file, is not one of all of its frequencies.
+    """
+    if sorted(order) != sorted(item.sets[0]):
+        raise InputError(f"the order of the frequencies of {item.names[0]} lacks some or has others: remove --probes")
     count = len(order)
     sizes = {round(1 + (count - 1) * step / (MOST - 1)) for step in range(MOST)} if count > MOST else range(1, count)
     chain = [tuple(sorted(order[count - size :], key=item.sets[0].index)) for size in sizes]

@@ -13,6 +13,7 @@ from torch import nn
 from ..basis import Basis, Frequency
 from ..calibration import CalibrationSettings
 from ..distributed import from_first_rank, rank
+from ..documents import check, count, finite, plain
 from ..errors import InputError, UsageError
 from ..files import read_json, write_text
 from ..plan import Plan
@@ -21,6 +22,12 @@ from ..weights import tensors_sha256, weights_sha256
 from .orders import Order
 
 VERSION = 1
+_SHAPE = {
+    "key": {...: plain},
+    "single": {...: finite},
+    "whole": {...: finite},
+    "orders": {...: {"frequencies": [[count]], "by": str, "why": (str, None)}},
+}
 
 
 @dataclass
@@ -98,11 +105,11 @@ def _read(path: Path) -> Any:
             return (
                 f"{path} holds probes of version {data['version']}, this harmconvert reads version {VERSION}: remove it"
             )
-        numbers = [*data["single"].values(), *data["whole"].values()]
-        if not (isinstance(data["key"], dict) and all(isinstance(number, float | int) for number in numbers)):
-            raise TypeError("no numbers")
+        check(data, _SHAPE, "probes")
+        if missing := set(_SHAPE) - {"orders"} - set(data):
+            raise KeyError(min(missing))
         _orders(data)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{path} holds no probes that can be read ({type(error).__name__}: {error}): remove it"
     return data
 

@@ -154,10 +154,9 @@ def command(
       harmconvert convert reference:model_best.pth.tar
     """
     from ..budget import Budget, SearchSettings
-    from ..checkpoint import default_name
     from ..convert import convert
     from ..distributed import joined, rank
-    from ..files import check_output
+    from ..files import check_output, default_name
     from ..plan import Plan, parse_lambda
     from ..report.writing import check_figure, write_figure
     from ..sources import is_harmonic_source
@@ -223,7 +222,7 @@ def _kept(lam: str | None, plan_file: str | None, share: Budget | None, max_drop
 
 def _probes_beside(output: str, source: str) -> str:
     """Where scores are kept unless --probes says otherwise: whatever the budget, so that the next one finds them."""
-    from ..checkpoint import short_name
+    from ..files import short_name
 
     return str(Path(output).parent / f"{short_name(source)}-harmonic.probes.json")
 

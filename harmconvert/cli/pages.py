@@ -32,8 +32,8 @@ def report_on(source: str, sizes: Sequence[tuple[int, ...]], given: dict[str, An
     Raises:
         UsageError: it is none.
     """
-    from ..checkpoint import short_name
     from ..errors import UsageError
+    from ..files import short_name
     from ..report.summary import report_of
     from ..sources import is_harmonic_source
 
@@ -53,7 +53,7 @@ def write_page(
     model: Any, header: Header, output: str, page: Path, force: bool, sizes: Sequence[tuple[int, ...]] = ()
 ) -> None:
     """Write the report of a harmonic checkpoint that was just written to ``output``."""
-    from ..checkpoint import short_name
+    from ..files import short_name
     from ..report.page import write_report
     from ..report.summary import report_of
 

@@ -179,6 +179,6 @@ def write(model: nn.Module, network: Network, output: str, harmonic: str, run: d
 
 def default_output(source: str) -> str:
     """Where the trained network goes unless told: NAME-trained.safetensors, here."""
-    from ..checkpoint import default_name
+    from ..files import default_name
 
     return default_name(source, "trained").replace("-harmonic-trained", "-trained")

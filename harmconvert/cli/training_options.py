@@ -168,10 +168,11 @@ def recipe_from(name: str, given: Mapping[str, Any], **more: Any) -> Recipe:
 
 def seed_from(given: Mapping[str, Any]) -> int:
     """The seed: of the run that is resumed, the one given, or 0."""
+    from ..training import Recipe
     from ..training.state import identity_of
 
     if given["resume"]:
-        return int(identity_of(given["resume"])["recipe"]["seed"])
+        return Recipe.from_json(identity_of(given["resume"]).get("recipe")).seed
     return int(given["seed"] or 0)
 
 

@@ -15,13 +15,12 @@ from types import ModuleType
 from typing import Any
 
 from ..basis import all_frequencies
-from ..checkpoint import short_name
 from ..errors import OutsideError, UsageError
-from ..files import check_output, write_text
+from ..files import check_output, short_name, write_text
 from . import grid
 from .charts import Chart, error_chart, search_chart, training_charts
 from .kernels import level, size_text
-from .summary import LayerFacts, Report
+from .summary import UNTELLABLE, LayerFacts, Report, untellable
 from .tables import megabytes, millions
 
 SUFFIXES = (".html", ".json")
@@ -71,9 +70,16 @@ def page(report: Report) -> str:
     """The report as HTML.
 
     Raises:
-        OutsideError: jinja2 is not installed.
+        OutsideError: jinja2 is not installed. InputError: what the checkpoint says was done to it is unreadable.
     """
     jinja2 = templating()
+    try:
+        return _rendered(report, jinja2)
+    except (*UNTELLABLE, jinja2.TemplateError) as error:
+        raise untellable(report.name, error) from error
+
+
+def _rendered(report: Report, jinja2: ModuleType) -> str:
     folder = files(__package__) / "templates"
     style, script = ((folder / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     environment = jinja2.Environment(

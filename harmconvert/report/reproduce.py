@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from ..checkpoint import Header, short_name
+from ..checkpoint import Header
 from ..errors import HarmconvertError
+from ..files import short_name
 from ..plan import ConvSite, Plan, make_plan, parse_lambda
 from ..training.recipe import RECIPES, Recipe
 

@@ -29,6 +29,8 @@ from .reproduce import commands
 from .spectrum import spectrum
 
 REPORT_VERSION = 1
+# What comes of a history that lacks something, or has numbers that make no sense together.
+UNTELLABLE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 
 
 @dataclass(frozen=True)
@@ -193,8 +195,13 @@ def report_of(
             file_bytes=Path(path).stat().st_size if path is not None else None,
             parameter_share_over_1x1=cost.parameter_share,
         )
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise InputError(f"{name}: what its header says was done to it is unreadable: {error!r}") from error
+    except UNTELLABLE as error:
+        raise untellable(name, error) from error
+
+
+def untellable(name: str, error: Exception) -> InputError:
+    """The complaint about a history of which no report can be made."""
+    return InputError(f"{name}: what its header says was done to it is unreadable: {error!r}")
 
 
 def _forms(

@@ -7,9 +7,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..checkpoint import short_name
 from ..errors import OutsideError, UsageError
-from ..files import check_output, write_csv, write_file
+from ..files import check_output, short_name, write_csv, write_file
 
 SUFFIXES = (".png", ".svg")
 

@@ -19,8 +19,10 @@ from ..data.datasets import Data
 from ..data.loading import NO_LABEL, Batch, evaluation_batches, some_images, training_batches
 from ..data.preprocessing import color_mode, evaluation_transform
 from ..distributed import world_size
-from ..errors import HarmconvertError, InputError, UsageError
+from ..documents import check
+from ..errors import HarmconvertError, InputError, UsageError, first_line
 from ..evaluation import Evaluation, evaluate
+from ..history import CALIBRATION, STAGES
 from .learner import Machine, autocast, number_of_classes
 from .loop import Told, train
 from .recipe import Recipe
@@ -127,8 +129,7 @@ def finetune(
             network.float().to(device)
     worth = evaluator(data, recipe, setting, original)
     if setting.resume is not None:
-        record = record_of(setting.resume)
-        stages, calibration = [Stage.from_json(stage) for stage in record["stages"]], record["calibration"]
+        stages, calibration = recorded_stages(setting.resume)
     else:
         first = _Stages(model, header, original, why_no_original, worth, setting)
         stages, calibration = first.stages(data, calibration_images, recipe.seed), first.calibration
@@ -148,6 +149,20 @@ def finetune(
     )
     stages.append(Stage("fine-tuned", worth(model)))
     return FineTuning(model, tuple(stages), rows, recipe, calibration)
+
+
+def recorded_stages(path: Path) -> tuple[list[Stage], Mapping[str, Any] | None]:
+    """The stages and the calibration of a fine-tuning that are kept with its state.
+
+    Raises:
+        InputError: the state cannot be read, or is of something else.
+    """
+    record = record_of(path)
+    try:
+        check(record, {"stages": STAGES, "calibration": (CALIBRATION, None)}, "record")
+        return [Stage.from_json(stage) for stage in record["stages"]], record["calibration"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is not the state of a fine-tuning: {first_line(error)}") from error
 
 
 def train_loading(data: Data, recipe: Recipe, setting: Setting) -> Any:

@@ -184,7 +184,7 @@ class Learner:
             if self.ema is not None:
                 self.ema.module.load_state_dict(content["ema"])
             self.updates = int(content["updates"])
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
             raise InputError(f"the training state does not fit this network: {first_line(error)}") from error
 
 

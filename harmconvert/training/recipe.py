@@ -7,11 +7,18 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from ..data.preprocessing import Transform, padded_crop_transform, timm_transform
+from ..documents import check, count, finite, pair
 from ..errors import InputError, UsageError
 
 CROPS = ("resized", "padded", "none")
 PRECISIONS = ("float32", "bfloat16", "float16")
 PARTS = ("all", "coefficients")
+
+# What a file may hold for a field of that type.
+_SHAPES: dict[str, Any] = {
+    "str": str, "int": count, "float": finite, "bool": bool, "str | None": (str, None), "float | None": (finite, None),
+    "tuple[int, ...]": [count], "tuple[float, float]": pair,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -108,13 +115,15 @@ class Recipe:
         Raises:
             InputError: it is no recipe, or has settings that this harmconvert does not know.
         """
-        if not isinstance(data, Mapping) or (strange := set(data) - {field.name for field in fields(cls)}):
-            what = f"settings unknown here: {', '.join(sorted(map(str, strange)))}" if data else "it is empty"
-            raise InputError(f"this is no recipe that can be read ({what}): update harmconvert")
-        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
         try:
+            if not isinstance(data, Mapping):
+                raise ValueError("it has no settings")
+            check(data, {field.name: _SHAPES[str(field.type)] for field in fields(cls)}, "recipe")
+            if strange := set(data) - {field.name for field in fields(cls)}:
+                raise ValueError(f"settings unknown here: {', '.join(sorted(strange))}: update harmconvert")
+            settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
             return cls(**settings)
-        except (TypeError, UsageError) as error:
+        except ValueError as error:  # a UsageError among them
             raise InputError(f"this is no recipe that can be read: {error}") from error
 
     def transform(self, config: Mapping[str, Any]) -> Transform:

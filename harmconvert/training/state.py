@@ -14,11 +14,20 @@ import numpy as np
 import torch
 
 from ..distributed import any_rank, gathered, rank
+from ..documents import check, count, number, plain
 from ..errors import HarmconvertError, InputError, OutsideError, UsageError, first_line, shortened
 from ..files import beside, write_file
-from ..weights import UNREADABLE, unpickled, why_unreadable
+from ..weights import UNREADABLE, unpickled, why_no_values, why_unreadable
 
 STATE_VERSION = 1
+_SHAPE = {
+    "version": count,
+    "identity": {...: plain},
+    "record": {...: plain},
+    "position": {"epoch": count, "step": count, "sums": [number], "rows": [{...: plain}]},
+    "random": [dict],
+    "model": {},
+}
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,10 @@ class Keeper:
             if (found := whole["identity"].get(key)) != value:
                 raise UsageError(f"{path} is the state of another run: {_difference(key, found, value)}")
         if rank() < len(whole["random"]):
-            _set_random_state(whole["random"][rank()])
+            try:
+                _set_random_state(whole["random"][rank()])
+            except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+                raise InputError(f"{path} holds random numbers that are none: {first_line(error)}") from error
         else:
             self.say(f"note: {path} is of {len(whole['random'])} processes, so random numbers will differ")
         position = Position(**whole["position"])
@@ -156,11 +168,14 @@ def _read(path: Path) -> Any:
         raise InputError(f"{path} {reason}")
     try:
         whole = unpickled(path)
+        check(whole, _SHAPE, "it")
+        _check_tensors(whole, "it")
         if whole["version"] != STATE_VERSION:
             raise InputError(f"{path} has version {whole['version']!r}, this harmconvert reads version {STATE_VERSION}")
-        Position(**whole["position"])
-        if not {"identity", "record", "random", "model"} <= set(whole):
-            raise KeyError("incomplete")
+        if missing := set(_SHAPE) - set(whole):
+            raise KeyError(f"{min(missing)} is missing")
+        if len(Position(**whole["position"]).sums) != len(Position.sums):
+            raise ValueError("its sums are not three")
     except InputError:
         raise
     except UNREADABLE as error:
@@ -168,6 +183,15 @@ def _read(path: Path) -> Any:
             f"{path} is no readable training state: {first_line(error) or type(error).__name__}"
         ) from error
     return whole
+
+
+def _check_tensors(value: Any, where: str) -> None:
+    """Raise ValueError where a tensor, at any depth, is none that a run keeps."""
+    if isinstance(value, torch.Tensor) and (reason := why_no_values(value)):
+        raise ValueError(f"{where} {reason}")
+    if isinstance(value, Mapping | list | tuple):
+        for key, part in value.items() if isinstance(value, Mapping) else enumerate(value):
+            _check_tensors(part, f"{where}: {key!s:.80}")
 
 
 def _previous(path: Path) -> Path:

@@ -1,0 +1,60 @@
+"""What a checkpoint's header may say was done to its network, by whatever wrote it: the shape of it, and no more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .documents import check, count, finite, number, pair, plain
+
+_NUMBER, _TEXT = (number, None), (str, None)
+
+_EVALUATION = {
+    **dict.fromkeys(("images", "labelled"), count),
+    **dict.fromkeys(("top1", "top5", "loss", "agreement", "divergence", "images_per_second"), _NUMBER),
+    "top1_interval": ([number], None),
+    "unreadable": [str],
+}
+_LAYER = {
+    "name": str,
+    **dict.fromkeys(("decision", "solver", "why"), _TEXT),
+    **dict.fromkeys(("damping", "condition", "error_before", "error_after", "seconds"), _NUMBER),
+    **dict.fromkeys(("positions", "unknowns", "inputs", "inputs_enough"), count),
+}
+CALIBRATION = {
+    "layers": [_LAYER],
+    **dict.fromkeys(("inputs", "held_back", "batch_norms"), count),
+    **dict.fromkeys(("plain_divergence", "refit_divergence", "divergence", "kept"), _NUMBER),
+    "notes": [str],
+    "settings": {...: plain, "seed": (count, None), "damping": _NUMBER},
+    "changed": {...: str},
+    "incomparable": _TEXT,
+}
+_SEARCH = {
+    **dict.fromkeys(("budget", "unit", "scored_by", "frequencies"), str),
+    **dict.fromkeys(("whole", "limit", "smallest", "taken"), count),
+    "tried": [{"origin": str, "cost": count, "expected": number, "measured": _NUMBER}],
+    "frontier": [pair],
+    "exact": bool,
+    "notes": [str],
+}
+_CONVERSION = {
+    "cost": ({...: (number, None)}, None),
+    "layers": ({...: {"energy": _NUMBER, "error": _NUMBER, "spectrum": ([finite], None)}}, None),
+    "search": (_SEARCH, None),
+    "drops": ([{"share": number, "drop": number}], None),
+    "held_out": ({...: _EVALUATION}, None),
+}
+STAGES = [{"name": str, "evaluation": (_EVALUATION, None), "why": _TEXT}]
+_RUN = {
+    "recipe": {...: plain},
+    "stages": STAGES,
+    "epochs": [{...: _NUMBER}],
+    "evaluation": (_EVALUATION, None),
+}
+HISTORY = {"calibration": (CALIBRATION, None), "conversion": (_CONVERSION, None), "training": [_RUN]}
+
+
+def check_history(history: Any) -> None:
+    """Raise ValueError, saying where, unless all that reports and further training read of a history is of the kind
+    that they take; what they do not read may be anything."""
+    check(history, HISTORY, "history")

@@ -1,0 +1,119 @@
+"""Mutation check: does the suite notice where a line of the mathematics is wrong?
+
+    python -m tests.faults.mutations                  # all of mutants.py, about a quarter of an hour
+    python -m tests.faults.mutations knapsack ridge   # those whose file, text or reason holds one of the words
+
+Each mutant is a copy of the package and its tests in a folder of its own, one text replaced; the working tree is never
+touched. Exit code 1 where a mutant survives its tests, or where its text no longer stands in its file.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .mutants import MUTANTS, Mutant
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT = 600  # a mutant that never comes to an end is noticed, too
+
+# Part of every run: a suite that imported another harmconvert than the mutant would notice nothing.
+_GUARD = """
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def pytest_collection_finish(session):
+    own = Path(__file__).parent / "harmconvert"
+    files = [Path(m.__file__) for n, m in list(sys.modules.items()) if n.split(".")[0] == "harmconvert" and m.__file__]
+    if not files or not all(file.is_relative_to(own) for file in files):
+        pytest.exit(f"not the copy was imported: {files[:3]}", returncode=99)
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a mutant: ``caught``, ``survived``, or ``stale`` (its text does not stand in its file once) or
+    ``broken`` (the tests did not run on it); ``by`` names the first test that noticed."""
+
+    mutant: Mutant
+    verdict: str
+    by: str
+    seconds: float
+
+
+def stale(mutant: Mutant, package: Path = ROOT / "harmconvert") -> str | None:
+    """Why a mutant cannot be made of the package as it is; None where it can."""
+    count = (package / mutant.file).read_text(encoding="utf-8").count(mutant.old)
+    return None if count == 1 else f"{mutant.file} has {mutant.old!r} {count} times, not once"
+
+
+def outcome(mutant: Mutant) -> Outcome:
+    """Make a mutant and run its tests on it."""
+    if reason := stale(mutant):
+        return Outcome(mutant, "stale", reason, 0.0)
+    start = time.perf_counter()
+    code, output = run_tests(mutant.tests, mutant)
+    noticed = [line.split(" - ")[0] for line in output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    verdict = {0: "survived", 1: "caught", 124: "caught"}.get(code, "broken")
+    by = " ".join(noticed[:1]) if verdict != "broken" else output[-2000:]
+    return Outcome(mutant, verdict, by or "no end", time.perf_counter() - start)
+
+
+def run_tests(tests: Sequence[str], mutant: Mutant | None) -> tuple[int, str]:
+    """Exit code and output of the tests on a copy of the package, with one text of it replaced."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for part in ("harmconvert", "tests"):
+            shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", "faults"))
+        for file in ("setup.cfg", "pyproject.toml"):
+            shutil.copy(ROOT / file, folder / file)
+        (folder / "copied.py").write_text(_GUARD, encoding="utf-8")
+        if mutant is not None:
+            path = folder / "harmconvert" / mutant.file
+            path.write_text(path.read_text(encoding="utf-8").replace(mutant.old, mutant.new), encoding="utf-8")
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "copied"]
+        command += ["-p", "no:cacheprovider", *(f"tests/{test}" for test in tests)]
+        # Neither the workers of the suite that runs this nor its table are the mutant's.
+        own = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "HARMCONVERT_"))}
+        own |= {"PYTHONPATH": name, "PYTHONDONTWRITEBYTECODE": "1"}
+        try:
+            done = subprocess.run(command, cwd=folder, env=own, capture_output=True, text=True, timeout=TIMEOUT)
+        except subprocess.TimeoutExpired:
+            return 124, ""
+        return done.returncode, done.stdout + done.stderr
+
+
+def baseline(mutants: Sequence[Mutant]) -> str | None:
+    """What fails without any mutant; None where nothing does."""
+    code, output = run_tests(tuple(dict.fromkeys(test for mutant in mutants for test in mutant.tests)), None)
+    return None if code == 0 else output[-2000:]
+
+
+def main(words: Sequence[str]) -> int:
+    """Try the mutants that hold one of ``words`` (all where there is none) and say what became of each."""
+    chosen = [m for m in MUTANTS if not words or any(word in f"{m.file} {m.old} {m.why}" for word in words)]
+    if failing := baseline(chosen):
+        print(f"the tests fail without any mutant:\n{failing}")
+        return 1
+    outcomes = []
+    for mutant in chosen:
+        outcomes.append(outcome(mutant))
+        found = outcomes[-1]
+        print(f"{found.verdict:9} {found.seconds:5.0f} s  {mutant.file}: {mutant.why}\n{'':19} {found.by}", flush=True)
+    caught = sum(found.verdict == "caught" for found in outcomes)
+    print(f"{caught} of {len(outcomes)} caught")
+    return int(caught < len(outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

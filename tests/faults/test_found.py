@@ -1,0 +1,289 @@
+"""What the fuzzing of readers found, each bug by its name; the inputs themselves lie in corpus/."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from harmconvert import layer_times
+from harmconvert.basis import all_frequencies
+from harmconvert.budget.choices import Item, with_order
+from harmconvert.budget.probes import Probes
+from harmconvert.checkpoint import Header, Source, read_header, save
+from harmconvert.convert import convert
+from harmconvert.errors import InputError
+from harmconvert.plan import Plan
+from harmconvert.reference import open_reference
+from harmconvert.report.page import page
+from harmconvert.report.summary import report_of
+from harmconvert.sources import load, rebuild
+from harmconvert.training import Keeper, Recipe
+from harmconvert.training.finetuning import recorded_stages
+from harmconvert.training.state import Position, identity_of
+from harmconvert.weights import read_weights
+
+from ..networks import seeded
+from .readers import Small, _header_of, _trained, learner
+
+LAYER = {"name": "a", "kernel_size": [3, 3], "frequencies": [[0, 0]]}
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "file.json"
+    path.write_text(text, encoding="utf-8", errors="surrogatepass")
+    return path
+
+
+# --- plans ---
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"layers": [], "policy": ' + "1" * 5000 + "}", "cannot read the plan .*4300 digits"),
+        ('{"layers": [], "layers": []}', "cannot read the plan .*'layers' stands in it twice"),
+        ('{"layers": [], "policy": "\\ud800"}', "cannot read the plan .*half a character"),
+        ("[" * 100_000, "cannot read the plan .*nested too deeply"),
+    ],
+)
+def test_plans_of_json_that_python_chokes_on_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Plan.load(written(tmp_path, text))
+
+
+@pytest.mark.parametrize("size", [[256, 256, *[1] * 1000], [1, 1, 1, 3], [], [10**9, 10**9], [3, -3], [3.0, 3], [True]])
+@pytest.mark.parametrize("part", ["layers", "skipped"])
+def test_kernels_that_no_convolution_has_are_refused_before_their_frequencies_are_listed(size: Any, part: str) -> None:
+    entry = {**LAYER, "kernel_size": size, "kind": "Conv2d", "why": "?", "frequencies": [[0] * len(size)]}
+    with pytest.raises(InputError, match="this is not a plan: "):
+        Plan.from_json({"layers": [], part: [entry]})
+
+
+def test_whether_a_plan_is_whole_is_told_without_listing_all_frequencies() -> None:
+    layers = [{**LAYER, "name": str(n), "kernel_size": [65536 - n], "frequencies": [[0]]} for n in range(500)]
+    plan = Plan.from_json({"layers": layers})
+    all_frequencies.__globals__["_all_frequencies"].cache_clear()
+    assert not plan.whole
+    assert "keeps 1 of 65536" in str(plan)
+    assert all_frequencies.__globals__["_all_frequencies"].cache_info().misses == 0
+
+
+# --- checkpoints ---
+
+
+def test_a_header_of_numbers_that_python_does_not_read_is_refused(tmp_path: Path) -> None:
+    from harmconvert.weights import write_tensors
+
+    path = tmp_path / "net.safetensors"
+    for text, message in (("1" * 5000, "4300 digits"), ('{"a": 1, "a": 1}', "'a' stands in it twice")):
+        write_tensors({"x": torch.zeros(1)}, path, {"harmconvert": text}, force=True)
+        with pytest.raises(InputError, match=f"net.safetensors: its header is not JSON: .*{message}"):
+            read_header(path)
+
+
+@pytest.mark.parametrize(
+    "history",
+    [{"training": 3}, {"training": [1]}, {"calibration": [1]}, {"calibration": "x"}, {"conversion": {"layers": [1]}}],
+)
+def test_a_history_that_further_training_could_not_take_up_is_refused_when_read(history: Any) -> None:
+    """It came to light once the training was done, and cost it."""
+    with pytest.raises(InputError, match="its header is unreadable: history: "):
+        Header.from_json({**_header_of("trained"), "history": history})
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"calibration": {"layers": [], "inputs": 3}},  # no word of how many were held back
+        {"conversion": {"search": {"unit": "params"}}},
+        {"conversion": {"search": {**_header_of("trained")["history"]["conversion"]["search"], "whole": 0}}},
+        {"training": [{"stages": [{"name": "cut"}]}]},
+    ],
+)
+def test_a_history_that_lacks_what_a_page_tells_is_an_input_error(changed: Any) -> None:
+    history = _header_of("trained")["history"]
+    header = Header.from_json({**_header_of("trained"), "history": {**history, **changed}})
+    with pytest.raises(InputError, match="net: what its header says was done to it is unreadable"):
+        page(report_of(_trained(), header, "net"))
+
+
+@pytest.mark.parametrize("field", ["scheme", "name", "arguments", "sha256"])
+def test_a_source_of_odd_types_is_refused(field: str) -> None:
+    with pytest.raises(InputError, match=f"the source recorded in the file is unreadable: .*{field}"):
+        Source.from_json({**asdict(Source("timm", "resnet18")), field: [[1]]})
+
+
+def test_a_file_of_a_few_bytes_cannot_have_a_network_of_any_size_built(tmp_path: Path) -> None:
+    import timm
+
+    huge = Source("timm", "test_resnet", {"num_classes": 10**7})
+    save(convert(timm.create_model("test_resnet", num_classes=3), 2), tmp_path / "net.safetensors", source=huge)
+    with pytest.raises(InputError, match="is a network of 3,881,499,192 bytes, far more than the file holds: refused"):
+        load(tmp_path / "net.safetensors")
+    assert rebuild(Source("timm", "test_resnet", {"num_classes": 5}), limit=1 << 30).num_classes == 5
+
+
+# --- weights ---
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({1: torch.zeros(1)}, "1 is no name of a tensor"),
+        (
+            {"a": torch.zeros(1).expand(1 << 40)},
+            r"'a' claims the shape \(1099511627776,\), of which",
+        ),
+        ({"a": torch.zeros(2, device="meta")}, r"'a' is no plain tensor \(meta, sparse or quantised\)"),
+        ({"a": torch.eye(2).to_sparse()}, "'a' is no plain tensor"),
+    ],
+)
+def test_weights_that_are_no_plain_tensors_are_refused(tmp_path: Path, content: Any, message: str) -> None:
+    torch.save(content, tmp_path / "net.pth")
+    with pytest.raises(InputError, match=message):
+        read_weights(tmp_path / "net.pth")
+
+
+@pytest.mark.parametrize(
+    "spoil", [{"fc.weight": torch.zeros(3)}, {"bn.bias": torch.zeros(2, 2)}, {"dct0": torch.zeros(3)}]
+)
+def test_reference_files_whose_shapes_do_not_go_together_are_refused(tmp_path: Path, spoil: Any) -> None:
+    from ..test_reference import state_of
+
+    torch.save({**state_of("harm_wrn10_1"), **spoil}, tmp_path / "net.pt7")
+    with pytest.raises(InputError, match="net"):
+        open_reference(str(tmp_path / "net.pt7"), {}, "dense")
+
+
+# --- training ---
+
+
+def kept(folder: Path, **changed: Any) -> Path:
+    """A state, with parts of another kind."""
+    path = folder / "net.state.pth"
+    keeper = Keeper(path, identity={"recipe": Recipe().to_json()}, record={"stages": [], "calibration": None})
+    keeper.save(Position(1, 2), learner().content)
+    torch.save({**torch.load(path, weights_only=True), **changed}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("identity", torch.zeros(3)), ("identity", {"recipe": torch.zeros(2)}), ("record", 3), ("record", [1]),
+        ("random", 1.5), ("random", {1, 2}), ("random", [None]), ("position", {"epoch": "x"}),
+        ("position", {"epoch": -1, "step": 0, "sums": [0.0] * 3, "rows": []}),
+        ("position", {"epoch": 1, "step": 0, "sums": [0.0], "rows": []}),
+        ("position", {"epoch": 1, "step": 0, "sums": ["x"] * 3, "rows": []}),
+        ("model", {"x": torch.zeros(1).expand(1 << 40)}), ("optimizer", {"x": [torch.zeros(2, device="meta")]}),
+        ("version", None),
+    ],
+)  # fmt: skip
+def test_a_state_with_parts_of_another_kind_is_not_readable(tmp_path: Path, part: str, value: Any) -> None:
+    path = kept(tmp_path, **{part: value})
+    for read in (Keeper(path).load, identity_of):
+        with pytest.raises(InputError, match="is no readable training state: "):
+            read(path)
+
+
+def test_a_state_without_one_of_its_parts_is_not_readable(tmp_path: Path) -> None:
+    path = kept(tmp_path)
+    whole = torch.load(path, weights_only=True)
+    for part in ("version", "identity", "record", "position", "random", "model"):
+        torch.save({key: value for key, value in whole.items() if key != part}, path)
+        with pytest.raises(InputError, match="no readable training state"):
+            Keeper(path).load(path)
+
+
+@pytest.mark.parametrize("random", [{}, {"torch": 3}, {"torch": torch.zeros(3)}])
+def test_random_numbers_that_are_none_are_refused(tmp_path: Path, random: Any) -> None:
+    path = kept(tmp_path, random=[random])
+    with pytest.raises(InputError, match="holds random numbers that are none: "):
+        Keeper(path).load(path)
+
+
+@pytest.mark.parametrize("part", ["optimizer", "scaler", "updates", "model"])
+@pytest.mark.parametrize("value", [True, None, {}, {"a": 1}, [1]])
+def test_a_state_that_no_learner_can_take_up_is_refused(part: str, value: Any) -> None:
+    one = learner()
+    content = {**one.content(), part: value}
+    if part == "scaler" or (part, value) == ("updates", True):  # there is no scaler on a CPU; True is a number
+        one.load(content)
+        return
+    with pytest.raises(InputError, match="the training state does not fit this network"):
+        one.load(content)
+
+
+def test_the_record_of_another_kind_of_run_is_refused(tmp_path: Path) -> None:
+    for record in ({}, {"stages": [1], "calibration": None}, {"stages": [{"name": "x"}], "calibration": None}):
+        with pytest.raises(InputError, match="is not the state of a fine-tuning"):
+            recorded_stages(kept(tmp_path, record=record))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (5, "it has no settings"), (torch.zeros(3), "it has no settings"), ([], "it has no settings"),
+        ({"epochs": math.nan}, "epochs: nan should be a count"), ({"epochs": "5"}, "epochs: '5' should be a count"),
+        ({"lr": math.inf}, "lr: inf should be a finite"), ({"name": {}}, "name: dict of 0 should be text"),
+        ({"scale": [1]}, "scale: list of 1 should be"), ({"clip_grad": "x"}, "clip_grad: 'x' should be"),
+        ({"batch_size": 10**400}, "a number of hundreds of digits should be a count"),
+    ],
+)  # fmt: skip
+def test_recipes_of_odd_types_are_refused(data: Any, message: str) -> None:
+    with pytest.raises(InputError, match=f"this is no recipe that can be read: .*{message}"):
+        Recipe.from_json(data)
+
+
+# --- caches ---
+
+
+@pytest.mark.parametrize(
+    "times", [[0, 1], [-1.0, 1.0], [math.nan, 1], [1, math.inf], [10**400, 1], ["1", 1], [1], "ab"]
+)
+def test_cached_times_that_are_none_are_measured_again(tmp_path: Path, times: Any) -> None:
+    """A zero was divided by, and a number of 400 digits turned into a float."""
+    path = written(tmp_path, json.dumps({"key": times}))
+    assert layer_times._read(path) == {}
+    assert layer_times._read(written(tmp_path, '{"key": [0.5, 2]}')) == {"key": (0.5, 2.0)}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"single": {"a": math.nan}}, {"single": {"a": True}}, {"whole": {"a": math.inf}}, {"whole": []}, {"key": []},
+        {"orders": {"a": {"frequencies": [[math.inf]], "by": "energy", "why": None}}}, {"orders": []},
+        {"orders": {"a": {"frequencies": [[10**400]], "by": "energy", "why": None}}},
+        {"orders": {"a": {"frequencies": [[0]], "by": "energy"}}},
+    ],
+)  # fmt: skip
+def test_probes_that_are_none_are_refused(tmp_path: Path, changed: Any) -> None:
+    data = {"version": 1, "key": {}, "single": {}, "whole": {}, "orders": {}}
+    assert Probes.opened(written(tmp_path, json.dumps(data)), {}).single == {}
+    with pytest.raises(InputError, match="holds no probes that can be read"):
+        Probes.opened(written(tmp_path, json.dumps({**data, **changed})), {})
+
+
+@pytest.mark.parametrize(
+    "order", [lambda every: every[1:], lambda every: (*every[1:], (9, 9)), lambda every: every * 2]
+)
+def test_an_order_that_is_not_of_all_frequencies_is_refused(order: Callable[[Any], Any]) -> None:
+    every = all_frequencies((3, 3))
+    item = Item(("a",), (3, 3), (every,))
+    assert len(with_order(item, every[::-1]).sets) == 9
+    with pytest.raises(InputError, match="the order of the frequencies of a lacks some or has others"):
+        with_order(item, order(every))
+
+
+def test_the_network_of_these_tests_is_read() -> None:
+    """So that what is refused above is refused for what was changed."""
+    header = Header.from_json(_header_of("trained"))
+    assert "<!doctype html>" in page(report_of(_trained(), header, "net"))
+    assert seeded(Small) is not None

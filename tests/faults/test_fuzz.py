@@ -1,0 +1,49 @@
+"""Only a HarmconvertError comes out of a reader: hypothesis' share of the fuzzing, and what fuzzing once found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from . import mutating, readers
+from .tally import Counter, size
+
+NAMES = list(readers.TARGETS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_valid_documents_are_read(name: str, tmp_path: Path) -> None:
+    target = readers.TARGETS[name]
+    for seed in target.seeds():
+        path = tmp_path / f"file{target.suffix}"
+        path.write_bytes(mutating.made(None, target.kind, [seed]))
+        target.read(path)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_was_found_once_is_refused_or_read(name: str, tally: Counter) -> None:
+    kept = readers.corpus(name)
+    if not kept:
+        return
+    count = tally("fuzzing", "inputs that found a bug or a path of their own")
+    for path in kept:
+        found = readers.complaint(readers.TARGETS[name], path.read_bytes())
+        count.trial(None if found is None else f"{path.name}: {found}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_valid_files_put_out_of_order_are_refused_or_read(name: str, tally: Counter) -> None:
+    target = readers.TARGETS[name]
+    seeds, count = target.seeds(), tally("fuzzing", "valid files and documents put out of order (hypothesis)")
+
+    @settings(max_examples=size(40, 2000), suppress_health_check=list(HealthCheck), database=None)
+    @given(st.data())
+    def tried(data: st.DataObject) -> None:
+        file = mutating.made(lambda below: data.draw(st.integers(0, below - 1)), target.kind, seeds)
+        # Counted, not raised: an example that fails would be tried again to be made smaller.
+        count.trial(readers.complaint(target, file))
+
+    tried()

@@ -1,0 +1,118 @@
+"""JSON of anybody's making, and the shapes that it is held against."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from harmconvert.documents import check, count, finite, number, parsed, plain, whole
+from harmconvert.history import check_history
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a": [1, 2.5, null, NaN]}', '"\\ud83d\\ude00"', '{"a": {"a": 1}}', "[" * 90 + "]" * 90]
+)
+def test_json_is_read(text: str) -> None:
+    import json
+
+    assert repr(parsed(text)) == repr(json.loads(text))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "Expecting property name"),
+        ('{"a": 1, "b": {"c": 1, "d": 2, "c": 1}}', "'c' stands in it twice"),
+        ("[" * 100_000, "nested too deeply"),
+        ("1" * 5000, "4300 digits"),
+        ('{"a": "\\ud800"}', "half a character"),
+        ('{"\\uDFFF": 1}', "half a character"),
+    ],
+)
+def test_json_that_can_be_read_in_two_ways_or_not_at_all_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parsed(text)
+
+
+@pytest.mark.parametrize(
+    ("value", "number_", "finite_", "whole_", "count_"),
+    [
+        (1, True, True, True, True),
+        (0, True, True, True, True),
+        (-1, True, True, True, False),
+        (2**63, True, True, True, False),
+        (10**400, False, False, True, False),
+        (1.5, True, True, False, False),
+        (float("nan"), True, False, False, False),
+        (float("inf"), True, False, False, False),
+        (True, False, False, False, False),
+        ("1", False, False, False, False),
+        (None, False, False, False, False),
+    ],
+)
+def test_kinds_of_numbers(value: Any, number_: bool, finite_: bool, whole_: bool, count_: bool) -> None:
+    assert (number(value), finite(value), whole(value), count(value)) == (number_, finite_, whole_, count_)
+
+
+def test_what_json_can_hold() -> None:
+    assert plain({"a": [1, 2.5, None, True, {"b": ("x",)}]})
+    assert not plain({1: 2})
+    assert not plain([{"a": {1}}])
+    assert not plain(1j)
+    deep: Any = 1
+    for _ in range(100):
+        deep = [deep]
+    assert plain(deep)
+    assert not plain([deep])
+
+
+@pytest.mark.parametrize(
+    ("value", "shape", "message"),
+    [
+        (1, str, "it: 1 should be text"),
+        ("x", bool, "it: 'x' should be true or false"),
+        ([], {}, "it: list of 0 should be an object"),
+        ({}, [], "it: dict of 0 should be a list"),
+        ([1, -2], [count], "it: 1: -2 should be a count"),
+        ({"a": None}, {"a": count}, "it: a: None should be a count"),
+        ({"a": 1}, {"a": None}, "it: a: 1 should be nothing"),
+        ({"a": {"b": ["x"]}}, {"a": ({"b": [count]}, None)}, "it: a: b: 0: 'x' should be a count"),
+        ({"a": {"b": "x"}}, {...: {...: finite}}, "it: a: b: 'x' should be a finite"),
+        ({1: 2}, {}, "it: 1 is no name"),
+        (10**400, (count, None), "it: a number of hundreds of digits should be a count or nothing"),
+        ("x" * 1000, count, "x.... should be a count"),
+    ],
+)
+def test_a_value_of_another_shape_is_told_with_its_place(value: Any, shape: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check(value, shape, "it")
+
+
+def test_what_is_not_asked_for_may_be_anything_and_nothing_has_to_be_there() -> None:
+    check({"other": object()}, {"a": count}, "it")
+    check({}, {"a": count, "b": [str]}, "it")
+    check({"a": None, "b": [[1, 2], []]}, {"a": (count, None), "b": [[count]]}, "it")
+
+
+@pytest.mark.parametrize(
+    ("history", "message"),
+    [
+        ([], "history: list of 0 should be an object"),
+        ({"calibration": 3}, "history: calibration: 3 should be an object or nothing"),
+        (
+            {"calibration": {"layers": [{"name": "a", "error_before": "0.1"}]}},
+            "layers: 0: error_before: '0.1' should be",
+        ),
+        ({"calibration": {"changed": {"a": 1}}}, "changed: a: 1 should be text"),
+        ({"training": {}}, "history: training: dict of 0 should be a list"),
+        (
+            {"training": [{"stages": [{"name": "cut", "evaluation": {"top1": []}}]}]},
+            "evaluation: top1: list of 0 should",
+        ),
+        ({"conversion": {"search": {"frontier": [[1]]}}}, "frontier: 0: list of 1 should be a pair"),
+    ],
+)
+def test_a_history_of_odd_types_is_refused(history: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_history(history)
