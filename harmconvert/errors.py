@@ -8,6 +8,9 @@ class HarmconvertError(Exception):
 
     exit_code = 3
 
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
 
 class CheckError(HarmconvertError):
     """A verification or a tolerance was missed (exit code 1)."""
@@ -31,6 +34,16 @@ class OutsideError(HarmconvertError):
     """The world outside refused: no network, disk full, no permission, lock held (exit code 4)."""
 
     exit_code = 4
+
+
+def printable(text: str) -> str:
+    """The text with escapes for whatever would not print: names of layers and files may hold line breaks and terminal
+    codes, and a message is one line.
+
+    >>> printable("a\\nb\\x1b[31m")
+    'a\\\\nb\\\\x1b[31m'
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def shortened(names: list[str], limit: int = 10) -> str:

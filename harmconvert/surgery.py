@@ -163,6 +163,8 @@ def exchange(
         for make in fill.values():
             make(memo)
         return copy.deepcopy(model, memo)
+    except RecursionError as error:
+        raise InputError(f"the modules of this {type(model).__name__} are nested too deeply to be copied") from error
     except (RuntimeError, TypeError) as error:
         raise InputError(
             f"this {type(model).__name__} cannot be copied: {first_line(error)}; remove what copy.deepcopy refuses "

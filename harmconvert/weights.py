@@ -118,6 +118,10 @@ def write_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: dic
     def write(staging: Path) -> None:
         try:
             safetensors.torch.save_file(dict(tensors), staging, metadata)
+        except KeyError as error:  # a dtype that the format has no name for
+            keys = [key for key, tensor in tensors.items() if tensor.dtype == error.args[0]]
+            kind = str(error.args[0]).removeprefix("torch.")
+            raise InputError(f"{shortened(keys)}: no safetensors file can hold {kind} values") from error
         except safetensors.SafetensorError as error:
             raise OutsideError(f"cannot write {path}: {error}; free some space or name another place") from error
 
@@ -128,7 +132,7 @@ def untied_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The state dict with every tensor once and contiguous, and which keys are another name of which.
 
     Raises:
-        InputError: a tensor without values (meta device).
+        InputError: a tensor without values (meta device), or a value or a name that no file can hold.
     """
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
@@ -139,6 +143,11 @@ def untied_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise InputError(f"{key} is no tensor but a {type(value).__name__}, which no safetensors file can hold")
         if value.is_meta:
             raise InputError(f"{key} has no values (meta device): load weights first")
+        if value.layout != torch.strided:
+            kind = f"{value.dtype} {value.layout}".replace("torch.", "")
+            raise InputError(f"{key} is a {kind} tensor, which no safetensors file can hold: make it a plain one")
+        if any("\ud800" <= letter <= "\udfff" for letter in key):
+            raise InputError(f"{key} is no name that a file can hold (lone surrogates): rename that module")
         if id(value) in first_key:
             tied[key] = first_key[id(value)]
             continue
@@ -185,6 +194,8 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], where: str) -> Non
     for key, tensor in own.items():
         if tensor.dtype != state[key].dtype:
             tensor.data = tensor.data.to(state[key].dtype)
+        if 0 in tensor.stride() and tensor.numel() > 1:  # values that are one in memory (expanded) take in no others
+            tensor.data = tensor.data.contiguous()
     # Constants such as the DCT basis follow the dtype of the coefficients.
     model._apply(lambda tensor: tensor)
     model.load_state_dict(dict(state))
@@ -200,8 +211,10 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     """sha256 over named tensors: names, dtypes, shapes and bytes, sorted by name."""
     digest = hashlib.sha256()
     for key, tensor in sorted(tensors.items()):
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        flat = tensor.detach().cpu().contiguous().flatten()
+        # Names may hold lone surrogates, which no file can, but a digest.
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode(errors="surrogatepass"))
+        plain = tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()
+        flat = plain.cpu().contiguous().flatten()
         if flat.numel():
             digest.update(cast(Any, flat.view(torch.uint8).numpy()))
     return digest.hexdigest()
