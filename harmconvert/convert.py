@@ -312,6 +312,6 @@ def _record(layer: LayerPlan, conv: nn.Module, harmonic: nn.Module, notes: Mappi
     assert isinstance(harmonic, HarmonicMixin)
     if not math.isfinite(error):
         check_range(harmonic.coefficients, layer.name, "coefficients")
-        check_range(harmonic.weight, layer.name, "cut kernels")
+        check_range(harmonic.weight, layer.name, "merged kernels")
     # With an orthonormal basis what the cut frequencies held is exactly the squared error.
     return replace(record, energy=1.0 if layer.whole else max(0.0, 1 - error**2), error=error)

@@ -74,6 +74,10 @@ def energy_kept(kernel: Tensor, basis_FK: Tensor) -> float:
 def relative_error(approximation: Tensor, kernel: Tensor) -> float:
     """Frobenius norm of the difference over that of ``kernel`` (0 where both are zero)."""
     difference, norm = _norm(approximation - kernel), _norm(kernel)
+    if not math.isfinite(difference):  # two of the largest numbers may be further apart than any number is large
+        largest = largest_of(kernel)
+        near, exact = (tensor.to(torch.float64) / largest for tensor in (approximation, kernel))
+        difference, norm = _norm(near - exact), _norm(exact)
     return difference / norm if norm > 0 else difference
 
 

@@ -366,7 +366,7 @@ def test_a_cut_that_overshoots_the_range_is_refused() -> None:
     with torch.no_grad():
         model[0].weight.copy_(kernel)
     assert fuse(convert(model).model)[0].weight.isfinite().all()
-    with pytest.raises(InputError, match="layer 0: its cut kernels go out of float16's range"):
+    with pytest.raises(InputError, match="layer 0: its merged kernels go out of float16's range"):
         convert(model, Plan((LayerPlan("0", (3, 3), kept),)))
 
 

@@ -148,3 +148,10 @@ def test_values_that_are_not_finite_are_seen_in_every_dtype(dtype: torch.dtype) 
         assert not all_finite(values.to(dtype))
     assert all_finite(torch.empty(0, dtype=dtype))
     assert all_finite(torch.empty(2, dtype=dtype, device="meta"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_error_between_the_largest_numbers_is_finite(dtype: torch.dtype) -> None:
+    kernel = torch.full((1, 1, 1, 2), torch.finfo(dtype).max, dtype=dtype)
+    assert relative_error(-kernel, kernel) == pytest.approx(2.0)
+    assert relative_error(kernel * torch.inf, kernel) == np.inf
