@@ -242,6 +242,8 @@ def check_network(model: nn.Module) -> None:
         raise UsageError(f"this network is wrapped in {kind}: pass model.{inner}, and wrap what comes back")
     if not isinstance(model, nn.Module):
         raise UsageError(f"a network must be a torch.nn.Module, not {kind}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UsageError("this network is TorchScript, whose layers are fixed: pass the one that it was made from")
     try:
         lazy = [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
     except RecursionError as error:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .conv import CONVOLUTIONS, HarmonicMixin, empty_counterpart, reason_not_convertible
-from .errors import InputError, UsageError, first_line
+from .errors import InputError, UsageError, first_line, shortened
 from .plan import ConvSite
 
 # Modules that convolve but are no torch convolution: named in the report, so that nothing is left out silently.
@@ -166,9 +166,16 @@ def exchange(
     except RecursionError as error:
         raise InputError(f"the modules of this {type(model).__name__} are nested too deeply to be copied") from error
     except (RuntimeError, TypeError) as error:
+        held = [
+            f"{name}.{key}" if name else key
+            for name, module in model.named_modules()
+            for key, value in vars(module).items()
+            if isinstance(value, Tensor) and not value.is_leaf
+        ]
+        where = f" for {shortened(held, 3)}" if held else ""
         raise InputError(
-            f"this {type(model).__name__} cannot be copied: {first_line(error)}; remove what copy.deepcopy refuses "
-            "(tensors with a gradient history, locks, open files) and convert again"
+            f"this {type(model).__name__} cannot be copied{where}: {first_line(error)}; remove what "
+            "copy.deepcopy refuses (tensors with a gradient history, locks, open files) and convert again"
         ) from error
 
 

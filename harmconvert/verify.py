@@ -327,7 +327,14 @@ def _compare(
         def watch(name: str) -> Callable[..., None]:
             def hook(conv: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
                 tick(name)
-                error = relative_difference(theirs[name](*args, **kwargs), output)
+                try:
+                    answer = theirs[name](*args, **kwargs)
+                except Exception as failure:
+                    raise _NoRunError(
+                        f"layer {name or '(root)'} of the converted network does not run in {precision}: "
+                        f"{type(failure).__name__}: {first_line(failure)}"
+                    ) from failure
+                error = relative_difference(answer, output)
                 outputs[name] = max(error, outputs.get(name, 0.0))
 
             return hook
@@ -340,6 +347,8 @@ def _compare(
                 with evaluating(*models), torch.random.fork_rng(devices=[]):
                     torch.manual_seed(0)
                     results.append(tensors_in(call(model, cloned(inputs))))
+            except _NoRunError:
+                raise
             except Exception as failure:
                 which = "original" if model is models[0] else "converted"
                 raise _NoRunError(

@@ -295,8 +295,24 @@ def test_an_input_that_does_not_fit_says_how_to_give_another() -> None:
 def test_a_network_that_cannot_be_copied_says_so() -> None:
     model: Any = seeded(Branches)
     model.cache = model.stem.weight * 2  # has a gradient history
-    with pytest.raises(InputError, match="this Branches cannot be copied"):
+    with pytest.raises(InputError, match="this Branches cannot be copied for cache: "):
         convert(model)
+
+
+def test_weight_norm_of_the_old_kind_is_named() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.utils.weight_norm(nn.Conv2d(4, 4, 3)))
+    with pytest.raises(InputError, match=r"this Sequential cannot be copied for 1\.weight: "):
+        convert(model)
+
+
+def test_torchscript_is_refused() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        script = torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3)))
+    with pytest.raises(UsageError, match="this network is TorchScript"):
+        convert(script)
 
 
 def test_a_weight_used_by_something_else_is_left_alone() -> None:

@@ -336,3 +336,13 @@ def test_outputs_that_are_nowhere_finite_are_no_proof_and_the_verdict_says_so() 
     check = verify(model, converted, X * torch.inf)
     assert not check.ok
     assert check.verdict.startswith("not verified: the outputs hold no finite value on these inputs")
+
+
+def test_a_converted_layer_that_does_not_run_is_named() -> None:
+    class Own(nn.Conv2d):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return self._conv_forward(input, self._parameters["weight"], self.bias)
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Own(4, 4, 3)).eval()
+    with pytest.raises(UsageError, match=r"layer 1 of the converted network does not run in .*: KeyError: 'weight'"):
+        verify(model, convert(model).model, X)
