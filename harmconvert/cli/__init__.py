@@ -78,7 +78,9 @@ def _hint(error: click.ClickException) -> str:
 
 
 def _say(message: str) -> None:
-    click.echo("harmconvert: error: " + " ".join(message.split()), err=True)
+    from ..errors import printable
+
+    click.echo("harmconvert: error: " + printable(" ".join(message.split())), err=True)
 
 
 def _terminate(number: int, frame: Any) -> None:
