@@ -9,7 +9,7 @@ class HarmconvertError(Exception):
     exit_code = 3
 
     def __str__(self) -> str:
-        return printable(super().__str__())
+        return one_line(super().__str__())
 
 
 class CheckError(HarmconvertError):
@@ -36,14 +36,8 @@ class OutsideError(HarmconvertError):
     exit_code = 4
 
 
-def printable(text: str) -> str:
-    """The text with escapes for whatever would not print: names of layers and files may hold line breaks and terminal
-    codes, and a message is one line.
-
-    >>> printable("a\\nb\\x1b[31m")
-    'a\\\\nb\\\\x1b[31m'
-    """
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+class HarmconvertWarning(UserWarning):
+    """Something that may be all right, and that a user should know of; one line, as errors are."""
 
 
 def shortened(names: list[str], limit: int = 10) -> str:
@@ -59,3 +53,23 @@ def shortened(names: list[str], limit: int = 10) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, at most 200 characters."""
     return (str(error).strip().splitlines() or [""])[0][:200]
+
+
+def printable(text: str) -> str:
+    r"""A text for a terminal: names come from files, and no control character in one may do anything there.
+
+    >>> printable("layer\x1b[31m")
+    'layer\\x1b[31m'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+def one_line(text: str) -> str:
+    r"""The same with line breaks escaped, too: what a message is, whatever the names in it.
+
+    >>> one_line("two\nlines")
+    'two\\nlines'
+    """
+    return printable(text).replace("\n", "\\n")

@@ -21,7 +21,7 @@ from .block import HarmonicBlock2d
 from .comparison import relative_difference, top1_agreement
 from .conv import HarmonicMixin
 from .convert import default_input
-from .errors import InputError, UsageError, first_line, printable, shortened
+from .errors import InputError, UsageError, first_line, one_line, shortened
 from .forms import fold_blocks
 from .kernel_check import check_kernel
 from .surgery import batch_size, call, cloned, convolutions, evaluating, fitted, kernel_size, tensors_in
@@ -82,7 +82,7 @@ class Verification:
     @property
     def verdict(self) -> str:
         """One line: what holds, or what does not and where."""
-        return printable(self._verdict)
+        return one_line(self._verdict)
 
     @property
     def _verdict(self) -> str:

@@ -4,7 +4,7 @@ import pytest
 from torch import nn
 
 from harmconvert.convert import convert
-from harmconvert.errors import InputError, UsageError, printable
+from harmconvert.errors import InputError, UsageError, one_line
 
 
 def test_a_message_is_one_line_that_moves_no_cursor_whatever_a_layer_is_called() -> None:
@@ -19,6 +19,6 @@ def test_a_message_is_one_line_that_moves_no_cursor_whatever_a_layer_is_called()
 
 def test_text_that_prints_is_left_as_it_is() -> None:
     for text in ("", "layer1.0 [x] 'é漢' <b> \\n", "a" * 5000):
-        assert printable(text) is text
+        assert one_line(text) is text
         assert str(UsageError(text)) == text
-    assert printable("a\tb\r\0") == r"a\tb\r\x00"
+    assert one_line("a\tb\r\0") == r"a\tb\r\x00"

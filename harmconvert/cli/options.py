@@ -228,7 +228,7 @@ def progress() -> Iterator[Callable[[int, int, str], None]]:
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("")
-        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what[-40:])
+        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=printable(what[-40:]))
 
 
 input_size = click.option(
@@ -341,8 +341,8 @@ def console(quiet: bool = False) -> Console:
     from rich.console import Console
 
     class Patient(Console):
-        def print(self, *objects: Any, **settings: Any) -> None:
-            super().print(*(_lines(thing) if isinstance(thing, str) else thing for thing in objects), **settings)
+        def print(self, *objects: Any, **how: Any) -> None:
+            super().print(*(printable(one) if isinstance(one, str) else one for one in objects), **how)
 
         def on_broken_pipe(self) -> None:
             """Whoever read our table has gone: the work goes on without an audience."""
@@ -358,18 +358,12 @@ def say(message: str, *, urgent: bool = False) -> None:
     """Messages go to stderr; of several processes the first one speaks, and under --quiet only where ``urgent``."""
     if os.environ.get("RANK", "0") != "0" or (loud("quiet") and not urgent):
         return
-    message = _lines(message)
     if loud("verbose"):
         message = f"{stamp()} {message}"
     if sys.stderr.isatty():  # between words; what is one word, as a path, stays one
         width = max(shutil.get_terminal_size().columns, 20)
         message = textwrap.fill(message, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
-    print(message, file=sys.stderr, flush=True)  # click would write past a bar that is shown, and through it
-
-
-def _lines(text: str) -> str:
-    """Lines of text that print: a layer's name may hold terminal codes."""
-    return "\n".join(printable(line) for line in text.split("\n"))
+    print(printable(message), file=sys.stderr, flush=True)  # click would write past a bar that is shown, and through it
 
 
 def print_json(data: Any) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from ..basis import all_frequencies
 from ..checkpoint import short_name
 from ..errors import OutsideError, UsageError
-from ..files import check_output, write_file
+from ..files import check_output, write_text
 from . import grid
 from .charts import Chart, error_chart, search_chart, training_charts
 from .kernels import level, size_text
@@ -64,11 +64,7 @@ def write_report(report: Report, path: Path, force: bool = False) -> None:
         text = json.dumps(_finite(report.to_json()), indent=1, allow_nan=False, default=str) + "\n"
     else:
         text = page(report)
-
-    def write(staging: Path) -> None:
-        staging.write_text(text, encoding="utf-8")
-
-    write_file(path, write, force)
+    write_text(path, text, force)
 
 
 def page(report: Report) -> str:

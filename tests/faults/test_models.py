@@ -23,7 +23,7 @@ from torch.nn.utils.parametrizations import weight_norm
 import harmconvert as hc
 from harmconvert.basis import all_frequencies, level_count
 from harmconvert.conv import HarmonicMixin, to_harmonic
-from harmconvert.errors import HarmconvertError, printable
+from harmconvert.errors import HarmconvertError, one_line
 from harmconvert.export import export
 from harmconvert.factored import reason_not_factorable
 from harmconvert.plan import LayerPlan
@@ -325,7 +325,7 @@ def test_what_cannot_be_converted_is_named_in_one_line_whatever_its_name(tally: 
     count = tally("models", "layers that cannot be converted, under odd names")
     for name in NAMES:
         for what, make in size(sorted(UNCONVERTIBLE.items())[:: 1 + len(name) % 3], sorted(UNCONVERTIBLE.items())):
-            trial = partial(refusal, partial(hc.convert, named(name, make())), printable(name))
+            trial = partial(refusal, partial(hc.convert, named(name, make())), one_line(name))
             count.trial(complaint(trial, f"{name}: {what}"))
 
 
@@ -383,6 +383,6 @@ def test_what_no_file_can_hold_is_refused_by_name_and_nothing_is_left(tally: Cou
             network.register_buffer(name, value)
         conversion = hc.convert(network)
         for write in (partial(hc.save, conversion), partial(export, conversion.model)):
-            found = complaint(partial(refusal, partial(write, path), printable(name)), name)
+            found = complaint(partial(refusal, partial(write, path), one_line(name)), name)
             left = [str(entry) for entry in path.parent.iterdir()]
             count.trial(found or (f"{left} left" if left else None))
