@@ -149,7 +149,10 @@ def klt_vectors(kernel: Tensor) -> Tensor:
 
 def largest_of(tensor: Tensor) -> float:
     """The largest magnitude in a tensor, 1 where all are zero: what to divide by before squaring."""
-    return tensor.abs().max().item() or 1.0 if tensor.numel() else 1.0
+    if not tensor.numel():
+        return 1.0
+    low, high = tensor.detach().aminmax()
+    return max(-low.item(), high.item()) or 1.0
 
 
 # The vectors of one axis; a kernel's basis is their outer products.

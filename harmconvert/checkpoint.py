@@ -278,27 +278,24 @@ def load(
             model = rebuild(header.source)
         except (InputError, UsageError) as error:
             raise type(error)(f"{path}: {error}") from error
+    harmonic = harmonic_like(model, header.plan, str(path), header.blocks)
+    del model  # where it was made for this, it is memory
     with open_safetensors(path) as file:
         state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
     if header.crc32 is not None and header.checksum(state) != header.crc32:
         remark = f"{path} is not as harmconvert wrote it: damaged, or changed since; verify it against its original"
         warnings.warn(remark, HarmconvertWarning, stacklevel=2)
     state |= {alias: state[key] for alias, key in header.tied.items() if key in state}
+    load_state(harmonic, state, str(path))
+    del state
     if form == "factored":
-        harmonic = filled(model, header, state, str(path), "harmonic").eval()
+        harmonic = in_form(harmonic, header, "harmonic").eval()
         return factor(harmonic, default_input(harmonic) if example_input is None else example_input)
-    return filled(model, header, state, str(path), form)
+    return in_form(harmonic, header, form)
 
 
-def filled(model: nn.Module, header: Header, state: Mapping[str, Tensor], where: str, form: str) -> nn.Module:
-    """The network in harmonic or dense form that a header and tensors say, from a plain one, which is not changed.
-
-    Raises:
-        InputError: they do not fit the network; ``where`` is named.
-    """
-    complaint = f"{where} does not fit this {type(model).__name__}"
-    harmonic = harmonic_like(model, header.plan, complaint, header.blocks)
-    load_state(harmonic, state, where)
+def in_form(harmonic: nn.Module, header: Header, form: str) -> nn.Module:
+    """A network that a file filled, in harmonic form with its header, or in dense form."""
     harmonic.__dict__["harmconvert_header"] = header
     if form == "harmonic":
         return harmonic
@@ -308,14 +305,22 @@ def filled(model: nn.Module, header: Header, state: Mapping[str, Tensor], where:
 
 
 def harmonic_like(
-    model: nn.Module, plan: Plan, complaint: str, blocks: Mapping[str, BlockRecord] | None = None
+    model: nn.Module, plan: Plan, where: str, blocks: Mapping[str, BlockRecord] | None = None
 ) -> nn.Module:
-    """A copy of a plain network with the harmonic convolutions of a plan, and blocks, their values to be loaded."""
+    """A copy of a plain network with the harmonic convolutions of a plan, and blocks, their values to be loaded.
+
+    Raises:
+        InputError: the network lacks a convolution of the plan's; ``where`` that is from is named.
+    """
+    complaint = f"{where} does not fit this {type(model).__name__}"
     convs = convolutions(model)
     wrong = [p.name for p in plan.layers if p.name not in convs or kernel_size(convs[p.name]) != p.kernel_size]
     if wrong:
         raise InputError(f"{complaint}: it has no such convolution: {shortened(wrong)}")
-    fill = {convs[p.name]: partial(to_harmonic, convs[p.name], p.frequencies, plan.family) for p in plan.layers}
+    fill = {
+        convs[p.name]: partial(to_harmonic, convs[p.name], p.frequencies, plan.family, values=False)
+        for p in plan.layers
+    }
     copied = exchange(model, fill)
     for name, block in (blocks or {}).items():
         conv = convolutions(copied).get(name)

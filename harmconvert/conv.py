@@ -177,12 +177,13 @@ def to_harmonic(
     frequencies: Sequence[Frequency] | None = None,
     family: Basis | None = None,
     memo: dict[int, Any] | None = None,
+    values: bool = True,
 ) -> nn.Module:
     """The harmonic counterpart of a convolution; the original is left as it is.
 
     Every attribute (stride, padding, padding mode, dilation, groups, bias, dtype, device, requires_grad, training flag,
     hooks) is carried over. ``family`` is the DCT where None; ``memo`` is `copy.deepcopy`'s, for copying a network whose
-    parts share objects.
+    parts share objects. ``values`` False leaves the coefficients to be filled.
 
     >>> to_harmonic(nn.Conv2d(3, 8, 3, stride=2), [(0, 0), (0, 1), (1, 0)])
     HarmonicConv2d(3, 8, kernel_size=(3, 3), stride=(2, 2), frequencies=3/9)
@@ -203,9 +204,13 @@ def to_harmonic(
     weight = cast(nn.Parameter, conv._parameters["weight"])
     # A weight tied between convolutions is projected once per set of frequencies, and its coefficients stay tied.
     tie = hash(("coefficients", id(weight), frequencies, family))
-    if tie not in memo:
+    if tie not in memo and values:
         kernels_FK = family.kernels_for(weight, frequencies)
         memo[tie] = _parameter_like(weight, project(weight, kernels_FK)), kernels_FK if family.fitted else None
+    elif tie not in memo:
+        empty_OIF = weight.detach().new_empty(*weight.shape[:2], len(frequencies))
+        fitted_FK = torch.zeros(len(frequencies), math.prod(kernel_size), dtype=torch.float64, device=weight.device)
+        memo[tie] = _parameter_like(weight, empty_OIF), fitted_FK if family.fitted else None
     coefficients, fitted_basis = memo[tie]
     _copy_state(conv, harmonic, "weight", "coefficients", coefficients, memo)
     harmonic.frequencies, harmonic.family, harmonic._merged = frequencies, family, None

@@ -46,8 +46,12 @@ def reconstruct(coefficients: Tensor, basis_FK: Tensor, kernel_size: Sequence[in
     tensor([[1., 1.],
             [1., 1.]])
     """
-    kernel_OIK = merge(coefficients.to(torch.float64), basis_FK.to(coefficients.device, torch.float64))
-    return kernel_OIK.unflatten(2, tuple(kernel_size)).to(coefficients.dtype)
+    synthesis_FK = basis_FK.to(coefficients.device, torch.float64)
+    coefficients_NF = coefficients.detach().flatten(0, 1)
+    kernel_NK = coefficients.new_empty(len(coefficients_NF), synthesis_FK.shape[1], requires_grad=False)
+    for coefficients_part, kernel_part in zip(coefficients_NF.split(_SLICE), kernel_NK.split(_SLICE), strict=True):
+        kernel_part.copy_(coefficients_part.to(torch.float64) @ synthesis_FK)
+    return kernel_NK.unflatten(0, coefficients.shape[:2]).unflatten(2, tuple(kernel_size))
 
 
 def merge(coefficients_OIF: Tensor, basis_FK: Tensor) -> Tensor:
@@ -64,10 +68,12 @@ def merge_channels_last(coefficients_OFI: Tensor, basis_FK: Tensor) -> Tensor:
 
 def energy_kept(kernel: Tensor, basis_FK: Tensor) -> float:
     """Share of the kernel's squared norm that orthonormal basis kernels hold, 0 to 1 (1 for an all-zero kernel)."""
-    exact = kernel.detach().to(torch.float64)
-    exact = exact / largest_of(exact)  # squares of 1e200 are infinite
-    total = exact.square().sum().item()
-    kept = project(exact, basis_FK).square().sum().item()
+    total = kept = 0.0
+    largest = largest_of(kernel)  # squares of 1e200 are infinite
+    for part in kernel.detach().split(max(1, _SLICE // kernel.shape[1])):
+        precise = part.to(torch.float64) / largest
+        total += precise.square().sum().item()
+        kept += project(precise, basis_FK).square().sum().item()
     return kept / total if total > 0 else 1.0
 
 

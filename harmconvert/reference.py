@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from . import models  # noqa: F401  registers the networks that are built here
 from .basis import Basis, all_frequencies, dct_basis, frequencies_below, level_count
-from .checkpoint import BlockRecord, Header, Source, filled
+from .checkpoint import BlockRecord, Header, Source, harmonic_like, in_form
 from .errors import InputError, UsageError, shortened
 from .plan import LayerPlan, Plan
-from .weights import read_weights, tensors_sha256
+from .weights import load_state, read_weights, tensors_sha256
 
 POOLS = ("none", "avg", "max")
 RESNETS = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101", (3, 8, 36, 3): "resnet152"}
@@ -73,7 +73,9 @@ def open_reference(path: str, arguments: Mapping[str, Any], form: str) -> tuple[
     plan = Plan(tuple(tensors.layers), family=Basis("dct", "l1"))
     # What it is now is where a fine-tuning starts: there never was an uncut network to calibrate it to.
     header = Header(plan, source, history={"training": [{"by": "the reference implementation"}]}, blocks=tensors.blocks)
-    model = filled(plain, header, counters | tensors.taken, path, form)
+    harmonic = harmonic_like(plain, plan, path, tensors.blocks)
+    load_state(harmonic, counters | tensors.taken, path)
+    model = in_form(harmonic, header, form)
     return model, source, header if tensors.layers or tensors.blocks else None
 
 

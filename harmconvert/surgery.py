@@ -179,6 +179,30 @@ def exchange(
         ) from error
 
 
+def in_precision(model: nn.Module, precision: torch.dtype) -> nn.Module:
+    """A copy that computes in a precision, also where its numbers are complex; its parameters, where they have that
+    precision, are the network's own: nothing may change them.
+
+    Raises:
+        InputError: the network cannot be copied.
+    """
+
+    def cast_one(tensor: Tensor) -> Tensor:
+        if tensor.is_complex():
+            return tensor.to(precision.to_complex())
+        return tensor.to(precision) if tensor.is_floating_point() else tensor
+
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        if type(parameter) is nn.Parameter and parameter.is_floating_point():
+            value = parameter.detach().to(precision)
+            memo[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+    try:
+        return copy.deepcopy(model, memo)._apply(cast_one)
+    except RecursionError as error:
+        raise InputError(f"the modules of this {type(model).__name__} are nested too deeply to be copied") from error
+
+
 def put_in_place(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
     """Give ``new`` every name that ``old`` has in ``model``, which is changed; gives the model back."""
     if model is old:

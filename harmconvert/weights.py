@@ -163,15 +163,16 @@ def _why_not_weights(path: str | Path) -> str | None:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
             # What is marked as a folder torch.load does not read, and leaves memory as it found it.
-            damaged = next((one.filename for one in archive.infolist() if one.external_attr & 0x10), None)
+            unread = next((one.filename for one in archive.infolist() if one.external_attr & 0x10), None)
             if any(name.endswith("/constants.pkl") for name in names):
                 return "is a TorchScript program, which would have to be run: save its state_dict instead"
             if any(name.endswith("/archive_format") for name in names):
                 return "is an exported program, not weights: save the state_dict of its network instead"
-            damaged = damaged or archive.testzip()
+            if name := unread or archive.testzip():
+                return f"is damaged ({name} is not what was written): get the file again"
     except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError, RuntimeError, EOFError, zlib.error) as error:
-        damaged = first_line(error)
-    return f"is damaged ({damaged} fails its checksum): get the file again" if damaged else None
+        return f"is damaged ({first_line(error)}): get the file again"
+    return None
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: dict[str, str], force: bool) -> None:
@@ -268,7 +269,10 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], where: str) -> Non
             tensor.data = tensor.data.contiguous()
     # Constants such as the DCT basis follow the dtype of the coefficients.
     model._apply(lambda tensor: tensor)
-    model.load_state_dict(dict(state))
+    # Tensors of a file are read as they are copied: all at once, they would be a second network in memory.
+    keys = list(own)
+    for start in range(0, len(keys), 64):
+        model.load_state_dict({key: state[key] for key in keys[start : start + 64]}, strict=False)
 
 
 def weights_sha256(model: nn.Module) -> str:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from harmconvert.checkpoint import METADATA_KEY, Source, default_name, load, read_header, save
 from harmconvert.convert import convert
-from harmconvert.errors import HarmconvertError, InputError, OutsideError, UsageError
+from harmconvert.errors import HarmconvertError, HarmconvertWarning, InputError, OutsideError, UsageError
 from harmconvert.sources import load as load_rebuilt
 
 from .networks import CONVOLUTIONS, Branches, random_input, seeded
@@ -327,6 +327,14 @@ def test_flipped_header_bytes_never_cause_another_error(saved: Path, data: st.Da
     flipped.write_bytes(bytes(content))
     with contextlib.suppress(HarmconvertError):
         load(flipped, model=seeded(Branches))
+
+
+def test_damage_to_a_tensor_is_told(saved: Path) -> None:
+    content = bytearray(saved.read_bytes())
+    content[-5] ^= 1
+    saved.write_bytes(content)
+    with pytest.warns(HarmconvertWarning, match="is not as harmconvert wrote it: damaged, or changed since"):
+        load(saved, model=seeded(Branches))
 
 
 def test_names_of_files() -> None:

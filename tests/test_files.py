@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from harmconvert.errors import OutsideError, UsageError
-from harmconvert.files import check_output, write_file, write_folder
+from harmconvert.files import check_output, read_json, write_file, write_folder
 
 
 def fill(path: Path) -> None:
@@ -52,6 +52,56 @@ def test_the_staging_file_of_a_dead_process_is_removed_and_a_living_ones_is_not(
     (tmp_path / f".a.{living}.staging").write_bytes(b"half")
     write_file(tmp_path / "a", fill)
     assert names(tmp_path) == [f".a.{living}.staging", "a"]
+
+
+def test_a_leftover_under_this_processs_own_number_is_removed(tmp_path: Path) -> None:
+    """In a container every run has the same number: a killed one's leftover must not stop all that follow."""
+    (tmp_path / f".a.{os.getpid()}.staging").mkdir()
+    (tmp_path / f".a.{os.getpid()}.staging" / "a").write_bytes(b"half")
+    write_file(tmp_path / "a", fill)
+    assert names(tmp_path) == ["a"]
+
+
+def test_two_threads_may_write_one_target(tmp_path: Path) -> None:
+    def slowly(path: Path) -> None:
+        path.write_bytes(b"old")
+        write_file(tmp_path / "a", fill)  # the other one, meanwhile
+        path.write_bytes(b"last")
+
+    write_file(tmp_path / "a", slowly, force=True)
+    assert (tmp_path / "a").read_bytes() == b"last"
+    assert names(tmp_path) == ["a"]
+
+
+def test_what_comes_into_being_meanwhile_is_kept(tmp_path: Path) -> None:
+    def slowly(path: Path) -> None:
+        fill(path)
+        (tmp_path / "a").write_bytes(b"another's")
+
+    with pytest.raises(UsageError, match="has come into being meanwhile: use --force to replace it"):
+        write_file(tmp_path / "a", slowly)
+    assert (tmp_path / "a").read_bytes() == b"another's"
+    assert names(tmp_path) == ["a"]
+
+
+def test_what_a_writer_leaves_beside_its_file_goes_with_it(tmp_path: Path) -> None:
+    """safetensors writes to a temporary file of its own, and renames that."""
+
+    def untidy(path: Path) -> None:
+        path.with_name(".tmp1234").write_bytes(b"half")
+        fill(path)
+
+    write_file(tmp_path / "a", untidy)
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(OSError, match="not a regular file"):
+        read_json(tmp_path / "fifo")
+    (tmp_path / "deep").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="nested too deeply"):
+        read_json(tmp_path / "deep")
 
 
 def test_a_link_stays_a_link_to_the_replaced_file(tmp_path: Path) -> None:

@@ -280,7 +280,7 @@ def test_files_that_are_none_of_its(tmp_path: Path) -> None:
             "holds a plain ResNet, no layer of it is harmonic: open it as resnet50_nomaxpool, or resnet50 wh",
         ),
         ("vgg.pth", r"is no ResNet and no wide ResNet of the reference implementation .there are: 0.weight, 0.bias"),
-        ("cut.pth", "is not a readable .pth file"),
+        ("cut.pth", "is damaged"),
         ("old.pth", "holds more than tensors, and reading it would run code: refused"),
         ("zip.pth", "holds more than tensors, and reading it would run code: refused"),
         ("none.pth", "does not exist"),
