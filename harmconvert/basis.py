@@ -139,10 +139,20 @@ def klt_vectors(kernel: Tensor) -> Tensor:
     filters_NK = kernel.detach().flatten(2).flatten(0, 1).to(torch.float64)
     if filters_NK.is_meta:
         return torch.eye(filters_NK.shape[1], dtype=torch.float64, device="meta")
+    # Only proportions matter, and squares of 1e200 or 1e-200 have none.
+    filters_NK = filters_NK / largest_of(filters_NK)
     # An eigenvector's sign is the solver's whim: its largest entry is made positive.
     vectors_KK = torch.linalg.eigh(filters_NK.T @ filters_NK)[1].flip(1).T
     largest = vectors_KK.gather(1, vectors_KK.abs().argmax(1, keepdim=True))
     return vectors_KK * torch.where(largest < 0, -1.0, 1.0)
+
+
+def largest_of(tensor: Tensor) -> float:
+    """The largest magnitude in a tensor, 1 where all are zero: what to divide by before squaring."""
+    if not tensor.numel():
+        return 1.0
+    low, high = tensor.detach().aminmax()
+    return max(-low.item(), high.item()) or 1.0
 
 
 # The vectors of one axis; a kernel's basis is their outer products.

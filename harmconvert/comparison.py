@@ -26,13 +26,20 @@ def relative_difference(found: Tensor, expected: Tensor) -> float:
     return difference / largest if largest > 0 else difference
 
 
-def top1_agreement(outputs: Sequence[tuple[Tensor, Tensor]]) -> float | None:
-    """Share of examples with the same top-1 class; None where (original, converted) outputs are no logits."""
+def top1_agreement(outputs: Sequence[tuple[Tensor, Tensor]], rounding: float = 0.0) -> float | None:
+    """Share of examples with the same top-1 class; None where (original, converted) outputs are no logits.
+
+    Classes are tied whose logits in the original are no further apart than ``rounding`` times its largest: constant
+    networks have no top-1, and which class noise puts first says nothing.
+    """
     logits = len(outputs) == 1 and outputs[0][0].is_floating_point() and outputs[0][0].dim() == 2
     if not logits or outputs[0][0].shape[1] < 2:
         return None
     original, converted = outputs[0]
-    return (original.argmax(1) == converted.argmax(1)).double().mean().item()
+    chosen = converted.argmax(1)
+    shortfall = original.amax(1) - original.gather(1, chosen[:, None])[:, 0]
+    tied = shortfall <= rounding * original.abs().amax(1)
+    return ((original.argmax(1) == chosen) | tied).double().mean().item()
 
 
 def greatest_difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

@@ -33,6 +33,12 @@ CONVOLUTIONS: tuple[type[nn.Module], ...] = (
 )
 
 
+# What the mixin calls its own.
+_NEEDED = frozenset(
+    {"coefficients", "basis", "fitted_basis", "frequencies", "family", "kernels", "_merged", "_merge", "_set_basis"}
+)
+
+
 class HarmonicMixin(nn.Module):
     """A convolution whose kernel is coefficients x basis, merged on the fly (sec. 5.2).
 
@@ -144,14 +150,21 @@ def reason_not_convertible(conv: nn.Module) -> str | None:
         return "is harmonic already: fuse() the network first"
     if parametrize.is_parametrized(conv):
         return "its weight is parametrized: remove the parametrization first"
-    own = {*vars(conv), *conv._parameters, *conv._buffers, *conv._modules, *vars(type(conv))}
-    if taken := own & {"coefficients", "basis", "fitted_basis", "frequencies", "family", "kernels", "_merged"}:
+    classes = (cls for cls in type(conv).__mro__ if not cls.__module__.startswith("torch."))
+    own = {*vars(conv), *conv._parameters, *conv._buffers, *conv._modules}.union(*map(vars, classes))
+    if taken := own & _NEEDED:
         return f"it has an attribute {min(taken)!r} of its own, which the harmonic form needs: rename that"
     weight = conv._parameters.get("weight")
     if weight is None:
         return "its weight is computed from other tensors (weight norm, pruning): remove that first"
     if isinstance(weight, nn.parameter.UninitializedParameter):
         return "its weight is not initialised yet: run the network once first"
+    if weight.is_complex():
+        return f"its weight is {str(weight.dtype).removeprefix('torch.')}: only real kernels are converted"
+    if list(weight.shape[2:]) != list(_kernel_size(conv)):
+        return f"its weight has shape {tuple(weight.shape)}, which is not that of its kernel_size {_kernel_size(conv)}"
+    if not weight.numel():
+        return f"its weight is empty: it has shape {tuple(weight.shape)}"
     if hasattr(conv, "weight_fake_quant"):
         return "it is prepared for quantisation"
     if weight.is_floating_point() and weight.dtype.itemsize < 2:

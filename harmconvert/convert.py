@@ -23,7 +23,7 @@ from .conv import HarmonicMixin, to_harmonic
 from .cost import Cost, network_cost
 from .errors import InputError, UsageError, shortened
 from .plan import LayerPlan, Plan, make_plan
-from .projection import relative_error
+from .projection import all_finite, check_range, relative_error
 from .surgery import Trace, convolutions, exchange, find_sites, fitted, trace
 
 
@@ -240,17 +240,25 @@ def check_network(model: nn.Module) -> None:
     if isinstance(model, wrappers) or kind in ("FullyShardedDataParallel", "OptimizedModule"):
         inner = "_orig_mod" if kind == "OptimizedModule" else "module"
         raise UsageError(f"this network is wrapped in {kind}: pass model.{inner}, and wrap what comes back")
-    if isinstance(model, nn.Module) and any(isinstance(p, UninitializedParameter) for p in model.parameters()):
-        raise UsageError(f"this {kind} has parameters without values yet (lazy modules): run it once first")
     if not isinstance(model, nn.Module):
         raise UsageError(f"a network must be a torch.nn.Module, not {kind}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UsageError("this network is TorchScript, whose layers are fixed: pass the one that it was made from")
+    try:
+        lazy = [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
+    except RecursionError as error:
+        raise InputError(f"the modules of this {kind} are nested too deeply to go through") from error
+    if lazy:
+        raise UsageError(
+            f"this {kind} has parameters without values yet (lazy modules: {shortened(lazy, 3)}): run it once first"
+        )
 
 
 def check_weights(model: nn.Module) -> None:
     """Raise InputError, naming the layer, where weights are not finite, or a convolution's not floating point."""
     for name, conv in convolutions(model).items():
         weight = conv._parameters.get("weight")
-        if weight is not None and not weight.is_floating_point():
+        if weight is not None and not (weight.is_floating_point() or weight.is_complex()):
             kind = str(weight.dtype).removeprefix("torch.")
             raise InputError(f"layer {name or '(root)'} has {kind} weights: convert the network before it is quantised")
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -258,7 +266,7 @@ def check_weights(model: nn.Module) -> None:
         statistics = name.endswith(("running_mean", "running_var"))
         if name not in parameters and not statistics:
             continue  # buffers may hold -inf on purpose, such as attention masks
-        if tensor.is_floating_point() and not tensor.is_meta and tensor.numel() and not _finite(tensor):
+        if tensor.is_floating_point() and not all_finite(tensor):
             raise InputError(
                 f"{name} holds NaN or infinite values: this checkpoint is broken; use one from before that"
             )
@@ -304,15 +312,8 @@ def _record(layer: LayerPlan, conv: nn.Module, harmonic: nn.Module, notes: Mappi
         return record
     error = relative_error(cast(Tensor, harmonic.weight).detach(), weight)
     assert isinstance(harmonic, HarmonicMixin)
+    if not math.isfinite(error):
+        check_range(harmonic.coefficients, layer.name, "coefficients")
+        check_range(harmonic.weight, layer.name, "merged kernels")
     # With an orthonormal basis what the cut frequencies held is exactly the squared error.
     return replace(record, energy=1.0 if layer.whole else max(0.0, 1 - error**2), error=error)
-
-
-def _finite(tensor: Tensor) -> bool:
-    if tensor.dtype.itemsize < 2:
-        tensor = tensor.float()  # 8-bit floats know no arithmetic
-    # A sum is the quickest look at every value; only one that is too large needs a second.
-    if tensor.detach().sum().isfinite():
-        return True
-    low, high = tensor.detach().aminmax()
-    return bool(low.isfinite() and high.isfinite())

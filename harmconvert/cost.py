@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .basis import Frequency
 from .plan import Plan
-from .surgery import Trace, convolutions, kernel_size
+from .surgery import Trace, convolutions, evaluating, kernel_size
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,10 @@ def network_cost(model: nn.Module, plan: Plan, trace: Trace | None = None) -> Co
     saved = {id(convs[n].weight): (c.parameters - c.kept_parameters, _itemsize(convs[n])) for n, c in layers.items()}
     # A basis that is fitted to a layer has to be kept beside its coefficients, in float64.
     bases = sum(len(p.frequencies) * prod(p.kernel_size) for p in plan.layers) if plan.family.fitted else 0
-    over_1x1 = {id(c._parameters.get("weight", c)): cast(Tensor, c.weight).numel() for c in _over_1x1(model).values()}
+    with evaluating(model):  # reading a spectrally normalised weight in training mode would change the network
+        over_1x1 = {
+            id(c._parameters.get("weight", c)): cast(Tensor, c.weight).numel() for c in _over_1x1(model).values()
+        }
     parameters, size = parameter_count(model), tensor_bytes(model)
     macs = {}
     if trace:

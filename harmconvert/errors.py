@@ -8,6 +8,9 @@ class HarmconvertError(Exception):
 
     exit_code = 3
 
+    def __str__(self) -> str:
+        return one_line(super().__str__())
+
 
 class CheckError(HarmconvertError):
     """A verification or a tolerance was missed (exit code 1)."""
@@ -53,9 +56,20 @@ def first_line(error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """A text for a terminal: names come from files, and no control character in one may do anything there.
+    r"""A text for a terminal: names come from files, and no control character in one may do anything there.
 
     >>> printable("layer\x1b[31m")
-    'layer?[31m'
+    'layer\\x1b[31m'
     """
-    return "".join(character if character.isprintable() or character == "\n" else "?" for character in text)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+def one_line(text: str) -> str:
+    r"""The same with line breaks escaped, too: what a message is, whatever the names in it.
+
+    >>> one_line("two\nlines")
+    'two\\nlines'
+    """
+    return printable(text).replace("\n", "\\n")

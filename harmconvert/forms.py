@@ -8,13 +8,14 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, Literal, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from .block import HarmonicBlock2d, absorb_bias, fold_block
 from .conv import HarmonicMixin, empty_counterpart, to_dense
-from .errors import UsageError
+from .errors import InputError, UsageError
 from .factored import empty_factored, reason_not_factorable, to_factored
 from .layer_times import Site, lay_out, layer_times
+from .projection import all_finite, check_range
 from .surgery import call, cloned, evaluating, exchange, put_in_place, refusing
 from .timing import in_turns
 
@@ -62,10 +63,11 @@ def fuse(model: nn.Module) -> nn.Module:
     )
 
     Raises:
-        InputError: the network cannot be copied.
+        InputError: the network cannot be copied, or a merged kernel is out of its dtype's range.
     """
-    harmonic = [module for module in model.modules() if isinstance(module, HarmonicMixin)]
-    dense = exchange(model, {conv: partial(to_dense, conv) for conv in harmonic})
+    harmonic = _harmonic(model)
+    dense = exchange(model, {conv: partial(to_dense, conv) for conv in harmonic.values()})
+    _check_kernels(dense, harmonic)
     for told in ("harmconvert_calibration", "harmconvert_factoring"):
         dense.__dict__.pop(told, None)  # of coefficients, which are no more
     return _folded(dense)
@@ -93,12 +95,15 @@ def factor(model: nn.Module, example_input: Any = None, *, layers: str | Mapping
 
     Raises:
         UsageError: an unknown form, a pattern without a match, no input to measure on or one that does not fit.
-        InputError: the network cannot be copied.
+        InputError: the network cannot be copied, has no values (meta device), or a merged kernel is out of its dtype's
+            range.
     """
-    harmonic = {name: module for name, module in model.named_modules() if isinstance(module, HarmonicMixin)}
+    harmonic = _harmonic(model)
     wanted = _wanted(harmonic, layers)
     fixed = {name: _fixed(name, conv, wanted[name]) for name, conv in harmonic.items()}
     measured = {name: harmonic[name] for name, choice in fixed.items() if choice is None}
+    if valueless := [name for name, conv in measured.items() if conv.coefficients.is_meta]:
+        raise InputError(f"layer {valueless[0] or '(root)'} has no values to measure with (meta device): load weights")
     if measured and example_input is None:
         raise UsageError("which form is faster is measured on an input: give example_input, or layers='factored'")
     sites = sites_of(model, measured, example_input) if measured else {}
@@ -115,6 +120,17 @@ def factor(model: nn.Module, example_input: Any = None, *, layers: str | Mapping
 def factoring(model: nn.Module) -> Factoring | None:
     """What `factor` chose for a network that it made; None for any other."""
     return cast("Factoring | None", model.__dict__.get("harmconvert_factoring"))
+
+
+def _harmonic(model: nn.Module) -> dict[str, HarmonicMixin]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, HarmonicMixin)}
+
+
+def _check_kernels(dense: nn.Module, harmonic: Mapping[str, HarmonicMixin]) -> None:
+    """Coefficients that are in range may add up to a kernel that is not."""
+    for name, conv in harmonic.items():
+        if not isinstance(merged := dense.get_submodule(name), HarmonicMixin) and all_finite(conv.coefficients):
+            check_range(cast(Tensor, merged.weight), name, "merged kernels")
 
 
 def _wanted(harmonic: Mapping[str, HarmonicMixin], layers: str | Mapping[str, str]) -> dict[str, str]:
@@ -173,6 +189,7 @@ def _as_chosen(model: nn.Module, harmonic: Mapping[str, HarmonicMixin], found: l
         conv: partial(to_factored if conv in wanted else to_dense, conv) for conv in harmonic.values()
     }
     copied = exchange(model, fill, lambda conv: empty_factored(conv) if conv in wanted else empty_counterpart(conv))
+    _check_kernels(copied, harmonic)
     return _folded(copied)
 
 

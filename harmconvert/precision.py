@@ -31,12 +31,13 @@ def dtype_named(name: str) -> torch.dtype:
 
 
 def rounded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of a network with its parameters and buffers in ``dtype`` (integers and fitted bases as they are).
+    """A copy of a network with its parameters and buffers in ``dtype``; integers, complex numbers and fitted bases stay
+    as they are.
 
     Raises:
         InputError: a value that is out of the dtype's range.
     """
-    small = copy.deepcopy(model).to(dtype)
+    small = copy.deepcopy(model)._apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
     for key, tensor in small.state_dict().items():
         if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta and not tensor.isfinite().all():
             before = model.state_dict()[key]

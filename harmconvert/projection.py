@@ -6,10 +6,14 @@ returned in the dtype given: with an orthonormal basis, projection is the least-
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from .basis import largest_of
+from .errors import InputError
 
 _SLICE = 8192  # filters of one channel at a time
 
@@ -65,8 +69,9 @@ def merge_channels_last(coefficients_OFI: Tensor, basis_FK: Tensor) -> Tensor:
 def energy_kept(kernel: Tensor, basis_FK: Tensor) -> float:
     """Share of the kernel's squared norm that orthonormal basis kernels hold, 0 to 1 (1 for an all-zero kernel)."""
     total = kept = 0.0
+    largest = largest_of(kernel)  # squares of 1e200 are infinite
     for part in kernel.detach().split(max(1, _SLICE // kernel.shape[1])):
-        precise = part.to(torch.float64)
+        precise = part.to(torch.float64) / largest
         total += precise.square().sum().item()
         kept += project(precise, basis_FK).square().sum().item()
     return kept / total if total > 0 else 1.0
@@ -75,7 +80,37 @@ def energy_kept(kernel: Tensor, basis_FK: Tensor) -> float:
 def relative_error(approximation: Tensor, kernel: Tensor) -> float:
     """Frobenius norm of the difference over that of ``kernel`` (0 where both are zero)."""
     difference, norm = _norm(approximation - kernel), _norm(kernel)
+    if not math.isfinite(difference):  # two of the largest numbers may be further apart than any number is large
+        largest = largest_of(kernel)
+        near, exact = (tensor.to(torch.float64) / largest for tensor in (approximation, kernel))
+        difference, norm = _norm(near - exact), _norm(exact)
     return difference / norm if norm > 0 else difference
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite; without values (meta device) none is."""
+    if tensor.is_meta or not tensor.numel():
+        return True
+    tensor = tensor.detach()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if tensor.dtype.itemsize < 2:
+        tensor = tensor.float()  # 8-bit floats know no arithmetic
+    # A sum is the quickest look at every value; only one that is too large needs a second.
+    if tensor.sum().isfinite():
+        return True
+    low, high = tensor.aminmax()
+    return bool(low.isfinite() and high.isfinite())
+
+
+def check_range(tensor: Tensor, layer: str, what: str) -> None:
+    """Raise InputError where a tensor made from finite weights holds a value out of its dtype's range."""
+    if all_finite(tensor):
+        return
+    name = str(tensor.dtype).removeprefix("torch.")
+    wider = {torch.float16: "convert a float32 copy (model.float())", torch.float64: "scale its weights down"}
+    remedy = wider.get(tensor.dtype, "convert a float64 copy (model.double())")
+    raise InputError(f"layer {layer or '(root)'}: its {what} go out of {name}'s range: {remedy}")
 
 
 def _norm(tensor: Tensor) -> float:
@@ -83,4 +118,6 @@ def _norm(tensor: Tensor) -> float:
     quick = torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)).item()
     if 1e-15 < quick < 1e15:
         return quick
-    return torch.linalg.vector_norm(tensor, dtype=torch.float64).item()
+    exact = tensor.to(torch.float64)
+    largest = largest_of(exact)
+    return torch.linalg.vector_norm(exact / largest).item() * largest if math.isfinite(largest) else largest

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .conv import CONVOLUTIONS, HarmonicMixin, empty_counterpart, reason_not_convertible
-from .errors import InputError, UsageError, first_line
+from .errors import InputError, UsageError, first_line, shortened
 from .plan import ConvSite
 
 # Modules that convolve but are no torch convolution: named in the report, so that nothing is left out silently.
@@ -163,11 +163,44 @@ def exchange(
         for make in fill.values():
             make(memo)
         return copy.deepcopy(model, memo)
+    except RecursionError as error:
+        raise InputError(f"the modules of this {type(model).__name__} are nested too deeply to be copied") from error
     except (RuntimeError, TypeError) as error:
+        held = [
+            f"{name}.{key}" if name else key
+            for name, module in model.named_modules()
+            for key, value in vars(module).items()
+            if isinstance(value, Tensor) and not value.is_leaf
+        ]
+        where = f" for {shortened(held, 3)}" if held else ""
         raise InputError(
-            f"this {type(model).__name__} cannot be copied: {first_line(error)}; remove what copy.deepcopy refuses "
-            "(tensors with a gradient history, locks, open files) and convert again"
+            f"this {type(model).__name__} cannot be copied{where}: {first_line(error)}; remove what "
+            "copy.deepcopy refuses (tensors with a gradient history, locks, open files) and convert again"
         ) from error
+
+
+def in_precision(model: nn.Module, precision: torch.dtype) -> nn.Module:
+    """A copy that computes in a precision, also where its numbers are complex; its parameters, where they have that
+    precision, are the network's own: nothing may change them.
+
+    Raises:
+        InputError: the network cannot be copied.
+    """
+
+    def cast_one(tensor: Tensor) -> Tensor:
+        if tensor.is_complex():
+            return tensor.to(precision.to_complex())
+        return tensor.to(precision) if tensor.is_floating_point() else tensor
+
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        if type(parameter) is nn.Parameter and parameter.is_floating_point():
+            value = parameter.detach().to(precision)
+            memo[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+    try:
+        return copy.deepcopy(model, memo)._apply(cast_one)
+    except RecursionError as error:
+        raise InputError(f"the modules of this {type(model).__name__} are nested too deeply to be copied") from error
 
 
 def put_in_place(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:

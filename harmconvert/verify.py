@@ -6,7 +6,6 @@ projection of the original's onto the frequencies kept? And how far are the outp
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,10 +20,10 @@ from .block import HarmonicBlock2d
 from .comparison import relative_difference, top1_agreement
 from .conv import HarmonicMixin
 from .convert import default_input
-from .errors import UsageError, first_line, shortened
+from .errors import InputError, UsageError, first_line, one_line, shortened
 from .forms import fold_blocks
 from .kernel_check import check_kernel
-from .surgery import batch_size, call, cloned, convolutions, evaluating, fitted, kernel_size, tensors_in
+from .surgery import batch_size, call, cloned, convolutions, evaluating, fitted, in_precision, kernel_size, tensors_in
 from .weights import tensors_sha256
 
 # Relative difference of the outputs with the whole basis, by the dtype of the weights: float64 and float32 as promised
@@ -62,7 +61,8 @@ class Verification:
     says so; ``as_planned`` tells that it is, kernel by kernel, the projection that its plan asks for. Relative errors
     are largest difference over largest output; ``float64_error`` isolates the rounding of the coefficients,
     ``float32_error`` adds that of float32 arithmetic (each None where that pass was not run; the notes say why).
-    ``top1_agreement`` is the share of inputs with the same top-1 class (None where outputs are no logits).
+    ``top1_agreement`` is the share of inputs with the same top-1 class, logits that the weights' dtype cannot tell
+    apart being tied (None where outputs are no logits).
     """
 
     ok: bool
@@ -84,11 +84,17 @@ class Verification:
     @property
     def verdict(self) -> str:
         """One line: what holds, or what does not and where."""
+        return one_line(self._verdict)
+
+    @property
+    def _verdict(self) -> str:
         outputs = f"outputs differ by {self.max_relative_error:.1e} of the largest, tolerance {self.tolerance:.0e}"
         if self.top1_agreement is not None:
             outputs += f"; same top-1 on {self.top1_agreement:.1%} of {self.inputs} inputs"
         if self.ok:
             return f"verified: {outputs}"
+        if isnan(self.max_relative_error) and not self.problems:
+            return "not verified: the outputs hold no finite value on these inputs, so there is nothing to compare"
         cut = [layer for layer in self.layers if layer.kept < layer.total]
         if self.problems:
             return f"not the same: {shortened(list(self.problems), 3)} ({outputs})"
@@ -126,19 +132,23 @@ def verify(
 
     Raises:
         UsageError: no input size is known, or the original does not run on the inputs.
+        InputError: a network without values (meta device).
     """
+    _check_values(original, converted)
     inputs = seeded_inputs(original) if inputs is None else inputs
     if _blocks(original) != _blocks(converted):  # what a block computes is compared with a convolution as one
         original, converted = fold_blocks(original), fold_blocks(converted)
     dtype = max((_weight_dtype(original), _weight_dtype(converted)), key=lambda d: OUTPUT_TOLERANCE[d])
-    pairs, structural = _pairs(original, converted)
+    with evaluating(original, converted):  # reading a spectrally normalised weight in training mode would change it
+        pairs, structural = _pairs(original, converted)
     written = _as_calibrated(converted, _written_by_calibration(converted) if calibrated is None else calibrated)
     altered = [] if structural else _altered_state(original, converted, pairs, written)
     tick = _ticker(progress, 2 * len(pairs) + 2 * (1 if dtype == torch.float64 else 2))
     kernels = {}
     for name, pair in pairs.items():
         tick(name)
-        kernels[name] = check_kernel(*pair, written.get(_join(name, "coefficients")))
+        with evaluating(*pair):
+            kernels[name] = check_kernel(*pair, written.get(_join(name, "coefficients")))
     notes: list[str] = []
     errors: dict[str, float | None] = {"float64": None, "float32": None}
     outputs: dict[str, float] = {}
@@ -153,7 +163,7 @@ def verify(
         try:
             # Per-layer outputs once, in the precision that shows a wrong layer and not the arithmetic.
             error, same, layer_outputs = _compare(
-                original, converted, inputs, precision, not outputs, list(pairs), tick
+                original, converted, inputs, precision, dtype, not outputs, list(pairs), tick
             )
         except _NoRunError as problem:
             if precision == torch.float64 and dtype != torch.float64:
@@ -179,6 +189,13 @@ def verify(
         ok, not problems, limit, worst, errors["float64"], errors["float32"], agreement, size, layers,
         tuple(problems), tuple(notes),
     )  # fmt: skip
+
+
+def _check_values(*models: nn.Module) -> None:
+    for model in models:
+        for key, tensor in model.state_dict().items():
+            if isinstance(tensor, Tensor) and tensor.is_meta:
+                raise InputError(f"{key} has no values to compare (meta device): load weights first")
 
 
 def _blocks(model: nn.Module) -> list[str]:
@@ -224,7 +241,8 @@ def _pairs(original: nn.Module, converted: nn.Module) -> tuple[dict[str, tuple[n
             values = [getattr(c, attribute, None) for c in (conv, other)]
             if values[0] != values[1]:
                 problems.append(f"{name}: {attribute} is {values[1]}, the original's {values[0]}")
-        if isinstance(other, HarmonicMixin) or prod(kernel_size(conv)) > 1:
+        real = cast(Tensor, conv.weight).is_floating_point()
+        if isinstance(other, HarmonicMixin) or (prod(kernel_size(conv)) > 1 and real):
             pairs[name] = (conv, other)
     return pairs, problems
 
@@ -271,6 +289,7 @@ def _altered_state(
 
 def _equal(tensor: Tensor, other: Tensor) -> bool:
     """Whether a tensor has the other's bits; where one is stored in fewer bits, rounded to those."""
+    tensor, other = (t if t.layout == torch.strided else t.to_dense() for t in (tensor, other))
     if not (tensor.is_floating_point() and other.is_floating_point()):
         dtype = tensor.dtype
     else:
@@ -296,28 +315,20 @@ def _weights(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _copied(model: nn.Module, precision: torch.dtype) -> nn.Module:
-    """A copy in a precision, whose parameters, where they have it, are the network's own: nothing here changes them."""
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        if type(parameter) is nn.Parameter and parameter.is_floating_point():
-            value = parameter.detach().to(precision)
-            memo[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
-    return copy.deepcopy(model, memo).to(precision)
-
-
 def _compare(
     original: nn.Module,
     converted: nn.Module,
     inputs: Any,
     precision: torch.dtype,
+    dtype: torch.dtype,
     per_layer: bool,
     names: list[str],
     tick: Callable[[str], None],
 ) -> tuple[float, float | None, dict[str, float]]:
-    """Relative output error, top-1 agreement and (where asked for) per-layer output errors in one precision."""
+    """Relative output error, top-1 agreement (to the rounding of ``dtype``, the weights') and, where asked for,
+    per-layer output errors in one precision."""
     with _default_dtype(precision):
-        models = [_copied(model, precision) for model in (original, converted)]
+        models = [in_precision(model, precision) for model in (original, converted)]
         inputs = fitted(inputs, models[0])
         ours, theirs = convolutions(models[0]), convolutions(models[1])
         outputs: dict[str, float] = {}
@@ -325,7 +336,14 @@ def _compare(
         def watch(name: str) -> Callable[..., None]:
             def hook(conv: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
                 tick(name)
-                error = relative_difference(theirs[name](*args, **kwargs), output)
+                try:
+                    answer = theirs[name](*args, **kwargs)
+                except Exception as failure:
+                    raise _NoRunError(
+                        f"layer {name or '(root)'} of the converted network does not run in {precision}: "
+                        f"{type(failure).__name__}: {first_line(failure)}"
+                    ) from failure
+                error = relative_difference(answer, output)
                 outputs[name] = max(error, outputs.get(name, 0.0))
 
             return hook
@@ -335,9 +353,11 @@ def _compare(
         for model in models:
             tick(f"outputs in {str(precision).removeprefix('torch.')}")
             try:
-                with evaluating(model), torch.random.fork_rng(devices=[]):
+                with evaluating(*models), torch.random.fork_rng(devices=[]):
                     torch.manual_seed(0)
                     results.append(tensors_in(call(model, cloned(inputs))))
+            except _NoRunError:
+                raise
             except Exception as failure:
                 which = "original" if model is models[0] else "converted"
                 raise _NoRunError(
@@ -351,7 +371,7 @@ def _compare(
         return float("inf"), 0.0, outputs
     pairs = list(zip(*results, strict=True))
     error = max((relative_difference(b, a) for a, b in pairs), default=float("nan"))
-    return error, top1_agreement(pairs), outputs
+    return error, top1_agreement(pairs, torch.finfo(dtype).eps), outputs
 
 
 @contextmanager

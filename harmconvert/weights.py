@@ -191,8 +191,16 @@ def _why_not_weights(path: str | Path) -> str | None:
 def write_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: dict[str, str], force: bool) -> None:
     """Write named tensors as .safetensors, by way of a staging file; raises as `save` does."""
 
+    def write(staging: Path) -> None:
+        try:
+            safetensors.torch.save_file(dict(tensors), staging, metadata)
+        except KeyError as error:  # a dtype that the format has no name for
+            keys = [key for key, tensor in tensors.items() if tensor.dtype == error.args[0]]
+            kind = str(error.args[0]).removeprefix("torch.")
+            raise InputError(f"{shortened(keys)}: no safetensors file can hold {kind} values") from error
+
     with saving(path):
-        write_file(path, lambda staging: safetensors.torch.save_file(dict(tensors), staging, metadata), force)
+        write_file(path, write, force)
 
 
 @contextmanager
@@ -208,7 +216,7 @@ def untied_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The state dict with every tensor once and contiguous, and which keys are another name of which.
 
     Raises:
-        InputError: a tensor without values (meta device).
+        InputError: a tensor without values (meta device), or a value or a name that no file can hold.
     """
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
@@ -219,6 +227,11 @@ def untied_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise InputError(f"{key} is no tensor but a {type(value).__name__}, which no safetensors file can hold")
         if value.is_meta:
             raise InputError(f"{key} has no values (meta device): load weights first")
+        if value.layout != torch.strided:
+            kind = f"{value.dtype} {value.layout}".replace("torch.", "")
+            raise InputError(f"{key} is a {kind} tensor, which no safetensors file can hold: make it a plain one")
+        if any("\ud800" <= letter <= "\udfff" for letter in key):
+            raise InputError(f"{key} is no name that a file can hold (lone surrogates): rename that module")
         if id(value) in first_key:
             tied[key] = first_key[id(value)]
             continue
@@ -265,6 +278,8 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], where: str) -> Non
     for key, tensor in own.items():
         if tensor.dtype != state[key].dtype:
             tensor.data = tensor.data.to(state[key].dtype)
+        if 0 in tensor.stride() and tensor.numel() > 1:  # values that are one in memory (expanded) take in no others
+            tensor.data = tensor.data.contiguous()
     # Constants such as the DCT basis follow the dtype of the coefficients.
     model._apply(lambda tensor: tensor)
     # Tensors of a file are read as they are copied: all at once, they would be a second network in memory.
@@ -297,7 +312,9 @@ def tensors_crc32(tensors: Mapping[str, Tensor], before: bytes = b"") -> str:
 
 def _as_bytes(tensors: Mapping[str, Tensor]) -> Iterator[Any]:
     for key, tensor in sorted(tensors.items()):
+        # Names may hold lone surrogates, which no file can, but a digest.
         yield f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode("utf-8", "surrogatepass")
-        flat = tensor.detach().cpu().contiguous().flatten()
+        plain = tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()
+        flat = plain.cpu().contiguous().flatten()
         if flat.numel():
             yield flat.view(torch.uint8).numpy()

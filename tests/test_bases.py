@@ -214,3 +214,10 @@ def test_a_fitted_basis_counts_as_parameters() -> None:
     dct, klt = (network_cost(model, convert(model, 2, basis=name).plan) for name in ("dct", "klt"))
     assert klt.harmonic_parameters == dct.harmonic_parameters + 9 * 9 + 3 * 9
     assert klt.harmonic_bytes == dct.harmonic_bytes + 8 * (9 * 9 + 3 * 9)
+
+
+@pytest.mark.parametrize("scale", [1e200, 1e-200])
+def test_the_fitted_basis_does_not_depend_on_the_scale(scale: float) -> None:
+    kernel = random_input((8, 4, 3, 3), torch.float64)
+    torch.testing.assert_close(klt_vectors(kernel * scale), klt_vectors(kernel), rtol=0, atol=1e-9)
+    assert torch.equal(klt_vectors(kernel * 0) @ klt_vectors(kernel * 0).T, torch.eye(9, dtype=torch.float64))

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from harmconvert.calibration.capture import ConvCall, watch_convolutions
 from harmconvert.calibration.divergence import divergence
 from harmconvert.calibration.equations import Change, Problem
 from harmconvert.calibration.inputs import Batch, calibration_set
-from harmconvert.calibration.layers import Kernel, choose
+from harmconvert.calibration.layers import Kernel, RefitError, choose
 from harmconvert.calibration.responses import from_groups, outputs, pick_positions, to_groups
 from harmconvert.calibration.solvers import NormalEquations, Operator, Samples, solver
 from harmconvert.conv import to_harmonic
@@ -904,3 +905,24 @@ def test_what_was_done_is_saved_and_verified(tmp_path: Path) -> None:
     problems = hc.verify(model, loaded, x[:2]).problems
     assert any(p.startswith("6: its coefficients are not what calibration wrote") for p in problems)
     assert any(p.startswith("4.running_mean") for p in problems)
+
+
+def test_logits_of_the_original_that_are_nan_are_not_taken_for_masked_classes() -> None:
+    model = seeded(lambda: nn.Linear(3, 4))
+    model.num_classes = 4
+    with torch.no_grad():
+        model.bias[1] = math.nan
+    batches = [Batch(random_input((5, 3)), tuple(range(5)))]
+    assert divergence(model, seeded(lambda: nn.Linear(3, 4)), batches) == (None, "they are not finite")
+
+
+def test_a_refit_out_of_range_is_not_written() -> None:
+    conv: Any = to_harmonic(nn.Conv2d(2, 2, 3).half())
+    kernel = Kernel(conv, conv.weight.detach().double())
+    before = conv.coefficients.clone()
+    for value in (30000.0, 1e6):  # the coefficients are, or both are
+        with pytest.raises(RefitError, match="its refit is out of float16's range"):
+            kernel.write(torch.full((2, 2, 3, 3), value, dtype=torch.float64))
+        assert torch.equal(conv.coefficients, before)
+    kernel.write(torch.full((2, 2, 3, 3), 20000.0, dtype=torch.float64))
+    assert conv.coefficients.isfinite().all()

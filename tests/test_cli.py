@@ -431,3 +431,24 @@ def test_the_demo_tells_its_story() -> None:
     assert facts["exported"]["agreement"] == 1.0
     assert facts["progressive"]["parameters"] == 119930
     assert facts["efficientnet_lite0"]["ok"] is True
+
+
+def test_names_of_layers_move_no_cursor_wherever_they_are_printed() -> None:
+    code = """
+from torch import nn
+def make(broken=False):
+    network = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1))
+    network.add_module("\\x1b[31mred", nn.Conv2d(4, 4, 3, padding=1))
+    network.add_module("\\x1b]0;title", nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3)))
+    if broken:
+        nn.init.constant_(network[1].weight, float("nan"))
+    return network
+def broken():
+    return make(True)
+"""
+    Path("net.py").write_text(code)
+    for command in ("inspect", "convert"):
+        result = ok(command, "net.py:make", "--input-size", "1,8,8")
+        assert r"\x1b]0;title" in result.stdout
+        assert "\x1b" not in result.output
+    fails(3, r"\x1b[31mred.weight holds NaN", "convert", "net.py:broken", "--input-size", "1,8,8")

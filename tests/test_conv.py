@@ -375,3 +375,19 @@ def test_a_fitted_basis_is_loaded_with_the_coefficients() -> None:
     empty = empty.to_empty(device="cpu")
     empty.load_state_dict(harmonic.state_dict())
     assert torch.equal(empty(x), harmonic(x))
+
+
+def test_what_a_base_class_calls_as_the_harmonic_form_does_is_seen() -> None:
+    class Base(nn.Conv2d):
+        @property
+        def kernels(self) -> int:
+            return 2
+
+    class Other(nn.Conv2d):
+        def _merge(self, input: torch.Tensor) -> torch.Tensor:
+            return input
+
+    for base, name in ((Base, "kernels"), (Other, "_merge")):
+        heir = type("Heir", (base,), {})
+        with pytest.raises(UsageError, match=f"has an attribute '{name}' of its own"):
+            to_harmonic(heir(3, 4, 3))

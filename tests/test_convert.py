@@ -16,7 +16,7 @@ from harmconvert.convert import convert
 from harmconvert.cost import parameter_count
 from harmconvert.errors import InputError, UsageError
 from harmconvert.forms import fuse
-from harmconvert.plan import Plan
+from harmconvert.plan import LayerPlan, Plan
 from harmconvert.projection import energy_kept, project, reconstruct, relative_error
 from harmconvert.surgery import trace
 
@@ -295,8 +295,24 @@ def test_an_input_that_does_not_fit_says_how_to_give_another() -> None:
 def test_a_network_that_cannot_be_copied_says_so() -> None:
     model: Any = seeded(Branches)
     model.cache = model.stem.weight * 2  # has a gradient history
-    with pytest.raises(InputError, match="this Branches cannot be copied"):
+    with pytest.raises(InputError, match="this Branches cannot be copied for cache: "):
         convert(model)
+
+
+def test_weight_norm_of_the_old_kind_is_named() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.utils.weight_norm(nn.Conv2d(4, 4, 3)))
+    with pytest.raises(InputError, match=r"this Sequential cannot be copied for 1\.weight: "):
+        convert(model)
+
+
+def test_torchscript_is_refused() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        script = torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3)))
+    with pytest.raises(UsageError, match="this network is TorchScript"):
+        convert(script)
 
 
 def test_a_weight_used_by_something_else_is_left_alone() -> None:
@@ -339,3 +355,68 @@ def test_whole_network_copies_are_independent() -> None:
         twin.shared.coefficients.zero_()
     assert model.shared.coefficients.abs().sum() > 0
     assert twin.alias is twin.shared
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "normalization", "remedy"),
+    [
+        (40000.0, torch.float16, "ortho", r"float16's range: convert a float32 copy \(model\.float\(\)\)"),
+        (9000.0, torch.float16, "l1", "float16's range"),
+        (3e38, torch.bfloat16, "ortho", r"bfloat16's range: convert a float64 copy \(model\.double\(\)\)"),
+        (3e38, torch.float32, "ortho", r"float32's range: convert a float64 copy \(model\.double\(\)\)"),
+        (1e308, torch.float64, "ortho", "float64's range: scale its weights down"),
+    ],
+)
+def test_coefficients_out_of_range_are_refused(value: float, dtype: Any, normalization: str, remedy: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)).to(dtype)
+    nn.init.constant_(model[1].weight, value)
+    with pytest.raises(InputError, match=f"layer 1: its coefficients go out of {remedy}"):
+        convert(model, normalization=normalization)
+
+
+def test_a_cut_that_overshoots_the_range_is_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 1, 3).half())
+    kept = ((0, 1), (1, 0), (1, 1))
+    coefficients = torch.tensor([[[-50000.0, 50500.0, 50500.0, 50500.0]]])
+    kernel = reconstruct(coefficients, dct_basis((3, 3), ((0, 0), *kept)), (3, 3))
+    with torch.no_grad():
+        model[0].weight.copy_(kernel)
+    assert fuse(convert(model).model)[0].weight.isfinite().all()
+    with pytest.raises(InputError, match="layer 0: its merged kernels go out of float16's range"):
+        convert(model, Plan((LayerPlan("0", (3, 3), kept),)))
+
+
+def test_converting_in_training_mode_moves_no_spectral_norm() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 3))).train()
+    before = fingerprint(model)
+    conversion = convert(model, 2)
+    assert unchanged(before, model)
+    assert [skip.name for skip in conversion.plan.skipped] == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("weight", "reason"),
+    [
+        (torch.ones(4, 3, 5, 5), r"its weight has shape (4, 3, 5, 5), which is not that of its kernel_size (3, 3)"),
+        (torch.ones(0, 3, 3, 3), r"its weight is empty: it has shape (0, 3, 3, 3)"),
+        (torch.ones(4, 3, 3, 3, dtype=torch.complex64), "its weight is complex64: only real kernels are converted"),
+    ],
+)
+def test_weights_that_are_no_kernels_are_skipped_with_the_reason(weight: torch.Tensor, reason: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3))
+    model[1].weight = nn.Parameter(weight)
+    assert {skip.name: skip.why for skip in convert(model).plan.skipped} == {"1": reason}
+
+
+def test_lazy_layers_are_named() -> None:
+    with pytest.raises(UsageError, match=r"lazy modules: 1\.weight, 1\.bias\): run it once first"):
+        convert(nn.Sequential(nn.Conv2d(3, 3, 3), nn.LazyConv2d(4, 3)))
+
+
+@pytest.mark.parametrize(("depth", "message"), [(300, "too deeply to be copied"), (3000, "too deeply to go through")])
+def test_networks_too_deep_for_the_stack_say_so(depth: int, message: str) -> None:
+    model: nn.Module = nn.Conv2d(3, 3, 3)
+    for _ in range(depth):
+        model = nn.Sequential(model)
+    with pytest.raises(InputError, match=f"the modules of this Sequential are nested {message}"):
+        convert(model)

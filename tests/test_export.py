@@ -310,3 +310,11 @@ def test_exporting_by_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "-o",
         "b.onnx",
     )
+
+
+def test_rounding_leaves_complex_numbers_alone() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3))
+    network.register_buffer("phase", torch.tensor([1j]))
+    small = rounded(network, torch.float16)
+    assert (small.phase.dtype, small.phase.item()) == (torch.complex64, 1j)
+    assert small[0].weight.dtype == torch.float16

@@ -22,7 +22,7 @@ from harmconvert import native
 from harmconvert.basis import frequencies_below, level_count
 from harmconvert.conv import HarmonicMixin, harmonic_class, to_dense, to_harmonic
 from harmconvert.convert import convert
-from harmconvert.errors import UsageError
+from harmconvert.errors import InputError, UsageError
 from harmconvert.factored import FactoredMixin, reason_not_factorable, to_factored
 from harmconvert.forms import factor, factoring, fuse
 from harmconvert.layer_times import Site, layer_times
@@ -403,3 +403,22 @@ def test_turns_alternate_and_are_counted() -> None:
 def test_harmonic_and_factored_classes_are_cached() -> None:
     assert harmonic_class(nn.Conv2d) is harmonic_class(nn.Conv2d)
     assert type(to_factored(truncated(nn.Conv2d(1, 1, 3)))) is type(to_factored(truncated(nn.Conv2d(2, 1, 3))))
+
+
+def test_merged_kernels_out_of_range_are_refused_by_name() -> None:
+    harmonic = nn.Sequential(to_harmonic(nn.Conv2d(1, 1, 3).half()))
+    with torch.no_grad():
+        harmonic[0].coefficients.fill_(65000.0)  # adds up to more at the first position
+    for make in (fuse, lambda model: factor(model, layers="dense")):
+        with pytest.raises(InputError, match="layer 0: its merged kernels go out of float16's range"):
+            make(harmonic)
+    with torch.no_grad():
+        harmonic[0].coefficients[0, 0, 0] = float("nan")
+    assert fuse(harmonic)[0].weight.isnan().any(), "what was NaN before is no matter of range"
+
+
+def test_a_network_without_values_cannot_be_measured() -> None:
+    conversion = convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)).to("meta"), 2)
+    with pytest.raises(InputError, match=r"layer 1 has no values to measure with \(meta device\)"):
+        factor(conversion.model, torch.zeros(1, 3, 8, 8))
+    assert factor(conversion.model, layers="dense")[1].weight.is_meta

@@ -337,3 +337,15 @@ def test_convert_by_best_frequencies(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert found["search"]["frequencies"] == "best"
     ok("verify", SAMPLE, "best.safetensors", "--as-planned")
     assert found["cost"]["harmonic_parameters"] <= 0.92 * 271_994
+
+
+def test_energy_scores_do_not_depend_on_the_scale_of_the_weights() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3)).double()
+    sets = [frequencies_below((3, 3), levels) for levels in (1, 2, 4)]
+    expected = energy_scores(model, ["0"], sets, Basis())
+    for scale in (1e-9, 1e100, 1e-200):
+        with torch.no_grad():
+            model[0].weight.mul_(scale)
+        assert energy_scores(model, ["0"], sets, Basis()) == pytest.approx(expected, rel=1e-9)
+        with torch.no_grad():
+            model[0].weight.div_(scale)

@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harmconvert.basis import BASES, Basis, all_frequencies, dct_basis
-from harmconvert.projection import energy_kept, project, reconstruct, relative_error
+from harmconvert.projection import all_finite, energy_kept, project, reconstruct, relative_error
 
 from . import oracle
+from .networks import random_input
 
 kernel_sizes = st.lists(st.integers(1, 6), min_size=1, max_size=3).map(tuple).filter(lambda k: np.prod(k) > 1)
 
@@ -124,3 +125,33 @@ def test_coefficients_have_the_kernels_dtype(dtype: torch.dtype) -> None:
     coefficients = project(kernel, dct_basis((3, 3)))
     assert coefficients.dtype == dtype
     assert reconstruct(coefficients, dct_basis((3, 3)), (3, 3)).dtype == dtype
+
+
+@pytest.mark.parametrize("scale", [1e200, 1e-200, 1e-310])
+def test_energy_and_error_of_a_cut_do_not_depend_on_the_scale(scale: float) -> None:
+    kernel = random_input((3, 2, 3, 3), torch.float64)
+    basis_FK = dct_basis((3, 3), [(0, 0), (0, 1)])
+    near = reconstruct(project(kernel, basis_FK), basis_FK, (3, 3))
+    # Subnormal numbers have few digits.
+    rel = 1e-12 if scale > 1e-300 else 1e-9
+    assert energy_kept(kernel * scale, basis_FK) == pytest.approx(energy_kept(kernel, basis_FK), rel=rel)
+    found = relative_error(near * scale, kernel * scale)
+    assert found == pytest.approx(relative_error(near, kernel), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.complex64, torch.float8_e5m2])
+def test_values_that_are_not_finite_are_seen_in_every_dtype(dtype: torch.dtype) -> None:
+    values = torch.tensor([1.0, 2.0, 40000.0, 40000.0])
+    assert all_finite(values.to(dtype)), "though their sum is not, in float16"
+    for value in (torch.inf, -torch.inf, torch.nan):
+        values[1] = value
+        assert not all_finite(values.to(dtype))
+    assert all_finite(torch.empty(0, dtype=dtype))
+    assert all_finite(torch.empty(2, dtype=dtype, device="meta"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_error_between_the_largest_numbers_is_finite(dtype: torch.dtype) -> None:
+    kernel = torch.full((1, 1, 1, 2), torch.finfo(dtype).max, dtype=dtype)
+    assert relative_error(-kernel, kernel) == pytest.approx(2.0)
+    assert relative_error(kernel * torch.inf, kernel) == np.inf

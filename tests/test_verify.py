@@ -8,8 +8,9 @@ import timm
 import torch
 from torch import nn
 
+from harmconvert.comparison import top1_agreement
 from harmconvert.convert import convert
-from harmconvert.errors import UsageError
+from harmconvert.errors import InputError, UsageError
 from harmconvert.forms import fuse
 from harmconvert.surgery import convolutions
 from harmconvert.verify import verify
@@ -266,3 +267,93 @@ def test_a_forward_that_changes_its_input_is_compared_on_the_same_one() -> None:
     converted = convert(model, example_input=inputs).model
     assert verify(model, converted, inputs).ok
     assert torch.equal(inputs, X)
+
+
+@pytest.mark.parametrize("size", [3, 64])
+def test_a_fused_float64_network_is_the_original(size: int) -> None:
+    model = seeded(lambda: nn.Sequential(nn.Conv1d(3, 16, size)), torch.float64)
+    check = verify(model, fuse(convert(model).model), random_input((2, 3, 80), torch.float64))
+    assert check.ok, check.verdict
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1e-40), (torch.float16, 1e-5), (torch.float64, 1e-310)])
+def test_subnormal_weights_have_few_digits_and_that_is_no_problem(dtype: torch.dtype, scale: float) -> None:
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3)), torch.float64)
+    with torch.no_grad():
+        model[0].weight.mul_(scale)
+    model = model.to(dtype)
+    assert model[0].weight.abs().max() > 0
+    dense = fuse(convert(model).model)
+    assert verify(model, dense, X).problems == ()
+    with torch.no_grad():
+        dense[0].weight[1] = 0
+    assert len(verify(model, dense, X).problems) == 1
+
+
+def test_verifying_in_training_mode_moves_no_spectral_norm() -> None:
+    norm = nn.utils.parametrizations.spectral_norm
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), norm(nn.Conv2d(4, 4, 3)))).train()
+    converted = convert(model).model
+    before = [{key: t.clone() for key, t in m.state_dict().items()} for m in (model, converted)]
+    check = verify(model, converted, X)
+    assert check.ok, check.verdict
+    for old, network in zip(before, (model, converted), strict=True):
+        assert all(torch.equal(old[key], tensor) for key, tensor in network.state_dict().items())
+        assert all(module.training for module in network.modules())
+
+
+def test_complex_buffers_keep_their_imaginary_parts() -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.register_buffer("phase", torch.tensor(1j))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (self.conv(x) * self.phase).imag  # nothing is left of it without them
+
+    model = Turned().eval()
+    check = verify(model, convert(model).model, X)
+    assert check.ok, check.verdict
+    other = convert(model).model
+    with torch.no_grad():
+        other.conv.coefficients[0, 0, 0] += 0.1
+    assert verify(model, other, X).max_relative_error > 1e-3
+
+
+def test_networks_without_values_are_not_compared() -> None:
+    with torch.device("meta"):
+        model = Branches()
+    with pytest.raises(InputError, match=r"stem\.weight has no values to compare \(meta device\)"):
+        verify(model, convert(model).model, X)
+
+
+def test_classes_that_the_dtype_cannot_tell_apart_are_tied() -> None:
+    eps = torch.finfo(torch.float32).eps
+    ours = torch.tensor([[1.0, 1.0 - eps / 2, 0.5], [0.0, 0.0, 0.0], [1.0, 0.9, 0.0]])
+    theirs = torch.tensor([[1.0 - eps, 1.0, 0.5], [0.0, 0.0, 1e-30], [0.9, 1.0, 0.0]])
+    assert top1_agreement([(ours, theirs)], eps) == pytest.approx(2 / 3)
+    assert top1_agreement([(ours[:1], theirs[:1])]) == 0.0
+    flat = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()))
+    with torch.no_grad():
+        flat[0].bias.fill_(1.0)
+        flat[0].weight.mul_(1e-9)
+    check = verify(flat, convert(flat).model, X)
+    assert check.ok, check.verdict
+
+
+def test_outputs_that_are_nowhere_finite_are_no_proof_and_the_verdict_says_so() -> None:
+    model, converted = pair()
+    check = verify(model, converted, X * torch.inf)
+    assert not check.ok
+    assert check.verdict.startswith("not verified: the outputs hold no finite value on these inputs")
+
+
+def test_a_converted_layer_that_does_not_run_is_named() -> None:
+    class Own(nn.Conv2d):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return self._conv_forward(input, self._parameters["weight"], self.bias)
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Own(4, 4, 3)).eval()
+    with pytest.raises(UsageError, match=r"layer 1 of the converted network does not run in .*: KeyError: 'weight'"):
+        verify(model, convert(model).model, X)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from harmconvert.errors import InputError
-from harmconvert.weights import load_state, read_weights, untied_state, weights_sha256
+from harmconvert.weights import load_state, read_weights, untied_state, weights_sha256, write_tensors
 
 from .networks import Branches, seeded
 
@@ -84,3 +84,28 @@ def test_state_that_is_no_tensor_is_not_dropped() -> None:
 
     with pytest.raises(InputError, match="_extra_state is no tensor but a dict"):
         untied_state(Remembers(3, 3, 3))
+
+
+def test_values_and_names_that_no_file_can_hold_are_named(tmp_path: Path) -> None:
+    sparse, double, odd = (nn.Sequential(nn.Conv2d(3, 4, 3)) for _ in range(3))
+    sparse.register_buffer("graph", torch.eye(3).to_sparse())
+    double.register_buffer("phases", torch.ones(3, dtype=torch.complex128))
+    odd.register_buffer("\udc80", torch.ones(1))
+    with pytest.raises(InputError, match="graph is a float32 sparse_coo tensor, which no safetensors file can hold"):
+        untied_state(sparse)
+    with pytest.raises(InputError, match=r"\\udc80 is no name that a file can hold"):
+        untied_state(odd)
+    tensors, _ = untied_state(double)
+    with pytest.raises(InputError, match="phases: no safetensors file can hold complex128 values"):
+        write_tensors(tensors, tmp_path / "a.safetensors", {}, force=False)
+    assert list(tmp_path.iterdir()) == []
+    for network in (sparse, odd):  # what cannot be written can be hashed
+        assert len(weights_sha256(network)) == 64
+
+
+def test_expanded_buffers_take_in_values_of_their_own() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3))
+    network.register_buffer("scale", torch.ones(1).expand(4))
+    state = {**network.state_dict(), "scale": torch.arange(4.0)}
+    load_state(network, state, "a file")
+    assert network.scale.tolist() == [0.0, 1.0, 2.0, 3.0]

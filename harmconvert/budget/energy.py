@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..basis import Basis, Frequency
+from ..basis import Basis, Frequency, largest_of
 from ..projection import project, reconstruct
 from ..surgery import convolutions, kernel_size
 
@@ -27,7 +27,9 @@ def energy_scores(
     weight = cast(Tensor, conv.weight).detach().to(torch.float64)
     filters = weight.transpose(0, 1) if conv.transposed else weight
     scale_O = _variance_behind(model, name, len(filters))
-    if scale_O is None:
+    if scale_O is None:  # then only proportions matter, and the floor below is not to meet small weights
+        weight = weight / largest_of(weight)
+        filters = weight.transpose(0, 1) if conv.transposed else weight
         scale_O = filters.flatten(1).square().sum(1)
     scores = []
     for frequencies in sets:

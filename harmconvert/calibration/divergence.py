@@ -64,7 +64,8 @@ def _classes(model: nn.Module) -> int | None:
 
 def _kl(original: Tensor, converted: Tensor) -> float:
     p, q = (torch.log_softmax(logits.double(), 1) for logits in (original, converted))
-    return float(torch.where(p > -torch.inf, p.exp() * (p - q), 0.0).sum())  # a class masked out by -inf says nothing
+    # A class masked out by -inf says nothing; NaN does.
+    return float(torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum())
 
 
 def _squares(tensor: Tensor) -> float:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..conv import HarmonicMixin
-from ..projection import project
+from ..projection import all_finite, project
 from ..surgery import kernel_size
 from .capture import ConvCall
 from .equations import Change, Layer, Problem
@@ -101,15 +101,22 @@ class Kernel:
 
     @torch.no_grad()
     def write(self, target: Tensor) -> None:
-        """Make the effective kernel ``target`` (torch's shape), which the class can make (`Layer.reachable`)."""
+        """Make the effective kernel ``target`` (torch's shape), which the class can make (`Layer.reachable`).
+
+        Raises:
+            RefitError: its coefficients would be out of their dtype's range; nothing is changed.
+        """
+        scale = None
         if self.factor is not None:
             norm, present = _dot(target, target).sqrt(), _dot(self.effective, self.effective).sqrt()
             scale = torch.where((norm > 0) & (present > 0), present / norm.clamp_min(1e-300), 1.0)
-            if self.gain is not None:
-                self.gain.div_(scale.view_as(self.gain).to(self.gain))
             # At its present norm the merged kernel meets the present factor again, eps in it included.
             target = target * scale / torch.where(self.factor == 0, 1.0, self.factor)
-        self.module.coefficients.copy_(project(target, self.module.kernels))
+        coefficients = in_range(project(target, self.module.kernels), self.module.coefficients)
+        in_range(target, coefficients)
+        if scale is not None and self.gain is not None:
+            self.gain.div_(scale.view_as(self.gain).to(self.gain))
+        self.module.coefficients.copy_(coefficients)
 
 
 def _mean_direction(basis_FK: Tensor, unknowns: int) -> Tensor | None:
@@ -138,6 +145,18 @@ def refittable_bias(model: nn.Module, modules: Sequence[nn.Module]) -> nn.Parame
     ours = {id(module) for module in modules}
     users = [m for m in model.modules() if id(m) not in ours and any(p is bias for p in m._parameters.values())]
     return None if users else bias
+
+
+def in_range(values: Tensor, like: Tensor) -> Tensor:
+    """Values in the dtype of the parameter ``like``.
+
+    Raises:
+        RefitError: it cannot hold them.
+    """
+    held = values.to(like)
+    if not all_finite(held):
+        raise RefitError(f"its refit is out of {str(like.dtype).removeprefix('torch.')}'s range")
+    return held
 
 
 def _same(left: Tensor, right: Tensor) -> bool:

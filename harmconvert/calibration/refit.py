@@ -16,7 +16,7 @@ from ..errors import UsageError
 from .capture import ConvCall, explained, watch_convolutions
 from .equations import Layer, Problem
 from .inputs import Batch, CalibrationSet
-from .layers import Choice, Kernel, RefitError, choose, refittable_bias
+from .layers import Choice, Kernel, RefitError, choose, in_range, refittable_bias
 from .records import ENOUGH_POSITIONS, CalibrationSettings, LayerCalibration
 from .sites import Site, Targets, rows_of
 from .solvers import Operator
@@ -151,6 +151,9 @@ def weakest_damping(positions_per_unknown: float) -> float:
 def _write(kernel: Kernel, layer: Layer, choice: Choice, bias: nn.Parameter | None) -> None:
     assert choice.change is not None
     target = layer.kernel(layer.coefficients + choice.change.coefficients)
-    kernel.write(target.to(kernel.effective.device))
+    shifted = None
     if bias is not None and choice.change.bias is not None:
-        bias.add_(choice.change.bias.flatten().to(bias))
+        shifted = in_range(bias + choice.change.bias.flatten().to(bias), bias)
+    kernel.write(target.to(kernel.effective.device))
+    if bias is not None and shifted is not None:
+        bias.copy_(shifted)
