@@ -32,7 +32,6 @@ from harmconvert.report import grid
 from harmconvert.report.charts import axis, counted
 from harmconvert.report.comparison import compare
 from harmconvert.report.page import page, shortened_name, write_report
-from harmconvert.report.record import record_of
 from harmconvert.report.summary import Report, report_of
 from harmconvert.sources import open_source
 
@@ -78,8 +77,7 @@ def made(network: nn.Module, lam: Any = 2, history: dict[str, Any] | None = None
     """The report of a conversion, as the command line makes it."""
     conversion = convert(network, lam, **given)
     source = Source("sample", "resnet_mnist5k", {}, "ab" * 32, "Apache-2.0")
-    record = {**record_of(conversion, network), **(history or {})}
-    header = save(conversion, "net.safetensors", source=source, history=record, force=True)
+    header = save(conversion, "net.safetensors", source=source, history=history, force=True)
     example = given.get("example_input")
     return report_of(conversion.model, header, "net", path="net.safetensors", example_input=example)
 
@@ -91,7 +89,7 @@ def rich_report() -> Report:
         network, budget={"params": 0.6}, calibration=[inputs], example_input=inputs[:1], search=SearchSettings(4),
         settings=CalibrationSettings(seed=3),
     )  # fmt: skip
-    history = {**record_of(conversion, network), "training": [training()]}
+    history = {"training": [training()]}
     header = save(conversion, "net.safetensors", source=Source("timm", "x", {"a": 1}, "cd" * 32), history=history)
     return report_of(
         conversion.model, header, "net", path="net.safetensors", example_input=inputs[:1],
@@ -140,7 +138,7 @@ def test_a_checkpoint_tells_afterwards_what_the_conversion_knew() -> None:
 def test_what_is_not_known_is_none() -> None:
     network = small()
     conversion = convert(network, 2)
-    found = report_of(conversion.model, save(conversion, "net.safetensors"), "net")
+    found = report_of(conversion.model, save(conversion.model, "net.safetensors"), "net")
     assert {form.macs for form in found.forms} == {form.seconds for form in found.forms} == {None}
     assert (found.source, found.stages, found.calibration, found.search, found.commands) == (None, (), None, None, ())
     cut = found.cut[0]
@@ -153,6 +151,19 @@ def test_what_is_not_known_is_none() -> None:
         assert words in text, words
 
 
+def test_saving_a_conversion_from_python_records_what_the_command_line_records() -> None:
+    ok("convert", SAMPLE, "--lambda", "2", "-o", "by_command.safetensors")
+    conversion = convert(open_source(SAMPLE).model, 2)
+    header = save(conversion, "by_python.safetensors", history={"mine": 1})
+    told = read_header("by_command.safetensors").history["conversion"]
+    assert {**header.history["conversion"], "cost": None} == {**told, "cost": None}, "no example_input, so no MACs"
+    assert header.history["mine"] == 1
+    assert read_header("by_python.safetensors") == header
+    report = report_of(conversion.model, header, "net")
+    assert report.layers[1].energy == conversion.layers[1].energy
+    assert report.layers[1].spectrum_uncut
+
+
 def test_stages_are_those_that_were_measured() -> None:
     found = made(small(), 2, {"training": [training(), training()]})
     names = ["uncut", "cut", "calibrated", "fine-tuned", "fine-tuned again (2)"]
@@ -160,9 +171,7 @@ def test_stages_are_those_that_were_measured() -> None:
     assert [stage.top1 for stage in found.stages] == [0.99, 0.5, None, 0.98, 0.98]
     assert found.stages[2].why == "--calibration-images 0"
     assert found.stages[0].top1_interval == pytest.approx((0.98169, 0.99456), abs=1e-4)
-    held_out = record_of(convert(small(), 2), small())
-    held_out["conversion"]["held_out"] = {"uncut": evaluation(0.9), "converted": evaluation(None)}
-    found = made(small(), 2, held_out)
+    found = made(small(), 2, {"held_out": {"uncut": evaluation(0.9), "converted": evaluation(None)}})
     assert [(stage.name, stage.top1, stage.agreement) for stage in found.stages] == [
         ("uncut", 0.9, None), ("cut", None, 0.75),
     ]  # fmt: skip
@@ -312,7 +321,7 @@ def hostile() -> Report:
     network = nn.Module()
     network.layers = nn.ModuleDict({name.replace(".", "_"): nn.Conv2d(1, 1, 3) for name in HOSTILE})
     conversion = convert(network, 2)
-    history = {**record_of(conversion, network), "training": [training()]}
+    history: dict[str, Any] = {**conversion.history(), "training": [training()]}
     history["training"][0]["stages"][2]["why"] = HOSTILE[0]
     plan = replace(conversion.plan, policy=HOSTILE[0], notes={"layers." + HOSTILE[0]: HOSTILE[1]})
     source = Source(HOSTILE[0], HOSTILE[1], {HOSTILE[2]: HOSTILE[3]}, HOSTILE[0], HOSTILE[1])

@@ -286,7 +286,6 @@ def _finish(
     from ..errors import CheckError
     from ..precision import in_fewer_bits
     from ..report import tables
-    from ..report.record import record_of
     from ..verify import verify
 
     console = options.console(quiet=as_json)
@@ -311,12 +310,14 @@ def _finish(
         check = verify(network.model, conversion.model, inputs, progress=progress)
     if not (check.ok or (check.as_planned and not conversion.plan.whole)):
         raise CheckError(f"{check.verdict}; nothing was written")
-    record = record_of(conversion, network.model, held_out)
     console.print(check.verdict, markup=False)
     if dtype != "float32":
         conversion, difference = in_fewer_bits(conversion, dtype, inputs)
         console.print(f"rounded to {dtype}: outputs differ by {difference:.1e} of the largest", markup=False)
-    header = save(conversion, output, source=network.source, history=record, force=force)
+    judged = {name: found.to_json() for name, found in held_out.items()} if held_out else None
+    header = save(
+        conversion, output, source=network.source, history={"held_out": judged} if judged else None, force=force
+    )
     console.print(f"wrote {output} ({tables.file_size(output)})", markup=False)
     if page:
         pages.write_page(conversion.model, header, output, page, force, sizes)
@@ -326,8 +327,7 @@ def _finish(
             console.print(f"{name}, on the images that chose nothing: {found}", markup=False)
     if as_json:
         told = {"output": output, **conversion.to_json(), "verification": check.to_json()}
-        held_out = {name: found.to_json() for name, found in held_out.items()} if held_out else None
-        options.print_json({**told, "held_out": held_out} | ({"report": str(page)} if page else {}))
+        options.print_json({**told, "held_out": judged} | ({"report": str(page)} if page else {}))
 
 
 def _calibration_verdict(conversion: Conversion, output: str, allow_fallback: bool) -> int:

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..basis import Frequency, all_frequencies
 from ..checkpoint import Header, Source
-from ..convert import run_where_possible
+from ..convert import RECORD_KEY, run_where_possible
 from ..cost import Cost, LayerCost, layer_costs, network_cost, parameter_count, tensor_bytes
 from ..errors import InputError
 from ..evaluation import wilson_interval
@@ -24,7 +24,6 @@ from ..forms import fuse
 from ..plan import LayerPlan, Plan
 from ..surgery import Trace, convolutions, find_sites
 from .kernels import layers_of
-from .record import KEY
 from .reproduce import commands
 from .spectrum import spectrum
 
@@ -171,7 +170,7 @@ def report_of(
     cost = network_cost(dense, header.plan, run)
     history = header.history
     try:
-        record = dict(history.get(KEY) or {})
+        record = dict(history.get(RECORD_KEY) or {})
         calibration = history.get("calibration")
         refits = {str(layer["name"]): layer for layer in (calibration or {}).get("layers", [])}
         training = tuple(dict(entry) for entry in history.get("training", []))
@@ -182,7 +181,7 @@ def report_of(
             plan=header.plan,
             forms=_forms(model, cost, record.get("cost"), latency or {}),
             layers=layers,
-            stages=_stages(training, record.get("held_out")),
+            stages=_stages(training, history.get("held_out")),
             calibration=calibration,
             search=record.get("search"),
             drops=tuple(record.get("drops") or ()),
