@@ -150,13 +150,14 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Read a plan that `save` wrote.
+        """Read a plan that `save` wrote, or that a report or what `convert --json` printed holds.
 
         Raises:
             InputError: the file is missing, unreadable or not a plan.
         """
         try:
-            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls.from_json(data.get("plan", data) if isinstance(data, dict) else data)
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise InputError(f"cannot read the plan {path}: {error}") from error
         except InputError as error:
@@ -354,8 +355,7 @@ def _by_pattern(sites: Sequence[ConvSite], lam: Mapping[str, int], names: Sequen
     layers = []
     for site in sites:
         try:
-            named = site.name in levels_by_name
-            layers.append(_cut(site, levels_by_name[site.name]) if named else _whole(site))
+            layers.append(_cut(site, levels_by_name[site.name]) if site.name in levels_by_name else _whole(site))
         except UsageError as error:
             raise UsageError(f"layer {site.name}: {error}") from error
     return layers

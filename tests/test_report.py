@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from harmconvert.benchmark import Benchmark, Row
 from harmconvert.budget import SearchSettings
 from harmconvert.calibration import CalibrationSettings
 from harmconvert.checkpoint import Header, Source, read_header, save
@@ -82,6 +83,24 @@ def made(network: nn.Module, lam: Any = 2, history: dict[str, Any] | None = None
     return report_of(conversion.model, header, "net", path="net.safetensors", example_input=example)
 
 
+def timed() -> Benchmark:
+    """What `benchmark` finds: the factored form was not timed."""
+    rows = [
+        Row("dense", False, "contiguous", 4, 2, 0.03, 0.01, 133.0, None, 0.0),
+        Row("dense", False, "channels_last", 4, 2, 0.02, 0.02, 200.0, None, 0.0),
+        Row("harmonic", False, "contiguous", 4, 2, 0.0215, 0.031, 186.0, None, 0.0),
+    ]
+    machine = {
+        "device": "cpu",
+        "processor": "x86_64",
+        "capability": "AVX2",
+        "cores": 2,
+        "gpu": "none of it",
+        "torch": "9",
+    }
+    return Benchmark(tuple(rows), {}, machine)
+
+
 def rich_report() -> Report:
     """Something of everything: calibration, search, training, latency."""
     network, inputs = small(), torch.randn(64, 1, 16, 16)
@@ -93,7 +112,7 @@ def rich_report() -> Report:
     header = save(conversion, "net.safetensors", source=Source("timm", "x", {"a": 1}, "cd" * 32), history=history)
     return report_of(
         conversion.model, header, "net", path="net.safetensors", example_input=inputs[:1],
-        latency={"dense": 0.02, "harmonic": 0.021},
+        latency=timed(),
     )  # fmt: skip
 
 
@@ -119,6 +138,35 @@ def test_the_data_are_those_of_the_snapshot() -> None:
     assert json.loads(json.dumps(snapshot())) == json.loads(SNAPSHOT.read_text())
 
 
+def test_forms_have_the_time_of_their_faster_layout() -> None:
+    found = rich_report()
+    assert [(form.seconds, form.spread, form.layout) for form in found.forms] == [
+        (0.02, 0.02, "channels_last"), (0.0215, 0.031, "contiguous"), (None, None, None),
+    ]  # fmt: skip
+    assert found.timing == {"batch": 4, "threads": 2, "machine": timed().machine}
+    assert found.to_json()["timing"]["batch"] == 4
+    assert replace(found, timing=None).to_json()["timing"] is None
+
+
+def test_latency_by_command() -> None:
+    ok("convert", SAMPLE, "--lambda", "2", "-o", "cut.safetensors")
+    assert "--latency 1</code> measures it" in page(made(small(), 2))
+    fails(
+        2, "--device is of use only with --figure tradeoff or --latency", "report", "cut.safetensors", "--device", "cpu"
+    )
+    ok("report", "cut.safetensors", "--latency", "2", "--device", "cpu", "-o", "a.json")
+    found = json.loads(Path("a.json").read_text())
+    assert all(form["seconds"] > 0 and 0 <= form["spread"] < 10 for form in found["forms"])
+    assert (found["timing"]["batch"], found["timing"]["machine"]["device"]) == (2, "cpu")
+    assert found["timing"]["threads"] == torch.get_num_threads()
+    assert found["sha256"], "and all else as without"
+    Path("net.py").write_text("from torch import nn\ndef net():\n    return nn.Sequential(nn.Conv2d(1, 2, 3))\n")
+    ok("convert", "net.py:net", "--input-size", "1,8,8", "-o", "own.safetensors")
+    own = ["report", "own.safetensors", "--trust-code", "--latency", "1", "-o", "b.json"]
+    fails(2, "this network does not say what it takes: give --input-size C,H,W", *own)
+    ok(*own, "--input-size", "1,8,8")
+
+
 def test_a_checkpoint_tells_afterwards_what_the_conversion_knew() -> None:
     ok("convert", SAMPLE, "--lambda", "2", "-o", "cut.safetensors", "--report", "now.json")
     ok("report", "cut.safetensors", "-o", "later.json")
@@ -132,7 +180,7 @@ def test_a_checkpoint_tells_afterwards_what_the_conversion_knew() -> None:
     assert [form["parameters"] for form in found["forms"]] == [271994, 93818, 93818]
     assert found["forms"][0]["macs"] > found["forms"][2]["macs"]
     assert found["stages"] == []
-    assert Plan.from_json(found["plan"]) == read_header("cut.safetensors").plan
+    assert Plan.load("now.json") == read_header("cut.safetensors").plan, "so that --plan takes a report"
 
 
 def test_what_is_not_known_is_none() -> None:
@@ -147,7 +195,7 @@ def test_what_is_not_known_is_none() -> None:
     assert cut.spectrum is not None
     assert [value == 0 for value in cut.spectrum] == [not kept for kept in cut.keeps]
     text = page(found)
-    for words in ("Accuracy is not known", "unknown", "not measured", "not recorded", "Errors are not recorded"):
+    for words in ("Accuracy is not known", "unknown", "was not measured", "not recorded", "Errors are not recorded"):
         assert words in text, words
 
 
@@ -211,6 +259,8 @@ def test_commands_say_plan_where_no_lambda_gives_it_and_options_that_differ() ->
     options = "--epochs 2 --lr 0.01 --decay-milestones 1,2 --scale 0.5 1.0 --model-ema-decay 0.9 --freeze-bn"
     assert finetune_line == f"harmconvert finetune cut.safetensors --data-dir DATA {options} -o net.safetensors"
     assert "--plan plan.json" in made(small(), 2, include=["3"]).commands[0], "no lambda alone gives that"
+    long = made(small(), {f"[{'3' * count}]": 2 for count in range(1, 40)})
+    assert "--plan plan.json" in long.commands[0], "nobody reads a lambda of hundreds of letters"
     calibrated = made(small(), 2, calibration=[torch.randn(40, 1, 16, 16)], settings=CalibrationSettings(0.1, seed=7))
     assert "--calibrate DATA --calibration-images 40 --seed 7 --damping 0.1" in calibrated.commands[0]
 
@@ -267,7 +317,8 @@ class Outline(html.parser.HTMLParser):
 
 
 def test_the_page_is_sound_and_has_every_section() -> None:
-    outline = Outline(page(rich_report()))
+    report = rich_report()
+    outline = Outline(page(report))
     assert outline.open == []
     assert outline.text["h2"] == [
         "What it costs", "The network, layer by layer", "Which frequencies the layers live on",
@@ -280,7 +331,16 @@ def test_the_page_is_sound_and_has_every_section() -> None:
     assert classes.count("area") == 5, "two of errors, one of the search, two of training"
     assert sum("data-i" in attributes for _, attributes in outline.tags) == 3
     assert any("99.00 %" in text for text in outline.text["span"])
-    assert "20 ms" in outline.text["td"]
+    assert "20.0 ms " in outline.text["td"]
+    assert "± 2 %" in outline.text["span"]
+    assert "not measured" in outline.text["td"], "of the factored form"
+    (plan,) = (text for text in outline.text["pre"] if text.startswith("{"))
+    assert Plan.from_json(json.loads(plan)) == report.plan
+    assert plan.count("\n") < 20, "a line for each layer"
+    note = next(text for text in outline.text["p"] if "Latency is" in text)
+    assert "of 4 examples" in note
+    assert "with 2 threads on x86_64 (AVX2, 2 cores), torch 9" in note
+    assert "--latency" not in note
 
 
 def test_sections_without_anything_to_show_are_left_out() -> None:
@@ -401,6 +461,7 @@ def test_axes_hold_their_values_between_round_numbers() -> None:
     assert log.place(10.0) == 100
     assert [word for _, word in log.words()] == ["0.001", "0.01", "0.1", "1", "10"]
     assert not axis("", [0.0, 0.0], log=True).log
+    assert [word for _, word in axis("", [0.07, 0.11]).words()] == ["0.07", "0.08", "0.09", "0.10", "0.11"]
     assert counted("", 1).ticks == (1,)
     assert counted("", 19).ticks[0] == 1
     assert len(counted("", 1000).ticks) <= 8
@@ -441,6 +502,7 @@ def test_the_report_is_written_beside_and_never_over_something() -> None:
         (["report", "cut.safetensors", "--kernel-size", "3"], 2, "--kernel-size is of use only with --figure filters"),
         (["report", "cut.safetensors", "--include", "x"], 2, "--include is of use only with --figure tradeoff"),
         (["report", "cut.safetensors", "--figure", "filters", "--input-size", "1,9,9"], 2, "only without --figure"),
+        (["report", "cut.safetensors", "--figure", "layers", "--latency", "1"], 2, "--latency is of use only without"),
         (["report", "cut.safetensors", "-q", "-v"], 2, "--quiet and --verbose: give one of them"),
         (["compare", "cut.safetensors"], 2, "a comparison wants two checkpoints or more"),
         (["compare", "cut.safetensors", SAMPLE], 2, "sample:resnet_mnist5k is no harmonic checkpoint: make one first"),
@@ -542,7 +604,9 @@ SHOWN: dict[str, Callable[[], Report]] = {
 def test_pages_in_a_browser(browser: Any, name: str) -> None:
     report = SHOWN[name]()
     path = Path("page.html")
+    start = time.process_time()
     write_report(report, path)
+    assert time.process_time() - start < 3
     assert path.stat().st_size < 2e6
     for width, scheme in ((360, "light"), (1440, "dark")):
         with Visit(browser, path, width, scheme) as visit:

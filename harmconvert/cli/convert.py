@@ -159,6 +159,7 @@ def command(
     from ..distributed import joined, rank
     from ..files import check_output, write_file
     from ..plan import Plan, parse_lambda
+    from ..report.sheets import search_sheet
     from ..report.writing import check_figure, write_figure
     from ..sources import is_harmonic_source
     from .labelled import halves
@@ -179,14 +180,13 @@ def command(
     if (share or labelled) and probes is None and more["data"]:
         probes = _probes_beside(output, source)
     with joined():
-        options.say(f"loading {source}")
-        network = options.opened(source, more, form="harmonic" if as_it_is else "dense")
+        network = options.opened(source, more, at_once=True, form="harmonic" if as_it_is else "dense")
         if as_it_is and network.header:
             return _keep(network, input_size, output, page, force, as_json)
         options.place(network.model, device, more["data"] or labelled)
         worth, judged = halves(labelled, network.model, more) if labelled else (None, None)
         images, settings = options.calibration(more, network.model, input_size)
-        with options.progress() as progress:
+        with options.progress("converting") as progress:
             conversion = convert(
                 network.model,
                 policy,
@@ -203,11 +203,12 @@ def command(
                 settings=settings,
                 progress=progress,
             )
-        held_out = judged(network.model, conversion.model) if judged else None  # by all processes
+        with options.busy("testing on the images that chose nothing"):
+            held_out = judged(network.model, conversion.model) if judged else None  # by all processes
         if rank() > 0:
             return 0  # the first process verifies and writes
         if figure and conversion.search:
-            write_figure(conversion.search, *figure, force)
+            write_figure(search_sheet(conversion.search), *figure, force)
         if save_plan:
             write_file(save_plan, conversion.plan.save, force)
         _finish(network, conversion, input_size, output, page, force, as_json, held_out, more["dtype"])
