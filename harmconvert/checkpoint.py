@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from math import prod
@@ -26,11 +27,11 @@ from .basis import BASES, NORMALIZATIONS
 from .block import HarmonicBlock2d, to_block
 from .conv import HarmonicMixin, base_class, to_harmonic
 from .convert import Conversion, default_input
-from .errors import InputError, UsageError, shortened
+from .errors import HarmconvertWarning, InputError, UsageError, shortened
 from .forms import factor, fuse
 from .plan import LayerPlan, Plan
 from .surgery import convolutions, exchange, kernel_size, put_in_place
-from .weights import load_state, open_safetensors, untied_state, why_unreadable, write_tensors
+from .weights import load_state, open_safetensors, tensors_crc32, untied_state, why_unreadable, write_tensors
 
 FORMAT_VERSION = 1
 METADATA_KEY = "harmconvert"
@@ -90,6 +91,7 @@ class Header:
     versions: Mapping[str, str] = field(default_factory=dict)
     blocks: Mapping[str, BlockRecord] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+    crc32: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict; inverse of `from_json`."""
@@ -101,7 +103,13 @@ class Header:
             "tied": dict(self.tied),
             "history": dict(self.history),
             "versions": dict(self.versions),
+            "crc32": self.crc32,
         }
+
+    def checksum(self, tensors: Mapping[str, Tensor]) -> str:
+        """CRC-32 of this header and the tensors that are in the file with it."""
+        known = {key: value for key, value in self.to_json().items() if key != "crc32"}
+        return tensors_crc32(tensors, json.dumps(known, sort_keys=True).encode())
 
     @property
     def calibrated(self) -> dict[str, str]:
@@ -133,6 +141,7 @@ class Header:
                 dict(data.get("history", {})),
                 {str(k): str(v) for k, v in data.get("versions", {}).items()},
                 {str(k): BlockRecord.from_json(v) for k, v in data.get("blocks", {}).items()},
+                crc32=data.get("crc32"),
             )
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise InputError(f"its header is unreadable: {error}") from error
@@ -174,6 +183,7 @@ def save(
     if calibration := model.__dict__.get("harmconvert_calibration"):
         record["calibration"] = calibration.to_json()
     header = Header(plan, source, tied, {**record, **(history or {})}, versions, _blocks_of(model))
+    header = replace(header, crc32=header.checksum(tensors))
     metadata = {"format": "pt", METADATA_KEY: json.dumps(header.to_json(), separators=(",", ":"))}
     write_tensors(tensors, path, metadata, force)
     return header
@@ -267,9 +277,15 @@ def load(
     if model is None:
         if header.source is None or rebuild is None:
             raise UsageError(f"{path} does not say how to build its network: pass the plain network as model=")
-        model = rebuild(header.source)
+        try:
+            model = rebuild(header.source)
+        except (InputError, UsageError) as error:
+            raise type(error)(f"{path}: {error}") from error
     with open_safetensors(path) as file:
         state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
+    if header.crc32 is not None and header.checksum(state) != header.crc32:
+        remark = f"{path} is not as harmconvert wrote it: damaged, or changed since; verify it against its original"
+        warnings.warn(remark, HarmconvertWarning, stacklevel=2)
     state |= {alias: state[key] for alias, key in header.tied.items() if key in state}
     if form == "factored":
         harmonic = filled(model, header, state, str(path), "harmonic").eval()

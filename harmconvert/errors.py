@@ -33,6 +33,10 @@ class OutsideError(HarmconvertError):
     exit_code = 4
 
 
+class HarmconvertWarning(UserWarning):
+    """Something that may be all right, and that a user should know of; one line, as errors are."""
+
+
 def shortened(names: list[str], limit: int = 10) -> str:
     """Join names for a one-line message, the first ``limit`` in full.
 
@@ -46,3 +50,12 @@ def shortened(names: list[str], limit: int = 10) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, at most 200 characters."""
     return (str(error).strip().splitlines() or [""])[0][:200]
+
+
+def printable(text: str) -> str:
+    """A text for a terminal: names come from files, and no control character in one may do anything there.
+
+    >>> printable("layer\x1b[31m")
+    'layer?[31m'
+    """
+    return "".join(character if character.isprintable() or character == "\n" else "?" for character in text)

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import csv
+import ctypes
 import errno
+import itertools
+import json
 import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Collection, Mapping, Sequence
+import sys
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from .errors import OutsideError, UsageError, shortened
+
+# What this process is writing: targets, each with the number of the writing among those of one target.
+_writing: set[tuple[Path, int]] = set()
+_lock = threading.Lock()
 
 
 def check_output(path: str | Path, force: bool = False) -> Path:
@@ -37,33 +47,38 @@ def check_output(path: str | Path, force: bool = False) -> Path:
 
 
 def write_file(path: str | Path, write: Callable[[Path], None], force: bool = False) -> None:
-    """Let ``write`` fill a staging file beside ``path``, then put that in the target's place at once.
+    """Let ``write`` fill a file in a staging folder beside ``path``, then put that in the target's place at once.
 
-    The target is the old file or the whole new one at every moment. A staging file that a killed process left behind is
-    removed by the next run.
+    The target is the old file or the whole new one at every moment. A staging folder that a killed process left behind,
+    with whatever its writer put there, is removed by the next run.
 
     Raises:
         UsageError: as `check_output`.
         OutsideError: the disk is full, permission is missing.
     """
     target = check_output(path, force)
-    staging = target.with_name(f".{target.name}.{os.getpid()}.staging")
-    try:
-        _remove_leftovers(target)
-        staging.touch(exist_ok=False)
-        mode = stat.S_IMODE(staging.stat().st_mode)
-        write(staging)
-        # The writer may have put a private file in the staging file's place: the umask decides, not its habit.
-        staging.chmod(mode)
-        _flush(staging)
-        if not force and target.exists():
-            raise UsageError(f"{path} has come into being meanwhile: use --force to replace it")
-        staging.replace(target)
-        _flush(target.parent)
-    except OSError as error:
-        raise outside(error, f"cannot write {path}") from error
-    finally:
-        staging.unlink(missing_ok=True)
+    with _staged(target, "staging") as (folder,):
+        try:
+            _remove_leftovers(target)
+            folder.mkdir()
+            staging = folder / target.name
+            staging.touch(exist_ok=False)
+            mode = stat.S_IMODE(staging.stat().st_mode)
+            write(staging)
+            # The writer may have put a private file in the staging file's place: the umask decides, not its habit.
+            staging.chmod(mode)
+            _flush(staging)
+            if force:
+                staging.replace(target)
+            else:
+                _put_where_nothing_is(staging, target)
+            _flush(target.parent)
+        except FileExistsError as error:
+            raise UsageError(f"{path} has come into being meanwhile: use --force to replace it") from error
+        except OSError as error:
+            raise outside(error, f"cannot write {path}") from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def cache_folder() -> Path:
@@ -81,6 +96,27 @@ def cache_folder() -> Path:
 def beside(output: str | Path, ending: str) -> Path:
     """The path of what belongs to an output: its name without .safetensors, and an ending."""
     return Path(str(output).removesuffix(".safetensors") + ending)
+
+
+def write_text(path: str | Path, text: str, force: bool = False) -> None:
+    """Write a text in UTF-8 as `write_file` does."""
+    write_file(path, lambda staging: cast(None, staging.write_text(text, encoding="utf-8")), force)
+
+
+def read_json(path: str | Path) -> Any:
+    """The JSON document in a regular file.
+
+    Raises:
+        OSError: it is no regular file (a FIFO would be waited for without end), or cannot be read.
+        ValueError: it is not JSON in UTF-8.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("its JSON is nested too deeply") from error
 
 
 def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]], force: bool = False) -> None:
@@ -125,27 +161,28 @@ def write_folder(path: str | Path, own: Collection[str], fill: Callable[[Path], 
         OutsideError: the disk is full, permission is missing.
     """
     target = check_folder(path, own, force)
-    staging = target.with_name(f".{target.name}.{os.getpid()}.staging")
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
-    try:
-        _remove_leftovers(target)
-        staging.mkdir()
-        mode = stat.S_IMODE(staging.stat().st_mode) & 0o666
-        fill(staging)
-        for file in staging.iterdir():
-            file.chmod(mode)
-            _flush(file)
-        if target.exists():
-            target.replace(old)
-        staging.replace(target)
-        _flush(target.parent)
-    except OSError as error:
-        raise outside(error, f"cannot write {path}") from error
-    finally:
-        if old.exists() and not target.exists():
-            old.replace(target)
-        for leftover in (staging, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+    with _staged(target, "staging", "old") as (staging, old):
+        try:
+            _remove_leftovers(target)
+            staging.mkdir()
+            mode = stat.S_IMODE(staging.stat().st_mode) & 0o666
+            fill(staging)
+            for file in staging.iterdir():
+                file.chmod(mode)
+                _flush(file)
+            _flush(staging)
+            if not (target.exists() and _exchanged(staging, target)):
+                if target.exists():
+                    target.replace(old)
+                staging.replace(target)
+            _flush(target.parent)
+        except OSError as error:
+            raise outside(error, f"cannot write {path}") from error
+        finally:
+            if old.exists() and not target.exists():
+                old.replace(target)
+            for leftover in (staging, old):
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def outside(error: OSError, what: str) -> OutsideError:
@@ -161,13 +198,45 @@ def outside(error: OSError, what: str) -> OutsideError:
     return OutsideError(f"{what}: {error.strerror or error}; {remedy.get(name, 'nothing was changed')}")
 
 
+@contextmanager
+def _staged(target: Path, *endings: str) -> Iterator[list[Path]]:
+    """Names beside a target that are this writing's own, so that nothing of theirs passes for a leftover."""
+    with _lock:
+        number = next(n for n in itertools.count() if (target, n) not in _writing)
+        _writing.add((target, number))
+    process = f"{os.getpid()}-{number}" if number else str(os.getpid())
+    try:
+        yield [target.with_name(f".{target.name}.{process}.{ending}") for ending in endings]
+    finally:
+        _writing.discard((target, number))
+
+
+def _put_where_nothing_is(staging: Path, target: Path) -> None:
+    """Give a staging file its target's name, unless something has that by now (FileExistsError)."""
+    try:
+        os.link(staging, target)
+    except FileExistsError:
+        raise
+    except OSError:  # no hard links on this disk: then looking comes before renaming
+        if target.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
+        staging.replace(target)
+
+
+def _exchanged(staging: Path, target: Path) -> bool:
+    """Let two folders change places at one stroke; False where the system has no such call (renameat2, Linux)."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    at_cwd, exchange = -100, 2
+    return rename is not None and rename(at_cwd, os.fsencode(staging), at_cwd, os.fsencode(target), exchange) == 0
+
+
 def _remove_leftovers(target: Path) -> None:
-    pattern = re.compile(re.escape(f".{target.name}.") + r"(\d+)\.(staging|old)")
+    pattern = re.compile(re.escape(f".{target.name}.") + r"(\d+)(?:-(\d+))?\.(staging|old)")
     for entry in list(target.parent.iterdir()):
         match = pattern.fullmatch(entry.name)
-        if not match or _alive(int(match[1])):
+        if not match or _in_use(target, int(match[1]), int(match[2] or 0)):
             continue
-        if match[2] == "old" and not target.exists():
+        if match[3] == "old" and not target.exists():
             entry.replace(target)  # killed between the two renames: the old folder is the target
         elif entry.is_dir():
             shutil.rmtree(entry, ignore_errors=True)
@@ -175,7 +244,10 @@ def _remove_leftovers(target: Path) -> None:
             entry.unlink(missing_ok=True)
 
 
-def _alive(pid: int) -> bool:
+def _in_use(target: Path, pid: int, number: int) -> bool:
+    """Whether the process that staged something is still at it, as far as can be told."""
+    if pid == os.getpid():  # in a container every run has the number of the one that was killed
+        return (target, number) in _writing
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -24,7 +24,7 @@ from . import native
 from .conv import HarmonicMixin, base_class, to_dense
 from .errors import OutsideError
 from .factored import to_factored
-from .files import cache_folder, write_file
+from .files import cache_folder, read_json, write_text
 from .timing import in_turns
 
 _MEMORY_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -89,9 +89,9 @@ def _known(path: Path | None) -> dict[str, tuple[float, float]]:
 
 def _read(path: Path | None) -> dict[str, tuple[float, float]]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path else {}
+        content = read_json(path) if path else {}
         return {str(key): (float(dense), float(factored)) for key, (dense, factored) in content.items()}
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, TypeError, AttributeError):
         return {}  # of no harm: they are measured again
 
 
@@ -99,12 +99,8 @@ def _keep(known: dict[str, tuple[float, float]], path: Path | None) -> None:
     if path is None:
         return
     known.update({key: times for key, times in _read(path).items() if key not in known})  # of other processes
-
-    def write(staging: Path) -> None:
-        staging.write_text(json.dumps(known, indent=1), encoding="utf-8")
-
     with suppress(OutsideError, OSError):  # a cache that cannot be written costs time, nothing else
-        write_file(path, write, force=True)
+        write_text(path, json.dumps(known, indent=1), force=True)
 
 
 def _file() -> Path | None:

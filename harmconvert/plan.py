@@ -16,6 +16,7 @@ from typing import Any, cast
 
 from .basis import Basis, Frequency, all_frequencies, check_frequencies, frequencies_below, scaled_levels
 from .errors import InputError, UsageError, shortened
+from .files import read_json, write_text
 
 MAX_KERNEL_POSITIONS = 1 << 16  # a plan read from a file may ask for anything; no kernel in use comes near this
 
@@ -144,24 +145,20 @@ class Plan:
             raise InputError(f"this is not a plan: layer {max(names, key=names.count)!r} stands in it twice")
         return plan
 
-    def save(self, path: str | Path) -> None:
-        """Write the plan as JSON; refuses nothing (see `files.write_file` for checked output)."""
-        Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+    def save(self, path: str | Path, force: bool = True) -> None:
+        """Write the plan as JSON; raises as `files.write_file`."""
+        write_text(path, json.dumps(self.to_json(), indent=1) + "\n", force)
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Read a plan that `save` wrote, or that a report or what `convert --json` printed holds.
-
-        Raises:
-            InputError: the file is missing, unreadable or not a plan.
-        """
+        """Read a plan that `save` wrote, or a report holds; raises InputError where the file is missing or no plan."""
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = read_json(path)
             return cls.from_json(data.get("plan", data) if isinstance(data, dict) else data)
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise InputError(f"cannot read the plan {path}: {error}") from error
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot read the plan {path}: {error}") from error
 
 
 def parse_lambda(text: str) -> str | int | dict[str, int]:

@@ -6,7 +6,6 @@ import copy
 import difflib
 import importlib
 import inspect
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from . import checkpoint
 from .checkpoint import Header, Source
 from .downloads import reaching_out, torchvision_loading
 from .errors import HarmconvertError, InputError, UsageError, first_line
+from .files import read_json
 from .forms import fuse
 from .reference import open_reference
 from .samples import SAMPLES
@@ -30,6 +30,11 @@ SCHEMES = ("timm", "torchvision", "hf-hub", "local-dir", "sample", "reference")
 
 # Arguments of timm.create_model that would open files or reach out, which a checkpoint has no business to ask for.
 _NOT_FOR_REBUILDING = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
+
+# What a folder's weights may be called, and what a large network's index of several files is called.
+_LOCAL_WEIGHTS = tuple(
+    f"{name}{end}" for end in ("", ".index.json") for name in ("model.safetensors", "pytorch_model.bin")
+)
 
 
 @dataclass(frozen=True)
@@ -204,7 +209,7 @@ def is_harmonic_source(text: str) -> bool:
 
 def is_checkpoint_path(text: str) -> bool:
     """Whether a source string is a path to a harmonic checkpoint, by its looks; says what to do with a .pth."""
-    if text.endswith((".pth", ".pt", ".bin", ".ckpt")) and Path(text).exists():
+    if text.endswith((".pth", ".pt", ".bin", ".ckpt", ".index.json")) and Path(text).exists():
         raise UsageError(f"{text} holds weights only: name its network, and give the weights with --checkpoint {text}")
     return text.endswith(".safetensors") or (Path(text).is_file() and ":" not in text)
 
@@ -252,21 +257,21 @@ def _from_hf_hub(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
 def _from_local_dir(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
     config = Path(source.name) / "config.json"
     try:
-        content = json.loads(config.read_text(encoding="utf-8"))
+        content = read_json(config)
         architecture = str(content["architecture"])
     except FileNotFoundError as error:
         raise InputError(f"{source.name} is no timm folder: it has no config.json") from error
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{config} is unreadable: {first_line(error)}; get the folder again") from error
     try:
         model = timm.create_model(f"local-dir:{source.name}", pretrained=False, **source.arguments)
     except (RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{config} makes no network: {first_line(error)}") from error
-    files = [
-        Path(source.name) / f for f in ("model.safetensors", "pytorch_model.bin") if (Path(source.name) / f).exists()
-    ]
+    files = [path for name in _LOCAL_WEIGHTS if (path := Path(source.name) / name).exists()]
     if pretrained and not files:
-        raise InputError(f"{source.name} has no weights: neither model.safetensors nor pytorch_model.bin")
+        raise InputError(
+            f"{source.name} has no weights: neither {_LOCAL_WEIGHTS[0]} nor {' nor '.join(_LOCAL_WEIGHTS[1:])}"
+        )
     if pretrained:
         load_state(model, _renamed(model, read_weights(files[0])), str(files[0]))
     return model, _with_config(source, model, architecture, content.get("model_args") or {})

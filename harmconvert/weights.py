@@ -7,9 +7,11 @@ import pickle
 import struct
 import warnings
 import zipfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -18,7 +20,7 @@ from timm.models import clean_state_dict
 from torch import Tensor, nn
 
 from .errors import InputError, OutsideError, first_line, shortened
-from .files import outside, write_file
+from .files import outside, read_json, write_file
 
 # What torch.load raises for files that are broken, or that are more than tensors.
 UNREADABLE = (
@@ -39,21 +41,23 @@ UNREADABLE = (
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """A state dict from a .safetensors or .pth file; pickles are read with weights_only=True, whatever the environment.
 
-    Training wrappers are opened ("state_dict", "model", "params", EMA first) and "module." prefixes dropped.
+    Training wrappers are opened ("state_dict", "model", "params", EMA first) and "module." prefixes dropped. A
+    checkpoint in several files is named by its index (.index.json), beside which they lie.
 
     Raises:
-        InputError: unreadable, not a state dict, or a pickle that would run code.
+        InputError: unreadable, damaged, not a state dict, or a pickle that would run code.
     """
     if reason := why_unreadable(path):
         raise InputError(f"{path} {reason}")
+    if str(path).endswith(".index.json"):
+        return _read_shards(Path(path))
     if Path(path).suffix == ".safetensors":
         with open_safetensors(path):
             return safetensors.torch.load_file(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # remarks on the pickle's age
-            # An explicit weights_only=True is not overruled by TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD.
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = unpickled(path)
+    except InputError:
+        raise
     except UNREADABLE as error:
         text = first_line(error)
         if "GLOBAL" in str(error):
@@ -69,6 +73,41 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()) or not content:
         raise InputError(f"{path} holds no state dict (a mapping from names to tensors)")
     return dict(clean_state_dict(dict(content)))
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """The tensors that an index places in files beside it, each file holding just those that it should."""
+    try:
+        places = read_json(index)["weight_map"]
+        names = sorted({str(name) for name in places.values()})
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{index} is no index of weights: {first_line(error) or type(error).__name__}") from error
+    state: dict[str, Tensor] = {}
+    for name in names:
+        if not name or name != Path(name).name or name.endswith(".index.json"):
+            raise InputError(f"{index} names {name[:80]!r}, which is no file beside it: refused")
+        part = read_weights(index.with_name(name))
+        wanted = {key for key, place in places.items() if place == name}
+        if differing := sorted(wanted ^ set(part)):
+            raise InputError(f"{index} and {name} disagree on {shortened(differing)}: get the files again")
+        state |= part
+    if not state:
+        raise InputError(f"{index} names no weights")
+    return state
+
+
+def unpickled(path: str | Path) -> Any:
+    """What torch.save wrote, tensors and plain containers only, on the CPU.
+
+    Raises:
+        InputError: a program, or damaged; one of `UNREADABLE`: anything else that torch.load stumbles over.
+    """
+    if reason := _why_not_weights(path):
+        raise InputError(f"{path} {reason}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # remarks on the pickle's age
+        # An explicit weights_only=True is not overruled by TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD.
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def open_safetensors(path: str | Path) -> Any:
@@ -90,11 +129,11 @@ def open_safetensors(path: str | Path) -> Any:
 def why_unreadable(path: str | Path) -> str | None:
     """Why no weights can be in a file, judged by its first bytes; None where they may be."""
     path = Path(path)
-    if not path.exists():
-        return "does not exist"
-    if not path.is_file():
-        return "is not a regular file"
     try:
+        if not path.exists():
+            return "does not exist"
+        if not path.is_file():
+            return "is not a regular file"
         with path.open("rb") as file:
             start = file.read(512)
     except OSError as error:
@@ -112,16 +151,43 @@ def why_unreadable(path: str | Path) -> str | None:
     return None
 
 
+def _why_not_weights(path: str | Path) -> str | None:
+    """Why an archive that torch wrote holds no weights, or not those it was written with; None where it may.
+
+    torch.load would not notice the latter: it compares no checksum.
+    """
+    with Path(path).open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return None  # no archive, but what older versions wrote
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            # What is marked as a folder torch.load does not read, and leaves memory as it found it.
+            damaged = next((one.filename for one in archive.infolist() if one.external_attr & 0x10), None)
+            if any(name.endswith("/constants.pkl") for name in names):
+                return "is a TorchScript program, which would have to be run: save its state_dict instead"
+            if any(name.endswith("/archive_format") for name in names):
+                return "is an exported program, not weights: save the state_dict of its network instead"
+            damaged = damaged or archive.testzip()
+    except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError, RuntimeError, EOFError, zlib.error) as error:
+        damaged = first_line(error)
+    return f"is damaged ({damaged} fails its checksum): get the file again" if damaged else None
+
+
 def write_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: dict[str, str], force: bool) -> None:
     """Write named tensors as .safetensors, by way of a staging file; raises as `save` does."""
 
-    def write(staging: Path) -> None:
-        try:
-            safetensors.torch.save_file(dict(tensors), staging, metadata)
-        except safetensors.SafetensorError as error:
-            raise OutsideError(f"cannot write {path}: {error}; free some space or name another place") from error
+    with saving(path):
+        write_file(path, lambda staging: safetensors.torch.save_file(dict(tensors), staging, metadata), force)
 
-    write_file(path, write, force)
+
+@contextmanager
+def saving(path: str | Path) -> Iterator[None]:
+    """What safetensors raises when a disk is full is no OSError; here it is an OutsideError, as others are."""
+    try:
+        yield
+    except safetensors.SafetensorError as error:
+        raise OutsideError(f"cannot write {path}: {error}; free some space or name another place") from error
 
 
 def untied_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -199,9 +265,22 @@ def weights_sha256(model: nn.Module) -> str:
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     """sha256 over named tensors: names, dtypes, shapes and bytes, sorted by name."""
     digest = hashlib.sha256()
+    for part in _as_bytes(tensors):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def tensors_crc32(tensors: Mapping[str, Tensor], before: bytes = b"") -> str:
+    """CRC-32 over some bytes and then what `tensors_sha256` hashes: it tells damage, not intent, but is faster."""
+    checksum = zlib.crc32(before)
+    for part in _as_bytes(tensors):
+        checksum = zlib.crc32(part, checksum)
+    return f"{checksum:08x}"
+
+
+def _as_bytes(tensors: Mapping[str, Tensor]) -> Iterator[Any]:
     for key, tensor in sorted(tensors.items()):
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        yield f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode("utf-8", "surrogatepass")
         flat = tensor.detach().cpu().contiguous().flatten()
         if flat.numel():
-            digest.update(cast(Any, flat.view(torch.uint8).numpy()))
-    return digest.hexdigest()
+            yield flat.view(torch.uint8).numpy()

@@ -14,7 +14,7 @@ from ..basis import Basis, Frequency
 from ..calibration import CalibrationSettings
 from ..distributed import from_first_rank, rank
 from ..errors import InputError, UsageError
-from ..files import write_file
+from ..files import read_json, write_text
 from ..plan import Plan
 from ..surgery import tensors_in
 from ..weights import tensors_sha256, weights_sha256
@@ -63,11 +63,7 @@ class Probes:
             return
         data = {"version": VERSION, "key": dict(self.key), "single": self.single, "whole": self.whole}
         data["orders"] = {name: order.to_json() for name, order in self.orders.items()}
-
-        def write(staging: Path) -> None:
-            staging.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-
-        write_file(self.path, write, force=True)
+        write_text(self.path, json.dumps(data, indent=1) + "\n", force=True)
 
 
 def key_of(model: nn.Module, batches: Iterable[Any], settings: CalibrationSettings, family: Basis) -> dict[str, Any]:
@@ -97,7 +93,7 @@ def _read(path: Path) -> Any:
     if not path.exists():
         return None
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
         if data["version"] != VERSION:
             return (
                 f"{path} holds probes of version {data['version']}, this harmconvert reads version {VERSION}: remove it"
@@ -106,7 +102,7 @@ def _read(path: Path) -> Any:
         if not (isinstance(data["key"], dict) and all(isinstance(number, float | int) for number in numbers)):
             raise TypeError("no numbers")
         _orders(data)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{path} holds no probes that can be read ({type(error).__name__}: {error}): remove it"
     return data
 

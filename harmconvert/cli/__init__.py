@@ -8,9 +8,13 @@ import os
 import signal
 import sys
 import traceback
+import warnings
+from functools import partial
 from typing import Any
 
 import click
+
+from ..errors import HarmconvertError, HarmconvertWarning, printable
 
 COMMANDS = (
     "convert", "finetune", "evaluate", "train", "verify", "inspect", "report", "compare", "benchmark", "export", "demo",
@@ -38,7 +42,9 @@ class Program(click.Group):
         with contextlib.suppress(ValueError):  # not the main thread: whoever runs us handles signals
             signal.signal(signal.SIGTERM, _terminate)
         try:
-            result = super().main(arguments, *rest, **extra)
+            with warnings.catch_warnings():
+                warnings.showwarning = partial(_warn, warnings.showwarning)
+                result = super().main(arguments, *rest, **extra)
             sys.exit(result if isinstance(result, int) else 0)
         except click.exceptions.Exit as stop:
             sys.exit(stop.exit_code)
@@ -60,8 +66,6 @@ class Program(click.Group):
 
 
 def _explain(error: Exception) -> tuple[str, int]:
-    from ..errors import HarmconvertError
-
     if isinstance(error, HarmconvertError):
         return str(error), error.exit_code
     text = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
@@ -78,7 +82,16 @@ def _hint(error: click.ClickException) -> str:
 
 
 def _say(message: str) -> None:
-    click.echo("harmconvert: error: " + " ".join(message.split()), err=True)
+    click.echo("harmconvert: error: " + printable(" ".join(message.split())), err=True)
+
+
+def _warn(otherwise: Any, message: Any, category: type[Warning], *place: Any) -> None:
+    if issubclass(category, HarmconvertWarning):
+        from .options import say
+
+        say(f"warning: {message}", urgent=True)
+    else:
+        otherwise(message, category, *place)
 
 
 def _terminate(number: int, frame: Any) -> None:

@@ -157,7 +157,7 @@ def command(
     from ..checkpoint import default_name
     from ..convert import convert
     from ..distributed import joined, rank
-    from ..files import check_output, write_file
+    from ..files import check_output
     from ..plan import Plan, parse_lambda
     from ..report.sheets import search_sheet
     from ..report.writing import check_figure, write_figure
@@ -210,7 +210,7 @@ def command(
         if figure and conversion.search:
             write_figure(search_sheet(conversion.search), *figure, force)
         if save_plan:
-            write_file(save_plan, conversion.plan.save, force)
+            conversion.plan.save(save_plan, force)
         _finish(network, conversion, input_size, output, page, force, as_json, held_out, more["dtype"])
     return _calibration_verdict(conversion, output, more["allow_fallback"])
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import click
 
+from ..errors import printable
+
 _LOUDNESS, _START = "harmconvert.loudness", "harmconvert.start"
 
 
@@ -60,4 +62,4 @@ def say(message: str, *, urgent: bool = False) -> None:
     if sys.stderr.isatty():  # between words; what is one word, as a path, stays one
         width = max(shutil.get_terminal_size().columns, 20)
         message = textwrap.fill(message, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
-    print(message, file=sys.stderr, flush=True)  # click would write past a bar that is shown, and through it
+    print(printable(message), file=sys.stderr, flush=True)  # click would write past a bar that is shown, and through it

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import printable
 from . import types
 from .loudness import loud, say
 from .loudness import loudness as loudness
@@ -310,6 +311,9 @@ def console(quiet: bool = False) -> Console:
     from rich.console import Console
 
     class Patient(Console):
+        def print(self, *objects: Any, **how: Any) -> None:
+            super().print(*(printable(one) if isinstance(one, str) else one for one in objects), **how)
+
         def on_broken_pipe(self) -> None:
             """Whoever read our table has gone: the work goes on without an audience."""
             self.quiet = True

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
+from ..errors import printable
 from .loudness import loud, say, silent
 
 _SOON = 2.0  # seconds that need no explanation
@@ -33,7 +34,7 @@ def progress(what: str = "") -> Iterator[Callable[[int, int, str], None]]:
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(what, total=None)
-        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what[-40:])
+        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=printable(what[-40:]))
 
 
 @contextmanager
@@ -56,10 +57,10 @@ def busy(what: str, *, at_once: bool = False) -> Iterator[Callable[[str], None]]
         return
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, redirect_stderr=False) as spinner:
-        task = spinner.add_task(what[-_WIDEST:], total=None)
+        task = spinner.add_task(printable(what[-_WIDEST:]), total=None)
         sys.stderr = _StepsAside(stderr, spinner.stop)
         try:
-            yield lambda what: spinner.update(task, description=what[-_WIDEST:])
+            yield lambda what: spinner.update(task, description=printable(what[-_WIDEST:]))
         finally:
             sys.stderr = stderr
 

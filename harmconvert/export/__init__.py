@@ -14,7 +14,7 @@ from ..errors import UsageError
 from ..files import check_folder, check_output, write_folder
 from ..forms import fuse
 from ..precision import check_rounding, dtype_named, rounded
-from ..weights import untied_state, write_tensors
+from ..weights import saving, untied_state, write_tensors
 from .graphs import Exported, check_packages, check_runs, export_onnx, export_program, random_batch
 
 FORMATS = ("dense", "timm", "onnx", "torch-export")
@@ -122,4 +122,5 @@ def _export_timm_folder(dense: nn.Module, path: Path, force: bool) -> None:
     def fill(folder: Path) -> None:
         timm.models.save_for_hf(dense, folder, model_args=arguments or None, safe_serialization=True)
 
-    write_folder(path, TIMM_FILES, fill, force)
+    with saving(path):
+        write_folder(path, TIMM_FILES, fill, force)

@@ -18,8 +18,8 @@ from rich.cells import cell_len
 
 from ..basis import all_frequencies
 from ..checkpoint import short_name
-from ..errors import OutsideError, UsageError
-from ..files import check_output, write_file
+from ..errors import OutsideError, UsageError, printable
+from ..files import check_output, write_text
 from . import grid
 from .charts import Chart, error_chart, search_chart, training_charts
 from .kernels import level, size_text
@@ -66,11 +66,7 @@ def write_report(report: Report, path: Path, force: bool = False) -> None:
         text = json.dumps(_finite(report.to_json()), indent=1, allow_nan=False, default=str) + "\n"
     else:
         text = page(report)
-
-    def write(staging: Path) -> None:
-        staging.write_text(text, encoding="utf-8")
-
-    write_file(path, write, force)
+    write_text(path, text, force)
 
 
 def page(report: Report) -> str:
@@ -198,11 +194,11 @@ def _joined(lines: Sequence[Sequence[tuple[int, int]]]) -> str:
 def _data(report: Report, charts: Sequence[Chart], maps: Sequence[HeatMap]) -> str:
     """What hovering shows, as JSON that no HTML parser can read a tag in."""
     content = {
-        "layers": [_printable(layer_text(layer)) for layer in report.layers],
-        "charts": {chart.name: [(x, y, _printable(tip)) for x, y, tip in chart.hover()] for chart in charts},
+        "layers": [printable(layer_text(layer)) for layer in report.layers],
+        "charts": {chart.name: [(x, y, printable(tip)) for x, y, tip in chart.hover()] for chart in charts},
         "maps": [
             {
-                "layers": [_printable(layer.name or "(root)") for layer in one.layers],
+                "layers": [printable(layer.name or "(root)") for layer in one.layers],
                 "frequencies": [", ".join(map(str, frequency)) for frequency in all_frequencies(one.kernel)],
                 "kept": ["".join("01"[kept] for kept in layer.keeps) for layer in one.layers],
                 "cells": base64.b64encode(one.cells).decode("ascii"),
@@ -258,7 +254,7 @@ def _machine(machine: Mapping[str, Any]) -> str:
 
 def _finalized(value: Any) -> Any:
     """Names come from files: control characters, halves of pairs and turns of direction in them are no letters."""
-    return _printable(value) if type(value) is str else value
+    return printable(value) if type(value) is str else value
 
 
 def _in_lines(data: Mapping[str, Any]) -> str:
@@ -268,10 +264,6 @@ def _in_lines(data: Mapping[str, Any]) -> str:
         items = ",\n  ".join(map(json.dumps, value)) if isinstance(value, list) else ""
         parts.append(f" {json.dumps(key)}: " + (f"[\n  {items}\n ]" if items else json.dumps(value)))
     return "{\n" + ",\n".join(parts) + "\n}"
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
 def _raw(jinja2: ModuleType, text: str) -> Any:

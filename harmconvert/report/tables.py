@@ -15,7 +15,7 @@ from ..budget.dropping import Step
 from ..calibration import ENOUGH_POSITIONS, Calibration
 from ..convert import Conversion, LayerRecord
 from ..cost import Cost
-from ..errors import shortened
+from ..errors import printable, shortened
 from ..evaluation import Evaluation
 from ..export import Exported
 from ..forms import Factoring
@@ -360,4 +360,4 @@ def _table(headings: list[str], rows: list[list[str]], left: set[int]) -> Table:
 
 def _plain(text: str) -> str:
     """Names come from files: neither console markup nor control characters in them may do anything."""
-    return "".join(c if c.isprintable() else "?" for c in text).replace("[", "\\[")
+    return printable(text.replace("\n", "?")).replace("[", "\\[")

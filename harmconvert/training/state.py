@@ -16,7 +16,7 @@ import torch
 from ..distributed import any_rank, gathered, rank
 from ..errors import HarmconvertError, InputError, OutsideError, UsageError, first_line, shortened
 from ..files import beside, write_file
-from ..weights import UNREADABLE, why_unreadable
+from ..weights import UNREADABLE, unpickled, why_unreadable
 
 STATE_VERSION = 1
 
@@ -155,12 +155,14 @@ def _read(path: Path) -> Any:
     if reason := why_unreadable(path):
         raise InputError(f"{path} {reason}")
     try:
-        whole = torch.load(path, map_location="cpu", weights_only=True)
+        whole = unpickled(path)
         if whole["version"] != STATE_VERSION:
             raise InputError(f"{path} has version {whole['version']!r}, this harmconvert reads version {STATE_VERSION}")
         Position(**whole["position"])
         if not {"identity", "record", "random", "model"} <= set(whole):
             raise KeyError("incomplete")
+    except InputError:
+        raise
     except UNREADABLE as error:
         raise InputError(
             f"{path} is no readable training state: {first_line(error) or type(error).__name__}"

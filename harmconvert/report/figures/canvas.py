@@ -15,6 +15,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from ...errors import printable
+
 COLOURS = colormaps["viridis"]
 # Okabe and Ito's colours, told apart by people who see fewer of them.
 BLUE, VERMILION, GREY, PALE = "#0072B2", "#D55E00", "#555555", "#e4e4e4"
@@ -50,7 +52,7 @@ def canvas(width: float, height: float) -> Figure:
     return figure
 
 
-def share_bar(figure: Figure, axes: Sequence[Axes], label: str, of: ScalarMappable | None = None) -> None:
+def share_bar(figure: Figure, axes: Sequence[Axes], title: str, of: ScalarMappable | None = None) -> None:
     """A thin scale of `COLOURS` from 0 to 100 % above the axes."""
     thickness, length, pad = 0.12, 0.5 * (figure.get_figwidth() - 1.5), 0.2 / figure.get_figheight()
     bar = figure.colorbar(
@@ -63,12 +65,12 @@ def share_bar(figure: Figure, axes: Sequence[Axes], label: str, of: ScalarMappab
         pad=pad,
         format="%g %%",
     )
-    bar.set_label(label, fontsize=10.0, labelpad=6)
+    bar.set_label(title, fontsize=10.0, labelpad=6)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=2, labelsize=8.0)
 
 
-def printable(name: str, limit: int = 48) -> str:
+def label(name: str, limit: int = 48) -> str:
     """A name from a file: no control characters, and the middle left out where it is long."""
-    text = "".join(c if c.isprintable() else "?" for c in name)
+    text = printable(name.replace("\n", "?"))
     return text if len(text) <= limit else f"{text[: limit // 2 - 1]}…{text[-limit // 2 :]}"

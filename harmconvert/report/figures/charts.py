@@ -12,7 +12,7 @@ from matplotlib.ticker import NullFormatter, NullLocator
 
 from ..charts import Axis, Chart, Series
 from ..sheets import Sheet
-from .canvas import BLUE, GREY, PALE, VERMILION, canvas, printable
+from .canvas import BLUE, GREY, PALE, VERMILION, canvas, label
 
 NAMED = 64  # layers that have room for a name each
 _LONGEST = 32  # letters of a name
@@ -36,12 +36,12 @@ def draw_sheet(sheet: Sheet) -> Figure:
 
 def names_height(names: Sequence[str]) -> float:
     """Inches that `layer_names` need."""
-    return 0.085 * max(len(printable(name, _LONGEST)) for name in names)
+    return 0.085 * max(len(label(name, _LONGEST)) for name in names)
 
 
 def layer_names(ax: Axes, names: Sequence[str], first: float) -> None:
     """A name below each place of x from ``first`` on, read upwards."""
-    ax.set_xticks([first + index for index in range(len(names))], [printable(name, _LONGEST) for name in names])
+    ax.set_xticks([first + index for index in range(len(names))], [label(name, _LONGEST) for name in names])
     ax.tick_params(axis="x", length=0, labelsize=min(8.0, 340 / len(names)), labelrotation=90)
 
 
@@ -82,13 +82,13 @@ def _series(ax: Axes, series: Series, y: Axis) -> None:
     colour = _COLOURS[series.colour]
     # What is beyond the axis lies at its end, as a 0 on a logarithmic one.
     xs, ys = [x for x, _, _ in series.points], [min(max(at, y.low), y.high) for _, at, _ in series.points]
-    label = series.name or "_"  # matplotlib's word for: not in the legend
+    shown = series.name or "_"  # matplotlib's word for: not in the legend
     if series.look == "line":
-        ax.plot(xs, ys, color=colour, linewidth=1.2, label=label, clip_on=False)
+        ax.plot(xs, ys, color=colour, linewidth=1.2, label=shown, clip_on=False)
         return
     size = 11.0 if series.look == "halo" else 4.5 if len(xs) <= 200 else 2.5
     hollow = {"markerfacecolor": "white" if series.look == "rings" else "none", "markeredgewidth": 1.3}
     ax.plot(
-        xs, ys, "o", color=colour, markersize=size, label=label, clip_on=False, zorder=3,
+        xs, ys, "o", color=colour, markersize=size, label=shown, clip_on=False, zorder=3,
         **(hollow if series.look in ("rings", "halo") else {"markeredgewidth": 0}),
     )  # fmt: skip

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from ..grid import edges
 from ..kernels import size_text
 from ..spectrum import LayerSpectrum, Spectrum
-from .canvas import COLOURS, PALE, VERMILION, canvas, printable, share_bar
+from .canvas import COLOURS, PALE, VERMILION, canvas, label, share_bar
 
 MAX_HEIGHT = 40.0  # inches: beyond that rows grow thinner instead
 
@@ -62,7 +62,7 @@ def _layer_names(ax: Axes, names: Sequence[str], row_height: float) -> None:
     while size * step < 4.5:  # smaller cannot be read: every second name, every third, ...
         step += 1
     places = range(0, len(names), step)
-    ax.set_yticks([place + 0.5 for place in places], [printable(names[place]) for place in places])
+    ax.set_yticks([place + 0.5 for place in places], [label(names[place]) for place in places])
     ax.tick_params(axis="y", length=0, labelsize=max(size, 4.5))
 
 
