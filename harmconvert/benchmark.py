@@ -111,6 +111,7 @@ def benchmark(
         threads: of torch; default: as many as it has now.
         compiled: time each also under torch.compile; what does not compile says so in its row's note.
         repeats: of each; fewer where they take long.
+        progress: called with (repeats done, repeats in all, what is timed).
 
     Raises:
         UsageError: an unknown form or layout, an input that the network does not take.
@@ -125,15 +126,21 @@ def benchmark(
     rows: list[Row] = []
     factorings: dict[tuple[int, int], Factoring] = {}
     for index, (batch, count) in enumerate(groups):
-        progress(index, len(groups), f"batch {batch}, {count} threads")
+        begun, total, what = index * repeats, len(groups) * repeats, f"batch {batch}, {count} threads"
+        progress(begun, total, what)
+
+        def told(done: int, begun: int = begun, total: int = total, what: str = what) -> None:
+            progress(begun + done, total, what)
+
         with _threads(count):
             input = mapped(partial(_repeated, batch=batch), example_input)
-            found, chosen = _group(model, input, batch, count, forms, layouts, compiled, repeats)
+            found, chosen = _group(model, input, batch, count, forms, layouts, compiled, repeats, told)
         rows += found
         if chosen is not None:
             factorings[batch, count] = chosen
-    progress(len(groups), len(groups), "done")
-    return Benchmark(tuple(rows), factorings, machine())
+    progress(len(groups) * repeats, len(groups) * repeats, "done")
+    device = tensors_in(example_input)[0].device
+    return Benchmark(tuple(rows), factorings, {"device": str(device), **machine()})
 
 
 def machine() -> dict[str, Any]:
@@ -172,7 +179,7 @@ def _status(key: str) -> int:
 
 def _group(
     model: nn.Module, input: Any, batch: int, threads: int, forms: Sequence[str], layouts: Sequence[str],
-    compiled: bool, repeats: int,
+    compiled: bool, repeats: int, progress: Callable[[int], None],
 ) -> tuple[list[Row], Factoring | None]:  # fmt: skip
     """All ways to run the network on one input."""
     networks: dict[tuple[str, str], nn.Module] = {}
@@ -201,7 +208,7 @@ def _group(
                     )
                     runs[len(rows)] = run
                 rows.append(replace(row, note=note))
-        times = in_turns({str(index): run for index, run in runs.items()}, repeats, 3, 20.0, warm=1)
+        times = in_turns({str(index): run for index, run in runs.items()}, repeats, 3, 20.0, warm=1, progress=progress)
     for name, found in times.items():
         timed = replace(
             rows[int(name)], seconds=found.median, spread=found.spread, examples_per_second=batch / found.median

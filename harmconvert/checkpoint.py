@@ -164,7 +164,8 @@ def save(
     """Write a harmonic network to one .safetensors file; returns the header written.
 
     Args:
-        conversion: what `convert` returned, or a network with harmonic convolutions (after fine-tuning, say).
+        conversion: what `convert` returned, whose `Conversion.history` is recorded, or a network with harmonic
+            convolutions (after fine-tuning, say).
         source: where the network came from; found out for networks made by timm or loaded by this package.
         history: what to add to the record of what was done to it.
         force: replace a file that is there.
@@ -183,6 +184,8 @@ def save(
     source = source or (known.source if known else None) or _timm_source(model)
     versions = {name: version(name) for name in ("harmconvert", "torch", "timm")}
     record = dict(known.history) if known else {}
+    if isinstance(conversion, Conversion):
+        record |= conversion.history()
     if calibration := model.__dict__.get("harmconvert_calibration"):
         record["calibration"] = calibration.to_json()
     header = Header(plan, source, tied, {**record, **(history or {})}, versions, _blocks_of(model))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from .basis import Basis, all_frequencies
+from .basis import Basis, all_frequencies, dct_basis
 from .budget import Budget, Search, SearchSettings
 from .budget.dropping import Step, smallest_within
 from .budget.searching import Searching
@@ -23,8 +23,11 @@ from .conv import HarmonicMixin, to_harmonic
 from .cost import Cost, network_cost
 from .errors import InputError, UsageError, shortened
 from .plan import LayerPlan, Plan, make_plan
-from .projection import all_finite, check_range, relative_error
+from .projection import all_finite, check_range, project, relative_error
 from .surgery import Trace, convolutions, exchange, find_sites, fitted, trace
+
+RECORD_KEY = "conversion"  # of a checkpoint's history
+_DIGITS = 4  # of a mean |coefficient|: an eye sees two
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class LayerRecord:
 
     ``kept`` of ``total`` frequencies (0 of total: skipped); ``energy`` is the share of the kernel's squared norm that
     they hold, ``error`` the relative Frobenius error of the new kernel (both None where skipped or on the meta device);
-    ``why`` says why it was skipped, or kept whole by a policy that cuts others.
+    ``why`` says why it was skipped, or kept whole by a policy that cuts others. ``spectrum`` is the mean |coefficient|
+    of each DCT frequency of the uncut kernel, which no one can tell afterwards (None unless it is cut, in that basis).
     """
 
     name: str
@@ -44,6 +48,7 @@ class LayerRecord:
     energy: float | None
     error: float | None
     why: str | None
+    spectrum: tuple[float, ...] | None = None
 
     @property
     def skipped(self) -> bool:
@@ -84,6 +89,22 @@ class Conversion:
             "plan": self.plan.to_json(), "layers": layers, "cost": cost, "calibration": calibration, "search": search,
             "drops": [asdict(step) for step in self.drops],
         }  # fmt: skip
+
+    def history(self) -> dict[str, Any]:
+        """What `harmconvert.save` keeps of it beside the plan and the calibration, for a report when the uncut network
+        is gone: energy, error and uncut spectrum of each layer, costs, and the search for a budget.
+
+        >>> sorted(convert(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3)), 2).history()["conversion"])
+        ['cost', 'drops', 'layers', 'search']
+        """
+        told = self.to_json()
+        layers = {
+            layer.name: {"energy": layer.energy, "error": layer.error}
+            | ({"spectrum": list(layer.spectrum)} if layer.spectrum else {})
+            for layer in self.layers
+            if not layer.skipped
+        }
+        return {RECORD_KEY: {key: told[key] for key in ("cost", "search", "drops")} | {"layers": layers}}
 
 
 def convert(
@@ -168,7 +189,7 @@ def convert(
         {convs[p.name]: partial(to_harmonic, convs[p.name], p.frequencies, plan.family) for p in plan.layers},
     )
     harmonic = convolutions(converted)
-    records = [_record(layer, convs[layer.name], harmonic[layer.name], plan.notes) for layer in plan.layers]
+    records = [_record(layer, convs[layer.name], harmonic[layer.name], plan) for layer in plan.layers]
     records += [
         LayerRecord(
             skip.name, skip.kind, skip.kernel_size, 0, len(all_frequencies(skip.kernel_size)), None, None, skip.why
@@ -295,7 +316,7 @@ def run_where_possible(model: nn.Module, lam: Any, example_input: Any) -> Trace 
         return None
 
 
-def _record(layer: LayerPlan, conv: nn.Module, harmonic: nn.Module, notes: Mapping[str, str]) -> LayerRecord:
+def _record(layer: LayerPlan, conv: nn.Module, harmonic: nn.Module, plan: Plan) -> LayerRecord:
     total = len(all_frequencies(layer.kernel_size))
     record = LayerRecord(
         layer.name,
@@ -305,7 +326,7 @@ def _record(layer: LayerPlan, conv: nn.Module, harmonic: nn.Module, notes: Mappi
         total,
         None,
         None,
-        notes.get(layer.name),
+        plan.notes.get(layer.name),
     )
     weight = cast(Tensor, conv.weight).detach()
     if weight.is_meta:
@@ -316,4 +337,13 @@ def _record(layer: LayerPlan, conv: nn.Module, harmonic: nn.Module, notes: Mappi
         check_range(harmonic.coefficients, layer.name, "coefficients")
         check_range(harmonic.weight, layer.name, "merged kernels")
     # With an orthonormal basis what the cut frequencies held is exactly the squared error.
-    return replace(record, energy=1.0 if layer.whole else max(0.0, 1 - error**2), error=error)
+    energy = 1.0 if layer.whole else max(0.0, 1 - error**2)
+    return replace(record, energy=energy, error=error, spectrum=_spectrum(layer, weight, plan))
+
+
+def _spectrum(layer: LayerPlan, weight: Tensor, plan: Plan) -> tuple[float, ...] | None:
+    """Of a layer that stays whole the coefficients themselves tell."""
+    if layer.whole or plan.basis != "dct":
+        return None
+    means = project(weight, dct_basis(layer.kernel_size)).abs().mean((0, 1), dtype=torch.float64).tolist()
+    return tuple(float(f"{mean:.{_DIGITS}g}") for mean in means)

@@ -152,9 +152,10 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Read a plan that `save` wrote; raises InputError where the file is missing, unreadable or not a plan."""
+        """Read a plan that `save` wrote, or a report holds; raises InputError where the file is missing or no plan."""
         try:
-            return cls.from_json(read_json(path))
+            data = read_json(path)
+            return cls.from_json(data.get("plan", data) if isinstance(data, dict) else data)
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
         except (OSError, ValueError) as error:
@@ -352,8 +353,7 @@ def _by_pattern(sites: Sequence[ConvSite], lam: Mapping[str, int], names: Sequen
     layers = []
     for site in sites:
         try:
-            named = site.name in levels_by_name
-            layers.append(_cut(site, levels_by_name[site.name]) if named else _whole(site))
+            layers.append(_cut(site, levels_by_name[site.name]) if site.name in levels_by_name else _whole(site))
         except UsageError as error:
             raise UsageError(f"layer {site.name}: {error}") from error
     return layers

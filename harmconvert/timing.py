@@ -32,11 +32,16 @@ class Times:
 
 
 def in_turns(
-    what: Mapping[str, Callable[[], Any]], repeats: int = 7, least: int = 3, seconds: float = 10.0, warm: int = 2
+    what: Mapping[str, Callable[[], Any]],
+    repeats: int = 7,
+    least: int = 3,
+    seconds: float = 10.0,
+    warm: int = 2,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Times]:
     """Run each of ``what`` in turn, ``repeats`` times (fewer, but ``least``, where ``seconds`` are over), and time it.
 
-    Each runs ``warm`` times beforehand; work queued on a GPU is waited for.
+    Each runs ``warm`` times beforehand; work queued on a GPU is waited for. ``progress`` hears of each repeat.
     """
     for run in what.values():
         for _ in range(warm):
@@ -48,6 +53,7 @@ def in_turns(
             break
         for name, run in what.items():
             found[name].append(_seconds(run))
+        progress(done + 1)
     return {name: Times(tuple(times)) for name, times in found.items()}
 
 

@@ -355,7 +355,7 @@ def test_the_command_line_is_frozen() -> None:
         "inspect": sorted(["--no-pretrained", *network, *common, *size]),
         "report": sorted(
             ["--figure", "--output", "-o", "--force", "--kernel-size", "--include", "--seed", "--batch-size", "-b",
-             "--calibrate", "--calibration-batch-size", "--calibration-images", "--calibration-memory",
+             "--latency", "--calibrate", "--calibration-batch-size", "--calibration-images", "--calibration-memory",
              "--calibration-split", "--damping", "--device", *data, *network, *common, *size, *loudness]
         ),
         "compare": sorted(["--all-layers", "--trust-code", *common, *size]),

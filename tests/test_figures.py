@@ -10,6 +10,7 @@ import math
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from torch import nn
 
 from harmconvert.basis import Basis
 from harmconvert.block import to_block
+from harmconvert.budget import SearchSettings
+from harmconvert.calibration import CalibrationSettings
+from harmconvert.checkpoint import save
 from harmconvert.conv import to_harmonic
 from harmconvert.convert import convert
 from harmconvert.cost import Cost
@@ -30,12 +34,14 @@ from harmconvert.errors import InputError, OutsideError, UsageError
 from harmconvert.evaluation import Evaluation, evaluate
 from harmconvert.report import figures
 from harmconvert.report.filters import filter_bank
+from harmconvert.report.sheets import Sheet, Strip, error_sheet, layer_strip, search_sheet, training_sheet
 from harmconvert.report.spectrum import Spectrum, spectrum
+from harmconvert.report.summary import Report, report_of
 from harmconvert.report.tables import tradeoff_table
 from harmconvert.report.tradeoff import Point, Tradeoff, tradeoff
 from harmconvert.report.writing import check_figure, drawing, write_figure
 
-from . import oracle
+from . import oracle, test_report
 from .networks import CONVOLUTIONS, Branches, seeded
 from .pictures import digit_folders
 from .test_cli import SAMPLE, fails, ok
@@ -269,6 +275,86 @@ def test_where_nothing_can_be_cut_there_is_no_tradeoff() -> None:
         tradeoff(net, lambda model, uncut: pytest.fail("nothing to evaluate"), example_input=torch.zeros(1, 3, 8, 8))
 
 
+# --- the page's charts: numbers ---
+
+
+def calibrated_and_trained() -> Report:
+    """Calibrated, then trained in two runs of two epochs."""
+    history = {"training": [test_report.training(), test_report.training()]}
+    settings = CalibrationSettings(0.1, seed=7)
+    return test_report.made(
+        test_report.small(), 2, history, calibration=[torch.randn(40, 1, 16, 16)], settings=settings,
+    )  # fmt: skip
+
+
+def test_errors_are_those_of_the_report() -> None:
+    report = calibrated_and_trained()
+    sheet = error_sheet(report)
+    assert [chart.name for chart in sheet.charts] == ["kernels", "outputs"]
+    assert sheet.names == ("0", "2", "3")
+    assert [(row["number"], row["layer"]) for row in sheet.rows()] == [(2, "2"), (3, "3")]
+    for row, layer in zip(sheet.rows(), report.cut, strict=True):
+        assert row["kernel_error"] == layer.kernel_error
+        assert (row["output_error_before"], row["output_error_after"]) == (
+            layer.output_error_before, layer.output_error_after,
+        )  # fmt: skip
+        assert row["decision"] in ("refit", "kept")
+    plain = error_sheet(test_report.made(test_report.small(), 2))
+    assert [chart.name for chart in plain.charts] == ["kernels"]
+    assert plain.rows()[0]["output_error_after"] is None
+
+
+def test_training_is_counted_over_all_runs() -> None:
+    rows = training_sheet(calibrated_and_trained()).rows()
+    assert [(row["epoch"], row["run"], row["loss"]) for row in rows] == [(1, 1, 1), (2, 1, 0.5), (3, 2, 1), (4, 2, 0.5)]
+    assert {row["test_top1"] for row in rows} == {0.95}
+
+
+def test_the_strip_has_every_layer() -> None:
+    found = test_report.made(test_report.small(), 2, exclude=["3"])
+    rows = layer_strip(found).rows()
+    assert [(row["layer"], row["kernel"], row["kept"], row["total"], row["share"]) for row in rows] == [
+        ("0", "3x3", 9, 9, 1.0), ("2", "5x5", 10, 25, 0.4), ("3", "3x3", 0, 9, 1.0),
+    ]  # fmt: skip
+    assert (rows[1]["parameters"], rows[1]["kept_parameters"]) == (400, 160)
+    assert rows[2]["why"]
+
+
+@pytest.mark.parametrize(
+    ("make", "lam", "message"),
+    [
+        (error_sheet, "full", "nothing is cut in net: it makes no errors to draw"),
+        (training_sheet, 2, "net records no epochs of training: harmconvert finetune trains a checkpoint"),
+    ],
+)
+def test_what_was_never_done_has_no_chart(make: Callable[[Report], Any], lam: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make(test_report.made(test_report.small(), lam))
+
+
+def test_errors_that_nobody_wrote_down_have_no_chart() -> None:
+    conversion = convert(test_report.small(), 2)
+    report = report_of(conversion.model, save(conversion.model, "bare.safetensors"), "bare")
+    with pytest.raises(InputError, match="bare does not record what its cut broke"):
+        error_sheet(report)
+    with pytest.raises(InputError, match="there are no layers to draw"):
+        layer_strip(replace(report, layers=()))
+
+
+def searched() -> Sheet:
+    conversion = convert(
+        test_report.small(), budget={"params": 0.6}, example_input=torch.zeros(1, 1, 16, 16), search=SearchSettings(4)
+    )
+    assert conversion.search is not None
+    return search_sheet(conversion.search)
+
+
+def strip_of(count: int) -> Strip:
+    """Of every look: cut, whole, skipped."""
+    layers = layer_strip(test_report.made(test_report.small(), 2, exclude=["3"])).layers
+    return Strip(tuple(layers[number % 3] for number in range(count)))
+
+
 # --- images ---
 
 
@@ -307,6 +393,15 @@ DRAWN: dict[str, Callable[[], Any]] = {
     "spectrum, cut": lambda: spectrum(convert(nn.Sequential(nn.Conv2d(1, 1, 3), nn.Conv2d(1, 1, 3)), 2).model),
     "spectrum, 300 layers": deep,
     "spectrum, hostile": lambda: spectrum(Hostile()),
+    "errors": lambda: error_sheet(calibrated_and_trained()),
+    "errors, 1000 layers": lambda: error_sheet(test_report.deep()),
+    "errors, hostile": lambda: error_sheet(test_report.hostile()),
+    "training": lambda: training_sheet(calibrated_and_trained()),
+    "layers": lambda: strip_of(3),
+    "layers, 64": lambda: strip_of(64),
+    "layers, 1000": lambda: strip_of(1000),
+    "layers, hostile": lambda: layer_strip(test_report.hostile()),
+    "search": searched,
     "trade-off": lambda: small_tradeoff(calibration=[IMAGES]),
     "trade-off, no labels": lambda: small_tradeoff(torch.full((60,), -1)),
     "trade-off, linear": even_tradeoff,
@@ -326,7 +421,7 @@ def test_images_are_sound_and_of_a_size_to_look_at(name: str) -> None:
     assert 200 <= height <= 6500
 
 
-@pytest.mark.parametrize("name", ["filters, cut", "spectrum, hostile", "trade-off, linear"])
+@pytest.mark.parametrize("name", ["filters, cut", "spectrum, hostile", "trade-off, linear", "errors", "layers"])
 def test_the_same_numbers_give_the_same_bytes(name: str) -> None:
     for suffix in (".png", ".svg"):
         figures.save(figures.draw(DRAWN[name]()), Path(f"a{suffix}"), suffix)
@@ -452,11 +547,44 @@ def test_the_tradeoff_is_told_as_a_table_and_says_what_uncut_means() -> None:
     assert result.stdout.splitlines()[-1] == "wrote cut-tradeoff.png and cut-tradeoff.csv"
 
 
+def test_the_pages_charts_by_command() -> None:
+    calibrated = ["--calibrate", "sample:mnist5k", "--calibration-images", "40"]
+    ok("convert", SAMPLE, "--lambda", "stage3.2.*=2", *calibrated, "-o", "cut.safetensors")
+    result = ok("report", "cut.safetensors", "--figure", "errors", "--json")
+    rows = same_rows("cut-errors.csv", result.stdout)
+    assert [row["layer"] for row in rows] == ["stage3.2.conv1", "stage3.2.conv2"]
+    assert all(row["output_error_after"] <= row["output_error_before"] for row in rows)
+    assert json.loads(result.stdout)["source"] == SAMPLE
+    rows = same_rows("l.csv", ok("report", "cut.safetensors", "--figure", "layers", "-o", "l.svg", "--json").stdout)
+    assert [row["kept"] for row in rows] == [9] * 17 + [3, 3]
+    assert ElementTree.parse("l.svg").getroot().tag.endswith("svg")
+    fails(
+        3,
+        "cut records no epochs of training: harmconvert finetune",
+        "report",
+        "cut.safetensors",
+        "--figure",
+        "training",
+    )
+    ok("convert", SAMPLE, "--lambda", "2", "-o", "plain.safetensors")
+    result = ok("report", "plain.safetensors", "--figure", "errors")
+    assert "note: it was not calibrated: these are errors of the kernels alone" in result.stderr
+    assert result.stdout == "wrote plain-errors.png and plain-errors.csv\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         ([], 2, "which figure? give --figure filters, spectrum or tradeoff"),
-        (["--figure", "pie"], 2, "'pie' is not one of 'filters', 'spectrum', 'tradeoff'"),
+        (
+            ["--figure", "pie"],
+            2,
+            "'pie' is not one of 'filters', 'spectrum', 'tradeoff', 'errors', 'training', 'layers'",
+        ),
+        (["--figure", "errors"], 2, "is no harmonic checkpoint: make one first with: harmconvert convert"),
+        (["--figure", "layers", "--kernel-size", "3"], 2, "--kernel-size is of use only with --figure filters or"),
+        (["--figure", "training", "--include", "x"], 2, "--include is of use only with --figure tradeoff"),
+        (["--figure", "errors", "--device", "cpu"], 2, "--device is of use only with --figure tradeoff or --latency"),
         (["--figure", "filters", "-o", "a.pdf"], 2, "a.pdf should end in .png or .svg"),
         (["--figure", "filters", "-o", "none/a.png"], 2, "the folder none does not exist"),
         (["--figure", "filters", "--kernel-size", "7"], 2, "no layer has a kernel of 7 (there are: 3x3)"),

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from harmconvert.benchmark import Benchmark, Row
 from harmconvert.budget import SearchSettings
 from harmconvert.calibration import CalibrationSettings
 from harmconvert.checkpoint import Header, Source, read_header, save
@@ -32,7 +33,6 @@ from harmconvert.report import grid
 from harmconvert.report.charts import axis, counted
 from harmconvert.report.comparison import compare
 from harmconvert.report.page import page, shortened_name, write_report
-from harmconvert.report.record import record_of
 from harmconvert.report.summary import Report, report_of
 from harmconvert.sources import open_source
 
@@ -78,10 +78,27 @@ def made(network: nn.Module, lam: Any = 2, history: dict[str, Any] | None = None
     """The report of a conversion, as the command line makes it."""
     conversion = convert(network, lam, **given)
     source = Source("sample", "resnet_mnist5k", {}, "ab" * 32, "Apache-2.0")
-    record = {**record_of(conversion, network), **(history or {})}
-    header = save(conversion, "net.safetensors", source=source, history=record, force=True)
+    header = save(conversion, "net.safetensors", source=source, history=history, force=True)
     example = given.get("example_input")
     return report_of(conversion.model, header, "net", path="net.safetensors", example_input=example)
+
+
+def timed() -> Benchmark:
+    """What `benchmark` finds: the factored form was not timed."""
+    rows = [
+        Row("dense", False, "contiguous", 4, 2, 0.03, 0.01, 133.0, None, 0.0),
+        Row("dense", False, "channels_last", 4, 2, 0.02, 0.02, 200.0, None, 0.0),
+        Row("harmonic", False, "contiguous", 4, 2, 0.0215, 0.031, 186.0, None, 0.0),
+    ]
+    machine = {
+        "device": "cpu",
+        "processor": "x86_64",
+        "capability": "AVX2",
+        "cores": 2,
+        "gpu": "none of it",
+        "torch": "9",
+    }
+    return Benchmark(tuple(rows), {}, machine)
 
 
 def rich_report() -> Report:
@@ -91,11 +108,11 @@ def rich_report() -> Report:
         network, budget={"params": 0.6}, calibration=[inputs], example_input=inputs[:1], search=SearchSettings(4),
         settings=CalibrationSettings(seed=3),
     )  # fmt: skip
-    history = {**record_of(conversion, network), "training": [training()]}
+    history = {"training": [training()]}
     header = save(conversion, "net.safetensors", source=Source("timm", "x", {"a": 1}, "cd" * 32), history=history)
     return report_of(
         conversion.model, header, "net", path="net.safetensors", example_input=inputs[:1],
-        latency={"dense": 0.02, "harmonic": 0.021},
+        latency=timed(),
     )  # fmt: skip
 
 
@@ -121,6 +138,35 @@ def test_the_data_are_those_of_the_snapshot() -> None:
     assert json.loads(json.dumps(snapshot())) == json.loads(SNAPSHOT.read_text())
 
 
+def test_forms_have_the_time_of_their_faster_layout() -> None:
+    found = rich_report()
+    assert [(form.seconds, form.spread, form.layout) for form in found.forms] == [
+        (0.02, 0.02, "channels_last"), (0.0215, 0.031, "contiguous"), (None, None, None),
+    ]  # fmt: skip
+    assert found.timing == {"batch": 4, "threads": 2, "machine": timed().machine}
+    assert found.to_json()["timing"]["batch"] == 4
+    assert replace(found, timing=None).to_json()["timing"] is None
+
+
+def test_latency_by_command() -> None:
+    ok("convert", SAMPLE, "--lambda", "2", "-o", "cut.safetensors")
+    assert "--latency 1</code> measures it" in page(made(small(), 2))
+    fails(
+        2, "--device is of use only with --figure tradeoff or --latency", "report", "cut.safetensors", "--device", "cpu"
+    )
+    ok("report", "cut.safetensors", "--latency", "2", "--device", "cpu", "-o", "a.json")
+    found = json.loads(Path("a.json").read_text())
+    assert all(form["seconds"] > 0 and 0 <= form["spread"] < 10 for form in found["forms"])
+    assert (found["timing"]["batch"], found["timing"]["machine"]["device"]) == (2, "cpu")
+    assert found["timing"]["threads"] == torch.get_num_threads()
+    assert found["sha256"], "and all else as without"
+    Path("net.py").write_text("from torch import nn\ndef net():\n    return nn.Sequential(nn.Conv2d(1, 2, 3))\n")
+    ok("convert", "net.py:net", "--input-size", "1,8,8", "-o", "own.safetensors")
+    own = ["report", "own.safetensors", "--trust-code", "--latency", "1", "-o", "b.json"]
+    fails(2, "this network does not say what it takes: give --input-size C,H,W", *own)
+    ok(*own, "--input-size", "1,8,8")
+
+
 def test_a_checkpoint_tells_afterwards_what_the_conversion_knew() -> None:
     ok("convert", SAMPLE, "--lambda", "2", "-o", "cut.safetensors", "--report", "now.json")
     ok("report", "cut.safetensors", "-o", "later.json")
@@ -134,13 +180,13 @@ def test_a_checkpoint_tells_afterwards_what_the_conversion_knew() -> None:
     assert [form["parameters"] for form in found["forms"]] == [271994, 93818, 93818]
     assert found["forms"][0]["macs"] > found["forms"][2]["macs"]
     assert found["stages"] == []
-    assert Plan.from_json(found["plan"]) == read_header("cut.safetensors").plan
+    assert Plan.load("now.json") == read_header("cut.safetensors").plan, "so that --plan takes a report"
 
 
 def test_what_is_not_known_is_none() -> None:
     network = small()
     conversion = convert(network, 2)
-    found = report_of(conversion.model, save(conversion, "net.safetensors"), "net")
+    found = report_of(conversion.model, save(conversion.model, "net.safetensors"), "net")
     assert {form.macs for form in found.forms} == {form.seconds for form in found.forms} == {None}
     assert (found.source, found.stages, found.calibration, found.search, found.commands) == (None, (), None, None, ())
     cut = found.cut[0]
@@ -149,8 +195,21 @@ def test_what_is_not_known_is_none() -> None:
     assert cut.spectrum is not None
     assert [value == 0 for value in cut.spectrum] == [not kept for kept in cut.keeps]
     text = page(found)
-    for words in ("Accuracy is not known", "unknown", "not measured", "not recorded", "Errors are not recorded"):
+    for words in ("Accuracy is not known", "unknown", "was not measured", "not recorded", "Errors are not recorded"):
         assert words in text, words
+
+
+def test_saving_a_conversion_from_python_records_what_the_command_line_records() -> None:
+    ok("convert", SAMPLE, "--lambda", "2", "-o", "by_command.safetensors")
+    conversion = convert(open_source(SAMPLE).model, 2)
+    header = save(conversion, "by_python.safetensors", history={"mine": 1})
+    told = read_header("by_command.safetensors").history["conversion"]
+    assert {**header.history["conversion"], "cost": None} == {**told, "cost": None}, "no example_input, so no MACs"
+    assert header.history["mine"] == 1
+    assert read_header("by_python.safetensors") == header
+    report = report_of(conversion.model, header, "net")
+    assert report.layers[1].energy == conversion.layers[1].energy
+    assert report.layers[1].spectrum_uncut
 
 
 def test_stages_are_those_that_were_measured() -> None:
@@ -160,9 +219,7 @@ def test_stages_are_those_that_were_measured() -> None:
     assert [stage.top1 for stage in found.stages] == [0.99, 0.5, None, 0.98, 0.98]
     assert found.stages[2].why == "--calibration-images 0"
     assert found.stages[0].top1_interval == pytest.approx((0.98169, 0.99456), abs=1e-4)
-    held_out = record_of(convert(small(), 2), small())
-    held_out["conversion"]["held_out"] = {"uncut": evaluation(0.9), "converted": evaluation(None)}
-    found = made(small(), 2, held_out)
+    found = made(small(), 2, {"held_out": {"uncut": evaluation(0.9), "converted": evaluation(None)}})
     assert [(stage.name, stage.top1, stage.agreement) for stage in found.stages] == [
         ("uncut", 0.9, None), ("cut", None, 0.75),
     ]  # fmt: skip
@@ -202,6 +259,8 @@ def test_commands_say_plan_where_no_lambda_gives_it_and_options_that_differ() ->
     options = "--epochs 2 --lr 0.01 --decay-milestones 1,2 --scale 0.5 1.0 --model-ema-decay 0.9 --freeze-bn"
     assert finetune_line == f"harmconvert finetune cut.safetensors --data-dir DATA {options} -o net.safetensors"
     assert "--plan plan.json" in made(small(), 2, include=["3"]).commands[0], "no lambda alone gives that"
+    long = made(small(), {f"[{'3' * count}]": 2 for count in range(1, 40)})
+    assert "--plan plan.json" in long.commands[0], "nobody reads a lambda of hundreds of letters"
     calibrated = made(small(), 2, calibration=[torch.randn(40, 1, 16, 16)], settings=CalibrationSettings(0.1, seed=7))
     assert "--calibrate DATA --calibration-images 40 --seed 7 --damping 0.1" in calibrated.commands[0]
 
@@ -258,7 +317,8 @@ class Outline(html.parser.HTMLParser):
 
 
 def test_the_page_is_sound_and_has_every_section() -> None:
-    outline = Outline(page(rich_report()))
+    report = rich_report()
+    outline = Outline(page(report))
     assert outline.open == []
     assert outline.text["h2"] == [
         "What it costs", "The network, layer by layer", "Which frequencies the layers live on",
@@ -271,7 +331,16 @@ def test_the_page_is_sound_and_has_every_section() -> None:
     assert classes.count("area") == 5, "two of errors, one of the search, two of training"
     assert sum("data-i" in attributes for _, attributes in outline.tags) == 3
     assert any("99.00 %" in text for text in outline.text["span"])
-    assert "20 ms" in outline.text["td"]
+    assert "20.0 ms " in outline.text["td"]
+    assert "± 2 %" in outline.text["span"]
+    assert "not measured" in outline.text["td"], "of the factored form"
+    (plan,) = (text for text in outline.text["pre"] if text.startswith("{"))
+    assert Plan.from_json(json.loads(plan)) == report.plan
+    assert plan.count("\n") < 20, "a line for each layer"
+    note = next(text for text in outline.text["p"] if "Latency is" in text)
+    assert "of 4 examples" in note
+    assert "with 2 threads on x86_64 (AVX2, 2 cores), torch 9" in note
+    assert "--latency" not in note
 
 
 def test_sections_without_anything_to_show_are_left_out() -> None:
@@ -312,7 +381,7 @@ def hostile() -> Report:
     network = nn.Module()
     network.layers = nn.ModuleDict({name.replace(".", "_"): nn.Conv2d(1, 1, 3) for name in HOSTILE})
     conversion = convert(network, 2)
-    history = {**record_of(conversion, network), "training": [training()]}
+    history: dict[str, Any] = {**conversion.history(), "training": [training()]}
     history["training"][0]["stages"][2]["why"] = HOSTILE[0]
     plan = replace(conversion.plan, policy=HOSTILE[0], notes={"layers." + HOSTILE[0]: HOSTILE[1]})
     source = Source(HOSTILE[0], HOSTILE[1], {HOSTILE[2]: HOSTILE[3]}, HOSTILE[0], HOSTILE[1])
@@ -392,6 +461,7 @@ def test_axes_hold_their_values_between_round_numbers() -> None:
     assert log.place(10.0) == 100
     assert [word for _, word in log.words()] == ["0.001", "0.01", "0.1", "1", "10"]
     assert not axis("", [0.0, 0.0], log=True).log
+    assert [word for _, word in axis("", [0.07, 0.11]).words()] == ["0.07", "0.08", "0.09", "0.10", "0.11"]
     assert counted("", 1).ticks == (1,)
     assert counted("", 19).ticks[0] == 1
     assert len(counted("", 1000).ticks) <= 8
@@ -432,6 +502,7 @@ def test_the_report_is_written_beside_and_never_over_something() -> None:
         (["report", "cut.safetensors", "--kernel-size", "3"], 2, "--kernel-size is of use only with --figure filters"),
         (["report", "cut.safetensors", "--include", "x"], 2, "--include is of use only with --figure tradeoff"),
         (["report", "cut.safetensors", "--figure", "filters", "--input-size", "1,9,9"], 2, "only without --figure"),
+        (["report", "cut.safetensors", "--figure", "layers", "--latency", "1"], 2, "--latency is of use only without"),
         (["report", "cut.safetensors", "-q", "-v"], 2, "--quiet and --verbose: give one of them"),
         (["compare", "cut.safetensors"], 2, "a comparison wants two checkpoints or more"),
         (["compare", "cut.safetensors", SAMPLE], 2, "sample:resnet_mnist5k is no harmonic checkpoint: make one first"),
@@ -533,7 +604,9 @@ SHOWN: dict[str, Callable[[], Report]] = {
 def test_pages_in_a_browser(browser: Any, name: str) -> None:
     report = SHOWN[name]()
     path = Path("page.html")
+    start = time.process_time()
     write_report(report, path)
+    assert time.process_time() - start < 3
     assert path.stat().st_size < 2e6
     for width, scheme in ((360, "light"), (1440, "dark")):
         with Visit(browser, path, width, scheme) as visit:

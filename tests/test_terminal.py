@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import pty
 import re
@@ -10,12 +11,14 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from pathlib import Path
 
 import pytest
 from rich.cells import cell_len
 
-from harmconvert.cli import COMMANDS
+from harmconvert.cli import COMMANDS, waiting
+from harmconvert.cli.waiting import busy, progress
 
 from .pictures import digit_folders
 from .test_cli import SAMPLE
@@ -53,6 +56,10 @@ RUNS: dict[str, list[str]] = {
     "finetune": ["finetune", "cut.safetensors", *TRAIN, "-o", "tuned.safetensors"],
     "train": ["train", SAMPLE, "--recipe", "finetune", *TRAIN, "-o", "trained.safetensors"],
     "report": ["report", "tuned.safetensors"],
+    "report, latency": ["report", "tuned.safetensors", "--latency", "2", "-o", "timed.html"],
+    "report, errors": ["report", "cal.safetensors", "--figure", "errors"],
+    "report, training": ["report", "tuned.safetensors", "--figure", "training"],
+    "report, layers": ["report", "tuned.safetensors", "--figure", "layers"],
     "report, tradeoff": ["report", SAMPLE, "--figure", "tradeoff", *DATA],
     "compare": ["compare", "cut.safetensors", "cal.safetensors", "tuned.safetensors"],
     "compare, long names": ["compare", "long.safetensors", "cut.safetensors", "--trust-code"],
@@ -174,7 +181,55 @@ def test_in_a_terminal_there_are_bars_that_go_away(terminal: dict[str, tuple[int
     for name in ("convert, calibrated", "verify", "evaluate", "finetune", "report, tradeoff"):
         _, text = terminal[name]
         assert "━" in text, name
-        assert re.search(r"\d:\d\d:\d\d|-:--:--", text), f"{name}: the time left"
+        assert re.search(r"\x1b\[36m(\d:\d\d:\d\d|-:--:--)", text), f"{name}: the time left, in its colour"
+
+
+def test_in_a_terminal_a_spinner_turns_while_a_network_loads_and_goes_away(
+    terminal: dict[str, tuple[int, str]],
+) -> None:
+    turning = re.compile(r"[⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏][^\n]* loading ")
+    for name in set(RUNS) - {"refusal", "convert, quiet"}:
+        _, text = terminal[name]
+        *_, last = turning.finditer(text)
+        assert "\x1b[2K" in text[last.end() :], f"{name}: the line is cleared"
+    assert not turning.search(terminal["convert, quiet"][1])
+
+
+class Screen(io.StringIO):
+    """Takes itself for a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_spinner_steps_aside_for_whoever_knows_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Screen()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", screen)
+    with busy("loading resnet50") as tell:
+        tell("reading resnet50")
+        print("12 % of a download", file=sys.stderr)
+    assert sys.stderr is screen
+    turned, cleared, rest = screen.getvalue().rpartition("\x1b[2K")
+    assert "loading resnet50" in turned
+    assert cleared
+    assert rest == "12 % of a download\n", "and the spinner does not come back"
+
+
+def test_in_a_pipe_a_line_says_what_takes_long(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(waiting, "_SOON", 0.05)
+    with busy("loading a small network"):
+        pass
+    with busy("loading a large network"):
+        time.sleep(0.5)
+    with progress("converting"):
+        time.sleep(0.5)
+    monkeypatch.setenv("RANK", "1")
+    with busy("loading it again"), progress("converting"):
+        time.sleep(0.2)
+    assert capsys.readouterr() == ("", "  loading a large network\n  converting\n")
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -158,6 +158,7 @@ def command(
     from ..distributed import joined, rank
     from ..files import check_output, default_name
     from ..plan import Plan, parse_lambda
+    from ..report.sheets import search_sheet
     from ..report.writing import check_figure, write_figure
     from ..sources import is_harmonic_source
     from .labelled import halves
@@ -178,14 +179,13 @@ def command(
     if (share or labelled) and probes is None and more["data"]:
         probes = _probes_beside(output, source)
     with joined():
-        options.say(f"loading {source}")
-        network = options.opened(source, more, form="harmonic" if as_it_is else "dense")
+        network = options.opened(source, more, at_once=True, form="harmonic" if as_it_is else "dense")
         if as_it_is and network.header:
             return _keep(network, input_size, output, page, force, as_json)
         options.place(network.model, device, more["data"] or labelled)
         worth, judged = halves(labelled, network.model, more) if labelled else (None, None)
         images, settings = options.calibration(more, network.model, input_size)
-        with options.progress() as progress:
+        with options.progress("converting") as progress:
             conversion = convert(
                 network.model,
                 policy,
@@ -202,11 +202,12 @@ def command(
                 settings=settings,
                 progress=progress,
             )
-        held_out = judged(network.model, conversion.model) if judged else None  # by all processes
+        with options.busy("testing on the images that chose nothing"):
+            held_out = judged(network.model, conversion.model) if judged else None  # by all processes
         if rank() > 0:
             return 0  # the first process verifies and writes
         if figure and conversion.search:
-            write_figure(conversion.search, *figure, force)
+            write_figure(search_sheet(conversion.search), *figure, force)
         if save_plan:
             conversion.plan.save(save_plan, force)
         _finish(network, conversion, input_size, output, page, force, as_json, held_out, more["dtype"])
@@ -285,7 +286,6 @@ def _finish(
     from ..errors import CheckError
     from ..precision import in_fewer_bits
     from ..report import tables
-    from ..report.record import record_of
     from ..verify import verify
 
     console = options.console(quiet=as_json)
@@ -310,12 +310,14 @@ def _finish(
         check = verify(network.model, conversion.model, inputs, progress=progress)
     if not (check.ok or (check.as_planned and not conversion.plan.whole)):
         raise CheckError(f"{check.verdict}; nothing was written")
-    record = record_of(conversion, network.model, held_out)
     console.print(check.verdict, markup=False)
     if dtype != "float32":
         conversion, difference = in_fewer_bits(conversion, dtype, inputs)
         console.print(f"rounded to {dtype}: outputs differ by {difference:.1e} of the largest", markup=False)
-    header = save(conversion, output, source=network.source, history=record, force=force)
+    judged = {name: found.to_json() for name, found in held_out.items()} if held_out else None
+    header = save(
+        conversion, output, source=network.source, history={"held_out": judged} if judged else None, force=force
+    )
     console.print(f"wrote {output} ({tables.file_size(output)})", markup=False)
     if page:
         pages.write_page(conversion.model, header, output, page, force, sizes)
@@ -325,8 +327,7 @@ def _finish(
             console.print(f"{name}, on the images that chose nothing: {found}", markup=False)
     if as_json:
         told = {"output": output, **conversion.to_json(), "verification": check.to_json()}
-        held_out = {name: found.to_json() for name, found in held_out.items()} if held_out else None
-        options.print_json({**told, "held_out": held_out} | ({"report": str(page)} if page else {}))
+        options.print_json({**told, "held_out": judged} | ({"report": str(page)} if page else {}))
 
 
 def _calibration_verdict(conversion: Conversion, output: str, allow_fallback: bool) -> int:

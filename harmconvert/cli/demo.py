@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import ExitStack, nullcontext
+from functools import partial
+
 import click
 
 from . import options
@@ -18,6 +22,15 @@ def command(as_json: bool) -> None:
     """
     from ..demo import tell
 
-    facts = tell(options.say if as_json else click.echo)
+    with ExitStack() as waiting:
+        spinner = partial(options.busy, "measuring") if sys.stderr.isatty() else nullcontext
+
+        def say(line: str) -> None:
+            waiting.close()
+            (options.say if as_json else click.echo)(line)
+            waiting.enter_context(spinner())
+
+        waiting.enter_context(spinner())
+        facts = tell(say)
     if as_json:
         options.print_json(facts)

@@ -36,14 +36,16 @@ def command(source: str, compare: str | None, amp: str, as_json: bool, **given: 
     from ..evaluation import evaluate
     from ..precision import in_float32
     from ..report import tables
-    from ..sources import open_source
     from ..training.learner import autocast
 
     given |= {"no_channels_last": False, "torchcompile": False, "no_sync_bn": False}
     with joined():
         machine = training_options.machine_from(given)
         network = options.opened(source, given, form="dense")
-        other = in_float32(open_source(compare, form="dense").model.to(machine.device)) if compare else None
+        other = None
+        if compare:
+            rival = options.opened(compare, {"trust_code": False}, form="dense").model
+            other = in_float32(rival.to(machine.device))
         loading, config = training_options.evaluation_loading(given, network.model, machine)
         with options.progress() as progress:
             seen, total = 0, loading.steps or 0

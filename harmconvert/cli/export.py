@@ -60,16 +60,17 @@ def command(
 
     check_target(output, format, force, dtype, form)
     network = options.opened(source, network_options)
-    found = export(
-        network.model,
-        output,
-        format,
-        form=form,
-        dtype=dtype,
-        example_input=options.example_input(input_size, network.model),
-        force=force,
-        progress=options.say,
-    )
+    with options.busy(f"writing {output}") as say:
+        found = export(
+            network.model,
+            output,
+            format,
+            form=form,
+            dtype=dtype,
+            example_input=options.example_input(input_size, network.model),
+            force=force,
+            progress=say,
+        )
     if as_json:
         record = {"output": output, "format": format, "form": form, "dtype": dtype, "source": str(network.source)}
         options.print_json({**record, "check": asdict(found) if found else None})

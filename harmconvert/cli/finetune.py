@@ -159,12 +159,12 @@ def prepare(
     """
     from ..errors import HarmconvertError, UsageError
     from ..precision import in_float32
-    from ..sources import is_harmonic_source, open_original, open_source
+    from ..sources import is_harmonic_source, open_original
     from ..training.finetuning import Setting, new_classifier
     from ..training.learner import number_of_classes
     from ..weights import tensors_sha256
 
-    network = open_source(source, trust_code=trust_code) if is_harmonic_source(source) else None
+    network = options.opened(source, {"trust_code": trust_code}) if is_harmonic_source(source) else None
     if network is None or network.header is None:
         raise UsageError(f"{source} is no harmonic checkpoint: make one first with: harmconvert convert {source}")
     in_float32(network.model)
@@ -176,7 +176,8 @@ def prepare(
         why = f"the uncut network has not the new classifier of {num_classes} classes"
     else:
         try:
-            original = open_original(header, teacher, trust_code)
+            with options.busy("loading the uncut network"):
+                original = open_original(header, teacher, trust_code)
         except HarmconvertError as error:
             if teacher is not None:
                 raise

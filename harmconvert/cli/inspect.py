@@ -33,7 +33,8 @@ def command(source: str, no_pretrained: bool, input_size: Any, as_json: bool, **
     except OutsideError as error:
         options.say(f"note: {error}; sizes and MACs only")
         network, weights = options.opened(source, network_options, pretrained=False, form="dense"), False
-    inspection = inspect(network.model, options.example_input(input_size, network.model), energies=weights)
+    with options.busy(f"inspecting {source}"):
+        inspection = inspect(network.model, options.example_input(input_size, network.model), energies=weights)
     if as_json:
         options.print_json({"source": str(network.source), **inspection.to_json()})
         return

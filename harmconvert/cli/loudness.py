@@ -1,12 +1,18 @@
-"""How much a command says: --quiet and --verbose."""
+"""How much a command says: --quiet and --verbose, and its messages."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
+import textwrap
 import time
 from collections.abc import Callable
 from typing import Any
 
 import click
+
+from ..errors import printable
 
 _LOUDNESS, _START = "harmconvert.loudness", "harmconvert.start"
 
@@ -40,3 +46,20 @@ def loud(name: str) -> bool:
 def stamp() -> str:
     """How long the command has been running."""
     return f"[{time.monotonic() - click.get_current_context().meta[_START]:6.1f} s]"
+
+
+def silent() -> bool:
+    """Whether this process has nothing to say but what is urgent: under --quiet, and all of several but the first."""
+    return os.environ.get("RANK", "0") != "0" or loud("quiet")
+
+
+def say(message: str, *, urgent: bool = False) -> None:
+    """Messages go to stderr; of several processes the first one speaks, and under --quiet only where ``urgent``."""
+    if silent() and not (urgent and os.environ.get("RANK", "0") == "0"):
+        return
+    if loud("verbose"):
+        message = f"{stamp()} {message}"
+    if sys.stderr.isatty():  # between words; what is one word, as a path, stays one
+        width = max(shutil.get_terminal_size().columns, 20)
+        message = textwrap.fill(message, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    print(printable(message), file=sys.stderr, flush=True)  # click would write past a bar that is shown, and through it

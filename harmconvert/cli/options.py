@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
-import textwrap
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import printable
 from . import types
-from .loudness import loud, stamp
+from .loudness import loud, say
 from .loudness import loudness as loudness
+from .waiting import busy as busy
+from .waiting import progress as progress
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -168,16 +166,17 @@ def calibration(
         options["damping"], options["calibration_memory"], seed=options["seed"], inputs=options["calibration_images"]
     )
     overrides = {key: options[key] for key in ("mean", "std", "interpolation", "crop_pct")}
-    images = calibration_images(
-        options["data"],
-        model,
-        options["calibration_images"],
-        options["calibration_batch_size"],
-        overrides={**overrides, "input_size": sizes[0] if sizes else None},
-        data_dir=options["data_dir"],
-        split=options["calibration_split"],
-        seed=options["seed"],
-    )
+    with busy(f"reading images of {options['data']}"):
+        images = calibration_images(
+            options["data"],
+            model,
+            options["calibration_images"],
+            options["calibration_batch_size"],
+            overrides={**overrides, "input_size": sizes[0] if sizes else None},
+            data_dir=options["data_dir"],
+            split=options["calibration_split"],
+            seed=options["seed"],
+        )
     say(f"calibrating on {len(images)} images of {options['data']}, {_described(images.preprocessing)}")
     if images.unreadable:
         say(f"note: {len(images.unreadable)} images could not be read: {shortened(list(images.unreadable), 3)}")
@@ -199,36 +198,6 @@ def _described(config: Any) -> str:
     size = "x".join(map(str, config["input_size"]))
     mean, std = (",".join(f"{number:.4g}" for number in config[key]) for key in ("mean", "std"))
     return f"{size}, mean {mean}, std {std}, {config['interpolation']}, crop {config['crop_pct']:.3g}"
-
-
-@contextmanager
-def progress() -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on stderr with the time left; where that is no terminal, a line for every tenth of a way of over two
-    seconds."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if os.environ.get("RANK", "0") != "0" or loud("quiet"):
-        yield lambda done, total, what: None
-        return
-    if not console.is_terminal:
-        told, start = -1, time.monotonic()
-
-        def tell(done: int, total: int, what: str) -> None:
-            nonlocal told
-            steps = total if loud("verbose") else min(10, total)
-            late = loud("verbose") or time.monotonic() - start > 2
-            if total and late and done * steps // total > told:
-                told = done * steps // total
-                say(f"  {done}/{total} {what}")
-
-        yield tell
-        return
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("")
-        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=printable(what[-40:]))
 
 
 input_size = click.option(
@@ -258,17 +227,18 @@ dtype = click.option(
 force = click.option("--force", is_flag=True, help="Replace the output where it exists.")
 
 
-def opened(text: str, options: dict[str, Any], **more: Any) -> Network:
-    """The network of a source string under `network_options`."""
+def opened(text: str, options: dict[str, Any], *, at_once: bool = False, **more: Any) -> Network:
+    """The network of a source string under `network_options` or fewer of them; ``at_once`` as in `busy`."""
     from ..sources import open_source
 
-    return open_source(
-        text,
-        weights=options["weights"],
-        arguments=dict(options["arguments"]),
-        trust_code=options["trust_code"],
-        **more,
-    )
+    with busy(f"loading {text}", at_once=at_once):
+        return open_source(
+            text,
+            weights=options.get("weights"),
+            arguments=dict(options.get("arguments", ())),
+            trust_code=options["trust_code"],
+            **more,
+        )
 
 
 def place(model: Any, device: str | None, data: str | None) -> None:
@@ -352,18 +322,6 @@ def console(quiet: bool = False) -> Console:
     terminal = sys.stdout.isatty()
     quiet = quiet or loud("quiet")
     return Patient(width=None if terminal else 1000, highlight=False, soft_wrap=not terminal, quiet=quiet)
-
-
-def say(message: str, *, urgent: bool = False) -> None:
-    """Messages go to stderr; of several processes the first one speaks, and under --quiet only where ``urgent``."""
-    if os.environ.get("RANK", "0") != "0" or (loud("quiet") and not urgent):
-        return
-    if loud("verbose"):
-        message = f"{stamp()} {message}"
-    if sys.stderr.isatty():  # between words; what is one word, as a path, stays one
-        width = max(shutil.get_terminal_size().columns, 20)
-        message = textwrap.fill(message, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
-    print(printable(message), file=sys.stderr, flush=True)  # click would write past a bar that is shown, and through it
 
 
 def print_json(data: Any) -> None:

@@ -11,6 +11,7 @@ import click
 from . import options
 
 if TYPE_CHECKING:
+    from ..benchmark import Benchmark
     from ..checkpoint import Header
     from ..report.summary import Report
 
@@ -26,27 +27,35 @@ def checked(output: str, report: str | None, force: bool) -> Path | None:
     return check_report(output, report, force) if report else None
 
 
-def report_on(source: str, sizes: Sequence[tuple[int, ...]], given: dict[str, Any]) -> Report:
-    """The report of a harmonic checkpoint.
+def report_on(
+    source: str, sizes: Sequence[tuple[int, ...]], given: dict[str, Any], latency: int | None = None
+) -> Report:
+    """The report of a harmonic checkpoint, its forms timed on batches of ``latency`` examples where that is given.
 
     Raises:
-        UsageError: it is none.
+        UsageError: it is none, or (to time it) nothing says what it takes.
     """
     from ..errors import UsageError
     from ..files import short_name
     from ..report.summary import report_of
     from ..sources import is_harmonic_source
 
-    network = (
-        options.opened(source, {"weights": None, "arguments": (), **given}) if is_harmonic_source(source) else None
-    )
+    network = options.opened(source, given) if is_harmonic_source(source) else None
     if network is None or network.header is None:
         raise UsageError(f"{source} is no harmonic checkpoint: make one first with: harmconvert convert {source}")
-    example, file = (
-        options.example_input(sizes, network.model) if sizes else None,
-        Path(source.removeprefix("reference:")),
-    )
-    return report_of(network.model, network.header, short_name(source), path=file, example_input=example)
+    model, header, file = network.model, network.header, Path(source.removeprefix("reference:"))
+    times = _times(model, sizes, latency, given["device"]) if latency else None
+    example = options.example_input(sizes, model) if sizes else None
+    with options.busy(f"reading {source}"):
+        return report_of(model, header, short_name(source), path=file, example_input=example, latency=times)
+
+
+def _times(model: Any, sizes: Sequence[tuple[int, ...]], batch: int, device: str | None) -> Benchmark:
+    from ..benchmark import benchmark
+
+    options.place(model, device, None)
+    with options.progress() as progress:
+        return benchmark(model, options.random_input(sizes, model), batches=(batch,), progress=progress)
 
 
 def write_page(
@@ -58,4 +67,5 @@ def write_page(
     from ..report.summary import report_of
 
     example = options.example_input(sizes, model) if sizes else None
-    write_report(report_of(model, header, short_name(output), path=output, example_input=example), page, force)
+    with options.busy(f"writing {page}"):
+        write_report(report_of(model, header, short_name(output), path=output, example_input=example), page, force)

@@ -9,18 +9,16 @@ import click
 from . import options, pages, training_options, types
 
 if TYPE_CHECKING:
-    from ..report.filters import FilterBank
-    from ..report.spectrum import Spectrum
     from ..report.tradeoff import Tradeoff
     from ..sources import Network
 
-FIGURES = ("filters", "spectrum", "tradeoff")
+OF_A_NETWORK = ("filters", "spectrum", "tradeoff")
+OF_A_CHECKPOINT = ("errors", "training", "layers")
 
 
 def tradeoff_options(command: Any) -> Any:
     """What only the trade-off heeds."""
     for option in (
-        options.device,
         options.calibration_data_options,
         training_options.evaluation_options,
         click.option(
@@ -38,9 +36,11 @@ def tradeoff_options(command: Any) -> Any:
 @click.argument("source")
 @click.option(
     "--figure",
-    type=click.Choice(FIGURES),
-    help="Instead of the page, one figure. filters: the DCT filters and what lambda keeps of them; spectrum: which "
-    "frequencies each layer uses; tradeoff: error against parameters as lambda varies.",
+    type=click.Choice(OF_A_NETWORK + OF_A_CHECKPOINT),
+    help="Instead of the page, one figure. Of any network: filters, the DCT filters and what lambda keeps of them; "
+    "spectrum, which frequencies each layer uses; tradeoff, error against parameters as lambda varies. Of a harmonic "
+    "checkpoint: errors, of each kernel and output before and after calibration; training, loss and top-1 by epoch; "
+    "layers, what share of its frequencies each keeps.",
 )
 @click.option(
     "-o",
@@ -54,7 +54,14 @@ def tradeoff_options(command: Any) -> Any:
     type=types.KernelSize(),
     help="filters, spectrum: of this kernel only, such as 7x7; default: the most common one, or all.",
 )
+@click.option(
+    "--latency",
+    type=click.IntRange(min=1),
+    metavar="BATCH",
+    help="Time the forms here, in turns, on so many examples in a forward, for the page to show.",
+)
 @tradeoff_options
+@options.device
 @options.input_size
 @options.network_options
 @options.loudness
@@ -65,63 +72,82 @@ def command(
     output: str | None,
     force: bool,
     kernel_size: tuple[int, ...] | None,
+    latency: int | None,
     input_size: Any,
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Write a page about the harmonic checkpoint SOURCE, or with --figure one figure of any network.
+    """Write a page about the harmonic checkpoint SOURCE, or with --figure one figure.
 
     The page needs nothing but itself: what was done and what it costs, layer by layer, as far as the file tells;
-    with -o FILE.json its data. Figures are the paper's 2, 3 and 4, from your network, with their numbers beside
-    them as .csv. The trade-off tests on --dataset or --data-dir, as evaluate does, and draws the calibrated cuts, too,
-    where --calibrate says on which images.
+    with -o FILE.json its data. Figures are the paper's 2, 3 and 4, from any network, and the page's own charts, with
+    their numbers beside them as .csv. The trade-off tests on --dataset or --data-dir, as evaluate does, and draws the
+    calibrated cuts, too, where --calibrate says on which images.
 
     \b
     Example:
       harmconvert report resnet50-harmonic-progressive.safetensors -o report.html
+      harmconvert report resnet50-harmonic-progressive.safetensors --latency 1
       harmconvert report resnet50 --figure filters -o filters.svg
       harmconvert report resnet50 --figure spectrum
+      harmconvert report resnet50-harmonic-progressive.safetensors --figure errors
       harmconvert report sample:resnet_mnist5k --figure tradeoff --dataset sample:mnist5k --calibrate sample:mnist5k
     """
     from ..errors import UsageError
     from ..report import tables
-    from ..report.filters import filter_bank
-    from ..report.spectrum import spectrum
     from ..report.tradeoff import Tradeoff
     from ..report.writing import check_figure, drawing, write_figure
 
+    if figure != "tradeoff" and latency is None and given["device"] is not None:
+        raise UsageError("--device is of use only with --figure tradeoff or --latency")
     if figure is None:
-        _page(source, given, output, force, kernel_size, input_size, as_json)
+        _page(source, given, output, force, kernel_size, latency, input_size, as_json)
         return
-    if input_size:
-        raise UsageError("--input-size is of use only without --figure")
+    for option, value in (("--input-size", input_size), ("--latency", latency)):
+        if value:
+            raise UsageError(f"{option} is of use only without --figure")
     if figure != "tradeoff":
         options.only_with(tradeoff_options, "--figure tradeoff")
-    elif kernel_size is not None:
+    if figure not in ("filters", "spectrum") and kernel_size is not None:
         raise UsageError("--kernel-size is of use only with --figure filters or spectrum")
     image, numbers = check_figure(source, figure, output, force)
     drawing()
-    # Filters are those of a kernel size, whatever the weights: there is nothing to fetch.
-    form = "dense" if figure == "tradeoff" else "harmonic"
-    network = options.opened(source, given, pretrained=figure != "filters", form=form)
-    found: FilterBank | Spectrum | Tradeoff
-    if figure == "filters":
-        found = filter_bank(network.model, kernel_size)
-    elif figure == "spectrum":
-        found = spectrum(network.model, kernel_size)
-        for skip in found.skipped:
-            options.say(f"note: left out {skip.name} ({skip.kind}): {skip.why}")
-    else:
-        found = _tradeoff(network, given)
+    shown, found = _figure(figure, source, kernel_size, given)
     rows = write_figure(found, image, numbers, force)
     if as_json:
         written = {"output": str(image), "numbers": str(numbers)}
-        options.print_json({"figure": figure, "source": str(network.source), **written, "rows": rows})
+        options.print_json({"figure": figure, "source": shown, **written, "rows": rows})
         return
     console = options.console()
     if isinstance(found, Tradeoff):
         console.print(tables.tradeoff_table(found))
     console.print(f"wrote {image} and {numbers}", markup=False)
+
+
+def _figure(figure: str, source: str, kernel_size: tuple[int, ...] | None, given: dict[str, Any]) -> tuple[str, Any]:
+    """The source that it is of, and what the figure shows."""
+    from ..report import sheets
+    from ..report.filters import filter_bank
+    from ..report.spectrum import spectrum
+
+    if figure in OF_A_CHECKPOINT:
+        report = pages.report_on(source, (), given)
+        if figure == "errors" and report.calibration is None:
+            options.say("note: it was not calibrated: these are errors of the kernels alone")
+        makers = {"errors": sheets.error_sheet, "training": sheets.training_sheet, "layers": sheets.layer_strip}
+        return str(report.source or source), makers[figure](report)
+    # Filters are those of a kernel size, whatever the weights: there is nothing to fetch.
+    form = "dense" if figure == "tradeoff" else "harmonic"
+    network = options.opened(source, given, pretrained=figure != "filters", form=form)
+    shown = str(network.source)
+    if figure == "filters":
+        return shown, filter_bank(network.model, kernel_size)
+    if figure == "tradeoff":
+        return shown, _tradeoff(network, given)
+    found = spectrum(network.model, kernel_size)
+    for skip in found.skipped:
+        options.say(f"note: left out {skip.name} ({skip.kind}): {skip.why}")
+    return shown, found
 
 
 def _page(
@@ -130,6 +156,7 @@ def _page(
     output: str | None,
     force: bool,
     kernel_size: tuple[int, ...] | None,
+    latency: int | None,
     input_size: Any,
     as_json: bool,
 ) -> None:
@@ -140,14 +167,14 @@ def _page(
 
     if not is_harmonic_source(source):
         raise UsageError(
-            f"which figure? give --figure {', '.join(FIGURES[:-1])} or {FIGURES[-1]}; without it the page of a "
-            f"harmonic checkpoint is written, and {source} is none: make one with: harmconvert convert {source}"
+            f"which figure? give --figure {', '.join(OF_A_NETWORK[:-1])} or {OF_A_NETWORK[-1]}; without it the page of "
+            f"a harmonic checkpoint is written, and {source} is none: make one with: harmconvert convert {source}"
         )
     options.only_with(tradeoff_options, "--figure tradeoff")
     if kernel_size is not None:
         raise UsageError("--kernel-size is of use only with --figure filters or spectrum")
     path = check_report(source, output, force)
-    report = pages.report_on(source, input_size, given)
+    report = pages.report_on(source, input_size, given, latency)
     write_report(report, path, force)
     if as_json:
         options.print_json({"output": str(path), **report.to_json()})

@@ -50,7 +50,8 @@ def command(
     from ..verify import verify
 
     network = options.opened(original, network_options, form="harmonic")
-    other = open_counterpart(converted, network)
+    with options.busy(f"loading {converted}"):
+        other = open_counterpart(converted, network)
     inputs = options.verification_inputs(input_size, network.source)
     with options.progress() as progress:
         check = verify(network.model, other, inputs, tolerance=tolerance, progress=progress)

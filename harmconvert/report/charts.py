@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..budget import UNITS
 from .summary import LayerFacts, Report
@@ -30,8 +31,9 @@ class Axis:
         return 100 * min(max((value - low) / ((high - low) or 1), 0.0), 1.0)
 
     def words(self) -> list[tuple[float, str]]:
-        """The places of the ticks, and what is written there."""
-        return [(self.place(tick), f"{tick:g}") for tick in self.ticks]
+        """The places of the ticks, and what is written there: without powers of ten with as many digits each."""
+        digits = max((len(f"{tick:.10g}".partition(".")[2]) for tick in self.ticks), default=0)
+        return [(self.place(tick), f"{tick:g}" if self.log else f"{tick:.{digits}f}") for tick in self.ticks]
 
 
 @dataclass(frozen=True)
@@ -144,9 +146,8 @@ def error_chart(layers: Sequence[LayerFacts], plain: bool) -> Chart | None:
     )  # fmt: skip
 
 
-def search_chart(report: Report) -> Chart | None:
-    """Every plan that the budget search saw: harm against size."""
-    search = report.search
+def search_chart(search: Mapping[str, Any] | None) -> Chart | None:
+    """Every plan that a budget search saw (`Search.to_json`): harm against size."""
     if not search:
         return None
     whole, scored = search["whole"], search["scored_by"]
@@ -168,8 +169,9 @@ def search_chart(report: Report) -> Chart | None:
         Series("taken", "halo", "b", tuple(best)),
     ]
     points = [point for one in series for point in one.points]
-    x = axis(f"{UNITS.get(search['unit'], search['unit'])}, % of the uncut network's", (x for x, _, _ in points))
-    y, limit = axis(unit, (y for _, y, _ in points), log=True), 100 * search["limit"] / whole
+    limit = 100 * search["limit"] / whole
+    size = f"{UNITS.get(search['unit'], search['unit'])}, % of the uncut network's"
+    x, y = axis(size, (limit, *(x for x, _, _ in points))), axis(unit, (y for _, y, _ in points), log=True)
     shown = tuple(one for one in series if one.points)
     return Chart("search", "Harm against size", x, y, shown, limit=(limit, f"budget {search['budget']}"))
 

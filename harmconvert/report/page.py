@@ -14,8 +14,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from rich.cells import cell_len
+
 from ..basis import all_frequencies
-from ..errors import OutsideError, UsageError
+from ..errors import OutsideError, UsageError, printable
 from ..files import check_output, short_name, write_text
 from . import grid
 from .charts import Chart, error_chart, search_chart, training_charts
@@ -88,10 +90,11 @@ def _rendered(report: Report, jinja2: ModuleType) -> str:
     )  # fmt: skip
     environment.filters |= {
         "count": millions, "megabytes": megabytes, "size": size_text, "percent": _percent, "short": shortened_name,
-        "colour": grid.hexadecimal, "plan_name": lambda name: shortened_name(name, 60),
+        "colour": grid.hexadecimal, "plan_name": lambda name: shortened_name(name, 36),
+        "time": _time, "machine": _machine,
     }  # fmt: skip
     charts = [chart for chart in (error_chart(report.layers, True), error_chart(report.layers, False)) if chart]
-    maps, search, training = heat_maps(report.layers), search_chart(report), training_charts(report)
+    maps, search, training = heat_maps(report.layers), search_chart(report.search), training_charts(report)
     every = [*charts, *([search] if search else []), *training]
     return str(
         environment.get_template("page").render(
@@ -103,8 +106,9 @@ def _rendered(report: Report, jinja2: ModuleType) -> str:
             search=search,
             training=training,
             maps=maps,
+            names_width=max((cell_len(shortened_name(name)) for one in maps for _, name in one.names), default=0),
             data=_data(report, every, maps),
-            plan_json=json.dumps(report.plan.to_json(), indent=1),
+            plan_json=_in_lines(report.plan.to_json()),
         )
     )
 
@@ -196,11 +200,11 @@ def _joined(lines: Sequence[Sequence[tuple[int, int]]]) -> str:
 def _data(report: Report, charts: Sequence[Chart], maps: Sequence[HeatMap]) -> str:
     """What hovering shows, as JSON that no HTML parser can read a tag in."""
     content = {
-        "layers": [_printable(layer_text(layer)) for layer in report.layers],
-        "charts": {chart.name: [(x, y, _printable(tip)) for x, y, tip in chart.hover()] for chart in charts},
+        "layers": [printable(layer_text(layer)) for layer in report.layers],
+        "charts": {chart.name: [(x, y, printable(tip)) for x, y, tip in chart.hover()] for chart in charts},
         "maps": [
             {
-                "layers": [_printable(layer.name or "(root)") for layer in one.layers],
+                "layers": [printable(layer.name or "(root)") for layer in one.layers],
                 "frequencies": [", ".join(map(str, frequency)) for frequency in all_frequencies(one.kernel)],
                 "kept": ["".join("01"[kept] for kept in layer.keeps) for layer in one.layers],
                 "cells": base64.b64encode(one.cells).decode("ascii"),
@@ -242,13 +246,30 @@ def _percent(share: float | None, digits: int = 1) -> str:
     return "" if share is None else f"{100 * share:.{digits}f} %"
 
 
+def _time(seconds: float) -> str:
+    """Three digits, never as a power of ten."""
+    milliseconds = 1000 * seconds
+    return f"{milliseconds:.{max(0, 2 - math.floor(math.log10(max(milliseconds, 0.01))))}f} ms"
+
+
+def _machine(machine: Mapping[str, Any]) -> str:
+    processor = f"{machine.get('processor')} ({machine.get('capability')}, {machine.get('cores')} cores)"
+    chip = machine.get("gpu") if str(machine.get("device")).startswith("cuda") else processor
+    return f"{chip}, torch {machine.get('torch')}"
+
+
 def _finalized(value: Any) -> Any:
     """Names come from files: control characters, halves of pairs and turns of direction in them are no letters."""
-    return _printable(value) if type(value) is str else value
+    return printable(value) if type(value) is str else value
 
 
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+def _in_lines(data: Mapping[str, Any]) -> str:
+    """JSON to be read: a line for each layer."""
+    parts = []
+    for key, value in data.items():
+        items = ",\n  ".join(map(json.dumps, value)) if isinstance(value, list) else ""
+        parts.append(f" {json.dumps(key)}: " + (f"[\n  {items}\n ]" if items else json.dumps(value)))
+    return "{\n" + ",\n".join(parts) + "\n}"
 
 
 def _raw(jinja2: ModuleType, text: str) -> Any:

@@ -16,11 +16,13 @@ from ..training.recipe import RECIPES, Recipe
 # Options that are not called as their field of the recipe.
 _OPTIONS = {"ema": "model-ema-decay", "temperature": "distill-temperature"}
 
+_LONGEST = 200  # letters of a lambda that is still a thing to read
+
 
 def commands(header: Header, name: str, sites: Sequence[ConvSite]) -> tuple[str, ...]:
     """A shell line for each step; DATA stands for images, of which a file does not say where they lie.
 
-    A lambda is named only where it gives this very plan; otherwise the plan is, which the report holds.
+    A lambda is named only where it gives this very plan, and is short; otherwise the plan is, which the report holds.
     """
     if header.source is None:
         return ()
@@ -47,7 +49,7 @@ def _conversion(header: Header, sites: Sequence[ConvSite]) -> list[str]:
             words += ["--model-kwargs", f"{key}={value}"]
     if source.scheme == "code":
         words.append("--trust-code")
-    if _gives(plan, sites):
+    if len(plan.policy) <= _LONGEST and _gives(plan, sites):
         words += ["--lambda", plan.policy]
         words += ["--basis", plan.basis] if plan.basis != "dct" else []
         words += ["--normalization", plan.normalization] if plan.normalization != "ortho" else []

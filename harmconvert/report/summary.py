@@ -15,8 +15,9 @@ from typing import Any
 from torch import nn
 
 from ..basis import Frequency, all_frequencies
+from ..benchmark import Benchmark
 from ..checkpoint import Header, Source
-from ..convert import run_where_possible
+from ..convert import RECORD_KEY, run_where_possible
 from ..cost import Cost, LayerCost, layer_costs, network_cost, parameter_count, tensor_bytes
 from ..errors import InputError
 from ..evaluation import wilson_interval
@@ -24,7 +25,6 @@ from ..forms import fuse
 from ..plan import LayerPlan, Plan
 from ..surgery import Trace, convolutions, find_sites
 from .kernels import layers_of
-from .record import KEY
 from .reproduce import commands
 from .spectrum import spectrum
 
@@ -35,13 +35,16 @@ UNTELLABLE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticErro
 
 @dataclass(frozen=True)
 class Form:
-    """One form of the network: MACs per example, seconds of a forward where they were measured."""
+    """One form of the network: MACs per example; where it was timed (`Report.timing`) the median seconds of a forward,
+    half the distance of the quartiles as a share of it, and the memory layout that was the faster one."""
 
     name: str
     parameters: int
     bytes: int
     macs: int | None
     seconds: float | None = None
+    spread: float | None = None
+    layout: str | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ class LayerFacts:
 @dataclass(frozen=True)
 class Report:
     """All that is known of a harmonic checkpoint. ``calibration``, ``search``, ``drops`` and ``training`` are as the
-    checkpoint's history has them."""
+    checkpoint's history has them; ``timing`` is what the forms were timed with and on, None where they were not."""
 
     name: str
     source: Source | None
@@ -117,6 +120,7 @@ class Report:
     sha256: str | None = None
     file_bytes: int | None = None
     parameter_share_over_1x1: float | None = None
+    timing: Mapping[str, Any] | None = None
 
     def form(self, name: str) -> Form:
         """The form of that name."""
@@ -154,7 +158,7 @@ def report_of(
     *,
     path: str | Path | None = None,
     example_input: Any = None,
-    latency: Mapping[str, float] | None = None,
+    latency: Benchmark | None = None,
 ) -> Report:
     """All that can be said of a harmonic network.
 
@@ -162,8 +166,7 @@ def report_of(
         model: in harmonic form. header: what its file says of it.
         name: what to call it. path: its file, for hash and size.
         example_input: what MACs are counted on; the network's own size where None, and unknown where that is, too.
-        latency: seconds of a forward by form (``"dense"``, ``"harmonic"``, ``"factored"``), where somebody measured
-            them: the one place where they come in.
+        latency: its forms timed, uncompiled, at one batch size and number of threads.
 
     Raises:
         InputError: the header's history is not what this harmconvert writes.
@@ -173,7 +176,7 @@ def report_of(
     cost = network_cost(dense, header.plan, run)
     history = header.history
     try:
-        record = dict(history.get(KEY) or {})
+        record = dict(history.get(RECORD_KEY) or {})
         calibration = history.get("calibration")
         refits = {str(layer["name"]): layer for layer in (calibration or {}).get("layers", [])}
         training = tuple(dict(entry) for entry in history.get("training", []))
@@ -182,9 +185,9 @@ def report_of(
             name=name,
             source=header.source,
             plan=header.plan,
-            forms=_forms(model, cost, record.get("cost"), latency or {}),
+            forms=tuple(_timed(form, latency) for form in _forms(model, cost, record.get("cost"))),
             layers=layers,
-            stages=_stages(training, record.get("held_out")),
+            stages=_stages(training, history.get("held_out")),
             calibration=calibration,
             search=record.get("search"),
             drops=tuple(record.get("drops") or ()),
@@ -194,6 +197,7 @@ def report_of(
             sha256=_sha256(path) if path is not None else None,
             file_bytes=Path(path).stat().st_size if path is not None else None,
             parameter_share_over_1x1=cost.parameter_share,
+            timing=_timing(latency) if latency else None,
         )
     except UNTELLABLE as error:
         raise untellable(name, error) from error
@@ -204,19 +208,30 @@ def untellable(name: str, error: Exception) -> InputError:
     return InputError(f"{name}: what its header says was done to it is unreadable: {error!r}")
 
 
-def _forms(
-    model: nn.Module, cost: Cost, recorded: Mapping[str, Any] | None, latency: Mapping[str, float]
-) -> tuple[Form, ...]:
+def _forms(model: nn.Module, cost: Cost, recorded: Mapping[str, Any] | None) -> tuple[Form, ...]:
     """The forms: as counted now, and MACs as `convert` counted them where there is nothing to run the network on."""
     known = recorded or {}
     dense = cost.dense_macs if cost.dense_macs is not None else known.get("dense_macs")
     factored = cost.factored_macs if cost.factored_macs is not None else known.get("factored_macs")
     held, size = parameter_count(model), tensor_bytes(model)
     return (
-        Form("dense", cost.parameters, cost.bytes, dense, latency.get("dense")),
-        Form("harmonic", held, size, None if dense is None else dense + cost.merge_macs, latency.get("harmonic")),
-        Form("factored", held, size, factored, latency.get("factored")),
+        Form("dense", cost.parameters, cost.bytes, dense),
+        Form("harmonic", held, size, None if dense is None else dense + cost.merge_macs),
+        Form("factored", held, size, factored),
     )
+
+
+def _timed(form: Form, latency: Benchmark | None) -> Form:
+    """The form with the time of its faster layout."""
+    rows = [row for row in latency.rows if row.form == form.name and row.seconds is not None] if latency else []
+    if not rows:
+        return form
+    best = min(rows, key=lambda row: row.seconds or 0.0)
+    return replace(form, seconds=best.seconds, spread=best.spread, layout=best.layout)
+
+
+def _timing(latency: Benchmark) -> dict[str, Any]:
+    return {"batch": latency.rows[0].batch, "threads": latency.rows[0].threads, "machine": dict(latency.machine)}
 
 
 def _layers(

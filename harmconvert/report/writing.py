@@ -41,7 +41,7 @@ def check_figure(source: str, figure: str, output: str | None, force: bool) -> t
 
 
 def write_figure(found: Any, image: Path, numbers: Path, force: bool = False) -> list[dict[str, Any]]:
-    """Draw a `FilterBank`, `Spectrum`, `Tradeoff` or `Search`, write both files, and give back the rows of the .csv.
+    """Draw a `FilterBank`, `Spectrum`, `Tradeoff`, `Sheet` or `Strip`, write both files, and give back the .csv's rows.
 
     Raises: as `drawing`, and as `harmconvert.files.write_file`.
     """

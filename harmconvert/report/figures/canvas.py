@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import matplotlib
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+
+from ...errors import printable
 
 COLOURS = colormaps["viridis"]
 # Okabe and Ito's colours, told apart by people who see fewer of them.
@@ -45,3 +50,27 @@ def canvas(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
     return figure
+
+
+def share_bar(figure: Figure, axes: Sequence[Axes], title: str, of: ScalarMappable | None = None) -> None:
+    """A thin scale of `COLOURS` from 0 to 100 % above the axes."""
+    thickness, length, pad = 0.12, 0.5 * (figure.get_figwidth() - 1.5), 0.2 / figure.get_figheight()
+    bar = figure.colorbar(
+        of or ScalarMappable(Normalize(0, 100), COLOURS),
+        ax=list(axes),
+        location="top",
+        anchor=(0, 0),
+        shrink=0.5,
+        aspect=length / thickness,
+        pad=pad,
+        format="%g %%",
+    )
+    bar.set_label(title, fontsize=10.0, labelpad=6)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=2, labelsize=8.0)
+
+
+def label(name: str, limit: int = 48) -> str:
+    """A name from a file: no control characters, and the middle left out where it is long."""
+    text = printable(name.replace("\n", "?"))
+    return text if len(text) <= limit else f"{text[: limit // 2 - 1]}…{text[-limit // 2 :]}"

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from ..grid import edges
 from ..kernels import size_text
 from ..spectrum import LayerSpectrum, Spectrum
-from .canvas import COLOURS, PALE, VERMILION, canvas
+from .canvas import COLOURS, PALE, VERMILION, canvas, label, share_bar
 
 MAX_HEIGHT = 40.0  # inches: beyond that rows grow thinner instead
 
@@ -30,20 +30,7 @@ def draw_spectrum(found: Spectrum) -> Figure:
         mesh = _panel(ax, size, layers)
         _layer_names(ax, [layer.name or "(root)" for layer in layers], height / len(layers))
         _frequency_names(ax, layers[0], width)
-    thickness, length, pad = 0.12, 0.5 * (width - 1.5), 0.2 / figure.get_figheight()
-    bar = figure.colorbar(
-        mesh,
-        ax=list(axes),
-        location="top",
-        anchor=(0, 0),
-        shrink=0.5,
-        aspect=length / thickness,
-        pad=pad,
-        format="%g %%",
-    )
-    bar.set_label("mean |coefficient| of each DCT frequency, relative to the layer's largest", fontsize=10.0)
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(length=2, labelsize=8.0)
+    share_bar(figure, list(axes), "mean |coefficient| of each DCT frequency, relative to the layer's largest", mesh)
     return figure
 
 
@@ -75,7 +62,7 @@ def _layer_names(ax: Axes, names: Sequence[str], row_height: float) -> None:
     while size * step < 4.5:  # smaller cannot be read: every second name, every third, ...
         step += 1
     places = range(0, len(names), step)
-    ax.set_yticks([place + 0.5 for place in places], [_printable(names[place]) for place in places])
+    ax.set_yticks([place + 0.5 for place in places], [label(names[place]) for place in places])
     ax.tick_params(axis="y", length=0, labelsize=max(size, 4.5))
 
 
@@ -103,9 +90,3 @@ def _frequency_names(ax: Axes, layer: LayerSpectrum, width: float) -> None:
     above.tick_params(length=0, labelsize=8.0)
     above.set_xlabel("level (λ keeps those below it)")
     above.spines[:].set_visible(False)
-
-
-def _printable(name: str, limit: int = 48) -> str:
-    """A name from a file: no control characters, and the middle left out where it is long."""
-    text = "".join(c if c.isprintable() else "?" for c in name)
-    return text if len(text) <= limit else f"{text[: limit // 2 - 1]}…{text[-limit // 2 :]}"
