@@ -42,7 +42,6 @@ _CONVERSION = {
     "layers": ({...: {"energy": _NUMBER, "error": _NUMBER, "spectrum": ([finite], None)}}, None),
     "search": (_SEARCH, None),
     "drops": ([{"share": number, "drop": number}], None),
-    "held_out": ({...: _EVALUATION}, None),
 }
 STAGES = [{"name": str, "evaluation": (_EVALUATION, None), "why": _TEXT}]
 _RUN = {
@@ -51,7 +50,12 @@ _RUN = {
     "epochs": [{...: _NUMBER}],
     "evaluation": (_EVALUATION, None),
 }
-HISTORY = {"calibration": (CALIBRATION, None), "conversion": (_CONVERSION, None), "training": [_RUN]}
+HISTORY = {
+    "calibration": (CALIBRATION, None),
+    "conversion": (_CONVERSION, None),
+    "held_out": ({...: _EVALUATION}, None),
+    "training": [_RUN],
+}
 
 
 def check_history(history: Any) -> None:

@@ -36,7 +36,6 @@ from harmconvert.plan import Plan
 from harmconvert.reference import open_reference
 from harmconvert.report.comparison import compare
 from harmconvert.report.page import page, write_report
-from harmconvert.report.record import record_of
 from harmconvert.report.summary import report_of
 from harmconvert.report.tables import comparison_table, differences_table
 from harmconvert.training.finetuning import FineTuning, Stage, recorded_stages
@@ -83,7 +82,7 @@ def _file(kind: str) -> bytes:
             save(convert(_network(), 2, example_input=images[0], basis="klt"), path)
         else:
             made = convert(_network(), 2, calibration=images, settings=CalibrationSettings(memory=1 << 24))
-            history = record_of(made, _network())
+            history = made.history()
             searched = convert(_network(), budget={"params": 0.7}, search=SearchSettings(trials=0)).search
             history["conversion"]["search"] = searched.to_json() if searched else None
             stage = {"name": "cut", "evaluation": _EVALUATION, "why": None}
