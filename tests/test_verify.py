@@ -292,7 +292,9 @@ def test_subnormal_weights_have_few_digits_and_that_is_no_problem(dtype: torch.d
 
 def test_verifying_in_training_mode_moves_no_spectral_norm() -> None:
     norm = nn.utils.parametrizations.spectral_norm
-    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), norm(nn.Conv2d(4, 4, 3)))).train()
+    model: Any = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), norm(nn.Conv2d(4, 4, 3)))).train()
+    left = model[1].parametrizations.weight[0]._u
+    left.copy_(nn.functional.normalize(torch.ones_like(left), dim=0))  # as far from done as it is while training
     converted = convert(model).model
     before = [{key: t.clone() for key, t in m.state_dict().items()} for m in (model, converted)]
     check = verify(model, converted, X)
