@@ -179,9 +179,10 @@ def exchange(
         ) from error
 
 
-def in_precision(model: nn.Module, precision: torch.dtype) -> nn.Module:
-    """A copy that computes in a precision, also where its numbers are complex; its parameters, where they have that
-    precision, are the network's own: nothing may change them.
+def in_precision(model: nn.Module, precision: torch.dtype, shared: bool = False) -> nn.Module:
+    """A copy that computes in a precision, also where its numbers are complex.
+
+    ``shared``: parameters that have the precision are the network's own, to save memory; a forward must not change them.
 
     Raises:
         InputError: the network cannot be copied.
@@ -195,7 +196,7 @@ def in_precision(model: nn.Module, precision: torch.dtype) -> nn.Module:
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         if type(parameter) is nn.Parameter and parameter.is_floating_point():
-            value = parameter.detach().to(precision)
+            value = parameter.detach().to(precision, copy=not shared)
             memo[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
     try:
         return copy.deepcopy(model, memo)._apply(cast_one)

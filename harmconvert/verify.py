@@ -30,7 +30,7 @@ from .weights import tensors_sha256
 # in the documentation; the 16-bit ones are bounded by the rounding of their coefficients, amplified layer by layer.
 OUTPUT_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
-# Weights above which float64 copies of two networks are no longer made: 8 GB would go into them.
+# Weights above which copies of two networks are no longer made, in float64 or at all: 4 to 8 GB would go into them.
 MOST_IN_FLOAT64 = 2**28
 
 _ATTRIBUTES = ("stride", "padding", "dilation", "groups", "padding_mode", "output_padding", "transposed", "eps")
@@ -328,7 +328,8 @@ def _compare(
     """Relative output error, top-1 agreement (to the rounding of ``dtype``, the weights') and, where asked for,
     per-layer output errors in one precision."""
     with _default_dtype(precision):
-        models = [in_precision(model, precision) for model in (original, converted)]
+        shared = _weights(original) > MOST_IN_FLOAT64
+        models = [in_precision(model, precision, shared) for model in (original, converted)]
         inputs = fitted(inputs, models[0])
         ours, theirs = convolutions(models[0]), convolutions(models[1])
         outputs: dict[str, float] = {}

@@ -43,6 +43,7 @@ class Program(click.Group):
             signal.signal(signal.SIGTERM, _terminate)
         try:
             with warnings.catch_warnings():
+                warnings.simplefilter("always", HarmconvertWarning)
                 warnings.showwarning = partial(_warn, warnings.showwarning)
                 result = super().main(arguments, *rest, **extra)
             sys.exit(result if isinstance(result, int) else 0)
