@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from .block import HarmonicBlock2d
+from .calibration import digests
 from .comparison import relative_difference, top1_agreement
-from .conv import HarmonicMixin
+from .conv import CONVOLUTIONS, HarmonicMixin
 from .convert import default_input
 from .errors import UsageError, first_line, shortened
 from .forms import fold_blocks
 from .kernel_check import check_kernel
 from .surgery import batch_size, call, cloned, convolutions, evaluating, fitted, kernel_size, tensors_in
-from .weights import tensors_sha256
 
 # Relative difference of the outputs with the whole basis, by the dtype of the weights: float64 and float32 as promised
 # in the documentation; the 16-bit ones are bounded by the rounding of their coefficients, amplified layer by layer.
@@ -167,6 +167,8 @@ def verify(
         notes.append("the outputs hold no finite value on these inputs: nothing to compare")
     limit = OUTPUT_TOLERANCE[dtype] if tolerance is None else tolerance
     within = worst <= limit  # False for NaN
+    if not within:  # else it comes to the same, however it is built
+        problems += _built_otherwise(original, converted, pairs)
     ok = within and not structural if tolerance is not None else within and not problems and agreement in (None, 1.0)
     size = batch_size(inputs)
     return Verification(
@@ -223,6 +225,33 @@ def _pairs(original: nn.Module, converted: nn.Module) -> tuple[dict[str, tuple[n
     return pairs, problems
 
 
+def _built_otherwise(original: nn.Module, converted: nn.Module, pairs: Mapping[str, Any]) -> list[str]:
+    """Parts without parts of their own, convolutions aside, that are of another class or have other settings."""
+    theirs, problems = dict(converted.named_modules()), []
+    for name, module in original.named_modules():
+        other = theirs.get(name)
+        if other is None or name in pairs or any(module.children()) or isinstance(module, CONVOLUTIONS):
+            continue
+        kinds = [type(one).__name__ for one in (module, other)]
+        if kinds[0] != kinds[1]:
+            problems.append(f"{name}: is a {kinds[1]}, the original's a {kinds[0]}")
+            continue
+        found = _settings(other)
+        problems += [
+            f"{name}: {key} is {found[key]}, the original's {value}"
+            for key, value in _settings(module).items()
+            if key in found and found[key] != value
+        ]
+    return problems
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """What a module was made with, as far as it is plain values and changes what it computes."""
+    plain = (int, float, str, tuple, type(None))
+    aside = ("training", "inplace", "momentum")
+    return {k: v for k, v in vars(module).items() if k[0] != "_" and k not in aside and isinstance(v, plain)}
+
+
 def _written_by_calibration(converted: nn.Module) -> Mapping[str, str]:
     if (header := converted.__dict__.get("harmconvert_header")) is not None:
         return cast("Mapping[str, str]", header.calibrated)
@@ -232,8 +261,8 @@ def _written_by_calibration(converted: nn.Module) -> Mapping[str, str]:
 
 def _as_calibrated(converted: nn.Module, calibrated: Mapping[str, str]) -> dict[str, bool]:
     """Whether each tensor that calibration wrote is what it wrote."""
-    state = converted.state_dict()
-    return {key: key in state and tensors_sha256({key: state[key]}) == sha256 for key, sha256 in calibrated.items()}
+    found = digests(converted, calibrated)
+    return {key: found.get(key) == sha256 for key, sha256 in calibrated.items()}
 
 
 def _altered_state(
