@@ -36,6 +36,8 @@ UNREADABLE = (
     OSError,
 )
 
+_MOST_PACKED = 4
+
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """A state dict from a .safetensors or .pth file; pickles are read with weights_only=True, whatever the environment.
@@ -51,6 +53,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         with open_safetensors(path):
             return safetensors.torch.load_file(path)
     try:
+        check_zip(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on the pickle's age
             # An explicit weights_only=True is not overruled by TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD.
@@ -73,6 +76,19 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         if not isinstance(name, str) or (reason := why_no_values(tensor)):
             raise InputError(f"{path}: {name!r:.80} {reason if isinstance(name, str) else 'is no name of a tensor'}")
     return dict(clean_state_dict(dict(content)))
+
+
+def check_zip(path: str | Path, whole: bool = False) -> None:
+    """Raise ValueError for a zip that unpacks to far more than it holds (torch packs nothing), or, where it has to be
+    ``whole``, one with a part whose checksum is wrong, which torch.load does not look at."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as file:
+        unpacked, size = sum(info.file_size for info in file.infolist()), Path(path).stat().st_size
+        if unpacked > _MOST_PACKED * size:
+            raise ValueError(f"its {size:,} bytes unpack to {unpacked:,}")
+        if whole and (name := file.testzip()):
+            raise ValueError(f"the checksum of {name} is wrong")
 
 
 def why_no_values(tensor: Tensor) -> str | None:

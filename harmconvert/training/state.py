@@ -17,7 +17,7 @@ from ..distributed import any_rank, gathered, rank
 from ..documents import check, count, number, plain
 from ..errors import HarmconvertError, InputError, OutsideError, UsageError, first_line, shortened
 from ..files import beside, write_file
-from ..weights import UNREADABLE, why_no_values, why_unreadable
+from ..weights import UNREADABLE, check_zip, why_no_values, why_unreadable
 
 STATE_VERSION = 1
 _SHAPE = {
@@ -167,6 +167,7 @@ def _read(path: Path) -> Any:
     if reason := why_unreadable(path):
         raise InputError(f"{path} {reason}")
     try:
+        check_zip(path, whole=True)
         whole = torch.load(path, map_location="cpu", weights_only=True)
         check(whole, _SHAPE, "it")
         _check_tensors(whole, "it")
