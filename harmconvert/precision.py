@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .calibration import digests
 from .comparison import greatest_difference
 from .convert import Conversion
 from .errors import CheckError, InputError, UsageError
 from .surgery import call, cloned, evaluating, fitted, tensors_in
 from .verify import OUTPUT_TOLERANCE, seeded_inputs
-from .weights import tensors_sha256
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -47,9 +47,7 @@ def rounded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
                 raise InputError(f"{key} has values up to {largest:.3g}, out of {name}'s range: use {others}")
     calibration = small.__dict__.get("harmconvert_calibration")
     if calibration is not None:  # what calibration wrote is what stands in the file now
-        state = small.state_dict()
-        changed = {key: tensors_sha256({key: state[key]}) for key in calibration.changed if key in state}
-        small.__dict__["harmconvert_calibration"] = replace(calibration, changed=changed)
+        small.__dict__["harmconvert_calibration"] = replace(calibration, changed=digests(small, calibration.changed))
     return small
 
 

@@ -182,7 +182,7 @@ def exchange(
 def in_precision(model: nn.Module, precision: torch.dtype, shared: bool = False) -> nn.Module:
     """A copy that computes in a precision, also where its numbers are complex.
 
-    ``shared``: parameters that have the precision are the network's own, to save memory; a forward must not change them.
+    ``shared``: parameters that have the precision are the network's own; a forward must not change them.
 
     Raises:
         InputError: the network cannot be copied.

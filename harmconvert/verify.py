@@ -10,21 +10,20 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from math import isnan, prod
-from typing import Any, cast
+from math import isnan
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .block import HarmonicBlock2d
 from .comparison import relative_difference, top1_agreement
-from .conv import HarmonicMixin
 from .convert import default_input
 from .errors import InputError, UsageError, first_line, one_line, shortened
 from .forms import fold_blocks
 from .kernel_check import check_kernel
-from .surgery import batch_size, call, cloned, convolutions, evaluating, fitted, in_precision, kernel_size, tensors_in
-from .weights import tensors_sha256
+from .structure_check import altered_state, as_calibrated, built_otherwise, pairs_of, written_by_calibration
+from .surgery import batch_size, call, cloned, convolutions, evaluating, fitted, in_precision, tensors_in
 
 # Relative difference of the outputs with the whole basis, by the dtype of the weights: float64 and float32 as promised
 # in the documentation; the 16-bit ones are bounded by the rounding of their coefficients, amplified layer by layer.
@@ -32,8 +31,6 @@ OUTPUT_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e
 
 # Weights above which copies of two networks are no longer made, in float64 or at all: 4 to 8 GB would go into them.
 MOST_IN_FLOAT64 = 2**28
-
-_ATTRIBUTES = ("stride", "padding", "dilation", "groups", "padding_mode", "output_padding", "transposed", "eps")
 
 
 @dataclass(frozen=True)
@@ -140,9 +137,9 @@ def verify(
         original, converted = fold_blocks(original), fold_blocks(converted)
     dtype = max((_weight_dtype(original), _weight_dtype(converted)), key=lambda d: OUTPUT_TOLERANCE[d])
     with evaluating(original, converted):  # reading a spectrally normalised weight in training mode would change it
-        pairs, structural = _pairs(original, converted)
-    written = _as_calibrated(converted, _written_by_calibration(converted) if calibrated is None else calibrated)
-    altered = [] if structural else _altered_state(original, converted, pairs, written)
+        pairs, structural = pairs_of(original, converted)
+    written = as_calibrated(converted, written_by_calibration(converted) if calibrated is None else calibrated)
+    altered = [] if structural else altered_state(original, converted, pairs, written)
     tick = _ticker(progress, 2 * len(pairs) + 2 * (1 if dtype == torch.float64 else 2))
     kernels = {}
     for name, pair in pairs.items():
@@ -183,6 +180,8 @@ def verify(
         notes.append("the outputs hold no finite value on these inputs: nothing to compare")
     limit = OUTPUT_TOLERANCE[dtype] if tolerance is None else tolerance
     within = worst <= limit  # False for NaN
+    if not within:  # else it comes to the same, however it is built
+        problems += built_otherwise(original, converted, pairs)
     ok = within and not structural if tolerance is not None else within and not problems and agreement in (None, 1.0)
     size = batch_size(inputs)
     return Verification(
@@ -221,84 +220,6 @@ def seeded_inputs(model: nn.Module) -> Tensor:
 def _weight_dtype(model: nn.Module) -> torch.dtype:
     dtypes = [p.dtype for p in model.parameters() if p.dtype in OUTPUT_TOLERANCE]
     return max(dtypes, key=lambda d: OUTPUT_TOLERANCE[d], default=torch.float32)
-
-
-def _pairs(original: nn.Module, converted: nn.Module) -> tuple[dict[str, tuple[nn.Module, nn.Module]], list[str]]:
-    """The convolutions of both by name, and what keeps the two networks from having the same structure."""
-    ours, theirs = convolutions(original), convolutions(converted)
-    problems = [f"{name}: only in the original" for name in ours if name not in theirs]
-    problems += [f"{name}: only in the converted network" for name in theirs if name not in ours]
-    pairs = {}
-    for name, conv in ours.items():
-        if name not in theirs:
-            continue
-        other = theirs[name]
-        shapes = [tuple(cast(Tensor, c.weight).shape) for c in (conv, other)]
-        if shapes[0] != shapes[1]:
-            problems.append(f"{name}: its kernel has shape {shapes[1]}, the original's {shapes[0]}")
-            continue
-        for attribute in _ATTRIBUTES:
-            values = [getattr(c, attribute, None) for c in (conv, other)]
-            if values[0] != values[1]:
-                problems.append(f"{name}: {attribute} is {values[1]}, the original's {values[0]}")
-        real = cast(Tensor, conv.weight).is_floating_point()
-        if isinstance(other, HarmonicMixin) or (prod(kernel_size(conv)) > 1 and real):
-            pairs[name] = (conv, other)
-    return pairs, problems
-
-
-def _written_by_calibration(converted: nn.Module) -> Mapping[str, str]:
-    if (header := converted.__dict__.get("harmconvert_header")) is not None:
-        return cast("Mapping[str, str]", header.calibrated)
-    record = converted.__dict__.get("harmconvert_calibration")
-    return cast("Mapping[str, str]", record.changed) if record is not None else {}
-
-
-def _as_calibrated(converted: nn.Module, calibrated: Mapping[str, str]) -> dict[str, bool]:
-    """Whether each tensor that calibration wrote is what it wrote."""
-    state = converted.state_dict()
-    return {key: key in state and tensors_sha256({key: state[key]}) == sha256 for key, sha256 in calibrated.items()}
-
-
-def _altered_state(
-    original: nn.Module, converted: nn.Module, pairs: Mapping[str, Any], written: Mapping[str, bool]
-) -> list[str]:
-    """Parameters and buffers outside the paired kernels that differ in any bit, or from what calibration wrote."""
-    paired = {id(original.get_submodule(name)) for name in pairs}
-    names = [name for name, module in original.named_modules(remove_duplicate=False) if id(module) in paired]
-    kernels = {f"{name}.{key}".lstrip(".") for name in names for key in ("weight", "coefficients", "fitted_basis")}
-    theirs = converted.state_dict()
-    problems = []
-    for key, tensor in original.state_dict().items():
-        if key in kernels or not isinstance(tensor, Tensor) or written.get(key):
-            continue
-        if key in written:
-            problems.append(f"{key}: is not what calibration wrote")
-            continue
-        if key not in theirs:
-            problems.append(f"{key}: only in the original")
-        elif theirs[key].shape != tensor.shape or not _equal(tensor, theirs[key]):
-            problems.append(f"{key}: differs from the original's")
-    problems += [
-        f"{key}: only in the converted network"
-        for key in theirs
-        if key not in original.state_dict() and key not in kernels
-    ]
-    return problems
-
-
-def _equal(tensor: Tensor, other: Tensor) -> bool:
-    """Whether a tensor has the other's bits; where one is stored in fewer bits, rounded to those."""
-    tensor, other = (t if t.layout == torch.strided else t.to_dense() for t in (tensor, other))
-    if not (tensor.is_floating_point() and other.is_floating_point()):
-        dtype = tensor.dtype
-    else:
-        dtype = min((tensor.dtype, other.dtype), key=lambda d: -torch.finfo(d).eps)
-    return torch.equal(_bits(tensor.to(dtype)), _bits(other.to(tensor.device, dtype)))
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().flatten().view(torch.uint8) if tensor.numel() else tensor
 
 
 def _join(prefix: str, key: str) -> str:

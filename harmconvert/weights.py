@@ -38,6 +38,8 @@ UNREADABLE = (
     OSError,
 )
 
+_MOST_PACKED = 4
+
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """A state dict from a .safetensors or .pth file; pickles are read with weights_only=True, whatever the environment.
@@ -175,6 +177,9 @@ def _why_not_weights(path: str | Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
+            unpacked, size = sum(one.file_size for one in archive.infolist()), Path(path).stat().st_size
+            if unpacked > _MOST_PACKED * size:
+                return f"is refused: its {size:,} bytes unpack to {unpacked:,}"
             # What is marked as a folder torch.load does not read, and leaves memory as it found it.
             unread = next((one.filename for one in archive.infolist() if one.external_attr & 0x10), None)
             if any(name.endswith("/constants.pkl") for name in names):

@@ -926,3 +926,14 @@ def test_a_refit_out_of_range_is_not_written() -> None:
         assert torch.equal(conv.coefficients, before)
     kernel.write(torch.full((2, 2, 3, 3), 20000.0, dtype=torch.float64))
     assert conv.coefficients.isfinite().all()
+
+
+def test_calibrated_coefficients_of_other_frequencies_are_not_what_calibration_wrote() -> None:
+    """To the last bit they are: but not of what they were fitted to."""
+    model, x = stack(torch.float32), smooth((32, 3, 12, 12), dtype=torch.float32)
+    converted = hc.convert(model, 2, calibration=x.split(8)).model
+    assert hc.verify(model, converted, x[:2]).as_planned
+    converted[6].frequencies = ((0, 0), (1, 0), (2, 0))
+    converted[6]._set_basis()
+    problems = hc.verify(model, converted, x[:2]).problems
+    assert [p for p in problems if p.startswith("6: its coefficients are not what calibration wrote")]

@@ -20,7 +20,7 @@ ORDER = [
     "registration", "errors", "documents", "history", "files", "native", "weights", "distributed", "basis",
     "projection", "conv", "block",
     "factored", "timing", "layer_times", "plan", "surgery", "cost", "calibration", "forms", "budget", "convert",
-    "harmonize", "kernel_check", "comparison", "verify", "precision",
+    "harmonize", "kernel_check", "structure_check", "comparison", "verify", "precision",
     "checkpoint",
     "models", "reference", "samples", "downloads", "user_code", "sources",
     "data", "evaluation", "training", "benchmark", "export", "inspection", "report", "demo", "cli",

@@ -43,6 +43,7 @@ __all__ = [
     "LayerCalibration",
     "Progress",
     "calibrate",
+    "digests",
     "reestimate_batch_norm",
 ]
 
@@ -98,10 +99,26 @@ def calibrate(
     if data.left:
         notes.append(f"only the first {data.total} inputs were read (settings: inputs={settings.inputs})")
     state = converted.state_dict()
-    changed = {k: tensors_sha256({k: state[k]}) for k, t in before.items() if not torch.equal(state[k], t)}
+    changed = digests(converted, [key for key, tensor in before.items() if not torch.equal(state[key], tensor)])
     return Calibration(
         tuple(layers), data.total, held, plain, refit, final, kept, norms, tuple(notes), settings, changed, incomparable
     )
+
+
+def digests(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
+    """sha256 of tensors in a network's state, by key; of coefficients together with what they are coefficients of, the
+    frequencies and the basis: in another plan they would make another kernel."""
+    state = model.state_dict()
+    meanings = {
+        f"{name}.coefficients".lstrip("."): f" of {module.family}, {module.frequencies}"
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, HarmonicMixin)
+    }
+    return {
+        key: tensors_sha256({key + meanings.get(key, ""): state[key]})
+        for key in keys
+        if isinstance(state.get(key), Tensor)
+    }
 
 
 def _refit(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -151,6 +152,18 @@ def test_weights_that_are_no_plain_tensors_are_refused(tmp_path: Path, content: 
         read_weights(tmp_path / "net.pth")
 
 
+def test_weights_that_unpack_to_far_more_than_they_are_are_refused(tmp_path: Path) -> None:
+    """20 megabytes in 20 kilobytes: torch packs nothing, but unpacks what others packed."""
+    torch.save({"a": torch.zeros(5_000_000)}, tmp_path / "net.pth")
+    target = zipfile.ZipFile(tmp_path / "packed.pth", "w", zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(tmp_path / "net.pth") as plain, target as packed:
+        for info in plain.infolist():
+            packed.writestr(info.filename, plain.read(info))
+    assert read_weights(tmp_path / "net.pth")["a"].shape == (5_000_000,)
+    with pytest.raises(InputError, match=r"packed.pth is not a readable .pth file: its .* bytes unpack to 20,"):
+        read_weights(tmp_path / "packed.pth")
+
+
 @pytest.mark.parametrize(
     "spoil", [{"fc.weight": torch.zeros(3)}, {"bn.bias": torch.zeros(2, 2)}, {"dct0": torch.zeros(3)}]
 )
@@ -191,6 +204,21 @@ def test_a_state_with_parts_of_another_kind_is_not_readable(tmp_path: Path, part
     for read in (Keeper(path).load, identity_of):
         with pytest.raises(InputError, match="is no readable training state: "):
             read(path)
+
+
+def test_one_bit_in_a_state_is_seen_and_the_state_before_is_taken(tmp_path: Path) -> None:
+    """torch.load does not look at checksums: the run would have gone on with another weight."""
+    path, said = kept(tmp_path), []
+    Keeper(path, identity={"recipe": Recipe().to_json()}).save(Position(1, 3), learner().content)
+    data, weights = bytearray(path.read_bytes()), learner().content()["model"]["fc.weight"].numpy().tobytes()
+    data[data.index(weights) + 5] ^= 1
+    path.write_bytes(data)
+    position, _ = Keeper(path, say=said.append).load(path)
+    assert (position.epoch, position.step) == (1, 2)
+    assert "is no readable training state: the checksum of " in said[0]
+    path.with_name(f"{path.name}.previous").unlink()
+    with pytest.raises(InputError, match=r"the checksum of .* is wrong"):
+        Keeper(path).load(path)
 
 
 def test_a_state_without_one_of_its_parts_is_not_readable(tmp_path: Path) -> None:
