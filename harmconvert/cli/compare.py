@@ -24,9 +24,10 @@ def command(sources: tuple[str, ...], all_layers: bool, input_size: Any, trust_c
       harmconvert compare resnet50-harmonic-2.safetensors resnet50-harmonic-progressive.safetensors
       harmconvert compare cut.safetensors cut-finetuned.safetensors --json
     """
-    from ..report.comparison import compare
+    from ..report.comparison import check_enough, compare
     from ..report.tables import comparison_table, differences_table
 
+    check_enough(sources)
     reports = [pages.report_on(source, input_size, {"trust_code": trust_code}) for source in sources]
     comparison = compare(reports, all_layers)
     if as_json:

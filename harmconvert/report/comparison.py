@@ -67,6 +67,12 @@ class Comparison:
         return {"checkpoints": columns, "layers": {k: list(v) for k, v in self.layers.items()}, "notes": self.notes}
 
 
+def check_enough(what: Sequence[Any]) -> None:
+    """Raise UsageError where there are fewer than two checkpoints; call it before they are read."""
+    if len(what) < 2:
+        raise UsageError("a comparison wants two checkpoints or more")
+
+
 def compare(reports: Sequence[Report], all_layers: bool = False) -> Comparison:
     """The reports of two checkpoints or more, side by side; of their layers those of which they do not all keep as
     much, or all.
@@ -74,8 +80,7 @@ def compare(reports: Sequence[Report], all_layers: bool = False) -> Comparison:
     Raises:
         UsageError: fewer than two.
     """
-    if len(reports) < 2:
-        raise UsageError("a comparison wants two checkpoints or more")
+    check_enough(reports)
     kept = [{layer.name: (layer.kept, layer.total) for layer in report.layers} for report in reports]
     names = dict.fromkeys(layer.name for report in reports for layer in report.layers)
     rows = {name: tuple(one.get(name) for one in kept) for name in names}
