@@ -12,9 +12,9 @@ paper_scaled.csv: what was really run. *Scaled*: the same code (`harmonize`, `tr
 with dropout 0.3, on MNIST-5k with 4,000 training images and with 100, 500, 1,000, where the follow-up work claims that
 harmonic networks are ahead (top-1 error on 1,000 held-back images), and on photographs of solar cells at 32 pixels with
 100, 500, 800 (pip install elpv-dataset; 30 % of the cells held back). Each seed draws the images, the weights and the
-order, the same for every network. Every run has 400 steps of 50 images (200 epochs of 100 images, as the recipe has), and the
-recipe's rate scaled with the batch (0.1 x 50 / 128). A first try with 120 steps left the training loss at 1.5 for all
-networks and was thrown away; nothing else was chosen by looking.
+order, the same for every network. Every run has 400 steps of 50 images (200 epochs of 100 images, as the recipe has),
+and the recipe's rate scaled with the batch (0.1 x 50 / 128). A first try with 120 steps left the training loss at 1.5
+for all networks and was thrown away; nothing else was chosen by looking.
 """
 
 from __future__ import annotations
