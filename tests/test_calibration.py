@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import harmconvert as hc
-from harmconvert.calibration import CalibrationSettings, calibrate, reestimate_batch_norm
+from harmconvert.calibration import CalibrationSettings, calibrate, reestimate_batch_norm, solvers
 from harmconvert.calibration import _never_worse as never_worse
 from harmconvert.calibration.capture import ConvCall, watch_convolutions
-from harmconvert.calibration.divergence import divergence
+from harmconvert.calibration.divergence import Divergence, divergence
 from harmconvert.calibration.equations import Change, Problem
 from harmconvert.calibration.inputs import Batch, calibration_set
 from harmconvert.calibration.layers import Kernel, choose
@@ -235,6 +235,17 @@ def test_the_error_of_a_change_is_that_of_the_output(method: type[Problem]) -> N
         changed.coefficients += from_groups(D, len(changed.frequencies), False)
         changed.bias += b.flatten()
     assert built.error(Change(D, b)) == pytest.approx(measured_error(conv, changed, x), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["plain", "grouped", "ConvTranspose2d"])
+@pytest.mark.parametrize("strip", [1, 5, 100])
+def test_second_moments_summed_in_strips_are_those_of_the_responses(
+    name: str, strip: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(solvers, "_STRIP", strip)
+    built, conv, x = problem(NormalEquations, name, 6)
+    for gram, matrix in zip(built.gram_GNN, oracle.design_matrix(conv, half((3, 3)), x), strict=True):
+        assert gram.numpy() == pytest.approx(matrix.T @ matrix, rel=1e-9, abs=1e-9)
 
 
 def test_the_rescaling_repairs_each_channels_mean_and_variance() -> None:
@@ -459,7 +470,7 @@ def test_outputs_that_come_out_worse_are_taken_back() -> None:
     with torch.no_grad():
         conversion.model[6].coefficients.neg_()
     worse, _ = divergence(model, conversion.model, data.held)
-    kept, final = never_worse(model, conversion.model, data, before, plain, worse)
+    kept, final = never_worse(Divergence(model, data.held), conversion.model, before, plain, worse)
     assert (kept, final) == (0.0, plain)
     assert all(torch.equal(before[key], tensor) for key, tensor in conversion.model.state_dict().items())
 
