@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import harmconvert as hc
-from harmconvert.basis import Basis
+from harmconvert.basis import Basis, frequencies_below
 from harmconvert.budget import SearchSettings, searching
 from harmconvert.budget.choices import whole_plan
 from harmconvert.calibration import CalibrationSettings, Known, calibrate
@@ -21,7 +21,7 @@ from harmconvert.calibration.cuts import WholeLayer, whole_layers
 from harmconvert.calibration.inputs import calibration_set
 from harmconvert.calibration.layers import Kernel
 from harmconvert.calibration.responses import outputs, to_groups
-from harmconvert.calibration.solvers import NormalEquations
+from harmconvert.calibration.solvers import NormalEquations, Samples
 from harmconvert.conv import to_harmonic
 from harmconvert.plan import LayerPlan, Plan
 from harmconvert.surgery import find_sites
@@ -58,6 +58,7 @@ def test_equations_of_a_cut_are_those_of_a_look_at_it(name: str, family: Basis) 
     found, held = whole_layer(nn.Sequential(conv), "0", x.split(7), family).cut(layer, kept)
     assert (found.count, held.count) == (expected.count, expected.count // 3)
     scale = expected.channels[5].sum()  # where a cut loses nothing, rounding is of what there is
+    assert isinstance(found, NormalEquations)
     for ours, theirs in zip((*found._sums(), *found.channels), (*expected._sums(), *expected.channels), strict=True):
         assert (ours - theirs).norm() <= 1e-9 * theirs.norm() + 1e-12 * scale
 
@@ -93,12 +94,12 @@ def probed(model: nn.Module, images: Sequence[Tensor], file: Path, shared: bool)
     return scores
 
 
-@pytest.mark.parametrize(
-    "make", [stack, lambda: seeded(Branches, torch.float64), lambda: seeded(Backwards, torch.float64)]
-)
-def test_probes_from_shared_moments_are_those_of_separate_refits(make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("network", [None, Branches, Backwards])
+def test_probes_from_shared_moments_are_those_of_separate_refits(
+    network: type[nn.Module] | None, tmp_path: Path
+) -> None:
     """Of layers that run twice, share their coefficients or never run, too: each has a refit of its own in both."""
-    model, images = make(), smooth((32, 3, 20, 20)).split(8)
+    model, images = seeded(network, torch.float64) if network else stack(), smooth((16, 3, 20, 20)).split(8)
     shared, separate = (probed(model, images, tmp_path / f"{way}.json", way) for way in (True, False))
     assert shared.keys() == separate.keys()
     for name, score in separate.items():
@@ -106,10 +107,35 @@ def test_probes_from_shared_moments_are_those_of_separate_refits(make, tmp_path:
 
 
 def test_in_single_precision_they_agree_to_its_rounding(tmp_path: Path) -> None:
-    model, images = stack(torch.float32), smooth((32, 3, 12, 12), dtype=torch.float32).split(8)
+    model, images = stack(torch.float32), smooth((16, 3, 12, 12), dtype=torch.float32).split(8)
     shared, separate = (probed(model, images, tmp_path / f"{way}.json", way) for way in (True, False))
     for name, score in separate.items():
         assert shared[name] == pytest.approx(score, rel=1e-3, abs=1e-9), name
+
+
+@pytest.mark.parametrize(("name", "few"), [("16x16 patches", 12), ("Conv1d", 2)])
+def test_with_fewer_positions_than_unknowns_the_responses_themselves_are_shared(name: str, few: int) -> None:
+    """Of a small cut there may be fewer unknowns than positions."""
+    make, shape = CONVOLUTIONS[name]
+    model, x = seeded(lambda: nn.Sequential(make()), torch.float64), smooth((few, *shape[1:]))
+    size = tuple(model[0].kernel_size)
+    settings = CalibrationSettings(damping=1e-2)
+    known = Known.of(model, [x], settings)
+    believing = replace(known, whole={"0": whole_layer(model, "0", [x], Basis())})
+    assert isinstance(believing.whole["0"].fit, Samples)
+    for kept in (frequencies_below(size, 1), frequencies_below(size, 12)):
+        plan = Plan((LayerPlan("0", size, kept),))
+        found = []
+        for knowing in (known, believing):
+            converted = hc.convert(model, plan).model
+            (record,) = calibrate(model, converted, plan, knowing, settings).layers
+            found.append((record, converted[0].coefficients.detach()))
+        (separate, expected), (shared, coefficients) = found
+        assert (shared.decision, shared.solver, shared.positions) == (
+            separate.decision, separate.solver, separate.positions,
+        )  # fmt: skip
+        assert (coefficients - expected).norm() <= 1e-8 * expected.norm()
+        assert shared.error_after == pytest.approx(separate.error_after, rel=1e-8)
 
 
 def test_layers_that_a_cut_feeds_otherwise_are_left_out() -> None:
@@ -138,7 +164,7 @@ def test_what_is_known_of_one_layer_is_not_believed_of_two() -> None:
 def test_the_network_runs_once_for_all_cuts_of_its_layers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model, runs = stack(), []
     model[3].register_forward_hook(lambda *_: runs.append(1))
-    images = smooth((32, 3, 12, 12)).split(8)
+    images = smooth((16, 3, 12, 12)).split(4)
     probed(model, images, tmp_path / "probes.json", True)
     probes = len(json.loads((tmp_path / "probes.json").read_text())["single"])
     once = 4 + 4  # batches to fit on and held back

@@ -18,8 +18,8 @@ from ..conv import HarmonicMixin
 from .equations import Layer
 from .inputs import CalibrationSet
 from .sites import Site, running_sites
-from .solvers import NormalEquations, solver
-from .taking import Taking, taken_together
+from .solvers import NormalEquations, Operator, Samples, bytes_of
+from .taking import Equations, Taking, taken_together
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class WholeLayer:
     """Equations of one layer, nothing of it cut, over the inputs fitted on and those held back."""
 
     frequencies: tuple[Frequency, ...]
-    fit: NormalEquations
-    held: NormalEquations
+    fit: Equations
+    held: Equations
 
-    def cut(self, layer: Layer, frequencies: Sequence[Frequency]) -> tuple[NormalEquations, NormalEquations]:
+    def cut(self, layer: Layer, frequencies: Sequence[Frequency]) -> tuple[Equations, Equations]:
         """Those of the layer with ``frequencies`` kept, as `Layer` describes it then, and all else whole."""
         kept = [self.frequencies.index(frequency) for frequency in frequencies]
         return _cut(self.fit, layer, kept), _cut(self.held, layer, kept)
@@ -50,44 +50,63 @@ def whole_layers(
     if data.total == data.fit_total:
         return  # nothing to choose on
     sites, _ = running_sites(converted, dict(layers), data, memory)
-    waiting = [
-        Taking(site, converted, layers, seed, site.wanted, NormalEquations, bytes)
-        for site in sites
-        if len(site.calls) == 1 and (bytes := _bytes(site, layers[site.names[0]], data, memory))
-    ]
+    waiting = []
+    for site in sites:
+        bytes = _bytes(site, layers[site.names[0]], data)
+        if len(site.calls) == 1 and site.method is not Operator and bytes <= memory:
+            hold = NormalEquations if site.method is NormalEquations else Samples
+            waiting.append(Taking(site, converted, layers, seed, site.wanted, hold, bytes))
     for taking, found in taken_together(converted, waiting, [data.fit, data.held], memory):
         if not isinstance(found, str):
             (name,) = taking.site.names
             yield name, WholeLayer(layers[name].frequencies, *found)
 
 
-def _bytes(site: Site, conv: HarmonicMixin, data: CalibrationSet, memory: int) -> int:
-    """What both sets of moments take, and solving the equations of one cut beside them; 0 where that is too much."""
-    groups, out = site.groups, conv.coefficients.numel() // (site.groups * site.unknowns)
-    both = 16 * groups * site.unknowns**2
-    positions = site.sampled * data.fit_total, site.sampled * (data.total - data.fit_total)
-    fits = solver(groups, out, site.unknowns, *positions, memory - both, alone=False) is NormalEquations
-    return both + 8 * groups * site.unknowns * (5 * site.unknowns + 6 * out) if fits else 0
+def _bytes(site: Site, conv: HarmonicMixin, data: CalibrationSet) -> int:
+    """What is held of the whole layer, fitted on and held back, and the equations of one cut beside it."""
+    out = conv.coefficients.numel() // (site.groups * site.unknowns)
+    fit, held = site.sampled * data.fit_total, site.sampled * (data.total - data.fit_total)
+    whole = 2 * site.unknowns if site.method is NormalEquations else fit + held
+    return 8 * site.groups * whole * site.unknowns + bytes_of(site.method, site.groups, out, site.unknowns, fit, held)
 
 
-def _cut(whole: NormalEquations, layer: Layer, kept: Sequence[int]) -> NormalEquations:
-    frequencies = len(whole.layer.basis)
-    first_N1 = torch.arange(0, whole.layer.unknowns, frequencies)[:, None]
-    columns = (first_N1 + torch.tensor(kept)).flatten().to(whole.gram_GNN.device)
+def _cut(whole: Equations, layer: Layer, kept: Sequence[int]) -> Equations:
+    first_N1 = torch.arange(0, whole.layer.unknowns, len(whole.layer.basis))[:, None]
+    columns = (first_N1 + torch.tensor(kept)).flatten().to(whole.channels.device)
     answer_GON = torch.zeros_like(whole.layer.coefficients)
     answer_GON[:, :, columns] = layer.coefficients
     rest_GON = whole.layer.coefficients - answer_GON
-    answered_GON, missed_GON = answer_GON @ whole.gram_GNN, rest_GON @ whole.gram_GNN
-
-    def summed(coefficients_GON: Tensor) -> Tensor:
-        return (coefficients_GON @ whole.sum_GN[..., None])[..., 0]
-
-    cut = NormalEquations(layer)
+    if isinstance(whole, NormalEquations):
+        cut, sums = _cut_moments(whole, layer, columns, answer_GON, rest_GON)
+    else:
+        cut, sums = _cut_samples(whole, layer, columns, answer_GON, rest_GON)
     cut.count, cut.inputs = whole.count, whole.inputs
+    cut.channels = torch.stack([*sums, whole.channels[5]])
+    return cut
+
+
+def _cut_moments(
+    whole: NormalEquations, layer: Layer, columns: Tensor, answer_GON: Tensor, rest_GON: Tensor
+) -> tuple[Equations, list[Tensor]]:
+    """The equations, and the sums of u, a, a a, a u and u u (`Problem.channels`)."""
+    answered_GON, missed_GON = answer_GON @ whole.gram_GNN, rest_GON @ whole.gram_GNN
+    cut = NormalEquations(layer)
     cut.gram_GNN = whole.gram_GNN[:, columns][:, :, columns]
     cut.cross_GON = missed_GON[:, :, columns]
     cut.sum_GN = whole.sum_GN[:, columns]
     products = answered_GON * answer_GON, answered_GON * rest_GON, missed_GON * rest_GON
-    squares = [product.sum(-1) for product in products]
-    cut.channels = torch.stack([summed(rest_GON), summed(answer_GON), *squares, whole.channels[5]])
-    return cut
+    means = [(coefficients @ whole.sum_GN[..., None])[..., 0] for coefficients in (rest_GON, answer_GON)]
+    return cut, [*means, *(product.sum(-1) for product in products)]
+
+
+def _cut_samples(
+    whole: Samples, layer: Layer, columns: Tensor, answer_GON: Tensor, rest_GON: Tensor
+) -> tuple[Equations, list[Tensor]]:
+    """The same of responses held one by one; what is left of the unknowns may be fewer than they are."""
+    z_GRN, _ = whole.everything()
+    answer_RGO, residual_RGO = ((z_GRN @ by.mT).transpose(0, 1) for by in (answer_GON, rest_GON))
+    cut = NormalEquations(layer) if layer.unknowns <= whole.count else Samples(layer)
+    cut.keep(z_GRN[:, :, columns].transpose(0, 1), residual_RGO)
+    cut.reduce()
+    terms = residual_RGO, answer_RGO, answer_RGO**2, answer_RGO * residual_RGO, residual_RGO**2
+    return cut, [term.sum(0) for term in terms]

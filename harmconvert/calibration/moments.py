@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +73,7 @@ def response_moments(
     yield from (((name,), why) for name, why in odd.items())
     waiting = [_taking(site, converted, layers, data, seed, memory) for site in sites]
     for taking, found in taken_together(converted, waiting, [data.fit], memory):
-        yield taking.site.names, found if isinstance(found, str) else _moments(found[0])
+        yield taking.site.names, found if isinstance(found, str) else _moments(cast(NormalEquations, found[0]))
 
 
 def _taking(

@@ -14,7 +14,9 @@ from .inputs import Batch
 from .layers import Kernel, refittable_bias
 from .responses import outputs, pick_positions
 from .sites import Site, rows_of
-from .solvers import NormalEquations
+from .solvers import NormalEquations, Samples
+
+Equations = NormalEquations | Samples
 
 
 class Taking:
@@ -32,13 +34,13 @@ class Taking:
         layers: Mapping[str, HarmonicMixin],
         seed: int,
         wanted: int,
-        hold: Callable[[Layer], NormalEquations],
+        hold: Callable[[Layer], Equations],
         bytes: int,
     ) -> None:
         self.site, self.seed, self.wanted, self.hold, self.bytes = site, seed, wanted, hold, bytes
         self.modules = {name: layers[name] for name in site.names}
         self.fits_bias = refittable_bias(converted, list(self.modules.values())) is not None
-        self.parts: dict[int, NormalEquations] = {}
+        self.parts: dict[int, Equations] = {}
         self.why: str | None = None
 
     def take(self, part: int, name: str, call: ConvCall | None, batch: Batch) -> None:
@@ -57,7 +59,7 @@ class Taking:
         except Exception as error:  # one layer's trouble must not cost the others theirs
             self.why = explained(error)
 
-    def taken(self, parts: int) -> list[NormalEquations] | str:
+    def taken(self, parts: int) -> list[Equations] | str:
         """The equations of so many parts, summed over the processes; or why there are none."""
         if any_rank(len(self.parts) < parts or self.why is not None):
             return self.why or "another process could not take in its inputs"
@@ -71,7 +73,7 @@ class Taking:
 
 def taken_together(
     converted: nn.Module, waiting: Sequence[Taking], parts: Sequence[Sequence[Batch]], memory: int
-) -> Iterator[tuple[Taking, list[NormalEquations] | str]]:
+) -> Iterator[tuple[Taking, list[Equations] | str]]:
     """Each site with its equations on each of ``parts`` of the inputs, in the order given; the network is run for as
     many at once as ``memory`` bytes hold.
 
