@@ -161,7 +161,7 @@ def test_what_is_known_of_one_layer_is_not_believed_of_two() -> None:
     assert all(torch.equal(states[0][key], tensor) for key, tensor in states[1].items())
 
 
-def test_the_network_runs_once_for_all_cuts_of_its_layers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_network_runs_once_for_all_cuts_of_its_layers(tmp_path: Path) -> None:
     model, runs = stack(), []
     model[3].register_forward_hook(lambda *_: runs.append(1))
     images = smooth((16, 3, 12, 12)).split(4)
