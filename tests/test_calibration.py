@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import harmconvert as hc
 from harmconvert.calibration import CalibrationSettings, calibrate, reestimate_batch_norm, solvers
 from harmconvert.calibration import _never_worse as never_worse
+from harmconvert.calibration import divergence as divergence_room
 from harmconvert.calibration.capture import ConvCall, watch_convolutions
 from harmconvert.calibration.divergence import Divergence, divergence
 from harmconvert.calibration.equations import Change, Problem
@@ -491,6 +492,21 @@ def test_the_divergence_of_logits_is_the_mean_kl() -> None:
         b.bias += 100
         size = a(x).double().square().sum().item()
     assert divergence(a, b, batches) == (pytest.approx(5 * 4 * 100**2 / size, rel=1e-5), None)
+
+
+@pytest.mark.parametrize(("most", "runs"), [(1 << 28, 2), (5 * 4 * 4, 3), (0, 4)])
+def test_the_originals_outputs_are_kept_as_far_as_memory_goes(
+    most: int, runs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(divergence_room, "MOST_BYTES", most)
+    a, seen = seeded(lambda: nn.Linear(3, 4)), []
+    batches = [Batch(random_input((5, 3), seed=seed), tuple(range(5))) for seed in (0, 1)]
+    others = [seeded(lambda: nn.Linear(3, 4), seed=seed) for seed in (1, 2)]
+    expected = [divergence(a, other, batches) for other in others]
+    a.register_forward_hook(lambda *_: seen.append(1))
+    compare = Divergence(a, batches)
+    assert [compare(other) for other in others] == expected
+    assert len(seen) == runs
 
 
 def test_a_class_masked_out_and_outputs_that_cannot_be_compared() -> None:

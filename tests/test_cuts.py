@@ -83,6 +83,14 @@ def test_the_refit_from_shared_moments_is_the_least_squares_solution(name: str) 
         assert np.abs(converted[0].bias.detach().numpy() - bias).max() <= 1e-8 * np.abs(bias).max()
 
 
+class Silent(Branches):
+    """Of the two layers with one weight the first never runs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tied_b(self.shared(self.stem(x).relu()).relu())
+        return self.point(self.norm(self.deep["odd name [x]"](x))).mean((2, 3))
+
+
 def probed(model: nn.Module, images: Sequence[Tensor], file: Path, shared: bool) -> dict[str, float]:
     """The scores of all single cuts, from moments that a layer's cuts share or each by a refit of its own."""
     with pytest.MonkeyPatch.context() as patch:
@@ -94,7 +102,7 @@ def probed(model: nn.Module, images: Sequence[Tensor], file: Path, shared: bool)
     return scores
 
 
-@pytest.mark.parametrize("network", [None, Branches, Backwards])
+@pytest.mark.parametrize("network", [None, Branches, Backwards, Silent])
 def test_probes_from_shared_moments_are_those_of_separate_refits(
     network: type[nn.Module] | None, tmp_path: Path
 ) -> None:

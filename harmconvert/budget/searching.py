@@ -138,13 +138,15 @@ class Searching:
         """The divergence by each choice of each item, all else whole; those known from the file are not measured."""
         names = [[name_of(item.names, frequencies) for frequencies in item.sets[1:]] for item in items]
         missing = [item for item, row in zip(items, names, strict=True) if not probes.single.keys() >= set(row)]
-        total = sum(map(len, names))
+        total, done = sum(map(len, names)), sum(name in probes.single for row in names for name in row)
+        if missing:
+            self.progress(done, total, "looking at what layers are fed")
         for item, known in self._looked_at(whole, missing):
             for frequencies in item.sets[1:]:
                 if (name := name_of(item.names, frequencies)) in probes.single:
                     continue
-                done = sum(probe in probes.single for row in names for probe in row)
                 self.progress(done, total, f"probing {item.names[0]}")
+                done += 1
                 cut = [replace(p, frequencies=frequencies) for p in whole.layers if p.name in item.names]
                 plan = replace(whole, layers=tuple(cut))
                 probes.single[name] = self._divergence(plan, known, batch_norm=False)[1]
@@ -156,11 +158,10 @@ class Searching:
         """Each item with what all its probes can be solved from, where one look at the uncut network tells it."""
         if not items:
             return
-        self.progress(0, len(items), "looking at what layers are fed")
         uncut = self.convert(whole, None, self.settings).model
         convs = convolutions(uncut)
         left = {item.names[0]: item for item in items}
-        layers = {name: cast(HarmonicMixin, convs[name]) for item in items for name in item.names}
+        layers = {name: cast(HarmonicMixin, convs[name]) for name, item in left.items() if len(item.names) == 1}
         memory = memory_for(uncut, self.settings)
         for name, layer in whole_layers(uncut, layers, self._known.data, self.settings.seed, memory):
             yield left.pop(name), replace(self._known, whole={name: layer})

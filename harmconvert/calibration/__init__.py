@@ -77,9 +77,9 @@ def calibrate(
 ) -> Calibration:
     """Refit the truncated convolutions of ``converted``, in place, then re-estimate its batch norms.
 
-    Runs ``converted`` once for each truncated layer, up to that layer: the cost is linear in the inputs. Of the
-    activations one layer's of one batch are held, and answers at sampled positions. Under torch.distributed the inputs
-    are shared out and the sums are taken over all processes.
+    Runs ``converted`` once for each truncated layer, up to that layer (on one input, where enough is known of it): the
+    cost is linear in the inputs. Of the activations one layer's of one batch are held, and answers at sampled
+    positions. Under torch.distributed the inputs are shared out and the sums are taken over all processes.
 
     Args:
         original: the network that ``converted`` was made from by ``plan``; not changed.
