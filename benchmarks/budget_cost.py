@@ -3,6 +3,7 @@
     python benchmarks/budget_cost.py                       # appends to results/budget_cost.csv; takes long
     python benchmarks/budget_cost.py --frequencies best    # starts from nothing, too
     python benchmarks/budget_cost.py --images 16 --size 64 --trials 1    # does it run?
+    python benchmarks/budget_cost.py --probes FILE         # can be stopped and started again
 
 Random weights (the cost does not depend on them) and random crops of the sample photographs. Rows: the whole search for
 60 % of the parameters, the network that it delivers included; then, from its probes, a second budget of 40 %: the
@@ -76,6 +77,9 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--probes", type=Path, help="kept there: a run that was stopped goes on, and its rows count that"
+    )
     parser.add_argument("--frequencies", choices=["lambda", "best"], default="lambda")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -89,7 +93,8 @@ def main() -> None:
     with appended(RESULTS, FIELDS) as (_, write), tempfile.TemporaryDirectory() as folder:
         for what, share, trials in (("search", 0.6, args.trials), ("second budget", 0.4, 0)):
             delivering.seconds, delivering.probes = 0.0, 0
-            search = SearchSettings(trials, str(Path(folder) / "probes.json"), frequencies=args.frequencies)
+            kept = args.probes or Path(folder) / "probes.json"
+            search = SearchSettings(trials, str(kept), frequencies=args.frequencies)
             start, busy, load = time.perf_counter(), time.process_time(), os.getloadavg()[0]
             hc.convert(model, budget={"params": share}, calibration=batches, search=search)
             seconds, cpu = time.perf_counter() - start, (time.process_time() - busy) / args.threads
