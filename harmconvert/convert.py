@@ -18,7 +18,7 @@ from .basis import Basis, all_frequencies, dct_basis
 from .budget import Budget, Search, SearchSettings
 from .budget.dropping import Step, smallest_within
 from .budget.searching import Searching
-from .calibration import Calibration, CalibrationSettings, Progress, calibrate
+from .calibration import Calibration, CalibrationSettings, Known, Progress, calibrate
 from .conv import HarmonicMixin, to_harmonic
 from .cost import Cost, network_cost
 from .errors import InputError, UsageError, shortened
@@ -198,11 +198,21 @@ def convert(
     ]
     order = {name: index for index, (name, _) in enumerate(model.named_modules())}
     records.sort(key=lambda record: order[record.name])
-    calibrated = None
-    if calibration is not None:
-        calibrated = calibrate(model, converted, plan, calibration, settings, progress)
-        converted.__dict__["harmconvert_calibration"] = calibrated  # what is saved or verified later says so
-    return Conversion(converted, plan, tuple(records), network_cost(model, plan, run), calibrated)
+    conversion = Conversion(converted, plan, tuple(records), network_cost(model, plan, run))
+    return conversion if calibration is None else _calibrated(model, conversion, calibration, settings, progress)
+
+
+def _calibrated(
+    model: nn.Module,
+    conversion: Conversion,
+    calibration: Iterable[Any] | Known,
+    settings: CalibrationSettings | None = None,
+    progress: Progress | None = None,
+) -> Conversion:
+    """The conversion, its network refitted in place."""
+    calibrated = calibrate(model, conversion.model, conversion.plan, calibration, settings, progress)
+    conversion.model.__dict__["harmconvert_calibration"] = calibrated  # what is saved or verified later says so
+    return replace(conversion, calibration=calibrated)
 
 
 def _within(
@@ -221,8 +231,9 @@ def _within(
     run = run_where_possible(model, "any", example_input)
     images = None if calibration is None else tuple(calibration)
 
-    def by_plan(plan: Plan, images: Sequence[Any] | None, settings: CalibrationSettings) -> Conversion:
-        return convert(model, plan, example_input=example_input, calibration=images, settings=settings)
+    def by_plan(plan: Plan, known: Known | None, settings: CalibrationSettings) -> Conversion:
+        conversion = convert(model, plan, example_input=example_input)
+        return conversion if known is None else _calibrated(model, conversion, known, settings)
 
     given = default_input(model) if example_input is None else example_input
     searching = Searching(model, budget, find_sites(model, run), run, by_plan, images, settings, search, given)

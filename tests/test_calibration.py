@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import harmconvert as hc
-from harmconvert.calibration import CalibrationSettings, calibrate, reestimate_batch_norm
+from harmconvert.calibration import CalibrationSettings, calibrate, reestimate_batch_norm, solvers
 from harmconvert.calibration import _never_worse as never_worse
+from harmconvert.calibration import divergence as divergence_room
 from harmconvert.calibration.capture import ConvCall, watch_convolutions
-from harmconvert.calibration.divergence import divergence
+from harmconvert.calibration.divergence import Divergence, divergence
 from harmconvert.calibration.equations import Change, Problem
 from harmconvert.calibration.inputs import Batch, calibration_set
 from harmconvert.calibration.layers import Kernel, RefitError, choose
@@ -236,6 +237,17 @@ def test_the_error_of_a_change_is_that_of_the_output(method: type[Problem]) -> N
         changed.coefficients += from_groups(D, len(changed.frequencies), False)
         changed.bias += b.flatten()
     assert built.error(Change(D, b)) == pytest.approx(measured_error(conv, changed, x), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["plain", "grouped", "ConvTranspose2d"])
+@pytest.mark.parametrize("strip", [1, 5, 100])
+def test_second_moments_summed_in_strips_are_those_of_the_responses(
+    name: str, strip: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(solvers, "_STRIP", strip)
+    built, conv, x = problem(NormalEquations, name, 6)
+    for gram, matrix in zip(built.gram_GNN, oracle.design_matrix(conv, half((3, 3)), x), strict=True):
+        assert gram.numpy() == pytest.approx(matrix.T @ matrix, rel=1e-9, abs=1e-9)
 
 
 def test_the_rescaling_repairs_each_channels_mean_and_variance() -> None:
@@ -460,7 +472,7 @@ def test_outputs_that_come_out_worse_are_taken_back() -> None:
     with torch.no_grad():
         conversion.model[6].coefficients.neg_()
     worse, _ = divergence(model, conversion.model, data.held)
-    kept, final = never_worse(model, conversion.model, data, before, plain, worse)
+    kept, final = never_worse(Divergence(model, data.held), conversion.model, before, plain, worse)
     assert (kept, final) == (0.0, plain)
     assert all(torch.equal(before[key], tensor) for key, tensor in conversion.model.state_dict().items())
 
@@ -481,6 +493,21 @@ def test_the_divergence_of_logits_is_the_mean_kl() -> None:
         b.bias += 100
         size = a(x).double().square().sum().item()
     assert divergence(a, b, batches) == (pytest.approx(5 * 4 * 100**2 / size, rel=1e-5), None)
+
+
+@pytest.mark.parametrize(("most", "runs"), [(1 << 28, 2), (5 * 4 * 4, 3), (0, 4)])
+def test_the_originals_outputs_are_kept_as_far_as_memory_goes(
+    most: int, runs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(divergence_room, "MOST_BYTES", most)
+    a, seen = seeded(lambda: nn.Linear(3, 4)), []
+    batches = [Batch(random_input((5, 3), seed=seed), tuple(range(5))) for seed in (0, 1)]
+    others = [seeded(lambda: nn.Linear(3, 4), seed=seed) for seed in (1, 2)]
+    expected = [divergence(a, other, batches) for other in others]
+    a.register_forward_hook(lambda *_: seen.append(1))
+    compare = Divergence(a, batches)
+    assert [compare(other) for other in others] == expected
+    assert len(seen) == runs
 
 
 def test_a_class_masked_out_and_outputs_that_cannot_be_compared() -> None:

@@ -253,13 +253,13 @@ def test_every_order_says_what_told(monkeypatch: pytest.MonkeyPatch) -> None:
     model = hc.open_source(SAMPLE).model
     sites = find_sites(model)
     items = items_of(whole_plan(sites, include=["stage1.0.*", "stage3.2.conv2"]), {})
-    images = [mnist5k_held_back()[0][:16]]
+    data = calibration_set([mnist5k_held_back()[0][:16]])
     whole = hc.convert(model).model
     progress: list[tuple[int, int]] = []
 
     def told() -> dict[str, str]:
         orders = orders_by_error(
-            model, whole, items, Basis(), images, CalibrationSettings(),
+            model, whole, items, Basis(), data, CalibrationSettings(),
             lambda done, total, _: progress.append((done, total)),
         )  # fmt: skip
         return {item.names[0]: order.by for item, order in orders}

@@ -9,11 +9,11 @@ from typing import Any, cast
 from torch import nn
 
 from ..basis import Basis, Frequency, all_frequencies
-from ..calibration import CalibrationSettings, Progress, free_memory
-from ..calibration.inputs import calibration_set
+from ..calibration import CalibrationSettings, Progress, memory_for
+from ..calibration.inputs import CalibrationSet
 from ..calibration.moments import Moments, response_moments
 from ..conv import HarmonicMixin
-from ..distributed import from_first_rank, least_over_ranks, local_world_size
+from ..distributed import from_first_rank
 from ..surgery import convolutions
 from .choices import Item
 from .elimination import eliminate
@@ -61,7 +61,7 @@ def orders_by_error(
     whole: nn.Module,
     items: Sequence[Item],
     family: Basis,
-    images: Sequence[Any],
+    data: CalibrationSet,
     settings: CalibrationSettings,
     progress: Progress,
 ) -> Iterator[tuple[Item, Order]]:
@@ -70,12 +70,9 @@ def orders_by_error(
 
     ``whole`` is ``model`` in harmonic form, nothing cut.
     """
-    data = calibration_set(images, settings.inputs)
     convs = convolutions(whole)
     layers = {name: cast(HarmonicMixin, convs[name]) for item in items for name in item.names}
-    memory = settings.memory or least_over_ranks(
-        free_memory(next(whole.parameters()).device) // 2 // local_world_size()
-    )
+    memory = memory_for(whole, settings)
     left = {name: item for item in items for name in item.names}
     progress(0, len(items), "ordering frequencies")
     for names, found in response_moments(whole, layers, data, settings.seed, memory):

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from ..basis import Basis
-from ..calibration import CalibrationSettings, Progress
+from ..calibration import CalibrationSettings, Known, Progress, memory_for
+from ..calibration.cuts import whole_layers
+from ..conv import HarmonicMixin
 from ..distributed import from_first_rank
 from ..errors import InputError, UsageError, shortened
 from ..forms import run_times
 from ..plan import ConvSite, Plan, make_plan
-from ..surgery import Trace
+from ..surgery import Trace, convolutions
 from . import UNITS, Budget, Search, SearchSettings, choose, limit_of
 from .choices import Item, costs_of, items_of, whole_plan, with_order
 from .energy import energy_scores
@@ -27,8 +29,8 @@ from .probes import Probes, key_of, name_of, name_of_plan
 
 OTHERS: tuple[str | int, ...] = ("progressive", 4, 3, 2, 1)
 
-# Converts by a plan, on calibration images and under settings; returns a Conversion (of a module further down).
-Converter = Callable[[Plan, "Sequence[Any] | None", CalibrationSettings], Any]
+# Converts by a plan, calibrated on images under settings, or not; returns a Conversion (of a module further down).
+Converter = Callable[[Plan, "Known | None", CalibrationSettings], Any]
 
 
 @dataclass
@@ -90,6 +92,12 @@ class Searching:
         return conversion, replace(record, frequencies=self.search.frequencies, notes=notes)
 
     @cached_property
+    def _known(self) -> Known:
+        """What all calibrations share."""
+        assert self.images is not None
+        return Known.of(self.model, self.images, self.settings)
+
+    @cached_property
     def _whole_seconds(self) -> float:
         """Of a forward of the network in its faster dense layout: measured once, because a budget is a share of it."""
         return min(run_times(self.model, self.example_input).values())
@@ -117,7 +125,9 @@ class Searching:
             found = orders_by_energy(self.model, missing, whole.family, "there are no images")
         elif missing:
             uncut = self.convert(whole, None, self.settings).model
-            found = orders_by_error(self.model, uncut, missing, whole.family, self.images, self.settings, self.progress)
+            found = orders_by_error(
+                self.model, uncut, missing, whole.family, self._known.data, self.settings, self.progress
+            )
         for item, order in found:
             known[item.names[0]] = order
             if probes is not None:
@@ -126,22 +136,36 @@ class Searching:
 
     def _probed(self, whole: Plan, items: Sequence[Item], probes: Probes) -> list[list[float]]:
         """The divergence by each choice of each item, all else whole; those known from the file are not measured."""
-        total, done = sum(len(item.sets) - 1 for item in items), 0
-        scores = []
-        for item in items:
-            row = [0.0]
+        names = [[name_of(item.names, frequencies) for frequencies in item.sets[1:]] for item in items]
+        missing = [item for item, row in zip(items, names, strict=True) if not probes.single.keys() >= set(row)]
+        total, done = sum(map(len, names)), sum(name in probes.single for row in names for name in row)
+        if missing:
+            self.progress(done, total, "looking at what layers are fed")
+        for item, known in self._looked_at(whole, missing):
             for frequencies in item.sets[1:]:
-                name = name_of(item.names, frequencies)
+                if (name := name_of(item.names, frequencies)) in probes.single:
+                    continue
                 self.progress(done, total, f"probing {item.names[0]}")
                 done += 1
-                if name not in probes.single:
-                    cut = [replace(p, frequencies=frequencies) for p in whole.layers if p.name in item.names]
-                    probes.single[name] = self._divergence(replace(whole, layers=tuple(cut)), batch_norm=False)[1]
-                    probes.keep()
-                row.append(probes.single[name])
-            scores.append(row)
+                cut = [replace(p, frequencies=frequencies) for p in whole.layers if p.name in item.names]
+                plan = replace(whole, layers=tuple(cut))
+                probes.single[name] = self._divergence(plan, known, batch_norm=False)[1]
+                probes.keep()
         self.progress(total, total, "all layers probed")
-        return scores
+        return [[0.0, *(probes.single[name] for name in row)] for row in names]
+
+    def _looked_at(self, whole: Plan, items: Sequence[Item]) -> Iterator[tuple[Item, Known]]:
+        """Each item with what all its probes can be solved from, where one look at the uncut network tells it."""
+        if not items:
+            return
+        uncut = self.convert(whole, None, self.settings).model
+        convs = convolutions(uncut)
+        left = {item.names[0]: item for item in items}
+        layers = {name: cast(HarmonicMixin, convs[name]) for name, item in left.items() if len(item.names) == 1}
+        memory = memory_for(uncut, self.settings)
+        for name, layer in whole_layers(uncut, layers, self._known.data, self.settings.seed, memory):
+            yield left.pop(name), replace(self._known, whole={name: layer})
+        yield from ((item, self._known) for item in left.values())
 
     def _tried(
         self,
@@ -161,7 +185,7 @@ class Searching:
             done += 1
             name = name_of_plan(plan)
             if name not in probes.whole:
-                conversion, divergence = self._divergence(plan, self.settings.batch_norm)
+                conversion, divergence = self._divergence(plan, self._known, self.settings.batch_norm)
                 if divergence < best[0]:
                     best = (divergence, conversion)  # the others are let go
                 probes.whole[name] = divergence
@@ -174,11 +198,11 @@ class Searching:
         self.progress(self.search.trials, self.search.trials, "plan found")
         conversion = best[1]
         if conversion is None or conversion.plan.layers != plan.layers:
-            conversion = self.convert(plan, self.images, self.settings)
+            conversion = self.convert(plan, self._known, self.settings)
         return replace(conversion, plan=replace(conversion.plan, policy=plan.policy)), record
 
-    def _divergence(self, plan: Plan, batch_norm: bool) -> tuple[Any, float]:
-        conversion = self.convert(plan, self.images, replace(self.settings, batch_norm=batch_norm))
+    def _divergence(self, plan: Plan, known: Known, batch_norm: bool) -> tuple[Any, float]:
+        conversion = self.convert(plan, known, replace(self.settings, batch_norm=batch_norm))
         found = conversion.calibration.divergence if conversion.calibration else None
         if plan.whole:
             return conversion, 0.0

@@ -6,14 +6,15 @@ least-squares problem. A part of the inputs is held back from it. They choose th
 taken at all: a layer that generalises no better than the plain cut keeps the plain cut. No labels, no training.
 
 From the whole to the parts: `calibrate` here; refit.py, one layer after the other; layers.py, one layer's kernel and
-the choice of a solution; equations.py and solvers.py, the least squares; responses.py, DCT responses; capture.py,
-running a network up to a layer.
+the choice of a solution; equations.py and solvers.py, the least squares; cuts.py, those of all cuts of a layer at once;
+responses.py, DCT responses; capture.py, running a network up to a layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +28,8 @@ from ..plan import Plan
 from ..surgery import convolutions
 from ..weights import tensors_sha256
 from .batch_norm import batch_norms, reestimate_batch_norm
-from .divergence import divergence
+from .cuts import WholeLayer
+from .divergence import Divergence
 from .inputs import CalibrationSet, calibration_set
 from .records import ENOUGH_POSITIONS, Calibration, CalibrationSettings, LayerCalibration, Progress
 from .refit import Refit
@@ -40,53 +42,73 @@ __all__ = [
     "ENOUGH_POSITIONS",
     "Calibration",
     "CalibrationSettings",
+    "Known",
     "LayerCalibration",
     "Progress",
     "calibrate",
     "digests",
+    "memory_for",
     "reestimate_batch_norm",
 ]
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of an original network on a calibration set, kept from one calibration of it to the next: the set,
+    the outputs on what is held back, and by name what layers are fed, for calibrations of a cut of one of them."""
+
+    data: CalibrationSet
+    compare: Divergence
+    whole: Mapping[str, WholeLayer] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, original: nn.Module, batches: Iterable[Any], settings: CalibrationSettings) -> Known:
+        """Nothing yet but the set; raises what `calibrate` does."""
+        data = calibration_set(batches, settings.inputs)
+        return cls(data, Divergence(original, data.held))
 
 
 def calibrate(
     original: nn.Module,
     converted: nn.Module,
     plan: Plan,
-    batches: Iterable[Any],
+    batches: Iterable[Any] | Known,
     settings: CalibrationSettings | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
     """Refit the truncated convolutions of ``converted``, in place, then re-estimate its batch norms.
 
-    Runs ``converted`` once for each truncated layer, up to that layer: the cost is linear in the inputs. Of the
-    activations one layer's of one batch are held, and answers at sampled positions. Under torch.distributed the inputs
-    are shared out and the sums are taken over all processes.
+    Runs ``converted`` once for each truncated layer, up to that layer (on one input, where enough is known of it): the
+    cost is linear in the inputs. Of the activations one layer's of one batch are held, and answers at sampled
+    positions. Under torch.distributed the inputs are shared out and the sums are taken over all processes.
 
     Args:
         original: the network that ``converted`` was made from by ``plan``; not changed.
-        batches: inputs, read once: tensors, (input, target) pairs whose target is not looked at, dicts of keywords.
+        batches: inputs, read once: tensors, (input, target) pairs whose target is not looked at, dicts of keywords; or
+            what is known of ``original`` on them.
         progress: called with (layers done, layers, what is being done).
 
     Raises:
         UsageError: the networks do not run on the inputs. InputError: there is none, or one with NaN.
     """
     settings = settings or CalibrationSettings()
-    data = calibration_set(batches, settings.inputs)
+    known = batches if isinstance(batches, Known) else Known.of(original, batches, settings)
+    data, compare = known.data, known.compare
     cut = [layer.name for layer in plan.layers if not layer.whole]
     if not cut:
         return Calibration((), data.total, 0, notes=("nothing was cut, so there is nothing to repair",))
     before = _copied(converted)
-    layers = _refit(original, converted, cut, data, settings, progress)
+    layers = _refit(original, converted, cut, known, settings, progress)
     after = _copied(converted)
     _blend(converted, before, before, 0.0)
-    plain, why = divergence(original, converted, data.held)
+    plain, why = compare(converted)
     _blend(converted, after, after, 0.0)
-    refit, why_refit = divergence(original, converted, data.held) if settings.refit else (plain, why)
-    kept, final = _never_worse(original, converted, data, before, plain, refit)
+    refit, why_refit = compare(converted) if settings.refit else (plain, why)
+    kept, final = _never_worse(compare, converted, before, plain, refit)
     norms = 0
     notes: list[str] = []
     if settings.batch_norm and batch_norms(converted):
-        norms, final, notes = _batch_norms(original, converted, data, final)
+        norms, final, notes = _batch_norms(compare, converted, data, final)
     held = data.total - data.fit_total
     incomparable = why or why_refit if held else "one input: none can be held back"
     if not held:
@@ -125,20 +147,19 @@ def _refit(
     original: nn.Module,
     converted: nn.Module,
     cut: list[str],
-    data: CalibrationSet,
+    known: Known,
     settings: CalibrationSettings,
     progress: Progress | None,
 ) -> list[LayerCalibration]:
-    converteds = convolutions(converted)
+    converteds, data = convolutions(converted), known.data
     harmonic = {name: cast(HarmonicMixin, converteds[name]) for name in cut}
-    device = next(converted.parameters()).device
-    memory = settings.memory or least_over_ranks(free_memory(device) // 2 // local_world_size())
+    memory = memory_for(converted, settings)
     sites, odd = running_sites(original, harmonic, data, memory)
     if not settings.refit:
         return []
-    refit = Refit(
-        converted, harmonic, Targets(original, sites, data, settings.seed, memory // 2), data, settings, memory
-    )
+    targets = Targets(original, sites, data, settings.seed, memory // 2)
+    whole = known.whole if len(cut) == 1 else {}  # what two cut layers are fed is another matter
+    refit = Refit(converted, harmonic, targets, data, settings, memory, whole)
     records = []
     for done, site in enumerate(sites):
         if progress:
@@ -154,9 +175,8 @@ def _refit(
 
 
 def _never_worse(
-    original: nn.Module,
+    compare: Divergence,
     converted: nn.Module,
-    data: CalibrationSet,
     before: Mapping[str, Tensor],
     plain: float | None,
     refit: float | None,
@@ -167,7 +187,7 @@ def _never_worse(
     after = _copied(converted)
     for kept in (0.5, 0.25):
         _blend(converted, before, after, kept)
-        found, _ = divergence(original, converted, data.held)
+        found, _ = compare(converted)
         if found is not None and found < plain:
             return kept, found
     _blend(converted, before, after, 0.0)
@@ -175,7 +195,7 @@ def _never_worse(
 
 
 def _batch_norms(
-    original: nn.Module, converted: nn.Module, data: CalibrationSet, so_far: float | None
+    compare: Divergence, converted: nn.Module, data: CalibrationSet, so_far: float | None
 ) -> tuple[int, float | None, list[str]]:
     """Re-estimate, and keep that where it is seen to bring the held-back outputs nearer to the original's."""
     before, notes, norms = _copied(converted), [], 0
@@ -183,7 +203,7 @@ def _batch_norms(
         norms = reestimate_batch_norm(converted, (batch.input for batch in data.fit))
     except Exception as error:  # nothing that comes last may cost what was done before
         notes.append(f"batch norms were not re-estimated: {first_line(error)}")
-    found, why = divergence(original, converted, data.held)
+    found, why = compare(converted)
     if so_far is not None and why:
         notes.append(f"with batch norms re-estimated the outputs cannot be compared ({why})")
     if so_far is None or found is None or not found < BATCH_NORM_GAIN * so_far:
@@ -202,6 +222,12 @@ def _blend(model: nn.Module, before: Mapping[str, Tensor], after: Mapping[str, T
         if key in before:
             between = tensor.is_floating_point() and share > 0
             tensor.copy_(before[key] + share * (after[key] - before[key]) if between else before[key])
+
+
+def memory_for(model: nn.Module, settings: CalibrationSettings) -> int:
+    """Bytes that one layer's equations may take in each process: as set, or half of what is free where ``model`` is."""
+    free = free_memory(next(model.parameters()).device)
+    return settings.memory or least_over_ranks(free // 2 // local_world_size())
 
 
 def free_memory(device: torch.device) -> int:

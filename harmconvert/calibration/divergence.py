@@ -14,28 +14,56 @@ from ..surgery import tensors_in
 from .capture import explained, forward
 from .inputs import Batch
 
+# Logits of any set are far less; dense maps of a large one are run anew each time.
+MOST_BYTES = 1 << 28
+
 
 def divergence(original: nn.Module, converted: nn.Module, batches: Iterable[Batch]) -> tuple[float | None, str | None]:
-    """Mean KL divergence of class probabilities (nats) for a classifier, which says so by ``num_classes``; for others
-    the squared difference of all floating outputs over their square. None, and the reason, where outputs have other
-    shapes, are not finite, or do not come at all."""
-    sums = torch.zeros(3, dtype=torch.float64)  # distance, weight, batches that cannot be compared
-    why: str | None = None
-    for batch in batches:
-        try:
-            ours, theirs = (_floats(forward(model, batch.input)) for model in (original, converted))
-            sums[:2] += _distance(ours, theirs, _classes(original))
-        except Exception as error:  # every process must come to the sum below
-            sums[2] += 1
-            why = why or explained(error)
-    sum_over_ranks([sums])
-    distance, weight, lost = sums.tolist()
-    if lost:
-        return None, next(reason for reason in gathered(why) if reason is not None)
-    value = distance / weight if weight > 0 else math.nan
-    if math.isfinite(value):
-        return value, None
-    return None, "they are not finite" if weight > 0 or math.isnan(weight) else "they are all zero, or there are none"
+    """What `Divergence` of ``original`` finds, once."""
+    return Divergence(original, batches)(converted)
+
+
+class Divergence:
+    """How far networks' outputs on ``batches`` are from the original's, which are kept as far as `MOST_BYTES` goes."""
+
+    def __init__(self, original: nn.Module, batches: Iterable[Batch]) -> None:
+        self._original, self._batches = original, tuple(batches)
+        self._kept: dict[int, list[Tensor]] = {}
+        self._bytes = 0
+
+    def __call__(self, converted: nn.Module) -> tuple[float | None, str | None]:
+        """Mean KL divergence of class probabilities (nats) for a classifier, which says so by ``num_classes``; for
+        others the squared difference of all floating outputs over their square. None, and the reason, where outputs
+        have other shapes, are not finite, or do not come at all."""
+        sums = torch.zeros(3, dtype=torch.float64)  # distance, weight, batches that cannot be compared
+        why: str | None = None
+        for index, batch in enumerate(self._batches):
+            try:
+                ours, theirs = self._originals(index), _floats(forward(converted, batch.input))
+                sums[:2] += _distance(ours, theirs, _classes(self._original))
+            except Exception as error:  # every process must come to the sum below
+                sums[2] += 1
+                why = why or explained(error)
+        sum_over_ranks([sums])
+        distance, weight, lost = sums.tolist()
+        if lost:
+            return None, next(reason for reason in gathered(why) if reason is not None)
+        value = distance / weight if weight > 0 else math.nan
+        if math.isfinite(value):
+            return value, None
+        nothing = weight == 0
+        return None, "they are all zero, or there are none" if nothing else "they are not finite"
+
+    def _originals(self, index: int) -> list[Tensor]:
+        if index in self._kept:
+            return self._kept[index]
+        # Cloned, because a network may hand out a buffer of its own.
+        outputs = [tensor.clone() for tensor in _floats(forward(self._original, self._batches[index].input))]
+        bytes = sum(tensor.numel() * tensor.element_size() for tensor in outputs)
+        if self._bytes + bytes <= MOST_BYTES:
+            self._kept[index] = outputs
+            self._bytes += bytes
+        return outputs
 
 
 def _floats(outputs: Any) -> list[Tensor]:

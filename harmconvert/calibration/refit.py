@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,6 +14,7 @@ from ..conv import HarmonicMixin
 from ..distributed import any_rank
 from ..errors import UsageError
 from .capture import ConvCall, explained, watch_convolutions
+from .cuts import WholeLayer
 from .equations import Layer, Problem
 from .inputs import Batch, CalibrationSet
 from .layers import Choice, Kernel, RefitError, choose, in_range, refittable_bias
@@ -28,7 +29,7 @@ DAMPING_TIMES_POSITIONS = 1e-3
 
 
 class Refit:
-    """Refits sites of ``converted`` in place, in the order given."""
+    """Refits sites of ``converted`` in place, in the order given; of layers in ``whole`` from what is known of them."""
 
     def __init__(
         self,
@@ -38,9 +39,10 @@ class Refit:
         data: CalibrationSet,
         settings: CalibrationSettings,
         memory: int,
+        whole: Mapping[str, WholeLayer] | None = None,
     ) -> None:
         self.converted, self.layers, self.targets = converted, layers, targets
-        self.data, self.settings, self.memory = data, settings, memory
+        self.data, self.settings, self.memory, self.whole = data, settings, memory, whole or {}
 
     def __call__(self, site: Site) -> LayerCalibration:
         """Refit one site; one that cannot be keeps the projection and says why."""
@@ -70,8 +72,7 @@ class Refit:
         modules = {name: self.layers[name] for name in site.names}
         bias = refittable_bias(self.converted, list(modules.values()))
         kernel, layer = self._layer(site, modules, bias)
-        fit = self._problem(site, layer, modules, self.data.fit)
-        held = self._problem(site, layer, modules, self.data.held)
+        fit, held = self._problems(site, layer, modules)
         if not (fit.finite and held.finite):
             raise UsageError("its activations are NaN or infinite on the calibration inputs")
         choice = choose(fit, held, self._dampings(fit.count / layer.unknowns))
@@ -101,6 +102,13 @@ class Refit:
         if len(kinds) != 1 or (len(modules) > 1 and kernels[0].factor is not None):
             raise RefitError("convolutions of different kinds share its coefficients")
         return kernels[0], kernels[0].layer(calls[0][1], bias is not None, site.wanted, self.settings.seed)
+
+    def _problems(self, site: Site, layer: Layer, modules: dict[str, HarmonicMixin]) -> tuple[Problem, Problem]:
+        """One layer's equations over the inputs fitted on and those held back."""
+        if (whole := self.whole.get(site.names[0])) is not None:
+            return whole.cut(layer, modules[site.names[0]].frequencies)
+        fit, held = (self._problem(site, layer, modules, part) for part in (self.data.fit, self.data.held))
+        return fit, held
 
     def _problem(
         self, site: Site, layer: Layer, modules: dict[str, HarmonicMixin], batches: Sequence[Batch]

@@ -38,6 +38,7 @@ class Site:
 
     names: tuple[str, ...]
     calls: tuple[tuple[str, tuple[int, ...]], ...]
+    groups: int
     unknowns: int
     wanted: int
     method: type[Problem]
@@ -156,7 +157,7 @@ def _site(conv: HarmonicMixin, calls: list[tuple[str, tuple[int, ...]]], data: C
     method = solver(groups, out, unknowns, fit, held, memory, world_size() == 1)
     if method is Operator:
         wanted = sys.maxsize  # the convolution computes every position, on maps of whatever size
-    return Site(tuple(dict.fromkeys(name for name, _ in calls)), tuple(calls), unknowns, wanted, method)
+    return Site(tuple(dict.fromkeys(name for name, _ in calls)), tuple(calls), groups, unknowns, wanted, method)
 
 
 def _sampled(calls: Sequence[tuple[str, tuple[int, ...]]], wanted: int) -> int:

@@ -19,6 +19,7 @@ from .equations import Change, Layer, Problem
 from .responses import responses, to_groups
 
 _LARGEST_EIGENPROBLEM = 12288  # about five minutes on two cores; conjugate gradients take less from there on
+_STRIP = 512  # rows of second moments that are summed up to the diagonal: from some 2,000 unknowns nearly half the work
 _STEPS = 60  # of conjugate gradients at one damping, a quarter of it on the way from one to the next
 
 
@@ -35,17 +36,29 @@ class NormalEquations(Problem):
         self.sum_GN = layer.coefficients.new_zeros(groups, unknowns)
 
     def _keep(self, call: ConvCall, residual_RGO: Tensor, picks: Tensor | None) -> None:
-        z_RGN = responses(call, self.layer.basis, picks).to(self.gram_GNN.device)
+        self.keep(responses(call, self.layer.basis, picks).to(self.gram_GNN.device), residual_RGO)
+
+    def keep(self, z_RGN: Tensor, residual_RGO: Tensor) -> None:
+        """Take in responses and residuals as such."""
         z_GRN = z_RGN.transpose(0, 1)
-        if len(z_GRN) == 1:
-            self.gram_GNN[0].addmm_(z_RGN[:, 0].T, z_RGN[:, 0])
-        else:
-            self.gram_GNN.baddbmm_(z_GRN.mT, z_GRN)
+        for start in range(0, self.layer.unknowns, _STRIP):
+            rows, left = slice(start, start + _STRIP), slice(start + _STRIP)
+            if len(z_GRN) == 1:
+                self.gram_GNN[0, rows, left].addmm_(z_RGN[:, 0, rows].T, z_RGN[:, 0, left])
+            else:
+                self.gram_GNN[:, rows, left].baddbmm_(z_GRN[:, :, rows].mT, z_GRN[:, :, left])
         self.cross_GON += residual_RGO.permute(1, 2, 0) @ z_GRN
         self.sum_GN += z_RGN.sum(0)
 
     def _sums(self) -> list[Tensor]:
         return [self.gram_GNN, self.cross_GON, self.sum_GN]
+
+    def reduce(self) -> None:
+        """Sum over the processes, and mirror what is left of the diagonal to the right of it."""
+        super().reduce()
+        for start in range(_STRIP, self.gram_GNN.shape[1], _STRIP):
+            rows, left = slice(start, start + _STRIP), slice(start)
+            self.gram_GNN[:, left, rows] = self.gram_GNN[:, rows, left].mT
 
     @property
     def centred_gram(self) -> Tensor:
@@ -93,15 +106,20 @@ class Samples(Problem):
         self._u: list[Tensor] = []
 
     def _keep(self, call: ConvCall, residual_RGO: Tensor, picks: Tensor | None) -> None:
-        self._z.append(responses(call, self.layer.basis, picks).to(self.channels.device))
+        self.keep(responses(call, self.layer.basis, picks).to(self.channels.device), residual_RGO)
+
+    def keep(self, z_RGN: Tensor, residual_RGO: Tensor) -> None:
+        """Take in responses and residuals as such."""
+        self._z.append(z_RGN)
         self._u.append(residual_RGO)
 
-    def _all(self) -> tuple[Tensor, Tensor]:
+    def everything(self) -> tuple[Tensor, Tensor]:
+        """All responses (G, R, I F) and residuals (G, R, O)."""
         self._z, self._u = [torch.cat(self._z)], [torch.cat(self._u)]
         return self._z[0].transpose(0, 1), self._u[0].transpose(0, 1)
 
     def candidates(self, dampings: Sequence[float]) -> Iterator[Change]:
-        z_GRN, u_GRO = self._all()
+        z_GRN, u_GRO = self.everything()
         mean_G1N, mean_G1O = z_GRN.mean(1, keepdim=True), u_GRO.mean(1, keepdim=True)
         if self.layer.fits_bias:
             z_GRN, u_GRO = z_GRN - mean_G1N, u_GRO - mean_G1O
@@ -118,7 +136,7 @@ class Samples(Problem):
             yield Change(change_GON, bias, damping)
 
     def _squares_added(self, change: Change) -> float:
-        z_GRN, u_GRO = self._all()
+        z_GRN, u_GRO = self.everything()
         answer_GRO = z_GRN @ change.coefficients.mT
         if change.bias is not None:
             answer_GRO = answer_GRO + change.bias[:, None]
@@ -254,15 +272,21 @@ def solver(groups: int, out: int, unknowns: int, fit: int, held: int, memory: in
 
     ``fit`` and ``held`` positions; the dual needs every response in one process (``alone``).
     """
-    right_hand_sides = 6 * out * unknowns
-    normal = 8 * groups * (5 * unknowns**2 + right_hand_sides)
-    dual = 8 * groups * (2 * (fit + held) * unknowns + 3 * fit**2 + right_hand_sides)
-    dual_fits = alone and dual <= memory and fit <= _LARGEST_EIGENPROBLEM
+    size = groups, out, unknowns, fit, held
+    dual_fits = alone and bytes_of(Samples, *size) <= memory and fit <= _LARGEST_EIGENPROBLEM
     if dual_fits and fit < unknowns:
         return Samples
-    if normal <= memory and unknowns <= _LARGEST_EIGENPROBLEM:
+    if bytes_of(NormalEquations, *size) <= memory and unknowns <= _LARGEST_EIGENPROBLEM:
         return NormalEquations
     return Samples if dual_fits else Operator
+
+
+def bytes_of(method: type[Problem], groups: int, out: int, unknowns: int, fit: int, held: int) -> int:
+    """Memory that equations over ``fit`` and ``held`` positions take, and solving them."""
+    right_hand_sides = 6 * out * unknowns
+    if method is Samples:
+        return 8 * groups * (2 * (fit + held) * unknowns + 3 * fit**2 + right_hand_sides)
+    return 8 * groups * (5 * unknowns**2 + right_hand_sides)
 
 
 def _usable(values: Tensor) -> Tensor:

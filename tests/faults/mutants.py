@@ -204,7 +204,7 @@ MUTANTS = (
         "budget/choices.py", "order[count - size :]", "order[:size]", "what should go first is what stays", SEARCH,
     ),
     Mutant(
-        "calibration/moments.py", "        power += damping * scale_G1\n", "", "moments without a ridge", SEARCH,
+        "calibration/moments.py", "    power += damping * scale_G1\n", "", "moments without a ridge", SEARCH,
     ),
     Mutant(
         "calibration/solvers.py", "1 / (values_GN + damping * scale_G1)", "1 / values_GN",
@@ -287,7 +287,7 @@ MUTANTS = (
         REFIT,
     ),
     Mutant(
-        "calibration/__init__.py", "harmonic, Targets(original, sites", "harmonic, Targets(converted, sites",
+        "calibration/__init__.py", "targets = Targets(original, sites", "targets = Targets(converted, sites",
         "layers are fitted to what the cut network answers", REFIT,
     ),
     Mutant(
