@@ -84,7 +84,7 @@ def test_a_spoilt_state_falls_back_to_the_one_before_and_says_so(tmp_path: Path)
     model = small(dropout=0.3)
     train(model, noise(), RECIPE, machine=PLAIN, keeper=keeper, resume=keeper.path)
     assert same(model.state_dict(), uninterrupted())
-    assert "run.state.pth is no readable training state" in said[0]
+    assert "run.state.pth is damaged" in said[0]
     assert "going on from the one before it" in said[0]
 
 
