@@ -68,6 +68,12 @@ def test_the_choice_is_that_of_brute_force(case: tuple[Any, Any], budget: int) -
     assert sum(cost[i] for cost, i in zip(costs, chosen, strict=True)) <= budget
 
 
+def test_of_plans_with_the_same_score_the_cheapest_is_taken() -> None:
+    assert frontier([[9, 3], [5, 4, 2]], [[1.0, 1.0], [0.0, 2.0, 2.0]]).best(100) == (1, 0)
+    found = frontier([[9, 3, 5]], [[1.0, 1.0, 1.0]])
+    assert (found.costs.tolist(), found.scores.tolist()) == ([3], [1.0])
+
+
 @settings(deadline=None)
 @given(instances(), st.integers(0, 300), st.integers(2, 5))
 def test_thinned_out_it_still_stays_within_the_budget(case: tuple[Any, Any], budget: int, limit: int) -> None:

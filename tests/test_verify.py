@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import nn
 
-from harmconvert.comparison import top1_agreement
+from harmconvert.comparison import relative_difference, top1_agreement
 from harmconvert.convert import convert
 from harmconvert.errors import InputError, UsageError
 from harmconvert.forms import fuse
@@ -182,6 +182,66 @@ def test_outputs_that_are_no_numbers_do_not_pass() -> None:
     check = verify(model, converted, X)
     assert not check.ok
     assert check.notes == ("the outputs hold no finite value on these inputs: nothing to compare",)
+
+
+class Bumped(nn.Module):
+    """Two classes with the same logits, but for what is added to the second in one precision or in all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self._bump, self._only = nn.Conv2d(3, 4, 3), 0.0, None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits = self.conv(x).mean((1, 2, 3))[:, None].repeat(1, 2)
+        bump = self._bump if self._only in (None, x.dtype) else 0.0
+        return torch.stack([logits[:, 0], logits[:, 1] + bump], 1)
+
+
+@pytest.mark.parametrize("only", [torch.float32, torch.float64])
+def test_the_worse_of_two_precisions_is_the_verdict(only: torch.dtype) -> None:
+    model = seeded(Bumped)
+    converted: Any = convert(model).model
+    converted._bump, converted._only = 1.0, only
+    check = verify(model, converted, X)
+    assert min(check.float64_error, check.float32_error) < 1e-6
+    assert check.max_relative_error == max(check.float64_error, check.float32_error) > 0.1
+    assert not check.ok
+    assert not verify(model, converted, X, tolerance=0.01).ok
+
+
+def test_another_top_1_class_does_not_pass_however_near_the_outputs_are() -> None:
+    model = seeded(Bumped, torch.float64)
+    converted: Any = convert(model).model
+    assert verify(model, converted, X).ok
+    converted._bump = 1e-14
+    check = verify(model, converted, X)
+    assert check.max_relative_error < check.tolerance
+    assert check.problems == ()
+    assert check.top1_agreement == 0.0
+    assert not check.ok
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "difference"),
+    [
+        ([1.0, NAN], [1.0, NAN], 0.0),
+        ([1.5, -INF], [1.0, -INF], 0.5),
+        ([1.0, INF], [1.0, NAN], INF),
+        ([1.0, NAN], [1.0, INF], INF),
+        ([1.0, -INF], [1.0, INF], INF),
+        ([1.0, 0.0], [1.0, NAN], INF),
+        ([1.0, NAN], [1.0, 2.0], NAN),
+        ([NAN, INF], [NAN, INF], NAN),
+    ],
+)
+def test_values_that_are_not_finite_must_be_the_same(
+    found: list[float], expected: list[float], difference: float
+) -> None:
+    told = relative_difference(torch.tensor(found), torch.tensor(expected))
+    assert told == pytest.approx(difference, nan_ok=True)
 
 
 def test_a_network_that_runs_in_float32_only_says_so() -> None:
