@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import harmconvert as hc
+from harmconvert.basis import Basis
 from harmconvert.calibration import CalibrationSettings, calibrate, reestimate_batch_norm, solvers
 from harmconvert.calibration import _never_worse as never_worse
 from harmconvert.calibration import divergence as divergence_room
@@ -27,11 +28,12 @@ from harmconvert.calibration.divergence import Divergence, divergence
 from harmconvert.calibration.equations import Change, Problem
 from harmconvert.calibration.inputs import Batch, calibration_set
 from harmconvert.calibration.layers import Kernel, RefitError, choose
-from harmconvert.calibration.responses import from_groups, outputs, pick_positions, to_groups
+from harmconvert.calibration.responses import from_groups, outputs, pick_positions, responses, to_groups
 from harmconvert.calibration.solvers import NormalEquations, Operator, Samples, solver
 from harmconvert.conv import to_harmonic
 from harmconvert.errors import InputError, UsageError
 from harmconvert.plan import LayerPlan, Plan
+from harmconvert.projection import project
 from harmconvert.report.tables import calibration_lines
 
 from . import oracle
@@ -134,6 +136,19 @@ def test_the_errors_reported_are_those_of_the_layer_on_inputs_held_back(name: st
     assert record.error_before == pytest.approx(before, rel=1e-9)
     assert record.error_after == pytest.approx(measured_error(model, conversion.model, held), rel=1e-4)
     assert record.error_after < before
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize(("size", "dilation"), [((2, 4), 1), ((4, 3), (1, 2)), ((3, 2), 3)])
+def test_responses_come_to_the_output_where_same_padding_has_one_side_more(
+    size: tuple[int, int], dilation: Any
+) -> None:
+    conv = seeded(lambda: nn.Conv2d(3, 4, size, dilation=dilation, padding="same"), torch.float64)
+    call = captured(conv, smooth((2, 3, 9, 8)))
+    kernels = Basis().kernels(size)
+    coefficients_ON = project(conv.weight, kernels).flatten(1)
+    found = responses(call, kernels)[:, 0] @ coefficients_ON.T + conv.bias.detach()
+    torch.testing.assert_close(found, outputs(call.output).flatten(0, 1), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", STANDARDISED)

@@ -118,7 +118,7 @@ class Recipe:
         try:
             if not isinstance(data, Mapping):
                 raise ValueError("it has no settings")
-            check(data, {field.name: _SHAPES[str(field.type)] for field in fields(cls)}, "recipe")
+            check(data, {field.name: _SHAPES[str(field.type)] for field in fields(cls)}, "its settings")
             if strange := set(data) - {field.name for field in fields(cls)}:
                 raise ValueError(f"settings unknown here: {', '.join(sorted(strange))}: update harmconvert")
             settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
