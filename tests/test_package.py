@@ -140,3 +140,13 @@ def test_the_shipped_sample_is_small_and_has_its_card() -> None:
     card = (folder / "README.md").read_text()
     for word in ("Apache-2.0", "harmconvert train", "held back", "CC BY-SA 3.0"):
         assert word in card, word
+
+
+def test_tests_that_are_named_exist() -> None:
+    text = (ROOT / "tests" / "faults" / "README.md").read_text()
+    named = set(re.findall(r"::(test_\w+)", text))
+    there = {
+        name for path in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
+    }
+    assert named
+    assert named <= there
