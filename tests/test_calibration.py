@@ -28,6 +28,7 @@ from harmconvert.calibration.divergence import Divergence, divergence
 from harmconvert.calibration.equations import Change, Problem
 from harmconvert.calibration.inputs import Batch, calibration_set
 from harmconvert.calibration.layers import Kernel, RefitError, choose
+from harmconvert.calibration.refit import DAMPINGS, Refit
 from harmconvert.calibration.responses import from_groups, outputs, pick_positions, responses, to_groups
 from harmconvert.calibration.solvers import NormalEquations, Operator, Samples, solver
 from harmconvert.conv import to_harmonic
@@ -476,6 +477,16 @@ def test_weak_damping_is_not_tried_where_positions_are_few() -> None:
     assert record.positions < 2 * record.unknowns
     assert record.damping is None or record.damping >= 1e-4
     assert record.inputs_enough == math.ceil(10 * record.unknowns / 4 * 8 / 6)
+
+
+@pytest.mark.parametrize(("positions", "tried"), [(1e-6, 1), (1e-2, 3), (1.0, 5), (10.0, 6), (1e9, 8)])
+def test_the_fewer_positions_there_are_for_each_unknown_the_stronger_the_weakest_damping(
+    positions: float, tried: int
+) -> None:
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(1, 1, 3)))
+    found = Refit(model, {}, None, None, CalibrationSettings(), 0)._dampings(positions)
+    assert found == DAMPINGS[:tried], "strongest first"
+    assert Refit(model, {}, None, None, UNDAMPED, 0)._dampings(positions) == (0.0,)
 
 
 def test_outputs_that_come_out_worse_are_taken_back() -> None:
