@@ -63,14 +63,17 @@ def resume(folder: Path) -> list[str]:
 
 
 def finished(folder: Path, whole: dict[str, torch.Tensor], every: list[str]) -> str | None:
-    """Let a run go on to its end; a complaint where it does not come to the same bits."""
-    if not (folder / OUT).exists():
+    """Let a run go on to its end; a complaint where it does not come to the same bits, or leaves more than it should."""
+    allowed = {OUT, "out.metrics.csv"}
+    if (folder / OUT).exists():  # killed between the output and the clearing up
+        allowed |= {STATE, f"{STATE}.previous"} | {path.name for path in folder.glob(f".{OUT}.*.staging")}
+    else:
         code = ended(child(command, folder, *RUN, *every, *resume(folder)))
         if code != 0:
             return f"exit code {code}: {said(folder)[-300:]}"
     found = safetensors.torch.load_file(folder / OUT)
     differing = [key for key in whole if not torch.equal(found[key], whole[key])]
-    left = set(os.listdir(folder)) - {OUT, "out.metrics.csv"}
+    left = set(os.listdir(folder)) - allowed
     return f"other weights: {differing[:3]}" if differing else f"left {left}" if left else None
 
 
