@@ -13,7 +13,7 @@ import stat
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +27,8 @@ _lock = threading.Lock()
 
 def check_output(path: str | Path, force: bool = False) -> Path:
     """The file that writing to ``path`` would replace or make, links followed; call it before long work begins.
+
+    What killed runs left beside it is removed.
 
     Raises:
         UsageError: it exists and ``force`` is not set; it is a folder, a device, a FIFO or a dangling link; its folder
@@ -43,7 +45,10 @@ def check_output(path: str | Path, force: bool = False) -> Path:
         raise UsageError(f"{path} exists: use --force to replace it, or name another output with -o")
     if not path.parent.is_dir():
         raise UsageError(f"the folder {path.parent} does not exist: make it first")
-    return path.resolve()
+    target = path.resolve()
+    with suppress(OSError):  # writing will say so
+        _remove_leftovers(target)
+    return target
 
 
 def write_file(path: str | Path, write: Callable[[Path], None], force: bool = False) -> None:
@@ -151,6 +156,8 @@ def check_folder(path: str | Path, own: Collection[str], force: bool = False) ->
         UsageError: it exists and ``force`` is not set, it is no folder or holds other files, its parent does not exist.
     """
     path = Path(path)
+    with suppress(OSError):  # writing will say so
+        _remove_leftovers(path.resolve())
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise UsageError(f"{path} is there and is no folder: name another output with -o")
     if path.exists() and not force:
@@ -205,9 +212,8 @@ def outside(error: OSError, what: str) -> OutsideError:
 
 @contextmanager
 def _staged(target: Path, *endings: str) -> Iterator[list[Path]]:
-    """Paths beside a target for this writing alone, gone when it is over; leftovers of killed ones go first."""
+    """Paths beside a target for this writing alone, gone when it is over."""
     with _lock:
-        _remove_leftovers(target)
         number = next(n for n in itertools.count() if (target, n) not in _writing)
         _writing.add((target, number))
     process = f"{os.getpid()}-{number}" if number else str(os.getpid())

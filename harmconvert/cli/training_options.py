@@ -277,6 +277,7 @@ def keeper_from(given: Mapping[str, Any], output: str, identity: Mapping[str, An
     """
     from ..distributed import any_rank
     from ..errors import UsageError
+    from ..files import check_output
     from ..training import Keeper
     from ..training.state import state_path
 
@@ -285,16 +286,18 @@ def keeper_from(given: Mapping[str, Any], output: str, identity: Mapping[str, An
         raise UsageError(
             f"{path} is the state of an interrupted run: go on with --resume {path}, or begin anew: --force"
         )
+    check_output(path, force=True)
     return Keeper(path, given["save_every"], identity, say=options.say)
 
 
 def recorder(output: str, log: str | None) -> Callable[[Sequence[Mapping[str, Any]]], None]:
     """What keeps the figures of a run beside its output."""
-    from ..files import beside
+    from ..files import beside, check_output
     from ..training.metrics import Events, metrics_path, write_metrics
 
     if os.environ.get("RANK", "0") != "0":
         return lambda rows: None
+    check_output(metrics_path(output), force=True)
     events = Events(beside(output, ".tensorboard")) if log == "tensorboard" else None
 
     def record(rows: Sequence[Mapping[str, Any]]) -> None:

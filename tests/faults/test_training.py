@@ -63,7 +63,7 @@ def resume(folder: Path) -> list[str]:
 
 
 def finished(folder: Path, whole: dict[str, torch.Tensor], every: list[str]) -> str | None:
-    """Let a run go on to its end; a complaint where it does not come to the same bits, or leaves more than it should."""
+    """Let a run go on to its end; a complaint where it comes to other bits, or leaves more than it should."""
     allowed = {OUT, "out.metrics.csv"}
     if (folder / OUT).exists():  # killed between the output and the clearing up
         allowed |= {STATE, f"{STATE}.previous"} | {path.name for path in folder.glob(f".{OUT}.*.staging")}

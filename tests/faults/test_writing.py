@@ -229,7 +229,7 @@ def test_a_disk_that_is_full(material: Path, expected: dict[str, Path], tally: C
         found, lost = problem(folder, job, expected[name], code)
         if code != 4 and not (code == 0 and name == "finetune"):
             found = found or f"{limit} bytes: exit code {code}"
-        elif not is_old(folder / job.target) and code != 0:
+        elif not is_old(folder / job.target) and code != 0 and name != "plan":  # which is written before the network
             found = found or f"{limit} bytes: the old file is gone"
         count.trial(found, lost=lost)
 
