@@ -15,7 +15,7 @@ test: $(VENV)/.dev
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2
 
-# Everything that is meant to break it, counted (SECURITY.md): about half an hour.
+# Everything that is meant to break it, counted (SECURITY.md): about an hour on two cores.
 FAULTS = benchmarks/results/faults.csv
 faults: $(VENV)/.dev
 	rm -f $(FAULTS)

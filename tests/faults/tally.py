@@ -64,21 +64,20 @@ COLUMNS = [column.name for column in fields(Tally) if column.name != "complaints
 Counter = Callable[[str, str], Tally]
 
 
-def table(rows: list[dict[str, str]]) -> str:
-    """The lines of a table in Markdown, those of one area together, and their sums."""
-    merged: dict[tuple[str, str], list[int]] = {}
+def table(rows: list[dict[str, str]], areas: bool = False) -> str:
+    """The table in Markdown, lines of one kind (or of one area) together, and their sums."""
+    merged: dict[str, list[int]] = {}
     for row in sorted(rows, key=lambda row: row["area"]):
-        counts = merged.setdefault((row["area"], row["what"]), [0] * 4)
+        counts = merged.setdefault(row["area"] if areas else f"{row['area']}: {row['what']}", [0] * 4)
         for place, column in enumerate(COLUMNS[2:]):
             counts[place] += int(row[column])
-    lines = ["| area | what was tried | tried | survived | data lost | code executed |", "|---|---|--:|--:|--:|--:|"]
-    lines += [
-        f"| {area} | {what} | " + " | ".join(f"{n:,}" for n in counts) + " |" for (area, what), counts in merged.items()
-    ]
-    sums = [sum(column) for column in zip(*merged.values(), strict=True)]
-    return "\n".join([*lines, "| **all** | | " + " | ".join(f"**{n:,}**" for n in sums) + " |"])
+    merged["**all**"] = [sum(column) for column in zip(*merged.values(), strict=True)]
+    lines = ["| what was tried | inputs and faults | survived | data lost | code executed |", "|---|--:|--:|--:|--:|"]
+    return "\n".join(
+        [*lines, *(f"| {name} | " + " | ".join(f"{n:,}" for n in row) + " |" for name, row in merged.items())]
+    )
 
 
 if __name__ == "__main__":
     with Path(sys.argv[1]).open(newline="", encoding="utf-8") as file:
-        print(table(list(csv.DictReader(file, COLUMNS))))
+        print(table(list(csv.DictReader(file, COLUMNS)), "--areas" in sys.argv))
