@@ -156,10 +156,10 @@ def check_folder(path: str | Path, own: Collection[str], force: bool = False) ->
         UsageError: it exists and ``force`` is not set, it is no folder or holds other files, its parent does not exist.
     """
     path = Path(path)
-    with suppress(OSError):  # writing will say so
-        _remove_leftovers(path.resolve())
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise UsageError(f"{path} is there and is no folder: name another output with -o")
+    with suppress(OSError):  # writing will say so
+        _remove_leftovers(path.resolve())
     if path.exists() and not force:
         raise UsageError(f"{path} exists: use --force to replace it, or name another output with -o")
     if path.exists() and (others := sorted({entry.name for entry in path.iterdir()} - set(own))):
