@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import harmconvert as hc
 from harmconvert.basis import Basis
 from harmconvert.calibration import CalibrationSettings, calibrate, reestimate_batch_norm, solvers
+from harmconvert.calibration import _blend as blend
 from harmconvert.calibration import _never_worse as never_worse
 from harmconvert.calibration import divergence as divergence_room
 from harmconvert.calibration.capture import ConvCall, watch_convolutions
@@ -489,6 +490,41 @@ def test_the_fewer_positions_there_are_for_each_unknown_the_stronger_the_weakest
     assert Refit(model, {}, None, None, UNDAMPED, 0)._dampings(positions) == (0.0,)
 
 
+def test_a_share_of_a_change_lies_between_before_and_after() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    before = {key: torch.full_like(tensor, 4) for key, tensor in model.state_dict().items()}
+    after = {key: torch.full_like(tensor, 8) for key, tensor in model.state_dict().items()}
+    for share, value in ((0.0, 4.0), (0.25, 5.0), (0.5, 6.0), (1.0, 8.0)):
+        blend(model, before, after, share)
+        assert (model[0].running_mean == value).all()
+        assert model[0].num_batches_tracked == 4, "whole numbers have no middle"
+
+
+def test_of_the_candidates_the_one_with_the_least_error_on_held_back_inputs_is_taken() -> None:
+    model, _, _ = one_layer("plain")
+    harmonic, x = to_harmonic(model[0]), random_input((2, 3, 9, 9), torch.float64)
+    call = captured(harmonic, x)
+    layer = Kernel.of(harmonic, call).layer(call, True, 1 << 30, 0)
+    errors = {0.5: 0.6, 10.0: 0.9, 1.0: 0.4, 0.1: 0.7, 0.01: 0.8, 0.001: 0.75, 0.0001: 0.1}
+
+    class Told(Problem):
+        def error(self, change: Change | None) -> float:
+            return 1.0 if change is None else errors[change.damping]
+
+        def rescaling(self) -> Change:
+            return Change(layer.coefficients, None, 0.5)
+
+        def candidates(self, dampings: Any) -> Iterator[Change]:
+            return (Change(layer.coefficients, None, damping) for damping in dampings)
+
+    choice = choose(Told(layer), Told(layer), [damping for damping in errors if damping != 0.5])
+    assert (choice.decision, choice.change.damping, choice.error_before, choice.error_after) == ("refit", 1.0, 1.0, 0.4)
+    errors[1.0] = 2.0
+    assert choose(Told(layer), Told(layer), [10.0, 1.0]).decision == "rescaled"
+    errors[0.5] = 1.0
+    assert choose(Told(layer), Told(layer), [1.0]).decision == "projection"
+
+
 def test_outputs_that_come_out_worse_are_taken_back() -> None:
     model, x = stack(), smooth((16, 3, 12, 12))
     data = calibration_set([x])
@@ -603,6 +639,14 @@ def test_batch_norm_statistics_are_those_of_the_data() -> None:
     assert (model[3].running_var - 1).abs().max() < 0.02
     assert model[1].num_batches_tracked == 0
     assert not any(module.training for module in model.modules())
+
+
+def test_a_small_last_batch_counts_by_its_size() -> None:
+    model = seeded(lambda: nn.Sequential(nn.BatchNorm2d(2)), torch.float64)
+    x = random_input((8, 2, 3, 3), torch.float64)
+    assert reestimate_batch_norm(model, [x[:7], x[7:] + 5.0]) == 1
+    whole = torch.cat([x[:7], x[7:] + 5.0])
+    torch.testing.assert_close(model[0].running_mean, whole.mean((0, 2, 3)), rtol=1e-12, atol=0)
 
 
 def test_batch_norms_that_do_not_run_or_see_one_value_stay() -> None:
