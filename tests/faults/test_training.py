@@ -245,15 +245,15 @@ def torchrun(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
 def test_a_rank_that_is_killed(material: Path, tally: Counter) -> None:
     """The others end, too, and what was saved goes on in two processes to the same bits."""
     count = tally("training", "SIGKILL to one of two processes at a random moment, then --resume: bit-equal")
-    folder = fresh(material, "ranks")
-    process = torchrun(folder, *RUN)
+    folder, shared = fresh(material, "ranks"), [*RUN, "-b", "6"]  # of which each has three
+    process = torchrun(folder, *shared)
     assert process.communicate(timeout=300)[0] is None
     assert process.returncode == 0
     wanted = safetensors.torch.load_file(folder / OUT)
     chance = random.Random(0)
     for turn in range(size(1, 8)):
         folder = fresh(material, "ranks")
-        process = torchrun(folder, *RUN, "--save-every", "1", "--epochs", "3")
+        process = torchrun(folder, *shared, "--save-every", "1")
         while process.poll() is None and not (folder / STATE).exists():
             time.sleep(0.01)
         time.sleep(chance.uniform(0, 0.3))
@@ -264,7 +264,7 @@ def test_a_rank_that_is_killed(material: Path, tally: Counter) -> None:
         finished_at_once = (folder / OUT).exists()
         complaint = None if finished_at_once or process.returncode != 0 else "nobody noticed"
         if not finished_at_once:
-            again = torchrun(folder, *RUN, "--save-every", "1", *resume(folder))
+            again = torchrun(folder, *shared, "--save-every", "1", *resume(folder))
             error = again.communicate(timeout=300)[1].decode()
             if again.returncode:
                 complaint = complaint or f"resumed: {error[-300:]}"
