@@ -21,8 +21,9 @@ import copy
 import csv
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from statistics import mean
 
@@ -83,68 +84,80 @@ def training_data(name: str, model: nn.Module, seed: int) -> Tensors:
     return Tensors(data.images, data.labels, networks.RECIPES[name].augment, seed)
 
 
-def rows(name: str, subject: common.Subject, seed: int) -> Iterator[tuple[str, str, nn.Module, float]]:
-    """Lambda, method, network and seconds, one after the other."""
-    data = training_data(name, subject.model, seed)
+@dataclass(frozen=True)
+class Way:
+    """How a network is made, and the name that it has after so many epochs of fine-tuning."""
+
+    lam: str
+    make: Callable[[], nn.Module]
+    methods: dict[int, str]
+    distill: float = 0.0
+
+
+def ways(name: str, subject: common.Subject, seed: int) -> Iterator[Way]:
     labelled = subject.labels is not None
-
-    def tuned(model: nn.Module, distill: float = 0.0) -> Iterator[tuple[int, nn.Module, float]]:
-        """The network after each epoch (the paper's rate is constant, so the first is that of a run of one)."""
-        model, start, seen = copy.deepcopy(model), time.perf_counter(), []
-        recipe = replace(RECIPE, seed=seed, distill=distill)
-        teacher = subject.model if distill else None
-        train(
-            model,
-            data,
-            recipe,
-            teacher=teacher,
-            machine=Machine(),
-            epoch_done=lambda _: seen.append(copy.deepcopy(model)),
-        )
-        seconds = time.perf_counter() - start
-        yield from ((number + 1, network, seconds * (number + 1) / len(seen)) for number, network in enumerate(seen))
-
-    def after_five(model: nn.Module, distill: float = 0.0) -> tuple[nn.Module, float]:
-        return list(tuned(model, distill))[-1][1:]
-
+    yield Way("full", lambda: subject.model, {0: "uncut", 5: "uncut + 5 epochs"} if labelled else {0: "uncut"})
     if labelled:
-        yield "full", "uncut + 5 epochs", *after_five(subject.model)
-        yield "full", "whole basis + 5 epochs", *after_five(hc.convert(subject.model).model)
+        yield Way("full", lambda: hc.convert(subject.model).model, {5: "whole basis + 5 epochs"})
     for lam in LAMBDAS.get(name, ["progressive", 2]):
-        plain = hc.convert(subject.model, lam, include=subject.include).model
-        yield str(lam), "projection", plain, 0.0
-        start = time.perf_counter()
-        batches = subject.calibration(128, seed)
-        settings = CalibrationSettings(seed=seed)
-        refit = hc.convert(subject.model, lam, include=subject.include, calibration=batches, settings=settings).model
-        yield str(lam), "refit", refit, time.perf_counter() - start
+        cut = partial(hc.convert, subject.model, lam, include=subject.include)
+
+        def projection(cut: Callable[..., hc.Conversion] = cut) -> nn.Module:
+            return cut().model
+
+        @cache
+        def refit(cut: Callable[..., hc.Conversion] = cut) -> nn.Module:
+            return cut(calibration=subject.calibration(128, seed), settings=CalibrationSettings(seed=seed)).model
+
+        yield Way(str(lam), projection, {0: "projection"})
+        after = {1: "refit + 1 epoch", 5: "refit + 5 epochs"} if labelled else {}
+        yield Way(str(lam), refit, {0: "refit", **after})
         if labelled:
-            for number, network, seconds in tuned(refit):
-                if number in (1, 5):
-                    yield str(lam), f"refit + {number} epoch{'s' * (number > 1)}", network, seconds
-            yield str(lam), "projection + 5 epochs", *after_five(plain)
+            yield Way(str(lam), projection, {5: "projection + 5 epochs"})
         else:
-            yield str(lam), "projection + 5 epochs distilled, no labels", *after_five(plain, 1.0)
-        yield str(lam), "refit + 5 epochs distilled, no labels", *after_five(refit, 1.0)
+            yield Way(str(lam), projection, {5: "projection + 5 epochs distilled, no labels"}, 1.0)
+        yield Way(str(lam), refit, {5: "refit + 5 epochs distilled, no labels"}, 1.0)
+
+
+def followed(
+    way: Way, wanted: dict[int, str], data: Tensors, teacher: nn.Module
+) -> Iterator[tuple[str, nn.Module, float]]:
+    """Each method that is ``wanted``, its network, and the seconds of its calibration or of its training.
+
+    The paper's rate is constant, so the first epoch of five is that of a run of one.
+    """
+    start = time.perf_counter()
+    model = way.make()
+    if 0 in wanted:
+        yield wanted[0], model, time.perf_counter() - start
+    if not max(wanted):
+        return
+    model, trained, start = copy.deepcopy(model), {}, time.perf_counter()
+
+    def keep(epochs: Sequence[object]) -> None:
+        if len(epochs) in wanted:
+            trained[len(epochs)] = copy.deepcopy(model)
+
+    recipe = replace(RECIPE, seed=data.seed, distill=way.distill, epochs=max(wanted))
+    train(model, data, recipe, teacher=teacher if way.distill else None, machine=Machine(), epoch_done=keep)
+    seconds = time.perf_counter() - start
+    yield from ((wanted[number], trained[number], seconds * number / max(wanted)) for number in trained)
 
 
 def run(names: list[str], seeds: list[int], threads: int) -> None:
     torch.set_num_threads(threads)
     with appended(RESULTS, FIELDS, KEYS) as (done, write):
         for seed, name in itertools.product(seeds, names):
-            last = str(LAMBDAS.get(name, ["progressive", 2])[-1])
-            if (name, last, str(seed), "refit + 5 epochs distilled, no labels") in done:
-                continue
             subject = common.subject(name)
-            uncut = common.logits(subject.model, subject.images)
-            found = itertools.chain([("full", "uncut", subject.model, 0.0)], rows(name, subject, seed))
-            for lam, method, model, seconds in found:
-                if (name, lam, str(seed), method) in done:
-                    continue
-                row = dict(zip(KEYS, (name, lam, str(seed), method), strict=True))
-                row |= {"parameters": str(sum(p.numel() for p in model.parameters())), "seconds": f"{seconds:.1f}"}
-                row |= {"torch": torch.__version__, **common.scores(model, subject, uncut)}
-                write(row)
+            uncut, data = common.logits(subject.model, subject.images), training_data(name, subject.model, seed)
+            for way in ways(name, subject, seed):
+                keys = {number: (name, way.lam, str(seed), method) for number, method in way.methods.items()}
+                wanted = {number: way.methods[number] for number, key in keys.items() if key not in done}
+                for method, model, seconds in followed(way, wanted, data, subject.model) if wanted else ():
+                    row = dict(zip(KEYS, (name, way.lam, str(seed), method), strict=True))
+                    row |= {"parameters": str(sum(p.numel() for p in model.parameters())), "seconds": f"{seconds:.1f}"}
+                    row |= {"torch": torch.__version__, **common.scores(model, subject, uncut)}
+                    write(row)
 
 
 def summary() -> None:
