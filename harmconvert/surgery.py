@@ -255,8 +255,9 @@ def tensors_in(value: Any) -> list[Tensor]:
     """All tensors in nested lists, tuples, dicts and plain objects (such as model outputs), in order."""
     found: list[Tensor] = []
     seen: set[int] = set()
-
-    def visit(item: Any) -> None:
+    waiting = [value]
+    while waiting:  # no function that calls itself: until the garbage collector came, it would keep what it found
+        item = waiting.pop()
         if isinstance(item, Tensor):
             found.append(item)
         elif id(item) not in seen and not isinstance(item, type | Enum | nn.Module):
@@ -265,10 +266,7 @@ def tensors_in(value: Any) -> list[Tensor]:
                 item = item.values()
             elif not isinstance(item, list | tuple):
                 item = getattr(item, "__dict__", {}).values()
-            for part in item:
-                visit(part)
-
-    visit(value)
+            waiting += reversed([*item])
     return found
 
 

@@ -29,7 +29,7 @@ from harmconvert.calibration.divergence import Divergence, divergence
 from harmconvert.calibration.equations import Change, Problem
 from harmconvert.calibration.inputs import Batch, calibration_set
 from harmconvert.calibration.layers import Kernel, RefitError, choose
-from harmconvert.calibration.refit import DAMPINGS, Refit
+from harmconvert.calibration.refit import DAMPINGS, dampings
 from harmconvert.calibration.responses import from_groups, outputs, pick_positions, responses, to_groups
 from harmconvert.calibration.solvers import NormalEquations, Operator, Samples, solver
 from harmconvert.conv import to_harmonic
@@ -484,10 +484,8 @@ def test_weak_damping_is_not_tried_where_positions_are_few() -> None:
 def test_the_fewer_positions_there_are_for_each_unknown_the_stronger_the_weakest_damping(
     positions: float, tried: int
 ) -> None:
-    model = seeded(lambda: nn.Sequential(nn.Conv2d(1, 1, 3)))
-    found = Refit(model, {}, None, None, CalibrationSettings(), 0)._dampings(positions)
-    assert found == DAMPINGS[:tried], "strongest first"
-    assert Refit(model, {}, None, None, UNDAMPED, 0)._dampings(positions) == (0.0,)
+    assert dampings(CalibrationSettings(), positions) == DAMPINGS[:tried], "strongest first"
+    assert dampings(UNDAMPED, positions) == (0.0,)
 
 
 def test_a_share_of_a_change_lies_between_before_and_after() -> None:
@@ -687,10 +685,10 @@ from tests.test_calibration import smooth, stack
 torch.set_num_threads(1)
 
 def unlucky(take_in):
-    def wrapped(self, problem, site, modules, batch):
+    def wrapped(self, problem, site, batch):
         if rank() == 1 and site.names[0] == "3":
             raise MemoryError("no memory left")
-        return take_in(self, problem, site, modules, batch)
+        return take_in(self, problem, site, batch)
     return wrapped
 
 with joined():

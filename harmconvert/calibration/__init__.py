@@ -7,7 +7,7 @@ taken at all: a layer that generalises no better than the plain cut keeps the pl
 
 From the whole to the parts: `calibrate` here; refit.py, one layer after the other; layers.py, one layer's kernel and
 the choice of a solution; equations.py and solvers.py, the least squares; cuts.py, those of all cuts of a layer at once;
-responses.py, DCT responses; capture.py, running a network up to a layer.
+responses.py, DCT responses; capture.py, running a network up to a layer; holding.py, going on from there.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from ..weights import tensors_sha256
 from .batch_norm import batch_norms, reestimate_batch_norm
 from .cuts import WholeLayer
 from .divergence import Divergence
+from .holding import Forwards
 from .inputs import CalibrationSet, calibration_set
 from .records import ENOUGH_POSITIONS, Calibration, CalibrationSettings, LayerCalibration, Progress
 from .refit import Refit
@@ -78,9 +79,10 @@ def calibrate(
 ) -> Calibration:
     """Refit the truncated convolutions of ``converted``, in place, then re-estimate its batch norms.
 
-    Runs ``converted`` once for each truncated layer, up to that layer (on one input, where enough is known of it): the
-    cost is linear in the inputs. Of the activations one layer's of one batch are held, and answers at sampled
-    positions. Under torch.distributed the inputs are shared out and the sums are taken over all processes.
+    Runs of ``converted`` are held at the truncated layer that is refitted and go on to the next: the cost is linear in
+    the inputs and in the depth. What a run still needs there is held of as many batches as memory allows (1 GB at most;
+    the others are run anew for each layer), of all other activations those of one layer and batch, and answers at
+    sampled positions. Under torch.distributed the inputs are shared out and the sums are taken over all processes.
 
     Args:
         original: the network that ``converted`` was made from by ``plan``; not changed.
@@ -159,12 +161,13 @@ def _refit(
         return []
     targets = Targets(original, sites, data, settings.seed, memory // 2)
     whole = known.whole if len(cut) == 1 else {}  # what two cut layers are fed is another matter
-    refit = Refit(converted, harmonic, targets, data, settings, memory, whole)
     records = []
-    for done, site in enumerate(sites):
-        if progress:
-            progress(done, len(sites), site.names[0])
-        records.append(refit(site))
+    with Forwards(converted, harmonic, memory // 4, data.probes) as forwards:
+        refit = Refit(converted, harmonic, targets, data, settings, memory, forwards, whole)
+        for done, site in enumerate(sites):
+            if progress:
+                progress(done, len(sites), site.names[0])
+            records.append(refit(site))
     if progress:
         progress(len(sites), len(sites), "checking the outputs")
     for name in cut:

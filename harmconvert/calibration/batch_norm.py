@@ -15,6 +15,8 @@ from ..surgery import evaluating
 from .capture import forward
 from .inputs import input_of
 
+_AT_ONCE = 1 << 18  # values brought to float64 at a time: what a processor's cache holds
+
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     """Batch norms that keep running statistics, by name; frozen ones are of other classes and stay as they are."""
@@ -39,12 +41,11 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> int:
 
     def watch(name: str) -> Any:
         def hook(norm: _BatchNorm, args: Any, kwargs: Any) -> None:
-            x = next(iter((*args, *kwargs.values()))).detach().to(torch.float64)
-            values = x.transpose(0, 1).flatten(1) if x.dim() > 1 else x[:, None]
-            norm.training = values.shape[1] > 1
+            x = next(iter((*args, *kwargs.values()))).detach()
+            norm.training = x.dim() > 1 and x.numel() > x.shape[1]
             if norm.training:
-                moments = torch.cat([values.mean(1), values.var(1)])
-                sums[name] += torch.cat([moments, moments.new_ones(1)]).cpu() * len(x)
+                mean, var = _moments(x)
+                sums[name] += torch.cat([mean, var, mean.new_ones(1)]).cpu() * len(x)
 
         return hook
 
@@ -73,6 +74,19 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> int:
             _restore(norm, (mean, var, None))
             ran += 1
     return ran
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance (C,) of each channel of x (N, C, *size), in float64."""
+    others = [axis for axis in range(x.dim()) if axis != 1]
+    count = x.numel() // x.shape[1]
+    first = x[:1].to(torch.float64).mean(others, keepdim=True)  # lest much be taken from much in the variance
+    sums = torch.zeros(2, x.shape[1], dtype=torch.float64, device=x.device)
+    for part in x.split(max(1, _AT_ONCE // max(x[0].numel(), 1))):
+        moved = part.to(torch.float64) - first
+        sums += torch.stack([moved.sum(others), moved.square().sum(others)])
+    mean = sums[0] / count
+    return mean + first.flatten(), (sums[1] - count * mean.square()).clamp_min(0) / (count - 1)
 
 
 def _statistics(norm: _BatchNorm) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -50,7 +50,11 @@ class ConvCall:
         return plain(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
 
-class _Reached(BaseException):
+# Is shown a layer's name and its call; None where it convolves otherwise than once in a forward.
+See = Callable[[str, ConvCall | None], None]
+
+
+class Reached(BaseException):
     """The layer has run; the rest of the forward is not needed. No Exception, so that no model swallows it."""
 
 
@@ -58,7 +62,7 @@ def watch_convolutions(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     input: Any,
-    see: Callable[[str, ConvCall | None], None],
+    see: See,
     stop_after: int | None = None,
 ) -> None:
     """Run ``model`` on one batch and show each call of ``layers`` to ``see`` as it happens; stop after so many calls.
@@ -69,7 +73,7 @@ def watch_convolutions(
     Raises:
         UsageError: the network does not run on that input. Whatever ``see`` raises.
     """
-    recorder = _Recorder()
+    recorder = Recorder()
     seen = 0
     failure: list[Exception] = []
 
@@ -83,7 +87,7 @@ def watch_convolutions(
             except Exception as error:
                 failure.append(error)
             if failure or seen == stop_after:
-                raise _Reached
+                raise Reached
 
         return hook
 
@@ -91,7 +95,7 @@ def watch_convolutions(
     handles += [layer.register_forward_hook(after(name)) for name, layer in layers.items()]
     try:
         forward(model, input, recorder)
-    except _Reached:
+    except Reached:
         pass
     finally:
         for handle in handles:
@@ -132,7 +136,7 @@ def explained(error: Exception) -> str:
     return text
 
 
-class _Recorder(TorchFunctionMode):
+class Recorder(TorchFunctionMode):
     """Notes the convolutions that torch is asked for between `start` and `stop`."""
 
     def __init__(self) -> None:

@@ -39,8 +39,17 @@ class CalibrationSet:
     @property
     def probe(self) -> Batch:
         """One example, to see how the network runs."""
-        first = (*self.fit, *self.held)[0]
-        return Batch(_rows(first.input, [0], len(first)), first.examples[:1])
+        return self.probes[0]
+
+    @property
+    def probes(self) -> tuple[Batch, ...]:
+        """One example, and another if there are two."""
+        batches = (*self.fit, *self.held)
+        places = [(batches[0], 0), (batches[-1], len(batches[-1]) - 1)][: len(self)]
+        return tuple(Batch(_rows(b.input, [row], len(b)), b.examples[row : row + 1]) for b, row in places)
+
+    def __len__(self) -> int:
+        return sum(map(len, (*self.fit, *self.held)))
 
 
 def calibration_set(batches: Iterable[Any], limit: int | None = None) -> CalibrationSet:

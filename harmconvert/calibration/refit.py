@@ -13,9 +13,10 @@ from torch import nn
 from ..conv import HarmonicMixin
 from ..distributed import any_rank
 from ..errors import UsageError
-from .capture import ConvCall, explained, watch_convolutions
+from .capture import ConvCall, explained
 from .cuts import WholeLayer
 from .equations import Layer, Problem
+from .holding import Forwards
 from .inputs import Batch, CalibrationSet
 from .layers import Choice, Kernel, RefitError, choose, in_range, refittable_bias
 from .records import ENOUGH_POSITIONS, CalibrationSettings, LayerCalibration
@@ -29,7 +30,8 @@ DAMPING_TIMES_POSITIONS = 1e-3
 
 
 class Refit:
-    """Refits sites of ``converted`` in place, in the order given; of layers in ``whole`` from what is known of them."""
+    """Refits sites of ``converted`` in place, in the order given, on what ``forwards`` shows that they are fed; layers
+    in ``whole`` from what is known of them."""
 
     def __init__(
         self,
@@ -39,10 +41,12 @@ class Refit:
         data: CalibrationSet,
         settings: CalibrationSettings,
         memory: int,
-        whole: Mapping[str, WholeLayer] | None = None,
+        forwards: Forwards,
+        whole: Mapping[str, WholeLayer],
     ) -> None:
         self.converted, self.layers, self.targets = converted, layers, targets
-        self.data, self.settings, self.memory, self.whole = data, settings, memory, whole or {}
+        self.data, self.settings, self.memory = data, settings, memory
+        self.forwards, self.whole, self.probe = forwards, whole, data.probe
 
     def __call__(self, site: Site) -> LayerCalibration:
         """Refit one site; one that cannot be keeps the projection and says why."""
@@ -72,10 +76,10 @@ class Refit:
         modules = {name: self.layers[name] for name in site.names}
         bias = refittable_bias(self.converted, list(modules.values()))
         kernel, layer = self._layer(site, modules, bias)
-        fit, held = self._problems(site, layer, modules)
+        fit, held = self._problems(site, layer)
         if not (fit.finite and held.finite):
             raise UsageError("its activations are NaN or infinite on the calibration inputs")
-        choice = choose(fit, held, self._dampings(fit.count / layer.unknowns))
+        choice = choose(fit, held, dampings(self.settings, fit.count / layer.unknowns))
         if choice.change is not None:
             _write(kernel, layer, choice, bias)
         return replace(
@@ -94,8 +98,7 @@ class Refit:
     def _layer(self, site: Site, modules: dict[str, HarmonicMixin], bias: nn.Parameter | None) -> tuple[Kernel, Layer]:
         """How the layer makes its kernel, seen in one forward of one example."""
         seen: list[tuple[str, ConvCall | None]] = []
-        probe = self.data.probe.input
-        watch_convolutions(self.converted, modules, probe, lambda *call: seen.append(call), len(site.calls))
+        self.forwards.watch(site.names, self.probe, lambda *call: seen.append(call), len(site.calls))
         calls = [(name, call) for name, call in seen if call is not None]
         kernels = [Kernel.of(modules[name], call) for name, call in calls]
         kinds = {(call.groups, call.transposed, k.factor is None) for k, (_, call) in zip(kernels, calls, strict=True)}
@@ -103,21 +106,19 @@ class Refit:
             raise RefitError("convolutions of different kinds share its coefficients")
         return kernels[0], kernels[0].layer(calls[0][1], bias is not None, site.wanted, self.settings.seed)
 
-    def _problems(self, site: Site, layer: Layer, modules: dict[str, HarmonicMixin]) -> tuple[Problem, Problem]:
+    def _problems(self, site: Site, layer: Layer) -> tuple[Problem, Problem]:
         """One layer's equations over the inputs fitted on and those held back."""
         if (whole := self.whole.get(site.names[0])) is not None:
-            return whole.cut(layer, modules[site.names[0]].frequencies)
-        fit, held = (self._problem(site, layer, modules, part) for part in (self.data.fit, self.data.held))
+            return whole.cut(layer, self.layers[site.names[0]].frequencies)
+        fit, held = (self._problem(site, layer, part) for part in (self.data.fit, self.data.held))
         return fit, held
 
-    def _problem(
-        self, site: Site, layer: Layer, modules: dict[str, HarmonicMixin], batches: Sequence[Batch]
-    ) -> Problem:
+    def _problem(self, site: Site, layer: Layer, batches: Sequence[Batch]) -> Problem:
         """One layer's equations over some batches, of all processes."""
         problem, failure = site.method(layer), None
         try:
             for batch in batches:
-                self._take_in(problem, site, modules, batch)
+                self._take_in(problem, site, batch)
                 if isinstance(problem, Operator) and problem.bytes > self.memory // 2:
                     break  # it holds whole maps: fewer inputs are better than none
         except Exception as error:
@@ -127,7 +128,7 @@ class Refit:
         problem.reduce()
         return problem
 
-    def _take_in(self, problem: Problem, site: Site, modules: dict[str, HarmonicMixin], batch: Batch) -> None:
+    def _take_in(self, problem: Problem, site: Site, batch: Batch) -> None:
         answers = self.targets.of(site, batch)
         unpaired = UsageError("the converted network runs it otherwise than the original: their calls do not pair")
         waiting = iter(answers)
@@ -138,16 +139,18 @@ class Refit:
                 raise unpaired
             problem.add(call, target, rows_of(batch, len(call.input)))
 
-        watch_convolutions(self.converted, modules, batch.input, see, len(site.calls))
+        self.forwards.watch(site.names, batch, see, len(site.calls))
         if next(waiting, None) is not None:
             raise unpaired
         problem.inputs += len(batch)
 
-    def _dampings(self, positions_per_unknown: float) -> tuple[float, ...]:
-        if self.settings.damping is not None:
-            return (self.settings.damping,)
-        least = weakest_damping(positions_per_unknown)
-        return tuple(damping for damping in DAMPINGS if damping >= least)
+
+def dampings(settings: CalibrationSettings, positions_per_unknown: float) -> tuple[float, ...]:
+    """Those to choose from, the strongest first."""
+    if settings.damping is not None:
+        return (settings.damping,)
+    least = weakest_damping(positions_per_unknown)
+    return tuple(damping for damping in DAMPINGS if damping >= least)
 
 
 def weakest_damping(positions_per_unknown: float) -> float:

@@ -24,6 +24,7 @@ CONV = ("test_conv.py",)
 PLAN = ("test_plan.py",)
 VERIFY = ("test_verify.py",)
 REFIT = ("test_calibration.py",)
+HOLDING = ("test_holding.py",)
 SEARCH = ("test_frequencies.py",)
 KNAPSACK = ("test_budget.py",)
 
@@ -275,12 +276,24 @@ MUTANTS = (
         "starved fits are believed the most", REFIT,
     ),
     Mutant(
-        "calibration/batch_norm.py", "values.var(1)", "values.var(1, unbiased=False)",
+        "calibration/batch_norm.py", ".clamp_min(0) / (count - 1)", ".clamp_min(0) / count",
         "running variances are biased", REFIT,
     ),
     Mutant(
-        "calibration/batch_norm.py", "moments.new_ones(1)]).cpu() * len(x)", "moments.new_ones(1)]).cpu()",
+        "calibration/batch_norm.py", "mean.new_ones(1)]).cpu() * len(x)", "mean.new_ones(1)]).cpu()",
         "a small last batch counts as much as a whole one", REFIT,
+    ),
+    Mutant(
+        "calibration/holding.py", "if self.always_again or _version(layer) != version:", "if self.always_again:",
+        "a held run goes on with what the layer answered before its refit", HOLDING,
+    ),
+    Mutant(
+        "calibration/holding.py", "or not held.valid:", "or False:", "a held run goes on though what it passed changed",
+        HOLDING,
+    ),
+    Mutant(
+        "calibration/holding.py", "return bytes if alike else {}", "return bytes",
+        "networks that runs in turns mix up are run in turns", HOLDING,
     ),
     Mutant(
         "calibration/divergence.py", "p.exp() * (p - q)", "q.exp() * (q - p)", "the divergence is that of the reverse",

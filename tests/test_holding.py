@@ -1,0 +1,275 @@
+"""Runs held at a layer: they come to what runs begun anew come to, in less work, and leave nothing behind."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import harmconvert as hc
+from harmconvert.calibration import CalibrationSettings, holding
+from harmconvert.calibration.holding import Forwards
+from harmconvert.calibration.inputs import calibration_set
+from harmconvert.surgery import convolutions, tensors_in
+
+from .networks import Branches, random_input, seeded
+
+SIZE = (3, 20, 20)
+
+
+class Chain(nn.Module):
+    """Four convolutions, in-place activations, an addition around two of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third, self.last = (
+            nn.Conv2d(inside, 8, 3, padding=1) for inside in (3, 8, 8, 8)
+        )  # fmt: skip
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.first(x)).relu_()
+        x = x + self.third(self.second(x).relu_())
+        return self.last(x).mean((2, 3))
+
+
+class Drawing(Chain):
+    """Draws in its forward, between its layers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x) + torch.randn(8, 1, 1)
+        x = self.second(x) + torch.randn(8, 1, 1)
+        return self.last(self.third(x) * torch.rand(1)).mean((2, 3))
+
+
+class Remembering(Chain):
+    """Keeps in itself what a later layer needs: two runs in turns would mix it up."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = self.first(x)
+        x = self.third(self.second(self.kept))
+        return self.last(x + self.kept).mean((2, 3))
+
+
+class Minding(Chain):
+    """Looks at the thread that it runs in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert threading.current_thread() is threading.main_thread()
+        return super().forward(x)
+
+
+class Nested(Chain):
+    """Contexts are open while its layers run."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            x = self.second(self.first(x))
+            with torch.autocast("cpu", enabled=False):
+                x = self.third(x.float())
+        return self.last(x).mean((2, 3))
+
+
+class Turning(Chain):
+    """Takes another way on each second image: not every run comes by every layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if x.mean() > 0:
+            x = self.second(x)
+        return self.last(self.third(x)).mean((2, 3))
+
+
+def images(count: int = 12) -> Tensor:
+    x = random_input((count, *SIZE))
+    return x + x.roll(1, 3) + 0.5 * x.roll(1, 2)
+
+
+def calibrated(model: nn.Module, batches: Any = None, **settings: Any) -> hc.Conversion:
+    return hc.convert(
+        model, {"*": 2}, example_input=images(1), calibration=batches or images().split(4),
+        settings=CalibrationSettings(**settings),
+    )  # fmt: skip
+
+
+def same(held: hc.Conversion, anew: hc.Conversion) -> bool:
+    states = [conversion.model.state_dict() for conversion in (held, anew)]
+    reports = [
+        [{key: value for key, value in vars(layer).items() if key != "seconds"} for layer in c.calibration.layers]
+        for c in (held, anew)
+        if c.calibration
+    ]
+    return reports[0] == reports[1] and all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def counted(run: Callable[[], Any]) -> tuple[Any, Counter[int]]:
+    """What it returns, and how often each number of images went through a first layer."""
+    calls: Counter[int] = Counter()
+    forward = nn.Conv2d.forward
+
+    def counting(self: nn.Conv2d, x: Tensor) -> Tensor:
+        calls[len(x)] += self.in_channels == 3
+        return forward(self, x)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Conv2d, "forward", counting)
+        return run(), calls
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    before = threading.active_count()
+    yield
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("make", [Chain, Drawing, Remembering, Minding, Nested, Turning, Branches])
+@pytest.mark.parametrize("room", [1 << 30, 120_000])
+def test_held_runs_come_to_what_runs_begun_anew_come_to(
+    make: Callable[[], nn.Module], room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = seeded(make)
+    monkeypatch.setattr(holding, "MOST_BYTES", room)
+    held, few = counted(lambda: calibrated(model))
+    monkeypatch.setattr(holding, "MOST_BYTES", 0)
+    anew, many = counted(lambda: calibrated(model))
+    assert same(held, anew)
+    fit = 3  # images of a batch that are fitted on
+    if make in (Remembering, Minding):
+        assert few[fit] == many[fit]
+    elif room == 1 << 30 and make is not Branches:
+        assert few[fit] <= many[fit] - 5, (few, many)  # three layers, three batches, and once more of the first itself
+
+
+def test_a_run_goes_on_with_the_coefficients_of_now() -> None:
+    """The oracle: a run begun anew, whose maps must be the held one's to the bit, whatever was changed meanwhile."""
+    model, data = seeded(Chain), calibration_set(images().split(4))
+    converted = calibrated(model).model
+    layers = convolutions(converted)
+
+    def fed(watch: Any) -> Tensor:
+        seen: list[Tensor] = []
+        watch(lambda name, call: seen.append(call.input.clone()))
+        return seen[0]
+
+    with Forwards(converted, layers, 1 << 30, data.probes) as forwards, torch.no_grad():
+        for name in ("first", "second", "third", "last"):
+            if name == "last":  # one that has passed changes: the held runs do not know of it, and are begun anew
+                layers["first"].coefficients.mul_(0.5)  # type: ignore[union-attr,operator]
+            for batch in data.fit:
+                held = fed(lambda see, name=name, batch=batch: forwards.watch([name], batch, see, 1))
+                anew = fed(
+                    lambda see, name=name, batch=batch: holding.watch_convolutions(
+                        converted, {name: layers[name]}, batch.input, see, 1
+                    )
+                )
+                assert torch.equal(held, anew)
+            layers[name].coefficients.mul_(1.5)  # type: ignore[union-attr,operator]
+            layers[name].bias.add_(0.25)  # type: ignore[union-attr,operator]
+
+
+def test_what_is_held_is_counted() -> None:
+    """At the second layer of Chain: the image, the map that is added later (also the layer's input), and its output."""
+    data, converted = calibration_set(images().split(4)), calibrated(seeded(Chain)).model
+    with Forwards(converted, convolutions(converted), 1 << 30, data.probes) as forwards:
+        assert forwards._bytes["second"] == 4 * 20 * 20 * (3 + 8 + 8)
+        assert forwards._bytes["first"] == 4 * 20 * 20 * (3 + 8)
+
+
+@pytest.mark.parametrize("memory", [0, 50_000, 100_000, 200_000, 1 << 30])
+def test_no_more_is_held_than_memory_allows(memory: int) -> None:
+    data, converted = calibration_set(images(40).split(4)), calibrated(seeded(Chain)).model
+    most = 0
+    with Forwards(converted, convolutions(converted), memory, data.probes) as forwards:
+        for name in ("first", "second", "third"):
+            for batch in data.fit:
+                forwards.watch([name], batch, lambda *call: None, 1)
+                held = forwards._held.values()
+                assert sum(run.bytes for run in held) <= memory
+                assert threading.active_count() <= 2 + len(held)
+                most = max(most, len(held))
+    assert most == min(10, memory // (3 * forwards._bytes["first"]))
+
+
+def test_neither_draws_nor_flags_of_the_caller_are_touched() -> None:
+    model = seeded(Drawing).train()
+    torch.manual_seed(5)
+    calibrated(model)
+    assert model.training
+    assert model.norm.training
+    found = torch.rand(4)
+    torch.manual_seed(5)
+    assert torch.equal(found, torch.rand(4))
+
+
+def test_under_the_callers_autocast_runs_are_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autocast is a thread's own, so that a held run would not be under it."""
+    found = []
+    for room in (1 << 30, 0):
+        monkeypatch.setattr(holding, "MOST_BYTES", room)
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(calibrated(seeded(Chain)))
+    assert same(*found)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_an_error_on_the_way_ends_the_threads(error: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+    go_on = holding._Held.go_on
+
+    def failing(self: Any, until: set[str]) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 16:
+            raise error("here")
+        go_on(self, until)
+
+    monkeypatch.setattr(holding._Held, "go_on", failing)
+    if error is KeyboardInterrupt:
+        with pytest.raises(error, match="here"):
+            calibrated(seeded(Chain))
+    else:
+        conversion = calibrated(seeded(Chain))
+        assert conversion.calibration
+        assert [layer.decision for layer in conversion.calibration.layers].count("failed") == 1
+
+
+def test_a_network_that_fails_midway_says_so_as_before() -> None:
+    class Failing(Chain):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.second(self.first(x))
+            if len(x) == 3:
+                raise RuntimeError("three are too many")
+            return self.last(self.third(x)).mean((2, 3))
+
+    conversion = calibrated(seeded(Failing))
+    assert conversion.calibration
+    assert all(layer.decision == "failed" for layer in conversion.calibration.layers)
+    assert all("three are too many" in (layer.why or "") for layer in conversion.calibration.layers)
+
+
+def test_found_tensors_are_let_go_at_once() -> None:
+    """Maps that wait for the garbage collector would be held without being counted."""
+    tensor = torch.ones(3)
+    alive = weakref.ref(tensor)
+    gc.disable()
+    try:
+        assert tensors_in({"a": [tensor, (tensor,)]}) == [tensor, tensor]
+        del tensor
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_tensors_are_found_in_order_and_cycles_end() -> None:
+    a, b, c = torch.zeros(1), torch.ones(1), torch.full((1,), 2.0)
+    nest: dict[str, Any] = {"first": [a, {"x": b}], "then": (c,)}
+    nest["itself"] = nest
+    assert [t.item() for t in tensors_in(nest)] == [0.0, 1.0, 2.0]
