@@ -29,12 +29,7 @@ def project(kernel: Tensor, basis_FK: Tensor) -> Tensor:
     tensor([[[3., 0.]]])
     """
     analysis_KF = (basis_FK / basis_FK.square().sum(1, keepdim=True)).T.to(kernel.device)
-    kernel_NK = kernel.detach().flatten(2).flatten(0, 1)
-    coefficients_NF = kernel.new_empty(len(kernel_NK), analysis_KF.shape[1], requires_grad=False)
-    # In slices that stay in the cache: float64 copies of whole kernels took three times as long.
-    for kernel_part, coefficients_part in zip(kernel_NK.split(_SLICE), coefficients_NF.split(_SLICE), strict=True):
-        coefficients_part.copy_(kernel_part.to(torch.float64) @ analysis_KF)
-    return coefficients_NF.unflatten(0, kernel.shape[:2])
+    return _times(kernel, analysis_KF)
 
 
 def reconstruct(coefficients: Tensor, basis_FK: Tensor, kernel_size: Sequence[int]) -> Tensor:
@@ -47,11 +42,7 @@ def reconstruct(coefficients: Tensor, basis_FK: Tensor, kernel_size: Sequence[in
             [1., 1.]])
     """
     synthesis_FK = basis_FK.to(coefficients.device, torch.float64)
-    coefficients_NF = coefficients.detach().flatten(0, 1)
-    kernel_NK = coefficients.new_empty(len(coefficients_NF), synthesis_FK.shape[1], requires_grad=False)
-    for coefficients_part, kernel_part in zip(coefficients_NF.split(_SLICE), kernel_NK.split(_SLICE), strict=True):
-        kernel_part.copy_(coefficients_part.to(torch.float64) @ synthesis_FK)
-    return kernel_NK.unflatten(0, coefficients.shape[:2]).unflatten(2, tuple(kernel_size))
+    return _times(coefficients, synthesis_FK).unflatten(2, tuple(kernel_size))
 
 
 def merge(coefficients_OIF: Tensor, basis_FK: Tensor) -> Tensor:
@@ -111,6 +102,16 @@ def check_range(tensor: Tensor, layer: str, what: str) -> None:
     wider = {torch.float16: "convert a float32 copy (model.float())", torch.float64: "scale its weights down"}
     remedy = wider.get(tensor.dtype, "convert a float64 copy (model.double())")
     raise InputError(f"layer {layer or '(root)'}: its {what} go out of {name}'s range: {remedy}")
+
+
+def _times(tensor: Tensor, matrix_AB: Tensor) -> Tensor:
+    """(O, I, *A) x (A, B) -> (O, I, B), in float64, and returned in the tensor's dtype."""
+    rows_NA = tensor.detach().flatten(2).flatten(0, 1)
+    found_NB = tensor.new_empty(len(rows_NA), matrix_AB.shape[1], requires_grad=False)
+    # In slices that stay in the cache: float64 copies of whole kernels took three times as long.
+    for rows, found in zip(rows_NA.split(_SLICE), found_NB.split(_SLICE), strict=True):
+        found.copy_(rows.to(torch.float64) @ matrix_AB)
+    return found_NB.unflatten(0, tensor.shape[:2])
 
 
 def _norm(tensor: Tensor) -> float:

@@ -73,14 +73,8 @@ MUTANTS = (
         "a basis that is not of unit norm is projected on as if it were", PROJECTION,
     ),
     Mutant(
-        "projection.py", "kernel_part.to(torch.float64) @ analysis_KF",
-        "kernel_part @ analysis_KF.to(kernel_part.dtype)",
-        "projection in the dtype of the weights", (*PROJECTION, "test_convert.py"),
-    ),
-    Mutant(
-        "projection.py", "coefficients_part.to(torch.float64) @ synthesis_FK",
-        "coefficients_part @ synthesis_FK.to(coefficients)",
-        "reconstruction in the dtype of the coefficients", (*PROJECTION, "test_forms.py"),
+        "projection.py", "rows.to(torch.float64) @ matrix_AB", "rows @ matrix_AB.to(rows.dtype)",
+        "projection and reconstruction in the dtype of the weights", (*PROJECTION, "test_convert.py"),
     ),
     Mutant(
         "projection.py", "_norm(approximation - kernel), _norm(kernel)",
