@@ -66,6 +66,17 @@ class Minding(Chain):
         return super().forward(x)
 
 
+LOCK = threading.Lock()
+
+
+class Locked(Chain):
+    """One forward at a time: another one waits until it is over."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with LOCK:
+            return super().forward(x)
+
+
 class Nested(Chain):
     """Contexts are open while its layers run."""
 
@@ -130,19 +141,20 @@ def no_thread_is_left() -> Iterator[None]:
     assert threading.active_count() == before
 
 
-@pytest.mark.parametrize("make", [Chain, Drawing, Remembering, Minding, Nested, Turning, Branches])
+@pytest.mark.parametrize("make", [Chain, Drawing, Remembering, Minding, Locked, Nested, Turning, Branches])
 @pytest.mark.parametrize("room", [1 << 30, 120_000])
 def test_held_runs_come_to_what_runs_begun_anew_come_to(
     make: Callable[[], nn.Module], room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = seeded(make)
+    monkeypatch.setattr(holding, "_PATIENCE", 0.5)
     monkeypatch.setattr(holding, "MOST_BYTES", room)
     held, few = counted(lambda: calibrated(model))
     monkeypatch.setattr(holding, "MOST_BYTES", 0)
     anew, many = counted(lambda: calibrated(model))
     assert same(held, anew)
     fit = 3  # images of a batch that are fitted on
-    if make in (Remembering, Minding):
+    if make in (Remembering, Minding, Locked):
         assert few[fit] == many[fit]
     elif room == 1 << 30 and make is not Branches:
         assert few[fit] <= many[fit] - 5, (few, many)  # three layers, three batches, and once more of the first itself
@@ -219,17 +231,34 @@ def test_under_the_callers_autocast_runs_are_the_callers(monkeypatch: pytest.Mon
     assert same(*found)
 
 
+def test_where_no_thread_can_be_started_runs_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At first two for the trial, then four; the system has no more."""
+    model, start, left = seeded(Chain), threading.Thread.start, [6]
+
+    def limited(self: threading.Thread) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", limited)
+        few = calibrated(model)
+    assert left[0] < 0
+    assert same(few, calibrated(model))
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_an_error_on_the_way_ends_the_threads(error: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
     calls = 0
     go_on = holding._Held.go_on
 
-    def failing(self: Any, until: set[str]) -> None:
+    def failing(self: Any, *given: Any) -> None:
         nonlocal calls
         calls += 1
         if calls == 16:
             raise error("here")
-        go_on(self, until)
+        go_on(self, *given)
 
     monkeypatch.setattr(holding._Held, "go_on", failing)
     if error is KeyboardInterrupt:

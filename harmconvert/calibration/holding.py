@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -28,6 +29,7 @@ MOST_BYTES = 1 << 30
 MOST_THREADS = 512
 # Of outputs of runs in turns, beside those of whole runs: a GPU may add in another order from one run to the next.
 _ALIKE = 1e-3
+_PATIENCE = 10.0  # seconds, beside twenty times what whole runs take, before one is thought to wait for another
 
 
 class Forwards:
@@ -66,37 +68,46 @@ class Forwards:
     def watch(self, names: Sequence[str], batch: Batch, see: See, calls: int) -> None:
         """Show the ``calls`` calls of the layers ``names`` in a forward of ``batch`` to ``see``, as
         `watch_convolutions` does; raises what that does."""
-        if len(names) > 1 or calls > 1 or not self._bytes.get(names[0]):
+        once = len(names) == 1 and calls == 1 and self._bytes.get(names[0])
+        held = self._before(names[0], batch) if once else None
+        if held is None:
             watch_convolutions(self._model, {name: self._layers[name] for name in names}, batch.input, see, calls)
             return
         (name,) = names
-        held = self._held.pop(id(batch), None)
-        if held is None or held.at == name or name in held.passed or not held.valid:
-            if held is not None:
-                held.end()
-            held = _Held(self._model, batch, Recorder())
         try:
             if self._go_on(held, {name}):
                 see(name, held.shown)
         except BaseException:
-            held.end()
+            _end([held])
             raise
         held.shown = None  # lets go of maps
         held.bytes = self._bytes[name] * len(batch)
         room = self._memory - sum(other.bytes for other in self._held.values())
         if held.done or held.bytes > room or len(self._held) >= self._most:
-            held.end()
+            _end([held])
         else:
             self._held[id(batch)] = held
 
-    def _go_on(self, held: _Held, until: set[str]) -> bool:
+    def _go_on(self, held: _Held, until: set[str], patience: float | None = None) -> bool:
         """Whether it came to one of the layers."""
         self._running = held
-        held.go_on(until)
+        held.go_on(until, patience)
         self._running = None
         if held.failure is not None:
             raise held.failure
         return not held.done
+
+    def _before(self, name: str, batch: Batch) -> _Held | None:
+        """A run of ``batch`` that has not come to the layer yet; none where no thread can be started."""
+        held = self._held.pop(id(batch), None)
+        if held is not None and held.at != name and name not in held.passed and held.valid:
+            return held
+        if held is not None:
+            _end([held])
+        try:
+            return _Held(self._model, batch, Recorder())
+        except RuntimeError:  # the system's limit
+            return None
 
     def _begins(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
         if self._running is not None:
@@ -106,23 +117,26 @@ class Forwards:
         return self._running.ended(name, layer, output) if self._running is not None else None
 
     def _end(self) -> None:
-        for held in [*self._held.values(), *([self._running] if self._running else [])]:
-            held.end()
+        _end([*self._held.values(), *([self._running] if self._running else [])])
         self._held.clear()
 
     def _tried(self) -> dict[str, int]:
         """Bytes that a run of one example held at each layer keeps alive; none where two runs in turns do not come to
-        what they come to one after the other: the network keeps something of one run beyond its frames, or looks at
-        the thread that it runs in."""
-        runs = [_Held(self._model, self._examples[0], _Alive()), _Held(self._model, self._examples[1], Recorder())]
+        what they come to one after the other: the network keeps something of one run beyond its frames, looks at the
+        thread that it runs in, or has one wait for the other."""
+        runs: list[_Held] = []
         bytes: dict[str, int] = {}
         try:
+            start = time.perf_counter()
             plain = [_outputs(forward(self._model, batch.input)) for batch in self._examples]
-            for run in runs:
-                run.always_again = True
+            patience = _PATIENCE + 20 * (time.perf_counter() - start)
+            for batch, recorder in zip(self._examples, (_Alive(), Recorder()), strict=True):
+                runs.append(_Held(self._model, batch, recorder))
+                runs[-1].always_again = True
             while not all(run.done for run in runs):
                 for run in runs:
-                    if not run.done and self._go_on(run, set(self._layers)) and isinstance(run.recorder, _Alive):
+                    stopped = not run.done and self._go_on(run, set(self._layers), patience)
+                    if stopped and isinstance(run.recorder, _Alive):
                         run.shown = None
                         inputs = sum(t.numel() * t.element_size() for t in tensors_in(run.batch.input))
                         bytes[run.at] = max(bytes.get(run.at, 0), run.recorder.bytes + inputs)
@@ -131,8 +145,7 @@ class Forwards:
             return {}
         finally:
             self._running = None
-            for run in runs:
-                run.end()
+            _end(runs)
         alike = all(_alike(a, b) for a, b in zip(plain, found, strict=True))
         return bytes if alike else {}
 
@@ -149,15 +162,15 @@ class _Held:
         self.failure: BaseException | None = None
         self._until: set[str] = set()
         self._given: tuple[Any, Any] = ((), {})
-        self._again = self._ending = False
-        self._turn, self._back = threading.Semaphore(0), threading.Semaphore(0)
+        self._again = self.ending = False
+        self.turn, self._back = threading.Semaphore(0), threading.Semaphore(0)
         self._random: Tensor | None = None
         device, threads = _device(model), torch.get_num_threads()
 
         def run() -> None:
-            self._turn.acquire()
+            self.turn.acquire()
             try:
-                if not self._ending:
+                if not self.ending:
                     torch.set_num_threads(threads)  # a new thread has its own idea
                     if device is not None:
                         torch.cuda.set_device(device)
@@ -170,35 +183,33 @@ class _Held:
                 self.done = True
                 self._back.release()
 
-        self._thread = threading.Thread(target=run, name="harmconvert forward", daemon=True)
-        self._thread.start()
+        self.thread = threading.Thread(target=run, name="harmconvert forward", daemon=True)
+        self.thread.start()
 
     @property
     def valid(self) -> bool:
         """Whether what ran before is as it was then."""
         return all(_version(layer) == version for layer, version in self.passed.values())
 
-    def go_on(self, until: set[str]) -> None:
+    def go_on(self, until: set[str], patience: float | None = None) -> None:
         """Let it run to the next call of one of these layers, which is shown, or to the end.
 
         What is global and not the thread's own is put in its place: the state of the random generator.
+
+        Raises:
+            TimeoutError: it has not come so far in ``patience`` seconds.
         """
         self._until = until
         before = torch.get_rng_state()
         try:
             if self._random is not None:
                 torch.set_rng_state(self._random)
-            self._turn.release()
-            self._back.acquire()
+            self.turn.release()
+            if not self._back.acquire(timeout=patience):
+                raise TimeoutError(f"a forward has not gone on in {patience} s")
             self._random = torch.get_rng_state()
         finally:
             torch.set_rng_state(before)
-
-    def end(self) -> None:
-        """Let its thread end, at once where it is held."""
-        self._ending = True
-        self._turn.release()
-        self._thread.join()
 
     def begins(self, args: Any, kwargs: Any) -> None:
         """A layer is called; in the thread."""
@@ -210,7 +221,7 @@ class _Held:
         """It has answered; held here, where asked for, and asked again if it is no longer the same; in the thread."""
         if self._again:
             return None
-        if self._ending:
+        if self.ending:
             raise Reached
         found, (args, kwargs) = self.recorder.stop(), self._given
         self._given = ((), {})
@@ -219,8 +230,8 @@ class _Held:
             version = _version(layer)
             del found
             self._back.release()
-            self._turn.acquire()
-            if self._ending:
+            self.turn.acquire()
+            if self.ending:
                 raise Reached
             if self.always_again or _version(layer) != version:
                 self._again = True
@@ -255,6 +266,15 @@ class _Alive(Recorder):
                     storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         self._made = [made for made in self._made if made() is not None]
         return sum(storages.values())
+
+
+def _end(runs: Sequence[_Held]) -> None:
+    """Let their threads end, at once where they are held; all before any is waited for, lest one waits for another."""
+    for run in runs:
+        run.ending = True
+        run.turn.release()
+    for run in runs:
+        run.thread.join()
 
 
 def _version(layer: nn.Module) -> int:
