@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -38,6 +38,24 @@ def sum_over_ranks(tensors: Iterable[Tensor]) -> None:
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set in any process: what one cannot do, all must leave together."""
     return any(gathered(flag))
+
+
+def all_or_none(work: Callable[[], T], otherwise: str) -> T:
+    """What ``work`` returns in this process; an error in any process is one in all of them, at the same place, because
+    one that went on would wait for the others.
+
+    Raises:
+        Exception: what ``work`` raised here. RuntimeError: with ``otherwise`` for a message, it raised in another.
+    """
+    found: list[T] = []
+    failure: Exception | None = None
+    try:
+        found.append(work())
+    except Exception as error:
+        failure = error
+    if any_rank(failure is not None):
+        raise failure or RuntimeError(otherwise)
+    return found[0]
 
 
 def least_over_ranks(value: int) -> int:

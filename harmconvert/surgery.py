@@ -254,14 +254,14 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 def tensors_in(value: Any) -> list[Tensor]:
     """All tensors in nested lists, tuples, dicts and plain objects (such as model outputs), in order."""
     found: list[Tensor] = []
-    seen: set[int] = set()
+    seen: dict[int, Any] = {}  # kept alive, lest another be taken for one that is gone
     waiting = [value]
     while waiting:  # no function that calls itself: until the garbage collector came, it would keep what it found
         item = waiting.pop()
         if isinstance(item, Tensor):
             found.append(item)
         elif id(item) not in seen and not isinstance(item, type | Enum | nn.Module):
-            seen.add(id(item))
+            seen[id(item)] = item
             if isinstance(item, Mapping):
                 item = item.values()
             elif not isinstance(item, list | tuple):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
+import signal
 import threading
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -67,6 +70,46 @@ class Minding(Chain):
 
 
 LOCK = threading.Lock()
+
+
+class Pooling(Chain):
+    """Runs two layers side by side, in threads that it starts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        with ThreadPoolExecutor(2) as pool:
+            left, right = pool.map(lambda layer: layer(x), (self.second, self.third))
+        return self.last(left + right).mean((2, 3))
+
+
+class Setting(Chain):
+    """Sets something for the whole process while its layers run."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = torch.backends.mkldnn.enabled
+        torch.backends.mkldnn.enabled = False
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return super().forward(x)
+        finally:
+            torch.backends.mkldnn.enabled = before
+
+
+class Counting(Chain):
+    """Keeps in itself how many images there are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.images = len(x)
+        x = self.third(self.second(self.first(x)))
+        return self.last(x * self.images).mean((2, 3))
+
+
+class Silent(Remembering):
+    """Says nothing that could be compared."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[:0]
 
 
 class Locked(Chain):
@@ -141,28 +184,48 @@ def no_thread_is_left() -> Iterator[None]:
     assert threading.active_count() == before
 
 
+HELD = (Chain, Drawing, Nested, Turning)
+ANEW = (Remembering, Minding, Locked, Pooling, Setting, Counting, Silent)
+
+
 @pytest.mark.parametrize(
-    ("make", "room"),
-    [
-        (Chain, 120_000),
-        *((make, 1 << 30) for make in (Chain, Drawing, Remembering, Minding, Locked, Nested, Turning, Branches)),
-    ],
-)
+    ("make", "room"), [(Chain, 120_000), *((make, 1 << 30) for make in (*HELD, *ANEW, Branches))]
+)  # fmt: skip
 def test_held_runs_come_to_what_runs_begun_anew_come_to(
     make: Callable[[], nn.Module], room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = seeded(make)
+    model, settings = seeded(make), holding._settings()
     monkeypatch.setattr(holding, "_PATIENCE", 0.5)
+    monkeypatch.setattr(holding, "_MOMENT", 0.1)
     monkeypatch.setattr(holding, "MOST_BYTES", room)
     held, few = counted(lambda: calibrated(model))
-    monkeypatch.setattr(holding, "MOST_BYTES", 0)
-    anew, many = counted(lambda: calibrated(model))
-    assert same(held, anew)
+    assert holding._settings() == settings
+    with monkeypatch.context() as patch:
+        patch.setattr(Forwards, "_tried", lambda self: {})
+        whole, many = counted(lambda: calibrated(model))
+    assert same(held, whole)
     fit = 3  # images of a batch that are fitted on
-    if make in (Remembering, Minding, Locked):
+    if make in ANEW:
         assert few[fit] == many[fit]
     elif room == 1 << 30 and make is not Branches:
         assert few[fit] <= many[fit] - 5, (few, many)  # three layers, three batches, and once more of the first itself
+
+
+@pytest.mark.parametrize("batches", ["equal", "of several sizes", "dicts", "single images", "two images"])
+def test_whatever_the_batches_are(batches: str) -> None:
+    x = images()
+    given: dict[str, Any] = {
+        "equal": [x[:1].expand(4, *SIZE)] * 3,
+        "of several sizes": [x[:4], nn.functional.interpolate(x[4:8], (24, 16)), x[8:]],
+        "dicts": [{"x": part} for part in x.split(4)],
+        "single images": x.split(1),
+        "two images": [x[:2]],
+    }
+    model = seeded(Remembering if batches in ("equal", "of several sizes") else Chain)
+    held = calibrated(model, given[batches])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Forwards, "_tried", lambda self: {})
+        assert same(held, calibrated(model, given[batches]))
 
 
 def test_a_run_goes_on_with_the_coefficients_of_now() -> None:
@@ -176,7 +239,7 @@ def test_a_run_goes_on_with_the_coefficients_of_now() -> None:
         watch(lambda name, call: seen.append(call.input.clone()))
         return seen[0]
 
-    with Forwards(converted, layers, 1 << 30, data.probes) as forwards, torch.no_grad():
+    with Forwards(converted, layers, 1 << 30, data.fit, data.probes) as forwards, torch.no_grad():
         for name in ("first", "second", "third", "last"):
             if name == "last":  # one that has passed changes: the held runs do not know of it, and are begun anew
                 layers["first"].coefficients.mul_(0.5)  # type: ignore[union-attr,operator]
@@ -195,7 +258,7 @@ def test_a_run_goes_on_with_the_coefficients_of_now() -> None:
 def test_what_is_held_is_counted() -> None:
     """At the second layer of Chain: the image, the map that is added later (also the layer's input), and its output."""
     data, converted = calibration_set(images().split(4)), calibrated(seeded(Chain)).model
-    with Forwards(converted, convolutions(converted), 1 << 30, data.probes) as forwards:
+    with Forwards(converted, convolutions(converted), 1 << 30, data.fit, data.probes) as forwards:
         assert forwards._bytes["second"] == 4 * 20 * 20 * (3 + 8 + 8)
         assert forwards._bytes["first"] == 4 * 20 * 20 * (3 + 8)
 
@@ -204,33 +267,33 @@ def test_what_is_held_is_counted() -> None:
 def test_no_more_is_held_than_memory_allows(memory: int) -> None:
     data, converted = calibration_set(images(40).split(4)), calibrated(seeded(Chain)).model
     most = 0
-    with Forwards(converted, convolutions(converted), memory, data.probes) as forwards:
+    with Forwards(converted, convolutions(converted), memory, data.fit, data.probes) as forwards:
         for name in ("first", "second", "third"):
             for batch in data.fit:
                 forwards.watch([name], batch, lambda *call: None, 1)
                 held = forwards._held.values()
-                assert sum(run.bytes for run in held) <= memory
+                assert forwards._room() >= 0
+                assert sum(forwards._bytes[run.at] * len(run.batch) for run in held) <= memory
                 assert threading.active_count() <= 2 + len(held)
                 most = max(most, len(held))
     assert most == min(10, memory // (3 * forwards._bytes["first"]))
 
 
 def test_neither_draws_nor_flags_of_the_caller_are_touched() -> None:
-    model = seeded(Drawing).train()
+    model, drawn = seeded(Drawing).train(), []
     torch.manual_seed(5)
-    calibrated(model)
+    hc.convert(model, {"*": 2}, calibration=images().split(4), progress=lambda *_: drawn.append(torch.rand(1)))
     assert model.training
     assert model.norm.training
-    found = torch.rand(4)
     torch.manual_seed(5)
-    assert torch.equal(found, torch.rand(4))
+    assert drawn == [torch.rand(1) for _ in drawn]
 
 
 def test_under_the_callers_autocast_runs_are_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Autocast is a thread's own, so that a held run would not be under it."""
     found = []
-    for room in (1 << 30, 0):
-        monkeypatch.setattr(holding, "MOST_BYTES", room)
+    for tried in (Forwards._tried, lambda self: {}):
+        monkeypatch.setattr(Forwards, "_tried", tried)
         with torch.autocast("cpu", torch.bfloat16):
             found.append(calibrated(seeded(Chain)))
     assert same(*found)
@@ -256,7 +319,7 @@ def test_where_no_thread_can_be_started_runs_begin_anew(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_an_error_on_the_way_ends_the_threads(error: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
     calls = 0
-    go_on = holding._Held.go_on
+    go_on = holding._Run.go_on
 
     def failing(self: Any, *given: Any) -> None:
         nonlocal calls
@@ -265,7 +328,7 @@ def test_an_error_on_the_way_ends_the_threads(error: type[BaseException], monkey
             raise error("here")
         go_on(self, *given)
 
-    monkeypatch.setattr(holding._Held, "go_on", failing)
+    monkeypatch.setattr(holding._Run, "go_on", failing)
     if error is KeyboardInterrupt:
         with pytest.raises(error, match="here"):
             calibrated(seeded(Chain))
@@ -273,6 +336,32 @@ def test_an_error_on_the_way_ends_the_threads(error: type[BaseException], monkey
         conversion = calibrated(seeded(Chain))
         assert conversion.calibration
         assert [layer.decision for layer in conversion.calibration.layers].count("failed") == 1
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers")
+def test_an_interrupt_at_any_moment_leaves_no_thread() -> None:
+    model = seeded(Chain)
+    came = 0
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for step in range(30):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0.004 * (step + 1))
+                calibrated(model)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                came += 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert came
+    for thread in threading.enumerate():
+        if thread.name == "harmconvert forward":
+            thread.join(10)  # one that was interrupted before it had started ends by itself
 
 
 def test_a_network_that_fails_midway_says_so_as_before() -> None:

@@ -162,7 +162,7 @@ def _refit(
     targets = Targets(original, sites, data, settings.seed, memory // 2)
     whole = known.whole if len(cut) == 1 else {}  # what two cut layers are fed is another matter
     records = []
-    with Forwards(converted, harmonic, memory // 4, data.probes) as forwards:
+    with Forwards(converted, harmonic, memory // 4, (*data.fit, *data.held), data.probes) as forwards:
         refit = Refit(converted, harmonic, targets, data, settings, memory, forwards, whole)
         for done, site in enumerate(sites):
             if progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +84,8 @@ def watch_convolutions(
             found = recorder.stop()
             seen += 1
             try:
-                see(name, found[0] if len(found) == 1 else None)
+                with _precise(found):
+                    see(name, found[0] if len(found) == 1 else None)
             except Exception as error:
                 failure.append(error)
             if failure or seen == stop_after:
@@ -102,6 +104,14 @@ def watch_convolutions(
             handle.remove()
     if failure:
         raise failure[0]
+
+
+def _precise(calls: list[ConvCall]) -> AbstractContextManager[Any]:
+    """Without the autocast that the network may be under here: what is seen is summed in the precision that it has."""
+    for seen in calls[:1]:
+        if torch.amp.is_autocast_available(seen.input.device.type):
+            return torch.autocast(seen.input.device.type, enabled=False)
+    return nullcontext()
 
 
 def forward(model: nn.Module, input: Any, mode: TorchFunctionMode | None = None) -> Any:

@@ -2,52 +2,63 @@
 
 What the next layer is fed depends on all refits before it, so that each needs another run up to it: with as many layers
 the work grows with the square of the depth. A run that is held at the layer goes on once that has its coefficients.
-Each has a thread of its own, of which one runs at a time, because a thread can be held in the midst of any Python code
-and keeps alive just what that code still needs. Where memory, or the network, does not allow it, runs begin anew.
+Each has a thread of its own, because a thread can be held in the midst of any Python code and keeps alive just what
+that code still needs; the caller waits while one runs. A trial shows first that the network bears it: runs in turns
+must feed every layer what whole runs feed it, to the bit. Where it does not, or memory is short, runs begin anew.
 """
 
 from __future__ import annotations
 
-import math
+import queue
 import threading
 import time
+import warnings
 import weakref
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..distributed import local_world_size
 from ..surgery import evaluating, tensors_in
 from .capture import ConvCall, Reached, Recorder, See, forward, watch_convolutions
 from .inputs import Batch
 
 MOST_BYTES = 1 << 30
-# Each thread that computes has as many helpers as torch has threads.
-MOST_THREADS = 512
-# Of outputs of runs in turns, beside those of whole runs: a GPU may add in another order from one run to the next.
-_ALIKE = 1e-3
-_PATIENCE = 10.0  # seconds, beside twenty times what whole runs take, before one is thought to wait for another
+MOST_THREADS = 512  # each that computes has as many helpers as torch has threads
+_PATIENCE = 10.0  # seconds, and twenty times what whole runs take, before one is thought to wait for another
+_MOMENT = 1.0  # seconds for a thread to end, before the others are asked to
+
+Fed = tuple[str, tuple[int, ...], float, float]  # a layer, and its input: shape, sum, norm
 
 
 class Forwards:
     """Forwards of ``model`` up to one of ``layers`` after the other, in the order in which they run.
 
-    A context: threads end with it. ``memory``: bytes that may be held, beside `MOST_BYTES`; ``examples``: two batches
-    of one example, different ones, on which is tried whether this network can be run like this.
+    A context: its threads end with it. ``batches``: all that will be run; ``probes``: a few examples of them in two
+    batches for the trial (`CalibrationSet.probes`). No more than ``memory`` bytes are held, nor than `MOST_BYTES`.
+    Only on a CPU: on a GPU each thread would have a workspace and a stream of its own.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Mapping[str, nn.Module], memory: int, examples: Sequence[Batch]
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        memory: int,
+        batches: Sequence[Batch],
+        probes: Sequence[Batch],
     ) -> None:
-        self._model, self._layers, self._examples = model, dict(layers), examples
+        self._model, self._layers, self._probes = model, dict(layers), probes
+        self._alike = len({_shapes(batch) for batch in batches}) == 1
         self._memory = min(memory, MOST_BYTES)
-        self._most = MOST_THREADS // torch.get_num_threads()
+        self._most = _threads() // torch.get_num_threads()
         self._bytes: dict[str, int] = {}  # held of one example at a layer; empty: nothing is
-        self._held: dict[int, _Held] = {}
-        self._running: _Held | None = None
+        self._runs: list[_Run] = []  # that have begun, in that order
+        self._held: dict[int, _Run] = {}
 
     def __enter__(self) -> Forwards:
         with ExitStack() as leaving:
@@ -56,9 +67,8 @@ class Forwards:
                 before = layer.register_forward_pre_hook(self._begins, prepend=True, with_kwargs=True)
                 leaving.callback(before.remove)
                 leaving.callback(layer.register_forward_hook(partial(self._ended, name)).remove)
-            leaving.callback(self._end)
-            if len(self._layers) > 2 and len(self._examples) > 1:
-                self._bytes = self._tried()
+            leaving.callback(lambda: self._end(self._runs))
+            self._bytes = self._tried()
             self._leaving = leaving.pop_all()
         return self
 
@@ -68,123 +78,153 @@ class Forwards:
     def watch(self, names: Sequence[str], batch: Batch, see: See, calls: int) -> None:
         """Show the ``calls`` calls of the layers ``names`` in a forward of ``batch`` to ``see``, as
         `watch_convolutions` does; raises what that does."""
-        once = len(names) == 1 and calls == 1 and self._bytes.get(names[0])
-        held = self._before(names[0], batch) if once else None
-        if held is None:
+        name, run = names[0], None
+        if len(names) == 1 and calls == 1 and name in self._bytes:
+            run = self._before(name, batch)
+        if run is None:
             watch_convolutions(self._model, {name: self._layers[name] for name in names}, batch.input, see, calls)
             return
-        (name,) = names
         try:
-            if self._go_on(held, {name}):
-                see(name, held.shown)
+            if self._go_on(run, {name}):
+                see(name, run.shown)
         except BaseException:
-            _end([held])
+            self._end([run])
             raise
-        held.shown = None  # lets go of maps
-        held.bytes = self._bytes[name] * len(batch)
-        room = self._memory - sum(other.bytes for other in self._held.values())
-        if held.done or held.bytes > room or len(self._held) >= self._most:
-            _end([held])
-        else:
-            self._held[id(batch)] = held
+        run.shown = None  # lets go of maps
+        if run.done or self._room(run) < self._bytes[name] * len(batch):
+            self._end([run])
 
-    def _go_on(self, held: _Held, until: set[str], patience: float | None = None) -> bool:
-        """Whether it came to one of the layers."""
-        self._running = held
-        held.go_on(until, patience)
-        self._running = None
-        if held.failure is not None:
-            raise held.failure
-        return not held.done
-
-    def _before(self, name: str, batch: Batch) -> _Held | None:
-        """A run of ``batch`` that has not come to the layer yet; none where no thread can be started."""
-        held = self._held.pop(id(batch), None)
-        if held is not None and held.at != name and name not in held.passed and held.valid:
-            return held
-        if held is not None:
-            _end([held])
-        try:
-            return _Held(self._model, batch, Recorder())
-        except RuntimeError:  # the system's limit
+    def _before(self, name: str, batch: Batch) -> _Run | None:
+        """A run of ``batch`` that has not come to the layer yet; none where a new one could not be held there."""
+        run = self._held.get(id(batch))
+        if run is not None and run.at != name and name not in run.passed and run.valid:
+            return run
+        if run is not None:
+            self._end([run])
+        if self._room() < self._bytes[name] * len(batch) or len(self._held) >= self._most:
             return None
+        try:
+            run = self._begun(batch, Recorder())
+        except RuntimeError:  # no more threads
+            return None
+        self._held[id(batch)] = run
+        return run
+
+    def _begun(self, batch: Batch, recorder: Recorder) -> _Run:
+        run = _Run(self._model, batch, recorder)
+        self._runs.append(run)  # before it starts, so that whatever happens it is ended
+        run.thread.start()
+        return run
+
+    def _room(self, beside: _Run | None = None) -> int:
+        """Bytes that may be held beside what is."""
+        others = (run for run in self._held.values() if run is not beside)
+        return self._memory - sum(self._bytes[run.at] * len(run.batch) for run in others if run.at)
+
+    def _go_on(self, run: _Run, until: set[str], patience: float | None = None) -> bool:
+        """Whether it came to one of the layers."""
+        with _random_state_kept():
+            run.go_on(until, patience)
+        if run.failure is not None:
+            raise run.failure
+        return not run.done
+
+    def _end(self, runs: Sequence[_Run]) -> None:
+        """End these, the last that began first: what one has set for the process it has found like that."""
+        ending = list(reversed(runs))
+        with _random_state_kept():
+            for run in ending:
+                run.end(_MOMENT)
+            for run in ending:  # one may have waited for another
+                run.end(None)
+        self._runs = [run for run in self._runs if run not in ending]
+        self._held = {key: run for key, run in self._held.items() if run not in ending}
 
     def _begins(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._running is not None:
-            self._running.begins(args, kwargs)
+        if (run := self._here()) is not None:
+            run.begins(args, kwargs)
 
     def _ended(self, name: str, layer: nn.Module, args: Any, output: Any) -> Any:
-        return self._running.ended(name, layer, output) if self._running is not None else None
+        return run.ended(name, layer, output) if (run := self._here()) is not None else None
 
-    def _end(self) -> None:
-        _end([*self._held.values(), *([self._running] if self._running else [])])
-        self._held.clear()
+    def _here(self) -> _Run | None:
+        """The run whose thread this is: a network may run layers in threads of its own, and the caller the network."""
+        return next((run for run in self._runs if run.thread is threading.current_thread()), None)
 
     def _tried(self) -> dict[str, int]:
-        """Bytes that a run of one example held at each layer keeps alive; none where two runs in turns do not come to
-        what they come to one after the other: the network keeps something of one run beyond its frames, looks at the
-        thread that it runs in, or has one wait for the other."""
-        runs: list[_Held] = []
+        """Bytes that a run of one example held at each layer keeps alive.
+
+        None, where there is nothing to gain, or two runs in turns do not feed the layers what they are fed one after
+        the other: the network keeps something of one run beyond its frames, sets something for the whole process,
+        looks at the thread that it runs in, or has one run wait for the other.
+        """
+        parameters = list(self._model.parameters())
+        bears = self._alike and self._most > 1 and all(p.device.type == "cpu" for p in parameters)
+        if not bears or len(self._layers) < 3 or len(self._probes) < 2 or _same(*self._probes):
+            return {}
         bytes: dict[str, int] = {}
         try:
-            start = time.perf_counter()
-            plain = [_outputs(forward(self._model, batch.input)) for batch in self._examples]
+            start, settings = time.perf_counter(), _settings()
+            plain = [iter(self._fed(probe)) for probe in self._probes]
             patience = _PATIENCE + 20 * (time.perf_counter() - start)
-            for batch, recorder in zip(self._examples, (_Alive(), Recorder()), strict=True):
-                runs.append(_Held(self._model, batch, recorder))
-                runs[-1].always_again = True
+            runs = [self._begun(probe, kind()) for probe, kind in zip(self._probes, (_Alive, Recorder), strict=True)]
             while not all(run.done for run in runs):
-                for run in runs:
-                    stopped = not run.done and self._go_on(run, set(self._layers), patience)
-                    if stopped and isinstance(run.recorder, _Alive):
-                        run.shown = None
-                        inputs = sum(t.numel() * t.element_size() for t in tensors_in(run.batch.input))
-                        bytes[run.at] = max(bytes.get(run.at, 0), run.recorder.bytes + inputs)
-            found = [_outputs(run.output) for run in runs]
+                for run, expected in zip(runs, plain, strict=True):
+                    run.always_again = True
+                    if run.done or not self._go_on(run, set(self._layers), patience):
+                        continue
+                    if settings != _settings() or _fed(run.at, run.shown) != next(expected, None):
+                        return {}
+                    run.shown = None
+                    if isinstance(run.recorder, _Alive):
+                        bytes[run.at] = max(bytes.get(run.at, 0), run.recorder.bytes(self._model))
+            return {} if any(next(expected, None) for expected in plain) else bytes
         except Exception:  # what is wrong with the network, whoever runs it next will say
             return {}
         finally:
-            self._running = None
-            _end(runs)
-        alike = all(_alike(a, b) for a, b in zip(plain, found, strict=True))
-        return bytes if alike else {}
+            self._end(self._runs)
+
+    def _fed(self, batch: Batch) -> list[Fed | None]:
+        """What the layers are fed in one run, in order."""
+        found: list[Fed | None] = []
+        watch_convolutions(
+            self._model, self._layers, batch.input, lambda name, call: found.append(_fed(name, call))
+        )  # fmt: skip
+        return found
 
 
-class _Held:
+class _Run:
     """A forward in a thread of its own, which runs only while `go_on` waits for it."""
 
     def __init__(self, model: nn.Module, batch: Batch, recorder: Recorder) -> None:
         self.batch, self.recorder = batch, recorder
         self.passed: dict[str, tuple[nn.Module, int]] = {}  # layers that ran, and what they were then
-        self.at, self.bytes, self.done, self.always_again = "", 0, False, False
+        self.at, self.done, self.always_again, self._again, self._ending = "", False, False, False, False
         self.shown: ConvCall | None = None
-        self.output: Any = None
         self.failure: BaseException | None = None
         self._until: set[str] = set()
         self._given: tuple[Any, Any] = ((), {})
-        self._again = self.ending = False
-        self.turn, self._back = threading.Semaphore(0), threading.Semaphore(0)
+        # Of C, so that an interrupt finds them whole, as it may not find a Semaphore.
+        self._turn: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._back: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._random: Tensor | None = None
-        device, threads = _device(model), torch.get_num_threads()
+        threads = torch.get_num_threads()
 
         def run() -> None:
-            self.turn.acquire()
+            self._turn.get()
             try:
-                if not self.ending:
+                if not self._ending:
                     torch.set_num_threads(threads)  # a new thread has its own idea
-                    if device is not None:
-                        torch.cuda.set_device(device)
-                    self.output = forward(model, batch.input, recorder)
+                    forward(model, batch.input, recorder)
             except Reached:
                 pass
             except BaseException as error:
                 self.failure = error
             finally:
                 self.done = True
-                self._back.release()
+                self._back.put(None)
 
         self.thread = threading.Thread(target=run, name="harmconvert forward", daemon=True)
-        self.thread.start()
 
     @property
     def valid(self) -> bool:
@@ -194,22 +234,25 @@ class _Held:
     def go_on(self, until: set[str], patience: float | None = None) -> None:
         """Let it run to the next call of one of these layers, which is shown, or to the end.
 
-        What is global and not the thread's own is put in its place: the state of the random generator.
-
         Raises:
             TimeoutError: it has not come so far in ``patience`` seconds.
         """
         self._until = until
-        before = torch.get_rng_state()
+        if self._random is not None:
+            torch.set_rng_state(self._random)
+        self._turn.put(None)
         try:
-            if self._random is not None:
-                torch.set_rng_state(self._random)
-            self.turn.release()
-            if not self._back.acquire(timeout=patience):
-                raise TimeoutError(f"a forward has not gone on in {patience} s")
-            self._random = torch.get_rng_state()
-        finally:
-            torch.set_rng_state(before)
+            self._back.get(timeout=patience)
+        except queue.Empty:
+            raise TimeoutError(f"a forward has not gone on in {patience} s") from None
+        self._random = torch.get_rng_state()
+
+    def end(self, patience: float | None) -> None:
+        """Let its thread end, at once where it is held, and wait for that so many seconds."""
+        self._ending = True
+        self._turn.put(None)
+        with suppress(RuntimeError):  # it has not started
+            self.thread.join(patience)
 
     def begins(self, args: Any, kwargs: Any) -> None:
         """A layer is called; in the thread."""
@@ -221,7 +264,7 @@ class _Held:
         """It has answered; held here, where asked for, and asked again if it is no longer the same; in the thread."""
         if self._again:
             return None
-        if self.ending:
+        if self._ending:
             raise Reached
         found, (args, kwargs) = self.recorder.stop(), self._given
         self._given = ((), {})
@@ -229,10 +272,11 @@ class _Held:
             self.shown, self.at = found[0] if len(found) == 1 else None, name
             version = _version(layer)
             del found
-            self._back.release()
-            self.turn.acquire()
-            if self.ending:
+            self._back.put(None)
+            self._turn.get()
+            if self._ending:
                 raise Reached
+            torch.clear_autocast_cache()  # of a network's own autocast: it has parameters as they were
             if self.always_again or _version(layer) != version:
                 self._again = True
                 try:
@@ -244,37 +288,40 @@ class _Held:
 
 
 class _Alive(Recorder):
-    """Notes also what torch makes, to know what of it is still needed."""
+    """Notes also what torch is given and makes, to know what of it is still needed."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._made: list[weakref.ref[Tensor]] = []
+        self._seen: list[weakref.ref[Tensor]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = super().__torch_function__(func, types, args, kwargs)
-        if isinstance(output, Tensor | tuple | list):
-            self._made += [weakref.ref(tensor) for tensor in tensors_in(output)]
+        for value in (*args, *(kwargs or {}).values(), output):
+            if isinstance(value, Tensor | tuple | list):
+                self._seen += map(weakref.ref, tensors_in(value))
         return output
 
-    @property
-    def bytes(self) -> int:
-        """Of all storages that are alive."""
-        storages = {}
-        for tensor in (made() for made in self._made):
-            if tensor is not None and not isinstance(tensor, nn.Parameter):
+    def bytes(self, model: nn.Module) -> int:
+        """Of all storages that are alive, but for the model's own."""
+        storages: dict[int, int] = {}
+        for tensor in (seen() for seen in self._seen):
+            if tensor is not None:
                 with suppress(RuntimeError, NotImplementedError):  # a tensor without storage
                     storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        self._made = [made for made in self._made if made() is not None]
+        self._seen = [seen for seen in self._seen if seen() is not None]
+        for tensor in (*model.parameters(), *model.buffers()):
+            storages.pop(tensor.untyped_storage().data_ptr(), None)
         return sum(storages.values())
 
 
-def _end(runs: Sequence[_Held]) -> None:
-    """Let their threads end, at once where they are held; all before any is waited for, lest one waits for another."""
-    for run in runs:
-        run.ending = True
-        run.turn.release()
-    for run in runs:
-        run.thread.join()
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """The caller's random state, around what runs in another thread."""
+    before = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)
 
 
 def _version(layer: nn.Module) -> int:
@@ -282,21 +329,45 @@ def _version(layer: nn.Module) -> int:
     return sum(parameter._version for parameter in layer.parameters())
 
 
-def _device(model: nn.Module) -> torch.device | None:
-    parameter = next(model.parameters(), None)
-    return parameter.device if parameter is not None and parameter.device.type == "cuda" else None
+def _fed(name: str, call: ConvCall | None) -> Fed:
+    if call is None:
+        return (name, (), 0.0, 0.0)
+    x = call.input
+    norm = torch.linalg.vector_norm(x, dtype=torch.float64)
+    return (name, tuple(x.shape), float(x.sum(dtype=torch.float64)), float(norm))
 
 
-def _outputs(output: Any) -> list[Tensor]:
-    """Cloned, because a network may hand out a buffer of its own."""
-    return [tensor.clone() for tensor in tensors_in(output)]
+def _shapes(batch: Batch) -> tuple[tuple[Any, ...], ...]:
+    """Of its tensors, but for the number of examples."""
+    return tuple((tensor.dtype, *tensor.shape[1:]) for tensor in tensors_in(batch.input))
 
 
-def _alike(plain: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
-    if [tensor.shape for tensor in plain] != [tensor.shape for tensor in other]:
-        return False
-    for a, b in zip(plain, other, strict=True):
-        difference = float((a.double() - b.double()).norm())
-        if not (math.isfinite(difference) and difference <= _ALIKE * float(a.double().norm())):
-            return False
-    return True
+def _same(one: Batch, other: Batch) -> bool:
+    """Whether both begin with equal examples, so that runs in turns could not be told from whole ones."""
+    pairs = zip(tensors_in(one.input), tensors_in(other.input), strict=True)
+    return all(torch.equal(a[:1], b[:1]) if a.dim() and b.dim() else torch.equal(a, b) for a, b in pairs)
+
+
+def _settings() -> tuple[Any, ...]:
+    """What is set for the whole process, and a network may set for a part of its forward."""
+    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
+    return (
+        torch.get_default_dtype(), torch.get_default_device(), torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision(), mkldnn.enabled,
+        cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, list(warnings.filters),
+    )  # fmt: skip
+
+
+def _threads() -> int:
+    """Threads that may be started, here as in the other processes on this machine."""
+    free = MOST_THREADS
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+        if 0 <= limit < 1 << 12:  # how many of them are in use is not easily known
+            return 0
+    with suppress(OSError, ValueError):  # "max" is no number
+        group = Path("/sys/fs/cgroup")
+        free = min(free, int((group / "pids.max").read_text()) - int((group / "pids.current").read_text()))
+    return free // 2 // local_world_size()

@@ -43,13 +43,12 @@ class CalibrationSet:
 
     @property
     def probes(self) -> tuple[Batch, ...]:
-        """One example, and another if there are two."""
+        """One example, and two others in a batch, as far as there are so many."""
         batches = (*self.fit, *self.held)
-        places = [(batches[0], 0), (batches[-1], len(batches[-1]) - 1)][: len(self)]
-        return tuple(Batch(_rows(b.input, [row], len(b)), b.examples[row : row + 1]) for b, row in places)
-
-    def __len__(self) -> int:
-        return sum(map(len, (*self.fit, *self.held)))
+        first, largest = batches[0], max(reversed(batches), key=len)
+        others = range(largest is first, len(largest))[-2:]
+        places = [(first, [0]), *([(largest, [*others])] if others else [])]
+        return tuple(Batch(_rows(b.input, rows, len(b)), tuple(b.examples[row] for row in rows)) for b, rows in places)
 
 
 def calibration_set(batches: Iterable[Any], limit: int | None = None) -> CalibrationSet:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..conv import HarmonicMixin
-from ..distributed import any_rank
+from ..distributed import all_or_none
 from ..errors import UsageError
 from .capture import ConvCall, explained
 from .cuts import WholeLayer
@@ -75,7 +75,7 @@ class Refit:
             return replace(record, why="one input: none can be held back to choose on")
         modules = {name: self.layers[name] for name in site.names}
         bias = refittable_bias(self.converted, list(modules.values()))
-        kernel, layer = self._layer(site, modules, bias)
+        kernel, layer = all_or_none(lambda: self._layer(site, modules, bias), "another process could not look at it")
         fit, held = self._problems(site, layer)
         if not (fit.finite and held.finite):
             raise UsageError("its activations are NaN or infinite on the calibration inputs")
@@ -115,16 +115,15 @@ class Refit:
 
     def _problem(self, site: Site, layer: Layer, batches: Sequence[Batch]) -> Problem:
         """One layer's equations over some batches, of all processes."""
-        problem, failure = site.method(layer), None
-        try:
+        problem = site.method(layer)
+
+        def take_in() -> None:
             for batch in batches:
                 self._take_in(problem, site, batch)
                 if isinstance(problem, Operator) and problem.bytes > self.memory // 2:
                     break  # it holds whole maps: fewer inputs are better than none
-        except Exception as error:
-            failure = error
-        if any_rank(failure is not None):  # or the sums of the others would wait for this one's
-            raise failure or RuntimeError("another process could not take in its inputs")
+
+        all_or_none(take_in, "another process could not take in its inputs")
         problem.reduce()
         return problem
 

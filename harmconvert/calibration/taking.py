@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 from torch import nn
 
 from ..conv import HarmonicMixin
-from ..distributed import any_rank
+from ..distributed import all_or_none, any_rank
 from .capture import ConvCall, explained, watch_convolutions
 from .equations import Layer
 from .inputs import Batch
@@ -83,29 +84,23 @@ def taken_together(
     while waiting:
         together = _first(waiting, memory)
         waiting = waiting[len(together) :]
-        failure: Exception | None = None
-        try:
-            for part, batches in enumerate(parts):
-                for batch in batches:
-                    _take_in(converted, together, part, batch)
-        except Exception as error:
-            failure = error
-        if any_rank(failure is not None):  # or the sums of the others would wait for this one's
-            raise failure or RuntimeError("another process could not take in its inputs")
+        all_or_none(partial(_take_in, converted, together, parts), "another process could not take in its inputs")
         while together:
             taking = together.pop(0)  # and let go, once its equations are used
             yield taking, taking.taken(len(parts))
 
 
-def _take_in(converted: nn.Module, together: Sequence[Taking], part: int, batch: Batch) -> None:
+def _take_in(converted: nn.Module, together: Sequence[Taking], parts: Sequence[Sequence[Batch]]) -> None:
     owner = {name: taking for taking in together for name in taking.modules}
     modules = {name: taking.modules[name] for name, taking in owner.items()}
     calls = sum(len(taking.site.calls) for taking in together)
+    for part, batches in enumerate(parts):
+        for batch in batches:
 
-    def see(name: str, call: ConvCall | None) -> None:
-        owner[name].take(part, name, call, batch)
+            def see(name: str, call: ConvCall | None, part: int = part, batch: Batch = batch) -> None:
+                owner[name].take(part, name, call, batch)
 
-    watch_convolutions(converted, modules, batch.input, see, calls)
+            watch_convolutions(converted, modules, batch.input, see, calls)
 
 
 def _first(waiting: Sequence[Taking], memory: int) -> list[Taking]:
