@@ -79,10 +79,10 @@ def calibrate(
 ) -> Calibration:
     """Refit the truncated convolutions of ``converted``, in place, then re-estimate its batch norms.
 
-    Runs of ``converted`` are held at the truncated layer that is refitted and go on to the next: the cost is linear in
-    the inputs and in the depth. What a run still needs there is held of as many batches as memory allows (1 GB at most;
-    the others are run anew for each layer), of all other activations those of one layer and batch, and answers at
-    sampled positions. Under torch.distributed the inputs are shared out and the sums are taken over all processes.
+    On a CPU runs of ``converted`` are held at the truncated layer that is refitted and go on to the next, as many as
+    memory allows (1 GB at most); others run up to each layer anew. The cost is linear in the inputs. Of all other
+    activations one layer's of one batch are kept, and answers at sampled positions. Under torch.distributed the inputs
+    are shared out and the sums are taken over all processes.
 
     Args:
         original: the network that ``converted`` was made from by ``plan``; not changed.
