@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import signal
 import threading
 import warnings
 import weakref
@@ -338,30 +337,36 @@ def test_an_error_on_the_way_ends_the_threads(error: type[BaseException], monkey
         assert [layer.decision for layer in conversion.calibration.layers].count("failed") == 1
 
 
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers")
-def test_an_interrupt_at_any_moment_leaves_no_thread() -> None:
-    model = seeded(Chain)
-    came = 0
+@pytest.mark.parametrize(
+    ("room", "method", "call"),
+    [
+        (threading.Thread, "start", 2), (threading.Thread, "start", 5), (holding._Run, "go_on", 3),
+        (holding._Run, "end", 2), (holding._Run, "end", 5), (holding._Run, "end", 7), (holding._Run, "__init__", 6),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("after", [False, True])
+def test_an_interrupt_leaves_no_thread(
+    room: type, method: str, call: int, after: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes before or after one of the calls that begin, continue and end runs."""
+    calls, plain = 0, getattr(room, method)
 
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
+    def interrupted(self: Any, *given: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == call and not after:
+            raise KeyboardInterrupt
+        plain(self, *given)
+        if calls == call:
+            raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGALRM, interrupt)
-    try:
-        for step in range(30):
-            try:
-                signal.setitimer(signal.ITIMER_REAL, 0.004 * (step + 1))
-                calibrated(model)
-                signal.setitimer(signal.ITIMER_REAL, 0)
-            except KeyboardInterrupt:
-                came += 1
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    assert came
+    with monkeypatch.context() as patch:
+        patch.setattr(room, method, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            calibrated(seeded(Chain))
     for thread in threading.enumerate():
         if thread.name == "harmconvert forward":
-            thread.join(10)  # one that was interrupted before it had started ends by itself
+            thread.join(10)  # nobody has waited for it
 
 
 def test_a_network_that_fails_midway_says_so_as_before() -> None:

@@ -132,11 +132,16 @@ class Forwards:
     def _end(self, runs: Sequence[_Run]) -> None:
         """End these, the last that began first: what one has set for the process it has found like that."""
         ending = list(reversed(runs))
-        with _random_state_kept():
+        try:
+            with _random_state_kept():
+                for run in ending:
+                    run.end(_MOMENT)
+                for run in ending:  # one may have waited for another
+                    run.end(None)
+        except BaseException:  # an interrupt: nobody waits for them, but they end
             for run in ending:
-                run.end(_MOMENT)
-            for run in ending:  # one may have waited for another
-                run.end(None)
+                run.ask_to_end()
+            raise
         self._runs = [run for run in self._runs if run not in ending]
         self._held = {key: run for key, run in self._held.items() if run not in ending}
 
@@ -247,10 +252,14 @@ class _Run:
             raise TimeoutError(f"a forward has not gone on in {patience} s") from None
         self._random = torch.get_rng_state()
 
-    def end(self, patience: float | None) -> None:
-        """Let its thread end, at once where it is held, and wait for that so many seconds."""
+    def ask_to_end(self) -> None:
+        """Let its thread end, at once where it is held, else at the next layer."""
         self._ending = True
         self._turn.put(None)
+
+    def end(self, patience: float | None) -> None:
+        """Let its thread end, and wait for that so many seconds."""
+        self.ask_to_end()
         with suppress(RuntimeError):  # it has not started
             self.thread.join(patience)
 
