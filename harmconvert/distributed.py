@@ -40,12 +40,12 @@ def any_rank(flag: bool) -> bool:
     return any(gathered(flag))
 
 
-def all_or_none(work: Callable[[], T], otherwise: str) -> T:
+def all_or_none(work: Callable[[], T], otherwise: Exception) -> T:
     """What ``work`` returns in this process; an error in any process is one in all of them, at the same place, because
     one that went on would wait for the others.
 
     Raises:
-        Exception: what ``work`` raised here. RuntimeError: with ``otherwise`` for a message, it raised in another.
+        Exception: what ``work`` raised here, or ``otherwise``, where it raised in another.
     """
     found: list[T] = []
     failure: Exception | None = None
@@ -54,7 +54,7 @@ def all_or_none(work: Callable[[], T], otherwise: str) -> T:
     except Exception as error:
         failure = error
     if any_rank(failure is not None):
-        raise failure or RuntimeError(otherwise)
+        raise failure or otherwise
     return found[0]
 
 

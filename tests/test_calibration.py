@@ -676,7 +676,7 @@ def test_batch_norms_are_reestimated_only_where_that_helps() -> None:
 SCRIPT = """
 import sys, torch
 import harmconvert as hc
-import harmconvert.calibration as room
+import harmconvert.calibration.limits as room
 from harmconvert.budget import SearchSettings
 from harmconvert.calibration.refit import Refit
 from harmconvert.distributed import joined, rank

@@ -7,22 +7,20 @@ taken at all: a layer that generalises no better than the plain cut keeps the pl
 
 From the whole to the parts: `calibrate` here; refit.py, one layer after the other; layers.py, one layer's kernel and
 the choice of a solution; equations.py and solvers.py, the least squares; cuts.py, those of all cuts of a layer at once;
-responses.py, DCT responses; capture.py, running a network up to a layer; holding.py, going on from there.
+responses.py, DCT responses; capture.py, running a network up to a layer; holding.py, going on from there; limits.py,
+what this machine has left.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..conv import HarmonicMixin
-from ..distributed import least_over_ranks, local_world_size
 from ..errors import first_line
 from ..plan import Plan
 from ..surgery import convolutions
@@ -32,6 +30,7 @@ from .cuts import WholeLayer
 from .divergence import Divergence
 from .holding import Forwards
 from .inputs import CalibrationSet, calibration_set
+from .limits import memory_for
 from .records import ENOUGH_POSITIONS, Calibration, CalibrationSettings, LayerCalibration, Progress
 from .refit import Refit
 from .sites import Targets, running_sites
@@ -225,24 +224,3 @@ def _blend(model: nn.Module, before: Mapping[str, Tensor], after: Mapping[str, T
         if key in before:
             between = tensor.is_floating_point() and share > 0
             tensor.copy_(before[key] + share * (after[key] - before[key]) if between else before[key])
-
-
-def memory_for(model: nn.Module, settings: CalibrationSettings) -> int:
-    """Bytes that one layer's equations may take in each process: as set, or half of what is free where ``model`` is."""
-    free = free_memory(next(model.parameters()).device)
-    return settings.memory or least_over_ranks(free // 2 // local_world_size())
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes free on a device: of a GPU as its driver says, of the machine as its kernel does (8 GB if it does not)."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return 8 << 30
-    with suppress(OSError, ValueError):  # a container may have less; "max" is no number
-        group = Path("/sys/fs/cgroup")
-        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    return max(free, 1 << 21)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..distributed import any_rank, sum_over_ranks
+from ..distributed import all_or_none, sum_over_ranks
 from ..errors import UsageError
 from ..surgery import evaluating
 from .capture import forward
@@ -49,22 +49,20 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> int:
 
         return hook
 
-    before = {name: _statistics(norm) for name, norm in norms.items()}
-    handles = [norm.register_forward_pre_hook(watch(name), with_kwargs=True) for name, norm in norms.items()]
-    failure: Exception | None = None
-    try:
+    def run() -> None:
         with evaluating(model):
             for batch in batches:
                 forward(model, input_of(batch))
-    except Exception as error:
-        failure = error
+
+    before = {name: _statistics(norm) for name, norm in norms.items()}
+    handles = [norm.register_forward_pre_hook(watch(name), with_kwargs=True) for name, norm in norms.items()]
+    try:
+        all_or_none(run, UsageError("another process could not run the network on its batches"))
     finally:
         for handle in handles:
             handle.remove()
         for name, norm in norms.items():  # the forwards moved the running statistics their own way
             _restore(norm, before[name])
-    if any_rank(failure is not None):
-        raise failure or UsageError("another process could not run the network on its batches")
     sum_over_ranks(sums.values())
     ran = 0
     for name, norm in norms.items():

@@ -17,16 +17,15 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..distributed import local_world_size
 from ..surgery import evaluating, tensors_in
 from .capture import ConvCall, Reached, Recorder, See, forward, watch_convolutions
 from .inputs import Batch
+from .limits import threads_free
 
 MOST_BYTES = 1 << 30
 MOST_THREADS = 512  # each that computes has as many helpers as torch has threads
@@ -55,7 +54,7 @@ class Forwards:
         self._model, self._layers, self._probes = model, dict(layers), probes
         self._alike = len({_shapes(batch) for batch in batches}) == 1
         self._memory = min(memory, MOST_BYTES)
-        self._most = _threads() // torch.get_num_threads()
+        self._most = threads_free(MOST_THREADS) // torch.get_num_threads()
         self._bytes: dict[str, int] = {}  # held of one example at a layer; empty: nothing is
         self._runs: list[_Run] = []  # that have begun, in that order
         self._held: dict[int, _Run] = {}
@@ -170,7 +169,7 @@ class Forwards:
         bytes: dict[str, int] = {}
         try:
             start, settings = time.perf_counter(), _settings()
-            plain = [iter(self._fed(probe)) for probe in self._probes]
+            plain = [iter(self._plainly(probe)) for probe in self._probes]
             patience = _PATIENCE + 20 * (time.perf_counter() - start)
             runs = [self._begun(probe, kind()) for probe, kind in zip(self._probes, (_Alive, Recorder), strict=True)]
             while not all(run.done for run in runs):
@@ -189,7 +188,7 @@ class Forwards:
         finally:
             self._end(self._runs)
 
-    def _fed(self, batch: Batch) -> list[Fed | None]:
+    def _plainly(self, batch: Batch) -> list[Fed | None]:
         """What the layers are fed in one run, in order."""
         found: list[Fed | None] = []
         watch_convolutions(
@@ -365,18 +364,3 @@ def _settings() -> tuple[Any, ...]:
         torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision(), mkldnn.enabled,
         cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, list(warnings.filters),
     )  # fmt: skip
-
-
-def _threads() -> int:
-    """Threads that may be started, here as in the other processes on this machine."""
-    free = MOST_THREADS
-    with suppress(ImportError, OSError, ValueError):
-        import resource
-
-        limit = resource.getrlimit(resource.RLIMIT_NPROC)[0]
-        if 0 <= limit < 1 << 12:  # how many of them are in use is not easily known
-            return 0
-    with suppress(OSError, ValueError):  # "max" is no number
-        group = Path("/sys/fs/cgroup")
-        free = min(free, int((group / "pids.max").read_text()) - int((group / "pids.current").read_text()))
-    return free // 2 // local_world_size()

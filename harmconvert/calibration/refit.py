@@ -75,7 +75,9 @@ class Refit:
             return replace(record, why="one input: none can be held back to choose on")
         modules = {name: self.layers[name] for name in site.names}
         bias = refittable_bias(self.converted, list(modules.values()))
-        kernel, layer = all_or_none(lambda: self._layer(site, modules, bias), "another process could not look at it")
+        kernel, layer = all_or_none(
+            lambda: self._layer(site, modules, bias), RuntimeError("another process could not look at it")
+        )
         fit, held = self._problems(site, layer)
         if not (fit.finite and held.finite):
             raise UsageError("its activations are NaN or infinite on the calibration inputs")
@@ -123,7 +125,7 @@ class Refit:
                 if isinstance(problem, Operator) and problem.bytes > self.memory // 2:
                     break  # it holds whole maps: fewer inputs are better than none
 
-        all_or_none(take_in, "another process could not take in its inputs")
+        all_or_none(take_in, RuntimeError("another process could not take in its inputs"))
         problem.reduce()
         return problem
 

@@ -84,7 +84,9 @@ def taken_together(
     while waiting:
         together = _first(waiting, memory)
         waiting = waiting[len(together) :]
-        all_or_none(partial(_take_in, converted, together, parts), "another process could not take in its inputs")
+        all_or_none(
+            partial(_take_in, converted, together, parts), RuntimeError("another process could not take in its inputs")
+        )
         while together:
             taking = together.pop(0)  # and let go, once its equations are used
             yield taking, taking.taken(len(parts))
