@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
+from typing import cast
 
 import calibration as common
 import finetune
@@ -125,10 +126,10 @@ class Study:
         other = copy.deepcopy(self.model)
         convs, rest = convolutions(other), self.whole
         layers = [p.name for p in make_plan(self.sites, 1, self.include).layers if not p.whole]
-        reach = sum(convs[name].weight.numel() for name in layers)
+        reach = sum(cast(Tensor, convs[name].weight).numel() for name in layers)
         kept = (share * self.whole - (rest - reach)) / reach
         for name in layers:
-            weight = convs[name].weight
+            weight = cast(Tensor, convs[name].weight)
             weight.data.copy_(common.tucker2(weight.data, int(weight.numel() * kept)))
         reestimate_batch_norm(other, self.batches)
         return other

@@ -68,7 +68,7 @@ class Delivering:
             told.probes += 1
             return found
 
-        searching.__call__, searching._divergence = call, divergence  # type: ignore[method-assign]
+        searching.__call__, searching._divergence = call, divergence  # type: ignore[method-assign,assignment]
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
+from typing import cast
 
 import networks
 import torch
@@ -63,7 +64,7 @@ class Subject:
 def subject(name: str) -> Subject:
     if name == "efficientnet_lite0":
         model = hc.open_source("sample:efficientnet_lite0").model
-        depthwise = tuple(n for n, c in convolutions(model).items() if c.groups > 1)
+        depthwise = tuple(n for n, c in convolutions(model).items() if cast(int, c.groups) > 1)
         test = torch.cat(calibration_images("sample:photographs", model, 200, BATCH, seed=12345).batches)
         assert photographs().shape[1:] == test.shape[1:]
         return Subject(
@@ -155,7 +156,7 @@ def other_ways(
         for layer in conversion.plan.layers:
             if layer.whole:
                 continue
-            weight = convs[layer.name].weight
+            weight = cast(Tensor, convs[layer.name].weight)
             kept, total = len(layer.frequencies), weight[0, 0].numel()
             if name == "tucker-2":
                 new = tucker2(weight.data, weight.numel() * kept // total)
@@ -202,8 +203,7 @@ def run(names: list[str], counts: list[int], seeds: list[int], threads: int) -> 
 
         def write(key: tuple[object, ...], parameters: int, found: dict[str, float | str], seconds: float) -> None:
             row = dict(zip(KEYS, map(str, key), strict=True))
-            row |= {"parameters": str(parameters), "seconds": f"{seconds:.1f}", "torch": torch.__version__, **found}
-            append(row)
+            append({**row, "parameters": parameters, "seconds": f"{seconds:.1f}", "torch": torch.__version__, **found})
 
         subjects = {name: subject(name) for name in names}
         uncut = {name: logits(it.model, it.images) for name, it in subjects.items()}

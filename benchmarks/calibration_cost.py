@@ -45,7 +45,7 @@ def synchronise(device: str) -> None:
 
 def captured(conv: nn.Module, x: torch.Tensor) -> ConvCall:
     calls: list[ConvCall] = []
-    watch_convolutions(conv, {"": conv}, x, lambda _, call: calls.append(call))
+    watch_convolutions(conv, {"": conv}, x, lambda _, call: calls.extend([call] if call else []))
     return calls[0]
 
 
@@ -111,7 +111,8 @@ def solving(method: type[Problem], unknowns: int, positions: int, device: str) -
         start += time.perf_counter()
         problems.append(problem)
     start -= time.perf_counter()
-    choice = choose(*problems, DAMPINGS)
+    fit, held = problems
+    choice = choose(fit, held, DAMPINGS)
     synchronise(device)
     return {"seconds": start + time.perf_counter(), "before": choice.error_before, "after": choice.error_after}
 
@@ -181,7 +182,8 @@ def main() -> None:
             found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
             rows.writerow(["resnet50, lambda 2", machine, images, found["seconds"], found["peak_gb"], "", "", ""])
             layer_rows.writerows([machine, images, *layer] for layer in found["layers"])
-            file.flush(), layer_file.flush()
+            file.flush()
+            layer_file.flush()
             print("resnet50", images, found["seconds"], "s", found["peak_gb"], "GB", flush=True)
 
 

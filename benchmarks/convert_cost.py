@@ -1,6 +1,6 @@
 """What does converting cost, beside loading and saving the same file?
 
-    python benchmarks/convert_cost.py            # about three minutes; writes results/convert_cost.csv
+    python benchmarks/convert_cost.py            # about three minutes; appends to results/convert_cost.csv
 
 For each ResNet a file of random weights is made; then, in turn and each time in a fresh process, the file is (a) loaded
 into a network and saved again, (b) loaded, converted with the whole basis, and saved as a harmonic checkpoint, both
@@ -13,7 +13,6 @@ Bars: (b) takes at most 1.5 times as long as (a), and at most 3 times the file i
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import platform
@@ -24,6 +23,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from table import appended
 
 RESULTS = Path(__file__).parent / "results" / "convert_cost.csv"
 FIELDS = (
@@ -88,9 +89,7 @@ def main() -> None:
     import timm
 
     machine = f"{os.cpu_count()} cores {platform.machine()}, torch {__import__('torch').__version__}"
-    with args.output.open("w", newline="") as file, tempfile.TemporaryDirectory() as folder:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(FIELDS)
+    with appended(args.output, FIELDS) as (_, write), tempfile.TemporaryDirectory() as folder:
         for name in NETWORKS:
             weights, output = Path(folder) / f"{name}.safetensors", Path(folder) / "out.safetensors"
             safetensors.torch.save_file(timm.create_model(name).state_dict(), weights)
@@ -114,19 +113,15 @@ def main() -> None:
                 f"{max(b['peak'] for _, b in pairs) / size:.2f}",
                 machine,
             ]
-            writer.writerow(row)
-            file.flush()
-            print(*row)
+            write(dict(zip(FIELDS, row, strict=True)))
             weights.unlink()
         starts = []
         for _ in range(args.repeats):
             start = time.perf_counter()
             subprocess.run([sys.executable, "-m", "harmconvert", "--help"], capture_output=True, check=True)
             starts.append(time.perf_counter() - start)
-        row = dict.fromkeys(FIELDS, "") | {"network": "harmconvert --help", "machine": machine}
-        row |= {"convert_s": f"{statistics.median(starts):.3f}", "spread": f"{min(starts):.3f}-{max(starts):.3f}"}
-        writer.writerow(row.values())
-        print(*row.values())
+        seconds, spread = f"{statistics.median(starts):.3f}", f"{min(starts):.3f}-{max(starts):.3f}"
+        write({"network": "harmconvert --help", "convert_s": seconds, "spread": spread, "machine": machine})
 
 
 if __name__ == "__main__":

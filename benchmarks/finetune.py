@@ -156,8 +156,7 @@ def run(names: list[str], seeds: list[int], threads: int) -> None:
                 for method, model, seconds in followed(way, wanted, data, subject.model) if wanted else ():
                     row = dict(zip(KEYS, (name, way.lam, str(seed), method), strict=True))
                     row |= {"parameters": str(sum(p.numel() for p in model.parameters())), "seconds": f"{seconds:.1f}"}
-                    row |= {"torch": torch.__version__, **common.scores(model, subject, uncut)}
-                    write(row)
+                    write({**row, "torch": torch.__version__, **common.scores(model, subject, uncut)})
 
 
 def summary() -> None:

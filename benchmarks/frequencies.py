@@ -27,6 +27,7 @@ from harmconvert.basis import Basis, Frequency, all_frequencies
 from harmconvert.budget.choices import items_of, whole_plan
 from harmconvert.budget.orders import orders_by_energy, orders_by_error
 from harmconvert.calibration import CalibrationSettings
+from harmconvert.calibration.inputs import calibration_set
 from harmconvert.plan import LayerPlan
 from harmconvert.surgery import find_sites, trace
 
@@ -51,7 +52,8 @@ def rows(name: str, seed: int, done: set[tuple[str, ...]]) -> Iterator[dict[str,
     whole = whole_plan(find_sites(model, trace(model, subject.images[:1])))
     items = items_of(whole, {})
     harmonic = hc.convert(model, whole).model
-    by_error = orders_by_error(model, harmonic, items, Basis(), images, settings, lambda *_: None)
+    data = calibration_set(images, settings.inputs)
+    by_error = orders_by_error(model, harmonic, items, Basis(), data, settings, lambda *_: None)
     orders = {
         "lowest": {item.names[0]: all_frequencies(item.kernel_size)[::-1] for item in items},
         "strongest": {item.names[0]: order.frequencies for item, order in orders_by_energy(model, items, Basis())},

@@ -24,8 +24,9 @@ import csv
 import itertools
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -63,7 +64,8 @@ class MergedEachCall(nn.Module):
         super().__init__()
         self.conv = to_dense(conv)
         self.coefficients = nn.Parameter(conv.coefficients.detach()[..., None, None])
-        self.basis = nn.Parameter(conv.kernels.float().reshape(1, 1, len(conv.frequencies), *conv.kernel_size))
+        size = cast("tuple[int, ...]", conv.kernel_size)
+        self.basis = nn.Parameter(conv.kernels.float().reshape(1, 1, len(conv.frequencies), *size))
 
     def forward(self, x: Tensor) -> Tensor:
         kernel = (self.coefficients * self.basis).sum(2)
@@ -122,7 +124,7 @@ def onnx_ways(model: nn.Module, x: Tensor) -> Ways:
     for way, network in networks.items():
         session = graphs.session_of(graphs.onnx_bytes(network, x)[0])
         feed = graphs.feed_of(session, x)
-        found[way] = lambda session=session, feed=feed: session.run(None, feed)
+        found[way] = partial(session.run, None, feed)
     return found
 
 

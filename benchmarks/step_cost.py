@@ -50,7 +50,7 @@ def network(name: str, form: str) -> nn.Module:
 def step_of(name: str, form: str, args: argparse.Namespace) -> Callable[[], None]:
     """A function that makes one training step and waits for it to end."""
     size, classes = NETWORKS[name]
-    model = network(name, form).to(args.device, memory_format=torch.channels_last).train()
+    model = network(name, form).to(args.device).to(memory_format=torch.channels_last).train()
     lay_out_channels_last(model)  # as `train` does
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, weight_decay=1e-4)
     images = torch.randn(args.batch, 3, size, size, device=args.device).to(memory_format=torch.channels_last)
@@ -146,7 +146,8 @@ def main() -> None:
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        measure_memory(*args.measure, args)
+        name, form = args.measure
+        measure_memory(name, form, args)
         return
     torch.set_num_threads(args.threads)
     fresh = not RESULTS.exists()

@@ -334,10 +334,10 @@ def main() -> None:
             while todo and len(running) < args.jobs:
                 job = todo.pop(0)
                 ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=worker, args=(*job, theirs))
-                process.start()
+                started = context.Process(target=worker, args=(*job, theirs))
+                started.start()
                 theirs.close()
-                running[job] = (process, ours, time.monotonic())
+                running[job] = (started, ours, time.monotonic())
             time.sleep(0.05)
             for job, (process, pipe, begun) in list(running.items()):
                 late = time.monotonic() - begun > args.limit_seconds

@@ -215,7 +215,7 @@ def fold_block(block: HarmonicBlock2d) -> nn.Conv2d:
         conv.weight.copy_(reconstruct(coefficients_OIF, block.kernels, _pair(block.kernel_size)))
         if conv.bias is not None:
             conv.bias.copy_(bias)
-    return conv.train(block.training)
+    return conv.requires_grad_(block.mix.weight.requires_grad).train(block.training)
 
 
 def absorb_bias(model: nn.Module, name: str) -> None:

@@ -31,7 +31,7 @@ from .errors import HarmconvertWarning, InputError, UsageError, shortened
 from .forms import factor, fuse
 from .history import check_history
 from .plan import LayerPlan, Plan
-from .surgery import convolutions, exchange, kernel_size, put_in_place
+from .surgery import convolutions, exchange, kernel_size, pretrained_config, put_in_place, state_key
 from .weights import load_state, open_safetensors, tensors_crc32, untied_state, why_unreadable, write_tensors
 
 FORMAT_VERSION = 1
@@ -226,11 +226,11 @@ def read_header(path: str | Path) -> Header:
             raise InputError(f"{path}: {error}") from error
         shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118  not a dict
     for layer in header.plan.layers:
-        kept, key = len(layer.frequencies), _join(layer.name, "coefficients")
+        kept, key = len(layer.frequencies), state_key(layer.name, "coefficients")
         shape = shapes.get(key)
         if not (shape is None and key in header.tied) and (shape is None or len(shape) != 3 or shape[2] != kept):
             raise _disagreement(path, key, f"hold {kept} frequencies", shape)
-        key, wanted = _join(layer.name, "fitted_basis"), [kept, prod(layer.kernel_size)]
+        key, wanted = state_key(layer.name, "fitted_basis"), [kept, prod(layer.kernel_size)]
         if header.plan.family.fitted and key not in header.tied and shapes.get(key) != wanted:
             raise _disagreement(path, key, f"have shape {wanted}", shapes.get(key))
     return header
@@ -348,8 +348,7 @@ def _plan_of(model: nn.Module, known: Header | None) -> Plan:
 
 def _timm_source(model: nn.Module) -> Source | None:
     """The timm source of a network that timm made, if making it again gives the same modules with the same settings."""
-    cfg = getattr(model, "pretrained_cfg", None)
-    cfg = cfg if isinstance(cfg, dict) else getattr(cfg, "__dict__", {})
+    cfg = pretrained_config(model)
     architecture = cfg.get("architecture")
     if not architecture:
         return None
@@ -380,7 +379,3 @@ def _anatomy(model: nn.Module) -> list[tuple[Any, ...]]:
         else:
             parts.append((name, type(module).__name__, module.extra_repr(), sorted(shapes.items())))
     return parts
-
-
-def _join(prefix: str, key: str) -> str:
-    return f"{prefix}.{key}" if prefix else key

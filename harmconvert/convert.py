@@ -24,7 +24,7 @@ from .cost import Cost, network_cost
 from .errors import InputError, UsageError, shortened
 from .plan import LayerPlan, Plan, make_plan
 from .projection import all_finite, check_range, project, relative_error
-from .surgery import Trace, convolutions, exchange, find_sites, fitted, trace
+from .surgery import Trace, convolutions, exchange, find_sites, fitted, pretrained_config, trace
 
 RECORD_KEY = "conversion"  # of a checkpoint's history
 _DIGITS = 4  # of a mean |coefficient|: an eye sees two
@@ -170,7 +170,9 @@ def convert(
             convert, model, example_input=example_input, include=include, exclude=exclude, basis=basis,
             normalization=normalization, calibration=images, settings=settings, progress=progress,
         )  # fmt: skip
-        return _within_drop(model, at, max_drop, worth, search or SearchSettings())
+        searching = _searching(model, Budget("params", 1.0), example_input, None)
+        least = searching.least_share(include, exclude, Basis(basis, normalization))
+        return _within_drop(at, max_drop, least, worth(model), worth, search or SearchSettings())
     if budget is not None:
         if lam != "full":
             raise UsageError(f"lam (={lam!r}) and budget (={budget!r}) both say what to keep: give one of them")
@@ -228,32 +230,45 @@ def _within(
     progress: Progress | None,
 ) -> Conversion:
     """Convert by the best plan within a budget."""
-    run = run_where_possible(model, "any", example_input)
     images = None if calibration is None else tuple(calibration)
-
-    def by_plan(plan: Plan, known: Known | None, settings: CalibrationSettings) -> Conversion:
-        conversion = convert(model, plan, example_input=example_input)
-        return conversion if known is None else _calibrated(model, conversion, known, settings)
-
-    given = default_input(model) if example_input is None else example_input
-    searching = Searching(model, budget, find_sites(model, run), run, by_plan, images, settings, search, given)
+    searching = _searching(model, budget, example_input, images, settings, search)
     if progress is not None:
         searching.progress = progress
     conversion, record = searching(include, exclude, family)
     return replace(conversion, search=record)
 
 
-def _within_drop(
+def _searching(
     model: nn.Module,
+    budget: Budget,
+    example_input: Any,
+    images: Sequence[Any] | None,
+    settings: CalibrationSettings | None = None,
+    search: SearchSettings | None = None,
+) -> Searching:
+    run = run_where_possible(model, "any", example_input)
+
+    def by_plan(plan: Plan, known: Known | None, settings: CalibrationSettings) -> Conversion:
+        conversion = convert(model, plan, example_input=example_input)
+        return conversion if known is None else _calibrated(model, conversion, known, settings)
+
+    given = default_input(model) if example_input is None else example_input
+    return Searching(
+        model, budget, find_sites(model, run), run, by_plan, images, settings or CalibrationSettings(),
+        search or SearchSettings(), given,
+    )  # fmt: skip
+
+
+def _within_drop(
     at: Callable[..., Conversion],
     max_drop: float,
+    least: float,
+    uncut: float,
     worth: Callable[[nn.Module], float],
     search: SearchSettings,
 ) -> Conversion:
-    """The smallest conversion that costs no more than so many points of what a network is worth."""
-    uncut = worth(model)
-    smallest = at(1, calibration=None, settings=None).cost
-    least = math.ceil(1e6 * smallest.harmonic_parameters / smallest.parameters) / 1e6
+    """The smallest conversion, of a share from ``least`` on, that is worth no more than so many points less than the
+    uncut network."""
     with TemporaryDirectory() as folder:  # the layers are probed once for all budgets
         kept = search if search.probes else replace(search, probes=str(Path(folder) / "probes.json"))
 
@@ -306,8 +321,7 @@ def check_weights(model: nn.Module) -> None:
 
 def default_input(model: nn.Module, batch: int = 1) -> Tensor | None:
     """Zeros of the size in the model's ``pretrained_cfg``, in its dtype and on its device; None where it has none."""
-    cfg = getattr(model, "pretrained_cfg", None)
-    size = cfg.get("input_size") if isinstance(cfg, dict) else getattr(cfg, "input_size", None)
+    size = pretrained_config(model).get("input_size")
     if not size:
         return None
     return fitted(torch.zeros(batch, *size), model)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .basis import Frequency
+from .factored import FACTORABLE
 from .plan import Plan
 from .surgery import Trace, convolutions, evaluating, kernel_size
 
@@ -19,7 +20,8 @@ from .surgery import Trace, convolutions, evaluating, kernel_size
 class LayerCost:
     """One convolution: parameters of its kernel, whole and kept, and MACs per example of its forms (None: no trace).
 
-    ``factored_macs`` counts the separable DCT responses of every input channel and the 1x1 product over the kept ones.
+    ``factored_macs`` counts the responses of every input channel (separable, unless the basis is fitted) and the 1x1
+    product over the kept ones; those of the dense form where a layer has no factored one.
     """
 
     parameters: int
@@ -78,12 +80,15 @@ def bytes_of(build: Callable[[], nn.Module]) -> int | None:
         return None
 
 
-def response_macs(kernel_size: Sequence[int], frequencies: Sequence[Frequency]) -> int:
-    """Multiply-adds to get all kept responses of one channel at one position, axis by axis from the last.
+def response_macs(kernel_size: Sequence[int], frequencies: Sequence[Frequency], separable: bool = True) -> int:
+    """Multiply-adds to get all kept responses of one channel at one position, axis by axis from the last where the
+    basis kernels are products of vectors.
 
     >>> response_macs((3, 3), [(0, 0), (0, 1), (1, 0)])  # two rows of three, then three columns of three
     15
     """
+    if not separable:
+        return prod(kernel_size) * len(frequencies)
     return sum(size * len({f[axis:] for f in frequencies}) for axis, size in enumerate(kernel_size))
 
 
@@ -100,10 +105,10 @@ def layer_costs(model: nn.Module, plan: Plan, trace: Trace | None = None) -> dic
         if trace:
             macs = run.macs // trace.batch if run else 0
             factored = macs
-            if not layer.whole and not conv.transposed:
+            if not layer.whole and type(conv) in FACTORABLE:
                 positions = macs // weight.numel()
-                responses = response_macs(layer.kernel_size, layer.frequencies) * cast(int, conv.in_channels)
-                factored = positions * (responses + kept)
+                one = response_macs(layer.kernel_size, layer.frequencies, separable=not plan.family.fitted)
+                factored = positions * (one * cast(int, conv.in_channels) + kept)
         costs[layer.name] = LayerCost(weight.numel(), kept, macs, factored)
     return costs
 

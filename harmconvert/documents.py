@@ -35,6 +35,25 @@ def parsed(text: str) -> Any:
     return value
 
 
+def json_text(data: Any) -> str:
+    """JSON of what a command or a report tells; NaN and infinity, for which JSON has no word, are null.
+
+    >>> print(json_text({"seconds": float("inf")}))
+    {
+     "seconds": null
+    }
+    """
+    return json.dumps(_told(data), indent=1, allow_nan=False, default=str)
+
+
+def _told(data: Any) -> Any:
+    if isinstance(data, float) and not math.isfinite(data):
+        return None
+    if isinstance(data, Mapping):
+        return {str(key): _told(value) for key, value in data.items()}
+    return [_told(value) for value in data] if isinstance(data, list | tuple) else data
+
+
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):

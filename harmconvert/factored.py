@@ -58,7 +58,7 @@ class FactoredMixin(HarmonicMixin):
                 input, cast(Any, self)._reversed_padding_repeated_twice, cast(str, self.padding_mode)
             )
         pads = _zeros_around(self, input.shape[2:])
-        if not self._natively(input):
+        if not self._natively(input, pads):
             return _factored(input, self.coefficients, self.bias, self._kernels_for(input), self, pads)
         if torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in (input, self.coefficients, self.bias)
@@ -66,12 +66,14 @@ class FactoredMixin(HarmonicMixin):
             return cast(Tensor, _Differentiable.apply(input, self.coefficients, self.bias, self, pads))
         return self._run(input, pads)
 
-    def _natively(self, input: Tensor) -> bool:
+    def _natively(self, input: Tensor, pads: Pads) -> bool:
         """Whether factored.c can compute it."""
         if torch.compiler.is_exporting() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
             return False
         if input.dim() != 4 or input.dtype != torch.float32 or input.device.type != "cpu" or input.numel() == 0:
             return False
+        if input.shape[1] != cast(int, self.in_channels) or min(_out_sizes(self, input.shape[2:], pads)) < 1:
+            return False  # torch's own operators say what is wrong with it
         if torch.compiler.is_compiling():
             return self._packed is not None and not torch.is_grad_enabled()
         return self._packable()

@@ -188,10 +188,11 @@ def write_folder(path: str | Path, own: Collection[str], fill: Callable[[Path], 
                 file.chmod(mode)
                 _flush(file)
             _flush(staging)
-            if not (target.exists() and _exchanged(staging, target)):
-                if target.exists():
+            check_folder(path, own, force)  # what has come into being meanwhile is not ours to replace, either
+            if not (force and target.exists() and _exchanged(staging, target)):
+                if force and target.exists():
                     target.replace(old)
-                staging.replace(target)
+                staging.rename(target)
             _flush(target.parent)
     except OSError as error:
         raise outside(error, f"cannot write {path}") from error
@@ -221,9 +222,11 @@ def _staged(target: Path, *endings: str) -> Iterator[list[Path]]:
     try:
         yield paths
     finally:
-        _writing.discard((target, number))
-        for path in reversed(paths):
-            _remove(path, target)
+        try:
+            for path in reversed(paths):
+                _remove(path, target)
+        finally:  # the next writer that gets this number has these paths
+            _writing.discard((target, number))
 
 
 def _put_where_nothing_is(staging: Path, target: Path) -> None:
@@ -250,10 +253,10 @@ def _exchanged(staging: Path, target: Path) -> bool:
 def _remove_leftovers(target: Path) -> None:
     pattern = re.compile(re.escape(f".{target.name}.") + r"(\d+)(?:-(\d+))?\.(staging|old)")
     for entry in list(target.parent.iterdir()):
-        match = pattern.fullmatch(entry.name)
-        if not match or _in_use(target, int(match[1]), int(match[2] or 0)):
-            continue
-        _remove(entry, target)
+        if match := pattern.fullmatch(entry.name):
+            with _lock:  # a thread that begins now may get this number
+                if not _in_use(target, int(match[1]), int(match[2] or 0)):
+                    _remove(entry, target)
 
 
 def _remove(path: Path, target: Path) -> None:

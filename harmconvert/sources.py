@@ -25,6 +25,7 @@ from .files import read_json
 from .forms import fuse
 from .reference import open_reference
 from .samples import SAMPLES
+from .surgery import pretrained_config
 from .user_code import import_place
 from .weights import load_state, read_weights, weights_sha256
 
@@ -261,7 +262,7 @@ def _from_timm(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
         raise UsageError(f"timm has no model {source.name!r}{_close(source.name, timm.list_models())}")
     with reaching_out(str(source)):
         model = timm.create_model(source.name, pretrained=pretrained, **source.arguments)
-    return model, replace(source, licence=_cfg(model).get("license"))
+    return model, replace(source, licence=pretrained_config(model).get("license"))
 
 
 def _from_hf_hub(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
@@ -383,12 +384,7 @@ def _with_config(source: Source, model: nn.Module, architecture: str, model_argu
     recorded = {"architecture": architecture, **model_arguments, **source.arguments}
     if isinstance(classes := getattr(model, "num_classes", None), int):
         recorded["num_classes"] = classes
-    return replace(source, arguments=recorded, licence=_cfg(model).get("license"))
-
-
-def _cfg(model: nn.Module) -> dict[str, Any]:
-    cfg = getattr(model, "pretrained_cfg", None)
-    return cfg if isinstance(cfg, dict) else {}
+    return replace(source, arguments=recorded, licence=pretrained_config(model).get("license"))
 
 
 def _close(name: str, names: list[str]) -> str:

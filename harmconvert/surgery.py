@@ -60,6 +60,18 @@ def kernel_size(conv: nn.Module) -> tuple[int, ...]:
     return tuple(cast("tuple[int, ...]", conv.kernel_size))
 
 
+def pretrained_config(model: nn.Module) -> Mapping[str, Any]:
+    """What a network says of its weights and pre-processing, as timm's do (``pretrained_cfg``, a dict or a record);
+    nothing of one that says nothing."""
+    config = getattr(model, "pretrained_cfg", None)
+    return config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
+
+
+def state_key(layer: str, tensor: str) -> str:
+    """The key of a layer's tensor in the state dict of its network, which may be the layer itself."""
+    return f"{layer}.{tensor}" if layer else tensor
+
+
 def find_sites(model: nn.Module, trace: Trace | None = None) -> list[ConvSite]:
     """The convolutions over 1x1, with what a policy needs to know of each; those that cannot be converted say why.
 

@@ -23,7 +23,7 @@ from .errors import InputError, UsageError, first_line, one_line, shortened
 from .forms import fold_blocks
 from .kernel_check import check_kernel
 from .structure_check import altered_state, as_calibrated, built_otherwise, pairs_of, written_by_calibration
-from .surgery import batch_size, call, cloned, convolutions, evaluating, fitted, in_precision, tensors_in
+from .surgery import batch_size, call, cloned, convolutions, evaluating, fitted, in_precision, state_key, tensors_in
 
 # Relative difference of the outputs with the whole basis, by the dtype of the weights: float64 and float32 as promised
 # in the documentation; the 16-bit ones are bounded by the rounding of their coefficients, amplified layer by layer.
@@ -145,7 +145,7 @@ def verify(
     for name, pair in pairs.items():
         tick(name)
         with evaluating(*pair):
-            kernels[name] = check_kernel(*pair, written.get(_join(name, "coefficients")))
+            kernels[name] = check_kernel(*pair, written.get(state_key(name, "coefficients")))
     notes: list[str] = []
     errors: dict[str, float | None] = {"float64": None, "float32": None}
     outputs: dict[str, float] = {}
@@ -220,10 +220,6 @@ def seeded_inputs(model: nn.Module) -> Tensor:
 def _weight_dtype(model: nn.Module) -> torch.dtype:
     dtypes = [p.dtype for p in model.parameters() if p.dtype in OUTPUT_TOLERANCE]
     return max(dtypes, key=lambda d: OUTPUT_TOLERANCE[d], default=torch.float32)
-
-
-def _join(prefix: str, key: str) -> str:
-    return f"{prefix}.{key}" if prefix else key
 
 
 def _ticker(progress: Callable[[int, int, str], None], total: int) -> Callable[[str], None]:

@@ -402,6 +402,27 @@ def test_the_smallest_network_within_a_drop(tmp_path: Path, monkeypatch: pytest.
     assert [row["taken"] for row in plans if row["plan"] != "frontier"].count("True") == 1
 
 
+def test_a_drop_may_go_as_deep_as_a_budget() -> None:
+    """Of a kernel over 3x3 the zero frequency alone is less than lambda 1 keeps."""
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 9, padding=4), nn.Conv2d(8, 8, 9, padding=4))
+    found = convert(net, max_drop=1.0, worth=lambda network: 50.0)
+    assert found.cost.harmonic_parameters == 8 * 9 + 8 + 2 * (8 * 8 + 8)
+    assert len(found.drops) == 1
+
+
+def test_labelled_images_have_the_size_that_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    digit_folders(tmp_path / "digits", 2)
+    Path("mine.py").write_text(
+        "from torch import nn\n"
+        "def make():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
+    )
+    arguments = ["convert", "mine.py:make", "--trust-code", "--max-drop", "100", "--labelled", "digits", "--json"]
+    found = json.loads(ok(*arguments, "--input-size", "3,32,32").stdout)
+    assert found["held_out"]["converted"]["images"] == 10
+
+
 def test_a_drop_needs_a_judge() -> None:
     with pytest.raises(UsageError, match="max_drop needs worth"):
         convert(nn.Conv2d(3, 4, 3), max_drop=1.0)

@@ -24,7 +24,7 @@ import torch
 from harmconvert.checkpoint import read_header
 from harmconvert.cli.finetune import command as finetune_command
 from harmconvert.sources import open_source
-from harmconvert.training import Recipe
+from harmconvert.training import Recipe, metrics
 
 from .pictures import digit_folders
 from .test_cli import SAMPLE, ok, run
@@ -92,6 +92,55 @@ def test_finetuning_prints_what_every_stage_is_worth() -> None:
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert float(rows[1]["test_top1"]) == stages["fine-tuned"]["top1"]
     assert not list(Path().glob("*.state.pth*"))
+
+
+def test_nothing_that_exists_is_replaced_without_force() -> None:
+    quick = ["--data-dir", "digits", *DIGITS, "--epochs", "1", "-o", "a.safetensors"]
+    Path("a.metrics.csv").write_text("mine")
+    for command in (["finetune", "cut.safetensors"], ["train", SAMPLE]):
+        assert "a.metrics.csv exists: use --force" in failed(*command, *quick, code=2)
+    assert Path("a.metrics.csv").read_text() == "mine"
+    ok("train", SAMPLE, *quick, "--force")
+    assert Path("a.metrics.csv").read_text() != "mine"
+
+
+def meanwhile(path: Path, rows: object) -> None:
+    """In the place of `write_metrics`: somebody else writes what this run is about to."""
+    Path("a.safetensors").write_bytes(b"another's")
+
+
+def test_what_comes_into_being_meanwhile_is_kept_and_so_is_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = ["--data-dir", "digits", *DIGITS, "--epochs", "1", "--calibration-images", "0", "-o", "a.safetensors"]
+    with monkeypatch.context() as busy:
+        busy.setattr(metrics, "write_metrics", meanwhile)
+        message = failed("finetune", "cut.safetensors", *quick, "--distill", code=2)
+    assert "use --force" in message
+    assert "the run is kept: go on with --resume a.state.pth" in message
+    assert Path("a.safetensors").read_bytes() == b"another's"
+    resume = [*quick, "--resume", "a.state.pth", "--force"]
+    ok("export", "cut.safetensors", "-o", "dense.safetensors")
+    dense = tensors("dense.safetensors")
+    safetensors.torch.save_file({key: 1.5 * tensor for key, tensor in dense.items()}, "teacher.safetensors")
+    message = failed("finetune", "cut.safetensors", *resume, "--distill", "--teacher", "teacher.safetensors", code=2)
+    assert "is the state of another run: its teacher was" in message
+    ok("finetune", "cut.safetensors", *resume, "--distill")
+    assert read_header("a.safetensors").history["training"]
+
+
+def test_a_run_goes_on_with_the_network_that_it_began_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("mine.py").write_text(
+        "from torch import nn\n"
+        "def make(dropped=0.0):\n"
+        "    return nn.Sequential(nn.Conv2d(1, 10, 3), nn.Dropout(dropped), nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
+    )
+    quick = ["train", "mine.py:make", "--trust-code", "--data-dir", "digits", *DIGITS, "--img-size", "28"]
+    quick += ["--epochs", "1", "--harmonic", "none", "-o", "a.safetensors", "--mean", "0.13", "--std", "0.31"]
+    with monkeypatch.context() as busy:
+        busy.setattr(metrics, "write_metrics", meanwhile)
+        failed(*quick, "--model-kwargs", "dropped=0.9", code=2)
+    message = failed(*quick, "--resume", "a.state.pth", "--force", code=2)
+    assert "another run: its arguments's dropped was 0.9, here it is None" in message
+    ok(*quick, "--model-kwargs", "dropped=0.9", "--resume", "a.state.pth", "--force")
 
 
 def test_a_finetuned_checkpoint_exports_and_finetunes_again() -> None:
@@ -429,6 +478,15 @@ def test_evaluate_says_how_right_and_how_sure() -> None:
 )
 def test_what_evaluate_refuses(arguments: list[str], code: int, message: str) -> None:
     assert message in failed("evaluate", *arguments, "--workers", "0", code=code)
+
+
+def test_both_networks_may_be_code_of_the_users() -> None:
+    code = "from torch import nn\ndef make(): return nn.Sequential(nn.Conv2d(1, 10, 28), nn.Flatten())\n"
+    Path("mine.py").write_text(code)
+    ok("convert", "mine.py:make", "--input-size", "1,28,28", "-o", "mine.safetensors")
+    arguments = [SAMPLE, "--compare", "mine.safetensors", "--data-dir", "digits/val", "--workers", "0"]
+    assert "--trust-code" in failed("evaluate", *arguments, code=2)
+    assert 0 <= json.loads(ok("evaluate", *arguments, "--trust-code", "--json").stdout)["agreement"] < 1
 
 
 # --- train ---

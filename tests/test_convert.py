@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.layers import ScaledStdConv2d
 from torch import nn
 
 import harmconvert.models  # noqa: F401  registers wrn28_10
@@ -223,6 +224,17 @@ def test_macs_of_a_run_by_hand() -> None:
     # Responses of 3 channels at 64 positions, 15 products each, then 3 of 9 products of the convolution.
     assert cost.factored_macs == cost.dense_macs - 64 * 8 * 27 + 64 * (3 * 15 + 8 * 9)
     assert cost.merge_macs == 8 * 3 * 3 * 9 + 8 * 4 * 4 * 4
+    # Kernels that are fitted to a layer are no products of vectors: nine for each response.
+    cost = convert(net, {"0": 2}, example_input=torch.zeros(2, 3, 8, 8), basis="klt").cost
+    assert cost.factored_macs == cost.dense_macs - 64 * 8 * 27 + 64 * (3 * 27 + 8 * 9)
+
+
+def test_a_layer_without_a_factored_form_saves_no_macs() -> None:
+    net = nn.Sequential(ScaledStdConv2d(3, 8, 3, padding=1), nn.ConvTranspose2d(8, 4, 3))
+    cost = convert(net, {"*": 2}, example_input=torch.zeros(2, 3, 8, 8)).cost
+    assert cost.factored_macs == cost.dense_macs
+    with pytest.raises(UsageError, match="cannot be met"):
+        convert(net, budget={"macs": 0.9}, include=["*"], example_input=torch.zeros(2, 3, 8, 8))
 
 
 def test_calls_of_a_shared_layer_add_up() -> None:

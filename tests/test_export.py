@@ -183,7 +183,8 @@ def test_a_missing_package_is_named(missing: str, tmp_path: Path, monkeypatch: p
     [
         ({"format": "pdf"}, "unknown format 'pdf'"),
         ({"format": "dense", "dtype": "int8"}, "unknown dtype 'int8'"),
-        ({"format": "onnx", "dtype": "bfloat16"}, "no bfloat16 convolutions"),
+        ({"format": "onnx", "dtype": "bfloat16"}, "--dtype bfloat16 is for state dicts"),
+        ({"format": "torch-export", "dtype": "float16"}, "--dtype float16 is for state dicts"),
         ({"format": "dense", "form": "factored"}, "factored is for onnx"),
         ({"format": "torch-export"}, "should end in .pt2"),
     ],
@@ -300,7 +301,7 @@ def test_exporting_by_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     )
     fails(
         2,
-        "no float16 convolutions",
+        "--dtype float16 is for state dicts",
         "export",
         "a.safetensors",
         "--format",

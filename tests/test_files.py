@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,30 @@ def test_what_comes_into_being_meanwhile_is_kept(tmp_path: Path) -> None:
         write_file(tmp_path / "a", slowly)
     assert (tmp_path / "a").read_bytes() == b"another's"
     assert names(tmp_path) == ["a"]
+
+
+def test_many_threads_may_write_one_target_at_once(tmp_path: Path) -> None:
+    def often() -> None:
+        for _ in range(100):
+            write_file(tmp_path / "a", fill, force=True)
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(often) for _ in range(4)]:
+            done.result()
+    assert names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_folder_that_comes_into_being_meanwhile_is_kept(tmp_path: Path, force: bool) -> None:
+    def slowly(folder: Path) -> None:
+        fill(folder / "x")
+        (tmp_path / "d").mkdir()
+        (tmp_path / "d" / "thesis").write_bytes(b"another's")
+
+    with pytest.raises(UsageError, match="holds other files" if force else "exists: use --force to replace it"):
+        write_folder(tmp_path / "d", ("x",), slowly, force=force)
+    assert names(tmp_path / "d") == ["thesis"]
+    assert names(tmp_path) == ["d"]
 
 
 def test_what_a_writer_leaves_beside_its_file_goes_with_it(tmp_path: Path) -> None:

@@ -229,6 +229,17 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
         assert outputs(to_factored(harmonic), x).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("shape", [(1, 64, 8, 8), (1, 16, 8, 8), (1, 32, 2, 8), (1, 32, 8, 1)])
+def test_a_map_that_the_layer_does_not_take_is_refused(shape: tuple[int, ...]) -> None:
+    """Of other channels, or smaller than the kernel: compiled code would read what is not there."""
+    factored = to_factored(truncated(nn.Conv2d(32, 48, 3))).eval()
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"channels|Kernel size"):
+        factored(torch.randn(shape))
+    packed = factored._pack()
+    with pytest.raises(RuntimeError, match="a map of 16 channels is not for this layer"):
+        native.run(torch.randn(1, 16, 8, 8), packed, 48, native.Geometry(0, 0, (1, 1), (1, 1), (6, 6)))
+
+
 def test_not_a_number_comes_through() -> None:
     factored = to_factored(truncated(nn.Conv2d(5, 7, 3, padding=1)))
     x = torch.zeros(1, 5, 8, 8)
@@ -397,7 +408,6 @@ def test_turns_alternate_and_are_counted() -> None:
     assert seen == ["a", "b", *["a", "b"] * 4]
     assert {len(t.seconds) for t in times.values()} == {4}
     assert times["a"].median > 0
-    assert times["a"].spread >= 0
 
 
 def test_harmonic_and_factored_classes_are_cached() -> None:

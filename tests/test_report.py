@@ -183,6 +183,17 @@ def test_a_checkpoint_tells_afterwards_what_the_conversion_knew() -> None:
     assert Plan.load("now.json") == read_header("cut.safetensors").plan, "so that --plan takes a report"
 
 
+def test_layers_that_share_their_coefficients_all_have_their_errors() -> None:
+    net = nn.Sequential(*(nn.Conv2d(width, 8, 3, padding=1, bias=False) for width in (1, 8, 8, 8)))
+    net[2].weight = net[1].weight
+    conversion = convert(net, 2, calibration=[torch.randn(16, 1, 8, 8) for _ in range(2)])
+    header = save(conversion, "tied.safetensors")
+    layers = {layer.name: layer for layer in report_of(conversion.model, header, "tied").layers}
+    assert layers["1"].output_error_before is not None
+    assert layers["1"].output_error_before == layers["2"].output_error_before != layers["3"].output_error_before
+    assert layers["1"].decision == layers["2"].decision
+
+
 def test_what_is_not_known_is_none() -> None:
     network = small()
     conversion = convert(network, 2)

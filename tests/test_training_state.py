@@ -6,16 +6,18 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from harmconvert.errors import InputError, OutsideError, UsageError
-from harmconvert.training import Keeper, Recipe, train
-from harmconvert.training.interrupts import SignalError
+from harmconvert.training import Keeper, Recipe, learner, state, train
+from harmconvert.training.interrupts import Request, SignalError
+from harmconvert.training.learner import Learner
 from harmconvert.training.loop import Told
-from harmconvert.training.state import state_path
+from harmconvert.training.state import Position, state_path
 
 from .test_training import PLAIN, noise, small
 
@@ -45,8 +47,10 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return all(torch.equal(tensor, other[key]) for key, tensor in one.items())
 
 
-@pytest.mark.parametrize(("epoch", "step"), [(0, 2), (0, 4), (1, 1), (1, 3), (2, 4)])
-@pytest.mark.parametrize("every", [1, 3, None])
+@pytest.mark.parametrize(
+    ("epoch", "step", "every"),
+    [(0, 2, 1), (0, 4, 1), (0, 4, 3), *((*at, every) for at in [(1, 1), (1, 3), (2, 4)] for every in (1, 3, None))],
+)
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(
     tmp_path: Path, epoch: int, step: int, every: int | None
 ) -> None:
@@ -54,9 +58,6 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(
     keeper = Keeper(path, every, {"recipe": RECIPE.to_json()})
     with pytest.raises(KilledError):
         train(small(dropout=0.3), noise(), RECIPE, machine=PLAIN, keeper=keeper, progress=killed_at(epoch, step))
-    if not path.exists():
-        assert epoch == 0  # killed before anything was due
-        return
     torch.manual_seed(12345)  # whatever came in between
     model = small(dropout=0.3)
     rows = train(model, noise(), RECIPE, machine=PLAIN, keeper=keeper, resume=path)
@@ -86,6 +87,54 @@ def test_a_spoilt_state_falls_back_to_the_one_before_and_says_so(tmp_path: Path)
     assert same(model.state_dict(), uninterrupted())
     assert "run.state.pth is damaged" in said[0]
     assert "going on from the one before it" in said[0]
+
+
+def test_the_state_before_a_spoilt_one_outlives_a_save_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(whole: object, staging: Path) -> None:
+        raise OutsideError("the disk is full")
+
+    keeper = Keeper(tmp_path / "run.state.pth")
+    keeper.save(Position(1), lambda: {"model": {}})
+    keeper.save(Position(2), lambda: {"model": {}})
+    keeper.path.write_bytes(keeper.path.read_bytes()[:-200])
+    assert keeper.load(keeper.path)[0].epoch == 1
+    with monkeypatch.context() as broken:
+        broken.setattr(state, "_save", full)
+        with pytest.raises(OutsideError):
+            keeper.save(Position(2), lambda: {"model": {}})
+    assert keeper.load(keeper.path)[0].epoch == 1
+    keeper.save(Position(2), lambda: {"model": {}})
+    keeper.save(Position(3), lambda: {"model": {}})
+    keeper.path.write_bytes(b"")
+    assert keeper.load(keeper.path)[0].epoch == 2
+
+
+def test_a_state_of_another_number_of_processes_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    keeper = Keeper(tmp_path / "run.state.pth", say=said.append)
+    monkeypatch.setattr(state, "gathered", lambda value: [value] * 4)
+    keeper.save(Position(1), lambda: {"model": {}})
+    keeper.load(keeper.path)
+    assert "is of 4 processes, so random numbers will differ" in said[0]
+
+
+def test_of_signals_to_several_processes_one_is_told_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGINT here, SIGTERM there: what is told is one of them."""
+    ours = SimpleNamespace(sums=torch.ones(3, dtype=torch.float64))
+
+    def as_if_two(tensors: list[Tensor]) -> None:
+        for tensor in tensors:
+            tensor += torch.tensor([1.0, 1, 1, 0, 1])
+
+    monkeypatch.setattr(learner, "sum_over_ranks", as_if_two)
+    request = Request()
+    request.signal = signal.SIGINT
+    assert Learner.look(ours, request) == ((2, 2, 2), signal.SIGTERM)
+    monkeypatch.setattr(learner, "sum_over_ranks", lambda tensors: None)
+    assert Learner.look(ours, request)[1] == signal.SIGINT
+    assert Learner.look(ours, Request())[1] == 0
 
 
 def test_a_state_that_is_spoilt_with_none_before_is_an_error(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -58,12 +59,7 @@ class Searching:
         counted = {"macs": "counts multiply-adds", "latency": "is measured"}.get(self.budget.unit)
         if counted and self.trace is None:
             raise UsageError(f"the budget {self.budget} {counted}: give an example input (--input-size C,H,W)")
-        whole = whole_plan(self.sites, include, exclude, family)
-        items = items_of(whole, {site.name: site.tied_to for site in self.sites if site.tied_to})
-        if not items:
-            raise InputError(
-                f"no layer of this {type(self.model).__name__} may be cut: --include names those that should"
-            )
+        whole, items = self._choices(include, exclude, family)
         costs = self._costs(whole, items)
         limit, smallest = limit_of(self.budget, *costs)
         self.search.say(
@@ -90,6 +86,20 @@ class Searching:
             scores = self._probed(whole, items, probes)
             conversion, record = self._tried(whole, items, costs, scores, others, probes)
         return conversion, replace(record, frequencies=self.search.frequencies, notes=notes)
+
+    def least_share(self, include: Sequence[str], exclude: Sequence[str], family: Basis) -> float:
+        """The smallest budget that can be met, a millionth above it at most; raises InputError: nothing may be cut."""
+        whole, changes = self._costs(*self._choices(include, exclude, family))
+        return math.ceil(1e6 * limit_of(self.budget, whole, changes)[1] / whole) / 1e6
+
+    def _choices(self, include: Sequence[str], exclude: Sequence[str], family: Basis) -> tuple[Plan, tuple[Item, ...]]:
+        whole = whole_plan(self.sites, include, exclude, family)
+        items = items_of(whole, {site.name: site.tied_to for site in self.sites if site.tied_to})
+        if not items:
+            raise InputError(
+                f"no layer of this {type(self.model).__name__} may be cut: --include names those that should"
+            )
+        return whole, items
 
     @cached_property
     def _known(self) -> Known:

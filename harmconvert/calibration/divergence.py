@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import gathered, sum_over_ranks
-from ..surgery import tensors_in
+from ..surgery import pretrained_config, tensors_in
 from .capture import explained, forward
 from .inputs import Batch
 
@@ -84,9 +84,7 @@ def _distance(ours: list[Tensor], theirs: list[Tensor], classes: int | None) -> 
 
 def _classes(model: nn.Module) -> int | None:
     """Number of classes, which timm's classifiers and their configurations name; None where nothing says so."""
-    cfg = getattr(model, "pretrained_cfg", None)
-    configured = cfg.get("num_classes") if isinstance(cfg, dict) else getattr(cfg, "num_classes", None)
-    classes = getattr(model, "num_classes", configured)
+    classes = getattr(model, "num_classes", pretrained_config(model).get("num_classes"))
     return classes if isinstance(classes, int) and classes > 1 else None
 
 

@@ -47,5 +47,14 @@ def threads_free(most: int) -> int:
 def _left(kind: str, otherwise: int) -> int:
     """What a container's limit leaves, where there is one."""
     with suppress(OSError, ValueError):  # "max" is no number
-        return int((_GROUP / f"{kind}.max").read_text()) - int((_GROUP / f"{kind}.current").read_text())
+        left = int((_GROUP / f"{kind}.max").read_text()) - int((_GROUP / f"{kind}.current").read_text())
+        return left + (_reclaimable() if kind == "memory" else 0)
     return otherwise
+
+
+def _reclaimable() -> int:
+    """Bytes of files that a container's kernel keeps in memory until somebody needs it."""
+    with suppress(OSError, ValueError, KeyError):
+        stat = dict(line.split() for line in (_GROUP / "memory.stat").read_text().splitlines())
+        return int(stat["inactive_file"]) + int(stat["active_file"])
+    return 0

@@ -53,7 +53,7 @@ class Program(click.Group):
             _say(error.format_message() + _hint(error))
             sys.exit(error.exit_code)
         except (click.Abort, KeyboardInterrupt):
-            _say("interrupted; nothing was written")
+            _say("interrupted; no output was written")
             sys.exit(130)
         except BrokenPipeError:
             sys.stderr.close()
@@ -96,7 +96,7 @@ def _warn(otherwise: Any, message: Any, category: type[Warning], *place: Any) ->
 
 
 def _terminate(number: int, frame: Any) -> None:
-    click.echo("harmconvert: error: terminated; nothing was written", err=True)
+    click.echo("harmconvert: error: terminated; no output was written", err=True)
     sys.exit(143)
 
 

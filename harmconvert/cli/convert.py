@@ -183,7 +183,7 @@ def command(
         if as_it_is and network.header:
             return _keep(network, input_size, output, page, force, as_json)
         options.place(network.model, device, more["data"] or labelled)
-        worth, judged = halves(labelled, network.model, more) if labelled else (None, None)
+        worth, judged = halves(labelled, network.model, more, input_size) if labelled else (None, None)
         images, settings = options.calibration(more, network.model, input_size)
         with options.progress("converting") as progress:
             conversion = convert(
@@ -206,11 +206,11 @@ def command(
             held_out = judged(network.model, conversion.model) if judged else None  # by all processes
         if rank() > 0:
             return 0  # the first process verifies and writes
+        _finish(network, conversion, input_size, output, page, force, as_json, held_out, more["dtype"])
         if figure and conversion.search:
             write_figure(search_sheet(conversion.search), *figure, force)
         if save_plan:
             conversion.plan.save(save_plan, force)
-        _finish(network, conversion, input_size, output, page, force, as_json, held_out, more["dtype"])
     return _calibration_verdict(conversion, output, more["allow_fallback"])
 
 

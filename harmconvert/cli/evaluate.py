@@ -44,7 +44,7 @@ def command(source: str, compare: str | None, amp: str, as_json: bool, **given: 
         network = options.opened(source, given, form="dense")
         other = None
         if compare:
-            rival = options.opened(compare, {"trust_code": False}, form="dense").model
+            rival = options.opened(compare, {"trust_code": given["trust_code"]}, form="dense").model
             other = in_float32(rival.to(machine.device))
         loading, config = training_options.evaluation_loading(given, network.model, machine)
         with options.progress() as progress:

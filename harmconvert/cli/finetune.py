@@ -87,12 +87,11 @@ def command(
     """
     from ..checkpoint import save
     from ..distributed import joined, rank
-    from ..files import check_output
     from ..report import tables
     from ..training.finetuning import finetune
 
     output = output or default_output(source)
-    check_output(output, force)
+    training_options.check_outputs(output, given, force)
     page = pages.checked(output, report, force)
     with joined():
         job = prepare(source, output, force, given, teacher, num_classes, trust_code)
@@ -116,7 +115,8 @@ def command(
             )
         if rank() > 0:
             return
-        header = save(done.model, output, source=job.source, history=done.history(job.header.history), force=True)
+        with training_options.kept(setting.keeper):
+            header = save(done.model, output, source=job.source, history=done.history(job.header.history), force=force)
         setting.keeper.remove()
         if page:
             pages.write_page(done.model, header, output, page, force)
@@ -205,6 +205,8 @@ def prepare(
         "plan": header.plan.to_json(),
         "weights": tensors_sha256(network.model.state_dict()),
     }
+    if recipe.distill and original is not None:
+        identity["teacher"] = tensors_sha256(original.state_dict())
     setting = Setting(
         preprocessing,
         training_options.machine_from(given),

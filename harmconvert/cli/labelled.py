@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,11 @@ Judge = Callable[[Any], float]
 Report = Callable[[Any, Any], dict[str, Any]]
 
 
-def halves(data: str, model: Any, given: Mapping[str, Any]) -> tuple[Judge, Report]:
+def halves(
+    data: str, model: Any, given: Mapping[str, Any], sizes: Sequence[tuple[int, ...]] = ()
+) -> tuple[Judge, Report]:
     """Top-1 in % of a network on every second test image; and what two networks, the uncut and the converted one, are
-    worth on the others, by name.
+    worth on the others, by name. ``sizes``: of the network's inputs (C, H, W), of one where any is given.
 
     Raises:
         UsageError, InputError: no such images, without labels, or of other classes than the network's.
@@ -39,7 +41,7 @@ def halves(data: str, model: Any, given: Mapping[str, Any]) -> tuple[Judge, Repo
     if len(pictures) < 2:
         raise InputError(f"--labelled {data} holds {len(pictures)} image: give two or more, of which half choose")
     overrides = {key: given[key] for key in ("mean", "std", "interpolation", "crop_pct")}
-    config = preprocessing(model, overrides)
+    config = preprocessing(model, {**overrides, "input_size": sizes[0] if sizes else None})
     parts = [Some(pictures, np.arange(start, len(pictures), 2)) for start in (0, 1)]
     check_classes(found, model, "give images of the network's classes")
 

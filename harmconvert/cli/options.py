@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..documents import json_text
 from ..errors import printable
 from . import types
 from .loudness import loud, say
@@ -326,14 +326,4 @@ def console(quiet: bool = False) -> Console:
 
 def print_json(data: Any) -> None:
     """One document; NaN and infinity as null, because JSON has no word for them."""
-    click.echo(json.dumps(_finite(data), indent=1, allow_nan=False, default=str))
-
-
-def _finite(data: Any) -> Any:
-    if isinstance(data, float) and (data != data or abs(data) == float("inf")):
-        return None
-    if isinstance(data, dict):
-        return {str(key): _finite(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
-    return data
+    click.echo(json_text(data))

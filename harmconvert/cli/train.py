@@ -82,12 +82,11 @@ def command(
     from dataclasses import replace
 
     from ..distributed import joined, rank
-    from ..files import check_output
     from ..training import train
     from ..training.finetuning import Setting, check_classes, evaluator, train_loading
 
     output = output or default_output(source)
-    check_output(output, force)
+    training_options.check_outputs(output, given, force)
     with joined():
         network, model = untrained(source, given, harmonic, lam, basis, not no_normalize_first)
         data = training_options.data_from(given, training_options.seed_from(given), ("train", "test"))
@@ -99,6 +98,7 @@ def command(
             "recipe": recipe.to_json(),
             "data": training_options.data_identity(given, data, config),
             "network": [source, harmonic, lam, basis, no_normalize_first],
+            "arguments": dict(network.source.arguments),
         }
         keeper = training_options.keeper_from(given, output, identity, force)
         machine, workers = training_options.machine_from(given), training_options.workers_from(given)
@@ -126,7 +126,8 @@ def command(
         if rank() > 0:
             return
         run = {"recipe": recipe.to_json(), "epochs": [dict(row) for row in rows], "evaluation": found.to_json()}
-        write(model, network, output, harmonic, run)
+        with training_options.kept(keeper):
+            write(model, network, output, harmonic, run, force)
         keeper.remove()
     if as_json:
         options.print_json({"output": output, **run})
@@ -160,7 +161,7 @@ def untrained(
     return network, model
 
 
-def write(model: nn.Module, network: Network, output: str, harmonic: str, run: dict[str, Any]) -> None:
+def write(model: nn.Module, network: Network, output: str, harmonic: str, run: dict[str, Any], force: bool) -> None:
     """A harmonic checkpoint, or the plain weights."""
     from dataclasses import replace
 
@@ -171,10 +172,10 @@ def write(model: nn.Module, network: Network, output: str, harmonic: str, run: d
         # The epochs are in the .metrics.csv beside it.
         kept = {"recipe": run["recipe"], "evaluation": run["evaluation"]}
         metadata = {"format": "pt", "harmconvert_training": json.dumps(kept, separators=(",", ":"))}
-        write_tensors(untied_state(model)[0], output, metadata, force=True)
+        write_tensors(untied_state(model)[0], output, metadata, force)
     else:
         source = replace(network.source, sha256=None)  # it was not converted from weights
-        save(model, output, source=source, history={"training": [run]}, force=True)
+        save(model, output, source=source, history={"training": [run]}, force=force)
 
 
 def default_output(source: str) -> str:

@@ -225,9 +225,9 @@ def _input_channels(model: Any) -> int:
     """What the network's first convolution reads, else what its configuration says, else 3."""
     from ..block import HarmonicBlock2d
     from ..conv import CONVOLUTIONS
+    from ..surgery import pretrained_config
 
-    cfg = getattr(model, "pretrained_cfg", None)
-    size = cfg.get("input_size") if isinstance(cfg, dict) else getattr(cfg, "input_size", None)
+    size = pretrained_config(model).get("input_size")
     first = next((module for module in model.modules() if isinstance(module, (HarmonicBlock2d, *CONVOLUTIONS))), None)
     return int(getattr(first, "in_channels", size[0] if size else 3))
 
@@ -290,14 +290,33 @@ def keeper_from(given: Mapping[str, Any], output: str, identity: Mapping[str, An
     return Keeper(path, given["save_every"], identity, say=options.say)
 
 
+def check_outputs(output: str, given: Mapping[str, Any], force: bool) -> None:
+    """Raise UsageError where a run would replace its ``output``, or the figures of another run beside it."""
+    from ..files import check_output
+    from ..training.metrics import metrics_path
+
+    check_output(output, force)
+    check_output(metrics_path(output), force or bool(given["resume"]))
+
+
+@contextmanager
+def kept(keeper: Keeper) -> Iterator[None]:
+    """Errors while what came of a run is written say how to have it all the same."""
+    from ..errors import HarmconvertError
+
+    try:
+        yield
+    except HarmconvertError as error:
+        raise type(error)(f"{error}; the run is kept: go on with --resume {keeper.path}") from error
+
+
 def recorder(output: str, log: str | None) -> Callable[[Sequence[Mapping[str, Any]]], None]:
     """What keeps the figures of a run beside its output."""
-    from ..files import beside, check_output
+    from ..files import beside
     from ..training.metrics import Events, metrics_path, write_metrics
 
     if os.environ.get("RANK", "0") != "0":
         return lambda rows: None
-    check_output(metrics_path(output), force=True)
     events = Events(beside(output, ".tensorboard")) if log == "tensorboard" else None
 
     def record(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -38,6 +38,19 @@ class Batch(NamedTuple):
     labels: Tensor
     problems: list[str]
     broken: bool = False
+
+
+class Batches(Protocol):
+    """What training wants of its data: ``steps`` batches in an epoch (None: nobody knows how many), from any of
+    them on; ``order`` is None for a stream, which may end sooner in one process than in another."""
+
+    @property
+    def steps(self) -> int | None: ...
+
+    @property
+    def order(self) -> object: ...
+
+    def epoch(self, number: int, first_step: int = 0) -> Iterator[Batch]: ...
 
 
 @dataclass

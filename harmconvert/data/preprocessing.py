@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchvision import transforms
 
 from ..errors import UsageError, first_line
+from ..surgery import pretrained_config
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -21,8 +22,7 @@ def preprocessing(model: nn.Module, overrides: Mapping[str, Any]) -> dict[str, A
     Raises:
         UsageError: the input size is not known, or not that of an image.
     """
-    cfg = getattr(model, "pretrained_cfg", None)
-    cfg = cfg if isinstance(cfg, dict) else getattr(cfg, "__dict__", {})
+    cfg = dict(pretrained_config(model))
     size = overrides.get("input_size") or cfg.get("input_size")
     if size is None:
         raise UsageError("this network does not say what size of image it takes: give --input-size C,H,W")

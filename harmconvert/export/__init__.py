@@ -14,10 +14,12 @@ from ..errors import UsageError
 from ..files import check_folder, check_output, write_folder
 from ..forms import fuse
 from ..precision import check_rounding, dtype_named, rounded
+from ..surgery import pretrained_config
 from ..weights import saving, untied_state, write_tensors
 from .graphs import Exported, check_packages, check_runs, export_onnx, export_program, random_batch
 
 FORMATS = ("dense", "timm", "onnx", "torch-export")
+GRAPHS = ("onnx", "torch-export")
 TIMM_FILES = ("config.json", "model.safetensors")
 
 __all__ = ["FORMATS", "Exported", "check_target", "export"]
@@ -34,9 +36,14 @@ def check_target(
     """
     if format not in FORMATS:
         raise UsageError(f"unknown format {format!r}: use one of {', '.join(FORMATS)}")
-    if form not in ("dense", "factored") or (form == "factored" and format not in ("onnx", "torch-export")):
+    if form not in ("dense", "factored") or (form == "factored" and format not in GRAPHS):
         raise UsageError(f"--form {form} does not go with {format}: factored is for onnx and torch-export")
     dtype_named(dtype)
+    if format in GRAPHS and dtype != "float32":
+        raise UsageError(
+            f"--dtype {dtype} is for state dicts (dense, timm), which are computed with in float32 again; a graph "
+            "computes as it is stored: use float32"
+        )
     if format == "timm":
         check_folder(path, TIMM_FILES, force)
         return
@@ -45,8 +52,6 @@ def check_target(
     if suffix and Path(path).suffix != suffix:
         raise UsageError(f"{path} should end in {suffix}, which is what it will be")
     if format == "onnx":
-        if dtype != "float32":
-            raise UsageError(f"ONNX Runtime has no {dtype} convolutions on a CPU to check the file with: use float32")
         check_packages()
 
 
@@ -71,7 +76,8 @@ def export(
     Args:
         form: ``"dense"``, or (onnx, torch-export) ``"factored"``: truncated convolutions as depthwise ones and a 1x1,
             where that is faster: of onnx as ONNX Runtime runs it here, else as `factor` finds.
-        dtype: ``"float16"`` or ``"bfloat16"`` store weights in 16 bits, within a tolerance of the outputs.
+        dtype: (dense, timm) ``"float16"`` or ``"bfloat16"`` store weights in 16 bits, within a tolerance of the
+            outputs.
         example_input: as for `convert`; by default of the network's own size. Needed but for float32 state dicts.
 
     Raises:
@@ -81,21 +87,21 @@ def export(
         OutsideError: the disk is full, permission or a package is missing.
     """
     check_target(path, format, force, dtype, form)
-    runs = format in ("onnx", "torch-export") or dtype != "float32"
+    runs = format in GRAPHS or dtype != "float32"
     if runs and example_input is None and (example_input := default_input(model)) is None:
         raise UsageError("this network does not say what it takes: give example_input (--input-size C,H,W)")
     if runs:
         check_runs(model, example_input)
     if format == "onnx":
         return export_onnx(model, Path(path), form, example_input, force, progress)
+    if format == "torch-export":
+        return export_program(model, Path(path), form, example_input, force, progress)
     dense = fuse(model)
     difference = None
     if dtype != "float32":
         small = rounded(dense, dtype_named(dtype))
         difference = check_rounding(dense, small, random_batch(example_input, None))
         dense = small
-    if format == "torch-export":
-        return export_program(dense if form == "dense" else model, Path(path), form, example_input, force, progress)
     if format == "dense":
         write_tensors(_full_state(dense), path, {"format": "pt"}, force)
     else:
@@ -110,9 +116,7 @@ def _full_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _export_timm_folder(dense: nn.Module, path: Path, force: bool) -> None:
-    cfg = getattr(dense, "pretrained_cfg", None)
-    cfg = cfg if isinstance(cfg, dict) else getattr(cfg, "__dict__", {})
-    architecture = cfg.get("architecture")
+    architecture = pretrained_config(dense).get("architecture")
     if not architecture or not timm.is_model(architecture):
         raise UsageError(
             f"a timm folder needs a timm network, and this is a {type(dense).__name__}: use --format dense"

@@ -110,13 +110,15 @@ def run(x_NCHW: Tensor, layer: Packed, out_channels: int, geometry: Geometry) ->
     """The factored convolution of a float32 map in CPU memory; the result is laid out channels_last.
 
     Raises:
-        RuntimeError: memory is short.
+        RuntimeError: the map has other channels than the layer, or memory is short.
     """
     x = x_NCHW.contiguous(memory_format=torch.channels_last)
     batch, channels, height, width = x.shape
     y = torch.empty((batch, out_channels, *geometry.out), dtype=x.dtype, memory_format=torch.channels_last)
     verticals, rows = layer.vertical.shape
     frequencies, columns = layer.horizontal.shape
+    if layer.weights.numel() != layer.bias.numel() * channels * frequencies:  # it would be read past its end
+        raise RuntimeError(f"a map of {channels} channels is not for this layer")
     shape = _Shape(
         batch, height, width, channels, *geometry.out, out_channels, rows, columns, *geometry.stride,
         *geometry.dilation, geometry.top, geometry.left, verticals, frequencies, block_of(channels, frequencies),

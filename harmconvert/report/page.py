@@ -17,6 +17,7 @@ from typing import Any
 from rich.cells import cell_len
 
 from ..basis import all_frequencies
+from ..documents import json_text
 from ..errors import OutsideError, UsageError, printable
 from ..files import check_output, short_name, write_text
 from . import grid
@@ -61,10 +62,7 @@ def write_report(report: Report, path: Path, force: bool = False) -> None:
 
     Raises: as `templating` and `harmconvert.files.write_file`.
     """
-    if path.suffix.lower() == ".json":
-        text = json.dumps(_finite(report.to_json()), indent=1, allow_nan=False, default=str) + "\n"
-    else:
-        text = page(report)
+    text = json_text(report.to_json()) + "\n" if path.suffix.lower() == ".json" else page(report)
     write_text(path, text, force)
 
 
@@ -280,12 +278,3 @@ def _raw(jinja2: ModuleType, text: str) -> Any:
 def _hash(script: str) -> str:
     """The only script that the page allows itself to run."""
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
-
-
-def _finite(data: Any) -> Any:
-    """NaN and infinity as null, because JSON has no word for them."""
-    if isinstance(data, float) and (data != data or abs(data) == float("inf")):
-        return None
-    if isinstance(data, Mapping):
-        return {str(key): _finite(value) for key, value in data.items()}
-    return [_finite(value) for value in data] if isinstance(data, list | tuple) else data

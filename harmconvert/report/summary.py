@@ -178,7 +178,10 @@ def report_of(
     try:
         record = dict(history.get(RECORD_KEY) or {})
         calibration = history.get("calibration")
-        refits = {str(layer["name"]): layer for layer in (calibration or {}).get("layers", [])}
+        # Layers that share their coefficients have one record, under all of their names.
+        refits = {
+            name: layer for layer in (calibration or {}).get("layers", []) for name in str(layer["name"]).split(", ")
+        }
         training = tuple(dict(entry) for entry in history.get("training", []))
         layers = _layers(model, dense, header.plan, run, record.get("layers") or {}, refits)
         return Report(

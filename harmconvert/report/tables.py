@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.cells import cell_len
@@ -23,6 +23,7 @@ from ..inspection import LAMBDAS, Inspection
 from ..training.finetuning import Stage
 from ..verify import Verification
 from .comparison import Column, Comparison
+from .kernels import size_text
 from .tradeoff import Tradeoff
 
 LONGEST_WORD = 14  # of a name that is folded, where there is no room for more
@@ -34,7 +35,7 @@ def conversion_table(conversion: Conversion) -> Table:
     for layer in conversion.layers:
         energy = "" if layer.energy is None else f"{layer.energy:.2%}"
         error = "" if layer.error is None else f"{layer.error:.1e}"
-        rows.append([layer.name or "(root)", kernel_text(layer.kernel), _kept(layer), energy, error, layer.why or ""])
+        rows.append([layer.name or "(root)", size_text(layer.kernel), _kept(layer), energy, error, layer.why or ""])
     return _table(["layer", "kernel", "kept", "energy kept", "kernel error", "note"], rows, left={0, 5})
 
 
@@ -261,10 +262,10 @@ def inspection_layers(inspection: Inspection) -> Table:
     """One row per convolution over 1x1: share of the parameters and the energy each lambda would keep."""
     rows = []
     for layer in inspection.layers:
-        size = "" if layer.output_size is None else kernel_text(layer.output_size)
+        size = "" if layer.output_size is None else size_text(layer.output_size)
         energies = [""] * len(LAMBDAS) if layer.energy is None else [f"{e:.1%}" for e in layer.energy]
         share = f"{layer.parameters / max(inspection.parameters, 1):.1%}"
-        rows.append([layer.name or "(root)", kernel_text(layer.kernel), size, share, *energies])
+        rows.append([layer.name or "(root)", size_text(layer.kernel), size, share, *energies])
     headings = ["layer", "kernel", "output", "parameters", *(f"energy, {lam}" for lam in LAMBDAS)]
     return _table(headings, rows, left={0})
 
@@ -314,11 +315,6 @@ def millions(count: int | None) -> str:
 def megabytes(count: int) -> str:
     """Bytes in MB of 10^6."""
     return f"{count / 1e6:.2f} MB"
-
-
-def kernel_text(size: Iterable[int]) -> str:
-    """3x3."""
-    return "x".join(map(str, size))
 
 
 def _kept(layer: LayerRecord) -> str:

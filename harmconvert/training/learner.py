@@ -19,7 +19,7 @@ from ..data.loading import Batch
 from ..distributed import sum_over_ranks, world_size
 from ..errors import InputError, UsageError, first_line
 from ..evaluation import class_logits
-from .interrupts import Request
+from .interrupts import SIGNALS, Request
 from .objective import Objective
 from .recipe import Recipe
 
@@ -145,11 +145,12 @@ class Learner:
 
     def look(self, request: Request) -> tuple[tuple[float, ...], int]:
         """Sums over all processes since the last look, and a signal that one of them got (0: none)."""
-        shared = torch.cat([self.sums.cpu(), torch.tensor([request.signal, request.signal > 0], dtype=torch.float64)])
+        got = torch.tensor([request.signal == number for number in SIGNALS], dtype=torch.float64)
+        shared = torch.cat([self.sums.cpu(), got])
         sum_over_ranks([shared])
         self.sums.zero_()
-        *sums, signals, processes = shared.tolist()
-        return tuple(sums), round(signals / processes) if processes else 0
+        *sums, _, _ = shared.tolist()
+        return tuple(sums), max(number * int(count > 0) for number, count in zip(SIGNALS, shared[-2:], strict=True))
 
     def evaluated(self) -> nn.Module:
         """The network that will be delivered: the moving average where there is one."""

@@ -15,7 +15,7 @@ import torch
 from timm.utils import distribute_bn
 from torch import nn
 
-from ..data.loading import Batch, Loading
+from ..data.loading import Batch, Batches
 from ..distributed import any_rank, gathered, rank, world_size
 from ..errors import CheckError, InputError, UsageError, shortened
 from ..evaluation import Evaluation
@@ -40,7 +40,7 @@ class Told:
 
 def train(
     model: nn.Module,
-    batches: Loading,
+    batches: Batches,
     recipe: Recipe,
     *,
     test: Callable[[nn.Module], Evaluation] | None = None,
@@ -120,7 +120,7 @@ def train(
     return position.rows
 
 
-def _check(recipe: Recipe, batches: Loading, teacher: nn.Module | None) -> None:
+def _check(recipe: Recipe, batches: Batches, teacher: nn.Module | None) -> None:
     if recipe.distill and teacher is None:
         raise UsageError("distillation needs the uncut network: name it with --teacher SOURCE")
     parts = world_size() * recipe.grad_accum_steps
@@ -139,7 +139,7 @@ def _seed(seed: int) -> None:
     random.seed(seed)
 
 
-def _agreed(batches: Loading, epoch: int, first_step: int) -> Iterator[tuple[int, Batch]]:
+def _agreed(batches: Batches, epoch: int, first_step: int) -> Iterator[tuple[int, Batch]]:
     """Numbered batches, as long as every process has one: streams may end at different times."""
     found = iter(batches.epoch(epoch, first_step))
     step = first_step

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..distributed import any_rank, gathered, rank
+from ..distributed import any_rank, gathered, rank, world_size
 from ..documents import check, count, number, plain
 from ..errors import HarmconvertError, InputError, OutsideError, UsageError, first_line, shortened
 from ..files import beside, write_file
@@ -40,7 +40,7 @@ class Position:
     rows: tuple[Mapping[str, Any], ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass
 class Keeper:
     """Keeps a run's state in ``path`` (None: nowhere), every epoch and every ``every`` steps, and a record with it.
 
@@ -53,6 +53,7 @@ class Keeper:
     identity: Mapping[str, Any] = field(default_factory=dict)
     record: Mapping[str, Any] = field(default_factory=dict)
     say: Callable[[str], None] = lambda message: None
+    _spoilt: bool = field(default=False, init=False)
 
     def due(self, step: int) -> bool:
         """Whether to save after so many steps of an epoch."""
@@ -78,8 +79,10 @@ class Keeper:
                 **content(),
             }
             try:
-                _keep_previous(self.path)
+                if not self._spoilt:  # else it would take the place of the one that can be read
+                    _keep_previous(self.path)
                 write_file(self.path, lambda staging: _save(whole, staging), force=True)
+                self._spoilt = False
             except HarmconvertError as error:
                 problem = error
         if any_rank(problem is not None):
@@ -91,7 +94,7 @@ class Keeper:
         Raises:
             InputError: neither it nor the one before can be read. UsageError: it is the state of another run.
         """
-        whole = _read_either(path, self.say)
+        whole, self._spoilt = _read_either(path, self.say)
         for key, value in self.identity.items():
             if (found := whole["identity"].get(key)) != value:
                 raise UsageError(f"{path} is the state of another run: {_difference(key, found, value)}")
@@ -100,7 +103,7 @@ class Keeper:
                 _set_random_state(whole["random"][rank()])
             except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
                 raise InputError(f"{path} holds random numbers that are none: {first_line(error)}") from error
-        else:
+        if len(whole["random"]) != world_size():
             self.say(f"note: {path} is of {len(whole['random'])} processes, so random numbers will differ")
         position = Position(**whole["position"])
         return replace(position, sums=tuple(position.sums), rows=tuple(position.rows)), whole
@@ -124,23 +127,24 @@ def state_path(output: str | Path) -> Path:
 
 def identity_of(path: str | Path) -> Mapping[str, Any]:
     """The identity (recipe and more) of the run whose state this is; raises InputError where it cannot be read."""
-    return dict(_read_either(Path(path))["identity"])
+    return dict(_read_either(Path(path))[0]["identity"])
 
 
 def record_of(path: str | Path) -> Mapping[str, Any]:
     """The record kept with the state; raises InputError where it cannot be read."""
-    return dict(_read_either(Path(path))["record"])
+    return dict(_read_either(Path(path))[0]["record"])
 
 
-def _read_either(path: Path, say: Callable[[str], None] = lambda message: None) -> Any:
+def _read_either(path: Path, say: Callable[[str], None] = lambda message: None) -> tuple[Any, bool]:
+    """A state, and whether it is the one before the newest, because that is spoilt."""
     previous = _previous(path)
     try:
-        return _read(path)
+        return _read(path), False
     except InputError as error:
         if not previous.exists():
             raise
         say(f"warning: {error}; going on from the one before it, {previous}")
-        return _read(previous)
+        return _read(previous), True
 
 
 def _difference(key: str, found: Any, value: Any) -> str:
