@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from .basis import BASES, NORMALIZATIONS
 from .block import HarmonicBlock2d, to_block
 from .conv import HarmonicMixin, base_class, to_harmonic
-from .convert import Conversion, default_input
-from .documents import check, parsed, plain
-from .errors import HarmconvertWarning, InputError, UsageError, shortened
+from .convert import Conversion, check_finite
+from .documents import check, parsed, plain, reading
+from .errors import DamageWarning, InputError, UsageError, shortened
+from .files import check_output
 from .forms import factor, fuse
 from .history import check_history
 from .plan import LayerPlan, Plan
@@ -172,14 +173,14 @@ def save(
 
     Raises:
         UsageError: the output exists or cannot be a file, or nothing in the network is harmonic.
-        InputError: weights without values (meta device).
+        InputError: weights that are not finite, or without values (meta device).
         OutsideError: the disk is full, permission is missing.
     """
-    if Path(path).suffix != ".safetensors":
-        raise UsageError(f"{path} should end in .safetensors, which is what it will be")
+    check_output(path, force, ".safetensors")
     model = conversion.model if isinstance(conversion, Conversion) else conversion
     known: Header | None = model.__dict__.get("harmconvert_header")
     plan = conversion.plan if isinstance(conversion, Conversion) else _plan_of(model, known)
+    check_finite(model)
     tensors, tied = untied_state(model)
     source = source or (known.source if known else None) or _timm_source(model)
     versions = {name: version(name) for name in ("harmconvert", "torch", "timm")}
@@ -190,7 +191,10 @@ def save(
         record["calibration"] = calibration.to_json()
     header = Header(plan, source, tied, {**record, **(history or {})}, versions, _blocks_of(model))
     header = replace(header, crc32=header.checksum(tensors))
-    metadata = {"format": "pt", METADATA_KEY: json.dumps(header.to_json(), separators=(",", ":"))}
+    text = json.dumps(header.to_json(), separators=(",", ":"))
+    with reading(f"the header of {path} could not be read again"):
+        parsed(text)
+    metadata = {"format": "pt", METADATA_KEY: text}
     write_tensors(tensors, path, metadata, force)
     return header
 
@@ -257,7 +261,7 @@ def load(
         example_input: what the factored form is to be fast at; default: one input of the network's own size.
 
     Raises:
-        InputError: the file is unreadable, or does not fit the network (the first ten keys are named).
+        InputError: the file is unreadable, holds NaN, or does not fit the network (the first ten keys are named).
         UsageError: no network to fill, an unknown form, or nothing known to measure the factored form on.
     """
     if form not in FORMS:
@@ -276,13 +280,15 @@ def load(
         state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
     if header.crc32 is not None and header.checksum(state) != header.crc32:
         remark = f"{path} is not as harmconvert wrote it: damaged, or changed since; verify it against its original"
-        warnings.warn(remark, HarmconvertWarning, stacklevel=2)
+        warnings.warn(remark, DamageWarning, stacklevel=2)
     state |= {alias: state[key] for alias, key in header.tied.items() if key in state}
     load_state(harmonic, state, str(path))
     del state
+    with reading(str(path)):
+        check_finite(harmonic)
     if form == "factored":
         harmonic = in_form(harmonic, header, "harmonic").eval()
-        return factor(harmonic, default_input(harmonic) if example_input is None else example_input)
+        return factor(harmonic, example_input)
     return in_form(harmonic, header, form)
 
 

@@ -24,7 +24,7 @@ from .cost import Cost, network_cost
 from .errors import InputError, UsageError, shortened
 from .plan import LayerPlan, Plan, make_plan
 from .projection import all_finite, check_range, project, relative_error
-from .surgery import Trace, convolutions, exchange, find_sites, fitted, pretrained_config, trace
+from .surgery import Trace, convolutions, default_input, exchange, find_sites, trace
 
 RECORD_KEY = "conversion"  # of a checkpoint's history
 _DIGITS = 4  # of a mean |coefficient|: an eye sees two
@@ -308,6 +308,11 @@ def check_weights(model: nn.Module) -> None:
         if weight is not None and not (weight.is_floating_point() or weight.is_complex()):
             kind = str(weight.dtype).removeprefix("torch.")
             raise InputError(f"layer {name or '(root)'} has {kind} weights: convert the network before it is quantised")
+    check_finite(model)
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise InputError, naming the tensor, where parameters or running statistics are not finite."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, tensor in model.state_dict().items():
         statistics = name.endswith(("running_mean", "running_var"))
@@ -317,14 +322,6 @@ def check_weights(model: nn.Module) -> None:
             raise InputError(
                 f"{name} holds NaN or infinite values: this checkpoint is broken; use one from before that"
             )
-
-
-def default_input(model: nn.Module, batch: int = 1) -> Tensor | None:
-    """Zeros of the size in the model's ``pretrained_cfg``, in its dtype and on its device; None where it has none."""
-    size = pretrained_config(model).get("input_size")
-    if not size:
-        return None
-    return fitted(torch.zeros(batch, *size), model)
 
 
 def run_where_possible(model: nn.Module, lam: Any, example_input: Any) -> Trace | None:

@@ -10,8 +10,11 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
+
+from .errors import InputError
 
 
 def parsed(text: str) -> Any:
@@ -60,6 +63,25 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"{max(names, key=names.count)!r} stands in it twice")
     return found
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Whatever is wrong with values that are read becomes an InputError that says of what: InputErrors may be nested.
+
+    >>> with reading("this is not a plan"), reading("layer 'a'"):
+    ...     {}["frequencies"]
+    Traceback (most recent call last):
+    harmconvert.errors.InputError: this is not a plan: layer 'a': 'frequencies' is missing
+    """
+    try:
+        yield
+    except KeyError as error:
+        raise InputError(f"{what}: {error} is missing") from error
+    except ValueError as error:  # as ours are
+        raise InputError(f"{what}: {error}") from error
+    except (TypeError, AttributeError, OverflowError) as error:
+        raise InputError(f"{what}: {type(error).__name__}: {error}") from error
 
 
 def number(value: Any) -> bool:

@@ -40,6 +40,10 @@ class HarmconvertWarning(UserWarning):
     """Something that may be all right, and that a user should know of; one line, as errors are."""
 
 
+class DamageWarning(HarmconvertWarning):
+    """A checkpoint is not as it was written."""
+
+
 def shortened(names: list[str], limit: int = 10) -> str:
     """Join names for a one-line message, the first ``limit`` in full.
 

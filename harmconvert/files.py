@@ -25,14 +25,15 @@ _writing: set[tuple[Path, int]] = set()
 _lock = threading.Lock()
 
 
-def check_output(path: str | Path, force: bool = False) -> Path:
+def check_output(path: str | Path, force: bool = False, suffix: str = "") -> Path:
     """The file that writing to ``path`` would replace or make, links followed; call it before long work begins.
 
     What killed runs left beside it is removed.
 
     Raises:
         UsageError: it exists and ``force`` is not set; it is a folder, a device, a FIFO or a dangling link; its folder
-            does not exist.
+            does not exist; it does not end in ``suffix``.
+        OutsideError: nothing may be written there.
     """
     path = Path(path)
     if path.is_symlink() and not path.exists():
@@ -41,11 +42,15 @@ def check_output(path: str | Path, force: bool = False) -> Path:
         raise UsageError(f"{path} is a folder: name a file in it")
     if path.exists() and not path.is_file():
         raise UsageError(f"{path} is a {_kind(path)}: name a regular file")
+    if not path.name.endswith(suffix):
+        raise UsageError(f"{path} should end in {suffix}, which is what it will be")
     if path.exists() and not force:
         raise UsageError(f"{path} exists: use --force to replace it, or name another output with -o")
     if not path.parent.is_dir():
         raise UsageError(f"the folder {path.parent} does not exist: make it first")
     target = path.resolve()
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise outside(PermissionError(errno.EACCES, os.strerror(errno.EACCES)), f"cannot write {path}")
     with suppress(OSError):  # writing will say so
         _remove_leftovers(target)
     return target
@@ -196,6 +201,40 @@ def write_folder(path: str | Path, own: Collection[str], fill: Callable[[Path], 
             _flush(target.parent)
     except OSError as error:
         raise outside(error, f"cannot write {path}") from error
+
+
+@contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Keep other processes from doing ``what`` meanwhile, by a lock on the file ``path`` that goes with this process,
+    however it ends; nothing where the disk knows no locks.
+
+    Raises:
+        OutsideError: another process holds the lock.
+    """
+    try:
+        import fcntl  # not on every system
+    except ImportError:
+        yield
+        return
+    while True:
+        descriptor, held = os.open(path, os.O_RDWR | os.O_CREAT, 0o666), True
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                os.close(descriptor)
+                message = f"another process is {what} (it holds {path}): wait for it, or name another output"
+                raise OutsideError(message) from error
+            held = False
+        if not held or (path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())):
+            break
+        os.close(descriptor)  # whoever held it has removed it just now
+    try:
+        yield
+    finally:
+        if held:
+            path.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def outside(error: OSError, what: str) -> OutsideError:

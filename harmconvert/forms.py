@@ -16,7 +16,7 @@ from .errors import InputError, UsageError
 from .factored import empty_factored, reason_not_factorable, to_factored
 from .layer_times import Site, lay_out, layer_times
 from .projection import all_finite, check_range
-from .surgery import call, cloned, evaluating, exchange, put_in_place, refusing
+from .surgery import call, cloned, default_input, evaluating, exchange, put_in_place, refusing
 from .timing import in_turns
 
 Choice = Literal["dense", "factored"]
@@ -88,8 +88,8 @@ def factor(model: nn.Module, example_input: Any = None, *, layers: str | Mapping
 
     Args:
         model: a network with harmonic convolutions, such as `convert` makes.
-        example_input: as for `convert`, of the size and batch that the network is to be fast at; needed where anything
-            is to be measured.
+        example_input: as for `convert`, of the size and batch that the network is to be fast at; by default one example
+            of the network's own size. Needed where anything is to be measured.
         layers: ``"measured"``; ``"factored"`` or ``"dense"`` to have all that can be so without measuring; or a dict
             from shell-style layer pattern to one of the three, where what no pattern matches is measured.
 
@@ -104,7 +104,7 @@ def factor(model: nn.Module, example_input: Any = None, *, layers: str | Mapping
     measured = {name: harmonic[name] for name, choice in fixed.items() if choice is None}
     if valueless := [name for name, conv in measured.items() if conv.coefficients.is_meta]:
         raise InputError(f"layer {valueless[0] or '(root)'} has no values to measure with (meta device): load weights")
-    if measured and example_input is None:
+    if measured and example_input is None and (example_input := default_input(model)) is None:
         raise UsageError("which form is faster is measured on an input: give example_input, or layers='factored'")
     sites = sites_of(model, measured, example_input) if measured else {}
     found = [fixed[name] or _faster(name, conv, sites.get(name)) for name, conv in harmonic.items()]

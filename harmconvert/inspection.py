@@ -8,12 +8,12 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from .basis import dct_basis, frequencies_below, scaled_levels
-from .convert import check_network, check_weights, default_input, run_where_possible
+from .convert import check_network, check_weights, run_where_possible
 from .cost import Cost, network_cost
 from .errors import UsageError
 from .plan import Skip, make_plan
 from .projection import energy_kept
-from .surgery import convolutions, find_sites
+from .surgery import convolutions, default_input, find_sites
 
 LAMBDAS = (1, 2, 3, 4)
 
@@ -92,4 +92,5 @@ def inspect(model: nn.Module, example_input: Any = None, *, energies: bool = Tru
             energy = tuple(energy_kept(weight, dct_basis(layer.kernel_size, frequencies)) for frequencies in kept)
         kind = type(convs[layer.name]).__name__
         layers.append(LayerInspection(layer.name, kind, layer.kernel_size, weight.numel(), size[layer.name], energy))
-    return Inspection(tuple(layers), plan.skipped, policies["full"].parameters, policies, len(convs) - len(plan.layers))
+    ones = len(convs) - len(plan.layers) - sum(skip.name in convs for skip in plan.skipped)
+    return Inspection(tuple(layers), plan.skipped, policies["full"].parameters, policies, ones)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import fnmatch
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from .basis import Basis, Frequency, all_frequencies, check_frequencies, frequencies_below, scaled_levels
-from .documents import check, count
+from .documents import check, count, reading
 from .errors import InputError, UsageError, shortened
 from .files import read_json, write_text
 
@@ -128,7 +128,7 @@ class Plan:
         Raises:
             InputError: anything in it is not what a plan holds.
         """
-        try:
+        with reading("this is not a plan"):
             plan = cls(
                 tuple(_layer_from_json(layer) for layer in data["layers"]),
                 tuple(
@@ -139,8 +139,6 @@ class Plan:
                 Basis(str(data.get("basis", "dct")), str(data.get("normalization", "ortho"))),
                 {str(k): str(v) for k, v in data.get("notes", {}).items()},
             )
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise InputError(f"this is not a plan: {type(error).__name__}: {error}") from error
         names = [layer.name for layer in plan.layers]
         if len(set(names)) < len(names):
             raise InputError(f"this is not a plan: layer {max(names, key=names.count)!r} stands in it twice")
@@ -224,7 +222,7 @@ def make_plan(
     if isinstance(lam, Plan):
         if family not in (None, Basis(), lam.family):
             raise UsageError(f"the plan is of the basis {lam.family}, not {family}: leave out one of the two")
-        return _follow(lam, chosen, skipped)
+        return _follow(lam, chosen, skipped, narrowed=bool(include or exclude))
     notes: dict[str, str] = {}
     if lam == "full":
         layers = [_whole(site) for site in chosen]
@@ -239,8 +237,9 @@ def make_plan(
             f"unknown lambda {lam!r}: use 'full', 'progressive', an integer, a dict {{pattern: levels}} or a Plan"
         )
     policy = ",".join(f"{k}={v}" for k, v in lam.items()) if isinstance(lam, Mapping) else str(lam)
-    layers = _same_for_ties(layers, chosen)
-    return Plan(tuple(layers), tuple(skipped), policy, Basis() if family is None else family, notes)
+    return Plan(
+        tuple(_same_for_ties(layers, chosen)), tuple(skipped), policy, Basis() if family is None else family, notes
+    )
 
 
 def _reason_to_skip(site: ConvSite, include: Sequence[str], exclude: Sequence[str]) -> str | None:
@@ -298,7 +297,8 @@ def _spared(site: ConvSite, named: set[str], notes: dict[str, str]) -> bool:
     if site.name in named:
         return False
     if site.reads_input:
-        notes[site.name] = "whole: it reads the network's input"
+        what = "it reads the network's input" if site.output_size else "taken for the layer that reads the input"
+        notes[site.name] = f"whole: {what}"
     elif site.depthwise:
         notes[site.name] = "whole: depthwise, unless a pattern names it"
     return site.name in notes
@@ -320,7 +320,7 @@ def _progressive(sites: Sequence[ConvSite], named: set[str], notes: dict[str, st
     unknown = [site.name for site in sites if site.output_size is None]
     if unknown and len(unknown) == len(sites):
         raise UsageError("lambda progressive follows the sizes of the maps: give an example input (--input-size C,H,W)")
-    sizes = sorted({_positions(site) for site in sites if site.output_size is not None})
+    sizes = sorted({prod(site.output_size) for site in sites if site.output_size is not None})
     lam_by_size = dict(zip(sizes, (2, 3), strict=False))
     layers = []
     for site in sites:
@@ -328,16 +328,12 @@ def _progressive(sites: Sequence[ConvSite], named: set[str], notes: dict[str, st
             notes[site.name] = "whole: it did not run on the example input"
             layers.append(_whole(site))
             continue
-        lam = lam_by_size.get(_positions(site))
+        lam = lam_by_size.get(prod(site.output_size))
         if lam is None or _spared(site, named, notes):
             layers.append(_whole(site))
         else:
             layers.append(_cut(site, scaled_levels(site.kernel_size, lam)))
     return layers
-
-
-def _positions(site: ConvSite) -> int:
-    return prod(cast("tuple[int, ...]", site.output_size))
 
 
 def _by_pattern(sites: Sequence[ConvSite], lam: Mapping[str, int], names: Sequence[str]) -> list[LayerPlan]:
@@ -359,25 +355,30 @@ def _by_pattern(sites: Sequence[ConvSite], lam: Mapping[str, int], names: Sequen
     return layers
 
 
-def _follow(plan: Plan, sites: Sequence[ConvSite], skipped: Sequence[Skip]) -> Plan:
-    """A given plan, checked against the network; convolutions that it does not name are skipped."""
-    kernels = {site.name: site.kernel_size for site in sites}
-    kinds = {site.name: site.kind for site in sites}
+def _follow(plan: Plan, sites: Sequence[ConvSite], skipped: Sequence[Skip], narrowed: bool) -> Plan:
+    """A given plan, checked against the network; convolutions that it does not name are skipped, and (``narrowed``)
+    those of its own that are to be left out."""
+    out = {skip.name: skip.why for skip in skipped}
+    for layer in plan.layers if not narrowed else ():
+        if layer.name in out:
+            raise UsageError(f"the plan does not fit this network: layer {layer.name} is skipped ({out[layer.name]})")
+    plan = replace(plan, layers=tuple(layer for layer in plan.layers if layer.name not in out))
+    known = {site.name: site for site in sites}
     for layer in plan.layers:
-        if layer.name not in kernels:
-            raise UsageError(f"the plan does not fit this network: {_no_match(layer.name, list(kernels))}")
-        if layer.kernel_size != kernels[layer.name]:
+        if (site := known.get(layer.name)) is None:
+            raise UsageError(f"the plan does not fit this network: {_no_match(layer.name, list(known))}")
+        if layer.kernel_size != site.kernel_size:
             raise UsageError(
-                f"the plan does not fit this network: layer {layer.name} has kernel {kernels[layer.name]}, "
+                f"the plan does not fit this network: layer {layer.name} has kernel {site.kernel_size}, "
                 f"the plan says {layer.kernel_size}"
             )
     if _same_for_ties(plan.layers, sites) != list(plan.layers):
         raise UsageError(
             "the plan does not fit this network: convolutions that share a weight keep different frequencies"
         )
-    planned = {layer.name for layer in plan.layers}
-    left = [Skip(n, kinds[n], kernels[n], "not in the plan") for n in kernels if n not in planned]
-    return Plan(plan.layers, (*skipped, *left), plan.policy, plan.family, plan.notes)
+    left = known.keys() - {layer.name for layer in plan.layers}
+    skips = [Skip(site.name, site.kind, site.kernel_size, "not in the plan") for site in sites if site.name in left]
+    return replace(plan, skipped=(*skipped, *skips))
 
 
 def _no_match(pattern: str, names: Sequence[str]) -> str:
@@ -385,8 +386,10 @@ def _no_match(pattern: str, names: Sequence[str]) -> str:
 
 
 def _layer_from_json(data: Any) -> LayerPlan:
-    check(data["frequencies"], [[count]], "frequencies")
-    return LayerPlan(str(data["name"]), _kernel_size(data), tuple(map(tuple, data["frequencies"])))
+    name = str(data["name"])
+    with reading(f"layer {name[:80]!r}"):
+        check(data["frequencies"], [[count]], "frequencies")
+        return LayerPlan(name, _kernel_size(data), tuple(map(tuple, data["frequencies"])))
 
 
 def _kernel_size(data: Any) -> tuple[int, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from .calibration import digests
 from .comparison import greatest_difference
 from .convert import Conversion
+from .copying import deep_copy
 from .errors import CheckError, InputError, UsageError
 from .surgery import call, cloned, evaluating, fitted, tensors_in
 from .verify import OUTPUT_TOLERANCE, seeded_inputs
@@ -37,7 +37,7 @@ def rounded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     Raises:
         InputError: a value that is out of the dtype's range.
     """
-    small = copy.deepcopy(model)._apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+    small = deep_copy(model)._apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
     for key, tensor in small.state_dict().items():
         if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta and not tensor.isfinite().all():
             before = model.state_dict()[key]
@@ -66,7 +66,7 @@ def check_rounding(model: nn.Module, small: nn.Module, inputs: Any) -> float:
     Raises:
         CheckError: it is more than `OUTPUT_TOLERANCE` of the dtype allows.
     """
-    networks = [copy.deepcopy(network).float() for network in (model, small)]
+    networks = [deep_copy(network).float() for network in (model, small)]
     with evaluating(*networks):
         expected, found = (_outputs(network, inputs) for network in networks)
     difference = greatest_difference(found, expected)

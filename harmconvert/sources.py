@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import importlib
 import inspect
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .checkpoint import Header, Source
+from .copying import deep_copy
 from .cost import bytes_of
 from .downloads import reaching_out, torchvision_loading, torchvision_preprocessing
 from .errors import HarmconvertError, InputError, UsageError, first_line
@@ -76,6 +76,8 @@ def open_source(
         InputError: weights that are unreadable or do not fit.
         OutsideError: the network is needed and not there, or a package is missing.
     """
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise UsageError(f"{text!r} is not UTF-8, and a checkpoint would have to name it: rename it")
     if text.startswith("reference:"):
         given = parse_source(text, arguments)
         if weights is not None or {*given.arguments} - {"pool"}:
@@ -115,7 +117,7 @@ def open_counterpart(text: str, original: Network) -> nn.Module:
         return open_source(text).model
     plain = fuse(original.model) if original.header else original.model
     if not checkpoint.is_harmonic(text):
-        with_weights = copy.deepcopy(plain)
+        with_weights = deep_copy(plain)
         load_state(with_weights, _renamed(with_weights, read_weights(text)), text)
         return with_weights
     return checkpoint.load(text, model=plain).eval()
@@ -351,13 +353,13 @@ def _from_code(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
         raise
     except ModuleNotFoundError as error:
         raise UsageError(f"cannot import {place}: {error}; known schemes are {', '.join(SCHEMES)}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"{place} fails when imported: {type(error).__name__}: {first_line(error)}") from error
     if not callable(getattr(module, factory, None)):
         raise UsageError(f"{place} has no function {factory!r}")
     try:
         model = getattr(module, factory)(**source.arguments)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"{source.name} fails: {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise InputError(f"{source.name} returns a {type(model).__name__}, not a torch.nn.Module")

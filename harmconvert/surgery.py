@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .conv import CONVOLUTIONS, HarmonicMixin, empty_counterpart, reason_not_convertible
+from .copying import deep_copy, functions_follow
 from .errors import InputError, UsageError, first_line, shortened
 from .plan import ConvSite
 
@@ -23,6 +24,7 @@ from .plan import ConvSite
 _OTHER_KINDS = {
     "CondConv2d": "its kernels are mixed anew for each input",
     "BlurPool2d": "its blur filter is fixed, not learned",
+    "DeformConv2d": "its kernel reads at positions of its input's own choosing",
 }
 
 
@@ -141,7 +143,7 @@ def trace(model: nn.Module, example_input: Any) -> Trace:
     handles = [c.register_forward_hook(watch(n), with_kwargs=True) for n, c in convolutions(model).items()]
     counter = FlopCounterMode(display=False)
     try:
-        with refusing(example_input), evaluating(model), torch.random.fork_rng(devices=[]), counter:
+        with refusing(example_input), evaluating(model), unchanged(model), torch.random.fork_rng(devices=[]), counter:
             call(model, example_input)
     finally:
         for handle in handles:
@@ -172,9 +174,10 @@ def exchange(
         if type(value) in (dict, OrderedDict, set) and not value:
             memo[id(value)] = type(value)()
     try:
-        for make in fill.values():
-            make(memo)
-        return copy.deepcopy(model, memo)
+        with functions_follow(model, memo):
+            for make in fill.values():
+                make(memo)
+            return copy.deepcopy(model, memo)
     except RecursionError as error:
         raise InputError(f"the modules of this {type(model).__name__} are nested too deeply to be copied") from error
     except (RuntimeError, TypeError) as error:
@@ -211,7 +214,7 @@ def in_precision(model: nn.Module, precision: torch.dtype, shared: bool = False)
             value = parameter.detach().to(precision, copy=not shared)
             memo[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
     try:
-        return copy.deepcopy(model, memo)._apply(cast_one)
+        return deep_copy(model, memo)._apply(cast_one)
     except RecursionError as error:
         raise InputError(f"the modules of this {type(model).__name__} are nested too deeply to be copied") from error
 
@@ -263,6 +266,25 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def unchanged(model: nn.Module, but: Collection[nn.Module] = ()) -> Iterator[None]:
+    """Buffers that a forward changes (counters, caches) are put back afterwards, those of ``but`` excepted."""
+    before = [
+        (module._buffers, name, buffer, None if buffer is None else buffer.clone())
+        for module in model.modules()
+        if module not in but
+        for name, buffer in module._buffers.items()
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffers, name, buffer, values in before:
+                if buffer is not None and values is not None:
+                    buffer.copy_(values)
+                buffers[name] = buffer
+
+
 def tensors_in(value: Any) -> list[Tensor]:
     """All tensors in nested lists, tuples, dicts and plain objects (such as model outputs), in order."""
     found: list[Tensor] = []
@@ -304,6 +326,14 @@ def fitted(inputs: Any, model: nn.Module) -> Any:
         return mapped(lambda tensor: tensor, inputs)
     device, dtype = parameter.device, parameter.dtype
     return mapped(lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype), inputs)
+
+
+def default_input(model: nn.Module, batch: int = 1) -> Tensor | None:
+    """Zeros of the size in the model's ``pretrained_cfg``, in its dtype and on its device; None where it has none."""
+    size = pretrained_config(model).get("input_size")
+    if not size:
+        return None
+    return fitted(torch.zeros(batch, *size), model)
 
 
 def batch_size(example_input: Any) -> int:

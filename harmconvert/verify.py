@@ -7,7 +7,7 @@ projection of the original's onto the frequencies kept? And how far are the outp
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import isnan
@@ -15,19 +15,35 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .block import HarmonicBlock2d
 from .comparison import relative_difference, top1_agreement
-from .convert import default_input
 from .errors import InputError, UsageError, first_line, one_line, shortened
 from .forms import fold_blocks
 from .kernel_check import check_kernel
 from .structure_check import altered_state, as_calibrated, built_otherwise, pairs_of, written_by_calibration
-from .surgery import batch_size, call, cloned, convolutions, evaluating, fitted, in_precision, state_key, tensors_in
+from .surgery import (
+    batch_size,
+    call,
+    cloned,
+    convolutions,
+    default_input,
+    evaluating,
+    fitted,
+    in_precision,
+    state_key,
+    tensors_in,
+)
 
 # Relative difference of the outputs with the whole basis, by the dtype of the weights: float64 and float32 as promised
 # in the documentation; the 16-bit ones are bounded by the rounding of their coefficients, amplified layer by layer.
 OUTPUT_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+_STRAY = (
+    "a copy of the network still runs the layer that it was copied from, because a function outside of it does: make "
+    "that function a method"
+)
 
 # Weights above which copies of two networks are no longer made, in float64 or at all: 4 to 8 GB would go into them.
 MOST_IN_FLOAT64 = 2**28
@@ -149,6 +165,7 @@ def verify(
     notes: list[str] = []
     errors: dict[str, float | None] = {"float64": None, "float32": None}
     outputs: dict[str, float] = {}
+    astray: list[str] = []
     agreement: float | None = None
     for precision in (torch.float64, torch.float32):
         key = str(precision).removeprefix("torch.")
@@ -159,7 +176,7 @@ def verify(
             continue
         try:
             # Per-layer outputs once, in the precision that shows a wrong layer and not the arithmetic.
-            error, same, layer_outputs = _compare(
+            error, same, layer_outputs, left = _compare(
                 original, converted, inputs, precision, dtype, not outputs, list(pairs), tick
             )
         except _NoRunError as problem:
@@ -167,13 +184,14 @@ def verify(
                 notes.append(f"not compared in float64: {problem}")
                 continue
             raise UsageError(str(problem)) from problem
-        errors[key], outputs = error, outputs or layer_outputs
+        errors[key], outputs, astray = error, outputs or layer_outputs, astray or left
         agreement = same if agreement is None or same is None else min(agreement, same)
     layers = tuple(
         LayerCheck(name, kept, total, kernel_error, outputs.get(name), problem)
         for name, (kept, total, kernel_error, problem) in kernels.items()
     )
     problems = [*structural, *(f"{layer.name}: {layer.problem}" for layer in layers if layer.problem), *altered]
+    problems += astray
     measured = [error for error in errors.values() if error is not None]
     worst = next((error for error in measured if isnan(error)), max(measured))
     if isnan(worst):
@@ -241,9 +259,9 @@ def _compare(
     per_layer: bool,
     names: list[str],
     tick: Callable[[str], None],
-) -> tuple[float, float | None, dict[str, float]]:
+) -> tuple[float, float | None, dict[str, float], list[str]]:
     """Relative output error, top-1 agreement (to the rounding of ``dtype``, the weights') and, where asked for,
-    per-layer output errors in one precision."""
+    per-layer output errors in one precision and the layers in whose place something else runs."""
     with _default_dtype(precision):
         shared = _weights(original) > MOST_IN_FLOAT64
         models = [in_precision(model, precision, shared) for model in (original, converted)]
@@ -266,30 +284,53 @@ def _compare(
 
             return hook
 
-        handles = [ours[n].register_forward_hook(watch(n), with_kwargs=True) for n in names] if per_layer else []
-        results = []
-        for model in models:
-            tick(f"outputs in {str(precision).removeprefix('torch.')}")
-            try:
-                with evaluating(*models), torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(0)
-                    results.append(tensors_in(call(model, cloned(inputs))))
-            except _NoRunError:
-                raise
-            except Exception as failure:
-                which = "original" if model is models[0] else "converted"
-                raise _NoRunError(
-                    f"the {which} network does not run on these inputs in {precision}: "
-                    f"{type(failure).__name__}: {first_line(failure)}"
-                ) from failure
-            for handle in handles:
-                handle.remove()
-            handles = []
+        given = [(n, convs[n]) for convs in map(convolutions, (original, converted)) for n in names if n in convs]
+        with evaluating(*models), _calls(given) as strays:
+            with _hooks([ours[n].register_forward_hook(watch(n), with_kwargs=True) for n in names if per_layer]):
+                results = [_outputs("original", models[0], inputs, precision, tick)]
+            with _calls([(n, theirs[n]) for n in names]) as ran:
+                results.append(_outputs("converted", models[1], inputs, precision, tick))
+        astray = [f"{name or '(root)'}: it runs in the original alone" for name in outputs if name not in ran]
+        astray += [f"{name or '(root)'}: {_STRAY}" for name in sorted(strays)]
     if [t.shape for t in results[0]] != [t.shape for t in results[1]]:
-        return float("inf"), 0.0, outputs
+        return float("inf"), 0.0, outputs, astray
     pairs = list(zip(*results, strict=True))
     error = max((relative_difference(b, a) for a, b in pairs), default=float("nan"))
-    return error, top1_agreement(pairs, torch.finfo(dtype).eps), outputs
+    return error, top1_agreement(pairs, torch.finfo(dtype).eps), outputs, astray
+
+
+def _outputs(
+    which: str, model: nn.Module, inputs: Any, precision: torch.dtype, tick: Callable[[str], None]
+) -> list[Tensor]:
+    tick(f"outputs in {str(precision).removeprefix('torch.')}")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return tensors_in(call(model, cloned(inputs)))
+    except _NoRunError:
+        raise
+    except Exception as failure:
+        raise _NoRunError(
+            f"the {which} network does not run on these inputs in {precision}: "
+            f"{type(failure).__name__}: {first_line(failure)}"
+        ) from failure
+
+
+@contextmanager
+def _calls(layers: Iterable[tuple[str, nn.Module]]) -> Iterator[set[str]]:
+    """The names of those layers that run meanwhile."""
+    ran: set[str] = set()
+    with _hooks([layer.register_forward_pre_hook(lambda *_, name=name: ran.add(name)) for name, layer in layers]):
+        yield ran
+
+
+@contextmanager
+def _hooks(handles: Sequence[RemovableHandle]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

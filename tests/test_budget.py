@@ -402,6 +402,15 @@ def test_the_smallest_network_within_a_drop(tmp_path: Path, monkeypatch: pytest.
     assert [row["taken"] for row in plans if row["plan"] != "frontier"].count("True") == 1
 
 
+def test_a_search_may_cut_depthwise_layers() -> None:
+    """Which a policy spares (DESIGN 3)."""
+    net = nn.Sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 5, groups=16), nn.Conv2d(16, 4, 1), nn.Flatten())
+    found = convert(net, budget={"params": 0.8}, example_input=random_input((1, 3, 8, 8)))
+    assert found.cost.harmonic_parameters <= 0.8 * found.cost.parameters
+    assert [layer.name for layer in found.plan.layers if not layer.whole] == ["1"]
+    assert found.plan.notes == {}
+
+
 def test_a_drop_may_go_as_deep_as_a_budget() -> None:
     """Of a kernel over 3x3 the zero frequency alone is less than lambda 1 keeps."""
     net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 9, padding=4), nn.Conv2d(8, 8, 9, padding=4))

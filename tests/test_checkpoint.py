@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import stat
 import struct
 from pathlib import Path
@@ -335,6 +336,23 @@ def test_damage_to_a_tensor_is_told(saved: Path) -> None:
     content[-5] ^= 1
     saved.write_bytes(content)
     with pytest.warns(HarmconvertWarning, match="is not as harmconvert wrote it: damaged, or changed since"):
+        load(saved, model=seeded(Branches))
+
+
+def test_weights_that_are_not_finite_are_neither_written_nor_read(saved: Path, tmp_path: Path) -> None:
+    network = load(saved, model=seeded(Branches))
+    with torch.no_grad():
+        next(iter(network.parameters())).flatten()[0] = torch.nan
+    with pytest.raises(InputError, match="holds NaN or infinite values"):
+        save(network, tmp_path / "nan.safetensors")
+    assert not (tmp_path / "nan.safetensors").exists()
+    tensors = safetensors.torch.load_file(saved)
+    with safetensors.safe_open(saved, "pt") as file:
+        metadata = file.metadata()
+    key = next(key for key in tensors if key.endswith("coefficients"))
+    tensors[key].flatten()[0] = torch.inf
+    safetensors.torch.save_file(tensors, saved, metadata)
+    with pytest.warns(HarmconvertWarning), pytest.raises(InputError, match=re.escape(f"{key} holds NaN or infinite values")):
         load(saved, model=seeded(Branches))
 
 

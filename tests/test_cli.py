@@ -452,3 +452,96 @@ def broken():
         assert r"\x1b]0;title" in result.stdout
         assert "\x1b" not in result.output
     fails(3, r"\x1b[31mred.weight holds NaN", "convert", "net.py:broken", "--input-size", "1,8,8")
+
+
+# --- streams and words ---
+
+
+def as_user(*arguments: str, **how: Any) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    return subprocess.run([sys.executable, "-m", "harmconvert", *arguments], text=True, **how)
+
+
+LOUD = """
+import sys
+from torch import nn
+print("imported")
+def make(code=None):
+    print("made")
+    if code is not None:
+        sys.exit(code)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3))
+"""
+
+
+def test_a_document_stands_alone_whatever_a_network_prints() -> None:
+    Path("loud.py").write_text(LOUD)
+    result = ok("inspect", "loud.py:make", "--json")
+    assert json.loads(result.stdout)["parameters"] == 4 * 9 + 4 + 16 * 9 + 4
+    assert "imported\nmade" in result.stderr
+
+
+@pytest.mark.parametrize("code", ["7", "'no weights here'"])
+def test_code_that_exits_does_not_choose_the_exit_code(code: str) -> None:
+    Path("loud.py").write_text(LOUD)
+    fails(3, "loud.py:make fails: SystemExit", "inspect", "loud.py:make", "--model-kwargs", f"code={code}")
+    Path("leaves.py").write_text("raise SystemExit(0)")
+    fails(3, "leaves.py fails when imported", "inspect", "leaves.py:make")
+
+
+def test_names_that_are_not_utf8_are_refused_before_any_work() -> None:
+    name = os.fsdecode(b"n\xff.py")
+    Path(name).write_text(LOUD)
+    fails(2, "is not UTF-8", "convert", f"{name}:make")
+
+
+def test_outputs_of_another_kind_are_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    ok("convert", SAMPLE, "--lambda", "2", "-o", "cut.safetensors")
+    monkeypatch.setattr("harmconvert.cli.options.opened", lambda *_, **__: pytest.fail("work has begun"))
+    for command in (["export", "cut.safetensors"], ["finetune", "cut.safetensors"], ["train", SAMPLE]):
+        fails(2, "out.pth should end in .safetensors", *command, "-o", "out.pth")
+
+
+def test_what_is_damaged_is_not_handed_on() -> None:
+    ok("convert", SAMPLE, "--lambda", "2", "-o", "cut.safetensors")
+    content = bytearray(Path("cut.safetensors").read_bytes())
+    content[-5] ^= 1
+    Path("cut.safetensors").write_bytes(content)
+    for command in (["export", "cut.safetensors", "-o", "dense.safetensors"], ["convert", "cut.safetensors"]):
+        fails(3, "is not as harmconvert wrote it: damaged", *command)
+    assert "is not as harmconvert wrote it" in run("verify", SAMPLE, "cut.safetensors").stderr
+
+
+def test_a_reader_that_goes_changes_no_exit_code() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    for arguments in (["inspect", SAMPLE, "--json"], ["inspect", SAMPLE]):
+        done = as_user(*arguments, stdout=writer, stderr=subprocess.PIPE)
+        assert (done.returncode, "error" in done.stderr) == (0, False), done.stderr
+    os.close(writer)
+
+
+def test_closed_streams() -> None:
+    module = f"{sys.executable} -m harmconvert"
+    done = subprocess.run(f"{module} convert {SAMPLE} <&- >&-", shell=True, capture_output=True)
+    assert (done.returncode, os.listdir()) == (0, ["resnet_mnist5k-harmonic.safetensors"]), done.stderr
+    assert subprocess.run(f"{module} inspect no_such 2>&-", shell=True, capture_output=True).returncode == 2
+
+
+def test_progress_is_plain_where_there_is_no_terminal() -> None:
+    done = as_user("inspect", SAMPLE, capture_output=True, env={**os.environ, "FORCE_COLOR": "1"})
+    assert "\x1b" not in done.stderr
+
+
+def test_a_word_behind_an_option_without_its_value_is_an_argument() -> None:
+    found = json.loads(ok("evaluate", "--amp", SAMPLE, "--dataset", "sample:mnist5k", "--json").stdout)
+    assert found["images"] == 1000
+    fails(2, "which images?", "evaluate", "--amp", "float16", SAMPLE)
+    fails(2, "no harmonic checkpoint", "finetune", "--distill", SAMPLE, "--dataset", "sample:mnist5k")
+
+
+def test_without_a_command_there_is_help() -> None:
+    result = run()
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Usage: ")
+    assert len(result.stderr.splitlines()) > 10

@@ -9,6 +9,8 @@ import timm
 import torch
 from timm.layers import ScaledStdConv2d
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+from torchvision.ops import DeformConv2d
 
 import harmconvert.models  # noqa: F401  registers wrn28_10
 from harmconvert.basis import dct_basis
@@ -17,9 +19,11 @@ from harmconvert.convert import convert
 from harmconvert.cost import parameter_count
 from harmconvert.errors import InputError, UsageError
 from harmconvert.forms import fuse
+from harmconvert.inspection import inspect
 from harmconvert.plan import LayerPlan, Plan
 from harmconvert.projection import energy_kept, project, reconstruct, relative_error
 from harmconvert.surgery import trace
+from harmconvert.verify import verify
 
 from .networks import CONVOLUTIONS, Branches, random_input, seeded
 
@@ -227,6 +231,45 @@ def test_macs_of_a_run_by_hand() -> None:
     # Kernels that are fitted to a layer are no products of vectors: nine for each response.
     cost = convert(net, {"0": 2}, example_input=torch.zeros(2, 3, 8, 8), basis="klt").cost
     assert cost.factored_macs == cost.dense_macs - 64 * 8 * 27 + 64 * (3 * 27 + 8 * 9)
+
+
+def test_what_a_forward_counts_stays_as_it_was() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.conv, self.norm = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+            self.register_buffer("calls", torch.zeros(()))
+            self.register_buffer("last", None)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            self.last = x.mean((0, 1))
+            return self.norm(self.conv(self.stem(x))).mean((2, 3))
+
+    net = Counts().eval()
+    batches = [random_input((16, 1, 8, 8)) for _ in range(2)]
+    for given in ({}, {"calibration": batches}, {"calibration": batches, "budget": {"params": 0.7}}):
+        found = convert(net, **({"lam": 2} if "budget" not in given else {}), example_input=batches[0], **given)
+        inspect(net, batches[0])
+        for model in (net, found.model):
+            assert model.calls == 0
+            assert model.last is None
+        assert verify(net, found.model, batches[0]).as_planned
+
+
+def test_a_deformable_convolution_is_named() -> None:
+    class Deforms(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bent = nn.Conv2d(3, 4, 3), DeformConv2d(4, 4, 3)
+
+    skips = {layer.name: layer.why for layer in convert(Deforms()).layers if layer.skipped}
+    assert skips == {"bent": "its kernel reads at positions of its input's own choosing"}
+
+
+def test_skipped_convolutions_are_not_counted_as_1x1() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), weight_norm(nn.Conv2d(4, 4, 3)))
+    assert inspect(net).one_by_one == 1
 
 
 def test_a_layer_without_a_factored_form_saves_no_macs() -> None:

@@ -288,6 +288,11 @@ def test_factor_measures_and_never_makes_the_network_slower() -> None:
     assert torch.allclose(outputs(factored, x), outputs(harmonic, x), atol=1e-5)
 
 
+def test_the_networks_own_size_is_measured_on_by_default() -> None:
+    harmonic = convert(hc.open_source("sample:resnet_mnist5k").model, 2).model
+    assert factoring(factor(harmonic)).dense_seconds > 0
+
+
 def test_patterns_say_what_is_not_measured() -> None:
     harmonic = convert(seeded(Branches), 2, example_input=X).model
     factored = factor(harmonic, layers={"*": "dense", "tied_*": "factored"})

@@ -19,7 +19,8 @@ PACKAGE = ROOT / "harmconvert"
 ORDER = [
     "registration", "errors", "documents", "history", "files", "native", "weights", "distributed", "basis",
     "projection", "conv", "block",
-    "factored", "timing", "layer_times", "plan", "surgery", "cost", "calibration", "forms", "budget", "convert",
+    "factored", "timing", "layer_times", "plan", "copying", "surgery", "cost", "calibration", "forms", "budget",
+    "convert",
     "harmonize", "kernel_check", "structure_check", "comparison", "verify", "precision",
     "checkpoint",
     "models", "reference", "samples", "downloads", "user_code", "sources",

@@ -258,3 +258,29 @@ def test_a_plan_prints() -> None:
 def test_levels_of_a_layer() -> None:
     assert LayerPlan("a", (3, 3), ((0, 0), (0, 1), (1, 0))).levels == 2
     assert LayerPlan("a", (3, 3), ((0, 0), (0, 1))).levels is None
+
+
+def test_a_plan_is_followed_by_the_layers_that_are_to_be_included() -> None:
+    sites = [ConvSite(name, "Conv2d", (3, 3), False) for name in ("a", "b", "c")]
+    plan = make_plan(sites, {"*": 2})
+    for choice in ({"exclude": ["c"]}, {"include": ["a", "b"]}):
+        narrowed = make_plan(sites, plan, **choice)
+        assert [layer.name for layer in narrowed.layers] == ["a", "b"]
+        assert [skip.name for skip in narrowed.skipped] == ["c"]
+    sites[2] = ConvSite("c", "Conv2d", (3, 3), False, skip="it is quantised")
+    with pytest.raises(UsageError, match=r"layer c is skipped \(it is quantised\)"):
+        make_plan(sites, plan)
+
+
+def test_what_is_wrong_with_a_plan_names_the_layer() -> None:
+    layer = {"name": "stem", "kernel_size": [3, 3], "frequencies": [[0, 0]]}
+    for change, message in (
+        ({"frequencies": [[0, 3]]}, "this is not a plan: layer 'stem': "),
+        ({"frequencies": "all"}, "this is not a plan: layer 'stem': frequencies"),
+        ({"kernel_size": [0]}, "this is not a plan: layer 'stem': kernel size"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Plan.from_json({"layers": [layer | change]})
+    del layer["frequencies"]
+    with pytest.raises(InputError, match="layer 'stem': 'frequencies' is missing"):
+        Plan.from_json({"layers": [layer]})

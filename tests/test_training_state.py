@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -214,6 +216,27 @@ def test_a_signal_saves_says_how_to_go_on_and_leaves(tmp_path: Path, number: int
     model = small(dropout=0.3)
     train(model, noise(), RECIPE, machine=PLAIN, keeper=keeper, resume=keeper.path)
     assert same(model.state_dict(), uninterrupted())
+
+
+def test_two_runs_do_not_share_a_state(tmp_path: Path) -> None:
+    keeper = Keeper(tmp_path / "run.state.pth", 1)
+    other = (
+        "from pathlib import Path\nfrom harmconvert.errors import OutsideError\n"
+        "from harmconvert.training import Keeper\n"
+        f"try:\n    with Keeper(Path({str(keeper.path)!r})).alone(): print('alone')\n"
+        "except OutsideError as error: print(error)\n"
+    )
+
+    def tried() -> str:
+        return subprocess.run([sys.executable, "-c", other], capture_output=True, text=True, check=True).stdout
+
+    with keeper.alone():
+        assert "another process is training with" in tried()
+    assert tried() == "alone\n"
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / ".run.state.pth.lock").touch()  # of a run that was killed
+    train(small(), noise(), RECIPE, machine=PLAIN, keeper=keeper)
+    assert not (tmp_path / ".run.state.pth.lock").exists()
 
 
 def test_a_finished_run_leaves_no_state(tmp_path: Path) -> None:

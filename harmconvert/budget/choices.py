@@ -33,10 +33,13 @@ class Item:
 def whole_plan(
     sites: Sequence[ConvSite], include: Sequence[str] = (), exclude: Sequence[str] = (), family: Basis | None = None
 ) -> Plan:
-    """The plan that cuts nothing, with notes on the layers that a policy which cuts would spare."""
+    """The plan that cuts nothing, with notes on the layers that no search cuts: what a policy spares, but for depthwise
+    layers, of which scores tell what cutting them costs (DESIGN 3)."""
     spared = make_plan(sites, 1, include, exclude, family)
     layers = (replace(layer, frequencies=all_frequencies(layer.kernel_size)) for layer in spared.layers)
-    return replace(spared, layers=tuple(layers))
+    first = {site.name for site in sites if site.reads_input}
+    notes = {name: why for name, why in spared.notes.items() if name in first}
+    return replace(spared, layers=tuple(layers), notes=notes)
 
 
 def items_of(whole: Plan, ties: Mapping[str, str]) -> tuple[Item, ...]:

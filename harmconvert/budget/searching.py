@@ -20,7 +20,7 @@ from ..distributed import from_first_rank
 from ..errors import InputError, UsageError, shortened
 from ..forms import run_times
 from ..plan import ConvSite, Plan, make_plan
-from ..surgery import Trace, convolutions
+from ..surgery import Trace, convolutions, unchanged
 from . import UNITS, Budget, Search, SearchSettings, choose, limit_of
 from .choices import Item, costs_of, items_of, whole_plan, with_order
 from .energy import energy_scores
@@ -56,6 +56,10 @@ class Searching:
             UsageError: the budget cannot be met, or probes of something else lie in the file for them.
             InputError: nothing may be cut, or outputs that cannot be compared.
         """
+        with unchanged(self.model):
+            return self._searched(include, exclude, family)
+
+    def _searched(self, include: Sequence[str], exclude: Sequence[str], family: Basis) -> tuple[Any, Search]:
         counted = {"macs": "counts multiply-adds", "latency": "is measured"}.get(self.budget.unit)
         if counted and self.trace is None:
             raise UsageError(f"the budget {self.budget} {counted}: give an example input (--input-size C,H,W)")

@@ -14,7 +14,7 @@ what this machine has left.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..conv import HarmonicMixin
 from ..errors import first_line
 from ..plan import Plan
-from ..surgery import convolutions
+from ..surgery import convolutions, unchanged
 from ..weights import tensors_sha256
 from .batch_norm import batch_norms, reestimate_batch_norm
 from .cuts import WholeLayer
@@ -65,7 +65,8 @@ class Known:
     def of(cls, original: nn.Module, batches: Iterable[Any], settings: CalibrationSettings) -> Known:
         """Nothing yet but the set; raises what `calibrate` does."""
         data = calibration_set(batches, settings.inputs)
-        return cls(data, Divergence(original, data.held))
+        with unchanged(original):
+            return cls(data, Divergence(original, data.held))
 
 
 def calibrate(
@@ -94,11 +95,28 @@ def calibrate(
     """
     settings = settings or CalibrationSettings()
     known = batches if isinstance(batches, Known) else Known.of(original, batches, settings)
-    data, compare = known.data, known.compare
     cut = [layer.name for layer in plan.layers if not layer.whole]
     if not cut:
-        return Calibration((), data.total, 0, notes=("nothing was cut, so there is nothing to repair",))
+        return Calibration((), known.data.total, 0, notes=("nothing was cut, so there is nothing to repair",))
     before = _copied(converted)
+    with unchanged(original), unchanged(converted, but=set(batch_norms(converted).values())):
+        found = _calibrated(original, converted, cut, before, known, settings, progress)
+    state = converted.state_dict()
+    changed = [key for key, tensor in before.items() if not torch.equal(state[key], tensor)]
+    return replace(found, changed=digests(converted, changed))
+
+
+def _calibrated(
+    original: nn.Module,
+    converted: nn.Module,
+    cut: list[str],
+    before: Mapping[str, Tensor],
+    known: Known,
+    settings: CalibrationSettings,
+    progress: Progress | None,
+) -> Calibration:
+    """All but what tells the tensors that were changed."""
+    data, compare = known.data, known.compare
     layers = _refit(original, converted, cut, known, settings, progress)
     after = _copied(converted)
     _blend(converted, before, before, 0.0)
@@ -121,10 +139,8 @@ def calibrate(
         notes.append(f"the outputs {which} cannot be compared ({incomparable})")
     if data.left:
         notes.append(f"only the first {data.total} inputs were read (settings: inputs={settings.inputs})")
-    state = converted.state_dict()
-    changed = digests(converted, [key for key, tensor in before.items() if not torch.equal(state[key], tensor)])
     return Calibration(
-        tuple(layers), data.total, held, plain, refit, final, kept, norms, tuple(notes), settings, changed, incomparable
+        tuple(layers), data.total, held, plain, refit, final, kept, norms, tuple(notes), settings, {}, incomparable
     )
 
 

@@ -35,20 +35,28 @@ class Program(click.Group):
 
     def main(self, args: Any = None, *rest: Any, **extra: Any) -> Any:
         extra["standalone_mode"] = False
+        for name in ("stdin", "stdout", "stderr"):
+            if getattr(sys, name) is None:  # closed by whoever runs us
+                setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115  to the end
         arguments = list(sys.argv[1:] if args is None else args)
+        extra["obj"] = sys.stdout  # under --json for its document alone, whatever a network prints
         debug = "--debug" in arguments
         # torch's own remarks, meant for those who wrote the program, are none of the user's business.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         with contextlib.suppress(ValueError):  # not the main thread: whoever runs us handles signals
             signal.signal(signal.SIGTERM, _terminate)
         try:
-            with warnings.catch_warnings():
+            aside = contextlib.redirect_stdout(sys.stderr) if "--json" in arguments else contextlib.nullcontext()
+            with aside, warnings.catch_warnings():
                 warnings.simplefilter("always", HarmconvertWarning)
                 warnings.showwarning = partial(_warn, warnings.showwarning)
                 result = super().main(arguments, *rest, **extra)
             sys.exit(result if isinstance(result, int) else 0)
         except click.exceptions.Exit as stop:
             sys.exit(stop.exit_code)
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message(), err=True)
+            sys.exit(error.exit_code)
         except click.ClickException as error:
             _say(error.format_message() + _hint(error))
             sys.exit(error.exit_code)

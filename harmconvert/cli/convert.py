@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ..budget import Budget
+    from ..checkpoint import Header
     from ..convert import Conversion
     from ..sources import Network
+    from ..verify import Verification
 
 
 def budget_options(command: Any) -> Any:
@@ -171,15 +173,15 @@ def command(
     as_it_is = not told and is_harmonic_source(source)
     named = default_name(source, _kept(lam, plan_file, share, max_drop))
     output = output or (named.replace("-harmonic-full", "-harmonic") if as_it_is else named)
-    for path in (output, save_plan):
-        if path:
-            check_output(path, force)
+    check_output(output, force, ".safetensors")
+    if save_plan:
+        check_output(save_plan, force)
     page = pages.checked(output, report, force)
     figure = check_figure(source, "search", search_figure, force) if search_figure else None
     if (share or labelled) and probes is None and more["data"]:
         probes = _probes_beside(output, source)
     with joined():
-        network = options.opened(source, more, at_once=True, form="harmonic" if as_it_is else "dense")
+        network = options.opened(source, more, at_once=True, intact=True, form="harmonic" if as_it_is else "dense")
         if as_it_is and network.header:
             return _keep(network, input_size, output, page, force, as_json)
         options.place(network.model, device, more["data"] or labelled)
@@ -243,21 +245,29 @@ def _check_choice(
 
 
 def _keep(network: Network, sizes: Any, output: str, page: Path | None, force: bool, as_json: bool) -> int:
-    """Write a network that is harmonic already as it is, and compare the file with it."""
+    """Write a network that is harmonic already as it is; the file takes its place once it is compared with it."""
     from ..checkpoint import load, save
     from ..distributed import rank
     from ..errors import CheckError
+    from ..files import write_file
     from ..forms import fuse
     from ..report import tables
     from ..verify import verify
 
     if rank() > 0:
         return 0
-    header = save(network.model, output, source=network.source, force=force)
     inputs = options.verification_inputs(sizes, network.source)
-    check = verify(network.model, load(output, model=fuse(network.model)), inputs)
-    if not check.ok:
-        raise CheckError(f"{output}, read back: {check.verdict}")
+    written: list[tuple[Header, Verification]] = []
+
+    def write(staging: Path) -> None:
+        header = save(network.model, staging, source=network.source, force=True)
+        check = verify(network.model, load(staging, model=fuse(network.model)), inputs)
+        if not check.ok:
+            raise CheckError(f"{output}, read back: {check.verdict}; nothing was written")
+        written.append((header, check))
+
+    write_file(output, write, force)
+    ((header, check),) = written
     if page:
         pages.write_page(network.model, header, output, page, force, sizes)
     if as_json:

@@ -6,10 +6,10 @@ from typing import Any
 
 import click
 
-from . import options, training_options
+from . import options, training_options, types
 
 
-@click.command(name="evaluate")
+@click.command(name="evaluate", cls=types.OptionalValues)
 @click.argument("source")
 @training_options.evaluation_options
 @click.option("--compare", metavar="SOURCE", help="A second network to agree with, such as the uncut one.")

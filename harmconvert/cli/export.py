@@ -59,7 +59,7 @@ def command(
     from ..report import tables
 
     check_target(output, format, force, dtype, form)
-    network = options.opened(source, network_options)
+    network = options.opened(source, network_options, intact=True)
     with options.busy(f"writing {output}") as say:
         found = export(
             network.model,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import options, pages, training_options
+from . import options, pages, training_options, types
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..training.finetuning import Setting
 
 
-@click.command(name="finetune")
+@click.command(name="finetune", cls=types.OptionalValues)
 @click.argument("source")
 @training_options.data_options
 @training_options.holdout
@@ -164,7 +164,7 @@ def prepare(
     from ..training.learner import number_of_classes
     from ..weights import tensors_sha256
 
-    network = options.opened(source, {"trust_code": trust_code}) if is_harmonic_source(source) else None
+    network = options.opened(source, {"trust_code": trust_code}, intact=True) if is_harmonic_source(source) else None
     if network is None or network.header is None:
         raise UsageError(f"{source} is no harmonic checkpoint: make one first with: harmconvert convert {source}")
     in_float32(network.model)

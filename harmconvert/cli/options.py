@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -227,18 +228,28 @@ dtype = click.option(
 force = click.option("--force", is_flag=True, help="Replace the output where it exists.")
 
 
-def opened(text: str, options: dict[str, Any], *, at_once: bool = False, **more: Any) -> Network:
-    """The network of a source string under `network_options` or fewer of them; ``at_once`` as in `busy`."""
+def opened(text: str, options: dict[str, Any], *, at_once: bool = False, intact: bool = False, **more: Any) -> Network:
+    """The network of a source string under `network_options` or fewer of them; ``at_once`` as in `busy`.
+
+    Raises:
+        InputError: it is damaged, and what will be made of it should be ``intact``; and as `open_source`.
+    """
+    from ..errors import DamageWarning, InputError
     from ..sources import open_source
 
-    with busy(f"loading {text}", at_once=at_once):
-        return open_source(
-            text,
-            weights=options.get("weights"),
-            arguments=dict(options.get("arguments", ())),
-            trust_code=options["trust_code"],
-            **more,
-        )
+    with busy(f"loading {text}", at_once=at_once), warnings.catch_warnings():
+        if intact:
+            warnings.simplefilter("error", DamageWarning)
+        try:
+            return open_source(
+                text,
+                weights=options.get("weights"),
+                arguments=dict(options.get("arguments", ())),
+                trust_code=options["trust_code"],
+                **more,
+            )
+        except DamageWarning as warning:
+            raise InputError(f"{warning} (in Python, hc.load and hc.save take it as it is)") from warning
 
 
 def place(model: Any, device: str | None, data: str | None) -> None:
@@ -264,8 +275,7 @@ def example_input(sizes: Sequence[tuple[int, ...]], model: Any, batch: int = 1) 
     """So many zeros of each ``--input-size``, or of the network's own size (None where it names none), in its dtype."""
     import torch
 
-    from ..convert import default_input
-    from ..surgery import fitted
+    from ..surgery import default_input, fitted
 
     if not sizes:
         return default_input(model, batch)
@@ -317,7 +327,7 @@ def console(quiet: bool = False) -> Console:
         def on_broken_pipe(self) -> None:
             """Whoever read our table has gone: the work goes on without an audience."""
             self.quiet = True
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            nobody_reads(sys.stdout)
 
     terminal = sys.stdout.isatty()
     quiet = quiet or loud("quiet")
@@ -325,5 +335,14 @@ def console(quiet: bool = False) -> Console:
 
 
 def print_json(data: Any) -> None:
-    """One document; NaN and infinity as null, because JSON has no word for them."""
-    click.echo(json_text(data))
+    """One document, as `json_text` writes it; what the command comes to is not changed by nobody reading it."""
+    stream = click.get_current_context().find_root().obj
+    try:
+        click.echo(json_text(data), file=stream)
+    except BrokenPipeError:
+        nobody_reads(stream)
+
+
+def nobody_reads(stream: TextIO) -> None:
+    """Let go on what writes to a stream whose reader has gone, without an audience."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

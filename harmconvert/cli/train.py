@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import options, training_options
+from . import options, training_options, types
 
 if TYPE_CHECKING:
     from torch import nn
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..sources import Network
 
 
-@click.command(name="train")
+@click.command(name="train", cls=types.OptionalValues)
 @click.argument("source")
 @click.option(
     "--recipe",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -295,7 +296,7 @@ def check_outputs(output: str, given: Mapping[str, Any], force: bool) -> None:
     from ..files import check_output
     from ..training.metrics import metrics_path
 
-    check_output(output, force)
+    check_output(output, force, ".safetensors")
     check_output(metrics_path(output), force or bool(given["resume"]))
 
 
@@ -335,7 +336,7 @@ def progress(
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, force_terminal=sys.stderr.isatty())
     if os.environ.get("RANK", "0") != "0" or options.loud("quiet"):
         yield (lambda told: None), (lambda row: None), (lambda done, steps: None)
         return

@@ -3,9 +3,37 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from typing import Any
 
 import click
+
+
+class OptionalValues(click.Command):
+    """A command with options whose value may be left out (``--amp``): the word behind one is its value only where it
+    can be, and else an argument of the command's own."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        loose = {name: option for option in self.params if _flag_needs_value(option) for name in option.opts}
+        words = list(args)
+        end = words.index("--") if "--" in words else len(words)
+        for place, (word, behind) in enumerate(pairwise(words[:end])):
+            option = loose.get(word)
+            if isinstance(option, click.Option) and not behind.startswith("-") and not _fits(option, behind, ctx):
+                words[place] = f"{word}={option.flag_value}"
+        return super().parse_args(ctx, words)
+
+
+def _flag_needs_value(option: click.Parameter) -> bool:
+    return bool(getattr(option, "_flag_needs_value", False))
+
+
+def _fits(option: click.Option, word: str, ctx: click.Context) -> bool:
+    try:
+        option.type.convert(word, option, ctx)
+    except click.BadParameter:
+        return False
+    return True
 
 
 class InputSize(click.ParamType):

@@ -23,7 +23,7 @@ def progress(what: str = "") -> Iterator[Callable[[int, int, str], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, force_terminal=sys.stderr.isatty())  # and not where FORCE_COLOR alone says so
     if silent():
         yield lambda done, total, what: None
         return
@@ -45,7 +45,7 @@ def busy(what: str, *, at_once: bool = False) -> Iterator[Callable[[str], None]]
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     stderr = sys.stderr
-    console = Console(file=stderr)
+    console = Console(file=stderr, force_terminal=stderr.isatty())
     if silent():
         yield lambda what: None
         return

@@ -9,12 +9,11 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
-from ..convert import default_input
 from ..errors import UsageError
 from ..files import check_folder, check_output, write_folder
 from ..forms import fuse
 from ..precision import check_rounding, dtype_named, rounded
-from ..surgery import pretrained_config
+from ..surgery import default_input, pretrained_config
 from ..weights import saving, untied_state, write_tensors
 from .graphs import Exported, check_packages, check_runs, export_onnx, export_program, random_batch
 
@@ -47,10 +46,7 @@ def check_target(
     if format == "timm":
         check_folder(path, TIMM_FILES, force)
         return
-    check_output(path, force)
-    suffix = {"onnx": ".onnx", "torch-export": ".pt2"}.get(format)
-    if suffix and Path(path).suffix != suffix:
-        raise UsageError(f"{path} should end in {suffix}, which is what it will be")
+    check_output(path, force, {"onnx": ".onnx", "torch-export": ".pt2"}.get(format, ".safetensors"))
     if format == "onnx":
         check_packages()
 

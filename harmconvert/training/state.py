@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..distributed import any_rank, gathered, rank, world_size
+from ..distributed import all_or_none, any_rank, gathered, rank, world_size
 from ..documents import check, count, number, plain
 from ..errors import HarmconvertError, InputError, OutsideError, UsageError, first_line, shortened
-from ..files import beside, write_file
+from ..files import beside, locked, write_file
 from ..weights import UNREADABLE, unpickled, why_no_values, why_unreadable
 
 STATE_VERSION = 1
@@ -54,6 +54,20 @@ class Keeper:
     record: Mapping[str, Any] = field(default_factory=dict)
     say: Callable[[str], None] = lambda message: None
     _spoilt: bool = field(default=False, init=False)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Let no other run keep its state in the same place meanwhile. Every process must enter it.
+
+        Raises:
+            OutsideError: another run does (in every process).
+        """
+        with ExitStack() as held:
+            if (path := self.path) is not None:
+                lock = locked(path.with_name(f".{path.name}.lock"), f"training with {path}")
+                refused = OutsideError(f"another run is training with {path}: wait for it, or name another output")
+                all_or_none(lambda: held.enter_context(lock) if rank() == 0 else None, refused)
+            yield
 
     def due(self, step: int) -> bool:
         """Whether to save after so many steps of an epoch."""
