@@ -352,7 +352,10 @@ def test_weights_that_are_not_finite_are_neither_written_nor_read(saved: Path, t
     key = next(key for key in tensors if key.endswith("coefficients"))
     tensors[key].flatten()[0] = torch.inf
     safetensors.torch.save_file(tensors, saved, metadata)
-    with pytest.warns(HarmconvertWarning), pytest.raises(InputError, match=re.escape(f"{key} holds NaN or infinite values")):
+    with (
+        pytest.warns(HarmconvertWarning),
+        pytest.raises(InputError, match=re.escape(f"{key} holds NaN or infinite values")),
+    ):
         load(saved, model=seeded(Branches))
 
 

@@ -524,7 +524,7 @@ def test_a_reader_that_goes_changes_no_exit_code() -> None:
 def test_closed_streams() -> None:
     module = f"{sys.executable} -m harmconvert"
     done = subprocess.run(f"{module} convert {SAMPLE} <&- >&-", shell=True, capture_output=True)
-    assert (done.returncode, os.listdir()) == (0, ["resnet_mnist5k-harmonic.safetensors"]), done.stderr
+    assert (done.returncode, os.listdir()) == (0, ["resnet_mnist5k-harmonic-full.safetensors"]), done.stderr
     assert subprocess.run(f"{module} inspect no_such 2>&-", shell=True, capture_output=True).returncode == 2
 
 

@@ -115,9 +115,8 @@ MUTANTS = (
         "progressive cuts the smallest maps less than the next", PLAN,
     ),
     Mutant(
-        "plan.py", "prod(cast(\"tuple[int, ...]\", site.output_size))",
-        "max(cast(\"tuple[int, ...]\", site.output_size))",
-        "maps are compared by their longer side", PLAN,
+        "plan.py", "lam_by_size.get(prod(site.output_size))", "lam_by_size.get(max(site.output_size))",
+        "maps are looked up by their longer side", PLAN,
     ),
     Mutant(
         "plan.py", "union.setdefault(tie[layer.name], set()).update(layer.frequencies)",
@@ -134,9 +133,21 @@ MUTANTS = (
         "the first pattern decides, not the last", PLAN,
     ),
     Mutant(
-        "plan.py", "if layer.kernel_size != kernels[layer.name]:",
-        "if prod(layer.kernel_size) != prod(kernels[layer.name]):",
+        "plan.py", "if layer.kernel_size != site.kernel_size:",
+        "if prod(layer.kernel_size) != prod(site.kernel_size):",
         "a plan of 1x9 kernels fits 3x3 ones", PLAN,
+    ),
+    Mutant(
+        "copying.py", "cell.cell_contents = follow(content)", "cell.cell_contents = content",
+        "a copy's functions work on the original", ("test_copying.py",),
+    ),
+    Mutant(
+        "verify.py", "for name in outputs if name not in ran]", "for name in outputs if name not in outputs]",
+        "what only the original runs is not told", ("test_copying.py",),
+    ),
+    Mutant(
+        "cost.py", "if not layer.whole and type(conv) in FACTORABLE:", "if not layer.whole:",
+        "a layer without a factored form saves MACs", ("test_convert.py",),
     ),
     Mutant("plan.py", "elif site.depthwise:", "elif not site.depthwise:", "all but depthwise layers are spared", PLAN),
     Mutant(

@@ -132,6 +132,8 @@ def problem(folder: Path, job: Job, wanted: Path, code: int) -> tuple[str | None
         return f"{job.arguments[0]}: exit code 0, and the old file is there", False
     staging = re.compile(r"\.(.+)\.\d+(-\d+)?\.(staging|old)|out\.state\.pth\.linking")
     left = {name for name in os.listdir(folder) if name != job.target and name not in job.others}
+    if code < 0:  # a lock goes with its process, the empty file that it was on with the next run
+        left.discard(".out.state.pth.lock")
     if code >= 0 and left:
         return f"{job.arguments[0]}: exit code {code} and left {left}", False
     if len(left) > 1 or not all(staging.fullmatch(name) for name in left):
