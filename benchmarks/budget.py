@@ -163,13 +163,19 @@ class Study:
 
 
 def rows(
-    study: Study, uncut: Tensor, done: set[tuple[str, ...]], sizes: Sequence[str], methods: Sequence[str]
+    study: Study,
+    uncut: Tensor,
+    done: set[tuple[str, ...]],
+    sizes: Sequence[str],
+    methods: Sequence[str],
+    trained: Sequence[str],
 ) -> Iterator[dict[str, object]]:
     for size, share, uniform in study.sizes():
         for method, make in study.ways(share, uniform):
             if (sizes and size not in sizes) or (methods and method not in methods):
                 continue
-            keys = [(study.name, size, str(study.seed), method, str(epochs)) for epochs in (0, 1)]
+            epochs = (0, 1) if not trained or size in trained else (0,)
+            keys = [(study.name, size, str(study.seed), method, str(number)) for number in epochs]
             if all(key in done for key in keys):
                 continue
             start = time.perf_counter()
@@ -190,14 +196,16 @@ def rows(
                 }  # fmt: skip
 
 
-def run(names: list[str], seeds: list[int], threads: int, sizes: list[str], methods: list[str]) -> None:
+def run(
+    names: list[str], seeds: list[int], threads: int, sizes: list[str], methods: list[str], trained: list[str]
+) -> None:
     torch.set_num_threads(threads)
     with appended(RESULTS, FIELDS, KEYS) as (done, write), tempfile.TemporaryDirectory() as folder:
         for seed, name in itertools.product(seeds, names):
             place = Path(folder) / f"{name}-{seed}"
             place.mkdir()
             study = Study(name, seed, place)
-            for row in rows(study, common.logits(study.model, study.subject.images), done, sizes, methods):
+            for row in rows(study, common.logits(study.model, study.subject.images), done, sizes, methods, trained):
                 write(row)
 
 
@@ -226,11 +234,12 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--sizes", nargs="+", default=[], help="such as '50 %%'; default: all")
     parser.add_argument("--methods", nargs="+", default=[], help="such as 'best frequencies'; default: all")
+    parser.add_argument("--trained", nargs="+", default=[], help="sizes fine-tuned for an epoch, too; default: all")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--summary", action="store_true")
     args = parser.parse_args()
     if not args.summary:
-        run(args.networks, args.seeds, args.threads, args.sizes, args.methods)
+        run(args.networks, args.seeds, args.threads, args.sizes, args.methods, args.trained)
     summary()
 
 
