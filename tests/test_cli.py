@@ -457,11 +457,6 @@ def broken():
 # --- streams and words ---
 
 
-def as_user(*arguments: str, **how: Any) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own."""
-    return subprocess.run([sys.executable, "-m", "harmconvert", *arguments], text=True, **how)
-
-
 LOUD = """
 import sys
 from torch import nn
@@ -512,25 +507,22 @@ def test_what_is_damaged_is_not_handed_on() -> None:
     assert "is not as harmconvert wrote it" in run("verify", SAMPLE, "cut.safetensors").stderr
 
 
-def test_a_reader_that_goes_changes_no_exit_code() -> None:
+def test_a_document_that_nobody_reads_changes_no_exit_code() -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    for arguments in (["inspect", SAMPLE, "--json"], ["inspect", SAMPLE]):
-        done = as_user(*arguments, stdout=writer, stderr=subprocess.PIPE)
-        assert (done.returncode, "error" in done.stderr) == (0, False), done.stderr
+    done = subprocess.run(
+        [sys.executable, "-m", "harmconvert", "inspect", SAMPLE, "--json"], stdout=writer, stderr=subprocess.PIPE
+    )
     os.close(writer)
+    assert (done.returncode, b"error" in done.stderr) == (0, False), done.stderr
 
 
-def test_closed_streams() -> None:
-    module = f"{sys.executable} -m harmconvert"
-    done = subprocess.run(f"{module} convert {SAMPLE} <&- >&-", shell=True, capture_output=True)
+def test_closed_streams_and_no_terminal() -> None:
+    command = f"FORCE_COLOR=1 {sys.executable} -m harmconvert convert {SAMPLE} <&- >&-"
+    done = subprocess.run(command, shell=True, stderr=subprocess.PIPE)
     assert (done.returncode, os.listdir()) == (0, ["resnet_mnist5k-harmonic-full.safetensors"]), done.stderr
-    assert subprocess.run(f"{module} inspect no_such 2>&-", shell=True, capture_output=True).returncode == 2
-
-
-def test_progress_is_plain_where_there_is_no_terminal() -> None:
-    done = as_user("inspect", SAMPLE, capture_output=True, env={**os.environ, "FORCE_COLOR": "1"})
-    assert "\x1b" not in done.stderr
+    assert b"verifying" in done.stderr
+    assert b"\x1b" not in done.stderr
 
 
 def test_a_word_behind_an_option_without_its_value_is_an_argument() -> None:
