@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import is_lazy
 
 from .basis import Basis, all_frequencies, dct_basis
 from .budget import Budget, Search, SearchSettings
@@ -292,12 +292,12 @@ def check_network(model: nn.Module) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise UsageError("this network is TorchScript, whose layers are fixed: pass the one that it was made from")
     try:
-        lazy = [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
+        lazy = [name for name, p in (*model.named_parameters(), *model.named_buffers()) if is_lazy(p)]
     except RecursionError as error:
         raise InputError(f"the modules of this {kind} are nested too deeply to go through") from error
     if lazy:
         raise UsageError(
-            f"this {kind} has parameters without values yet (lazy modules: {shortened(lazy, 3)}): run it once first"
+            f"this {kind} has tensors without values yet (lazy modules: {shortened(lazy, 3)}): run it once first"
         )
 
 

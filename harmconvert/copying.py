@@ -1,102 +1,194 @@
 """Deep copies of networks, the functions that they keep included.
 
 `copy.deepcopy` gives a function back as it is, and what it closed over with it: the copy of a network that keeps
-``lambda x: self.conv(x)`` would go on running the original's layer.
+``lambda x: self.conv(x)`` would go on running the original's layer. Followed are functions in attributes and hooks of
+modules, at any depth of containers, bound methods, partials and what other functions close over.
 """
 
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 from types import CellType, FunctionType, MethodType
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 Module = TypeVar("Module", bound=nn.Module)
 
+_CARRIED = ("__module__", "__qualname__", "__doc__", "__annotations__", "__type_params__")
+_NOTHING = (type(None), bool, int, float, complex, str, bytes, type)
+_OWN = ("_parameters", "_buffers", "_modules")
+
 
 def deep_copy(model: Module, memo: dict[int, Any] | None = None) -> Module:
-    """A deep copy of a network, its functions with it; ``memo`` is `copy.deepcopy`'s, and raises what that does."""
+    """A deep copy of a network, whose functions work on the copy where the network's own work on the network.
+
+    ``memo`` is `copy.deepcopy`'s, and raises what that does. What a function reaches beside the network stays what it
+    is.
+    """
     memo = {} if memo is None else memo
-    with functions_follow(model, memo):
-        return copy.deepcopy(model, memo)
+    copied = copy.deepcopy(model, memo)
+    if astray := _reaching(model):
+        _Following(memo, astray).follow(copied)
+    return copied
 
 
-@contextmanager
-def functions_follow(model: nn.Module, memo: dict[int, Any]) -> Iterator[None]:
-    """While a network is copied with ``memo``: its functions (attributes, hooks) that reach a part of it, through what
-    they close over or their defaults, are copied, too, and reach the copy's."""
-    own = {id(thing) for module in model.modules() for thing in (module, *module._parameters.values())}
-    held = (value for module in model.modules() for value in vars(module).values())
-    found = {id(function): function for value in held for function in _functions_in(value, set())}
-    bound = {key: function for key, function in found.items() if _reaches(function, own, set())}
-    memo.update((key, _like(function)) for key, function in bound.items())
-    yield
-
-    def follow(value: Any) -> Any:
-        return copy.deepcopy(value, memo) if _reaches(value, own, set()) else value
-
-    for key, function in bound.items():
-        new = memo[key]
-        for old, cell in zip(function.__closure__ or (), new.__closure__ or (), strict=True):
-            for content in _content(old):
-                cell.cell_contents = follow(content)
-        new.__defaults__ = None if function.__defaults__ is None else tuple(map(follow, function.__defaults__))
-        new.__kwdefaults__ = {name: follow(value) for name, value in (function.__kwdefaults__ or {}).items()} or None
-
-
-def _like(function: FunctionType) -> FunctionType:
-    """The same function with nothing in its cells yet."""
-    cells = tuple(CellType() for _ in function.__closure__ or ())
-    new = FunctionType(function.__code__, function.__globals__, function.__name__, None, cells or None)
-    new.__dict__.update(function.__dict__)
-    new.__qualname__, new.__doc__, new.__module__ = function.__qualname__, function.__doc__, function.__module__
-    return new
-
-
-def _functions_in(value: Any, seen: set[int]) -> Iterator[FunctionType]:
-    """Functions at any depth of containers, partials and what functions close over; modules are not gone into."""
-    if id(value) in seen or isinstance(value, nn.Module):
-        return
-    seen.add(id(value))
-    if isinstance(value, FunctionType):
-        yield value
-    for part in _parts(value):
-        yield from _functions_in(part, seen)
-
-
-def _reaches(value: Any, own: set[int], seen: set[int]) -> bool:
-    """Whether a network's own modules or parameters, by identity, can be come to from a value."""
-    if id(value) in own:
-        return True
-    if id(value) in seen or isinstance(value, nn.Module):
-        return False
-    seen.add(id(value))
-    return any(_reaches(part, own, seen) for part in _parts(value))
+def _reaching(model: nn.Module) -> dict[int, Any]:
+    """Functions, methods, partials, containers and cells, by identity, from which a part of the network can be come to;
+    empty where no function can."""
+    own: set[int] = set()
+    todo: list[Any] = []
+    for module in model.modules():
+        own.add(id(module))
+        for key, value in vars(module).items():
+            if key in _OWN:
+                own.update(id(tensor) for tensor in value.values() if isinstance(tensor, Tensor))
+            elif not isinstance(value, _NOTHING):
+                todo.append(value)
+    seen: dict[int, Any] = {}
+    comes_from: dict[int, list[int]] = {}
+    reached: list[int] = []
+    while todo:
+        value = todo.pop()
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value
+        for part in _parts(value):
+            comes_from.setdefault(id(part), []).append(id(value))
+            if id(part) in own:
+                reached.append(id(part))
+            elif not isinstance(part, _NOTHING):
+                todo.append(part)
+    found: dict[int, Any] = {}
+    while reached:
+        for holder in comes_from.get(reached.pop(), ()):
+            if holder not in found:
+                found[holder] = seen[holder]
+                reached.append(holder)
+    return found if any(isinstance(value, FunctionType) for value in found.values()) else {}
 
 
 def _parts(value: Any) -> Iterator[Any]:
     if isinstance(value, FunctionType):
-        for cell in value.__closure__ or ():
-            yield from _content(cell)
+        yield from value.__closure__ or ()
         yield from value.__defaults__ or ()
         yield from (value.__kwdefaults__ or {}).values()
+        yield from vars(value).values()
+    elif isinstance(value, CellType):
+        try:
+            yield value.cell_contents
+        except ValueError:  # nothing is in it yet
+            return
     elif isinstance(value, partial):
         yield from (value.func, *value.args, *value.keywords.values())
     elif isinstance(value, MethodType):
         yield from (value.__self__, value.__func__)
     elif isinstance(value, Mapping):
         yield from value.values()
-    elif isinstance(value, list | tuple | set | frozenset):
+    elif isinstance(value, list | tuple | set | frozenset | deque):
         yield from value
 
 
-def _content(cell: CellType) -> tuple[Any, ...]:
-    """What is in a cell, if anything is yet."""
-    try:
-        return (cell.cell_contents,)
-    except ValueError:
-        return ()
+class _Following:
+    """Puts functions that reach the copy in the place of those that reach the network that it was copied from.
+
+    ``memo`` has the copies of that network's parts, ``astray`` what reaches them, both by identity.
+    """
+
+    def __init__(self, memo: dict[int, Any], astray: Mapping[int, Any]) -> None:
+        self.memo, self.astray = memo, astray
+        self.made: dict[int, Any] = {}
+        self.todo: list[FunctionType | CellType] = []  # made, and yet to be filled
+
+    def follow(self, copied: nn.Module) -> None:
+        """Exchange them wherever a module of the copy holds one."""
+        seen: set[int] = set()
+        for module in copied.modules():
+            for key, value in list(vars(module).items()):
+                if key not in _OWN and (new := self._in_place(value, seen)) is not value:
+                    vars(module)[key] = new
+        while self.todo:
+            self._fill(self.todo.pop())
+
+    def _in_place(self, value: Any, seen: set[int]) -> Any:
+        """A value of the copy's with its functions exchanged; its containers, which are copies, stay themselves."""
+        if isinstance(value, FunctionType | MethodType | partial):
+            return self._like(value, of_the_copy=True)
+        if id(value) in seen:
+            return value
+        seen.add(id(value))
+        if isinstance(value, dict):
+            for key, item in list(value.items()):
+                if (new := self._in_place(item, seen)) is not item:
+                    value[key] = new
+        elif isinstance(value, list):
+            value[:] = [self._in_place(item, seen) for item in value]
+        elif type(value) is tuple:
+            items = tuple(self._in_place(item, seen) for item in value)
+            return value if all(a is b for a, b in zip(items, value, strict=True)) else items
+        return value
+
+    def _like(self, value: Any, of_the_copy: bool = False) -> Any:
+        """What stands for a value in the copy: its copy, another function, or itself where it does not reach the
+        network. deepcopy has made new partials and methods already (``of_the_copy``), of the old functions."""
+        if id(value) in self.made:
+            return self.made[id(value)]
+        if of_the_copy and isinstance(value, MethodType) and id(value.__func__) in self.astray:
+            return MethodType(self._like(value.__func__), value.__self__)
+        if of_the_copy and isinstance(value, partial) and id(value.func) in self.astray:
+            return partial(self._like(value.func), *value.args, **value.keywords)
+        if id(value) not in self.astray:
+            return self.memo.get(id(value), value) if isinstance(value, nn.Module | Tensor) else value
+        if isinstance(value, FunctionType):
+            return self._function(value)
+        if isinstance(value, CellType):
+            self.todo.append(value)
+            return self.made.setdefault(id(value), CellType())
+        if not isinstance(value, MethodType | partial):
+            return self._container(value)
+        new: Any
+        if isinstance(value, MethodType):
+            new = MethodType(self._like(value.__func__), self._like(value.__self__))
+        else:
+            keywords = {key: self._like(item) for key, item in value.keywords.items()}
+            new = partial(self._like(value.func), *map(self._like, value.args), **keywords)
+        self.made[id(value)] = new
+        return new
+
+    def _function(self, function: FunctionType) -> FunctionType:
+        cells = tuple(map(self._like, function.__closure__ or ()))
+        new = FunctionType(function.__code__, function.__globals__, function.__name__, None, cells or None)
+        for name in _CARRIED:
+            if hasattr(function, name):
+                setattr(new, name, getattr(function, name))
+        self.made[id(function)] = new
+        self.todo.append(function)
+        return new
+
+    def _fill(self, value: FunctionType | CellType) -> None:
+        """Give what was made for it its contents, which may lead back to it, or deep down."""
+        new = self.made[id(value)]
+        if isinstance(value, CellType):
+            new.cell_contents = self._like(value.cell_contents)
+            return
+        new.__defaults__ = None if value.__defaults__ is None else tuple(map(self._like, value.__defaults__))
+        new.__kwdefaults__ = {key: self._like(item) for key, item in (value.__kwdefaults__ or {}).items()} or None
+        vars(new).update({key: self._like(item) for key, item in vars(value).items()})
+
+    def _container(self, value: Any) -> Any:
+        """A container that reaches the network, its other items the same; one of a class of its own is left."""
+        if type(value) in (list, set, deque):
+            self.made[id(value)] = new = type(value)()
+            (new.update if isinstance(new, set) else new.extend)(map(self._like, value))
+            return new
+        if isinstance(value, dict):
+            self.made[id(value)] = new = copy.copy(value)
+            new.update({key: self._like(item) for key, item in value.items()})
+            return new
+        if type(value) in (tuple, frozenset):
+            self.made[id(value)] = new = type(value)(map(self._like, value))
+            return new
+        return value

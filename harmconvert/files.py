@@ -23,6 +23,7 @@ from .errors import OutsideError, UsageError, shortened
 # What this process is writing: targets, each with the number of the writing among those of one target.
 _writing: set[tuple[Path, int]] = set()
 _lock = threading.Lock()
+_held: set[Path] = set()  # locks of `locked`: the system's are a process's, not a thread's
 
 
 def check_output(path: str | Path, force: bool = False, suffix: str = "") -> Path:
@@ -211,30 +212,47 @@ def locked(path: Path, what: str) -> Iterator[None]:
     Raises:
         OutsideError: another process holds the lock.
     """
+    path = path.resolve()
+    refused = OutsideError(f"another process is {what} (it holds {path}): wait for it, or name another output")
+    with _lock:
+        if path in _held:
+            raise refused
+        _held.add(path)
     try:
-        import fcntl  # not on every system
+        descriptor = _lock_on(path, refused)
+        try:
+            yield
+        finally:
+            if descriptor is not None:
+                path.unlink(missing_ok=True)
+                os.close(descriptor)
+    finally:
+        _held.discard(path)
+
+
+def _lock_on(path: Path, refused: OutsideError) -> int | None:
+    """The descriptor of a locked file; None where the system, or the disk, knows no locks."""
+    try:
+        import fcntl
     except ImportError:
-        yield
-        return
+        return None
     while True:
-        descriptor, held = os.open(path, os.O_RDWR | os.O_CREAT, 0o666), True
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise outside(error, f"cannot lock {path}") from error
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    return descriptor
         except OSError as error:
+            os.close(descriptor)
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                os.close(descriptor)
-                message = f"another process is {what} (it holds {path}): wait for it, or name another output"
-                raise OutsideError(message) from error
-            held = False
-        if not held or (path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())):
-            break
-        os.close(descriptor)  # whoever held it has removed it just now
-    try:
-        yield
-    finally:
-        if held:
+                raise refused from error
             path.unlink(missing_ok=True)
-        os.close(descriptor)
+            return None
+        os.close(descriptor)  # whoever held it has removed it just now
 
 
 def outside(error: OSError, what: str) -> OutsideError:

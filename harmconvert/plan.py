@@ -222,7 +222,8 @@ def make_plan(
     if isinstance(lam, Plan):
         if family not in (None, Basis(), lam.family):
             raise UsageError(f"the plan is of the basis {lam.family}, not {family}: leave out one of the two")
-        return _follow(lam, chosen, skipped, narrowed=bool(include or exclude))
+        cannot = {site.tied_to or site.name for site in sites if site.skip}
+        return _follow(lam, chosen, skipped, {s.name for s in sites if (s.tied_to or s.name) in cannot})
     notes: dict[str, str] = {}
     if lam == "full":
         layers = [_whole(site) for site in chosen]
@@ -355,14 +356,14 @@ def _by_pattern(sites: Sequence[ConvSite], lam: Mapping[str, int], names: Sequen
     return layers
 
 
-def _follow(plan: Plan, sites: Sequence[ConvSite], skipped: Sequence[Skip], narrowed: bool) -> Plan:
-    """A given plan, checked against the network; convolutions that it does not name are skipped, and (``narrowed``)
-    those of its own that are to be left out."""
+def _follow(plan: Plan, sites: Sequence[ConvSite], skipped: Sequence[Skip], cannot: set[str]) -> Plan:
+    """A given plan, checked against the network; it loses the layers that are skipped, if they could be converted."""
     out = {skip.name: skip.why for skip in skipped}
-    for layer in plan.layers if not narrowed else ():
-        if layer.name in out:
+    for layer in plan.layers:
+        if layer.name in out and layer.name in cannot:
             raise UsageError(f"the plan does not fit this network: layer {layer.name} is skipped ({out[layer.name]})")
-    plan = replace(plan, layers=tuple(layer for layer in plan.layers if layer.name not in out))
+    notes = {name: why for name, why in plan.notes.items() if name not in out}
+    plan = replace(plan, layers=tuple(layer for layer in plan.layers if layer.name not in out), notes=notes)
     known = {site.name: site for site in sites}
     for layer in plan.layers:
         if (site := known.get(layer.name)) is None:

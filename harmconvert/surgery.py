@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .conv import CONVOLUTIONS, HarmonicMixin, empty_counterpart, reason_not_convertible
-from .copying import deep_copy, functions_follow
+from .copying import deep_copy
 from .errors import InputError, UsageError, first_line, shortened
 from .plan import ConvSite
 
@@ -143,7 +142,7 @@ def trace(model: nn.Module, example_input: Any) -> Trace:
     handles = [c.register_forward_hook(watch(n), with_kwargs=True) for n, c in convolutions(model).items()]
     counter = FlopCounterMode(display=False)
     try:
-        with refusing(example_input), evaluating(model), unchanged(model), torch.random.fork_rng(devices=[]), counter:
+        with unchanged(model), refusing(example_input), evaluating(model), torch.random.fork_rng(devices=[]), counter:
             call(model, example_input)
     finally:
         for handle in handles:
@@ -174,10 +173,9 @@ def exchange(
         if type(value) in (dict, OrderedDict, set) and not value:
             memo[id(value)] = type(value)()
     try:
-        with functions_follow(model, memo):
-            for make in fill.values():
-                make(memo)
-            return copy.deepcopy(model, memo)
+        for make in fill.values():
+            make(memo)
+        return deep_copy(model, memo)
     except RecursionError as error:
         raise InputError(f"the modules of this {type(model).__name__} are nested too deeply to be copied") from error
     except (RuntimeError, TypeError) as error:
@@ -268,21 +266,30 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unchanged(model: nn.Module, but: Collection[nn.Module] = ()) -> Iterator[None]:
-    """Buffers that a forward changes (counters, caches) are put back afterwards, those of ``but`` excepted."""
-    before = [
-        (module._buffers, name, buffer, None if buffer is None else buffer.clone())
-        for module in model.modules()
-        if module not in but
-        for name, buffer in module._buffers.items()
-    ]
+    """What a forward does to a network beside computing (counters, caches) is undone afterwards: attributes of its
+    modules, and the values of their buffers, those of ``but`` excepted."""
+    modules = [module for module in model.modules() if module not in but]
+    before = [(module, dict(vars(module)), dict(module._buffers)) for module in modules]
+    values = [(b, b.clone(), _version(b)) for *_, buffers in before for b in buffers.values() if b is not None]
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffers, name, buffer, values in before:
-                if buffer is not None and values is not None:
-                    buffer.copy_(values)
-                buffers[name] = buffer
+        for module, attributes, buffers in before:
+            for key in vars(module).keys() - attributes.keys():
+                del vars(module)[key]
+            vars(module).update(attributes)
+            if isinstance(module._buffers, dict):  # of TorchScript they are out of reach
+                module._buffers.clear()
+                module._buffers.update(buffers)
+        for buffer, value, version in values:
+            if _version(buffer) != version or (version is None and not torch.equal(buffer, value)):
+                with torch.inference_mode(buffer.is_inference()), torch.no_grad():
+                    buffer.resize_(value.shape).copy_(value)
+
+
+def _version(tensor: Tensor) -> int | None:
+    """How often a tensor was written to; None where torch does not count."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def tensors_in(value: Any) -> list[Tensor]:

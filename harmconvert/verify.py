@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import isnan
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -40,10 +41,7 @@ from .surgery import (
 # in the documentation; the 16-bit ones are bounded by the rounding of their coefficients, amplified layer by layer.
 OUTPUT_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
-_STRAY = (
-    "a copy of the network still runs the layer that it was copied from, because a function outside of it does: make "
-    "that function a method"
-)
+_STRAY = "a copy of the network still runs the layer that it was copied from, by a function that copies do not follow"
 
 # Weights above which copies of two networks are no longer made, in float64 or at all: 4 to 8 GB would go into them.
 MOST_IN_FLOAT64 = 2**28
@@ -164,8 +162,7 @@ def verify(
             kernels[name] = check_kernel(*pair, written.get(state_key(name, "coefficients")))
     notes: list[str] = []
     errors: dict[str, float | None] = {"float64": None, "float32": None}
-    outputs: dict[str, float] = {}
-    astray: list[str] = []
+    outputs, astray, idle = dict[str, float](), list[str](), list[str]()
     agreement: float | None = None
     for precision in (torch.float64, torch.float32):
         key = str(precision).removeprefix("torch.")
@@ -176,7 +173,7 @@ def verify(
             continue
         try:
             # Per-layer outputs once, in the precision that shows a wrong layer and not the arithmetic.
-            error, same, layer_outputs, left = _compare(
+            error, same, layer_outputs, gone, left = _compare(
                 original, converted, inputs, precision, dtype, not outputs, list(pairs), tick
             )
         except _NoRunError as problem:
@@ -184,14 +181,14 @@ def verify(
                 notes.append(f"not compared in float64: {problem}")
                 continue
             raise UsageError(str(problem)) from problem
-        errors[key], outputs, astray = error, outputs or layer_outputs, astray or left
+        errors[key], outputs, astray, idle = error, outputs or layer_outputs, astray or gone, idle or left
         agreement = same if agreement is None or same is None else min(agreement, same)
     layers = tuple(
         LayerCheck(name, kept, total, kernel_error, outputs.get(name), problem)
         for name, (kept, total, kernel_error, problem) in kernels.items()
     )
+    structural = [*structural, *(f"{name or '(root)'}: {_STRAY}" for name in astray)]
     problems = [*structural, *(f"{layer.name}: {layer.problem}" for layer in layers if layer.problem), *altered]
-    problems += astray
     measured = [error for error in errors.values() if error is not None]
     worst = next((error for error in measured if isnan(error)), max(measured))
     if isnan(worst):
@@ -200,12 +197,23 @@ def verify(
     within = worst <= limit  # False for NaN
     if not within:  # else it comes to the same, however it is built
         problems += built_otherwise(original, converted, pairs)
+    _passed_over(idle, any(layer.kept < layer.total for layer in layers), within, problems, notes)
     ok = within and not structural if tolerance is not None else within and not problems and agreement in (None, 1.0)
     size = batch_size(inputs)
     return Verification(
         ok, not problems, limit, worst, errors["float64"], errors["float32"], agreement, size, layers,
         tuple(problems), tuple(notes),
     )  # fmt: skip
+
+
+def _passed_over(idle: Sequence[str], cut: bool, within: bool, problems: list[str], notes: list[str]) -> None:
+    """Tell of layers that the original runs and the converted network does not: what is cut may take another branch,
+    but nothing that is cut comes to the same."""
+    for name in (name or "(root)" for name in idle):
+        if not within:
+            notes.append(f"{name} runs in the original alone on these inputs")
+        elif cut:
+            problems.append(f"{name}: it runs in the original alone, and yet nothing changes")
 
 
 def _check_values(*models: nn.Module) -> None:
@@ -259,9 +267,10 @@ def _compare(
     per_layer: bool,
     names: list[str],
     tick: Callable[[str], None],
-) -> tuple[float, float | None, dict[str, float], list[str]]:
+) -> tuple[float, float | None, dict[str, float], list[str], list[str]]:
     """Relative output error, top-1 agreement (to the rounding of ``dtype``, the weights') and, where asked for,
-    per-layer output errors in one precision and the layers in whose place something else runs."""
+    per-layer output errors in one precision; layers of the given networks that their copies run, and layers that only
+    the original's copy runs."""
     with _default_dtype(precision):
         shared = _weights(original) > MOST_IN_FLOAT64
         models = [in_precision(model, precision, shared) for model in (original, converted)]
@@ -290,13 +299,12 @@ def _compare(
                 results = [_outputs("original", models[0], inputs, precision, tick)]
             with _calls([(n, theirs[n]) for n in names]) as ran:
                 results.append(_outputs("converted", models[1], inputs, precision, tick))
-        astray = [f"{name or '(root)'}: it runs in the original alone" for name in outputs if name not in ran]
-        astray += [f"{name or '(root)'}: {_STRAY}" for name in sorted(strays)]
+        idle = [name for name in outputs if name not in ran]
     if [t.shape for t in results[0]] != [t.shape for t in results[1]]:
-        return float("inf"), 0.0, outputs, astray
+        return float("inf"), 0.0, outputs, sorted(strays), idle
     pairs = list(zip(*results, strict=True))
     error = max((relative_difference(b, a) for a, b in pairs), default=float("nan"))
-    return error, top1_agreement(pairs, torch.finfo(dtype).eps), outputs, astray
+    return error, top1_agreement(pairs, torch.finfo(dtype).eps), outputs, sorted(strays), idle
 
 
 def _outputs(
@@ -318,9 +326,14 @@ def _outputs(
 
 @contextmanager
 def _calls(layers: Iterable[tuple[str, nn.Module]]) -> Iterator[set[str]]:
-    """The names of those layers that run meanwhile."""
+    """The names of those layers that this thread runs meanwhile."""
     ran: set[str] = set()
-    with _hooks([layer.register_forward_pre_hook(lambda *_, name=name: ran.add(name)) for name, layer in layers]):
+    here = get_ident()
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda *_: ran.add(name) if get_ident() == here else None
+
+    with _hooks([layer.register_forward_pre_hook(note(name)) for name, layer in layers]):
         yield ran
 
 

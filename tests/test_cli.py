@@ -529,6 +529,8 @@ def test_a_word_behind_an_option_without_its_value_is_an_argument() -> None:
     found = json.loads(ok("evaluate", "--amp", SAMPLE, "--dataset", "sample:mnist5k", "--json").stdout)
     assert found["images"] == 1000
     fails(2, "which images?", "evaluate", "--amp", "float16", SAMPLE)
+    fails(2, "'fp16' is not one of", "evaluate", SAMPLE, "--amp", "fp16")
+    fails(2, "1.5 is not in the range", "finetune", "--distill", "1.5", "a.safetensors")
     fails(2, "no harmonic checkpoint", "finetune", "--distill", SAMPLE, "--dataset", "sample:mnist5k")
 
 

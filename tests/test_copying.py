@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
+import threading
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -24,8 +27,8 @@ class Keeps(nn.Module):
 
     def __init__(self, make: Callable[[nn.Module], Any]) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.conv = nn.Conv2d(8, 8, 3, padding=1, bias=False)
         self.run = make(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,14 +104,126 @@ def test_a_forward_from_outside_is_told() -> None:
     assert "conv: a copy of the network still runs the layer that it was copied from" in check.verdict
 
 
-def test_a_layer_that_only_the_original_runs_is_told() -> None:
-    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)).eval()
+def test_a_layer_that_a_cut_passes_over_is_noted() -> None:
+    class EarlyExit(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.stem(x)
+            return (self.last(y) if y.std() > 0.1 else y).mean((2, 3))
+
+    torch.manual_seed(0)
+    network = EarlyExit().eval()
+    with torch.no_grad():
+        network.stem.weight.sub_(network.stem.weight.mean((2, 3), keepdim=True))
+    converted = hc.convert(network, {"stem": 1}, example_input=X).model
+    check = hc.verify(network, converted, X)
+    assert (check.ok, check.as_planned) == (False, True)
+    assert check.notes == ("last runs in the original alone on these inputs",)
+
+
+def test_what_another_thread_runs_is_its_own_affair() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)).eval()
     converted = hc.convert(network, example_input=X).model
-    idle = converted[1]
-    kernel = hc.fuse(converted)[1]
-    idle.__dict__["forward"] = idle.forward
-    other = nn.Sequential(converted[0], idle)
-    other.forward = lambda x: kernel(other[0](x))  # type: ignore[method-assign]
-    check = hc.verify(network, other, X)
+    over = threading.Event()
+
+    def serve() -> None:
+        with torch.no_grad():
+            while not over.is_set():
+                network(X)
+
+    server = threading.Thread(target=serve)
+    server.start()
+    try:
+        assert hc.verify(network, converted, X).ok
+    finally:
+        over.set()
+        server.join()
+
+
+def test_a_cut_layer_in_whose_place_something_else_runs_is_told() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)).eval()
+    converted = hc.convert(network, {"1": 1}, example_input=X).model
+    kernel, stem = network[1].weight.detach(), network[1].bias
+    converted.forward = lambda x: nn.functional.conv2d(converted[0](x), kernel, stem)
+    check = hc.verify(network, converted, X)
     assert not check.ok
-    assert "1: it runs in the original alone" in check.verdict
+    assert "1: it runs in the original alone, and yet nothing changes" in check.verdict
+
+
+# --- what is not the network's own stays what it is ---
+
+
+def bare() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.Conv2d(4, 4, 3, bias=False))
+
+
+def test_functions_that_do_not_reach_the_network_stay_themselves() -> None:
+    network = bare()
+    network.up = nn.functional.interpolate
+    converted = hc.convert(network, 2).model
+    assert converted.up is nn.functional.interpolate
+    assert pickle.dumps(hc.fuse(converted))
+
+
+def test_a_hooks_own_record_is_still_written_to() -> None:
+    network, seen = bare(), {"last": None, "lock": threading.Lock()}
+
+    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+        seen["last"] = output
+
+    network[1].register_forward_hook(hook)
+    converted = hc.convert(network, 2).model
+    output = converted(X)
+    assert seen["last"] is output
+
+
+def test_a_record_beside_the_network_is_no_obstacle() -> None:
+    network = bare()
+    state = {"network": network, "lock": threading.Lock(), "last": network(X)}
+    network[1].register_forward_hook(lambda module, args, output: state.update(last=output))
+    network[1].register_forward_hook(lambda module, args, output: None if state["network"] else output)
+    assert hc.verify(network, hc.convert(network, example_input=X).model, X).ok
+
+
+def test_a_patched_method_follows() -> None:
+    network = bare()
+    before = network[1].forward
+
+    def doubled(self: nn.Module, x: Tensor) -> Tensor:
+        return before(x) * 2
+
+    network[1].forward = MethodType(doubled, network[1])
+    cut = hc.convert(network, 1, example_input=X).model
+    with torch.no_grad():
+        cut[1].coefficients.zero_()
+        assert not cut(X).any()
+        assert network(X).any()
+
+
+def test_wrappers_of_wrappers_follow_in_time() -> None:
+    network, shared = bare(), [str(number) for number in range(20_000)]
+
+    def wrapped(inner: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        @wraps(inner)
+        def outer(x: Tensor, names: list[str] = shared) -> Tensor:
+            return inner(x)
+
+        return outer
+
+    run = network[1].forward
+    for _ in range(200):
+        run = wrapped(run)
+        network[0].register_forward_hook(lambda *_, run=run: None)
+    network.run = run
+    network.again = lambda: (network.again, network)
+    copied = deep_copy(network)
+    assert copied.again() == (copied.again, copied)
+    with torch.no_grad():
+        copied[1].weight.zero_()
+        assert not copied.run(X[:, :1].expand(-1, 4, -1, -1)).any()
+    assert copied.run.__name__ == "forward"
+    assert copied.run.__wrapped__ is not network.run.__wrapped__
+    assert shared is copied.run.__defaults__[0]

@@ -268,8 +268,9 @@ def test_a_plan_is_followed_by_the_layers_that_are_to_be_included() -> None:
         assert [layer.name for layer in narrowed.layers] == ["a", "b"]
         assert [skip.name for skip in narrowed.skipped] == ["c"]
     sites[2] = ConvSite("c", "Conv2d", (3, 3), False, skip="it is quantised")
-    with pytest.raises(UsageError, match=r"layer c is skipped \(it is quantised\)"):
-        make_plan(sites, plan)
+    for choice in ({}, {"exclude": ["a"]}, {"include": ["a", "b"]}):
+        with pytest.raises(UsageError, match=r"layer c is skipped \(it is quantised\)"):
+            make_plan(sites, plan, **choice)
 
 
 def test_what_is_wrong_with_a_plan_names_the_layer() -> None:

@@ -149,8 +149,8 @@ def limit_of(budget: Budget, whole: int, changes: Sequence[Sequence[int]]) -> tu
     if smallest > limit:
         raise UsageError(
             f"the budget {budget} cannot be met: cutting can bring the {whole:,} {UNITS[budget.unit]} of this network "
-            f"to {smallest:,} at least, so ask for {math.ceil(1000 * smallest / whole) / 10:g}% or more; layers that a "
-            "policy spares are cut where --include names them"
+            f"to {smallest:,} at least, so ask for {math.ceil(1000 * smallest / whole) / 10:g}% or more; the layer "
+            "that reads the input is cut where --include names it"
         )
     return limit, smallest
 

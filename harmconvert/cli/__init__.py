@@ -54,11 +54,11 @@ class Program(click.Group):
             sys.exit(result if isinstance(result, int) else 0)
         except click.exceptions.Exit as stop:
             sys.exit(stop.exit_code)
-        except click.exceptions.NoArgsIsHelpError as error:
-            click.echo(error.format_message(), err=True)
-            sys.exit(error.exit_code)
         except click.ClickException as error:
-            _say(error.format_message() + _hint(error))
+            if not arguments:  # what it has to say is all of the help
+                click.echo(error.format_message(), err=True)
+            else:
+                _say(error.format_message() + _hint(error))
             sys.exit(error.exit_code)
         except (click.Abort, KeyboardInterrupt):
             _say("interrupted; no output was written")

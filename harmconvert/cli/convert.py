@@ -260,10 +260,12 @@ def _keep(network: Network, sizes: Any, output: str, page: Path | None, force: b
     written: list[tuple[Header, Verification]] = []
 
     def write(staging: Path) -> None:
-        header = save(network.model, staging, source=network.source, force=True)
-        check = verify(network.model, load(staging, model=fuse(network.model)), inputs)
+        file = staging.with_name("network.safetensors")  # the target may be called otherwise, behind a link
+        header = save(network.model, file, source=network.source, force=True)
+        check = verify(network.model, load(file, model=fuse(network.model)), inputs)
         if not check.ok:
             raise CheckError(f"{output}, read back: {check.verdict}; nothing was written")
+        file.replace(staging)
         written.append((header, check))
 
     write_file(output, write, force)

@@ -85,6 +85,8 @@ def command(
       harmconvert finetune cut.safetensors --data-dir photographs/ --distill      # no labels needed
       harmconvert finetune cut.safetensors --dataset sample:mnist5k --hflip 0 --scale 0.7 1
     """
+    from contextlib import ExitStack
+
     from ..checkpoint import save
     from ..distributed import joined, rank
     from ..report import tables
@@ -93,8 +95,9 @@ def command(
     output = output or default_output(source)
     training_options.check_outputs(output, given, force)
     page = pages.checked(output, report, force)
-    with joined():
+    with joined(), ExitStack() as held:
         job = prepare(source, output, force, given, teacher, num_classes, trust_code)
+        held.enter_context(job.setting.keeper.alone())
         record = training_options.recorder(output, given["log"])
         with training_options.progress(job.recipe.epochs) as (told, epoch_done, tested):
 

@@ -79,6 +79,7 @@ def command(
       harmconvert train resnet50 --recipe imagenet-resnet --harmonic none --data-dir imagenet/ --amp
       harmconvert train sample:resnet_mnist5k --harmonic none --recipe cifar-wrn --dataset sample:mnist5k --hflip 0
     """
+    from contextlib import ExitStack
     from dataclasses import replace
 
     from ..distributed import joined, rank
@@ -87,7 +88,7 @@ def command(
 
     output = output or default_output(source)
     training_options.check_outputs(output, given, force)
-    with joined():
+    with joined(), ExitStack() as held:
         network, model = untrained(source, given, harmonic, lam, basis, not no_normalize_first)
         data = training_options.data_from(given, training_options.seed_from(given), ("train", "test"))
         check_classes(data, model, f"make the network with --model-kwargs num_classes={data.classes}")
@@ -101,6 +102,7 @@ def command(
             "arguments": dict(network.source.arguments),
         }
         keeper = training_options.keeper_from(given, output, identity, force)
+        held.enter_context(keeper.alone())
         machine, workers = training_options.machine_from(given), training_options.workers_from(given)
         setting = Setting(config, machine, workers)
         record = training_options.recorder(output, given["log"])

@@ -16,12 +16,19 @@ class OptionalValues(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         loose = {name: option for option in self.params if _flag_needs_value(option) for name in option.opts}
         words = list(args)
-        end = words.index("--") if "--" in words else len(words)
-        for place, (word, behind) in enumerate(pairwise(words[:end])):
+        for place, (word, behind) in enumerate(pairwise(args)):
             option = loose.get(word)
             if isinstance(option, click.Option) and not behind.startswith("-") and not _fits(option, behind, ctx):
                 words[place] = f"{word}={option.flag_value}"
-        return super().parse_args(ctx, words)
+        try:
+            return super().parse_args(ctx, list(args))
+        except click.UsageError as error:
+            if words == args:
+                raise
+            try:
+                return super().parse_args(ctx, words)
+            except click.UsageError:
+                raise error from None  # it was a value, and a wrong one
 
 
 def _flag_needs_value(option: click.Parameter) -> bool:

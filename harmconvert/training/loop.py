@@ -79,7 +79,7 @@ def train(
         _check_finite(learner, position, keeper)
         keeper.save(position, learner.content)
 
-    with keeper.alone(), asked_to_stop() as request:
+    with asked_to_stop() as request:
         for epoch in range(position.epoch, recipe.epochs):
             start, seen = time.perf_counter(), position.sums[2]
             unreadable: list[str] = []
