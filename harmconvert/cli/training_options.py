@@ -117,7 +117,11 @@ recipe_options = _stacked(
     click.option(
         "--grad-accum-steps", type=click.IntRange(min=1), help="Run a step's images in so many parts: less memory."
     ),
-    click.option("--freeze-bn", is_flag=True, default=None, help="Batch norms keep statistics and weights."),
+    click.option(
+        "--freeze-bn/--no-freeze-bn",
+        default=None,
+        help="Batch norms keep statistics and weights; so they do where the uncut network alone teaches.",
+    ),
     click.option("--seed", type=click.IntRange(min=0), help="Of the order, the augmentation and the hold-out."),
 )
 

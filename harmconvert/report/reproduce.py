@@ -78,11 +78,12 @@ def _training(recipe: Mapping[str, Any], default: Recipe | None = None) -> list[
     for field in fields(Recipe):
         value, usual = recipe.get(field.name), getattr(default, field.name)
         value = tuple(value) if isinstance(value, list) else value
+        usual = usual or (field.name == "freeze_bn" and recipe.get("distill") == 1)
         if field.name == "name" or value is None or value == usual:
             continue
         option = f"--{_OPTIONS.get(field.name, field.name).replace('_', '-')}"
         if isinstance(value, bool):
-            words += [option] if value else []
+            words.append(option if value else option.replace("--", "--no-"))
         elif field.name == "decay_milestones":
             words += [option, ",".join(map(str, value))]
         else:

@@ -169,8 +169,13 @@ RECIPES = {
 def recipe_named(name: str, **changes: Any) -> Recipe:
     """The recipe of that name with changes (None changes nothing); its schedule stretches with the epochs.
 
+    Where the uncut network alone teaches (``distill=1``), batch norms are frozen unless ``freeze_bn`` says otherwise: the
+    teacher's are, and few images have statistics far from those that it learnt.
+
     >>> recipe_named("cifar-wrn", epochs=20).decay_milestones
     (6, 12, 16)
+    >>> recipe_named("finetune", distill=1).freeze_bn
+    True
 
     Raises:
         UsageError: no recipe of that name, or a setting that makes no sense.
@@ -179,6 +184,7 @@ def recipe_named(name: str, **changes: Any) -> Recipe:
         raise UsageError(f"there is no recipe {name!r}: use one of {', '.join(RECIPES)}")
     recipe = RECIPES[name]
     changes = {key: value for key, value in changes.items() if value is not None}
+    changes.setdefault("freeze_bn", changes.get("distill", recipe.distill) == 1 or recipe.freeze_bn)
     stretch = max(changes.get("epochs", recipe.epochs), 1) / recipe.epochs
     stretched = replace(
         recipe,
