@@ -169,8 +169,8 @@ RECIPES = {
 def recipe_named(name: str, **changes: Any) -> Recipe:
     """The recipe of that name with changes (None changes nothing); its schedule stretches with the epochs.
 
-    Where the uncut network alone teaches (``distill=1``), batch norms are frozen unless ``freeze_bn`` says otherwise: the
-    teacher's are, and few images have statistics far from those that it learnt.
+    Where the uncut network alone teaches (``distill=1``), batch norms are frozen unless ``freeze_bn`` says otherwise:
+    the teacher's are, and few images have statistics far from those that it learnt.
 
     >>> recipe_named("cifar-wrn", epochs=20).decay_milestones
     (6, 12, 16)
