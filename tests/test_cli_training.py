@@ -175,6 +175,7 @@ def test_images_without_labels_are_learnt_from_the_uncut_network() -> None:
     assert "have no labels, so the uncut network teaches" in result.stderr
     found = json.loads(result.stdout)
     assert found["recipe"]["distill"] == 1
+    assert found["recipe"]["freeze_bn"]
     stages = {stage["name"]: stage["evaluation"] for stage in found["stages"]}
     assert stages["fine-tuned"]["top1"] is None
     assert stages["fine-tuned"]["divergence"] < stages["before"]["divergence"]

@@ -269,6 +269,9 @@ def test_commands_say_plan_where_no_lambda_gives_it_and_options_that_differ() ->
     assert convert_line == f"harmconvert convert {SAMPLE} --lambda 2=1,3=2 -o cut.safetensors"
     options = "--epochs 2 --lr 0.01 --decay-milestones 1,2 --scale 0.5 1.0 --model-ema-decay 0.9 --freeze-bn"
     assert finetune_line == f"harmconvert finetune cut.safetensors --data-dir DATA {options} -o net.safetensors"
+    for frozen, word in ((True, "--distill 1.0"), (False, "--no-freeze-bn --distill 1.0")):
+        history = {"training": [training(distill=1.0, freeze_bn=frozen)]}
+        assert f"--lr 0.01 {word} -o net" in made(small(), 2, history=history).commands[1]
     assert "--plan plan.json" in made(small(), 2, include=["3"]).commands[0], "no lambda alone gives that"
     long = made(small(), {f"[{'3' * count}]": 2 for count in range(1, 40)})
     assert "--plan plan.json" in long.commands[0], "nobody reads a lambda of hundreds of letters"
