@@ -319,6 +319,7 @@ def test_what_is_neither_lambda_nor_best_is_refused() -> None:
         SearchSettings(frequencies="worst")
 
 
+@pytest.mark.slow
 def test_two_processes_choose_what_one_does(tmp_path: Path) -> None:
     (one,) = launched(tmp_path, 1, "best")
     first, second = launched(tmp_path, 2, "best")
