@@ -729,6 +729,7 @@ def test_two_processes_come_to_what_one_does(tmp_path: Path) -> None:
             assert torch.allclose(tensor.double(), two["state"][key].double(), rtol=1e-8, atol=1e-10), key
 
 
+@pytest.mark.slow
 def test_what_one_process_cannot_do_all_leave(tmp_path: Path) -> None:
     first, second = launched(tmp_path, 2, "trouble")
     assert [layer[0] for layer in first["layers"]] == [layer[0] for layer in second["layers"]] == ["failed", "refit"]

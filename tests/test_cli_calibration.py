@@ -138,6 +138,7 @@ def test_calibration_options_out_of_range_are_refused(code: int, message: str, o
     assert os.listdir() == []
 
 
+@pytest.mark.slow
 def test_several_processes_write_one_file() -> None:
     options = ["convert", SAMPLE, "--lambda", "stage3.2.*=2", "--calibrate", "sample:mnist5k"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "harmconvert"]

@@ -437,6 +437,7 @@ def test_a_webdataset_is_streamed() -> None:
     gc.collect()  # here, not in another test
 
 
+@pytest.mark.slow
 def test_two_processes_read_a_webdataset_once(tmp_path: Path) -> None:
     """In shards, each process its own: calibration sees every image once, and both processes the same ones."""
     pytest.importorskip("webdataset")
@@ -510,6 +511,7 @@ def test_a_network_of_one_channel_trains_at_another_size() -> None:
     assert not read_header("small.safetensors").plan.whole
 
 
+@pytest.mark.slow
 def test_two_processes_name_what_either_could_not_read_and_agree_on_how_right() -> None:
     shutil.copytree("digits/val", "spoilt")
     for digit in (0, 9):

@@ -138,7 +138,7 @@ MUTANTS = (
         "a plan of 1x9 kernels fits 3x3 ones", PLAN,
     ),
     Mutant(
-        "copying.py", "cell.cell_contents = follow(content)", "cell.cell_contents = content",
+        "copying.py", "new.cell_contents = self._like(value.cell_contents)", "new.cell_contents = value.cell_contents",
         "a copy's functions work on the original", ("test_copying.py",),
     ),
     Mutant(

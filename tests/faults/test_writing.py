@@ -331,6 +331,7 @@ def test_targets_that_are_no_files(material: Path, tally: Counter, name: str) ->
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
 
 
+@pytest.mark.slow
 def test_rivals(material: Path, tally: Counter) -> None:
     """With --force the last whole writer wins; without it the first one does, and the others say so."""
     count = tally("writing", "several processes that write one target")
