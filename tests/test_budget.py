@@ -198,6 +198,7 @@ def test_a_budget_of_latency_is_measured_here() -> None:
     assert 0 < search.smallest <= search.best.cost <= search.limit == search.whole
 
 
+@pytest.mark.slow
 def test_the_plan_taken_is_the_best_of_those_tried_and_beats_the_uniform_one() -> None:
     model = hc.open_source(SAMPLE).model
     found = convert(model, budget="params=35%", calibration=digits(64), search=SearchSettings(trials=5))
@@ -385,6 +386,7 @@ def test_nothing_is_cut_where_every_cut_costs_too_much() -> None:
         smallest_within(lambda share: (share, 0.0), 0.1, -1)
 
 
+@pytest.mark.slow
 def test_the_smallest_network_within_a_drop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     digit_folders(tmp_path / "digits", 20)

@@ -30,7 +30,7 @@ ARCHITECTURES = {
     "convnext_atto": 64, "inception_v3": 96, "eca_nfnet_l0": 64, "repvgg_a0": 64, "hrnet_w18_small": 64,
     "resnest14d": 64, "mobilevit_xxs": 64, "vgg11_bn": 64,
 }  # fmt: skip
-QUICK = ("resnet18", "tf_efficientnet_lite0")
+QUICK = ("resnet18",)
 
 
 def in_runtime(path: Path, x: Tensor) -> np.ndarray:
