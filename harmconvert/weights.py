@@ -20,7 +20,7 @@ from timm.models import clean_state_dict
 from torch import Tensor, nn
 
 from .errors import InputError, OutsideError, first_line, shortened
-from .files import check_output, outside, read_json, write_file
+from .files import outside, read_json, write_file
 
 # What torch.load raises for files that are broken, or that are more than tensors.
 UNREADABLE = (
@@ -204,7 +204,6 @@ def write_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: dic
             kind = str(error.args[0]).removeprefix("torch.")
             raise InputError(f"{shortened(keys)}: no safetensors file can hold {kind} values") from error
 
-    check_output(path, force, ".safetensors")
     with saving(path):
         write_file(path, write, force)
 

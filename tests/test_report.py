@@ -35,6 +35,7 @@ from harmconvert.report.comparison import compare
 from harmconvert.report.page import page, shortened_name, write_report
 from harmconvert.report.summary import Report, report_of
 from harmconvert.sources import open_source
+from harmconvert.training import recipe_named
 
 from .browser import UNREADABLE, Visit, chromium
 from .pictures import digit_folders
@@ -269,6 +270,9 @@ def test_commands_say_plan_where_no_lambda_gives_it_and_options_that_differ() ->
     assert convert_line == f"harmconvert convert {SAMPLE} --lambda 2=1,3=2 -o cut.safetensors"
     options = "--epochs 2 --lr 0.01 --decay-milestones 1,2 --scale 0.5 1.0 --model-ema-decay 0.9 --freeze-bn"
     assert finetune_line == f"harmconvert finetune cut.safetensors --data-dir DATA {options} -o net.safetensors"
+    for recipe, words in (({"lr": 0.01}, "--lr 0.01"), ({"distill": 1.0}, "--distill 1.0")):
+        whole = {"training": [training(**recipe_named("finetune", **recipe).to_json())]}  # every field of it
+        assert f"--data-dir DATA {words} -o net.safetensors" in made(small(), 2, history=whole).commands[1]
     for frozen, word in ((True, "--distill 1.0"), (False, "--no-freeze-bn --distill 1.0")):
         history = {"training": [training(distill=1.0, freeze_bn=frozen)]}
         assert f"--lr 0.01 {word} -o net" in made(small(), 2, history=history).commands[1]

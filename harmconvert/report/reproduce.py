@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from ..checkpoint import Header
@@ -75,10 +75,10 @@ def _gives(plan: Plan, sites: Sequence[ConvSite]) -> bool:
 def _training(recipe: Mapping[str, Any], default: Recipe | None = None) -> list[str]:
     """Options of what differs from the recipe that `finetune` has unasked."""
     default, words = default or Recipe(), ["--data-dir", "DATA"]
+    default = replace(default, freeze_bn=default.freeze_bn or recipe.get("distill") == 1)  # as `recipe_named` has it
     for field in fields(Recipe):
         value, usual = recipe.get(field.name), getattr(default, field.name)
         value = tuple(value) if isinstance(value, list) else value
-        usual = usual or (field.name == "freeze_bn" and recipe.get("distill") == 1)
         if field.name == "name" or value is None or value == usual:
             continue
         option = f"--{_OPTIONS.get(field.name, field.name).replace('_', '-')}"
