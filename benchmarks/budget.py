@@ -186,9 +186,9 @@ def rows(
             for key in keys:
                 if key in done:
                     continue
-                network = model if key[-1] == "0" else study.tuned(model)
                 if key[-1] == "1" and method == "tucker-2":
                     continue  # trained multiplied out it would no longer be one
+                network = model if key[-1] == "0" else study.tuned(model)
                 yield {
                     **dict(zip(KEYS, key, strict=True)), "parameters": count, "share": f"{count / study.whole:.4f}",
                     **common.scores(network, study.subject, uncut), "seconds": f"{seconds:.1f}",
