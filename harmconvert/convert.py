@@ -145,8 +145,8 @@ def convert(
             has its own.
         normalization: of the basis: ``"ortho"``, or ``"l1"`` as in the paper's ImageNet networks.
         budget: instead of ``lam``: a share of the whole network's parameters, bytes, MACs or time on this machine (at
-            ``example_input``, as `factor` will have it), ``{"params": 0.6}`` or ``"latency=50%"``; the plan of least
-            harm within it is searched for (`harmconvert.budget`).
+            ``example_input``, as `factor` will have it), ``{"params": 0.6}`` or ``"latency=50%"``, or an amount,
+            ``"bytes=10MB"``; the plan of least harm within it is searched for (`harmconvert.budget`).
         max_drop: instead of ``lam``: the fewest parameters at which ``worth`` (of a network, in points, as top-1 in %)
             falls by no more than this; by bisection over budgets, all of them in ``drops`` of what comes back.
         calibration: batches of inputs to refit on (32 inputs or more): tensors, (input, target) pairs whose target is

@@ -99,6 +99,10 @@ def test_thinned_out_it_still_stays_within_the_budget(case: tuple[Any, Any], bud
         ("params=-3", "no share"),
         ("params=half", "no share"),
         ("params=nan", "no share"),
+        ("params=0M", "params=0M is no share of the network: give 60% or 0.6, at most 100%, or an amount in k, M, G"),
+        ("params=5MB", "no share"),
+        ("bytes=10", "or an amount in B, kB, KiB, MB, MiB, GB, GiB"),
+        ("latency=1e400s", "no share"),
         ("weight=60%", "unknown budget 'weight': use one of params, macs, bytes, latency, such as params=60%"),
         ({"params": 0.5, "macs": 0.5}, "names 2"),
         ({}, "names 0"),
@@ -114,6 +118,41 @@ def test_budgets_that_are_read() -> None:
     same = [Budget.parse(text) for text in ("params=60%", "params=0.6", " params = 60 % ".replace(" %", "%"))]
     assert {*same, Budget.parse({"params": 0.6}), Budget.parse({"params": "60%"})} == {Budget("params", 0.6)}
     assert str(same[0]) == "params=60%"
+
+
+@pytest.mark.parametrize(
+    ("text", "amount", "shown"),
+    [
+        ("params=5M", 5_000_000, "params=5M"),
+        ("params=0.0123 m", 12_300, "params=12.3k"),
+        ("bytes=10MB", 10_000_000, "bytes=10MB"),
+        ("bytes=10mib", 10_485_760, "bytes=10MiB"),
+        ("bytes=1023B", 1023, "bytes=1023B"),
+        ("macs=1.2T", 1_200_000_000_000, "macs=1.2T"),
+        ("latency=1500us", 1500, "latency=1.5ms"),
+    ],
+)
+def test_amounts_that_are_read(text: str, amount: int, shown: str) -> None:
+    budget = Budget.parse(text)
+    assert (budget.share, budget.amount, str(budget)) == (None, amount, shown)
+    assert Budget.parse(shown) == budget
+    assert (budget.limit(amount + 1), budget.limit(amount), budget.limit(1)) == (amount, amount, 1)
+
+
+def test_an_amount_is_what_its_share_is() -> None:
+    model = seeded(Branches)
+    whole = convert(model, example_input=X).cost
+    for unit, of_it in (("params", whole.parameters), ("macs", whole.dense_macs)):
+        assert of_it is not None
+        amount = int(0.6 * of_it)
+        by_share = convert(model, budget={unit: 0.6}, example_input=X)
+        by_amount = convert(model, budget=f"{unit}={amount / 1000:.12g}k", example_input=X)
+        assert by_amount.plan.layers == by_share.plan.layers
+        assert by_amount.search is not None
+        assert by_amount.search.limit == amount
+    with pytest.raises(UsageError, match=r"the budget params=0\.3k cannot be met: cutting can bring the [0-9,]+ param"):
+        convert(model, budget={"params": "0.3k"}, example_input=X)
+    assert all(layer.whole for layer in convert(model, budget="params=1G", example_input=X).plan.layers)
 
 
 @pytest.mark.parametrize("unit", ["params", "bytes", "macs"])

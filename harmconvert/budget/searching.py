@@ -68,7 +68,7 @@ class Searching:
         limit, smallest = limit_of(self.budget, *costs)
         self.search.say(
             f"{UNITS[self.budget.unit]}: {costs[0]:,} now, {smallest:,} ({smallest / costs[0]:.1%}) at least; "
-            f"{self.budget} is {limit:,}"
+            f"{self.budget} is {limit:,} ({limit / costs[0]:.1%})"
         )
         others: dict[str, Plan] = {}
         for policy in OTHERS:

@@ -69,10 +69,10 @@ def budget_options(command: Any) -> Any:
 @click.option(
     "--budget",
     multiple=True,
-    metavar="UNIT=SHARE",
+    metavar="UNIT=SIZE",
     help="Instead of a lambda: params=60%, bytes=60%, macs=60% (of the factored form) or latency=60% (measured here, "
-    "each layer in its faster form) of the whole network; the plan of least harm within it is searched for, on the "
-    "images of --calibrate or by energy.",
+    "each layer in its faster form) of the whole network, or an amount: params=5M, bytes=10MB, macs=1G, latency=5ms; "
+    "the plan of least harm within it is searched for, on the images of --calibrate or by energy.",
 )
 @click.option(
     "--max-drop",
@@ -166,19 +166,19 @@ def command(
     from .labelled import halves
 
     _check_choice(plan_file, lam, budget, max_drop, labelled)
-    share = Budget.parse(budget[0]) if budget else None
+    asked = Budget.parse(budget[0]) if budget else None
     policy: Any = Plan.load(plan_file) if plan_file else parse_lambda(lam or "full")
     choices = (lam, plan_file, budget, labelled, include, exclude, more["data"])
     told = any(choices) or (basis, normalization, more["dtype"]) != ("dct", "ortho", "float32")
     as_it_is = not told and is_harmonic_source(source)
-    named = default_name(source, _kept(lam, plan_file, share, max_drop))
+    named = default_name(source, _kept(lam, plan_file, asked, max_drop))
     output = output or (named.replace("-harmonic-full", "-harmonic") if as_it_is else named)
     check_output(output, force, ".safetensors")
     if save_plan:
         check_output(save_plan, force)
     page = pages.checked(output, report, force)
     figure = check_figure(source, "search", search_figure, force) if search_figure else None
-    if (share or labelled) and probes is None and more["data"]:
+    if (asked or labelled) and probes is None and more["data"]:
         probes = _probes_beside(output, source)
     with joined():
         network = options.opened(source, more, at_once=True, intact=True, form="harmonic" if as_it_is else "dense")
@@ -196,7 +196,7 @@ def command(
                 exclude=exclude,
                 basis=basis,
                 normalization=normalization,
-                budget={share.unit: share.share} if share else None,
+                budget=budget[0] if budget else None,
                 max_drop=max_drop,
                 worth=worth,
                 search=SearchSettings(trials, probes, options.say, frequencies),
@@ -216,10 +216,10 @@ def command(
     return _calibration_verdict(conversion, output, more["allow_fallback"])
 
 
-def _kept(lam: str | None, plan_file: str | None, share: Budget | None, max_drop: float | None) -> str:
+def _kept(lam: str | None, plan_file: str | None, asked: Budget | None, max_drop: float | None) -> str:
     """What a file is called after that keeps this."""
-    if share is not None:
-        return f"{share.unit}{100 * share.share:g}"
+    if asked is not None:
+        return str(asked).replace("=", "").replace("%", "")
     return f"drop{max_drop:g}" if max_drop is not None else "plan" if plan_file else lam or "full"
 
 
