@@ -7,8 +7,8 @@ taken at all: a layer that generalises no better than the plain cut keeps the pl
 
 From the whole to the parts: `calibrate` here; refit.py, one layer after the other; layers.py, one layer's kernel and
 the choice of a solution; equations.py and solvers.py, the least squares; cuts.py, those of all cuts of a layer at once;
-responses.py, DCT responses; capture.py, running a network up to a layer; holding.py, going on from there; limits.py,
-what this machine has left.
+responses.py, DCT responses; capture.py, running a network up to a layer; holding.py, going on from there; layout.py,
+how inputs lie in memory; limits.py, what this machine has left.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from .cuts import WholeLayer
 from .divergence import Divergence
 from .holding import Forwards
 from .inputs import CalibrationSet, calibration_set
+from .layout import laid_out
 from .limits import memory_for
 from .records import ENOUGH_POSITIONS, Calibration, CalibrationSettings, LayerCalibration, Progress
 from .refit import Refit
@@ -66,6 +67,7 @@ class Known:
         """Nothing yet but the set; raises what `calibrate` does."""
         data = calibration_set(batches, settings.inputs)
         with unchanged(original):
+            data = laid_out(original, data)
             return cls(data, Divergence(original, data.held))
 
 

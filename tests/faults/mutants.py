@@ -27,6 +27,7 @@ REFIT = ("test_calibration.py",)
 HOLDING = ("test_holding.py",)
 SEARCH = ("test_frequencies.py",)
 KNAPSACK = ("test_budget.py",)
+LAYOUT = ("test_layout.py",)
 
 MUTANTS = (
     Mutant(
@@ -315,5 +316,9 @@ MUTANTS = (
     Mutant(
         "calibration/__init__.py", "before[key] + share * (after", "before[key] - share * (after",
         "half of a change is taken backwards", REFIT,
+    ),
+    Mutant(
+        "calibration/layout.py", "<= tolerance * one.double()", ">= -tolerance * one.double()",
+        "networks that misread another layout are calibrated in it", LAYOUT,
     ),
 )  # fmt: skip
