@@ -65,7 +65,7 @@ def gemm_rate(rows: int, unknowns: int, device: str) -> float:
 def accumulation(channels: int, size: int, wanted: int, device: str) -> dict[str, float]:
     """Taking in one batch of 32 of a 3x3 layer at lambda 2: GFLOP/s of the two products, all work included."""
     conv = to_harmonic(nn.Conv2d(channels, channels, 3, padding=1, bias=False), [(0, 0), (0, 1), (1, 0)]).to(device)
-    x = torch.randn(32, channels, size, size, device=device)
+    x = torch.randn(32, channels, size, size, device=device).contiguous(memory_format=torch.channels_last)
     call = captured(conv, x)
     layer = Kernel.of(conv, call).layer(call, False, wanted, 0)
     problem = NormalEquations(layer)

@@ -153,6 +153,24 @@ def test_responses_come_to_the_output_where_same_padding_has_one_side_more(
     torch.testing.assert_close(found, outputs(call.output).flatten(0, 1), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels last"])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_responses_at_some_positions_are_those_of_all(name: str, last: bool) -> None:
+    """What is copied for them is picked from the map as it lies, its padding and the holes of a transposed convolution
+    never made; in either layout, in an order of positions that is none."""
+    make, shape = CONVOLUTIONS[name]
+    conv = seeded(make, torch.float64)
+    x = smooth((3, *shape[1:])) + 1
+    call = captured(conv, x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x)
+    kernels = Basis().kernels(tuple(conv.kernel_size))
+    every = responses(call, kernels).unflatten(0, (3, -1))
+    picks = torch.stack([torch.randperm(every.shape[1], generator=torch.Generator().manual_seed(i)) for i in range(3)])
+    for wanted in (1, every.shape[1] // 2, every.shape[1]):
+        found = responses(call, kernels, picks[:, :wanted]).unflatten(0, (3, -1))
+        expected = every[torch.arange(3)[:, None], picks[:, :wanted]]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", STANDARDISED)
 def test_a_standardised_kernel_is_refitted_within_what_its_class_can_make(name: str) -> None:
     model, plan, shape = one_layer(name, torch.float32)

@@ -20,6 +20,7 @@ from ..projection import merge
 from .capture import ConvCall
 from .responses import from_groups, outputs, pick_positions
 
+_ROWS = 1024  # positions at a time: what is made of so many stays in caches and on the heap
 _CHUNK = 1 << 25  # values of windows at a time: 256 MB in float64
 
 
@@ -97,7 +98,8 @@ class Problem:
 
         ``examples``: the number of each of the N examples in the whole calibration set.
         """
-        step = max(1, _CHUNK // (target_NPO.shape[1] * call.input.shape[1] * prod(self.layer.kernel_size)))
+        rows = min(_ROWS, _CHUNK // (call.input.shape[1] * prod(self.layer.kernel_size)))
+        step = max(1, rows // target_NPO.shape[1])
         for start in range(0, len(call.input), step):
             part = slice(start, start + step)
             picks = pick_positions(examples[part], call.output.shape[2:], self.layer.wanted, self.layer.seed)

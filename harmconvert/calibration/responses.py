@@ -25,10 +25,16 @@ def responses(call: ConvCall, basis_FK: Tensor, picks_NP: Tensor | None = None) 
     if call.transposed:
         # A transposed convolution is a plain one of the input with zeros in between, its kernel turned round.
         basis_FK = basis_FK.unflatten(1, kernel_size).flip(*range(1, len(kernel_size) + 1)).flatten(1)
-    windows_NIKP = _windows(call, kernel_size, picks_NP)
+    windows_NIKP = _all_windows(call) if picks_NP is None else _picked_windows(call, picks_NP)
     dtype = torch.promote_types(windows_NIKP.dtype, torch.float32)
-    responses_NIFP = basis_FK.to(dtype) @ windows_NIKP.to(dtype)
-    responses_NPIF = responses_NIFP.permute(0, 3, 1, 2).to(torch.float64, memory_format=torch.contiguous_format)
+    basis_FK = basis_FK.to(dtype)
+    windows_NKPI = windows_NIKP.movedim(1, -1)
+    if windows_NKPI.is_contiguous():  # as they come from channels_last
+        responses_NFR = basis_FK @ windows_NKPI.flatten(2).to(dtype)
+        responses_NPIF = responses_NFR.unflatten(2, windows_NKPI.shape[2:]).permute(0, 2, 3, 1)
+    else:
+        responses_NPIF = (basis_FK @ windows_NIKP.to(dtype)).permute(0, 3, 1, 2)
+    responses_NPIF = responses_NPIF.to(torch.float64, memory_format=torch.contiguous_format)
     return responses_NPIF.reshape(len(responses_NPIF) * responses_NPIF.shape[1], call.groups, -1)
 
 
@@ -71,47 +77,81 @@ def from_groups(coefficients_GON: Tensor, frequencies: int, transposed: bool) ->
     return (blocks.transpose(1, 2) if transposed else blocks).flatten(0, 1)
 
 
-def _windows(call: ConvCall, kernel_size: Sequence[int], picks_NP: Tensor | None) -> Tensor:
-    """What the kernel sees at each position, shape (N, I, K, P); copies only what was picked."""
-    size = call.output.shape[2:]
-    strides = (1,) * len(size) if call.transposed else call.stride
-    padded = _padded(call, kernel_size)
-    offsets = list(itertools.product(*(range(0, k * d, d) for k, d in zip(kernel_size, call.dilation, strict=True))))
-    if picks_NP is None:
-        parts = []
-        for offset in offsets:
-            ends = [o + (n - 1) * s + 1 for o, n, s in zip(offset, size, strides, strict=True)]
-            slices = [slice(o, end, s) for o, end, s in zip(offset, ends, strides, strict=True)]
-            index = (slice(None), slice(None), *slices)
-            parts.append(padded[index])
-        return torch.stack(parts, 2).flatten(3)
-    # Flat indices into the padded map and one gather: indexing a view of windows was measured eight times slower.
-    first_NP, rest, step = torch.zeros_like(picks_NP), picks_NP, 1
-    shift_K = torch.zeros(len(offsets), dtype=torch.long)
-    for axis in reversed(range(len(size))):
-        first_NP = first_NP + rest % size[axis] * strides[axis] * step
-        shift_K += torch.tensor([offset[axis] for offset in offsets]) * step
-        rest, step = rest // size[axis], step * padded.shape[2 + axis]
-    index_N1KP = (first_NP[:, None, :] + shift_K[:, None])[:, None].to(padded.device)
-    flat = index_N1KP.flatten(2).expand(-1, padded.shape[1], -1)
-    return padded.flatten(2).gather(2, flat).unflatten(2, (len(offsets), -1))
+def _all_windows(call: ConvCall) -> Tensor:
+    """What the kernel sees at every position, shape (N, I, K, P)."""
+    size, strides, padded = call.output.shape[2:], _steps(call)[0], _padded(call)
+    parts = []
+    for offset in _offsets(call):
+        ends = [o + (n - 1) * s + 1 for o, n, s in zip(offset, size, strides, strict=True)]
+        slices = [slice(o, end, s) for o, end, s in zip(offset, ends, strides, strict=True)]
+        index = (slice(None), slice(None), *slices)
+        parts.append(padded[index])
+    return torch.stack(parts, 2).flatten(3)
 
 
-def _padded(call: ConvCall, kernel_size: Sequence[int]) -> Tensor:
-    input, edges = call.input, []
+def _picked_windows(call: ConvCall, picks_NP: Tensor) -> Tensor:
+    """What it sees at some, shape (N, I, K, P); copies only that, not even a padded map."""
+    strides, holes = _steps(call)
+    offsets, edges, input = torch.tensor(_offsets(call)), _edges(call), call.input
+    rest_N1P, inner = picks_NP[:, None], 1
+    index_NKP = torch.zeros(1, 1, 1, dtype=torch.long)
+    outside_NKP = torch.zeros(1, 1, 1, dtype=torch.bool)
+    for axis in reversed(range(len(strides))):
+        length, hole = input.shape[2 + axis], holes[axis]
+        place = rest_N1P % call.output.shape[2 + axis] * strides[axis] + (offsets[:, axis, None] - edges[axis][0])
+        outside_NKP = outside_NKP | (place < 0) | (place > (length - 1) * hole) | (place % hole != 0)
+        index_NKP = index_NKP + (place // hole).clamp(0, length - 1) * inner
+        rest_N1P, inner = rest_N1P // call.output.shape[2 + axis], inner * length
+    index_NKP, outside_NKP = index_NKP.to(input.device), outside_NKP.to(input.device)
+    pixels = input.movedim(1, -1)
+    if pixels.is_contiguous():
+        # All channels of a position lie side by side and are copied at once: two to four times faster.
+        first_N11 = torch.arange(len(input), device=input.device)[:, None, None] * inner
+        windows_RI = pixels.flatten(0, -2).index_select(0, (index_NKP + first_N11).flatten())
+        windows_RI.index_fill_(0, outside_NKP.flatten().nonzero().flatten(), 0)
+        return windows_RI.unflatten(0, index_NKP.shape).permute(0, 3, 1, 2)
+    # Flat indices and one gather: indexing a view of windows was measured eight times slower.
+    flat = index_NKP.flatten(1)[:, None].expand(-1, input.shape[1], -1)
+    windows_NIKP = input.flatten(2).gather(2, flat).unflatten(2, index_NKP.shape[1:])
+    return windows_NIKP.masked_fill_(outside_NKP[:, None], 0)
+
+
+def _offsets(call: ConvCall) -> list[tuple[int, ...]]:
+    """Where in a window each of the kernel's K weights reads."""
+    size = call.weight.shape[2:]
+    return list(itertools.product(*(range(0, k * d, d) for k, d in zip(size, call.dilation, strict=True))))
+
+
+def _steps(call: ConvCall) -> tuple[Sequence[int], Sequence[int]]:
+    """From one position to the next, and from one value of the input to the next: a transposed convolution is a plain
+    one of the input with zeros in between."""
+    ones = (1,) * len(call.stride)
+    return (ones, call.stride) if call.transposed else (call.stride, ones)
+
+
+def _padded(call: ConvCall) -> Tensor:
+    """The input with the zeros that the convolution puts between its values and around it."""
+    input, edges = call.input, _edges(call)
+    for axis, hole in enumerate(_steps(call)[1]):
+        if hole > 1:
+            length = (input.shape[2 + axis] - 1) * hole + 1
+            spread = input.new_zeros(*input.shape[: 2 + axis], length, *input.shape[3 + axis :])
+            spread[(slice(None),) * (2 + axis) + (slice(None, None, hole),)] = input
+            input = spread
+    return nn.functional.pad(input, [edge for pair in reversed(edges) for edge in pair])
+
+
+def _edges(call: ConvCall) -> list[tuple[int, int]]:
+    """Zeros before and after the input, along each axis."""
+    kernel_size = call.weight.shape[2:]
+    edges = []
     if call.transposed:
-        for axis, stride in enumerate(call.stride):
-            if stride > 1:
-                length = (input.shape[2 + axis] - 1) * stride + 1
-                spread = input.new_zeros(*input.shape[: 2 + axis], length, *input.shape[3 + axis :])
-                spread[(slice(None),) * (2 + axis) + (slice(None, None, stride),)] = input
-                input = spread
         assert not isinstance(call.padding, str)  # torch knows no 'same' for these
         for k, d, p, extra in zip(kernel_size, call.dilation, call.padding, call.output_padding, strict=True):
             edges.append((d * (k - 1) - p, d * (k - 1) - p + extra))
     elif call.padding == "same":
         for k, d in zip(kernel_size, call.dilation, strict=True):
             edges.append((d * (k - 1) // 2, d * (k - 1) - d * (k - 1) // 2))
-    elif not isinstance(call.padding, str):
-        edges = [(p, p) for p in call.padding]
-    return nn.functional.pad(input, [edge for pair in reversed(edges) for edge in pair])
+    else:
+        edges = [(p, p) for p in call.padding] if not isinstance(call.padding, str) else [(0, 0)] * len(kernel_size)
+    return edges
