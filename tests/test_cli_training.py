@@ -376,6 +376,7 @@ def test_two_processes_come_to_what_one_does() -> None:
         assert torch.allclose(tensor.double(), b[key].double(), rtol=1e-3, atol=1e-5), key
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_takes_the_others_with_it() -> None:
     """The second process ends itself, without a word, once the first has saved a state."""
     Path("sitecustomize.py").write_text(
@@ -399,6 +400,7 @@ def test_a_process_that_dies_takes_the_others_with_it() -> None:
     assert torch.load("cut-finetuned.state.pth", weights_only=True)["position"]
 
 
+@pytest.mark.slow
 def test_a_loss_that_explodes_ends_every_process() -> None:
     run = ["finetune", "cut.safetensors", "--data-dir", "digits", *DIGITS, "--lr", "1e20", "--calibration-images", "0"]
     done = torchrun(2, *run)

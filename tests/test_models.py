@@ -155,7 +155,13 @@ IMPORTS = {
 }
 
 
-@pytest.mark.parametrize("imports", IMPORTS.values(), ids=IMPORTS)
+EVERY_DAY = ("timm after", "a part of timm")  # each is a process that imports torch: the others are slow together
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [pytest.param(IMPORTS[name], id=name, marks=[] if name in EVERY_DAY else [pytest.mark.slow]) for name in IMPORTS],
+)
 def test_a_bare_import_registers_the_networks(imports: str) -> None:
     code = f"{imports}; assert timm.create_model('wrn16_4', num_classes=5).head.out_features == 5"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)

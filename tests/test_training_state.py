@@ -218,6 +218,7 @@ def test_a_signal_saves_says_how_to_go_on_and_leaves(tmp_path: Path, number: int
     assert same(model.state_dict(), uninterrupted())
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_share_a_state(tmp_path: Path) -> None:
     keeper = Keeper(tmp_path / "run.state.pth", 1)
     other = (
