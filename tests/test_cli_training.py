@@ -308,6 +308,7 @@ def killed_and_resumed(kills: int, epochs: int, chance: random.Random) -> None:
     assert not list(Path().glob("*.staging"))
 
 
+@pytest.mark.slow
 def test_sigkill_loses_nothing_that_was_saved() -> None:
     killed_and_resumed(kills=1, epochs=6, chance=random.Random(0))
 
@@ -355,6 +356,7 @@ def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str
     return subprocess.run(launch, capture_output=True, text=True, env=environment(), timeout=300)
 
 
+@pytest.mark.slow
 def test_two_processes_come_to_what_one_does() -> None:
     """Batch norms, calibration, augmentation, a moving average and the last, smaller share of the test images."""
     run = ["finetune", "cut.safetensors", "--data-dir", "digits", *DIGITS, "--epochs", "2", "--lr", "0.01"]
