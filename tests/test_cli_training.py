@@ -318,8 +318,15 @@ def test_sigkill_at_many_random_moments() -> None:
     killed_and_resumed(kills=12, epochs=20, chance=random.Random(1))
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize(
+    ("number", "code", "workers"),
+    [
+        (signal.SIGINT, 130, "2"),
+        (signal.SIGTERM, 143, "0"),
+        pytest.param(signal.SIGINT, 130, "0", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 143, "2", marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_ends_it_with_the_state_saved(number: int, code: int, workers: str) -> None:
     """To the whole process group, workers included, as a terminal's Ctrl-C and schedulers send it."""
     process = started(*RUN, "--epochs", "500", "--workers", workers)
