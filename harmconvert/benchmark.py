@@ -24,7 +24,7 @@ from .convert import check_network
 from .errors import UsageError, first_line
 from .forms import Factoring, factor, factoring, fuse
 from .layer_times import lay_out
-from .surgery import call, cloned, evaluating, exchange, mapped, tensors_in
+from .surgery import call, channels_last, cloned, evaluating, exchange, mapped, tensors_in
 from .timing import in_turns
 
 FORMS = ("dense", "harmonic", "factored")
@@ -195,7 +195,7 @@ def _group(
     rows: list[Row] = []
     runs: dict[int, Callable[[], Any]] = {}
     with evaluating(*networks.values()):
-        told = {"contiguous": input, "channels_last": mapped(_channels_last, input)}
+        told = {"contiguous": input, "channels_last": channels_last(input)}
         truth = _outputs(partial(call, fuse(model).eval(), cloned(input)))
         for (form, layout), network in networks.items():
             for under_compiler in (False, True) if compiled else (False,):
@@ -244,10 +244,6 @@ def _repeated(tensor: torch.Tensor, batch: int) -> torch.Tensor:
     """A tensor's examples repeated and cut to ``batch``."""
     times = -(-batch // max(len(tensor), 1))
     return tensor.repeat(times, *[1] * (tensor.dim() - 1))[:batch]
-
-
-def _channels_last(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
 
 
 @contextmanager

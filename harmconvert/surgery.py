@@ -325,6 +325,11 @@ def cloned(value: Any) -> Any:
     return mapped(Tensor.clone, value)
 
 
+def channels_last(value: Any) -> Any:
+    """The same nest of lists, tuples and dicts with batches of images, tensors of four axes, laid out channels_last."""
+    return mapped(lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t, value)
+
+
 def fitted(inputs: Any, model: nn.Module) -> Any:
     """The same nest of lists, tuples and dicts with every tensor on the device of the network's first floating
     parameter, and floating ones in its dtype."""

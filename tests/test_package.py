@@ -19,9 +19,10 @@ PACKAGE = ROOT / "harmconvert"
 ORDER = [
     "registration", "errors", "documents", "history", "files", "native", "weights", "distributed", "basis",
     "projection", "conv", "block",
-    "factored", "timing", "layer_times", "plan", "copying", "surgery", "cost", "calibration", "forms", "budget",
+    "factored", "timing", "layer_times", "plan", "copying", "surgery", "cost", "comparison",
+    "calibration", "forms", "budget",
     "convert",
-    "harmonize", "kernel_check", "structure_check", "comparison", "verify", "precision",
+    "harmonize", "kernel_check", "structure_check", "verify", "precision",
     "checkpoint",
     "models", "reference", "samples", "downloads", "user_code", "sources",
     "data", "evaluation", "training", "benchmark", "export", "inspection", "report", "demo", "cli",

@@ -19,6 +19,7 @@ from ..data.loading import Batch
 from ..distributed import sum_over_ranks, world_size
 from ..errors import InputError, UsageError, first_line
 from ..evaluation import class_logits
+from ..surgery import channels_last
 from .interrupts import SIGNALS, Request
 from .objective import Objective
 from .recipe import Recipe
@@ -99,8 +100,8 @@ class Learner:
         """One optimiser step on a batch, in as many parts as the recipe says."""
         self._schedule(epoch, step)
         images = batch.images.to(self.machine.device, non_blocking=True)
-        if self.machine.channels_last and images.dim() == 4:
-            images = images.contiguous(memory_format=torch.channels_last)
+        if self.machine.channels_last:
+            images = channels_last(images)
         images, targets = self.objective.prepared(images, batch.labels.to(self.machine.device, non_blocking=True))
         count = self.recipe.grad_accum_steps
         parts = list(zip(images.chunk(count), targets.chunk(count), strict=True))

@@ -318,7 +318,7 @@ MUTANTS = (
         "half of a change is taken backwards", REFIT,
     ),
     Mutant(
-        "calibration/layout.py", "<= tolerance * one.double()", ">= -tolerance * one.double()",
+        "calibration/layout.py", "<= _rounding(a.dtype)", ">= 0",
         "networks that misread another layout are calibrated in it", LAYOUT,
     ),
 )  # fmt: skip
