@@ -104,6 +104,24 @@ def beside(output: str | Path, ending: str) -> Path:
     return Path(str(output).removesuffix(".safetensors") + ending)
 
 
+def state_path(output: str | Path) -> Path:
+    """Where the state of the run that makes ``output`` is kept.
+
+    >>> state_path("a/net.safetensors").name
+    'net.state.pth'
+    """
+    return beside(output, ".state.pth")
+
+
+def metrics_path(output: str | Path) -> Path:
+    """Where the figures of the run that makes ``output`` are kept.
+
+    >>> metrics_path("a/net.safetensors").name
+    'net.metrics.csv'
+    """
+    return beside(output, ".metrics.csv")
+
+
 def default_name(source: str, lam: str) -> str:
     """The file that `harmconvert convert` writes where no other is named: NAME-harmonic-LAMBDA.safetensors.
 

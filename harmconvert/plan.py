@@ -14,6 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from .arguments import parse_lambda as parse_lambda
 from .basis import Basis, Frequency, all_frequencies, check_frequencies, frequencies_below, scaled_levels
 from .documents import check, count, reading
 from .errors import InputError, UsageError, shortened
@@ -158,31 +159,6 @@ class Plan:
             raise InputError(f"{path}: {error}") from error
         except (OSError, ValueError) as error:
             raise InputError(f"cannot read the plan {path}: {error}") from error
-
-
-def parse_lambda(text: str) -> str | int | dict[str, int]:
-    """What ``--lambda`` says: ``full``, ``progressive``, a number, or ``PATTERN=N,PATTERN=N``.
-
-    >>> parse_lambda("2"), parse_lambda("layer3.*=2,layer4.*=1")
-    (2, {'layer3.*': 2, 'layer4.*': 1})
-
-    Raises:
-        UsageError: none of these.
-    """
-    text = text.strip()
-    if text in ("full", "progressive"):
-        return text
-    if text.isdecimal():
-        return int(text)
-    patterns: dict[str, int] = {}
-    for part in text.split(","):
-        pattern, equals, number = part.strip().rpartition("=")
-        if not (equals and pattern and number.strip().isdecimal()):
-            raise UsageError(f"unknown lambda {text!r}: use full, progressive, a number, or PATTERN=N,PATTERN=N")
-        if pattern in patterns:
-            raise UsageError(f"lambda names the pattern {pattern!r} twice")
-        patterns[pattern] = int(number)
-    return patterns
 
 
 def make_plan(

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "harmconvert"
 
 # Each may import those before it; cli may import any.
 ORDER = [
-    "registration", "errors", "documents", "history", "files", "native", "weights", "distributed", "basis",
+    "registration", "errors", "documents", "history", "files", "arguments", "native", "weights", "distributed", "basis",
     "projection", "conv", "block",
     "factored", "timing", "layer_times", "plan", "copying", "surgery", "cost", "comparison",
     "calibration", "forms", "budget",

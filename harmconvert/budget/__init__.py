@@ -11,81 +11,18 @@ images; knapsack.py, the exact choice.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..arguments import UNITS as UNITS
+from ..arguments import Budget as Budget
 from ..errors import UsageError
 from ..plan import Plan
 from .choices import Item, plan_of
 from .knapsack import Frontier, frontier
 
 FREQUENCIES = ("lambda", "best")
-UNITS = {
-    "params": "parameters", "macs": "MACs in factored form", "bytes": "bytes", "latency": "microseconds",
-}  # fmt: skip
-# What an amount may be given in. A bare number is a share: 60 is more likely a forgotten % than 60 parameters.
-SUFFIXES = {
-    "params": {"k": 10**3, "M": 10**6, "G": 10**9},
-    "macs": {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12},
-    "bytes": {"B": 1, "kB": 10**3, "KiB": 2**10, "MB": 10**6, "MiB": 2**20, "GB": 10**9, "GiB": 2**30},
-    "latency": {"us": 1, "ms": 10**3, "s": 10**6},
-}
-_NUMBER = re.compile(r"((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?) *(%|[a-z]*)")
-
-
-@dataclass(frozen=True)
-class Budget:
-    """The most that a network may have of one unit: a share of what the whole one has, above 0 and up to 1, or an
-    amount: parameters, bytes of its tensors, MACs (of the factored form), microseconds here.
-
-    >>> Budget.parse("params=60%"), Budget.parse({"bytes": "10MB"})
-    (Budget(unit='params', share=0.6, amount=None), Budget(unit='bytes', share=None, amount=10000000))
-    >>> str(Budget.parse("latency=1500us"))
-    'latency=1.5ms'
-    """
-
-    unit: str
-    share: float | None = None
-    amount: int | None = None
-
-    @classmethod
-    def parse(cls, given: str | Mapping[str, Any]) -> Budget:
-        """Read ``"params=60%"``, ``"params=0.6"``, ``"params=5M"``, or a dict of one of them.
-
-        Raises:
-            UsageError: an unknown unit, several, or a value that is neither a share nor an amount.
-        """
-        pairs = dict([given.partition("=")[::2]]) if isinstance(given, str) else dict(given)
-        if len(pairs) != 1:
-            raise UsageError(f"a budget is one of {', '.join(UNITS)}: {given!r} names {len(pairs)}")
-        ((unit, value),) = pairs.items()
-        unit = unit.strip()
-        if unit not in UNITS:
-            raise UsageError(f"unknown budget {unit!r}: use one of {', '.join(UNITS)}, such as params=60%")
-        scales = {suffix.lower(): scale for suffix, scale in SUFFIXES[unit].items()}
-        found = _NUMBER.fullmatch(str(value).strip().lower())
-        number, suffix = (float(found[1]), found[2]) if found else (math.nan, "")
-        if suffix in scales and 1 <= number * scales[suffix] < math.inf:
-            return cls(unit, amount=math.floor(number * scales[suffix]))
-        share = number / {"%": 100, "": 1}.get(suffix, math.nan)
-        if not 0 < share <= 1:
-            raise UsageError(
-                f"the budget {unit}={value} is no share of the network: give 60% or 0.6, at most 100%, or an amount "
-                f"in {', '.join(SUFFIXES[unit])}"
-            )
-        return cls(unit, share)
-
-    def limit(self, whole: int) -> int:
-        """The most that a plan may cost where the whole network costs ``whole``: no more than that."""
-        return math.floor(self.share * whole) if self.share is not None else min(self.amount or 0, whole)
-
-    def __str__(self) -> str:
-        if self.amount is None:
-            return f"{self.unit}={100 * (self.share or 0):g}%"
-        texts = [f"{self.amount / scale:.12g}{suffix}" for suffix, scale in SUFFIXES[self.unit].items()]
-        return f"{self.unit}={min(texts, key=len)}"
 
 
 @dataclass(frozen=True)

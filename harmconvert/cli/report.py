@@ -162,7 +162,8 @@ def _page(
 ) -> None:
     """Write the page, or its data."""
     from ..errors import UsageError
-    from ..report.page import check_report, write_report
+    from ..report.page import write_report
+    from ..report.writing import check_report
     from ..sources import is_harmonic_source
 
     if not is_harmonic_source(source):

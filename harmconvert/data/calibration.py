@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ..arguments import STREAMS, check_unlabelled
 from ..distributed import gathered, world_size
 from ..errors import InputError, UsageError, first_line, shortened
 from ..samples import mnist5k
-from .datasets import PACKAGES, STREAMS, Files, Pictures, Stream, open_timm, pictures_of
+from .datasets import Files, Pictures, Stream, open_timm, pictures_of
 from .pictures import UNREADABLE, eight_bit, photographs, random_crop
 from .preprocessing import color_mode, evaluation_transform, preprocessing
 
@@ -85,6 +86,7 @@ def calibration_images(
 def _pictures(
     data: str, count: int, data_dir: str | None, split: str, seed: int, unreadable: list[str]
 ) -> Iterator[Image.Image]:
+    check_unlabelled(data)
     generator = np.random.default_rng(seed)
     if data == "sample:mnist5k":
         images = mnist5k()[0].numpy()
@@ -92,17 +94,8 @@ def _pictures(
     if data == "sample:photographs":
         pictures = photographs()
         return (random_crop(pictures, generator) for _ in count_from(0))
-    if data.startswith("sample:"):
-        raise UsageError(f"there is no sample data set {data!r}: use sample:mnist5k or sample:photographs")
     if Path(data).is_dir():
         return _readable(Files(Path(data)), data, count, generator, unreadable)
-    if Path(data).is_file() and not data.endswith(".tar"):
-        raise UsageError(f"{data} is a file: give the folder that holds the images")
-    if not (Path(data).is_file() or data.startswith(PACKAGES)):
-        raise UsageError(
-            f"there is no folder {data}: give a folder of images, sample:mnist5k, sample:photographs, "
-            "or a timm data set such as torch/cifar10 or hfds/USER/NAME"
-        )
     name, root = ("", data) if data.endswith(".tar") else (data, data_dir)
     found = pictures_of(open_timm(name, root, split=split, seed=0))
     if isinstance(found, Stream):  # its first images, in the order in which it gives them

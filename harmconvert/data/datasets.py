@@ -16,12 +16,11 @@ from timm.utils.misc import natural_key
 from torch.utils.data import IterableDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from ..arguments import PACKAGES, check_labelled
 from ..errors import InputError, OutsideError, UsageError, first_line, shortened
 from ..samples import mnist5k, mnist5k_held_back_pixels
 from .pictures import photographs, random_crop
 
-STREAMS = ("hfids/", "tfds/", "wds/")
-PACKAGES = ("torch/", "hfds/", *STREAMS)
 _SYNONYMS = {
     "train": ("train", "training"),
     "validation": ("validation", "val", "valid", "eval", "evaluation", "test"),
@@ -114,17 +113,10 @@ def open_data(request: DataRequest, parts: Sequence[str] = ("train", "test")) ->
         splits = {"train": request.train_split, "test": request.val_split}
         found = {part: _packaged(name, root, splits[part], part == "train", request.seed) for part in parts}
         return Data(found.get("train"), found.get("test"))
-    if name:
-        raise UsageError(
-            f"there is no data set {name!r}: use sample:mnist5k, a timm data set such as torch/cifar10 or "
-            "hfds/USER/NAME, or a folder with --data-dir"
-        )
-    if root is None:
-        raise UsageError("which images? give --data-dir FOLDER, or --dataset NAME")
-    if root.endswith(".tar") and Path(root).is_file():
-        return _split(_FromReader(open_timm("", root).reader), request, parts)
+    check_labelled(name, root)
+    assert root is not None
     if not Path(root).is_dir():
-        raise UsageError(f"there is no folder {root}: give --data-dir FOLDER with a folder for each class")
+        return _split(_FromReader(open_timm("", root).reader), request, parts)
     return _folders(Path(root), request, parts)
 
 

@@ -9,17 +9,14 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
+from ..arguments import FORMATS, GRAPHS, TIMM_FILES, check_format
 from ..errors import UsageError
-from ..files import check_folder, check_output, write_folder
+from ..files import write_folder
 from ..forms import fuse
 from ..precision import check_rounding, dtype_named, rounded
 from ..surgery import default_input, pretrained_config
 from ..weights import saving, untied_state, write_tensors
 from .graphs import Exported, check_packages, check_runs, export_onnx, export_program, random_batch
-
-FORMATS = ("dense", "timm", "onnx", "torch-export")
-GRAPHS = ("onnx", "torch-export")
-TIMM_FILES = ("config.json", "model.safetensors")
 
 __all__ = ["FORMATS", "Exported", "check_target", "export"]
 
@@ -33,20 +30,8 @@ def check_target(
         UsageError: the output exists, or the format does not go with its suffix, the dtype or the form.
         OutsideError: a package is missing.
     """
-    if format not in FORMATS:
-        raise UsageError(f"unknown format {format!r}: use one of {', '.join(FORMATS)}")
-    if form not in ("dense", "factored") or (form == "factored" and format not in GRAPHS):
-        raise UsageError(f"--form {form} does not go with {format}: factored is for onnx and torch-export")
     dtype_named(dtype)
-    if format in GRAPHS and dtype != "float32":
-        raise UsageError(
-            f"--dtype {dtype} is for state dicts (dense, timm), which are computed with in float32 again; a graph "
-            "computes as it is stored: use float32"
-        )
-    if format == "timm":
-        check_folder(path, TIMM_FILES, force)
-        return
-    check_output(path, force, {"onnx": ".onnx", "torch-export": ".pt2"}.get(format, ".safetensors"))
+    check_format(path, format, force, dtype, form)
     if format == "onnx":
         check_packages()
 

@@ -18,43 +18,16 @@ from rich.cells import cell_len
 
 from ..basis import all_frequencies
 from ..documents import json_text
-from ..errors import OutsideError, UsageError, printable
-from ..files import check_output, short_name, write_text
+from ..errors import printable
+from ..files import write_text
 from . import grid
 from .charts import Chart, error_chart, search_chart, training_charts
 from .kernels import level, size_text
 from .summary import UNTELLABLE, LayerFacts, Report, untellable
 from .tables import megabytes, millions
+from .writing import templating
 
-SUFFIXES = (".html", ".json")
 NAMED_ROWS = 48  # rows of a heat map that are high enough for a name each; more of them share this height
-
-
-def templating() -> ModuleType:
-    """jinja2, which fills the page.
-
-    Raises:
-        OutsideError: it is not installed.
-    """
-    try:
-        return import_module("jinja2")
-    except ImportError as error:
-        raise OutsideError("the report page is made by jinja2: pip install 'harmconvert[report]'") from error
-
-
-def check_report(source: str, output: str | None, force: bool) -> Path:
-    """The file that a report of ``source`` goes to, NAME-report.html where none is named; call it before long work.
-
-    Raises:
-        UsageError: neither .html nor .json; it exists and ``force`` is not set. OutsideError: jinja2 is missing.
-    """
-    path = Path(output) if output is not None else Path(f"{short_name(source)}-report.html")
-    if path.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"{path} should end in {' or '.join(SUFFIXES)}: the suffix says what to write")
-    check_output(path, force)
-    if path.suffix.lower() == ".html":
-        templating()
-    return path
 
 
 def write_report(report: Report, path: Path, force: bool = False) -> None:

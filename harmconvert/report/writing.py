@@ -1,4 +1,4 @@
-"""A figure on disk: an image, and the numbers that it shows as a .csv beside it."""
+"""Where reports and figures are written. A figure is an image, and the numbers that it shows as a .csv beside it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ..errors import OutsideError, UsageError
 from ..files import check_output, short_name, write_csv, write_file
 
 SUFFIXES = (".png", ".svg")
+PAGE_SUFFIXES = (".html", ".json")
 
 
 def drawing() -> ModuleType:
@@ -23,6 +24,33 @@ def drawing() -> ModuleType:
         return import_module(".figures", __package__)
     except ImportError as error:
         raise OutsideError("figures are drawn by matplotlib: pip install 'harmconvert[report]'") from error
+
+
+def templating() -> ModuleType:
+    """jinja2, which fills the page.
+
+    Raises:
+        OutsideError: it is not installed.
+    """
+    try:
+        return import_module("jinja2")
+    except ImportError as error:
+        raise OutsideError("the report page is made by jinja2: pip install 'harmconvert[report]'") from error
+
+
+def check_report(source: str, output: str | None, force: bool) -> Path:
+    """The file that a report of ``source`` goes to, NAME-report.html where none is named; call it before long work.
+
+    Raises:
+        UsageError: neither .html nor .json; it exists and ``force`` is not set. OutsideError: jinja2 is missing.
+    """
+    path = Path(output) if output is not None else Path(f"{short_name(source)}-report.html")
+    if path.suffix.lower() not in PAGE_SUFFIXES:
+        raise UsageError(f"{path} should end in {' or '.join(PAGE_SUFFIXES)}: the suffix says what to write")
+    check_output(path, force)
+    if path.suffix.lower() == ".html":
+        templating()
+    return path
 
 
 def check_figure(source: str, figure: str, output: str | None, force: bool) -> tuple[Path, Path]:

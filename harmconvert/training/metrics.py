@@ -7,16 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OutsideError
-from ..files import beside, write_csv
-
-
-def metrics_path(output: str | Path) -> Path:
-    """Where the figures of the run that makes ``output`` are kept.
-
-    >>> metrics_path("a/net.safetensors").name
-    'net.metrics.csv'
-    """
-    return beside(output, ".metrics.csv")
+from ..files import metrics_path as metrics_path
+from ..files import write_csv
 
 
 def write_metrics(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

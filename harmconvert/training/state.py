@@ -16,7 +16,8 @@ import torch
 from ..distributed import all_or_none, any_rank, gathered, rank, world_size
 from ..documents import check, count, number, plain
 from ..errors import HarmconvertError, InputError, OutsideError, UsageError, first_line, shortened
-from ..files import beside, locked, write_file
+from ..files import locked, write_file
+from ..files import state_path as state_path
 from ..weights import UNREADABLE, unpickled, why_no_values, why_unreadable
 
 STATE_VERSION = 1
@@ -128,15 +129,6 @@ class Keeper:
             for path in (self.path, _previous(self.path)):
                 with suppress(OSError):
                     path.unlink(missing_ok=True)
-
-
-def state_path(output: str | Path) -> Path:
-    """Where the state of the run that makes ``output`` is kept.
-
-    >>> state_path("a/net.safetensors").name
-    'net.state.pth'
-    """
-    return beside(output, ".state.pth")
 
 
 def identity_of(path: str | Path) -> Mapping[str, Any]:
