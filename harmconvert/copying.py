@@ -56,7 +56,7 @@ def _reaching(model: nn.Module) -> dict[int, Any]:
         if id(value) in seen:
             continue
         seen[id(value)] = value
-        for part in _parts(value):
+        for part in parts_of(value):
             comes_from.setdefault(id(part), []).append(id(value))
             if id(part) in own:
                 reached.append(id(part))
@@ -71,7 +71,8 @@ def _reaching(model: nn.Module) -> dict[int, Any]:
     return found if any(isinstance(value, FunctionType) for value in found.values()) else {}
 
 
-def _parts(value: Any) -> Iterator[Any]:
+def parts_of(value: Any) -> Iterator[Any]:
+    """What a function or a container refers to directly."""
     if isinstance(value, FunctionType):
         yield from value.__closure__ or ()
         yield from value.__defaults__ or ()

@@ -18,6 +18,7 @@ from .conv import CONVOLUTIONS, HarmonicMixin, empty_counterpart, reason_not_con
 from .copying import deep_copy
 from .errors import InputError, UsageError, first_line, shortened
 from .plan import ConvSite
+from .side_effects import Snapshot
 
 # Modules that convolve but are no torch convolution: named in the report, so that nothing is left out silently.
 _OTHER_KINDS = {
@@ -266,30 +267,13 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unchanged(model: nn.Module, but: Collection[nn.Module] = ()) -> Iterator[None]:
-    """What a forward does to a network beside computing (counters, caches) is undone afterwards: attributes of its
-    modules, and the values of their buffers, those of ``but`` excepted."""
-    modules = [module for module in model.modules() if module not in but]
-    before = [(module, dict(vars(module)), dict(module._buffers)) for module in modules]
-    values = [(b, b.clone(), _version(b)) for *_, buffers in before for b in buffers.values() if b is not None]
+    """Undo afterwards what forwards change in a network beside its outputs (counters, caches, logs of hooks), except in
+    the modules ``but``; see `Snapshot`."""
+    before = Snapshot(model, but)
     try:
         yield
     finally:
-        for module, attributes, buffers in before:
-            for key in vars(module).keys() - attributes.keys():
-                del vars(module)[key]
-            vars(module).update(attributes)
-            if isinstance(module._buffers, dict):  # of TorchScript they are out of reach
-                module._buffers.clear()
-                module._buffers.update(buffers)
-        for buffer, value, version in values:
-            if _version(buffer) != version or (version is None and not torch.equal(buffer, value)):
-                with torch.inference_mode(buffer.is_inference()), torch.no_grad():
-                    buffer.resize_(value.shape).copy_(value)
-
-
-def _version(tensor: Tensor) -> int | None:
-    """How often a tensor was written to; None where torch does not count."""
-    return None if tensor.is_inference() else tensor._version
+        before.restore()
 
 
 def tensors_in(value: Any) -> list[Tensor]:

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "harmconvert"
 ORDER = [
     "registration", "errors", "documents", "history", "files", "arguments", "native", "weights", "distributed", "basis",
     "projection", "conv", "block",
-    "factored", "timing", "layer_times", "plan", "copying", "surgery", "cost", "comparison",
+    "factored", "timing", "layer_times", "plan", "copying", "side_effects", "surgery", "cost", "comparison",
     "calibration", "forms", "budget",
     "convert",
     "harmonize", "kernel_check", "structure_check", "verify", "precision",
