@@ -46,7 +46,8 @@ from harmconvert.budget.choices import Item, costs_of, items_of, plan_of, whole_
 from harmconvert.budget.probes import Probes, key_of, name_of
 from harmconvert.calibration import CalibrationSettings, reestimate_batch_norm
 from harmconvert.plan import Plan, make_plan
-from harmconvert.surgery import convolutions, find_sites, trace
+from harmconvert.surgery import convolutions
+from harmconvert.tracing import find_sites, trace
 from harmconvert.training import Machine, train
 
 RESULTS = Path(__file__).parent / "results" / "budget.csv"

@@ -29,7 +29,7 @@ from harmconvert.budget.orders import orders_by_energy, orders_by_error
 from harmconvert.calibration import CalibrationSettings
 from harmconvert.calibration.inputs import calibration_set
 from harmconvert.plan import LayerPlan
-from harmconvert.surgery import find_sites, trace
+from harmconvert.tracing import find_sites, trace
 
 RESULTS = Path(__file__).parent / "results" / "frequencies.csv"
 KEYS = ["network", "kept", "seed", "frequencies"]

@@ -40,7 +40,7 @@ import harmconvert.models
 from harmconvert.cost import parameter_count
 from harmconvert.harmonize import harmonize
 from harmconvert.models.wide_resnet import WideResNet
-from harmconvert.surgery import trace
+from harmconvert.tracing import trace
 from harmconvert.training import Machine, recipe_named, train
 
 FOLDER = Path(__file__).parent / "results"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,12 +21,14 @@ from .budget import Budget, Search, SearchSettings
 from .budget.dropping import Step, smallest_within
 from .budget.searching import Searching
 from .calibration import Calibration, CalibrationSettings, Known, Progress, calibrate
+from .calibration.inputs import input_of
 from .conv import HarmonicMixin, to_harmonic
 from .cost import Cost, network_cost
 from .errors import InputError, UsageError, shortened
 from .plan import LayerPlan, Plan, make_plan
 from .projection import all_finite, check_range, project, relative_error
-from .surgery import Trace, convolutions, default_input, exchange, find_sites, trace
+from .surgery import convolutions, default_input, exchange
+from .tracing import Trace, find_sites, trace
 
 RECORD_KEY = "conversion"  # of a checkpoint's history
 _DIGITS = 4  # of a mean |coefficient|: an eye sees two
@@ -180,7 +184,10 @@ def convert(
             model, Budget.parse(budget), Basis(basis, normalization), include, exclude, example_input, calibration,
             settings or CalibrationSettings(), search or SearchSettings(), progress,
         )  # fmt: skip
-    run = run_where_possible(model, lam, example_input)
+    if calibration is not None and example_input is None:
+        calibration, run = _run_on_calibration(model, lam, calibration)
+    else:
+        run = run_where_possible(model, lam, example_input)
     plan = make_plan(find_sites(model, run), lam, include, exclude, Basis(basis, normalization))
     if not plan.layers:
         reasons = shortened([f"{skip.name}: {skip.why}" for skip in plan.skipped], 3) or "it has none"
@@ -292,13 +299,9 @@ def check_network(model: nn.Module) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise UsageError("this network is TorchScript, whose layers are fixed: pass the one that it was made from")
     try:
-        lazy = [name for name, p in (*model.named_parameters(), *model.named_buffers()) if is_lazy(p)]
+        any(module is None for module in model.modules())
     except RecursionError as error:
         raise InputError(f"the modules of this {kind} are nested too deeply to go through") from error
-    if lazy:
-        raise UsageError(
-            f"this {kind} has tensors without values yet (lazy modules: {shortened(lazy, 3)}): run it once first"
-        )
 
 
 def check_weights(model: nn.Module) -> None:
@@ -318,7 +321,7 @@ def check_finite(model: nn.Module) -> None:
         statistics = name.endswith(("running_mean", "running_var"))
         if name not in parameters and not statistics:
             continue  # buffers may hold -inf on purpose, such as attention masks
-        if tensor.is_floating_point() and not all_finite(tensor):
+        if not is_lazy(tensor) and tensor.is_floating_point() and not all_finite(tensor):
             raise InputError(
                 f"{name} holds NaN or infinite values: this checkpoint is broken; use one from before that"
             )
@@ -336,6 +339,18 @@ def run_where_possible(model: nn.Module, lam: Any, example_input: Any) -> Trace 
         if lam == "progressive":
             raise
         return None
+
+
+def _run_on_calibration(model: nn.Module, lam: Any, calibration: Iterable[Any]) -> tuple[Iterable[Any], Trace | None]:
+    """All calibration batches, and a run of the network on its own input or else on the first of them."""
+    if lam == "full" or default_input(model) is not None or not isinstance(calibration, Iterable):
+        return calibration, run_where_possible(model, lam, None)
+    batches = iter(calibration)
+    first = list(itertools.islice(batches, 1))
+    with suppress(UsageError):  # calibration says what is wrong with its inputs
+        run = trace(model, input_of(first[0])) if first else None
+        return itertools.chain(first, batches), run
+    return itertools.chain(first, batches), None
 
 
 def _record(layer: LayerPlan, conv: nn.Module, harmonic: nn.Module, plan: Plan) -> LayerRecord:

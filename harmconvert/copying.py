@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from .errors import first_line
+
 Module = TypeVar("Module", bound=nn.Module)
 
 _CARRIED = ("__module__", "__qualname__", "__doc__", "__annotations__", "__type_params__")
@@ -27,13 +29,79 @@ def deep_copy(model: Module, memo: dict[int, Any] | None = None) -> Module:
     """A deep copy of a network, whose functions work on the copy where the network's own work on the network.
 
     ``memo`` is `copy.deepcopy`'s, and raises what that does. What a function reaches beside the network stays what it
-    is.
+    is. Members that cannot be copied are treated as `uncopyable_members` says.
     """
     memo = {} if memo is None else memo
-    copied = copy.deepcopy(model, memo)
+    before = dict(memo)
+    try:
+        copied = copy.deepcopy(model, memo)
+    except Exception:
+        memo.clear()
+        memo |= before
+        if not uncopyable_members(model, memo):
+            raise
+        copied = copy.deepcopy(model, memo)
     if astray := _reaching(model):
         _Following(memo, astray).follow(copied)
     return copied
+
+
+def uncopyable_members(model: nn.Module, memo: dict[int, Any]) -> dict[str, str]:
+    """Find the members of a network's modules that `copy.deepcopy` refuses: their names, and why each is refused.
+
+    ``memo`` is `copy.deepcopy`'s. It gets what a copy of the network holds instead: of a tensor with a gradient history
+    the values, without the history; of anything else (a lock, an open file) the member itself, which both share.
+    """
+    found: dict[str, str] = {}
+    inner: dict[int, Any] = {id(module): module for module in model.modules()}
+    inner |= {id(tensor): tensor for tensor in model.parameters()}
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if key not in ("_parameters", "_modules") and not isinstance(value, _NOTHING):
+                why = _settled(value, memo, inner, set())
+                if why is not None:
+                    found[f"{name}.{key}" if name else key] = why
+    return found
+
+
+def uncopyable_member(conv: nn.Module) -> str | None:
+    """Say which member of a single layer cannot be copied and why; None where all of them can."""
+    members = uncopyable_members(conv, {})
+    name = next((key for key in members if "." not in key), None)
+    return None if name is None else f"its member {name!r} cannot be copied ({members[name]})"
+
+
+def _settled(value: Any, memo: dict[int, Any], inner: Mapping[int, Any], seen: set[int]) -> str | None:
+    """Why a value cannot be copied, None where it can; ``memo`` gets what stands for it, or for parts of it."""
+    if id(value) in memo or id(value) in seen or id(value) in inner:
+        return None
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        if value.is_leaf:
+            return None
+        memo[id(value)] = value.detach().clone()
+        return "it has a gradient history"
+    try:
+        copy.deepcopy(value, {**inner, **memo})
+        return None
+    except Exception as error:
+        why = f"{type(error).__name__}: {first_line(error)}"
+    for part in _members(value):
+        why = _settled(part, memo, inner, seen) or why
+    try:
+        copy.deepcopy(value, {**inner, **memo})
+    except Exception:
+        memo[id(value)] = value
+    return why
+
+
+def _members(value: Any) -> list[Any]:
+    """What a container or a plain object holds."""
+    try:
+        own = object.__getattribute__(value, "__dict__")
+    except (AttributeError, TypeError):
+        own = {}
+    return [*parts_of(value), *(own.values() if isinstance(own, dict) else ())]
 
 
 def _reaching(model: nn.Module) -> dict[int, Any]:

@@ -9,11 +9,14 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .basis import Frequency
 from .factored import FACTORABLE
+from .other_convolutions import other_convolutions
 from .plan import Plan
-from .surgery import Trace, convolutions, evaluating, kernel_size
+from .surgery import convolutions, evaluating, kernel_size
+from .tracing import Trace
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,9 @@ class Cost:
     """A network before and after a plan. Parameters: tied ones once, fitted bases with them. MACs: per example, None
     without a trace.
 
-    ``over_1x1_*`` is the share that convolutions over 1x1 hold, the only part a plan can touch. The harmonic form costs
-    the dense form's MACs plus ``merge_macs``, once per forward whatever the batch.
+    ``over_1x1_*`` is what convolutions over 1x1 hold, those of classes that are not converted included; a plan can
+    touch nothing else. The harmonic form costs the dense form's MACs plus ``merge_macs``, once per forward whatever the
+    batch.
     """
 
     parameters: int
@@ -61,14 +65,14 @@ class Cost:
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Number of parameters, tied ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Number of parameters, tied ones once; those of lazy layers, which have no size yet, are not counted."""
+    return sum(parameter.numel() for parameter in model.parameters() if not is_lazy(parameter))
 
 
 def tensor_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and persistent buffers, shared ones once."""
     unique: dict[int, Tensor] = {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
-    return sum(t.numel() * t.element_size() for t in unique.values())
+    return sum(t.numel() * t.element_size() for t in unique.values() if not is_lazy(t))
 
 
 def bytes_of(build: Callable[[], nn.Module]) -> int | None:
@@ -123,14 +127,19 @@ def network_cost(model: nn.Module, plan: Plan, trace: Trace | None = None) -> Co
     bases = sum(len(p.frequencies) * prod(p.kernel_size) for p in plan.layers) if plan.family.fitted else 0
     with evaluating(model):  # reading a spectrally normalised weight in training mode would change the network
         over_1x1 = {
-            id(c._parameters.get("weight", c)): cast(Tensor, c.weight).numel() for c in _over_1x1(model).values()
+            id(c._parameters.get("weight", c)): cast(Tensor, c.weight).numel()
+            for c in _over_1x1(model).values()
+            if not any(is_lazy(p) for p in c.parameters(recurse=False))
         }
+        others = other_convolutions(model, trace.findings.others if trace else None)
+        over_1x1 |= {id(kernel): kernel.numel() for other in others.values() for kernel in other.kernels}
     parameters, size = parameter_count(model), tensor_bytes(model)
     macs = {}
     if trace:
         total = trace.macs // trace.batch
         change = sum((c.factored_macs or 0) - (c.macs or 0) for c in layers.values())
-        reach = sum(run.macs for name, run in trace.layers.items() if name in _over_1x1(model)) // trace.batch
+        reach = sum(run.macs for name, run in trace.layers.items() if name in _over_1x1(model))
+        reach = (reach + sum(run.macs for run in trace.findings.others.values())) // trace.batch
         macs = {"dense_macs": total, "factored_macs": total + change, "over_1x1_macs": reach}
     return Cost(
         parameters=parameters,

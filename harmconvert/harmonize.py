@@ -16,7 +16,8 @@ from .conv import HarmonicMixin, to_harmonic
 from .convert import check_network, run_where_possible
 from .errors import InputError, UsageError
 from .plan import Plan, make_plan
-from .surgery import convolutions, exchange, find_sites, put_in_place
+from .surgery import convolutions, exchange, put_in_place
+from .tracing import find_sites
 
 WHICH = ("first", "all")
 

@@ -13,7 +13,8 @@ from .cost import Cost, network_cost
 from .errors import UsageError
 from .plan import Skip, make_plan
 from .projection import energy_kept
-from .surgery import convolutions, default_input, find_sites
+from .surgery import convolutions, default_input
+from .tracing import find_sites
 
 LAMBDAS = (1, 2, 3, 4)
 

@@ -28,8 +28,8 @@ class ConvSite:
     """A convolution over 1x1 as a policy sees it.
 
     ``output_size`` is its map's size (H, W), known after a run of the network; ``reads_input`` says that it reads the
-    network's input; ``tied_to`` names the first convolution with the same weight; ``skip`` is the reason why it cannot
-    be converted.
+    network's input or a fixed transform of it, ``fixed`` that it is itself a transform that is not trained; ``tied_to``
+    names the first convolution with the same weight; ``skip`` is the reason why it cannot be converted.
     """
 
     name: str
@@ -37,6 +37,7 @@ class ConvSite:
     kernel_size: tuple[int, ...]
     depthwise: bool = False
     reads_input: bool = False
+    fixed: bool = False
     output_size: tuple[int, ...] | None = None
     tied_to: str | None = None
     skip: str | None = None
@@ -270,15 +271,14 @@ def _cut(site: ConvSite, levels: int) -> LayerPlan:
 
 
 def _spared(site: ConvSite, named: set[str], notes: dict[str, str]) -> bool:
-    """Whether a policy that was told no layer names leaves this one whole; notes the reason."""
-    if site.name in named:
+    """Whether a policy that was given no layer names leaves this one whole; notes the reason."""
+    if site.name in named or not (site.reads_input or site.fixed or site.depthwise):
         return False
+    what = "a fixed transform, which is not trained" if site.fixed else "depthwise, unless a pattern names it"
     if site.reads_input:
         what = "it reads the network's input" if site.output_size else "taken for the layer that reads the input"
-        notes[site.name] = f"whole: {what}"
-    elif site.depthwise:
-        notes[site.name] = "whole: depthwise, unless a pattern names it"
-    return site.name in notes
+    notes[site.name] = f"whole: {what}"
+    return True
 
 
 def _uniform(sites: Sequence[ConvSite], lam: int, named: set[str], notes: dict[str, str]) -> list[LayerPlan]:

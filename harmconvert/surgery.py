@@ -2,54 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from enum import Enum
-from math import prod
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.nn.parameter import is_lazy
 
-from .conv import CONVOLUTIONS, HarmonicMixin, empty_counterpart, reason_not_convertible
-from .copying import deep_copy
-from .errors import InputError, UsageError, first_line, shortened
-from .plan import ConvSite
+from .conv import CONVOLUTIONS, empty_counterpart
+from .copying import deep_copy, uncopyable_members
+from .errors import HarmconvertError, HarmconvertWarning, InputError, UsageError, first_line, shortened
 from .side_effects import Snapshot
-
-# Modules that convolve but are no torch convolution: named in the report, so that nothing is left out silently.
-_OTHER_KINDS = {
-    "CondConv2d": "its kernels are mixed anew for each input",
-    "BlurPool2d": "its blur filter is fixed, not learned",
-    "DeformConv2d": "its kernel reads at positions of its input's own choosing",
-}
-
-
-@dataclass(frozen=True)
-class LayerRun:
-    """How one convolution ran: its place in the order, output size of its largest call, calls, MACs of all calls."""
-
-    order: int
-    output_size: tuple[int, ...]
-    reads_input: bool
-    calls: int
-    macs: int
-
-
-@dataclass(frozen=True)
-class Trace:
-    """One run of a network on an example input: its convolutions by name, and the MACs of the whole.
-
-    MACs count the matrix products and convolutions that the run dispatched (one multiply-add each, whole batch);
-    element-wise operations, normalisation and pooling are not counted.
-    """
-
-    layers: Mapping[str, LayerRun]
-    macs: int
-    batch: int
 
 
 def convolutions(model: nn.Module) -> dict[str, nn.Module]:
@@ -74,85 +41,9 @@ def state_key(layer: str, tensor: str) -> str:
     return f"{layer}.{tensor}" if layer else tensor
 
 
-def find_sites(model: nn.Module, trace: Trace | None = None) -> list[ConvSite]:
-    """The convolutions over 1x1, with what a policy needs to know of each; those that cannot be converted say why.
-
-    Without a trace the first convolution of the network is taken for the one that reads its input.
-    """
-    sites: list[ConvSite] = []
-    strangers = _weights_used_elsewhere(model)
-    first_with: dict[int, str] = {}
-    for index, (name, conv) in enumerate(convolutions(model).items()):
-        if prod(kernel_size(conv)) == 1:
-            continue
-        run = trace.layers.get(name) if trace else None
-        weight = conv._parameters.get("weight")
-        skip = reason_not_convertible(conv)
-        if skip is None and id(weight) in strangers:
-            skip = f"its weight is also used by {strangers[id(weight)]}"
-        groups = cast(int, conv.groups)
-        site = ConvSite(name, type(conv).__name__, kernel_size(conv), groups > 1 and groups == conv.in_channels)
-        reads_input = run.reads_input if run else trace is None and index == 0
-        tied_to = first_with.setdefault(id(weight), name) if weight is not None else name
-        sites.append(
-            replace(
-                site,
-                reads_input=reads_input,
-                output_size=run.output_size if run else None,
-                tied_to=tied_to if tied_to != name else None,
-                skip=skip,
-            )
-        )
-    for name, module in model.named_modules():
-        kind = type(module).__name__
-        if kind in _OTHER_KINDS and not isinstance(module, CONVOLUTIONS):
-            sites.append(ConvSite(name, kind, _size_of_other(module), skip=_OTHER_KINDS[kind]))
-        elif "quantized" in type(module).__module__ and "Conv" in kind:
-            sites.append(ConvSite(name, kind, _size_of_other(module), skip="it is quantised"))
-    return sites
-
-
-def trace(model: nn.Module, example_input: Any) -> Trace:
-    """Run the network once, without gradients and in eval mode, and see which convolutions run, where and on what.
-
-    ``example_input``: a tensor, a tuple of arguments, a dict of keyword arguments, or a list (one argument).
-
-    Raises:
-        UsageError: the network does not run on that input.
-    """
-    example_input = cloned(example_input)  # a forward may normalise its input in place
-    inputs = {_storage(tensor) for tensor in tensors_in(example_input)}
-    batch = batch_size(example_input)
-    runs: dict[str, LayerRun] = {}
-
-    def watch(name: str) -> Callable[..., None]:
-        def hook(conv: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-            tensor = args[0] if args else kwargs["input"]
-            run = runs.get(name) or LayerRun(len(runs), (), False, 0, 0)
-            size = tuple(output.shape[2:]) if output.dim() > len(kernel_size(conv)) + 1 else tuple(output.shape[1:])
-            runs[name] = LayerRun(
-                run.order,
-                max(size, run.output_size, key=lambda s: (len(s), prod(s))),
-                run.reads_input or _storage(tensor) in inputs,
-                run.calls + 1,
-                run.macs + _macs(conv, tensor, output),
-            )
-
-        return hook
-
-    handles = [c.register_forward_hook(watch(n), with_kwargs=True) for n, c in convolutions(model).items()]
-    counter = FlopCounterMode(display=False)
-    try:
-        with unchanged(model), refusing(example_input), evaluating(model), torch.random.fork_rng(devices=[]), counter:
-            call(model, example_input)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if runs and not any(run.reads_input for run in runs.values()):
-        # The input was normalised or padded on its way: the first convolution to run is the one that reads it.
-        first = next(iter(runs))
-        runs[first] = replace(runs[first], reads_input=True)
-    return Trace(runs, counter.get_total_flops() // 2, batch)
+def first_tensor(value: Any) -> Tensor | None:
+    """The first tensor in a nest of lists, tuples, dicts and plain objects; None where there is none."""
+    return next(iter(tensors_in(value)), None)
 
 
 def exchange(
@@ -168,29 +59,47 @@ def exchange(
     Raises:
         InputError: the network cannot be copied.
     """
-    memo: dict[int, Any] = {id(conv): empty(conv) for conv in fill}
+    memo: dict[int, Any] = {}
+    try:
+        return _exchanged(model, fill, empty, memo)
+    except HarmconvertError:
+        raise
+    except Exception as error:
+        memo.clear()
+        members = uncopyable_members(model, memo)
+        if not members and isinstance(error, RecursionError):
+            raise InputError(
+                f"the modules of this {type(model).__name__} are nested too deeply to be copied"
+            ) from error
+        try:
+            copied = _exchanged(model, fill, empty, memo)
+        except Exception as failure:
+            raise InputError(f"this {type(model).__name__} cannot be copied: {first_line(failure)}") from failure
+    convs = tuple(f"{name}." if name else "" for name in convolutions(model))
+    if told := [f"{name} ({why})" for name, why in members.items() if not name.startswith(convs)]:
+        warnings.warn(
+            f"copy.deepcopy refuses {shortened(told, 3)}: the copy of this {type(model).__name__} shares locks, files "
+            "and the like with the original, and holds the values of tensors without their gradient history",
+            HarmconvertWarning,
+            stacklevel=3,
+        )
+    return copied
+
+
+def _exchanged(
+    model: nn.Module,
+    fill: Mapping[nn.Module, Callable[[dict[int, Any]], Any]],
+    empty: Callable[[nn.Module], Any],
+    memo: dict[int, Any],
+) -> nn.Module:
+    memo |= {id(conv): empty(conv) for conv in fill}
     # Every module has a dozen empty containers for hooks: making them here halves the time of the copy.
     for value in (value for module in model.modules() for value in vars(module).values()):
         if type(value) in (dict, OrderedDict, set) and not value:
             memo[id(value)] = type(value)()
-    try:
-        for make in fill.values():
-            make(memo)
-        return deep_copy(model, memo)
-    except RecursionError as error:
-        raise InputError(f"the modules of this {type(model).__name__} are nested too deeply to be copied") from error
-    except (RuntimeError, TypeError) as error:
-        held = [
-            f"{name}.{key}" if name else key
-            for name, module in model.named_modules()
-            for key, value in vars(module).items()
-            if isinstance(value, Tensor) and not value.is_leaf
-        ]
-        where = f" for {shortened(held, 3)}" if held else ""
-        raise InputError(
-            f"this {type(model).__name__} cannot be copied{where}: {first_line(error)}; remove what "
-            "copy.deepcopy refuses (tensors with a gradient history, locks, open files) and convert again"
-        ) from error
+    for make in fill.values():
+        make(memo)
+    return deep_copy(model, memo)
 
 
 def in_precision(model: nn.Module, precision: torch.dtype, shared: bool = False) -> nn.Module:
@@ -268,12 +177,16 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 @contextmanager
 def unchanged(model: nn.Module, but: Collection[nn.Module] = ()) -> Iterator[None]:
     """Undo afterwards what forwards change in a network beside its outputs (counters, caches, logs of hooks), except in
-    the modules ``but``; see `Snapshot`."""
+    the modules ``but``; see `Snapshot`. Weights that a forward exchanges (``weight.data = ...``) are put back, too."""
     before = Snapshot(model, but)
+    weights = [(parameter, parameter.data) for parameter in model.parameters() if not is_lazy(parameter)]
     try:
         yield
     finally:
         before.restore()
+        for parameter, data in weights:
+            if not parameter.data.is_set_to(data):
+                parameter.data = data
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -342,38 +255,3 @@ def batch_size(example_input: Any) -> int:
 def describe_input(example_input: Any) -> str:
     """Shapes in a line, for messages."""
     return ", ".join(f"shape {tuple(t.shape)}" for t in tensors_in(example_input)) or type(example_input).__name__
-
-
-def _weights_used_elsewhere(model: nn.Module) -> dict[int, str]:
-    """Parameters that something else than a plain convolution's weight also refers to, by id: where."""
-    elsewhere: dict[int, str] = {}
-    for name, module in model.named_modules():
-        is_conv = isinstance(module, CONVOLUTIONS) and not isinstance(module, HarmonicMixin)
-        for key, parameter in module._parameters.items():
-            if parameter is not None and not (is_conv and key == "weight"):
-                elsewhere[id(parameter)] = f"{name}.{key}"
-    return elsewhere
-
-
-def _size_of_other(module: nn.Module) -> tuple[int, ...]:
-    for key in ("kernel_size", "filt_size"):
-        size = getattr(module, key, None)
-        if isinstance(size, int):
-            return (size, size)
-        if isinstance(size, list | tuple):
-            return tuple(size)
-    return ()
-
-
-def _storage(tensor: Tensor) -> int:
-    # The address of the storage object, not of its data: meta tensors have no data.
-    return cast(int, tensor.untyped_storage()._cdata)
-
-
-def _macs(conv: nn.Module, input: Tensor, output: Tensor) -> int:
-    """Multiply-adds of one call: a weight for every output element it reaches (input element, if transposed)."""
-    per_position = prod(kernel_size(conv)) * cast(int, conv.in_channels) // cast(int, conv.groups)
-    if cast(bool, conv.transposed):
-        per_position = prod(kernel_size(conv)) * cast(int, conv.out_channels) // cast(int, conv.groups)
-        return input.numel() * per_position
-    return output.numel() * per_position

@@ -9,18 +9,20 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, replace
 from math import isnan
 from threading import get_ident
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .block import HarmonicBlock2d
-from .comparison import relative_difference, top1_agreement
-from .errors import InputError, UsageError, first_line, one_line, shortened
+from .comparison import greatest_difference, relative_difference, top1_agreement
+from .cost import parameter_count
+from .dataflow import weight_state
+from .errors import InputError, UsageError, first_line, shortened
 from .forms import fold_blocks
 from .kernel_check import check_kernel
 from .structure_check import altered_state, as_calibrated, built_otherwise, pairs_of, written_by_calibration
@@ -35,7 +37,9 @@ from .surgery import (
     in_precision,
     state_key,
     tensors_in,
+    unchanged,
 )
+from .verification import LayerCheck, Verification
 
 # Relative difference of the outputs with the whole basis, by the dtype of the weights: float64 and float32 as promised
 # in the documentation; the 16-bit ones are bounded by the rounding of their coefficients, amplified layer by layer.
@@ -43,75 +47,11 @@ OUTPUT_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e
 
 _STRAY = "a copy of the network still runs the layer that it was copied from, by a function that copies do not follow"
 
+# A kernel is a different one where it differs by more than this of its filter's largest weight.
+CHANGED_KERNEL = 1e-3
+
 # Weights above which copies of two networks are no longer made, in float64 or at all: 4 to 8 GB would go into them.
 MOST_IN_FLOAT64 = 2**28
-
-
-@dataclass(frozen=True)
-class LayerCheck:
-    """One convolution over 1x1, original against converted.
-
-    ``kernel_error``: largest difference over the largest weight of the same filter. ``output_error``: relative
-    difference of the layer's outputs in float64, both fed the original's input (None where it did not run). ``problem``
-    says what is not as the plan has it, or is None.
-    """
-
-    name: str
-    kept: int
-    total: int
-    kernel_error: float
-    output_error: float | None
-    problem: str | None
-
-
-@dataclass(frozen=True)
-class Verification:
-    """The verdict and the figures behind it.
-
-    ``ok``: the converted network computes what the original does, within ``tolerance``. A cut network does not, and
-    says so; ``as_planned`` tells that it is, kernel by kernel, the projection that its plan asks for. Relative errors
-    are largest difference over largest output; ``float64_error`` isolates the rounding of the coefficients,
-    ``float32_error`` adds that of float32 arithmetic (each None where that pass was not run; the notes say why).
-    ``top1_agreement`` is the share of inputs with the same top-1 class, logits that the weights' dtype cannot tell
-    apart being tied (None where outputs are no logits).
-    """
-
-    ok: bool
-    as_planned: bool
-    tolerance: float
-    max_relative_error: float
-    float64_error: float | None
-    float32_error: float | None
-    top1_agreement: float | None
-    inputs: int
-    layers: tuple[LayerCheck, ...]
-    problems: tuple[str, ...]
-    notes: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict."""
-        return asdict(self)
-
-    @property
-    def verdict(self) -> str:
-        """One line: what holds, or what does not and where."""
-        return one_line(self._verdict)
-
-    @property
-    def _verdict(self) -> str:
-        outputs = f"outputs differ by {self.max_relative_error:.1e} of the largest, tolerance {self.tolerance:.0e}"
-        if self.top1_agreement is not None:
-            outputs += f"; same top-1 on {self.top1_agreement:.1%} of {self.inputs} inputs"
-        if self.ok:
-            return f"verified: {outputs}"
-        if isnan(self.max_relative_error) and not self.problems:
-            return "not verified: the outputs hold no finite value on these inputs, so there is nothing to compare"
-        cut = [layer for layer in self.layers if layer.kept < layer.total]
-        if self.problems:
-            return f"not the same: {shortened(list(self.problems), 3)} ({outputs})"
-        if cut and self.as_planned:
-            return f"cut as planned in {len(cut)} of {len(self.layers)} layers, so not the same network: {outputs}"
-        return f"not the same: {outputs}"
 
 
 def verify(
@@ -121,6 +61,7 @@ def verify(
     *,
     tolerance: float | None = None,
     calibrated: Mapping[str, str] | None = None,
+    random_inputs: bool = False,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> Verification:
     """Compare ``converted`` with the ``original`` it was made from; neither is changed.
@@ -139,6 +80,7 @@ def verify(
             every input, and nothing may differ that was not converted.
         calibrated: keys of the tensors that calibration wrote, with their sha256 (`Calibration.changed`); known of a
             network that `convert` or `load` returned. Those are as planned where they are what calibration wrote.
+        random_inputs: ``inputs`` are noise, as they are where None is given; the verdict then names no top-1.
         progress: called with (steps done, steps, what is looked at).
 
     Raises:
@@ -146,7 +88,8 @@ def verify(
         InputError: a network without values (meta device).
     """
     _check_values(original, converted)
-    inputs = seeded_inputs(original) if inputs is None else inputs
+    if inputs is None:
+        inputs, random_inputs = seeded_inputs(original), True
     if _blocks(original) != _blocks(converted):  # what a block computes is compared with a convolution as one
         original, converted = fold_blocks(original), fold_blocks(converted)
     dtype = max((_weight_dtype(original), _weight_dtype(converted)), key=lambda d: OUTPUT_TOLERANCE[d])
@@ -161,49 +104,111 @@ def verify(
         with evaluating(*pair):
             kernels[name] = check_kernel(*pair, written.get(state_key(name, "coefficients")))
     notes: list[str] = []
-    errors: dict[str, float | None] = {"float64": None, "float32": None}
-    outputs, astray, idle = dict[str, float](), list[str](), list[str]()
-    agreement: float | None = None
-    for precision in (torch.float64, torch.float32):
-        key = str(precision).removeprefix("torch.")
-        if precision == torch.float32 and dtype == torch.float64:
-            continue
-        if precision != dtype and precision == torch.float64 and _weights(original) > MOST_IN_FLOAT64:
-            notes.append(f"not compared in float64: copies of {_weights(original) / 1e6:,.0f}M weights are too large")
-            continue
-        try:
-            # Per-layer outputs once, in the precision that shows a wrong layer and not the arithmetic.
-            error, same, layer_outputs, gone, left = _compare(
-                original, converted, inputs, precision, dtype, not outputs, list(pairs), tick
-            )
-        except _NoRunError as problem:
-            if precision == torch.float64 and dtype != torch.float64:
-                notes.append(f"not compared in float64: {problem}")
-                continue
-            raise UsageError(str(problem)) from problem
-        errors[key], outputs, astray, idle = error, outputs or layer_outputs, astray or gone, idle or left
-        agreement = same if agreement is None or same is None else min(agreement, same)
+    found = _comparisons(original, converted, inputs, dtype, list(pairs), notes, tick)
+    first = next(iter(found.values()))
+    rewritten = {name for one in found.values() for name in one.rewritten}
     layers = tuple(
-        LayerCheck(name, kept, total, kernel_error, outputs.get(name), problem)
+        LayerCheck(name, kept, total, kernel_error, first.outputs.get(name), problem)
         for name, (kept, total, kernel_error, problem) in kernels.items()
+        if name not in rewritten  # by the network itself at each forward: what it holds between two says nothing
     )
-    structural = [*structural, *(f"{name or '(root)'}: {_STRAY}" for name in astray)]
+    layers = tuple(layer if layer.name in first.constant else _stale(layer) for layer in layers)
+    structural = [*structural, *(f"{name or '(root)'}: {_STRAY}" for name in sorted(first.strays))]
     problems = [*structural, *(f"{layer.name}: {layer.problem}" for layer in layers if layer.problem), *altered]
-    measured = [error for error in errors.values() if error is not None]
+    measured = [one.error for one in found.values()]
     worst = next((error for error in measured if isnan(error)), max(measured))
+    agreements = [one.agreement for one in found.values()]
+    agreement = None if None in agreements else min(cast("list[float]", agreements))
     if isnan(worst):
         notes.append("the outputs hold no finite value on these inputs: nothing to compare")
+    _without_effect(layers, worst, problems, notes)
     limit = OUTPUT_TOLERANCE[dtype] if tolerance is None else tolerance
     within = worst <= limit  # False for NaN
     if not within:  # else it comes to the same, however it is built
         problems += built_otherwise(original, converted, pairs)
-    _passed_over(idle, any(layer.kept < layer.total for layer in layers), within, problems, notes)
+    _passed_over(first.idle, any(layer.kept < layer.total for layer in layers), within, problems, notes)
     ok = within and not structural if tolerance is not None else within and not problems and agreement in (None, 1.0)
-    size = batch_size(inputs)
+    float64, float32 = (found[p].error if p in found else None for p in (torch.float64, torch.float32))
     return Verification(
-        ok, not problems, limit, worst, errors["float64"], errors["float32"], agreement, size, layers,
-        tuple(problems), tuple(notes),
+        ok, not problems, limit, worst, float64, float32, agreement, batch_size(inputs), layers,
+        tuple(problems), tuple(notes), random_inputs,
     )  # fmt: skip
+
+
+@dataclass
+class _Comparison:
+    """Two networks side by side in one precision: relative difference of the outputs, top-1 agreement, and by layer the
+    relative difference of its outputs, both on the original's input (only where asked for).
+
+    Layers by name: ``strays`` of the given networks ran although copies were called; ``idle`` ran in the original
+    alone; ``constant`` read constant inputs; the original rewrites the weight of ``rewritten`` in its forward.
+    """
+
+    error: float
+    agreement: float | None
+    outputs: dict[str, float] = field(default_factory=dict)
+    strays: set[str] = field(default_factory=set)
+    idle: list[str] = field(default_factory=list)
+    constant: set[str] = field(default_factory=set)
+    rewritten: set[str] = field(default_factory=set)
+
+
+def _comparisons(
+    original: nn.Module,
+    converted: nn.Module,
+    inputs: Any,
+    dtype: torch.dtype,
+    names: list[str],
+    notes: list[str],
+    tick: Callable[[str], None],
+) -> dict[torch.dtype, _Comparison]:
+    """Compare in float64 where that can be done, and in float32 unless the weights have more; the first comparison
+    looks at the layers, because float64 shows a wrong layer and not the arithmetic.
+
+    Raises:
+        UsageError: the networks do not run on the inputs.
+    """
+    found: dict[torch.dtype, _Comparison] = {}
+    for precision in (torch.float64, torch.float32):
+        if precision == torch.float32 and dtype == torch.float64:
+            continue
+        count = parameter_count(original)
+        if precision != dtype and precision == torch.float64 and count > MOST_IN_FLOAT64:
+            notes.append(f"not compared in float64: copies of {count / 1e6:,.0f}M weights are too large")
+            continue
+        try:
+            found[precision] = _compare(original, converted, inputs, precision, dtype, names, not found, tick)
+        except _NoRunError as problem:
+            if precision != torch.float64 or dtype == torch.float64:
+                raise UsageError(str(problem)) from problem
+            notes.append(f"not compared in float64: {problem}")
+    return found
+
+
+def _changed(layer: LayerCheck) -> bool:
+    """Whether the kernel of a layer is another one, beyond rounding."""
+    return layer.kept < layer.total and layer.kernel_error > CHANGED_KERNEL
+
+
+def _stale(layer: LayerCheck) -> LayerCheck:
+    """The layer, with a problem where it computes the same with another kernel."""
+    if layer.problem is None and _changed(layer) and layer.output_error == 0:
+        return replace(
+            layer, problem="its kernel is cut and its output is exactly the same: it does not use its weight"
+        )
+    return layer
+
+
+def _without_effect(layers: Sequence[LayerCheck], worst: float, problems: list[str], notes: list[str]) -> None:
+    """Say which cut layers were not tested; outputs that are exactly the same are a problem where a kernel changed."""
+    changed = [layer for layer in layers if _changed(layer)]
+    if changed and worst == 0 and not problems:
+        problems.append(
+            f"the outputs are exactly the same although {len(changed)} kernels are cut: the network does not use their "
+            "weights (it may hold copies of them), or these inputs do not reach them"
+        )
+    if idle := [layer.name or "(root)" for layer in changed if layer.output_error is None]:
+        notes.append(f"cut, but not run on these inputs: {shortened(idle, 5)}")
 
 
 def _passed_over(idle: Sequence[str], cut: bool, within: bool, problems: list[str], notes: list[str]) -> None:
@@ -254,57 +259,73 @@ def _ticker(progress: Callable[[int, int, str], None], total: int) -> Callable[[
     return lambda what: progress(min(next(done), total), total, what)
 
 
-def _weights(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def _compare(
     original: nn.Module,
     converted: nn.Module,
     inputs: Any,
     precision: torch.dtype,
     dtype: torch.dtype,
-    per_layer: bool,
     names: list[str],
+    per_layer: bool,
     tick: Callable[[str], None],
-) -> tuple[float, float | None, dict[str, float], list[str], list[str]]:
-    """Relative output error, top-1 agreement (to the rounding of ``dtype``, the weights') and, where asked for,
-    per-layer output errors in one precision; layers of the given networks that their copies run, and layers that only
-    the original's copy runs."""
+) -> _Comparison:
+    """Compare copies of both networks in one precision; top-1 is told to the rounding of ``dtype``, the weights'."""
     with _default_dtype(precision):
-        shared = _weights(original) > MOST_IN_FLOAT64
+        shared = parameter_count(original) > MOST_IN_FLOAT64
         models = [in_precision(model, precision, shared) for model in (original, converted)]
         inputs = fitted(inputs, models[0])
         ours, theirs = convolutions(models[0]), convolutions(models[1])
-        outputs: dict[str, float] = {}
-
-        def watch(name: str) -> Callable[..., None]:
-            def hook(conv: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-                tick(name)
-                try:
-                    answer = theirs[name](*args, **kwargs)
-                except Exception as failure:
-                    raise _NoRunError(
-                        f"layer {name or '(root)'} of the converted network does not run in {precision}: "
-                        f"{type(failure).__name__}: {first_line(failure)}"
-                    ) from failure
-                error = relative_difference(answer, output)
-                outputs[name] = max(error, outputs.get(name, 0.0))
-
-            return hook
-
+        found = _Comparison(float("inf"), 0.0)
         given = [(n, convs[n]) for convs in map(convolutions, (original, converted)) for n in names if n in convs]
+        watched = {name: ours[name] for name in names if per_layer}
         with evaluating(*models), _calls(given) as strays:
-            with _hooks([ours[n].register_forward_hook(watch(n), with_kwargs=True) for n in names if per_layer]):
+            before = {name: weight_state(conv) for name, conv in ours.items()}
+            with _compared(watched, theirs, found, precision, tick), unchanged(models[1]):
                 results = [_outputs("original", models[0], inputs, precision, tick)]
+            found.rewritten = {name for name, conv in ours.items() if weight_state(conv) != before[name]}
             with _calls([(n, theirs[n]) for n in names]) as ran:
                 results.append(_outputs("converted", models[1], inputs, precision, tick))
-        idle = [name for name in outputs if name not in ran]
-    if [t.shape for t in results[0]] != [t.shape for t in results[1]]:
-        return float("inf"), 0.0, outputs, sorted(strays), idle
-    pairs = list(zip(*results, strict=True))
-    error = max((relative_difference(b, a) for a, b in pairs), default=float("nan"))
-    return error, top1_agreement(pairs, torch.finfo(dtype).eps), outputs, sorted(strays), idle
+    found.strays, found.idle = strays, [name for name in found.outputs if name not in ran]
+    if [t.shape for t in results[0]] == [t.shape for t in results[1]]:
+        pairs = list(zip(*results, strict=True))
+        found.error = max((relative_difference(b, a) for a, b in pairs), default=float("nan"))
+        found.agreement = top1_agreement(pairs, torch.finfo(dtype).eps)
+    return found
+
+
+@contextmanager
+def _compared(
+    ours: Mapping[str, nn.Module],
+    theirs: Mapping[str, nn.Module],
+    found: _Comparison,
+    precision: torch.dtype,
+    tick: Callable[[str], None],
+) -> Iterator[None]:
+    """Compare each layer with its counterpart when it has run, on the same input."""
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(conv: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            tick(name)
+            expected = [tensor.clone() for tensor in tensors_in(output)]  # the layer may keep its map and change it
+            try:
+                answer = tensors_in(theirs[name](*args, **kwargs))
+            except Exception as failure:
+                raise _NoRunError(
+                    f"layer {name or '(root)'} of the converted network does not run in {precision}: "
+                    f"{type(failure).__name__}: {first_line(failure)}"
+                ) from failure
+            found.outputs[name] = max(greatest_difference(answer, expected), found.outputs.get(name, 0.0))
+            if all(map(_constant, tensors_in((args, kwargs)))):
+                found.constant.add(name)
+
+        return hook
+
+    with _hooks([conv.register_forward_hook(watch(name), with_kwargs=True) for name, conv in ours.items()]):
+        yield
+
+
+def _constant(tensor: Tensor) -> bool:
+    return not tensor.numel() or bool((tensor == tensor.flatten()[0]).all())
 
 
 def _outputs(

@@ -320,6 +320,7 @@ def _as_bytes(tensors: Mapping[str, Tensor]) -> Iterator[Any]:
         # Names may hold lone surrogates, which no file can, but a digest.
         yield f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode("utf-8", "surrogatepass")
         plain = tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()
+        plain = plain.dequantize() if plain.is_quantized else plain  # reading their storage ends the process
         flat = plain.cpu().contiguous().flatten()
         if flat.numel():
             yield flat.view(torch.uint8).numpy()

@@ -28,7 +28,7 @@ from harmconvert.cost import network_cost
 from harmconvert.errors import InputError, UsageError
 from harmconvert.plan import Plan, make_plan
 from harmconvert.samples import mnist5k_held_back
-from harmconvert.surgery import find_sites, trace
+from harmconvert.tracing import find_sites, trace
 
 from .networks import Branches, random_input, seeded
 from .pictures import digit_folders

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import copy
+import os
+import pickle
+import threading
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +13,8 @@ import timm
 import torch
 from timm.layers import ScaledStdConv2d
 from torch import nn
-from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torchvision.ops import DeformConv2d
 
 import harmconvert.models  # noqa: F401  registers wrn28_10
@@ -17,12 +22,12 @@ from harmconvert.basis import dct_basis
 from harmconvert.conv import HarmonicMixin, to_harmonic
 from harmconvert.convert import convert
 from harmconvert.cost import parameter_count
-from harmconvert.errors import InputError, UsageError
+from harmconvert.errors import HarmconvertWarning, InputError, UsageError
 from harmconvert.forms import fuse
 from harmconvert.inspection import inspect
 from harmconvert.plan import LayerPlan, Plan
 from harmconvert.projection import energy_kept, project, reconstruct, relative_error
-from harmconvert.surgery import trace
+from harmconvert.tracing import trace
 from harmconvert.verify import verify
 
 from .networks import CONVOLUTIONS, Branches, random_input, seeded
@@ -347,19 +352,87 @@ def test_an_input_that_does_not_fit_says_how_to_give_another() -> None:
         convert(seeded(Branches), "progressive", example_input=torch.zeros(2, 5, 8, 8))
 
 
-def test_a_network_that_cannot_be_copied_says_so() -> None:
+def test_a_tensor_with_a_gradient_history_is_copied_without_it() -> None:
     model: Any = seeded(Branches)
-    model.cache = model.stem.weight * 2  # has a gradient history
-    with pytest.raises(InputError, match="this Branches cannot be copied for cache: "):
-        convert(model)
+    model.cache = model.stem.weight * 2
+    with pytest.warns(HarmconvertWarning, match=r"refuses cache \(it has a gradient history\)"):
+        converted: Any = convert(model).model
+    assert torch.equal(converted.cache, model.cache)
+    assert converted.cache.is_leaf
+    assert not model.cache.is_leaf
 
 
-def test_weight_norm_of_the_old_kind_is_named() -> None:
+def _old_weight_norm(conv: nn.Module) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it is deprecated
-        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.utils.weight_norm(nn.Conv2d(4, 4, 3)))
-    with pytest.raises(InputError, match=r"this Sequential cannot be copied for 1\.weight: "):
-        convert(model)
+        return nn.utils.weight_norm(conv)  # type: ignore[no-any-return]
+
+
+COMPUTED: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "weight norm of the old kind": _old_weight_norm,
+    "spectral norm of the old kind": nn.utils.spectral_norm,
+    "pruning": lambda conv: prune.l1_unstructured(conv, "weight", 0.5),
+    "weight norm": weight_norm,
+    "spectral norm": spectral_norm,
+}
+
+
+@pytest.mark.parametrize("ran", [False, True], ids=["fresh", "after a run with gradients"])
+@pytest.mark.parametrize("make", COMPUTED.values(), ids=COMPUTED)
+def test_a_layer_whose_weight_is_computed_is_skipped_and_the_rest_is_converted(make: Any, ran: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), make(nn.Conv2d(8, 8, 3)), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
+    if ran:
+        model(torch.randn(2, 3, 12, 12))
+    conversion = convert(model, 2)
+    assert [(layer.name, layer.kept) for layer in conversion.layers] == [("0", 9), ("2", 0), ("4", 3)]
+    assert verify(model, conversion.model, torch.randn(2, 3, 12, 12)).as_planned
+
+
+class Delegating:
+    """Its ``__getattr__`` never ends where an instance is made without its attributes, as copying makes one."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __getattr__(self, key: str) -> Any:
+        return getattr(self.inner, key)
+
+
+class Refusing:
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise self.error
+
+
+UNCOPYABLE: dict[str, Callable[[], Any]] = {
+    "a lock": threading.Lock,
+    "an open file": lambda: open(os.devnull),
+    "a generator": lambda: (i for i in range(3)),
+    "a delegating object": lambda: Delegating([]),
+    "what raises PicklingError": lambda: Refusing(pickle.PicklingError("no")),
+    "what raises AssertionError": lambda: Refusing(AssertionError("no")),
+    "a dict that holds a lock": lambda: {"deep": [threading.Lock()]},
+}
+
+
+@pytest.mark.parametrize("make", UNCOPYABLE.values(), ids=UNCOPYABLE)
+def test_a_layer_with_a_member_that_cannot_be_copied_is_skipped_by_that_name(make: Any) -> None:
+    model: Any = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
+    model[1].handle = make()
+    conversion = convert(model, 2)
+    assert [layer.kept for layer in conversion.layers] == [9, 0, 3]
+    assert "its member 'handle' cannot be copied" in (conversion.layers[1].why or "")
+    assert verify(model, conversion.model, torch.randn(2, 3, 12, 12)).as_planned
+
+
+def test_a_member_of_the_network_that_cannot_be_copied_is_shared_and_named() -> None:
+    model: Any = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+    model.lock = threading.Lock()
+    with pytest.warns(HarmconvertWarning, match=r"refuses lock \(TypeError: cannot pickle"):
+        converted: Any = convert(model, 2).model
+    assert converted.lock is model.lock
 
 
 def test_torchscript_is_refused() -> None:
@@ -463,9 +536,15 @@ def test_weights_that_are_no_kernels_are_skipped_with_the_reason(weight: torch.T
     assert {skip.name: skip.why for skip in convert(model).plan.skipped} == {"1": reason}
 
 
-def test_lazy_layers_are_named() -> None:
-    with pytest.raises(UsageError, match=r"lazy modules: 1\.weight, 1\.bias\): run it once first"):
-        convert(nn.Sequential(nn.Conv2d(3, 3, 3), nn.LazyConv2d(4, 3)))
+@pytest.mark.parametrize("example", [None, torch.randn(2, 3, 12, 12)], ids=["no input", "an example input"])
+def test_lazy_layers_are_skipped_and_stay_lazy(example: Any) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.LazyConv2d(4, 3), nn.Flatten(), nn.LazyLinear(2))
+    conversion = convert(model, example_input=example)
+    assert [layer.kept for layer in conversion.layers] == [9, 0]
+    assert "not initialised yet: run the network once" in (conversion.layers[1].why or "")
+    assert isinstance(model[1], nn.LazyConv2d)
+    assert isinstance(conversion.model[1], nn.LazyConv2d)
+    assert verify(model, conversion.model, torch.randn(2, 3, 12, 12)).ok
 
 
 @pytest.mark.parametrize(("depth", "message"), [(300, "too deeply to be copied"), (3000, "too deeply to go through")])

@@ -24,7 +24,7 @@ from harmconvert.calibration.responses import outputs, to_groups
 from harmconvert.calibration.solvers import NormalEquations, Samples
 from harmconvert.conv import to_harmonic
 from harmconvert.plan import LayerPlan, Plan
-from harmconvert.surgery import find_sites
+from harmconvert.tracing import find_sites
 
 from . import oracle
 from .networks import CONVOLUTIONS, Branches, seeded

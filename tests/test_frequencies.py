@@ -29,7 +29,7 @@ from harmconvert.calibration.moments import Moments, response_moments
 from harmconvert.convert import convert
 from harmconvert.errors import InputError, UsageError
 from harmconvert.samples import mnist5k_held_back
-from harmconvert.surgery import find_sites
+from harmconvert.tracing import find_sites
 
 from . import oracle
 from .networks import CONVOLUTIONS, Branches, random_input, seeded

@@ -19,10 +19,11 @@ PACKAGE = ROOT / "harmconvert"
 ORDER = [
     "registration", "errors", "documents", "history", "files", "arguments", "native", "weights", "distributed", "basis",
     "projection", "conv", "block",
-    "factored", "timing", "layer_times", "plan", "copying", "side_effects", "surgery", "cost", "comparison",
+    "factored", "timing", "layer_times", "plan", "copying", "side_effects", "dataflow", "other_convolutions",
+    "surgery", "tracing", "cost", "comparison",
     "calibration", "forms", "budget",
     "convert",
-    "harmonize", "kernel_check", "structure_check", "verify", "precision",
+    "harmonize", "kernel_check", "structure_check", "verification", "verify", "precision",
     "checkpoint",
     "models", "reference", "samples", "downloads", "user_code", "sources",
     "data", "evaluation", "training", "benchmark", "export", "inspection", "report", "demo", "cli",

@@ -12,7 +12,7 @@ from ..basis import Basis, Frequency, all_frequencies, frequencies_below, level_
 from ..cost import network_cost
 from ..errors import InputError
 from ..plan import ConvSite, LayerPlan, Plan, make_plan
-from ..surgery import Trace
+from ..tracing import Trace
 
 # With fewer levels than these there is little to choose: then halves of a lambda count, too.
 FEW = 5
@@ -37,8 +37,8 @@ def whole_plan(
     layers, of which scores tell what cutting them costs (DESIGN 3)."""
     spared = make_plan(sites, 1, include, exclude, family)
     layers = (replace(layer, frequencies=all_frequencies(layer.kernel_size)) for layer in spared.layers)
-    first = {site.name for site in sites if site.reads_input}
-    notes = {name: why for name, why in spared.notes.items() if name in first}
+    spared_by_search = {site.name for site in sites if site.reads_input or site.fixed}
+    notes = {name: why for name, why in spared.notes.items() if name in spared_by_search}
     return replace(spared, layers=tuple(layers), notes=notes)
 
 

@@ -13,7 +13,8 @@ from ..conv import HarmonicMixin, to_harmonic
 from ..factored import reason_not_factorable
 from ..forms import sites_of
 from ..layer_times import Site, layer_times
-from ..surgery import Trace, convolutions
+from ..surgery import convolutions
+from ..tracing import Trace
 from .choices import Item
 
 # Convolutions over 1x1 are at most this share of a network's time.

@@ -20,7 +20,8 @@ from ..distributed import from_first_rank
 from ..errors import InputError, UsageError, shortened
 from ..forms import run_times
 from ..plan import ConvSite, Plan, make_plan
-from ..surgery import Trace, convolutions, unchanged
+from ..surgery import convolutions, unchanged
+from ..tracing import Trace
 from . import UNITS, Budget, Search, SearchSettings, choose, limit_of
 from .choices import Item, costs_of, items_of, whole_plan, with_order
 from .energy import energy_scores

@@ -15,7 +15,8 @@ from ..conv import CONVOLUTIONS, HarmonicMixin
 from ..errors import InputError, UsageError
 from ..plan import Skip
 from ..projection import project
-from ..surgery import convolutions, find_sites, kernel_size
+from ..surgery import convolutions, kernel_size
+from ..tracing import find_sites
 
 
 @dataclass(frozen=True)

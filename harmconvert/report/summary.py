@@ -23,7 +23,8 @@ from ..errors import InputError
 from ..evaluation import wilson_interval
 from ..forms import fuse
 from ..plan import LayerPlan, Plan
-from ..surgery import Trace, convolutions, find_sites
+from ..surgery import convolutions
+from ..tracing import Trace, find_sites
 from .kernels import layers_of
 from .reproduce import commands
 from .spectrum import spectrum

@@ -14,7 +14,7 @@ from ..cost import Cost
 from ..errors import InputError, shortened
 from ..evaluation import Evaluation, wilson_interval
 from ..plan import Plan, make_plan
-from ..surgery import find_sites
+from ..tracing import find_sites
 
 POLICIES: tuple[str | int, ...] = ("full", 3, "progressive", 2, 1)
 
