@@ -408,7 +408,7 @@ class Refusing:
 
 UNCOPYABLE: dict[str, Callable[[], Any]] = {
     "a lock": threading.Lock,
-    "an open file": lambda: open(os.devnull),
+    "an open file": lambda: open(os.devnull),  # noqa: SIM115  it stays open
     "a generator": lambda: (i for i in range(3)),
     "a delegating object": lambda: Delegating([]),
     "what raises PicklingError": lambda: Refusing(pickle.PicklingError("no")),

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 from torchvision.ops import DeformConv2d
 
 import harmconvert as hc
@@ -47,9 +47,9 @@ class Readers(nn.Module):
 PREPARATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "as it is": lambda x: x,
     "normalised": lambda x: (x - 0.5) / torch.tensor([0.2, 0.3, 0.4])[:, None, None],
-    "padded": lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"),
+    "padded": lambda x: functional.pad(x, (1, 1, 1, 1), mode="reflect"),
     "in place": lambda x: x.mul_(2).sub_(1),
-    "resized": lambda x: F.interpolate(x, scale_factor=0.5, mode="bilinear"),
+    "resized": lambda x: functional.interpolate(x, scale_factor=0.5, mode="bilinear"),
     "colours mixed by a constant matrix": lambda x: torch.einsum("bchw,cd->bdhw", x, torch.eye(3) / 2),
     "copied into a batch": lambda x: torch.zeros_like(x).copy_(x),
 }
@@ -225,7 +225,7 @@ class Cached(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if self.kernel is None:
             self.kernel = (self.weight * 0.5).detach()
-        return F.conv2d(x, self.kernel, self.bias)
+        return functional.conv2d(x, self.kernel, self.bias)
 
 
 class CachedMatrix(Cached):
@@ -234,7 +234,7 @@ class CachedMatrix(Cached):
     def forward(self, x: Tensor) -> Tensor:
         if self.kernel is None:
             self.kernel = self.weight.detach().flatten(1).clone()
-        patches = F.unfold(x, 3)
+        patches = functional.unfold(x, 3)
         return (self.kernel @ patches).unflatten(2, (x.shape[2] - 2, -1))
 
 
@@ -247,7 +247,7 @@ def test_a_layer_that_keeps_a_copy_of_its_weight_is_skipped_once_it_has_made_it(
     found = why(network)
     assert [kept for kept, _ in found.values()] == [9, 0, 3]
     assert "a copy of its weight that was made before the run" in (found["1"][1] or "")
-    with pytest.raises(InputError, match="no convolution over 1x1 to convert .*a copy of its weight"):
+    with pytest.raises(InputError, match=r"no convolution over 1x1 to convert .*a copy of its weight"):
         hc.convert(network[1], example_input=X[:, [0, 1, 2, 0]])  # type: ignore[index]
 
 
@@ -255,7 +255,7 @@ def test_layers_that_compute_with_their_weight_in_ways_of_their_own_are_converte
     class Standardised(nn.Conv2d):
         def forward(self, x: Tensor) -> Tensor:
             weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
-            return F.conv2d(x, weight / weight.std(), self.bias)
+            return functional.conv2d(x, weight / weight.std(), self.bias)
 
     class Sign(torch.autograd.Function):
         @staticmethod
@@ -264,7 +264,7 @@ def test_layers_that_compute_with_their_weight_in_ways_of_their_own_are_converte
 
     class Binary(nn.Conv2d):
         def forward(self, x: Tensor) -> Tensor:
-            return F.conv2d(x, Sign.apply(self.weight), self.bias)
+            return functional.conv2d(x, Sign.apply(self.weight), self.bias)
 
     network = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), Standardised(4, 4, 3), Binary(4, 4, 3)))
     assert [kept for kept, _ in why(network).values()] == [9, 3, 3]
@@ -279,7 +279,7 @@ class Functional(nn.Module):
         self.weight = nn.Parameter(torch.randn(o, i, 3, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight / 9, padding=1)
+        return functional.conv2d(x, self.weight / 9, padding=1)
 
 
 class Kernels(nn.Module):
@@ -290,7 +290,7 @@ class Kernels(nn.Module):
         self.kernels = nn.Parameter(torch.randn(8, 8, 5, 5))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.kernels, padding=2)
+        return functional.conv2d(x, self.kernels, padding=2)
 
 
 class Blur(nn.Module):
@@ -299,7 +299,7 @@ class Blur(nn.Module):
         self.register_buffer("taps", torch.ones(8, 1, 3, 3) / 9)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.get_buffer("taps"), padding=1, groups=8)
+        return functional.conv2d(x, self.get_buffer("taps"), padding=1, groups=8)
 
 
 class Offset(DeformConv2d):
@@ -316,7 +316,7 @@ class Own(nn.modules.conv._ConvNd):
         super().__init__(8, 8, (3, 3), (1, 1), (1, 1), (1, 1), False, (0, 0), 1, True, "zeros")
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight, self.bias, 1, 1)
+        return functional.conv2d(x, self.weight, self.bias, 1, 1)
 
 
 OTHERS: dict[str, tuple[Callable[[], nn.Module], str, tuple[int, ...]]] = {
@@ -329,7 +329,7 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], str, tuple[int, ...]]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning", "ignore:.*torch.jit.script:FutureWarning")
 @pytest.mark.parametrize(("make", "reason", "size"), OTHERS.values(), ids=OTHERS)
 def test_convolutions_that_are_not_converted_are_listed_with_the_reason(make: Any, reason: str, size: Any) -> None:
     network = seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), make(), nn.Conv2d(8, 8, 3)))
@@ -363,7 +363,7 @@ class Masked(nn.Conv2d):
 
     def forward(self, picture: Tensor, mask: Any = None) -> Any:  # type: ignore[override]
         mask = torch.ones_like(picture[:, :1]) if mask is None else mask
-        return super().forward(picture * mask), F.max_pool2d(mask, 3, 1, 1)
+        return super().forward(picture * mask), functional.max_pool2d(mask, 3, 1, 1)
 
 
 def test_layers_that_return_more_than_a_map_and_take_keywords_of_any_name_are_seen() -> None:

@@ -420,3 +420,119 @@ def test_a_converted_layer_that_does_not_run_is_named() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), Own(4, 4, 3)).eval()
     with pytest.raises(UsageError, match=r"layer 1 of the converted network does not run in .*: KeyError: 'weight'"):
         verify(model, convert(model).model, X)
+
+
+class Deployed(nn.Module):
+    """Adds two kernels up when it is put into eval mode, and computes with the sum from then on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 8, 3, bias=False), nn.Conv2d(3, 8, 3, bias=False)
+        self.last = nn.Conv2d(8, 4, 1)
+        self.kernel: torch.Tensor | None = None
+
+    def deploy(self) -> Any:
+        self.kernel = (self.one.weight + self.two.weight).detach()
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kernel is not None:
+            return self.last(nn.functional.conv2d(x, self.kernel)).flatten(1)
+        return self.last(self.one(x) + self.two(x)).flatten(1)
+
+
+def test_a_cut_that_changes_nothing_at_all_does_not_pass() -> None:
+    model: Any = seeded(Deployed)
+    plan = {"*": 2}
+    assert verify(model, convert(model, plan).model, X).as_planned  # it computes with its layers
+    model.deploy()
+    check = verify(model, convert(model, plan).model, X)
+    assert not check.ok
+    assert not check.as_planned
+    assert check.max_relative_error == 0
+    assert "the outputs are exactly the same although 2 kernels are cut" in check.verdict
+    assert "cut, but not run on these inputs: one, two" in check.notes
+    assert verify(model, convert(model, "full").model, X).ok  # nothing is cut, and nothing should change
+
+
+def test_a_layer_that_does_not_use_its_weight_is_named() -> None:
+    class Ready(nn.Conv2d):
+        ready: Any = None
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.ready = self.weight.detach().clone() if self.ready is None else self.ready
+            return nn.functional.conv2d(x, self.ready, self.bias)
+
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), Ready(4, 4, 3), nn.Conv2d(4, 4, 3)))
+    with torch.no_grad():
+        model(X)
+    check = verify(model, convert(model, {"*": 2}).model, X)  # without an example input nothing can be seen before
+    assert check.problems == ("1: its kernel is cut and its output is exactly the same: it does not use its weight",)
+
+
+class Streaming(nn.Conv1d):
+    """Keeps the end of its input for the next call."""
+
+    end: Any = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        before = x.new_zeros(*x.shape[:2], 4) if self.end is None else self.end
+        x = torch.cat([before, x], 2)
+        self.end = x[..., -4:]
+        return super().forward(x)
+
+
+def test_layers_that_keep_state_over_calls_are_compared_without_a_trace() -> None:
+    class Clip(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = Streaming(2, 8, 5), Streaming(8, 3, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            parts = [self.two(self.one(part).relu()) for part in x.chunk(2, 2)]
+            self.one.end = self.two.end = None
+            return torch.cat(parts, 2)
+
+    model: Any = seeded(Clip)
+    converted: Any = convert(model, "full").model
+    x = random_input((2, 2, 40))
+    check = verify(model, converted, x)
+    assert check.ok, check.verdict
+    assert {layer.name for layer in check.layers if (layer.output_error or 0) < 1e-6} == {"one", "two"}
+    assert converted.one.end is None
+
+
+def _count(module: Any, _: Any) -> None:
+    module.runs += 1
+
+
+def test_hooks_that_keep_what_they_see_see_nothing_of_a_verification() -> None:
+    model: Any = seeded(Branches)
+    seen: list[Any] = []
+    model.stem.register_forward_hook(lambda *_: seen.append(1))
+    model.register_buffer("runs", torch.zeros(1))
+    model.register_forward_pre_hook(_count)
+    converted: Any = convert(model, 2, example_input=X).model
+    assert verify(model, converted, X).as_planned
+    assert seen == []
+    assert model.runs == converted.runs == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize_per_tensor:UserWarning")
+def test_quantised_layers_are_compared_by_their_values() -> None:
+    model: Any = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)).eval()
+    codes = torch.quantize_per_tensor(torch.randn(4), 0.1, 0, torch.qint8)
+    model.register_buffer("codes", codes)
+    converted: Any = convert(model, "full").model
+    assert verify(model, converted, X).ok
+    converted.codes = torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8)
+    assert "codes: differs from the original's" in verify(model, converted, X).problems
+
+
+def test_of_noise_the_verdict_names_no_top1() -> None:
+    model, cut = pair(2)
+    assert "same top-1 on 4 of 4 inputs" in verify(model, cut, X).verdict
+    verdict = verify(model, cut, X, random_inputs=True).verdict
+    assert verdict.endswith("of the largest on 4 random inputs")
+    sample = timm.create_model("test_resnet.r160_in1k", pretrained=False).eval()
+    assert "2 random inputs" in verify(sample, convert(sample, "full").model).verdict
