@@ -25,11 +25,11 @@ _NOTHING = (type(None), bool, int, float, complex, str, bytes, type)
 _OWN = ("_parameters", "_buffers", "_modules")
 
 
-def deep_copy(model: Module, memo: dict[int, Any] | None = None) -> Module:
+def deep_copy(model: Module, memo: dict[int, Any] | None = None, strict: bool = False) -> Module:
     """A deep copy of a network, whose functions work on the copy where the network's own work on the network.
 
     ``memo`` is `copy.deepcopy`'s, and raises what that does. What a function reaches beside the network stays what it
-    is. Members that cannot be copied are treated as `uncopyable_members` says.
+    is. Members that cannot be copied are treated as `uncopyable_members` says, unless ``strict``.
     """
     memo = {} if memo is None else memo
     before = dict(memo)
@@ -38,7 +38,7 @@ def deep_copy(model: Module, memo: dict[int, Any] | None = None) -> Module:
     except Exception:
         memo.clear()
         memo |= before
-        if not uncopyable_members(model, memo):
+        if strict or not uncopyable_members(model, memo):
             raise
         copied = copy.deepcopy(model, memo)
     if astray := _reaching(model):
@@ -76,9 +76,7 @@ def _settled(value: Any, memo: dict[int, Any], inner: Mapping[int, Any], seen: s
     if id(value) in memo or id(value) in seen or id(value) in inner:
         return None
     seen.add(id(value))
-    if isinstance(value, Tensor):
-        if value.is_leaf:
-            return None
+    if isinstance(value, Tensor) and not value.is_leaf:
         memo[id(value)] = value.detach().clone()
         return "it has a gradient history"
     try:
@@ -88,10 +86,11 @@ def _settled(value: Any, memo: dict[int, Any], inner: Mapping[int, Any], seen: s
         why = f"{type(error).__name__}: {first_line(error)}"
     for part in _members(value):
         why = _settled(part, memo, inner, seen) or why
-    try:
-        copy.deepcopy(value, {**inner, **memo})
-    except Exception:
-        memo[id(value)] = value
+    if not isinstance(value, dict | list | tuple | set | deque):  # of a container the copy has its own
+        try:
+            copy.deepcopy(value, {**inner, **memo})
+        except Exception:
+            memo[id(value)] = value
     return why
 
 

@@ -99,7 +99,7 @@ def _exchanged(
             memo[id(value)] = type(value)()
     for make in fill.values():
         make(memo)
-    return deep_copy(model, memo)
+    return deep_copy(model, memo, strict=True)
 
 
 def in_precision(model: nn.Module, precision: torch.dtype, shared: bool = False) -> nn.Module:
@@ -185,8 +185,16 @@ def unchanged(model: nn.Module, but: Collection[nn.Module] = ()) -> Iterator[Non
     finally:
         before.restore()
         for parameter, data in weights:
-            if not parameter.data.is_set_to(data):
+            if _storage(parameter.data) != _storage(data):
                 parameter.data = data
+
+
+def _storage(tensor: Tensor) -> tuple[Any, ...]:
+    """Where the values of a tensor are: two that have them in the same place are one."""
+    try:
+        return cast(int, tensor.untyped_storage()._cdata), tensor.storage_offset(), tensor.shape
+    except (RuntimeError, NotImplementedError):  # sparse tensors, wrappers of other packages
+        return ()
 
 
 def tensors_in(value: Any) -> list[Tensor]:

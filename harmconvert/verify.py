@@ -278,7 +278,8 @@ def _compare(
         found = _Comparison(float("inf"), 0.0)
         given = [(n, convs[n]) for convs in map(convolutions, (original, converted)) for n in names if n in convs]
         watched = {name: ours[name] for name in names if per_layer}
-        with evaluating(*models), _calls(given) as strays:
+        # Hooks of the copies may keep what they see in places that the given networks share.
+        with unchanged(models[0]), unchanged(models[1]), evaluating(*models), _calls(given) as strays:
             before = {name: weight_state(conv) for name, conv in ours.items()}
             with _compared(watched, theirs, found, precision, tick), unchanged(models[1]):
                 results = [_outputs("original", models[0], inputs, precision, tick)]

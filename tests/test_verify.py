@@ -518,7 +518,7 @@ def test_hooks_that_keep_what_they_see_see_nothing_of_a_verification() -> None:
     assert model.runs == converted.runs == 0
 
 
-@pytest.mark.filterwarnings("ignore:.*quantize_per_tensor:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*quantize_per_tensor:UserWarning", "ignore:TypedStorage:UserWarning")
 def test_quantised_layers_are_compared_by_their_values() -> None:
     model: Any = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)).eval()
     codes = torch.quantize_per_tensor(torch.randn(4), 0.1, 0, torch.qint8)
