@@ -10,7 +10,10 @@ import click
 from . import options, pages
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
+
+    from torch import Tensor
 
     from ..budget import Budget
     from ..checkpoint import Header
@@ -208,7 +211,18 @@ def command(
             held_out = judged(network.model, conversion.model) if judged else None  # by all processes
         if rank() > 0:
             return 0  # the first process verifies and writes
-        _finish(network, conversion, input_size, output, page, force, as_json, held_out, more["dtype"])
+        _finish(
+            network,
+            conversion,
+            input_size,
+            output,
+            page,
+            force,
+            as_json,
+            held_out,
+            more["dtype"],
+            images.batches if images else (),
+        )
         if figure and conversion.search:
             write_figure(search_sheet(conversion.search), *figure, force)
         if save_plan:
@@ -262,7 +276,7 @@ def _keep(network: Network, sizes: Any, output: str, page: Path | None, force: b
     def write(staging: Path) -> None:
         file = staging.with_name("network.safetensors")  # the target may be called otherwise, behind a link
         header = save(network.model, file, source=network.source, force=True)
-        check = verify(network.model, load(file, model=fuse(network.model)), inputs)
+        check = verify(network.model, load(file, model=fuse(network.model)), **inputs)
         if not check.ok:
             raise CheckError(f"{output}, read back: {check.verdict}; nothing was written")
         file.replace(staging)
@@ -292,6 +306,7 @@ def _finish(
     as_json: bool,
     held_out: Any,
     dtype: str,
+    images: Sequence[Tensor],
 ) -> None:
     """Show what was done, verify it, write it."""
     from ..checkpoint import save
@@ -318,13 +333,13 @@ def _finish(
         options.say(f"note: {conversion.advice}")
     options.say("verifying")
     with options.progress() as progress:
-        inputs = options.verification_inputs(sizes, network.source)
-        check = verify(network.model, conversion.model, inputs, progress=progress)
+        inputs = options.verification_inputs(sizes, network.source, images)
+        check = verify(network.model, conversion.model, **inputs, progress=progress)
     if not (check.ok or (check.as_planned and not conversion.plan.whole)):
         raise CheckError(f"{check.verdict}; nothing was written")
     console.print(check.verdict, markup=False)
     if dtype != "float32":
-        conversion, difference = in_fewer_bits(conversion, dtype, inputs)
+        conversion, difference = in_fewer_bits(conversion, dtype, inputs["inputs"])
         console.print(f"rounded to {dtype}: outputs differ by {difference:.1e} of the largest", markup=False)
     judged = {name: found.to_json() for name, found in held_out.items()} if held_out else None
     header = save(

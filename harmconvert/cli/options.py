@@ -20,6 +20,7 @@ from .waiting import progress as progress
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from torch import Tensor
 
     from ..checkpoint import Source
     from ..sources import Network
@@ -300,16 +301,23 @@ def random_input(sizes: Sequence[tuple[int, ...]], model: Any) -> Any:
     return _one_or_all([fitted(torch.randn(1, *size, generator=generator), model) for size in sizes])
 
 
-def verification_inputs(sizes: Sequence[tuple[int, ...]], source: Source) -> Any:
-    """Two seeded random inputs of each size given, else images that belong to a sample network, else None."""
+def verification_inputs(
+    sizes: Sequence[tuple[int, ...]], source: Source, images: Sequence[Tensor] = ()
+) -> dict[str, Any]:
+    """What `verify` compares on: some of the held-back calibration images, images that belong to a sample network, two
+    random inputs of each size given, or (without any of these) two random inputs of the network's own size."""
     import torch
 
+    from ..calibration.inputs import HELD_BACK
     from ..samples import SAMPLES
 
-    generator = torch.Generator().manual_seed(0)
+    if images:
+        return {"inputs": torch.cat(list(images))[HELD_BACK - 1 :: HELD_BACK][:16]}
     if sizes:
-        return _one_or_all([torch.randn(2, *size, generator=generator) for size in sizes])
-    return SAMPLES[source.name].images() if source.scheme == "sample" else None
+        generator = torch.Generator().manual_seed(0)
+        inputs = _one_or_all([torch.randn(2, *size, generator=generator) for size in sizes])
+        return {"inputs": inputs, "random_inputs": True}
+    return {"inputs": SAMPLES[source.name].images() if source.scheme == "sample" else None}
 
 
 def _one_or_all(inputs: list[Any]) -> Any:

@@ -54,7 +54,7 @@ def command(
         other = open_counterpart(converted, network)
     inputs = options.verification_inputs(input_size, network.source)
     with options.progress() as progress:
-        check = verify(network.model, other, inputs, tolerance=tolerance, progress=progress)
+        check = verify(network.model, other, **inputs, tolerance=tolerance, progress=progress)
     passed = check.ok or (as_planned and check.as_planned)
     console = options.console(quiet=as_json)
     console.print(tables.verification_table(check))
@@ -63,5 +63,10 @@ def command(
     if as_json:
         options.print_json({"passed": passed, **check.to_json()})
     if not passed:
-        options.say(f"harmconvert: check failed: {check.verdict}", urgent=True)
+        advice = (
+            "; --as-planned accepts a cut"
+            if check.as_planned and any(layer.kept < layer.total for layer in check.layers)
+            else ""
+        )
+        options.say(f"harmconvert: check failed: {check.verdict}{advice}", urgent=True)
     return 0 if passed else 1
