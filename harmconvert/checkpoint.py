@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
@@ -18,54 +17,28 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
 from .basis import BASES, NORMALIZATIONS
 from .block import HarmonicBlock2d, to_block
-from .conv import HarmonicMixin, base_class, to_harmonic
+from .conv import HarmonicMixin, to_harmonic
 from .convert import Conversion, check_finite
-from .documents import check, parsed, plain, reading
-from .errors import DamageWarning, InputError, UsageError, shortened
+from .copying import deep_copy
+from .documents import parsed, reading
+from .errors import DamageWarning, InputError, OutsideError, UsageError, shortened
 from .files import check_output
 from .forms import factor, fuse
 from .history import check_history
+from .origin import Source, as_source, timm_source
 from .plan import LayerPlan, Plan
-from .surgery import convolutions, exchange, kernel_size, pretrained_config, put_in_place, state_key
-from .weights import load_state, open_safetensors, tensors_crc32, untied_state, why_unreadable, write_tensors
+from .surgery import convolutions, exchange, kernel_size, put_in_place, state_key
+from .tensors import tensors_crc32, tensors_of
+from .weights import load_exactly, open_safetensors, untied_state, why_unreadable, write_tensors
 
 FORMAT_VERSION = 1
 METADATA_KEY = "harmconvert"
 FORMS = ("harmonic", "dense", "factored")
-_SOURCE = {
-    "scheme": str, "name": str, "arguments": {...: plain}, "sha256": (str, None), "licence": plain,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a network came from: scheme and name of its source string, the arguments it was made with, the sha256 of
-    its weights before conversion and their licence."""
-
-    scheme: str
-    name: str
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    sha256: str | None = None
-    licence: str | None = None
-
-    def __str__(self) -> str:
-        return f"{self.scheme}:{self.name}" if self.scheme != "code" else self.name
-
-    @classmethod
-    def from_json(cls, data: Any) -> Source:
-        """Read what `dataclasses.asdict` wrote; raises InputError where it is something else."""
-        try:
-            check(data, _SOURCE, "source")
-            arguments = dict(data.get("arguments", {}))
-            return cls(data["scheme"], data["name"], arguments, data.get("sha256"), data.get("licence"))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"the source recorded in the file is unreadable: {error!r}") from error
 
 
 @dataclass(frozen=True)
@@ -158,7 +131,7 @@ def save(
     conversion: Conversion | nn.Module,
     path: str | Path,
     *,
-    source: Source | None = None,
+    source: Source | str | None = None,
     history: Mapping[str, Any] | None = None,
     force: bool = False,
 ) -> Header:
@@ -167,13 +140,14 @@ def save(
     Args:
         conversion: what `convert` returned, whose `Conversion.history` is recorded, or a network with harmonic
             convolutions (after fine-tuning, say).
-        source: where the network came from; found out for networks made by timm or loaded by this package.
+        source: where the network came from, or its source string; found out for networks made by timm or loaded by
+            this package.
         history: what to add to the record of what was done to it.
         force: replace a file that is there.
 
     Raises:
         UsageError: the output exists or cannot be a file, or nothing in the network is harmonic.
-        InputError: weights that are not finite, or without values (meta device).
+        InputError: weights that are not finite, or without values (meta device), or what could not be loaded again.
         OutsideError: the disk is full, permission is missing.
     """
     check_output(path, force, ".safetensors")
@@ -182,7 +156,7 @@ def save(
     plan = conversion.plan if isinstance(conversion, Conversion) else _plan_of(model, known)
     check_finite(model)
     tensors, tied = untied_state(model)
-    source = source or (known.source if known else None) or _timm_source(model)
+    source = as_source(source) or (known.source if known else None) or timm_source(model)
     versions = {name: version(name) for name in ("harmconvert", "torch", "timm")}
     record = dict(known.history) if known else {}
     if isinstance(conversion, Conversion):
@@ -195,8 +169,43 @@ def save(
     with reading(f"the header of {path} could not be read again"):
         parsed(text)
     metadata = {"format": "pt", METADATA_KEY: text}
-    write_tensors(tensors, path, metadata, force)
+    write_tensors(tensors, path, metadata, force, partial(_check_written, model=model, header=header))
     return header
+
+
+def _check_written(staging: Path, model: nn.Module, header: Header) -> None:
+    """Raise InputError where a file that was just written could not be loaded again as the network that it is of.
+
+    Read back are its header and its tensors; what they are loaded into is made as `load` makes it, without values.
+    """
+    try:
+        plain = fuse(_without_values(model))
+    except Exception:  # a part that cannot be copied without values
+        plain = fuse(model)
+    structure = harmonic_like(plain, header.plan, "what would be written", header.blocks)
+    wanted = {key: tuple(tensor.shape) for key, tensor in tensors_of(structure).items()}
+    written = {key: tuple(tensor.shape) for key, tensor in tensors_of(model).items()}
+    if differing := [key for key in {**wanted, **written} if wanted.get(key) != written.get(key)]:
+        raise InputError(
+            f"this {type(model).__name__} could not be loaded again: {shortened(differing)} would not be in the "
+            "network that its plan makes; convert the network anew"
+        )
+    if read_header(staging).checksum(_read_tensors(staging)) != header.crc32:
+        raise OutsideError("what was written is not what can be read back: the disk or the memory is faulty")
+
+
+def _without_values(model: nn.Module) -> nn.Module:
+    """A copy of a network whose parameters are on the meta device."""
+    memo: dict[int, Any] = {
+        id(tensor): nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=tensor.requires_grad)
+        for tensor in model.parameters()
+    }
+    return deep_copy(model, memo)
+
+
+def _read_tensors(path: str | Path) -> dict[str, Tensor]:
+    with open_safetensors(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
 
 
 def is_harmonic(path: str | Path) -> bool:
@@ -276,13 +285,12 @@ def load(
             raise type(error)(f"{path}: {error}") from error
     harmonic = harmonic_like(model, header.plan, str(path), header.blocks)
     del model  # where it was made for this, it is memory
-    with open_safetensors(path) as file:
-        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
+    state = _read_tensors(path)
     if header.crc32 is not None and header.checksum(state) != header.crc32:
         remark = f"{path} is not as harmconvert wrote it: damaged, or changed since; verify it against its original"
         warnings.warn(remark, DamageWarning, stacklevel=2)
     state |= {alias: state[key] for alias, key in header.tied.items() if key in state}
-    load_state(harmonic, state, str(path))
+    load_exactly(harmonic, state, str(path))
     del state
     with reading(str(path)):
         check_finite(harmonic)
@@ -350,38 +358,3 @@ def _plan_of(model: nn.Module, known: Header | None) -> Plan:
     if known and sorted(known.plan.layers, key=str) == sorted(layers, key=str):
         return known.plan
     return plan
-
-
-def _timm_source(model: nn.Module) -> Source | None:
-    """The timm source of a network that timm made, if making it again gives the same modules with the same settings."""
-    cfg = pretrained_config(model)
-    architecture = cfg.get("architecture")
-    if not architecture:
-        return None
-    known = {key: getattr(model, key, None) for key in ("num_classes", "in_chans")}
-    candidates: list[dict[str, Any]] = [{key: value for key, value in known.items() if isinstance(value, int)}, {}]
-    with suppress(Exception):  # newer timm keeps the arguments that a network was made with
-        candidates.insert(0, json.loads(json.dumps(timm.models.get_model_args(model))))
-    for candidate in candidates:
-        with suppress(Exception), torch.device("meta"):
-            twin = timm.create_model(architecture, pretrained=False, **candidate)
-            if _anatomy(twin) == _anatomy(model):
-                return Source("timm", architecture, candidate, licence=cfg.get("license"))
-    return None
-
-
-def _anatomy(model: nn.Module) -> list[tuple[Any, ...]]:
-    """Names, classes, settings and shapes of all modules of the network's dense form.
-
-    Shapes alone would not do: an output stride or another activation leaves them as they are.
-    """
-    parts = []
-    for name, module in model.named_modules(remove_duplicate=False):
-        shapes = {key: tuple(t.shape) for key, t in module._parameters.items() if t is not None}
-        if isinstance(module, HarmonicMixin):
-            shapes["weight"] = (*shapes.pop("coefficients")[:2], *kernel_size(module))
-            base = base_class(module)
-            parts.append((name, base.__name__, base.extra_repr(module), sorted(shapes.items())))
-        else:
-            parts.append((name, type(module).__name__, module.extra_repr(), sorted(shapes.items())))
-    return parts

@@ -28,6 +28,7 @@ from .errors import InputError, UsageError, shortened
 from .plan import LayerPlan, Plan, make_plan
 from .projection import all_finite, check_range, project, relative_error
 from .surgery import convolutions, default_input, exchange
+from .tensors import tensors_of
 from .tracing import Trace, find_sites, trace
 
 RECORD_KEY = "conversion"  # of a checkpoint's history
@@ -317,7 +318,7 @@ def check_weights(model: nn.Module) -> None:
 def check_finite(model: nn.Module) -> None:
     """Raise InputError, naming the tensor, where parameters or running statistics are not finite."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensors_of(model).items():
         statistics = name.endswith(("running_mean", "running_var"))
         if name not in parameters and not statistics:
             continue  # buffers may hold -inf on purpose, such as attention masks

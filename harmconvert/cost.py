@@ -16,6 +16,7 @@ from .factored import FACTORABLE
 from .other_convolutions import other_convolutions
 from .plan import Plan
 from .surgery import convolutions, evaluating, kernel_size
+from .tensors import tensors_of
 from .tracing import Trace
 
 
@@ -71,7 +72,7 @@ def parameter_count(model: nn.Module) -> int:
 
 def tensor_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and persistent buffers, shared ones once."""
-    unique: dict[int, Tensor] = {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
+    unique = {id(tensor): tensor for tensor in tensors_of(model, keep_vars=True).values()}
     return sum(t.numel() * t.element_size() for t in unique.values() if not is_lazy(t))
 
 

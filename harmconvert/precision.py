@@ -14,6 +14,7 @@ from .convert import Conversion
 from .copying import deep_copy
 from .errors import CheckError, InputError, UsageError
 from .surgery import call, cloned, evaluating, fitted, tensors_in
+from .tensors import tensors_of
 from .verify import OUTPUT_TOLERANCE, seeded_inputs
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -38,9 +39,9 @@ def rounded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         InputError: a value that is out of the dtype's range.
     """
     small = deep_copy(model)._apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
-    for key, tensor in small.state_dict().items():
+    for key, tensor in tensors_of(small).items():
         if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta and not tensor.isfinite().all():
-            before = model.state_dict()[key]
+            before = tensors_of(model)[key]
             if before.isfinite().all():
                 largest = before.abs().max().item()
                 name, others = _named(dtype)

@@ -23,7 +23,8 @@ from .basis import Basis, all_frequencies, dct_basis, frequencies_below, level_c
 from .checkpoint import BlockRecord, Header, Source, harmonic_like, in_form
 from .errors import HarmconvertError, InputError, UsageError, first_line, shortened
 from .plan import LayerPlan, Plan
-from .weights import load_state, read_weights, tensors_sha256
+from .tensors import tensors_of, tensors_sha256
+from .weights import load_state, read_weights
 
 POOLS = ("none", "avg", "max")
 RESNETS = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101", (3, 8, 36, 3): "resnet152"}
@@ -80,7 +81,7 @@ def _opened(
     source = Source("reference", path, dict(made_with), tensors_sha256(state))
     plain = timm.create_model(made_with.pop("architecture"), **made_with)
     # Older files lack the batch norms' counters, which count for nothing here.
-    counters = {key: value for key, value in plain.state_dict().items() if key.endswith("num_batches_tracked")}
+    counters = {key: value for key, value in tensors_of(plain).items() if key.endswith("num_batches_tracked")}
     plan = Plan(tuple(tensors.layers), family=Basis("dct", "l1"))
     # What it is now is where a fine-tuning starts: there never was an uncut network to calibrate it to.
     header = Header(plan, source, history={"training": [{"by": "the reference implementation"}]}, blocks=tensors.blocks)

@@ -2,41 +2,33 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import timm
-import torchvision
-from torch import Tensor, nn
+from torch import nn
 
 from . import checkpoint
-from .checkpoint import Header, Source
+from .checkpoint import Header
 from .copying import deep_copy
 from .cost import bytes_of
-from .downloads import reaching_out, torchvision_loading, torchvision_preprocessing
-from .errors import HarmconvertError, InputError, UsageError, first_line
-from .files import read_json
+from .errors import HarmconvertError, InputError, UsageError, first_line, shortened
 from .forms import fuse
+from .makers import build, built, declare_size, renamed, with_weights_name
+from .origin import Source, as_source
+from .origin import parse_source as parse_source
 from .reference import open_reference
-from .samples import SAMPLES
-from .surgery import pretrained_config
-from .user_code import import_place
-from .weights import load_state, read_weights, weights_sha256
-
-SCHEMES = ("timm", "torchvision", "hf-hub", "local-dir", "sample", "reference")
+from .tensors import tensors_of, weights_sha256
+from .user_code import functions_in
+from .weights import load_weights
 
 # Arguments of timm.create_model that would open files or reach out, which a checkpoint has no business to ask for.
 _REBUILT = ("timm", "torchvision", "sample", "code")
 _NOT_FOR_REBUILDING = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
 
-# What a folder's weights may be called; with .index.json at the end, a large network's index of several files.
-_LOCAL_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # A file of a few bytes may name a network of any size: it is built up to this size, and this many times the file's.
 _LEAST_LIMIT, _MOST_PER_BYTE = 1 << 30, 64
 
@@ -54,10 +46,13 @@ def open_source(
     text: str,
     *,
     weights: str | Path | None = None,
+    weights_key: str | None = None,
+    strip_prefix: str | None = None,
     arguments: Mapping[str, Any] | None = None,
     pretrained: bool = True,
     form: str = "harmonic",
     trust_code: bool = False,
+    code: str | None = None,
 ) -> Network:
     """The network that a source string names, with its weights, in eval mode.
 
@@ -66,18 +61,27 @@ def open_source(
             ``package.module:factory``, ``file.py:factory``, ``sample:NAME``, ``reference:FILE`` (a checkpoint of the
             reference implementation: `harmconvert.reference`), or the path of a harmonic checkpoint.
         weights: a .safetensors or .pth file that replaces the weights (never unpickled beyond plain tensors).
+        weights_key, strip_prefix: what to take of that file, as ``key`` and ``prefix`` of `load_weights`.
         arguments: keyword arguments for the network's maker, such as num_classes.
         pretrained: False leaves the weights at random, for looking at sizes.
         form: of a checkpoint, harmonic or reference: ``"harmonic"`` or ``"dense"``.
         trust_code: let a harmonic checkpoint name user code to build its network with, and run that.
+        code: ``file.py:factory`` that makes the network of a harmonic checkpoint, whatever the checkpoint names.
 
     Raises:
         UsageError: a source that names nothing.
         InputError: weights that are unreadable or do not fit.
         OutsideError: the network is needed and not there, or a package is missing.
     """
+    text = str(text) if isinstance(text, Path) else text
+    if not isinstance(text, str):
+        raise UsageError(f"source (={text!r:.80}) must be a text such as 'resnet50' or 'FILE.py:FACTORY'")
+    if arguments is not None and not isinstance(arguments, Mapping):
+        raise UsageError(f"arguments (={arguments!r:.80}) must be a dict, such as {{'num_classes': 10}}")
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise UsageError(f"{text!r} is not UTF-8, and a checkpoint would have to name it: rename it")
+    if weights is None and (weights_key is not None or strip_prefix is not None):
+        raise UsageError("a key or a prefix (--checkpoint-key, --strip-prefix) is of a file of weights: name that, too")
     if text.startswith("reference:"):
         given = parse_source(text, arguments)
         if weights is not None or {*given.arguments} - {"pool"}:
@@ -85,25 +89,60 @@ def open_source(
         model, source, found = open_reference(given.name, given.arguments, form)
         return Network(model.eval(), source, found)
     if is_checkpoint_path(text):
-        header = checkpoint.read_header(text)
-        model = load(text, form=form, trust_code=trust_code)
-        if weights is not None or arguments:
-            raise UsageError(f"{text} is a harmonic checkpoint: it takes neither other weights nor arguments")
-        return Network(model.eval(), header.source or Source("unknown", text), header)
-    source = _with_weights_name(parse_source(text, arguments))
+        return _open_checkpoint(text, weights, arguments, form, trust_code, code)
+    if code is not None:
+        raise UsageError(f"{text} is no harmonic checkpoint: {code} would be its network; name that as the source")
+    source = with_weights_name(parse_source(text, arguments))
     if weights is not None:
-        state = read_weights(weights)
-        model, source = _build(source)
-        if source.scheme == "torchvision" and set(state) != set(model.state_dict()):
-            # Trained from scratch, perhaps: the untrained structure may be the one that fits.
-            plain = replace(source, name=source.name.partition(".")[0])
-            other = _build(plain)[0]
-            if set(state) == set(other.state_dict()):
-                model, source = other, plain
-        load_state(model, _renamed(model, state), str(weights))
+        model, source = _with_weights(source, weights, weights_key, strip_prefix)
     else:
-        model, source = _build(source, pretrained=pretrained)
+        model, source = build(source, pretrained=pretrained)
     return Network(model.eval(), replace(source, sha256=weights_sha256(model)))
+
+
+def _open_checkpoint(
+    path: str,
+    weights: str | Path | None,
+    arguments: Mapping[str, Any] | None,
+    form: str,
+    trust_code: bool,
+    code: str | None,
+) -> Network:
+    """A harmonic checkpoint, its network made by ``code`` where that is given: to name code is to trust it."""
+    header = checkpoint.read_header(path)
+    if weights is not None or (arguments and code is None):
+        raise UsageError(f"{path} is a harmonic checkpoint: it takes neither other weights nor arguments")
+    if code is None:
+        model = load(path, form=form, trust_code=trust_code)
+        return Network(model.eval(), header.source or Source("unknown", path), header)
+    recorded = header.source or Source("code", code)
+    given = parse_source(code, arguments or (recorded.arguments if recorded.scheme == "code" else None))
+    if given.scheme != "code":
+        raise UsageError(f"{code} is no user code: name FILE.py:FACTORY or package.module:factory")
+    source = replace(recorded, scheme="code", name=given.name, arguments=given.arguments)
+    model = checkpoint.load(path, model=built(source), form=form)
+    return Network(model.eval(), source, replace(header, source=source))
+
+
+def _with_weights(source: Source, weights: str | Path, key: str | None, prefix: str | None) -> tuple[nn.Module, Source]:
+    """The network of a source with the weights in a file, and the source that says so."""
+
+    def filled(source: Source) -> tuple[nn.Module, Source]:
+        model, source = build(source)
+        taken = load_weights(model, weights, key=key, prefix=prefix, rename=renamed)
+        return model, replace(source, weights=taken)
+
+    if source.scheme != "torchvision":
+        return filled(source)
+    # Trained from scratch, perhaps: the untrained structure may be the one that fits.
+    plain = replace(source, name=source.name.partition(".")[0])
+    try:
+        return filled(source)
+    except InputError as error:
+        try:
+            return filled(plain)
+        except HarmconvertError:
+            raise error from None
 
 
 def open_counterpart(text: str, original: Network) -> nn.Module:
@@ -118,9 +157,57 @@ def open_counterpart(text: str, original: Network) -> nn.Module:
     plain = fuse(original.model) if original.header else original.model
     if not checkpoint.is_harmonic(text):
         with_weights = deep_copy(plain)
-        load_state(with_weights, _renamed(with_weights, read_weights(text)), text)
+        load_weights(with_weights, text, rename=renamed)
         return with_weights
     return checkpoint.load(text, model=plain).eval()
+
+
+def open_rival(
+    text: str,
+    known: Source | None,
+    remedy: str,
+    *,
+    weights: str | Path | None = None,
+    trust_code: bool = False,
+    code: str | None = None,
+) -> Network:
+    """A network to compare with one of a ``known`` source, which it may be the uncut form of, in dense form.
+
+    The arguments of the known source are used where both are of the same maker.
+
+    Args:
+        remedy: what to do where its weights are not there.
+        weights: a file of weights for it.
+        code: makes the network of a harmonic checkpoint that is made by user code.
+
+    Raises: as `open_source`; InputError also where it has not the weights that the known source had, but the values it
+        was made with: to compare with those would say nothing.
+    """
+    if is_harmonic_source(text) or is_checkpoint_path(text):
+        code = code if made_by_code(text) else None
+        return open_source(text, weights=weights, form="dense", trust_code=trust_code, code=code)
+    asked = parse_source(text)
+    alike = known is not None and _maker(known) == _maker(asked)
+    arguments = known.arguments if known is not None and alike and "architecture" not in known.arguments else None
+    rival = open_source(text, weights=weights, arguments=arguments, trust_code=trust_code)
+    if weights is not None:
+        return rival
+    if known is not None and alike and known.sha256 not in (None, rival.source.sha256):
+        file = f" (they came from {known.weights['file']})" if known.weights and "file" in known.weights else ""
+        raise InputError(f"{text} does not have the weights of {known} that were converted{file}: {remedy}")
+    if asked.scheme == "code" and weights_sha256(built(rival.source)) != rival.source.sha256:
+        raise InputError(f"{text} makes a network of random weights, others each time: {remedy}")
+    return rival
+
+
+def _maker(source: Source) -> tuple[str, str]:
+    """What makes the network of a source, whatever its weights."""
+    if source.scheme == "torchvision":
+        return source.scheme, source.name.partition(".")[0]
+    place, colon, factory = source.name.rpartition(":")
+    if source.scheme == "code" and place.endswith(".py"):
+        return source.scheme, f"{Path(place).resolve()}{colon}{factory}"
+    return source.scheme, source.name
 
 
 def open_original(header: Header, teacher: str | None = None, trust_code: bool = False) -> nn.Module:
@@ -133,7 +220,7 @@ def open_original(header: Header, teacher: str | None = None, trust_code: bool =
     Raises: as `open_source`; InputError where the weights are others.
     """
     if teacher is not None and not Path(teacher).is_file():
-        return open_source(teacher, form="dense", trust_code=trust_code).model
+        return open_rival(teacher, header.source, "name a file of weights instead", trust_code=trust_code).model
     if teacher is not None and checkpoint.is_harmonic(teacher):
         return load(teacher, form="dense", trust_code=trust_code).eval()
     source = header.source
@@ -141,7 +228,7 @@ def open_original(header: Header, teacher: str | None = None, trust_code: bool =
         raise UsageError("the checkpoint does not say what network it was: name the uncut one with --teacher SOURCE")
     if teacher is not None:
         model = rebuild(source, trust_code)
-        load_state(model, _renamed(model, read_weights(teacher)), teacher)
+        load_weights(model, teacher, rename=renamed)
         return model.eval()
     if source.sha256 is None:
         raise UsageError(
@@ -152,7 +239,7 @@ def open_original(header: Header, teacher: str | None = None, trust_code: bool =
     arguments = dict(source.arguments)
     if source.scheme != "reference":  # a hub and a folder say theirs; of a reference file it tells how it was read
         arguments.pop("architecture", None)
-    model, opened = _build(replace(source, arguments=arguments, sha256=None), pretrained=True)
+    model, opened = build(replace(source, arguments=arguments, sha256=None), pretrained=True)
     if (opened.sha256 or weights_sha256(model)) != source.sha256:
         raise InputError(f"the weights of {source} are not those that were converted: name them with --teacher")
     return model.eval()
@@ -183,7 +270,7 @@ def load(
     )  # fmt: skip
 
 
-def rebuild(source: Source, trust_code: bool = False, limit: int | None = None) -> nn.Module:
+def rebuild(source: Source | str, trust_code: bool = False, limit: int | None = None) -> nn.Module:
     """The network that a recorded source names, its weights still to be loaded. Needs no network.
 
     ``limit``: bytes that its tensors may take, where a file that may be anybody's names it.
@@ -191,31 +278,58 @@ def rebuild(source: Source, trust_code: bool = False, limit: int | None = None) 
     Raises:
         UsageError: the source is user code and ``trust_code`` is not set; InputError: it cannot be built.
     """
+    source = cast(Source, as_source(source))
     if source.scheme == "code" and not trust_code:
         raise UsageError(
             f"this checkpoint's network is made by user code ({source.name}), which is not run unasked: "
-            "pass the plain network as model=, or --trust-code if you know the file"
+            "pass the plain network as model=, or --trust-code if you know the file, or --model FILE.py:FACTORY"
         )
     try:
         if "architecture" in source.arguments:  # hubs and folders: what their config said is recorded
             arguments = dict(source.arguments)
             if not timm.is_model(str(arguments["architecture"])) or {*arguments} & _NOT_FOR_REBUILDING:
                 raise InputError(f"the recorded source {source} asks for more than a timm architecture: refused")
-            build = partial(timm.create_model, arguments.pop("architecture"), pretrained=False, **arguments)
+            make = partial(timm.create_model, arguments.pop("architecture"), pretrained=False, **arguments)
         elif {*source.arguments} & _NOT_FOR_REBUILDING or source.scheme not in _REBUILT:
             raise InputError(f"the recorded source {source} asks for more than its structure: refused; pass model=")
         else:
-            build = partial(_built, source)
-        size = bytes_of(build) if limit is not None and source.scheme != "code" else None
+            make = partial(built, source)
+        size = bytes_of(make) if limit is not None and source.scheme != "code" else None
         if limit is not None and size is not None and size > limit:
             raise InputError(
                 f"the recorded source {source} is a network of {size:,} bytes, far more than the file holds: refused"
             )
-        return cast(nn.Module, build())
-    except HarmconvertError:
-        raise
+        model = cast(nn.Module, make())
+        declare_size(model, source.arguments)
+        return model
+    except HarmconvertError as error:
+        if source.scheme != "code":
+            raise
+        raise type(error)(f"{error}; or name the code with --model FILE.py:FACTORY") from error
     except Exception as error:
         raise InputError(f"the recorded source {source} cannot be built: {first_line(error)}; pass model=") from error
+
+
+def made_by_code(text: str) -> bool:
+    """Whether a source string names a harmonic checkpoint of a network of user code, or of an unknown source."""
+    if not Path(text).is_file() or not checkpoint.is_harmonic(text):
+        return False
+    source = checkpoint.read_header(text).source
+    return source is None or source.scheme == "code"
+
+
+def check_rebuilds(source: Source, model: nn.Module, trust_code: bool = False) -> None:
+    """Raise InputError unless a source makes a network with the tensors of ``model`` in dense form: otherwise a file of
+    it that names this source could not be opened."""
+    made, wanted = (
+        {key: tuple(tensor.shape) for key, tensor in tensors_of(network).items()}
+        for network in (rebuild(source, trust_code), fuse(model))
+    )
+    if differing := [key for key in {**wanted, **made} if wanted.get(key) != made.get(key)]:
+        raise InputError(
+            f"{source} with {source.classes or source.arguments.get('num_classes')} classes is another network than "
+            f"this one ({shortened(differing)}): what is written could not be opened again"
+        )
 
 
 def is_harmonic_source(text: str) -> bool:
@@ -225,174 +339,8 @@ def is_harmonic_source(text: str) -> bool:
 
 def is_checkpoint_path(text: str) -> bool:
     """Whether a source string is a path to a harmonic checkpoint, by its looks; says what to do with a .pth."""
+    if text.endswith(".py") and Path(text).is_file():
+        raise UsageError(f"{text} is Python code: name the function in it that makes the network{functions_in(text)}")
     if text.endswith((".pth", ".pt", ".bin", ".ckpt", ".index.json")) and Path(text).exists():
         raise UsageError(f"{text} holds weights only: name its network, and give the weights with --checkpoint {text}")
     return text.endswith(".safetensors") or (Path(text).is_file() and ":" not in text)
-
-
-def parse_source(text: str, arguments: Mapping[str, Any] | None = None) -> Source:
-    """Split a source string into scheme and name.
-
-    >>> parse_source("torchvision:resnet18").scheme, parse_source("resnet50").scheme, parse_source("net.py:make").scheme
-    ('torchvision', 'timm', 'code')
-    """
-    scheme, colon, name = text.partition(":")
-    arguments = dict(arguments or {})
-    scheme = scheme.replace("_", "-")
-    if colon and scheme in SCHEMES:
-        if not name:
-            raise UsageError(f"source {text!r} names nothing after '{scheme}:'")
-        return Source(scheme, name, arguments)
-    if colon:
-        return Source("code", text, arguments)
-    return Source("timm", text, arguments)
-
-
-def _built(source: Source) -> nn.Module:
-    return _build(source)[0]
-
-
-def _build(source: Source, pretrained: bool = False) -> tuple[nn.Module, Source]:
-    maker = cast(
-        "Callable[[Source, bool], tuple[nn.Module, Source]]", globals()[f"_from_{source.scheme.replace('-', '_')}"]
-    )
-    return maker(source, pretrained)
-
-
-def _from_timm(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
-    if not timm.is_model(source.name):
-        raise UsageError(f"timm has no model {source.name!r}{_close(source.name, timm.list_models())}")
-    with reaching_out(str(source)):
-        model = timm.create_model(source.name, pretrained=pretrained, **source.arguments)
-    return model, replace(source, licence=pretrained_config(model).get("license"))
-
-
-def _from_hf_hub(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
-    with reaching_out(str(source)):
-        _, architecture, model_arguments = timm.models.load_model_config_from_hf(source.name)
-        model = timm.create_model(f"hf-hub:{source.name}", pretrained=pretrained, **source.arguments)
-    return model, _with_config(source, model, architecture, model_arguments)
-
-
-def _from_local_dir(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
-    config = Path(source.name) / "config.json"
-    try:
-        content = read_json(config)
-        architecture = str(content["architecture"])
-    except FileNotFoundError as error:
-        raise InputError(f"{source.name} is no timm folder: it has no config.json") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{config} is unreadable: {first_line(error)}; get the folder again") from error
-    try:
-        model = timm.create_model(f"local-dir:{source.name}", pretrained=False, **source.arguments)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"{config} makes no network: {first_line(error)}") from error
-    paths = [Path(source.name) / f"{name}{end}" for end in ("", ".index.json") for name in _LOCAL_WEIGHTS]
-    files = [path for path in paths if path.exists()]
-    if pretrained and not files:
-        raise InputError(f"{source.name} has no weights: neither {' nor '.join(_LOCAL_WEIGHTS)}")
-    if pretrained:
-        load_state(model, _renamed(model, read_weights(files[0])), str(files[0]))
-    return model, _with_config(source, model, architecture, content.get("model_args") or {})
-
-
-def _from_torchvision(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
-    """``NAME.WEIGHTS`` is built as for those weights, whose networks differ from untrained ones in more than values
-    (frozen norms, auxiliary heads, input transforms); ``NAME`` is the untrained structure."""
-    name, _, tag = source.name.partition(".")
-    builder = torchvision.models.get_model_builder(name)
-    weights = torchvision.models.get_model_weights(name)
-    try:
-        chosen = weights[tag or "DEFAULT"]
-    except KeyError as error:
-        known = ", ".join(w.name for w in weights)
-        raise UsageError(f"torchvision:{name} has no weights {tag!r}: there are {known}") from error
-    arguments: dict[str, Any] = dict(source.arguments)
-    if "weights_backbone" in inspect.signature(builder).parameters:
-        arguments = {"weights_backbone": None, **arguments}
-    with reaching_out(str(source)), torchvision_loading(fetch=pretrained):
-        model = builder(weights=chosen if tag else None, **arguments)
-    if not hasattr(model, "pretrained_cfg") and (cfg := torchvision_preprocessing(builder.__module__, chosen)):
-        model.pretrained_cfg = cfg
-    return model, source
-
-
-def _with_weights_name(source: Source) -> Source:
-    """``torchvision:NAME`` means its default weights; their name is recorded, because defaults change."""
-    if source.scheme != "torchvision" or "." in source.name:
-        return source
-    if source.name not in torchvision.models.list_models():
-        raise UsageError(
-            f"torchvision has no model {source.name!r}{_close(source.name, torchvision.models.list_models())}"
-        )
-    return replace(source, name=f"{source.name}.{torchvision.models.get_model_weights(source.name)['DEFAULT'].name}")
-
-
-def _from_sample(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
-    if source.name not in SAMPLES:
-        raise UsageError(f"there is no sample {source.name!r}: use one of {', '.join(SAMPLES)}")
-    sample = SAMPLES[source.name]
-    model = sample.build()
-    if pretrained:
-        load_state(model, sample.weights(), str(source))
-    elif "num_classes" in source.arguments:  # fine-tuned for other classes
-        cast(Any, model).reset_classifier(source.arguments["num_classes"])
-    return model, replace(source, licence=sample.licence)
-
-
-def _from_reference(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
-    return open_reference(source.name, source.arguments, "dense")[:2]
-
-
-def _from_code(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
-    """The user's own factory: any weights it gives its network are the pretrained ones."""
-    place, _, factory = source.name.rpartition(":")
-    try:
-        module = import_place(place, SCHEMES)
-    except HarmconvertError:
-        raise
-    except ModuleNotFoundError as error:
-        raise UsageError(f"cannot import {place}: {error}; known schemes are {', '.join(SCHEMES)}") from error
-    except (Exception, SystemExit) as error:
-        raise InputError(f"{place} fails when imported: {type(error).__name__}: {first_line(error)}") from error
-    if not callable(getattr(module, factory, None)):
-        raise UsageError(f"{place} has no function {factory!r}")
-    try:
-        model = getattr(module, factory)(**source.arguments)
-    except (Exception, SystemExit) as error:
-        raise InputError(f"{source.name} fails: {type(error).__name__}: {first_line(error)}") from error
-    if not isinstance(model, nn.Module):
-        raise InputError(f"{source.name} returns a {type(model).__name__}, not a torch.nn.Module")
-    return model, source
-
-
-def _renamed(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict under this network's keys: timm's own filter helps where an older file's keys differ."""
-    if set(state) == set(model.state_dict()):
-        return state
-    if not type(model).__module__.startswith("timm."):
-        return state
-    rename = getattr(importlib.import_module(type(model).__module__), "checkpoint_filter_fn", None)
-    if rename is None:
-        return state
-    try:
-        return dict(rename(dict(state), model))
-    except Exception:
-        return state  # the complaint about the file's own keys says more
-
-
-def _with_config(source: Source, model: nn.Module, architecture: str, model_arguments: Mapping[str, Any]) -> Source:
-    """The source with all that is needed to build the network again without the hub or the folder."""
-    recorded = {"architecture": architecture, **model_arguments, **source.arguments}
-    if isinstance(classes := getattr(model, "num_classes", None), int):
-        recorded["num_classes"] = classes
-    return replace(source, arguments=recorded, licence=pretrained_config(model).get("license"))
-
-
-def _close(name: str, names: list[str]) -> str:
-    matches = difflib.get_close_matches(name.partition(".")[0], names, 3)
-    return (
-        f": did you mean {', '.join(matches)}?"
-        if matches
-        else "; other schemes are torchvision:, hf-hub:, local-dir:, sample:"
-    )

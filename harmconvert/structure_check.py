@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from .calibration import digests
 from .conv import CONVOLUTIONS, HarmonicMixin
 from .surgery import convolutions, kernel_size
+from .tensors import tensors_of
 
 _ATTRIBUTES = ("stride", "padding", "dilation", "groups", "padding_mode", "output_padding", "transposed", "eps")
 
@@ -90,10 +91,10 @@ def altered_state(
     paired = {id(original.get_submodule(name)) for name in pairs}
     names = [name for name, module in original.named_modules(remove_duplicate=False) if id(module) in paired]
     kernels = {f"{name}.{key}".lstrip(".") for name in names for key in ("weight", "coefficients", "fitted_basis")}
-    theirs = converted.state_dict()
+    ours, theirs = tensors_of(original), tensors_of(converted)
     problems = []
-    for key, tensor in original.state_dict().items():
-        if key in kernels or not isinstance(tensor, Tensor) or written.get(key):
+    for key, tensor in ours.items():
+        if key in kernels or written.get(key):
             continue
         if key in written:
             problems.append(f"{key}: is not what calibration wrote")
@@ -102,11 +103,7 @@ def altered_state(
             problems.append(f"{key}: only in the original")
         elif not _equal(tensor, theirs[key]):
             problems.append(f"{key}: differs from the original's")
-    problems += [
-        f"{key}: only in the converted network"
-        for key in theirs
-        if key not in original.state_dict() and key not in kernels
-    ]
+    problems += [f"{key}: only in the converted network" for key in theirs if key not in ours and key not in kernels]
     return problems
 
 

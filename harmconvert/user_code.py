@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import re
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-from .errors import UsageError
+from .errors import UsageError, shortened
 
 
 def import_place(place: str, schemes: Sequence[str]) -> ModuleType:
@@ -44,6 +45,17 @@ def import_place(place: str, schemes: Sequence[str]) -> ModuleType:
         del sys.modules[name]
         raise
     return module
+
+
+def functions_in(place: str) -> str:
+    """The functions and classes that a file defines, as the end of a message; found without running it."""
+    try:
+        body = ast.parse(Path(place).read_bytes()).body if place.endswith(".py") else []
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
+        body = []
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    names = [node.name for node in body if isinstance(node, kinds) and not node.name.startswith("_")]
+    return f": {shortened([f'{place}:{name}' for name in names])}" if names else ""
 
 
 @contextmanager

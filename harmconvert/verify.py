@@ -39,6 +39,7 @@ from .surgery import (
     tensors_in,
     unchanged,
 )
+from .tensors import tensors_of
 from .verification import LayerCheck, Verification
 
 # Relative difference of the outputs with the whole basis, by the dtype of the weights: float64 and float32 as promised
@@ -223,8 +224,8 @@ def _passed_over(idle: Sequence[str], cut: bool, within: bool, problems: list[st
 
 def _check_values(*models: nn.Module) -> None:
     for model in models:
-        for key, tensor in model.state_dict().items():
-            if isinstance(tensor, Tensor) and tensor.is_meta:
+        for key, tensor in tensors_of(model).items():
+            if tensor.is_meta:
                 raise InputError(f"{key} has no values to compare (meta device): load weights first")
 
 

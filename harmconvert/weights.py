@@ -2,63 +2,139 @@
 
 from __future__ import annotations
 
-import hashlib
-import pickle
-import struct
-import warnings
-import zipfile
-import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
-from timm.models import clean_state_dict
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from .containers import Names, StateDict, names_in, state_dicts, with_key, without_wrapper
 from .errors import InputError, OutsideError, first_line, shortened
 from .files import outside, read_json, write_file
+from .tensors import fill, loads_by_itself, state_of, take_dtypes, tensors_of
+from .tensors import tensors_sha256 as tensors_sha256
+from .tensors import weights_sha256 as weights_sha256
+from .unpickling import UNREADABLE, Placeholder, weights_content, why_no_values
 
-# What torch.load raises for files that are broken, or that are more than tensors.
-UNREADABLE = (
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    RuntimeError,
-    MemoryError,  # of a length that the file only claims
-    struct.error,
-    EOFError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    OSError,
-)
-
-_MOST_PACKED = 4
+Rename = Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """A state dict from a .safetensors or .pth file; pickles are read with weights_only=True, whatever the environment.
+def read_weights(path: str | Path, *, key: str | None = None) -> dict[str, Tensor]:
+    """A state dict from a .safetensors or .pth file; reading it runs nothing, whatever the environment.
 
-    Training wrappers are opened ("state_dict", "model", "params", EMA first) and "module." prefixes dropped. A
-    checkpoint in several files is named by its index (.index.json), beside which they lie.
+    Containers of training scripts are opened, moving averages (EMA) first, and the prefixes of wrappers ("module.")
+    are dropped where all names have them. A checkpoint in several files is named by its index (.index.json), beside
+    which they lie.
+
+    Args:
+        key: of the container, where the file holds several: "model", or keys joined by dots.
 
     Raises:
         InputError: unreadable, damaged, not a state dict, or a pickle that would run code.
     """
+    first, *others = _states(path, key)
+    if first.rank and others and first.rank == others[0].rank and first.ema == others[0].ema:
+        keys = shortened([state.key for state in (first, *others)])
+        raise InputError(f"{path} holds several state dicts ({keys}): say which one (key=, --checkpoint-key KEY)")
+    return without_wrapper(first.tensors)
+
+
+def load_weights(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    key: str | None = None,
+    prefix: str | None = None,
+    rename: Rename = lambda model, state: state,
+) -> dict[str, str]:
+    """Load the weights in a file that fit a network, and say which they were.
+
+    Args:
+        key: of the container, as in `read_weights`; default: the first whose tensors fit, moving averages before all.
+        prefix: of the names to take, which is dropped; default: one that makes all names fit, where they do not.
+        rename: from the names of an older file to those of the network.
+
+    Returns:
+        The name of the file, and where there are such the ``key``, the ``prefix`` and the tensors ``left_out``.
+
+    Raises:
+        InputError: unreadable, or nothing in the file fits the network, or several parts of it do.
+    """
+    states = _states(path, key)
+    considered = [state for state in states if state.ema == states[0].ema]
+    own = tensors_of(model)
+    tries = [(state, _renamed(model, own, state, prefix, rename)) for state in considered]
+    fitting = [one for one in tries if not _problems(own, names_in(own, one[1], prefix), one[1])]
+    rivals = [state.key for state, _ in fitting if (state.ema, state.rank) == (fitting[0][0].ema, fitting[0][0].rank)]
+    if len(rivals) > 1 and not fitting[0][0].ema:
+        raise InputError(
+            f"{path} holds several state dicts that fit ({shortened(rivals)}): say which one (--checkpoint-key KEY)"
+        )
+    state, tensors = (fitting or tries)[0]
+    try:
+        names = load_state(model, tensors, str(path), prefix=prefix)
+    except InputError as error:
+        others = [other.key for other in states if other is not state]
+        if not state.path:
+            raise
+        more = f"; it also holds {shortened(others)} (--checkpoint-key KEY)" if others else ""
+        raise InputError(f"{error} (its {state.key}){more}") from error
+    left_out = shortened(list(names.beside), 3) if names.beside else ""
+    record = {"file": Path(path).name, "key": state.key, "prefix": names.prefix, "left_out": left_out}
+    return {what: text for what, text in record.items() if text}
+
+
+def _renamed(
+    model: nn.Module, own: Mapping[str, Tensor], state: StateDict, prefix: str | None, rename: Rename
+) -> Mapping[str, Tensor]:
+    """The tensors under names that may lead to the network's."""
+    if prefix is not None or names_in(own, state.tensors).complete:
+        return state.tensors
+    return rename(model, without_wrapper(state.tensors))
+
+
+def _states(path: str | Path, key: str | None = None) -> list[StateDict]:
+    """The state dicts of a file, that which is meant unless something else says so first; there is one at least."""
     if reason := why_unreadable(path):
         raise InputError(f"{path} {reason}")
     if str(path).endswith(".index.json"):
-        return _read_shards(Path(path))
+        return _of_one(_read_shards(Path(path)), key, path)
     if Path(path).suffix == ".safetensors":
         with open_safetensors(path):
-            return safetensors.torch.load_file(path)
+            return _of_one(safetensors.torch.load_file(path), key, path)
+    content = _pickled(path)
+    found = state_dicts(content)
+    if not found:
+        if kind := _foreign(content):
+            raise InputError(
+                f"{path} holds more than tensors, and reading it would run code: refused ({kind}); save its "
+                "state_dict as .safetensors where you trust it"
+            )
+        keys = [str(key)[:80] for key in content] if isinstance(content, Mapping) else []
+        named = f"; its keys are {shortened(keys)}" if keys else ""
+        raise InputError(f"{path} holds no state dict (a mapping from names to tensors){named}")
+    found = with_key(found, key, str(path)) if key is not None else found
+    for state in found:
+        for name, tensor in state.tensors.items():
+            if not isinstance(name, str) or (reason := why_no_values(tensor)):
+                reason = reason if isinstance(name, str) else "is no name of a tensor"
+                raise InputError(f"{path}: {name!r:.80} {reason}")
+    return found
+
+
+def _of_one(tensors: Mapping[str, Tensor], key: str | None, path: str | Path) -> list[StateDict]:
+    states = [StateDict((), tensors)]
+    return states if key is None else with_key(states, key, str(path))
+
+
+def _pickled(path: str | Path) -> Any:
     try:
-        content = unpickled(path)
+        return weights_content(path)
     except InputError:
         raise
     except UNREADABLE as error:
@@ -69,16 +145,15 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
                 f".safetensors where you trust it"
             ) from error
         raise InputError(f"{path} is not a readable .pth file: {text or type(error).__name__}; get it again") from error
-    for key in ("state_dict_ema", "model_ema", "state_dict", "model", "params"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()) or not content:
-        raise InputError(f"{path} holds no state dict (a mapping from names to tensors)")
-    for name, tensor in content.items():
-        if not isinstance(name, str) or (reason := why_no_values(tensor)):
-            raise InputError(f"{path}: {name!r:.80} {reason if isinstance(name, str) else 'is no name of a tensor'}")
-    return dict(clean_state_dict(dict(content)))
+
+
+def _foreign(content: Any, depth: int = 5) -> str | None:
+    """The class of an object in a file that is neither a tensor nor a plain container."""
+    if isinstance(content, Placeholder):
+        return f"an object of the class {content.kind[:80]}"
+    if isinstance(content, Mapping) and depth:
+        return next((kind for value in content.values() if (kind := _foreign(value, depth - 1))), None)
+    return None
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
@@ -92,7 +167,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     for name in names:
         if not name or name != Path(name).name or name.endswith(".index.json"):
             raise InputError(f"{index} names {name[:80]!r}, which is no file beside it: refused")
-        part = read_weights(index.with_name(name))
+        part = _states(index.with_name(name))[0].tensors
         wanted = {key for key, place in places.items() if place == name}
         if differing := sorted(wanted ^ set(part)):
             raise InputError(f"{index} and {name} disagree on {shortened(differing)}: get the files again")
@@ -100,29 +175,6 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     if not state:
         raise InputError(f"{index} names no weights")
     return state
-
-
-def unpickled(path: str | Path) -> Any:
-    """What torch.save wrote, tensors and plain containers only, on the CPU.
-
-    Raises:
-        InputError: a program, or damaged; one of `UNREADABLE`: anything else that torch.load stumbles over.
-    """
-    if reason := _why_not_weights(path):
-        raise InputError(f"{path} {reason}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # remarks on the pickle's age
-        # An explicit weights_only=True is not overruled by TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD.
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def why_no_values(tensor: Tensor) -> str | None:
-    """Why a tensor from a pickle cannot be taken as it is; None where it can."""
-    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
-        return "is no plain tensor (meta, sparse or quantised)"
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        return f"claims the shape {tuple(tensor.shape)}, of which the file holds a part (expanded)"
-    return None
 
 
 def open_safetensors(path: str | Path) -> Any:
@@ -166,35 +218,14 @@ def why_unreadable(path: str | Path) -> str | None:
     return None
 
 
-def _why_not_weights(path: str | Path) -> str | None:
-    """Why an archive that torch wrote holds no weights, or not those it was written with; None where it may.
-
-    torch.load would not notice the latter: it compares no checksum.
-    """
-    with Path(path).open("rb") as file:
-        if file.read(4) != b"PK\x03\x04":
-            return None  # no archive, but what older versions wrote
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            unpacked, size = sum(one.file_size for one in archive.infolist()), Path(path).stat().st_size
-            if unpacked > _MOST_PACKED * size:
-                return f"is refused: its {size:,} bytes unpack to {unpacked:,}"
-            # What is marked as a folder torch.load does not read, and leaves memory as it found it.
-            unread = next((one.filename for one in archive.infolist() if one.external_attr & 0x10), None)
-            if any(name.endswith("/constants.pkl") for name in names):
-                return "is a TorchScript program, which would have to be run: save its state_dict instead"
-            if any(name.endswith("/archive_format") for name in names):
-                return "is an exported program, not weights: save the state_dict of its network instead"
-            if name := unread or archive.testzip():
-                return f"is damaged ({name} is not what was written): get the file again"
-    except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError, RuntimeError, EOFError, zlib.error) as error:
-        return f"is damaged ({first_line(error)}): get the file again"
-    return None
-
-
-def write_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: dict[str, str], force: bool) -> None:
-    """Write named tensors as .safetensors, by way of a staging file; raises as `save` does."""
+def write_tensors(
+    tensors: Mapping[str, Tensor],
+    path: str | Path,
+    metadata: dict[str, str],
+    force: bool,
+    check: Callable[[Path], None] = lambda staging: None,
+) -> None:
+    """Write named tensors as .safetensors, by way of a staging file that is ``check``ed; raises as `save` does."""
 
     def write(staging: Path) -> None:
         try:
@@ -203,6 +234,7 @@ def write_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: dic
             keys = [key for key, tensor in tensors.items() if tensor.dtype == error.args[0]]
             kind = str(error.args[0]).removeprefix("torch.")
             raise InputError(f"{shortened(keys)}: no safetensors file can hold {kind} values") from error
+        check(staging)
 
     with saving(path):
         write_file(path, write, force)
@@ -227,13 +259,13 @@ def untied_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     tied: dict[str, str] = {}
     first_key: dict[int, str] = {}
     storages: set[int] = set()
-    for key, value in model.state_dict(keep_vars=True).items():
+    for key, value in state_of(model).items():
         if not isinstance(value, Tensor):
             raise InputError(f"{key} is no tensor but a {type(value).__name__}, which no safetensors file can hold")
         if value.is_meta:
             raise InputError(f"{key} has no values (meta device): load weights first")
-        if value.layout != torch.strided:
-            kind = f"{value.dtype} {value.layout}".replace("torch.", "")
+        if value.layout != torch.strided or value.is_quantized:
+            kind = f"{value.dtype} {'quantised' if value.is_quantized else value.layout}".replace("torch.", "")
             raise InputError(f"{key} is a {kind} tensor, which no safetensors file can hold: make it a plain one")
         if any("\ud800" <= letter <= "\udfff" for letter in key):
             raise InputError(f"{key} is no name that a file can hold (lone surrogates): rename that module")
@@ -250,77 +282,91 @@ def untied_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, tied
 
 
-def load_state(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Load a state dict strictly, in the dtypes it has.
+def load_state(model: nn.Module, state: Mapping[str, Tensor], where: str, *, prefix: str | None = None) -> Names:
+    """Load a state dict strictly, in the dtypes it has, and say how its names led to the network's.
+
+    Counters of batch norms and profilers may be missing, or be there in vain. A network that reads state dicts in its
+    own way (methods or hooks for loading) does so here.
+
+    Args:
+        prefix: of the names to take, which is dropped; default: one that makes all names fit, where they do not.
 
     Raises:
         InputError: keys missing, unexpected, of another shape or not floating point; the first ten of each are named.
     """
-    own = {key: value for key, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
-    complaints = []
-    if missing := [key for key in own if key not in state]:
-        complaints.append(f"missing: {shortened(missing)}")
-    if unexpected := [key for key in state if key not in own]:
-        complaints.append(f"unexpected: {shortened(unexpected)}")
+    own = tensors_of(model, keep_vars=True)
+    names = names_in(own, state, prefix)
+    complaint = f"{where} does not fit this {type(model).__name__}"
+    if names.rivals:
+        found = shortened([repr(one) for one in (names.prefix, *names.rivals)])
+        raise InputError(f"{complaint}: its names fit under several prefixes, {found}: say which (--strip-prefix)")
+    problems = _problems(own, names, state)
+    if any(tensor.is_meta for tensor in own.values()):
+        problems.append("the network is on the meta device: build it on the CPU")
+    elif loads_by_itself(model):
+        renamed = {name: state[theirs] for name, theirs in names.of.items()} if names.complete else dict(state)
+        refused = _load_by_itself(model, renamed)
+        if not refused:
+            return names if names.complete else Names("", {})
+        problems = problems and [*problems, refused]
+    if problems:
+        raise InputError(f"{complaint}: {'; '.join(problems)}")
+    fill(model, {name: state[theirs] for name, theirs in names.of.items()})
+    return names
+
+
+def load_exactly(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Load a state dict that was made of the network's `tensors_of`; raises as `load_state`.
+
+    Parts that read state dicts in their own way may derive other values from theirs, and do, but change none of them.
+    """
+    own = tensors_of(model, keep_vars=True)
+    if own.keys() != state.keys() or _problems(own, names_in(own, state), state):
+        load_state(model, state, where)
+        return
+    if loads_by_itself(model):
+        _load_by_itself(model, dict(state))
+    fill(model, state)
+
+
+def _problems(own: Mapping[str, Tensor], names: Names, state: Mapping[str, Tensor]) -> list[str]:
+    """Why tensors of a file cannot be those of a network."""
+    problems = []
+    if names.missing:
+        problems.append(f"missing: {shortened(list(names.missing))}")
+    if names.unexpected:
+        problems.append(f"unexpected: {shortened(list(names.unexpected))}")
+    pairs = {key: (own[key], state[theirs]) for key, theirs in names.of.items() if not is_lazy(own[key])}
     shapes = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
+        f"{key} {tuple(theirs.shape)} instead of {tuple(ours.shape)}"
+        for key, (ours, theirs) in pairs.items()
+        if theirs.shape != ours.shape
     ]
     if shapes:
-        complaints.append(f"other shape: {shortened(shapes)}")
+        problems.append(f"other shape: {shortened(shapes)}")
     kinds = [
-        f"{key} {str(state[key].dtype).removeprefix('torch.')}"
-        for key in own
-        if key in state and own[key].is_floating_point() and not state[key].is_floating_point()
+        f"{key} {str(theirs.dtype).removeprefix('torch.')}"
+        for key, (ours, theirs) in pairs.items()
+        if ours.is_floating_point() and not theirs.is_floating_point()
     ]
     if kinds:
-        complaints.append(f"not floating point (quantised?): {shortened(kinds)}")
-    if any(tensor.is_meta for tensor in own.values()):
-        complaints.append("the network is on the meta device: build it on the CPU")
-    if complaints:
-        raise InputError(f"{where} does not fit this {type(model).__name__}: {'; '.join(complaints)}")
-    for key, tensor in own.items():
-        if tensor.dtype != state[key].dtype:
-            tensor.data = tensor.data.to(state[key].dtype)
-        if 0 in tensor.stride() and tensor.numel() > 1:  # values that are one in memory (expanded) take in no others
-            tensor.data = tensor.data.contiguous()
-    # Constants such as the DCT basis follow the dtype of the coefficients.
-    model._apply(lambda tensor: tensor)
-    # Tensors of a file are read as they are copied: all at once, they would be a second network in memory.
-    keys = list(own)
-    for start in range(0, len(keys), 64):
-        model.load_state_dict({key: state[key] for key in keys[start : start + 64]}, strict=False)
+        problems.append(f"not floating point (quantised?): {shortened(kinds)}")
+    return problems
 
 
-def weights_sha256(model: nn.Module) -> str:
-    """sha256 over the network's parameters and persistent buffers: names, dtypes, shapes and bytes, sorted by name."""
-    state = {key: tensor for key, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
-    return tensors_sha256({key: tensor for key, tensor in state.items() if not tensor.is_meta})
+def _load_by_itself(model: nn.Module, state: dict[str, Tensor]) -> str:
+    """Let a network load a state dict in its own way; says what is wrong where it does not take it, or not all of it.
 
-
-def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over named tensors: names, dtypes, shapes and bytes, sorted by name."""
-    digest = hashlib.sha256()
-    for part in _as_bytes(tensors):
-        digest.update(part)
-    return digest.hexdigest()
-
-
-def tensors_crc32(tensors: Mapping[str, Tensor], before: bytes = b"") -> str:
-    """CRC-32 over some bytes and then what `tensors_sha256` hashes: it tells damage, not intent, but is faster."""
-    checksum = zlib.crc32(before)
-    for part in _as_bytes(tensors):
-        checksum = zlib.crc32(part, checksum)
-    return f"{checksum:08x}"
-
-
-def _as_bytes(tensors: Mapping[str, Tensor]) -> Iterator[Any]:
-    for key, tensor in sorted(tensors.items()):
-        # Names may hold lone surrogates, which no file can, but a digest.
-        yield f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode("utf-8", "surrogatepass")
-        plain = tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()
-        plain = plain.dequantize() if plain.is_quantized else plain  # reading their storage ends the process
-        flat = plain.cpu().contiguous().flatten()
-        if flat.numel():
-            yield flat.view(torch.uint8).numpy()
+    A `load_state_dict` of its own is used for what its own `state_dict` calls its tensors.
+    """
+    with suppress(Exception):
+        if type(model).load_state_dict is not nn.Module.load_state_dict and set(model.state_dict()) == set(state):
+            model.load_state_dict(state)
+            return ""
+    take_dtypes(model, state)
+    try:
+        found = nn.Module.load_state_dict(model, state, strict=False)
+    except Exception as error:
+        return f"it does not load: {first_line(error) or type(error).__name__}"
+    left = names_in(dict.fromkeys(found.missing_keys, torch.empty(0)), found.unexpected_keys)
+    return "" if left.complete else f"it does not load {shortened([*left.missing, *left.unexpected])}"

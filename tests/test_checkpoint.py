@@ -364,3 +364,91 @@ def test_names_of_files() -> None:
     assert default_name("net.py:make_net", "full") == "make_net-harmonic-full.safetensors"
     assert default_name("local-dir:/some/where/", "full") == "where-harmonic-full.safetensors"
     assert default_name("a-harmonic-full.safetensors", "3") == "a-harmonic-full-harmonic-3.safetensors"
+
+
+# --- networks with a state dict of their own ---
+
+
+class _Small(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = torch.nn.Conv2d(3, 4, 3)
+        self.head = torch.nn.Conv2d(4, 4, 3)
+        self.register_buffer("mask", torch.ones(2), persistent=False)
+        self.register_buffer("steps", torch.tensor(7))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.frozen(x))
+
+
+class _WithoutKeywords(_Small):
+    def state_dict(self) -> Any:  # type: ignore[override]
+        return super().state_dict()
+
+
+class _LeavesFrozenOut(_Small):
+    def state_dict(self, *arguments: Any, **keywords: Any) -> Any:
+        whole = super().state_dict(*arguments, **keywords)
+        return {key: tensor for key, tensor in whole.items() if "frozen" not in key}
+
+
+class _Renames(_Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self._register_state_dict_hook(lambda _m, state, _p, _l: {f"net.{key}": value for key, value in state.items()})
+        self.head._register_load_state_dict_pre_hook(lambda *_: 1 / 0)
+
+
+class _Wraps(_Small):
+    """Keeps the wrapped network's state alone, and loads it so."""
+
+    def state_dict(self, *arguments: Any, **keywords: Any) -> Any:
+        return self.head.state_dict(*arguments, **keywords)
+
+    def load_state_dict(self, state: Any, *arguments: Any, **keywords: Any) -> Any:
+        return self.head.load_state_dict(state, *arguments, **keywords)
+
+
+@pytest.mark.parametrize("kind", [_Small, _WithoutKeywords, _LeavesFrozenOut, _Renames, _Wraps])
+@pytest.mark.parametrize("form", ["harmonic", "dense"])
+def test_what_is_written_can_be_read_whatever_the_networks_own_state_dict(tmp_path: Path, kind: Any, form: str) -> None:
+    network = seeded(kind)
+    conversion = convert(network, 2)
+    save(conversion, tmp_path / "a.safetensors")
+    with safetensors.safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert set(file.keys()) == {
+            "frozen.coefficients", "frozen.bias", "head.coefficients", "head.bias", "steps",
+        }  # fmt: skip
+    loaded = load(tmp_path / "a.safetensors", model=seeded(kind, seed=1), form=form)
+    x = random_input((1, 3, 9, 9))
+    assert torch.allclose(loaded(x), conversion.model(x), atol=1e-6)
+
+
+def test_a_file_that_could_not_be_loaded_is_not_written(tmp_path: Path, network: Any) -> None:
+    conversion = convert(network, 2)
+    conversion.model.deep["odd name [x]"].register_buffer("more", torch.zeros(1))
+    conversion.model.add_module("late", torch.nn.Conv2d(1, 1, 3))
+    save(conversion, tmp_path / "a.safetensors")  # the network itself may have grown
+    strange = convert(network, 2)
+    strange.model.stem = torch.nn.Conv2d(3, 8, 5)
+    with pytest.raises(InputError, match=r"what would be written does not fit this Branches: it has no such .*stem"):
+        save(strange, tmp_path / "b.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_file_is_read_back_before_it_takes_its_place(
+    saved: Path, network: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = safetensors.torch.save_file
+
+    def damaged(tensors: Any, path: Path, metadata: Any) -> None:
+        write(tensors, path, metadata)
+        content = bytearray(path.read_bytes())
+        content[-5] ^= 1
+        path.write_bytes(content)
+
+    before = saved.read_bytes()
+    monkeypatch.setattr(safetensors.torch, "save_file", damaged)
+    with pytest.raises(OutsideError, match="what was written is not what can be read back"):
+        save(convert(network), saved, force=True)
+    assert saved.read_bytes() == before

@@ -19,6 +19,7 @@ from click.testing import CliRunner, Result
 
 from harmconvert.checkpoint import read_header
 from harmconvert.cli import COMMANDS, main
+from harmconvert.report.reproduce import commands
 from harmconvert.samples import mnist5k_held_back
 from harmconvert.sources import open_source
 
@@ -266,6 +267,48 @@ def test_the_users_own_network_from_end_to_end() -> None:
     assert set(safetensors.torch.load_file("b.safetensors")) == set(state)
 
 
+def test_which_weights_were_taken_is_said_and_recorded() -> None:
+    state = open_source(SAMPLE).model.state_dict()
+    wrong = {key: torch.zeros_like(tensor) for key, tensor in state.items()}
+    averaged = {f"module.{key}": tensor for key, tensor in state.items()}
+    torch.save({"model": wrong, "ema": {"state_dict": averaged, "updates": 7}}, "mine.pth")
+    result = ok("convert", SAMPLE, "--checkpoint", "mine.pth", "-o", "a.safetensors")
+    assert "weights: mine.pth, ema.state_dict, module.\n" in result.stderr
+    recorded = read_header("a.safetensors").source
+    assert recorded is not None
+    assert recorded.weights == {"file": "mine.pth", "key": "ema.state_dict", "prefix": "module."}
+    assert recorded.sha256 == open_source(SAMPLE).source.sha256
+    assert "--checkpoint mine.pth --checkpoint-key ema.state_dict" in commands(read_header("a.safetensors"), "a", ())[0]
+    inspected = ok(
+        "inspect", SAMPLE, "--checkpoint", "mine.pth", "--checkpoint-key", "ema", "--strip-prefix", "module."
+    )
+    assert "weights: mine.pth, ema.state_dict, module." in inspected.stderr
+
+
+def test_code_named_in_the_command_is_trusted_wherever_the_checkpoint_lies(tmp_path: Path) -> None:
+    code = "from torch import nn\ndef make(): return nn.Sequential(nn.Conv2d(1, 10, 28), nn.Flatten())\n"
+    (tmp_path / "own").mkdir()
+    Path("own/net.py").write_text(code)
+    os.chdir("own")
+    ok("convert", "net.py:make", "--input-size", "1,28,28", "-o", "../a.safetensors")
+    os.chdir("..")
+    fails(2, "there is no file net.py", "export", "a.safetensors", "--trust-code", "-o", "b.safetensors")
+    fails(2, "name the code with --model FILE.py:FACTORY", "inspect", "a.safetensors", "--trust-code")
+    own = ["--model", "own/net.py:make"]
+    ok("export", "a.safetensors", *own, "-o", "b.safetensors")
+    ok("compare", "a.safetensors", "a.safetensors", *own)
+    data = ["--dataset", "sample:mnist5k"]
+    result = ok("evaluate", SAMPLE, "--compare", "a.safetensors", *own, *data)
+    assert "agreement" in result.stdout
+    fails(3, "own/net.py:make makes a network of random weights, others each time: give them with --compare-checkpoint",
+          "evaluate", SAMPLE, "--compare", "own/net.py:make", *data)  # fmt: skip
+    fails(3, "does not have the weights of own/net.py:make that were converted: give them with --compare-checkpoint",
+          "evaluate", "a.safetensors", *own, "--compare", "own/net.py:make", *data)  # fmt: skip
+    data += ["--img-size", "28", "--compare-checkpoint", "b.safetensors", "--json"]
+    again = ok("evaluate", "a.safetensors", *own, "--compare", "own/net.py:make", *data)
+    assert json.loads(again.stdout)["agreement"] == 1
+
+
 def test_a_network_of_two_inputs_takes_two_sizes() -> None:
     Path("net.py").write_text(
         "import torch\nfrom torch import nn\nclass Two(nn.Module):\n    def __init__(self):\n"
@@ -316,7 +359,7 @@ def test_every_command_shows_an_example_and_every_option_has_help(command: click
 
 def test_the_command_line_is_frozen() -> None:
     found = {c.name: sorted(o for p in c.params for o in p.opts if o.startswith("-")) for c in every_command()}
-    network = ["--checkpoint", "--model-kwargs", "--trust-code"]
+    network = ["--checkpoint", "--checkpoint-key", "--strip-prefix", "--model", "--model-kwargs", "--trust-code"]
     common = ["--debug", "--json"]
     loudness = ["--quiet", "-q", "--verbose", "-v"]
     size = ["--input-size"]
@@ -342,10 +385,11 @@ def test_the_command_line_is_frozen() -> None:
         ),
         "finetune": sorted(
             ["--train-only", "--num-classes", "--distill", "--distill-temperature", "--teacher", "--calibration-images",
-             "--trust-code", "--report", *data, *training, *common, *loudness]
+             "--trust-code", "--model", "--report", *data, *training, *common, *loudness]
         ),
         "evaluate": sorted(
-            ["--seed", "--batch-size", "-b", "--compare", "--amp", "--device", *data, *network, *common]
+            ["--seed", "--batch-size", "-b", "--compare", "--compare-checkpoint", "--amp", "--device", *data, *network,
+             *common]
         ),
         "train": sorted(
             ["--recipe", "--harmonic", "--no-normalize-first", "--basis", "--lambda", *data, *training, *network,
@@ -358,7 +402,7 @@ def test_the_command_line_is_frozen() -> None:
              "--latency", "--calibrate", "--calibration-batch-size", "--calibration-images", "--calibration-memory",
              "--calibration-split", "--damping", "--device", *data, *network, *common, *size, *loudness]
         ),
-        "compare": sorted(["--all-layers", "--trust-code", *common, *size]),
+        "compare": sorted(["--all-layers", "--trust-code", "--model", *common, *size]),
         "benchmark": sorted(
             ["--batch-size", "-b", "--threads", "--form", "--layout", "--torchcompile", "--repeats", "--layers",
              "--device", *network, *common, *size, *loudness]

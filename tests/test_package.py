@@ -17,15 +17,16 @@ PACKAGE = ROOT / "harmconvert"
 
 # Each may import those before it; cli may import any.
 ORDER = [
-    "registration", "errors", "documents", "history", "files", "arguments", "native", "weights", "distributed", "basis",
+    "registration", "errors", "documents", "history", "files", "arguments", "native", "tensors", "unpickling",
+    "containers", "weights", "distributed", "basis",
     "projection", "conv", "block",
     "factored", "timing", "layer_times", "plan", "copying", "side_effects", "dataflow", "other_convolutions",
     "surgery", "tracing", "cost", "comparison",
     "calibration", "forms", "budget",
     "convert",
     "harmonize", "kernel_check", "structure_check", "verification", "verify", "precision",
-    "checkpoint",
-    "models", "reference", "samples", "downloads", "user_code", "sources",
+    "origin", "checkpoint", "classifier",
+    "models", "reference", "samples", "downloads", "user_code", "makers", "sources",
     "data", "evaluation", "training", "benchmark", "export", "inspection", "report", "demo", "cli",
 ]  # fmt: skip
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ import torch
 import torchvision
 from torch import nn
 
-from harmconvert.checkpoint import save
+from harmconvert.checkpoint import Source, save
+from harmconvert.classifier import replace_classifier
 from harmconvert.convert import convert
 from harmconvert.downloads import torchvision_loading
 from harmconvert.errors import InputError, OutsideError, UsageError
 from harmconvert.samples import mnist5k_held_back, photographs
-from harmconvert.sources import open_counterpart, open_source, rebuild
+from harmconvert.sources import check_rebuilds, open_counterpart, open_rival, open_source, rebuild
+from harmconvert.surgery import default_input
+from harmconvert.training.finetuning import new_classifier
 from harmconvert.weights import weights_sha256
 
 from .networks import Branches, seeded
@@ -293,3 +297,192 @@ def test_a_recorded_source_cannot_ask_for_more_than_structure(source: dict[str, 
 
     with pytest.raises(InputError, match="refused"):
         rebuild(Source.from_json(source))
+
+
+# --- which weights were taken ---
+
+
+def test_the_source_says_which_weights_were_taken(tmp_path: Path) -> None:
+    model = timm.create_model("test_resnet", num_classes=3)
+    state = {f"module.{key}": tensor for key, tensor in model.state_dict().items()}
+    torch.save({"state_dict_ema": state, "state_dict": {}}, tmp_path / "mine.pth")
+    network = open_source("test_resnet", weights=tmp_path / "mine.pth", arguments={"num_classes": 3})
+    taken = {"file": "mine.pth", "key": "state_dict_ema", "prefix": "module."}
+    assert network.source.weights == taken
+    save(convert(network.model), tmp_path / "a.safetensors", source=network.source)
+    again = open_source(str(tmp_path / "a.safetensors"))
+    assert again.source.weights == taken
+    with pytest.raises(UsageError, match=r"a key or a prefix .* is of a file of weights"):
+        open_source("test_resnet", weights_key="ema")
+
+
+# --- arguments ---
+
+
+def test_arguments_of_torchvisions_networks_may_differ_from_those_of_the_pretrained_ones(tmp_path: Path) -> None:
+    trained = torchvision.models.squeezenet1_1(weights=None, num_classes=4)
+    torch.save(trained.state_dict(), tmp_path / "mine.pth")
+    source = "torchvision:squeezenet1_1"
+    network = open_source(source, weights=tmp_path / "mine.pth", arguments={"num_classes": 4})
+    assert same(network.model, trained)
+    save(convert(network.model), tmp_path / "a.safetensors", source=network.source)
+    assert open_source(str(tmp_path / "a.safetensors")).model.classifier[1].out_channels == 4
+    assert open_source(source, pretrained=False, arguments={"num_classes": 4}).model.classifier[1].out_channels == 4
+    with pytest.raises(InputError, match=r"are for other arguments \(.*1000 but got 4.*: give your own"):
+        open_source(source, arguments={"num_classes": 4})
+
+
+@pytest.mark.parametrize(
+    ("source", "arguments", "size"),
+    [
+        ("test_resnet", {"in_chans": 1}, (1, 160, 160)),
+        ("test_vit", {"in_chans": 2, "img_size": 64}, (2, 64, 64)),
+        ("test_vit", {"img_size": [32, 48]}, (3, 32, 48)),
+        ("torchvision:vit_b_32", {"image_size": 64}, (3, 64, 64)),
+        ("{folder}/net.py:make", {"in_chans": 4}, (4, 160, 160)),
+    ],
+)
+def test_the_input_size_follows_the_arguments(
+    tmp_path: Path, source: str, arguments: dict[str, Any], size: tuple[int, ...]
+) -> None:
+    code = "import timm\ndef make(in_chans=3):\n    return timm.create_model('test_resnet', in_chans=in_chans)\n"
+    (tmp_path / "net.py").write_text(code)
+    with torch.device("meta"):
+        network = open_source(source.format(folder=tmp_path), pretrained=False, arguments=arguments).model
+    found = default_input(network)
+    assert found is not None
+    assert tuple(found.shape[1:]) == size
+    network(found)
+
+
+def test_arguments_and_sources_of_other_types_are_refused(tmp_path: Path) -> None:
+    for arguments in ([("a", 1)], "a=1", 3):
+        with pytest.raises(UsageError, match="must be a dict"):
+            open_source("test_resnet", arguments=arguments)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="must be a text such as 'resnet50'"):
+        open_source(3)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="does not exist"):
+        open_source(tmp_path / "none.safetensors")  # type: ignore[arg-type]
+    conversion = convert(timm.create_model("test_resnet"))
+    with pytest.raises(UsageError, match="must be a source string"):
+        save(conversion, tmp_path / "a.safetensors", source=3)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="the arguments of timm:test_resnet hold what JSON cannot"):
+        save(conversion, tmp_path / "a.safetensors", source=Source("timm", "test_resnet", {"norm_layer": nn.Identity}))
+    assert list(tmp_path.iterdir()) == []
+    save(conversion, tmp_path / "a.safetensors", source="timm:test_resnet")
+    assert str(open_source(str(tmp_path / "a.safetensors")).source) == "timm:test_resnet"
+
+
+# --- own networks ---
+
+OWN = """
+import timm, torch
+from torch import nn
+raise_when_run = None
+def make(width=4):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, width, 3), nn.ReLU(), nn.Conv2d(width, 2, 3))
+def drawn():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+def _helper(): pass
+class Net(nn.Module): pass
+"""
+
+
+def test_a_file_without_a_function_says_which_there_are_without_running_it(tmp_path: Path) -> None:
+    path = tmp_path / "net.py"
+    path.write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n{OWN}")
+    with pytest.raises(UsageError, match=rf"name the function .*: {path}:make, {path}:drawn, {path}:Net$"):
+        open_source(str(path))
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(UsageError, match=rf"net.py has no function 'mak': {path}:make"):
+        open_source(f"{path}:mak")
+    path.write_text("def broken(:\n")
+    with pytest.raises(UsageError, match=r"name the function in it that makes the network$"):
+        open_source(str(path))
+
+
+def test_code_that_the_user_names_makes_the_network_of_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(OWN)
+    code = f"{tmp_path}/net.py:make"
+    network = open_source(code, arguments={"width": 5})
+    save(convert(network.model), tmp_path / "a.safetensors", source=replace(network.source, name="gone.py:make"))
+    with pytest.raises(UsageError, match="made by user code"):
+        open_source(str(tmp_path / "a.safetensors"))
+    again = open_source(str(tmp_path / "a.safetensors"), code=code, form="dense")
+    assert (again.source.name, again.source.arguments) == (code, {"width": 5})
+    assert torch.equal(again.model[0].bias, network.model[0].bias)
+    with pytest.raises(UsageError, match="is no harmonic checkpoint"):
+        open_source("test_resnet", code=code)
+    with pytest.raises(UsageError, match="test_resnet is no user code"):
+        open_source(str(tmp_path / "a.safetensors"), code="test_resnet")
+
+
+# --- a second network ---
+
+
+def test_a_rival_without_its_weights_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(OWN)
+    make, drawn = f"{tmp_path}/net.py:make", f"{tmp_path}/net.py:drawn"
+    torch.manual_seed(9)
+    trained = open_source(drawn).model
+    torch.save(trained.state_dict(), tmp_path / "w.pth")
+    for code in (make, drawn):
+        known = open_source(code, weights=tmp_path / "w.pth").source
+        with pytest.raises(InputError, match=r"does not have the weights of .*\(they came from w.pth\): give them"):
+            open_rival(code, known, "give them")
+        assert same(open_rival(code, known, "give them", weights=tmp_path / "w.pth").model, trained)
+    with pytest.raises(InputError, match="makes a network of random weights, others each time: give them"):
+        open_rival(drawn, None, "give them")
+    assert same(open_rival(make, open_source(make).source, "give them").model, open_source(make).model)
+
+
+# --- another classifier ---
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "torchvision:mobilenet_v3_small.IMAGENET1K_V1",
+        "timm:test_resnet",
+        "sample:resnet_mnist5k",
+        "{folder}/net.py:make",
+    ],
+)
+def test_a_network_with_a_new_classifier_is_built_again(tmp_path: Path, source: str) -> None:
+    code = "import timm\ndef make(classes=5):\n    return timm.create_model('test_resnet', num_classes=classes)\n"
+    (tmp_path / "net.py").write_text(code)
+    network = open_source(source.format(folder=tmp_path), pretrained=source.startswith("sample"))
+    converted = convert(network.model).model
+    recorded = new_classifier(converted, 7, network.source)
+    check_rebuilds(recorded, converted, trust_code=True)
+    with pytest.raises(InputError, match="what is written could not be opened again"):
+        check_rebuilds(network.source, converted, trust_code=True)
+    save(converted, tmp_path / "a.safetensors", source=recorded)
+    again = open_source(str(tmp_path / "a.safetensors"), trust_code=True)
+    assert same(again.model, converted)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("resnet18", "fc"), ("densenet121", "classifier"), ("vgg11", "classifier.6"), ("squeezenet1_1", "classifier.1"),
+        ("vit_b_32", "heads.head"), ("swin_t", "head"), ("convnext_tiny", "classifier.2"), ("googlenet", "fc"),
+        ("r3d_18", "fc"), ("s3d", "classifier.1"),
+    ],
+)  # fmt: skip
+def test_the_classifier_of_torchvisions_networks_is_found(name: str, layer: str) -> None:
+    with torch.device("meta"):
+        network = torchvision.models.get_model(
+            name, weights=None, **({"init_weights": False} if name == "googlenet" else {})
+        )
+    before = dict(network.named_modules())
+    replace_classifier(network, 7)
+    assert [key for key, module in network.named_modules() if module is not before[key]] == [layer]
+    new: Any = network.get_submodule(layer)
+    assert getattr(new, "out_features", getattr(new, "out_channels", None)) == 7
+
+
+def test_a_network_without_a_classifier_gets_none() -> None:
+    with pytest.raises(UsageError, match="this Sequential has no classifier to replace"):
+        new_classifier(nn.Sequential(nn.Conv2d(1, 2, 3)), 3, Source("code", "net:make"))

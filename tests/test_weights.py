@@ -1,16 +1,25 @@
 from __future__ import annotations
 
+import argparse
+import collections
+import contextlib
 import hashlib
+import pathlib
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
+import numpy as np
 import pytest
+import safetensors.torch
 import timm
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from harmconvert.errors import InputError
-from harmconvert.weights import load_state, read_weights, untied_state, weights_sha256, write_tensors
+from harmconvert.weights import load_state, load_weights, read_weights, untied_state, weights_sha256, write_tensors
 
 from .networks import Branches, seeded
 
@@ -109,3 +118,240 @@ def test_expanded_buffers_take_in_values_of_their_own() -> None:
     state = {**network.state_dict(), "scale": torch.arange(4.0)}
     load_state(network, state, "a file")
     assert network.scale.tolist() == [0.0, 1.0, 2.0, 3.0]
+
+
+# --- containers ---
+
+PLAIN, AVERAGED = {"weight": torch.zeros(2, 1)}, {"weight": torch.ones(2, 1)}
+
+
+@pytest.mark.parametrize(
+    ("content", "key"),
+    [
+        ({"params": PLAIN, "params_ema": AVERAGED}, "params_ema"),
+        ({"model": PLAIN, "ema": AVERAGED, "updates": 9}, "ema"),
+        ({"ema": {"module": AVERAGED, "updates": 3}}, "ema.module"),
+        ({"state_dict": PLAIN, "model_ema": AVERAGED}, "model_ema"),
+        ({"net": PLAIN, "callbacks": {"EMACallback": {"state": AVERAGED}}}, "callbacks.EMACallback.state"),
+        ({"generator": PLAIN, "generator_ema": AVERAGED, "discriminator": PLAIN}, "generator_ema"),
+        ({"student": PLAIN, "teacher": AVERAGED}, "teacher"),
+        ({"model_ema.weight": AVERAGED["weight"], "model.weight": PLAIN["weight"]}, None),
+    ],
+)
+def test_moving_averages_are_taken_before_the_weights_that_they_average(
+    tmp_path: Path, content: Any, key: str | None
+) -> None:
+    torch.save(content, tmp_path / "net.pth")
+    network = nn.Linear(1, 2, bias=False)
+    taken = load_weights(network, tmp_path / "net.pth")
+    assert network.weight.sum() == 2
+    assert taken == {"file": "net.pth", **({"key": key} if key else {"prefix": "model_ema.", "left_out": ANY})}
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["model_state_dict", "net", "network", "network_weights", "weights", "generator", "netG", "backbone", "unheard_of"],
+)
+def test_state_dicts_are_found_under_the_keys_that_training_scripts_use(tmp_path: Path, key: str) -> None:
+    optimizer = {"state": {0: {"momentum_buffer": torch.zeros(3)}}, "param_groups": [{"lr": 0.1}]}
+    torch.save({"epoch": 3, key: AVERAGED, "optimizer": optimizer, "loss": torch.tensor(0.5)}, tmp_path / "net.pth")
+    assert read_weights(tmp_path / "net.pth")["weight"].sum() == 2
+
+
+def test_of_several_state_dicts_the_one_that_fits_is_taken(tmp_path: Path) -> None:
+    other = {"weight": torch.zeros(3, 3)}
+    torch.save({"encoder": other, "decoder": AVERAGED, "head": {"bias": torch.zeros(1)}}, tmp_path / "net.pth")
+    network = nn.Linear(1, 2, bias=False)
+    assert load_weights(network, tmp_path / "net.pth")["key"] == "decoder"
+    torch.save({"net_a": PLAIN, "net_b": AVERAGED}, tmp_path / "net.pth")
+    with pytest.raises(InputError, match=r"holds several state dicts that fit \(net_a, net_b\): say which one"):
+        load_weights(network, tmp_path / "net.pth")
+    with pytest.raises(InputError, match=r"holds several state dicts \(net_a, net_b\): say which one"):
+        read_weights(tmp_path / "net.pth")
+    load_weights(network, tmp_path / "net.pth", key="net_b")
+    assert network.weight.sum() == 2
+    with pytest.raises(InputError, match="no state dict under the key 'net_c'; keys of state dicts in it: net_a"):
+        load_weights(network, tmp_path / "net.pth", key="net_c")
+
+
+def test_an_average_that_does_not_fit_is_not_replaced_by_other_weights_unasked(tmp_path: Path) -> None:
+    torch.save({"model": PLAIN, "ema": {"shadow": {"bias": torch.zeros(1)}}}, tmp_path / "net.pth")
+    network = nn.Linear(1, 2, bias=False)
+    with pytest.raises(InputError, match=r"missing: weight.*\(its ema.shadow\); it also holds model "):
+        load_weights(network, tmp_path / "net.pth")
+    assert load_weights(network, tmp_path / "net.pth", key="model")["key"] == "model"
+
+
+def test_what_a_file_without_a_state_dict_holds_is_named(tmp_path: Path) -> None:
+    torch.save({"epoch": 3, "weights": [1.0, 2.0]}, tmp_path / "net.pth")
+    with pytest.raises(InputError, match=r"holds no state dict .*; its keys are epoch, weights"):
+        read_weights(tmp_path / "net.pth")
+
+
+# --- prefixes ---
+
+
+class Wrapper(nn.Module):
+    """A network with a child of a name that wrappers use."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.add_module(name, nn.Linear(2, 3))
+        self.norm = nn.BatchNorm1d(3)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.", "_orig_mod.", "backbone.", "module._orig_mod.", "my.own."])
+@pytest.mark.parametrize("child", ["fc", "module", "model"])
+@pytest.mark.parametrize("ending", [".pth", ".safetensors"])
+def test_a_prefix_of_all_names_is_dropped_and_the_name_of_a_child_is_not(
+    tmp_path: Path, prefix: str, child: str, ending: str
+) -> None:
+    trained = seeded(lambda: Wrapper(child))
+    path = tmp_path / f"net{ending}"
+    for start in ("", prefix):
+        state = {start + key: tensor for key, tensor in trained.state_dict().items()}
+        torch.save(state, path) if ending == ".pth" else safetensors.torch.save_file(state, path)
+        network = seeded(lambda: Wrapper(child), seed=1)
+        taken = load_weights(network, path)
+        assert weights_sha256(network) == weights_sha256(trained)
+        assert taken.get("prefix", "") == start
+
+
+def test_wrappers_within_a_network_are_passed_over() -> None:
+    trained = seeded(lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.Linear(2, 3)))
+    state = {key.replace("0.", "0.module."): tensor for key, tensor in trained.state_dict().items()}
+    network = seeded(lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.Linear(2, 3)), seed=1)
+    load_state(network, {**state, "n_averaged": torch.tensor(3)}, "w.pth")
+    assert weights_sha256(network) == weights_sha256(trained)
+
+
+def test_weights_beside_those_of_the_network_are_left_out_only_where_their_prefix_says_so(tmp_path: Path) -> None:
+    network = nn.Linear(1, 2, bias=False)
+    both = {"model.weight": torch.ones(2, 1), "criterion.weight": torch.zeros(2, 1)}
+    torch.save({"state_dict": both}, tmp_path / "net.ckpt")
+    taken = load_weights(network, tmp_path / "net.ckpt")
+    assert taken == {"file": "net.ckpt", "key": "state_dict", "prefix": "model.", "left_out": "criterion.weight"}
+    with pytest.raises(InputError, match=r"unexpected: layer9.weight"):
+        load_state(network, {"weight": torch.ones(2, 1), "layer9.weight": torch.ones(1)}, "w.pth")
+    with pytest.raises(InputError, match=r"missing: weight; unexpected: layer8.weight, layer9.weight"):
+        load_state(network, {"layer8.weight": torch.ones(2, 1), "layer9.weight": torch.ones(1)}, "w.pth")
+    with pytest.raises(InputError, match=r"fit under several prefixes, 'net.', 'model.': say which"):
+        load_state(network, {"net.weight": torch.ones(2, 1), "model.weight": torch.zeros(2, 1)}, "w.pth")
+    load_state(network, {"net.weight": torch.ones(2, 1), "model.weight": torch.zeros(2, 1)}, "w.pth", prefix="model.")
+    assert network.weight.sum() == 0
+
+
+def test_counters_may_be_missing_or_too_many() -> None:
+    make = lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))  # noqa: E731
+    state = seeded(make).state_dict()
+    old = {key: tensor for key, tensor in state.items() if not key.endswith("num_batches_tracked")}
+    profiled = {**old, "total_ops": torch.zeros(1), "1.total_params": torch.zeros(1)}
+    profiled["0.num_batches_tracked"] = state["1.num_batches_tracked"]
+    for weights in (old, profiled):
+        network = seeded(make, seed=1)
+        load_state(network, weights, "w.pth")
+        assert weights_sha256(network) == weights_sha256(seeded(make))
+    with pytest.raises(InputError, match=r"missing: 1.weight, 1.num_batches_tracked$"):
+        load_state(seeded(make), {key: tensor for key, tensor in old.items() if key != "1.weight"}, "w.pth")
+
+
+# --- other objects in the file ---
+
+
+def test_objects_beside_the_weights_are_neither_imported_nor_in_the_way(tmp_path: Path) -> None:
+    beside = {
+        "hyper_parameters": argparse.Namespace(lr=0.1, width=[1, 2]),
+        "best": np.float64(0.93),
+        "folder": pathlib.PurePosixPath("data"),
+        "counts": collections.defaultdict(list, {"a": [1]}),
+        "history": collections.deque([1, 2]),
+    }
+    for new in (True, False):
+        torch.save({"state_dict": AVERAGED, **beside}, tmp_path / "net.ckpt", _use_new_zipfile_serialization=new)
+        assert read_weights(tmp_path / "net.ckpt")["weight"].sum() == 2
+    torch.save({"state_dict": {**AVERAGED, "extra": argparse.Namespace()}}, tmp_path / "net.ckpt")
+    with pytest.raises(InputError, match=r"would run code: refused .an object of the class argparse.Namespace"):
+        read_weights(tmp_path / "net.ckpt")
+    torch.save({"model": nn.Linear(1, 2)}, tmp_path / "net.ckpt")
+    with pytest.raises(InputError, match=r"holds more than tensors, .*class torch.nn.modules.linear.Linear"):
+        read_weights(tmp_path / "net.ckpt")
+
+
+def test_a_pickle_can_neither_call_nor_change_what_reads_it(tmp_path: Path) -> None:
+    """Objects of honest files become placeholders; what a hostile one names stays out of its reach."""
+
+    class Spoils:
+        def __reduce__(self) -> Any:
+            return torch._utils._rebuild_tensor_v2, (torch.zeros(1).untyped_storage(), 0, (1,), (1,)), {"spoilt": 1}
+
+    class Calls:
+        def __reduce__(self) -> Any:
+            return exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",)
+
+    for evil in (Spoils(), Calls()):
+        torch.save({"state_dict": AVERAGED, "beside": evil, "more": pathlib.PurePath("a")}, tmp_path / "net.pth")
+        with contextlib.suppress(InputError):
+            read_weights(tmp_path / "net.pth")
+    assert not (tmp_path / "ran").exists()
+    assert not hasattr(torch._utils._rebuild_tensor_v2, "spoilt")
+
+
+NAMES = ["model", "ema", "weight", "module.weight", 0, 2.5, None, "state_dict"]
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.recursive(
+        st.sampled_from([None, True, 3, 0.5, "x", b"b", torch.zeros(2, 1), torch.tensor(3), np.float64(2), {1}]),
+        lambda inner: st.one_of(
+            st.lists(inner, max_size=3),
+            st.tuples(inner, inner),
+            st.dictionaries(st.sampled_from(NAMES), inner, max_size=3),
+        ),
+        max_leaves=8,
+    )
+)
+def test_whatever_a_file_holds_is_read_or_refused(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "net.pth")
+    for read in (read_weights, lambda path: load_weights(nn.Linear(1, 2, bias=False), path)):
+        with contextlib.suppress(InputError):
+            read(tmp_path / "net.pth")
+
+
+# --- networks that read or write state dicts in their own way ---
+
+
+class Renames(nn.Conv2d):
+    """Reads the files of its first version, which called its weight a kernel, and derives a number from it."""
+
+    scale = 0.0
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
+        if f"{prefix}kernel" in state:
+            state[f"{prefix}weight"] = state.pop(f"{prefix}kernel")
+        super()._load_from_state_dict(state, prefix, *rest)
+        self.scale = float(self.weight.detach().sum())
+
+
+def test_a_networks_own_way_to_read_a_state_dict_is_used() -> None:
+    trained = seeded(lambda: nn.Sequential(Renames(1, 2, 3)))
+    for name in ("kernel", "weight"):
+        network: Any = seeded(lambda: nn.Sequential(Renames(1, 2, 3)), seed=1)
+        load_state(network, {f"0.{name}": trained[0].weight, "0.bias": trained[0].bias}, "w.pth")
+        assert weights_sha256(network) == weights_sha256(trained)
+        assert network[0].scale == pytest.approx(float(trained[0].weight.detach().sum()))
+    with pytest.raises(InputError, match=r"missing: 0.weight, 0.bias; unexpected: 0.core; it does not load"):
+        load_state(network, {"0.core": trained[0].weight}, "w.pth")
+
+
+def test_a_networks_own_state_dict_hides_none_of_its_tensors() -> None:
+    class Hides(nn.Sequential):
+        def state_dict(self) -> Any:  # type: ignore[override]
+            return {"conv.weight": self[0].weight}
+
+    network = seeded(lambda: Hides(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)))
+    plain = seeded(lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)))
+    assert weights_sha256(network) == weights_sha256(plain)
+    assert set(untied_state(network)[0]) == set(plain.state_dict())
+    load_state(network, seeded(lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)), seed=1).state_dict(), "w")
+    assert weights_sha256(network) != weights_sha256(plain)

@@ -18,7 +18,7 @@ from ..errors import InputError, UsageError
 from ..files import read_json, write_text
 from ..plan import Plan
 from ..surgery import tensors_in
-from ..weights import tensors_sha256, weights_sha256
+from ..tensors import tensors_sha256, weights_sha256
 from .orders import Order
 
 VERSION = 1

@@ -24,7 +24,7 @@ from ..conv import HarmonicMixin
 from ..errors import first_line
 from ..plan import Plan
 from ..surgery import convolutions, unchanged
-from ..weights import tensors_sha256
+from ..tensors import tensors_of, tensors_sha256
 from .batch_norm import batch_norms, reestimate_batch_norm
 from .cuts import WholeLayer
 from .divergence import Divergence
@@ -103,7 +103,7 @@ def calibrate(
     before = _copied(converted)
     with unchanged(original), unchanged(converted, but=set(batch_norms(converted).values())):
         found = _calibrated(original, converted, cut, before, known, settings, progress)
-    state = converted.state_dict()
+    state = tensors_of(converted)
     changed = [key for key, tensor in before.items() if not torch.equal(state[key], tensor)]
     return replace(found, changed=digests(converted, changed))
 
@@ -149,17 +149,13 @@ def _calibrated(
 def digests(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
     """sha256 of tensors in a network's state, by key; of coefficients together with what they are coefficients of, the
     frequencies and the basis: in another plan they would make another kernel."""
-    state = model.state_dict()
+    state = tensors_of(model)
     meanings = {
         f"{name}.coefficients".lstrip("."): f" of {module.family}, {module.frequencies}"
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, HarmonicMixin)
     }
-    return {
-        key: tensors_sha256({key + meanings.get(key, ""): state[key]})
-        for key in keys
-        if isinstance(state.get(key), Tensor)
-    }
+    return {key: tensors_sha256({key + meanings.get(key, ""): state[key]}) for key in keys if key in state}
 
 
 def _refit(
@@ -233,12 +229,12 @@ def _batch_norms(
 
 
 def _copied(model: nn.Module) -> dict[str, Tensor]:
-    return {key: tensor.clone() for key, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    return {key: tensor.clone() for key, tensor in tensors_of(model).items()}
 
 
 @torch.no_grad()
 def _blend(model: nn.Module, before: Mapping[str, Tensor], after: Mapping[str, Tensor], share: float) -> None:
-    for key, tensor in model.state_dict().items():
+    for key, tensor in tensors_of(model).items():
         if key in before:
             between = tensor.is_floating_point() and share > 0
             tensor.copy_(before[key] + share * (after[key] - before[key]) if between else before[key])

@@ -15,7 +15,9 @@ from . import options, pages
 @options.input_size
 @options.trust_code
 @options.common
-def command(sources: tuple[str, ...], all_layers: bool, input_size: Any, trust_code: bool, as_json: bool) -> None:
+def command(
+    sources: tuple[str, ...], all_layers: bool, input_size: Any, trust_code: bool, code: str | None, as_json: bool
+) -> None:
     """Show the harmonic checkpoints A, B, ... side by side: sizes, accuracies as they are recorded, and where the plans
     differ.
 
@@ -26,9 +28,11 @@ def command(sources: tuple[str, ...], all_layers: bool, input_size: Any, trust_c
     """
     from ..report.comparison import check_enough, compare
     from ..report.tables import comparison_table, differences_table
+    from ..sources import made_by_code
 
     check_enough(sources)
-    reports = [pages.report_on(source, input_size, {"trust_code": trust_code}) for source in sources]
+    own = {source: {"trust_code": trust_code, "code": code if made_by_code(source) else None} for source in sources}
+    reports = [pages.report_on(source, input_size, own[source]) for source in sources]
     comparison = compare(reports, all_layers)
     if as_json:
         options.print_json(comparison.to_json())

@@ -13,6 +13,7 @@ from . import options, training_options, types
 @click.argument("source")
 @training_options.evaluation_options
 @click.option("--compare", metavar="SOURCE", help="A second network to agree with, such as the uncut one.")
+@click.option("--compare-checkpoint", "rival_weights", metavar="FILE", help="Weights of that second network.")
 @click.option(
     "--amp",
     type=click.Choice(["float32", "bfloat16", "float16"]),
@@ -24,7 +25,7 @@ from . import options, training_options, types
 @options.device
 @options.network_options
 @options.common
-def command(source: str, compare: str | None, amp: str, as_json: bool, **given: Any) -> None:
+def command(source: str, compare: str | None, rival_weights: str | None, amp: str, as_json: bool, **given: Any) -> None:
     """Say how right the network SOURCE is on labelled images: top-1 with its 95 % interval, top-5, loss, images/s.
 
     \b
@@ -32,20 +33,37 @@ def command(source: str, compare: str | None, amp: str, as_json: bool, **given: 
       harmconvert evaluate resnet50-harmonic-progressive.safetensors --data-dir imagenet/val
       harmconvert evaluate sample:resnet_mnist5k --dataset sample:mnist5k
     """
+    from dataclasses import replace
+
     from ..distributed import joined, rank
+    from ..errors import UsageError
     from ..evaluation import evaluate
     from ..precision import in_float32
     from ..report import tables
+    from ..sources import made_by_code, open_rival
     from ..training.learner import autocast
+
+    if rival_weights and not compare:
+        raise UsageError("--compare-checkpoint is of use only with --compare SOURCE")
 
     given |= {"no_channels_last": False, "torchcompile": False, "no_sync_bn": False}
     with joined():
         machine = training_options.machine_from(given)
+        code = given["code"]
+        if compare and not made_by_code(source):
+            given["code"] = None  # it is for the other one
         network = options.opened(source, given, form="dense")
         other = None
         if compare:
-            rival = options.opened(compare, {"trust_code": given["trust_code"]}, form="dense").model
-            other = in_float32(rival.to(machine.device))
+            known = network.source
+            if network.header is None and known.scheme != "code":  # other weights of one architecture may be compared
+                known = replace(known, sha256=None)
+            remedy = "give them with --compare-checkpoint FILE"
+            with options.busy(f"loading {compare}"):
+                rival = open_rival(
+                    compare, known, remedy, weights=rival_weights, trust_code=given["trust_code"], code=code
+                )
+            other = in_float32(rival.model.to(machine.device))
         loading, config = training_options.evaluation_loading(given, network.model, machine)
         with options.progress() as progress:
             seen, total = 0, loading.steps or 0

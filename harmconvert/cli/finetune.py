@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from ..checkpoint import Header, Source
     from ..data.datasets import Data
+    from ..sources import Network
     from ..training import Recipe
     from ..training.finetuning import Setting
 
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 @click.option(
     "--num-classes",
     type=click.IntRange(min=1),
-    help="Give the network a new classifier, for data of other classes (timm networks).",
+    help="Give the network a new classifier, for data of other classes (reset_classifier() as timm's networks have, or "
+    "the last layer of what torchvision calls fc, classifier, heads or head).",
 )
 @click.option(
     "--distill",
@@ -71,6 +73,7 @@ def command(
     num_classes: int | None,
     calibration_images: int,
     trust_code: bool,
+    code: str | None,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -96,7 +99,7 @@ def command(
     training_options.check_outputs(output, given, force)
     page = pages.checked(output, report, force)
     with joined(), ExitStack() as held:
-        job = prepare(source, output, force, given, teacher, num_classes, trust_code)
+        job = prepare(source, output, force, given, teacher, num_classes, trust_code, code)
         held.enter_context(job.setting.keeper.alone())
         record = training_options.recorder(output, given["log"])
         with training_options.progress(job.recipe.epochs) as (told, epoch_done, tested):
@@ -154,6 +157,7 @@ def prepare(
     teacher: str | None,
     num_classes: int | None,
     trust_code: bool,
+    code: str | None,
 ) -> Job:
     """Load all that a fine-tuning needs.
 
@@ -161,21 +165,18 @@ def prepare(
         UsageError: SOURCE is no harmonic checkpoint; InputError, OutsideError: something cannot be read or had.
     """
     from ..errors import HarmconvertError, UsageError
-    from ..precision import in_float32
-    from ..sources import is_harmonic_source, open_original
+    from ..sources import check_rebuilds, open_original
+    from ..tensors import weights_sha256
     from ..training.finetuning import Setting, new_classifier
     from ..training.learner import number_of_classes
-    from ..weights import tensors_sha256
 
-    network = options.opened(source, {"trust_code": trust_code}, intact=True) if is_harmonic_source(source) else None
-    if network is None or network.header is None:
-        raise UsageError(f"{source} is no harmonic checkpoint: make one first with: harmconvert convert {source}")
-    in_float32(network.model)
-    header, recorded = network.header, network.source
+    network, header = _opened(source, trust_code, code)
+    recorded = network.source
+    trust_code = trust_code or code is not None
     original, why = None, ""
     if num_classes is not None:
-        new_classifier(network.model, num_classes)
-        recorded = replace(recorded, arguments={**recorded.arguments, "num_classes": num_classes})
+        recorded = new_classifier(network.model, num_classes, recorded)
+        check_rebuilds(recorded, network.model, trust_code)
         why = f"the uncut network has not the new classifier of {num_classes} classes"
     else:
         try:
@@ -206,10 +207,10 @@ def prepare(
         "recipe": recipe.to_json(),
         "data": training_options.data_identity(given, data, preprocessing),
         "plan": header.plan.to_json(),
-        "weights": tensors_sha256(network.model.state_dict()),
+        "weights": weights_sha256(network.model),
     }
     if recipe.distill and original is not None:
-        identity["teacher"] = tensors_sha256(original.state_dict())
+        identity["teacher"] = weights_sha256(original)
     setting = Setting(
         preprocessing,
         training_options.machine_from(given),
@@ -219,6 +220,20 @@ def prepare(
         say=options.say,
     )
     return Job(network.model, header, recorded, original, why, data, recipe, setting)
+
+
+def _opened(source: str, trust_code: bool, code: str | None) -> tuple[Network, Header]:
+    """The harmonic checkpoint to fine-tune, in float32, and its header."""
+    from ..errors import UsageError
+    from ..precision import in_float32
+    from ..sources import is_harmonic_source
+
+    given = {"trust_code": trust_code, "code": code}
+    network = options.opened(source, given, intact=True) if is_harmonic_source(source) else None
+    if network is None or network.header is None:
+        raise UsageError(f"{source} is no harmonic checkpoint: make one first with: harmconvert convert {source}")
+    in_float32(network.model)
+    return network, network.header
 
 
 def default_output(source: str) -> str:

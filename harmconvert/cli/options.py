@@ -38,9 +38,17 @@ def common(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
-trust_code = click.option(
-    "--trust-code", is_flag=True, help="Let a checkpoint run the user code that it names as its source."
-)
+def trust_code(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What makes the network of a checkpoint that is made by user code: --trust-code and --model."""
+    command = click.option(
+        "--trust-code", is_flag=True, help="Let a checkpoint run the user code that it names as its source."
+    )(command)
+    return click.option(
+        "--model",
+        "code",
+        metavar="FILE.py:FACTORY",
+        help="User code that makes the network of a checkpoint, where the code that it names is not here or not asked.",
+    )(command)
 
 
 def network_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -59,6 +67,19 @@ def network_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "weights",
             metavar="FILE",
             help="Weights to use instead of the source's own (.safetensors or .pth).",
+        ),
+        click.option(
+            "--checkpoint-key",
+            "weights_key",
+            metavar="KEY",
+            help="Which weights of --checkpoint to take, such as state_dict or ema.module; default: moving averages "
+            "(EMA) first, then what fits.",
+        ),
+        click.option(
+            "--strip-prefix",
+            metavar="PREFIX",
+            help="Take the weights of --checkpoint whose names start so, and drop that; default: a prefix that makes "
+            "all names fit, where they do not fit as they are.",
         ),
     ):
         command = option(command)
@@ -242,15 +263,22 @@ def opened(text: str, options: dict[str, Any], *, at_once: bool = False, intact:
         if intact:
             warnings.simplefilter("error", DamageWarning)
         try:
-            return open_source(
+            network = open_source(
                 text,
                 weights=options.get("weights"),
+                weights_key=options.get("weights_key"),
+                strip_prefix=options.get("strip_prefix"),
                 arguments=dict(options.get("arguments", ())),
                 trust_code=options["trust_code"],
+                code=options.get("code"),
                 **more,
             )
         except DamageWarning as warning:
             raise InputError(f"{warning} (in Python, hc.load and hc.save take it as it is)") from warning
+    if options.get("weights") and (taken := network.source.weights):
+        left_out = f"; left out: {taken['left_out']}" if "left_out" in taken else ""
+        say(f"weights: {', '.join(taken[what] for what in ('file', 'key', 'prefix') if what in taken)}{left_out}")
+    return network
 
 
 def place(model: Any, device: str | None, data: str | None) -> None:

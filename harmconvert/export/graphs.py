@@ -23,6 +23,7 @@ from ..files import write_file
 from ..forms import MARGIN, factor, factoring, fuse, sites_of
 from ..precision import in_float32
 from ..surgery import call, cloned, evaluating, exchange, fitted, mapped, refusing, tensors_in
+from ..tensors import tensors_of
 from ..timing import in_turns
 
 # Relative to the largest output: what ONNX Runtime's own order of sums comes to, and torch's with itself.
@@ -62,7 +63,7 @@ def export_onnx(
     dense = fuse(model).eval()
     names: tuple[str, ...] = ()
     speedup = None
-    size = sum(t.numel() * t.element_size() for t in dense.state_dict().values())
+    size = sum(t.numel() * t.element_size() for t in tensors_of(dense).values())
     if size > LARGEST:
         raise InputError(
             f"{size / 2**30:.1f} GiB of weights are more than one ONNX file holds (2 GiB): use torch-export"

@@ -35,7 +35,10 @@ def commands(header: Header, name: str, sites: Sequence[ConvSite]) -> tuple[str,
     for number, entry in enumerate(recorded):
         last = number == len(recorded) - 1
         output = base if last else f"finetuned-{number + 1}.safetensors"
-        lines.append(shlex.join(["harmconvert", "finetune", first, *_training(entry["recipe"]), "-o", output]))
+        words = ["harmconvert", "finetune", first, *_training(entry["recipe"]), "-o", output]
+        words += ["--model", header.source.name] if header.source.scheme == "code" else []
+        words += ["--num-classes", str(header.source.classes)] if header.source.classes and not number else []
+        lines.append(shlex.join(words))
         first = output
     return tuple(lines)
 
@@ -43,12 +46,15 @@ def commands(header: Header, name: str, sites: Sequence[ConvSite]) -> tuple[str,
 def _conversion(header: Header, sites: Sequence[ConvSite]) -> list[str]:
     source, plan = header.source, header.plan
     assert source is not None
-    words = [str(source)]
+    weights = source.weights or {}
+    tagged = source.scheme == "timm" and "tag" in weights and "." not in source.name
+    words = [f"{source}.{weights['tag']}" if tagged else str(source)]
     if "architecture" not in source.arguments:  # hubs and folders say theirs themselves
         for key, value in source.arguments.items():
             words += ["--model-kwargs", f"{key}={value}"]
-    if source.scheme == "code":
-        words.append("--trust-code")
+    if "file" in weights and source.scheme != "local-dir":
+        words += ["--checkpoint", weights["file"]]
+        words += ["--checkpoint-key", weights["key"]] if "key" in weights else []
     if len(plan.policy) <= _LONGEST and _gives(plan, sites):
         words += ["--lambda", plan.policy]
         words += ["--basis", plan.basis] if plan.basis != "dct" else []

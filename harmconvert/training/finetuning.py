@@ -14,6 +14,7 @@ from torch import nn
 
 from ..calibration import CalibrationSettings, calibrate
 from ..checkpoint import Header
+from ..classifier import replace_classifier
 from ..convert import convert
 from ..data.datasets import Data
 from ..data.loading import NO_LABEL, Batch, evaluation_batches, some_images, training_batches
@@ -23,6 +24,7 @@ from ..documents import check
 from ..errors import HarmconvertError, InputError, UsageError, first_line
 from ..evaluation import Evaluation, evaluate
 from ..history import CALIBRATION, STAGES
+from ..origin import Source
 from .learner import Machine, autocast, number_of_classes
 from .loop import Told, train
 from .recipe import Recipe
@@ -222,16 +224,16 @@ def check_classes(data: Data, model: nn.Module, instead: str) -> None:
         )
 
 
-def new_classifier(model: nn.Module, classes: int) -> None:
-    """Give a network another classifier, untrained.
+def new_classifier(model: nn.Module, classes: int, source: Source) -> Source:
+    """Give a network another classifier, untrained; returns the source that makes it with that.
 
     Raises:
-        UsageError: the network has no ``reset_classifier`` (timm's name for it).
+        UsageError: the network has no classifier that can be replaced.
     """
-    reset = getattr(model, "reset_classifier", None)
-    if reset is None:
-        raise UsageError(f"--num-classes: this {type(model).__name__} has no reset_classifier(), as timm's have")
-    reset(classes)
+    replace_classifier(model, classes)
+    if source.scheme in ("torchvision", "code"):  # their makers need not know, or refuse it beside their weights
+        return replace(source, classes=classes)
+    return replace(source, arguments={**source.arguments, "num_classes": classes})
 
 
 class _Stages:

@@ -20,6 +20,8 @@ from ..distributed import sum_over_ranks, world_size
 from ..errors import InputError, UsageError, first_line
 from ..evaluation import class_logits
 from ..surgery import channels_last
+from ..tensors import fill, tensors_of
+from ..weights import load_exactly
 from .interrupts import SIGNALS, Request
 from .objective import Objective
 from .recipe import Recipe
@@ -164,27 +166,27 @@ class Learner:
     def finish(self) -> None:
         """Put the moving average, where there is one, in the network's place."""
         if self.ema is not None:
-            self.model.load_state_dict(self.ema.module.state_dict())
+            fill(self.model, tensors_of(self.ema.module))
         self.model.eval()
 
     def content(self) -> dict[str, Any]:
         """What `load` needs to go on."""
         return {
-            "model": self.model.state_dict(),
+            "model": tensors_of(self.model),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "ema": self.ema.module.state_dict() if self.ema is not None else None,
+            "ema": tensors_of(self.ema.module) if self.ema is not None else None,
             "updates": self.updates,
         }
 
     def load(self, content: Mapping[str, Any]) -> None:
         """Take up what `content` gave."""
         try:
-            self.model.load_state_dict(content["model"])
+            load_exactly(self.model, content["model"], "it")
             self.optimizer.load_state_dict(content["optimizer"])
             self.scaler.load_state_dict(content["scaler"])
             if self.ema is not None:
-                self.ema.module.load_state_dict(content["ema"])
+                load_exactly(self.ema.module, content["ema"], "its moving average")
             self.updates = int(content["updates"])
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
             raise InputError(f"the training state does not fit this network: {first_line(error)}") from error

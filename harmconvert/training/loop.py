@@ -19,6 +19,7 @@ from ..data.loading import Batch, Batches
 from ..distributed import any_rank, gathered, rank, world_size
 from ..errors import CheckError, InputError, UsageError, shortened
 from ..evaluation import Evaluation
+from ..tensors import tensors_of
 from .batch_norm import frozen, over_all_processes
 from .interrupts import SignalError, asked_to_stop
 from .learner import Learner, Machine
@@ -181,7 +182,7 @@ def _row(
 
 def _check_finite(learner: Learner, position: Position, keeper: Keeper) -> None:
     # A loss of before the step may be finite while the weights after it are not: those must not be saved.
-    for name, tensor in learner.model.state_dict().items():
+    for name, tensor in tensors_of(learner.model).items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise CheckError(_not_finite(learner, position, keeper, name))
 

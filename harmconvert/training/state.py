@@ -18,7 +18,8 @@ from ..documents import check, count, number, plain
 from ..errors import HarmconvertError, InputError, OutsideError, UsageError, first_line, shortened
 from ..files import locked, write_file
 from ..files import state_path as state_path
-from ..weights import UNREADABLE, unpickled, why_no_values, why_unreadable
+from ..unpickling import UNREADABLE, unpickled, why_no_values
+from ..weights import why_unreadable
 
 STATE_VERSION = 1
 _SHAPE = {
