@@ -155,6 +155,8 @@ def reason_not_convertible(conv: nn.Module) -> str | None:
     if taken := own & _NEEDED:
         return f"it has an attribute {min(taken)!r} of its own, which the harmonic form needs: rename that"
     weight = conv._parameters.get("weight")
+    if weight is None and conv._buffers.get("weight") is not None:
+        return "its weight is a buffer: a fixed filter, which is not trained"
     if weight is None:
         return "its weight is computed from other tensors (weight norm, pruning): remove that first"
     if isinstance(weight, nn.parameter.UninitializedParameter):

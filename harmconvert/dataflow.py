@@ -23,10 +23,13 @@ from .errors import HarmconvertError, first_line
 REWRITTEN = "its weight is rewritten in the network's forward, so coefficients would not be used"
 STALE = "it computes with a copy of its weight that was made before the run, so a change of the weight has no effect"
 
-_CONVOLVING = {f"conv{kind}{axes}d": axes for kind in ("", "_transpose") for axes in (1, 2, 3)}
+_CONVOLVING = {f"conv{kind}{axes}d" for kind in ("", "_transpose") for axes in (1, 2, 3)} | {
+    "convolution",
+    "_convolution",
+}
 # Functions whose output mixes channels: behind one of them with trained weights a map is no longer the input.
 _MIXING = {
-    *_CONVOLVING, "convolution", "linear", "bilinear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv",
+    *_CONVOLVING, "linear", "bilinear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv",
     "addmm", "baddbmm", "einsum", "tensordot", "embedding", "lstm", "gru", "rnn_tanh", "rnn_relu",
     "multi_head_attention_forward",
 }  # fmt: skip

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .block import HarmonicBlock2d
 from .comparison import greatest_difference, relative_difference, top1_agreement
+from .conv import HarmonicMixin
 from .cost import parameter_count
 from .dataflow import weight_state
 from .errors import InputError, UsageError, first_line, shortened
@@ -47,6 +48,11 @@ from .verification import LayerCheck, Verification
 OUTPUT_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 _STRAY = "a copy of the network still runs the layer that it was copied from, by a function that copies do not follow"
+
+_LOST = (
+    "the network rewrites its weight in each forward, which a harmonic layer does not follow: convert with an example "
+    "input, so that it is skipped"
+)
 
 # A kernel is a different one where it differs by more than this of its filter's largest weight.
 CHANGED_KERNEL = 1e-3
@@ -109,9 +115,10 @@ def verify(
     first = next(iter(found.values()))
     rewritten = {name for one in found.values() for name in one.rewritten}
     layers = tuple(
-        LayerCheck(name, kept, total, kernel_error, first.outputs.get(name), problem)
+        LayerCheck(name, kept, total, kernel_error, first.outputs.get(name), _LOST if name in rewritten else problem)
         for name, (kept, total, kernel_error, problem) in kernels.items()
-        if name not in rewritten  # by the network itself at each forward: what it holds between two says nothing
+        # A plain layer whose weight the network rewrites holds what the last forward left: that says nothing.
+        if name not in rewritten or isinstance(pairs[name][1], HarmonicMixin)
     )
     layers = tuple(layer if layer.name in first.constant else _stale(layer) for layer in layers)
     structural = [*structural, *(f"{name or '(root)'}: {_STRAY}" for name in sorted(first.strays))]

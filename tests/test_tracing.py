@@ -200,6 +200,21 @@ def test_a_layer_whose_weight_is_rewritten_in_the_forward_is_skipped(write: Any)
         assert not torch.allclose(network(X), cut.model(X), atol=1e-3)
 
 
+def test_without_an_example_input_verification_finds_a_weight_that_is_rewritten() -> None:
+    network = seeded(lambda: Merging(_by_data))
+    check = hc.verify(network, hc.convert(network, "full").model, X)
+    assert not check.ok
+    assert "merged: the network rewrites its weight in each forward" in check.verdict
+
+
+def test_a_weight_that_is_a_buffer_is_a_fixed_filter() -> None:
+    network: Any = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)))
+    kernel = network[1].weight.detach()
+    del network[1].weight
+    network[1].register_buffer("weight", kernel)
+    assert why(network)["1"] == (0, "its weight is a buffer: a fixed filter, which is not trained")
+
+
 class Renormalising(nn.Conv2d):
     """Limits the norm of its kernels at each forward, as EEGNet's layers do."""
 
