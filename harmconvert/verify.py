@@ -129,13 +129,14 @@ def verify(
     agreement = None if None in agreements else min(cast("list[float]", agreements))
     if isnan(worst):
         notes.append("the outputs hold no finite value on these inputs: nothing to compare")
-    _without_effect(layers, worst, problems, notes)
+    hidden = _without_effect(layers, worst, problems, notes)
     limit = OUTPUT_TOLERANCE[dtype] if tolerance is None else tolerance
     within = worst <= limit  # False for NaN
     if not within:  # else it comes to the same, however it is built
         problems += built_otherwise(original, converted, pairs)
     _passed_over(first.idle, any(layer.kept < layer.total for layer in layers), within, problems, notes)
-    ok = within and not structural if tolerance is not None else within and not problems and agreement in (None, 1.0)
+    same = not structural if tolerance is not None else not problems and agreement in (None, 1.0)
+    ok = within and same and not hidden
     float64, float32 = (found[p].error if p in found else None for p in (torch.float64, torch.float32))
     return Verification(
         ok, not problems, limit, worst, float64, float32, agreement, batch_size(inputs), layers,
@@ -207,16 +208,25 @@ def _stale(layer: LayerCheck) -> LayerCheck:
     return layer
 
 
-def _without_effect(layers: Sequence[LayerCheck], worst: float, problems: list[str], notes: list[str]) -> None:
-    """Say which cut layers were not tested; outputs that are exactly the same are a problem where a kernel changed."""
+def _without_effect(layers: Sequence[LayerCheck], worst: float, problems: list[str], notes: list[str]) -> bool:
+    """Whether kernels are cut and the outputs are exactly the same; says why that may be, and which cut layers did not
+    run."""
     changed = [layer for layer in layers if _changed(layer)]
-    if changed and worst == 0 and not problems:
+    if idle := [layer.name or "(root)" for layer in changed if layer.output_error is None]:
+        notes.append(f"cut, but not run on these inputs: {shortened(idle, 5)}")
+    if not changed or worst != 0:
+        return False
+    if any(layer.output_error for layer in changed):
+        notes.append(
+            "the outputs are exactly the same although the outputs of layers differ: these inputs show nothing of the "
+            "cut (a detector that finds nothing, say); give others"
+        )
+    elif not problems:
         problems.append(
             f"the outputs are exactly the same although {len(changed)} kernels are cut: the network does not use their "
             "weights (it may hold copies of them), or these inputs do not reach them"
         )
-    if idle := [layer.name or "(root)" for layer in changed if layer.output_error is None]:
-        notes.append(f"cut, but not run on these inputs: {shortened(idle, 5)}")
+    return True
 
 
 def _passed_over(idle: Sequence[str], cut: bool, within: bool, problems: list[str], notes: list[str]) -> None:

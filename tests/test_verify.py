@@ -455,6 +455,25 @@ def test_a_cut_that_changes_nothing_at_all_does_not_pass() -> None:
     assert verify(model, convert(model, "full").model, X).ok  # nothing is cut, and nothing should change
 
 
+def test_a_cut_that_the_inputs_do_not_show_is_as_planned_and_not_verified() -> None:
+    class Finder(nn.Module):
+        """Returns the places of large values, and here there are none."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            scores = self.two(self.one(x).relu()).sigmoid()
+            return [scores[scores > 2]]
+
+    model = seeded(Finder)
+    check = verify(model, convert(model, {"*": 2}).model, X)
+    assert (check.ok, check.as_planned) == (False, True)
+    assert any("these inputs show nothing of the cut" in note for note in check.notes)
+    assert verify(model, convert(model, "full").model, X).ok
+
+
 def test_a_layer_that_does_not_use_its_weight_is_named() -> None:
     class Ready(nn.Conv2d):
         ready: Any = None
