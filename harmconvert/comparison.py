@@ -26,6 +26,13 @@ def relative_difference(found: Tensor, expected: Tensor) -> float:
     return difference / largest if largest > 0 else difference
 
 
+def close(found: Tensor, expected: Tensor) -> bool:
+    """Whether two outputs are the same to rounding, which another order of sums brings."""
+    dtype = expected.dtype
+    rounding = float(torch.finfo(dtype).eps ** 0.5) if dtype.is_floating_point or dtype.is_complex else 0.0
+    return relative_difference(found, expected) <= rounding  # False where no value is finite
+
+
 def top1_agreement(outputs: Sequence[tuple[Tensor, Tensor]], rounding: float = 0.0) -> float | None:
     """Share of examples with the same top-1 class; None where (original, converted) outputs are no logits.
 

@@ -21,7 +21,7 @@ from .budget import Budget, Search, SearchSettings
 from .budget.dropping import Step, smallest_within
 from .budget.searching import Searching
 from .calibration import Calibration, CalibrationSettings, Known, Progress, calibrate
-from .calibration.inputs import input_of
+from .calibration.reading import Reader, items
 from .conv import HarmonicMixin, to_harmonic
 from .cost import Cost, network_cost
 from .errors import InputError, UsageError, shortened
@@ -346,10 +346,10 @@ def _run_on_calibration(model: nn.Module, lam: Any, calibration: Iterable[Any]) 
     """All calibration batches, and a run of the network on its own input or else on the first of them."""
     if lam == "full" or default_input(model) is not None or not isinstance(calibration, Iterable):
         return calibration, run_where_possible(model, lam, None)
-    batches = iter(calibration)
+    batches = items(calibration)
     first = list(itertools.islice(batches, 1))
     with suppress(UsageError):  # calibration says what is wrong with its inputs
-        run = trace(model, input_of(first[0])) if first else None
+        run = trace(model, Reader(model)(first[0])) if first else None
         return itertools.chain(first, batches), run
     return itertools.chain(first, batches), None
 

@@ -28,6 +28,7 @@ CALIBRATION = {
     "settings": {...: plain, "seed": (count, None), "damping": _NUMBER},
     "changed": {...: str},
     "incomparable": _TEXT,
+    **dict.fromkeys(("plain_agreement", "agreement"), _NUMBER),
 }
 _SEARCH = {
     **dict.fromkeys(("budget", "unit", "scored_by", "frequencies"), str),

@@ -7,8 +7,9 @@ import random
 import sys
 from array import array
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from operator import is_
@@ -207,6 +208,36 @@ class Snapshot:
             with torch.no_grad():
                 value = tensor.detach().clone()
             self._others.append((partial(_same_values, tensor, value), partial(_write, tensor, value)))
+
+
+@dataclass(frozen=True)
+class RandomStates:
+    """The states of the random sources of the process that a forward may draw from."""
+
+    torch: Tensor
+    python: Any
+    numpy: Any
+
+    @classmethod
+    def now(cls) -> RandomStates:
+        """As they are."""
+        return cls(torch.get_rng_state(), random.getstate(), np.random.get_state())
+
+    def set(self) -> None:
+        """Make them so."""
+        torch.set_rng_state(self.torch)
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+
+
+@contextmanager
+def random_states_kept() -> Iterator[None]:
+    """The caller's random states are afterwards what they were."""
+    before = RandomStates.now()
+    try:
+        yield
+    finally:
+        before.set()
 
 
 def _is_ours(value: Any) -> bool:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -142,7 +144,7 @@ def call(model: nn.Module, example_input: Any) -> Any:
     """Call a network on an example input: tuple as arguments, dict as keywords, anything else as the one argument."""
     if isinstance(example_input, tuple):
         return model(*example_input)
-    if isinstance(example_input, dict):
+    if isinstance(example_input, Mapping):
         return model(**example_input)
     return model(example_input)
 
@@ -197,8 +199,11 @@ def _storage(tensor: Tensor) -> tuple[Any, ...]:
         return ()
 
 
-def tensors_in(value: Any) -> list[Tensor]:
-    """All tensors in nested lists, tuples, dicts and plain objects (such as model outputs), in order."""
+def tensors_in(value: Any, arrays: bool = False) -> list[Tensor]:
+    """All tensors in nested lists, tuples, dicts and plain objects (such as model outputs), in order.
+
+    ``arrays``: also NumPy arrays of numbers, copied to tensors.
+    """
     found: list[Tensor] = []
     seen: dict[int, Any] = {}  # kept alive, lest another be taken for one that is gone
     waiting = [value]
@@ -206,23 +211,37 @@ def tensors_in(value: Any) -> list[Tensor]:
         item = waiting.pop()
         if isinstance(item, Tensor):
             found.append(item)
+        elif isinstance(item, np.ndarray):
+            if arrays and item.dtype.kind in "biufc":
+                found.append(torch.tensor(item))
         elif id(item) not in seen and not isinstance(item, type | Enum | nn.Module):
             seen[id(item)] = item
             if isinstance(item, Mapping):
                 item = item.values()
             elif not isinstance(item, list | tuple):
-                item = getattr(item, "__dict__", {}).values()
+                slots = (
+                    {part.name: getattr(item, part.name, None) for part in fields(item)} if is_dataclass(item) else {}
+                )
+                item = getattr(item, "__dict__", slots).values()
             waiting += reversed([*item])
     return found
 
 
 def mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """The same nest of lists, tuples and dicts with every tensor changed."""
+    """The same nest of lists, tuples and dicts with every tensor changed; other mappings become dicts."""
     if isinstance(value, Tensor):
         return change(value)
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: mapped(change, item) for key, item in value.items()}
-    return type(value)(mapped(change, item) for item in value) if type(value) in (list, tuple) else value
+    return rebuilt(value, (mapped(change, item) for item in value)) if isinstance(value, list | tuple) else value
+
+
+def rebuilt(like: Any, items: Iterable[Any]) -> Any:
+    """A list or tuple of new items, a named tuple of the same class where ``like`` is one."""
+    if isinstance(like, tuple):
+        make: Callable[[Iterable[Any]], Any] = getattr(type(like), "_make", tuple)
+        return make(items)
+    return [*items]
 
 
 def cloned(value: Any) -> Any:
@@ -255,9 +274,21 @@ def default_input(model: nn.Module, batch: int = 1) -> Tensor | None:
 
 def batch_size(example_input: Any) -> int:
     """Examples in an input: the length of its first tensor, or of a list of single images, as detectors take them."""
-    if isinstance(example_input, list) and example_input and all(isinstance(t, Tensor) for t in example_input):
-        return len(example_input) if example_input[0].dim() == 3 else len(example_input[0])
-    return next((len(t) for t in tensors_in(example_input) if t.dim() > 1), 1)
+    size = _size(example_input)
+    return 1 if size is None else size
+
+
+def _size(value: Any) -> int | None:
+    """The same; None where nothing in it has rows."""
+    if isinstance(value, Tensor):
+        return len(value) if value.dim() > 1 else None
+    if isinstance(value, list) and value:
+        single = all(isinstance(part, Tensor) and part.dim() == 3 for part in value)
+        if single or all(isinstance(part, Mapping) for part in value):
+            return len(value)
+    if not isinstance(value, list | tuple):
+        value = value.values() if isinstance(value, Mapping) else tensors_in(value)
+    return next((size for part in value if (size := _size(part)) is not None), None)
 
 
 def describe_input(example_input: Any) -> str:

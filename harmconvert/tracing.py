@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,13 +15,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from .conv import CONVOLUTIONS, HarmonicMixin, reason_not_convertible
 from .copying import deep_copy, uncopyable_member
 from .dataflow import Dataflow, Findings, fixed_parameters
+from .errors import UsageError
 from .other_convolutions import other_convolutions
 from .plan import ConvSite
+from .side_effects import random_states_kept
 from .surgery import (
     batch_size,
     call,
     cloned,
     convolutions,
+    describe_input,
     evaluating,
     first_tensor,
     kernel_size,
@@ -105,6 +107,8 @@ def trace(model: nn.Module, example_input: Any) -> Trace:
     """
     example_input = cloned(example_input)  # a forward may normalise its input in place
     batch = batch_size(example_input)
+    if not batch:
+        raise UsageError(f"the example input of {describe_input(example_input)} holds no example: give at least one")
     if any(map(is_lazy, model.parameters())):
         model = deep_copy(model)  # a run would give the lazy layers their values
     flow = Dataflow(model, tensors_in(example_input))
@@ -133,7 +137,7 @@ def trace(model: nn.Module, example_input: Any) -> Trace:
         with ExitStack() as stack:
             for context in (unchanged(model), refusing(example_input), evaluating(model), counter, flow.watching()):
                 stack.enter_context(context)
-            stack.enter_context(torch.random.fork_rng(devices=[]))
+            stack.enter_context(random_states_kept())
             call(model, example_input)
     finally:
         for handle in handles:

@@ -6,7 +6,9 @@ import copy
 import math
 import subprocess
 import sys
+from collections import UserDict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -637,6 +639,69 @@ def test_why_outputs_cannot_be_compared_is_told() -> None:
     assert [layer.decision for layer in record.layers] == ["refit", "refit"]
     (line,) = [line for line in calibration_lines(record) if "cannot be compared" in line]
     assert line.startswith(f"the outputs cannot be compared ({why}")
+
+
+def test_the_share_of_held_back_images_with_the_same_top1_is_recorded_and_shown(tmp_path: Path) -> None:
+    def classifier() -> nn.Module:
+        parts = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        return nn.Sequential(*parts)
+
+    model, x = seeded(classifier), smooth((64, 3, 12, 12), dtype=torch.float32)
+    conversion = hc.convert(model, {"*": 1}, calibration=x.split(16))
+    record, held = conversion.calibration, x[3::4]
+    plain = hc.convert(model, {"*": 1}).model
+    with torch.no_grad():
+        top1 = [network(held).argmax(1) for network in (model, plain, conversion.model)]
+    shares = [(top1[0] == other).double().mean().item() for other in top1[1:]]
+    assert shares[1] > shares[0]
+    assert (record.plain_agreement, record.agreement) == (pytest.approx(shares[0]), pytest.approx(shares[1]))
+    line = f"same top-1 as the uncut network on {shares[1]:.1%} of 16 held-back inputs (plain cut: {shares[0]:.1%})"
+    assert line in calibration_lines(record)
+    hc.save(conversion, tmp_path / "saved.safetensors")
+    loaded = hc.load(tmp_path / "saved.safetensors", model=model)
+    assert loaded.__dict__["harmconvert_header"].history["calibration"]["agreement"] == record.agreement
+
+
+def test_outputs_that_are_no_logits_have_no_top1() -> None:
+    maps = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).double().eval()
+    record = hc.convert(maps, {"*": 2}, calibration=smooth((16, 3, 12, 12)).split(4)).calibration
+    assert (record.plain_agreement, record.agreement) == (None, None)
+    assert not any("top-1" in line for line in calibration_lines(record))
+
+
+@pytest.mark.parametrize("kind", ["tuple", "dataclass", "dataclass with slots", "mapping", "NumPy"])
+def test_layers_and_networks_may_return_anything_that_holds_tensors(kind: str) -> None:
+    @dataclass
+    class Plain:
+        logits: Any
+
+    @dataclass(slots=True)
+    class Slotted:
+        logits: Any
+
+    class Masked(nn.Conv2d):
+        def forward(self, image: Tensor, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            mask = torch.ones_like(image[:, :1]) if mask is None else mask
+            return super().forward(image * mask), mask[..., 1:-1, 1:-1]
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.norm, self.c = Masked(3, 8, 3), Masked(8, 8, 3), nn.BatchNorm2d(8), Masked(8, 4, 3)
+
+        def forward(self, x: Tensor) -> Any:
+            h, mask = self.a(image=x)
+            h, mask = self.b(image=h.relu(), mask=mask)
+            h, _ = self.c(image=self.norm(input=h).relu(), mask=mask)
+            return {
+                "tuple": lambda: (h, mask), "dataclass": lambda: Plain(h), "dataclass with slots": lambda: Slotted(h),
+                "mapping": lambda: UserDict(logits=h), "NumPy": h.numpy,
+            }[kind]()  # fmt: skip
+
+    record = hc.convert(seeded(Net, torch.float64), {"*": 2}, calibration=smooth((32, 3, 12, 12)).split(8)).calibration
+    assert [layer.decision for layer in record.layers] == ["refit"] * 3
+    assert record.divergence < record.plain_divergence
+    assert not any("batch norms were not" in note for note in record.notes)
 
 
 # --- batch norm ---

@@ -7,8 +7,9 @@ taken at all: a layer that generalises no better than the plain cut keeps the pl
 
 From the whole to the parts: `calibrate` here; refit.py, one layer after the other; layers.py, one layer's kernel and
 the choice of a solution; equations.py and solvers.py, the least squares; cuts.py, those of all cuts of a layer at once;
-responses.py, DCT responses; capture.py, running a network up to a layer; holding.py, going on from there; layout.py,
-how inputs lie in memory; limits.py, what this machine has left.
+responses.py, DCT responses; capture.py, running a network up to a layer; holding.py, going on from there;
+repeating.py, whether runs repeat; reading.py and inputs.py, what loaders yield and the calibration set; layout.py, how
+inputs lie in memory; limits.py, what this machine has left.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ..errors import first_line
 from ..plan import Plan
 from ..surgery import convolutions, unchanged
 from ..tensors import tensors_of, tensors_sha256
-from .batch_norm import batch_norms, reestimate_batch_norm
+from .batch_norm import batch_norms, reestimate_batch_norm, reestimated
 from .cuts import WholeLayer
 from .divergence import Divergence
 from .holding import Forwards
@@ -34,6 +35,7 @@ from .layout import laid_out
 from .limits import memory_for
 from .records import ENOUGH_POSITIONS, Calibration, CalibrationSettings, LayerCalibration, Progress
 from .refit import Refit
+from .repeating import repeating
 from .sites import Targets, running_sites
 
 # Re-estimated batch norms must bring this much: on a handful of held-back inputs, a few per cent are chance.
@@ -65,10 +67,10 @@ class Known:
     @classmethod
     def of(cls, original: nn.Module, batches: Iterable[Any], settings: CalibrationSettings) -> Known:
         """Nothing yet but the set; raises what `calibrate` does."""
-        data = calibration_set(batches, settings.inputs)
         with unchanged(original):
-            data = laid_out(original, data)
-            return cls(data, Divergence(original, data.held))
+            data = laid_out(original, calibration_set(batches, settings.inputs, original))
+            data = replace(data, runs=repeating(original, convolutions(original), data.probe))
+            return cls(data, Divergence(original, data.held, undo=True))
 
 
 def calibrate(
@@ -88,8 +90,8 @@ def calibrate(
 
     Args:
         original: the network that ``converted`` was made from by ``plan``; not changed.
-        batches: inputs, read once: tensors, (input, target) pairs whose target is not looked at, dicts of keywords; or
-            what is known of ``original`` on them.
+        batches: inputs, read once: tensors, (input, target) pairs whose target is ignored, mappings of keywords, lists
+            of single images; or what is known of ``original`` on them.
         progress: called with (layers done, layers, what is being done).
 
     Raises:
@@ -123,15 +125,19 @@ def _calibrated(
     after = _copied(converted)
     _blend(converted, before, before, 0.0)
     plain, why = compare(converted)
+    agreements = {0.0: compare.agreement}  # by the share of the refit that is kept
     _blend(converted, after, after, 0.0)
     refit, why_refit = compare(converted) if settings.refit else (plain, why)
+    agreements[1.0] = compare.agreement
     kept, final = _never_worse(compare, converted, before, plain, refit)
+    agreement = agreements.get(kept, compare.agreement)
     norms = 0
     notes: list[str] = []
     if settings.batch_norm and batch_norms(converted):
         norms, final, notes = _batch_norms(compare, converted, data, final)
+        agreement = compare.agreement if norms else agreement
     held = data.total - data.fit_total
-    incomparable = why or why_refit if held else "one input: none can be held back"
+    incomparable = why or why_refit if held else data.nothing_held
     if not held:
         notes.append(f"{incomparable}, so nothing is refitted")
     elif why and why_refit:
@@ -142,8 +148,9 @@ def _calibrated(
     if data.left:
         notes.append(f"only the first {data.total} inputs were read (settings: inputs={settings.inputs})")
     return Calibration(
-        tuple(layers), data.total, held, plain, refit, final, kept, norms, tuple(notes), settings, {}, incomparable
-    )
+        tuple(layers), data.total, held, plain, refit, final, kept, norms, tuple(notes), settings, {}, incomparable,
+        agreements[0.0], agreement,
+    )  # fmt: skip
 
 
 def digests(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
@@ -175,7 +182,8 @@ def _refit(
     targets = Targets(original, sites, data, settings.seed, memory // 2)
     whole = known.whole if len(cut) == 1 else {}  # what two cut layers are fed is another matter
     records = []
-    with Forwards(converted, harmonic, memory // 4, (*data.fit, *data.held), data.probes) as forwards:
+    batches = (*data.fit, *data.held)
+    with Forwards(converted, harmonic, memory // 4, batches, data.probes, data.runs.complete) as forwards:
         refit = Refit(converted, harmonic, targets, data, settings, memory, forwards, whole)
         for done, site in enumerate(sites):
             if progress:
@@ -216,7 +224,7 @@ def _batch_norms(
     """Re-estimate, and keep that where it is seen to bring the held-back outputs nearer to the original's."""
     before, notes, norms = _copied(converted), [], 0
     try:
-        norms = reestimate_batch_norm(converted, (batch.input for batch in data.fit))
+        norms = reestimated(converted, (batch.input for batch in data.fit))
     except Exception as error:  # nothing that comes last may cost what was done before
         notes.append(f"batch norms were not re-estimated: {first_line(error)}")
     found, why = compare(converted)

@@ -11,9 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..distributed import all_or_none, sum_over_ranks
 from ..errors import UsageError
-from ..surgery import evaluating
+from ..surgery import tensors_in
 from .capture import forward
-from .inputs import input_of
+from .reading import Reader
 
 _AT_ONCE = 1 << 18  # values brought to float64 at a time: what a processor's cache holds
 
@@ -31,18 +31,26 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> int:
     did not run, and batches with one value per channel, change nothing.
 
     Args:
-        batches: tensors, (input, target) pairs whose target is not looked at, dicts of keywords.
+        batches: what calibration takes: tensors, (input, target) pairs whose target is ignored, dicts of keywords.
 
     Raises:
         UsageError: the network does not run on them.
     """
+    return reestimated(model, (input for _, input in Reader(model).all(batches)))
+
+
+def reestimated(model: nn.Module, inputs: Iterable[Any]) -> int:
+    """`reestimate_batch_norm` of inputs as `surgery.call` takes them."""
     norms = batch_norms(model)
+    counting = False
     sums = {name: torch.zeros(2 * n.num_features + 1, dtype=torch.float64) for name, n in norms.items()}
 
     def watch(name: str) -> Any:
         def hook(norm: _BatchNorm, args: Any, kwargs: Any) -> None:
-            x = next(iter((*args, *kwargs.values()))).detach()
-            norm.training = x.dim() > 1 and x.numel() > x.shape[1]
+            if not counting:  # the reader tries how an input is to be read
+                return
+            x = next(iter(tensors_in([kwargs.get("input"), args, kwargs])), torch.empty(0)).detach()
+            norm.training = x.dim() > 1 and x.numel() > x.shape[1] == norm.num_features
             if norm.training:
                 mean, var = _moments(x)
                 sums[name] += torch.cat([mean, var, mean.new_ones(1)]).cpu() * len(x)
@@ -50,9 +58,13 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> int:
         return hook
 
     def run() -> None:
-        with evaluating(model):
-            for batch in batches:
-                forward(model, input_of(batch))
+        nonlocal counting
+        for input in inputs:
+            counting = True
+            try:
+                forward(model, input, undo=True)
+            finally:
+                counting = False
 
     before = {name: _statistics(norm) for name, norm in norms.items()}
     handles = [norm.register_forward_pre_hook(watch(name), with_kwargs=True) for name, norm in norms.items()]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import UsageError, first_line
-from ..surgery import call, cloned, describe_input, evaluating, fitted
+from ..side_effects import random_states_kept
+from ..surgery import call, cloned, describe_input, evaluating, fitted, unchanged
 
 _PLAIN = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
@@ -83,6 +86,8 @@ def watch_convolutions(
             nonlocal seen
             found = recorder.stop()
             seen += 1
+            if failure or (stop_after is not None and seen > stop_after):
+                raise Reached  # again: the network has caught the first one
             try:
                 with _precise(found):
                     see(name, found[0] if len(found) == 1 else None)
@@ -96,7 +101,7 @@ def watch_convolutions(
     handles = [layer.register_forward_pre_hook(recorder.start) for layer in layers.values()]
     handles += [layer.register_forward_hook(after(name)) for name, layer in layers.items()]
     try:
-        forward(model, input, recorder)
+        forward(model, input, recorder, undo=True)
     except Reached:
         pass
     finally:
@@ -114,16 +119,22 @@ def _precise(calls: list[ConvCall]) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def forward(model: nn.Module, input: Any, mode: TorchFunctionMode | None = None) -> Any:
+def forward(model: nn.Module, input: Any, mode: TorchFunctionMode | None = None, undo: bool = False) -> Any:
     """The network's output on one calibration batch, in eval mode, without gradients and from the same random state.
+
+    Args:
+        undo: restore what the run changes in the network (`unchanged`), also when it is interrupted, so that the next
+            run begins where this one began.
 
     Raises:
         UsageError: the network does not run on that input.
     """
     input = fitted(cloned(input), model)  # a forward may normalise its input in place
     try:
-        with evaluating(model), torch.random.fork_rng(devices=[]):
+        with unchanged(model) if undo else nullcontext(), evaluating(model), random_states_kept():
             torch.manual_seed(0)  # a network that draws in its forward draws the same in both runs
+            random.seed(0)
+            np.random.seed(0)
             if mode is None:
                 return call(model, input)
             with mode:
@@ -165,7 +176,8 @@ class Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if self.found is not None and name in _SIGNATURES:
             values = {**dict(zip(_SIGNATURES[name], args, strict=False)), **(kwargs or {})}
-            self.found.append(_conv_call(values, output, "transpose" in name))
+            with suppress(Exception):  # arguments of another kind: it counts as a call that cannot be read
+                self.found.append(_conv_call(values, output, "transpose" in name))
         return output
 
 

@@ -56,7 +56,7 @@ def whole_layers(
         if len(site.calls) == 1 and site.method is not Operator and bytes <= memory:
             hold = NormalEquations if site.method is NormalEquations else Samples
             waiting.append(Taking(site, converted, layers, seed, site.wanted, hold, bytes))
-    for taking, found in taken_together(converted, waiting, [data.fit, data.held], memory):
+    for taking, found in taken_together(converted, waiting, [data.fit, data.held], memory, data.runs.complete):
         if not isinstance(found, str):
             (name,) = taking.site.names
             yield name, WholeLayer(layers[name].frequencies, *found)

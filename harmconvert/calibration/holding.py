@@ -14,25 +14,25 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..side_effects import RandomStates, Snapshot, random_states_kept
 from ..surgery import evaluating, tensors_in
 from .capture import ConvCall, Reached, Recorder, See, forward, watch_convolutions
 from .inputs import Batch
 from .limits import threads_free
+from .repeating import fed, fed_in_a_run
 
 MOST_BYTES = 1 << 30
 MOST_THREADS = 512  # each that computes has as many helpers as torch has threads
 _PATIENCE = 10.0  # seconds, and twenty times what whole runs take, before one is thought to wait for another
 _MOMENT = 1.0  # seconds for a thread to end, before the others are asked to
-
-Fed = tuple[str, tuple[int, ...], float, float]  # a layer, and its input: shape, sum, norm
 
 
 class Forwards:
@@ -40,6 +40,7 @@ class Forwards:
 
     A context: its threads end with it. ``batches``: all that will be run; ``probes``: a few examples of them in two
     batches for the trial (`CalibrationSet.probes`). No more than ``memory`` bytes are held, nor than `MOST_BYTES`.
+    ``complete``: no run is held or interrupted (`Runs.complete`).
     Only on a CPU: on a GPU each thread would have a workspace and a stream of its own.
     """
 
@@ -50,9 +51,10 @@ class Forwards:
         memory: int,
         batches: Sequence[Batch],
         probes: Sequence[Batch],
+        complete: bool = False,
     ) -> None:
-        self._model, self._layers, self._probes = model, dict(layers), probes
-        self._alike = len({_shapes(batch) for batch in batches}) == 1
+        self._model, self._layers, self._probes, self._complete = model, dict(layers), probes, complete
+        self._alike = len({_shapes(batch) for batch in batches}) == 1 and not complete
         self._memory = min(memory, MOST_BYTES)
         self._most = threads_free(MOST_THREADS) // torch.get_num_threads()
         self._bytes: dict[str, int] = {}  # held of one example at a layer; empty: nothing is
@@ -81,7 +83,8 @@ class Forwards:
         if len(names) == 1 and calls == 1 and name in self._bytes:
             run = self._before(name, batch)
         if run is None:
-            watch_convolutions(self._model, {name: self._layers[name] for name in names}, batch.input, see, calls)
+            layers = {name: self._layers[name] for name in names}
+            watch_convolutions(self._model, layers, batch.input, see, None if self._complete else calls)
             return
         try:
             if self._go_on(run, {name}):
@@ -122,7 +125,7 @@ class Forwards:
 
     def _go_on(self, run: _Run, until: set[str], patience: float | None = None) -> bool:
         """Whether it came to one of the layers."""
-        with _random_state_kept():
+        with random_states_kept():
             run.go_on(until, patience)
         if run.failure is not None:
             raise run.failure
@@ -132,7 +135,7 @@ class Forwards:
         """End these, the last that began first: what one has set for the process it has found like that."""
         ending = list(reversed(runs))
         try:
-            with _random_state_kept():
+            with random_states_kept():
                 for run in ending:
                     run.end(_MOMENT)
                 for run in ending:  # one may have waited for another
@@ -167,9 +170,10 @@ class Forwards:
         if not bears or len(self._layers) < 3 or len(self._probes) < 2 or _same(*self._probes):
             return {}
         bytes: dict[str, int] = {}
+        state = Snapshot(self._model)
         try:
             start, settings = time.perf_counter(), _settings()
-            plain = [iter(self._plainly(probe)) for probe in self._probes]
+            plain = [iter(fed_in_a_run(self._model, self._layers, probe)) for probe in self._probes]
             patience = _PATIENCE + 20 * (time.perf_counter() - start)
             runs = [self._begun(probe, kind()) for probe, kind in zip(self._probes, (_Alive, Recorder), strict=True)]
             while not all(run.done for run in runs):
@@ -177,24 +181,20 @@ class Forwards:
                     run.always_again = True
                     if run.done or not self._go_on(run, set(self._layers), patience):
                         continue
-                    if settings != _settings() or _fed(run.at, run.shown) != next(expected, None):
+                    if settings != _settings() or fed(run.at, run.shown) != next(expected, None):
                         return {}
                     run.shown = None
                     if isinstance(run.recorder, _Alive):
-                        bytes[run.at] = max(bytes.get(run.at, 0), run.recorder.bytes(self._model))
-            return {} if any(next(expected, None) for expected in plain) else bytes
+                        held = -(-run.recorder.bytes(self._model) // len(run.batch))
+                        bytes[run.at] = max(bytes.get(run.at, 0), held)
+            if any(next(expected, None) for expected in plain) or not state.intact:
+                return {}  # also a network that keeps what no layer's input shows yet: a counter, a log
+            return bytes
         except Exception:  # what is wrong with the network, whoever runs it next will say
             return {}
         finally:
             self._end(self._runs)
-
-    def _plainly(self, batch: Batch) -> list[Fed | None]:
-        """What the layers are fed in one run, in order."""
-        found: list[Fed | None] = []
-        watch_convolutions(
-            self._model, self._layers, batch.input, lambda name, call: found.append(_fed(name, call))
-        )  # fmt: skip
-        return found
+            state.restore()
 
 
 class _Run:
@@ -211,7 +211,7 @@ class _Run:
         # Of C, so that an interrupt finds them whole, as it may not find a Semaphore.
         self._turn: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._back: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._random: Tensor | None = None
+        self._random: RandomStates | None = None
         threads = torch.get_num_threads()
 
         def run() -> None:
@@ -243,13 +243,13 @@ class _Run:
         """
         self._until = until
         if self._random is not None:
-            torch.set_rng_state(self._random)
+            self._random.set()
         self._turn.put(None)
         try:
             self._back.get(timeout=patience)
         except queue.Empty:
             raise TimeoutError(f"a forward has not gone on in {patience} s") from None
-        self._random = torch.get_rng_state()
+        self._random = RandomStates.now()
 
     def ask_to_end(self) -> None:
         """Let its thread end, at once where it is held, else at the next layer."""
@@ -322,27 +322,9 @@ class _Alive(Recorder):
         return sum(storages.values())
 
 
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """The caller's random state, around what runs in another thread."""
-    before = torch.get_rng_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(before)
-
-
 def _version(layer: nn.Module) -> int:
     """A number that grows with each change of the layer's parameters in place."""
     return sum(parameter._version for parameter in layer.parameters())
-
-
-def _fed(name: str, call: ConvCall | None) -> Fed:
-    if call is None:
-        return (name, (), 0.0, 0.0)
-    x = call.input
-    norm = torch.linalg.vector_norm(x, dtype=torch.float64)
-    return (name, tuple(x.shape), float(x.sum(dtype=torch.float64)), float(norm))
 
 
 def _shapes(batch: Batch) -> tuple[tuple[Any, ...], ...]:
@@ -352,7 +334,10 @@ def _shapes(batch: Batch) -> tuple[tuple[Any, ...], ...]:
 
 def _same(one: Batch, other: Batch) -> bool:
     """Whether both begin with equal examples, so that runs in turns could not be told from whole ones."""
-    pairs = zip(tensors_in(one.input), tensors_in(other.input), strict=True)
+    ours, theirs = tensors_in(one.input), tensors_in(other.input)
+    if len(ours) != len(theirs):
+        return False
+    pairs = zip(ours, theirs, strict=True)
     return all(torch.equal(a[:1], b[:1]) if a.dim() and b.dim() else torch.equal(a, b) for a, b in pairs)
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
-from ..comparison import relative_difference
+from ..comparison import close
 from ..surgery import channels_last, tensors_in
 from .capture import forward
 from .inputs import Batch, CalibrationSet
@@ -44,11 +43,5 @@ def _moved(before: Any, after: Any) -> bool:
 
 def _alike(one: Any, other: Any) -> bool:
     """Whether outputs are the same to rounding, which another order of sums brings."""
-    ours, theirs = tensors_in(one), tensors_in(other)
-    return len(ours) == len(theirs) and all(
-        relative_difference(b, a) <= _rounding(a.dtype) for a, b in zip(ours, theirs, strict=True)
-    )
-
-
-def _rounding(dtype: torch.dtype) -> float:
-    return float(torch.finfo(dtype).eps ** 0.5) if dtype.is_floating_point else 0.0
+    ours, theirs = (tensors_in(output, arrays=True) for output in (one, other))
+    return len(ours) == len(theirs) and all(close(b, a) for a, b in zip(ours, theirs, strict=True))

@@ -72,7 +72,7 @@ def response_moments(
     sites, odd = running_sites(converted, dict(layers), data, memory)
     yield from (((name,), why) for name, why in odd.items())
     waiting = [_taking(site, converted, layers, data, seed, memory) for site in sites]
-    for taking, found in taken_together(converted, waiting, [data.fit], memory):
+    for taking, found in taken_together(converted, waiting, [data.fit], memory, data.runs.complete):
         yield taking.site.names, found if isinstance(found, str) else _moments(cast(NormalEquations, found[0]))
 
 

@@ -75,7 +75,9 @@ class Calibration:
     KL divergence of a classifier's probabilities (nats), for others the relative squared difference; None where
     outputs cannot be compared. ``kept`` is the share of the refit's change that was taken (1 unless that made the
     outputs worse than the plain cut). ``changed`` has the keys of the tensors written, each with the
-    sha256 of what was written. ``incomparable`` says why outputs could not be compared."""
+    sha256 of what was written. ``incomparable`` says why outputs could not be compared. ``plain_agreement`` and
+    ``agreement``: the shares of held-back inputs on which the plain cut, and the network now, have the same top-1 class
+    as the original (None where outputs are no logits)."""
 
     layers: tuple[LayerCalibration, ...]
     inputs: int
@@ -89,6 +91,8 @@ class Calibration:
     settings: CalibrationSettings = field(default_factory=CalibrationSettings)
     changed: Mapping[str, str] = field(default_factory=dict)
     incomparable: str | None = None
+    plain_agreement: float | None = None
+    agreement: float | None = None
 
     @property
     def failed(self) -> tuple[LayerCalibration, ...]:

@@ -72,7 +72,7 @@ class Refit:
 
     def _refit(self, site: Site, record: LayerCalibration) -> LayerCalibration:
         if self.data.fit_total == self.data.total:
-            return replace(record, why="one input: none can be held back to choose on")
+            return replace(record, why=f"{self.data.nothing_held} to choose on")
         modules = {name: self.layers[name] for name in site.names}
         bias = refittable_bias(self.converted, list(modules.values()))
         kernel, layer = all_or_none(

@@ -65,13 +65,15 @@ def running_sites(
     """
     originals = convolutions(original)
     shared: dict[int, list[tuple[str, tuple[int, ...]]]] = {}
-    odd: dict[str, str] = {}
+    odd = dict.fromkeys(data.runs.varying & converted.keys(), "its input differs from run to run on the same example")
 
     def see(name: str, call: ConvCall | None) -> None:
         if call is None:
             odd[name] = "it convolves otherwise than once in a forward"
         else:
-            shared.setdefault(id(converted[name].coefficients), []).append((name, tuple(call.output.shape)))
+            rows, *rest = call.output.shape
+            shape = (-(-rows // len(data.probe)), *rest)
+            shared.setdefault(id(converted[name].coefficients), []).append((name, shape))
 
     watch_convolutions(original, {name: originals[name] for name in converted}, data.probe.input, see)
     plain = [calls for calls in shared.values() if not any(name in odd for name, _ in calls)]
@@ -135,7 +137,8 @@ class Targets:
                 found[site.names].setdefault(id(batch), []).append((name, shape, values))
 
             calls = sum(len(site.calls) for site in sites)
-            watch_convolutions(self._original, {n: self._layers[n] for n in owner}, batch.input, see, calls)
+            stop = None if self._data.runs.complete else calls
+            watch_convolutions(self._original, {n: self._layers[n] for n in owner}, batch.input, see, stop)
         return found
 
 

@@ -73,10 +73,10 @@ class Taking:
 
 
 def taken_together(
-    converted: nn.Module, waiting: Sequence[Taking], parts: Sequence[Sequence[Batch]], memory: int
+    converted: nn.Module, waiting: Sequence[Taking], parts: Sequence[Sequence[Batch]], memory: int, complete: bool
 ) -> Iterator[tuple[Taking, list[Equations] | str]]:
     """Each site with its equations on each of ``parts`` of the inputs, in the order given; the network is run for as
-    many at once as ``memory`` bytes hold.
+    many at once as ``memory`` bytes hold, and not interrupted where ``complete``.
 
     Raises:
         UsageError: the network does not run on the inputs.
@@ -85,14 +85,17 @@ def taken_together(
         together = _first(waiting, memory)
         waiting = waiting[len(together) :]
         all_or_none(
-            partial(_take_in, converted, together, parts), RuntimeError("another process could not take in its inputs")
+            partial(_take_in, converted, together, parts, complete),
+            RuntimeError("another process could not take in its inputs"),
         )
         while together:
             taking = together.pop(0)  # and let go, once its equations are used
             yield taking, taking.taken(len(parts))
 
 
-def _take_in(converted: nn.Module, together: Sequence[Taking], parts: Sequence[Sequence[Batch]]) -> None:
+def _take_in(
+    converted: nn.Module, together: Sequence[Taking], parts: Sequence[Sequence[Batch]], complete: bool
+) -> None:
     owner = {name: taking for taking in together for name in taking.modules}
     modules = {name: taking.modules[name] for name, taking in owner.items()}
     calls = sum(len(taking.site.calls) for taking in together)
@@ -102,7 +105,7 @@ def _take_in(converted: nn.Module, together: Sequence[Taking], parts: Sequence[S
             def see(name: str, call: ConvCall | None, part: int = part, batch: Batch = batch) -> None:
                 owner[name].take(part, name, call, batch)
 
-            watch_convolutions(converted, modules, batch.input, see, calls)
+            watch_convolutions(converted, modules, batch.input, see, None if complete else calls)
 
 
 def _first(waiting: Sequence[Taking], memory: int) -> list[Taking]:

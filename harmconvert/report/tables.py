@@ -89,6 +89,11 @@ def calibration_lines(calibration: Calibration) -> list[str]:
         lines.append(
             f"divergence from the original's outputs, held-back inputs: plain cut {plain:.3g}, now {after:.3g}"
         )
+    if calibration.agreement is not None:
+        plain_agreement = calibration.plain_agreement
+        before = "" if plain_agreement is None else f" (plain cut: {plain_agreement:.1%})"
+        same = f"{calibration.agreement:.1%} of {calibration.held_back} held-back inputs"
+        lines.append(f"same top-1 as the uncut network on {same}{before}")
     if calibration.kept < 1 and calibration.layers:
         lines.append(f"the refit made the outputs worse: {calibration.kept:.0%} of its change was kept")
     if calibration.batch_norms:
