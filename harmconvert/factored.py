@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 from . import native
@@ -30,12 +31,27 @@ Pads = tuple[tuple[int, int], ...]  # before and after each axis
 
 def reason_not_factorable(conv: HarmonicMixin) -> str | None:
     """Why a harmonic convolution has no factored form, or None where it has one."""
-    if base_class(conv) not in FACTORABLE:
-        return f"{base_class(conv).__name__} computes more than one convolution with its kernel, or another one"
+    convolution = base_class(conv)
+    if convolution not in FACTORABLE:
+        return f"{convolution.__name__} computes more than one convolution with its kernel, or another one"
+    if replaced := _replaced_method(conv, convolution):
+        return f"its method {replaced} is not the one of {convolution.__name__}"
     if len(conv.frequencies) == len(all_frequencies(_sizes(conv, "kernel_size"))):
         return "it keeps the whole basis"
     if conv._forward_pre_hooks or conv._forward_hooks:
         return "it has hooks"
+    return None
+
+
+def _replaced_method(conv: nn.Module, convolution: type[nn.Module]) -> str | None:
+    """A method that was replaced, on this convolution alone or on its whole class; None where there is none."""
+    for name in vars(conv):
+        if callable(getattr(convolution, name, None)):
+            return name
+    for name in ("forward", "_conv_forward"):
+        method = getattr(convolution, name, None)
+        if method is not None and not method.__module__.startswith(("torch.nn.", "timm.layers.")):
+            return name
     return None
 
 
@@ -44,10 +60,11 @@ class FactoredMixin(HarmonicMixin):
 
     Made by `to_factored`. Parameters, buffers and state dict are those of the harmonic form. What factored.c reads is
     laid out when the parameters have changed, as torch counts changes; one behind its back (``p.data.mul_(2)``), or in
-    eval mode under torch.compile, is seen after the next ``eval()``.
+    eval mode under torch.compile, is seen after the next ``eval()``. Derivatives of every order and kind are
+    available: factored.c computes the forward, torch's own operators everything that has to be differentiated.
     """
 
-    _packed: tuple[int, native.Packed] | None
+    _packed: tuple[tuple[_Read, ...], native.Packed] | None
 
     def forward(self, input: Tensor) -> Tensor:
         dimensions = len(_sizes(self, "kernel_size"))
@@ -69,6 +86,8 @@ class FactoredMixin(HarmonicMixin):
     def _natively(self, input: Tensor, pads: Pads) -> bool:
         """Whether factored.c can compute it."""
         if torch.compiler.is_exporting() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
+            return False
+        if not torch.compiler.is_compiling() and (_transformed() or type(input) not in (Tensor, nn.Parameter)):
             return False
         if input.dim() != 4 or input.dtype != torch.float32 or input.device.type != "cpu" or input.numel() == 0:
             return False
@@ -110,10 +129,9 @@ class FactoredMixin(HarmonicMixin):
             return self._packed[1]  # graphs hold parameters as they were: `train` and loading drop it
         bias = cast("Tensor | None", self.bias)
         parameters = (self.coefficients, *(() if bias is None else (bias,)))
-        age = hash(tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters))
-        if self._packed is None or self._packed[0] != age:
+        if self._packed is None or not _same(self._packed[0], parameters):
             axes = axis_vectors(self.family, _sizes(self, "kernel_size"), self.frequencies)
-            self._packed = age, native.pack(self.coefficients, bias, *axes)
+            self._packed = tuple(map(_read, parameters)), native.pack(self.coefficients, bias, *axes)
         return self._packed[1]
 
     def _kernels_for(self, input: Tensor) -> Tensor:
@@ -147,8 +165,37 @@ class FactoredMixin(HarmonicMixin):
         return _empty, (base_class(self),), self.__getstate__()
 
 
+# A parameter as it was read: an alias of its values, and how often torch had counted a change. The alias keeps the memory
+# in use, so that other values cannot come to lie at the same address.
+_Read = tuple[Tensor, int]
+
+
+def _read(parameter: Tensor) -> _Read:
+    return parameter.detach(), _changes(parameter)
+
+
+def _same(read: Sequence[_Read], parameters: Sequence[Tensor]) -> bool:
+    """Whether these are the parameters that were read, unchanged."""
+    return len(read) == len(parameters) and all(
+        p.data_ptr() == alias.data_ptr() and _changes(p) == changes
+        for p, (alias, changes) in zip(parameters, read, strict=True)
+    )
+
+
+def _changes(parameter: Tensor) -> int:
+    return 0 if parameter.is_inference() else parameter._version
+
+
+def _transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work: factored.c would see plain numbers only."""
+    return bool(cast(Any, torch._C)._are_functorch_transforms_active()) or forward_ad._current_level >= 0
+
+
 class _Differentiable(torch.autograd.Function):
-    """factored.c forward; backward through torch's own operators, from the input alone: no map of responses is kept."""
+    """factored.c forward; backward through torch's own operators, from the input alone: no map of responses is kept.
+
+    The backward is differentiable in its turn (gradient penalties, Hessian-vector products).
+    """
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:
@@ -158,18 +205,18 @@ class _Differentiable(torch.autograd.Function):
         return cast(Tensor, module._run(input, pads))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         needed = ctx.needs_input_grad[:3]
-        leaves = [
-            tensor if tensor is None else tensor.detach().requires_grad_(need)
+        again = torch.is_grad_enabled()  # by create_graph: then the gradients stay connected to what they depend on
+        tensors: list[Any] = [
+            tensor if tensor is None or again else tensor.detach().requires_grad_(need)
             for tensor, need in zip(ctx.saved_tensors, needed, strict=True)
         ]
-        input, coefficients, bias = cast("list[Any]", leaves)
+        input, coefficients, bias = tensors
         with torch.enable_grad():
             y = _factored(input, coefficients, bias, ctx.module._kernels_for(input), ctx.module, ctx.pads)
-        wanted: list[Any] = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
-        found = iter(torch.autograd.grad(y, wanted, grads[0]))
+        wanted = [tensor for tensor, need in zip(tensors, needed, strict=True) if need]
+        found = iter(torch.autograd.grad(y, wanted, grads[0], create_graph=again))
         return (*(next(found) if need else None for need in needed), None, None)
 
 
