@@ -165,8 +165,8 @@ class FactoredMixin(HarmonicMixin):
         return _empty, (base_class(self),), self.__getstate__()
 
 
-# A parameter as it was read: an alias of its values, and how often torch had counted a change. The alias keeps the memory
-# in use, so that other values cannot come to lie at the same address.
+# A parameter as it was read: an alias of its values, and how often torch had counted a change. The alias keeps the
+# memory in use, so that other values cannot come to lie at the same address.
 _Read = tuple[Tensor, int]
 
 

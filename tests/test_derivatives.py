@@ -98,7 +98,7 @@ def test_derivatives_are_those_of_the_harmonic_form(derivative: Callable[[nn.Mod
     expected, found = derivative(harmonic), derivative(factored)
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
-        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5 * other.abs().max())
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5 * other.abs().max().item())
 
 
 def test_parameters_swapped_for_one_call_are_read_at_each_call() -> None:
