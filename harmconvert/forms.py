@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from .block import HarmonicBlock2d, absorb_bias, fold_block
 from .conv import HarmonicMixin, empty_counterpart, to_dense
-from .errors import InputError, UsageError
+from .errors import InputError, UsageError, first_line
 from .factored import empty_factored, reason_not_factorable, to_factored
+from .form_check import check_form, compared, harmonic_layers, running
 from .layer_times import Site, lay_out, layer_times
 from .projection import all_finite, check_range
-from .surgery import call, cloned, default_input, evaluating, exchange, put_in_place, refusing
+from .surgery import call, cloned, default_input, evaluating, exchange, put_in_place, refusing, tensors_in
 from .timing import in_turns
 
 Choice = Literal["dense", "factored"]
@@ -49,23 +50,41 @@ class Factoring:
         return tuple(layer.name for layer in self.layers if layer.form == "factored")
 
 
-def fuse(model: nn.Module) -> nn.Module:
+def fuse(model: nn.Module, example_input: Any = None) -> nn.Module:
     """The dense form: a copy of ``model`` with plain convolutions that hold the merged kernels.
 
     Its state dict has the keys and shapes of the network that was converted. Parts that are not harmonic are copied;
     a `HarmonicBlock2d` folds into one convolution, which gains a bias where the block normalises and no batch norm
-    behind it can take that.
+    behind it can take that. Its outputs are compared with the network's before it is handed back.
 
     >>> from harmconvert.conv import to_harmonic
-    >>> fuse(nn.Sequential(to_harmonic(nn.Conv2d(1, 2, 3))))
+    >>> fuse(nn.Sequential(toharmonic_layers(nn.Conv2d(1, 2, 3))))
     Sequential(
       (0): Conv2d(1, 2, kernel_size=(3, 3), stride=(1, 1))
     )
 
+    Args:
+        model: a network with harmonic convolutions.
+        example_input: what to compare the two on, as for `convert`; by default an input of the network's own size.
+            Where no size is known, each layer is compared by itself.
+
+    Raises:
+        UsageError: the network does not run on ``example_input``.
+        InputError: the network cannot be copied, or a merged kernel is out of its dtype's range.
+        CheckError: the dense form does not compute what the network does.
+    """
+    dense = dense_form(model)
+    check_form(model, dense, "dense", example_input)
+    return dense
+
+
+def dense_form(model: nn.Module) -> nn.Module:
+    """The dense form as `fuse` gives it, not compared with the network.
+
     Raises:
         InputError: the network cannot be copied, or a merged kernel is out of its dtype's range.
     """
-    harmonic = _harmonic(model)
+    harmonic = harmonic_layers(model)
     dense = exchange(model, {conv: partial(to_dense, conv) for conv in harmonic.values()})
     _check_kernels(dense, harmonic)
     for told in ("harmconvert_calibration", "harmconvert_factoring"):
@@ -98,32 +117,58 @@ def factor(model: nn.Module, example_input: Any = None, *, layers: str | Mapping
         InputError: the network cannot be copied, has no values (meta device), or a merged kernel is out of its dtype's
             range.
     """
-    harmonic = _harmonic(model)
+    harmonic = harmonic_layers(model)
     wanted = _wanted(harmonic, layers)
     fixed = {name: _fixed(name, conv, wanted[name]) for name, conv in harmonic.items()}
     measured = {name: harmonic[name] for name, choice in fixed.items() if choice is None}
     if valueless := [name for name, conv in measured.items() if conv.coefficients.is_meta]:
         raise InputError(f"layer {valueless[0] or '(root)'} has no values to measure with (meta device): load weights")
-    if measured and example_input is None and (example_input := default_input(model)) is None:
+    if not measured:
+        return _recorded(*_checked(model, harmonic, list(cast("dict[str, LayerForm]", fixed).values()), example_input))
+    if (inputs := default_input(model) if example_input is None else example_input) is None:
         raise UsageError("which form is faster is measured on an input: give example_input, or layers='factored'")
-    sites = sites_of(model, measured, example_input) if measured else {}
-    found = [fixed[name] or _faster(name, conv, sites.get(name)) for name, conv in harmonic.items()]
-    factored, record = _as_chosen(model, harmonic, found), Factoring(tuple(found))
-    if any(layer.form == "factored" for layer in found):
-        lay_out(factored)
-    if measured:
-        factored, record = _never_slower(model, factored, record, example_input)
+    network, inputs = running(model, inputs)
+    sites = sites_of(network, {name: network.get_submodule(name) for name in measured}, inputs)
+    timed = harmonic_layers(network)
+    found = [fixed[name] or _faster(name, timed[name], sites.get(name)) for name in harmonic]
+    factored, record = _checked(model, harmonic, found, example_input)
+    if network is not model:  # what is stored in 16 bits and computes in float32 is as fast as that
+        _, record = _never_slower(network, _checked(network, timed, list(record.layers), inputs)[0], record, inputs)
+        return _recorded(*_checked(model, harmonic, list(record.layers), example_input))
+    return _recorded(*_never_slower(model, factored, record, inputs))
+
+
+def _recorded(factored: nn.Module, record: Factoring) -> nn.Module:
     factored.__dict__["harmconvert_factoring"] = record
     return factored
+
+
+def _checked(
+    model: nn.Module, harmonic: Mapping[str, HarmonicMixin], chosen: list[LayerForm], example_input: Any
+) -> tuple[nn.Module, Factoring]:
+    """The network in the forms chosen, compared with what it is made of; layers whose factored form computes something
+    else are dense, and all are where that is not enough.
+
+    Raises:
+        UsageError: the network does not run on ``example_input``.
+        CheckError: the dense form does not compute what the network does either.
+    """
+    while names := [layer.name for layer in chosen if layer.form == "factored"]:
+        form = lay_out(_as_chosen(model, harmonic, chosen))
+        result, layers = compared(model, form, names, example_input)
+        if result.problem is None and not layers:
+            return form, Factoring(tuple(chosen))
+        whole = f"with factored layers the network computes something else: {result.problem}"
+        whys = {name: f"factored, {why}" for name, why in layers.items()} or dict.fromkeys(names, whole)
+        chosen = [replace(one, form="dense", why=whys[one.name]) if one.name in whys else one for one in chosen]
+    form = _as_chosen(model, harmonic, chosen)
+    check_form(model, form, "dense", example_input)
+    return form, Factoring(tuple(chosen))
 
 
 def factoring(model: nn.Module) -> Factoring | None:
     """What `factor` chose for a network that it made; None for any other."""
     return cast("Factoring | None", model.__dict__.get("harmconvert_factoring"))
-
-
-def _harmonic(model: nn.Module) -> dict[str, HarmonicMixin]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, HarmonicMixin)}
 
 
 def _check_kernels(dense: nn.Module, harmonic: Mapping[str, HarmonicMixin]) -> None:
@@ -159,8 +204,8 @@ def sites_of(model: nn.Module, convs: Mapping[str, nn.Module], example_input: An
 
     def watch(name: str) -> Any:
         def hook(conv: nn.Module, args: Any, kwargs: Any) -> None:
-            given = args[0] if args else kwargs["input"]
-            found[name] = Site(tuple(given.shape), given.dtype, given.device)
+            for given in tensors_in((args, kwargs))[:1]:
+                found[name] = Site(tuple(given.shape), given.dtype, given.device)
 
         return hook
 
@@ -177,7 +222,10 @@ def sites_of(model: nn.Module, convs: Mapping[str, nn.Module], example_input: An
 def _faster(name: str, conv: HarmonicMixin, site: Site | None) -> LayerForm:
     if site is None:
         return LayerForm(name, "dense", "it does not run on this input")
-    dense, factored = layer_times(conv, site)
+    try:
+        dense, factored = layer_times(conv, site)
+    except Exception as error:  # by itself it may not run on what it is given in the network (autocast)
+        return LayerForm(name, "dense", f"it cannot be timed by itself: {type(error).__name__}: {first_line(error)}")
     if factored < (1 - MARGIN) * dense:
         return LayerForm(name, "factored", f"{dense / factored:.2f} times as fast as dense", dense, factored)
     return LayerForm(name, "dense", f"factored it takes {factored / dense:.2f} times as long", dense, factored)
@@ -206,6 +254,7 @@ def _never_slower(
     record = replace(record, dense_seconds=dense, factored_seconds=times.get("factored"))
     if fastest == "factored":
         return factored, record
+    check_form(model, candidates[fastest], "dense", example_input)
     layers = tuple(
         layer if layer.form == "dense" else replace(layer, form="dense", why="factored, the whole network is no faster")
         for layer in record.layers
@@ -220,12 +269,20 @@ def run_times(model: nn.Module, example_input: Any) -> dict[str, float]:
 
 def dense_layouts(model: nn.Module) -> dict[str, nn.Module]:
     """The dense form of a network, and that laid out channels_last."""
-    return {"dense": fuse(model), "dense, channels_last": lay_out(fuse(model))}
+    return {"dense": dense_form(model), "dense, channels_last": lay_out(dense_form(model))}
 
 
 def _times(candidates: Mapping[str, nn.Module], example_input: Any) -> dict[str, float]:
+    """Median seconds of those that run: some networks run in one memory layout only."""
     with evaluating(*candidates.values()):
         runs = {name: partial(_run, network, example_input) for name, network in candidates.items()}
+        for name in list(runs):
+            try:
+                runs[name]()
+            except Exception:
+                if name == "dense":
+                    raise
+                del runs[name]
         return {name: found.median for name, found in in_turns(runs, 7, 3, 6.0).items()}
 
 

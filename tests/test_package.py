@@ -22,7 +22,7 @@ ORDER = [
     "projection", "conv", "block",
     "factored", "timing", "layer_times", "plan", "copying", "side_effects", "dataflow", "other_convolutions",
     "surgery", "tracing", "cost", "comparison",
-    "calibration", "forms", "budget",
+    "calibration", "form_check", "forms", "budget",
     "convert",
     "harmonize", "kernel_check", "structure_check", "verification", "verify", "precision",
     "origin", "checkpoint", "classifier",
