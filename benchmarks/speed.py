@@ -122,7 +122,7 @@ def onnx_ways(model: nn.Module, x: Tensor) -> Ways:
     if any(isinstance(module, FactoredMixin) for module in cut.modules()):
         networks["ONNX Runtime, factored"] = cut
     for way, network in networks.items():
-        session = graphs.session_of(graphs.onnx_bytes(network, x)[0])
+        session = graphs.session_of(graphs.onnx_bytes(network, x))
         feed = graphs.feed_of(session, x)
         found[way] = partial(session.run, None, feed)
     return found

@@ -67,7 +67,7 @@ def command(
             format,
             form=form,
             dtype=dtype,
-            example_input=options.example_input(input_size, network.model),
+            example_input=options.example_input(input_size, network.model) if input_size else None,
             force=force,
             progress=say,
         )

@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from torch import Tensor, nn
 
 from ..arguments import FORMATS, GRAPHS, TIMM_FILES, check_format
-from ..errors import UsageError
-from ..files import write_folder
-from ..forms import fuse
-from ..precision import check_rounding, dtype_named, rounded
-from ..surgery import default_input, pretrained_config
+from ..copying import deep_copy
+from ..errors import CheckError, UsageError, first_line
+from ..files import check_folder, check_output, write_folder
+from ..form_check import check_form, comparable, compare, running
+from ..forms import dense_form
+from ..precision import check_rounding, dtype_named, in_float32, rounded
+from ..surgery import default_input, exchange, pretrained_config
 from ..weights import saving, untied_state, write_tensors
-from .graphs import Exported, check_packages, check_runs, export_onnx, export_program, random_batch
+from .graphs import Exported, check_packages, export_onnx, export_program
 
 __all__ = ["FORMATS", "Exported", "check_target", "export"]
 
@@ -51,15 +54,16 @@ def export(
 
     ``dense``: a .safetensors state dict with the original network's keys and shapes, which stock timm or torchvision
     loads strictly. ``timm``: a folder for ``timm.create_model("local-dir:PATH", pretrained=True)``. ``onnx``: one
-    .onnx file of standard operators, any batch size, compared with the network in ONNX Runtime before it is kept.
-    ``torch-export``: a .pt2 program of torch's operators, read again and compared before it is kept.
+    .onnx file of standard operators, any batch size. ``torch-export``: a .pt2 program of torch's operators. Every file
+    is loaded again (ONNX: in ONNX Runtime) and compared with the harmonic network before it is kept, on the example
+    input where that is not all zeros, else on seeded random ones; where no input is known, layer by layer.
 
     Args:
         form: ``"dense"``, or (onnx, torch-export) ``"factored"``: truncated convolutions as depthwise ones and a 1x1,
             where that is faster: of onnx as ONNX Runtime runs it here, else as `factor` finds.
         dtype: (dense, timm) ``"float16"`` or ``"bfloat16"`` store weights in 16 bits, within a tolerance of the
-            outputs.
-        example_input: as for `convert`; by default of the network's own size. Needed but for float32 state dicts.
+            outputs; ``"float32"`` leaves them as they are. Graphs are float32.
+        example_input: as for `convert`; by default of the network's own size. Needed for graphs and for 16 bits.
 
     Raises:
         UsageError: unknown format, an output that exists, no example input, or a timm folder of another's network.
@@ -68,26 +72,46 @@ def export(
         OutsideError: the disk is full, permission or a package is missing.
     """
     check_target(path, format, force, dtype, form)
-    runs = format in GRAPHS or dtype != "float32"
-    if runs and example_input is None and (example_input := default_input(model)) is None:
+    known = default_input(model) if example_input is None else example_input
+    if known is None and (format in GRAPHS or dtype != "float32"):
         raise UsageError("this network does not say what it takes: give example_input (--input-size C,H,W)")
-    if runs:
-        check_runs(model, example_input)
-    if format == "onnx":
-        return export_onnx(model, Path(path), form, example_input, force, progress)
-    if format == "torch-export":
-        return export_program(model, Path(path), form, example_input, force, progress)
-    dense = fuse(model)
-    difference = None
+    if format in GRAPHS:
+        # 16 bits are for files: graphs compute as they are stored, and ONNX Runtime has no such convolutions on a CPU.
+        model, known = running(in_float32(exchange(model, {})), known)
+        export_graph = export_onnx if format == "onnx" else export_program
+        return export_graph(model, Path(path), form, known, force, progress)
+    dense = dense_form(model)
+    difference = check_form(model, _strictly_loaded(dense), "dense", example_input)
     if dtype != "float32":
+        model, known = running(model, known)
         small = rounded(dense, dtype_named(dtype))
-        difference = check_rounding(dense, small, random_batch(example_input, None))
+        difference = check_rounding(dense, _strictly_loaded(small), comparable(known))
         dense = small
     if format == "dense":
         write_tensors(_full_state(dense), path, {"format": "pt"}, force)
     else:
-        _export_timm_folder(dense, Path(path), force)
+        _export_timm_folder(dense, Path(path), known, force)
     return None if difference is None else Exported(difference, None, ())
+
+
+def _strictly_loaded(dense: nn.Module) -> nn.Module:
+    """A copy of a network whose parameters are all from a strict load of what its file will hold.
+
+    Raises:
+        CheckError: that does not load.
+    """
+    blank = deep_copy(dense)
+    for parameter in blank.parameters():
+        if parameter.is_floating_point():
+            parameter.data = torch.full_like(parameter, torch.nan)
+    try:
+        blank.load_state_dict(_full_state(dense), strict=True)
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise CheckError(
+            f"the state dict of this {type(dense).__name__} does not load into it again: {first_line(error)}; "
+            "nothing was written"
+        ) from error
+    return blank
 
 
 def _full_state(model: nn.Module) -> dict[str, Tensor]:
@@ -96,7 +120,7 @@ def _full_state(model: nn.Module) -> dict[str, Tensor]:
     return tensors | {alias: tensors[key].clone() for alias, key in tied.items()}
 
 
-def _export_timm_folder(dense: nn.Module, path: Path, force: bool) -> None:
+def _export_timm_folder(dense: nn.Module, path: Path, known: Any, force: bool) -> None:
     architecture = pretrained_config(dense).get("architecture")
     if not architecture or not timm.is_model(architecture):
         raise UsageError(
@@ -106,6 +130,17 @@ def _export_timm_folder(dense: nn.Module, path: Path, force: bool) -> None:
 
     def fill(folder: Path) -> None:
         timm.models.save_for_hf(dense, folder, model_args=arguments or None, safe_serialization=True)
+        try:
+            other = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        except Exception as error:  # what timm raises has no common base
+            problem: str | None = f"{type(error).__name__}: {first_line(error)}"
+        else:
+            problem = None if known is None else compare(dense, other, comparable(known)).problem
+        if problem:
+            raise CheckError(
+                f"timm makes another network than this {type(dense).__name__} of the folder ({problem}); nothing was "
+                "written: use --format dense"
+            )
 
     with saving(path):
         write_folder(path, TIMM_FILES, fill, force)

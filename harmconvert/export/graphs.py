@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from glob import escape
 from importlib import import_module
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +20,22 @@ from torch import Tensor, nn
 
 from ..comparison import greatest_difference, top1_agreement
 from ..conv import HarmonicMixin, to_dense
-from ..errors import CheckError, InputError, OutsideError, first_line
+from ..errors import CheckError, HarmconvertError, InputError, OutsideError, first_line
 from ..factored import reason_not_factorable, to_factored
 from ..files import write_file
+from ..form_check import comparable, compare
 from ..forms import MARGIN, factor, factoring, fuse, sites_of
-from ..precision import in_float32
-from ..surgery import call, cloned, evaluating, exchange, fitted, mapped, refusing, tensors_in
+from ..surgery import call, cloned, evaluating, tensors_in, unchanged
 from ..tensors import tensors_of
 from ..timing import in_turns
 
 # Relative to the largest output: what ONNX Runtime's own order of sums comes to, and torch's with itself.
 TOLERANCE = {"onnx": 1e-4, "torch-export": 1e-5}
 LARGEST = 2**31 - 1  # bytes of one ONNX file, by its encoding
+ANY = 2  # examples in the input that a file for any batch size is traced with: torch takes 0 and 1 for fixed
+
+ToBytes = Callable[[nn.Module, Any, bool], bytes]  # of a network, an input, and whether its batch size may vary
+Run = Callable[[Any], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -59,26 +66,20 @@ def export_onnx(
     model: nn.Module, path: Path, form: str, example_input: Any, force: bool, progress: Callable[[str], None]
 ) -> Exported:
     """One .onnx file; see `harmconvert.export.export`."""
-    model = in_float32(exchange(model, {}))  # ONNX Runtime has no 16-bit convolutions on a CPU
-    dense = fuse(model).eval()
-    names: tuple[str, ...] = ()
-    speedup = None
+    dense = fuse(model, example_input).eval()
     size = sum(t.numel() * t.element_size() for t in tensors_of(dense).values())
     if size > LARGEST:
         raise InputError(
             f"{size / 2**30:.1f} GiB of weights are more than one ONNX file holds (2 GiB): use torch-export"
         )
-    network = dense
-    if form == "factored":
-        network = factored_for_onnx(model, example_input, progress)
-        names = _names_of_factored(network)
+    network = factored_for_onnx(model, example_input, progress) if form == "factored" else dense
+    names = _names_of_factored(network)
     progress("exporting to ONNX")
-    content, batches, notes = onnx_bytes(network, example_input)
-    progress("comparing in ONNX Runtime")
-    difference, agreement = _compared("onnx", _session_outputs(content), dense, example_input, batches)
+    found = _kept(_to_onnx, _session_outputs, "onnx", network, model, example_input, progress)
+    content, difference, agreement, notes = found
+    speedup = None
     if names:
-        other, *_ = onnx_bytes(dense, example_input)
-        speedup = _speedup(other, content, example_input)
+        speedup = _speedup(onnx_bytes(dense, example_input), content, example_input)
     elif form == "factored":
         notes = (*notes, "no layer is faster in factored form in ONNX Runtime here: all are dense")
     write_file(path, lambda staging: _write(staging, content), force)
@@ -89,96 +90,121 @@ def export_program(
     model: nn.Module, path: Path, form: str, example_input: Any, force: bool, progress: Callable[[str], None]
 ) -> Exported:
     """One .pt2 file; see `harmconvert.export.export`."""
-    network = (factor(model, example_input) if form == "factored" else fuse(model)).eval()
+    network = (factor(model, example_input) if form == "factored" else fuse(model, example_input)).eval()
     names = _names_of_factored(network)
     progress("exporting")
-
-    def exported(inputs: Any, dynamic: bool) -> bytes:
-        args, kwargs = _arguments(inputs)
-        shapes = _dynamic(args, kwargs) if dynamic else None
-        buffer = io.BytesIO()
-        torch.export.save(torch.export.export(network, args, kwargs, dynamic_shapes=shapes), buffer)
-        return buffer.getvalue()
-
-    content, batches, notes = _with_any_batch(exported, example_input, network)
-    progress("comparing")
-    program = torch.export.load(io.BytesIO(content)).module()
-    difference, agreement = _compared(
-        "torch-export", lambda x: tensors_in(call(program, x)), network, example_input, batches
-    )
+    found = _kept(_to_program, _program_outputs, "torch-export", network, model, example_input, progress)
+    content, difference, agreement, notes = found
     write_file(path, lambda staging: _write(staging, content), force)
     return Exported(difference, agreement, names, None, notes)
 
 
-def onnx_bytes(network: nn.Module, example_input: Any) -> tuple[bytes, tuple[int, ...], tuple[str, ...]]:
-    """An ONNX file, the batch sizes to compare it at (0: that of the example), and notes.
+def onnx_bytes(network: nn.Module, example_input: Any) -> bytes:
+    """An ONNX file of a network for any batch size, or for that of the example where there is no such file.
 
     Raises:
         InputError: the network cannot be exported.
     """
-
-    def exported(inputs: Any, dynamic: bool) -> bytes:
-        args, kwargs = _arguments(inputs)
-        names = [f"input_{i}" if len(args) > 1 else "input" for i in range(len(args))] + list(kwargs)
-        shapes = _dynamic(args, kwargs) if dynamic else None
-        program = torch.onnx.export(
-            network, args, kwargs=kwargs, input_names=names, dynamic_shapes=shapes, dynamo=True, verbose=False
-        )
-        assert program is not None
-        return bytes(program.model_proto.SerializeToString())
-
-    return _with_any_batch(exported, example_input, network)
+    try:
+        return _exported(_to_onnx, network, example_input, ANY)
+    except InputError:
+        return _exported(_to_onnx, network, example_input, None)
 
 
-def check_runs(network: nn.Module, example_input: Any) -> None:
-    """Raise UsageError unless the network runs on such an input."""
-    with refusing(example_input), evaluating(network):
-        call(network, fitted(random_batch(example_input, None), network))
+def _to_onnx(network: nn.Module, inputs: Any, dynamic: bool) -> bytes:
+    args, kwargs = _arguments(inputs)
+    shapes = _dynamic(args, kwargs) if dynamic else None
+    program = torch.onnx.export(
+        network, args, kwargs=kwargs, input_names=list(_by_name(inputs)), dynamic_shapes=shapes, dynamo=True,
+        verbose=False,
+    )  # fmt: skip
+    assert program is not None
+    return bytes(program.model_proto.SerializeToString())
 
 
-def _with_any_batch(
-    exported: Callable[[Any, bool], bytes], example_input: Any, network: nn.Module
-) -> tuple[bytes, tuple[int, ...], tuple[str, ...]]:
-    """The file, the batch sizes to compare it at, and notes; for a fixed batch where the network knows no other."""
+def _to_program(network: nn.Module, inputs: Any, dynamic: bool) -> bytes:
+    args, kwargs = _arguments(inputs)
+    shapes = _dynamic(args, kwargs) if dynamic else None
+    buffer = io.BytesIO()
+    torch.export.save(torch.export.export(network, args, kwargs, dynamic_shapes=shapes), buffer)
+    return buffer.getvalue()
+
+
+def _program_outputs(content: bytes) -> Run:
+    program = torch.export.load(io.BytesIO(content)).module()
+    return lambda inputs: tensors_in(call(program, inputs))
+
+
+def _exported(to_bytes: ToBytes, network: nn.Module, example_input: Any, batch: int | None) -> bytes:
     try:
         with evaluating(network), _quiet():
-            return exported(random_batch(example_input, 2), True), (2, 3), ()
+            return to_bytes(network, comparable(example_input, batch), batch is not None)
     except Exception as error:
-        why = f"the batch is fixed, because the network does not export with any: {type(error).__name__}"
-    try:
-        with evaluating(network), _quiet():
-            return exported(random_batch(example_input, None), False), (0,), (why,)
-    except Exception as error:
-        raise InputError(
-            f"this {type(network).__name__} cannot be exported: {type(error).__name__}: {first_line(error)}"
-        ) from error
+        raise InputError(f"this {type(network).__name__} cannot be exported: {_cause(error)}") from error
+
+
+def _kept(
+    to_bytes: ToBytes, opened: Callable[[bytes], Run], format: str, network: nn.Module, model: nn.Module,
+    example_input: Any, progress: Callable[[str], None],
+) -> tuple[bytes, float, float | None, tuple[str, ...]]:  # fmt: skip
+    """A file of ``network`` that computes what ``model`` does, how exactly, its top-1 agreement, and notes: for any
+    batch size, or for that of the example where anything goes wrong with another.
+
+    Raises:
+        InputError: the network cannot be exported, or the file does not run.
+        CheckError: the file computes something else.
+    """
+    notes: tuple[str, ...] = ()
+    for batch, compared in ((ANY, (None, ANY, ANY + 1)), (None, (None,))):
+        try:
+            content = _exported(to_bytes, network, example_input, batch)
+            progress("comparing")
+            difference, agreement = _compared(format, opened(content), network, model, example_input, compared)
+            return content, difference, agreement, notes
+        except Exception as error:
+            if batch is None:
+                raise
+            why = error.__cause__ if isinstance(error, InputError) and error.__cause__ else error
+            notes = (f"the batch is fixed, because with another one something goes wrong: {_cause(why)}",)
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _compared(
-    format: str, run: Callable[[Any], Sequence[Tensor]], network: nn.Module, example_input: Any, batches: Sequence[int]
+    format: str, run: Run, network: nn.Module, model: nn.Module, example_input: Any, batches: Sequence[int | None]
 ) -> tuple[float, float | None]:
-    """Greatest relative difference and least top-1 agreement over those batch sizes.
+    """Greatest relative difference from the harmonic network and least top-1 agreement over those batch sizes.
 
     Raises:
-        CheckError: more than the tolerance, or another top-1.
+        InputError: the file does not run.
+        CheckError: it differs from the network that was exported, or that from the harmonic one, by more than the
+            tolerance, or has another top-1.
     """
-    worst, agreement = 0.0, None
+    worst, agreement, tolerance = 0.0, None, TOLERANCE[format]
     for batch in batches:
-        inputs = fitted(random_batch(example_input, batch or None, seed=1), network)
-        with evaluating(network), _quiet():
-            expected = tensors_in(call(network, cloned(inputs)))
-            found = run(inputs)
-        worst = max(worst, greatest_difference(found, expected))
-        if len(found) == len(expected):
-            same = top1_agreement(list(zip(expected, found, strict=True)))
-            agreement = same if agreement is None or same is None else min(agreement, same)
-    if not worst <= TOLERANCE[format] or agreement not in (None, 1.0):
-        top1 = "" if agreement is None else f", the same top-1 on {agreement:.0%}"
-        raise CheckError(
-            f"the exported file does not compute what the network does: outputs differ by {worst:.1e} of the largest, "
-            f"tolerance {TOLERANCE[format]:.0e}{top1}; nothing was written"
-        )
+        inputs = comparable(example_input, batch)
+        with evaluating(network, model), unchanged(network), unchanged(model), _quiet():
+            expected, harmonic = (_cpu(tensors_in(call(each, cloned(inputs)))) for each in (network, model))
+            try:
+                found = _cpu(run(cloned(inputs)))
+            except Exception as error:
+                raise InputError(f"what was exported does not run: {_cause(error)}") from error
+        off, difference = greatest_difference(found, expected), greatest_difference(found, harmonic)
+        same = top1_agreement(list(zip(harmonic, found, strict=True)), tolerance) if off < inf else None
+        # Between two forms of a network float64 decides what is rounding.
+        problem = None if difference <= tolerance else compare(model, network, inputs).problem
+        if not off <= tolerance or problem or same not in (None, 1.0):
+            top1 = "" if same is None else f", the same top-1 on {same:.0%}"
+            raise CheckError(
+                "the exported file does not compute what the network does: outputs differ by "
+                f"{max(off, difference):.1e} of the largest, tolerance {tolerance:.0e}{top1}; nothing was written"
+            )
+        worst = max(worst, difference)
+        agreement = same if agreement is None or same is None else min(agreement, same)
     return worst, agreement
+
+
+def _cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.detach().cpu() for tensor in tensors]
 
 
 def session_of(content: bytes) -> Any:
@@ -191,28 +217,37 @@ def session_of(content: bytes) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what goes wrong is raised, too
     try:
         return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common base
-        raise InputError(f"ONNX Runtime refuses what was exported: {first_line(error)}") from error
+        raise InputError(f"ONNX Runtime refuses what was exported: {_cause(error)}") from error
 
 
 def feed_of(session: Any, inputs: Any) -> dict[str, Any]:
-    """Tensors by the names of a session's inputs."""
+    """Arrays by the names of a session's inputs."""
+    named = _by_name(inputs)
+    return {one.name: named[one.name].detach().cpu().numpy() for one in session.get_inputs()}
+
+
+def _by_name(inputs: Any) -> dict[str, Tensor]:
+    """The tensors of an input by the names that they have in a graph: input or input_0, input_1, ..., and keywords."""
     args, kwargs = _arguments(inputs)
-    return dict(
-        zip([i.name for i in session.get_inputs()], [t.numpy() for t in tensors_in((args, kwargs))], strict=True)
-    )
+    tensors = tensors_in(args)
+    named = {f"input_{i}" if len(tensors) > 1 else "input": tensor for i, tensor in enumerate(tensors)}
+    for key, value in kwargs.items():
+        several = tensors_in(value)
+        named |= {f"{key}_{i}" if len(several) > 1 else key: tensor for i, tensor in enumerate(several)}
+    return named
 
 
-def _session_outputs(content: bytes) -> Callable[[Any], Sequence[Tensor]]:
+def _session_outputs(content: bytes) -> Run:
     session = session_of(content)
     return lambda inputs: [torch.from_numpy(array) for array in session.run(None, feed_of(session, inputs))]
 
 
 def _speedup(before: bytes, after: bytes, example_input: Any) -> float:
-    inputs = random_batch(example_input, None)
+    inputs = comparable(example_input)
     sessions = {"before": session_of(before), "after": session_of(after)}
     feeds = {name: feed_of(session, inputs) for name, session in sessions.items()}
     runs = {name: lambda s=session, f=feeds[name]: s.run(None, f) for name, session in sessions.items()}
@@ -241,12 +276,11 @@ def factored_for_onnx(model: nn.Module, example_input: Any, progress: Callable[[
         if key not in known:
             progress(f"timing {name} in ONNX Runtime ({number + 1}/{len(sites)})")
             input = torch.zeros(site.shape)
-            dense, factored = (
-                onnx_bytes(nn.Sequential(form(conv)).eval(), input)[0] for form in (to_dense, to_factored)
-            )
+            dense, factored = (onnx_bytes(nn.Sequential(form(conv)).eval(), input) for form in (to_dense, to_factored))
             known[key] = "factored" if _speedup(dense, factored, input) > 1 + MARGIN else "dense"
         chosen[name] = known[key]
-    return factor(model, layers=chosen or "dense").eval()
+    patterns = {escape(name): form for name, form in chosen.items()}
+    return factor(model, example_input, layers=patterns or "dense").eval()
 
 
 def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -269,34 +303,26 @@ def _dynamic(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return {key: shape(value) for key, value in kwargs.items()} if kwargs else shape(args)
 
 
-def random_batch(example_input: Any, batch: int | None, seed: int = 0) -> Any:
-    """Seeded random tensors like those of ``example_input``, of so many examples (None: as many as it has)."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(tensor: Tensor) -> Tensor:
-        if not tensor.dim():
-            shape: tuple[int, ...] = ()
-        else:
-            shape = (batch or len(tensor), *tensor.shape[1:])
-        if tensor.is_floating_point():
-            return torch.randn(shape, generator=generator, dtype=torch.float64).to(tensor.dtype)
-        return tensor[:1].expand(shape).clone() if tensor.dim() and batch else tensor
-
-    return mapped(draw, example_input)
-
-
 def _write(staging: Path, content: bytes) -> None:
     staging.write_bytes(content)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Exporters talk on stdout and to the log of what concerns their makers."""
+    """Exporters write reports for their makers to stdout, stderr and the log."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(before)
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost reason of an exporter's error, in one line without the colours of a terminal."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = re.sub(r"\x1b\[[0-9;]*m", "", first_line(error)).strip()
+    return text if isinstance(error, HarmconvertError) else f"{type(error).__name__}: {text}".rstrip(": ")
