@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import isnan
 from typing import Any, cast
@@ -40,11 +40,13 @@ class Comparison:
 
     ``difference``: greatest relative difference of outputs (None where there is nothing to compare: no output is a
     tensor, or the network itself gives other outputs each time). ``problem``: what is wrong with the form, or None.
+    ``rounding``: only float64 shows that the two are the same, where sums in another order do not add up to as much.
     ``failure``: why the network itself does not run on the input, or None.
     """
 
     difference: float | None = None
     problem: str | None = None
+    rounding: bool = False
     failure: Exception | None = None
 
 
@@ -79,10 +81,10 @@ def compared(
         return Comparison(), {}
     inputs = None if known is None else comparable(known)
     result = Comparison() if inputs is None else compare(model, form, inputs)
-    if result.failure is not None and example_input is not None:
+    if result == Comparison(failure=result.failure) and result.failure and example_input is not None:
         with refusing(example_input):
             raise result.failure
-    if result.problem is None and result.difference is not None:
+    if result.problem is None and result.difference is not None and not result.rounding:
         return result, {}
     return result, differing_layers(model, form, names, inputs)
 
@@ -99,7 +101,7 @@ def compare(model: nn.Module, form: nn.Module, inputs: Any) -> Comparison:
         try:
             expected = _outputs(networks[0], given)
         except Exception as error:
-            result = Comparison(result.difference, result.problem, result.failure or error)
+            result = replace(result, failure=result.failure or error)
             continue
         try:
             found = _outputs(networks[1], given)
@@ -109,7 +111,7 @@ def compare(model: nn.Module, form: nn.Module, inputs: Any) -> Comparison:
         if not expected or difference is None:
             return Comparison()
         if difference <= tolerance or isnan(difference):
-            return Comparison(difference)
+            return Comparison(difference, rounding=result.problem is not None)
         if not (_difference(_outputs(networks[0], given), expected) or 0.0) <= tolerance:
             return Comparison()
         result = Comparison(difference, f"outputs differ by {difference:.1e} of the largest, tolerance {tolerance:.0e}")
@@ -119,16 +121,27 @@ def compare(model: nn.Module, form: nn.Module, inputs: Any) -> Comparison:
 def differing_layers(model: nn.Module, form: nn.Module, names: list[str], inputs: Any) -> dict[str, str]:
     """Those of the named layers whose counterpart in the form computes something else, and how it differs.
 
-    Each counterpart is given what the layer itself gets in a run of the network; without ``inputs``, or where the
-    network does not run on them, a seeded random input.
+    Each counterpart is given what the layer itself gets in a run of the network, so that no rounding adds up; without
+    ``inputs``, or where the network does not run on them, a seeded random input.
     """
     problems: dict[str, str] = {}
+    again: list[str] = []  # the layer that is run a second time, by its own hook
 
     def watch(layer: nn.Module, counterpart: nn.Module, name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            again = partial(counterpart, *cloned(args), **cloned(kwargs))
-            if problem := _problem(tensors_in(output), again, tolerance_of(layer)):
-                problems.setdefault(name, problem)
+            if again:
+                return
+            expected = [tensor.clone() for tensor in tensors_in(output)]
+            again.append(name)
+            try:
+                by_form, by_itself = (
+                    _problem(expected, partial(one, *cloned(args), **cloned(kwargs)), tolerance_of(layer))
+                    for one in (counterpart, layer)
+                )
+            finally:
+                again.clear()
+            if by_form and not by_itself:  # else it gives another output each time
+                problems.setdefault(name, by_form)
 
         return hook
 
@@ -160,11 +173,9 @@ def differing_alone(model: nn.Module, form: nn.Module, names: list[str]) -> dict
                 expected = _outputs(ours, given)
             except Exception:
                 continue
-            problem = _problem(expected, partial(_outputs, theirs, given), tolerance_of(layer))
-            if problem is None:
-                problems.pop(name, None)
-                break
-            problems[name] = problem
+            if problem := _problem(expected, partial(_outputs, theirs, given), tolerance_of(layer)):
+                problems[name] = problem
+            break
     return problems
 
 

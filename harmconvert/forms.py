@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -17,7 +18,7 @@ from .factored import empty_factored, reason_not_factorable, to_factored
 from .form_check import check_form, compared, harmonic_layers, running
 from .layer_times import Site, lay_out, layer_times
 from .projection import all_finite, check_range
-from .surgery import call, cloned, default_input, evaluating, exchange, put_in_place, refusing, tensors_in
+from .surgery import call, cloned, default_input, evaluating, exchange, put_in_place, refusing, tensors_in, unchanged
 from .timing import in_turns
 
 Choice = Literal["dense", "factored"]
@@ -211,7 +212,7 @@ def sites_of(model: nn.Module, convs: Mapping[str, nn.Module], example_input: An
 
     handles = [conv.register_forward_pre_hook(watch(name), with_kwargs=True) for name, conv in convs.items()]
     try:
-        with refusing(example_input), evaluating(model):
+        with unchanged(model), refusing(example_input), evaluating(model):
             call(model, cloned(example_input))
     finally:
         for handle in handles:
@@ -274,7 +275,9 @@ def dense_layouts(model: nn.Module) -> dict[str, nn.Module]:
 
 def _times(candidates: Mapping[str, nn.Module], example_input: Any) -> dict[str, float]:
     """Median seconds of those that run: some networks run in one memory layout only."""
-    with evaluating(*candidates.values()):
+    with evaluating(*candidates.values()), ExitStack() as stack:
+        for network in candidates.values():
+            stack.enter_context(unchanged(network))
         runs = {name: partial(_run, network, example_input) for name, network in candidates.items()}
         for name in list(runs):
             try:

@@ -17,6 +17,7 @@ import harmconvert as hc
 from harmconvert.checkpoint import load
 from harmconvert.errors import CheckError, InputError, OutsideError, UsageError
 from harmconvert.export import export, graphs
+from harmconvert.form_check import comparable
 from harmconvert.forms import factor, fuse
 from harmconvert.precision import rounded
 
@@ -319,3 +320,136 @@ def test_rounding_leaves_complex_numbers_alone() -> None:
     small = rounded(network, torch.float16)
     assert (small.phase.dtype, small.phase.item()) == (torch.complex64, 1j)
     assert small[0].weight.dtype == torch.float16
+
+
+# --- the file is compared with the harmonic network, and what goes wrong is said in a line ---
+
+
+def _circular_in_x(self: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    padded = nn.functional.pad(nn.functional.pad(x, (1, 1, 0, 0), mode="circular"), (0, 0, 1, 1))
+    return nn.functional.conv2d(padded, weight, bias)
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch-export"])
+def test_files_in_factored_form_compute_what_the_harmonic_network_does(
+    format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "_speedup", lambda before, after, x: 2.0)
+    monkeypatch.setattr(graphs, "factor", lambda model, x=None, layers="factored": factor(model, x, layers=layers))
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 3))
+    model = hc.convert(seeded(lambda: network), {"*": 2}, example_input=X).model
+    model[1]._conv_forward = _circular_in_x.__get__(model[1])
+    path = tmp_path / ("a.onnx" if format == "onnx" else "a.pt2")
+    found = export(model, path, format, form="factored", example_input=X)
+    assert found.factored == ("0", "2")
+    with torch.no_grad():
+        expected = model(X)
+        got = torch.from_numpy(in_runtime(path, X)) if format == "onnx" else torch.export.load(path).module()(X)
+    assert torch.allclose(got, expected, atol=1e-5)
+
+
+def test_a_form_that_is_off_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file agrees with the form that was exported, and that with nothing."""
+
+    def off(model: nn.Module, x: object = None) -> nn.Module:
+        dense = fuse(model)
+        dense.point.weight.data *= 1.01
+        return dense
+
+    monkeypatch.setattr(graphs, "fuse", off)
+    with pytest.raises(CheckError, match="the exported file does not compute what the network does"):
+        export(hc.convert(seeded(Branches)).model, tmp_path / "a.pt2", "torch-export", example_input=X)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_values_of_the_example_are_compared_on() -> None:
+    x = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    ids = torch.tensor([3, 7])
+    assert torch.equal(comparable(x), x)
+    rows = comparable((x, ids), 3)
+    assert torch.equal(rows[0], torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [3.0, 1.0, 2.0]]))
+    assert rows[1].tolist() == [3, 7, 3]
+    assert comparable(torch.zeros(2, 3)).std() > 0.1
+    assert comparable(torch.zeros(2, dtype=torch.int64)).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("x", [X, None])
+def test_a_state_dict_that_loads_as_another_network_is_not_written(x: Tensor | None, tmp_path: Path) -> None:
+    model = hc.convert(nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 4, 3))).model
+
+    class Halved(nn.Sequential):
+        def load_state_dict(self, state: dict[str, Tensor], strict: bool = True) -> Any:
+            return super().load_state_dict({key: value / 2 for key, value in state.items()}, strict)
+
+    model.__class__ = Halved
+    with pytest.raises(CheckError, match="the dense form of this Halved does not compute what the harmonic form does"):
+        export(model, tmp_path / "a.safetensors", example_input=x)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_timm_folder_that_makes_another_network_is_not_written(tmp_path: Path) -> None:
+    network = seeded(lambda: timm.create_model("resnet10t", num_classes=4))
+    model = hc.convert(network, 2, example_input=torch.zeros(1, 3, 64, 64)).model
+    model.act1 = nn.Tanh()
+    with pytest.raises(CheckError, match="timm makes another network than this ResNet of the folder"):
+        export(model, tmp_path / "folder", "timm", example_input=torch.zeros(1, 3, 64, 64))
+    assert not (tmp_path / "folder").exists()
+
+
+class Pairs(nn.Module):
+    """Takes whole pairs of frames."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return y.view(len(y) // 2, 2, *y.shape[1:]).flip(1).reshape(y.shape).mean((2, 3))
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch-export"])
+def test_a_network_that_takes_some_batch_sizes_has_a_fixed_one(format: str, tmp_path: Path) -> None:
+    path = tmp_path / ("a.onnx" if format == "onnx" else "a.pt2")
+    found = export(hc.convert(seeded(Pairs)).model, path, format, example_input=random_input((4, 3, 8, 8)))
+    assert "the batch is fixed" in found.notes[0]
+    assert path.exists()
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return y + 1 if y.sum() > 0 else y
+
+
+class Eigenvalues(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.eigvals(self.conv(x)[:, 0]).real
+
+
+@pytest.mark.parametrize(
+    ("network", "format", "cause"),
+    [
+        (Branching, "onnx", "Could not guard on data-dependent expression"),
+        (Branching, "torch-export", "Could not guard on data-dependent expression"),
+        (Eigenvalues, "onnx", "No ONNX function found for"),
+    ],
+)
+def test_an_exporter_that_fails_is_quiet_and_its_cause_is_the_message(
+    network: type[nn.Module], format: str, cause: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / ("a.onnx" if format == "onnx" else "a.pt2")
+    with pytest.raises(InputError) as caught:
+        export(hc.convert(seeded(network)).model, path, format, example_input=random_input((1, 3, 8, 8)))
+    assert capfd.readouterr() == ("", "")
+    assert str(caught.value).startswith(f"this {network.__name__} cannot be exported: ")
+    assert cause in str(caught.value)
+    assert "x1b" not in str(caught.value)

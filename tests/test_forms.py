@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import harmconvert as hc
-from harmconvert import native
+from harmconvert import forms, native
 from harmconvert.basis import frequencies_below, level_count
 from harmconvert.conv import HarmonicMixin, harmonic_class, to_dense, to_harmonic
 from harmconvert.convert import convert
-from harmconvert.errors import InputError, UsageError
+from harmconvert.errors import CheckError, InputError, UsageError
 from harmconvert.factored import FactoredMixin, reason_not_factorable, to_factored
 from harmconvert.forms import factor, factoring, fuse
 from harmconvert.layer_times import Site, layer_times
@@ -437,3 +437,154 @@ def test_a_network_without_values_cannot_be_measured() -> None:
     with pytest.raises(InputError, match=r"layer 1 has no values to measure with \(meta device\)"):
         factor(conversion.model, torch.zeros(1, 3, 8, 8))
     assert factor(conversion.model, layers="dense")[1].weight.is_meta
+
+
+# --- each form is compared with the network before it is handed back ---
+
+
+def _circular_in_x(self: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    padded = nn.functional.pad(nn.functional.pad(x, (1, 1, 0, 0), mode="circular"), (0, 0, 1, 1))
+    return nn.functional.conv2d(padded, weight, bias)
+
+
+def _plain() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+
+
+@pytest.mark.parametrize("layers", ["measured", "factored", {"2": "factored"}])
+@pytest.mark.parametrize("method", ["_conv_forward", "forward"])
+def test_a_layer_with_a_method_of_its_own_is_dense(method: str, layers: object) -> None:
+    harmonic = convert(seeded(_plain), {"2": 2}, example_input=X).model
+    conv = harmonic[2]
+    if method == "_conv_forward":
+        conv._conv_forward = _circular_in_x.__get__(conv)
+    else:
+        conv.forward = lambda x, conv=conv: nn.functional.conv2d(x, conv.weight, conv.bias).abs()
+    factored = factor(harmonic, X, layers=layers)
+    assert factoring(factored).layers[-1].why == f"its method {method} is not the one of Conv2d"
+    assert torch.allclose(outputs(factored, X), outputs(harmonic, X), atol=1e-5)
+
+
+def test_a_method_replaced_for_all_convolutions_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", _circular_in_x)
+    harmonic = convert(seeded(_plain), {"2": 2}, example_input=X).model
+    factored = factor(harmonic, X, layers="factored")
+    assert factoring(factored).factored == ()
+    assert torch.allclose(outputs(factored, X), outputs(harmonic, X), atol=1e-5)
+
+
+@pytest.mark.parametrize("x", [X, None])
+def test_a_factored_layer_that_computes_something_else_is_dense(
+    x: Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harmonic = convert(seeded(Branches), 2, example_input=X).model
+    run = FactoredMixin._run
+    monkeypatch.setattr(
+        FactoredMixin, "_run", lambda self, *args: run(self, *args) * (2 if self.dilation == (2, 2) else 1)
+    )
+    factored = factor(harmonic, x, layers="factored")
+    record = {layer.name: layer for layer in factoring(factored).layers}
+    assert record["tied_b"].form == "dense"
+    assert record["tied_b"].why.startswith("factored, outputs differ by")
+    assert record["tied_a"].form == "factored"
+    assert torch.allclose(outputs(factored, X), outputs(harmonic, X), atol=1e-5)
+
+
+def test_a_network_that_needs_contiguous_maps_is_dense() -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.second(self.first(x))
+            return y.view(len(y), -1)
+
+    harmonic = convert(seeded(Flat), {"*": 1}, example_input=X).model
+    for layers in ("factored", "measured"):
+        factored = factor(harmonic, X, layers=layers)
+        assert torch.allclose(outputs(factored, X), outputs(harmonic, X), atol=1e-5)
+    assert "it does not run: RuntimeError: view size" in factoring(factor(harmonic, X, layers="factored")).layers[0].why
+
+
+@pytest.mark.parametrize("x", [X, None])
+def test_a_dense_form_that_computes_something_else_is_not_handed_back(
+    x: Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def doubled(conv: nn.Module, memo: dict[int, object] | None = None) -> nn.Module:
+        dense = to_dense(conv, memo)
+        if conv.out_channels == 16:
+            dense.weight.data.mul_(2)
+        return dense
+
+    harmonic = convert(seeded(Branches), 2, example_input=X).model
+    monkeypatch.setattr(forms, "to_dense", doubled)
+    message = r"the dense form of this Branches does not compute what.*layer deep.odd name \[x\]: outputs differ by"
+    with pytest.raises(CheckError, match=message):
+        fuse(harmonic, x)
+    with pytest.raises(CheckError, match=message):
+        factor(harmonic, x, layers="dense")
+
+
+def test_kernels_that_a_network_writes_in_its_forward_are_no_dense_form() -> None:
+    class Merging(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+            self.source = nn.Parameter(torch.ones(4, 8, 3, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.second.weight.data = self.source.data * 0.01
+            return self.second(self.first(x))
+
+    network = seeded(Merging)
+    harmonic = nn.Sequential(network)
+    network.second = truncated(network.second)
+    with pytest.raises(CheckError, match="outputs differ by"):
+        fuse(harmonic, X)
+
+
+def test_networks_whose_outputs_cannot_be_compared_are_compared_layer_by_layer() -> None:
+    """No tensor comes out, or another one each time."""
+
+    class Odd(nn.Module):
+        def __init__(self, change: object) -> None:
+            super().__init__()
+            self.first, self.second, self.change = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3), change
+
+        def forward(self, x: Tensor) -> object:
+            return self.change(self.second(self.first(x)))
+
+    for change in (lambda y: y.detach().numpy(), lambda y: None, lambda y: {"a": None, "b": y + np.random.rand()}):
+        harmonic = convert(seeded(lambda change=change: Odd(change)), {"*": 2}, example_input=X).model
+        assert isinstance(factor(harmonic, X, layers="factored").second, FactoredMixin)
+        assert type(fuse(harmonic, X).second) is nn.Conv2d
+
+
+def test_an_input_that_fuse_cannot_compare_on_is_refused() -> None:
+    harmonic = convert(seeded(Branches), 2, example_input=X).model
+    with pytest.raises(UsageError, match=r"does not run on an example input of shape \(1, 5, 24, 24\)"):
+        fuse(harmonic, torch.zeros(1, 5, 24, 24))
+
+
+def test_comparing_and_timing_leave_nothing_behind() -> None:
+    harmonic = convert(seeded(_plain), {"2": 2}, example_input=X).model
+    seen: list[int] = []
+    harmonic[1].register_forward_hook(lambda *_: seen.append(1))
+    factor(harmonic, X)
+    fuse(harmonic, X)
+    assert seen == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_networks_in_sixteen_bits_are_factored(dtype: torch.dtype) -> None:
+    """All of it, or its convolutions alone, which runs in float32 only."""
+    for change in (lambda net: net.to(dtype), lambda net: net[2].to(dtype)):
+        network = seeded(_plain)
+        change(network)
+        harmonic = convert(network, {"2": 2}).model
+        for layers in ("measured", "factored"):
+            factored = factor(harmonic, X, layers=layers)
+            assert {p.dtype for p in factored[2].parameters()} == {dtype}
+            expected = outputs(copy.deepcopy(harmonic).float(), X)
+            assert torch.allclose(outputs(copy.deepcopy(factored).float(), X), expected, atol=0.05)

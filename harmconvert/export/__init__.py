@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..arguments import FORMATS, GRAPHS, TIMM_FILES, check_format
 from ..copying import deep_copy
 from ..errors import CheckError, UsageError, first_line
-from ..files import check_folder, check_output, write_folder
+from ..files import write_folder
 from ..form_check import check_form, comparable, compare, running
 from ..forms import dense_form
 from ..precision import check_rounding, dtype_named, in_float32, rounded
