@@ -59,7 +59,7 @@ def fuse(model: nn.Module, example_input: Any = None) -> nn.Module:
     behind it can take that. Its outputs are compared with the network's before it is handed back.
 
     >>> from harmconvert.conv import to_harmonic
-    >>> fuse(nn.Sequential(toharmonic_layers(nn.Conv2d(1, 2, 3))))
+    >>> fuse(nn.Sequential(to_harmonic(nn.Conv2d(1, 2, 3))))
     Sequential(
       (0): Conv2d(1, 2, kernel_size=(3, 3), stride=(1, 1))
     )
