@@ -22,9 +22,21 @@ from .comparison import greatest_difference
 from .conv import HarmonicMixin
 from .convert import check_network
 from .errors import UsageError, first_line
+from .form_check import running
 from .forms import Factoring, factor, factoring, fuse
 from .layer_times import lay_out
-from .surgery import call, channels_last, cloned, evaluating, exchange, mapped, tensors_in
+from .precision import in_float32
+from .surgery import (
+    call,
+    channels_last,
+    cloned,
+    default_input,
+    evaluating,
+    exchange,
+    mapped,
+    tensors_in,
+    unchanged,
+)
 from .timing import in_turns
 
 FORMS = ("dense", "harmonic", "factored")
@@ -36,7 +48,7 @@ class Row:
     """One way to run a network: median seconds of a forward, half the distance of the quartiles as a share of it,
     examples per second, and bytes in use at most beyond what was in use before (None where that cannot be told).
 
-    ``error``: greatest difference from the dense form's outputs, relative to the greatest of these.
+    ``error``: greatest difference from the outputs of the network as it was given, relative to the greatest of these.
     """
 
     form: str
@@ -61,16 +73,25 @@ class Benchmark:
     machine: dict[str, Any]
 
     def fastest(self, batch: int, threads: int) -> Row:
-        """The row to deploy by."""
+        """The row to deploy by.
+
+        Raises:
+            UsageError: nothing could be timed for that batch size and number of threads.
+        """
         timed = [row for row in self.rows if row.seconds is not None and (row.batch, row.threads) == (batch, threads)]
+        if not timed:
+            raise UsageError(f"nothing was timed at batch {batch} with {threads} threads")
         return min(timed, key=lambda row: row.seconds or 0.0)
 
     def advice(self) -> list[str]:
         """A sentence for each batch size and number of threads."""
         said = []
         for batch, threads in dict.fromkeys((row.batch, row.threads) for row in self.rows):
-            best = self.fastest(batch, threads)
             alike = [row for row in self.rows if (row.batch, row.threads) == (batch, threads)]
+            if not any(row.seconds for row in alike):
+                said.append(f"batch {batch}, {threads} threads: {alike[0].note}")
+                continue
+            best = self.fastest(batch, threads)
             eager = [row.seconds for row in alike if row.form == "dense" and row.seconds and not row.compiled]
             gain = ""
             if eager and best.seconds:
@@ -107,14 +128,17 @@ def benchmark(
     A network with no harmonic convolutions has its dense form only. The factored form has its layout from `factor`.
 
     Args:
-        example_input: one example or more, as for `convert`; repeated to each batch size.
+        example_input: one example or more, as for `convert`; repeated to each batch size. On a CPU, networks stored in
+            16 bits are timed in float32.
         threads: of torch; default: as many as it has now.
-        compiled: time each also under torch.compile; what does not compile says so in its row's note.
+        compiled: time each also under torch.compile. What does not compile, or run at a batch size or in a layout, says
+            so in its row's note.
         repeats: of each; fewer where they take long.
         progress: called with (repeats done, repeats in all, what is timed).
 
     Raises:
-        UsageError: an unknown form or layout, an input that the network does not take.
+        UsageError: an unknown form or layout, an input that the network does not take, or no batch size that it takes.
+        CheckError: a form of the network computes something else.
     """
     check_network(model)
     for given, known, what in ((forms, FORMS, "form"), (layouts, LAYOUTS, "layout")):
@@ -122,6 +146,12 @@ def benchmark(
             raise UsageError(f"unknown {what} {unknown[0]!r}: use {', '.join(known)}")
     if not any(isinstance(module, HarmonicMixin) for module in model.modules()):
         forms = [form for form in forms if form == "dense"] or ["dense"]
+    example_input = default_input(model) if example_input is None else example_input
+    if not tensors_in(example_input):
+        raise UsageError("this network is timed on an input: give example_input (--input-size C,H,W)")
+    if tensors_in(example_input)[0].device.type == "cpu":
+        model = in_float32(exchange(model, {}))  # 16 bits are for files
+    model, example_input = running(model, example_input)
     groups = list(itertools.product(batches, threads or [torch.get_num_threads()]))
     rows: list[Row] = []
     factorings: dict[tuple[int, int], Factoring] = {}
@@ -139,6 +169,8 @@ def benchmark(
         if chosen is not None:
             factorings[batch, count] = chosen
     progress(len(groups) * repeats, len(groups) * repeats, "done")
+    if rows and not any(row.seconds for row in rows):
+        raise UsageError(f"the network does not run at batch {', '.join(map(str, batches))}: {rows[0].note}")
     device = tensors_in(example_input)[0].device
     return Benchmark(tuple(rows), factorings, {"device": str(device), **machine()})
 
@@ -184,19 +216,26 @@ def _group(
     """All ways to run the network on one input."""
     networks: dict[tuple[str, str], nn.Module] = {}
     chosen = None
+    try:
+        with evaluating(model), unchanged(model):
+            truth = [tensor.double() for tensor in tensors_in(call(model, cloned(input))) if tensor.is_floating_point()]
+    except Exception as error:  # some networks take some batch sizes only
+        why = _note("does not run", error)
+        ways = itertools.product(forms, layouts)
+        rows = [Row(form, False, layout, batch, threads, None, None, None, None, None, why) for form, layout in ways]
+        return rows, None
     for form, layout in itertools.product(forms, layouts):
         if form == "factored":
             if chosen is None:
                 networks[form, "channels_last"] = factored = factor(model, input)
                 chosen = factoring(factored)
             continue
-        network = fuse(model) if form == "dense" else exchange(model, {})
+        network = fuse(model, input) if form == "dense" else exchange(model, {})
         networks[form, layout] = lay_out(network) if layout == "channels_last" else network
-    rows: list[Row] = []
+    rows = []
     runs: dict[int, Callable[[], Any]] = {}
     with evaluating(*networks.values()):
         told = {"contiguous": input, "channels_last": channels_last(input)}
-        truth = _outputs(partial(call, fuse(model).eval(), cloned(input)))
         for (form, layout), network in networks.items():
             for under_compiler in (False, True) if compiled else (False,):
                 row = Row(form, under_compiler, layout, batch, threads, None, None, None, None, None)
@@ -219,15 +258,16 @@ def _group(
 
 def _runnable(network: nn.Module, input: Any, compiled: bool) -> tuple[Callable[[], Any] | None, str | None]:
     """What to time, warmed up; or why there is nothing."""
-    if not compiled:
-        return partial(_run, network, input), None
-    fast = torch.compile(network)
     try:
-        run = partial(_run, fast, input)
+        run = partial(_run, torch.compile(network) if compiled else network, input)
         run()
         return run, None
     except Exception as error:
-        return None, f"does not compile ({type(error).__name__}: {first_line(error)})"
+        return None, _note("does not compile" if compiled else "does not run", error)
+
+
+def _note(what: str, error: Exception) -> str:
+    return f"{what} ({type(error).__name__}: {first_line(error)})"
 
 
 def _run(network: Any, input: Any) -> Any:
@@ -241,7 +281,9 @@ def _outputs(run: Callable[[], Any]) -> list[torch.Tensor]:
 
 
 def _repeated(tensor: torch.Tensor, batch: int) -> torch.Tensor:
-    """A tensor's examples repeated and cut to ``batch``."""
+    """A tensor's examples repeated and cut to ``batch``; a scalar as it is."""
+    if not tensor.dim():
+        return tensor
     times = -(-batch // max(len(tensor), 1))
     return tensor.repeat(times, *[1] * (tensor.dim() - 1))[:batch]
 

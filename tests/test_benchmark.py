@@ -96,3 +96,55 @@ def test_benchmark_by_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert data["machine"]["torch"] == torch.__version__
     fails(2, "does not run on an example input", "benchmark", "a.safetensors", "--input-size", "3,28,28")
     assert factoring(hc.load("a.safetensors")) is None
+
+
+class OneAtATime(nn.Module):
+    """Takes one example, with a scalar and a keyword beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, *, image: Tensor, scale: Tensor) -> dict[str, Tensor | None]:
+        if len(image) > 1:
+            raise ValueError("one image at a time")
+        return {"map": scale * self.conv(image), "rest": None}
+
+
+def test_a_batch_size_that_a_network_does_not_take_has_a_note() -> None:
+    inputs = {"image": X, "scale": torch.tensor(2.0)}
+    model = hc.convert(seeded(OneAtATime)).model
+    found = benchmark(model, inputs, batches=(1, 2), forms=("dense",), layouts=("contiguous",), repeats=3)
+    assert found.rows[0].seconds > 0
+    assert (found.rows[1].seconds, found.rows[1].note) == (None, "does not run (ValueError: one image at a time)")
+    assert found.advice()[1].endswith("threads: does not run (ValueError: one image at a time)")
+    with pytest.raises(UsageError, match="the network does not run at batch 2, 3: does not run"):
+        benchmark(model, inputs, batches=(2, 3), repeats=3)
+
+
+def test_a_layout_in_which_a_network_does_not_run_has_a_note() -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return y.view(len(y), -1)
+
+    found = benchmark(hc.convert(seeded(Flat)).model, X, batches=(2,), forms=("dense",), repeats=3)
+    assert [bool(row.seconds) for row in found.rows] == [True, False]
+    assert found.rows[1].note.startswith("does not run (RuntimeError: view size is not compatible")
+
+
+@pytest.mark.parametrize("example", [None, "text"])
+def test_an_input_without_tensors_is_refused(example: object) -> None:
+    with pytest.raises(UsageError, match="give example_input"):
+        benchmark(seeded(Branches), example)
+
+
+def test_networks_in_sixteen_bits_are_timed_in_float32() -> None:
+    model = hc.convert(seeded(Branches), 2, example_input=X).model.half()
+    found = benchmark(model, X, batches=(1,), forms=("dense", "harmonic"), layouts=("contiguous",), repeats=3)
+    assert all(row.error < 2e-2 for row in found.rows)
+    assert model.stem.coefficients.dtype == torch.float16
