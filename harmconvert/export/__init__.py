@@ -105,7 +105,7 @@ def _strictly_loaded(dense: nn.Module) -> nn.Module:
         if parameter.is_floating_point():
             parameter.data = torch.full_like(parameter, torch.nan)
     try:
-        blank.load_state_dict(_full_state(dense), strict=True)
+        blank.load_state_dict(_full_state(dense))  # strict by default, also where the network has its own
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         raise CheckError(
             f"the state dict of this {type(dense).__name__} does not load into it again: {first_line(error)}; "
