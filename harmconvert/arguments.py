@@ -114,7 +114,7 @@ def parse_lambda(text: str) -> str | int | dict[str, int]:
 
 
 def _decimal(text: str) -> bool:
-    return text.isdecimal() and len(text) <= _MOST_DIGITS
+    return text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS
 
 
 def check_format(path: str | Path, format: str, force: bool, dtype: str, form: str) -> None:

@@ -21,7 +21,7 @@ from . import native
 from .comparison import greatest_difference
 from .conv import HarmonicMixin
 from .convert import check_network
-from .errors import UsageError, first_line
+from .errors import UsageError, counted, first_line
 from .form_check import running
 from .forms import Factoring, factor, factoring, fuse
 from .layer_times import lay_out
@@ -80,7 +80,7 @@ class Benchmark:
         """
         timed = [row for row in self.rows if row.seconds is not None and (row.batch, row.threads) == (batch, threads)]
         if not timed:
-            raise UsageError(f"nothing was timed at batch {batch} with {threads} threads")
+            raise UsageError(f"nothing was timed at batch {batch} with {counted(threads, 'thread')}")
         return min(timed, key=lambda row: row.seconds or 0.0)
 
     def advice(self) -> list[str]:
@@ -97,7 +97,7 @@ class Benchmark:
             if eager and best.seconds:
                 gain = f": {min(eager) / best.seconds:.2f} times as fast as the dense form, eager"
             how = f"{best.form} form, {best.layout}, {'compiled' if best.compiled else 'eager'}"
-            said.append(f"batch {batch}, {threads} threads: deploy the {how}{gain}")
+            said.append(f"batch {batch}, {counted(threads, 'thread')}: deploy the {how}{gain}")
         return said
 
     def to_json(self) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def benchmark(
     rows: list[Row] = []
     factorings: dict[tuple[int, int], Factoring] = {}
     for index, (batch, count) in enumerate(groups):
-        begun, total, what = index * repeats, len(groups) * repeats, f"batch {batch}, {count} threads"
+        begun, total, what = index * repeats, len(groups) * repeats, f"batch {batch}, {counted(count, 'thread')}"
         progress(begun, total, what)
 
         def told(done: int, begun: int = begun, total: int = total, what: str = what) -> None:

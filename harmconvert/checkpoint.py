@@ -26,7 +26,7 @@ from .conv import HarmonicMixin, to_harmonic
 from .convert import Conversion, check_finite
 from .copying import deep_copy
 from .documents import parsed, reading
-from .errors import DamageWarning, InputError, OutsideError, UsageError, shortened
+from .errors import DamageWarning, InputError, OutsideError, UsageError, counted, shortened
 from .files import check_output
 from .forms import factor, fuse
 from .history import check_history
@@ -242,7 +242,7 @@ def read_header(path: str | Path) -> Header:
         kept, key = len(layer.frequencies), state_key(layer.name, "coefficients")
         shape = shapes.get(key)
         if not (shape is None and key in header.tied) and (shape is None or len(shape) != 3 or shape[2] != kept):
-            raise _disagreement(path, key, f"hold {kept} frequencies", shape)
+            raise _disagreement(path, key, f"hold {counted(kept, 'frequency')}", shape)
         key, wanted = state_key(layer.name, "fitted_basis"), [kept, prod(layer.kernel_size)]
         if header.plan.family.fitted and key not in header.tied and shapes.get(key) != wanted:
             raise _disagreement(path, key, f"have shape {wanted}", shapes.get(key))

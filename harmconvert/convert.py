@@ -61,6 +61,9 @@ class LayerRecord:
         return self.kept == 0
 
 
+LEAST_CUT = 0.01  # of the parameters: a smaller cut gains nobody anything
+
+
 @dataclass(frozen=True)
 class Conversion:
     """A converted network, the plan it follows, what became of each layer, what it costs, and how it was calibrated."""
@@ -75,13 +78,23 @@ class Conversion:
 
     @property
     def advice(self) -> str | None:
-        """What to do where the policy was to cut and nothing was cut; else None."""
-        if not self.plan.whole or self.plan.policy == "full":
+        """Why nothing, or next to nothing, was cut where something was to be, and what to do; else None."""
+        if self.plan.policy == "full":
             return None
-        spared = [f"{name} ({why.removeprefix('whole: ')})" for name, why in self.plan.notes.items()]
+        if self.search is not None:
+            return f"the budget {self.search.budget} is met without a cut: ask for less" if self.plan.whole else None
+        removed = 1 - self.cost.harmonic_parameters / max(self.cost.parameters, 1)
+        if not self.plan.whole and removed >= LEAST_CUT:
+            return None
+        whole = shortened([f"{name} ({why.removeprefix('whole: ')})" for name, why in self.plan.notes.items()], 2)
+        what, why = "nothing here", whole or "every layer stays whole"
+        if not self.plan.whole:
+            what = f"{max(removed, 0):.1%} of the parameters only"
+            why = f"convolutions over 1x1 hold {self.cost.parameter_share:.1%} of them"
+            why += f", and {whole} stay whole" if whole else ""
         return (
-            f"lambda {self.plan.policy} cuts nothing here: {shortened(spared, 2) or 'every layer stays whole'}; "
-            "to cut a layer all the same, name it: --lambda 'PATTERN=N' or --include PATTERN"
+            f"lambda {self.plan.policy} cuts {what}: {why}; to cut a layer all the same, name it: "
+            "--lambda 'PATTERN=N' or --include PATTERN"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -92,7 +105,7 @@ class Conversion:
         cost = asdict(self.cost)
         return {
             "plan": self.plan.to_json(), "layers": layers, "cost": cost, "calibration": calibration, "search": search,
-            "drops": [asdict(step) for step in self.drops],
+            "drops": [asdict(step) for step in self.drops], "advice": self.advice,
         }  # fmt: skip
 
     def history(self) -> dict[str, Any]:

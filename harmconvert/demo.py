@@ -16,7 +16,7 @@ from .data import calibration_images, preprocessing
 from .data.datasets import DataRequest, open_data
 from .data.loading import training_batches
 from .data.preprocessing import color_mode
-from .errors import OutsideError
+from .errors import OutsideError, counted
 from .export import export
 from .report.tables import file_size, millions
 from .samples import mnist5k_held_back, photographs
@@ -89,7 +89,10 @@ def _repaired(
     batches = training_batches(data.train, recipe.transform(config), color_mode(config), recipe.batch_size)
     rows = train(model, batches, recipe)
     accuracy, seconds = _accuracy(model, images, labels), sum(row["seconds"] for row in rows)
-    say(f"    and fine-tuned for {recipe.epochs} epochs on 4,000 images, {seconds:.0f} s: {accuracy:.1%} right")
+    say(
+        f"    and fine-tuned for {counted(recipe.epochs, 'epoch')} on 4,000 images, {seconds:.0f} s: "
+        f"{accuracy:.1%} right"
+    )
     facts["fine-tuned"] = {"accuracy": accuracy, "epochs": recipe.epochs, "seconds": seconds}
 
     with tempfile.TemporaryDirectory() as folder:

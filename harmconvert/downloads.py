@@ -26,6 +26,10 @@ OFFLINE = (
 )
 
 
+# What a network's maker raises where an argument is of the wrong kind.
+_BAD_ARGUMENTS = (TypeError, ValueError, AssertionError, AttributeError, LookupError, ArithmeticError)
+
+
 @contextmanager
 def reaching_out(what: str) -> Iterator[None]:
     """Turn every way in which a download fails into one error; without a network look in the local caches only."""
@@ -41,7 +45,7 @@ def reaching_out(what: str) -> Iterator[None]:
         if "No pretrained weights" in str(error) or "no pretrained weights" in str(error):
             raise InputError(f"{what} has no pretrained weights: give some with --checkpoint FILE") from error
         raise InputError(f"{what} cannot be made: {first_line(error)}") from error
-    except (TypeError, ValueError, AssertionError) as error:
+    except _BAD_ARGUMENTS as error:
         raise InputError(f"{what} cannot be made: {first_line(error)}") from error
     finally:
         huggingface_hub.constants.HF_HUB_OFFLINE = offline

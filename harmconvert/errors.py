@@ -54,6 +54,18 @@ def shortened(names: list[str], limit: int = 10) -> str:
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def counted(number: int, what: str) -> str:
+    """A number of things, in words for a message.
+
+    >>> counted(1, "image"), counted(2_000, "class"), counted(3, "frequency"), counted(2, "axis")
+    ('1 image', '2,000 classes', '3 frequencies', '2 axes')
+    """
+    if number == 1:
+        return f"1 {what}"
+    plural = {"axis": "axes", "frequency": "frequencies"}.get(what, f"{what}es" if what.endswith("ss") else f"{what}s")
+    return f"{number:,} {plural}"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, at most 200 characters."""
     return (str(error).strip().splitlines() or [""])[0][:200]

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from .data.loading import NO_LABEL, Batch
 from .distributed import gathered, sum_over_ranks
-from .errors import InputError, shortened
+from .errors import InputError, counted, shortened
 from .surgery import evaluating
 
 # Two-sided 95 % of the normal distribution.
@@ -50,10 +50,10 @@ class Evaluation:
     def __str__(self) -> str:
         if self.top1 is not None and self.interval is not None:
             low, high = self.interval
-            return f"top-1 {self.top1:.2%} (95 %: {low:.2%} to {high:.2%}), {self.labelled:,} images"
+            return f"top-1 {self.top1:.2%} (95 %: {low:.2%} to {high:.2%}), {counted(self.labelled, 'image')}"
         if self.agreement is not None:
-            return f"agreement {self.agreement:.2%}, KL {self.divergence:.3g}, {self.images:,} images"
-        return f"{self.images:,} images without labels"
+            return f"agreement {self.agreement:.2%}, KL {self.divergence:.3g}, {counted(self.images, 'image')}"
+        return f"{counted(self.images, 'image')} without labels"
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict, the interval included."""
@@ -155,7 +155,8 @@ def check_labels(labels: Tensor, classes: int) -> None:
     """Raise InputError where a label is beyond the network's classes."""
     if len(labels) and (largest := int(labels.max())) >= classes:
         raise InputError(
-            f"label {largest} is beyond the {classes} classes of this network: are these its data (--data-dir, "
+            f"label {largest} is beyond the {counted(classes, 'class')} of this network: are these its data "
+            f"(--data-dir, "
             "--dataset)? finetune --num-classes N gives it another classifier"
         )
 

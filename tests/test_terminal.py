@@ -238,6 +238,7 @@ def test_in_a_pipe_there_is_plain_text(name: str, pipe: dict[str, tuple[int, str
     assert code == (2 if name == "refusal" else 0), err
     for text in (out, err):
         assert not re.search(r"[\x1b\r\x07━…]", text)
+        assert all(line.strip() for line in text.splitlines()), "no empty lines"
     if name == "convert, quiet":
         assert (out, err) == ("", "")
     if name == "refusal":

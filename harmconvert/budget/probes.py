@@ -101,6 +101,8 @@ def _read(path: Path) -> Any:
         return None
     try:
         data = read_json(path)
+        if not isinstance(data, dict):
+            raise ValueError("it is no JSON object")
         if data["version"] != VERSION:
             return (
                 f"{path} holds probes of version {data['version']}, this harmconvert reads version {VERSION}: remove it"

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..conv import HarmonicMixin
-from ..errors import first_line
+from ..errors import counted, first_line
 from ..plan import Plan
 from ..surgery import convolutions, unchanged
 from ..tensors import tensors_of, tensors_sha256
@@ -146,7 +146,8 @@ def _calibrated(
         which = "of the plain cut" if why else "after the refit"
         notes.append(f"the outputs {which} cannot be compared ({incomparable})")
     if data.left:
-        notes.append(f"only the first {data.total} inputs were read (settings: inputs={settings.inputs})")
+        read = f"{counted(data.total, 'input')} {'was' if data.total == 1 else 'were'} read"
+        notes.append(f"only the first {read} (settings: inputs={settings.inputs})")
     return Calibration(
         tuple(layers), data.total, held, plain, refit, final, kept, norms, tuple(notes), settings, {}, incomparable,
         agreements[0.0], agreement,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import UsageError, counted
 
 # Fitted on ten positions per unknown, a linear model's error is about a tenth over the best one's.
 ENOUGH_POSITIONS = 10
@@ -33,7 +33,7 @@ class CalibrationSettings:
         if self.damping is not None and not (math.isfinite(self.damping) and self.damping >= 0):
             raise UsageError(f"damping (={self.damping}) must be zero or more; leave it out to have it chosen")
         if self.inputs < 1:
-            raise UsageError(f"{self.inputs} calibration inputs: there must be at least 1")
+            raise UsageError(f"{counted(self.inputs, 'calibration input')}: there must be at least 1")
         if self.memory is not None and self.memory < 1 << 20:
             raise UsageError(f"calibration memory (={self.memory} bytes) must be at least a megabyte")
 

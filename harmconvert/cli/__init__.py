@@ -15,10 +15,20 @@ from typing import Any
 import click
 
 from ..errors import HarmconvertError, HarmconvertWarning, printable
+from .loudness import NOTHING_WRITTEN, kept
 
 COMMANDS = (
     "convert", "finetune", "evaluate", "train", "verify", "inspect", "report", "compare", "benchmark", "export", "demo",
 )  # fmt: skip
+
+
+# What torch and CUDA say in a RuntimeError where memory is short.
+_NO_MEMORY = ("not enough memory", "out of memory", "can't allocate memory", "Cannot allocate memory")
+_INTERRUPTED = "harmconvert.interrupted"
+
+
+class StopError(Exception):
+    """A user ended the command; the message says what is kept."""
 
 
 class Program(click.Group):
@@ -33,6 +43,16 @@ class Program(click.Group):
         command: click.Command = importlib.import_module(f".{name}", __name__).command
         return command
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:  # click would write an empty line first
+            raise StopError(kept(ctx)) from stop
+        except Exception as error:
+            if ctx.meta.get(_INTERRUPTED):  # a library that was being imported made an error of its own of it
+                raise StopError(kept(ctx)) from error
+            raise
+
     def main(self, args: Any = None, *rest: Any, **extra: Any) -> Any:
         extra["standalone_mode"] = False
         for name in ("stdin", "stdout", "stderr"):
@@ -45,6 +65,8 @@ class Program(click.Group):
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         with contextlib.suppress(ValueError):  # not the main thread: whoever runs us handles signals
             signal.signal(signal.SIGTERM, _terminate)
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # nohup ignores it
+                signal.signal(signal.SIGINT, _interrupt)
         try:
             aside = contextlib.redirect_stdout(sys.stderr) if "--json" in arguments else contextlib.nullcontext()
             with aside, warnings.catch_warnings():
@@ -60,8 +82,8 @@ class Program(click.Group):
             else:
                 _say(error.format_message() + _hint(error))
             sys.exit(error.exit_code)
-        except (click.Abort, KeyboardInterrupt):
-            _say("interrupted; no output was written")
+        except (click.Abort, KeyboardInterrupt, StopError) as stop:
+            _say(f"interrupted; {stop if isinstance(stop, StopError) else NOTHING_WRITTEN}")
             sys.exit(130)
         except BrokenPipeError:
             sys.stderr.close()
@@ -69,16 +91,18 @@ class Program(click.Group):
         except Exception as error:
             if debug:
                 traceback.print_exc()
-            message, code = _explain(error)
+            message, code = _explain(error, arguments[0] if arguments else None)
             _say(message)
             sys.exit(code)
 
 
-def _explain(error: Exception) -> tuple[str, int]:
+def _explain(error: Exception, command: str | None) -> tuple[str, int]:
     if isinstance(error, HarmconvertError):
-        return str(error), error.exit_code
+        from .advice import adapted
+
+        return adapted(str(error), command), error.exit_code
     text = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-    if isinstance(error, MemoryError) or "not enough memory" in text or "out of memory" in text:
+    if isinstance(error, MemoryError) or any(sign in text for sign in _NO_MEMORY):
         return f"out of memory ({text}): use a smaller input or a machine with more", 4
     if isinstance(error, OSError):
         return text, 4
@@ -103,8 +127,14 @@ def _warn(otherwise: Any, message: Any, category: type[Warning], *place: Any) ->
         otherwise(message, category, *place)
 
 
+def _interrupt(number: int, frame: Any) -> None:
+    if context := click.get_current_context(silent=True):
+        context.meta[_INTERRUPTED] = True
+    raise KeyboardInterrupt
+
+
 def _terminate(number: int, frame: Any) -> None:
-    click.echo("harmconvert: error: terminated; no output was written", err=True)
+    _say(f"terminated; {kept(click.get_current_context(silent=True))}")
     sys.exit(143)
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import click
 
-from . import options
+from . import inputs, options
 
 
 @click.command(name="benchmark")
-@click.argument("source")
+@click.argument("source", type=inputs.SourceText())
 @click.option(
     "-b",
     "--batch-size",
@@ -73,7 +73,9 @@ def command(
       harmconvert benchmark resnet50-harmonic-2.safetensors -b 16
       harmconvert benchmark resnet50-harmonic-2.safetensors --torchcompile --threads 1 --threads 2 --json
     """
+    inputs.check()
     from ..benchmark import benchmark
+    from ..errors import counted
     from ..report import tables
 
     network = options.opened(source, network_options)
@@ -97,6 +99,6 @@ def command(
     console.print(tables.benchmark_rows(found))
     if layers:
         for (batch, count), chosen in found.factorings.items():
-            console.print(tables.factored_layers(chosen, f"batch {batch}, {count} threads"))
+            console.print(tables.factored_layers(chosen, f"batch {batch}, {counted(count, 'thread')}"))
     for line in found.advice():
         console.print(line, markup=False)

@@ -6,11 +6,11 @@ from typing import Any
 
 import click
 
-from . import options, pages
+from . import inputs, options, pages
 
 
 @click.command(name="compare")
-@click.argument("sources", nargs=-1, required=True, metavar="A B [C ...]")
+@click.argument("sources", type=inputs.SourceText(), nargs=-1, required=True, metavar="A B [C ...]")
 @click.option("--all-layers", is_flag=True, help="Show layers of which all keep as much, too.")
 @options.input_size
 @options.trust_code
@@ -26,11 +26,17 @@ def command(
       harmconvert compare resnet50-harmonic-2.safetensors resnet50-harmonic-progressive.safetensors
       harmconvert compare cut.safetensors cut-finetuned.safetensors --json
     """
-    from ..report.comparison import check_enough, compare
+    from ..errors import UsageError
+
+    if len(sources) < 2:
+        raise UsageError("a comparison wants two checkpoints or more")
+    inputs.check()
+    for source in sources:
+        inputs.check_harmonic(source)
+    from ..report.comparison import compare
     from ..report.tables import comparison_table, differences_table
     from ..sources import made_by_code
 
-    check_enough(sources)
     own = {source: {"trust_code": trust_code, "code": code if made_by_code(source) else None} for source in sources}
     reports = [pages.report_on(source, input_size, own[source]) for source in sources]
     comparison = compare(reports, all_layers)
@@ -40,7 +46,8 @@ def command(
     console = options.console()
     console.print(comparison_table(comparison))
     if comparison.layers:
-        console.print()
+        if console.is_terminal:
+            console.print()
         console.print(differences_table(comparison))
     for note in comparison.notes:
         console.print(f"note: {note}", markup=False)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import options, pages
+from . import inputs, options, outputs, pages, types
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,7 +60,7 @@ def budget_options(command: Any) -> Any:
 
 
 @click.command(name="convert")
-@click.argument("source")
+@click.argument("source", type=inputs.SourceText())
 @click.option(
     "--lambda",
     "lam",
@@ -79,7 +79,7 @@ def budget_options(command: Any) -> Any:
 )
 @click.option(
     "--max-drop",
-    type=click.FloatRange(min=0),
+    type=types.FiniteRange(min=0),
     metavar="POINTS",
     help="Instead of a lambda: the smallest network that loses no more than so many points of top-1 on --labelled.",
 )
@@ -91,7 +91,7 @@ def budget_options(command: Any) -> Any:
 )
 @budget_options
 @click.option("--save-plan", metavar="FILE", help="Write the plan as JSON, to edit and to follow with --plan.")
-@click.option("--plan", "plan_file", metavar="FILE", help="Follow a plan saved as JSON instead of a lambda.")
+@click.option("--plan", "plan_file", type=inputs.InputFile(), help="Follow a plan saved as JSON instead of a lambda.")
 @click.option(
     "--include",
     multiple=True,
@@ -158,38 +158,39 @@ def command(
       harmconvert convert sample:resnet_mnist5k --lambda 'stage3.*=2' -o cut.safetensors
       harmconvert convert reference:model_best.pth.tar
     """
-    from ..budget import Budget, SearchSettings
-    from ..convert import convert
-    from ..distributed import joined, rank
-    from ..files import check_output, default_name
-    from ..plan import Plan, parse_lambda
-    from ..report.sheets import search_sheet
-    from ..report.writing import check_figure, write_figure
-    from ..sources import is_harmonic_source
-    from .labelled import halves
+    from ..files import default_name
+    from ..report.writing import write_figure
 
-    _check_choice(plan_file, lam, budget, max_drop, labelled)
-    asked = Budget.parse(budget[0]) if budget else None
-    policy: Any = Plan.load(plan_file) if plan_file else parse_lambda(lam or "full")
+    policy, asked = _what_to_keep(plan_file, lam, budget, max_drop, labelled)
+    inputs.check()
+    options.check_calibration(more, input_size)
+    if labelled is not None:
+        inputs.check_labelled(labelled, more["data_dir"])
     choices = (lam, plan_file, budget, labelled, include, exclude, more["data"])
     told = any(choices) or (basis, normalization, more["dtype"]) != ("dct", "ortho", "float32")
-    as_it_is = not told and is_harmonic_source(source)
+    as_it_is = not told and inputs.may_be_harmonic(source)
     named = default_name(source, _kept(lam, plan_file, asked, max_drop))
     output = output or (named.replace("-harmonic-full", "-harmonic") if as_it_is else named)
-    check_output(output, force, ".safetensors")
-    if save_plan:
-        check_output(save_plan, force)
-    page = pages.checked(output, report, force)
-    figure = check_figure(source, "search", search_figure, force) if search_figure else None
-    if (asked or labelled) and probes is None and more["data"]:
-        probes = _probes_beside(output, source)
+    page, figure = outputs.check(source, output, save_plan, report, search_figure, force)
+    probes = outputs.check_probes(probes, output, source, bool((asked or labelled) and more["data"]))
+    options.begin(source)
+    from ..budget import SearchSettings
+    from ..convert import convert
+    from ..distributed import joined, rank
+    from ..plan import Plan
+    from ..report.sheets import search_sheet
+    from .labelled import halves
+
+    if plan_file:
+        policy = Plan.load(plan_file)
     with joined():
-        network = options.opened(source, more, at_once=True, intact=True, form="harmonic" if as_it_is else "dense")
+        network = options.opened(source, more, begun=True, intact=True, form="harmonic" if as_it_is else "dense")
         if as_it_is and network.header:
             return _keep(network, input_size, output, page, force, as_json)
         options.place(network.model, device, more["data"] or labelled)
         worth, judged = halves(labelled, network.model, more, input_size) if labelled else (None, None)
         images, settings = options.calibration(more, network.model, input_size)
+        batches = images.batches if images else ()
         with options.progress("converting") as progress:
             conversion = convert(
                 network.model,
@@ -203,7 +204,7 @@ def command(
                 max_drop=max_drop,
                 worth=worth,
                 search=SearchSettings(trials, probes, options.say, frequencies),
-                calibration=images.batches if images else None,
+                calibration=batches or None,
                 settings=settings,
                 progress=progress,
             )
@@ -211,18 +212,7 @@ def command(
             held_out = judged(network.model, conversion.model) if judged else None  # by all processes
         if rank() > 0:
             return 0  # the first process verifies and writes
-        _finish(
-            network,
-            conversion,
-            input_size,
-            output,
-            page,
-            force,
-            as_json,
-            held_out,
-            more["dtype"],
-            images.batches if images else (),
-        )
+        _finish(network, conversion, input_size, output, page, force, as_json, held_out, more["dtype"], batches)
         if figure and conversion.search:
             write_figure(search_sheet(conversion.search), *figure, force)
         if save_plan:
@@ -237,17 +227,12 @@ def _kept(lam: str | None, plan_file: str | None, asked: Budget | None, max_drop
     return f"drop{max_drop:g}" if max_drop is not None else "plan" if plan_file else lam or "full"
 
 
-def _probes_beside(output: str, source: str) -> str:
-    """Where scores are kept unless --probes says otherwise: whatever the budget, so that the next one finds them."""
-    from ..files import short_name
-
-    return str(Path(output).parent / f"{short_name(source)}-harmonic.probes.json")
-
-
-def _check_choice(
+def _what_to_keep(
     plan_file: str | None, lam: str | None, budget: tuple[str, ...], max_drop: float | None, labelled: str | None
-) -> None:
-    """Raise UsageError where what to keep is said twice, or in half."""
+) -> tuple[Any, Budget | None]:
+    """The lambda and the budget that the options name; raises UsageError where what to keep is said twice, or in
+    half."""
+    from ..arguments import Budget, parse_lambda
     from ..errors import UsageError
 
     if sum((plan_file is not None, lam is not None, bool(budget), max_drop is not None)) > 1 or len(budget) > 1:
@@ -256,6 +241,7 @@ def _check_choice(
         raise UsageError("--max-drop POINTS is measured on --labelled DATA: give both")
     if not budget and max_drop is None:
         options.only_with(budget_options, "--budget")
+    return parse_lambda(lam if lam is not None else "full"), Budget.parse(budget[0]) if budget else None
 
 
 def _keep(network: Network, sizes: Any, output: str, page: Path | None, force: bool, as_json: bool) -> int:
@@ -329,8 +315,6 @@ def _finish(
             console.print(line, markup=False)
     for line in tables.cost_lines(conversion.cost):
         console.print(line)
-    if conversion.advice:
-        options.say(f"note: {conversion.advice}")
     options.say("verifying")
     with options.progress() as progress:
         inputs = options.verification_inputs(sizes, network.source, images)
@@ -345,6 +329,7 @@ def _finish(
     header = save(
         conversion, output, source=network.source, history={"held_out": judged} if judged else None, force=force
     )
+    options.keep(lambda: f"{output} was written, and is whole")
     console.print(f"wrote {output} ({tables.file_size(output)})", markup=False)
     if page:
         pages.write_page(conversion.model, header, output, page, force, sizes)
@@ -352,6 +337,8 @@ def _finish(
     if held_out:
         for name, found in held_out.items():
             console.print(f"{name}, on the images that chose nothing: {found}", markup=False)
+    if conversion.advice:
+        options.say(f"warning: {conversion.advice}", urgent=True)
     if as_json:
         told = {"output": output, **conversion.to_json(), "verification": check.to_json()}
         options.print_json({**told, "held_out": judged} | ({"report": str(page)} if page else {}))
@@ -360,13 +347,16 @@ def _finish(
 def _calibration_verdict(conversion: Conversion, output: str, allow_fallback: bool) -> int:
     """Exit code: 1 where a layer could not be calibrated and that was not allowed. The file is written all the same:
     hours of work on the other layers are in it."""
+    from ..errors import counted
+
     failed = conversion.calibration.failed if conversion.calibration else ()
     if not failed:
         return 0
     what = ", ".join(f"{layer.name} ({layer.why})" for layer in failed[:3])
     options.say(
-        f"harmconvert: {'note' if allow_fallback else 'check failed'}: {len(failed)} layers of {output} could not be "
-        f"calibrated and stay a plain cut: {what}" + ("" if allow_fallback else "; --allow-fallback accepts that"),
+        f"harmconvert: {'note' if allow_fallback else 'check failed'}: {counted(len(failed), 'layer')} of {output} "
+        f"could not be calibrated and {'stays' if len(failed) == 1 else 'stay'} a plain cut: {what}"
+        + ("" if allow_fallback else "; --allow-fallback accepts that"),
         urgent=True,
     )
     return 0 if allow_fallback else 1

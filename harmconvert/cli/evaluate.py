@@ -6,14 +6,14 @@ from typing import Any
 
 import click
 
-from . import options, training_options, types
+from . import inputs, options, training_options, types
 
 
 @click.command(name="evaluate", cls=types.OptionalValues)
-@click.argument("source")
+@click.argument("source", type=inputs.SourceText())
 @training_options.evaluation_options
-@click.option("--compare", metavar="SOURCE", help="A second network to agree with, such as the uncut one.")
-@click.option("--compare-checkpoint", "rival_weights", metavar="FILE", help="Weights of that second network.")
+@click.option("--compare", type=inputs.SourceText(), help="A second network to agree with, such as the uncut one.")
+@click.option("--compare-checkpoint", "rival_weights", type=inputs.InputFile(), help="Weights of that second network.")
 @click.option(
     "--amp",
     type=click.Choice(["float32", "bfloat16", "float16"]),
@@ -33,6 +33,7 @@ def command(source: str, compare: str | None, rival_weights: str | None, amp: st
       harmconvert evaluate resnet50-harmonic-progressive.safetensors --data-dir imagenet/val
       harmconvert evaluate sample:resnet_mnist5k --dataset sample:mnist5k
     """
+    inputs.check_run(given)
     from dataclasses import replace
 
     from ..distributed import joined, rank

@@ -6,11 +6,11 @@ from typing import Any
 
 import click
 
-from . import options
+from . import inputs, options
 
 
 @click.command(name="export")
-@click.argument("source")
+@click.argument("source", type=inputs.SourceText())
 @click.option(
     "--format",
     type=click.Choice(["dense", "timm", "onnx", "torch-export"]),
@@ -53,6 +53,10 @@ def command(
       harmconvert export resnet50-harmonic-progressive.safetensors --format timm -o resnet50/
       harmconvert export resnet50-harmonic-2.safetensors --format onnx --form factored -o resnet50.onnx
     """
+    from ..arguments import check_format
+
+    check_format(output, format, force, dtype, form)
+    inputs.check()
     from dataclasses import asdict
 
     from ..export import check_target, export

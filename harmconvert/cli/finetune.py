@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import options, pages, training_options, types
+from . import inputs, options, pages, training_options, types
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @click.command(name="finetune", cls=types.OptionalValues)
-@click.argument("source")
+@click.argument("source", type=inputs.SourceText())
 @training_options.data_options
 @training_options.holdout
 @training_options.recipe_options
@@ -38,16 +38,16 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--distill",
-    type=click.FloatRange(0, 1),
+    type=types.FiniteRange(0, 1),
     is_flag=False,
     flag_value=1.0,
     help="Share of the loss that follows the uncut network's logits; --distill alone: all of it, no labels needed. "
     "Default: 0, or 1 where the images have no labels.",
 )
-@click.option("--distill-temperature", "temperature", type=float, help="By which logits are softened.")
+@click.option("--distill-temperature", "temperature", type=types.FiniteRange(), help="By which logits are softened.")
 @click.option(
     "--teacher",
-    metavar="SOURCE",
+    type=inputs.SourceText(),
     help="The uncut network, or a file of its weights; default: what the checkpoint was converted from.",
 )
 @click.option(
@@ -88,6 +88,11 @@ def command(
       harmconvert finetune cut.safetensors --data-dir photographs/ --distill      # no labels needed
       harmconvert finetune cut.safetensors --dataset sample:mnist5k --hflip 0 --scale 0.7 1
     """
+    output = output or default_output(source)
+    inputs.check_outputs(output, given, force)
+    page = pages.checked(output, report, force)
+    inputs.check_run(given)
+    inputs.check_harmonic(source)
     from contextlib import ExitStack
 
     from ..checkpoint import save
@@ -95,9 +100,6 @@ def command(
     from ..report import tables
     from ..training.finetuning import finetune
 
-    output = output or default_output(source)
-    training_options.check_outputs(output, given, force)
-    page = pages.checked(output, report, force)
     with joined(), ExitStack() as held:
         job = prepare(source, output, force, given, teacher, num_classes, trust_code, code)
         held.enter_context(job.setting.keeper.alone())
@@ -164,7 +166,7 @@ def prepare(
     Raises:
         UsageError: SOURCE is no harmonic checkpoint; InputError, OutsideError: something cannot be read or had.
     """
-    from ..errors import HarmconvertError, UsageError
+    from ..errors import HarmconvertError, UsageError, counted
     from ..sources import check_rebuilds, open_original
     from ..tensors import weights_sha256
     from ..training.finetuning import Setting, new_classifier
@@ -177,7 +179,7 @@ def prepare(
     if num_classes is not None:
         recorded = new_classifier(network.model, num_classes, recorded)
         check_rebuilds(recorded, network.model, trust_code)
-        why = f"the uncut network has not the new classifier of {num_classes} classes"
+        why = f"the uncut network has not the new classifier of {counted(num_classes, 'class')}"
     else:
         try:
             with options.busy("loading the uncut network"):
@@ -188,7 +190,8 @@ def prepare(
             why = str(error)
     if original is not None and number_of_classes(original) != number_of_classes(network.model):
         why = (
-            f"the uncut network has {number_of_classes(original)} classes, this one {number_of_classes(network.model)}"
+            f"the uncut network has {counted(number_of_classes(original) or 0, 'class')}, this one "
+            f"{number_of_classes(network.model)}"
         )
         if teacher is not None:
             raise UsageError(f"--teacher {teacher}: {why}")
@@ -224,14 +227,11 @@ def prepare(
 
 def _opened(source: str, trust_code: bool, code: str | None) -> tuple[Network, Header]:
     """The harmonic checkpoint to fine-tune, in float32, and its header."""
-    from ..errors import UsageError
     from ..precision import in_float32
-    from ..sources import is_harmonic_source
 
-    given = {"trust_code": trust_code, "code": code}
-    network = options.opened(source, given, intact=True) if is_harmonic_source(source) else None
-    if network is None or network.header is None:
-        raise UsageError(f"{source} is no harmonic checkpoint: make one first with: harmconvert convert {source}")
+    network = options.opened(source, {"trust_code": trust_code, "code": code}, intact=True)
+    if network.header is None:
+        raise inputs.not_harmonic(source)
     in_float32(network.model)
     return network, network.header
 

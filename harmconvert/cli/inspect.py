@@ -6,11 +6,11 @@ from typing import Any
 
 import click
 
-from . import options
+from . import inputs, options
 
 
 @click.command(name="inspect")
-@click.argument("source")
+@click.argument("source", type=inputs.SourceText())
 @click.option("--no-pretrained", is_flag=True, help="Do not fetch weights: sizes and MACs only.")
 @options.input_size
 @options.network_options
@@ -23,6 +23,7 @@ def command(source: str, no_pretrained: bool, input_size: Any, as_json: bool, **
       harmconvert inspect resnet50
       harmconvert inspect torchvision:resnet18 --no-pretrained --json
     """
+    inputs.check()
     from ..errors import OutsideError
     from ..inspection import inspect
     from ..report import tables

@@ -13,7 +13,10 @@ from typing import Any
 import click
 
 from ..errors import printable
+from .advice import adapted
 
+NOTHING_WRITTEN = "no output was written"
+_KEPT = "harmconvert.kept"
 _LOUDNESS, _START = "harmconvert.loudness", "harmconvert.start"
 
 
@@ -37,6 +40,17 @@ def _remember(context: click.Context, option: click.Parameter, given: bool) -> N
         context.meta[_START] = time.monotonic()
 
 
+def keep(what: Callable[[], str]) -> None:
+    """From now on ``what`` says what is kept where the command is interrupted."""
+    click.get_current_context().meta[_KEPT] = what
+
+
+def kept(context: click.Context | None) -> str:
+    """What is kept of the work of a command that is interrupted now."""
+    what = context.meta.get(_KEPT) if context else None
+    return str(what()) if what else NOTHING_WRITTEN
+
+
 def loud(name: str) -> bool:
     """Whether --quiet or --verbose (``name``) was given to the command that runs."""
     context = click.get_current_context(silent=True)
@@ -57,6 +71,7 @@ def say(message: str, *, urgent: bool = False) -> None:
     """Messages go to stderr; of several processes the first one speaks, and under --quiet only where ``urgent``."""
     if silent() and not (urgent and os.environ.get("RANK", "0") == "0"):
         return
+    message = adapted(message)
     if loud("verbose"):
         message = f"{stamp()} {message}"
     if sys.stderr.isatty():  # between words; what is one word, as a path, stays one

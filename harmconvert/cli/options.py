@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..documents import json_text
-from ..errors import printable
-from . import types
-from .loudness import loud, say
+from ..errors import counted
+from . import inputs, types
+from .loudness import NOTHING_WRITTEN as NOTHING_WRITTEN
+from .loudness import keep as keep
+from .loudness import loud as loud
 from .loudness import loudness as loudness
+from .loudness import say as say
+from .printing import console as console
+from .printing import print_json as print_json
 from .waiting import busy as busy
 from .waiting import progress as progress
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from torch import Tensor
 
     from ..checkpoint import Source
@@ -46,6 +49,7 @@ def trust_code(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--model",
         "code",
+        type=inputs.SourceText(),
         metavar="FILE.py:FACTORY",
         help="User code that makes the network of a checkpoint, where the code that it names is not here or not asked.",
     )(command)
@@ -65,7 +69,7 @@ def network_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--checkpoint",
             "weights",
-            metavar="FILE",
+            type=inputs.InputFile(),
             help="Weights to use instead of the source's own (.safetensors or .pth).",
         ),
         click.option(
@@ -91,7 +95,7 @@ def preprocessing_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option(
             "--crop-pct",
-            type=click.FloatRange(min=0, min_open=True),
+            type=types.FiniteRange(min=0, min_open=True),
             help="Centre share of each image to take; default: the network's own.",
         ),
         click.option(
@@ -118,7 +122,7 @@ def calibration_data_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--damping",
-            type=click.FloatRange(min=0),
+            type=types.FiniteRange(min=0),
             help="Pull of each refit towards the plain cut, relative to the layer's mean square response; "
             "default: chosen on images held back.",
         ),
@@ -172,19 +176,36 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def check_calibration(
+    options: dict[str, Any], sizes: Sequence[tuple[int, ...]], own: Decorator = calibration_options
+) -> None:
+    """Refuse options ``own`` of a calibration that cannot be, before torch is imported.
+
+    Raises:
+        UsageError: no such images, options without images, or several input sizes.
+    """
+    from ..arguments import check_unlabelled
+    from ..errors import UsageError
+
+    if options["data"] is None:
+        only_with(own, "--calibrate DATA")
+        return
+    if len(sizes) > 1:
+        raise UsageError("--calibrate feeds one image; for a network of several inputs use calibration= in Python")
+    check_unlabelled(options["data"])
+
+
 def calibration(
     options: dict[str, Any], model: Any, sizes: Sequence[tuple[int, ...]], own: Decorator = calibration_options
 ) -> Any:
     """Images and settings for `convert` under the options ``own`` (both None without --calibrate)."""
     from ..calibration import CalibrationSettings
     from ..data import calibration_images
-    from ..errors import UsageError, shortened
+    from ..errors import shortened
 
+    check_calibration(options, sizes, own)
     if options["data"] is None:
-        only_with(own, "--calibrate DATA")
         return None, None
-    if len(sizes) > 1:
-        raise UsageError("--calibrate feeds one image; for a network of several inputs use calibration= in Python")
     settings = CalibrationSettings(
         options["damping"], options["calibration_memory"], seed=options["seed"], inputs=options["calibration_images"]
     )
@@ -200,9 +221,12 @@ def calibration(
             split=options["calibration_split"],
             seed=options["seed"],
         )
-    say(f"calibrating on {len(images)} images of {options['data']}, {_described(images.preprocessing)}")
+    say(f"calibrating on {counted(len(images), 'image')} of {options['data']}, {_described(images.preprocessing)}")
     if images.unreadable:
-        say(f"note: {len(images.unreadable)} images could not be read: {shortened(list(images.unreadable), 3)}")
+        say(
+            f"note: {counted(len(images.unreadable), 'image')} could not be read: "
+            f"{shortened(list(images.unreadable), 3)}"
+        )
     return images, settings
 
 
@@ -230,7 +254,9 @@ input_size = click.option(
     help="Size of one input; default: the network's own, where it says one. Repeat it for a network of several inputs.",
 )
 device = click.option(
-    "--device", help="Where to run: cpu, cuda, cuda:1; default: a GPU where there is one and images are given."
+    "--device",
+    type=inputs.DeviceName(),
+    help="Where to run: cpu, cuda, cuda:1; default: a GPU where there is one and images are given.",
 )
 basis = click.option(
     "--basis",
@@ -250,8 +276,14 @@ dtype = click.option(
 force = click.option("--force", is_flag=True, help="Replace the output where it exists.")
 
 
-def opened(text: str, options: dict[str, Any], *, at_once: bool = False, intact: bool = False, **more: Any) -> Network:
-    """The network of a source string under `network_options` or fewer of them; ``at_once`` as in `busy`.
+def begin(source: str) -> None:
+    """Say that a network is being loaded, and import what loads it, which takes seconds."""
+    with busy(f"loading {source}", at_once=True):
+        import_module("harmconvert.sources")
+
+
+def opened(text: str, options: dict[str, Any], *, begun: bool = False, intact: bool = False, **more: Any) -> Network:
+    """The network of a source string under `network_options` or fewer of them; ``begun``: `begin` was called.
 
     Raises:
         InputError: it is damaged, and what will be made of it should be ``intact``; and as `open_source`.
@@ -259,7 +291,7 @@ def opened(text: str, options: dict[str, Any], *, at_once: bool = False, intact:
     from ..errors import DamageWarning, InputError
     from ..sources import open_source
 
-    with busy(f"loading {text}", at_once=at_once), warnings.catch_warnings():
+    with busy(f"loading {text}", said=begun), warnings.catch_warnings():
         if intact:
             warnings.simplefilter("error", DamageWarning)
         try:
@@ -350,35 +382,3 @@ def verification_inputs(
 
 def _one_or_all(inputs: list[Any]) -> Any:
     return inputs[0] if len(inputs) == 1 else tuple(inputs)
-
-
-def console(quiet: bool = False) -> Console:
-    """A console on stdout; where that is no terminal, so wide that a row is a line. Silent under --json and --quiet."""
-    from rich.console import Console
-
-    class Patient(Console):
-        def print(self, *objects: Any, **how: Any) -> None:
-            super().print(*(printable(one) if isinstance(one, str) else one for one in objects), **how)
-
-        def on_broken_pipe(self) -> None:
-            """Whoever read our table has gone: the work goes on without an audience."""
-            self.quiet = True
-            nobody_reads(sys.stdout)
-
-    terminal = sys.stdout.isatty()
-    quiet = quiet or loud("quiet")
-    return Patient(width=None if terminal else 1000, highlight=False, soft_wrap=not terminal, quiet=quiet)
-
-
-def print_json(data: Any) -> None:
-    """One document, as `json_text` writes it; what the command comes to is not changed by nobody reading it."""
-    stream = click.get_current_context().find_root().obj
-    try:
-        click.echo(json_text(data), file=stream)
-    except BrokenPipeError:
-        nobody_reads(stream)
-
-
-def nobody_reads(stream: TextIO) -> None:
-    """Let go on what writes to a stream whose reader has gone, without an audience."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import options
+from . import inputs, options
 
 if TYPE_CHECKING:
     from ..benchmark import Benchmark
@@ -35,14 +35,13 @@ def report_on(
     Raises:
         UsageError: it is none, or (to time it) nothing says what it takes.
     """
-    from ..errors import UsageError
     from ..files import short_name
     from ..report.summary import report_of
-    from ..sources import is_harmonic_source
 
-    network = options.opened(source, given) if is_harmonic_source(source) else None
-    if network is None or network.header is None:
-        raise UsageError(f"{source} is no harmonic checkpoint: make one first with: harmconvert convert {source}")
+    inputs.check_harmonic(source)
+    network = options.opened(source, given)
+    if network.header is None:
+        raise inputs.not_harmonic(source)
     model, header, file = network.model, network.header, Path(source.removeprefix("reference:"))
     times = _times(model, sizes, latency, given["device"]) if latency else None
     example = options.example_input(sizes, model) if sizes else None

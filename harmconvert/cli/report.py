@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import options, pages, training_options, types
+from . import inputs, options, pages, training_options, types
 
 if TYPE_CHECKING:
     from ..report.tradeoff import Tradeoff
@@ -33,7 +33,7 @@ def tradeoff_options(command: Any) -> Any:
 
 
 @click.command(name="report")
-@click.argument("source")
+@click.argument("source", type=inputs.SourceText())
 @click.option(
     "--figure",
     type=click.Choice(OF_A_NETWORK + OF_A_CHECKPOINT),
@@ -94,8 +94,6 @@ def command(
       harmconvert report sample:resnet_mnist5k --figure tradeoff --dataset sample:mnist5k --calibrate sample:mnist5k
     """
     from ..errors import UsageError
-    from ..report import tables
-    from ..report.tradeoff import Tradeoff
     from ..report.writing import check_figure, drawing, write_figure
 
     if figure != "tradeoff" and latency is None and given["device"] is not None:
@@ -111,6 +109,15 @@ def command(
     if figure not in ("filters", "spectrum") and kernel_size is not None:
         raise UsageError("--kernel-size is of use only with --figure filters or spectrum")
     image, numbers = check_figure(source, figure, output, force)
+    if figure == "tradeoff":
+        inputs.check_run(given)
+        options.check_calibration(given, (), options.calibration_data_options)
+    inputs.check()
+    if figure in OF_A_CHECKPOINT:
+        inputs.check_harmonic(source)
+    from ..report import tables
+    from ..report.tradeoff import Tradeoff
+
     drawing()
     shown, found = _figure(figure, source, kernel_size, given)
     rows = write_figure(found, image, numbers, force)
@@ -162,11 +169,10 @@ def _page(
 ) -> None:
     """Write the page, or its data."""
     from ..errors import UsageError
-    from ..report.page import write_report
     from ..report.writing import check_report
-    from ..sources import is_harmonic_source
 
-    if not is_harmonic_source(source):
+    inputs.check()
+    if not inputs.may_be_harmonic(source):
         raise UsageError(
             f"which figure? give --figure {', '.join(OF_A_NETWORK[:-1])} or {OF_A_NETWORK[-1]}; without it the page of "
             f"a harmonic checkpoint is written, and {source} is none: make one with: harmconvert convert {source}"
@@ -175,6 +181,8 @@ def _page(
     if kernel_size is not None:
         raise UsageError("--kernel-size is of use only with --figure filters or spectrum")
     path = check_report(source, output, force)
+    from ..report.page import write_report
+
     report = pages.report_on(source, input_size, given, latency)
     write_report(report, path, force)
     if as_json:

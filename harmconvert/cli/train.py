@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import options, training_options, types
+from . import inputs, options, training_options, types
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command(name="train", cls=types.OptionalValues)
-@click.argument("source")
+@click.argument("source", type=inputs.SourceText())
 @click.option(
     "--recipe",
     "recipe_name",
@@ -79,6 +79,9 @@ def command(
       harmconvert train resnet50 --recipe imagenet-resnet --harmonic none --data-dir imagenet/ --amp
       harmconvert train sample:resnet_mnist5k --harmonic none --recipe cifar-wrn --dataset sample:mnist5k --hflip 0
     """
+    output = output or default_output(source)
+    inputs.check_outputs(output, given, force)
+    inputs.check_run(given, lam)
     from contextlib import ExitStack
     from dataclasses import replace
 
@@ -86,8 +89,6 @@ def command(
     from ..training import train
     from ..training.finetuning import Setting, check_classes, evaluator, train_loading
 
-    output = output or default_output(source)
-    training_options.check_outputs(output, given, force)
     with joined(), ExitStack() as held:
         network, model = untrained(source, given, harmonic, lam, basis, not no_normalize_first)
         data = training_options.data_from(given, training_options.seed_from(given), ("train", "test"))

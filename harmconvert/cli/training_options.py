@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import options, types
+from . import inputs, options, types
 
 if TYPE_CHECKING:
     from ..data.datasets import Data
@@ -52,7 +52,7 @@ data_options = _stacked(
 
 holdout = click.option(
     "--holdout",
-    type=click.FloatRange(min=0, max=1, max_open=True),
+    type=types.FiniteRange(min=0, max=1, max_open=True),
     default=0.1,
     show_default=True,
     help="Share to test on, where the data has one split only.",
@@ -62,7 +62,7 @@ evaluation_options = _stacked(
     data_options,
     click.option(
         "--holdout",
-        type=click.FloatRange(min=0, max=1, max_open=True),
+        type=types.FiniteRange(min=0, max=1, max_open=True),
         default=0.0,
         show_default=True,
         help="Where the data has one split only: test on this share of it, as finetune does; 0: on all of it.",
@@ -79,34 +79,34 @@ recipe_options = _stacked(
     click.option(
         "--batch-size", "-b", type=click.IntRange(min=1), help="Images of one step, over all processes together."
     ),
-    click.option("--lr", type=click.FloatRange(min=0), help="Learning rate."),
+    click.option("--lr", type=types.FiniteRange(min=0), help="Learning rate."),
     click.option("--opt", help="Optimiser, by timm's name: momentum, sgd (Nesterov), adamw, ..."),
-    click.option("--momentum", type=float, help="Of the optimiser."),
-    click.option("--weight-decay", type=click.FloatRange(min=0), help="Of every parameter."),
+    click.option("--momentum", type=types.FiniteRange(), help="Of the optimiser."),
+    click.option("--weight-decay", type=types.FiniteRange(min=0), help="Of every parameter."),
     click.option("--sched", help="Schedule, by timm's name: none (constant), cosine, step, multistep, ..."),
     click.option("--warmup-epochs", type=click.IntRange(min=0), help="Epochs in which the learning rate rises."),
-    click.option("--decay-epochs", type=click.FloatRange(min=0, min_open=True), help="step: epochs between two cuts."),
+    click.option("--decay-epochs", type=types.FiniteRange(min=0, min_open=True), help="step: epochs between two cuts."),
     click.option("--decay-milestones", type=types.Numbers(), help="multistep: epochs of the cuts, such as 60,120,160."),
-    click.option("--decay-rate", type=click.FloatRange(min=0), help="step, multistep: what a cut multiplies by."),
-    click.option("--min-lr", type=click.FloatRange(min=0), help="Where a schedule ends."),
+    click.option("--decay-rate", type=types.FiniteRange(min=0), help="step, multistep: what a cut multiplies by."),
+    click.option("--min-lr", type=types.FiniteRange(min=0), help="Where a schedule ends."),
     click.option(
         "--crop",
         type=click.Choice(["resized", "padded", "none"]),
         help="Augmentation: random area and aspect (ImageNet), padded and cropped (CIFAR), or none.",
     ),
     click.option("--padding", type=click.IntRange(min=0), help="Pixels of a padded crop."),
-    click.option("--scale", type=float, nargs=2, help="Smallest and largest area of a resized crop."),
-    click.option("--ratio", type=float, nargs=2, help="Least and greatest aspect of a resized crop."),
-    click.option("--hflip", type=click.FloatRange(0, 1), help="Share of images that are mirrored; 0 for writing."),
-    click.option("--vflip", type=click.FloatRange(0, 1), help="Share of images that are turned upside down."),
-    click.option("--color-jitter", type=click.FloatRange(min=0), help="Strength of random colours."),
+    click.option("--scale", type=types.FiniteRange(), nargs=2, help="Smallest and largest area of a resized crop."),
+    click.option("--ratio", type=types.FiniteRange(), nargs=2, help="Least and greatest aspect of a resized crop."),
+    click.option("--hflip", type=types.FiniteRange(0, 1), help="Share of images that are mirrored; 0 for writing."),
+    click.option("--vflip", type=types.FiniteRange(0, 1), help="Share of images that are turned upside down."),
+    click.option("--color-jitter", type=types.FiniteRange(min=0), help="Strength of random colours."),
     click.option("--aa", metavar="POLICY", help="timm's auto-augmentation, such as rand-m9-mstd0.5."),
-    click.option("--reprob", type=click.FloatRange(0, 1), help="Share of images with a random part erased."),
-    click.option("--mixup", type=click.FloatRange(min=0), help="Mixup's alpha."),
-    click.option("--cutmix", type=click.FloatRange(min=0), help="CutMix's alpha."),
-    click.option("--smoothing", type=click.FloatRange(0, 1), help="Label smoothing."),
-    click.option("--clip-grad", type=click.FloatRange(min=0, min_open=True), help="Largest norm of the gradient."),
-    click.option("--model-ema-decay", "ema", type=click.FloatRange(0, 1), help="Deliver a moving average of weights."),
+    click.option("--reprob", type=types.FiniteRange(0, 1), help="Share of images with a random part erased."),
+    click.option("--mixup", type=types.FiniteRange(min=0), help="Mixup's alpha."),
+    click.option("--cutmix", type=types.FiniteRange(min=0), help="CutMix's alpha."),
+    click.option("--smoothing", type=types.FiniteRange(0, 1), help="Label smoothing."),
+    click.option("--clip-grad", type=types.FiniteRange(min=0, min_open=True), help="Largest norm of the gradient."),
+    click.option("--model-ema-decay", "ema", type=types.FiniteRange(0, 1), help="Deliver a moving average of weights."),
     click.option(
         "--amp",
         type=click.Choice(["float32", "bfloat16", "float16"]),
@@ -132,7 +132,10 @@ run_options = _stacked(
     click.option("--no-sync-bn", is_flag=True, help="Batch norms look at each process's own images only."),
     click.option("--save-every", type=click.IntRange(min=1), metavar="STEPS", help="Save the state more often."),
     click.option(
-        "--resume", metavar="STATE", help="Go on from a saved state; the other options as when the run was begun."
+        "--resume",
+        type=inputs.InputFile(),
+        metavar="STATE",
+        help="Go on from a saved state; the other options as when the run was begun.",
     ),
     click.option(
         "--log", type=click.Choice(["tensorboard"]), help="Write events, too (pip install 'harmconvert[tensorboard]')."
@@ -281,27 +284,14 @@ def keeper_from(given: Mapping[str, Any], output: str, identity: Mapping[str, An
         UsageError: a new run would replace the state of one that was interrupted.
     """
     from ..distributed import any_rank
-    from ..errors import UsageError
-    from ..files import check_output
+    from ..files import check_output, state_path
     from ..training import Keeper
-    from ..training.state import state_path
 
     path = Path(given["resume"]) if given["resume"] else state_path(output)
     if any_rank(not given["resume"] and not force and path.exists()):
-        raise UsageError(
-            f"{path} is the state of an interrupted run: go on with --resume {path}, or begin anew: --force"
-        )
+        raise inputs.interrupted(path)
     check_output(path, force=True)
     return Keeper(path, given["save_every"], identity, say=options.say)
-
-
-def check_outputs(output: str, given: Mapping[str, Any], force: bool) -> None:
-    """Raise UsageError where a run would replace its ``output``, or the figures of another run beside it."""
-    from ..files import check_output
-    from ..training.metrics import metrics_path
-
-    check_output(output, force, ".safetensors")
-    check_output(metrics_path(output), force or bool(given["resume"]))
 
 
 @contextmanager

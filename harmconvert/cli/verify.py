@@ -6,15 +6,15 @@ from typing import Any
 
 import click
 
-from . import options
+from . import inputs, options, types
 
 
 @click.command(name="verify")
-@click.argument("original")
-@click.argument("converted")
+@click.argument("original", type=inputs.SourceText())
+@click.argument("converted", type=inputs.SourceText())
 @click.option(
     "--tolerance",
-    type=click.FloatRange(min=0),
+    type=types.FiniteRange(min=0),
     help="Accept this relative difference of the outputs; default: 1e-12 for float64 weights, 1e-5 for float32.",
 )
 @click.option(
@@ -45,6 +45,7 @@ def command(
       harmconvert verify resnet50 resnet50-harmonic-full.safetensors
       harmconvert verify resnet50 resnet50-harmonic-progressive.safetensors --as-planned
     """
+    inputs.check()
     from ..report import tables
     from ..sources import open_counterpart
     from ..verify import verify
@@ -52,9 +53,9 @@ def command(
     network = options.opened(original, network_options, form="harmonic")
     with options.busy(f"loading {converted}"):
         other = open_counterpart(converted, network)
-    inputs = options.verification_inputs(input_size, network.source)
+    examples = options.verification_inputs(input_size, network.source)
     with options.progress() as progress:
-        check = verify(network.model, other, **inputs, tolerance=tolerance, progress=progress)
+        check = verify(network.model, other, **examples, tolerance=tolerance, progress=progress)
     passed = check.ok or (as_planned and check.as_planned)
     console = options.console(quiet=as_json)
     console.print(tables.verification_table(check))

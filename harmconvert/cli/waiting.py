@@ -38,9 +38,9 @@ def progress(what: str = "") -> Iterator[Callable[[int, int, str], None]]:
 
 
 @contextmanager
-def busy(what: str, *, at_once: bool = False) -> Iterator[Callable[[str], None]]:
+def busy(what: str, *, at_once: bool = False, said: bool = False) -> Iterator[Callable[[str], None]]:
     """A spinner on stderr with the time so far; where that is no terminal, a line when two seconds are over, or
-    ``at_once``. Yields what to call when something else is done."""
+    ``at_once``, or none because it was ``said`` before. Yields what to call when something else is done."""
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -50,9 +50,10 @@ def busy(what: str, *, at_once: bool = False) -> Iterator[Callable[[str], None]]
         yield lambda what: None
         return
     if not console.is_terminal:
-        if at_once or loud("verbose"):
+        now = at_once or loud("verbose")
+        if now and not said:
             say(what)
-        with _late("" if at_once or loud("verbose") else what):
+        with _late("" if now or said else what):
             yield say
         return
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..arguments import STREAMS, check_unlabelled
 from ..distributed import gathered, world_size
-from ..errors import InputError, UsageError, first_line, shortened
+from ..errors import InputError, UsageError, counted, first_line, shortened
 from ..samples import mnist5k
 from .datasets import Files, Pictures, Stream, open_timm, pictures_of
 from .pictures import UNREADABLE, eight_bit, photographs, random_crop
@@ -65,7 +65,7 @@ def calibration_images(
         OutsideError: the data set has to be downloaded and cannot be, or a package is missing.
     """
     if count < 1 or batch_size < 1:
-        raise UsageError(f"{count} calibration images in batches of {batch_size}: both must be at least 1")
+        raise UsageError(f"{counted(count, 'calibration image')} in batches of {batch_size}: both must be at least 1")
     config = preprocessing(model, overrides or {})
     transform, mode = evaluation_transform(config), color_mode(config)
     unreadable: list[str] = []
@@ -115,6 +115,7 @@ def _readable(
             unreadable.append(pictures.name(int(index)))
             if len(unreadable) > bound:
                 raise InputError(
-                    f"{len(unreadable)} images of {data} cannot be read ({shortened(unreadable, 3)}; the last: "
+                    f"{counted(len(unreadable), 'image')} of {data} cannot be read "
+                    f"({shortened(unreadable, 3)}; the last: "
                     f"{first_line(error)}): mend the data, or leave them out"
                 ) from error

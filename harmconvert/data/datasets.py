@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..arguments import PACKAGES, check_labelled
-from ..errors import InputError, OutsideError, UsageError, first_line, shortened
+from ..errors import InputError, OutsideError, UsageError, counted, first_line, shortened
 from ..samples import mnist5k, mnist5k_held_back_pixels
 from .pictures import photographs, random_crop
 
@@ -348,5 +348,8 @@ def _split(pictures: Pictures, request: DataRequest, parts: Sequence[str]) -> Da
     if kept_back == len(pictures):
         raise InputError(f"{request} holds {len(pictures)} image: too few to train on and to test on")
     test, train = Some(pictures, np.sort(order[:kept_back])), Some(pictures, np.sort(order[kept_back:]))
-    note = f"{request} has one split: {len(test)} of its {len(pictures)} images (seed {request.seed}) are tested on"
+    note = (
+        f"{request} has one split: {len(test)} of its {counted(len(pictures), 'image')} (seed "
+        f"{request.seed}) are tested on"
+    )
     return Data(train if "train" in parts else None, test if "test" in parts else None, (note,))

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from ..distributed import gathered, rank, world_size
-from ..errors import InputError, OutsideError, first_line, shortened
+from ..errors import InputError, OutsideError, counted, first_line, shortened
 from .datasets import Pictures, Stream
 from .pictures import UNREADABLE, eight_bit
 from .preprocessing import Transform
@@ -72,7 +72,8 @@ class Loading:
         if self.images is None or read >= self.images:
             return None
         return (
-            f"note: {read} of {self.images} images were read: a stream wants as many shards as there are processes "
+            f"note: {read} of {counted(self.images, 'image')} were read: a stream wants as many shards as "
+            f"there are processes "
             "times --workers"
         )
 
@@ -114,7 +115,9 @@ def training_batches(
         return _streamed(pictures, transform, mode, batch_size, seed, workers, pin_memory, drop_last=True)
     batch_size = min(batch_size, len(pictures) // world_size() * world_size())
     if batch_size == 0:
-        raise InputError(f"{len(pictures)} images for {world_size()} processes: use fewer processes")
+        raise InputError(
+            f"{counted(len(pictures), 'image')} for {counted(world_size(), 'process')}: use fewer processes"
+        )
     order = _Order(len(pictures), batch_size, seed, shuffle=True)
     return _indexed(_Items(pictures, transform, mode, seed, replace=True), order, workers, pin_memory)
 

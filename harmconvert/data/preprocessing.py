@@ -10,7 +10,7 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from torchvision import transforms
 
-from ..errors import UsageError, first_line
+from ..errors import UsageError, counted, first_line
 from ..surgery import pretrained_config
 
 Transform = Callable[[Image.Image], Tensor]
@@ -28,12 +28,15 @@ def preprocessing(model: nn.Module, overrides: Mapping[str, Any]) -> dict[str, A
         raise UsageError("this network does not say what size of image it takes: give --input-size C,H,W")
     if len(size) != 3:
         raise UsageError(
-            f"this network takes inputs of {len(size)} axes, not images: give batches of your own in Python"
+            f"this network takes inputs of {counted(len(size), 'axis')}, not images: give batches of your own in Python"
         )
     given = {key: value for key, value in overrides.items() if value is not None}
     for key in ("mean", "std"):
         if key in given and len(given[key]) not in (1, size[0]):
-            raise UsageError(f"--{key} has {len(given[key])} numbers for {size[0]} channels: give one, or one for each")
+            raise UsageError(
+                f"--{key} has {counted(len(given[key]), 'number')} for {counted(size[0], 'channel')}: "
+                "give one, or one for each"
+            )
         if key == "std" and key in given and not all(given[key]):
             raise UsageError("--std is divided by: it cannot be zero")
     config = dict(resolve_data_config({**given, "input_size": tuple(size)}, pretrained_cfg=cfg))
@@ -63,7 +66,7 @@ def color_mode(config: Mapping[str, Any]) -> str:
     channels = config["input_size"][0]
     if channels not in (1, 3):
         raise UsageError(
-            f"the network reads {channels} channels, images have 1 or 3: give batches of your own in Python"
+            f"the network reads {counted(channels, 'channel')}, images have 1 or 3: give batches of your own in Python"
         )
     return "L" if channels == 1 else "RGB"
 

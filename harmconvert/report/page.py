@@ -18,7 +18,7 @@ from rich.cells import cell_len
 
 from ..basis import all_frequencies
 from ..documents import json_text
-from ..errors import printable
+from ..errors import counted, printable
 from ..files import write_text
 from . import grid
 from .charts import Chart, error_chart, search_chart, training_charts
@@ -193,7 +193,7 @@ def layer_text(layer: LayerFacts) -> str:
     if not layer.kept:
         return "\n".join([*lines, f"skipped: {layer.why}"])
     lam = f" (λ = {layer.levels})" if layer.levels and layer.cut else ""
-    lines.append(f"keeps {layer.kept} of {layer.total} frequencies{lam}")
+    lines.append(f"keeps {layer.kept} of {counted(layer.total, 'frequency')}{lam}")
     if layer.parameters is not None and layer.kept_parameters is not None:
         lines.append(f"{millions(layer.parameters)} -> {millions(layer.kept_parameters)} parameters")
     if layer.cut and layer.energy is not None:

@@ -15,7 +15,7 @@ from ..budget.dropping import Step
 from ..calibration import ENOUGH_POSITIONS, Calibration
 from ..convert import Conversion, LayerRecord
 from ..cost import Cost
-from ..errors import one_line, shortened
+from ..errors import counted, one_line, shortened
 from ..evaluation import Evaluation
 from ..export import Exported
 from ..forms import Factoring
@@ -75,10 +75,10 @@ def calibration_lines(calibration: Calibration) -> list[str]:
     """What calibration came to, in a line or a few."""
     decisions = [layer.decision for layer in calibration.layers]
     counts = ", ".join(f"{decisions.count(d)} {d}" for d in sorted(set(decisions), key=decisions.index))
-    seen = f"{calibration.inputs} inputs, {calibration.held_back} of them held back"
+    seen = f"{counted(calibration.inputs, 'input')}, {calibration.held_back} of them held back"
     lines = [f"calibrated on {seen}: {counts or 'nothing cut'}", *calibration.notes]
     starved = [
-        f"{layer.name} wants {ENOUGH_POSITIONS * layer.unknowns} ({layer.inputs_enough} inputs)"
+        f"{layer.name} wants {ENOUGH_POSITIONS * layer.unknowns} ({counted(layer.inputs_enough, 'input')})"
         for layer in calibration.layers
         if layer.unknowns and layer.inputs < layer.inputs_enough
     ]
@@ -137,7 +137,7 @@ def export_lines(found: Exported, dtype: str) -> list[str]:
     lines = [f"{what}: outputs differ by {found.difference:.1e} of the largest{top1}"]
     if found.factored:
         times = "" if found.speedup is None else f", {found.speedup:.2f} times as fast as dense in ONNX Runtime"
-        lines.append(f"{len(found.factored)} layers factored{times}")
+        lines.append(f"{counted(len(found.factored), 'layer')} factored{times}")
     return [*lines, *(f"note: {note}" for note in found.notes)]
 
 
@@ -151,7 +151,7 @@ def evaluation_lines(evaluation: Evaluation) -> list[str]:
     lines.append(f"{evaluation.images_per_second:,.0f} images/s")
     if evaluation.unreadable:
         names = shortened(list(evaluation.unreadable), 3)
-        lines.append(f"{len(evaluation.unreadable)} images could not be read: {names}")
+        lines.append(f"{counted(len(evaluation.unreadable), 'image')} could not be read: {names}")
     return lines
 
 
@@ -198,9 +198,12 @@ def comparison_table(comparison: Comparison) -> Table:
         ("parameters", [f"{millions(c.parameters)} ({c.share:.1%})" for c in columns]),
         ("tensors", [megabytes(column.bytes) for column in columns]),
         ("MACs, factored", [_factored(column) for column in columns]),
-        ("calibrated on", [f"{c.calibration_inputs} inputs" if c.calibration_inputs else "" for c in columns]),
+        (
+            "calibrated on",
+            [f"{counted(c.calibration_inputs, 'input')}" if c.calibration_inputs else "" for c in columns],
+        ),
         ("divergence", ["" if c.divergence is None else f"{c.divergence:.3g}" for c in columns]),
-        ("trained", [f"{column.epochs} epochs" if column.epochs else "" for column in columns]),
+        ("trained", [f"{counted(column.epochs, 'epoch')}" if column.epochs else "" for column in columns]),
         ("top-1", ["not known" if c.top1 is None else f"{c.top1:.2%} ({c.stage})" for c in columns]),
         ("95 %", ["" if not c.top1_interval else "{:.2%} to {:.2%}".format(*c.top1_interval) for c in columns]),
         ("as uncut", ["" if column.agreement is None else f"{column.agreement:.2%}" for column in columns]),
@@ -292,12 +295,14 @@ def inspection_lines(inspection: Inspection) -> list[str]:
     share = f"{inspection.parameter_share:.1%} of {millions(inspection.parameters)} parameters"
     macs = inspection.mac_share
     lines = [
-        f"{len(inspection.layers)} convolutions over 1x1 hold {share}"
+        f"{counted(len(inspection.layers), 'convolution')} over 1x1 "
+        f"{'holds' if len(inspection.layers) == 1 else 'hold'} {share}"
         + (f" and {macs:.1%} of the MACs" if macs is not None else "; MACs are unknown without an input size")
         + ": no cut can save more",
     ]
     if inspection.one_by_one:
-        lines.append(f"{inspection.one_by_one} convolutions of 1x1 have nothing to cut")
+        has = "has" if inspection.one_by_one == 1 else "have"
+        lines.append(f"{counted(inspection.one_by_one, 'convolution')} of 1x1 {has} nothing to cut")
     lines += [f"skipped {skip.name or '(root)'} ({skip.kind}): {skip.why}" for skip in inspection.skipped]
     return lines
 

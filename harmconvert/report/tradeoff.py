@@ -11,7 +11,7 @@ from torch import nn
 from ..calibration import CalibrationSettings
 from ..convert import Conversion, check_network, convert, run_where_possible
 from ..cost import Cost
-from ..errors import InputError, shortened
+from ..errors import InputError, counted, shortened
 from ..evaluation import Evaluation, wilson_interval
 from ..plan import Plan, make_plan
 from ..tracing import find_sites
@@ -179,4 +179,5 @@ def _distinct_plans(
 
 def _note(conversion: Conversion) -> str | None:
     failed = conversion.calibration.failed if conversion.calibration else ()
-    return f"{len(failed)} layers could not be calibrated and stay a plain cut" if failed else None
+    stay = "stays" if len(failed) == 1 else "stay"
+    return f"{counted(len(failed), 'layer')} could not be calibrated and {stay} a plain cut" if failed else None

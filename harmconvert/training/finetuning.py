@@ -21,7 +21,7 @@ from ..data.loading import NO_LABEL, Batch, evaluation_batches, some_images, tra
 from ..data.preprocessing import color_mode, evaluation_transform
 from ..distributed import world_size
 from ..documents import check
-from ..errors import HarmconvertError, InputError, UsageError, first_line
+from ..errors import HarmconvertError, InputError, UsageError, counted, first_line
 from ..evaluation import Evaluation, evaluate
 from ..history import CALIBRATION, STAGES
 from ..origin import Source
@@ -219,7 +219,8 @@ def check_classes(data: Data, model: nn.Module, instead: str) -> None:
     classes = number_of_classes(model)
     if data.classes is not None and classes is not None and data.classes != classes:
         raise InputError(
-            f"the data has {data.classes} classes, the network {classes}: name its own data (--data-dir, --dataset), "
+            f"the data has {counted(data.classes, 'class')}, the network {classes}: name its own data "
+            f"(--data-dir, --dataset), "
             f"or {instead}"
         )
 
@@ -253,6 +254,8 @@ class _Stages:
         self.calibration: Mapping[str, Any] | None = None
 
     def stages(self, data: Data, calibration_images: int, seed: int) -> list[Stage]:
+        """The uncut network, the file that was given, and what calibration comes to. ``before`` is always the file; a
+        file that is calibrated already is called that, and its plain cut is made again to compare it with."""
         uncut = Stage("uncut", why=self.why_no_original)
         if self.original is not None:
             uncut = self._stage("uncut", self.original)
@@ -261,10 +264,10 @@ class _Stages:
         if self.header.plan.whole:
             return [uncut, self._stage("before", self.model), Stage("calibrated", why="nothing is cut")]
         if self.header.calibrated:
-            before = Stage("before", why=self.why_no_original)
+            cut = Stage("cut", why=self.why_no_original)
             if self.original is not None:
-                before = self._stage("before", convert(self.original, self.header.plan).model)
-            return [uncut, before, self._stage("calibrated", self.model)]
+                cut = self._stage("cut", convert(self.original, self.header.plan).model)
+            return [uncut, cut, self._stage("calibrated", self.model)]
         before = self._stage("before", self.model)
         return [uncut, before, self._calibrated(data, calibration_images, seed)]
 
@@ -276,7 +279,7 @@ class _Stages:
         assert data.train is not None
         config = self.setting.preprocessing
         images = some_images(data.train, evaluation_transform(config), color_mode(config), count, seed)
-        self.setting.say(f"calibrating on {len(images)} training images, without their labels")
+        self.setting.say(f"calibrating on {counted(len(images), 'training image')}, without their labels")
         size = max(1, min(32, len(images) // (4 * world_size())))  # every process wants a share
         batches = tuple(batch.to(self.setting.machine.device) for batch in images.split(size))
         try:

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..data.loading import Batch, Batches
 from ..distributed import any_rank, gathered, rank, world_size
-from ..errors import CheckError, InputError, UsageError, shortened
+from ..errors import CheckError, InputError, UsageError, counted, shortened
 from ..evaluation import Evaluation
 from ..tensors import tensors_of
 from .batch_norm import frozen, over_all_processes
@@ -106,7 +106,7 @@ def train(
                 distribute_bn(model, world_size(), reduce=True)
             if unreadable := sorted({name for names in gathered(unreadable) for name in names}):
                 keeper.say(
-                    f"note: {len(unreadable)} images could not be read, others took their place: "
+                    f"note: {counted(len(unreadable), 'image')} could not be read, others took their place: "
                     f"{shortened(unreadable, 3)}"
                 )
             sums, signal = learner.look(request)
@@ -127,8 +127,9 @@ def _check(recipe: Recipe, batches: Batches, teacher: nn.Module | None) -> None:
     parts = world_size() * recipe.grad_accum_steps
     if recipe.batch_size % parts:
         raise UsageError(
-            f"a batch of {recipe.batch_size} images cannot be shared out evenly over {world_size()} processes x "
-            f"{recipe.grad_accum_steps} parts: give a --batch-size that {parts} divides"
+            f"a batch of {counted(recipe.batch_size, 'image')} cannot be shared out evenly over "
+            f"{counted(world_size(), 'process')} x "
+            f"{counted(recipe.grad_accum_steps, 'part')}: give a --batch-size that {parts} divides"
         )
     if batches.steps == 0:
         raise InputError("the data set is smaller than one batch: give a smaller --batch-size")
@@ -194,7 +195,7 @@ def _not_finite(learner: Learner, position: Position, keeper: Keeper, what: str)
 
 
 def _stopped(position: Position, keeper: Keeper, signal: int) -> str:
-    done = f"after {position.epoch} epochs and {position.step} steps"
+    done = f"after {counted(position.epoch, 'epoch')} and {counted(position.step, 'step')}"
     if keeper.path is None:
         return f"interrupted {done}; no state is kept"
     return f"interrupted {done}; go on with the same command and --resume {keeper.path}"

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..data.preprocessing import Transform, padded_crop_transform, timm_transform
 from ..documents import check, count, finite, pair
-from ..errors import InputError, UsageError
+from ..errors import InputError, UsageError, counted
 
 CROPS = ("resized", "padded", "none")
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -89,7 +89,7 @@ class Recipe:
         changed = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if self._differs(default, f.name)]
         schedule = "constant" if self.sched == "none" else self.sched
         return (
-            f"{self.name}: {self.epochs} epochs, {self.opt}, lr {self.lr:g} ({schedule}), "
+            f"{self.name}: {counted(self.epochs, 'epoch')}, {self.opt}, lr {self.lr:g} ({schedule}), "
             f"weight decay {self.weight_decay:g}, batch {self.batch_size}, seed {self.seed}"
             + (f"; changed: {', '.join(changed)}" if changed else "")
         )

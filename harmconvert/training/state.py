@@ -15,7 +15,7 @@ import torch
 
 from ..distributed import all_or_none, any_rank, gathered, rank, world_size
 from ..documents import check, count, number, plain
-from ..errors import HarmconvertError, InputError, OutsideError, UsageError, first_line, shortened
+from ..errors import HarmconvertError, InputError, OutsideError, UsageError, counted, first_line, shortened
 from ..files import locked, write_file
 from ..files import state_path as state_path
 from ..unpickling import UNREADABLE, unpickled, why_no_values
@@ -120,7 +120,7 @@ class Keeper:
             except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
                 raise InputError(f"{path} holds random numbers that are none: {first_line(error)}") from error
         if len(whole["random"]) != world_size():
-            self.say(f"note: {path} is of {len(whole['random'])} processes, so random numbers will differ")
+            self.say(f"note: {path} is of {counted(len(whole['random']), 'process')}, so random numbers will differ")
         position = Position(**whole["position"])
         return replace(position, sums=tuple(position.sums), rows=tuple(position.rows)), whole
 

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, QuadMesh
 from matplotlib.figure import Figure
 
+from ...errors import counted
 from ..grid import edges
 from ..kernels import size_text
 from ..spectrum import LayerSpectrum, Spectrum
@@ -79,7 +80,7 @@ def _frequency_names(ax: Axes, layer: LayerSpectrum, width: float) -> None:
         ax.set_xlabel("frequency (indices along the kernel's axes)" if len(frequencies[0]) > 1 else "frequency")
     else:
         ax.set_xticks([])
-        ax.set_xlabel(f"{count} frequencies, by level")
+        ax.set_xlabel(f"{counted(count, 'frequency')}, by level")
     middles = [(first + last) / 2 for first, last in zip(starts, (*starts[1:], count), strict=True)]
     levels: list[int] = []
     for level, middle in enumerate(middles):

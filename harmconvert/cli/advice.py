@@ -1,0 +1,55 @@
+"""Options that a message names: the command that shows the message has them, or they are named with their command.
+
+The library's messages name the option that most commands have. Commands differ: what is --input-size for convert is
+--img-size for train, and only some read weights from --checkpoint.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Set
+
+import click
+
+# What to name where a command lacks the first and has the second.
+INSTEAD = {"--input-size C,H,W": "--img-size SIZE", "--input-size": "--img-size"}
+OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z]")
+
+
+def options_of(command: click.Command) -> set[str]:
+    """All options of a command, as they are typed."""
+    return {text for parameter in command.params for text in (*parameter.opts, *parameter.secondary_opts)}
+
+
+def fitting(text: str, command: str, options: Mapping[str, Set[str]]) -> str:
+    """A message for the user of ``command``; ``options`` are those of all commands, by name.
+
+    >>> options = {"convert": {"--checkpoint"}, "compare": {"--json"}}
+    >>> fitting("give the weights with --checkpoint FILE", "compare", options)
+    'give the weights with convert --checkpoint FILE'
+    """
+    own = options[command]
+    for option, other in INSTEAD.items():
+        if option.split()[0] not in own and other.split()[0] in own:
+            text = text.replace(option, other)
+
+    def named(match: re.Match[str]) -> str:
+        before = text[: match.start()]
+        if match[0] in own or re.search(r"\bharmconvert \w+ ", before) or before.rstrip().split(" ")[-1] in options:
+            return match[0]
+        owner = next((name for name, theirs in options.items() if match[0] in theirs), None)
+        return f"{owner} {match[0]}" if owner else match[0]
+
+    return OPTION.sub(named, text)
+
+
+def adapted(text: str, command: str | None = None) -> str:
+    """The same for ``command``, by default the one that runs; a text that names no option is left as it is."""
+    from . import COMMANDS, main
+
+    context = click.get_current_context(silent=True)
+    name = command or (context.command.name if context else None)
+    if name not in COMMANDS or not OPTION.search(text):
+        return text
+    found = {other: main.get_command(click.Context(main), other) for other in COMMANDS}
+    return fitting(text, name, {other: options_of(found_) for other, found_ in found.items() if found_ is not None})

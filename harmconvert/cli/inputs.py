@@ -1,0 +1,194 @@
+"""What arguments name: networks, files, images and devices, checked before torch is imported."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+# A name with one of these endings is a path, whatever else it could be.
+SUFFIXES = (
+    ".safetensors", ".pth", ".pt", ".pt2", ".pt7", ".bin", ".ckpt", ".tar", ".onnx", ".json", ".py",
+)  # fmt: skip
+DEVICES = ("cpu", "cuda", "hip", "hpu", "meta", "mps", "mtia", "xla", "xpu")
+
+
+class InputFile(click.ParamType):
+    """A file to read."""
+
+    name = "FILE"
+    instead_of_folder = "name a file"
+
+    def check(self, text: str) -> None:
+        """Raise what is wrong with the path of a file.
+
+        Raises:
+            InputError: there is no such file, or it is a folder. OutsideError: it may not be read.
+        """
+        from ..errors import InputError
+        from ..files import outside
+
+        path = Path(text)
+        if not text or not os.path.lexists(path):
+            raise InputError(f"no such file: {text or repr(text)} does not exist")
+        if not path.exists():
+            raise InputError(f"no such file: {text} is a link to {os.readlink(path)}, which does not exist")
+        if path.is_dir():
+            raise InputError(f"{text} is a folder: {self.instead_of_folder}")
+        if not path.is_file():
+            raise InputError(f"{text} is not a regular file")
+        if not os.access(path, os.R_OK):
+            raise outside(PermissionError(13, os.strerror(13)), f"cannot read {text}")
+
+
+class SourceText(InputFile):
+    """A network: the name of one, or a file."""
+
+    name = "SOURCE"
+    instead_of_folder = "name a file in it, or give local-dir:PATH for a folder that timm wrote"
+
+    def check(self, text: str) -> None:
+        """Raise what is wrong with a source that names a file, or nothing at all.
+
+        Raises:
+            UsageError: it is empty. InputError, OutsideError: as of a file.
+        """
+        from ..errors import InputError, UsageError
+
+        if not text.strip():
+            raise UsageError(f"{text!r} names no network: give a SOURCE (see --help)")
+        if "://" in text:
+            raise UsageError(f"{text} is an address: download the file, and name it")
+        scheme, _, name = text.partition(":")
+        place, colon, _ = text.rpartition(":")
+        if scheme == "reference":
+            super().check(name)
+        elif scheme.replace("_", "-") == "local-dir" and name and not Path(name).is_dir():
+            raise InputError(f"no such folder: {name} {'is a file' if Path(name).exists() else 'does not exist'}")
+        elif colon and place.endswith(".py"):
+            if not Path(place).is_file():
+                raise UsageError(f"there is no file {place}: give FILE.py:FACTORY")
+        elif looks_like_a_path(text):
+            super().check(text)
+            if text.endswith(".py"):
+                raise UsageError(f"{text} is Python: name the function that makes the network, as {text}:FACTORY")
+
+
+class DeviceName(click.ParamType):
+    """cpu, cuda or cuda:N."""
+
+    name = "DEVICE"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        from ..errors import UsageError
+
+        if not re.fullmatch(rf"({'|'.join(DEVICES)})(:\d{{1,3}})?", str(value)):
+            raise UsageError(f"--device {value}: give cpu, cuda, or cuda:N for the GPU of number N")
+        return str(value)
+
+
+def looks_like_a_path(text: str) -> bool:
+    """Whether a source without a scheme can only be a path.
+
+    >>> looks_like_a_path("cut.safetensors"), looks_like_a_path("runs/cut"), looks_like_a_path("resnet50.a1_in1k")
+    (True, True, False)
+    """
+    scheme, colon, _ = text.partition(":")
+    if colon and os.sep not in scheme and "." not in scheme:
+        return False
+    return os.sep in text or text.endswith(SUFFIXES)
+
+
+def check() -> None:
+    """Check every file and every source that the running command was given.
+
+    Raises:
+        UsageError: an option has an empty value. InputError, OutsideError: as `InputFile.check` and `SourceText.check`.
+    """
+    from ..errors import UsageError
+
+    context = click.get_current_context()
+    typed = click.core.ParameterSource.COMMANDLINE
+    for parameter in context.command.params:
+        given = context.params.get(parameter.name or "")
+        optional = isinstance(parameter, click.Option)
+        if optional and given in ("", ("",)) and context.get_parameter_source(parameter.name or "") is typed:
+            raise UsageError(f"{parameter.opts[0]} has an empty value: give one, or leave the option out")
+        if isinstance(parameter.type, InputFile) and given is not None:
+            for text in given if isinstance(given, tuple) else (given,):
+                parameter.type.check(text)
+
+
+def may_be_harmonic(source: str) -> bool:
+    """Whether a source may be a harmonic checkpoint: False where it is none for certain, as far as can be told without
+    torch."""
+    import safetensors
+
+    if source.startswith("reference:"):
+        return True
+    if Path(source).suffix != ".safetensors" or not Path(source).is_file():
+        return False
+    try:
+        with safetensors.safe_open(source, framework="np") as file:
+            return "harmconvert" in (file.metadata() or {})
+    except (safetensors.SafetensorError, OSError):
+        return True  # reading it says what is wrong
+
+
+def check_harmonic(source: str) -> None:
+    """Raise UsageError where a source is no harmonic checkpoint for certain."""
+    if not may_be_harmonic(source):
+        raise not_harmonic(source)
+
+
+def not_harmonic(source: str) -> Exception:
+    """The error that says that a source is no harmonic checkpoint."""
+    from ..errors import UsageError
+
+    return UsageError(f"{source} is no harmonic checkpoint: make one first with: harmconvert convert {source}")
+
+
+def check_labelled(data: str, data_dir: str | None) -> None:
+    """Raise UsageError where the text of --labelled names no images."""
+    from ..arguments import PACKAGES, check_labelled
+    from ..errors import UsageError
+
+    if Path(data).is_dir() or (data.endswith(".tar") and Path(data).is_file()):
+        return
+    if (os.sep in data or data.endswith(".tar")) and not data.startswith(PACKAGES):
+        raise UsageError(f"there is no folder {data}: give --labelled a folder with a folder for each class")
+    check_labelled(data, data_dir)
+
+
+def check_outputs(output: str, given: Mapping[str, Any], force: bool) -> None:
+    """Raise UsageError where a run would replace its ``output``, the figures or the state of another run beside it."""
+    from ..files import check_output, metrics_path, state_path
+
+    check_output(output, force, ".safetensors")
+    check_output(metrics_path(output), force or bool(given["resume"]))
+    if not given["resume"] and not force and state_path(output).exists():
+        raise interrupted(state_path(output))
+
+
+def check_run(given: Mapping[str, Any], lam: str = "full") -> None:
+    """Check what a run reads, and the lambda of what it trains.
+
+    Raises:
+        UsageError: no images, or an unknown lambda; and as `check`.
+    """
+    from ..arguments import check_labelled, parse_lambda
+
+    check_labelled(given["dataset"], given["data_dir"])
+    parse_lambda(lam)
+    check()
+
+
+def interrupted(path: Path) -> Exception:
+    """The error that says that a file is the state of an interrupted run."""
+    from ..errors import UsageError
+
+    return UsageError(f"{path} is the state of an interrupted run: go on with --resume {path}, or begin anew: --force")

@@ -1,0 +1,47 @@
+"""Where convert writes, checked before torch is imported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from . import options, pages
+
+
+def check(
+    source: str, output: str, save_plan: str | None, report: str | None, search_figure: str | None, force: bool
+) -> tuple[Path | None, tuple[Path, Path] | None]:
+    """Where the page and the figure go; raises UsageError or OutsideError where an output cannot be written."""
+    from ..files import check_output
+    from ..report.writing import check_figure
+
+    check_output(output, force, ".safetensors")
+    if save_plan:
+        check_output(save_plan, force)
+    page = pages.checked(output, report, force)
+    return page, check_figure(source, "search", search_figure, force) if search_figure else None
+
+
+def check_probes(probes: str | None, output: str, source: str, wanted: bool) -> str | None:
+    """Where scores are kept, which an interruption says; None where there are none to keep."""
+    from ..files import check_output
+
+    if wanted and probes is None:
+        probes = _probes_beside(output, source)
+    if probes:
+        check_output(probes, force=True)
+        options.keep(lambda: _scores_kept(probes))
+    return probes
+
+
+def _scores_kept(probes: str) -> str:
+    """What is kept where a search is interrupted."""
+    if not Path(probes).exists():
+        return options.NOTHING_WRITTEN
+    return f"{options.NOTHING_WRITTEN}, but scores of layers are kept in {probes}: the same command goes on from them"
+
+
+def _probes_beside(output: str, source: str) -> str:
+    """Where scores are kept unless --probes says otherwise: whatever the budget, so that the next one finds them."""
+    from ..files import short_name
+
+    return str(Path(output).parent / f"{short_name(source)}-harmonic.probes.json")

@@ -1,0 +1,49 @@
+"""What commands print on stdout: tables and lines, or one JSON document."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Any, TextIO
+
+import click
+
+from ..documents import json_text
+from ..errors import printable
+from .advice import adapted
+from .loudness import loud
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def console(quiet: bool = False) -> Console:
+    """A console on stdout; where that is no terminal, so wide that a row is a line. Silent under --json and --quiet."""
+    from rich.console import Console
+
+    class Patient(Console):
+        def print(self, *objects: Any, **how: Any) -> None:
+            super().print(*(printable(adapted(one)) if isinstance(one, str) else one for one in objects), **how)
+
+        def on_broken_pipe(self) -> None:
+            """Whoever read our table has gone: the work goes on without an audience."""
+            self.quiet = True
+            nobody_reads(sys.stdout)
+
+    terminal = sys.stdout.isatty()
+    quiet = quiet or loud("quiet")
+    return Patient(width=None if terminal else 1000, highlight=False, soft_wrap=not terminal, quiet=quiet)
+
+
+def print_json(data: Any) -> None:
+    """One document, as `json_text` writes it; what the command comes to is not changed by nobody reading it."""
+    stream = click.get_current_context().find_root().obj
+    try:
+        click.echo(json_text(data), file=stream)
+    except BrokenPipeError:
+        nobody_reads(stream)
+
+
+def nobody_reads(stream: TextIO) -> None:
+    """Let go on what writes to a stream whose reader has gone, without an audience."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -1,0 +1,133 @@
+"""Options that messages name: the command that shows a message has them, or the message names their command."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from harmconvert.cli import COMMANDS, main
+from harmconvert.cli.advice import OPTION, fitting, options_of
+
+PACKAGE = Path(__file__).resolve().parents[1] / "harmconvert"
+# It writes commands out, each option behind the command that has it.
+WRITES_COMMANDS = PACKAGE / "report" / "reproduce.py"
+
+
+def commands() -> dict[str, click.Command]:
+    return {name: command for name in COMMANDS if (command := main.get_command(click.Context(main), name))}
+
+
+OPTIONS = {name: options_of(command) for name, command in commands().items()}
+
+
+def texts_of(path: Path) -> Iterator[str]:
+    """Every string of a file but docstrings; of an f-string the whole, a value in it as VALUE."""
+    tree = ast.parse(path.read_text())
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    skipped = {id(node.body[0].value) for node in ast.walk(tree) if isinstance(node, documented) and node.body
+               and isinstance(node.body[0], ast.Expr)}  # fmt: skip
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            parts = [part.value if isinstance(part, ast.Constant) else "VALUE" for part in node.values]
+            skipped |= {id(part) for part in node.values}
+            yield "".join(map(str, parts))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in skipped:
+            yield node.value
+
+
+def foreign(text: str, command: str) -> set[str]:
+    """Options in a text that the command lacks, and that do not stand behind the name of a command that has them."""
+    wrong = set()
+    for match in OPTION.finditer(text):
+        words = re.findall(r"\w+", text[: match.start()])
+        owners = {command, *(word for word in words[-1:] if word in OPTIONS)}
+        owners |= set(re.findall(r"\bharmconvert (\w+) ", text[: match.start()]))
+        if not any(match[0] in OPTIONS.get(owner, ()) for owner in owners):
+            wrong.add(match[0])
+    return wrong
+
+
+MESSAGES = sorted(
+    text for path in PACKAGE.rglob("*.py") if path != WRITES_COMMANDS for text in texts_of(path) if OPTION.search(text)
+)
+
+
+def test_every_option_that_the_package_names_exists() -> None:
+    known = set().union(*OPTIONS.values())
+    assert len(MESSAGES) > 100
+    for text in MESSAGES:
+        assert set(OPTION.findall(text)) <= known | {"--help"}, text
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_message_sends_a_user_to_an_option_that_the_command_lacks(name: str) -> None:
+    for text in MESSAGES:
+        assert foreign(fitting(text, name, OPTIONS), name) <= {"--help"}, text
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_and_its_help_name_its_own_options(name: str) -> None:
+    command = commands()[name]
+    helps = [parameter.help or "" for parameter in command.params if isinstance(parameter, click.Option)]
+    for text in (*texts_of(PACKAGE / "cli" / f"{name}.py"), command.help or "", *helps):
+        assert foreign(text, name) <= {"--nproc-per-node"}, text  # of torchrun
+
+
+def test_an_option_of_another_command_is_named_with_it() -> None:
+    options = {"convert": {"--checkpoint", "--input-size"}, "train": {"--img-size"}, "compare": {"--json"}}
+    text = "give --input-size C,H,W, and the weights with --checkpoint FILE (--jsonl is nobody's)"
+    assert fitting(text, "convert", options) == text
+    assert fitting(text, "train", options) == (
+        "give --img-size SIZE, and the weights with convert --checkpoint FILE (--jsonl is nobody's)"
+    )
+    behind = "make one with: harmconvert convert NET --checkpoint FILE"
+    assert fitting(behind, "compare", options) == behind
+
+
+def test_a_network_without_a_size_is_told_of_an_option_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text(
+        "from torch import nn\ndef make():\n"
+        "    return nn.Sequential(nn.Conv2d(1, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
+    )
+    for name in ("evaluate", "train", "benchmark"):
+        data = [] if name == "benchmark" else ["--dataset", "sample:mnist5k"]
+        result = CliRunner().invoke(main, [name, "net.py:make", *data])
+        assert result.exit_code == 2
+        named = OPTION.findall(result.stderr)
+        assert named, result.stderr
+        assert set(named) <= OPTIONS[name], result.stderr
+
+
+COUNTED = re.compile(
+    r"^ (?:other |test |training |calibration )?(images|layers|inputs|epochs|steps|batches|threads|convolutions|"
+    r"classes|processes|frequencies|channels|axes|numbers|parts|positions|plans|tensors|outputs|networks|files)\b(?!/s)"
+)
+ALWAYS_SEVERAL = {
+    "source.classes or source.arguments.get('num_classes')",
+    "len(seen)",
+    "world_size()",
+    "REPLACEMENTS",
+    "shapes",
+    "channels",
+}
+
+
+def test_what_a_message_counts_may_be_one() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            values = node.values if isinstance(node, ast.JoinedStr) else []
+            for number, behind in pairwise(values):
+                if isinstance(number, ast.FormattedValue) and isinstance(behind, ast.Constant):
+                    plural = COUNTED.search(str(behind.value))
+                    allowed = not plural or ast.unparse(number.value) in ALWAYS_SEVERAL
+                    assert allowed, f"{path.name}:{node.lineno}: use counted(): {ast.unparse(node)}"
