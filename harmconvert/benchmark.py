@@ -89,7 +89,7 @@ class Benchmark:
         for batch, threads in dict.fromkeys((row.batch, row.threads) for row in self.rows):
             alike = [row for row in self.rows if (row.batch, row.threads) == (batch, threads)]
             if not any(row.seconds for row in alike):
-                said.append(f"batch {batch}, {threads} threads: {alike[0].note}")
+                said.append(f"batch {batch}, {counted(threads, 'thread')}: {alike[0].note}")
                 continue
             best = self.fastest(batch, threads)
             eager = [row.seconds for row in alike if row.form == "dense" and row.seconds and not row.compiled]
