@@ -341,6 +341,6 @@ def is_checkpoint_path(text: str) -> bool:
     """Whether a source string is a path to a harmonic checkpoint, by its looks; says what to do with a .pth."""
     if text.endswith(".py") and Path(text).is_file():
         raise UsageError(f"{text} is Python code: name the function in it that makes the network{functions_in(text)}")
-    if text.endswith((".pth", ".pt", ".bin", ".ckpt", ".index.json")) and Path(text).exists():
+    if text.endswith((".pth", ".pt", ".pth.tar", ".bin", ".ckpt", ".index.json")) and Path(text).exists():
         raise UsageError(f"{text} holds weights only: name its network, and give the weights with --checkpoint {text}")
     return text.endswith(".safetensors") or (Path(text).is_file() and ":" not in text)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .containers import Names, StateDict, names_in, state_dicts, with_key, without_wrapper
-from .errors import InputError, OutsideError, first_line, shortened
+from .errors import InputError, OutsideError, UsageError, first_line, shortened
 from .files import outside, read_json, write_file
 from .tensors import fill, loads_by_itself, state_of, take_dtypes, tensors_of
 from .tensors import tensors_sha256 as tensors_sha256
@@ -100,6 +100,8 @@ def _renamed(
 
 def _states(path: str | Path, key: str | None = None) -> list[StateDict]:
     """The state dicts of a file, that which is meant unless something else says so first; there is one at least."""
+    if not isinstance(path, str | Path):
+        raise UsageError(f"weights (={path!r:.80}) must be the path of a file")
     if reason := why_unreadable(path):
         raise InputError(f"{path} {reason}")
     if str(path).endswith(".index.json"):
@@ -294,6 +296,11 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], where: str, *, pre
     Raises:
         InputError: keys missing, unexpected, of another shape or not floating point; the first ten of each are named.
     """
+    if not isinstance(state, Mapping):
+        raise InputError(f"{where} holds no state dict but a {type(state).__name__}")
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise InputError(f"{where}: {name!r:.80} is a {type(value).__name__}: a state dict has named tensors alone")
     own = tensors_of(model, keep_vars=True)
     names = names_in(own, state, prefix)
     complaint = f"{where} does not fit this {type(model).__name__}"

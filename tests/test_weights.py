@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from harmconvert.errors import InputError
+from harmconvert.errors import HarmconvertError, InputError
 from harmconvert.weights import load_state, load_weights, read_weights, untied_state, weights_sha256, write_tensors
 
 from .networks import Branches, seeded
@@ -316,6 +316,17 @@ def test_whatever_a_file_holds_is_read_or_refused(tmp_path: Path, content: Any) 
     for read in (read_weights, lambda path: load_weights(nn.Linear(1, 2, bias=False), path)):
         with contextlib.suppress(InputError):
             read(tmp_path / "net.pth")
+
+
+@pytest.mark.parametrize(
+    "state",
+    [None, 3, [], (torch.zeros(1),), {"weight": 3}, {"weight": [1.0]}, {0: torch.zeros(2, 1)}, {"weight": np.ones(2)}],
+)
+def test_what_is_no_state_dict_is_refused_by_name(state: Any) -> None:
+    with pytest.raises(InputError, match=r"^mine"):
+        load_state(nn.Linear(1, 2, bias=False), state, "mine")
+    with pytest.raises(HarmconvertError, match="must be the path of a file"):
+        read_weights(state)
 
 
 # --- networks that read or write state dicts in their own way ---
