@@ -524,7 +524,7 @@ def test_the_report_is_written_beside_and_never_over_something() -> None:
         (["report", "cut.safetensors", "-q", "-v"], 2, "--quiet and --verbose: give one of them"),
         (["compare", "cut.safetensors"], 2, "a comparison wants two checkpoints or more"),
         (["compare", "cut.safetensors", SAMPLE], 2, "sample:resnet_mnist5k is no harmonic checkpoint: make one first"),
-        (["compare", "cut.safetensors", "none.safetensors"], 2, "none.safetensors is no harmonic checkpoint"),
+        (["compare", "cut.safetensors", "none.safetensors"], 3, "no such file: none.safetensors does not exist"),
     ],
 )
 def test_what_report_and_compare_refuse(arguments: list[str], code: int, message: str) -> None:
