@@ -25,6 +25,7 @@ from .copying import parts_of
 
 # Values that cannot change, and values that belong to the process rather than to a network.
 _FREQUENT = {type(None), bool, int, float, str, nn.Parameter}  # told by their type alone, which is fast
+_CONTAINERS = {dict, OrderedDict, list, set}
 _SKIPPED = (
     type(None), bool, int, float, str, type, complex, bytes, range, Enum, ModuleType, BuiltinFunctionType,
     torch.dtype, torch.device, torch.Size,
@@ -60,6 +61,7 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module, but: Collection[nn.Module] = ()) -> None:
+        self._empty: list[Any] = []
         self._mappings: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
         self._sequences: list[tuple[Any, list[Any]]] = []
         self._others: list[tuple[Callable[[], bool], Callable[[], None]]] = []  # whether it is intact; its restoration
@@ -69,6 +71,9 @@ class Snapshot:
         waiting: list[Any] = [model]
         while waiting:
             value = waiting.pop()
+            if type(value) in _CONTAINERS and not value:  # most of what modules have: dicts for hooks
+                self._empty.append(value)
+                continue
             if type(value) in _FREQUENT or id(value) in self._seen or id(value) in left:
                 continue
             self._seen[id(value)] = value
@@ -78,13 +83,17 @@ class Snapshot:
     def intact(self) -> bool:
         """Whether nothing has changed since; an object that was replaced by an equal one counts as a change."""
         return (
-            all(_same_items(live, saved) for live, saved in self._mappings)
+            not any(self._empty)
+            and all(_same_items(live, saved) for live, saved in self._mappings)
             and all(_same_contents(live, saved) for live, saved in self._sequences)
             and all(intact() for intact, _ in self._others)
         )
 
     def restore(self) -> None:
         """Bring back everything that has changed since."""
+        for container in self._empty:
+            if container:
+                container.clear()
         for live, saved in self._mappings:
             if not _same_items(live, saved):
                 _refill(live, saved)
@@ -97,7 +106,7 @@ class Snapshot:
 
     def _noted(self, value: Any) -> Collection[Any]:
         """Save what one value holds; returns what it refers to."""
-        if type(value) in (dict, OrderedDict):  # most of what modules have: no attributes to look for
+        if type(value) in (dict, OrderedDict):  # no attributes to look for
             self._mappings.append((value, {**value}))
             return value.values()
         if type(value) in (list, set):
