@@ -22,6 +22,7 @@ from .surgery import (
     evaluating,
     fitted,
     in_precision,
+    in_sixteen_bits,
     mapped,
     refusing,
     tensors_in,
@@ -31,7 +32,6 @@ from .surgery import (
 # Relative difference of outputs up to which two forms are the same, by the dtype of the weights. It allows for sums in
 # another order, amplified by the layers that follow; a form that computes something else differs by far more.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-_SIXTEEN = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -236,15 +236,6 @@ def tolerance_of(*models: nn.Module) -> float:
     """The tolerance for networks, by the coarsest dtype of their weights."""
     dtypes = {p.dtype for model in models for p in model.parameters()} & TOLERANCE.keys()
     return max((TOLERANCE[dtype] for dtype in dtypes), default=TOLERANCE[torch.float32])
-
-
-def in_sixteen_bits(model: nn.Module) -> bool:
-    """Whether any parameter or buffer is stored in 16 bits."""
-    return any(
-        tensor is not None and tensor.dtype in _SIXTEEN
-        for module in model.modules()
-        for tensor in (*module._parameters.values(), *module._buffers.values())
-    )
 
 
 def _precisions(

@@ -13,7 +13,7 @@ from .comparison import greatest_difference
 from .convert import Conversion
 from .copying import deep_copy
 from .errors import CheckError, InputError, UsageError
-from .surgery import call, cloned, evaluating, fitted, tensors_in
+from .surgery import call, cloned, evaluating, fitted, in_sixteen_bits, tensors_in
 from .tensors import tensors_of
 from .verify import OUTPUT_TOLERANCE, seeded_inputs
 
@@ -54,11 +54,7 @@ def rounded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def in_float32(model: nn.Module) -> nn.Module:
     """The network itself, its 16-bit parameters and buffers made float32: 16 bits are for files, not for arithmetic."""
-    for module in model.modules():
-        own = (*module._parameters.values(), *module._buffers.values())
-        if any(t is not None and t.dtype in (torch.float16, torch.bfloat16) for t in own):
-            return model.float()
-    return model
+    return model.float() if in_sixteen_bits(model) else model
 
 
 def check_rounding(model: nn.Module, small: nn.Module, inputs: Any) -> float:

@@ -129,6 +129,15 @@ def in_precision(model: nn.Module, precision: torch.dtype, shared: bool = False)
         raise InputError(f"the modules of this {type(model).__name__} are nested too deeply to be copied") from error
 
 
+def in_sixteen_bits(model: nn.Module) -> bool:
+    """Whether any parameter or buffer is stored in 16 bits."""
+    return any(
+        tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16)
+        for module in model.modules()
+        for tensor in (*module._parameters.values(), *module._buffers.values())
+    )
+
+
 def put_in_place(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
     """Give ``new`` every name that ``old`` has in ``model``, which is changed; gives the model back."""
     if model is old:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
@@ -27,6 +28,9 @@ from .surgery import (
     describe_input,
     evaluating,
     first_tensor,
+    fitted,
+    in_precision,
+    in_sixteen_bits,
     kernel_size,
     refusing,
     tensors_in,
@@ -100,11 +104,22 @@ def find_sites(model: nn.Module, trace: Trace | None = None) -> list[ConvSite]:
 def trace(model: nn.Module, example_input: Any) -> Trace:
     """Run the network once, without gradients and in eval mode, and see which convolutions run, where and on what.
 
-    ``example_input``: a tensor, a tuple of arguments, a dict of keyword arguments, or a list (one argument).
+    ``example_input``: a tensor, a tuple of arguments, a dict of keyword arguments, or a list (one argument). A network
+    stored in 16 bits, all of it or a part, that does not run as it is runs in float32.
 
     Raises:
         UsageError: the network does not run on that input.
     """
+    try:
+        return _trace(model, example_input)
+    except UsageError:
+        if not in_sixteen_bits(model):
+            raise
+        precise = in_precision(model, torch.float32)
+        return _trace(precise, fitted(example_input, precise))
+
+
+def _trace(model: nn.Module, example_input: Any) -> Trace:
     example_input = cloned(example_input)  # a forward may normalise its input in place
     batch = batch_size(example_input)
     if not batch:

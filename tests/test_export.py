@@ -453,3 +453,58 @@ def test_an_exporter_that_fails_is_quiet_and_its_cause_is_the_message(
     assert str(caught.value).startswith(f"this {network.__name__} cannot be exported: ")
     assert cause in str(caught.value)
     assert "x1b" not in str(caught.value)
+
+
+# --- 16 bits through every command ---
+
+_STORED = {
+    "plain": "    return sample.to(dtype)",
+    "mixed": "    for module in sample.modules():\n        if isinstance(module, torch.nn.Conv2d):\n"
+    "            module.to(dtype)\n    return sample",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("stored", _STORED)
+def test_networks_in_sixteen_bits_are_compared_and_exported_in_float32(
+    stored: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a source in the user's own code to a checkpoint and a program."""
+    monkeypatch.chdir(tmp_path)
+    code = f"import torch\nimport harmconvert as hc\ndef make():\n    dtype = torch.{dtype}\n"
+    code += f"    sample = hc.open_source('{SAMPLE}').model\n{_STORED[stored]}\n"
+    Path("net.py").write_text(code)
+    ok("convert", "net.py:make", "--lambda", "2", "-o", "a.safetensors")
+    ok("export", "a.safetensors", "--trust-code", "-o", "dense.safetensors")
+    ok("export", "a.safetensors", "--trust-code", "--format", "torch-export", "-o", "a.pt2")
+    x = random_input((2, 1, 28, 28))
+    model = load("a.safetensors", model=hc.open_source(SAMPLE).model).float()
+    with torch.no_grad():
+        found, expected = torch.export.load("a.pt2").module()(x), model(x)
+    assert found.dtype == torch.float32
+    assert (found - expected).abs().max() < (2e-2 if dtype == "float16" else 1e-1) * expected.abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_every_command_takes_a_checkpoint_in_sixteen_bits(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ok("convert", SAMPLE, "--lambda", "2", "--dtype", dtype, "-o", "a.safetensors")
+    ok("inspect", "a.safetensors")
+    ok("convert", "a.safetensors", "--lambda", "1", "-o", "b.safetensors")
+    ok("verify", SAMPLE, "a.safetensors", "--as-planned")
+    ok("evaluate", "a.safetensors", "--dataset", "sample:mnist5k")
+    ok("finetune", "a.safetensors", "--dataset", "sample:mnist5k", "--epochs", "1", "-b", "512", "-o", "c.safetensors")
+    ok("export", "a.safetensors", "--format", "timm", "-o", "folder")
+    for form in ("dense", "factored"):
+        ok("export", "a.safetensors", "--format", "onnx", "--form", form, "-o", f"{form}.onnx")
+        ok("export", "a.safetensors", "--format", "torch-export", "--form", form, "-o", f"{form}.pt2")
+    ok("benchmark", "a.safetensors", "-b", "1", "--repeats", "3")
+    ok("report", "a.safetensors", "-o", "page.html")
+    ok("compare", "a.safetensors", "b.safetensors")
+    network = hc.open_source(SAMPLE).model
+    for form in ("dense", "factored"):
+        assert next(hc.load("a.safetensors", model=network, form=form).parameters()).dtype == getattr(torch, dtype)

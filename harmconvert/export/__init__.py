@@ -8,6 +8,7 @@ from typing import Any
 
 import timm
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..arguments import FORMATS, GRAPHS, TIMM_FILES, check_format
@@ -131,7 +132,8 @@ def _export_timm_folder(dense: nn.Module, path: Path, known: Any, force: bool) -
     def fill(folder: Path) -> None:
         timm.models.save_for_hf(dense, folder, model_args=arguments or None, safe_serialization=True)
         try:
-            other = timm.create_model(f"local-dir:{folder}", pretrained=True)
+            other = timm.create_model(f"local-dir:{folder}", pretrained=False)
+            other.load_state_dict(load_file(folder / "model.safetensors"))
         except Exception as error:  # what timm raises has no common base
             problem: str | None = f"{type(error).__name__}: {first_line(error)}"
         else:
