@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections import OrderedDict, namedtuple
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from harmconvert.export import export, graphs
 from harmconvert.form_check import comparable
 from harmconvert.forms import factor, fuse
 from harmconvert.precision import rounded
+from harmconvert.surgery import tensors_in
 
 from .networks import Branches, random_input, seeded
 from .test_cli import SAMPLE, fails, ok
@@ -508,3 +512,44 @@ def test_every_command_takes_a_checkpoint_in_sixteen_bits(
     network = hc.open_source(SAMPLE).model
     for form in ("dense", "factored"):
         assert next(hc.load("a.safetensors", model=network, form=form).parameters()).dtype == getattr(torch, dtype)
+
+
+class Found(OrderedDict[str, Any]):
+    """A mapping of a class that exporters do not know."""
+
+
+Named = namedtuple("Named", ["logits", "twice"])
+
+
+@dataclasses.dataclass
+class Answer:
+    logits: torch.Tensor
+    name: str = "logits"
+
+
+OUTPUTS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "a mapping of its own class": lambda y: Found(logits=y),
+    "a dataclass": lambda y: Answer(y),
+    "a named tuple": lambda y: Named(y, y * 2),
+}
+
+
+@pytest.mark.parametrize("make", OUTPUTS.values(), ids=OUTPUTS)
+def test_records_of_classes_that_exporters_do_not_know_become_tuples_of_tensors(make: Any, tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return make(self.b(self.a(x).relu()).mean((2, 3)))
+
+    x = random_input((2, 3, 9, 9))
+    model = hc.convert(seeded(Net), 2, example_input=x).model
+    found = export(model, tmp_path / "a.pt2", "torch-export", example_input=x)
+    assert found is not None
+    assert any("its outputs are a tuple of tensors" in note for note in found.notes)
+    assert not model._forward_hooks
+    outputs = torch.export.load(tmp_path / "a.pt2").module()(x)
+    with torch.no_grad():
+        assert torch.allclose(outputs[0], tensors_in(model(x))[0], atol=1e-5)

@@ -65,7 +65,7 @@ class Reader:
         if not isinstance(item, tuple | list) or not item:
             return {"input": item}
         images = all(isinstance(part, Tensor) and part.dim() == 3 for part in item)
-        readings = {"list": item} if images and isinstance(item, list) else {}
+        readings: dict[str, Any] = {"list": item} if images and isinstance(item, list) else {}
         readings |= {f"first, {name}": input for name, input in self._of_first(item[0]).items()}
         several = isinstance(item, list) and all(isinstance(part, Tensor) and part.dim() > 1 for part in item)
         if images or several or all(isinstance(part, Mapping) for part in item):

@@ -6,6 +6,7 @@ import io
 import logging
 import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from ..timing import in_turns
 TOLERANCE = {"onnx": 1e-4, "torch-export": 1e-5}
 LARGEST = 2**31 - 1  # bytes of one ONNX file, by its encoding
 ANY = 2  # examples in the input that a file for any batch size is traced with: torch takes 0 and 1 for fixed
+
+_KNOWN = (Tensor, nn.Parameter, list, tuple, dict, OrderedDict, int, float, bool, str, type(None))
 
 ToBytes = Callable[[nn.Module, Any, bool], bytes]  # of a network, an input, and whether its batch size may vary
 Run = Callable[[Any], Sequence[Tensor]]
@@ -137,10 +140,36 @@ def _program_outputs(content: bytes) -> Run:
 
 def _exported(to_bytes: ToBytes, network: nn.Module, example_input: Any, batch: int | None) -> bytes:
     try:
-        with evaluating(network), _quiet():
+        with evaluating(network), _plain_outputs(network), _quiet():
             return to_bytes(network, comparable(example_input, batch), batch is not None)
     except Exception as error:
         raise InputError(f"this {type(network).__name__} cannot be exported: {_cause(error)}") from error
+
+
+@contextmanager
+def _plain_outputs(network: nn.Module) -> Iterator[set[str]]:
+    """Let a network return a tuple of its tensors instead of records of classes that exporters do not know (named
+    tuples, dataclasses, mappings of other classes); yields the names of those that it returns meanwhile."""
+    odd: set[str] = set()
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        kinds = {type(part).__name__ for part in _parts(output) if type(part) not in _KNOWN}
+        odd.update(kinds)
+        return tuple(tensors_in(output)) if kinds else None
+
+    handle = network.register_forward_hook(hook)
+    try:
+        yield odd
+    finally:
+        handle.remove()
+
+
+def _parts(output: Any) -> Iterator[Any]:
+    """A nest of lists, tuples and dicts: itself, and all that it holds."""
+    yield output
+    held = output.values() if type(output) in (dict, OrderedDict) else output if type(output) in (list, tuple) else ()
+    for part in held:
+        yield from _parts(part)
 
 
 def _kept(
@@ -154,13 +183,18 @@ def _kept(
         InputError: the network cannot be exported, or the file does not run.
         CheckError: the file computes something else.
     """
+    with evaluating(network), unchanged(network), _plain_outputs(network) as odd:
+        call(network, comparable(example_input, None))
+    returned = tuple(
+        f"its outputs are a tuple of tensors, because exporters do not know {kind}" for kind in sorted(odd)
+    )
     notes: tuple[str, ...] = ()
     for batch, compared in ((ANY, (None, ANY, ANY + 1)), (None, (None,))):
         try:
             content = _exported(to_bytes, network, example_input, batch)
             progress("comparing")
             difference, agreement = _compared(format, opened(content), network, model, example_input, compared)
-            return content, difference, agreement, notes
+            return content, difference, agreement, (*notes, *returned)
         except Exception as error:
             if batch is None:
                 raise
