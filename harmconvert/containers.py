@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,8 @@ from .errors import InputError, shortened
 KNOWN_KEYS = (
     "state_dict", "model_state_dict", "model", "params", "net", "network", "network_weights", "weights",
     "net_state_dict", "network_state_dict", "model_state", "model_weights", "state", "generator", "netG", "net_g", "G",
-    "teacher", "student", "module", "backbone", "encoder",
+    "teacher", "student", "module", "backbone", "encoder", "encoder_q", "base_encoder", "online_encoder",
+    "online_network",
 )  # fmt: skip
 # What wrappers of a network put in front of the names of its parts, wherever they stand.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -68,18 +69,25 @@ def state_dicts(content: Any) -> list[StateDict]:
 
 
 def _found_in(content: Any, path: tuple[str, ...]) -> Iterator[StateDict]:
-    if not isinstance(content, Mapping) or len(path) > _DEPTH:
+    if isinstance(content, list | tuple):  # such as (state dict of the network, state dict of the optimizer)
+        content = {str(place): value for place, value in enumerate(content) if isinstance(value, Mapping)}
+    if not isinstance(content, Mapping) or len(path) > _DEPTH or _no_network(content=content):
         return
     tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
-    others = [value for value in content.values() if not isinstance(value, Tensor)]
+    others = [value for key, value in content.items() if not (isinstance(value, Tensor) or _no_network(key, value))]
     flat = all(value is None or isinstance(value, str | bool | int | float) for value in others)
     if tensors and flat and all(isinstance(key, str) for key in content):
         if any(value.dim() for value in tensors.values()):
             yield StateDict(path, tensors)
         return
     for key, value in content.items():
-        if isinstance(value, Mapping) and not _NOT_A_NETWORK.search(str(key)):
+        if isinstance(value, Mapping | list | tuple) and not _no_network(key, value):
             yield from _found_in(value, (*path, str(key)))
+
+
+def _no_network(key: Any = "", content: Any = None) -> bool:
+    """Whether a part of a file is what training scripts keep beside a network, such as an optimizer."""
+    return bool(_NOT_A_NETWORK.search(str(key))) or (isinstance(content, Mapping) and "param_groups" in content)
 
 
 def with_key(states: list[StateDict], key: str, where: str) -> list[StateDict]:
@@ -98,7 +106,9 @@ def with_key(states: list[StateDict], key: str, where: str) -> list[StateDict]:
 @dataclass(frozen=True)
 class Names:
     """How the names in a state dict lead to a network's: the prefix, the file's name of each of the network's tensors,
-    and what is left over (counters apart), under the prefix and beside it."""
+    and what is left over (counters apart), under the prefix and beside it.
+
+    ``rivals`` are other prefixes that fit as well; ``possible`` are those that fit, but may not be meant."""
 
     prefix: str
     of: Mapping[str, str]
@@ -106,6 +116,7 @@ class Names:
     unexpected: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
     rivals: tuple[str, ...] = field(default=(), compare=False)
+    possible: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def complete(self) -> bool:
@@ -133,9 +144,13 @@ def names_in(own: Mapping[str, Tensor], state: Collection[str], prefix: str | No
     ways = [(own, as_they_are)]
     if len(unwrapped) == len(as_they_are) and len({_unwrapped(name) for name in own}) == len(own):
         ways.append(({_unwrapped(name): tensor for name, tensor in own.items()}, unwrapped))
+    possible: list[str] = []
     for names, called in ways:
         fitting = [_under(one, names, state, called) for one in _prefixes(names, called)]
-        fitting = [found for found in fitting if _may_be_meant(found) and _shapes_fit(names, state, found)]
+        fitting = [found for found in fitting if not found.missing and _shapes_fit(names, state, found)]
+        if called is as_they_are:
+            possible = [found.prefix for found in fitting if found.prefix and found.complete]
+        fitting = [found for found in fitting if _may_be_meant(found)]
         if not fitting:
             continue
         averaged = [found for found in fitting if _EMA.search(found.prefix)]
@@ -145,7 +160,7 @@ def names_in(own: Mapping[str, Tensor], state: Collection[str], prefix: str | No
         back = dict(zip(names, own, strict=True))
         of = {back[name]: theirs for name, theirs in best.of.items()}
         return Names(best.prefix, of, best.missing, best.unexpected, best.beside, rivals)
-    return plain
+    return replace(plain, possible=tuple(possible))
 
 
 def _under(prefix: str, own: Mapping[str, Tensor], state: Collection[str], called: Mapping[str, str]) -> Names:
@@ -169,10 +184,10 @@ def _prefixes(own: Mapping[str, Tensor], called: Mapping[str, str]) -> list[str]
 
 
 def _may_be_meant(found: Names) -> bool:
-    """Whether all names are there; where the file has others beside them, a part of it must be called a network."""
+    """Whether a prefix is a network's; where the file has names beside it, all its parts must be called so."""
     parts = found.prefix.split(".")[:-1]
     common = all(part in _WRAPPERS or part in KNOWN_KEYS or _EMA.search(part) for part in parts)
-    return not found.missing and (common or not found.beside)
+    return common or not found.beside
 
 
 def _shapes_fit(own: Mapping[str, Tensor], state: Collection[str], found: Names) -> bool:

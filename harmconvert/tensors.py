@@ -80,7 +80,8 @@ def fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     # One after the other: tensors of a file are read as they are copied, and would be a second network in memory.
     for key, tensor in tensors_of(model, keep_vars=True).items():
         if key in state:
-            tensor.copy_(state[key])
+            one_value = not is_lazy(tensor) and tensor.dim() == 0  # which older files hold in one dimension
+            tensor.copy_(state[key].reshape(()) if one_value else state[key])
 
 
 def take_dtypes(model: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -93,7 +93,7 @@ def _renamed(
     model: nn.Module, own: Mapping[str, Tensor], state: StateDict, prefix: str | None, rename: Rename
 ) -> Mapping[str, Tensor]:
     """The tensors under names that may lead to the network's."""
-    if prefix is not None or names_in(own, state.tensors).complete:
+    if prefix is not None or (names := names_in(own, state.tensors)).complete or names.possible:
         return state.tensors
     return rename(model, without_wrapper(state.tensors))
 
@@ -316,6 +316,9 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], where: str, *, pre
         if not refused:
             return names if names.complete else Names("", {})
         problems = problems and [*problems, refused]
+    if problems and names.possible:
+        found = shortened([repr(one) for one in names.possible])
+        problems.insert(0, f"there are names that fit under {found}: say which are meant (--strip-prefix)")
     if problems:
         raise InputError(f"{complaint}: {'; '.join(problems)}")
     fill(model, {name: state[theirs] for name, theirs in names.of.items()})
@@ -347,7 +350,7 @@ def _problems(own: Mapping[str, Tensor], names: Names, state: Mapping[str, Tenso
     shapes = [
         f"{key} {tuple(theirs.shape)} instead of {tuple(ours.shape)}"
         for key, (ours, theirs) in pairs.items()
-        if theirs.shape != ours.shape
+        if theirs.shape != ours.shape and (ours.dim(), tuple(theirs.shape)) != (0, (1,))  # torch loads that, too
     ]
     if shapes:
         problems.append(f"other shape: {shortened(shapes)}")

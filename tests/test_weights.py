@@ -158,6 +158,21 @@ def test_state_dicts_are_found_under_the_keys_that_training_scripts_use(tmp_path
     assert read_weights(tmp_path / "net.pth")["weight"].sum() == 2
 
 
+@pytest.mark.parametrize(
+    ("arrange", "key"),
+    [
+        (lambda state, optimizer: (3, state, optimizer), "1"),
+        (lambda state, optimizer: {"models": [state], "opt": optimizer}, "models.0"),
+        (lambda state, optimizer: {**state, "epoch": 3, "opt": optimizer, "args": argparse.Namespace()}, None),
+    ],
+)
+def test_a_network_is_told_from_its_optimizer_by_what_they_hold(tmp_path: Path, arrange: Any, key: str | None) -> None:
+    optimizer = {"state": {0: {"exp_avg": torch.zeros(2, 1)}}, "param_groups": [{"lr": 0.1}]}
+    torch.save(arrange(AVERAGED, optimizer), tmp_path / "net.pth")
+    assert load_weights(network := nn.Linear(1, 2, bias=False), tmp_path / "net.pth").get("key") == key
+    assert network.weight.sum() == 2
+
+
 def test_of_several_state_dicts_the_one_that_fits_is_taken(tmp_path: Path) -> None:
     other = {"weight": torch.zeros(3, 3)}
     torch.save({"encoder": other, "decoder": AVERAGED, "head": {"bias": torch.zeros(1)}}, tmp_path / "net.pth")
@@ -241,6 +256,27 @@ def test_weights_beside_those_of_the_network_are_left_out_only_where_their_prefi
     assert network.weight.sum() == 0
 
 
+def test_names_that_fit_under_a_prefix_that_says_nothing_are_pointed_out(tmp_path: Path) -> None:
+    state = {"module.trunk.weight": torch.ones(2, 1), "module.text.bias": torch.zeros(3)}
+    torch.save({"state_dict": state}, tmp_path / "net.pth")
+    with pytest.raises(InputError, match=r"names that fit under 'module.trunk.': .* \(--strip-prefix\)"):
+        load_weights(nn.Linear(1, 2, bias=False), tmp_path / "net.pth")
+    assert load_weights(nn.Linear(1, 2, bias=False), tmp_path / "net.pth", prefix="module.trunk.")
+
+
+def test_of_two_encoders_of_contrastive_learning_the_trained_one_is_taken() -> None:
+    network = nn.Linear(1, 2, bias=False)
+    state = {"module.encoder_q.weight": torch.ones(2, 1), "module.encoder_k.weight": torch.zeros(2, 1)}
+    assert load_state(network, {**state, "module.queue": torch.zeros(3)}, "w.pth").prefix == "module.encoder_q."
+    assert network.weight.sum() == 2
+
+
+def test_single_values_may_have_a_dimension() -> None:
+    network = nn.BatchNorm2d(2)
+    load_state(network, {**nn.BatchNorm2d(2).state_dict(), "num_batches_tracked": torch.tensor([7])}, "w.pth")
+    assert network.num_batches_tracked == torch.tensor(7)
+
+
 def test_counters_may_be_missing_or_too_many() -> None:
     make = lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))  # noqa: E731
     state = seeded(make).state_dict()
@@ -265,6 +301,7 @@ def test_objects_beside_the_weights_are_neither_imported_nor_in_the_way(tmp_path
         "folder": pathlib.PurePosixPath("data"),
         "counts": collections.defaultdict(list, {"a": [1]}),
         "history": collections.deque([1, 2]),
+        "activation": nn.ReLU(),  # older files hold the source code of its class
     }
     for new in (True, False):
         torch.save({"state_dict": AVERAGED, **beside}, tmp_path / "net.ckpt", _use_new_zipfile_serialization=new)
