@@ -30,6 +30,7 @@ from .errors import DamageWarning, InputError, OutsideError, UsageError, counted
 from .files import check_output
 from .forms import factor, fuse
 from .history import check_history
+from .history.declared import check_preprocessing, declare, recorded
 from .origin import Source, as_source, timm_source
 from .plan import LayerPlan, Plan
 from .surgery import convolutions, exchange, kernel_size, put_in_place, state_key
@@ -61,7 +62,7 @@ class BlockRecord:
 
 @dataclass(frozen=True)
 class Header:
-    """What a harmonic checkpoint says of itself."""
+    """What a harmonic checkpoint says of itself. ``preprocessing`` is None in files from before it was recorded."""
 
     plan: Plan
     source: Source | None = None
@@ -71,6 +72,7 @@ class Header:
     blocks: Mapping[str, BlockRecord] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     crc32: str | None = None
+    preprocessing: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict; inverse of `from_json`."""
@@ -83,6 +85,7 @@ class Header:
             "history": dict(self.history),
             "versions": dict(self.versions),
             "crc32": self.crc32,
+            **({"preprocessing": dict(self.preprocessing)} if self.preprocessing else {}),
         }
 
     def checksum(self, tensors: Mapping[str, Tensor]) -> str:
@@ -114,6 +117,7 @@ class Header:
         source = Source.from_json(data["source"]) if data.get("source") else None
         try:
             check_history(data.get("history", {}))
+            check_preprocessing(data.get("preprocessing"))
             return cls(
                 Plan.from_json(data),
                 source,
@@ -122,6 +126,7 @@ class Header:
                 {str(k): str(v) for k, v in data.get("versions", {}).items()},
                 {str(k): BlockRecord.from_json(v) for k, v in data.get("blocks", {}).items()},
                 crc32=data.get("crc32"),
+                preprocessing=data.get("preprocessing") or None,
             )
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise InputError(f"its header is unreadable: {error}") from error
@@ -133,6 +138,7 @@ def save(
     *,
     source: Source | str | None = None,
     history: Mapping[str, Any] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
     force: bool = False,
 ) -> Header:
     """Write a harmonic network to one .safetensors file; returns the header written.
@@ -143,6 +149,8 @@ def save(
         source: where the network came from, or its source string; found out for networks made by timm or loaded by
             this package.
         history: what to add to the record of what was done to it.
+        preprocessing: what is done to its images, in timm's words (input_size, mean, std, crop_pct, ...);
+            default: what the network declares in its ``pretrained_cfg``. `load` makes the network declare it again.
         force: replace a file that is there.
 
     Raises:
@@ -164,6 +172,7 @@ def save(
     if calibration := model.__dict__.get("harmconvert_calibration"):
         record["calibration"] = calibration.to_json()
     header = Header(plan, source, tied, {**record, **(history or {})}, versions, _blocks_of(model))
+    header = replace(header, preprocessing=recorded(model, preprocessing))
     header = replace(header, crc32=header.checksum(tensors))
     text = json.dumps(header.to_json(), separators=(",", ":"))
     with reading(f"the header of {path} could not be read again"):
@@ -301,7 +310,9 @@ def load(
 
 
 def in_form(harmonic: nn.Module, header: Header, form: str) -> nn.Module:
-    """A network that a file filled, in harmonic form with its header, or in dense form."""
+    """A network that a file filled, in harmonic form with its header, or in dense form; it declares the
+    pre-processing that the header records."""
+    declare(harmonic, header.preprocessing)
     harmonic.__dict__["harmconvert_header"] = header
     if form == "harmonic":
         return harmonic

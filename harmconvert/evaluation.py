@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .data.loading import NO_LABEL, Batch
+from .data.variety import Variety
 from .distributed import gathered, sum_over_ranks
 from .errors import InputError, counted, shortened
 from .surgery import evaluating
@@ -78,11 +79,15 @@ def evaluate(
     other: nn.Module | None = None,
     *,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    variety: Variety | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
     """Top-1, top-5, loss and agreement with another network, over this and all other processes' batches.
 
     The network runs in eval mode, on the device that it is on, and is left as it was.
+
+    Args:
+        variety: takes in the outputs of this process, to say whether they vary.
 
     Raises:
         InputError: no images, a label beyond the network's classes, outputs that are not one row of logits an image.
@@ -101,6 +106,8 @@ def evaluate(
             start = time.perf_counter()
             logits = class_logits(model(images)).double().cpu()  # waits for a GPU to finish
             seconds += time.perf_counter() - start
+            if variety is not None:
+                variety.add(logits, labels)
             sums[:5] += torch.tensor([len(images), *_right(logits, labels)], dtype=torch.float64)
             if other is not None:
                 theirs = class_logits(other(images)).double().cpu()

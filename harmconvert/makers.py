@@ -19,10 +19,10 @@ from .classifier import replace_classifier
 from .downloads import reaching_out, torchvision_loading, torchvision_preprocessing
 from .errors import HarmconvertError, InputError, UsageError, first_line
 from .files import read_json
+from .history.declared import pretrained_config
 from .origin import SCHEMES, Source
 from .reference import open_reference
 from .samples import SAMPLES
-from .surgery import pretrained_config
 from .tensors import tensors_of
 from .user_code import functions_in, import_place
 from .weights import load_state, load_weights

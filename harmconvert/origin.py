@@ -15,7 +15,8 @@ from torch import nn
 from .conv import HarmonicMixin, base_class
 from .documents import check, count, plain
 from .errors import InputError, UsageError
-from .surgery import kernel_size, pretrained_config
+from .history.declared import pretrained_config
+from .surgery import kernel_size
 
 SCHEMES = ("timm", "torchvision", "hf-hub", "local-dir", "sample", "reference")
 

@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 from .conv import CONVOLUTIONS, empty_counterpart
 from .copying import deep_copy, uncopyable_members
 from .errors import HarmconvertError, HarmconvertWarning, InputError, UsageError, first_line, shortened
+from .history.declared import input_sizes
 from .side_effects import Snapshot
 
 
@@ -29,13 +30,6 @@ def convolutions(model: nn.Module) -> dict[str, nn.Module]:
 def kernel_size(conv: nn.Module) -> tuple[int, ...]:
     """A convolution's kernel size as a tuple of ints."""
     return tuple(cast("tuple[int, ...]", conv.kernel_size))
-
-
-def pretrained_config(model: nn.Module) -> Mapping[str, Any]:
-    """What a network says of its weights and pre-processing, as timm's do (``pretrained_cfg``, a dict or a record);
-    nothing of one that says nothing."""
-    config = getattr(model, "pretrained_cfg", None)
-    return config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
 
 
 def state_key(layer: str, tensor: str) -> str:
@@ -273,12 +267,13 @@ def fitted(inputs: Any, model: nn.Module) -> Any:
     return mapped(lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype), inputs)
 
 
-def default_input(model: nn.Module, batch: int = 1) -> Tensor | None:
-    """Zeros of the size in the model's ``pretrained_cfg``, in its dtype and on its device; None where it has none."""
-    size = pretrained_config(model).get("input_size")
-    if not size:
+def default_input(model: nn.Module, batch: int = 1) -> Any:
+    """Zeros of the size in the model's ``pretrained_cfg``, in its dtype and on its device: a tensor, a tuple where the
+    network takes several inputs, None where it names no size."""
+    inputs = [fitted(torch.zeros(batch, *size), model) for size in input_sizes(model)]
+    if not inputs:
         return None
-    return fitted(torch.zeros(batch, *size), model)
+    return inputs[0] if len(inputs) == 1 else tuple(inputs)
 
 
 def batch_size(example_input: Any) -> int:

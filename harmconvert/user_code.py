@@ -1,4 +1,4 @@
-"""Import the user's own Python: a file or a module that makes a network."""
+"""Import the user's own Python: a file or a module that makes a network or preprocesses images."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import importlib
 import importlib.util
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from .errors import UsageError, shortened
+from .errors import HarmconvertError, InputError, UsageError, first_line, shortened
 
 
 def import_place(place: str, schemes: Sequence[str]) -> ModuleType:
@@ -27,7 +28,11 @@ def import_place(place: str, schemes: Sequence[str]) -> ModuleType:
     """
     if not place.endswith(".py"):
         if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", place):
-            raise UsageError(f"unknown source {place!r}: use {', '.join(schemes)}:NAME, or MODULE:FACTORY")
+            raise UsageError(
+                f"unknown source {place!r}: use {', '.join(schemes)}:NAME, or MODULE:FACTORY"
+                if schemes
+                else f"{place!r} is neither FILE.py nor the name of a module"
+            )
         with _first_on_path(Path.cwd()):
             return importlib.import_module(place)
     path = Path(place).resolve()
@@ -35,7 +40,10 @@ def import_place(place: str, schemes: Sequence[str]) -> ModuleType:
     name = f"harmconvert_source_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if not path.is_file() or spec is None or spec.loader is None:
-        raise UsageError(f"there is no file {place}: give FILE.py:FACTORY, or one of {', '.join(schemes)}:NAME")
+        raise UsageError(
+            f"there is no file {place}"
+            + (f": give FILE.py:FACTORY, or one of {', '.join(schemes)}:NAME" if schemes else ": give FILE.py:FUNCTION")
+        )
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
@@ -56,6 +64,30 @@ def functions_in(place: str) -> str:
     kinds = (ast.FunctionDef, ast.ClassDef)
     names = [node.name for node in body if isinstance(node, kinds) and not node.name.startswith("_")]
     return f": {shortened([f'{place}:{name}' for name in names])}" if names else ""
+
+
+def import_function(name: str) -> Callable[..., Any]:
+    """A function of the user's, named as ``FILE.py:FUNCTION`` or ``package.module:FUNCTION``.
+
+    Raises:
+        UsageError: there is no such file, module or function. InputError: the file fails when it is imported.
+    """
+    place, colon, attribute = name.rpartition(":")
+    if not colon:
+        raise UsageError(f"{name!r} names no function: give FILE.py:FUNCTION")
+    try:
+        module = import_place(place, ())
+    except HarmconvertError:
+        raise
+    except ModuleNotFoundError as error:
+        raise UsageError(f"cannot import {place}: {first_line(error)}") from error
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{place} fails when imported: {type(error).__name__}: {first_line(error)}") from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise UsageError(f"{place} has no function {attribute!r}")
+    found: Callable[..., Any] = function
+    return found
 
 
 @contextmanager

@@ -36,6 +36,7 @@ from .surgery import (
     evaluating,
     fitted,
     in_precision,
+    mapped,
     state_key,
     tensors_in,
     unchanged,
@@ -96,7 +97,7 @@ def verify(
     """
     _check_values(original, converted)
     if inputs is None:
-        inputs, random_inputs = seeded_inputs(original), True
+        inputs, random_inputs = seeded_inputs(original, converted), True
     if _blocks(original) != _blocks(converted):  # what a block computes is compared with a convolution as one
         original, converted = fold_blocks(original), fold_blocks(converted)
     dtype = max((_weight_dtype(original), _weight_dtype(converted)), key=lambda d: OUTPUT_TOLERANCE[d])
@@ -254,16 +255,17 @@ class _NoRunError(Exception):
     """The network does not run on the inputs in this precision."""
 
 
-def seeded_inputs(model: nn.Module) -> Tensor:
-    """Two seeded random inputs of the network's own size.
+def seeded_inputs(*models: nn.Module) -> Any:
+    """Two seeded random examples of the size that the first of the networks names which names any.
 
     Raises:
-        UsageError: it names none.
+        UsageError: none does.
     """
-    size = default_input(model, batch=2)
+    size = next((found for model in models if (found := default_input(model, batch=2)) is not None), None)
     if size is None:
         raise UsageError("no input size is known for this network: give inputs (inputs=, --input-size C,H,W)")
-    return torch.randn(size.shape, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    return mapped(lambda zeros: torch.randn(zeros.shape, generator=generator), size)
 
 
 def _weight_dtype(model: nn.Module) -> torch.dtype:

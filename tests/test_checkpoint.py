@@ -16,12 +16,14 @@ import timm
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from harmconvert.checkpoint import METADATA_KEY, Source, load, read_header, save
+from harmconvert.checkpoint import METADATA_KEY, Header, Source, load, read_header, save
 from harmconvert.convert import convert
 from harmconvert.errors import HarmconvertError, HarmconvertWarning, InputError, OutsideError, UsageError
 from harmconvert.files import default_name
 from harmconvert.sources import load as load_rebuilt
+from harmconvert.surgery import default_input
 
 from .networks import CONVOLUTIONS, Branches, random_input, seeded
 
@@ -452,3 +454,58 @@ def test_a_file_is_read_back_before_it_takes_its_place(
     with pytest.raises(OutsideError, match="what was written is not what can be read back"):
         save(convert(network), saved, force=True)
     assert saved.read_bytes() == before
+
+
+# --- pre-processing ---
+
+
+def own() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 2, 3))
+
+
+def test_preprocessing_is_recorded_and_declared_again(tmp_path: Path) -> None:
+    given = {"input_size": (1, 9, 9), "mean": (0.13,), "std": (0.31,), "crop_pct": 1.0}
+    header = save(convert(own()), tmp_path / "a.safetensors", preprocessing=given)
+    assert header.preprocessing == {"input_sizes": [[1, 9, 9]], "mean": [0.13], "std": [0.31], "crop_pct": 1.0}
+    assert read_header(tmp_path / "a.safetensors") == header
+    for form in ("harmonic", "dense", "factored"):
+        model = load(tmp_path / "a.safetensors", model=own(), form=form)
+        assert model.pretrained_cfg["mean"] == (0.13,)
+        assert default_input(model).shape == (1, 1, 9, 9)
+    model = load(tmp_path / "a.safetensors", model=own())
+    assert save(model, tmp_path / "b.safetensors").preprocessing == header.preprocessing, "kept unless told otherwise"
+
+
+def test_sizes_of_several_inputs_are_recorded(tmp_path: Path) -> None:
+    save(convert(own()), tmp_path / "a.safetensors", preprocessing={"input_sizes": [(1, 9, 9), (3,)]})
+    model = load(tmp_path / "a.safetensors", model=own())
+    assert [tensor.shape for tensor in default_input(model, 2)] == [(2, 1, 9, 9), (2, 3)]
+
+
+def test_a_file_from_before_there_was_a_record_is_read(tmp_path: Path) -> None:
+    header = save(convert(own()), tmp_path / "a.safetensors")
+    assert header.preprocessing is None
+    assert "preprocessing" not in header.to_json(), "nor is its checksum another"
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        3,
+        {"input_sizes": [[1 << 40, 1 << 20]]},
+        {"input_sizes": [[0, 3, 3]]},
+        {"mean": ["a"]},
+        {"std": [0.0]},
+        {"interpolation": "evil"},
+        {"crop_pct": -1},
+        {"function": ["a"]},
+    ],
+)
+def test_a_record_that_nothing_can_be_made_of_is_refused(tmp_path: Path, record: object) -> None:
+    with pytest.raises(InputError, match="preprocessing"):
+        Header.from_json({**save(convert(own()), tmp_path / "a.safetensors").to_json(), "preprocessing": record})
+    if isinstance(record, dict):
+        with pytest.raises(UsageError, match="preprocessing"):
+            save(convert(own()), tmp_path / "b.safetensors", preprocessing=record)
+    with pytest.raises(UsageError, match="preprocessing has no entry 'colour'"):
+        save(convert(own()), tmp_path / "b.safetensors", preprocessing={"colour": 1})

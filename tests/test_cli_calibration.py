@@ -103,6 +103,8 @@ def test_a_layer_that_fails_falls_back_exits_1_and_is_still_written() -> None:
         "sample:photographs",
         "--input-size",
         "3,16,16",
+        "--preprocess",
+        "imagenet",
     ]
     few = ["--calibration-images", "8", "-o", "out.safetensors"]
     result = run(*common, *few)
@@ -136,6 +138,53 @@ def test_calibration_options_out_of_range_are_refused(code: int, message: str, o
     assert result.exit_code == code, result.stderr
     assert message in result.stderr
     assert os.listdir() == []
+
+
+OWN = """
+import torch
+from torch import nn
+
+def make():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+def prepare(image):
+    return torch.full((1, 12, 12), image.getpixel((3, 3)) / 255)
+"""
+
+
+def test_a_network_of_ones_own_says_once_how_images_are_preprocessed() -> None:
+    Path("net.py").write_text(OWN)
+    own = ["convert", "net.py:make", "--lambda", "*=2", "--input-size", "1,12,12", "-o", "a.safetensors"]
+    few = ["--calibrate", "sample:mnist5k", "--calibration-images", "8"]
+    result = run(*own, *few)
+    assert result.exit_code == 2
+    assert "does not say how its images are preprocessed" in result.stderr
+    result = ok(*own, *few, "--mean", "0.13", "--std", "0.3", "--allow-fallback")
+    assert "1x12x12, mean 0.13, std 0.3, bicubic, crop 1" in result.stderr
+    assert read_header("a.safetensors").preprocessing["mean"] == [0.13]
+    again = ["a.safetensors", "--trust-code"]
+    result = ok("evaluate", *again, "--dataset", "sample:mnist5k")
+    assert "preprocessing: 1x12x12, mean 0.13, std 0.3, bicubic, crop 1" in result.stderr
+    other = ok("evaluate", *again, "--dataset", "sample:mnist5k", "--input-size", "1,20,20", "--preprocess", "none")
+    assert "preprocessing: 1x20x20, mean 0, std 1, bicubic, squashed" in other.stderr
+    ok("export", *again, "-o", "dense.safetensors")
+    ok("verify", "net.py:make", "a.safetensors", "--as-planned")
+    ok("report", *again, "-o", "a.json")
+    assert json.loads(Path("a.json").read_text())["forms"][0]["macs"] > 0, "counted on the recorded size"
+    result = run("evaluate", *again, "--dataset", "sample:mnist5k", "--input-size", "1,20,20", "--img-size", "20")
+    assert result.exit_code == 2
+    assert "--input-size and --img-size both give the size" in result.stderr
+
+
+def test_preprocessing_is_recorded_without_calibration_and_a_function_by_its_name() -> None:
+    Path("net.py").write_text(OWN)
+    own = ["convert", "net.py:make", "--input-size", "1,12,12", "-o", "a.safetensors"]
+    ok(*own, "--preprocess", "net.py:prepare")
+    assert read_header("a.safetensors").preprocessing == {"input_sizes": [[1, 12, 12]], "function": "net.py:prepare"}
+    result = ok("evaluate", "a.safetensors", "--trust-code", "--dataset", "sample:mnist5k")
+    assert "preprocessing: 1x12x12, by net.py:prepare" in result.stderr
+    assert "warning: the network " in result.stderr, "corners of digits are all black"
 
 
 @pytest.mark.slow

@@ -162,9 +162,19 @@ def test_a_calibrated_checkpoint_is_compared_with_its_plain_cut() -> None:
     ok("convert", SAMPLE, "--lambda", "2", "--calibrate", "digits/train", "-o", "calibrated.safetensors")
     result = ok("finetune", "calibrated.safetensors", "--data-dir", "digits", *DIGITS, "--epochs", "1", "--json")
     stages = {stage["name"]: stage["evaluation"] for stage in json.loads(result.stdout)["stages"]}
-    assert stages["cut"]["top1"] < stages["calibrated"]["top1"]
+    assert list(stages) == ["uncut", "cut", "before", "fine-tuned"], "before: the file as it was given"
+    assert stages["cut"]["top1"] < stages["before"]["top1"]
     assert "calibrating on" not in result.stderr
     assert read_header("calibrated-finetuned.safetensors").calibrated == {}
+
+
+def test_a_rerun_of_what_was_interrupted_is_told_how_to_go_on() -> None:
+    quick = ["--data-dir", "digits", *DIGITS, "--epochs", "1", "-o", "a.safetensors"]
+    Path("a.metrics.csv").write_text("epoch,loss\n")
+    Path("a.state.pth").write_bytes(b"")
+    for command in (["finetune", "cut.safetensors"], ["train", SAMPLE]):
+        message = failed(*command, *quick, code=2)
+        assert "a.state.pth is the state of an interrupted run: go on with --resume a.state.pth" in message
 
 
 def test_images_without_labels_are_learnt_from_the_uncut_network() -> None:

@@ -15,8 +15,13 @@ from torch import nn
 
 import harmconvert as hc
 from harmconvert.data import calibration_images, preprocessing
+from harmconvert.data.pictures import in_mode
+from harmconvert.data.preprocessing import described, evaluation_transform, padded_crop_transform, training_transform
+from harmconvert.data.variety import Variety, remark_on
 from harmconvert.errors import InputError, UsageError
 from harmconvert.samples import mnist5k, mnist5k_held_back
+
+from .pictures import tiff
 
 
 @pytest.fixture
@@ -213,3 +218,168 @@ def test_torchvisions_own_preprocessing_is_found(monkeypatch: pytest.MonkeyPatch
     assert config["mean"] == (0.485, 0.456, 0.406)
     assert config["crop_pct"] == pytest.approx(224 / 256)
     assert config["interpolation"] == "bilinear"
+
+
+# --- pre-processing that nobody says ---
+
+
+def test_a_network_that_says_nothing_of_its_preprocessing_is_not_given_imagenets(folder: Path) -> None:
+    network, size = nn.Conv2d(3, 2, 3), {"input_size": (3, 16, 16)}
+    for given in ({}, {"mean": (0.5,)}, {"std": (0.5,)}):
+        with pytest.raises(UsageError, match=r"does not say how its images are preprocessed.*--mean and --std, or"):
+            calibration_images(str(folder), network, 1, overrides=size | given)
+    for function in (training_transform, lambda config: padded_crop_transform(config, 4, 0, 0)):
+        with pytest.raises(UsageError, match="does not say how"):
+            function(preprocessing(network, size))
+
+
+def test_what_is_given_for_such_a_network_is_all_that_is_done(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    given = {"input_size": (1, 16, 16), "mean": (0.1,), "std": (0.3,)}
+    ((image,),) = calibration_images(str(tmp_path), nn.Conv2d(1, 2, 3), 1, overrides=given).batches
+    assert torch.allclose(image[0], (torch.from_numpy(pixels) / 255 - 0.1) / 0.3, atol=1e-6), "nothing is cropped"
+
+
+def test_named_ways_to_preprocess(tmp_path: Path) -> None:
+    picture(tmp_path / "wide.png", 0, size=(64, 16))
+    wide, network = Image.open(tmp_path / "wide.png"), nn.Conv2d(3, 2, 3)
+    none = preprocessing(network, {"input_size": (3, 16, 16), "preprocess": "none"})
+    squashed = torch.from_numpy(np.array(wide.resize((16, 16), Image.Resampling.BICUBIC))).permute(2, 0, 1) / 255
+    assert torch.allclose(evaluation_transform(none)(wide), squashed, atol=1e-6), "whole, values from 0 to 1"
+    imagenet = preprocessing(network, {"input_size": (3, 16, 16), "preprocess": "imagenet"})
+    assert described(imagenet) == "3x16x16, mean 0.485,0.456,0.406, std 0.229,0.224,0.225, bicubic, crop 0.875"
+    declared = timm.create_model("resnet18", pretrained=False)
+    assert preprocessing(declared, {"preprocess": "none"})["mean"] == (0, 0, 0), "the user knows better"
+
+
+PREPARE = """
+import numpy as np, torch
+def halves(image):
+    return torch.from_numpy(np.array(image.resize((8, 8)))).float()[None] / 510
+def large(image):
+    return torch.zeros(1, 9, 9)
+def fails(image):
+    return image.no_such_thing
+def number(image):
+    return 3
+"""
+
+
+def test_a_function_of_the_users_makes_the_tensors(tmp_path: Path) -> None:
+    (tmp_path / "prepare.py").write_text(PREPARE)
+    picture(tmp_path / "a.png", 0, size=(20, 20))
+
+    def config(function: str) -> dict[str, object]:
+        way = f"{tmp_path}/prepare.py:{function}"
+        return preprocessing(nn.Conv2d(1, 2, 3), {"input_size": (1, 8, 8), "preprocess": way})
+
+    assert described(config("halves")) == f"1x8x8, by {tmp_path}/prepare.py:halves"
+    given = {"input_size": (1, 8, 8), "preprocess": f"{tmp_path}/prepare.py:halves"}
+    ((image,),) = calibration_images(str(tmp_path), nn.Conv2d(1, 2, 3), overrides=given).batches
+    assert 0.2 < image.max() <= 0.5
+    for transform in (
+        training_transform(config("halves"), hflip=0.5),
+        training_transform(config("halves"), no_aug=True),
+        padded_crop_transform(config("halves"), 2, 0.5, 0),
+    ):
+        assert transform(Image.new("L", (20, 20), 255)).shape == (1, 8, 8)
+    for function, message in (
+        ("large", "returns a tensor of 1x9x9 where the network's input size is 1x8x8"),
+        ("fails", "prepare.py:fails fails: AttributeError: "),
+        ("number", "returns a int: it should return a tensor of floats"),
+    ):
+        with pytest.raises(InputError, match=message):
+            evaluation_transform(config(function))
+    with pytest.raises(UsageError, match="has no function 'nothing'"):
+        evaluation_transform(config("nothing"))
+    with pytest.raises(UsageError, match="unknown preprocessing 'imagnet': use imagenet, none or FILE"):
+        preprocessing(nn.Conv2d(1, 2, 3), {"input_size": (1, 8, 8), "preprocess": "imagnet"})
+    with pytest.raises(UsageError, match="does all that is done to an image: leave mean out"):
+        preprocessing(nn.Conv2d(1, 2, 3), {"input_size": (1, 8, 8), "preprocess": "a.py:f", "mean": (1.0,)})
+
+
+def test_a_function_that_a_checkpoint_names_is_not_run_unasked() -> None:
+    network = nn.Conv2d(1, 2, 3)
+    network.pretrained_cfg = {"input_size": (1, 8, 8), "function": "evil.py:run"}
+    with pytest.raises(UsageError, match=r"preprocessed by user code \(evil.py:run\), which is not run unasked"):
+        preprocessing(network, {})
+    assert preprocessing(network, {"trust_code": True})["function"] == "evil.py:run"
+    assert "function" not in preprocessing(network, {"mean": (0.5,), "std": (0.5,)})
+
+
+def test_a_timm_network_of_one_channel_is_fed_grey(folder: Path) -> None:
+    network = timm.create_model("resnet18", pretrained=False, in_chans=1)
+    (batch,) = calibration_images(str(folder), network, 2, overrides={"crop_pct": 1.0}).batches
+    assert batch.shape == (2, 1, 224, 224)
+    assert preprocessing(network, {})["mean"] == (pytest.approx(0.449),)
+
+
+# --- pictures of any mode ---
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I", "I;16", "F"])
+@pytest.mark.parametrize("wanted", ["L", "RGB"])
+def test_pictures_of_every_mode_become_those_of_the_network(mode: str, wanted: str) -> None:
+    picture = Image.new("L", (4, 4), 255).convert({"I;16": "I"}.get(mode, mode))
+    if mode.startswith("I") or mode == "F":
+        deep = np.full((4, 4), 1.0 if mode == "F" else 65535)
+        picture = Image.fromarray(deep.astype({"I": np.int32, "I;16": np.uint16, "F": np.float32}[mode]))
+    found = in_mode(picture, wanted)
+    assert found.mode == wanted
+    assert np.asarray(found).min() >= 254, "white stays white"
+
+
+def test_transparency_is_left_out_as_timm_does_and_without_a_warning(tmp_path: Path) -> None:
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    palette.save(tmp_path / "p.png", transparency=b"\0\0")
+    with Image.open(tmp_path / "p.png") as image:
+        assert in_mode(image, "RGB").getpixel((0, 0)) == (10, 20, 30)
+
+
+def test_floats_have_one_scale_for_all_pictures() -> None:
+    def grey(value: float) -> int:
+        return int(in_mode(Image.fromarray(np.full((2, 2), value, dtype=np.float32)), "L").getpixel((0, 0)))
+
+    assert [grey(value) for value in (0.5, 1.0, 51.0, 200.0, 65535.0)] == [128, 255, 51, 200, 255]
+    with pytest.raises(ValueError, match="values go up to 1e"):
+        grey(1e6)
+
+
+@pytest.mark.parametrize(
+    ("channels", "extra", "photometric", "bits"),
+    [(13, (0,) * 12, 1, 16), (4, (0,) * 3, 1, 16), (4, (0,), 2, 8), (2, (0,), 1, 8), (6, (0, 0, 0), 2, 8)],
+)
+def test_satellite_images_are_refused_by_name(
+    tmp_path: Path, network: nn.Module, channels: int, extra: tuple[int, ...], photometric: int, bits: int
+) -> None:
+    tiff(tmp_path / "scene.tif", channels, extra, photometric, bits)
+    with pytest.raises(InputError, match=rf"scene.tif is a TIFF of {channels} channels.*batches of your own in Python"):
+        calibration_images(str(tmp_path), network, 4)
+
+
+def test_tiffs_of_grey_and_colours_are_read(tmp_path: Path, network: nn.Module) -> None:
+    for number, (channels, extra, photometric) in enumerate([(1, (), 1), (3, (), 2), (4, (2,), 2), (4, (), 5)]):
+        tiff(tmp_path / f"{number}.tif", channels, extra, photometric)
+    images = calibration_images(str(tmp_path), network, 4, overrides={"input_size": (3, 8, 8)})
+    assert (len(images), images.unreadable) == (4, ())
+
+
+# --- outputs that hardly vary ---
+
+
+def test_outputs_that_hardly_vary_are_remarked_on() -> None:
+    digits, _ = mnist5k_held_back()
+    network, digits = hc.open_source("sample:resnet_mnist5k").model, digits[::25]
+    assert remark_on(network, [digits]) is None
+    assert "the network gives 100% of 40 images the same class" in (remark_on(network, [digits * 1e-3]) or "")
+    assert remark_on(network, [digits[:4] * 1e-3]) is None, "too few to tell"
+    one_class = Variety()
+    one_class.add(torch.eye(3)[torch.zeros(40, dtype=torch.long)], torch.zeros(40, dtype=torch.long))
+    assert one_class.remark() is None, "as the labels say"
+    maps = nn.Conv2d(1, 2, 3)
+    assert remark_on(maps, [torch.randn(20, 1, 9, 9)]) is None
+    constant = nn.Sequential(maps, nn.Conv2d(2, 2, 1))
+    nn.init.constant_(constant[1].weight, 1e-4)
+    assert "outputs that vary by" in (remark_on(constant, [torch.randn(20, 1, 9, 9)]) or "")

@@ -121,6 +121,73 @@ def test_the_samples() -> None:
     assert crops.train.read(5)[0] != crops.test.read(5)[0]
 
 
+# --- what lies beside the classes ---
+
+
+def blank(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (4, 4)).save(path)
+
+
+def test_an_image_beside_the_class_folders_is_left_out_with_a_note(split_folder: Path) -> None:
+    blank(split_folder / "train" / "overview.png")
+    blank(split_folder / "val" / "logo.JPG")
+    blank(split_folder / "banner.png")
+    data = open_data(DataRequest(data_dir=str(split_folder)))
+    assert data.labelled
+    assert data.identity() == {"images": [40, 20], "classes": 10}
+    assert [note.rpartition("/")[2] for note in data.notes] == [
+        "train has images beside its class folders, which are left out: overview.png",
+        "val has images beside its class folders, which are left out: logo.JPG",
+    ]
+
+
+def test_folders_that_are_no_classes_are_left_out(split_folder: Path) -> None:
+    blank(split_folder / "train" / "__MACOSX" / "a.png")
+    for name in ("train/thumbnails/Thumbs.db", "val/docs/readme.txt", "train/.DS_Store", "val/__MACOSX/._1.png"):
+        (split_folder / name).parent.mkdir(exist_ok=True)
+        (split_folder / name).write_bytes(b"x")
+    data = open_data(DataRequest(data_dir=str(split_folder)))
+    assert data.identity() == {"images": [40, 20], "classes": 10}
+    assert [note.rpartition("/")[2] for note in data.notes] == [
+        "train has folders without an image, which are left out: thumbnails",
+        "val has folders without an image, which are left out: docs",
+    ]
+
+
+def test_a_class_without_images_to_test_on_is_no_error(split_folder: Path) -> None:
+    for image in (split_folder / "val" / "3").iterdir():
+        image.unlink()
+    data = open_data(DataRequest(data_dir=str(split_folder)))
+    assert data.identity() == {"images": [40, 18], "classes": 10}
+    assert "left out: 3" in data.notes[0]
+
+
+def test_a_class_of_pictures_that_are_not_read_is_no_stray(split_folder: Path) -> None:
+    (split_folder / "train" / "phone").mkdir()
+    (split_folder / "train" / "phone" / "a.heic").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"class folders without an image \(phone\)"):
+        open_data(DataRequest(data_dir=str(split_folder)))
+
+
+def test_most_images_outside_of_folders_have_no_labels(tmp_path: Path) -> None:
+    for number in range(6):
+        blank(tmp_path / f"{number}.png")
+    blank(tmp_path / "more" / "a.png")
+    data = open_data(DataRequest(data_dir=str(tmp_path), holdout=0), ("test",))
+    assert not data.labelled
+    assert len(data.test) == 7
+    assert "6 images lie in" in data.notes[0]
+
+
+def test_a_folder_in_a_folder_is_named(tmp_path: Path) -> None:
+    digit_folders(tmp_path / "digits" / "train", 1)
+    digit_folders(tmp_path / "digits" / "val", 1)
+    (tmp_path / "__MACOSX").mkdir()
+    with pytest.raises(UsageError, match=r"holds one folder with splits: give --data-dir .*digits"):
+        open_data(DataRequest(data_dir=str(tmp_path)))
+
+
 # --- what is refused ---
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import html
 import html.parser
 import json
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -162,7 +164,7 @@ def test_latency_by_command() -> None:
     assert found["timing"]["threads"] == torch.get_num_threads()
     assert found["sha256"], "and all else as without"
     Path("net.py").write_text("from torch import nn\ndef net():\n    return nn.Sequential(nn.Conv2d(1, 2, 3))\n")
-    ok("convert", "net.py:net", "--input-size", "1,8,8", "-o", "own.safetensors")
+    save(convert(nn.Sequential(nn.Conv2d(1, 2, 3)), 2), "own.safetensors", source=Source("code", "net.py:net"))
     own = ["report", "own.safetensors", "--trust-code", "--latency", "1", "-o", "b.json"]
     fails(2, "this network does not say what it takes: give --input-size C,H,W", *own)
     ok(*own, "--input-size", "1,8,8")
@@ -264,23 +266,89 @@ def test_commands_make_it_again() -> None:
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_commands_say_plan_where_no_lambda_gives_it_and_options_that_differ() -> None:
+def rerun(lines: list[str]) -> None:
+    """Run each line as it is printed, in a folder without its output."""
+    for line in lines:
+        program, *words = shlex.split(line)
+        assert program == "harmconvert"
+        Path(words[words.index("-o") + 1]).unlink(missing_ok=True)
+        Path(words[words.index("-o") + 1]).with_suffix(".metrics.csv").unlink(missing_ok=True)
+        ok(*words)
+
+
+OWN = """
+import torch
+from torch import nn
+
+def make():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 10, 3)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+"""
+
+
+def test_commands_of_every_step_run_as_they_are_printed() -> None:
+    Path("net.py").write_text(OWN)
+    digit_folders(Path("some digits"), 3)
+    ok(
+        "convert", "net.py:make", "--lambda", "2", "--input-size", "1,12,12", "--mean", "0.13", "--std", "0.3",
+        "--calibrate", "some digits", "--calibration-images", "16", "--seed", "3", "--exclude", "3",
+        "--allow-fallback", "-o", "made.safetensors", "--json",
+    )  # fmt: skip
+    tuning = ["--data-dir", "some digits", "--holdout", "0.4", "--workers", "0", "--scale", "0.7", "1", "--trust-code"]
+    ok("finetune", "made.safetensors", *tuning, "-b", "6", "--epochs", "1", "--freeze-bn", "-o", "tuned.safetensors")
+    ok("report", "tuned.safetensors", "--trust-code", "-o", "tuned.json")
+    found, before = json.loads(Path("tuned.json").read_text()), read_header("tuned.safetensors")
+    assert len(found["commands"]) == 2
+    assert "--calibrate 'some digits'" in found["commands"][0]
+    assert "DATA" not in " ".join(found["commands"])
+    weights = safetensors.torch.load_file("tuned.safetensors")
+    rerun(found["commands"])
+    again = read_header("tuned.safetensors")
+    assert (again.plan, again.preprocessing) == (before.plan, before.preprocessing)
+    assert again.history["training"][0]["recipe"] == before.history["training"][0]["recipe"]
+    for key, tensor in safetensors.torch.load_file("tuned.safetensors").items():
+        assert torch.allclose(tensor, weights[key], atol=1e-5), key
+
+
+def test_a_plan_of_no_lambda_is_that_of_the_checkpoint_itself() -> None:
+    Path("net.py").write_text(OWN)
+    own = ["convert", "net.py:make", "--input-size", "1,12,12"]
+    ok(*own, "--lambda", "2", "-o", "first.safetensors", "--save-plan", "mine.json")
+    ok(*own, "--plan", "mine.json", "-o", "net.safetensors", "--report", "net.json")
+    Path("mine.json").unlink()
+    (line,) = json.loads(Path("net.json").read_text())["commands"]
+    assert line == (
+        "harmconvert convert net.py:make --plan net.safetensors --input-size 1,12,12 -o again-net.safetensors"
+    )
+    rerun([line])
+    assert read_header("again-net.safetensors").plan == read_header("net.safetensors").plan
+    found = made(small(), 2, include=["3"])
+    assert "--plan net.safetensors -o again-net.safetensors" in found.commands[0], "no lambda alone gives that"
+    long = made(small(), {f"[{'3' * count}]": 2 for count in range(1, 40)})
+    assert "--plan net.safetensors" in long.commands[0], "nobody reads a lambda of hundreds of letters"
+
+
+def test_what_no_command_can_do_again_is_said_in_words() -> None:
     history = {"training": [training(scale=[0.5, 1.0], freeze_bn=True, ema=0.9, decay_milestones=[1, 2], hflip=0.5)]}
-    convert_line, finetune_line = made(small(), {"2": 1, "3": 2}, history).commands
-    assert convert_line == f"harmconvert convert {SAMPLE} --lambda 2=1,3=2 -o cut.safetensors"
+    found = made(small(), {"2": 1, "3": 2}, history)
+    assert found.commands == (f"harmconvert convert {SAMPLE} --lambda 2=1,3=2 -o cut.safetensors",)
     options = "--epochs 2 --lr 0.01 --decay-milestones 1,2 --scale 0.5 1.0 --model-ema-decay 0.9 --freeze-bn"
-    assert finetune_line == f"harmconvert finetune cut.safetensors --data-dir DATA {options} -o net.safetensors"
+    assert found.command_notes[0] == (
+        "cut.safetensors was fine-tuned to net.safetensors on images that the file does not name: give them to "
+        f"harmconvert finetune with --data-dir, and {options}"
+    )
     for recipe, words in (({"lr": 0.01}, "--lr 0.01"), ({"distill": 1.0}, "--distill 1.0")):
         whole = {"training": [training(**recipe_named("finetune", **recipe).to_json())]}  # every field of it
-        assert f"--data-dir DATA {words} -o net.safetensors" in made(small(), 2, history=whole).commands[1]
+        assert made(small(), 2, history=whole).command_notes[0].endswith(f"with --data-dir, and {words}")
     for frozen, word in ((True, "--distill 1.0"), (False, "--no-freeze-bn --distill 1.0")):
         history = {"training": [training(distill=1.0, freeze_bn=frozen)]}
-        assert f"--lr 0.01 {word} -o net" in made(small(), 2, history=history).commands[1]
-    assert "--plan plan.json" in made(small(), 2, include=["3"]).commands[0], "no lambda alone gives that"
-    long = made(small(), {f"[{'3' * count}]": 2 for count in range(1, 40)})
-    assert "--plan plan.json" in long.commands[0], "nobody reads a lambda of hundreds of letters"
+        assert made(small(), 2, history=history).command_notes[0].endswith(f"--lr 0.01 {word}")
     calibrated = made(small(), 2, calibration=[torch.randn(40, 1, 16, 16)], settings=CalibrationSettings(0.1, seed=7))
-    assert "--calibrate DATA --calibration-images 40 --seed 7 --damping 0.1" in calibrated.commands[0]
+    assert calibrated.commands == (f"harmconvert convert {SAMPLE} --lambda 2 -o net.safetensors",)
+    assert "calibrated on 40 inputs that the file does not name" in calibrated.command_notes[0]
+    assert "--calibration-images 40 --seed 7 --damping 0.1" in calibrated.command_notes[0]
+    assert calibrated.command_notes[0] in html.unescape(page(calibrated))
 
 
 def test_every_option_that_commands_may_name_exists() -> None:
@@ -304,6 +372,9 @@ def test_a_network_trained_from_scratch_has_blocks_and_no_conversion() -> None:
     found = json.loads(Path("t.json").read_text())
     assert {layer["kind"] for layer in found["layers"]} >= {"HarmonicBlock2d"}
     assert [stage["name"] for stage in found["stages"]] == ["trained"]
+    (line,) = found["commands"]
+    assert line.startswith(f"harmconvert train {SAMPLE} --data-dir digits --holdout 0.5 --recipe cifar-wrn --epochs 1")
+    assert read_header("t.safetensors").preprocessing["input_sizes"] == [[1, 28, 28]]
     ok("report", "t.safetensors", "-o", "t.html")
     assert "was trained in harmonic form" in Path("t.html").read_text()
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..comparison import top1_agreement
 from ..distributed import gathered, sum_over_ranks
-from ..surgery import pretrained_config, tensors_in
+from ..history.declared import pretrained_config
+from ..surgery import tensors_in
 from .capture import explained, forward
 from .inputs import Batch
 

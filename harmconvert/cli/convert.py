@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from . import inputs, options, outputs, pages, types
+from . import images, inputs, options, outputs, pages, types
+from .recording import record_of_command
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from ..budget import Budget
     from ..checkpoint import Header
     from ..convert import Conversion
+    from ..plan import Plan
     from ..sources import Network
     from ..verify import Verification
 
@@ -91,7 +93,12 @@ def budget_options(command: Any) -> Any:
 )
 @budget_options
 @click.option("--save-plan", metavar="FILE", help="Write the plan as JSON, to edit and to follow with --plan.")
-@click.option("--plan", "plan_file", type=inputs.InputFile(), help="Follow a plan saved as JSON instead of a lambda.")
+@click.option(
+    "--plan",
+    "plan_file",
+    type=inputs.InputFile(),
+    help="Follow a plan instead of a lambda: JSON, or a harmonic checkpoint, whose plan it is.",
+)
 @click.option(
     "--include",
     multiple=True,
@@ -113,7 +120,7 @@ def budget_options(command: Any) -> Any:
 @click.option("-o", "--output", metavar="FILE", help="Default: NAME-harmonic-LAMBDA.safetensors.")
 @pages.option
 @options.force
-@options.calibration_options
+@images.calibration_options
 @options.input_size
 @options.device
 @options.network_options
@@ -159,11 +166,10 @@ def command(
       harmconvert convert reference:model_best.pth.tar
     """
     from ..files import default_name
-    from ..report.writing import write_figure
 
     policy, asked = _what_to_keep(plan_file, lam, budget, max_drop, labelled)
     inputs.check()
-    options.check_calibration(more, input_size)
+    images.check_calibration(more, input_size)
     if labelled is not None:
         inputs.check_labelled(labelled, more["data_dir"])
     choices = (lam, plan_file, budget, labelled, include, exclude, more["data"])
@@ -172,25 +178,25 @@ def command(
     named = default_name(source, _kept(lam, plan_file, asked, max_drop))
     output = output or (named.replace("-harmonic-full", "-harmonic") if as_it_is else named)
     page, figure = outputs.check(source, output, save_plan, report, search_figure, force)
+    target = _Target(input_size, output, page, force, as_json, more["dtype"])
     probes = outputs.check_probes(probes, output, source, bool((asked or labelled) and more["data"]))
     options.begin(source)
     from ..budget import SearchSettings
     from ..convert import convert
     from ..distributed import joined, rank
-    from ..plan import Plan
-    from ..report.sheets import search_sheet
     from .labelled import halves
 
     if plan_file:
-        policy = Plan.load(plan_file)
+        policy = _plan(plan_file)
     with joined():
         network = options.opened(source, more, begun=True, intact=True, form="harmonic" if as_it_is else "dense")
         if as_it_is and network.header:
-            return _keep(network, input_size, output, page, force, as_json)
+            return _keep(network, source, target)
+        images.declare_inputs(more, network.model, input_size)
         options.place(network.model, device, more["data"] or labelled)
         worth, judged = halves(labelled, network.model, more, input_size) if labelled else (None, None)
-        images, settings = options.calibration(more, network.model, input_size)
-        batches = images.batches if images else ()
+        found, settings = images.calibration(more, network.model, input_size)
+        batches = found.batches if found else ()
         with options.progress("converting") as progress:
             conversion = convert(
                 network.model,
@@ -212,12 +218,40 @@ def command(
             held_out = judged(network.model, conversion.model) if judged else None  # by all processes
         if rank() > 0:
             return 0  # the first process verifies and writes
-        _finish(network, conversion, input_size, output, page, force, as_json, held_out, more["dtype"], batches)
-        if figure and conversion.search:
-            write_figure(search_sheet(conversion.search), *figure, force)
-        if save_plan:
-            conversion.plan.save(save_plan, force)
-    return _calibration_verdict(conversion, output, more["allow_fallback"])
+        made_by = record_of_command(source if network.header else str(network.source))
+        _finish(network, conversion, made_by, target, held_out, batches)
+        _write_beside(conversion, figure, save_plan, force)
+    return images.verdict(conversion, output, more["allow_fallback"])
+
+
+class _Target(NamedTuple):
+    """What is written where, and how what was done is told."""
+
+    sizes: Any
+    output: str
+    page: Path | None
+    force: bool
+    as_json: bool
+    dtype: str
+
+
+def _write_beside(conversion: Conversion, figure: tuple[Path, Path] | None, save_plan: str | None, force: bool) -> None:
+    """The figure of a search, and the plan, where they were asked for."""
+    from ..report.sheets import search_sheet
+    from ..report.writing import write_figure
+
+    if figure and conversion.search:
+        write_figure(search_sheet(conversion.search), *figure, force)
+    if save_plan:
+        conversion.plan.save(save_plan, force)
+
+
+def _plan(file: str) -> Plan:
+    """The plan of a JSON file, or of a harmonic checkpoint."""
+    from ..checkpoint import is_harmonic, read_header
+    from ..plan import Plan
+
+    return read_header(file).plan if is_harmonic(file) else Plan.load(file)
 
 
 def _kept(lam: str | None, plan_file: str | None, asked: Budget | None, max_drop: float | None) -> str:
@@ -244,7 +278,7 @@ def _what_to_keep(
     return parse_lambda(lam if lam is not None else "full"), Budget.parse(budget[0]) if budget else None
 
 
-def _keep(network: Network, sizes: Any, output: str, page: Path | None, force: bool, as_json: bool) -> int:
+def _keep(network: Network, source: str, target: _Target) -> int:
     """Write a network that is harmonic already as it is; the file takes its place once it is compared with it."""
     from ..checkpoint import load, save
     from ..distributed import rank
@@ -254,14 +288,17 @@ def _keep(network: Network, sizes: Any, output: str, page: Path | None, force: b
     from ..report import tables
     from ..verify import verify
 
+    sizes, output, page, force, as_json, _ = target
     if rank() > 0:
         return 0
     inputs = options.verification_inputs(sizes, network.source)
+    recorded = network.header.history if network.header else {}
+    history = {"command": record_of_command(source)} if not recorded else None
     written: list[tuple[Header, Verification]] = []
 
     def write(staging: Path) -> None:
         file = staging.with_name("network.safetensors")  # the target may be called otherwise, behind a link
-        header = save(network.model, file, source=network.source, force=True)
+        header = save(network.model, file, source=network.source, history=history, force=True)
         check = verify(network.model, load(file, model=fuse(network.model)), **inputs)
         if not check.ok:
             raise CheckError(f"{output}, read back: {check.verdict}; nothing was written")
@@ -285,13 +322,9 @@ def _keep(network: Network, sizes: Any, output: str, page: Path | None, force: b
 def _finish(
     network: Network,
     conversion: Conversion,
-    sizes: Any,
-    output: str,
-    page: Path | None,
-    force: bool,
-    as_json: bool,
+    made_by: dict[str, Any],
+    target: _Target,
     held_out: Any,
-    dtype: str,
     images: Sequence[Tensor],
 ) -> None:
     """Show what was done, verify it, write it."""
@@ -301,6 +334,7 @@ def _finish(
     from ..report import tables
     from ..verify import verify
 
+    sizes, output, page, force, as_json, dtype = target
     console = options.console(quiet=as_json)
     if conversion.search:
         console.print(tables.search_table(conversion.search))
@@ -326,9 +360,8 @@ def _finish(
         conversion, difference = in_fewer_bits(conversion, dtype, inputs["inputs"])
         console.print(f"rounded to {dtype}: outputs differ by {difference:.1e} of the largest", markup=False)
     judged = {name: found.to_json() for name, found in held_out.items()} if held_out else None
-    header = save(
-        conversion, output, source=network.source, history={"held_out": judged} if judged else None, force=force
-    )
+    history = {"command": made_by} | ({"held_out": judged} if judged else {})
+    header = save(conversion, output, source=network.source, history=history, force=force)
     options.keep(lambda: f"{output} was written, and is whole")
     console.print(f"wrote {output} ({tables.file_size(output)})", markup=False)
     if page:
@@ -342,21 +375,3 @@ def _finish(
     if as_json:
         told = {"output": output, **conversion.to_json(), "verification": check.to_json()}
         options.print_json({**told, "held_out": judged} | ({"report": str(page)} if page else {}))
-
-
-def _calibration_verdict(conversion: Conversion, output: str, allow_fallback: bool) -> int:
-    """Exit code: 1 where a layer could not be calibrated and that was not allowed. The file is written all the same:
-    hours of work on the other layers are in it."""
-    from ..errors import counted
-
-    failed = conversion.calibration.failed if conversion.calibration else ()
-    if not failed:
-        return 0
-    what = ", ".join(f"{layer.name} ({layer.why})" for layer in failed[:3])
-    options.say(
-        f"harmconvert: {'note' if allow_fallback else 'check failed'}: {counted(len(failed), 'layer')} of {output} "
-        f"could not be calibrated and {'stays' if len(failed) == 1 else 'stay'} a plain cut: {what}"
-        + ("" if allow_fallback else "; --allow-fallback accepts that"),
-        urgent=True,
-    )
-    return 0 if allow_fallback else 1

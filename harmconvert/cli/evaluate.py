@@ -6,12 +6,13 @@ from typing import Any
 
 import click
 
-from . import inputs, options, training_options, types
+from . import images, inputs, options, training_options, types
 
 
 @click.command(name="evaluate", cls=types.OptionalValues)
 @click.argument("source", type=inputs.SourceText())
 @training_options.evaluation_options
+@options.input_size
 @click.option("--compare", type=inputs.SourceText(), help="A second network to agree with, such as the uncut one.")
 @click.option("--compare-checkpoint", "rival_weights", type=inputs.InputFile(), help="Weights of that second network.")
 @click.option(
@@ -36,6 +37,7 @@ def command(source: str, compare: str | None, rival_weights: str | None, amp: st
     inputs.check_run(given)
     from dataclasses import replace
 
+    from ..data.variety import Variety
     from ..distributed import joined, rank
     from ..errors import UsageError
     from ..evaluation import evaluate
@@ -67,7 +69,7 @@ def command(source: str, compare: str | None, rival_weights: str | None, amp: st
             other = in_float32(rival.model.to(machine.device))
         loading, config = training_options.evaluation_loading(given, network.model, machine)
         with options.progress() as progress:
-            seen, total = 0, loading.steps or 0
+            seen, total, variety = 0, loading.steps or 0, Variety()
 
             def count(images: int) -> None:
                 nonlocal seen
@@ -79,8 +81,10 @@ def command(source: str, compare: str | None, rival_weights: str | None, amp: st
                 loading.epoch(0),
                 other,
                 autocast=lambda: autocast(amp, machine.device),
+                variety=variety,
                 progress=count,
             )
+        images.warn_of(variety.remark())
         if note := loading.unread(found.images + len(found.unreadable)):
             options.say(note)
         if rank() > 0:

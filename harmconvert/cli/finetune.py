@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import inputs, options, pages, training_options, types
+from . import inputs, options, pages, training_options, training_progress, types
+from .recording import record_of_command
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 @click.command(name="finetune", cls=types.OptionalValues)
 @click.argument("source", type=inputs.SourceText())
-@training_options.data_options
+@training_options.image_options
 @training_options.holdout
 @training_options.recipe_options
 @click.option(
@@ -88,7 +89,7 @@ def command(
       harmconvert finetune cut.safetensors --data-dir photographs/ --distill      # no labels needed
       harmconvert finetune cut.safetensors --dataset sample:mnist5k --hflip 0 --scale 0.7 1
     """
-    output = output or default_output(source)
+    output, given = output or default_output(source), {**given, "trust_code": trust_code}
     inputs.check_outputs(output, given, force)
     page = pages.checked(output, report, force)
     inputs.check_run(given)
@@ -96,6 +97,7 @@ def command(
     from contextlib import ExitStack
 
     from ..checkpoint import save
+    from ..data.preprocessing import record_of
     from ..distributed import joined, rank
     from ..report import tables
     from ..training.finetuning import finetune
@@ -104,7 +106,7 @@ def command(
         job = prepare(source, output, force, given, teacher, num_classes, trust_code, code)
         held.enter_context(job.setting.keeper.alone())
         record = training_options.recorder(output, given["log"])
-        with training_options.progress(job.recipe.epochs) as (told, epoch_done, tested):
+        with training_progress.progress(job.recipe.epochs) as (told, epoch_done, tested):
 
             def after_epoch(rows: Any) -> None:
                 record(rows)
@@ -124,7 +126,14 @@ def command(
         if rank() > 0:
             return
         with training_options.kept(setting.keeper):
-            header = save(done.model, output, source=job.source, history=done.history(job.header.history), force=force)
+            header = save(
+                done.model,
+                output,
+                source=job.source,
+                history=done.history(job.header.history, record_of_command(source, done.recipe.to_json())),
+                preprocessing=record_of(setting.preprocessing),
+                force=force,
+            )
         setting.keeper.remove()
         if page:
             pages.write_page(done.model, header, output, page, force)
@@ -166,11 +175,10 @@ def prepare(
     Raises:
         UsageError: SOURCE is no harmonic checkpoint; InputError, OutsideError: something cannot be read or had.
     """
-    from ..errors import HarmconvertError, UsageError, counted
-    from ..sources import check_rebuilds, open_original
+    from ..errors import UsageError, counted
+    from ..sources import check_rebuilds
     from ..tensors import weights_sha256
     from ..training.finetuning import Setting, new_classifier
-    from ..training.learner import number_of_classes
 
     network, header = _opened(source, trust_code, code)
     recorded = network.source
@@ -181,21 +189,7 @@ def prepare(
         check_rebuilds(recorded, network.model, trust_code)
         why = f"the uncut network has not the new classifier of {counted(num_classes, 'class')}"
     else:
-        try:
-            with options.busy("loading the uncut network"):
-                original = open_original(header, teacher, trust_code)
-        except HarmconvertError as error:
-            if teacher is not None:
-                raise
-            why = str(error)
-    if original is not None and number_of_classes(original) != number_of_classes(network.model):
-        why = (
-            f"the uncut network has {counted(number_of_classes(original) or 0, 'class')}, this one "
-            f"{number_of_classes(network.model)}"
-        )
-        if teacher is not None:
-            raise UsageError(f"--teacher {teacher}: {why}")
-        original = None
+        original, why = _uncut(network.model, header, teacher, trust_code)
     data = training_options.data_from(given, training_options.seed_from(given), ("train", "test"))
     wanted = {"train_only": given["train_only"], "distill": given["distill"], "temperature": given["temperature"]}
     if not data.labelled and wanted["distill"] is None and not given["resume"]:
@@ -204,6 +198,9 @@ def prepare(
     recipe = training_options.recipe_from("finetune", given, **wanted)
     if recipe.distill and original is None:
         raise UsageError(f"--distill needs the uncut network: {why or 'there is none'}; name it with --teacher SOURCE")
+    if original is None:
+        remedy = "" if "--teacher" in why or num_classes is not None else "; name it with --teacher SOURCE"
+        options.say(f"note: the uncut network is not known ({why}): neither are its accuracy and that of a cut{remedy}")
     options.say(str(recipe))
     preprocessing = training_options.preprocessing_from(given, network.model)
     identity = {
@@ -234,6 +231,28 @@ def _opened(source: str, trust_code: bool, code: str | None) -> tuple[Network, H
         raise inputs.not_harmonic(source)
     in_float32(network.model)
     return network, network.header
+
+
+def _uncut(model: nn.Module, header: Header, teacher: str | None, trust_code: bool) -> tuple[nn.Module | None, str]:
+    """The uncut network of a checkpoint, or None and why it is not known."""
+    from ..errors import HarmconvertError, UsageError, counted
+    from ..sources import open_original
+    from ..training.learner import number_of_classes
+
+    try:
+        with options.busy("loading the uncut network"):
+            original = open_original(header, teacher, trust_code)
+    except HarmconvertError as error:
+        if teacher is not None:
+            raise
+        return None, str(error)
+    theirs, ours = number_of_classes(original), number_of_classes(model)
+    if theirs == ours:
+        return original, ""
+    why = f"the uncut network has {counted(theirs or 0, 'class')}, this one {ours}"
+    if teacher is not None:
+        raise UsageError(f"--teacher {teacher}: {why}")
+    return None, why
 
 
 def default_output(source: str) -> str:

@@ -165,13 +165,16 @@ def check_labelled(data: str, data_dir: str | None) -> None:
 
 
 def check_outputs(output: str, given: Mapping[str, Any], force: bool) -> None:
-    """Raise UsageError where a run would replace its ``output``, the figures or the state of another run beside it."""
+    """Raise UsageError where a run would replace its ``output``, the figures or the state of another run beside it.
+
+    The state is looked at first: an interrupted run left figures, too, and --force would begin it anew.
+    """
     from ..files import check_output, metrics_path, state_path
 
-    check_output(output, force, ".safetensors")
-    check_output(metrics_path(output), force or bool(given["resume"]))
     if not given["resume"] and not force and state_path(output).exists():
         raise interrupted(state_path(output))
+    check_output(output, force, ".safetensors")
+    check_output(metrics_path(output), force or bool(given["resume"]))
 
 
 def check_run(given: Mapping[str, Any], lam: str = "full") -> None:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import images
+
 Judge = Callable[[Any], float]
 Report = Callable[[Any, Any], dict[str, Any]]
 
@@ -21,9 +23,9 @@ def halves(
     """
     import numpy as np
 
-    from ..data import preprocessing
-    from ..data.datasets import DataRequest, Pictures, Some, open_data
+    from ..data.datasets import DataRequest, Some, open_data
     from ..data.loading import evaluation_batches
+    from ..data.pictures import Pictures
     from ..data.preprocessing import color_mode, evaluation_transform
     from ..errors import InputError, UsageError
     from ..evaluation import Evaluation, evaluate
@@ -40,8 +42,7 @@ def halves(
         raise unlabelled
     if len(pictures) < 2:
         raise InputError(f"--labelled {data} holds {len(pictures)} image: give two or more, of which half choose")
-    overrides = {key: given[key] for key in ("mean", "std", "interpolation", "crop_pct")}
-    config = preprocessing(model, {**overrides, "input_size": sizes[0] if sizes else None})
+    config = images.image_config(given, model, sizes[0] if sizes else None)
     parts = [Some(pictures, np.arange(start, len(pictures), 2)) for start in (0, 1)]
     check_classes(found, model, "give images of the network's classes")
 

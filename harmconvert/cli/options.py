@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import counted
 from . import inputs, types
 from .loudness import NOTHING_WRITTEN as NOTHING_WRITTEN
 from .loudness import keep as keep
@@ -90,161 +89,17 @@ def network_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def preprocessing_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """timm's words for what is done to an image before the network sees it."""
-    for option in (
-        click.option(
-            "--crop-pct",
-            type=types.FiniteRange(min=0, min_open=True),
-            help="Centre share of each image to take; default: the network's own.",
-        ),
-        click.option(
-            "--interpolation",
-            type=click.Choice(["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]),
-            help="How images are resized; default: the network's own.",
-        ),
-        click.option(
-            "--std", type=types.Numbers(), help="Channel deviations to divide by; default: the network's own."
-        ),
-        click.option("--mean", type=types.Numbers(), help="Channel means to subtract; default: network's own."),
-    ):
-        command = option(command)
-    return command
-
-
-def calibration_data_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What to calibrate on, and how; beside options that say where data lies and how it is pre-processed."""
-    for option in (
-        click.option(
-            "--calibration-memory",
-            type=types.Bytes(),
-            help="Memory that one layer's equations may take, such as 2G; default: half of what is free.",
-        ),
-        click.option(
-            "--damping",
-            type=types.FiniteRange(min=0),
-            help="Pull of each refit towards the plain cut, relative to the layer's mean square response; "
-            "default: chosen on images held back.",
-        ),
-        click.option("--calibration-split", default="train", show_default=True, help="Split of a timm data set."),
-        click.option(
-            "--calibration-batch-size",
-            type=click.IntRange(min=1),
-            default=32,
-            show_default=True,
-            help="Images in one forward; fewer take less memory.",
-        ),
-        click.option(
-            "--calibration-images",
-            type=click.IntRange(min=1),
-            default=256,
-            show_default=True,
-            help="Images to use; more help layers that lack them.",
-        ),
-        click.option(
-            "--calibrate",
-            "data",
-            metavar="DATA",
-            help="Repair the cut on images, without labels or training: a folder, sample:mnist5k, "
-            "sample:photographs, or a timm data set.",
-        ),
-    ):
-        command = option(command)
-    return command
-
-
-def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What to calibrate on, and how, where no other option speaks of data."""
-    for option in (
-        preprocessing_options,
-        click.option(
-            "--allow-fallback",
-            is_flag=True,
-            help="Exit with 0 where a layer could not be refitted and stays a plain cut.",
-        ),
-        click.option("--data-dir", metavar="DIR", help="Where a timm data set such as torch/cifar10 lies."),
-        click.option(
-            "--seed",
-            type=click.IntRange(min=0),
-            default=0,
-            show_default=True,
-            help="Of the choice of images and positions.",
-        ),
-        calibration_data_options,
-    ):
-        command = option(command)
-    return command
-
-
-def check_calibration(
-    options: dict[str, Any], sizes: Sequence[tuple[int, ...]], own: Decorator = calibration_options
-) -> None:
-    """Refuse options ``own`` of a calibration that cannot be, before torch is imported.
-
-    Raises:
-        UsageError: no such images, options without images, or several input sizes.
-    """
-    from ..arguments import check_unlabelled
-    from ..errors import UsageError
-
-    if options["data"] is None:
-        only_with(own, "--calibrate DATA")
-        return
-    if len(sizes) > 1:
-        raise UsageError("--calibrate feeds one image; for a network of several inputs use calibration= in Python")
-    check_unlabelled(options["data"])
-
-
-def calibration(
-    options: dict[str, Any], model: Any, sizes: Sequence[tuple[int, ...]], own: Decorator = calibration_options
-) -> Any:
-    """Images and settings for `convert` under the options ``own`` (both None without --calibrate)."""
-    from ..calibration import CalibrationSettings
-    from ..data import calibration_images
-    from ..errors import shortened
-
-    check_calibration(options, sizes, own)
-    if options["data"] is None:
-        return None, None
-    settings = CalibrationSettings(
-        options["damping"], options["calibration_memory"], seed=options["seed"], inputs=options["calibration_images"]
-    )
-    overrides = {key: options[key] for key in ("mean", "std", "interpolation", "crop_pct")}
-    with busy(f"reading images of {options['data']}"):
-        images = calibration_images(
-            options["data"],
-            model,
-            options["calibration_images"],
-            options["calibration_batch_size"],
-            overrides={**overrides, "input_size": sizes[0] if sizes else None},
-            data_dir=options["data_dir"],
-            split=options["calibration_split"],
-            seed=options["seed"],
-        )
-    say(f"calibrating on {counted(len(images), 'image')} of {options['data']}, {_described(images.preprocessing)}")
-    if images.unreadable:
-        say(
-            f"note: {counted(len(images.unreadable), 'image')} could not be read: "
-            f"{shortened(list(images.unreadable), 3)}"
-        )
-    return images, settings
-
-
-def only_with(own: Decorator, what: str) -> None:
-    """Raise UsageError where one of the options ``own`` was given that nothing will heed without ``what``."""
+def only_with(own: Decorator, what: str, but: Decorator = lambda command: command) -> None:
+    """Raise UsageError where one of the options ``own``, and not of ``but``, was given that nothing will heed without
+    ``what``."""
     from ..errors import UsageError
 
     context = click.get_current_context()
-    names = [p for p in own(lambda: None).__click_params__ if p.name]  # type: ignore[attr-defined]
+    others = {p.name for p in getattr(but(lambda: None), "__click_params__", [])}
+    names = [p for p in own(lambda: None).__click_params__ if p.name not in others]  # type: ignore[attr-defined]
     given = [p for p in names if context.get_parameter_source(p.name) is click.core.ParameterSource.COMMANDLINE]
     if given:
         raise UsageError(f"{given[0].opts[0]} is of use only with {what}")
-
-
-def _described(config: Any) -> str:
-    size = "x".join(map(str, config["input_size"]))
-    mean, std = (",".join(f"{number:.4g}" for number in config[key]) for key in ("mean", "std"))
-    return f"{size}, mean {mean}, std {std}, {config['interpolation']}, crop {config['crop_pct']:.3g}"
 
 
 input_size = click.option(

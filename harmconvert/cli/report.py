@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import inputs, options, pages, training_options, types
+from . import images, inputs, options, pages, training_options, types
 
 if TYPE_CHECKING:
     from ..report.tradeoff import Tradeoff
@@ -19,7 +19,7 @@ OF_A_CHECKPOINT = ("errors", "training", "layers")
 def tradeoff_options(command: Any) -> Any:
     """What only the trade-off heeds."""
     for option in (
-        options.calibration_data_options,
+        images.calibration_data_options,
         training_options.evaluation_options,
         click.option(
             "--include",
@@ -101,9 +101,11 @@ def command(
     if figure is None:
         _page(source, given, output, force, kernel_size, latency, input_size, as_json)
         return
-    for option, value in (("--input-size", input_size), ("--latency", latency)):
-        if value:
-            raise UsageError(f"{option} is of use only without --figure")
+    if latency:
+        raise UsageError("--latency is of use only without --figure")
+    if input_size and figure != "tradeoff":
+        raise UsageError("--input-size is of use only without --figure, or with --figure tradeoff")
+    given["input_size"] = input_size
     if figure != "tradeoff":
         options.only_with(tradeoff_options, "--figure tradeoff")
     if figure not in ("filters", "spectrum") and kernel_size is not None:
@@ -111,7 +113,7 @@ def command(
     image, numbers = check_figure(source, figure, output, force)
     if figure == "tradeoff":
         inputs.check_run(given)
-        options.check_calibration(given, (), options.calibration_data_options)
+        images.check_calibration(given, (), images.calibration_data_options)
     inputs.check()
     if figure in OF_A_CHECKPOINT:
         inputs.check_harmonic(source)
@@ -195,6 +197,7 @@ def _tradeoff(network: Network, given: dict[str, Any]) -> Tradeoff:
     """Read the images, and test every cut on them."""
     import torch
 
+    from ..data.variety import Variety
     from ..evaluation import evaluate
     from ..report.tradeoff import tradeoff
 
@@ -204,19 +207,21 @@ def _tradeoff(network: Network, given: dict[str, Any]) -> Tradeoff:
     machine = training_options.machine_from(given)
     model = network.model.to(machine.device)
     loading, config = training_options.evaluation_loading(given, model, machine)
-    images, settings = options.calibration(
-        given, model, [tuple(config["input_size"])], own=options.calibration_data_options
+    inputs, settings = images.calibration(
+        given, model, [tuple(config["input_size"])], own=images.calibration_data_options
     )
+    variety = Variety()
     with options.progress() as progress:
         found = tradeoff(
             model,
-            lambda converted, uncut: evaluate(converted, loading.epoch(0), uncut),
+            lambda converted, uncut: evaluate(converted, loading.epoch(0), uncut, variety=None if uncut else variety),
             example_input=torch.zeros(1, *config["input_size"], device=machine.device),
             include=given["include"],
-            calibration=images.batches if images else None,
+            calibration=inputs.batches if inputs else None,
             settings=settings,
             progress=progress,
         )
+    images.warn_of(variety.remark())
     if note := loading.unread(found.uncut.evaluation.images + len(found.uncut.evaluation.unreadable)):
         options.say(note)
     return found

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import inputs, options, training_options, types
+from . import inputs, options, training_options, training_progress, types
+from .recording import record_of_command
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     help="Leave the spectrum normalisation of the first layer out ('no BN' in the paper's Table 1).",
 )
 @options.basis
-@training_options.data_options
+@training_options.image_options
 @training_options.holdout
 @training_options.recipe_options
 @click.option("-o", "--output", metavar="FILE", help="Default: NAME-trained.safetensors.")
@@ -85,6 +86,7 @@ def command(
     from contextlib import ExitStack
     from dataclasses import replace
 
+    from ..data.preprocessing import record_of
     from ..distributed import joined, rank
     from ..training import train
     from ..training.finetuning import Setting, check_classes, evaluator, train_loading
@@ -107,7 +109,7 @@ def command(
         machine, workers = training_options.machine_from(given), training_options.workers_from(given)
         setting = Setting(config, machine, workers)
         record = training_options.recorder(output, given["log"])
-        with training_options.progress(recipe.epochs) as (told, epoch_done, tested):
+        with training_progress.progress(recipe.epochs) as (told, epoch_done, tested):
             worth = evaluator(data, recipe, replace(setting, tested=tested))
 
             def after_epoch(rows: Any) -> None:
@@ -128,9 +130,10 @@ def command(
             found = worth(model)
         if rank() > 0:
             return
+        command = record_of_command(str(network.source), {"recipe_name", *recipe.to_json()})
         run = {"recipe": recipe.to_json(), "epochs": [dict(row) for row in rows], "evaluation": found.to_json()}
         with training_options.kept(keeper):
-            write(model, network, output, harmonic, run, force)
+            write(model, network, output, harmonic, {**run, "command": command}, force, record_of(config))
         keeper.remove()
     if as_json:
         options.print_json({"output": output, **run})
@@ -151,8 +154,8 @@ def untrained(
     network = options.opened(source, given, pretrained=False)
     if harmonic == "none":
         return network, network.model
-    size = training_options.preprocessing_from(given, network.model)["input_size"] if given["img_size"] else None
-    example = options.example_input([tuple(size)] if size else [], network.model)
+    size = training_options.image_size(given, network.model)
+    example = options.example_input([size] if size else [], network.model)
     model = harmonize(
         network.model,
         harmonic,
@@ -164,7 +167,15 @@ def untrained(
     return network, model
 
 
-def write(model: nn.Module, network: Network, output: str, harmonic: str, run: dict[str, Any], force: bool) -> None:
+def write(
+    model: nn.Module,
+    network: Network,
+    output: str,
+    harmonic: str,
+    run: dict[str, Any],
+    force: bool,
+    preprocessing: dict[str, Any],
+) -> None:
     """A harmonic checkpoint, or the plain weights."""
     from dataclasses import replace
 
@@ -178,7 +189,7 @@ def write(model: nn.Module, network: Network, output: str, harmonic: str, run: d
         write_tensors(untied_state(model)[0], output, metadata, force)
     else:
         source = replace(network.source, sha256=None)  # it was not converted from weights
-        save(model, output, source=source, history={"training": [run]}, force=force)
+        save(model, output, source=source, history={"training": [run]}, preprocessing=preprocessing, force=force)
 
 
 def default_output(source: str) -> str:

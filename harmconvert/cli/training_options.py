@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import inputs, options, types
+from . import images, inputs, options, types
 
 if TYPE_CHECKING:
     from ..data.datasets import Data
     from ..data.loading import Loading
-    from ..training import Keeper, Machine, Recipe, Told
+    from ..training import Keeper, Machine, Recipe
 
 
 def _stacked(*stack: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -47,8 +45,9 @@ data_options = _stacked(
     click.option(
         "--workers", "-j", type=click.IntRange(min=0), help="Processes that load images; default: one for each core."
     ),
-    options.preprocessing_options,
+    images.preprocessing_options,
 )
+image_options = _stacked(data_options, options.input_size)
 
 holdout = click.option(
     "--holdout",
@@ -220,20 +219,34 @@ def evaluation_loading(given: Mapping[str, Any], model: Any, machine: Machine) -
 
 
 def preprocessing_from(given: Mapping[str, Any], model: Any) -> dict[str, Any]:
-    """The network's pre-processing as the options change it."""
-    from ..data import preprocessing
+    """The network's pre-processing as the options change it, said in a line.
 
-    overrides = {key: given[key] for key in ("mean", "std", "interpolation", "crop_pct")}
-    if given["img_size"]:
-        overrides["input_size"] = (_input_channels(model), given["img_size"], given["img_size"])
-    return preprocessing(model, overrides)
+    Raises: as `images.image_config`; UsageError also where two options give the size.
+    """
+    return images.image_config(given, model, image_size(given, model))
+
+
+def image_size(given: Mapping[str, Any], model: Any) -> tuple[int, ...] | None:
+    """The input size that --input-size or --img-size gives; None where neither does.
+
+    Raises:
+        UsageError: both do, or --input-size gives several.
+    """
+    from ..errors import UsageError
+
+    sizes, side = given["input_size"], given["img_size"]
+    if len(sizes) > 1:
+        raise UsageError("images are one input: give --input-size once")
+    if sizes and side:
+        raise UsageError("--input-size and --img-size both give the size of the images: give one of them")
+    return sizes[0] if sizes else (_input_channels(model), side, side) if side else None
 
 
 def _input_channels(model: Any) -> int:
     """What the network's first convolution reads, else what its configuration says, else 3."""
     from ..block import HarmonicBlock2d
     from ..conv import CONVOLUTIONS
-    from ..surgery import pretrained_config
+    from ..history.declared import pretrained_config
 
     size = pretrained_config(model).get("input_size")
     first = next((module for module in model.modules() if isinstance(module, (HarmonicBlock2d, *CONVOLUTIONS))), None)
@@ -320,63 +333,3 @@ def recorder(output: str, log: str | None) -> Callable[[Sequence[Mapping[str, An
             events.write(rows[-1])
 
     return record
-
-
-@contextmanager
-def progress(
-    epochs: int,
-) -> Iterator[tuple[Callable[[Told], None], Callable[[Mapping[str, Any]], None], Callable[[int, int | None], None]]]:
-    """What to call while training, after an epoch, and while testing: bars on a terminal, else lines."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True, force_terminal=sys.stderr.isatty())
-    if os.environ.get("RANK", "0") != "0" or options.loud("quiet"):
-        yield (lambda told: None), (lambda row: None), (lambda done, steps: None)
-        return
-    if not console.is_terminal:
-        yield _tell_now_and_then(epochs), lambda row: options.say(epoch_line(row, epochs)), lambda done, steps: None
-        return
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("training")
-
-        def told(at: Told) -> None:
-            steps = at.steps or at.step
-            text = f"{at.epoch + 1}/{epochs}  loss {at.loss:.3f}  {at.accuracy:.1%}  {at.images_per_second:,.0f} img/s"
-            bar.update(task, completed=at.epoch * steps + at.step, total=epochs * steps, description=text)
-
-        testing = bar.add_task("testing", visible=False)
-
-        def tested(done: int, steps: int | None) -> None:
-            if done == 1:
-                bar.reset(testing, total=steps)
-            bar.update(testing, completed=done, visible=steps is None or done < steps)
-
-        yield told, lambda row: bar.console.print(epoch_line(row, epochs), markup=False, highlight=False), tested
-
-
-def epoch_line(row: Mapping[str, Any], epochs: int) -> str:
-    """What came of an epoch, in a line."""
-    tested = ""
-    if row.get("test_top1") is not None:
-        tested = f", test top-1 {row['test_top1']:.2%}"
-    elif row.get("test_agreement") is not None:
-        tested = f", test agreement {row['test_agreement']:.2%}"
-    speed = row["images"] / max(row["seconds"], 1e-9)
-    return f"epoch {row['epoch']}/{epochs}: loss {row['loss']:.4f}{tested}, lr {row['lr']:.3g}, {speed:,.0f} images/s"
-
-
-def _tell_now_and_then(epochs: int) -> Callable[[Told], None]:
-    last = time.monotonic()
-
-    def told(at: Told) -> None:
-        nonlocal last
-        if time.monotonic() - last > 30:
-            last = time.monotonic()
-            options.say(
-                f"  epoch {at.epoch + 1}/{epochs}, step {at.step}/{at.steps or '?'}: loss {at.loss:.4f}, "
-                f"{at.images_per_second:,.0f} images/s"
-            )
-
-    return told

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from ..arguments import STREAMS, check_unlabelled
 from ..distributed import gathered, world_size
-from ..errors import InputError, UsageError, counted, first_line, shortened
+from ..errors import HarmconvertError, InputError, UsageError, counted, first_line, shortened
 from ..samples import mnist5k
-from .datasets import Files, Pictures, Stream, open_timm, pictures_of
-from .pictures import UNREADABLE, eight_bit, photographs, random_crop
+from .datasets import Stream, open_timm, pictures_of
+from .folders import Files
+from .pictures import UNREADABLE, Pictures, in_mode, photographs, random_crop
 from .preprocessing import color_mode, evaluation_transform, preprocessing
 
 # Data sets have a broken file now and then; more than this share of what was asked for, or three, is a broken data set.
@@ -55,12 +56,12 @@ def calibration_images(
         data: a folder (searched through; labels and structure do not matter), ``sample:mnist5k``,
             ``sample:photographs`` (random crops of two photographs), or a timm data set (``torch/cifar10``,
             ``hfds/USER/NAME``, ``wds/NAME``, ``tfds/NAME``).
-        overrides: of the pre-processing, in timm's words: input_size, mean, std, interpolation, crop_pct.
+        overrides: of the pre-processing, as `preprocessing` takes them.
         data_dir: where a timm data set lies.
         split: of a timm data set.
 
     Raises:
-        UsageError: no such data set, or a network whose input size is not known.
+        UsageError: no such data set, or a network whose input size or pre-processing is not known.
         InputError: no images, or too many that cannot be read.
         OutsideError: the data set has to be downloaded and cannot be, or a package is missing.
     """
@@ -72,8 +73,7 @@ def calibration_images(
     stream = data.startswith(STREAMS)  # which gives every process a part of its own
     wanted = -(-count // world_size()) if stream else count
     found = [
-        transform(image.convert(mode))
-        for image in islice(_pictures(data, count, data_dir, split, seed, unreadable), wanted)
+        transform(image) for image in islice(_pictures(data, count, data_dir, split, seed, mode, unreadable), wanted)
     ]
     if stream:
         found = list(chain.from_iterable(gathered(found)))[:count]
@@ -84,33 +84,35 @@ def calibration_images(
 
 
 def _pictures(
-    data: str, count: int, data_dir: str | None, split: str, seed: int, unreadable: list[str]
+    data: str, count: int, data_dir: str | None, split: str, seed: int, mode: str | None, unreadable: list[str]
 ) -> Iterator[Image.Image]:
     check_unlabelled(data)
     generator = np.random.default_rng(seed)
     if data == "sample:mnist5k":
         images = mnist5k()[0].numpy()
-        return (Image.fromarray(images[i]) for i in generator.permutation(len(images)))
+        return (in_mode(Image.fromarray(images[i]), mode) for i in generator.permutation(len(images)))
     if data == "sample:photographs":
         pictures = photographs()
-        return (random_crop(pictures, generator) for _ in count_from(0))
+        return (in_mode(random_crop(pictures, generator), mode) for _ in count_from(0))
     if Path(data).is_dir():
-        return _readable(Files(Path(data)), data, count, generator, unreadable)
+        return _readable(Files(Path(data)), data, count, generator, mode, unreadable)
     name, root = ("", data) if data.endswith(".tar") else (data, data_dir)
     found = pictures_of(open_timm(name, root, split=split, seed=0))
     if isinstance(found, Stream):  # its first images, in the order in which it gives them
-        return (eight_bit(item[0]) for item in found.dataset)
-    return _readable(found, data, count, generator, unreadable)
+        return (in_mode(item[0], mode) for item in found.dataset)
+    return _readable(found, data, count, generator, mode, unreadable)
 
 
 def _readable(
-    pictures: Pictures, data: str, count: int, generator: np.random.Generator, unreadable: list[str]
+    pictures: Pictures, data: str, count: int, generator: np.random.Generator, mode: str | None, unreadable: list[str]
 ) -> Iterator[Image.Image]:
     """The pictures in an order by chance, those that cannot be read passed over and named, up to a bound."""
     bound = max(3, int(UNREADABLE_SHARE * count))
     for index in generator.permutation(len(pictures)):
         try:
-            yield eight_bit(pictures.read(int(index))[0])
+            yield in_mode(pictures.read(int(index))[0], mode)
+        except HarmconvertError:
+            raise
         except UNREADABLE as error:
             unreadable.append(pictures.name(int(index)))
             if len(unreadable) > bound:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,14 +10,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from timm.data import create_dataset
-from timm.utils.misc import natural_key
 from torch.utils.data import IterableDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..arguments import PACKAGES, check_labelled
-from ..errors import InputError, OutsideError, UsageError, counted, first_line, shortened
+from ..errors import InputError, OutsideError, UsageError, counted, first_line
 from ..samples import mnist5k, mnist5k_held_back_pixels
-from .pictures import photographs, random_crop
+from .folders import class_folders, folder_of_pictures
+from .pictures import Pictures, open_picture, photographs, random_crop
 
 _SYNONYMS = {
     "train": ("train", "training"),
@@ -27,24 +25,6 @@ _SYNONYMS = {
 }
 # Photographs are cropped without end: an epoch of them is as long as this.
 PHOTOGRAPH_CROPS = {"train": 2000, "validation": 200}
-
-
-class Pictures(ABC):
-    """Pictures by index: a Pillow image and its label, or None where there are no labels."""
-
-    classes: Sequence[str] | None = None
-    labelled: bool = True
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def read(self, index: int) -> tuple[Image.Image, int | None]:
-        """The picture and its label; raises what Pillow raises where the file is broken."""
-
-    def name(self, index: int) -> str:
-        """What to call a picture in a message."""
-        return f"image {index}"
 
 
 @dataclass(frozen=True)
@@ -165,29 +145,6 @@ class _FromPhotographs(Pictures):
         return random_crop(self.pictures, np.random.default_rng([self.seed, index])), None
 
 
-class Files(Pictures):
-    """All images below a folder; those below a folder named in ``classes`` are of that class and others left out, or
-    where there are no classes all are pictures without labels."""
-
-    def __init__(self, root: Path, classes: Sequence[str] | None = None) -> None:
-        self.classes, self.labelled = classes, classes is not None
-        labels = {name: label for label, name in enumerate(classes or ())}
-        found = [(path, labels.get(Path(path).relative_to(root).parts[0])) for path in image_files(root)]
-        self.files = [(path, label) for path, label in found if classes is None or label is not None]
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def read(self, index: int) -> tuple[Image.Image, int | None]:
-        path, label = self.files[index]
-        with Image.open(path) as image:
-            image.load()
-            return image, label
-
-    def name(self, index: int) -> str:
-        return self.files[index][0]
-
-
 class _FromReader(Pictures):
     """timm's tar files and Hugging Face data sets: a reader gives files or bytes, and labels."""
 
@@ -203,8 +160,7 @@ class _FromReader(Pictures):
     def read(self, index: int) -> tuple[Image.Image, int | None]:
         file, label = self.reader[index][:2]
         with file:
-            image = Image.open(file)
-            image.load()
+            image = open_picture(file, self.name(index))
         return image, int(label) if label is not None else None
 
     def name(self, index: int) -> str:
@@ -287,15 +243,27 @@ def _folders(root: Path, request: DataRequest, parts: Sequence[str]) -> Data:
     train = _split_folder(root, request.train_split, "train")
     test = _split_folder(root, request.val_split, "validation")
     if train is None and test is None:
-        return _split(_folder(root, None), request, parts)
+        if inner := _only_folder(root, request):
+            raise UsageError(f"{root} holds one folder with splits: give --data-dir {inner}")
+        pictures, notes = folder_of_pictures(root)
+        return _split(pictures, request, parts, notes)
     if train is None and "train" in parts:
         raise UsageError(f"{root} has a folder {test.name if test else ''} but none to train on: see --train-split")
-    pictures = _folder(train, None) if train is not None else None
+    trained, notes = folder_of_pictures(train) if train is not None else (None, ())
     if test is None:
-        assert pictures is not None
-        return _split(pictures, request, parts)
-    tested = _folder(test, pictures) if "test" in parts else None
-    return Data(pictures if "train" in parts else None, tested)
+        assert trained is not None
+        return _split(trained, request, parts, notes)
+    tested, more = folder_of_pictures(test, trained) if "test" in parts else (None, ())
+    return Data(trained if "train" in parts else None, tested, (*(notes if "train" in parts else ()), *more))
+
+
+def _only_folder(root: Path, request: DataRequest) -> Path | None:
+    """The folder with splits that is all there is in a folder, as an archive leaves it when it is unpacked."""
+    folders = [root / name for name in class_folders(root)]
+    if len(folders) != 1 or any(entry.suffix.lower() in IMG_EXTENSIONS for entry in root.iterdir() if entry.is_file()):
+        return None
+    splits = ((request.train_split, "train"), (request.val_split, "validation"))
+    return folders[0] if all(_split_folder(folders[0], *split) for split in splits) else None
 
 
 def _split_folder(root: Path, split: str, kind: str) -> Path | None:
@@ -303,46 +271,14 @@ def _split_folder(root: Path, split: str, kind: str) -> Path | None:
     return next((root / name for name in names if (root / name).is_dir()), None)
 
 
-def _folder(root: Path, train: Pictures | None) -> Pictures:
-    """The pictures of one folder: labelled by its folders, unlabelled where they lie in it directly."""
-    folders = class_folders(root)
-    labelled = not any(entry.suffix.lower() in IMG_EXTENSIONS for entry in root.iterdir() if entry.is_file())
-    if labelled and (empty := [name for name in folders if not any(image_files(root / name))]):
-        raise InputError(
-            f"{root} has class folders without an image ({shortened(empty, 3)}), and leaving them out would shift the "
-            "numbers of the classes after them: fill or remove them"
-        )
-    if not any(image_files(root)):
-        raise InputError(f"{root} holds no image: give --data-dir a folder with a folder of images for each class")
-    known = train.classes if train is not None else None
-    if labelled and known and (strangers := [name for name in folders if name not in known]):
-        raise InputError(f"{root} has classes that there are none of to train on: {shortened(strangers, 3)}")
-    return Files(root, (known or folders) if labelled else None)
-
-
-def class_folders(root: Path) -> list[str]:
-    """Names of the visible folders in a folder, numbers in them by value, as timm numbers classes."""
-    names = [entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
-    return sorted(names, key=natural_key)
-
-
-def image_files(folder: Path) -> Iterator[str]:
-    """Paths of all images below a folder, in a fixed order; hidden files and folders are passed over."""
-    for root, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith("."):
-                yield os.path.join(root, name)
-
-
-def _split(pictures: Pictures, request: DataRequest, parts: Sequence[str]) -> Data:
+def _split(pictures: Pictures, request: DataRequest, parts: Sequence[str], notes: tuple[str, ...] = ()) -> Data:
     """One set of pictures as two, some of them held back by a seed; as it is where nothing is held back."""
     if not 0 <= request.holdout < 1:
         raise UsageError(f"--holdout {request.holdout}: give the share of the images to test on, from 0 to below 1")
     if request.holdout == 0:
         if "train" in parts and "test" in parts:
             raise UsageError(f"{request} has one split: give --holdout above 0, or a folder of images to test on")
-        return Data(pictures if "train" in parts else None, pictures if "test" in parts else None)
+        return Data(pictures if "train" in parts else None, pictures if "test" in parts else None, notes)
     order = np.random.default_rng(request.seed).permutation(len(pictures))
     kept_back = max(1, round(request.holdout * len(pictures)))
     if kept_back == len(pictures):
@@ -352,4 +288,4 @@ def _split(pictures: Pictures, request: DataRequest, parts: Sequence[str]) -> Da
         f"{request} has one split: {len(test)} of its {counted(len(pictures), 'image')} (seed "
         f"{request.seed}) are tested on"
     )
-    return Data(train if "train" in parts else None, test if "test" in parts else None, (note,))
+    return Data(train if "train" in parts else None, test if "test" in parts else None, (*notes, note))

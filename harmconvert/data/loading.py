@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from ..distributed import gathered, rank, world_size
-from ..errors import InputError, OutsideError, counted, first_line, shortened
-from .datasets import Pictures, Stream
-from .pictures import UNREADABLE, eight_bit
+from ..errors import HarmconvertError, InputError, OutsideError, counted, first_line, shortened
+from .datasets import Stream
+from .pictures import UNREADABLE, Pictures, in_mode
 from .preprocessing import Transform
 
 # A broken picture is replaced by the next one that can be read; a run of this many is a broken data set.
@@ -98,12 +98,18 @@ class Loading:
             if "DataLoader worker" not in str(error):
                 raise
             raise OutsideError(f"{first_line(error)}: give fewer --workers, or more shared memory") from error
+        except HarmconvertError as error:
+            text = str(error.args[0])
+            if not text.startswith("Caught "):
+                raise
+            # A worker's error brings its traceback as its message; the last line is the worker's own message.
+            raise type(error)(text.strip().splitlines()[-1].partition(": ")[2]) from error
 
 
 def training_batches(
     pictures: Pictures | Stream,
     transform: Transform,
-    mode: str,
+    mode: str | None,
     batch_size: int,
     *,
     seed: int = 0,
@@ -125,7 +131,7 @@ def training_batches(
 def evaluation_batches(
     pictures: Pictures | Stream,
     transform: Transform,
-    mode: str,
+    mode: str | None,
     batch_size: int,
     *,
     workers: int = 0,
@@ -138,7 +144,7 @@ def evaluation_batches(
     return _indexed(_Items(pictures, transform, mode, 0, replace=False), order, workers, pin_memory)
 
 
-def some_images(pictures: Pictures | Stream, transform: Transform, mode: str, count: int, seed: int) -> Tensor:
+def some_images(pictures: Pictures | Stream, transform: Transform, mode: str | None, count: int, seed: int) -> Tensor:
     """Up to ``count`` pre-processed images (N, C, H, W), chosen by ``seed`` (of a stream the first of each process's
     share), the same in every process; broken ones are passed over.
 
@@ -147,7 +153,7 @@ def some_images(pictures: Pictures | Stream, transform: Transform, mode: str, co
     """
     if isinstance(pictures, Stream):
         share = islice(pictures.dataset, -(-count // world_size()))
-        mine = [transform(eight_bit(item[0]).convert(mode)) for item in share]
+        mine = [transform(in_mode(item[0], mode)) for item in share]
         found = list(chain.from_iterable(gathered(mine)))[:count]
     else:
         items = _Items(pictures, transform, mode, seed, replace=False)
@@ -181,7 +187,7 @@ class _Order:
 class _Items(Dataset[Any]):
     """Pre-processed pictures by (epoch, index)."""
 
-    def __init__(self, pictures: Pictures, transform: Transform, mode: str, seed: int, replace: bool) -> None:
+    def __init__(self, pictures: Pictures, transform: Transform, mode: str | None, seed: int, replace: bool) -> None:
         self.pictures, self.transform, self.mode, self.seed, self.replace = pictures, transform, mode, seed, replace
 
     def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor | None, int, list[str]]:
@@ -191,7 +197,9 @@ class _Items(Dataset[Any]):
             this = (index + attempt) % len(self.pictures)
             try:
                 image, label = self.pictures.read(this)
-                image = eight_bit(image).convert(self.mode)
+                image = in_mode(image, self.mode)
+            except HarmconvertError:
+                raise
             except UNREADABLE as error:
                 problems.append(f"{self.pictures.name(this)} ({first_line(error) or type(error).__name__})")
                 continue
@@ -201,7 +209,7 @@ class _Items(Dataset[Any]):
 
 
 class _StreamItems(IterableDataset[Any]):
-    def __init__(self, dataset: Any, transform: Transform, mode: str, seed: int) -> None:
+    def __init__(self, dataset: Any, transform: Transform, mode: str | None, seed: int) -> None:
         self.dataset, self.transform, self.mode, self.seed, self.epoch = dataset, transform, mode, seed, 0
 
     def __iter__(self) -> Iterator[tuple[Tensor, int, list[str]]]:
@@ -209,7 +217,7 @@ class _StreamItems(IterableDataset[Any]):
         place = rank() * 1000 + (worker.id if worker else 0)
         for number, (image, label, *_) in enumerate(self.dataset):
             with _seeded(self.seed, self.epoch, place, number):
-                yield self.transform(eight_bit(image).convert(self.mode)), int(label), []
+                yield self.transform(in_mode(image, self.mode)), int(label), []
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -235,7 +243,7 @@ def _indexed(items: _Items, order: _Order, workers: int, pin_memory: bool) -> Lo
 def _streamed(
     stream: Stream,
     transform: Transform,
-    mode: str,
+    mode: str | None,
     batch_size: int,
     seed: int,
     workers: int,

@@ -1,69 +1,195 @@
-"""What is done to an image before a network sees it: timm's pre-processing, told by the network unless overridden."""
+"""What is done to an image before a network sees it: as the network declares it, or as the user says."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, cast
 
 from PIL import Image
-from timm.data import create_transform, resolve_data_config
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform, resolve_data_config
 from torch import Tensor, nn
 from torchvision import transforms
 
-from ..errors import UsageError, counted, first_line
-from ..surgery import pretrained_config
+from ..errors import InputError, UsageError, counted, first_line
+from ..history.declared import input_sizes, pretrained_config
+from ..user_code import import_function
 
 Transform = Callable[[Image.Image], Tensor]
 
+# By name: ImageNet's, as timm has it, and none (the whole image at the network's size, values from 0 to 1).
+PRESETS: dict[str, dict[str, Any]] = {
+    "imagenet": {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD},
+    "none": {"mean": (0.0,), "std": (1.0,), "crop_pct": 1.0, "crop_mode": "squash"},
+}
+_TIMMS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+
 
 def preprocessing(model: nn.Module, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """timm's data config: the network's own pretrained_cfg, with overrides.
+    """timm's data config: what the network declares in its ``pretrained_cfg``, with overrides.
+
+    Where neither says what mean and deviation are, the config holds ImageNet's and ``assumed``: the functions below
+    refuse to make a transform of it.
+
+    Args:
+        overrides: input_size, mean, std, interpolation, crop_pct in timm's words; ``preprocess``: ``imagenet``,
+            ``none`` or ``FILE.py:FUNCTION``, a function of yours from a Pillow image to a tensor (C, H, W), which is in
+            the config as ``function``; ``trust_code``: run such a function where a checkpoint names it.
 
     Raises:
-        UsageError: the input size is not known, or not that of an image.
+        UsageError: the input size is not known, or not that of an image; a checkpoint names a function that is not
+            trusted.
     """
-    cfg = dict(pretrained_config(model))
-    size = overrides.get("input_size") or cfg.get("input_size")
-    if size is None:
-        raise UsageError("this network does not say what size of image it takes: give --input-size C,H,W")
-    if len(size) != 3:
-        raise UsageError(
-            f"this network takes inputs of {counted(len(size), 'axis')}, not images: give batches of your own in Python"
-        )
     given = {key: value for key, value in overrides.items() if value is not None}
-    for key in ("mean", "std"):
-        if key in given and len(given[key]) not in (1, size[0]):
+    preset, trusted = given.pop("preprocess", None), given.pop("trust_code", False)
+    declared = dict(pretrained_config(model))
+    size = _image_size(model, given)
+    _check_normalisation(given, size[0])
+    function = preset if preset not in PRESETS else None
+    if function and ":" not in function:
+        raise UsageError(f"unknown preprocessing {function!r}: use {', '.join(PRESETS)} or FILE.py:FUNCTION")
+    if preset is None and not {"mean", "std"} <= set(given):
+        function = declared.get("function")
+        if function and not trusted:
             raise UsageError(
-                f"--{key} has {counted(len(given[key]), 'number')} for {counted(size[0], 'channel')}: "
-                "give one, or one for each"
+                f"this checkpoint's images are preprocessed by user code ({function}), which is not run unasked: "
+                "--trust-code if you know the file, or name another preprocessing"
+            )
+    if function and (refused := [key for key in ("mean", "std", "interpolation", "crop_pct") if key in given]):
+        raise UsageError(f"{function} does all that is done to an image: leave {refused[0]} out, or the function")
+    base: Mapping[str, Any] = PRESETS.get(preset, declared if preset is None else {})
+    base = {
+        key: (value,) if isinstance(value, int | float) and key in ("mean", "std") else value
+        for key, value in base.items()
+    }
+    known = bool(function) or all(base.get(key) or key in given for key in ("mean", "std"))
+    if known and not (base.get("mean") or base.get("std")):
+        base = {"crop_pct": 1.0, **base}  # ImageNet's crop would be a guess
+    config = dict(resolve_data_config({**given, "input_size": size}, pretrained_cfg={"input_size": size, **base}))
+    for key in ("mean", "std"):  # timm's networks have three channels unless made with others
+        if len(config[key]) != size[0]:
+            config[key] = (sum(config[key]) / len(config[key]),) * size[0]
+    return config | ({"function": function} if function else {}) | ({} if known else {"assumed": True})
+
+
+def _image_size(model: nn.Module, given: Mapping[str, Any]) -> tuple[int, ...]:
+    sizes = [tuple(given["input_size"])] if given.get("input_size") else input_sizes(model)
+    if not sizes:
+        raise UsageError("this network does not say what size of image it takes: give --input-size C,H,W")
+    if len(sizes) > 1:
+        raise UsageError(f"this network takes {len(sizes)} inputs, not one image: give batches of your own in Python")
+    if len(sizes[0]) != 3:
+        raise UsageError(
+            f"this network takes inputs of {len(sizes[0])} axes, not images: give batches of your own in Python"
+        )
+    return sizes[0]
+
+
+def _check_normalisation(given: Mapping[str, Any], channels: int) -> None:
+    for key in ("mean", "std"):
+        if key in given and len(given[key]) not in (1, channels):
+            raise UsageError(
+                f"--{key} has {len(given[key])} numbers for {channels} channels: give one, or one for each"
             )
         if key == "std" and key in given and not all(given[key]):
             raise UsageError("--std is divided by: it cannot be zero")
-    config = dict(resolve_data_config({**given, "input_size": tuple(size)}, pretrained_cfg=cfg))
-    for key in ("mean", "std"):  # timm's defaults have three channels
-        if len(config[key]) != size[0]:
-            config[key] = (sum(config[key]) / len(config[key]),) * size[0]
-    return config
+
+
+def check_known(config: Mapping[str, Any]) -> None:
+    """Raise UsageError where nobody said how images are to be preprocessed, or they cannot be images at all."""
+    color_mode(config)
+    if config.get("assumed"):
+        raise UsageError(
+            "this network does not say how its images are preprocessed, and a wrong guess would cost accuracy: give "
+            "--mean and --std, or --preprocess imagenet, none or FILE.py:FUNCTION"
+        )
+
+
+def record_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint records of a config, as `harmconvert.save` takes it."""
+    kept = ("function",) if "function" in config else ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+    return {"input_sizes": [config["input_size"]], **{key: config[key] for key in kept if key in config}}
+
+
+def described(config: Mapping[str, Any]) -> str:
+    """A config in a line.
+
+    >>> described(preprocessing(nn.Conv2d(1, 2, 3), {"input_size": (1, 28, 28), "preprocess": "none"}))
+    '1x28x28, mean 0, std 1, bicubic, squashed'
+    """
+    size = "x".join(map(str, config["input_size"]))
+    if "function" in config:
+        return f"{size}, by {config['function']}"
+    mean, std = (",".join(f"{number:.4g}" for number in config[key]) for key in ("mean", "std"))
+    squashed = config.get("crop_mode") == "squash"
+    crop = "squashed" if squashed and config["crop_pct"] == 1 else f"crop {config['crop_pct']:.3g}"
+    return f"{size}, mean {mean}, std {std}, {config['interpolation']}, {crop}"
 
 
 def evaluation_transform(config: Mapping[str, Any]) -> Transform:
-    """Resize, central crop, normalise: what the network sees when it is tested; `config` from `preprocessing`."""
-    color_mode(config)
-    return timm_transform(config, is_training=False)
+    """Resize, central crop, normalise: what the network sees when it is tested; `config` from `preprocessing`.
+
+    Raises:
+        UsageError: as `check_known`; InputError: the user's function fails on a black image.
+    """
+    check_known(config)
+    if "function" in config:
+        return _user_function(config)
+    return _timms(config, is_training=False)
 
 
-def timm_transform(config: Mapping[str, Any], **more: Any) -> Transform:
-    """timm's transform; raises UsageError where timm knows no such pre-processing."""
+def training_transform(config: Mapping[str, Any], **more: Any) -> Transform:
+    """timm's augmentation for training, then what is done to every image.
+
+    Raises: as `evaluation_transform`; UsageError also where timm knows no such augmentation.
+    """
+    check_known(config)
+    if "function" not in config:
+        return _timms(config, is_training=True, **more)
+    function = _user_function(config)
+    if more.get("no_aug"):
+        return function
+    first, second, final = cast(Any, _timms(config, is_training=True, separate=True, **more))
+    composed: Transform = transforms.Compose([first, second, function, *final.transforms[2:]])  # behind: erasing
+    return composed
+
+
+def padded_crop_transform(config: Mapping[str, Any], padding: int, hflip: float, vflip: float) -> Transform:
+    """The augmentation of small images: padded by reflection, cropped at random, flipped; then as every image."""
+    check_known(config)
+    size = tuple(config["input_size"][1:])
+    steps = [
+        transforms.Resize(size, transforms.InterpolationMode(config["interpolation"])),
+        transforms.RandomCrop(size, padding, padding_mode="reflect"),
+        transforms.RandomHorizontalFlip(hflip),
+        transforms.RandomVerticalFlip(vflip),
+    ]
+    if "function" in config:
+        steps.append(_user_function(config))
+    else:
+        steps += [transforms.ToTensor(), transforms.Normalize(config["mean"], config["std"])]
+    composed: Transform = transforms.Compose(steps)
+    return composed
+
+
+def _timms(config: Mapping[str, Any], **more: Any) -> Transform:
     try:
-        transform: Transform = create_transform(**config, **more)
+        transform: Transform = create_transform(**{key: config[key] for key in _TIMMS if key in config}, **more)
     except (KeyError, ValueError, AssertionError, TypeError) as error:
         raise UsageError(f"timm knows no such pre-processing: {first_line(error)}") from error
     return transform
 
 
-def color_mode(config: Mapping[str, Any]) -> str:
-    """Pillow's mode for the channels of a network; raises UsageError where they are not those of an image."""
+def color_mode(config: Mapping[str, Any]) -> str | None:
+    """Pillow's mode for the channels of a network; None where a function of the user's has to make other channels.
+
+    Raises:
+        UsageError: the channels are not those of an image.
+    """
     channels = config["input_size"][0]
+    if channels not in (1, 3) and "function" in config:
+        return None
     if channels not in (1, 3):
         raise UsageError(
             f"the network reads {counted(channels, 'channel')}, images have 1 or 3: give batches of your own in Python"
@@ -71,16 +197,35 @@ def color_mode(config: Mapping[str, Any]) -> str:
     return "L" if channels == 1 else "RGB"
 
 
-def padded_crop_transform(config: Mapping[str, Any], padding: int, hflip: float, vflip: float) -> Transform:
-    """The augmentation of small images: padded by reflection, cropped at random, flipped, normalised."""
-    size = tuple(config["input_size"][1:])
-    steps = [
-        transforms.Resize(size, transforms.InterpolationMode(config["interpolation"])),
-        transforms.RandomCrop(size, padding, padding_mode="reflect"),
-        transforms.RandomHorizontalFlip(hflip),
-        transforms.RandomVerticalFlip(vflip),
-        transforms.ToTensor(),
-        transforms.Normalize(config["mean"], config["std"]),
-    ]
-    composed: Transform = transforms.Compose(steps)
-    return composed
+@dataclass(frozen=True)
+class _UserFunction:
+    """A function of the user's from a Pillow image to a tensor (C, H, W), imported anew in each process."""
+
+    name: str
+    size: tuple[int, ...]
+
+    @cached_property
+    def function(self) -> Callable[[Image.Image], Any]:
+        return import_function(self.name)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        function = self.function
+        try:
+            result = function(image)
+        except Exception as error:
+            raise InputError(f"{self.name} fails: {type(error).__name__}: {first_line(error)}") from error
+        if not isinstance(result, Tensor) or not result.is_floating_point():
+            what = f"a tensor of {result.dtype}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
+            raise InputError(f"{self.name} returns {what}: it should return a tensor of floats (C, H, W)")
+        if tuple(result.shape) != self.size:
+            found, wanted = ("x".join(map(str, size)) for size in (result.shape, self.size))
+            raise InputError(f"{self.name} returns a tensor of {found} where the network's input size is {wanted}")
+        return result
+
+
+def _user_function(config: Mapping[str, Any]) -> _UserFunction:
+    """The function that a config names, tried on a black image before any work."""
+    function = _UserFunction(config["function"], tuple(config["input_size"]))
+    height, width = function.size[1:]
+    function(Image.new(color_mode(config) or "RGB", (width, height)))
+    return function

@@ -17,8 +17,9 @@ from ..errors import CheckError, UsageError, first_line
 from ..files import write_folder
 from ..form_check import check_form, comparable, compare, running
 from ..forms import dense_form
+from ..history.declared import pretrained_config
 from ..precision import check_rounding, dtype_named, in_float32, rounded
-from ..surgery import default_input, exchange, pretrained_config
+from ..surgery import default_input, exchange
 from ..weights import saving, untied_state, write_tensors
 from .graphs import Exported, check_packages, export_onnx, export_program
 

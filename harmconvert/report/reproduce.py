@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..checkpoint import Header
 from ..errors import HarmconvertError
 from ..files import short_name
+from ..origin import Source
 from ..plan import ConvSite, Plan, make_plan, parse_lambda
 from ..training.recipe import RECIPES, Recipe
 
@@ -19,55 +20,106 @@ _OPTIONS = {"ema": "model-ema-decay", "temperature": "distill-temperature"}
 _LONGEST = 200  # letters of a lambda that is still a thing to read
 
 
-def commands(header: Header, name: str, sites: Sequence[ConvSite]) -> tuple[str, ...]:
-    """A shell line for each step; DATA stands for images, of which a file does not say where they lie.
+@dataclass(frozen=True)
+class Reproduction:
+    """Shell lines that make a checkpoint again, each of which runs as it is, and in words what no line can say."""
 
-    A lambda is named only where it gives this very plan, and is short; otherwise the plan is, which the report holds.
-    """
-    if header.source is None:
-        return ()
-    base = f"{short_name(name)}.safetensors"
-    recorded = [entry for entry in header.history.get("training", []) if entry.get("stages")]
-    if not header.plan.layers or header.source.sha256 is None:
-        return _of_training(header, base)
-    first = base if not recorded else "cut.safetensors"
-    lines = [shlex.join(["harmconvert", "convert", *_conversion(header, sites), "-o", first])]
-    for number, entry in enumerate(recorded):
-        last = number == len(recorded) - 1
-        output = base if last else f"finetuned-{number + 1}.safetensors"
-        words = ["harmconvert", "finetune", first, *_training(entry["recipe"]), "-o", output]
-        words += ["--model", header.source.name] if header.source.scheme == "code" else []
-        words += ["--num-classes", str(header.source.classes)] if header.source.classes and not number else []
-        lines.append(shlex.join(words))
-        first = output
-    return tuple(lines)
+    lines: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
-def _conversion(header: Header, sites: Sequence[ConvSite]) -> list[str]:
-    source, plan = header.source, header.plan
-    assert source is not None
+def reproduction(header: Header, name: str, sites: Sequence[ConvSite]) -> Reproduction:
+    """A line for each step that the command line did, or that follows from the plan."""
+    output = f"{short_name(name)}.safetensors"
+    runs = header.history.get("training", [])
+    tuned = [run for run in runs if run.get("stages")]
+    names = [_input_of(run, number) for number, run in enumerate(tuned)] + [output]
+    names = [f"cut-{name}" if name == output and number < len(tuned) else name for number, name in enumerate(names)]
+    if runs and runs[0] not in tuned:
+        line, notes = _of_training(runs[0], header, names[0])
+    else:
+        line, notes = _of_conversion(header, names[0], output, sites)
+    lines = [line] if line else []
+    for run, first, then in zip(tuned, names, names[1:], strict=False):
+        if run.get("command"):
+            lines.append(_line("finetune", first, [*run["command"]["words"], *_recipe(run["recipe"])], then))
+        else:
+            words = " ".join(_recipe(run["recipe"]))
+            notes.append(
+                f"{first} was fine-tuned to {then} on images that the file does not name: give them to harmconvert "
+                f"finetune with --data-dir" + (f", and {words}" if words else "")
+            )
+    if lines:
+        notes.append("Paths are as they were given. A file that exists is replaced with --force only.")
+    return Reproduction(tuple(lines), tuple(notes))
+
+
+def _input_of(run: Mapping[str, Any], number: int) -> str:
+    """What the checkpoint was called that a fine-tuning began with."""
+    if run.get("command"):
+        return str(run["command"]["source"])
+    return f"finetuned-{number}.safetensors" if number else "cut.safetensors"
+
+
+def _of_conversion(header: Header, first: str, output: str, sites: Sequence[ConvSite]) -> tuple[str | None, list[str]]:
+    command, source, calibration = header.history.get("command"), header.source, header.history.get("calibration")
+    if command is not None:
+        words = list(command["words"])
+        if "--plan" in words:  # that file may have changed: this one holds the plan
+            words[words.index("--plan") + 1] = output
+            first = f"again-{output}" if first == output else first
+        given = command["source"]
+        return _line("convert", _source_text(source) if source and given == str(source) else given, words, first), []
+    if source is None or source.sha256 is None:
+        return None, ["It was converted in Python from a network whose weights the file does not name."]
+    words = _from_source(source)
+    plan = header.plan
+    if len(plan.policy) <= _LONGEST and _gives(plan, sites):
+        words += ["--lambda", plan.policy]
+        words += ["--basis", plan.basis] if plan.basis != "dct" else []
+        words += ["--normalization", plan.normalization] if plan.normalization != "ortho" else []
+    else:
+        words += ["--plan", output]
+        first = f"again-{output}" if first == output else first
+    notes = []
+    if calibration and not _by_finetuning(header):
+        settings = calibration.get("settings") or {}
+        options = ["--calibration-images", str(calibration["inputs"])]
+        options += ["--seed", str(settings["seed"])] if settings.get("seed") else []
+        options += ["--damping", str(settings["damping"])] if settings.get("damping") is not None else []
+        notes.append(
+            f"It was calibrated on {calibration['inputs']} inputs that the file does not name: give images with "
+            f"--calibrate, and {' '.join(options)}."
+        )
+    return _line("convert", _source_text(source), words, first), notes
+
+
+def _by_finetuning(header: Header) -> bool:
+    """Whether the first fine-tuning calibrated, which it does again."""
+    runs = [run for run in header.history.get("training", []) if run.get("stages")]
+    return bool(runs) and any(stage["name"] == "calibrated" and stage["evaluation"] for stage in runs[0]["stages"])
+
+
+def _source_text(source: Source) -> str:
+    """The source with the tag of its pretrained weights: timm's defaults change."""
     weights = source.weights or {}
     tagged = source.scheme == "timm" and "tag" in weights and "." not in source.name
-    words = [f"{source}.{weights['tag']}" if tagged else str(source)]
+    return f"{source}.{weights['tag']}" if tagged else str(source)
+
+
+def _from_source(source: Source) -> list[str]:
+    words, weights = [], source.weights or {}
     if "architecture" not in source.arguments:  # hubs and folders say theirs themselves
         for key, value in source.arguments.items():
             words += ["--model-kwargs", f"{key}={value}"]
     if "file" in weights and source.scheme != "local-dir":
         words += ["--checkpoint", weights["file"]]
         words += ["--checkpoint-key", weights["key"]] if "key" in weights else []
-    if len(plan.policy) <= _LONGEST and _gives(plan, sites):
-        words += ["--lambda", plan.policy]
-        words += ["--basis", plan.basis] if plan.basis != "dct" else []
-        words += ["--normalization", plan.normalization] if plan.normalization != "ortho" else []
-    else:
-        words += ["--plan", "plan.json"]
-    calibration = header.history.get("calibration")
-    if calibration:
-        settings = calibration.get("settings") or {}
-        words += ["--calibrate", "DATA", "--calibration-images", str(calibration["inputs"])]
-        words += ["--seed", str(settings["seed"])] if settings.get("seed") else []
-        words += ["--damping", str(settings["damping"])] if settings.get("damping") is not None else []
     return words
+
+
+def _line(command: str, source: str, words: Sequence[str], output: str) -> str:
+    return shlex.join(["harmconvert", command, source, *words, "-o", output])
 
 
 def _gives(plan: Plan, sites: Sequence[ConvSite]) -> bool:
@@ -78,9 +130,9 @@ def _gives(plan: Plan, sites: Sequence[ConvSite]) -> bool:
         return False
 
 
-def _training(recipe: Mapping[str, Any], default: Recipe | None = None) -> list[str]:
+def _recipe(recipe: Mapping[str, Any], default: Recipe | None = None) -> list[str]:
     """Options of what differs from the recipe that `finetune` has unasked."""
-    default, words = default or Recipe(), ["--data-dir", "DATA"]
+    default, words = default or Recipe(), []
     default = replace(default, freeze_bn=default.freeze_bn or recipe.get("distill") == 1)  # as `recipe_named` has it
     for field in fields(Recipe):
         value, usual = recipe.get(field.name), getattr(default, field.name)
@@ -97,13 +149,12 @@ def _training(recipe: Mapping[str, Any], default: Recipe | None = None) -> list[
     return words
 
 
-def _of_training(header: Header, output: str) -> tuple[str, ...]:
-    """A network that `train` made from scratch; which layers were asked to be harmonic is not recorded in so many
-    words, so that the reader has to say them."""
-    runs = header.history.get("training", [])
-    if not runs or header.source is None:
-        return ()
-    recipe = runs[0]["recipe"]
-    named = str(recipe.get("name"))
-    words = ["harmconvert", "train", str(header.source), "--recipe", named if named in RECIPES else "finetune"]
-    return (shlex.join([*words, *_training(recipe, RECIPES.get(named)), "-o", output]),)
+def _of_training(run: Mapping[str, Any], header: Header, output: str) -> tuple[str | None, list[str]]:
+    """A network that `train` made from scratch."""
+    named = str(run["recipe"].get("name"))
+    words = ["--recipe", named if named in RECIPES else "finetune", *_recipe(run["recipe"], RECIPES.get(named))]
+    if run.get("command"):
+        line = _line("train", run["command"]["source"], [*run["command"]["words"], *words], output)
+        return line, []
+    source = header.source or "a network that the file does not name"
+    return None, [f"{output} was trained from {source}, {' '.join(words)}, on images that the file does not name."]

@@ -26,7 +26,7 @@ from ..plan import LayerPlan, Plan
 from ..surgery import convolutions
 from ..tracing import Trace, find_sites
 from .kernels import layers_of
-from .reproduce import commands
+from .reproduce import reproduction
 from .spectrum import spectrum
 
 REPORT_VERSION = 1
@@ -122,6 +122,7 @@ class Report:
     file_bytes: int | None = None
     parameter_share_over_1x1: float | None = None
     timing: Mapping[str, Any] | None = None
+    command_notes: tuple[str, ...] = ()
 
     def form(self, name: str) -> Form:
         """The form of that name."""
@@ -185,6 +186,7 @@ def report_of(
         }
         training = tuple(dict(entry) for entry in history.get("training", []))
         layers = _layers(model, dense, header.plan, run, record.get("layers") or {}, refits)
+        again = reproduction(header, name, find_sites(dense, run))
         return Report(
             name=name,
             source=header.source,
@@ -196,7 +198,8 @@ def report_of(
             search=record.get("search"),
             drops=tuple(record.get("drops") or ()),
             training=training,
-            commands=commands(header, name, find_sites(dense, run)),
+            commands=again.lines,
+            command_notes=again.notes,
             versions=dict(header.versions),
             sha256=_sha256(path) if path is not None else None,
             file_bytes=Path(path).stat().st_size if path is not None else None,
@@ -314,7 +317,9 @@ def _stages(training: Sequence[Mapping[str, Any]], held_out: Mapping[str, Any] |
         # Later runs measure again what the first one began with.
         known = run.get("stages") or []
         for stage in known if number == 0 else known[-1:]:
-            name = {"before": "cut"}.get(stage["name"], stage["name"])
+            name = stage["name"]
+            if name == "before":  # the file that the run was given
+                name = "calibrated" if any(other["name"] == "cut" for other in known) else "cut"
             again = f" again ({number + 1})" if number else ""
             stages.append(_stage(name + again, stage["evaluation"], stage["why"]))
         if run.get("evaluation"):  # of `train`, from scratch

@@ -19,6 +19,7 @@ from ..convert import convert
 from ..data.datasets import Data
 from ..data.loading import NO_LABEL, Batch, evaluation_batches, some_images, training_batches
 from ..data.preprocessing import color_mode, evaluation_transform
+from ..data.variety import Variety
 from ..distributed import world_size
 from ..documents import check
 from ..errors import HarmconvertError, InputError, UsageError, counted, first_line
@@ -61,12 +62,14 @@ class FineTuning:
     recipe: Recipe
     calibration: Mapping[str, Any] | None = None
 
-    def history(self, before: Mapping[str, Any]) -> dict[str, Any]:
-        """The history that the checkpoint is to record, from what was recorded before this run."""
+    def history(self, before: Mapping[str, Any], command: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The history that the checkpoint is to record, from what was recorded before this run, with the command that
+        ran it."""
         calibration = self.calibration or before.get("calibration")
+        run = self.record() | ({"command": dict(command)} if command else {})
         # Training changed what calibration wrote: the record keeps what was done, not what came of each tensor.
         kept = {"calibration": {**calibration, "changed": {}}} if calibration else {}
-        return {**before, **kept, "training": [*before.get("training", []), self.record()]}
+        return {**before, **kept, "training": [*before.get("training", []), run]}
 
     def record(self) -> dict[str, Any]:
         """What the checkpoint says of this run."""
@@ -204,9 +207,17 @@ def evaluator(
             # Labels that are not looked at in training may be of anything.
             batches = (batch._replace(labels=torch.full_like(batch.labels, NO_LABEL)) for batch in batches)
         done = itertools.count(1)
+        variety = Variety()
         found = evaluate(
-            network, batches, other, autocast=precision, progress=lambda _: setting.tested(next(done), loading.steps)
+            network,
+            batches,
+            other,
+            autocast=precision,
+            variety=variety,
+            progress=lambda _: setting.tested(next(done), loading.steps),
         )
+        if network is original and (remark := variety.remark()):
+            setting.say(f"warning: uncut: {remark}")
         if note := loading.unread(found.images + len(found.unreadable)):
             setting.say(note)
         return found
@@ -267,7 +278,7 @@ class _Stages:
             cut = Stage("cut", why=self.why_no_original)
             if self.original is not None:
                 cut = self._stage("cut", convert(self.original, self.header.plan).model)
-            return [uncut, cut, self._stage("calibrated", self.model)]
+            return [uncut, cut, self._stage("before", self.model)]  # the file as it was given, as everywhere
         before = self._stage("before", self.model)
         return [uncut, before, self._calibrated(data, calibration_images, seed)]
 

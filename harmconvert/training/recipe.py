@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from ..data.preprocessing import Transform, padded_crop_transform, timm_transform
+from ..data.preprocessing import Transform, padded_crop_transform, training_transform
 from ..documents import check, count, finite, pair
 from ..errors import InputError, UsageError, counted
 
@@ -130,9 +130,8 @@ class Recipe:
         """What is done to an image to train on; ``config`` is `harmconvert.data.preprocessing`'s."""
         if self.crop == "padded":
             return padded_crop_transform(config, self.padding, self.hflip, self.vflip)
-        return timm_transform(
+        return training_transform(
             config,
-            is_training=True,
             no_aug=self.crop == "none",
             scale=self.scale,
             ratio=self.ratio,

@@ -1,10 +1,11 @@
-"""What a checkpoint's header may say was done to its network, by whatever wrote it: the shape of it, and no more."""
+"""What a checkpoint's header says beside its plan and its tensors: what was done to the network (here, the shape of it
+alone, whatever wrote it), and what the network declares of its inputs (`declared`)."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from .documents import check, count, finite, number, pair, plain
+from ..documents import check, count, finite, number, pair, plain
 
 _NUMBER, _TEXT = (number, None), (str, None)
 
@@ -45,13 +46,16 @@ _CONVERSION = {
     "drops": ([{"share": number, "drop": number}], None),
 }
 STAGES = [{"name": str, "evaluation": (_EVALUATION, None), "why": _TEXT}]
+COMMAND = {"name": str, "source": str, "words": [str]}
 _RUN = {
+    "command": (COMMAND, None),
     "recipe": {...: plain},
     "stages": STAGES,
     "epochs": [{...: _NUMBER}],
     "evaluation": (_EVALUATION, None),
 }
 HISTORY = {
+    "command": (COMMAND, None),
     "calibration": (CALIBRATION, None),
     "conversion": (_CONVERSION, None),
     "held_out": ({...: _EVALUATION}, None),

@@ -1,0 +1,55 @@
+"""What a command was given, for its checkpoint to record and a report to print as a line that does it again."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Collection
+from typing import Any
+
+import click
+
+# Where a result goes, what is seen of the work, and where it runs: none of it changes what comes out.
+_ASIDE = (
+    *("output", "report", "force", "as_json", "quiet", "verbose", "debug", "save_plan", "search_figure", "probes"),
+    *("device", "workers", "resume", "save_every", "log", "calibration_memory"),
+)
+
+
+def record_of_command(source: str, leave_out: Collection[str] = ()) -> dict[str, Any]:
+    """Name, source and options of the command that runs, as `harmconvert.history` checks them."""
+    context = click.get_current_context()
+    words: list[str] = []
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+        if isinstance(parameter, click.Option) and given and name not in (*_ASIDE, *leave_out):
+            words += _words(parameter, context.params[name])
+    return {"name": context.command.name, "source": source, "words": words}
+
+
+def _words(option: click.Option, value: Any) -> list[str]:
+    name = max(option.opts, key=len)
+    if option.is_flag and option.is_bool_flag:
+        return [name if value else option.secondary_opts[0]]
+    if option.multiple:
+        return [word for one in value for word in (name, _text(option, one))]
+    if option.nargs > 1:
+        return [name, *(str(part) for part in value)]
+    return [name, _text(option, value)]
+
+
+def _text(option: click.Option, value: Any) -> str:
+    if option.type.name == "KEY=VALUE":
+        return f"{value[0]}={_literal(value[1])}"
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _literal(value: Any) -> str:
+    """The text that is read as this value: text is itself unless it would be read as something else."""
+    if not isinstance(value, str):
+        return repr(value)
+    try:
+        ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value
+    return repr(value)

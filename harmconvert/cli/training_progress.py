@@ -1,0 +1,75 @@
+"""What is seen of a training run: bars on a terminal, else lines."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from . import options
+
+if TYPE_CHECKING:
+    from ..training import Told
+
+
+@contextmanager
+def progress(
+    epochs: int,
+) -> Iterator[tuple[Callable[[Told], None], Callable[[Mapping[str, Any]], None], Callable[[int, int | None], None]]]:
+    """What to call while training, after an epoch, and while testing: bars on a terminal, else lines."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True, force_terminal=sys.stderr.isatty())
+    if os.environ.get("RANK", "0") != "0" or options.loud("quiet"):
+        yield (lambda told: None), (lambda row: None), (lambda done, steps: None)
+        return
+    if not console.is_terminal:
+        yield _tell_now_and_then(epochs), lambda row: options.say(epoch_line(row, epochs)), lambda done, steps: None
+        return
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("training")
+
+        def told(at: Told) -> None:
+            steps = at.steps or at.step
+            text = f"{at.epoch + 1}/{epochs}  loss {at.loss:.3f}  {at.accuracy:.1%}  {at.images_per_second:,.0f} img/s"
+            bar.update(task, completed=at.epoch * steps + at.step, total=epochs * steps, description=text)
+
+        testing = bar.add_task("testing", visible=False)
+
+        def tested(done: int, steps: int | None) -> None:
+            if done == 1:
+                bar.reset(testing, total=steps)
+            bar.update(testing, completed=done, visible=steps is None or done < steps)
+
+        yield told, lambda row: bar.console.print(epoch_line(row, epochs), markup=False, highlight=False), tested
+
+
+def epoch_line(row: Mapping[str, Any], epochs: int) -> str:
+    """What came of an epoch, in a line."""
+    tested = ""
+    if row.get("test_top1") is not None:
+        tested = f", test top-1 {row['test_top1']:.2%}"
+    elif row.get("test_agreement") is not None:
+        tested = f", test agreement {row['test_agreement']:.2%}"
+    speed = row["images"] / max(row["seconds"], 1e-9)
+    return f"epoch {row['epoch']}/{epochs}: loss {row['loss']:.4f}{tested}, lr {row['lr']:.3g}, {speed:,.0f} images/s"
+
+
+def _tell_now_and_then(epochs: int) -> Callable[[Told], None]:
+    last = time.monotonic()
+
+    def told(at: Told) -> None:
+        nonlocal last
+        if time.monotonic() - last > 30:
+            last = time.monotonic()
+            options.say(
+                f"  epoch {at.epoch + 1}/{epochs}, step {at.step}/{at.steps or '?'}: loss {at.loss:.4f}, "
+                f"{at.images_per_second:,.0f} images/s"
+            )
+
+    return told
