@@ -54,6 +54,11 @@ def reproduction(header: Header, name: str, sites: Sequence[ConvSite]) -> Reprod
     return Reproduction(tuple(lines), tuple(notes))
 
 
+def commands(header: Header, name: str, sites: Sequence[ConvSite]) -> tuple[str, ...]:
+    """The lines of `reproduction`."""
+    return reproduction(header, name, sites).lines
+
+
 def _input_of(run: Mapping[str, Any], number: int) -> str:
     """What the checkpoint was called that a fine-tuning began with."""
     if run.get("command"):
@@ -68,7 +73,10 @@ def _of_conversion(header: Header, first: str, output: str, sites: Sequence[Conv
         if "--plan" in words:  # that file may have changed: this one holds the plan
             words[words.index("--plan") + 1] = output
             first = f"again-{output}" if first == output else first
-        given = command["source"]
+        given, key = command["source"], (source.weights or {}).get("key") if source else None
+        if key and "--checkpoint" in words and "--checkpoint-key" not in words:  # which weights were taken unasked
+            place = words.index("--checkpoint") + 2
+            words[place:place] = ["--checkpoint-key", key]
         return _line("convert", _source_text(source) if source and given == str(source) else given, words, first), []
     if source is None or source.sha256 is None:
         return None, ["It was converted in Python from a network whose weights the file does not name."]
