@@ -60,17 +60,19 @@ def check_kernel(conv: nn.Module, other: nn.Module, as_calibrated: bool | None) 
 def _wrong_coefficients(conv: nn.Module, other: HarmonicMixin, exact: Tensor, part: slice) -> int:
     """How many coefficients of some filters are not those of the projection of the original's kernel ``exact``."""
     coefficients = other.coefficients.detach()[part].to(torch.float64)
+    plans = [project(exact, other.kernels)]
     if isinstance(conv, HarmonicMixin) and _basis_of(conv) == _basis_of(other):
-        # A merged kernel has no longer all of their digits.
-        planned = conv.coefficients.detach()[part].to(torch.float64)
-    else:
-        planned = project(exact, other.kernels)
+        # Copied as they are, or projected from the merged kernel, which no longer has all of their digits.
+        plans.append(conv.coefficients.detach()[part].to(torch.float64))
     # Each coefficient to its own last bit; below that only what float64 products and subnormal numbers cannot hold.
     info = torch.finfo(other.coefficients.dtype)
-    largest = planned.abs().flatten(1).amax(1)[:, None, None]
-    floor = largest * exact[0, 0].numel() * FLOAT64_PRODUCTS + info.smallest_normal * info.eps
-    limit = COEFFICIENT_TOLERANCE_EPS * info.eps * planned.abs() + floor
-    return int((~((coefficients - planned).abs() <= limit)).sum())  # so that NaN is wrong, too
+    wrong = torch.ones_like(coefficients, dtype=torch.bool)
+    for planned in plans:
+        largest = planned.abs().flatten(1).amax(1)[:, None, None]
+        floor = largest * exact[0, 0].numel() * FLOAT64_PRODUCTS + info.smallest_normal * info.eps
+        limit = COEFFICIENT_TOLERANCE_EPS * info.eps * planned.abs() + floor
+        wrong &= ~((coefficients - planned).abs() <= limit)  # so that NaN is wrong, too
+    return int(wrong.sum())
 
 
 def _basis_problem(kernel: Tensor, other: HarmonicMixin) -> str | None:

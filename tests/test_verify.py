@@ -555,3 +555,13 @@ def test_of_noise_the_verdict_names_no_top1() -> None:
     assert verdict.endswith("of the largest on 4 random inputs")
     sample = timm.create_model("test_resnet.r160_in1k", pretrained=False).eval()
     assert "2 random inputs" in verify(sample, convert(sample, "full").model).verdict
+
+
+@pytest.mark.parametrize("lam", ["full", 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_harmonic_network_that_was_merged_and_converted_again_is_as_planned(dtype: torch.dtype, lam: Any) -> None:
+    harmonic = convert(seeded(Branches, dtype), 2, example_input=X.to(dtype)).model
+    again = convert(fuse(harmonic), lam, example_input=X.to(dtype)).model
+    check = verify(harmonic, again, X)
+    assert check.ok, check.verdict
+    assert check.as_planned
