@@ -38,6 +38,24 @@ _MOST_PACKED = 4
 # What torch says of a pickle that is whole, but holds more than tensors and plain containers.
 _MORE_THAN_TENSORS = ("Unsupported global: GLOBAL", "Can only SETITEM", "Can only append")
 
+# What files begin with that are called .pth, but were not written by torch.save.
+_OTHER_FORMATS = {
+    b"\x89HDF": "an HDF5 file, as Keras writes",
+    b"GGUF": "a GGUF file",
+    b"\x93NUMPY": "a NumPy array",
+    b"\x89PNG": "an image",
+    b"\xff\xd8\xff": "an image",
+    b"GIF8": "an image",
+    b"\x1f\x8b": "a gzip archive: unpack it, and name the file in it",
+    b"BZh": "a bzip2 archive: unpack it, and name the file in it",
+    b"7z\xbc\xaf": "a 7z archive: unpack it, and name the file in it",
+    b"%PDF": "a PDF document",
+    b"\x7fELF": "a program",
+}
+_ARCHIVE = b"PK\x03\x04"
+_DAMAGED = "it is damaged, cut off, or nothing that torch.save wrote: get it again"
+_OF_TORCH = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # behind the protocol: the magic number of torch's old format
+
 # A placeholder for these would be as harmless as for others, but no honest file has them: it is refused.
 _HOSTILE_MODULES = {
     "os", "posix", "nt", "sys", "subprocess", "shutil", "socket", "runpy", "pty", "ctypes", "importlib", "webbrowser",
@@ -104,6 +122,37 @@ def unpickled(path: str | Path) -> Any:
         warnings.simplefilter("ignore")  # remarks on the pickle's age
         # An explicit weights_only=True is not overruled by TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD.
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def why_not_read(path: str | Path, error: Exception) -> str:
+    """Why torch.load does not read a file, in one line; ``error`` is what it raised, one of `UNREADABLE`.
+
+    torch's own texts advise to run what the file names, and speak of pickles where the file is none.
+    """
+    if isinstance(error, OSError | MemoryError):
+        return first_line(error) or type(error).__name__
+    with Path(path).open("rb") as file:
+        start = file.read(512)
+    if "GLOBAL" in str(error):
+        return "it holds objects that are no tensors"
+    if start.startswith(_ARCHIVE):
+        written = any(name.endswith("/data.pkl") for name in zipfile.ZipFile(path).namelist())
+        return _DAMAGED if written else "it is an archive that torch.save did not write"
+    for signature, what in _OTHER_FORMATS.items():
+        if start.startswith(signature):
+            return f"it is {what}"
+    if start[8:10] == b'{"':
+        return "it is a safetensors file: rename it to end in .safetensors"
+    if start[257:262] == b"ustar":
+        return "it is a tar archive: unpack it, and name the file in it"
+    if start[:1] == b"\x80" and not start[2:].startswith(_OF_TORCH):
+        return "it is a pickle that torch.save did not write: save its tensors with torch.save or as .safetensors"
+    return "it is text" if _is_text(start) else _DAMAGED
+
+
+def _is_text(start: bytes) -> bool:
+    text = start.decode(errors="replace").rstrip("\ufffd")  # the last character may be cut off
+    return "\ufffd" not in text and all(character.isprintable() or character.isspace() for character in text)
 
 
 class _InertUnpickler(pickle.Unpickler):

@@ -19,7 +19,7 @@ from .files import outside, read_json, write_file
 from .tensors import fill, loads_by_itself, state_of, take_dtypes, tensors_of
 from .tensors import tensors_sha256 as tensors_sha256
 from .tensors import weights_sha256 as weights_sha256
-from .unpickling import UNREADABLE, Placeholder, weights_content, why_no_values
+from .unpickling import UNREADABLE, Placeholder, weights_content, why_no_values, why_not_read
 
 Rename = Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]
 
@@ -140,13 +140,12 @@ def _pickled(path: str | Path) -> Any:
     except InputError:
         raise
     except UNREADABLE as error:
-        text = first_line(error)
         if "GLOBAL" in str(error):
             raise InputError(
                 f"{path} holds more than tensors, and reading it would run code: refused; save its state_dict as "
                 f".safetensors where you trust it"
             ) from error
-        raise InputError(f"{path} is not a readable .pth file: {text or type(error).__name__}; get it again") from error
+        raise InputError(f"{path} is not a readable .pth file: {why_not_read(path, error)}") from error
 
 
 def _foreign(content: Any, depth: int = 5) -> str | None:

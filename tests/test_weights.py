@@ -3,8 +3,12 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import gzip
 import hashlib
 import pathlib
+import pickle
+import re
+import zipfile
 from pathlib import Path
 from typing import Any
 from unittest.mock import ANY
@@ -19,6 +23,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from harmconvert.errors import HarmconvertError, InputError
+from harmconvert.training.state import identity_of
 from harmconvert.weights import load_state, load_weights, read_weights, untied_state, weights_sha256, write_tensors
 
 from .networks import Branches, seeded
@@ -403,3 +408,41 @@ def test_a_networks_own_state_dict_hides_none_of_its_tensors() -> None:
     assert set(untied_state(network)[0]) == set(plain.state_dict())
     load_state(network, seeded(lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)), seed=1).state_dict(), "w")
     assert weights_sha256(network) != weights_sha256(plain)
+
+
+OTHERS = [
+    (b"hello world\n" * 90, "it is text"),
+    (b'{"weights": [1, 2]}', "it is text"),
+    (b"\x89HDF\r\n\x1a\n" + bytes(99), "it is an HDF5 file, as Keras writes"),
+    (b"GGUF" + bytes(99), "it is a GGUF file"),
+    (b"\x89PNG\r\n\x1a\n" + bytes(99), "it is an image"),
+    (pickle.dumps({"a": 1.0}), "it is a pickle that torch.save did not write: save its tensors with torch.save"),
+    (safetensors.torch.save({"a": torch.zeros(3)}), "it is a safetensors file: rename it to end in .safetensors"),
+    (bytes(257) + b"ustar" + bytes(999), "it is a tar archive: unpack it"),
+    (gzip.compress(b"weights"), "it is a gzip archive: unpack it"),
+    (bytes(5000), "it is damaged, cut off, or nothing that torch.save wrote: get it again"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), OTHERS, ids=[message for _, message in OTHERS])
+def test_a_file_that_torch_did_not_write_is_named_for_what_it_is(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "net.pth"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=re.escape(f"{path} is not a readable .pth file: {message}")):
+        read_weights(path)
+    with pytest.raises(InputError, match=re.escape(f"{path} is no readable training state: {message}")):
+        identity_of(path)
+
+
+def test_an_old_file_that_was_cut_off_and_a_foreign_archive_are_refused_in_our_words(tmp_path: Path) -> None:
+    path = tmp_path / "net.pth"
+    torch.save({"a": torch.zeros(99)}, path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    for length in (30, len(whole) // 2):
+        path.write_bytes(whole[:length])
+        with pytest.raises(InputError, match="it is damaged, cut off, or nothing that torch"):
+            read_weights(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("notes.txt", "none")
+    with pytest.raises(InputError, match=r"it is an archive that torch\.save did not write"):
+        read_weights(path)

@@ -18,7 +18,7 @@ from ..documents import check, count, number, plain
 from ..errors import HarmconvertError, InputError, OutsideError, UsageError, counted, first_line, shortened
 from ..files import locked, write_file
 from ..files import state_path as state_path
-from ..unpickling import UNREADABLE, unpickled, why_no_values
+from ..unpickling import UNREADABLE, unpickled, why_no_values, why_not_read
 from ..weights import why_unreadable
 
 STATE_VERSION = 1
@@ -179,12 +179,17 @@ def _read(path: Path) -> Any:
         raise InputError(f"{path} {reason}")
     try:
         whole = unpickled(path)
+    except UNREADABLE as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is no readable training state: {why_not_read(path, error)}") from error
+    try:
         check(whole, _SHAPE, "it")
         _check_tensors(whole, "it")
+        if missing := [key for key in _SHAPE if key not in whole]:
+            raise ValueError(f"it has no {missing[0]}")
         if whole["version"] != STATE_VERSION:
             raise InputError(f"{path} has version {whole['version']!r}, this harmconvert reads version {STATE_VERSION}")
-        if missing := set(_SHAPE) - set(whole):
-            raise KeyError(f"{min(missing)} is missing")
         if len(Position(**whole["position"]).sums) != len(Position.sums):
             raise ValueError("its sums are not three")
     except InputError:
