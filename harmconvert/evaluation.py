@@ -16,7 +16,7 @@ from torch.nn import functional
 from .data.loading import NO_LABEL, Batch
 from .data.variety import Variety
 from .distributed import gathered, sum_over_ranks
-from .errors import InputError, counted, shortened
+from .errors import HarmconvertError, InputError, UsageError, counted, first_line, shortened
 from .surgery import evaluating
 
 # Two-sided 95 % of the normal distribution.
@@ -90,6 +90,7 @@ def evaluate(
         variety: takes in the outputs of this process, to say whether they vary.
 
     Raises:
+        UsageError: the network does not run on images of this size.
         InputError: no images, a label beyond the network's classes, outputs that are not one row of logits an image.
     """
     names = ("images", "labelled", "top1", "top5", "loss", "agree", "kl")
@@ -104,13 +105,13 @@ def evaluate(
                 continue
             images = images.to(device, non_blocking=True)
             start = time.perf_counter()
-            logits = class_logits(model(images)).double().cpu()  # waits for a GPU to finish
+            logits = class_logits(output_on(model, images)).double().cpu()  # waits for a GPU to finish
             seconds += time.perf_counter() - start
             if variety is not None:
                 variety.add(logits, labels)
             sums[:5] += torch.tensor([len(images), *_right(logits, labels)], dtype=torch.float64)
             if other is not None:
-                theirs = class_logits(other(images)).double().cpu()
+                theirs = class_logits(output_on(other, images)).double().cpu()
                 if theirs.shape != logits.shape:
                     shapes = f"{logits.shape[1]} and {theirs.shape[1]}"
                     raise InputError(f"the two networks have {shapes} classes: they cannot be compared")
@@ -140,6 +141,26 @@ def evaluate(
         total["images"] / max(slowest, 1e-9),
         tuple(unreadable),
     )
+
+
+def output_on(model: nn.Module, images: Tensor) -> Any:
+    """The output of a network on a batch of images.
+
+    Raises:
+        UsageError: it does not run on images of this size; where memory runs out, what torch raises.
+    """
+    try:
+        return model(images)
+    except (HarmconvertError, MemoryError):
+        raise
+    except Exception as error:
+        if "memory" in str(error):
+            raise
+        size = "x".join(map(str, images.shape[1:]))
+        raise UsageError(
+            f"the network does not run on images of {size}: {type(error).__name__}: {first_line(error)}; give the size "
+            "that it takes (--input-size C,H,W)"
+        ) from error
 
 
 def class_logits(output: Any) -> Tensor:

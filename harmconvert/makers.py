@@ -160,12 +160,18 @@ def with_weights_name(source: Source) -> Source:
 def _from_sample(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
     if source.name not in SAMPLES:
         raise UsageError(f"there is no sample {source.name!r}: use one of {', '.join(SAMPLES)}")
+    if unknown := {*source.arguments} - (set() if pretrained else {"num_classes"}):
+        what = "its weights take" if unknown == {"num_classes"} else "it takes"
+        raise UsageError(f"{source} is a sample network: {what} no argument {min(unknown)}")
+    classes = source.arguments.get("num_classes")
+    if classes is not None and (type(classes) is not int or classes < 1):
+        raise UsageError(f"num_classes (={classes!r:.80}) must be a whole number from 1 on")
     sample = SAMPLES[source.name]
     model = sample.build()
     if pretrained:
         load_state(model, sample.weights(), str(source))
-    elif "num_classes" in source.arguments:  # fine-tuned for other classes
-        cast(Any, model).reset_classifier(source.arguments["num_classes"])
+    elif classes is not None:  # fine-tuned for other classes
+        cast(Any, model).reset_classifier(classes)
     return model, replace(source, licence=sample.licence)
 
 

@@ -594,6 +594,27 @@ def pointwise(width=40):
     kernels = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, groups=4)
     return nn.Sequential(*kernels, nn.Conv2d(4, width, 1), nn.Conv2d(width, 90, 1))
 """
+IMPOSSIBLE = [
+    ["--crop-pct", "1e-9"],
+    ["--crop-pct", "1e300"],
+    ["--std", "-1"],
+    ["--input-size", "1,9999999,9999999"],
+    ["--input-size", "3,28,28", "--mean", "0", "--std", "1"],
+    ["-b", "9" * 40],
+]
+UNTRAINABLE = [
+    ["--opt", "nosuch"],
+    ["--sched", "nosuch"],
+    ["--aa", ""],
+    ["--scale", "2", "1"],
+    ["--ratio", "-1", "1"],
+    ["--ratio", "0", "0"],
+    ["--seed", "9" * 40],
+    ["--resume", "list.json"],
+    ["--model-kwargs", "num_classes=ten"],
+    ["--model-kwargs", "depth=10"],
+    ["--data-dir", ""],
+]
 ODD = [
     ["convert", "small.py:make", "--input-size", "3"],
     ["convert", "small.py:make", "--input-size", "3,99999999,99999999"],
@@ -626,6 +647,16 @@ ODD = [
     ["export", "list.json", "-o", ""],
     ["report", "list.json", "--figure", "filters", "--kernel-size", "9" * 5000],
     ["compare", "list.json", "/"],
+    ["benchmark", SAMPLE, "-b", "9" * 40],
+    ["benchmark", SAMPLE, "--model-kwargs", "width=3"],
+    ["export", SAMPLE, "-o", ""],
+    ["export", "small.py:make", "--format", "onnx", "-o", "a.onnx", "--input-size", "3,1,1"],
+    ["export", SAMPLE, "--model-kwargs", "num_classes=3", "-o", "a.safetensors"],
+    ["report", SAMPLE, "--figure", "tradeoff", "--data-dir", "list.json"],
+    ["report", SAMPLE, "--figure", "spectrum", "--latency", "9" * 40],
+    ["report", SAMPLE, "--figure", "spectrum", "--input-size", "1,28,28"],
+    *[["evaluate", SAMPLE, "--dataset", "sample:mnist5k", *more] for more in IMPOSSIBLE],
+    *[["train", SAMPLE, "--dataset", "sample:mnist5k", *more] for more in UNTRAINABLE],
 ]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from . import inputs, options
+from . import inputs, options, types
 
 
 @click.command(name="benchmark")
@@ -15,14 +15,14 @@ from . import inputs, options
     "-b",
     "--batch-size",
     "batches",
-    type=click.IntRange(min=1),
+    type=types.Count(min=1),
     multiple=True,
     default=(1, 16),
     show_default=True,
     help="Examples in a forward; repeatable.",
 )
 @click.option(
-    "--threads", type=click.IntRange(min=1), multiple=True, help="Threads of torch; repeatable. Default: all cores."
+    "--threads", type=types.Count(min=1), multiple=True, help="Threads of torch; repeatable. Default: all cores."
 )
 @click.option(
     "--form",
@@ -44,7 +44,7 @@ from . import inputs, options
 )
 @click.option("--torchcompile", is_flag=True, help="Time each under torch.compile as well.")
 @click.option(
-    "--repeats", type=click.IntRange(min=3), default=9, show_default=True, help="Of each, in turns with the others."
+    "--repeats", type=types.Count(min=3), default=9, show_default=True, help="Of each, in turns with the others."
 )
 @click.option("--layers", is_flag=True, help="Say layer by layer which form was chosen, and why.")
 @options.input_size

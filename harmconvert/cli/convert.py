@@ -47,14 +47,14 @@ def budget_options(command: Any) -> Any:
     )(command)
     command = click.option(
         "--latency-batch",
-        type=click.IntRange(min=1),
+        type=types.Count(min=1),
         default=1,
         show_default=True,
         help="budget latency=: images in the forward that is timed.",
     )(command)
     return click.option(
         "--trials",
-        type=click.IntRange(min=0),
+        type=types.Count(min=0),
         default=8,
         show_default=True,
         help="budget: whole plans tried on the network; 0 trusts the scores of single layers.",

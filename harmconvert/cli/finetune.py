@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--num-classes",
-    type=click.IntRange(min=1),
+    type=types.Count(min=1),
     help="Give the network a new classifier, for data of other classes (reset_classifier() as timm's networks have, or "
     "the last layer of what torchvision calls fc, classifier, heads or head).",
 )
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--calibration-images",
-    type=click.IntRange(min=0),
+    type=types.Count(min=0),
     default=256,
     show_default=True,
     help="Training images, labels unseen, to calibrate on first where convert has not; 0: do not.",

@@ -101,14 +101,14 @@ def calibration_data_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--calibration-split", default="train", show_default=True, help="Split of a timm data set."),
         click.option(
             "--calibration-batch-size",
-            type=click.IntRange(min=1),
+            type=types.Count(min=1),
             default=32,
             show_default=True,
             help="Images in one forward; fewer take less memory.",
         ),
         click.option(
             "--calibration-images",
-            type=click.IntRange(min=1),
+            type=types.Count(min=1),
             default=256,
             show_default=True,
             help="Images to use; more help layers that lack them.",
@@ -137,7 +137,7 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--data-dir", metavar="DIR", help="Where a timm data set such as torch/cifar10 lies."),
         click.option(
             "--seed",
-            type=click.IntRange(min=0),
+            type=types.Count(min=0),
             default=0,
             show_default=True,
             help="Of the choice of images and positions.",

@@ -56,7 +56,7 @@ def tradeoff_options(command: Any) -> Any:
 )
 @click.option(
     "--latency",
-    type=click.IntRange(min=1),
+    type=types.Count(min=1),
     metavar="BATCH",
     help="Time the forms here, in turns, on so many examples in a forward, for the page to show.",
 )

@@ -41,9 +41,9 @@ data_options = _stacked(
     ),
     click.option("--train-split", default="train", show_default=True, help="Name of the split to train on."),
     click.option("--val-split", default="validation", show_default=True, help="Name of the split to test on."),
-    click.option("--img-size", type=click.IntRange(min=1), help="Side of the images; default: the network's own."),
+    click.option("--img-size", type=types.Count(min=1), help="Side of the images; default: the network's own."),
     click.option(
-        "--workers", "-j", type=click.IntRange(min=0), help="Processes that load images; default: one for each core."
+        "--workers", "-j", type=types.Count(min=0), help="Processes that load images; default: one for each core."
     ),
     images.preprocessing_options,
 )
@@ -66,24 +66,22 @@ evaluation_options = _stacked(
         show_default=True,
         help="Where the data has one split only: test on this share of it, as finetune does; 0: on all of it.",
     ),
-    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the choice of images."),
-    click.option(
-        "--batch-size", "-b", type=click.IntRange(min=1), default=256, show_default=True, help="Images at once."
-    ),
+    click.option("--seed", type=types.Count(min=0), default=0, show_default=True, help="Of the choice of images."),
+    click.option("--batch-size", "-b", type=types.Count(min=1), default=256, show_default=True, help="Images at once."),
 )
 
 # Each is a field of Recipe; not given means the recipe's own.
 recipe_options = _stacked(
-    click.option("--epochs", type=click.IntRange(min=1), help="Epochs; the recipe's schedule stretches with them."),
+    click.option("--epochs", type=types.Count(min=1), help="Epochs; the recipe's schedule stretches with them."),
     click.option(
-        "--batch-size", "-b", type=click.IntRange(min=1), help="Images of one step, over all processes together."
+        "--batch-size", "-b", type=types.Count(min=1), help="Images of one step, over all processes together."
     ),
     click.option("--lr", type=types.FiniteRange(min=0), help="Learning rate."),
     click.option("--opt", help="Optimiser, by timm's name: momentum, sgd (Nesterov), adamw, ..."),
     click.option("--momentum", type=types.FiniteRange(), help="Of the optimiser."),
     click.option("--weight-decay", type=types.FiniteRange(min=0), help="Of every parameter."),
     click.option("--sched", help="Schedule, by timm's name: none (constant), cosine, step, multistep, ..."),
-    click.option("--warmup-epochs", type=click.IntRange(min=0), help="Epochs in which the learning rate rises."),
+    click.option("--warmup-epochs", type=types.Count(min=0), help="Epochs in which the learning rate rises."),
     click.option("--decay-epochs", type=types.FiniteRange(min=0, min_open=True), help="step: epochs between two cuts."),
     click.option("--decay-milestones", type=types.Numbers(), help="multistep: epochs of the cuts, such as 60,120,160."),
     click.option("--decay-rate", type=types.FiniteRange(min=0), help="step, multistep: what a cut multiplies by."),
@@ -93,7 +91,7 @@ recipe_options = _stacked(
         type=click.Choice(["resized", "padded", "none"]),
         help="Augmentation: random area and aspect (ImageNet), padded and cropped (CIFAR), or none.",
     ),
-    click.option("--padding", type=click.IntRange(min=0), help="Pixels of a padded crop."),
+    click.option("--padding", type=types.Count(min=0), help="Pixels of a padded crop."),
     click.option("--scale", type=types.FiniteRange(), nargs=2, help="Smallest and largest area of a resized crop."),
     click.option("--ratio", type=types.FiniteRange(), nargs=2, help="Least and greatest aspect of a resized crop."),
     click.option("--hflip", type=types.FiniteRange(0, 1), help="Share of images that are mirrored; 0 for writing."),
@@ -114,14 +112,14 @@ recipe_options = _stacked(
         help="Precision of the forward; --amp alone: bfloat16.",
     ),
     click.option(
-        "--grad-accum-steps", type=click.IntRange(min=1), help="Run a step's images in so many parts: less memory."
+        "--grad-accum-steps", type=types.Count(min=1), help="Run a step's images in so many parts: less memory."
     ),
     click.option(
         "--freeze-bn/--no-freeze-bn",
         default=None,
         help="Batch norms keep statistics and weights; so they do where the uncut network alone teaches.",
     ),
-    click.option("--seed", type=click.IntRange(min=0), help="Of the order, the augmentation and the hold-out."),
+    click.option("--seed", type=types.Count(min=0), help="Of the order, the augmentation and the hold-out."),
 )
 
 run_options = _stacked(
@@ -129,7 +127,7 @@ run_options = _stacked(
     click.option("--torchcompile", is_flag=True, help="Compile the network first: faster after some minutes."),
     click.option("--no-channels-last", is_flag=True, help="Keep the memory format that the network has."),
     click.option("--no-sync-bn", is_flag=True, help="Batch norms look at each process's own images only."),
-    click.option("--save-every", type=click.IntRange(min=1), metavar="STEPS", help="Save the state more often."),
+    click.option("--save-every", type=types.Count(min=1), metavar="STEPS", help="Save the state more often."),
     click.option(
         "--resume",
         type=inputs.InputFile(),

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+LARGEST_COUNT = 2**31 - 1  # what any part of torch, NumPy and Pillow takes for a count
+
 
 class OptionalValues(click.Command):
     """A command with options whose value may be left out (``--amp``): the word behind one is its value only where it
@@ -83,6 +85,16 @@ class KeyValue(click.ParamType):
             return key, ast.literal_eval(text)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             return key, text
+
+
+class Count(click.IntRange):
+    """A whole number from ``min`` on that torch and NumPy can hold."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        number = int(super().convert(value, param, ctx))
+        if number > LARGEST_COUNT:
+            self.fail(f"{value!s:.40} is more than {LARGEST_COUNT:,}", param, ctx)
+        return number
 
 
 class FiniteRange(click.FloatRange):

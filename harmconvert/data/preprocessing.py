@@ -23,6 +23,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "imagenet": {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD},
     "none": {"mean": (0.0,), "std": (1.0,), "crop_pct": 1.0, "crop_mode": "squash"},
 }
+# Pixels on a side that an image is resized to: Pillow opens no larger ones, and more is a mistake.
+_LARGEST_SIDE = 2**14
 _TIMMS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 
 
@@ -70,6 +72,8 @@ def preprocessing(model: nn.Module, overrides: Mapping[str, Any]) -> dict[str, A
     for key in ("mean", "std"):  # timm's networks have three channels unless made with others
         if len(config[key]) != size[0]:
             config[key] = (sum(config[key]) / len(config[key]),) * size[0]
+    if not function:
+        _check_resize(config)
     return config | ({"function": function} if function else {}) | ({} if known else {"assumed": True})
 
 
@@ -92,8 +96,21 @@ def _check_normalisation(given: Mapping[str, Any], channels: int) -> None:
             raise UsageError(
                 f"--{key} has {len(given[key])} numbers for {channels} channels: give one, or one for each"
             )
-        if key == "std" and key in given and not all(given[key]):
-            raise UsageError("--std is divided by: it cannot be zero")
+        if key == "std" and key in given and not all(number > 0 for number in given[key]):
+            raise UsageError("--std is divided by: it cannot be zero or less")
+
+
+def _check_resize(config: Mapping[str, Any]) -> None:
+    """Raise UsageError where images would be resized to next to nothing, or beyond all measure."""
+    (height, width), share = config["input_size"][1:], config["crop_pct"]
+    if max(height, width) > _LARGEST_SIDE:
+        raise UsageError(f"images of {height}x{width} are too large: at most {_LARGEST_SIDE:,} pixels on a side")
+    least, most = max(height, width) / _LARGEST_SIDE, min(height, width)
+    if not least <= share <= most:
+        raise UsageError(
+            f"--crop-pct {share:g} resizes images to {'more' if share < least else 'fewer'} pixels than can be for an "
+            f"input of {height}x{width}: give a share from {least:.2g} to {most}, 1 for the whole image"
+        )
 
 
 def check_known(config: Mapping[str, Any]) -> None:

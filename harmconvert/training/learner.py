@@ -18,7 +18,7 @@ from ..conv import HarmonicMixin, lay_out_channels_last
 from ..data.loading import Batch
 from ..distributed import sum_over_ranks, world_size
 from ..errors import InputError, UsageError, first_line
-from ..evaluation import class_logits
+from ..evaluation import class_logits, output_on
 from ..surgery import channels_last
 from ..tensors import fill, tensors_of
 from ..weights import load_exactly
@@ -113,7 +113,7 @@ class Learner:
             network = cast(Any, self.network)
             with network.no_sync() if world_size() > 1 and not last else nullcontext():
                 with self.autocast():
-                    output = network(part)
+                    output = output_on(network, part)
                     loss = self.objective(output, part, target)
                 self.scaler.scale(loss * (len(part) / len(images))).backward()
             self._count(loss, output, target)

@@ -79,6 +79,10 @@ class Recipe:
         for name in ("distill", "hflip", "vflip", "reprob", "smoothing", "ema"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{name} (={getattr(self, name)}) must be from 0 to 1")
+        for name in ("scale", "ratio"):
+            least, greatest = getattr(self, name)
+            if not 0 <= least <= greatest or greatest == 0 or (name == "ratio" and least == 0):
+                raise UsageError(f"{name} (={least:g} {greatest:g}) must be two numbers above 0, the least first")
         if self.lr < 0 or self.temperature <= 0:
             raise UsageError(f"lr (={self.lr}) must not be negative, temperature (={self.temperature}) must be above 0")
         if self.distill and (self.mixup or self.cutmix) and self.distill == 1:
