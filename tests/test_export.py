@@ -534,6 +534,24 @@ OUTPUTS: dict[str, Callable[[torch.Tensor], Any]] = {
 }
 
 
+@pytest.mark.parametrize(
+    "make", [lambda y: y, lambda y: {"logits": y}, lambda y: [y, None]], ids=["tensor", "dict", "list"]
+)
+def test_plain_outputs_are_exported_as_they_are(make: Any, tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return make(self.conv(x))
+
+    x = random_input((2, 3, 9, 9))
+    export(hc.convert(seeded(Net)).model, tmp_path / "a.pt2", "torch-export", example_input=x)
+    outputs = torch.export.load(tmp_path / "a.pt2").module()(x)
+    assert type(outputs) is type(make(x))
+
+
 @pytest.mark.parametrize("make", OUTPUTS.values(), ids=OUTPUTS)
 def test_records_of_classes_that_exporters_do_not_know_become_tuples_of_tensors(make: Any, tmp_path: Path) -> None:
     class Net(nn.Module):

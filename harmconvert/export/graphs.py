@@ -35,7 +35,7 @@ TOLERANCE = {"onnx": 1e-4, "torch-export": 1e-5}
 LARGEST = 2**31 - 1  # bytes of one ONNX file, by its encoding
 ANY = 2  # examples in the input that a file for any batch size is traced with: torch takes 0 and 1 for fixed
 
-_KNOWN = (Tensor, nn.Parameter, list, tuple, dict, OrderedDict, int, float, bool, str, type(None))
+_KNOWN = (list, tuple, dict, OrderedDict, int, float, bool, str, type(None))
 
 ToBytes = Callable[[nn.Module, Any, bool], bytes]  # of a network, an input, and whether its batch size may vary
 Run = Callable[[Any], Sequence[Tensor]]
@@ -153,7 +153,8 @@ def _plain_outputs(network: nn.Module) -> Iterator[set[str]]:
     odd: set[str] = set()
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        kinds = {type(part).__name__ for part in _parts(output) if type(part) not in _KNOWN}
+        parts = (part for part in _parts(output) if not isinstance(part, Tensor))  # while traced, of many classes
+        kinds = {type(part).__name__ for part in parts if type(part) not in _KNOWN}
         odd.update(kinds)
         return tuple(tensors_in(output)) if kinds else None
 
