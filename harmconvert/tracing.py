@@ -64,6 +64,19 @@ class Trace:
     findings: Findings = field(default_factory=Findings)
 
 
+class _NoModules:
+    """Stands for torch's tracker of modules, which fails without gradients where a module is given a view of a
+    parameter, such as an embedding of positions; the count of the whole network needs none."""
+
+    parents = ("Global",)
+
+    def __enter__(self) -> None:
+        """Track nothing."""
+
+    def __exit__(self, *_: object) -> None:
+        """Stop tracking."""
+
+
 def find_sites(model: nn.Module, trace: Trace | None = None) -> list[ConvSite]:
     """The convolutions over 1x1, with what a policy needs to know of each; those that cannot be converted say why.
 
@@ -148,6 +161,7 @@ def _trace(model: nn.Module, example_input: Any) -> Trace:
 
     handles = [c.register_forward_hook(watch(n), with_kwargs=True) for n, c in convolutions(model).items()]
     counter = FlopCounterMode(display=False)
+    counter.mod_tracker = cast(Any, _NoModules())
     try:
         with ExitStack() as stack:
             for context in (unchanged(model), refusing(example_input), evaluating(model), counter, flow.watching()):

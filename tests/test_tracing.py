@@ -28,6 +28,21 @@ def why(model: nn.Module, lam: Any = 2, example_input: Any = X) -> dict[str, tup
 INPUT = (9, "whole: it reads the network's input")
 
 
+def test_a_module_may_be_given_a_view_of_a_parameter() -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last, self.drop = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Dropout()
+            self.position = nn.Parameter(torch.ones(4, 14, 14))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.first(x) + self.drop(self.position.expand(2, -1, -1, -1)))
+
+    network = seeded(Positions)
+    assert why(network) == {"first": INPUT, "last": (3, None)}
+    assert trace(network, X).macs == 2 * 9 * (3 * 4 * 14 * 14 + 4 * 4 * 12 * 12)
+
+
 # --- layers that read the input ---
 
 
