@@ -19,6 +19,7 @@ from .block import HarmonicBlock2d
 from .conv import CONVOLUTIONS
 from .copying import deep_copy
 from .errors import HarmconvertError, first_line
+from .side_effects import writes
 
 REWRITTEN = "its weight is rewritten in the network's forward, so coefficients would not be used"
 STALE = "it computes with a copy of its weight that was made before the run, so a change of the weight has no effect"
@@ -33,7 +34,6 @@ _MIXING = {
     "addmm", "baddbmm", "einsum", "tensordot", "embedding", "lstm", "gru", "rnn_tanh", "rnn_relu",
     "multi_head_attention_forward",
 }  # fmt: skip
-_NOT_WRITING = {"requires_grad_", "share_memory_", "detach_", "retain_grad", "rename_"}
 # Classes of these packages convolve once with their own weight.
 _KNOWN = ("torch.", "timm.")
 
@@ -165,7 +165,7 @@ class Dataflow(TorchFunctionMode):
         if not given:
             return
         changed = list(_tensors(output))
-        if _writes(name, func):
+        if writes(name, func):
             self._written(given[0])
             changed += [given[0]] if given[0]._base is None else [given[0], given[0]._base]
         if isinstance(kwargs.get("out"), Tensor):
@@ -265,15 +265,6 @@ def _ignores_its_weight(conv: nn.Module, args: Any, kwargs: Any) -> bool:
         return all(torch.equal(a, b) for a, b in pairs)
     except Exception:  # it cannot be run by itself: nothing is known
         return False
-
-
-def _writes(name: str, func: Any) -> bool:
-    """Whether a function changes its first argument."""
-    if name.startswith("__i") and name.endswith("__"):
-        return name not in ("__index__", "__int__", "__invert__")
-    in_place = name.endswith("_") and not name.endswith("__") and name not in _NOT_WRITING
-    setter: Callable[..., Any] = Tensor.data.__set__  # type: ignore[attr-defined]
-    return in_place or name == "__setitem__" or func == setter
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -277,7 +277,7 @@ def _times(candidates: Mapping[str, nn.Module], example_input: Any) -> dict[str,
     """Median seconds of those that run: some networks run in one memory layout only."""
     with evaluating(*candidates.values()), ExitStack() as stack:
         for network in candidates.values():
-            stack.enter_context(unchanged(network))
+            stack.enter_context(unchanged(network, weights=False))
         runs = {name: partial(_run, network, example_input) for name, network in candidates.items()}
         for name in list(runs):
             try:

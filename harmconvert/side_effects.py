@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 
 from .copying import parts_of
 
@@ -33,6 +34,8 @@ _SKIPPED = (
 _PROCESS = ("torch", "logging", "threading", "concurrent", "multiprocessing", "asyncio", "queue", "socket", "io", "_io")
 _SEQUENCES = (list, set, deque, bytearray, array)
 _RANDOM = (random.Random, torch.Generator, np.random.Generator, np.random.RandomState)
+# Names of functions that change a tensor, but not its values.
+_NOT_WRITING = {"requires_grad_", "share_memory_", "detach_", "retain_grad", "rename_"}
 _PACKAGE = __name__.partition(".")[0]
 # Classes of these packages keep nothing of a forward.
 _STATELESS = {*sys.stdlib_module_names, "builtins", "torch", "numpy", _PACKAGE}
@@ -219,6 +222,43 @@ class Snapshot:
             self._others.append((partial(_same_values, tensor, value), partial(_write, tensor, value)))
 
 
+class WeightsKept(TorchFunctionMode):
+    """Inside it, parameters of a network may be written to; `restore` brings back the values that they had before.
+
+    A copy is made of a parameter when it is first written to, and of no other.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._parameters = {
+            memory: parameter
+            for parameter in model.parameters()
+            if not is_lazy(parameter) and not parameter.is_meta and (memory := _memory(parameter)) is not None
+        }
+        self._before: dict[int, Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        target = args[0] if args and writes(getattr(func, "__name__", ""), func) else kwargs.get("out")
+        if isinstance(target, Tensor) and (memory := _memory(target)) in self._parameters.keys() - self._before.keys():
+            self._before[memory] = self._parameters[memory].detach().clone()
+        return func(*args, **kwargs)
+
+    def restore(self) -> None:
+        """Write back what the parameters held."""
+        for memory, value in self._before.items():
+            _write(self._parameters[memory].detach(), value)
+
+
+def writes(name: str, func: Any) -> bool:
+    """Whether a function changes its first argument."""
+    if name.startswith("__i") and name.endswith("__"):
+        return name not in ("__index__", "__int__", "__invert__")
+    in_place = name.endswith("_") and not name.endswith("__") and name not in _NOT_WRITING
+    setter: Callable[..., Any] = Tensor.data.__set__  # type: ignore[attr-defined]
+    return in_place or name == "__setitem__" or func == setter
+
+
 @dataclass(frozen=True)
 class RandomStates:
     """The states of the random sources of the process that a forward may draw from."""
@@ -237,6 +277,17 @@ class RandomStates:
         torch.set_rng_state(self.torch)
         random.setstate(self.python)
         np.random.set_state(self.numpy)
+
+
+@contextmanager
+def seeded_sources(seed: int = 0) -> Iterator[None]:
+    """Torch, Python and NumPy draw from a seed, so that a network that draws in its forward draws the same each time;
+    afterwards they draw on as before."""
+    with random_states_kept():
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        yield
 
 
 @contextmanager

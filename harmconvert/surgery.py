@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import Any, cast
@@ -19,7 +19,7 @@ from .conv import CONVOLUTIONS, empty_counterpart
 from .copying import deep_copy, uncopyable_members
 from .errors import HarmconvertError, HarmconvertWarning, InputError, UsageError, first_line, shortened
 from .history.declared import input_sizes
-from .side_effects import Snapshot
+from .side_effects import Snapshot, WeightsKept
 
 
 def convolutions(model: nn.Module) -> dict[str, nn.Module]:
@@ -180,18 +180,21 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def unchanged(model: nn.Module, but: Collection[nn.Module] = ()) -> Iterator[None]:
+def unchanged(model: nn.Module, but: Collection[nn.Module] = (), weights: bool = True) -> Iterator[None]:
     """Undo afterwards what forwards change in a network beside its outputs (counters, caches, logs of hooks), except in
-    the modules ``but``; see `Snapshot`. Weights that a forward exchanges (``weight.data = ...``) are put back, too."""
-    before = Snapshot(model, but)
-    weights = [(parameter, parameter.data) for parameter in model.parameters() if not is_lazy(parameter)]
+    the modules ``but``; see `Snapshot`. Weights that a forward exchanges (``weight.data = ...``) are put back, too, and
+    with ``weights`` those that it writes to, for which each call of a function of torch takes longer."""
+    before, written = Snapshot(model, but), WeightsKept(model)
+    exchanged = [(parameter, parameter.data) for parameter in model.parameters() if not is_lazy(parameter)]
     try:
-        yield
+        with written if weights else nullcontext():
+            yield
     finally:
         before.restore()
-        for parameter, data in weights:
+        for parameter, data in exchanged:
             if _storage(parameter.data) != _storage(data):
                 parameter.data = data
+        written.restore()
 
 
 def _storage(tensor: Tensor) -> tuple[Any, ...]:

@@ -26,6 +26,7 @@ from .dataflow import weight_state
 from .errors import InputError, UsageError, first_line, shortened
 from .forms import fold_blocks
 from .kernel_check import check_kernel
+from .side_effects import seeded_sources
 from .structure_check import altered_state, as_calibrated, built_otherwise, pairs_of, written_by_calibration
 from .surgery import (
     batch_size,
@@ -354,8 +355,7 @@ def _outputs(
 ) -> list[Tensor]:
     tick(f"outputs in {str(precision).removeprefix('torch.')}")
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with seeded_sources():
             return tensors_in(call(model, cloned(inputs)))
     except _NoRunError:
         raise

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import pickle
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -588,3 +589,20 @@ def test_networks_in_sixteen_bits_are_factored(dtype: torch.dtype) -> None:
             assert {p.dtype for p in factored[2].parameters()} == {dtype}
             expected = outputs(copy.deepcopy(harmonic).float(), X)
             assert torch.allclose(outputs(copy.deepcopy(factored).float(), X), expected, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [nn.functional.dropout, lambda y: y * random.random(), lambda y: y + np.random.rand()],
+    ids=["dropout", "random", "numpy"],
+)
+def test_a_network_that_draws_at_random_in_its_forward_has_other_forms(draw: object) -> None:
+    """From one seed torch draws other values for another memory layout."""
+
+    class Draws(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return self[1](draw(self[0](x))).mean((2, 3))
+
+    network = seeded(lambda: Draws(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)))
+    assert hc.verify(network, convert(network).model, X).ok
+    factor(convert(network, {"1": 2}).model, X)

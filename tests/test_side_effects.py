@@ -215,3 +215,32 @@ def test_tracing_a_network_leaves_the_logs_of_its_hooks_as_they_were() -> None:
     network.stem.register_forward_hook(lambda conv, args, output: log.append(output))
     hc.convert(network, 2, example_input=random_input((1, 3, 20, 20)))
     assert log == ["before"]
+
+
+WRITES: dict[str, Callable[[nn.Parameter], Any]] = {
+    "in place": lambda weight: weight.mul_(2),
+    "through data": lambda weight: weight.data.add_(1),
+    "a part of it": lambda weight: weight.data.__setitem__(0, 0.0),
+    "as the output of a function": lambda weight: torch.round(weight, out=weight.data),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_weights_that_a_first_forward_writes_to_come_back(write: Any) -> None:
+    class Lazily(nn.Sequential):
+        done = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.done:
+                with torch.no_grad():
+                    write(self[1].weight)
+                self.done = True
+            return super().forward(x)
+
+    network: Any = seeded(lambda: Lazily(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3)))
+    before = network[1].weight.detach().clone()
+    x = random_input((32, 1, 9, 9))
+    conversion = hc.convert(network, 2, example_input=x, calibration=[x])
+    assert hc.verify(network, conversion.model, x).as_planned
+    assert network[1].weight.detach().equal(before)
+    assert not network.done

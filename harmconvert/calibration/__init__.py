@@ -103,7 +103,7 @@ def calibrate(
     if not cut:
         return Calibration((), known.data.total, 0, notes=("nothing was cut, so there is nothing to repair",))
     before = _copied(converted)
-    with unchanged(original), unchanged(converted, but=set(batch_norms(converted).values())):
+    with unchanged(original), unchanged(converted, set(batch_norms(converted).values()), weights=False):
         found = _calibrated(original, converted, cut, before, known, settings, progress)
     state = tensors_of(converted)
     changed = [key for key, tensor in before.items() if not torch.equal(state[key], tensor)]

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import UsageError, first_line
-from ..side_effects import random_states_kept
+from ..side_effects import seeded_sources
 from ..surgery import call, cloned, describe_input, evaluating, fitted, unchanged
 
 _PLAIN = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -131,10 +129,7 @@ def forward(model: nn.Module, input: Any, mode: TorchFunctionMode | None = None,
     """
     input = fitted(cloned(input), model)  # a forward may normalise its input in place
     try:
-        with unchanged(model) if undo else nullcontext(), evaluating(model), random_states_kept():
-            torch.manual_seed(0)  # a network that draws in its forward draws the same in both runs
-            random.seed(0)
-            np.random.seed(0)
+        with unchanged(model) if undo else nullcontext(), evaluating(model), seeded_sources():
             if mode is None:
                 return call(model, input)
             with mode:
