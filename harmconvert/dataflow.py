@@ -77,8 +77,14 @@ def fixed_parameters(model: nn.Module) -> set[int]:
         weight, bias = (module._parameters.get(key) for key in ("weight", "bias"))
         if any(p.requires_grad for p in own) or normalises:
             continue
-        colours = weight is not None and weight.dim() > 1 and max(weight.shape[:2]) <= 4 and prod(weight.shape[2:]) == 1
-        if bias is None or colours or not bool(bias.any()):
+        colours = (
+            weight is not None
+            and not is_lazy(weight)
+            and weight.dim() > 1
+            and max(weight.shape[:2]) <= 4
+            and prod(weight.shape[2:]) == 1
+        )
+        if bias is None or colours or not (bias.is_meta or is_lazy(bias) or bool(bias.any())):
             found.update(map(id, own))
     return found
 

@@ -189,6 +189,8 @@ def open_rival(
     asked = parse_source(text)
     alike = known is not None and _maker(known) == _maker(asked)
     arguments = known.arguments if known is not None and alike and "architecture" not in known.arguments else None
+    if asked.scheme == "sample":
+        arguments = None  # a sample comes with its own weights, whatever it was fine-tuned for
     rival = open_source(text, weights=weights, arguments=arguments, trust_code=trust_code)
     if weights is not None:
         return rival
@@ -239,6 +241,8 @@ def open_original(header: Header, teacher: str | None = None, trust_code: bool =
     arguments = dict(source.arguments)
     if source.scheme != "reference":  # a hub and a folder say theirs; of a reference file it tells how it was read
         arguments.pop("architecture", None)
+    if source.scheme == "sample":  # classes that it was fine-tuned for, which its own weights do not have
+        arguments.pop("num_classes", None)
     model, opened = build(replace(source, arguments=arguments, sha256=None), pretrained=True)
     if (opened.sha256 or weights_sha256(model)) != source.sha256:
         raise InputError(f"the weights of {source} are not those that were converted: name them with --teacher")

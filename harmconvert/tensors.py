@@ -46,7 +46,9 @@ def state_of(model: nn.Module) -> dict[str, Any]:
 def tensors_of(model: nn.Module, keep_vars: bool = False) -> dict[str, Tensor]:
     """The tensors of `state_of`; detached from any graph, or (``keep_vars``) the network's own objects."""
     tensors = {key: value for key, value in state_of(model).items() if isinstance(value, Tensor)}
-    return tensors if keep_vars else {key: tensor.detach() for key, tensor in tensors.items()}
+    if keep_vars:
+        return tensors
+    return {key: tensor if is_lazy(tensor) else tensor.detach() for key, tensor in tensors.items()}
 
 
 def _more_of(module: nn.Module, prefix: str, own: Mapping[str, Tensor | None]) -> dict[str, Any]:
@@ -82,6 +84,8 @@ def fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         if key in state:
             one_value = not is_lazy(tensor) and tensor.dim() == 0  # which older files hold in one dimension
             tensor.copy_(state[key].reshape(()) if one_value else state[key])
+    # What modules of this package derive from their tensors is derived anew: the kernels of a fitted basis.
+    model._apply(lambda tensor: tensor)
 
 
 def take_dtypes(model: nn.Module, state: Mapping[str, Tensor]) -> None:

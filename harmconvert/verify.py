@@ -43,11 +43,7 @@ from .surgery import (
     unchanged,
 )
 from .tensors import tensors_of
-from .verification import LayerCheck, Verification
-
-# Relative difference of the outputs with the whole basis, by the dtype of the weights: float64 and float32 as promised
-# in the documentation; the 16-bit ones are bounded by the rounding of their coefficients, amplified layer by layer.
-OUTPUT_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+from .verification import OUTPUT_TOLERANCE, LayerCheck, Verification
 
 _STRAY = "a copy of the network still runs the layer that it was copied from, by a function that copies do not follow"
 

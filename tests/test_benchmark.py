@@ -117,7 +117,7 @@ def test_a_batch_size_that_a_network_does_not_take_has_a_note() -> None:
     found = benchmark(model, inputs, batches=(1, 2), forms=("dense",), layouts=("contiguous",), repeats=3)
     assert found.rows[0].seconds > 0
     assert (found.rows[1].seconds, found.rows[1].note) == (None, "does not run (ValueError: one image at a time)")
-    assert found.advice()[1].endswith("threads: does not run (ValueError: one image at a time)")
+    assert found.advice()[1].endswith(": does not run (ValueError: one image at a time)")
     with pytest.raises(UsageError, match="the network does not run at batch 2, 3: does not run"):
         benchmark(model, inputs, batches=(2, 3), repeats=3)
 

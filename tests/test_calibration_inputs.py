@@ -106,23 +106,6 @@ def test_what_loaders_yield_is_read_as_the_network_takes_it(name: str) -> None:
     assert alike(found, calibrated(model, [plain(part) for part in x.split(8)]))
 
 
-@pytest.mark.parametrize("kind", [tuple, list])
-def test_inputs_of_a_network_that_needs_several_may_come_without_a_target(kind: type) -> None:
-    class Two(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
-
-        def forward(self, one: Tensor, other: Tensor) -> Tensor:
-            return self.b((self.a(one) * self.a(other)).relu())
-
-    model, x = seeded(Two), smoothed((16, 3, 9, 9))
-    found = calibrated(model, [kind([part, part.flip(3)]) for part in x.split(8)])
-    assert alike(found, calibrated(model, [((part, part.flip(3)), None) for part in x.split(8)]))
-    assert not found.calibration.failed
-    assert any(layer.decision == "refit" for layer in found.calibration.layers)
-
-
 def test_images_of_a_detector_may_differ_in_size() -> None:
     parts = [[smoothed((3, 9 + i, 12)) for i in range(4)] for _ in range(4)]
     found = calibrated(seeded(Detector), parts)

@@ -284,7 +284,7 @@ def _set(path: str, value: Any) -> Any:
         (_set("basis", "klt"), "disagree: stem.fitted_basis should have shape [9, 9], it is missing"),
         (_set("layers/0/kernel_size", [10**9, 3]), "this is not a plan"),
         (_set("layers/0/frequencies", [[0, -1]]), "this is not a plan"),
-        (_set("layers/1/frequencies", [[0, 0]]), "disagree: shared.coefficients should hold 1 frequencies"),
+        (_set("layers/1/frequencies", [[0, 0]]), "disagree: shared.coefficients should hold 1 frequency"),
         (_set("layers/1/name", "elsewhere"), "disagree: elsewhere.coefficients should hold 3"),
         (_set("layers", None), "this is not a plan"),
         (_set("tied", 3), "unreadable"),

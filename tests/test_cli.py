@@ -305,7 +305,7 @@ def test_code_named_in_the_command_is_trusted_wherever_the_checkpoint_lies(tmp_p
           "evaluate", SAMPLE, "--compare", "own/net.py:make", *data)  # fmt: skip
     fails(3, "does not have the weights of own/net.py:make that were converted: give them with --compare-checkpoint",
           "evaluate", "a.safetensors", *own, "--compare", "own/net.py:make", *data)  # fmt: skip
-    data += ["--img-size", "28", "--compare-checkpoint", "b.safetensors", "--json"]
+    data += ["--preprocess", "none", "--compare-checkpoint", "b.safetensors", "--json"]
     again = ok("evaluate", "a.safetensors", *own, "--compare", "own/net.py:make", *data)
     assert json.loads(again.stdout)["agreement"] == 1
 
@@ -365,7 +365,7 @@ def test_the_command_line_is_frozen() -> None:
     loudness = ["--quiet", "-q", "--verbose", "-v"]
     size = ["--input-size"]
     data = ["--data-dir", "--dataset", "--train-split", "--val-split", "--img-size", "--workers", "-j", "--holdout",
-            "--mean", "--std", "--interpolation", "--crop-pct"]  # fmt: skip
+            "--mean", "--std", "--interpolation", "--crop-pct", "--preprocess"]  # fmt: skip
     training = [
         "--epochs", "--batch-size", "-b", "--lr", "--opt", "--momentum", "--weight-decay", "--sched",
         "--warmup-epochs", "--decay-epochs", "--decay-milestones", "--decay-rate", "--padding", "--min-lr",
@@ -382,19 +382,20 @@ def test_the_command_line_is_frozen() -> None:
              "--force", "--include", "--lambda", "--normalization", "--output", "--plan", "-o",
              "--allow-fallback", "--calibrate", "--calibration-batch-size", "--calibration-images",
              "--calibration-memory", "--calibration-split", "--crop-pct", "--damping", "--data-dir", "--device",
-             "--interpolation", "--mean", "--seed", "--std", "--report", *network, *common, *size, *loudness]
+             "--interpolation", "--mean", "--preprocess", "--seed", "--std", "--report",
+             *network, *common, *size, *loudness]
         ),
         "finetune": sorted(
             ["--train-only", "--num-classes", "--distill", "--distill-temperature", "--teacher", "--calibration-images",
-             "--trust-code", "--model", "--report", *data, *training, *common, *loudness]
+             "--trust-code", "--model", "--report", *data, *training, *common, *size, *loudness]
         ),
         "evaluate": sorted(
             ["--seed", "--batch-size", "-b", "--compare", "--compare-checkpoint", "--amp", "--device", *data, *network,
-             *common]
+             *common, *size]
         ),
         "train": sorted(
             ["--recipe", "--harmonic", "--no-normalize-first", "--basis", "--lambda", *data, *training, *network,
-             *common, *loudness]
+             *common, *size, *loudness]
         ),
         "verify": sorted(["--as-planned", "--tolerance", *network, *common, *size, *loudness]),
         "inspect": sorted(["--no-pretrained", *network, *common, *size]),

@@ -348,7 +348,7 @@ def test_images_without_labels_need_a_teacher() -> None:
     ("changes", "message"),
     [
         ({"distill": 0.5}, "distillation needs the uncut network: name it with --teacher"),
-        ({"grad_accum_steps": 3}, "a batch of 8 images cannot be shared out evenly over 1 processes x 3 parts"),
+        ({"grad_accum_steps": 3}, "a batch of 8 images cannot be shared out evenly over 1 process x 3 parts"),
         ({"opt": "nonsense"}, "timm takes no such --opt or --sched"),
         ({"train_only": "coefficients"}, "is left to train: see --train-only"),
     ],

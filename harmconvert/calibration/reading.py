@@ -72,8 +72,6 @@ class Reader:
             readings.setdefault("list", [*item])
         if hasattr(item, "_asdict"):
             readings |= self._of_mapping(item._asdict())
-        if len(item) > 1 and all(isinstance(part, Tensor) for part in item):
-            readings.setdefault("arguments", tuple(item))  # of a network that does not run on the first alone
         return readings
 
     def _of_first(self, first: Any) -> dict[str, Any]:

@@ -70,14 +70,16 @@ def declare_inputs(given: Mapping[str, Any], model: Any, sizes: Sequence[tuple[i
     """
     from ..data import preprocessing
     from ..data.preprocessing import check_known, record_of
-    from ..errors import UsageError
+    from ..errors import UsageError, counted
     from ..history.declared import declare
 
     record: dict[str, Any] = {"input_sizes": sizes} if sizes else {}
     overrides = preprocessing_overrides(given)
     if any(value is not None for key, value in overrides.items() if key != "trust_code"):
         if len(sizes) > 1:
-            raise UsageError(f"this network takes {len(sizes)} inputs: --mean, --std and --preprocess are of one image")
+            raise UsageError(
+                f"this network takes {counted(len(sizes), 'input')}: --mean, --std and --preprocess are of one image"
+            )
         config = preprocessing(model, {**overrides, "input_size": sizes[0] if sizes else None})
         check_known(config)
         record |= record_of(config)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..checkpoint import Header
-from ..errors import HarmconvertError
+from ..errors import HarmconvertError, counted
 from ..files import short_name
 from ..origin import Source
 from ..plan import ConvSite, Plan, make_plan, parse_lambda
@@ -96,8 +96,8 @@ def _of_conversion(header: Header, first: str, output: str, sites: Sequence[Conv
         options += ["--seed", str(settings["seed"])] if settings.get("seed") else []
         options += ["--damping", str(settings["damping"])] if settings.get("damping") is not None else []
         notes.append(
-            f"It was calibrated on {calibration['inputs']} inputs that the file does not name: give images with "
-            f"--calibrate, and {' '.join(options)}."
+            f"It was calibrated on {counted(calibration['inputs'], 'input')} that the file does not name: give images "
+            f"with --calibrate, and {' '.join(options)}."
         )
     return _line("convert", _source_text(source), words, first), notes
 

@@ -143,14 +143,14 @@ MUTANTS = (
         "a copy's functions work on the original", ("test_copying.py",),
     ),
     Mutant(
-        "verify.py", "for name in outputs if name not in ran]", "for name in outputs if name not in outputs]",
+        "verify.py", "for name in found.outputs if name not in ran]", "for name in found.outputs if not name]",
         "what only the original runs is not told", ("test_copying.py",),
     ),
     Mutant(
         "cost.py", "if not layer.whole and type(conv) in FACTORABLE:", "if not layer.whole:",
         "a layer without a factored form saves MACs", ("test_convert.py",),
     ),
-    Mutant("plan.py", "elif site.depthwise:", "elif not site.depthwise:", "all but depthwise layers are spared", PLAN),
+    Mutant("plan.py", "site.fixed or site.depthwise):", "site.fixed):", "depthwise layers are not spared", PLAN),
     Mutant(
         "kernel_check.py", "info.eps * planned.abs() + floor", "info.eps * planned.abs().max() + floor",
         "small coefficients may be wrong by as much as large ones", VERIFY,
@@ -298,7 +298,7 @@ MUTANTS = (
         "a held run goes on though what it passed changed", HOLDING,
     ),
     Mutant(
-        "calibration/holding.py", "_fed(run.at, run.shown) != next(expected, None):", "not next(expected, None):",
+        "calibration/holding.py", " fed(run.at, run.shown) != next(expected, None):", " not next(expected, None):",
         "networks that runs in turns mix up are run in turns", HOLDING,
     ),
     Mutant(
@@ -318,7 +318,7 @@ MUTANTS = (
         "half of a change is taken backwards", REFIT,
     ),
     Mutant(
-        "calibration/layout.py", "<= _rounding(a.dtype)", ">= 0",
+        "comparison.py", "(found, expected) <= rounding", "(found, expected) >= 0",
         "networks that misread another layout are calibrated in it", LAYOUT,
     ),
 )  # fmt: skip
