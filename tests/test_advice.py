@@ -113,6 +113,9 @@ COUNTED = re.compile(
     r"classes|processes|frequencies|channels|axes|numbers|parts|positions|plans|tensors|outputs|networks|files)\b(?!/s)"
 )
 ALWAYS_SEVERAL = {
+    "samples",
+    "self.images",
+    "len(sizes)",
     "source.classes or source.arguments.get('num_classes')",
     "len(seen)",
     "world_size()",

@@ -255,6 +255,7 @@ def test_the_plan_taken_is_the_best_of_those_tried_and_beats_the_uniform_one() -
     json.dumps(found.to_json())
 
 
+@pytest.mark.slow
 def test_scores_are_kept_and_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, probes = hc.open_source(SAMPLE).model, tmp_path / "scores.json"
     first = convert(
@@ -272,6 +273,7 @@ def test_scores_are_kept_and_measured_once(tmp_path: Path, monkeypatch: pytest.M
     assert second.search.tried[0].measured is None
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_goes_on(tmp_path: Path) -> None:
     model, probes = hc.open_source(SAMPLE).model, tmp_path / "scores.json"
     arguments: dict[str, Any] = {
@@ -360,6 +362,7 @@ def test_convert_by_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert found["cost"]["harmonic_parameters"] <= 81_598
 
 
+@pytest.mark.slow
 def test_a_second_budget_starts_from_the_first_ones_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()

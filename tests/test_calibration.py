@@ -803,6 +803,7 @@ def launched(folder: Path, processes: int, what: str) -> list[dict[str, object]]
     return [torch.load(f"{out}{number}", weights_only=True) for number in range(processes)]
 
 
+@pytest.mark.slow
 def test_two_processes_come_to_what_one_does(tmp_path: Path) -> None:
     (one,) = launched(tmp_path, 1, "parity")
     for two in launched(tmp_path, 2, "parity"):

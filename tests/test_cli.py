@@ -553,6 +553,7 @@ def test_what_is_damaged_is_not_handed_on() -> None:
     assert "is not as harmconvert wrote it" in run("verify", SAMPLE, "cut.safetensors").stderr
 
 
+@pytest.mark.slow
 def test_a_document_that_nobody_reads_changes_no_exit_code() -> None:
     reader, writer = os.pipe()
     os.close(reader)
@@ -563,6 +564,7 @@ def test_a_document_that_nobody_reads_changes_no_exit_code() -> None:
     assert (done.returncode, b"error" in done.stderr) == (0, False), done.stderr
 
 
+@pytest.mark.slow
 def test_closed_streams_and_no_terminal() -> None:
     command = f"FORCE_COLOR=1 {sys.executable} -m harmconvert convert {SAMPLE} <&- >&-"
     done = subprocess.run(command, shell=True, stderr=subprocess.PIPE)

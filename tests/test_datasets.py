@@ -177,7 +177,7 @@ def test_most_images_outside_of_folders_have_no_labels(tmp_path: Path) -> None:
     data = open_data(DataRequest(data_dir=str(tmp_path), holdout=0), ("test",))
     assert not data.labelled
     assert len(data.test) == 7
-    assert "6 images lie in" in data.notes[0]
+    assert "itself holds 6 images" in data.notes[0]
 
 
 def test_a_folder_in_a_folder_is_named(tmp_path: Path) -> None:

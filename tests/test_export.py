@@ -72,6 +72,7 @@ def test_architectures_round_trip(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("format", ["onnx", "torch-export"])
+@pytest.mark.slow
 def test_factored_networks_export_as_standard_operators(
     format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,6 +256,7 @@ def test_rounding_that_costs_too_much_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_checkpoints_in_sixteen_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert (

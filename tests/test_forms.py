@@ -355,6 +355,7 @@ def test_a_damaged_table_of_times_is_measured_anew(
 
 
 @pytest.mark.parametrize("setting", [{"HARMCONVERT_NATIVE": "0"}, {"CC": "no-such-compiler"}, {"CC": "false"}])
+@pytest.mark.slow
 def test_without_a_compiler_torchs_operators_do(setting: dict[str, str], tmp_path: Path) -> None:
     code = (
         "from tests.test_forms import *\n"
@@ -380,6 +381,7 @@ def test_a_library_that_others_could_have_put_there_is_not_loaded(tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_library_is_made_once_and_whole(tmp_path: Path) -> None:
     """Several processes at once: each gets it, one file stays."""
     code = "from harmconvert import native; assert native.unavailable() is None, native.unavailable()"

@@ -328,6 +328,7 @@ def test_two_processes_choose_what_one_does(tmp_path: Path) -> None:
     assert any(kept not in lambdas for kept in one["kept"])
 
 
+@pytest.mark.slow
 def test_convert_by_best_frequencies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = ["convert", SAMPLE, "--budget", "params=92%", "--frequencies", "best", "--include", "stage3.2.conv2"]

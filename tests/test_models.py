@@ -184,6 +184,7 @@ def test_timm_keeps_its_own_loader_and_is_registered_with_once() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_where_timm_is_not_there_its_import_fails_as_ever_and_may_succeed_later() -> None:
     code = (
         "import sys, harmconvert\n"

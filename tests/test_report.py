@@ -501,6 +501,7 @@ def deep() -> Report:
 
 
 @pytest.mark.parametrize("suffix", [".html", ".json"])
+@pytest.mark.slow
 def test_a_thousand_layers_are_under_two_megabytes_and_three_seconds(suffix: str) -> None:
     report = deep()
     start = time.process_time()

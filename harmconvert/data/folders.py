@@ -11,7 +11,7 @@ from PIL import Image
 from timm.utils.misc import natural_key
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from ..errors import InputError, shortened
+from ..errors import InputError, counted, shortened
 from .pictures import Pictures, open_picture
 
 # Folders that archives, file servers and notebooks leave behind; they are no classes, empty or not.
@@ -80,7 +80,7 @@ def folder_of_pictures(root: Path, train: Pictures | None = None) -> tuple[Files
     filled = [name for name in folders if counts[name]]
     if beside and (len(beside) > inside or (len(filled) < 2 and not set(filled) <= set(known or ()))):
         below = f", and {inside} in folders in it ({shortened(filled, 3)})" if inside else ""
-        note = f"{len(beside)} images lie in {root} itself{below}: none has a label"
+        note = f"{root} itself holds {counted(len(beside), 'image')}{below}: none has a label"
         return Files(root, None, paths), (note,) if inside else ()
     notes: tuple[str, ...] = ()
     if beside:

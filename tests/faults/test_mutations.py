@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import pytest
+
 from . import mutations
 from .mutants import MUTANTS
 from .tally import LONG, Counter, size
@@ -20,6 +22,7 @@ def test_every_mutant_can_be_made() -> None:
     assert len(MUTANTS) >= 24
 
 
+@pytest.mark.slow
 def test_a_mutant_is_noticed(tally: Counter) -> None:
     count = tally("tests", "a line of the mathematics broken")
     if LONG:
@@ -30,6 +33,7 @@ def test_a_mutant_is_noticed(tally: Counter) -> None:
         count.trial(None if found.verdict == "caught" else complaint)
 
 
+@pytest.mark.slow
 def test_one_that_changes_nothing_survives_and_a_text_that_is_gone_is_told() -> None:
     harmless = replace(MUTANTS[0], new=MUTANTS[0].old + "  # as before")
     assert mutations.outcome(harmless).verdict == "survived"

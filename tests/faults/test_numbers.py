@@ -286,6 +286,7 @@ def budgeted(network: nn.Module, x: Tensor) -> str | None:
     return None if finite and same else f"finite: {finite}, original as it was: {same}"
 
 
+@pytest.mark.slow
 def test_budgets_on_images_that_say_nothing(tally: Counter) -> None:
     count = tally("numbers", "budget search: odd networks on odd images")
     pairs = list(itertools.product(NETWORKS.items(), IMAGES.items()))

@@ -77,6 +77,7 @@ def finished(folder: Path, whole: dict[str, torch.Tensor], every: list[str]) -> 
     return f"other weights: {differing[:3]}" if differing else f"left {left}" if left else None
 
 
+@pytest.mark.slow
 def test_killed_while_saving(material: Path, whole: dict[str, torch.Tensor], tally: Counter) -> None:
     """At one step of the file system after the other, resumed after each."""
     count = tally("training", "SIGKILL before a step of saving, then --resume: bit-equal")
@@ -136,6 +137,7 @@ def stopped(material: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_spoilt_states(material: Path, stopped: Path, whole: dict[str, torch.Tensor], tally: Counter) -> None:
     count = tally("training", "newest state cut off or changed by a byte: told, and resumed from the one before")
     good = (stopped / STATE).read_bytes()

@@ -204,6 +204,7 @@ def test_killed_at_every_step(material: Path, expected: dict[str, Path], tally: 
 
 
 @pytest.mark.parametrize("name", SAMPLED)
+@pytest.mark.slow
 def test_killed_at_random_moments(material: Path, expected: dict[str, Path], tally: Counter, name: str) -> None:
     count = tally("writing", f"SIGKILL at random moments: {name}")
     job, folder = JOBS[name], material / f"moments {name}"
