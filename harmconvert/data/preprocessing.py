@@ -85,7 +85,8 @@ def _image_size(model: nn.Module, given: Mapping[str, Any]) -> tuple[int, ...]:
         raise UsageError(f"this network takes {len(sizes)} inputs, not one image: give batches of your own in Python")
     if len(sizes[0]) != 3:
         raise UsageError(
-            f"this network takes inputs of {counted(len(sizes[0]), 'axis')}, not images: give batches of your own in Python"
+            f"this network takes inputs of {counted(len(sizes[0]), 'axis')}, not images: give batches of your own in "
+            "Python"
         )
     return sizes[0]
 
@@ -94,7 +95,8 @@ def _check_normalisation(given: Mapping[str, Any], channels: int) -> None:
     for key in ("mean", "std"):
         if key in given and len(given[key]) not in (1, channels):
             raise UsageError(
-                f"--{key} has {counted(len(given[key]), 'number')} for {counted(channels, 'channel')}: give one, or one for each"
+                f"--{key} has {counted(len(given[key]), 'number')} for {counted(channels, 'channel')}: give one, "
+                "or one for each"
             )
         if key == "std" and key in given and not all(number > 0 for number in given[key]):
             raise UsageError("--std is divided by: it cannot be zero or less")
