@@ -573,3 +573,30 @@ def test_records_of_classes_that_exporters_do_not_know_become_tuples_of_tensors(
     outputs = torch.export.load(tmp_path / "a.pt2").module()(x)
     with torch.no_grad():
         assert torch.allclose(outputs[0], tensors_in(model(x))[0], atol=1e-5)
+
+
+class Extras(nn.Module):
+    """Returns tensors and other values, as its ``make`` says."""
+
+    def __init__(self, make: Any) -> None:
+        super().__init__()
+        self.conv, self.make = nn.Conv2d(3, 4, 3), make
+
+    def forward(self, images: Tensor) -> Any:
+        return self.make(self.conv(images).mean((2, 3)))
+
+
+def test_outputs_that_are_no_tensors_are_named(tmp_path: Path) -> None:
+    example = torch.randn(2, 3, 9, 9)
+    for number, (make, kinds) in enumerate(
+        [(lambda y: {"logits": y, "stride": 8}, "int"), (lambda y: (y, {1, 2}, "name"), "set, str")]
+    ):
+        network = hc.convert(Extras(make).eval()).model
+        found = export(network, tmp_path / f"{number}.pt2", "torch-export", example_input=example)
+        assert f"graphs compute tensors only: outputs of {kinds} are left out, or constant" in found.notes
+    for make, message in [
+        (lambda y: (y, y.numpy()), "its output holds NumPy arrays: let it return tensors"),
+        (lambda y: y.numpy(), "cannot be exported: its output is no tensor but ndarray"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            export(hc.convert(Extras(make).eval()).model, tmp_path / "a.pt2", "torch-export", example_input=example)

@@ -147,22 +147,44 @@ def _exported(to_bytes: ToBytes, network: nn.Module, example_input: Any, batch: 
 
 
 @contextmanager
-def _plain_outputs(network: nn.Module) -> Iterator[set[str]]:
+def _plain_outputs(network: nn.Module) -> Iterator[None]:
     """Let a network return a tuple of its tensors instead of records of classes that exporters do not know (named
-    tuples, dataclasses, mappings of other classes); yields the names of those that it returns meanwhile."""
-    odd: set[str] = set()
+    tuples, dataclasses, mappings of other classes)."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        parts = (part for part in _parts(output) if not isinstance(part, Tensor))  # while traced, of many classes
-        kinds = {type(part).__name__ for part in parts if type(part) not in _KNOWN}
-        odd.update(kinds)
-        return tuple(tensors_in(output)) if kinds else None
+        return tuple(tensors_in(output)) if _unknown(output) else None
 
     handle = network.register_forward_hook(hook)
     try:
-        yield odd
+        yield
     finally:
         handle.remove()
+
+
+def _unknown(output: Any) -> list[str]:
+    """Names of the classes in an output that exporters do not know."""
+    parts = [part for part in _parts(output) if not isinstance(part, Tensor)]  # exporters trace with their own tensors
+    return sorted({type(part).__name__ for part in parts if type(part) not in _KNOWN})
+
+
+def _remarks(network: nn.Module, example_input: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What a user should know of the outputs of a graph, and the classes of those outputs that are no tensors.
+
+    Raises:
+        InputError: no output is a tensor.
+    """
+    with evaluating(network), unchanged(network):
+        output = call(network, comparable(example_input, None))
+    others = {type(part).__name__ for part in _parts(output) if part is not None and not tensors_in(part)}
+    values = tuple(sorted(others - {"list", "tuple", "dict", "OrderedDict"}))
+    if not tensors_in(output):
+        raise InputError(
+            f"this {type(network).__name__} cannot be exported: its output is no tensor but {', '.join(values) or None}"
+        )
+    notes = [f"its outputs are a tuple of tensors, because exporters do not know {kind}" for kind in _unknown(output)]
+    if values:
+        notes.append(f"graphs compute tensors only: outputs of {', '.join(values)} are left out, or constant")
+    return tuple(notes), values
 
 
 def _parts(output: Any) -> Iterator[Any]:
@@ -184,11 +206,7 @@ def _kept(
         InputError: the network cannot be exported, or the file does not run.
         CheckError: the file computes something else.
     """
-    with evaluating(network), unchanged(network), _plain_outputs(network) as odd:
-        call(network, comparable(example_input, None))
-    returned = tuple(
-        f"its outputs are a tuple of tensors, because exporters do not know {kind}" for kind in sorted(odd)
-    )
+    returned, values = _remarks(network, example_input)
     notes: tuple[str, ...] = ()
     for batch, compared in ((ANY, (None, ANY, ANY + 1)), (None, (None,))):
         try:
@@ -197,6 +215,8 @@ def _kept(
             difference, agreement = _compared(format, opened(content), network, model, example_input, compared)
             return content, difference, agreement, (*notes, *returned)
         except Exception as error:
+            if batch is None and "ndarray" in values and isinstance(error, InputError):
+                raise InputError(f"{error}; its output holds NumPy arrays: let it return tensors") from error
             if batch is None:
                 raise
             why = error.__cause__ if isinstance(error, InputError) and error.__cause__ else error
