@@ -1117,3 +1117,34 @@ def test_calibrated_coefficients_of_other_frequencies_are_not_what_calibration_w
     converted[6]._set_basis()
     problems = hc.verify(model, converted, x[:2]).problems
     assert [p for p in problems if p.startswith("6: its coefficients are not what calibration wrote")]
+
+
+class FloatHead(nn.Module):
+    """A backbone stored in 16 bits and a head that is not: on a CPU it runs in float32 only."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        convs = nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()
+        self.body = nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten()).to(dtype)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.body(images))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_network_in_sixteen_bits_that_runs_in_float32_only_is_calibrated_there(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    network = FloatHead(dtype).eval()
+    batches = list(smooth((64, 3, 12, 12), dtype=torch.float32).split(16))
+    with pytest.raises(RuntimeError, match=r"should be the same|same dtype"):
+        network(batches[0])
+    calibrated = hc.convert(network, 2, calibration=batches)
+    assert [layer.decision for layer in calibrated.calibration.layers] == ["refit"]
+    precise = hc.convert(copy.deepcopy(network).float(), 2, calibration=batches)
+    assert calibrated.model.body[2].coefficients.dtype == dtype
+    rounded = precise.model.body[2].coefficients.to(dtype)
+    torch.testing.assert_close(calibrated.model.body[2].coefficients, rounded, rtol=1e-2, atol=1e-3)
+    assert {p.dtype for p in network.parameters()} == {dtype, torch.float32}
+    searched = hc.convert(network, budget="params=70%", example_input=batches[0][:1], calibration=batches)
+    assert searched.calibration.layers

@@ -139,9 +139,9 @@ class Searching:
         if self.images is None:
             found = orders_by_energy(self.model, missing, whole.family, "there are no images")
         elif missing:
-            uncut = self.convert(whole, None, self.settings).model
+            uncut = self._known.running(self.convert(whole, None, self.settings).model)
             found = orders_by_error(
-                self.model, uncut, missing, whole.family, self._known.data, self.settings, self.progress
+                self._known.original, uncut, missing, whole.family, self._known.data, self.settings, self.progress
             )
         for item, order in found:
             known[item.names[0]] = order
@@ -173,7 +173,7 @@ class Searching:
         """Each item with what all its probes can be solved from, where one look at the uncut network tells it."""
         if not items:
             return
-        uncut = self.convert(whole, None, self.settings).model
+        uncut = self._known.running(self.convert(whole, None, self.settings).model)
         convs = convolutions(uncut)
         left = {item.names[0]: item for item in items}
         layers = {name: cast(HarmonicMixin, convs[name]) for name, item in left.items() if len(item.names) == 1}

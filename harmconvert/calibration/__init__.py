@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..conv import HarmonicMixin
 from ..errors import counted, first_line
 from ..plan import Plan
-from ..surgery import convolutions, unchanged
+from ..surgery import convolutions, in_precision, in_sixteen_bits, unchanged
 from ..tensors import tensors_of, tensors_sha256
 from .batch_norm import batch_norms, reestimate_batch_norm, reestimated
 from .cuts import WholeLayer
@@ -33,6 +33,7 @@ from .holding import Forwards
 from .inputs import CalibrationSet, calibration_set
 from .layout import laid_out
 from .limits import memory_for
+from .reading import in_running_precision
 from .records import ENOUGH_POSITIONS, Calibration, CalibrationSettings, LayerCalibration, Progress
 from .refit import Refit
 from .repeating import repeating
@@ -58,19 +59,29 @@ __all__ = [
 @dataclass(frozen=True)
 class Known:
     """What is known of an original network on a calibration set, kept from one calibration of it to the next: the set,
-    the outputs on what is held back, and by name what layers are fed, for calibrations of a cut of one of them."""
+    the outputs on what is held back, and by name what layers are fed, for calibrations of a cut of one of them.
 
+    ``original``: the network, or where ``precise`` a float32 copy, because it is stored in 16 bits and runs only so."""
+
+    original: nn.Module
     data: CalibrationSet
     compare: Divergence
     whole: Mapping[str, WholeLayer] = field(default_factory=dict)
+    precise: bool = False
 
     @classmethod
     def of(cls, original: nn.Module, batches: Iterable[Any], settings: CalibrationSettings) -> Known:
         """Nothing yet but the set; raises what `calibrate` does."""
+        running, batches = in_running_precision(original, batches)
+        precise, original = running is not original, running
         with unchanged(original):
             data = laid_out(original, calibration_set(batches, settings.inputs, original))
             data = replace(data, runs=repeating(original, convolutions(original), data.probe))
-            return cls(data, Divergence(original, data.held, undo=True))
+            return cls(original, data, Divergence(original, data.held, undo=True), precise=precise)
+
+    def running(self, network: nn.Module) -> nn.Module:
+        """A network made from the original, or a float32 copy where the original runs only so."""
+        return in_precision(network, torch.float32) if self.precise and in_sixteen_bits(network) else network
 
 
 def calibrate(
@@ -103,8 +114,11 @@ def calibrate(
     if not cut:
         return Calibration((), known.data.total, 0, notes=("nothing was cut, so there is nothing to repair",))
     before = _copied(converted)
-    with unchanged(original), unchanged(converted, set(batch_norms(converted).values()), weights=False):
-        found = _calibrated(original, converted, cut, before, known, settings, progress)
+    running = known.running(converted)
+    with unchanged(known.original), unchanged(running, set(batch_norms(running).values()), weights=False):
+        found = _calibrated(known.original, running, cut, _copied(running), known, settings, progress)
+    if running is not converted:
+        _blend(converted, _copied(running), before, 0.0)
     state = tensors_of(converted)
     changed = [key for key, tensor in before.items() if not torch.equal(state[key], tensor)]
     return replace(found, changed=digests(converted, changed))

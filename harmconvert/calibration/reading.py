@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import HarmconvertError, InputError, UsageError, first_line
-from ..surgery import rebuilt, tensors_in
+from ..surgery import in_precision, in_sixteen_bits, rebuilt, tensors_in
 from .capture import forward
 
 
@@ -49,6 +50,10 @@ class Reader:
                     "(input, target) pairs or dicts of keywords"
                 )
             yield index, input
+
+    def runs(self, item: Any) -> bool:
+        """Whether the network runs on what the loader yields."""
+        return self._runs(self(item))
 
     def _runs(self, input: Any) -> bool:
         assert self._model is not None
@@ -90,6 +95,23 @@ class Reader:
             return {"keywords": item}
         kept = {key: value for key, value in item.items() if key in accepted}
         return {"keywords": kept} if tensors_in(kept) else {"keywords": item, "argument": (item,)}
+
+
+def in_running_precision(model: nn.Module, batches: Iterable[Any]) -> tuple[nn.Module, Iterable[Any]]:
+    """The network, or a float32 copy of one stored in 16 bits, all of it or a part, that runs on the first batch only
+    so; and all batches.
+
+    Raises: as `items`.
+    """
+    if not in_sixteen_bits(model):
+        return model, batches
+    read = items(batches)
+    first = list(islice(read, 1))
+    if first and not Reader(model).runs(first[0]):
+        precise = in_precision(model, torch.float32)
+        if Reader(precise).runs(first[0]):
+            model = precise
+    return model, chain(first, read)
 
 
 def items(batches: Iterable[Any]) -> Iterator[Any]:
