@@ -28,7 +28,7 @@ from .copying import deep_copy
 from .documents import parsed, reading
 from .errors import DamageWarning, InputError, OutsideError, UsageError, counted, shortened
 from .files import check_output
-from .forms import factor, fuse
+from .forms import dense_form, factor, fuse
 from .history import check_history
 from .history.declared import check_preprocessing, declare, recorded
 from .origin import Source, as_source, timm_source
@@ -188,9 +188,9 @@ def _check_written(staging: Path, model: nn.Module, header: Header) -> None:
     Read back are its header and its tensors; what they are loaded into is made as `load` makes it, without values.
     """
     try:
-        plain = fuse(_without_values(model))
+        plain = dense_form(_without_values(model))
     except Exception:  # a part that cannot be copied without values
-        plain = fuse(model)
+        plain = dense_form(model)
     structure = harmonic_like(plain, header.plan, "what would be written", header.blocks)
     wanted = {key: tuple(tensor.shape) for key, tensor in tensors_of(structure).items()}
     written = {key: tuple(tensor.shape) for key, tensor in tensors_of(model).items()}
@@ -276,7 +276,8 @@ def load(
     Args:
         model: the plain network to fill; it is copied, not changed. Where None, ``rebuild`` makes it from the source.
         form: ``"harmonic"``, ``"dense"``, or ``"factored"``: in eval mode, as `factor` finds it to be fastest here.
-        example_input: what the factored form is to be fast at; default: one input of the network's own size.
+        example_input: what the factored form is to be fast at, and what the dense form is compared on; default: one
+            input of the network's own size.
 
     Raises:
         InputError: the file is unreadable, holds NaN, or does not fit the network (the first ten keys are named).
@@ -306,17 +307,17 @@ def load(
     if form == "factored":
         harmonic = in_form(harmonic, header, "harmonic").eval()
         return factor(harmonic, example_input)
-    return in_form(harmonic, header, form)
+    return in_form(harmonic, header, form, example_input)
 
 
-def in_form(harmonic: nn.Module, header: Header, form: str) -> nn.Module:
+def in_form(harmonic: nn.Module, header: Header, form: str, example_input: Any = None) -> nn.Module:
     """A network that a file filled, in harmonic form with its header, or in dense form; it declares the
     pre-processing that the header records."""
     declare(harmonic, header.preprocessing)
     harmonic.__dict__["harmconvert_header"] = header
     if form == "harmonic":
         return harmonic
-    dense = fuse(harmonic)
+    dense = fuse(harmonic, example_input)
     del dense.__dict__["harmconvert_header"]
     return dense
 

@@ -16,7 +16,7 @@ from .checkpoint import Header
 from .copying import deep_copy
 from .cost import bytes_of
 from .errors import HarmconvertError, InputError, UsageError, first_line, shortened
-from .forms import fuse
+from .forms import dense_form
 from .makers import build, built, declare_size, renamed, with_weights_name
 from .origin import Source, as_source
 from .origin import parse_source as parse_source
@@ -154,7 +154,7 @@ def open_counterpart(text: str, original: Network) -> nn.Module:
     """
     if not Path(text).is_file() or ".py:" in text:
         return open_source(text).model
-    plain = fuse(original.model) if original.header else original.model
+    plain = dense_form(original.model) if original.header else original.model
     if not checkpoint.is_harmonic(text):
         with_weights = deep_copy(plain)
         load_weights(with_weights, text, rename=renamed)
@@ -262,7 +262,8 @@ def load(
     Args:
         model: the plain network to fill (for the user's own code); it is copied, not changed.
         form: ``"harmonic"``, ``"dense"``, or ``"factored"``: in eval mode, as `factor` finds it to be fastest here.
-        example_input: what the factored form is to be fast at; default: one input of the network's own size.
+        example_input: what the factored form is to be fast at, and what the dense form is compared on; default: one
+            input of the network's own size.
         trust_code: rebuild from user code that the file names. Off, because that would run what a file says.
 
     Raises:
@@ -327,7 +328,7 @@ def check_rebuilds(source: Source, model: nn.Module, trust_code: bool = False) -
     it that names this source could not be opened."""
     made, wanted = (
         {key: tuple(tensor.shape) for key, tensor in tensors_of(network).items()}
-        for network in (rebuild(source, trust_code), fuse(model))
+        for network in (rebuild(source, trust_code), dense_form(model))
     )
     if differing := [key for key in {**wanted, **made} if wanted.get(key) != made.get(key)]:
         raise InputError(

@@ -608,3 +608,12 @@ def test_a_network_that_draws_at_random_in_its_forward_has_other_forms(draw: obj
     network = seeded(lambda: Draws(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)))
     assert hc.verify(network, convert(network).model, X).ok
     factor(convert(network, {"1": 2}).model, X)
+
+
+def test_a_checkpoint_loaded_as_dense_is_compared_on_the_example_input(tmp_path: Path) -> None:
+    network = seeded(Branches).float().eval()
+    hc.save(hc.convert(network, 2), tmp_path / "cut.safetensors")
+    dense = hc.load(tmp_path / "cut.safetensors", model=network, form="dense", example_input=random_input((2, 3, 9, 9)))
+    assert not any(isinstance(module, HarmonicMixin) for module in dense.modules())
+    with pytest.raises(UsageError, match=r"does not run on an example input of shape \(2, 5, 9, 9\)"):
+        hc.load(tmp_path / "cut.safetensors", model=network, form="dense", example_input=random_input((2, 5, 9, 9)))

@@ -284,7 +284,7 @@ def _keep(network: Network, source: str, target: _Target) -> int:
     from ..distributed import rank
     from ..errors import CheckError
     from ..files import write_file
-    from ..forms import fuse
+    from ..forms import dense_form
     from ..report import tables
     from ..verify import verify
 
@@ -299,7 +299,7 @@ def _keep(network: Network, source: str, target: _Target) -> int:
     def write(staging: Path) -> None:
         file = staging.with_name("network.safetensors")  # the target may be called otherwise, behind a link
         header = save(network.model, file, source=network.source, history=history, force=True)
-        check = verify(network.model, load(file, model=fuse(network.model)), **inputs)
+        check = verify(network.model, load(file, model=dense_form(network.model)), **inputs)
         if not check.ok:
             raise CheckError(f"{output}, read back: {check.verdict}; nothing was written")
         file.replace(staging)

@@ -21,7 +21,7 @@ from ..convert import RECORD_KEY, run_where_possible
 from ..cost import Cost, LayerCost, layer_costs, network_cost, parameter_count, tensor_bytes
 from ..errors import InputError
 from ..evaluation import wilson_interval
-from ..forms import fuse
+from ..forms import dense_form
 from ..plan import LayerPlan, Plan
 from ..surgery import convolutions
 from ..tracing import Trace, find_sites
@@ -173,7 +173,7 @@ def report_of(
     Raises:
         InputError: the header's history is not what this harmconvert writes.
     """
-    dense = fuse(model)
+    dense = dense_form(model)
     run = run_where_possible(dense, "any", example_input)
     cost = network_cost(dense, header.plan, run)
     history = header.history
