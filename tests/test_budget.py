@@ -345,6 +345,7 @@ def test_energy_is_what_a_cut_takes_as_the_batch_norm_sees_it() -> None:
 # --- the command line ---
 
 
+@pytest.mark.slow
 def test_convert_by_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = ["convert", SAMPLE, "--budget", "params=30%", "--calibrate", "sample:mnist5k"]

@@ -337,6 +337,7 @@ def _circular_in_x(self: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | No
 
 
 @pytest.mark.parametrize("format", ["onnx", "torch-export"])
+@pytest.mark.slow
 def test_files_in_factored_form_compute_what_the_harmonic_network_does(
     format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

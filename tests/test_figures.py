@@ -547,6 +547,7 @@ def test_the_tradeoff_is_told_as_a_table_and_says_what_uncut_means() -> None:
     assert result.stdout.splitlines()[-1] == "wrote cut-tradeoff.png and cut-tradeoff.csv"
 
 
+@pytest.mark.slow
 def test_the_pages_charts_by_command() -> None:
     calibrated = ["--calibrate", "sample:mnist5k", "--calibration-images", "40"]
     ok("convert", SAMPLE, "--lambda", "stage3.2.*=2", *calibrated, "-o", "cut.safetensors")

@@ -322,6 +322,7 @@ def test_a_network_without_truncated_layers_is_fused() -> None:
     assert type(factored[0]) is nn.Conv2d
 
 
+@pytest.mark.slow
 def test_layer_times_are_kept_and_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HARMCONVERT_CACHE", str(tmp_path))
     conv, site = truncated(nn.Conv2d(3, 4, 3)), Site((1, 3, 8, 8), torch.float32, torch.device("cpu"))

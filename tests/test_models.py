@@ -174,6 +174,7 @@ def test_importing_the_package_waits_for_neither_torch_nor_timm() -> None:
     subprocess.run([sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"], check=True)
 
 
+@pytest.mark.slow
 def test_timm_keeps_its_own_loader_and_is_registered_with_once() -> None:
     code = (
         "import sys, harmconvert, timm, importlib.resources as r;"

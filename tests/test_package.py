@@ -83,6 +83,7 @@ def test_the_public_list() -> None:
         _ = hc.nothing
 
 
+@pytest.mark.slow
 def test_functions_keep_their_names_when_their_modules_are_imported() -> None:
     code = "import harmconvert.convert, harmconvert as hc; assert callable(hc.convert) and callable(hc.verify)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -225,6 +225,7 @@ def test_the_scale_of_the_dct_matters_to_a_block_that_normalises() -> None:
         HarmonicBlock2d(3, 4, 3, normalization="l3")
 
 
+@pytest.mark.slow
 def test_refusals_name_what_and_where_and_what_to_do(tmp_path: Path) -> None:
     resnet, wrn = "harm_resnet50_progressive_avg", "harm_wrn10_1"
     for name, changed, message in [

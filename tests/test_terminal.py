@@ -23,6 +23,8 @@ from harmconvert.cli.waiting import busy, progress
 from .pictures import digit_folders
 from .test_cli import SAMPLE
 
+pytestmark = pytest.mark.xdist_group("terminal")  # one process, so that the runs below are made once
+
 COLUMNS = 80
 DATA = ["--data-dir", "digits", "--workers", "0", "-b", "10"]
 TRAIN = [*DATA, "--epochs", "1", "--hflip", "0", "--crop", "padded"]
@@ -150,6 +152,7 @@ def test_every_command_is_looked_at() -> None:
 
 
 @pytest.mark.parametrize("name", RUNS)
+@pytest.mark.slow
 def test_in_a_terminal_everything_fits_80_columns(name: str, terminal: dict[str, tuple[int, str]]) -> None:
     code, text = terminal[name]
     assert code == (2 if name == "refusal" else 0), text
@@ -163,6 +166,7 @@ def test_in_a_terminal_everything_fits_80_columns(name: str, terminal: dict[str,
         assert text.strip()
 
 
+@pytest.mark.slow
 def test_long_names_are_folded_not_cut(terminal: dict[str, tuple[int, str]]) -> None:
     for name in ("inspect, long names", "convert, long names", "compare, long names"):
         lines = seen(terminal[name][1])
@@ -171,12 +175,14 @@ def test_long_names_are_folded_not_cut(terminal: dict[str, tuple[int, str]]) -> 
         assert "a_part_with_a_very_long_name.of_many_words_and_more[red].1" in column, lines
 
 
+@pytest.mark.slow
 def test_numbers_are_never_broken(terminal: dict[str, tuple[int, str]]) -> None:
     text = "\n".join(seen(terminal["report, tradeoff"][1]))
     assert re.search(r"^progressive +119.93k +44.1% +71.8% ", text, re.MULTILINE)
     assert re.search(r"^stage1.0.conv1 +refit ", "\n".join(seen(terminal["convert, calibrated"][1])), re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_in_a_terminal_there_are_bars_that_go_away(terminal: dict[str, tuple[int, str]]) -> None:
     for name in ("convert, calibrated", "verify", "evaluate", "finetune", "report, tradeoff"):
         _, text = terminal[name]
@@ -184,6 +190,7 @@ def test_in_a_terminal_there_are_bars_that_go_away(terminal: dict[str, tuple[int
         assert re.search(r"\x1b\[36m(\d:\d\d:\d\d|-:--:--)", text), f"{name}: the time left, in its colour"
 
 
+@pytest.mark.slow
 def test_in_a_terminal_a_spinner_turns_while_a_network_loads_and_goes_away(
     terminal: dict[str, tuple[int, str]],
 ) -> None:
@@ -252,6 +259,7 @@ def test_in_a_pipe_a_row_is_a_line(pipe: dict[str, tuple[int, str, str]]) -> Non
     assert re.search(rf"^{re.escape(long)} +3/9 +-$", pipe["compare, long names"][1], re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_colours_are_not_used_where_they_are_not_wanted(terminal: dict[str, tuple[int, str]]) -> None:
     coloured = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-7]|38;[\d;]+|9[0-7])(?:;\d+)*m")
     assert coloured.search(terminal["verify"][1]), "bars have colours"

@@ -48,12 +48,17 @@ def fed(name: str, call: ConvCall | None) -> Fed:
 
 
 def _differing(one: list[Fed], other: list[Fed]) -> set[str]:
-    """Layers whose inputs differ; all of them from the first on whose calls do not pair."""
-    found: set[str] = set()
-    for index, (a, b) in enumerate(zip(one, other, strict=False)):
-        if a[:2] != b[:2]:
-            return found | {name for name, *_ in (*one[index:], *other[index:])}
-        close = math.isclose(a[3], b[3], rel_tol=_TOLERANCE) or math.isnan(a[3])
-        if not close or abs(a[2] - b[2]) > _TOLERANCE * a[3] * math.sqrt(math.prod(a[1])):
-            found.add(a[0])
-    return found | {name for name, *_ in (*one[len(other) :], *other[len(one) :])}
+    """Layers whose inputs differ, call by call. The order of different layers may vary: threads may run them."""
+    runs = [{name: [call for call in run if call[0] == name] for name, *_ in run} for run in (one, other)]
+    return {
+        name
+        for name in {*runs[0], *runs[1]}
+        if len(runs[0].get(name, ())) != len(runs[1].get(name, ())) or not all(map(_close, *(r[name] for r in runs)))
+    }
+
+
+def _close(one: Fed, other: Fed) -> bool:
+    if one[:2] != other[:2]:
+        return False
+    close = math.isclose(one[3], other[3], rel_tol=_TOLERANCE) or math.isnan(one[3])
+    return close and not abs(one[2] - other[2]) > _TOLERANCE * one[3] * math.sqrt(math.prod(one[1]))

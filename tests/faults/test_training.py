@@ -87,6 +87,7 @@ def test_killed_while_saving(material: Path, whole: dict[str, torch.Tensor], tal
         count.trial(finished(folder, whole, every))
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(material: Path, whole: dict[str, torch.Tensor], tally: Counter) -> None:
     count = tally("training", "SIGKILL at random moments, several in one run, then --resume: bit-equal")
     chance = random.Random(0)
@@ -106,6 +107,7 @@ def test_killed_again_and_again(material: Path, whole: dict[str, torch.Tensor], 
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.slow
 def test_interrupted(
     material: Path, whole: dict[str, torch.Tensor], tally: Counter, number: signal.Signals, code: int
 ) -> None:

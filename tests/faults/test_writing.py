@@ -355,6 +355,7 @@ def test_rivals(material: Path, tally: Counter) -> None:
 
 
 @pytest.mark.parametrize("mask", size((0o027,), (0o000, 0o022, 0o027, 0o077)))
+@pytest.mark.slow
 def test_the_umask_decides(material: Path, tally: Counter, mask: int) -> None:
     count = tally("writing", "files and folders under a umask of 000, 022, 027, 077")
     for name in ("convert", "export", "export a folder", "plan", "report"):
@@ -370,6 +371,7 @@ def test_the_umask_decides(material: Path, tally: Counter, mask: int) -> None:
             )
 
 
+@pytest.mark.slow
 def test_a_link_is_followed(material: Path, tally: Counter) -> None:
     count = tally("writing", "targets that are links to a file: the file is replaced, the link stays")
     for name in ("convert", "export", "plan", "report"):
