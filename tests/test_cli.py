@@ -429,6 +429,7 @@ def test_help_comes_without_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_traceback_only_with_debug() -> None:
     plain, debug = real("convert", "no_such_net"), real("convert", "no_such_net", "--debug")
     assert (plain.returncode, debug.returncode) == (2, 2)
@@ -437,6 +438,7 @@ def test_a_traceback_only_with_debug() -> None:
     assert "Traceback" in debug.stderr
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_does_not_stop_the_work(tmp_path: Path) -> None:
     command = f"{sys.executable} -m harmconvert convert {SAMPLE} -o a.safetensors | head -0; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)

@@ -604,6 +604,7 @@ def test_what_report_and_compare_refuse(arguments: list[str], code: int, message
     fails(code, message, *arguments)
 
 
+@pytest.mark.slow
 def test_quiet_is_quiet_and_verbose_counts_seconds() -> None:
     result = ok("convert", SAMPLE, "--lambda", "2", "-o", "a.safetensors", "--quiet")
     assert result.stdout == result.stderr == ""

@@ -22,6 +22,8 @@ from ..pictures import digit_folders
 from .children import Fault, child, command, ended, said
 from .tally import Counter, size
 
+pytestmark = pytest.mark.slow  # each test trains
+
 SAMPLE = "sample:resnet_mnist5k"
 STATE, OUT = "out.state.pth", "out.safetensors"
 # What has a state of its own: a schedule, mixup's random numbers, a moving average, augmentation.

@@ -187,6 +187,7 @@ def fresh(material: Path, name: str) -> Path:
 
 
 @pytest.mark.parametrize("name", SAMPLED)
+@pytest.mark.slow
 def test_killed_at_every_step(material: Path, expected: dict[str, Path], tally: Counter, name: str) -> None:
     """Before each touch of a file in its folder, one after the other, until it gets through."""
     count = tally("writing", f"SIGKILL before every step of the file system: {name}")
@@ -222,6 +223,7 @@ def test_killed_at_random_moments(material: Path, expected: dict[str, Path], tal
 
 
 @pytest.mark.parametrize("name", SAMPLED)
+@pytest.mark.slow
 def test_a_disk_that_is_full(material: Path, expected: dict[str, Path], tally: Counter, name: str) -> None:
     """No file may grow beyond a limit: 0 bytes, a part of the header, of the tensors, all but one byte."""
     count = tally("writing", f"no space left (RLIMIT_FSIZE): {name}")
