@@ -57,13 +57,14 @@ def command(
 
     check_format(output, format, force, dtype, form)
     inputs.check()
+    options.begin(source)
     from dataclasses import asdict
 
     from ..export import check_target, export
     from ..report import tables
 
     check_target(output, format, force, dtype, form)
-    network = options.opened(source, network_options, intact=True)
+    network = options.opened(source, network_options, begun=True, intact=True)
     with options.busy(f"writing {output}") as say:
         found = export(
             network.model,
