@@ -127,7 +127,7 @@ def unpickled(path: str | Path) -> Any:
 def why_not_read(path: str | Path, error: Exception) -> str:
     """Why torch.load does not read a file, in one line; ``error`` is what it raised, one of `UNREADABLE`.
 
-    torch's own texts advise to run what the file names, and speak of pickles where the file is none.
+    torch's own messages advise to run what the file names, and mention pickles where the file is not one.
     """
     if isinstance(error, OSError | MemoryError):
         return first_line(error) or type(error).__name__

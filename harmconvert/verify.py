@@ -286,7 +286,8 @@ def _compare(
     per_layer: bool,
     tick: Callable[[str], None],
 ) -> _Comparison:
-    """Compare copies of both networks in one precision; top-1 is told to the rounding of ``dtype``, the weights'."""
+    """Compare copies of both networks in one precision; top-1 is compared to the rounding of
+    ``dtype``, that of the weights."""
     with _default_dtype(precision):
         shared = parameter_count(original) > MOST_IN_FLOAT64
         models = [in_precision(model, precision, shared) for model in (original, converted)]

@@ -59,7 +59,7 @@ __all__ = [
 @dataclass(frozen=True)
 class Known:
     """What is known of an original network on a calibration set, kept from one calibration of it to the next: the set,
-    the outputs on what is held back, and by name what layers are fed, for calibrations of a cut of one of them.
+    the outputs on what is held back, and by name the inputs of layers, for calibrations of a cut of one of them.
 
     ``original``: the network, or where ``precise`` a float32 copy, because it is stored in 16 bits and runs only so."""
 

@@ -225,7 +225,7 @@ def command(
 
 
 class _Target(NamedTuple):
-    """What is written where, and how what was done is told."""
+    """Which files a command writes, and what it prints at the end."""
 
     sizes: Any
     output: str

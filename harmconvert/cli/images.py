@@ -128,7 +128,7 @@ def calibration_data_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What to calibrate on, and how, where no other option speaks of data."""
+    """Options that say what to calibrate on, for commands without other options for data."""
     for option in (
         preprocessing_options,
         click.option(
