@@ -462,6 +462,7 @@ def share_right(model: nn.Module, x: Tensor, label: Tensor) -> float:
         return (model(x).argmax(1) == label).double().mean().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lam", [{"*": 16, "top": 8}, {"*": 8, "top": 4}], ids=["a quarter kept", "an eighth kept"])
 def test_starved_sets_are_never_worse_than_the_plain_cut_and_more_inputs_help(
     ear: nn.Module, lam: dict[str, int]

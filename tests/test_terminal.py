@@ -240,6 +240,7 @@ def test_in_a_pipe_a_line_says_what_takes_long(
 
 
 @pytest.mark.parametrize("name", RUNS)
+@pytest.mark.slow
 def test_in_a_pipe_there_is_plain_text(name: str, pipe: dict[str, tuple[int, str, str]]) -> None:
     code, out, err = pipe[name]
     assert code == (2 if name == "refusal" else 0), err
@@ -253,6 +254,7 @@ def test_in_a_pipe_there_is_plain_text(name: str, pipe: dict[str, tuple[int, str
         assert out == ""
 
 
+@pytest.mark.slow
 def test_in_a_pipe_a_row_is_a_line(pipe: dict[str, tuple[int, str, str]]) -> None:
     long = "a_part_with_a_very_long_name.of_many_words_and_more[red].1"
     assert re.search(rf"^{re.escape(long)} +3x3 +3/9 ", pipe["convert, long names"][1], re.MULTILINE)

@@ -55,7 +55,13 @@ ARCHITECTURES = [
 ]
 
 
-@pytest.mark.parametrize(("library", "name"), ARCHITECTURES)
+LARGE = ("dm_nfnet_f0", "inception_v3", "r2plus1d_18", "mc3_18")
+
+
+@pytest.mark.parametrize(
+    ("library", "name"),
+    [pytest.param(*one, marks=[pytest.mark.slow] if one[1] in LARGE else []) for one in ARCHITECTURES],
+)
 def test_the_whole_basis_is_exact_on(library: str, name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the libraries' own
