@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from .classifier import replace_classifier
 from .downloads import reaching_out, torchvision_loading, torchvision_preprocessing
-from .errors import HarmconvertError, InputError, UsageError, first_line
+from .errors import InputError, UsageError, first_line
 from .files import read_json
 from .history.declared import pretrained_config
 from .origin import SCHEMES, Source
 from .reference import open_reference
 from .samples import SAMPLES
 from .tensors import tensors_of
-from .user_code import functions_in, import_place
+from .user_code import import_function
 from .weights import load_state, load_weights
 
 # What a folder's weights may be called; with .index.json at the end, a large network's index of several files.
@@ -181,19 +181,9 @@ def _from_reference(source: Source, pretrained: bool) -> tuple[nn.Module, Source
 
 def _from_code(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
     """The user's own factory: any weights it gives its network are the pretrained ones."""
-    place, _, factory = source.name.rpartition(":")
+    factory = import_function(source.name, SCHEMES)
     try:
-        module = import_place(place, SCHEMES)
-    except HarmconvertError:
-        raise
-    except ModuleNotFoundError as error:
-        raise UsageError(f"cannot import {place}: {error}; known schemes are {', '.join(SCHEMES)}") from error
-    except (Exception, SystemExit) as error:
-        raise InputError(f"{place} fails when imported: {type(error).__name__}: {first_line(error)}") from error
-    if not callable(getattr(module, factory, None)):
-        raise UsageError(f"{place} has no function {factory!r}{functions_in(place)}")
-    try:
-        model = getattr(module, factory)(**source.arguments)
+        model = factory(**source.arguments)
     except (Exception, SystemExit) as error:
         raise InputError(f"{source.name} fails: {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(model, nn.Module):

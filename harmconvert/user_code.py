@@ -66,8 +66,11 @@ def functions_in(place: str) -> str:
     return f": {shortened([f'{place}:{name}' for name in names])}" if names else ""
 
 
-def import_function(name: str) -> Callable[..., Any]:
+def import_function(name: str, schemes: Sequence[str] = ()) -> Callable[..., Any]:
     """A function of the user's, named as ``FILE.py:FUNCTION`` or ``package.module:FUNCTION``.
+
+    Args:
+        schemes: of source strings, to name where there is no such module.
 
     Raises:
         UsageError: there is no such file, module or function. InputError: the file fails when it is imported.
@@ -76,16 +79,17 @@ def import_function(name: str) -> Callable[..., Any]:
     if not colon:
         raise UsageError(f"{name!r} names no function: give FILE.py:FUNCTION")
     try:
-        module = import_place(place, ())
+        module = import_place(place, schemes)
     except HarmconvertError:
         raise
     except ModuleNotFoundError as error:
-        raise UsageError(f"cannot import {place}: {first_line(error)}") from error
+        known = f"; known schemes are {', '.join(schemes)}" if schemes else ""
+        raise UsageError(f"cannot import {place}: {first_line(error)}{known}") from error
     except (Exception, SystemExit) as error:
         raise InputError(f"{place} fails when imported: {type(error).__name__}: {first_line(error)}") from error
     function = getattr(module, attribute, None)
     if not callable(function):
-        raise UsageError(f"{place} has no function {attribute!r}")
+        raise UsageError(f"{place} has no function {attribute!r}{functions_in(place)}")
     found: Callable[..., Any] = function
     return found
 
