@@ -41,13 +41,13 @@ from table import appended
 from torch import Tensor, nn
 
 import harmconvert as hc
-from harmconvert.budget import SearchSettings
-from harmconvert.budget.choices import Item, costs_of, items_of, plan_of, whole_plan
-from harmconvert.budget.probes import Probes, key_of, name_of
 from harmconvert.calibration import CalibrationSettings, reestimate_batch_norm
-from harmconvert.plan import Plan, make_plan
-from harmconvert.surgery import convolutions
-from harmconvert.tracing import find_sites, trace
+from harmconvert.network.layers import convolutions
+from harmconvert.network.tracing import find_sites, trace
+from harmconvert.plan.plan import Plan, make_plan
+from harmconvert.search.choices import Item, costs_of, items_of, plan_of, whole_plan
+from harmconvert.search.probes import Probes, key_of, name_of
+from harmconvert.search.records import SearchSettings
 from harmconvert.training import Machine, train
 
 RESULTS = Path(__file__).parent / "results" / "budget.csv"

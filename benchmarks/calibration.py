@@ -37,10 +37,10 @@ from torch import Tensor, nn
 
 import harmconvert as hc
 from harmconvert.calibration import CalibrationSettings, calibrate, reestimate_batch_norm
-from harmconvert.convert import Conversion
 from harmconvert.data import calibration_images
+from harmconvert.network.layers import convolutions
+from harmconvert.pipeline.convert import Conversion
 from harmconvert.samples import photographs
-from harmconvert.surgery import convolutions
 
 RESULTS = Path(__file__).parent / "results" / "calibration.csv"
 KEYS = ["network", "lambda", "images", "seed", "method"]

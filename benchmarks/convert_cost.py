@@ -39,8 +39,9 @@ def child(mode: str, name: str, weights: str, output: str) -> None:
     import timm
     import torch
 
-    from harmconvert.checkpoint import Source, save
-    from harmconvert.convert import convert
+    from harmconvert import save
+    from harmconvert.pipeline.convert import convert
+    from harmconvert.storage.checkpoint import Source
 
     torch.set_num_threads(2)
     torch.ones(8, 8) @ torch.ones(8, 8)

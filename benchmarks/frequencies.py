@@ -23,13 +23,13 @@ import torch
 from table import appended
 
 import harmconvert as hc
-from harmconvert.basis import Basis, Frequency, all_frequencies
-from harmconvert.budget.choices import items_of, whole_plan
-from harmconvert.budget.orders import orders_by_energy, orders_by_error
 from harmconvert.calibration import CalibrationSettings
 from harmconvert.calibration.inputs import calibration_set
-from harmconvert.plan import LayerPlan
-from harmconvert.tracing import find_sites, trace
+from harmconvert.kernels.basis import Basis, Frequency, all_frequencies
+from harmconvert.network.tracing import find_sites, trace
+from harmconvert.plan.plan import LayerPlan
+from harmconvert.search.choices import items_of, whole_plan
+from harmconvert.search.orders import orders_by_energy, orders_by_error
 
 RESULTS = Path(__file__).parent / "results" / "frequencies.csv"
 KEYS = ["network", "kept", "seed", "frequencies"]

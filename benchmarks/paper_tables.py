@@ -37,11 +37,11 @@ from torch import nn
 
 import harmconvert as hc
 import harmconvert.models
-from harmconvert.cost import parameter_count
-from harmconvert.harmonize import harmonize
 from harmconvert.models.wide_resnet import WideResNet
-from harmconvert.tracing import trace
+from harmconvert.network.tracing import trace
+from harmconvert.plan.cost import parameter_count
 from harmconvert.training import Machine, recipe_named, train
+from harmconvert.training.harmonize import harmonize
 
 FOLDER = Path(__file__).parent / "results"
 FLOPS = 100e12

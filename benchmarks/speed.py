@@ -36,13 +36,13 @@ from torch.nn import functional
 
 import harmconvert as hc
 import harmconvert.models
-from harmconvert.conv import HarmonicMixin, to_dense
-from harmconvert.export import graphs
-from harmconvert.factored import FactoredMixin, reason_not_factorable, to_factored
-from harmconvert.forms import factoring, fuse, sites_of
-from harmconvert.layer_times import lay_out
-from harmconvert.surgery import put_in_place
-from harmconvert.timing import in_turns
+from harmconvert.deploy import graphs
+from harmconvert.layers.factored import FactoredMixin, reason_not_factorable, to_factored
+from harmconvert.layers.harmonic import HarmonicMixin, to_dense
+from harmconvert.layers.layer_times import lay_out
+from harmconvert.layers.timing import in_turns
+from harmconvert.network.exchange import put_in_place
+from harmconvert.network.forms import factoring, fuse, sites_of
 
 FOLDER = Path(__file__).parent / "results"
 NETWORKS = {"wrn28_10": (32, 16), "resnet18": (224, 16), "resnet50": (224, 16), "vgg16_bn": (224, 4)}  # size, batch
@@ -99,7 +99,8 @@ def ways(name: str, lam: int | str, args: argparse.Namespace) -> tuple[Ways, int
 
         return run
 
-    factored = hc.factor(model, x)
+    chosen = factoring(model, x)
+    factored = chosen.model
     networks = {
         "original": (plain, x), "dense, channels_last": (lay_out(fuse(plain)), last),
         "dense, compiled": (torch.compile(lay_out(fuse(plain))), last),
@@ -111,14 +112,14 @@ def ways(name: str, lam: int | str, args: argparse.Namespace) -> tuple[Ways, int
     found: Ways = {way: runner(*pair) for way, pair in networks.items()}
     if args.device == "cpu" and not args.no_onnx:
         found |= onnx_ways(model, x)
-    return found, len(factoring(factored).factored)  # type: ignore[union-attr]
+    return found, len(chosen.factored)
 
 
 def onnx_ways(model: nn.Module, x: Tensor) -> Ways:
     """The dense network and, where it differs, the factored one in ONNX Runtime."""
     found: Ways = {}
     networks = {"ONNX Runtime, dense": fuse(model).eval()}
-    cut = graphs.factored_for_onnx(model, x, lambda what: None)
+    cut = graphs.factored_for_onnx(model, x, lambda what: None).model
     if any(isinstance(module, FactoredMixin) for module in cut.modules()):
         networks["ONNX Runtime, factored"] = cut
     for way, network in networks.items():

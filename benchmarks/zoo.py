@@ -33,10 +33,12 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from harmconvert.convert import convert
 from harmconvert.errors import HarmconvertError
-from harmconvert.forms import fuse
-from harmconvert.surgery import call, convolutions, evaluating, kernel_size, tensors_in
+from harmconvert.network.forms import fuse
+from harmconvert.network.layers import convolutions, kernel_size
+from harmconvert.network.running import call, evaluating
+from harmconvert.network.values import tensors_in
+from harmconvert.pipeline.convert import convert
 
 RESULTS = Path(__file__).parent / "results" / "zoo.csv"
 FIELDS = [

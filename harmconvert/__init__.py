@@ -14,19 +14,20 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from .registration import register_with_timm as _register_with_timm
+from .models.registration import register_with_timm as _register_with_timm
 
 if TYPE_CHECKING:
-    from .block import HarmonicBlock2d
     from .calibration import CalibrationSettings, reestimate_batch_norm
-    from .checkpoint import save
-    from .convert import Conversion, convert
     from .errors import HarmconvertError
-    from .forms import factor, fuse
-    from .inspection import inspect
-    from .plan import Plan
-    from .sources import load, open_source
-    from .verify import Verification, verify
+    from .layers.block import HarmonicBlock2d
+    from .network.forms import factor, fuse
+    from .pipeline.convert import Conversion, convert
+    from .pipeline.inspect import inspect
+    from .pipeline.saving import save
+    from .pipeline.verification import Verification
+    from .pipeline.verify import verify
+    from .plan.plan import Plan
+    from .sources.opening import load, open_source
 
 __version__ = "0.1.0"
 
@@ -50,20 +51,20 @@ __all__ = [
 
 _HOME = {
     "CalibrationSettings": "calibration",
-    "Conversion": "convert",
+    "Conversion": "pipeline.convert",
     "HarmconvertError": "errors",
-    "HarmonicBlock2d": "block",
-    "Plan": "plan",
-    "Verification": "verify",
-    "convert": "convert",
-    "factor": "forms",
-    "fuse": "forms",
-    "inspect": "inspection",
-    "load": "sources",
-    "open_source": "sources",
+    "HarmonicBlock2d": "layers.block",
+    "Plan": "plan.plan",
+    "Verification": "pipeline.verification",
+    "convert": "pipeline.convert",
+    "factor": "network.forms",
+    "fuse": "network.forms",
+    "inspect": "pipeline.inspect",
+    "load": "sources.opening",
+    "open_source": "sources.opening",
     "reestimate_batch_norm": "calibration",
-    "save": "checkpoint",
-    "verify": "verify",
+    "save": "pipeline.saving",
+    "verify": "pipeline.verify",
 }
 
 

@@ -12,17 +12,17 @@ import torch
 from torch import nn
 
 import harmconvert as hc
-from harmconvert.basis import BASES, Basis, all_frequencies, gaussian_vectors, haar_vectors, klt_vectors
-from harmconvert.checkpoint import read_header
 from harmconvert.cli import options
-from harmconvert.conv import HarmonicMixin, to_harmonic
-from harmconvert.convert import convert
-from harmconvert.cost import network_cost
 from harmconvert.errors import UsageError
-from harmconvert.harmonize import harmonize
-from harmconvert.plan import Plan
-from harmconvert.projection import energy_kept
-from harmconvert.surgery import convolutions
+from harmconvert.kernels.basis import BASES, Basis, all_frequencies, gaussian_vectors, haar_vectors, klt_vectors
+from harmconvert.kernels.projection import energy_kept
+from harmconvert.layers.harmonic import HarmonicMixin, to_harmonic
+from harmconvert.network.layers import convolutions
+from harmconvert.pipeline.convert import convert
+from harmconvert.plan.cost import network_cost
+from harmconvert.plan.plan import Plan
+from harmconvert.storage.checkpoint import read_header
+from harmconvert.training.harmonize import harmonize
 
 from . import oracle
 from .networks import Branches, random_input, seeded

@@ -5,8 +5,15 @@ import pytest
 import scipy.fft
 import torch
 
-from harmconvert.basis import all_frequencies, dct_basis, dct_vectors, frequencies_below, level_count, scaled_levels
 from harmconvert.errors import UsageError
+from harmconvert.kernels.basis import (
+    all_frequencies,
+    dct_basis,
+    dct_vectors,
+    frequencies_below,
+    level_count,
+    scaled_levels,
+)
 
 from . import oracle
 

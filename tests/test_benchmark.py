@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import harmconvert as hc
-from harmconvert.benchmark import Benchmark, Row, benchmark, peak_bytes
+from harmconvert.deploy.benchmark import Benchmark, Row, benchmark, peak_bytes
 from harmconvert.errors import UsageError
-from harmconvert.forms import factoring
 
 from .networks import Branches, random_input, seeded
 from .test_cli import SAMPLE, fails, ok
@@ -95,7 +94,6 @@ def test_benchmark_by_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert {row["form"] for row in data["rows"]} == {"dense"}
     assert data["machine"]["torch"] == torch.__version__
     fails(2, "does not run on an example input", "benchmark", "a.safetensors", "--input-size", "3,28,28")
-    assert factoring(hc.load("a.safetensors")) is None
 
 
 class OneAtATime(nn.Module):

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from harmconvert.block import SEPARABLE_FROM, HarmonicBlock2d, fold_block
 from harmconvert.errors import UsageError
+from harmconvert.layers.block import SEPARABLE_FROM, HarmonicBlock2d, fold_block
 
 from . import oracle
 from .networks import random_input

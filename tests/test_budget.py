@@ -16,19 +16,20 @@ from hypothesis import strategies as st
 from torch import nn
 
 import harmconvert as hc
-from harmconvert.basis import Basis, all_frequencies, frequencies_below
-from harmconvert.budget import Budget, SearchSettings
-from harmconvert.budget.choices import costs_of, items_of, plan_of
-from harmconvert.budget.dropping import smallest_within
-from harmconvert.budget.energy import energy_scores
-from harmconvert.budget.knapsack import frontier
-from harmconvert.budget.searching import Searching
-from harmconvert.convert import convert
-from harmconvert.cost import network_cost
+from harmconvert.arguments import Budget
 from harmconvert.errors import InputError, UsageError
-from harmconvert.plan import Plan, make_plan
+from harmconvert.kernels.basis import Basis, all_frequencies, frequencies_below
+from harmconvert.network.tracing import find_sites, trace
+from harmconvert.pipeline.convert import convert
+from harmconvert.plan.cost import network_cost
+from harmconvert.plan.plan import Plan, make_plan
 from harmconvert.samples import mnist5k_held_back
-from harmconvert.tracing import find_sites, trace
+from harmconvert.search.choices import costs_of, items_of, plan_of
+from harmconvert.search.dropping import smallest_within
+from harmconvert.search.energy import energy_scores
+from harmconvert.search.knapsack import frontier
+from harmconvert.search.records import SearchSettings
+from harmconvert.search.searching import Searching
 
 from .networks import Branches, random_input, seeded
 from .pictures import digit_folders
@@ -209,7 +210,7 @@ def digits(count: int) -> list[torch.Tensor]:
 
 def test_a_budget_of_latency_follows_the_times_of_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """With times as they might be: 4 ms a layer dense, 1 ms factored for each frequency, 10 ms the whole."""
-    from harmconvert.budget import latency, searching
+    from harmconvert.search import latency, searching
 
     monkeypatch.setattr(latency, "layer_times", lambda conv, site: (4e-3, 1e-3 * len(conv.frequencies)))
     monkeypatch.setattr(searching, "run_times", lambda model, x: {"dense": 11e-3, "dense, channels_last": 10e-3})

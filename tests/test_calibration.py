@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import harmconvert as hc
-from harmconvert.basis import Basis
 from harmconvert.calibration import CalibrationSettings, calibrate, reestimate_batch_norm, solvers
 from harmconvert.calibration import _blend as blend
 from harmconvert.calibration import _never_worse as never_worse
@@ -34,11 +33,13 @@ from harmconvert.calibration.layers import Kernel, RefitError, choose
 from harmconvert.calibration.refit import DAMPINGS, dampings
 from harmconvert.calibration.responses import from_groups, outputs, pick_positions, responses, to_groups
 from harmconvert.calibration.solvers import NormalEquations, Operator, Samples, solver
-from harmconvert.conv import to_harmonic
 from harmconvert.errors import InputError, UsageError
-from harmconvert.plan import LayerPlan, Plan
-from harmconvert.projection import project
+from harmconvert.kernels.basis import Basis
+from harmconvert.kernels.projection import project
+from harmconvert.layers.harmonic import to_harmonic
+from harmconvert.plan.plan import LayerPlan, Plan
 from harmconvert.report.tables import calibration_lines
+from harmconvert.storage.checkpoint import read_checkpoint, read_header
 
 from . import oracle
 from .networks import CONVOLUTIONS, Branches, random_input, seeded
@@ -659,8 +660,8 @@ def test_the_share_of_held_back_images_with_the_same_top1_is_recorded_and_shown(
     line = f"same top-1 as the uncut network on {shares[1]:.1%} of 16 held-back inputs (plain cut: {shares[0]:.1%})"
     assert line in calibration_lines(record)
     hc.save(conversion, tmp_path / "saved.safetensors")
-    loaded = hc.load(tmp_path / "saved.safetensors", model=model)
-    assert loaded.__dict__["harmconvert_header"].history["calibration"]["agreement"] == record.agreement
+    header = read_header(tmp_path / "saved.safetensors")
+    assert header.history["calibration"]["agreement"] == record.agreement
 
 
 def test_outputs_that_are_no_logits_have_no_top1() -> None:
@@ -761,9 +762,9 @@ SCRIPT = """
 import sys, torch
 import harmconvert as hc
 import harmconvert.calibration.limits as room
-from harmconvert.budget import SearchSettings
+from harmconvert.search.choosing import SearchSettings
 from harmconvert.calibration.refit import Refit
-from harmconvert.distributed import joined, rank
+from harmconvert.network.distributed import joined, rank
 sys.path.insert(0, sys.argv[2])
 from tests.test_calibration import smooth, stack
 torch.set_num_threads(1)
@@ -1072,13 +1073,15 @@ def test_little_memory_changes_how_a_layer_is_solved_not_what_comes_out() -> Non
 def test_what_was_done_is_saved_and_verified(tmp_path: Path) -> None:
     model, x = stack(torch.float32), smooth((32, 3, 12, 12), dtype=torch.float32)
     conversion = hc.convert(model, 2, calibration=x.split(8))
-    assert hc.verify(model, conversion.model, x[:2]).as_planned
+    assert hc.verify(model, conversion, x[:2]).as_planned
+    assert not hc.verify(model, conversion.model, x[:2]).as_planned, "a bare network does not say what was calibrated"
     hc.save(conversion, tmp_path / "a.safetensors")
-    loaded = hc.load(tmp_path / "a.safetensors", model=model)
-    check = hc.verify(model, loaded, x[:2])
+    network = read_checkpoint(tmp_path / "a.safetensors", model=model)
+    loaded = network.model
+    check = hc.verify(model, network, x[:2])
     assert check.as_planned
     assert not check.ok
-    history = loaded.__dict__["harmconvert_header"].history["calibration"]
+    history = network.header.history["calibration"]
     assert [layer["decision"] for layer in history["layers"]] == ["refit", "refit"]
     with torch.no_grad():
         loaded[6].coefficients[1, 2, 0] *= 1.001

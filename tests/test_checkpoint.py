@@ -18,12 +18,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from harmconvert.checkpoint import METADATA_KEY, Header, Source, load, read_header, save
-from harmconvert.convert import convert
+from harmconvert import load, save
 from harmconvert.errors import HarmconvertError, HarmconvertWarning, InputError, OutsideError, UsageError
 from harmconvert.files import default_name
-from harmconvert.sources import load as load_rebuilt
-from harmconvert.surgery import default_input
+from harmconvert.network.values import default_input
+from harmconvert.pipeline.convert import convert
+from harmconvert.sources.opening import load as load_rebuilt
+from harmconvert.storage.checkpoint import METADATA_KEY, Header, Source, read_header
 
 from .networks import CONVOLUTIONS, Branches, random_input, seeded
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from harmconvert.checkpoint import read_header
 from harmconvert.samples import mnist5k_held_back
-from harmconvert.sources import open_source
+from harmconvert.sources.opening import open_source
+from harmconvert.storage.checkpoint import read_header
 
 from .test_cli import SAMPLE, ok, run
 

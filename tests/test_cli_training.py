@@ -21,9 +21,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from harmconvert.checkpoint import read_header
 from harmconvert.cli.finetune import command as finetune_command
-from harmconvert.sources import open_source
+from harmconvert.sources.opening import open_source
+from harmconvert.storage.checkpoint import read_header
 from harmconvert.training import Recipe, metrics
 
 from .pictures import digit_folders

@@ -12,10 +12,16 @@ import torch.fx
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from harmconvert.basis import Basis, all_frequencies, dct_basis, frequencies_below
-from harmconvert.conv import HarmonicMixin, harmonic_class, lay_out_channels_last, to_dense, to_harmonic
 from harmconvert.errors import UsageError
-from harmconvert.projection import project, reconstruct
+from harmconvert.kernels.basis import Basis, all_frequencies, dct_basis, frequencies_below
+from harmconvert.kernels.projection import project, reconstruct
+from harmconvert.layers.harmonic import (
+    HarmonicMixin,
+    harmonic_class,
+    lay_out_channels_last,
+    to_dense,
+    to_harmonic,
+)
 
 from . import oracle
 from .networks import CONVOLUTIONS, random_input, seeded
@@ -134,7 +140,7 @@ def test_the_mixin_equals_a_slow_harmonic_layer() -> None:
 
 
 def test_the_kernel_is_merged_once_a_forward(monkeypatch: pytest.MonkeyPatch) -> None:
-    import harmconvert.conv as module
+    import harmconvert.layers.harmonic as module
 
     merges = []
     real = module.merge

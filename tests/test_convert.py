@@ -18,17 +18,17 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torchvision.ops import DeformConv2d
 
 import harmconvert.models  # noqa: F401  registers wrn28_10
-from harmconvert.basis import dct_basis
-from harmconvert.conv import HarmonicMixin, to_harmonic
-from harmconvert.convert import convert
-from harmconvert.cost import parameter_count
 from harmconvert.errors import HarmconvertWarning, InputError, UsageError
-from harmconvert.forms import fuse
-from harmconvert.inspection import inspect
-from harmconvert.plan import LayerPlan, Plan
-from harmconvert.projection import energy_kept, project, reconstruct, relative_error
-from harmconvert.tracing import trace
-from harmconvert.verify import verify
+from harmconvert.kernels.basis import dct_basis
+from harmconvert.kernels.projection import energy_kept, project, reconstruct, relative_error
+from harmconvert.layers.harmonic import HarmonicMixin, to_harmonic
+from harmconvert.network.forms import fuse
+from harmconvert.network.tracing import trace
+from harmconvert.pipeline.convert import convert
+from harmconvert.pipeline.inspect import inspect
+from harmconvert.pipeline.verify import verify
+from harmconvert.plan.cost import parameter_count
+from harmconvert.plan.plan import LayerPlan, Plan
 
 from .networks import CONVOLUTIONS, Branches, random_input, seeded
 

@@ -13,18 +13,19 @@ import torch
 from torch import Tensor, nn
 
 import harmconvert as hc
-from harmconvert.basis import Basis, frequencies_below
-from harmconvert.budget import SearchSettings, searching
-from harmconvert.budget.choices import whole_plan
 from harmconvert.calibration import CalibrationSettings, Known, calibrate
 from harmconvert.calibration.cuts import WholeLayer, whole_layers
 from harmconvert.calibration.inputs import calibration_set
 from harmconvert.calibration.layers import Kernel
 from harmconvert.calibration.responses import outputs, to_groups
 from harmconvert.calibration.solvers import NormalEquations, Samples
-from harmconvert.conv import to_harmonic
-from harmconvert.plan import LayerPlan, Plan
-from harmconvert.tracing import find_sites
+from harmconvert.kernels.basis import Basis, frequencies_below
+from harmconvert.layers.harmonic import to_harmonic
+from harmconvert.network.tracing import find_sites
+from harmconvert.plan.plan import LayerPlan, Plan
+from harmconvert.search import searching
+from harmconvert.search.choices import whole_plan
+from harmconvert.search.records import SearchSettings
 
 from . import oracle
 from .networks import CONVOLUTIONS, Branches, seeded

@@ -16,7 +16,12 @@ from torch import nn
 import harmconvert as hc
 from harmconvert.data import calibration_images, preprocessing
 from harmconvert.data.pictures import in_mode
-from harmconvert.data.preprocessing import described, evaluation_transform, padded_crop_transform, training_transform
+from harmconvert.data.preprocessing import (
+    described,
+    evaluation_transform,
+    padded_crop_transform,
+    training_transform,
+)
 from harmconvert.data.variety import Variety, remark_on
 from harmconvert.errors import InputError, UsageError
 from harmconvert.samples import mnist5k, mnist5k_held_back

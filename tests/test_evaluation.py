@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from harmconvert.data.loading import Batch
 from harmconvert.errors import InputError
-from harmconvert.evaluation import Evaluation, evaluate, wilson_interval
+from harmconvert.training.evaluation import Evaluation, evaluate, wilson_interval
 
 from . import oracle
 

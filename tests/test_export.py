@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 import harmconvert as hc
-from harmconvert.checkpoint import load
+from harmconvert import load
+from harmconvert.deploy import graphs
+from harmconvert.deploy.export import export
 from harmconvert.errors import CheckError, InputError, OutsideError, UsageError
-from harmconvert.export import export, graphs
-from harmconvert.form_check import comparable
-from harmconvert.forms import factor, fuse
-from harmconvert.precision import rounded
-from harmconvert.surgery import tensors_in
+from harmconvert.network.form_check import comparable
+from harmconvert.network.forms import factor, fuse
+from harmconvert.network.values import tensors_in
+from harmconvert.storage.precision import rounded
 
 from .networks import Branches, random_input, seeded
 from .test_cli import SAMPLE, fails, ok

@@ -21,17 +21,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-from harmconvert.basis import Basis
-from harmconvert.block import to_block
-from harmconvert.budget import SearchSettings
+from harmconvert import save
 from harmconvert.calibration import CalibrationSettings
-from harmconvert.checkpoint import save
-from harmconvert.conv import to_harmonic
-from harmconvert.convert import convert
-from harmconvert.cost import Cost
 from harmconvert.data.loading import Batch
 from harmconvert.errors import InputError, OutsideError, UsageError
-from harmconvert.evaluation import Evaluation, evaluate
+from harmconvert.kernels.basis import Basis
+from harmconvert.layers.block import to_block
+from harmconvert.layers.harmonic import to_harmonic
+from harmconvert.pipeline.convert import convert
+from harmconvert.plan.cost import Cost
 from harmconvert.report import figures
 from harmconvert.report.filters import filter_bank
 from harmconvert.report.sheets import Sheet, Strip, error_sheet, layer_strip, search_sheet, training_sheet
@@ -40,6 +38,8 @@ from harmconvert.report.summary import Report, report_of
 from harmconvert.report.tables import tradeoff_table
 from harmconvert.report.tradeoff import Point, Tradeoff, tradeoff
 from harmconvert.report.writing import check_figure, drawing, write_figure
+from harmconvert.search.records import SearchSettings
+from harmconvert.training.evaluation import Evaluation, evaluate
 
 from . import oracle, test_report
 from .networks import CONVOLUTIONS, Branches, seeded

@@ -19,15 +19,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import harmconvert as hc
-from harmconvert import forms, native
-from harmconvert.basis import frequencies_below, level_count
-from harmconvert.conv import HarmonicMixin, harmonic_class, to_dense, to_harmonic
-from harmconvert.convert import convert
 from harmconvert.errors import CheckError, InputError, UsageError
-from harmconvert.factored import FactoredMixin, reason_not_factorable, to_factored
-from harmconvert.forms import factor, factoring, fuse
-from harmconvert.layer_times import Site, layer_times
-from harmconvert.timing import in_turns
+from harmconvert.kernels.basis import frequencies_below, level_count
+from harmconvert.layers import native
+from harmconvert.layers.factored import FactoredMixin, reason_not_factorable, to_factored
+from harmconvert.layers.harmonic import HarmonicMixin, harmonic_class, to_dense, to_harmonic
+from harmconvert.layers.layer_times import Site, layer_times
+from harmconvert.layers.timing import in_turns
+from harmconvert.network import forms
+from harmconvert.network.forms import factor, factoring, fuse
+from harmconvert.pipeline.convert import convert
 
 from . import oracle
 from .networks import CONVOLUTIONS, Branches, random_input, seeded
@@ -255,7 +256,8 @@ def test_not_a_number_comes_through() -> None:
 
 def test_factor_keeps_the_state_and_what_is_shared() -> None:
     harmonic = convert(seeded(Branches), 2, example_input=X).model
-    factored = factor(harmonic, layers="factored")
+    chosen = factoring(harmonic, layers="factored")
+    factored = chosen.model
     assert isinstance(factored.shared, FactoredMixin)
     assert factored.alias is factored.shared
     assert factored.tied_a.coefficients is factored.tied_b.coefficients
@@ -263,7 +265,7 @@ def test_factor_keeps_the_state_and_what_is_shared() -> None:
     cut = [
         name for name, m in harmonic.named_modules() if isinstance(m, HarmonicMixin) and not reason_not_factorable(m)
     ]
-    assert factoring(factored).factored == tuple(cut)
+    assert chosen.factored == tuple(cut)
     assert torch.allclose(outputs(factored, X), outputs(harmonic, X), atol=1e-5)
     assert torch.allclose(outputs(fuse(factored), X), outputs(harmonic, X), atol=1e-5)
     assert set(fuse(factored).state_dict()) == set(seeded(Branches).state_dict())
@@ -277,8 +279,9 @@ def test_factor_measures_and_never_makes_the_network_slower() -> None:
     )
     harmonic = convert(network.eval(), 1).model
     x = random_input((8, 3, 24, 24))
-    factored = factor(harmonic, x)
-    record = factoring(factored)
+    chosen = factoring(harmonic, x)
+    factored = chosen.model
+    record = chosen
     assert [layer.name for layer in record.layers] == ["0", "1", "2", "3"]
     assert record.layers[0].why == "it keeps the whole basis"
     for layer in record.layers[1:]:
@@ -291,14 +294,14 @@ def test_factor_measures_and_never_makes_the_network_slower() -> None:
 
 def test_the_networks_own_size_is_measured_on_by_default() -> None:
     harmonic = convert(hc.open_source("sample:resnet_mnist5k").model, 2).model
-    assert factoring(factor(harmonic)).dense_seconds > 0
+    assert factoring(harmonic).dense_seconds > 0
 
 
 def test_patterns_say_what_is_not_measured() -> None:
     harmonic = convert(seeded(Branches), 2, example_input=X).model
-    factored = factor(harmonic, layers={"*": "dense", "tied_*": "factored"})
-    assert factoring(factored).factored == ("tied_a", "tied_b")
-    assert {layer.why for layer in factoring(factored).layers if layer.form == "dense"} == {"as asked for"}
+    chosen = factoring(harmonic, layers={"*": "dense", "tied_*": "factored"})
+    assert chosen.factored == ("tied_a", "tied_b")
+    assert {layer.why for layer in chosen.layers if layer.form == "dense"} == {"as asked for"}
 
 
 @pytest.mark.parametrize(
@@ -317,8 +320,9 @@ def test_what_factor_refuses(layers: object, x: object, message: str) -> None:
 
 
 def test_a_network_without_truncated_layers_is_fused() -> None:
-    factored = factor(seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())), X)
-    assert factoring(factored).layers == ()
+    chosen = factoring(seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())), X)
+    factored = chosen.model
+    assert chosen.layers == ()
     assert type(factored[0]) is nn.Conv2d
 
 
@@ -344,7 +348,7 @@ def test_layer_times_are_kept_and_read_again(tmp_path: Path, monkeypatch: pytest
 def test_a_damaged_table_of_times_is_measured_anew(
     damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from harmconvert.layer_times import _file, _known
+    from harmconvert.layers.layer_times import _file, _known
 
     monkeypatch.setenv("HARMCONVERT_CACHE", str(tmp_path))
     _file().write_text(damage)
@@ -396,10 +400,10 @@ def test_a_checkpoint_loads_in_factored_form(tmp_path: Path) -> None:
     network = hc.open_source("sample:resnet_mnist5k").model
     conversion = hc.convert(network, 2)
     hc.save(conversion, tmp_path / "a.safetensors")
-    assert factoring(hc.load(tmp_path / "a.safetensors", form="factored")).dense_seconds > 0
+    assert factoring(hc.load(tmp_path / "a.safetensors")).dense_seconds > 0
     x = torch.randn(16, 1, 28, 28)
     factored = hc.load(tmp_path / "a.safetensors", model=network, form="factored", example_input=x)
-    assert len(factoring(factored).layers) == 19
+    assert len(factoring(hc.load(tmp_path / "a.safetensors", model=network), x).layers) == 19
     assert torch.allclose(outputs(factored, x), outputs(conversion.model, x), atol=1e-4)
 
 
@@ -464,16 +468,18 @@ def test_a_layer_with_a_method_of_its_own_is_dense(method: str, layers: object) 
         conv._conv_forward = _circular_in_x.__get__(conv)
     else:
         conv.forward = lambda x, conv=conv: nn.functional.conv2d(x, conv.weight, conv.bias).abs()
-    factored = factor(harmonic, X, layers=layers)
-    assert factoring(factored).layers[-1].why == f"its method {method} is not the one of Conv2d"
+    chosen = factoring(harmonic, X, layers=layers)
+    factored = chosen.model
+    assert chosen.layers[-1].why == f"its method {method} is not the one of Conv2d"
     assert torch.allclose(outputs(factored, X), outputs(harmonic, X), atol=1e-5)
 
 
 def test_a_method_replaced_for_all_convolutions_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nn.Conv2d, "_conv_forward", _circular_in_x)
     harmonic = convert(seeded(_plain), {"2": 2}, example_input=X).model
-    factored = factor(harmonic, X, layers="factored")
-    assert factoring(factored).factored == ()
+    chosen = factoring(harmonic, X, layers="factored")
+    factored = chosen.model
+    assert chosen.factored == ()
     assert torch.allclose(outputs(factored, X), outputs(harmonic, X), atol=1e-5)
 
 
@@ -486,8 +492,9 @@ def test_a_factored_layer_that_computes_something_else_is_dense(
     monkeypatch.setattr(
         FactoredMixin, "_run", lambda self, *args: run(self, *args) * (2 if self.dilation == (2, 2) else 1)
     )
-    factored = factor(harmonic, x, layers="factored")
-    record = {layer.name: layer for layer in factoring(factored).layers}
+    chosen = factoring(harmonic, x, layers="factored")
+    factored = chosen.model
+    record = {layer.name: layer for layer in chosen.layers}
     assert record["tied_b"].form == "dense"
     assert record["tied_b"].why.startswith("factored, outputs differ by")
     assert record["tied_a"].form == "factored"
@@ -508,7 +515,7 @@ def test_a_network_that_needs_contiguous_maps_is_dense() -> None:
     for layers in ("factored", "measured"):
         factored = factor(harmonic, X, layers=layers)
         assert torch.allclose(outputs(factored, X), outputs(harmonic, X), atol=1e-5)
-    assert "it does not run: RuntimeError: view size" in factoring(factor(harmonic, X, layers="factored")).layers[0].why
+    assert "it does not run: RuntimeError: view size" in factoring(harmonic, X, layers="factored").layers[0].why
 
 
 @pytest.mark.parametrize("x", [X, None])

@@ -16,20 +16,21 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import harmconvert as hc
-from harmconvert.basis import Basis, all_frequencies, frequencies_below
-from harmconvert.budget import SearchSettings, _swaps
-from harmconvert.budget import orders as orders_room
-from harmconvert.budget.choices import Item, items_of, whole_plan, with_order
-from harmconvert.budget.elimination import eliminate
-from harmconvert.budget.energy import energy_scores
-from harmconvert.budget.orders import APART, BY_ENERGY, BY_ERROR, Order, orders_by_energy, orders_by_error
 from harmconvert.calibration import CalibrationSettings, moments
 from harmconvert.calibration.inputs import calibration_set
 from harmconvert.calibration.moments import Moments, response_moments
-from harmconvert.convert import convert
 from harmconvert.errors import InputError, UsageError
+from harmconvert.kernels.basis import Basis, all_frequencies, frequencies_below
+from harmconvert.network.tracing import find_sites
+from harmconvert.pipeline.convert import convert
 from harmconvert.samples import mnist5k_held_back
-from harmconvert.tracing import find_sites
+from harmconvert.search import orders as orders_room
+from harmconvert.search.choices import Item, items_of, whole_plan, with_order
+from harmconvert.search.choosing import _swaps
+from harmconvert.search.elimination import eliminate
+from harmconvert.search.energy import energy_scores
+from harmconvert.search.orders import APART, BY_ENERGY, BY_ERROR, Order, orders_by_energy, orders_by_error
+from harmconvert.search.records import SearchSettings
 
 from . import oracle
 from .networks import CONVOLUTIONS, Branches, random_input, seeded

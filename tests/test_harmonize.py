@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 import harmconvert as hc
 import harmconvert.models
-from harmconvert.block import HarmonicBlock2d, fold_block, to_block
-from harmconvert.checkpoint import BlockRecord, Source, read_header
-from harmconvert.conv import HarmonicMixin
 from harmconvert.errors import InputError, UsageError
-from harmconvert.harmonize import harmonize
+from harmconvert.layers.block import HarmonicBlock2d, fold_block, to_block
+from harmconvert.layers.harmonic import HarmonicMixin
+from harmconvert.storage.checkpoint import BlockRecord, Source, read_header
+from harmconvert.training.harmonize import harmonize
 
 from .networks import random_input, seeded
 

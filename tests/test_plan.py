@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harmconvert.basis import BASES, Basis, all_frequencies
 from harmconvert.errors import InputError, UsageError
-from harmconvert.plan import ConvSite, LayerPlan, Plan, make_plan, parse_lambda
+from harmconvert.kernels.basis import BASES, Basis, all_frequencies
+from harmconvert.network.layers import ConvSite
+from harmconvert.plan.plan import LayerPlan, Plan, make_plan, parse_lambda
 
 SITES = [
     ConvSite("stem", "Conv2d", (7, 7), reads_input=True, output_size=(112, 112)),

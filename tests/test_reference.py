@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 
 import harmconvert as hc
-from harmconvert.block import HarmonicBlock2d
-from harmconvert.checkpoint import BlockRecord, Header, read_header
-from harmconvert.conv import HarmonicMixin
 from harmconvert.errors import InputError, UsageError
-from harmconvert.harmonize import harmonize
-from harmconvert.reference import open_reference
-from harmconvert.sources import Network, open_original, open_source
-from harmconvert.weights import weights_sha256
+from harmconvert.layers.block import HarmonicBlock2d
+from harmconvert.layers.harmonic import HarmonicMixin
+from harmconvert.sources.opening import open_original, open_source
+from harmconvert.sources.reference import open_reference
+from harmconvert.storage.checkpoint import BlockRecord, Header, Network, read_header
+from harmconvert.storage.weights import weights_sha256
+from harmconvert.training.harmonize import harmonize
 
 from .networks import random_input, seeded
 from .pictures import digit_folders

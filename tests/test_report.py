@@ -24,19 +24,20 @@ import torch
 from PIL import Image
 from torch import nn
 
-from harmconvert.benchmark import Benchmark, Row
-from harmconvert.budget import SearchSettings
+from harmconvert import save
 from harmconvert.calibration import CalibrationSettings
-from harmconvert.checkpoint import Header, Source, read_header, save
-from harmconvert.convert import convert
+from harmconvert.deploy.benchmark import Benchmark, Row
 from harmconvert.errors import InputError, OutsideError, UsageError
-from harmconvert.plan import Plan
+from harmconvert.pipeline.convert import convert
+from harmconvert.plan.plan import Plan
 from harmconvert.report import grid
 from harmconvert.report.charts import axis, counted
 from harmconvert.report.comparison import compare
 from harmconvert.report.page import page, shortened_name, write_report
 from harmconvert.report.summary import Report, report_of
-from harmconvert.sources import open_source
+from harmconvert.search.records import SearchSettings
+from harmconvert.sources.opening import open_source
+from harmconvert.storage.checkpoint import Header, Source, read_header
 from harmconvert.training import recipe_named
 
 from .browser import UNREADABLE, Visit, chromium

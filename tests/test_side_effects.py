@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import harmconvert as hc
-from harmconvert.side_effects import Snapshot
-from harmconvert.surgery import unchanged
+from harmconvert.network.running import unchanged
+from harmconvert.network.side_effects import Snapshot
 
 from .networks import Branches, random_input, seeded
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import harmconvert as hc
-from harmconvert.conv import HarmonicMixin
 from harmconvert.data.loading import Batch
 from harmconvert.errors import CheckError, InputError, UsageError
+from harmconvert.layers.harmonic import HarmonicMixin
 from harmconvert.training import RECIPES, Keeper, Machine, Recipe, recipe_named, train
 from harmconvert.training.objective import distillation
 

@@ -8,12 +8,12 @@ import timm
 import torch
 from torch import nn
 
-from harmconvert.comparison import relative_difference, top1_agreement
-from harmconvert.convert import convert
 from harmconvert.errors import InputError, UsageError
-from harmconvert.forms import fuse
-from harmconvert.surgery import convolutions
-from harmconvert.verify import verify
+from harmconvert.network.comparison import relative_difference, top1_agreement
+from harmconvert.network.forms import fuse
+from harmconvert.network.layers import convolutions
+from harmconvert.pipeline.convert import convert
+from harmconvert.pipeline.verify import verify
 
 from .networks import Branches, random_input, seeded
 

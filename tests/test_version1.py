@@ -62,9 +62,7 @@ def test_every_tensor_is_read_bit_for_bit(name: str, make: Callable[[], nn.Modul
 
 @pytest.mark.parametrize("form", ["harmonic", "dense", "factored"])
 @pytest.mark.parametrize("name", EXPECTED)
-def test_outputs_are_those_of_the_release_that_wrote_it(
-    name: str, form: str, make: Callable[[], nn.Module]
-) -> None:
+def test_outputs_are_those_of_the_release_that_wrote_it(name: str, form: str, make: Callable[[], nn.Module]) -> None:
     path = FOLDER / f"{name}.safetensors"
     network = hc.load(path, model=make(), form=form, example_input=images()).eval().float()
     # 16-bit weights merge in 16 bits in one form and in float32 in another.

@@ -23,8 +23,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from harmconvert.errors import HarmconvertError, InputError
+from harmconvert.storage.weights import (
+    load_state,
+    load_weights,
+    read_weights,
+    untied_state,
+    weights_sha256,
+    write_tensors,
+)
 from harmconvert.training.state import identity_of
-from harmconvert.weights import load_state, load_weights, read_weights, untied_state, weights_sha256, write_tensors
 
 from .networks import Branches, seeded
 

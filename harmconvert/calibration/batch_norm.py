@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..distributed import all_or_none, sum_over_ranks
 from ..errors import UsageError
-from ..surgery import tensors_in
+from ..network.distributed import all_or_none, sum_over_ranks
+from ..network.values import tensors_in
 from .capture import forward
 from .reading import Reader
 

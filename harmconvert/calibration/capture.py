@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import UsageError, first_line
-from ..side_effects import seeded_sources
-from ..surgery import call, cloned, describe_input, evaluating, fitted, unchanged
+from ..network.running import call, evaluating, unchanged
+from ..network.side_effects import seeded_sources
+from ..network.values import cloned, describe_input, fitted
 
 _PLAIN = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..basis import Frequency
-from ..conv import HarmonicMixin
+from ..kernels.basis import Frequency
+from ..layers.harmonic import HarmonicMixin
 from .equations import Layer
 from .inputs import CalibrationSet
 from .sites import Site, running_sites

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..comparison import top1_agreement
-from ..distributed import gathered, sum_over_ranks
-from ..history.declared import pretrained_config
-from ..surgery import tensors_in
+from ..network.comparison import top1_agreement
+from ..network.declared import pretrained_config
+from ..network.distributed import gathered, sum_over_ranks
+from ..network.values import tensors_in
 from .capture import explained, forward
 from .inputs import Batch
 

@@ -15,8 +15,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..distributed import sum_over_ranks
-from ..projection import merge
+from ..kernels.projection import merge
+from ..network.distributed import sum_over_ranks
 from .capture import ConvCall
 from .responses import from_groups, outputs, pick_positions
 

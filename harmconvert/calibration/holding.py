@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..side_effects import RandomStates, Snapshot, random_states_kept
-from ..surgery import evaluating, tensors_in
+from ..network.running import evaluating
+from ..network.side_effects import RandomStates, Snapshot, random_states_kept
+from ..network.values import tensors_in
 from .capture import ConvCall, Reached, Recorder, See, forward, watch_convolutions
 from .inputs import Batch
 from .limits import threads_free

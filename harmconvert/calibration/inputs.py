@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..comparison import close
-from ..distributed import any_rank, rank, world_size
 from ..errors import InputError
-from ..surgery import batch_size, rebuilt, tensors_in
+from ..network.comparison import close
+from ..network.distributed import any_rank, rank, world_size
+from ..network.values import batch_size, rebuilt, tensors_in
 from .capture import forward
 from .reading import Reader
 

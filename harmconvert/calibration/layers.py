@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..conv import HarmonicMixin
-from ..projection import all_finite, project
-from ..surgery import kernel_size
+from ..kernels.projection import all_finite, project
+from ..layers.harmonic import HarmonicMixin
+from ..network.layers import kernel_size
 from .capture import ConvCall
 from .equations import Change, Layer, Problem
 from .responses import to_groups

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from ..comparison import close
-from ..surgery import channels_last, tensors_in
+from ..network.comparison import close
+from ..network.values import channels_last, tensors_in
 from .capture import forward
 from .inputs import Batch, CalibrationSet
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..distributed import least_over_ranks, local_world_size
+from ..network.distributed import least_over_ranks, local_world_size
 from .records import CalibrationSettings
 
 _GROUP = Path("/sys/fs/cgroup")

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..conv import HarmonicMixin
+from ..layers.harmonic import HarmonicMixin
 from .capture import ConvCall
 from .equations import Layer, Problem
 from .inputs import CalibrationSet

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import HarmconvertError, InputError, UsageError, first_line
-from ..surgery import in_precision, in_sixteen_bits, rebuilt, tensors_in
+from ..network.exchange import in_precision, in_sixteen_bits
+from ..network.values import rebuilt, tensors_in
 from .capture import forward
 
 

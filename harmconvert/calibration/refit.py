@@ -10,9 +10,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ..conv import HarmonicMixin
-from ..distributed import all_or_none
 from ..errors import UsageError
+from ..layers.harmonic import HarmonicMixin
+from ..network.distributed import all_or_none
 from .capture import ConvCall, explained
 from .cuts import WholeLayer
 from .equations import Layer, Problem

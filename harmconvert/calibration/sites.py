@@ -11,9 +11,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..conv import HarmonicMixin
-from ..distributed import from_first_rank, world_size
-from ..surgery import convolutions
+from ..layers.harmonic import HarmonicMixin
+from ..network.distributed import from_first_rank, world_size
+from ..network.layers import convolutions
 from .capture import ConvCall, watch_convolutions
 from .equations import Problem
 from .inputs import Batch, CalibrationSet

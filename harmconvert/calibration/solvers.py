@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..distributed import sum_over_ranks
+from ..network.distributed import sum_over_ranks
 from .capture import ConvCall
 from .equations import Change, Layer, Problem
 from .responses import responses, to_groups

@@ -7,8 +7,8 @@ from functools import partial
 
 from torch import nn
 
-from ..conv import HarmonicMixin
-from ..distributed import all_or_none, any_rank
+from ..layers.harmonic import HarmonicMixin
+from ..network.distributed import all_or_none, any_rank
 from .capture import ConvCall, explained, watch_convolutions
 from .equations import Layer
 from .inputs import Batch

@@ -74,7 +74,7 @@ def command(
       harmconvert benchmark resnet50-harmonic-2.safetensors --torchcompile --threads 1 --threads 2 --json
     """
     inputs.check()
-    from ..benchmark import benchmark
+    from ..deploy.benchmark import benchmark
     from ..errors import counted
     from ..report import tables
 

@@ -35,7 +35,7 @@ def command(
         inputs.check_harmonic(source)
     from ..report.comparison import compare
     from ..report.tables import comparison_table, differences_table
-    from ..sources import made_by_code
+    from ..sources.opening import made_by_code
 
     own = {source: {"trust_code": trust_code, "code": code if made_by_code(source) else None} for source in sources}
     reports = [pages.report_on(source, input_size, own[source]) for source in sources]

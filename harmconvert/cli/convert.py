@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from ..budget import Budget
-    from ..checkpoint import Header
-    from ..convert import Conversion
-    from ..plan import Plan
-    from ..sources import Network
-    from ..verify import Verification
+    from ..arguments import Budget
+    from ..pipeline.convert import Conversion
+    from ..pipeline.verify import Verification
+    from ..plan.plan import Plan
+    from ..storage.checkpoint import Network
+    from ..storage.checkpoint import Header
 
 
 def budget_options(command: Any) -> Any:
@@ -181,9 +181,9 @@ def command(
     target = _Target(input_size, output, page, force, as_json, more["dtype"])
     probes = outputs.check_probes(probes, output, source, bool((asked or labelled) and more["data"]))
     options.begin(source)
-    from ..budget import SearchSettings
-    from ..convert import convert
-    from ..distributed import joined, rank
+    from ..network.distributed import joined, rank
+    from ..pipeline.convert import convert
+    from ..search.records import SearchSettings
     from .labelled import halves
 
     if plan_file:
@@ -248,8 +248,8 @@ def _write_beside(conversion: Conversion, figure: tuple[Path, Path] | None, save
 
 def _plan(file: str) -> Plan:
     """The plan of a JSON file, or of a harmonic checkpoint."""
-    from ..checkpoint import is_harmonic, read_header
-    from ..plan import Plan
+    from ..plan.plan import Plan
+    from ..storage.checkpoint import is_harmonic, read_header
 
     return read_header(file).plan if is_harmonic(file) else Plan.load(file)
 
@@ -280,13 +280,14 @@ def _what_to_keep(
 
 def _keep(network: Network, source: str, target: _Target) -> int:
     """Write a network that is harmonic already as it is; the file takes its place once it is compared with it."""
-    from ..checkpoint import load, save
-    from ..distributed import rank
     from ..errors import CheckError
     from ..files import write_file
-    from ..forms import dense_form
+    from ..network.distributed import rank
+    from ..network.forms import dense_form
+    from ..pipeline.saving import save
+    from ..pipeline.verify import verify
     from ..report import tables
-    from ..verify import verify
+    from ..storage.checkpoint import read_checkpoint
 
     sizes, output, page, force, as_json, _ = target
     if rank() > 0:
@@ -298,8 +299,9 @@ def _keep(network: Network, source: str, target: _Target) -> int:
 
     def write(staging: Path) -> None:
         file = staging.with_name("network.safetensors")  # the target may be called otherwise, behind a link
-        header = save(network.model, file, source=network.source, history=history, force=True)
-        check = verify(network.model, load(file, model=dense_form(network.model)), **inputs)
+        header = save(network, file, history=history, force=True)
+        loaded = read_checkpoint(file, model=dense_form(network.model))
+        check = verify(network.model, loaded, **inputs)
         if not check.ok:
             raise CheckError(f"{output}, read back: {check.verdict}; nothing was written")
         file.replace(staging)
@@ -328,11 +330,11 @@ def _finish(
     images: Sequence[Tensor],
 ) -> None:
     """Show what was done, verify it, write it."""
-    from ..checkpoint import save
     from ..errors import CheckError
-    from ..precision import in_fewer_bits
+    from ..pipeline.precision import in_fewer_bits
+    from ..pipeline.saving import save
+    from ..pipeline.verify import verify
     from ..report import tables
-    from ..verify import verify
 
     sizes, output, page, force, as_json, dtype = target
     console = options.console(quiet=as_json)
@@ -352,7 +354,7 @@ def _finish(
     options.say("verifying")
     with options.progress() as progress:
         inputs = options.verification_inputs(sizes, network.source, images)
-        check = verify(network.model, conversion.model, **inputs, progress=progress)
+        check = verify(network.model, conversion, **inputs, progress=progress)
     if not (check.ok or (check.as_planned and not conversion.plan.whole)):
         raise CheckError(f"{check.verdict}; nothing was written")
     console.print(check.verdict, markup=False)

@@ -20,7 +20,7 @@ def command(as_json: bool) -> None:
     Example:
       harmconvert demo
     """
-    from ..demo import tell
+    from ..report.demo import tell
 
     with ExitStack() as waiting:
         spinner = partial(options.busy, "measuring") if sys.stderr.isatty() else nullcontext

@@ -38,12 +38,12 @@ def command(source: str, compare: str | None, rival_weights: str | None, amp: st
     from dataclasses import replace
 
     from ..data.variety import Variety
-    from ..distributed import joined, rank
     from ..errors import UsageError
-    from ..evaluation import evaluate
-    from ..precision import in_float32
+    from ..network.distributed import joined, rank
     from ..report import tables
-    from ..sources import made_by_code, open_rival
+    from ..sources.opening import made_by_code, open_rival
+    from ..storage.precision import in_float32
+    from ..training.evaluation import evaluate
     from ..training.learner import autocast
 
     if rival_weights and not compare:

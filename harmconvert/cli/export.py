@@ -60,7 +60,7 @@ def command(
     options.begin(source)
     from dataclasses import asdict
 
-    from ..export import check_target, export
+    from ..deploy.export import check_target, export
     from ..report import tables
 
     check_target(output, format, force, dtype, form)

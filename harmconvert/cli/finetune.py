@@ -14,11 +14,11 @@ from .recording import record_of_command
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..checkpoint import Header, Source
     from ..data.datasets import Data
-    from ..sources import Network
+    from ..pipeline.finetuning import Setting
+    from ..storage.checkpoint import Network
+    from ..storage.checkpoint import Header, Source
     from ..training import Recipe
-    from ..training.finetuning import Setting
 
 
 @click.command(name="finetune", cls=types.OptionalValues)
@@ -96,11 +96,11 @@ def command(
     inputs.check_harmonic(source)
     from contextlib import ExitStack
 
-    from ..checkpoint import save
     from ..data.preprocessing import record_of
-    from ..distributed import joined, rank
+    from ..network.distributed import joined, rank
+    from ..pipeline.finetuning import finetune
     from ..report import tables
-    from ..training.finetuning import finetune
+    from ..storage.checkpoint import write_checkpoint
 
     with joined(), ExitStack() as held:
         job = prepare(source, output, force, given, teacher, num_classes, trust_code, code)
@@ -126,9 +126,10 @@ def command(
         if rank() > 0:
             return
         with training_options.kept(setting.keeper):
-            header = save(
+            header = write_checkpoint(
                 done.model,
                 output,
+                header=job.header,
                 source=job.source,
                 history=done.history(job.header.history, record_of_command(source, done.recipe.to_json())),
                 preprocessing=record_of(setting.preprocessing),
@@ -176,9 +177,9 @@ def prepare(
         UsageError: SOURCE is no harmonic checkpoint; InputError, OutsideError: something cannot be read or had.
     """
     from ..errors import UsageError, counted
-    from ..sources import check_rebuilds
-    from ..tensors import weights_sha256
-    from ..training.finetuning import Setting, new_classifier
+    from ..network.state import weights_sha256
+    from ..pipeline.finetuning import Setting, new_classifier
+    from ..sources.opening import check_rebuilds
 
     network, header = _opened(source, trust_code, code)
     recorded = network.source
@@ -224,7 +225,7 @@ def prepare(
 
 def _opened(source: str, trust_code: bool, code: str | None) -> tuple[Network, Header]:
     """The harmonic checkpoint to fine-tune, in float32, and its header."""
-    from ..precision import in_float32
+    from ..storage.precision import in_float32
 
     network = options.opened(source, {"trust_code": trust_code, "code": code}, intact=True)
     if network.header is None:
@@ -236,7 +237,7 @@ def _opened(source: str, trust_code: bool, code: str | None) -> tuple[Network, H
 def _uncut(model: nn.Module, header: Header, teacher: str | None, trust_code: bool) -> tuple[nn.Module | None, str]:
     """The uncut network of a checkpoint, or None and why it is not known."""
     from ..errors import HarmconvertError, UsageError, counted
-    from ..sources import open_original
+    from ..sources.opening import open_original
     from ..training.learner import number_of_classes
 
     try:

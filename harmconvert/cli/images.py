@@ -10,7 +10,7 @@ import click
 from . import options, types
 
 if TYPE_CHECKING:
-    from ..convert import Conversion
+    from ..pipeline.convert import Conversion
 
 
 def preprocessing_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -71,7 +71,7 @@ def declare_inputs(given: Mapping[str, Any], model: Any, sizes: Sequence[tuple[i
     from ..data import preprocessing
     from ..data.preprocessing import check_known, record_of
     from ..errors import UsageError, counted
-    from ..history.declared import declare
+    from ..network.declared import declare
 
     record: dict[str, Any] = {"input_sizes": sizes} if sizes else {}
     overrides = preprocessing_overrides(given)

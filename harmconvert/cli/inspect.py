@@ -25,7 +25,7 @@ def command(source: str, no_pretrained: bool, input_size: Any, as_json: bool, **
     """
     inputs.check()
     from ..errors import OutsideError
-    from ..inspection import inspect
+    from ..pipeline.inspect import inspect
     from ..report import tables
 
     try:

@@ -28,8 +28,8 @@ def halves(
     from ..data.pictures import Pictures
     from ..data.preprocessing import color_mode, evaluation_transform
     from ..errors import InputError, UsageError
-    from ..evaluation import Evaluation, evaluate
-    from ..training.finetuning import check_classes
+    from ..pipeline.finetuning import check_classes
+    from ..training.evaluation import Evaluation, evaluate
 
     own = Path(data).is_dir() or data.endswith(".tar")
     request = DataRequest("" if own else data, data if own else given["data_dir"], holdout=0.0)

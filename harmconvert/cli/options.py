@@ -24,8 +24,8 @@ from .waiting import progress as progress
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..checkpoint import Source
-    from ..sources import Network
+    from ..storage.checkpoint import Network
+    from ..storage.checkpoint import Source
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -134,7 +134,7 @@ force = click.option("--force", is_flag=True, help="Replace the output where it 
 def begin(source: str) -> None:
     """Say that a network is being loaded, and import what loads it, which takes seconds."""
     with busy(f"loading {source}", at_once=True):
-        import_module("harmconvert.sources")
+        import_module("harmconvert.sources.opening")
 
 
 def opened(text: str, options: dict[str, Any], *, begun: bool = False, intact: bool = False, **more: Any) -> Network:
@@ -144,7 +144,7 @@ def opened(text: str, options: dict[str, Any], *, begun: bool = False, intact: b
         InputError: it is damaged, and what will be made of it should be ``intact``; and as `open_source`.
     """
     from ..errors import DamageWarning, InputError
-    from ..sources import open_source
+    from ..sources.opening import open_source
 
     with busy(f"loading {text}", said=begun), warnings.catch_warnings():
         if intact:
@@ -191,7 +191,7 @@ def example_input(sizes: Sequence[tuple[int, ...]], model: Any, batch: int = 1) 
     """So many zeros of each ``--input-size``, or of the network's own size (None where it names none), in its dtype."""
     import torch
 
-    from ..surgery import default_input, fitted
+    from ..network.values import default_input, fitted
 
     if not sizes:
         return default_input(model, batch)
@@ -207,7 +207,7 @@ def random_input(sizes: Sequence[tuple[int, ...]], model: Any) -> Any:
     import torch
 
     from ..errors import UsageError
-    from ..surgery import fitted, tensors_in
+    from ..network.values import fitted, tensors_in
 
     sizes = sizes or [tuple(t.shape[1:]) for t in tensors_in(example_input((), model))]
     if not sizes:

@@ -11,9 +11,9 @@ import click
 from . import inputs, options
 
 if TYPE_CHECKING:
-    from ..benchmark import Benchmark
-    from ..checkpoint import Header
+    from ..deploy.benchmark import Benchmark
     from ..report.summary import Report
+    from ..storage.checkpoint import Header
 
 option = click.option(
     "--report", metavar="FILE", help="Write a page about what was done, too: .html to look at, or .json, its data."
@@ -50,7 +50,7 @@ def report_on(
 
 
 def _times(model: Any, sizes: Sequence[tuple[int, ...]], batch: int, device: str | None) -> Benchmark:
-    from ..benchmark import benchmark
+    from ..deploy.benchmark import benchmark
 
     options.place(model, device, None)
     with options.progress() as progress:

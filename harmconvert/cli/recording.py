@@ -16,7 +16,7 @@ _ASIDE = (
 
 
 def record_of_command(source: str, leave_out: Collection[str] = ()) -> dict[str, Any]:
-    """Name, source and options of the command that runs, as `harmconvert.history` checks them."""
+    """Name, source and options of the command that runs, as `harmconvert.storage.history` checks them."""
     context = click.get_current_context()
     words: list[str] = []
     for parameter in context.command.params:

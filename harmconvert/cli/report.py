@@ -10,7 +10,7 @@ from . import images, inputs, options, pages, training_options, types
 
 if TYPE_CHECKING:
     from ..report.tradeoff import Tradeoff
-    from ..sources import Network
+    from ..storage.checkpoint import Network
 
 OF_A_NETWORK = ("filters", "spectrum", "tradeoff")
 OF_A_CHECKPOINT = ("errors", "training", "layers")
@@ -198,8 +198,8 @@ def _tradeoff(network: Network, given: dict[str, Any]) -> Tradeoff:
     import torch
 
     from ..data.variety import Variety
-    from ..evaluation import evaluate
     from ..report.tradeoff import tradeoff
+    from ..training.evaluation import evaluate
 
     given |= {"no_channels_last": False, "torchcompile": False, "no_sync_bn": False}
     if network.header is not None and not network.header.plan.whole:

@@ -14,7 +14,7 @@ from .recording import record_of_command
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..sources import Network
+    from ..storage.checkpoint import Network
 
 
 @click.command(name="train", cls=types.OptionalValues)
@@ -87,9 +87,9 @@ def command(
     from dataclasses import replace
 
     from ..data.preprocessing import record_of
-    from ..distributed import joined, rank
+    from ..network.distributed import joined, rank
+    from ..pipeline.finetuning import Setting, check_classes, evaluator, train_loading
     from ..training import train
-    from ..training.finetuning import Setting, check_classes, evaluator, train_loading
 
     with joined(), ExitStack() as held:
         network, model = untrained(source, given, harmonic, lam, basis, not no_normalize_first)
@@ -147,8 +147,8 @@ def untrained(
     """The network of a source with weights from the seed, and the form of it that is to be trained."""
     import torch
 
-    from ..harmonize import harmonize
-    from ..plan import parse_lambda
+    from ..plan.plan import parse_lambda
+    from ..training.harmonize import harmonize
 
     torch.manual_seed(training_options.seed_from(given))
     network = options.opened(source, given, pretrained=False)
@@ -179,8 +179,8 @@ def write(
     """A harmonic checkpoint, or the plain weights."""
     from dataclasses import replace
 
-    from ..checkpoint import save
-    from ..weights import untied_state, write_tensors
+    from ..pipeline.saving import save
+    from ..storage.weights import untied_state, write_tensors
 
     if harmonic == "none":
         # The epochs are in the .metrics.csv beside it.

@@ -198,7 +198,7 @@ def evaluation_loading(given: Mapping[str, Any], model: Any, machine: Machine) -
     """The images to test a network on under `evaluation_options`, and how they are pre-processed."""
     from ..data.loading import evaluation_batches
     from ..data.preprocessing import color_mode, evaluation_transform
-    from ..training.finetuning import check_classes
+    from ..pipeline.finetuning import check_classes
 
     data = data_from(given, given["seed"], ("test",))
     assert data.test is not None
@@ -242,9 +242,9 @@ def image_size(given: Mapping[str, Any], model: Any) -> tuple[int, ...] | None:
 
 def _input_channels(model: Any) -> int:
     """What the network's first convolution reads, else what its configuration says, else 3."""
-    from ..block import HarmonicBlock2d
-    from ..conv import CONVOLUTIONS
-    from ..history.declared import pretrained_config
+    from ..layers.block import HarmonicBlock2d
+    from ..layers.harmonic import CONVOLUTIONS
+    from ..network.declared import pretrained_config
 
     size = pretrained_config(model).get("input_size")
     first = next((module for module in model.modules() if isinstance(module, (HarmonicBlock2d, *CONVOLUTIONS))), None)
@@ -259,7 +259,7 @@ def data_identity(given: Mapping[str, Any], data: Data, preprocessing: Mapping[s
 
 def workers_from(given: Mapping[str, Any]) -> int:
     """Processes that load images for this one."""
-    from ..distributed import local_world_size
+    from ..network.distributed import local_world_size
 
     if given["workers"] is not None:
         return int(given["workers"])
@@ -294,8 +294,8 @@ def keeper_from(given: Mapping[str, Any], output: str, identity: Mapping[str, An
     Raises:
         UsageError: a new run would replace the state of one that was interrupted.
     """
-    from ..distributed import any_rank
     from ..files import check_output, state_path
+    from ..network.distributed import any_rank
     from ..training import Keeper
 
     path = Path(given["resume"]) if given["resume"] else state_path(output)

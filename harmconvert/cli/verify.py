@@ -46,9 +46,9 @@ def command(
       harmconvert verify resnet50 resnet50-harmonic-progressive.safetensors --as-planned
     """
     inputs.check()
+    from ..pipeline.verify import verify
     from ..report import tables
-    from ..sources import open_counterpart
-    from ..verify import verify
+    from ..sources.opening import open_counterpart
 
     network = options.opened(original, network_options, form="harmonic")
     with options.busy(f"loading {converted}"):

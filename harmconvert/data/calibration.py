@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..arguments import STREAMS, check_unlabelled
-from ..distributed import gathered, world_size
 from ..errors import HarmconvertError, InputError, UsageError, counted, first_line, shortened
+from ..network.distributed import gathered, world_size
 from ..samples import mnist5k
 from .datasets import Stream, open_timm, pictures_of
 from .folders import Files

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from ..distributed import gathered, rank, world_size
 from ..errors import HarmconvertError, InputError, OutsideError, counted, first_line, shortened
+from ..network.distributed import gathered, rank, world_size
 from .datasets import Stream
 from .pictures import UNREADABLE, Pictures, in_mode
 from .preprocessing import Transform

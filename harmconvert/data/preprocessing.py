@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision import transforms
 
 from ..errors import InputError, UsageError, counted, first_line
-from ..history.declared import input_sizes, pretrained_config
+from ..network.declared import input_sizes, pretrained_config
 from ..user_code import import_function
 
 Transform = Callable[[Image.Image], Tensor]

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..surgery import evaluating, tensors_in
+from ..network.running import evaluating
+from ..network.values import tensors_in
 
 # Fewer images say nothing.
 _FEWEST = 16

@@ -1,6 +1,5 @@
-"""Networks of the paper, registered with timm when this package is imported."""
+"""Networks of the paper that timm does not have; each module registers its networks with timm when it is imported.
 
-from .resnet import NoMaxPoolResNet
-from .wide_resnet import WideResNet
-
-__all__ = ["NoMaxPoolResNet", "WideResNet"]
+What belongs here: an architecture that the paper trains. What does not: weights (`samples`) and the wish to build one
+by its name (`sources`).
+"""

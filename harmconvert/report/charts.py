@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..budget import UNITS
+from ..arguments import UNITS
 from .summary import LayerFacts, Report
 
 _DECADES = 1e6  # that a logarithmic axis spans at most: what is less lies at its end

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from ..basis import Frequency
 from ..errors import UsageError
+from ..kernels.basis import Frequency
 from .kernels import filters_of, layers_of, level, size_text, with_kernel
 
 

@@ -9,14 +9,14 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from ..basis import Frequency, all_frequencies, dct_basis
-from ..block import HarmonicBlock2d
-from ..conv import CONVOLUTIONS, HarmonicMixin
 from ..errors import InputError, UsageError
-from ..plan import Skip
-from ..projection import project
-from ..surgery import convolutions, kernel_size
-from ..tracing import find_sites
+from ..kernels.basis import Frequency, all_frequencies, dct_basis
+from ..kernels.projection import project
+from ..layers.block import HarmonicBlock2d
+from ..layers.harmonic import CONVOLUTIONS, HarmonicMixin
+from ..network.layers import convolutions, kernel_size
+from ..network.tracing import find_sites
+from ..plan.plan import Skip
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from typing import Any
 
 from rich.cells import cell_len
 
-from ..basis import all_frequencies
 from ..documents import json_text
 from ..errors import counted, printable
 from ..files import write_text
+from ..kernels.basis import all_frequencies
 from . import grid
 from .charts import Chart, error_chart, search_chart, training_charts
 from .kernels import level, size_text

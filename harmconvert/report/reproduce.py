@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from ..checkpoint import Header
 from ..errors import HarmconvertError, counted
 from ..files import short_name
-from ..origin import Source
-from ..plan import ConvSite, Plan, make_plan, parse_lambda
+from ..network.layers import ConvSite
+from ..plan.plan import Plan, make_plan, parse_lambda
+from ..storage.checkpoint import Header
+from ..storage.source import Source
 from ..training.recipe import RECIPES, Recipe
 
 # Options that are not called as their field of the recipe.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..budget import Search
 from ..errors import InputError
+from ..search.records import Search
 from .charts import Chart, error_chart, search_chart, training_charts
 from .kernels import size_text
 from .summary import LayerFacts, Report

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from ..basis import Frequency, all_frequencies
-from ..convert import check_network, check_weights
-from ..plan import Skip
+from ..kernels.basis import Frequency, all_frequencies
+from ..network.checks import check_network, check_weights
+from ..plan.plan import Skip
 from .kernels import Layer, layers_of, level, size_text, strangers_in, with_kernel
 
 

@@ -14,17 +14,17 @@ from typing import Any
 
 from torch import nn
 
-from ..basis import Frequency, all_frequencies
-from ..benchmark import Benchmark
-from ..checkpoint import Header, Source
-from ..convert import RECORD_KEY, run_where_possible
-from ..cost import Cost, LayerCost, layer_costs, network_cost, parameter_count, tensor_bytes
+from ..deploy.benchmark import Benchmark
 from ..errors import InputError
-from ..evaluation import wilson_interval
-from ..forms import dense_form
-from ..plan import LayerPlan, Plan
-from ..surgery import convolutions
-from ..tracing import Trace, find_sites
+from ..kernels.basis import Frequency, all_frequencies
+from ..network.forms import dense_form
+from ..network.layers import convolutions
+from ..network.tracing import Trace, find_sites, run_where_possible
+from ..pipeline.convert import RECORD_KEY
+from ..plan.cost import Cost, LayerCost, layer_costs, network_cost, parameter_count, tensor_bytes
+from ..plan.plan import LayerPlan, Plan
+from ..storage.checkpoint import Header, Source
+from ..training.evaluation import wilson_interval
 from .kernels import layers_of
 from .reproduce import reproduction
 from .spectrum import spectrum

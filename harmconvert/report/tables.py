@@ -9,19 +9,19 @@ from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
-from ..benchmark import Benchmark
-from ..budget import Search
-from ..budget.dropping import Step
 from ..calibration import ENOUGH_POSITIONS, Calibration
-from ..convert import Conversion, LayerRecord
-from ..cost import Cost
+from ..deploy.benchmark import Benchmark
+from ..deploy.export import Exported
 from ..errors import counted, one_line, shortened
-from ..evaluation import Evaluation
-from ..export import Exported
-from ..forms import Factoring
-from ..inspection import LAMBDAS, Inspection
-from ..training.finetuning import Stage
-from ..verify import Verification
+from ..network.forms import Factoring
+from ..pipeline.convert import Conversion, LayerRecord
+from ..pipeline.finetuning import Stage
+from ..pipeline.inspect import LAMBDAS, Inspection
+from ..pipeline.verify import Verification
+from ..plan.cost import Cost
+from ..search.dropping import Step
+from ..search.records import Search
+from ..training.evaluation import Evaluation
 from .comparison import Column, Comparison
 from .kernels import size_text
 from .tradeoff import Tradeoff

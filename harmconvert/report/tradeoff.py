@@ -9,12 +9,13 @@ from typing import Any
 from torch import nn
 
 from ..calibration import CalibrationSettings
-from ..convert import Conversion, check_network, convert, run_where_possible
-from ..cost import Cost
 from ..errors import InputError, counted, shortened
-from ..evaluation import Evaluation, wilson_interval
-from ..plan import Plan, make_plan
-from ..tracing import find_sites
+from ..network.checks import check_network
+from ..network.tracing import find_sites, run_where_possible
+from ..pipeline.convert import Conversion, convert
+from ..plan.cost import Cost
+from ..plan.plan import Plan, make_plan
+from ..training.evaluation import Evaluation, wilson_interval
 
 POLICIES: tuple[str | int, ...] = ("full", 3, "progressive", 2, 1)
 

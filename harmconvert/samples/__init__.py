@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OutsideError
-from ..models import WideResNet
+from ..models.wide_resnet import WideResNet
 
 FOLDER = Path(__file__).parent
 MNIST_MEAN = 0.1307

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.overrides import TorchFunctionMode
 
-from ..distributed import world_size
+from ..network.distributed import world_size
 
 
 def over_all_processes() -> AbstractContextManager[Any]:

@@ -14,14 +14,14 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from ..conv import HarmonicMixin, lay_out_channels_last
 from ..data.loading import Batch
-from ..distributed import sum_over_ranks, world_size
 from ..errors import InputError, UsageError, first_line
-from ..evaluation import class_logits, output_on
-from ..surgery import channels_last
-from ..tensors import fill, tensors_of
-from ..weights import load_exactly
+from ..layers.harmonic import HarmonicMixin, lay_out_channels_last
+from ..network.distributed import sum_over_ranks, world_size
+from ..network.state import fill, tensors_of
+from ..network.values import channels_last
+from ..storage.weights import load_exactly
+from .evaluation import class_logits, output_on
 from .interrupts import SIGNALS, Request
 from .objective import Objective
 from .recipe import Recipe

@@ -16,11 +16,11 @@ from timm.utils import distribute_bn
 from torch import nn
 
 from ..data.loading import Batch, Batches
-from ..distributed import any_rank, gathered, rank, world_size
 from ..errors import CheckError, InputError, UsageError, counted, shortened
-from ..evaluation import Evaluation
-from ..tensors import tensors_of
+from ..network.distributed import any_rank, gathered, rank, world_size
+from ..network.state import tensors_of
 from .batch_norm import frozen, over_all_processes
+from .evaluation import Evaluation
 from .interrupts import SignalError, asked_to_stop
 from .learner import Learner, Machine
 from .recipe import Recipe

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from ..data.loading import NO_LABEL
 from ..errors import InputError
-from ..evaluation import check_labels, class_logits
+from .evaluation import check_labels, class_logits
 from .recipe import Recipe
 
 

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..distributed import all_or_none, any_rank, gathered, rank, world_size
 from ..documents import check, count, number, plain
 from ..errors import HarmconvertError, InputError, OutsideError, UsageError, counted, first_line, shortened
 from ..files import locked, write_file
 from ..files import state_path as state_path
-from ..unpickling import UNREADABLE, unpickled, why_no_values, why_not_read
-from ..weights import why_unreadable
+from ..network.distributed import all_or_none, any_rank, gathered, rank, world_size
+from ..storage.unpickling import UNREADABLE, unpickled, why_no_values, why_not_read
+from ..storage.weights import why_unreadable
 
 STATE_VERSION = 1
 _SHAPE = {

@@ -23,26 +23,29 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from harmconvert import checkpoint, layer_times, sources
-from harmconvert.basis import all_frequencies
-from harmconvert.budget import SearchSettings
-from harmconvert.budget.choices import Item, with_order
-from harmconvert.budget.probes import Probes
+from harmconvert import save
 from harmconvert.calibration import CalibrationSettings
-from harmconvert.checkpoint import Header, Source, read_header, save
-from harmconvert.convert import convert
 from harmconvert.errors import HarmconvertError
-from harmconvert.plan import Plan
-from harmconvert.reference import open_reference
+from harmconvert.kernels.basis import all_frequencies
+from harmconvert.layers import layer_times
+from harmconvert.pipeline.convert import convert
+from harmconvert.pipeline.finetuning import FineTuning, Stage, recorded_stages
+from harmconvert.plan.plan import Plan
 from harmconvert.report.comparison import compare
 from harmconvert.report.page import page, write_report
 from harmconvert.report.summary import report_of
 from harmconvert.report.tables import comparison_table, differences_table
-from harmconvert.training.finetuning import FineTuning, Stage, recorded_stages
+from harmconvert.search.choices import Item, with_order
+from harmconvert.search.probes import Probes
+from harmconvert.search.records import SearchSettings
+from harmconvert.sources.opening import opening as sources
+from harmconvert.sources.reference import open_reference
+from harmconvert.storage import checkpoint
+from harmconvert.storage.checkpoint import Header, Source, read_header
+from harmconvert.storage.weights import load_state, read_weights
 from harmconvert.training.learner import Learner, Machine
 from harmconvert.training.recipe import RECIPES, Recipe
 from harmconvert.training.state import Keeper, Position, _random_state, _set_random_state, identity_of
-from harmconvert.weights import load_state, read_weights
 
 from ..networks import random_input, seeded
 

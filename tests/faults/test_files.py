@@ -18,15 +18,16 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from harmconvert import checkpoint
-from harmconvert.checkpoint import read_header
+import harmconvert as hc
 from harmconvert.cli import main
-from harmconvert.convert import convert
 from harmconvert.errors import HarmconvertError, HarmconvertWarning, printable
-from harmconvert.plan import Plan
-from harmconvert.sources import open_source
+from harmconvert.pipeline.convert import convert
+from harmconvert.plan.plan import Plan
+from harmconvert.sources.opening import open_source
+from harmconvert.storage import checkpoint
+from harmconvert.storage.checkpoint import read_header
+from harmconvert.storage.weights import read_weights
 from harmconvert.training.state import record_of
-from harmconvert.weights import read_weights
 
 from ..networks import Branches, seeded
 from . import hostile
@@ -41,7 +42,7 @@ MEMORY = 2 * GIBIBYTE
 def good(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """A harmonic checkpoint with tied, grouped and cut layers."""
     path = tmp_path_factory.mktemp("good") / "net.safetensors"
-    checkpoint.save(convert(seeded(Branches), {"*": 2}), path, history={"calibration": {"images": 3}})
+    hc.save(convert(seeded(Branches), {"*": 2}), path, history={"calibration": {"images": 3}})
     return path.read_bytes()
 
 

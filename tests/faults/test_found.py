@@ -13,22 +13,23 @@ from typing import Any
 import pytest
 import torch
 
-from harmconvert import layer_times
-from harmconvert.basis import all_frequencies
-from harmconvert.budget.choices import Item, with_order
-from harmconvert.budget.probes import Probes
-from harmconvert.checkpoint import Header, Source, read_header, save
-from harmconvert.convert import convert
+from harmconvert import save
 from harmconvert.errors import InputError
-from harmconvert.plan import Plan
-from harmconvert.reference import open_reference
+from harmconvert.kernels.basis import all_frequencies
+from harmconvert.layers import layer_times
+from harmconvert.pipeline.convert import convert
+from harmconvert.pipeline.finetuning import recorded_stages
+from harmconvert.plan.plan import Plan
 from harmconvert.report.page import page
 from harmconvert.report.summary import report_of
-from harmconvert.sources import load, rebuild
+from harmconvert.search.choices import Item, with_order
+from harmconvert.search.probes import Probes
+from harmconvert.sources.opening import load, rebuild
+from harmconvert.sources.reference import open_reference
+from harmconvert.storage.checkpoint import Header, Source, read_header
+from harmconvert.storage.weights import read_weights
 from harmconvert.training import Keeper, Recipe
-from harmconvert.training.finetuning import recorded_stages
 from harmconvert.training.state import Position, identity_of
-from harmconvert.weights import read_weights
 
 from ..networks import seeded
 from .readers import Small, _header_of, _trained, learner
@@ -80,7 +81,7 @@ def test_whether_a_plan_is_whole_is_told_without_listing_all_frequencies() -> No
 
 
 def test_a_header_of_numbers_that_python_does_not_read_is_refused(tmp_path: Path) -> None:
-    from harmconvert.weights import write_tensors
+    from harmconvert.storage.weights import write_tensors
 
     path = tmp_path / "net.safetensors"
     for text, message in (("1" * 5000, "4300 digits"), ('{"a": 1, "a": 1}', "'a' stands in it twice")):

@@ -21,14 +21,15 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import harmconvert as hc
-from harmconvert.basis import all_frequencies, level_count
-from harmconvert.conv import HarmonicMixin, to_harmonic
+from harmconvert.deploy.export import export
 from harmconvert.errors import HarmconvertError, one_line
-from harmconvert.export import export
-from harmconvert.factored import reason_not_factorable
-from harmconvert.plan import LayerPlan
-from harmconvert.surgery import convolutions, evaluating
-from harmconvert.tracing import find_sites
+from harmconvert.kernels.basis import all_frequencies, level_count
+from harmconvert.layers.factored import reason_not_factorable
+from harmconvert.layers.harmonic import HarmonicMixin, to_harmonic
+from harmconvert.network.layers import convolutions
+from harmconvert.network.running import evaluating
+from harmconvert.network.tracing import find_sites
+from harmconvert.plan.plan import LayerPlan
 
 from .. import oracle
 from .generated import NAMES, Case, cases

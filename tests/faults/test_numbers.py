@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import harmconvert as hc
-from harmconvert.basis import all_frequencies
 from harmconvert.calibration import sites
 from harmconvert.calibration.equations import Problem
 from harmconvert.calibration.solvers import NormalEquations, Operator, Samples
 from harmconvert.errors import InputError
+from harmconvert.kernels.basis import all_frequencies
 
 from .. import oracle
 from ..networks import Branches, random_input, seeded

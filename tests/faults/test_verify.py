@@ -13,10 +13,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from harmconvert.checkpoint import save
-from harmconvert.convert import convert
+from harmconvert import save
+from harmconvert.pipeline.convert import convert
 from harmconvert.samples import mnist5k_held_back
-from harmconvert.sources import open_source
+from harmconvert.sources.opening import open_source
 
 from ..test_cli import SAMPLE, ok, run
 from .tally import Counter, size

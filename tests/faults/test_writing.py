@@ -22,10 +22,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from harmconvert.checkpoint import load, read_header
+from harmconvert import load
 from harmconvert.errors import HarmconvertError
 from harmconvert.files import write_file, write_folder
 from harmconvert.samples import SAMPLES
+from harmconvert.storage.checkpoint import read_header
 from harmconvert.training.state import record_of
 
 from ..pictures import digit_folders

@@ -1,0 +1,335 @@
+"""Harmonic convolutions: any convolution class, with its kernel made from coefficients and DCT kernels.
+
+Every convolution of torch and timm reads ``self.weight`` in its forward. `HarmonicMixin` supplies that ``weight`` from
+coefficients and leaves the forward alone, so padding modes, 'same' padding, weight standardisation and transposition
+work as they did. `to_harmonic` and `to_dense` go between the two and copy every other attribute.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import cache
+from typing import Any, cast
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..errors import UsageError
+from ..kernels.basis import Basis, Frequency, all_frequencies, check_frequencies
+from ..kernels.projection import merge, merge_channels_last, project, reconstruct
+
+CONVOLUTIONS: tuple[type[nn.Module], ...] = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+
+
+# What the mixin calls its own.
+_NEEDED = frozenset(
+    {"coefficients", "basis", "fitted_basis", "frequencies", "family", "kernels", "_merged", "_merge", "_set_basis"}
+)
+
+
+class HarmonicMixin(nn.Module):
+    """A convolution whose kernel is coefficients x basis, merged on the fly (sec. 5.2).
+
+    Mixed in front of a convolution class by `to_harmonic`. The parameter ``coefficients`` has shape (O, I, F) and takes
+    the place of ``weight`` (of transposed convolutions, torch's weight has in_channels first, and so do they). The
+    buffer ``basis`` (F, K) is made anew wherever it is needed; of a basis that is fitted to the layer the buffer
+    ``fitted_basis`` (F, K) is part of the state and float64 whatever the module is cast to, else it is None.
+    """
+
+    coefficients: nn.Parameter
+    basis: Tensor
+    fitted_basis: Tensor | None
+    bias: nn.Parameter | None
+    frequencies: tuple[Frequency, ...]
+    family: Basis
+    _merged: Tensor | None
+
+    @property
+    def kernels(self) -> Tensor:
+        """The basis kernels (F, K), float64."""
+        return _kernels(
+            _kernel_size(self), self.frequencies, self.family.name, self.family.normalization, self.fitted_basis
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        """The merged kernel, shape (O, I, *kernel_size): inside a forward, the one computed for it."""
+        return self._merge(None) if self._merged is None else self._merged
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        # Weight-standardising classes read self.weight twice: merge once, and hold it for this forward only.
+        self._merged = self._merge(next(iter((*args, *kwargs.values())), None))
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self._merged = None
+
+    def _merge(self, input: Any) -> Tensor:
+        name, normalization = self.family.name, self.family.normalization
+        return _merged_kernel(
+            self.coefficients, self.basis, _kernel_size(self), self.frequencies, name, normalization,
+            self.fitted_basis, input,
+        )  # fmt: skip
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._set_basis()  # assign=True may have brought another device or dtype
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw new coefficients: those of a kernel drawn as torch draws it."""
+        kernel = torch.empty_like(self.weight)
+        nn.init.kaiming_uniform_(kernel, a=math.sqrt(5))
+        self.coefficients.copy_(project(kernel, self.kernels))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(kernel[0].numel())
+            nn.init.uniform_(cast(Tensor, self.bias), -bound, bound)
+
+    def extra_repr(self) -> str:
+        kept, whole = len(self.frequencies), len(all_frequencies(_kernel_size(self)))
+        return f"{super().extra_repr()}, frequencies={kept}/{whole}"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        fitted = self.fitted_basis
+        super()._apply(fn, recurse)
+        # .half(), .to_empty() and the like must not touch the basis: it is a constant, made anew where it is needed.
+        if fitted is not None:
+            device = self.coefficients.device
+            moved = torch.empty_like(fitted, device=device) if fitted.is_meta else fitted.to(device)
+            self._buffers["fitted_basis"] = moved
+        self._set_basis()
+        return self
+
+    def _set_basis(self) -> None:
+        dtype = torch.promote_types(self.coefficients.dtype, torch.float32)
+        self._buffers["basis"] = self.kernels.to(self.coefficients.device, dtype)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time, so pickle and copy are told how to make it again.
+        return _empty_harmonic, (base_class(self),), self.__getstate__()
+
+
+@cache
+def harmonic_class(convolution: type[nn.Module]) -> type[nn.Module]:
+    """The harmonic subclass of a convolution class: `HarmonicConv2d` for `Conv2d`; the same object at every call."""
+    attributes = {"__module__": __name__, "convolution": convolution}
+    return type(f"Harmonic{convolution.__name__}", (HarmonicMixin, convolution), attributes)
+
+
+def lay_out_channels_last(model: nn.Module) -> None:
+    """Lay the coefficients of a network out in memory as (O, F, I), their shape and values as they are.
+
+    Kernels then merge straight into channels_last and gradients straight back, without a transposition of either: on
+    WRN-28-10 that halves what a training step in harmonic form costs more than the plain one's.
+    """
+    for module in model.modules():
+        if isinstance(module, HarmonicMixin):
+            module.coefficients.data = module.coefficients.data.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def base_class(harmonic: nn.Module) -> type[nn.Module]:
+    """The convolution class that a harmonic convolution was made from."""
+    return cast(Any, type(harmonic)).convolution
+
+
+def reason_not_convertible(conv: nn.Module) -> str | None:
+    """Why a convolution over 1x1 cannot be converted, or None where it can be."""
+    if isinstance(conv, HarmonicMixin):
+        return "is harmonic already: fuse() the network first"
+    if parametrize.is_parametrized(conv):
+        return "its weight is parametrized: remove the parametrization first"
+    classes = (cls for cls in type(conv).__mro__ if not cls.__module__.startswith("torch."))
+    own = {*vars(conv), *conv._parameters, *conv._buffers, *conv._modules}.union(*map(vars, classes))
+    if taken := own & _NEEDED:
+        return f"it has an attribute {min(taken)!r} of its own, which the harmonic form needs: rename that"
+    weight = conv._parameters.get("weight")
+    if weight is None and conv._buffers.get("weight") is not None:
+        return "its weight is a buffer: a fixed filter, which is not trained"
+    if weight is None:
+        return "its weight is computed from other tensors (weight norm, pruning): remove that first"
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        return "its weight is not initialised yet: run the network once first"
+    if weight.is_complex():
+        return f"its weight is {str(weight.dtype).removeprefix('torch.')}: only real kernels are converted"
+    if list(weight.shape[2:]) != list(_kernel_size(conv)):
+        return f"its weight has shape {tuple(weight.shape)}, which is not that of its kernel_size {_kernel_size(conv)}"
+    if not weight.numel():
+        return f"its weight is empty: it has shape {tuple(weight.shape)}"
+    if hasattr(conv, "weight_fake_quant"):
+        return "it is prepared for quantisation"
+    if weight.is_floating_point() and weight.dtype.itemsize < 2:
+        return f"its weight is {str(weight.dtype).removeprefix('torch.')}, too coarse for coefficients"
+    return None
+
+
+def to_harmonic(
+    conv: nn.Module,
+    frequencies: Sequence[Frequency] | None = None,
+    family: Basis | None = None,
+    memo: dict[int, Any] | None = None,
+    values: bool = True,
+) -> nn.Module:
+    """The harmonic counterpart of a convolution; the original is left as it is.
+
+    Every attribute (stride, padding, padding mode, dilation, groups, bias, dtype, device, requires_grad, training flag,
+    hooks) is carried over. ``family`` is the DCT where None; ``memo`` is `copy.deepcopy`'s, for copying a network whose
+    parts share objects. ``values`` False leaves the coefficients to be filled.
+
+    >>> to_harmonic(nn.Conv2d(3, 8, 3, stride=2), [(0, 0), (0, 1), (1, 0)])
+    HarmonicConv2d(3, 8, kernel_size=(3, 3), stride=(2, 2), frequencies=3/9)
+
+    Raises:
+        UsageError: not a convolution, not convertible, or frequencies outside its kernel.
+    """
+    if not isinstance(conv, CONVOLUTIONS):
+        raise UsageError(f"{type(conv).__name__} is not a convolution: expected one of torch's Conv classes")
+    if reason := reason_not_convertible(conv):
+        raise UsageError(f"cannot convert this {type(conv).__name__}: {reason}")
+    kernel_size = _kernel_size(conv)
+    frequencies = all_frequencies(kernel_size) if frequencies is None else tuple(map(tuple, frequencies))
+    check_frequencies(kernel_size, frequencies)
+    memo = {} if memo is None else memo
+    family = Basis() if family is None else family
+    harmonic = memo.setdefault(id(conv), _empty_harmonic(type(conv)))
+    weight = cast(nn.Parameter, conv._parameters["weight"])
+    # A weight tied between convolutions is projected once per set of frequencies, and its coefficients stay tied.
+    tie = hash(("coefficients", id(weight), frequencies, family))
+    if tie not in memo and values:
+        kernels_FK = family.kernels_for(weight, frequencies)
+        memo[tie] = _parameter_like(weight, project(weight, kernels_FK)), kernels_FK if family.fitted else None
+    elif tie not in memo:
+        empty_OIF = weight.detach().new_empty(*weight.shape[:2], len(frequencies))
+        fitted_FK = torch.zeros(len(frequencies), math.prod(kernel_size), dtype=torch.float64, device=weight.device)
+        memo[tie] = _parameter_like(weight, empty_OIF), fitted_FK if family.fitted else None
+    coefficients, fitted_basis = memo[tie]
+    _copy_state(conv, harmonic, "weight", "coefficients", coefficients, memo)
+    harmonic.frequencies, harmonic.family, harmonic._merged = frequencies, family, None
+    harmonic._non_persistent_buffers_set.add("basis")
+    harmonic._buffers["fitted_basis"] = fitted_basis
+    harmonic._set_basis()
+    return harmonic
+
+
+def to_dense(harmonic: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """The plain convolution that computes what a harmonic one computes; inverse of `to_harmonic`.
+
+    >>> to_dense(to_harmonic(nn.Conv2d(3, 8, 3)))
+    Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
+    """
+    if not isinstance(harmonic, HarmonicMixin):
+        raise UsageError(f"{type(harmonic).__name__} is not a harmonic convolution")
+    if parametrize.is_parametrized(harmonic):
+        raise UsageError("the coefficients of a harmonic convolution are parametrized: remove that first")
+    memo = {} if memo is None else memo
+    conv = memo.setdefault(id(harmonic), _empty_dense(harmonic))
+    tie = hash(("weight", id(harmonic.coefficients), harmonic.frequencies, harmonic.family))
+    if tie not in memo:
+        kernel = reconstruct(harmonic.coefficients.detach(), harmonic.kernels, _kernel_size(harmonic))
+        memo[tie] = _parameter_like(harmonic.coefficients, kernel)
+    _copy_state(harmonic, conv, "coefficients", "weight", memo[tie], memo)
+    for name in ("frequencies", "family", "_merged", "_packed"):
+        conv.__dict__.pop(name, None)
+    for name in ("basis", "fitted_basis"):
+        conv._buffers.pop(name)
+    conv._non_persistent_buffers_set.discard("basis")
+    return conv
+
+
+def _kernel_size(conv: nn.Module) -> tuple[int, ...]:
+    return cast(tuple[int, ...], conv.kernel_size)
+
+
+@torch.fx.wrap  # symbolic tracers see one call, not its autocast switch and layout test
+def _merged_kernel(
+    coefficients: Tensor,
+    basis: Tensor,
+    kernel_size: tuple[int, ...],
+    frequencies: tuple[Frequency, ...],
+    family: str,
+    normalization: str,
+    fitted_basis: Tensor | None,
+    input: Any,
+) -> Tensor:
+    """The kernel of coefficients and basis: merged in float32 or better, in the coefficients' dtype and the input's
+    memory format."""
+    dtype = torch.promote_types(coefficients.dtype, torch.float32)
+    if basis.device != coefficients.device or basis.dtype != dtype:
+        # Somebody put other coefficients in place: a stale basis would give a wrong kernel without a word.
+        kernels_FK = _kernels(kernel_size, frequencies, family, normalization, fitted_basis)
+        basis = kernels_FK.to(coefficients.device, dtype)
+    # Autocast would run the product in half precision and lose the exactness that conversion promises.
+    device = coefficients.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        precise_OIF = coefficients.to(basis.dtype)
+        channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(len(kernel_size) + 2)
+        if not _reads_channels_last(input, channels_last, len(kernel_size)):
+            return merge(precise_OIF, basis).to(coefficients.dtype).unflatten(2, kernel_size)
+        if precise_OIF.is_contiguous():
+            kernel = merge(precise_OIF, basis).to(coefficients.dtype).unflatten(2, kernel_size)
+            return kernel.contiguous(memory_format=cast(torch.memory_format, channels_last))
+        kernel_OKI = merge_channels_last(precise_OIF.transpose(1, 2), basis).to(coefficients.dtype)
+        return kernel_OKI.unflatten(1, kernel_size).movedim(-1, 1)
+
+
+def _reads_channels_last(input: Any, channels_last: torch.memory_format | None, dimensions: int) -> bool:
+    if not isinstance(input, Tensor) or channels_last is None or input.dim() != dimensions + 2:
+        return False
+    return not input.is_contiguous() and input.is_contiguous(memory_format=channels_last)
+
+
+def _kernels(
+    kernel_size: Sequence[int],
+    frequencies: Sequence[Frequency],
+    family: str,
+    normalization: str,
+    fitted_basis: Tensor | None,
+) -> Tensor:
+    return Basis(family, normalization).kernels(kernel_size, frequencies) if fitted_basis is None else fitted_basis
+
+
+def empty_counterpart(conv: nn.Module) -> nn.Module:
+    """An unfilled module of the other form, for `to_harmonic` or `to_dense` to find in ``memo`` and fill."""
+    return _empty_dense(conv) if isinstance(conv, HarmonicMixin) else cast(nn.Module, _empty_harmonic(type(conv)))
+
+
+def _empty_harmonic(convolution: type[nn.Module]) -> Any:
+    cls = harmonic_class(cast(Any, convolution))
+    return cls.__new__(cls)
+
+
+def _empty_dense(harmonic: nn.Module) -> Any:
+    cls = base_class(harmonic)
+    return cls.__new__(cls)
+
+
+def _parameter_like(parameter: nn.Parameter, value: Tensor) -> nn.Parameter:
+    """A parameter of that value with the other's requires_grad and attributes (such as optimiser hints)."""
+    like = nn.Parameter(value, requires_grad=parameter.requires_grad)
+    like.__dict__.update(parameter.__dict__)
+    return like
+
+
+def _copy_state(
+    source: nn.Module, target: nn.Module, old: str, new: str, parameter: nn.Parameter, memo: dict[int, Any]
+) -> None:
+    """Deep-copy all of a module's state but one parameter, whose successor takes its place in the order."""
+    parameters = dict(source._parameters)
+    # __getstate__ leaves out what torch.compile put into the module: a copy of that would run the original.
+    rest = {key: value for key, value in cast(Any, source).__getstate__().items() if key != "_parameters"}
+    target.__dict__.update(copy.deepcopy(rest, memo))
+    target.__dict__["_parameters"] = {
+        (new if name == old else name): (parameter if name == old else copy.deepcopy(value, memo))
+        for name, value in parameters.items()
+    }

@@ -1,0 +1,201 @@
+"""See how a network runs: where each convolution stands, what it reads, and which can be converted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..errors import UsageError
+from ..layers.harmonic import CONVOLUTIONS, HarmonicMixin, reason_not_convertible
+from .copying import deep_copy, uncopyable_member
+from .dataflow import Dataflow, Findings, fixed_parameters
+from .exchange import in_precision, in_sixteen_bits
+from .layers import ConvSite, convolutions, kernel_size
+from .other_convolutions import other_convolutions
+from .running import call, evaluating, refusing, unchanged
+from .side_effects import random_states_kept
+from .values import batch_size, cloned, default_input, describe_input, first_tensor, fitted, tensors_in
+
+
+@dataclass(frozen=True)
+class LayerRun:
+    """How one convolution ran: its place in the order, output size of its largest call, calls, MACs of all calls."""
+
+    order: int
+    output_size: tuple[int, ...]
+    reads_input: bool
+    calls: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One run of a network on an example input: its convolutions by name, and the MACs of the whole.
+
+    MACs count the matrix products and convolutions that the run dispatched (one multiply-add each, whole batch);
+    element-wise operations, normalisation and pooling are not counted. ``findings`` name layers that the run showed
+    to be unfit for conversion, and modules that convolve by functions of their own.
+    """
+
+    layers: Mapping[str, LayerRun]
+    macs: int
+    batch: int
+    findings: Findings = field(default_factory=Findings)
+
+
+class _NoModules:
+    """Stands for torch's tracker of modules, which fails without gradients where a module is given a view of a
+    parameter, such as an embedding of positions; the count of the whole network needs none."""
+
+    parents = ("Global",)
+
+    def __enter__(self) -> None:
+        """Track nothing."""
+
+    def __exit__(self, *_: object) -> None:
+        """Stop tracking."""
+
+
+def find_sites(model: nn.Module, trace: Trace | None = None) -> list[ConvSite]:
+    """The convolutions over 1x1, with what a policy needs to know of each; those that cannot be converted say why.
+
+    Without a trace the first convolution of the network is taken for the one that reads its input.
+    """
+    sites: list[ConvSite] = []
+    strangers, fixed = _weights_used_elsewhere(model), fixed_parameters(model)
+    first_with: dict[int, str] = {}
+    for index, (name, conv) in enumerate(convolutions(model).items()):
+        if prod(kernel_size(conv)) == 1:
+            continue
+        run = trace.layers.get(name) if trace else None
+        weight = conv._parameters.get("weight")
+        skip = reason_not_convertible(conv)
+        if skip is None and id(weight) in strangers:
+            skip = f"its weight is also used by {strangers[id(weight)]}"
+        if skip is None:
+            skip = (trace.findings.unfit.get(name) if trace else None) or uncopyable_member(conv)
+        groups = cast(int, conv.groups)
+        site = ConvSite(name, type(conv).__name__, kernel_size(conv), groups > 1 and groups == conv.in_channels)
+        reads_input = run.reads_input if run else trace is None and index == 0
+        tied_to = first_with.setdefault(id(weight), name) if weight is not None else name
+        sites.append(
+            replace(
+                site,
+                reads_input=reads_input,
+                fixed=id(weight) in fixed,
+                output_size=run.output_size if run else None,
+                tied_to=tied_to if tied_to != name else None,
+                skip=skip,
+            )
+        )
+    others = other_convolutions(model, trace.findings.others if trace else None)
+    sites += [ConvSite(name, other.kind, other.kernel_size, skip=other.reason) for name, other in others.items()]
+    return sites
+
+
+def trace(model: nn.Module, example_input: Any) -> Trace:
+    """Run the network once, without gradients and in eval mode, and see which convolutions run, where and on what.
+
+    ``example_input``: a tensor, a tuple of arguments, a dict of keyword arguments, or a list (one argument). A network
+    stored in 16 bits, all of it or a part, that does not run as it is runs in float32.
+
+    Raises:
+        UsageError: the network does not run on that input.
+    """
+    try:
+        return _trace(model, example_input)
+    except UsageError:
+        if not in_sixteen_bits(model):
+            raise
+        precise = in_precision(model, torch.float32)
+        return _trace(precise, fitted(example_input, precise))
+
+
+def _trace(model: nn.Module, example_input: Any) -> Trace:
+    example_input = cloned(example_input)  # a forward may normalise its input in place
+    batch = batch_size(example_input)
+    if not batch:
+        raise UsageError(f"the example input of {describe_input(example_input)} holds no example: give at least one")
+    if any(map(is_lazy, model.parameters())):
+        model = deep_copy(model)  # a run would give the lazy layers their values
+    flow = Dataflow(model, tensors_in(example_input))
+    runs: dict[str, LayerRun] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(conv: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            input, result = first_tensor((args, kwargs)), first_tensor(output)
+            if input is None or result is None:
+                return
+            run = runs.get(name) or LayerRun(len(runs), (), False, 0, 0)
+            size = tuple(result.shape[2:]) if result.dim() > len(kernel_size(conv)) + 1 else tuple(result.shape[1:])
+            runs[name] = LayerRun(
+                run.order,
+                max(size, run.output_size, key=lambda s: (len(s), prod(s))),
+                run.reads_input or flow.reads_input(input),
+                run.calls + 1,
+                run.macs + _macs(conv, input, result),
+            )
+
+        return hook
+
+    handles = [c.register_forward_hook(watch(n), with_kwargs=True) for n, c in convolutions(model).items()]
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = cast(Any, _NoModules())
+    try:
+        with ExitStack() as stack:
+            for context in (unchanged(model), refusing(example_input), evaluating(model), counter, flow.watching()):
+                stack.enter_context(context)
+            stack.enter_context(random_states_kept())
+            call(model, example_input)
+    finally:
+        for handle in handles:
+            handle.remove()
+    with evaluating(model):
+        flow.finish()
+    if runs and not flow.input_was_read and not any(run.reads_input for run in runs.values()):
+        # Functions that cannot be followed came first: the first convolution to run is taken for the one that reads it.
+        first = next(iter(runs))
+        runs[first] = replace(runs[first], reads_input=True)
+    return Trace(runs, counter.get_total_flops() // 2, batch, flow.findings)
+
+
+def _weights_used_elsewhere(model: nn.Module) -> dict[int, str]:
+    """Parameters that something else than a plain convolution's weight also refers to, by id: where."""
+    elsewhere: dict[int, str] = {}
+    for name, module in model.named_modules():
+        is_conv = isinstance(module, CONVOLUTIONS) and not isinstance(module, HarmonicMixin)
+        for key, parameter in module._parameters.items():
+            if parameter is not None and not (is_conv and key == "weight"):
+                elsewhere[id(parameter)] = f"{name}.{key}"
+    return elsewhere
+
+
+def _macs(conv: nn.Module, input: Tensor, output: Tensor) -> int:
+    """Multiply-adds of one call: a weight for every output element it reaches (input element, if transposed)."""
+    per_position = prod(kernel_size(conv)) * cast(int, conv.in_channels) // cast(int, conv.groups)
+    if cast(bool, conv.transposed):
+        per_position = prod(kernel_size(conv)) * cast(int, conv.out_channels) // cast(int, conv.groups)
+        return input.numel() * per_position
+    return output.numel() * per_position
+
+
+def run_where_possible(model: nn.Module, lam: Any, example_input: Any) -> Trace | None:
+    """A run of the network where ``lam`` needs one and an input is at hand; one not asked for may fail without harm."""
+    if example_input is not None:
+        return trace(model, example_input)
+    if lam == "full" or (example_input := default_input(model)) is None:
+        return None
+    try:
+        return trace(model, example_input)
+    except UsageError:
+        if lam == "progressive":
+            raise
+        return None

@@ -1,0 +1,353 @@
+"""convert(): a pretrained network in, its harmonic counterpart out (paper sec. 5.2)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..arguments import Budget
+from ..calibration import Calibration, CalibrationSettings, Known, Progress, calibrate
+from ..calibration.reading import Reader, items
+from ..errors import InputError, UsageError, shortened
+from ..kernels.basis import Basis, all_frequencies, dct_basis
+from ..kernels.projection import check_range, project, relative_error
+from ..layers.harmonic import HarmonicMixin, to_harmonic
+from ..network.checks import check_network, check_weights
+from ..network.exchange import exchange
+from ..network.layers import convolutions
+from ..network.tracing import Trace, find_sites, run_where_possible, trace
+from ..network.values import default_input
+from ..plan.cost import Cost, network_cost
+from ..plan.plan import LayerPlan, Plan, make_plan
+from ..search.dropping import Step, smallest_within
+from ..search.records import Search, SearchSettings
+from ..search.searching import Searching
+from ..storage.checkpoint import Header
+
+RECORD_KEY = "conversion"  # of a checkpoint's history
+_DIGITS = 4  # of a mean |coefficient|: an eye sees two
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What became of one convolution over 1x1.
+
+    ``kept`` of ``total`` frequencies (0 of total: skipped); ``energy`` is the share of the kernel's squared norm that
+    they hold, ``error`` the relative Frobenius error of the new kernel (both None where skipped or on the meta device);
+    ``why`` says why it was skipped, or kept whole by a policy that cuts others. ``spectrum`` is the mean |coefficient|
+    of each DCT frequency of the uncut kernel, which no one can tell afterwards (None unless it is cut, in that basis).
+    """
+
+    name: str
+    kind: str
+    kernel: tuple[int, ...]
+    kept: int
+    total: int
+    energy: float | None
+    error: float | None
+    why: str | None
+    spectrum: tuple[float, ...] | None = None
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the convolution was left as it is."""
+        return self.kept == 0
+
+
+LEAST_CUT = 0.01  # of the parameters: a smaller cut gains nobody anything
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A converted network, the plan it follows, what became of each layer, what it costs, and how it was calibrated."""
+
+    model: nn.Module
+    plan: Plan
+    layers: tuple[LayerRecord, ...]
+    cost: Cost
+    calibration: Calibration | None = None
+    search: Search | None = None
+    drops: tuple[Step, ...] = ()
+
+    @property
+    def advice(self) -> str | None:
+        """Why nothing, or next to nothing, was cut where something was to be, and what to do; else None."""
+        if self.plan.policy == "full":
+            return None
+        if self.search is not None:
+            return f"the budget {self.search.budget} is met without a cut: ask for less" if self.plan.whole else None
+        removed = 1 - self.cost.harmonic_parameters / max(self.cost.parameters, 1)
+        if not self.plan.whole and removed >= LEAST_CUT:
+            return None
+        whole = shortened([f"{name} ({why.removeprefix('whole: ')})" for name, why in self.plan.notes.items()], 2)
+        what, why = "nothing here", whole or "every layer stays whole"
+        if not self.plan.whole:
+            what = f"{max(removed, 0):.1%} of the parameters only"
+            why = f"convolutions over 1x1 hold {self.cost.parameter_share:.1%} of them"
+            why += f", and {whole} stay whole" if whole else ""
+        return (
+            f"lambda {self.plan.policy} cuts {what}: {why}; to cut a layer all the same, name it: "
+            "--lambda 'PATTERN=N' or --include PATTERN"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the network, JSON-able."""
+        layers = [asdict(layer) for layer in self.layers]
+        calibration = self.calibration.to_json() if self.calibration else None
+        search = self.search.to_json() if self.search else None
+        cost = asdict(self.cost)
+        return {
+            "plan": self.plan.to_json(), "layers": layers, "cost": cost, "calibration": calibration, "search": search,
+            "drops": [asdict(step) for step in self.drops], "advice": self.advice,
+        }  # fmt: skip
+
+    def header(self) -> Header:
+        """What a checkpoint of it says, apart from its source: the plan and the history."""
+        calibration = {"calibration": self.calibration.to_json()} if self.calibration else {}
+        return Header(self.plan, history=self.history() | calibration)
+
+    def history(self) -> dict[str, Any]:
+        """What `harmconvert.save` keeps of it beside the plan and the calibration, for a report when the uncut network
+        is gone: energy, error and uncut spectrum of each layer, costs, and the search for a budget.
+
+        >>> sorted(convert(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3)), 2).history()["conversion"])
+        ['cost', 'drops', 'layers', 'search']
+        """
+        told = self.to_json()
+        layers = {
+            layer.name: {"energy": layer.energy, "error": layer.error}
+            | ({"spectrum": list(layer.spectrum)} if layer.spectrum else {})
+            for layer in self.layers
+            if not layer.skipped
+        }
+        return {RECORD_KEY: {key: told[key] for key in ("cost", "search", "drops")} | {"layers": layers}}
+
+
+def convert(
+    model: nn.Module,
+    lam: str | int | Mapping[str, int] | Plan = "full",
+    *,
+    example_input: Any = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    basis: str = "dct",
+    normalization: str = "ortho",
+    budget: str | Mapping[str, Any] | None = None,
+    max_drop: float | None = None,
+    worth: Callable[[nn.Module], float] | None = None,
+    calibration: Iterable[Any] | None = None,
+    settings: CalibrationSettings | None = None,
+    search: SearchSettings | None = None,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Convert a network's convolutions over 1x1 to harmonic form; ``model`` itself is never changed.
+
+    Each kernel becomes the best matching combination of the basis kernels that its plan keeps; nothing else changes.
+    With ``calibration`` what a cut broke is then repaired in closed form, on inputs without labels.
+
+    >>> conversion = convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)), lam=2)
+    >>> [(layer.name, layer.kept) for layer in conversion.layers]
+    [('0', 9), ('1', 3)]
+
+    Args:
+        model: any network; not wrapped in DistributedDataParallel or torch.compile.
+        lam: ``"full"`` (exact), an integer meant for 3x3 and scaled with the kernel, ``"progressive"``, a dict from
+            shell-style layer pattern to literal levels, or a `Plan`.
+        example_input: a tensor, a tuple of arguments, a dict of keywords, or a list (one argument). Needed by
+            ``"progressive"``; defaults to the size in the model's own ``pretrained_cfg``.
+        include: patterns; only convolutions that match one are converted, and count as named.
+        exclude: patterns of convolutions to leave as they are.
+        basis: ``"dct"``, ``"haar"``, ``"gaussian"``, or ``"klt"``, which is fitted to each layer (`Basis`); a `Plan`
+            has its own.
+        normalization: of the basis: ``"ortho"``, or ``"l1"`` as in the paper's ImageNet networks.
+        budget: instead of ``lam``: a share of the whole network's parameters, bytes, MACs or time on this machine (at
+            ``example_input``, as `factor` will have it), ``{"params": 0.6}`` or ``"latency=50%"``, or an amount,
+            ``"bytes=10MB"``; the plan of least harm within it is searched for (`harmconvert.search.choosing`).
+        max_drop: instead of ``lam``: the fewest parameters at which ``worth`` (of a network, in points, as top-1 in %)
+            falls by no more than this; by bisection over budgets, all of them in ``drops`` of what comes back.
+        calibration: batches of inputs to refit on (32 inputs or more): tensors, (input, target) pairs whose target is
+            not looked at, or dicts of keywords; read once.
+        settings: of the calibration. search: of the search for a budget.
+        progress: called with (layers done, layers, layer) while calibrating.
+
+    Raises:
+        UsageError: unknown lambda, a pattern without a match, an input that the network does not take.
+        InputError: nothing to convert, weights or calibration inputs that are not finite, or none of them.
+    """
+    check_network(model)
+    check_weights(model)
+    if (max_drop is None) != (worth is None):
+        raise UsageError("max_drop needs worth, a function that says how good a network is, and worth max_drop")
+    if max_drop is not None and worth is not None:
+        if budget is not None or lam != "full":
+            raise UsageError("max_drop finds the size itself: leave out lam and budget")
+        images = None if calibration is None else tuple(calibration)
+        at = partial(
+            convert, model, example_input=example_input, include=include, exclude=exclude, basis=basis,
+            normalization=normalization, calibration=images, settings=settings, progress=progress,
+        )  # fmt: skip
+        searching = _searching(model, Budget("params", 1.0), example_input, None)
+        least = searching.least_share(include, exclude, Basis(basis, normalization))
+        return _within_drop(at, max_drop, least, worth(model), worth, search or SearchSettings())
+    if budget is not None:
+        if lam != "full":
+            raise UsageError(f"lam (={lam!r}) and budget (={budget!r}) both say what to keep: give one of them")
+        return _within(
+            model, Budget.parse(budget), Basis(basis, normalization), include, exclude, example_input, calibration,
+            settings or CalibrationSettings(), search or SearchSettings(), progress,
+        )  # fmt: skip
+    if calibration is not None and example_input is None:
+        calibration, run = _run_on_calibration(model, lam, calibration)
+    else:
+        run = run_where_possible(model, lam, example_input)
+    plan = make_plan(find_sites(model, run), lam, include, exclude, Basis(basis, normalization))
+    if not plan.layers:
+        reasons = shortened([f"{skip.name}: {skip.why}" for skip in plan.skipped], 3) or "it has none"
+        raise InputError(f"this {type(model).__name__} has no convolution over 1x1 to convert ({reasons})")
+    convs = convolutions(model)
+    converted = exchange(
+        model,
+        {convs[p.name]: partial(to_harmonic, convs[p.name], p.frequencies, plan.family) for p in plan.layers},
+    )
+    harmonic = convolutions(converted)
+    records = [_record(layer, convs[layer.name], harmonic[layer.name], plan) for layer in plan.layers]
+    records += [
+        LayerRecord(
+            skip.name, skip.kind, skip.kernel_size, 0, len(all_frequencies(skip.kernel_size)), None, None, skip.why
+        )
+        for skip in plan.skipped
+    ]
+    order = {name: index for index, (name, _) in enumerate(model.named_modules())}
+    records.sort(key=lambda record: order[record.name])
+    conversion = Conversion(converted, plan, tuple(records), network_cost(model, plan, run))
+    return conversion if calibration is None else _calibrated(model, conversion, calibration, settings, progress)
+
+
+def _calibrated(
+    model: nn.Module,
+    conversion: Conversion,
+    calibration: Iterable[Any] | Known,
+    settings: CalibrationSettings | None = None,
+    progress: Progress | None = None,
+) -> Conversion:
+    """The conversion, its network refitted in place."""
+    calibrated = calibrate(model, conversion.model, conversion.plan, calibration, settings, progress)
+    return replace(conversion, calibration=calibrated)
+
+
+def _within(
+    model: nn.Module,
+    budget: Budget,
+    family: Basis,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    example_input: Any,
+    calibration: Iterable[Any] | None,
+    settings: CalibrationSettings,
+    search: SearchSettings,
+    progress: Progress | None,
+) -> Conversion:
+    """Convert by the best plan within a budget."""
+    images = None if calibration is None else tuple(calibration)
+    searching = _searching(model, budget, example_input, images, settings, search)
+    if progress is not None:
+        searching.progress = progress
+    conversion, record = searching(include, exclude, family)
+    return replace(conversion, search=record)
+
+
+def _searching(
+    model: nn.Module,
+    budget: Budget,
+    example_input: Any,
+    images: Sequence[Any] | None,
+    settings: CalibrationSettings | None = None,
+    search: SearchSettings | None = None,
+) -> Searching:
+    run = run_where_possible(model, "any", example_input)
+
+    def by_plan(plan: Plan, known: Known | None, settings: CalibrationSettings) -> Conversion:
+        conversion = convert(model, plan, example_input=example_input)
+        return conversion if known is None else _calibrated(model, conversion, known, settings)
+
+    given = default_input(model) if example_input is None else example_input
+    return Searching(
+        model, budget, find_sites(model, run), run, by_plan, images, settings or CalibrationSettings(),
+        search or SearchSettings(), given,
+    )  # fmt: skip
+
+
+def _within_drop(
+    at: Callable[..., Conversion],
+    max_drop: float,
+    least: float,
+    uncut: float,
+    worth: Callable[[nn.Module], float],
+    search: SearchSettings,
+) -> Conversion:
+    """The smallest conversion, of a share from ``least`` on, that is worth no more than so many points less than the
+    uncut network."""
+    with TemporaryDirectory() as folder:  # the layers are probed once for all budgets
+        kept = search if search.probes else replace(search, probes=str(Path(folder) / "probes.json"))
+
+        def attempt(share: float) -> tuple[Conversion, float]:
+            conversion = at(budget={"params": share}, search=kept) if share < 1 else at("full")
+            return conversion, uncut - worth(conversion.model)
+
+        conversion, steps = smallest_within(attempt, least, max_drop)
+    return cast(Conversion, replace(conversion, drops=steps))
+
+
+def _run_on_calibration(model: nn.Module, lam: Any, calibration: Iterable[Any]) -> tuple[Iterable[Any], Trace | None]:
+    """All calibration batches, and a run of the network on its own input or else on the first of them."""
+    if lam == "full" or default_input(model) is not None or not isinstance(calibration, Iterable):
+        return calibration, run_where_possible(model, lam, None)
+    batches = items(calibration)
+    first = list(itertools.islice(batches, 1))
+    with suppress(UsageError):  # calibration says what is wrong with its inputs
+        run = trace(model, Reader(model)(first[0])) if first else None
+        return itertools.chain(first, batches), run
+    return itertools.chain(first, batches), None
+
+
+def _record(layer: LayerPlan, conv: nn.Module, harmonic: nn.Module, plan: Plan) -> LayerRecord:
+    total = len(all_frequencies(layer.kernel_size))
+    record = LayerRecord(
+        layer.name,
+        type(conv).__name__,
+        layer.kernel_size,
+        len(layer.frequencies),
+        total,
+        None,
+        None,
+        plan.notes.get(layer.name),
+    )
+    weight = cast(Tensor, conv.weight).detach()
+    if weight.is_meta:
+        return record
+    error = relative_error(cast(Tensor, harmonic.weight).detach(), weight)
+    assert isinstance(harmonic, HarmonicMixin)
+    if not math.isfinite(error):
+        check_range(harmonic.coefficients, layer.name, "coefficients")
+        check_range(harmonic.weight, layer.name, "merged kernels")
+    # With an orthonormal basis what the cut frequencies held is exactly the squared error.
+    energy = 1.0 if layer.whole else max(0.0, 1 - error**2)
+    return replace(record, energy=energy, error=error, spectrum=_spectrum(layer, weight, plan))
+
+
+def _spectrum(layer: LayerPlan, weight: Tensor, plan: Plan) -> tuple[float, ...] | None:
+    """Of a layer that stays whole the coefficients themselves tell."""
+    if layer.whole or plan.basis != "dct":
+        return None
+    means = project(weight, dct_basis(layer.kernel_size)).abs().mean((0, 1), dtype=torch.float64).tolist()
+    return tuple(float(f"{mean:.{_DIGITS}g}") for mean in means)

@@ -1,0 +1,98 @@
+"""inspect(): what converting a network could gain, before doing it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from ..kernels.basis import dct_basis, frequencies_below, scaled_levels
+from ..kernels.projection import energy_kept
+from ..network.checks import check_network, check_weights
+from ..network.layers import convolutions
+from ..network.tracing import find_sites, run_where_possible
+from ..network.values import default_input
+from ..plan.cost import Cost, network_cost
+from ..plan.plan import Skip, make_plan
+
+LAMBDAS = (1, 2, 3, 4)
+
+
+@dataclass(frozen=True)
+class LayerInspection:
+    """A convolution over 1x1: parameters of its kernel, output size, and the energy that each lambda of 1 to 4 would
+    keep (scaled with the kernel; None where the weights have no values)."""
+
+    name: str
+    kind: str
+    kernel: tuple[int, ...]
+    parameters: int
+    output_size: tuple[int, ...] | None
+    energy: tuple[float, ...] | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a network is made of and what each policy would make of it; ``policies`` maps lambda to cost."""
+
+    layers: tuple[LayerInspection, ...]
+    skipped: tuple[Skip, ...]
+    parameters: int
+    policies: dict[str, Cost]
+    one_by_one: int
+
+    @property
+    def parameter_share(self) -> float:
+        """Share of the network's parameters in convolutions over 1x1: the most that any cut can reach."""
+        return self.policies["full"].parameter_share
+
+    @property
+    def mac_share(self) -> float | None:
+        """Share of the network's MACs in convolutions over 1x1; None where it was not run."""
+        return self.policies["full"].mac_share
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dict."""
+        return asdict(self) | {"parameter_share": self.parameter_share, "mac_share": self.mac_share}
+
+
+def inspect(model: nn.Module, example_input: Any = None, *, energies: bool = True) -> Inspection:
+    """What could be gained by converting ``model``; nothing is changed.
+
+    >>> inspect(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))).policies["2"].harmonic_parameters
+    424
+
+    Args:
+        example_input: as for `convert`; MACs and ``progressive`` need one, or the model's own ``pretrained_cfg``.
+        energies: False leaves them out, for weights that mean nothing.
+
+    Raises:
+        UsageError: an input that the network does not take, or a wrapped network.
+    """
+    check_network(model)
+    if energies:
+        check_weights(model)
+    wanted = "full" if example_input is None and default_input(model) is None else "any"
+    run = run_where_possible(model, wanted, example_input)
+    sites = find_sites(model, run)
+    plan = make_plan(sites, "full")
+    policies = {}
+    for policy in ("full", 3, "progressive", 2, 1):
+        try:
+            policies[str(policy)] = network_cost(model, make_plan(sites, policy), run)
+        except UsageError:
+            continue  # progressive without map sizes
+    convs, size = convolutions(model), {site.name: site.output_size for site in sites}
+    layers = []
+    for layer in plan.layers:
+        weight = cast(Tensor, convs[layer.name].weight)
+        energy = None
+        if energies and not weight.is_meta and weight.is_floating_point():
+            kept = [frequencies_below(layer.kernel_size, scaled_levels(layer.kernel_size, lam)) for lam in LAMBDAS]
+            energy = tuple(energy_kept(weight, dct_basis(layer.kernel_size, frequencies)) for frequencies in kept)
+        kind = type(convs[layer.name]).__name__
+        layers.append(LayerInspection(layer.name, kind, layer.kernel_size, weight.numel(), size[layer.name], energy))
+    ones = len(convs) - len(plan.layers) - sum(skip.name in convs for skip in plan.skipped)
+    return Inspection(tuple(layers), plan.skipped, policies["full"].parameters, policies, ones)

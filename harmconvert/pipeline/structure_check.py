@@ -1,0 +1,120 @@
+"""Are two networks built of the same parts, and is every tensor outside their kernels the same, bit for bit?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ..calibration import digests
+from ..layers.harmonic import CONVOLUTIONS, HarmonicMixin
+from ..network.layers import convolutions, kernel_size
+from ..network.state import tensors_of
+
+_ATTRIBUTES = ("stride", "padding", "dilation", "groups", "padding_mode", "output_padding", "transposed", "eps")
+
+
+def pairs_of(original: nn.Module, converted: nn.Module) -> tuple[dict[str, tuple[nn.Module, nn.Module]], list[str]]:
+    """The convolutions of both by name, and what keeps the two networks from having the same structure."""
+    ours, theirs = convolutions(original), convolutions(converted)
+    problems = [f"{name}: only in the original" for name in ours if name not in theirs]
+    problems += [f"{name}: only in the converted network" for name in theirs if name not in ours]
+    pairs = {}
+    for name, conv in ours.items():
+        if name not in theirs:
+            continue
+        other = theirs[name]
+        if any(is_lazy(p) for p in conv.parameters(recurse=False)):
+            continue
+        shapes = [tuple(cast(Tensor, c.weight).shape) for c in (conv, other)]
+        if shapes[0] != shapes[1]:
+            problems.append(f"{name}: its kernel has shape {shapes[1]}, the original's {shapes[0]}")
+            continue
+        for attribute in _ATTRIBUTES:
+            values = [getattr(c, attribute, None) for c in (conv, other)]
+            if values[0] != values[1]:
+                problems.append(f"{name}: {attribute} is {values[1]}, the original's {values[0]}")
+        real = cast(Tensor, conv.weight).is_floating_point()
+        if isinstance(other, HarmonicMixin) or (prod(kernel_size(conv)) > 1 and real):
+            pairs[name] = (conv, other)
+    return pairs, problems
+
+
+def built_otherwise(original: nn.Module, converted: nn.Module, pairs: Mapping[str, Any]) -> list[str]:
+    """Parts without parts of their own, convolutions aside, that are of another class or have other settings."""
+    theirs, problems = dict(converted.named_modules()), []
+    for name, module in original.named_modules():
+        other = theirs.get(name)
+        if other is None or name in pairs or any(module.children()) or isinstance(module, CONVOLUTIONS):
+            continue
+        kinds = [type(one).__name__ for one in (module, other)]
+        if kinds[0] != kinds[1]:
+            problems.append(f"{name}: is a {kinds[1]}, the original's a {kinds[0]}")
+            continue
+        found = _settings(other)
+        problems += [
+            f"{name}: {key} is {found[key]}, the original's {value}"
+            for key, value in _settings(module).items()
+            if key in found and found[key] != value
+        ]
+    return problems
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """What a module was made with, as far as it is plain values and changes what it computes."""
+    plain = (int, float, str, tuple, type(None))
+    aside = ("training", "inplace", "momentum")
+    return {k: v for k, v in vars(module).items() if k[0] != "_" and k not in aside and isinstance(v, plain)}
+
+
+def as_calibrated(converted: nn.Module, calibrated: Mapping[str, str]) -> dict[str, bool]:
+    """Whether each tensor that calibration wrote is what it wrote."""
+    found = digests(converted, calibrated)
+    return {key: found.get(key) == sha256 for key, sha256 in calibrated.items()}
+
+
+def altered_state(
+    original: nn.Module, converted: nn.Module, pairs: Mapping[str, Any], written: Mapping[str, bool]
+) -> list[str]:
+    """Parameters and buffers outside the paired kernels that differ in any bit, or from what calibration wrote."""
+    paired = {id(original.get_submodule(name)) for name in pairs}
+    names = [name for name, module in original.named_modules(remove_duplicate=False) if id(module) in paired]
+    kernels = {f"{name}.{key}".lstrip(".") for name in names for key in ("weight", "coefficients", "fitted_basis")}
+    ours, theirs = tensors_of(original), tensors_of(converted)
+    problems = []
+    for key, tensor in ours.items():
+        if key in kernels or written.get(key):
+            continue
+        if key in written:
+            problems.append(f"{key}: is not what calibration wrote")
+            continue
+        if key not in theirs:
+            problems.append(f"{key}: only in the original")
+        elif not _equal(tensor, theirs[key]):
+            problems.append(f"{key}: differs from the original's")
+    problems += [f"{key}: only in the converted network" for key in theirs if key not in ours and key not in kernels]
+    return problems
+
+
+def _equal(tensor: Tensor, other: Tensor) -> bool:
+    """Whether a tensor has the other's bits; where one is stored in fewer bits, rounded to those."""
+    if is_lazy(tensor) or is_lazy(other):
+        return is_lazy(tensor) and is_lazy(other)
+    if tensor.is_quantized or other.is_quantized:  # reading their storage ends the process
+        return tensor.dtype == other.dtype and torch.equal(tensor, other)
+    if tensor.shape != other.shape:
+        return False
+    tensor, other = (t if t.layout == torch.strided else t.to_dense() for t in (tensor, other))
+    if not (tensor.is_floating_point() and other.is_floating_point()):
+        dtype = tensor.dtype
+    else:
+        dtype = min((tensor.dtype, other.dtype), key=lambda d: -torch.finfo(d).eps)
+    return torch.equal(_bits(tensor.to(dtype)), _bits(other.to(tensor.device, dtype)))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8) if tensor.numel() else tensor

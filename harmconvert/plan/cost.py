@@ -1,0 +1,162 @@
+"""What layers and networks cost: parameters, bytes and multiply-adds of each form, before anything is converted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ..kernels.basis import Frequency
+from ..layers.factored import FACTORABLE
+from ..network.layers import convolutions, kernel_size
+from ..network.other_convolutions import other_convolutions
+from ..network.running import evaluating
+from ..network.state import tensors_of
+from ..network.tracing import Trace
+from .plan import Plan
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One convolution: parameters of its kernel, whole and kept, and MACs per example of its forms (None: no trace).
+
+    ``factored_macs`` counts the responses of every input channel (separable, unless the basis is fitted) and the 1x1
+    product over the kept ones; those of the dense form where a layer has no factored one.
+    """
+
+    parameters: int
+    kept_parameters: int
+    macs: int | None
+    factored_macs: int | None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A network before and after a plan. Parameters: tied ones once, fitted bases with them. MACs: per example, None
+    without a trace.
+
+    ``over_1x1_*`` is what convolutions over 1x1 hold, those of classes that are not converted included; a plan can
+    touch nothing else. The harmonic form costs the dense form's MACs plus ``merge_macs``, once per forward whatever the
+    batch.
+    """
+
+    parameters: int
+    harmonic_parameters: int
+    over_1x1_parameters: int
+    bytes: int
+    harmonic_bytes: int
+    merge_macs: int
+    dense_macs: int | None = None
+    factored_macs: int | None = None
+    over_1x1_macs: int | None = None
+
+    @property
+    def parameter_share(self) -> float:
+        """Share of the parameters in convolutions over 1x1."""
+        return self.over_1x1_parameters / max(self.parameters, 1)
+
+    @property
+    def mac_share(self) -> float | None:
+        """Share of the MACs in convolutions over 1x1, or None without a trace."""
+        return None if self.over_1x1_macs is None else self.over_1x1_macs / max(self.dense_macs or 0, 1)
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Number of parameters, tied ones once; those of lazy layers, which have no size yet, are not counted."""
+    return sum(parameter.numel() for parameter in model.parameters() if not is_lazy(parameter))
+
+
+def tensor_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and persistent buffers, shared ones once."""
+    unique = {id(tensor): tensor for tensor in tensors_of(model, keep_vars=True).values()}
+    return sum(t.numel() * t.element_size() for t in unique.values() if not is_lazy(t))
+
+
+def bytes_of(build: Callable[[], nn.Module]) -> int | None:
+    """Bytes of the network that ``build`` makes, without taking them; None where it cannot be made without values."""
+    try:
+        with torch.device("meta"):
+            return tensor_bytes(build())
+    except Exception:
+        return None
+
+
+def response_macs(kernel_size: Sequence[int], frequencies: Sequence[Frequency], separable: bool = True) -> int:
+    """Multiply-adds to get all kept responses of one channel at one position, axis by axis from the last where the
+    basis kernels are products of vectors.
+
+    >>> response_macs((3, 3), [(0, 0), (0, 1), (1, 0)])  # two rows of three, then three columns of three
+    15
+    """
+    if not separable:
+        return prod(kernel_size) * len(frequencies)
+    return sum(size * len({f[axis:] for f in frequencies}) for axis, size in enumerate(kernel_size))
+
+
+def layer_costs(model: nn.Module, plan: Plan, trace: Trace | None = None) -> dict[str, LayerCost]:
+    """Cost of every planned convolution of the original ``model``, by name."""
+    convs = convolutions(model)
+    costs = {}
+    for layer in plan.layers:
+        conv = convs[layer.name]
+        weight = cast(Tensor, conv.weight)
+        run = trace.layers.get(layer.name) if trace else None
+        kept = weight.numel() // prod(layer.kernel_size) * len(layer.frequencies)
+        macs = factored = None
+        if trace:
+            macs = run.macs // trace.batch if run else 0
+            factored = macs
+            if not layer.whole and type(conv) in FACTORABLE:
+                positions = macs // weight.numel()
+                one = response_macs(layer.kernel_size, layer.frequencies, separable=not plan.family.fitted)
+                factored = positions * (one * cast(int, conv.in_channels) + kept)
+        costs[layer.name] = LayerCost(weight.numel(), kept, macs, factored)
+    return costs
+
+
+def network_cost(model: nn.Module, plan: Plan, trace: Trace | None = None) -> Cost:
+    """Cost of the original ``model`` before and after ``plan``."""
+    layers = layer_costs(model, plan, trace)
+    convs = convolutions(model)
+    # A tied weight counts once, as its coefficients do: by identity, the last one standing for all.
+    saved = {id(convs[n].weight): (c.parameters - c.kept_parameters, _itemsize(convs[n])) for n, c in layers.items()}
+    # A basis that is fitted to a layer has to be kept beside its coefficients, in float64.
+    bases = sum(len(p.frequencies) * prod(p.kernel_size) for p in plan.layers) if plan.family.fitted else 0
+    with evaluating(model):  # reading a spectrally normalised weight in training mode would change the network
+        over_1x1 = {
+            id(c._parameters.get("weight", c)): cast(Tensor, c.weight).numel()
+            for c in _over_1x1(model).values()
+            if not any(is_lazy(p) for p in c.parameters(recurse=False))
+        }
+        others = other_convolutions(model, trace.findings.others if trace else None)
+        over_1x1 |= {id(kernel): kernel.numel() for other in others.values() for kernel in other.kernels}
+    parameters, size = parameter_count(model), tensor_bytes(model)
+    macs = {}
+    if trace:
+        total = trace.macs // trace.batch
+        change = sum((c.factored_macs or 0) - (c.macs or 0) for c in layers.values())
+        reach = sum(run.macs for name, run in trace.layers.items() if name in _over_1x1(model))
+        reach = (reach + sum(run.macs for run in trace.findings.others.values())) // trace.batch
+        macs = {"dense_macs": total, "factored_macs": total + change, "over_1x1_macs": reach}
+    return Cost(
+        parameters=parameters,
+        harmonic_parameters=parameters - sum(count for count, _ in saved.values()) + bases,
+        over_1x1_parameters=sum(over_1x1.values()),
+        bytes=size,
+        harmonic_bytes=size - sum(count * itemsize for count, itemsize in saved.values()) + 8 * bases,
+        merge_macs=sum(c.kept_parameters * prod(kernel_size(convs[name])) for name, c in layers.items()),
+        **macs,
+    )
+
+
+def _over_1x1(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: conv for name, conv in convolutions(model).items() if prod(kernel_size(conv)) > 1}
+
+
+def _itemsize(conv: nn.Module) -> int:
+    return cast(Tensor, conv.weight).element_size()

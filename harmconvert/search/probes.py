@@ -1,0 +1,121 @@
+"""The scores of single cuts, kept as JSON so that another budget need not measure them again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..calibration import CalibrationSettings
+from ..documents import check, count, finite, plain
+from ..errors import InputError, UsageError
+from ..files import read_json, write_text
+from ..kernels.basis import Basis, Frequency
+from ..network.distributed import from_first_rank, rank
+from ..network.state import tensors_sha256, weights_sha256
+from ..network.values import tensors_in
+from ..plan.plan import Plan
+from .orders import Order
+
+VERSION = 1
+_SHAPE = {
+    "key": {...: plain},
+    "single": {...: finite},
+    "whole": {...: finite},
+    "orders": {...: {"frequencies": [[count]], "by": str, "why": (str, None)}},
+}
+
+
+@dataclass
+class Probes:
+    """Measured divergences: of one item cut to one set of frequencies, and of whole plans; and the order in which each
+    layer's frequencies go, by its first name.
+
+    ``key`` says of which weights, inputs and settings; a file of another key is refused. Every entry is written at
+    once, so that an interrupted search goes on where it was.
+    """
+
+    key: Mapping[str, Any]
+    path: Path | None = None
+    single: dict[str, float] = field(default_factory=dict)
+    whole: dict[str, float] = field(default_factory=dict)
+    orders: dict[str, Order] = field(default_factory=dict)
+
+    @classmethod
+    def opened(cls, path: Path | None, key: Mapping[str, Any]) -> Probes:
+        """Those kept in ``path``, or none yet.
+
+        Raises:
+            InputError: the file holds something else. UsageError: they are of other weights, inputs or settings.
+        """
+        probes = cls(key, path)
+        data = from_first_rank(_read(path)) if path is not None else None
+        if isinstance(data, str):
+            raise InputError(data)
+        if data is None:
+            return probes
+        if differing := [name for name, value in key.items() if data["key"].get(name) != value]:
+            raise UsageError(
+                f"{path} holds probes of other {' and '.join(differing)}: remove it, or name another file (--probes)"
+            )
+        return cls(key, path, data["single"], data["whole"], _orders(data))
+
+    def keep(self) -> None:
+        """Write all that is known."""
+        if self.path is None or rank() > 0:
+            return
+        data = {"version": VERSION, "key": dict(self.key), "single": self.single, "whole": self.whole}
+        data["orders"] = {name: order.to_json() for name, order in self.orders.items()}
+        write_text(self.path, json.dumps(data, indent=1) + "\n", force=True)
+
+
+def key_of(model: nn.Module, batches: Iterable[Any], settings: CalibrationSettings, family: Basis) -> dict[str, Any]:
+    """What probes depend on, JSON-able."""
+    inputs = {f"{i}.{j}": t for i, batch in enumerate(batches) for j, t in enumerate(tensors_in(batch))}
+    own = asdict(settings)
+    own.pop("memory")  # what solver there is memory for changes rounding only
+    return {
+        "weights": weights_sha256(model),
+        "images": tensors_sha256(inputs),
+        "settings": {**own, "basis": str(family)},
+    }
+
+
+def name_of(names: Sequence[str], frequencies: Sequence[Frequency]) -> str:
+    """What a single cut is called in the file."""
+    return f"{','.join(names)}: {' '.join('-'.join(map(str, f)) for f in frequencies)}"
+
+
+def name_of_plan(plan: Plan) -> str:
+    """What a plan is called in the file: the frequencies of all that is cut."""
+    return "; ".join(name_of((layer.name,), layer.frequencies) for layer in plan.layers if not layer.whole) or "whole"
+
+
+def _read(path: Path) -> Any:
+    """The content, None where there is no file, or a complaint."""
+    if not path.exists():
+        return None
+    try:
+        data = read_json(path)
+        if not isinstance(data, dict):
+            raise ValueError("it is no JSON object")
+        if data["version"] != VERSION:
+            return (
+                f"{path} holds probes of version {data['version']}, this harmconvert reads version {VERSION}: remove it"
+            )
+        check(data, _SHAPE, "probes")
+        if missing := set(_SHAPE) - {"orders"} - set(data):
+            raise KeyError(min(missing))
+        _orders(data)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{path} holds no probes that can be read ({type(error).__name__}: {error}): remove it"
+    return data
+
+
+def _orders(data: Any) -> dict[str, Order]:
+    """Files of before there were orders have none."""
+    return {name: Order.from_json(order) for name, order in data.get("orders", {}).items()}

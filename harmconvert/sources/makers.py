@@ -1,0 +1,223 @@
+"""Networks of sources: how each scheme makes its network, with its weights or without."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torchvision
+from torch import Tensor, nn
+
+from ..errors import InputError, UsageError, first_line
+from ..files import read_json
+from ..network.classifier import replace_classifier
+from ..network.declared import pretrained_config
+from ..network.state import tensors_of
+from ..samples import SAMPLES
+from ..storage.source import SCHEMES, Source
+from ..storage.weights import load_state, load_weights
+from ..user_code import import_function
+from .downloads import reaching_out, torchvision_loading, torchvision_preprocessing
+from .reference import open_reference
+
+# What a folder's weights may be called; with .index.json at the end, a large network's index of several files.
+_LOCAL_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+
+def built(source: Source) -> nn.Module:
+    """The network of a source, its weights still to be loaded."""
+    return build(source)[0]
+
+
+def build(source: Source, pretrained: bool = False) -> tuple[nn.Module, Source]:
+    """The network of a source, with its own weights where ``pretrained``, and what is now known of the source.
+
+    Raises: as `harmconvert.sources.opening.open_source`.
+    """
+    maker = cast(
+        "Callable[[Source, bool], tuple[nn.Module, Source]]", globals()[f"_from_{source.scheme.replace('-', '_')}"]
+    )
+    model, source = maker(source, pretrained)
+    if source.classes is not None:
+        replace_classifier(model, source.classes)
+    declare_size(model, source.arguments)
+    return model, source
+
+
+def declare_size(model: nn.Module, arguments: Mapping[str, Any]) -> None:
+    """Let a network that was made for other channels or images say so where it says what it takes.
+
+    >>> network = timm.create_model("test_vit", in_chans=1, img_size=64)
+    >>> declare_size(network, {"in_chans": 1, "img_size": 64})
+    >>> pretrained_config(network)["input_size"]
+    (1, 64, 64)
+    """
+    config = pretrained_config(model)
+    size = config.get("input_size")
+    if not isinstance(size, list | tuple) or len(size) != 3:
+        return
+    side = arguments.get("img_size", arguments.get("image_size"))
+    sides = [side, side] if isinstance(side, int) else side
+    changed = [
+        arguments.get("in_chans"),
+        *(sides if isinstance(sides, list | tuple) and len(sides) == 2 else (None, None)),
+    ]
+    found = tuple(new if isinstance(new, int) and new > 0 else old for new, old in zip(changed, size, strict=True))
+    if found != tuple(size):
+        with suppress(AttributeError):  # a class that computes it keeps its own
+            cast(Any, model).pretrained_cfg = {**config, "input_size": found}
+
+
+def _from_timm(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
+    if not timm.is_model(source.name):
+        raise UsageError(f"timm has no model {source.name!r}{_close(source.name, timm.list_models())}")
+    with reaching_out(str(source)):
+        model = timm.create_model(source.name, pretrained=pretrained, **source.arguments)
+    config = pretrained_config(model)
+    if pretrained and isinstance(tag := config.get("tag"), str) and tag:
+        source = replace(source, weights={"tag": tag})
+    return model, replace(source, licence=config.get("license"))
+
+
+def _from_hf_hub(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
+    with reaching_out(str(source)):
+        _, architecture, model_arguments = timm.models.load_model_config_from_hf(source.name)
+        model = timm.create_model(f"hf-hub:{source.name}", pretrained=pretrained, **source.arguments)
+    return model, _with_config(source, model, architecture, model_arguments)
+
+
+def _from_local_dir(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
+    config = Path(source.name) / "config.json"
+    try:
+        content = read_json(config)
+        architecture = str(content["architecture"])
+    except FileNotFoundError as error:
+        raise InputError(f"{source.name} is no timm folder: it has no config.json") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{config} is unreadable: {first_line(error)}; get the folder again") from error
+    try:
+        model = timm.create_model(f"local-dir:{source.name}", pretrained=False, **source.arguments)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{config} makes no network: {first_line(error)}") from error
+    paths = [Path(source.name) / f"{name}{end}" for end in ("", ".index.json") for name in _LOCAL_WEIGHTS]
+    files = [path for path in paths if path.exists()]
+    if pretrained and not files:
+        raise InputError(f"{source.name} has no weights: neither {' nor '.join(_LOCAL_WEIGHTS)}")
+    if pretrained:
+        source = replace(source, weights=load_weights(model, files[0], rename=renamed))
+    return model, _with_config(source, model, architecture, content.get("model_args") or {})
+
+
+def _from_torchvision(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
+    """``NAME.WEIGHTS`` is built as for those weights, whose networks differ from untrained ones in more than values
+    (frozen norms, auxiliary heads, input transforms); ``NAME`` is the untrained structure."""
+    name, _, tag = source.name.partition(".")
+    builder = torchvision.models.get_model_builder(name)
+    weights = torchvision.models.get_model_weights(name)
+    try:
+        chosen = weights[tag or "DEFAULT"]
+    except KeyError as error:
+        known = ", ".join(w.name for w in weights)
+        raise UsageError(f"torchvision:{name} has no weights {tag!r}: there are {known}") from error
+    arguments: dict[str, Any] = dict(source.arguments)
+    if "weights_backbone" in inspect.signature(builder).parameters:
+        arguments = {"weights_backbone": None, **arguments}
+    try:
+        with reaching_out(str(source)), torchvision_loading(fetch=pretrained):
+            model = builder(weights=chosen if tag else None, **arguments)
+    except InputError as error:
+        if not tag or not isinstance(error.__cause__, ValueError) or "expected value" not in str(error):
+            raise
+        if pretrained:
+            raise InputError(
+                f"the weights {tag} of torchvision:{name} are for other arguments ({first_line(error.__cause__)}): "
+                "give your own with --checkpoint FILE"
+            ) from error
+        return _from_torchvision(replace(source, name=name), False)
+    if not hasattr(model, "pretrained_cfg") and (cfg := torchvision_preprocessing(builder.__module__, chosen)):
+        model.pretrained_cfg = cfg
+    return model, source
+
+
+def with_weights_name(source: Source) -> Source:
+    """``torchvision:NAME`` means its default weights; their name is recorded, because defaults change."""
+    if source.scheme != "torchvision" or "." in source.name:
+        return source
+    if source.name not in torchvision.models.list_models():
+        raise UsageError(
+            f"torchvision has no model {source.name!r}{_close(source.name, torchvision.models.list_models())}"
+        )
+    return replace(source, name=f"{source.name}.{torchvision.models.get_model_weights(source.name)['DEFAULT'].name}")
+
+
+def _from_sample(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
+    if source.name not in SAMPLES:
+        raise UsageError(f"there is no sample {source.name!r}: use one of {', '.join(SAMPLES)}")
+    if unknown := {*source.arguments} - (set() if pretrained else {"num_classes"}):
+        what = "its weights take" if unknown == {"num_classes"} else "it takes"
+        raise UsageError(f"{source} is a sample network: {what} no argument {min(unknown)}")
+    classes = source.arguments.get("num_classes")
+    if classes is not None and (type(classes) is not int or classes < 1):
+        raise UsageError(f"num_classes (={classes!r:.80}) must be a whole number from 1 on")
+    sample = SAMPLES[source.name]
+    model = sample.build()
+    if pretrained:
+        load_state(model, sample.weights(), str(source))
+    elif classes is not None:  # fine-tuned for other classes
+        cast(Any, model).reset_classifier(classes)
+    return model, replace(source, licence=sample.licence)
+
+
+def _from_reference(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
+    return open_reference(source.name, source.arguments, "dense")[:2]
+
+
+def _from_code(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
+    """The user's own factory: any weights it gives its network are the pretrained ones."""
+    factory = import_function(source.name, SCHEMES)
+    try:
+        model = factory(**source.arguments)
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{source.name} fails: {type(error).__name__}: {first_line(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{source.name} returns a {type(model).__name__}, not a torch.nn.Module")
+    return model, source
+
+
+def renamed(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict under this network's keys: timm's own filter helps where an older file's keys differ."""
+    if set(state) == set(tensors_of(model)):
+        return state
+    if not type(model).__module__.startswith("timm."):
+        return state
+    rename = getattr(importlib.import_module(type(model).__module__), "checkpoint_filter_fn", None)
+    if rename is None:
+        return state
+    try:
+        return dict(rename(dict(state), model))
+    except Exception:
+        return state  # the complaint about the file's own keys says more
+
+
+def _with_config(source: Source, model: nn.Module, architecture: str, model_arguments: Mapping[str, Any]) -> Source:
+    """The source with all that is needed to build the network again without the hub or the folder."""
+    recorded = {"architecture": architecture, **model_arguments, **source.arguments}
+    if isinstance(classes := getattr(model, "num_classes", None), int):
+        recorded["num_classes"] = classes
+    return replace(source, arguments=recorded, licence=pretrained_config(model).get("license"))
+
+
+def _close(name: str, names: list[str]) -> str:
+    matches = difflib.get_close_matches(name.partition(".")[0], names, 3)
+    return (
+        f": did you mean {', '.join(matches)}?"
+        if matches
+        else "; other schemes are torchvision:, hf-hub:, local-dir:, sample:"
+    )

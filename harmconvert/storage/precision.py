@@ -1,0 +1,81 @@
+"""Store a network in 16 bits, and see what that costs its outputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckError, InputError, UsageError
+from ..network.comparison import OUTPUT_TOLERANCE, greatest_difference
+from ..network.copying import deep_copy
+from ..network.exchange import in_sixteen_bits
+from ..network.running import call, evaluating
+from ..network.state import tensors_of
+from ..network.values import cloned, fitted, tensors_in
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """The dtype of that name.
+
+    Raises:
+        UsageError: none in which networks are stored here.
+    """
+    if name not in DTYPES:
+        raise UsageError(f"unknown dtype {name!r}: use one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def rounded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of a network with its parameters and buffers in ``dtype``; integers, complex numbers and fitted bases stay
+    as they are.
+
+    Raises:
+        InputError: a value that is out of the dtype's range.
+    """
+    small = deep_copy(model)._apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+    for key, tensor in tensors_of(small).items():
+        if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta and not tensor.isfinite().all():
+            before = tensors_of(model)[key]
+            if before.isfinite().all():
+                largest = before.abs().max().item()
+                name, others = _named(dtype)
+                raise InputError(f"{key} has values up to {largest:.3g}, out of {name}'s range: use {others}")
+    return small
+
+
+def in_float32(model: nn.Module) -> nn.Module:
+    """The network itself, its 16-bit parameters and buffers made float32: 16 bits are for files, not for arithmetic."""
+    return model.float() if in_sixteen_bits(model) else model
+
+
+def check_rounding(model: nn.Module, small: nn.Module, inputs: Any) -> float:
+    """The relative difference that rounding makes to the outputs, both networks computing in float32.
+
+    Raises:
+        CheckError: it is more than `OUTPUT_TOLERANCE` of the dtype allows.
+    """
+    networks = [deep_copy(network).float() for network in (model, small)]
+    with evaluating(*networks):
+        expected, found = (_outputs(network, inputs) for network in networks)
+    difference = greatest_difference(found, expected)
+    dtype = next((p.dtype for p in small.parameters() if p.is_floating_point()), torch.float32)
+    if not difference <= OUTPUT_TOLERANCE[dtype]:
+        name, others = _named(dtype)
+        raise CheckError(
+            f"rounded to {name} the outputs differ by {difference:.1e} of the largest, tolerance "
+            f"{OUTPUT_TOLERANCE[dtype]:.0e}; nothing was written: use {others}"
+        )
+    return difference
+
+
+def _named(dtype: torch.dtype) -> tuple[str, str]:
+    """A dtype's name, and what to use where it is not enough."""
+    return str(dtype).removeprefix("torch."), "bfloat16 or float32" if dtype == torch.float16 else "float32"
+
+
+def _outputs(network: nn.Module, inputs: Any) -> list[Tensor]:
+    return tensors_in(call(network, cloned(fitted(inputs, network))))
