@@ -124,7 +124,7 @@ def test_a_whole_basis_is_the_same_network(name: str, normalization: str) -> Non
 def test_a_cut_is_verified_saved_loaded_and_fused(name: str, tmp_path: Path) -> None:
     model = seeded(lambda: timm.create_model("resnet10t", num_classes=10))
     conversion = convert(model, 2, basis=name)
-    assert hc.verify(model, conversion.model).as_planned
+    assert hc.verify(model, conversion).as_planned
     path = tmp_path / "cut.safetensors"
     hc.save(conversion, path)
     assert read_header(path).plan == conversion.plan
@@ -176,7 +176,7 @@ def test_calibration_repairs_a_cut_in_any_basis(name: str) -> None:
         network.eval(), plain.model.eval(), calibrated.model.eval()
         truth, before, after = (m(images[64:]) for m in (network, plain.model, calibrated.model))
     assert (after - truth).norm() < 0.5 * (before - truth).norm()
-    assert hc.verify(network, calibrated.model).as_planned
+    assert hc.verify(network, calibrated).as_planned
 
 
 def random_digits(count: int) -> torch.Tensor:

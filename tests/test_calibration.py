@@ -1086,7 +1086,7 @@ def test_what_was_done_is_saved_and_verified(tmp_path: Path) -> None:
     with torch.no_grad():
         loaded[6].coefficients[1, 2, 0] *= 1.001
         loaded[4].running_mean[0] += 1e-3
-    problems = hc.verify(model, loaded, x[:2]).problems
+    problems = hc.verify(model, network, x[:2]).problems
     assert any(p.startswith("6: its coefficients are not what calibration wrote") for p in problems)
     assert any(p.startswith("4.running_mean") for p in problems)
 
@@ -1115,11 +1115,12 @@ def test_a_refit_out_of_range_is_not_written() -> None:
 def test_calibrated_coefficients_of_other_frequencies_are_not_what_calibration_wrote() -> None:
     """To the last bit they are: but not of what they were fitted to."""
     model, x = stack(torch.float32), smooth((32, 3, 12, 12), dtype=torch.float32)
-    converted = hc.convert(model, 2, calibration=x.split(8)).model
-    assert hc.verify(model, converted, x[:2]).as_planned
+    conversion = hc.convert(model, 2, calibration=x.split(8))
+    converted = conversion.model
+    assert hc.verify(model, conversion, x[:2]).as_planned
     converted[6].frequencies = ((0, 0), (1, 0), (2, 0))
     converted[6]._set_basis()
-    problems = hc.verify(model, converted, x[:2]).problems
+    problems = hc.verify(model, conversion, x[:2]).problems
     assert [p for p in problems if p.startswith("6: its coefficients are not what calibration wrote")]
 
 

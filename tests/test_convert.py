@@ -259,7 +259,7 @@ def test_what_a_forward_counts_stays_as_it_was() -> None:
         for model in (net, found.model):
             assert model.calls == 0
             assert model.last is None
-        assert verify(net, found.model, batches[0]).as_planned
+        assert verify(net, found, batches[0]).as_planned
 
 
 def test_a_deformable_convolution_is_named() -> None:

@@ -379,7 +379,7 @@ def test_without_a_compiler_torchs_operators_do(setting: dict[str, str], tmp_pat
 
 def test_a_library_that_others_could_have_put_there_is_not_loaded(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
-    code = "from harmconvert import native; print(native.unavailable())"
+    code = "from harmconvert.layers import native; print(native.unavailable())"
     env = {**os.environ, "HARMCONVERT_CACHE": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert f"others may write in {tmp_path}: chmod go-w it" in done.stdout
@@ -389,7 +389,7 @@ def test_a_library_that_others_could_have_put_there_is_not_loaded(tmp_path: Path
 @pytest.mark.slow
 def test_the_library_is_made_once_and_whole(tmp_path: Path) -> None:
     """Several processes at once: each gets it, one file stays."""
-    code = "from harmconvert import native; assert native.unavailable() is None, native.unavailable()"
+    code = "from harmconvert.layers import native; assert native.unavailable() is None, native.unavailable()"
     env = {**os.environ, "HARMCONVERT_CACHE": str(tmp_path)}
     processes = [subprocess.Popen([sys.executable, "-c", code], env=env) for _ in range(3)]
     assert [process.wait() for process in processes] == [0, 0, 0]

@@ -169,7 +169,7 @@ def test_images_are_prepared_as_its_training_code_prepared_them(tmp_path: Path) 
 def test_it_is_saved_as_a_checkpoint_of_ours_and_the_file_is_needed_no_more(tmp_path: Path, name: str) -> None:
     path = written(tmp_path, name)
     network = opened(path, name)
-    hc.save(network.model, tmp_path / "ours.safetensors")
+    hc.save(network, tmp_path / "ours.safetensors")
     Path(path).unlink()
     again = open_source(str(tmp_path / "ours.safetensors"))
     x = CASES[name].input()

@@ -187,14 +187,14 @@ def test_a_harmonic_checkpoint_is_a_source(tmp_path: Path) -> None:
     assert again.header.source.sha256 == weights_sha256(network.model)
     with pytest.raises(UsageError, match="takes neither other weights nor arguments"):
         open_source(path, weights=path)
-    counterpart = open_counterpart(path, network)
+    counterpart = open_counterpart(path, network).model
     assert all(torch.equal(a, b) for a, b in zip(counterpart.parameters(), again.model.parameters(), strict=True))
 
 
 def test_plain_weights_are_a_counterpart_too(resnet: tuple[nn.Module, Path]) -> None:
     model, weights = resnet
     network = open_source("resnet10t", weights=weights, arguments={"num_classes": 5})
-    assert same(open_counterpart(str(weights), network), model)
+    assert same(open_counterpart(str(weights), network).model, model)
 
 
 def test_weights_given_as_source_say_how_to_give_them(tmp_path: Path) -> None:

@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from ..pipeline.convert import Conversion
     from ..pipeline.verify import Verification
     from ..plan.plan import Plan
-    from ..storage.checkpoint import Network
-    from ..storage.checkpoint import Header
+    from ..storage.checkpoint import Header, Network
 
 
 def budget_options(command: Any) -> Any:

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
     from ..data.datasets import Data
     from ..pipeline.finetuning import Setting
-    from ..storage.checkpoint import Network
-    from ..storage.checkpoint import Header, Source
+    from ..storage.checkpoint import Header, Network, Source
     from ..training import Recipe
 
 

@@ -24,8 +24,7 @@ from .waiting import progress as progress
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..storage.checkpoint import Network
-    from ..storage.checkpoint import Source
+    from ..storage.checkpoint import Network, Source
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ..storage.checkpoint import Header, Network, write_checkpoint
+from ..storage.checkpoint import Header, Network, plan_in, write_checkpoint
 from ..storage.source import Source
 from .convert import Conversion
 
@@ -44,6 +45,8 @@ def save(
         header, model = conversion.header(), conversion.model
     elif isinstance(conversion, Network):
         header, model = conversion.header, conversion.model
+        # It may have been changed since it was read.
+        header = replace(header, plan=plan_in(model, header.plan)) if header else None
         source = conversion.source if source is None and header is None else source
     assert isinstance(model, nn.Module)
     return write_checkpoint(

@@ -63,9 +63,9 @@ def verify(
 ) -> Verification:
     """Compare ``converted`` with the ``original`` it was made from; neither is changed.
 
-    >>> from harmconvert.convert import convert
+    >>> import harmconvert
     >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten()).double()
-    >>> check = verify(network, convert(network).model, torch.rand(2, 3, 8, 8))
+    >>> check = verify(network, harmconvert.convert(network).model, torch.rand(2, 3, 8, 8))
     >>> check.ok, check.max_relative_error < 1e-12
     (True, True)
 

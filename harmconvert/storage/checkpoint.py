@@ -161,7 +161,7 @@ def write_checkpoint(
     """
     check_output(path, force, ".safetensors")
     check_finite(model)
-    plan = plan_in(model, header.plan if header else None)
+    plan = header.plan if header else plan_in(model)
     tensors, tied = untied_state(model)
     source = as_source(source) or (header.source if header else None) or timm_source(model)
     versions = {name: version(name) for name in ("harmconvert", "torch", "timm")}

@@ -31,184 +31,184 @@ LAYOUT = ("test_layout.py",)
 
 MUTANTS = (
     Mutant(
-        "basis.py", "vectors[0] = math.sqrt(1 / size)", "vectors[0] = math.sqrt(2 / size)",
+        "kernels/basis.py", "vectors[0] = math.sqrt(1 / size)", "vectors[0] = math.sqrt(2 / size)",
         "the constant vector is of norm sqrt 2", BASIS,
     ),
     Mutant(
-        "basis.py", "* (position + 0.5) * frequency)", "* position * frequency)",
+        "kernels/basis.py", "* (position + 0.5) * frequency)", "* position * frequency)",
         "samples of another cosine transform", BASIS,
     ),
     Mutant(
-        "basis.py", "*map(range, kernel_size)), key=lambda f: (sum(f), f)))",
+        "kernels/basis.py", "*map(range, kernel_size)), key=lambda f: (sum(f), f)))",
         "*map(range, kernel_size)), key=lambda f: (sum(f), f[::-1])))",
         "u and v are swapped within a level", BASIS,
     ),
-    Mutant("basis.py", "if sum(f) < levels)", "if sum(f) <= levels)", "lambda keeps a level too many", BASIS),
+    Mutant("kernels/basis.py", "if sum(f) < levels)", "if sum(f) <= levels)", "lambda keeps a level too many", BASIS),
     Mutant(
-        "basis.py", "math.ceil(lam * max(kernel_size) / 3)", "math.ceil(lam * min(kernel_size) / 3)",
+        "kernels/basis.py", "math.ceil(lam * max(kernel_size) / 3)", "math.ceil(lam * min(kernel_size) / 3)",
         "1x7 is taken for a kernel of one", BASIS,
     ),
     Mutant(
-        "basis.py", "(vectors_FK[:, :, None] * vectors[index[:, axis]][:, None, :])",
+        "kernels/basis.py", "(vectors_FK[:, :, None] * vectors[index[:, axis]][:, None, :])",
         "(vectors_FK[:, None, :] * vectors[index[:, axis]][:, :, None])",
         "kernels come out transposed", BASIS,
     ),
     Mutant(
-        "basis.py", "vectors_FK.abs().sum(1, keepdim=True)", "vectors_FK.abs().sum(0, keepdim=True)",
+        "kernels/basis.py", "vectors_FK.abs().sum(1, keepdim=True)", "vectors_FK.abs().sum(0, keepdim=True)",
         "l1 norms along the wrong axis", (*BASIS, *PROJECTION),
     ),
     Mutant(
-        "basis.py", "-math.sqrt(left / (right", "math.sqrt(left / (right",
+        "kernels/basis.py", "-math.sqrt(left / (right", "math.sqrt(left / (right",
         "Haar wavelets that do not change their sign", BASES,
     ),
     Mutant(
-        "basis.py", "(position / (size / 4))", "(position / (size / 2))", "a Gaussian twice as wide", BASES,
+        "kernels/basis.py", "(position / (size / 4))", "(position / (size / 2))", "a Gaussian twice as wide", BASES,
     ),
-    Mutant("basis.py", "[1].flip(1).T", "[1].T", "the weakest eigenvectors come first", BASES),
+    Mutant("kernels/basis.py", "[1].flip(1).T", "[1].T", "the weakest eigenvectors come first", BASES),
     Mutant(
-        "basis.py", "all(0 <= i < k for", "all(0 <= i <= k for", "a frequency next to the kernel passes",
+        "kernels/basis.py", "all(0 <= i < k for", "all(0 <= i <= k for", "a frequency next to the kernel passes",
         (*BASIS, *PLAN),
     ),
     Mutant(
-        "projection.py", "(basis_FK / basis_FK.square().sum(1, keepdim=True)).T", "basis_FK.T",
+        "kernels/projection.py", "(basis_FK / basis_FK.square().sum(1, keepdim=True)).T", "basis_FK.T",
         "a basis that is not of unit norm is projected on as if it were", PROJECTION,
     ),
     Mutant(
-        "projection.py", "rows.to(torch.float64) @ matrix_AB", "rows @ matrix_AB.to(rows.dtype)",
+        "kernels/projection.py", "rows.to(torch.float64) @ matrix_AB", "rows @ matrix_AB.to(rows.dtype)",
         "projection and reconstruction in the dtype of the weights", (*PROJECTION, "test_convert.py"),
     ),
     Mutant(
-        "projection.py", "_norm(approximation - kernel), _norm(kernel)",
+        "kernels/projection.py", "_norm(approximation - kernel), _norm(kernel)",
         "_norm(approximation - kernel), _norm(approximation)",
         "an error relative to the wrong one of two", PROJECTION,
     ),
     Mutant(
-        "projection.py", "return kept / total if total > 0 else 1.0", "return kept / total if total > 0 else 0.0",
+        "kernels/projection.py", "return kept / total if total > 0 else 1.0", "return kept / total if total > 0 else 0.0",
         "a kernel of zeros is said to lose all", PROJECTION,
     ),
     Mutant(
-        "conv.py", "dtype = torch.promote_types(coefficients.dtype, torch.float32)", "dtype = coefficients.dtype",
+        "layers/harmonic.py", "dtype = torch.promote_types(coefficients.dtype, torch.float32)", "dtype = coefficients.dtype",
         "half-precision kernels are merged in half precision", CONV,
     ),
     Mutant(
-        "conv.py", "torch.autocast(device, enabled=False)", "torch.autocast(device)",
+        "layers/harmonic.py", "torch.autocast(device, enabled=False)", "torch.autocast(device)",
         "kernels are merged in autocast's precision", CONV,
     ),
     Mutant(
-        "conv.py", "kernel_OKI.unflatten(1, kernel_size)", "kernel_OKI.unflatten(1, kernel_size[::-1])",
+        "layers/harmonic.py", "kernel_OKI.unflatten(1, kernel_size)", "kernel_OKI.unflatten(1, kernel_size[::-1])",
         "height and width are swapped where kernels are laid out channels_last", CONV,
     ),
     Mutant(
-        "conv.py", "requires_grad=parameter.requires_grad)", "requires_grad=True)",
+        "layers/harmonic.py", "requires_grad=parameter.requires_grad)", "requires_grad=True)",
         "frozen kernels thaw", CONV,
     ),
     Mutant(
-        "conv.py", "hash((\"weight\", id(harmonic.coefficients), harmonic.frequencies, harmonic.family))",
+        "layers/harmonic.py", "hash((\"weight\", id(harmonic.coefficients), harmonic.frequencies, harmonic.family))",
         "hash((\"weight\", harmonic.frequencies, harmonic.family))",
         "different kernels are taken for tied ones", (*CONV, "test_forms.py"),
     ),
     Mutant(
-        "plan.py", "levels = sum(self.frequencies[-1]) + 1", "levels = sum(self.frequencies[-1])",
+        "plan/plan.py", "levels = sum(self.frequencies[-1]) + 1", "levels = sum(self.frequencies[-1])",
         "a plan tells a lambda too small", PLAN,
     ),
     Mutant(
-        "plan.py", "zip(sizes, (2, 3), strict=False)", "zip(sizes, (3, 2), strict=False)",
+        "plan/plan.py", "zip(sizes, (2, 3), strict=False)", "zip(sizes, (3, 2), strict=False)",
         "progressive cuts the smallest maps less than the next", PLAN,
     ),
     Mutant(
-        "plan.py", "lam_by_size.get(prod(site.output_size))", "lam_by_size.get(max(site.output_size))",
+        "plan/plan.py", "lam_by_size.get(prod(site.output_size))", "lam_by_size.get(max(site.output_size))",
         "maps are looked up by their longer side", PLAN,
     ),
     Mutant(
-        "plan.py", "union.setdefault(tie[layer.name], set()).update(layer.frequencies)",
+        "plan/plan.py", "union.setdefault(tie[layer.name], set()).update(layer.frequencies)",
         "union[tie[layer.name]] = set(layer.frequencies)",
         "of tied layers the last decides", (*PLAN, "test_convert.py"),
     ),
     Mutant(
-        "plan.py", "kept = [site for site in chosen if tie[site.name] not in torn]", "kept = list(chosen)",
+        "plan/plan.py", "kept = [site for site in chosen if tie[site.name] not in torn]", "kept = list(chosen)",
         "one of two tied layers is converted alone", PLAN,
     ),
     Mutant(
-        "plan.py", "levels_by_name.update(dict.fromkeys(matches, levels))",
+        "plan/plan.py", "levels_by_name.update(dict.fromkeys(matches, levels))",
         "levels_by_name = dict.fromkeys(matches, levels) | levels_by_name",
         "the first pattern decides, not the last", PLAN,
     ),
     Mutant(
-        "plan.py", "if layer.kernel_size != site.kernel_size:",
+        "plan/plan.py", "if layer.kernel_size != site.kernel_size:",
         "if prod(layer.kernel_size) != prod(site.kernel_size):",
         "a plan of 1x9 kernels fits 3x3 ones", PLAN,
     ),
     Mutant(
-        "copying.py", "new.cell_contents = self._like(value.cell_contents)", "new.cell_contents = value.cell_contents",
+        "network/copying.py", "new.cell_contents = self._like(value.cell_contents)", "new.cell_contents = value.cell_contents",
         "a copy's functions work on the original", ("test_copying.py",),
     ),
     Mutant(
-        "verify.py", "for name in found.outputs if name not in ran]", "for name in found.outputs if not name]",
+        "pipeline/verify.py", "for name in found.outputs if name not in ran]", "for name in found.outputs if not name]",
         "what only the original runs is not told", ("test_copying.py",),
     ),
     Mutant(
-        "cost.py", "if not layer.whole and type(conv) in FACTORABLE:", "if not layer.whole:",
+        "plan/cost.py", "if not layer.whole and type(conv) in FACTORABLE:", "if not layer.whole:",
         "a layer without a factored form saves MACs", ("test_convert.py",),
     ),
-    Mutant("plan.py", "site.fixed or site.depthwise):", "site.fixed):", "depthwise layers are not spared", PLAN),
+    Mutant("plan/plan.py", "site.fixed or site.depthwise):", "site.fixed):", "depthwise layers are not spared", PLAN),
     Mutant(
-        "kernel_check.py", "info.eps * planned.abs() + floor", "info.eps * planned.abs().max() + floor",
+        "pipeline/kernel_check.py", "info.eps * planned.abs() + floor", "info.eps * planned.abs().max() + floor",
         "small coefficients may be wrong by as much as large ones", VERIFY,
     ),
     Mutant(
-        "kernel_check.py", "floor = largest * exact[0, 0].numel() * FLOAT64_PRODUCTS", "floor = largest * 1e-2",
+        "pipeline/kernel_check.py", "floor = largest * exact[0, 0].numel() * FLOAT64_PRODUCTS", "floor = largest * 1e-2",
         "coefficients may be wrong by a hundredth", VERIFY,
     ),
     Mutant(
-        "kernel_check.py", "energy_kept(kernel, best_FK) - 1e-6", "energy_kept(kernel, best_FK) - 1.0",
+        "pipeline/kernel_check.py", "energy_kept(kernel, best_FK) - 1e-6", "energy_kept(kernel, best_FK) - 1.0",
         "another layer's basis passes for this one's", BASES,
     ),
     Mutant(
-        "structure_check.py", "(\"stride\", \"padding\", \"dilation\", ", "(\"stride\", \"padding\", ",
+        "pipeline/structure_check.py", "(\"stride\", \"padding\", \"dilation\", ", "(\"stride\", \"padding\", ",
         "dilation is not compared", VERIFY,
     ),
     Mutant(
-        "structure_check.py", "not _equal(tensor, theirs[key])", "not torch.allclose(tensor, theirs[key])",
+        "pipeline/structure_check.py", "not _equal(tensor, theirs[key])", "not torch.allclose(tensor, theirs[key])",
         "what was not to change may change a little", VERIFY,
     ),
     Mutant(
-        "verify.py", "if isnan(error)), max(measured))", "if isnan(error)), min(measured))",
+        "pipeline/verify.py", "if isnan(error)), max(measured))", "if isnan(error)), min(measured))",
         "the better of two errors is the verdict", VERIFY,
     ),
     Mutant(
-        "structure_check.py", "found.get(key) == sha256", "bool(sha256)",
+        "pipeline/structure_check.py", "found.get(key) == sha256", "bool(sha256)",
         "whatever calibration may have written passes", (*VERIFY, *REFIT),
     ),
     Mutant(
-        "verify.py", "not problems and agreement in (None, 1.0)", "not problems",
+        "pipeline/verify.py", "not problems and agreement in (None, 1.0)", "not problems",
         "another top-1 class passes", VERIFY,
     ),
     Mutant(
-        "comparison.py",
+        "network/comparison.py",
         "if not torch.equal(found[~finite].nan_to_num(nan=0.5), expected[~finite].nan_to_num(nan=0.5)):",
         "if not torch.equal(found[~finite], found[~finite]):",
         "outputs that became infinite pass where the original's are NaN", VERIFY,
     ),
-    Mutant("budget/knapsack.py", "side=\"right\"", "side=\"left\"", "a plan that just fits is left out", KNAPSACK),
+    Mutant("search/knapsack.py", "side=\"right\"", "side=\"left\"", "a plan that just fits is left out", KNAPSACK),
     Mutant(
-        "budget/knapsack.py", "scores[order][1:] < best[:-1]", "scores[order][1:] <= best[:-1]",
+        "search/knapsack.py", "scores[order][1:] < best[:-1]", "scores[order][1:] <= best[:-1]",
         "dearer plans of the same score are kept", KNAPSACK,
     ),
     Mutant(
-        "budget/knapsack.py", "np.lexsort((scores, costs))", "np.lexsort((costs, scores))",
+        "search/knapsack.py", "np.lexsort((scores, costs))", "np.lexsort((costs, scores))",
         "trade-offs are sorted by score, not by cost", KNAPSACK,
     ),
-    Mutant("budget/knapsack.py", "    last[0] = True\n", "", "the cheapest of all is thinned out", KNAPSACK),
+    Mutant("search/knapsack.py", "    last[0] = True\n", "", "the cheapest of all is thinned out", KNAPSACK),
     Mutant(
-        "budget/elimination.py", "gain_GIR, alpha=-1)", "gain_GIR, alpha=1)",
+        "search/elimination.py", "gain_GIR, alpha=-1)", "gain_GIR, alpha=1)",
         "the Schur complement with the wrong sign", SEARCH,
     ),
     Mutant(
-        "budget/elimination.py", "view(channels, frequencies).T.flatten()", "view(channels, frequencies).flatten()",
+        "search/elimination.py", "view(channels, frequencies).T.flatten()", "view(channels, frequencies).flatten()",
         "channels are eliminated in the place of frequencies", SEARCH,
     ),
     Mutant(
-        "budget/choices.py", "order[count - size :]", "order[:size]", "what should go first is what stays", SEARCH,
+        "search/choices.py", "order[count - size :]", "order[:size]", "what should go first is what stays", SEARCH,
     ),
     Mutant(
         "calibration/moments.py", "    power += damping * scale_G1\n", "", "moments without a ridge", SEARCH,
@@ -318,7 +318,7 @@ MUTANTS = (
         "half of a change is taken backwards", REFIT,
     ),
     Mutant(
-        "comparison.py", "(found, expected) <= rounding", "(found, expected) >= 0",
+        "network/comparison.py", "(found, expected) <= rounding", "(found, expected) >= 0",
         "networks that misread another layout are calibrated in it", LAYOUT,
     ),
 )  # fmt: skip

@@ -23,6 +23,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+import harmconvert as hc
 from harmconvert import save
 from harmconvert.calibration import CalibrationSettings
 from harmconvert.errors import HarmconvertError
@@ -38,9 +39,8 @@ from harmconvert.report.tables import comparison_table, differences_table
 from harmconvert.search.choices import Item, with_order
 from harmconvert.search.probes import Probes
 from harmconvert.search.records import SearchSettings
-from harmconvert.sources.opening import opening as sources
+from harmconvert.sources import opening as sources
 from harmconvert.sources.reference import open_reference
-from harmconvert.storage import checkpoint
 from harmconvert.storage.checkpoint import Header, Source, read_header
 from harmconvert.storage.weights import load_state, read_weights
 from harmconvert.training.learner import Learner, Machine
@@ -119,7 +119,7 @@ def _trained() -> nn.Module:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "net.safetensors"
         path.write_bytes(_file("trained"))
-        return checkpoint.load(path, model=_network())
+        return hc.load(path, model=_network())
 
 
 # --- readers of a path ---
@@ -127,7 +127,7 @@ def _trained() -> nn.Module:
 
 def _read_checkpoint(path: Path) -> None:
     read_header(path)
-    checkpoint.load(path, model=_network(), form="dense")
+    hc.load(path, model=_network(), form="dense")
 
 
 def _read_source(path: Path) -> None:

@@ -24,7 +24,6 @@ from harmconvert.errors import HarmconvertError, HarmconvertWarning, printable
 from harmconvert.pipeline.convert import convert
 from harmconvert.plan.plan import Plan
 from harmconvert.sources.opening import open_source
-from harmconvert.storage import checkpoint
 from harmconvert.storage.checkpoint import read_header
 from harmconvert.storage.weights import read_weights
 from harmconvert.training.state import record_of
@@ -77,7 +76,7 @@ def complaint(path: Path, read: Callable[[Path], Any], wanted: Any = None) -> st
 
 
 def loaded(path: Path) -> nn.Module:
-    return checkpoint.load(path, model=seeded(Branches))
+    return hc.load(path, model=seeded(Branches))
 
 
 def opened(path: Path) -> Any:
