@@ -18,8 +18,9 @@ from typing import Any
 
 PRELOADED = [
     "torch", "timm", "torchvision", "harmconvert.cli.convert", "harmconvert.cli.finetune", "harmconvert.cli.export",
-    "harmconvert.sources.opening", "harmconvert.pipeline.finetuning", "harmconvert.report.page", "harmconvert.data.loading",
-    "tests.faults.children", "encodings.cp437",  # which zipfile wants, where another user may not read it
+    "harmconvert.sources.opening", "harmconvert.pipeline.finetuning", "harmconvert.report.page",
+    "harmconvert.data.loading", "tests.faults.children",
+    "encodings.cp437",  # which zipfile wants, where another user may not read it
 ]  # fmt: skip
 # What Python tells of before it touches a file system; a process that is killed at each has been killed between all.
 STEPS = {

@@ -1,14 +1,15 @@
 """Mutation check: does the suite notice where a line of the mathematics is wrong?
 
     python -m tests.faults.mutations                  # all of mutants.py, about a quarter of an hour
-    python -m tests.faults.mutations knapsack ridge   # those whose file, text or reason holds one of the words
+    python -m tests.faults.mutations knapsack ridge   # those whose place, expression or reason holds one of the words
 
-Each mutant is a copy of the package and its tests in a folder of its own, one text replaced; the working tree is never
-touched. Exit code 1 where a mutant survives its tests, or where its text no longer stands in its file.
+Each mutant is a copy of the package and its tests in a folder of its own, one expression replaced; the working tree is
+never touched. Exit code 1 where a mutant survives its tests, or where its expression is no longer in its function.
 """
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .mutants import MUTANTS, Mutant
+from .places import NotFoundError, edit
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 600  # a mutant that never comes to an end is noticed, too
@@ -42,8 +44,8 @@ def pytest_collection_finish(session):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a mutant: ``caught``, ``survived``, or ``stale`` (its text does not stand in its file once) or
-    ``broken`` (the tests did not run on it); ``by`` names the first test that noticed."""
+    """What became of a mutant: ``caught``, ``survived``, or ``stale`` (its expression is not in its function
+    once) or ``broken`` (the tests did not run on it); ``by`` names the first test that noticed."""
 
     mutant: Mutant
     verdict: str
@@ -53,8 +55,12 @@ class Outcome:
 
 def stale(mutant: Mutant, package: Path = ROOT / "harmconvert") -> str | None:
     """Why a mutant cannot be made of the package as it is; None where it can."""
-    count = (package / mutant.file).read_text(encoding="utf-8").count(mutant.old)
-    return None if count == 1 else f"{mutant.file} has {mutant.old!r} {count} times, not once"
+    try:
+        edited = edit(package, mutant.place, mutant.old, mutant.new)
+        ast.parse(edited.text())
+    except (NotFoundError, SyntaxError) as error:
+        return str(error)
+    return None
 
 
 def outcome(mutant: Mutant) -> Outcome:
@@ -70,7 +76,7 @@ def outcome(mutant: Mutant) -> Outcome:
 
 
 def run_tests(tests: Sequence[str], mutant: Mutant | None) -> tuple[int, str]:
-    """Exit code and output of the tests on a copy of the package, with one text of it replaced."""
+    """Exit code and output of the tests on a copy of the package, with one expression of it replaced."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for part in ("harmconvert", "tests"):
@@ -79,8 +85,8 @@ def run_tests(tests: Sequence[str], mutant: Mutant | None) -> tuple[int, str]:
             shutil.copy(ROOT / file, folder / file)
         (folder / "copied.py").write_text(_GUARD, encoding="utf-8")
         if mutant is not None:
-            path = folder / "harmconvert" / mutant.file
-            path.write_text(path.read_text(encoding="utf-8").replace(mutant.old, mutant.new), encoding="utf-8")
+            edited = edit(folder / "harmconvert", mutant.place, mutant.old, mutant.new)
+            edited.path.write_text(edited.text(), encoding="utf-8")
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "copied"]
         command += ["-p", "no:cacheprovider", *(f"tests/{test}" for test in tests)]
         # Neither the workers of the suite that runs this nor its table are the mutant's.
@@ -101,7 +107,7 @@ def baseline(mutants: Sequence[Mutant]) -> str | None:
 
 def main(words: Sequence[str]) -> int:
     """Try the mutants that hold one of ``words`` (all where there is none) and say what became of each."""
-    chosen = [m for m in MUTANTS if not words or any(word in f"{m.file} {m.old} {m.why}" for word in words)]
+    chosen = [m for m in MUTANTS if not words or any(word in f"{m.place} {m.old} {m.why}" for word in words)]
     if failing := baseline(chosen):
         print(f"the tests fail without any mutant:\n{failing}")
         return 1
@@ -109,7 +115,7 @@ def main(words: Sequence[str]) -> int:
     for mutant in chosen:
         outcomes.append(outcome(mutant))
         found = outcomes[-1]
-        print(f"{found.verdict:9} {found.seconds:5.0f} s  {mutant.file}: {mutant.why}\n{'':19} {found.by}", flush=True)
+        print(f"{found.verdict:9} {found.seconds:5.0f} s  {mutant.place}: {mutant.why}\n{'':19} {found.by}", flush=True)
     caught = sum(found.verdict == "caught" for found in outcomes)
     print(f"{caught} of {len(outcomes)} caught")
     return int(caught < len(outcomes))
