@@ -16,18 +16,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import counted, first_line
-from ..layers.harmonic import HarmonicMixin
 from ..network.exchange import in_precision, in_sixteen_bits
-from ..network.layers import convolutions
+from ..network.layers import convolutions, harmonic_layers, state_key
 from ..network.running import unchanged
 from ..network.state import tensors_of, tensors_sha256
-from ..plan.plan import Plan
+from ..plan import AXES, Plan
 from .batch_norm import batch_norms, reestimate_batch_norm, reestimated
 from .cuts import WholeLayer
 from .divergence import Divergence
@@ -112,7 +111,7 @@ def calibrate(
     """
     settings = settings or CalibrationSettings()
     known = batches if isinstance(batches, Known) else Known.of(original, batches, settings)
-    cut = [layer.name for layer in plan.layers if not layer.whole]
+    cut = [layer.name for layer in plan.layers if any(AXES[k.axis].refits and not k.whole for k in layer.keeps)]
     if not cut:
         return Calibration((), known.data.total, 0, notes=("nothing was cut, so there is nothing to repair",))
     before = _copied(converted)
@@ -171,15 +170,17 @@ def _calibrated(
 
 
 def digests(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
-    """sha256 of tensors in a network's state, by key; of coefficients together with what they are coefficients of, the
-    frequencies and the basis: in another plan they would make another kernel."""
+    """sha256 of tensors in a network's state, by key; of coefficients together with what they are coefficients of
+    (`Kept.contexts`)."""
     state = tensors_of(model)
-    meanings = {
-        f"{name}.coefficients".lstrip("."): f" of {module.family}, {module.frequencies}"
+    contexts = {
+        state_key(name, tensor): text
         for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, HarmonicMixin)
+        for axis in AXES.values()
+        if (kept := axis.read(module)) is not None
+        for tensor, text in kept.contexts.items()
     }
-    return {key: tensors_sha256({key + meanings.get(key, ""): state[key]}) for key in keys if key in state}
+    return {key: tensors_sha256({key + contexts.get(key, ""): state[key]}) for key in keys if key in state}
 
 
 def _refit(
@@ -190,8 +191,8 @@ def _refit(
     settings: CalibrationSettings,
     progress: Progress | None,
 ) -> list[LayerCalibration]:
-    converteds, data = convolutions(converted), known.data
-    harmonic = {name: cast(HarmonicMixin, converteds[name]) for name in cut}
+    data, layers = known.data, harmonic_layers(converted)
+    harmonic = {name: layers[name] for name in cut}
     memory = memory_for(converted, settings)
     sites, odd = running_sites(original, harmonic, data, memory)
     if not settings.refit:

@@ -27,8 +27,8 @@ MOST_UNKNOWNS = 4608
 
 @dataclass(frozen=True)
 class Moments:
-    """One layer: second moments (G, I F, I F) of its responses to all frequencies, damped as the weakest refit is, and
-    its coefficients (G, O, I F). Where ``apart``, the input channels were taken as uncorrelated: G counts them all, and
+    """One layer: second moments (G, I F, I F) of its responses to all basis kernels, damped as the weakest refit is,
+    and its coefficients (G, O, I F). Where ``apart``, the input channels were taken as uncorrelated: G counts them all, and
     I is 1."""
 
     gram: Tensor
@@ -44,10 +44,10 @@ class ChannelEquations(NormalEquations):
     def __init__(self, layer: Layer) -> None:
         # Across channels only means are shared, and those a bias or the batch norm behind repairs.
         Problem.__init__(self, replace(layer, fits_bias=True))
-        frequencies = len(layer.basis)
-        groups = layer.coefficients.shape[0] * layer.unknowns // frequencies
-        self.gram_GNN = layer.coefficients.new_zeros(groups, frequencies, frequencies)
-        self.sum_GN = layer.coefficients.new_zeros(groups, frequencies)
+        count = len(layer.basis)
+        groups = layer.coefficients.shape[0] * layer.unknowns // count
+        self.gram_GNN = layer.coefficients.new_zeros(groups, count, count)
+        self.sum_GN = layer.coefficients.new_zeros(groups, count)
         self.cross_GON = layer.coefficients.new_zeros(0)  # nothing is solved for
 
     def _keep(self, call: ConvCall, residual_RGO: Tensor, picks: Tensor | None) -> None:

@@ -71,9 +71,9 @@ def to_groups(coefficients_OIF: Tensor, groups: int, transposed: bool) -> Tensor
     return (blocks.transpose(1, 2) if transposed else blocks).flatten(2)
 
 
-def from_groups(coefficients_GON: Tensor, frequencies: int, transposed: bool) -> Tensor:
+def from_groups(coefficients_GON: Tensor, kernels: int, transposed: bool) -> Tensor:
     """Inverse of `to_groups`."""
-    blocks = coefficients_GON.unflatten(2, (-1, frequencies))
+    blocks = coefficients_GON.unflatten(2, (-1, kernels))
     return (blocks.transpose(1, 2) if transposed else blocks).flatten(0, 1)
 
 

@@ -104,7 +104,7 @@ class FactoredMixin(HarmonicMixin):
             len(kernel_size) == 2
             and max(kernel_size) <= 64
             and cast(int, self.groups) == 1
-            and not self.family.fitted
+            and not self.basis_spec.fitted
             and coefficients.dtype == torch.float32
             and coefficients.device.type == "cpu"
             and native.unavailable() is None
@@ -130,7 +130,7 @@ class FactoredMixin(HarmonicMixin):
         bias = cast("Tensor | None", self.bias)
         parameters = (self.coefficients, *(() if bias is None else (bias,)))
         if self._packed is None or not _same(self._packed[0], parameters):
-            axes = axis_vectors(self.family, _sizes(self, "kernel_size"), self.frequencies)
+            axes = axis_vectors(self.basis_spec, _sizes(self, "kernel_size"), self.frequencies)
             self._packed = tuple(map(_read, parameters)), native.pack(self.coefficients, bias, *axes)
         return self._packed[1]
 
@@ -250,15 +250,15 @@ def factored_class(convolution: type[nn.Module]) -> type[nn.Module]:
 
 
 def axis_vectors(
-    family: Basis, kernel_size: Sequence[int], frequencies: Sequence[tuple[int, ...]]
+    basis: Basis, kernel_size: Sequence[int], frequencies: Sequence[tuple[int, ...]]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A two-dimensional basis as outer products: vertical (V, rows) and horizontal (F, columns) vectors, float64, and
     which vertical vector (F,) belongs to each frequency."""
     rows, columns = kernel_size
     used = sorted({vertical for vertical, _ in frequencies})
     # A kernel of one column (of one row) is its vertical (horizontal) vector; with l1 norms products stay l1.
-    vertical = family.kernels((rows, 1), [(v, 0) for v in used])
-    horizontal = family.kernels((1, columns), sorted({(0, h) for _, h in frequencies}))
+    vertical = basis.kernels((rows, 1), [(v, 0) for v in used])
+    horizontal = basis.kernels((1, columns), sorted({(0, h) for _, h in frequencies}))
     places = sorted({h for _, h in frequencies})
     return (
         vertical,

@@ -35,7 +35,7 @@ CONVOLUTIONS: tuple[type[nn.Module], ...] = (
 
 # What the mixin calls its own.
 _NEEDED = frozenset(
-    {"coefficients", "basis", "fitted_basis", "frequencies", "family", "kernels", "_merged", "_merge", "_set_basis"}
+    {"coefficients", "basis", "fitted_basis", "frequencies", "basis_spec", "kernels", "_merged", "_merge", "_set_basis"}
 )
 
 
@@ -53,14 +53,14 @@ class HarmonicMixin(nn.Module):
     fitted_basis: Tensor | None
     bias: nn.Parameter | None
     frequencies: tuple[Frequency, ...]
-    family: Basis
+    basis_spec: Basis
     _merged: Tensor | None
 
     @property
     def kernels(self) -> Tensor:
         """The basis kernels (F, K), float64."""
         return _kernels(
-            _kernel_size(self), self.frequencies, self.family.name, self.family.normalization, self.fitted_basis
+            _kernel_size(self), self.frequencies, self.basis_spec.name, self.basis_spec.normalization, self.fitted_basis
         )
 
     @property
@@ -77,7 +77,7 @@ class HarmonicMixin(nn.Module):
             self._merged = None
 
     def _merge(self, input: Any) -> Tensor:
-        name, normalization = self.family.name, self.family.normalization
+        name, normalization = self.basis_spec.name, self.basis_spec.normalization
         return _merged_kernel(
             self.coefficients, self.basis, _kernel_size(self), self.frequencies, name, normalization,
             self.fitted_basis, input,
@@ -163,7 +163,7 @@ def reason_not_convertible(conv: nn.Module) -> str | None:
         return "its weight is not initialised yet: run the network once first"
     if weight.is_complex():
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}: only real kernels are converted"
-    if list(weight.shape[2:]) != list(_kernel_size(conv)):
+    if list(weight.shape[2:]) != list(getattr(conv, "kernel_size", ())):
         return f"its weight has shape {tuple(weight.shape)}, which is not that of its kernel_size {_kernel_size(conv)}"
     if not weight.numel():
         return f"its weight is empty: it has shape {tuple(weight.shape)}"
@@ -177,14 +177,14 @@ def reason_not_convertible(conv: nn.Module) -> str | None:
 def to_harmonic(
     conv: nn.Module,
     frequencies: Sequence[Frequency] | None = None,
-    family: Basis | None = None,
+    basis: Basis | None = None,
     memo: dict[int, Any] | None = None,
     values: bool = True,
 ) -> nn.Module:
     """The harmonic counterpart of a convolution; the original is left as it is.
 
     Every attribute (stride, padding, padding mode, dilation, groups, bias, dtype, device, requires_grad, training flag,
-    hooks) is carried over. ``family`` is the DCT where None; ``memo`` is `copy.deepcopy`'s, for copying a network whose
+    hooks) is carried over. ``basis`` is the DCT where None; ``memo`` is `copy.deepcopy`'s, for copying a network whose
     parts share objects. ``values`` False leaves the coefficients to be filled.
 
     >>> to_harmonic(nn.Conv2d(3, 8, 3, stride=2), [(0, 0), (0, 1), (1, 0)])
@@ -201,21 +201,21 @@ def to_harmonic(
     frequencies = all_frequencies(kernel_size) if frequencies is None else tuple(map(tuple, frequencies))
     check_frequencies(kernel_size, frequencies)
     memo = {} if memo is None else memo
-    family = Basis() if family is None else family
+    basis = Basis() if basis is None else basis
     harmonic = memo.setdefault(id(conv), _empty_harmonic(type(conv)))
     weight = cast(nn.Parameter, conv._parameters["weight"])
     # A weight tied between convolutions is projected once per set of frequencies, and its coefficients stay tied.
-    tie = hash(("coefficients", id(weight), frequencies, family))
+    tie = hash(("coefficients", id(weight), frequencies, basis))
     if tie not in memo and values:
-        kernels_FK = family.kernels_for(weight, frequencies)
-        memo[tie] = _parameter_like(weight, project(weight, kernels_FK)), kernels_FK if family.fitted else None
+        kernels_FK = basis.kernels_for(weight, frequencies)
+        memo[tie] = _parameter_like(weight, project(weight, kernels_FK)), kernels_FK if basis.fitted else None
     elif tie not in memo:
         empty_OIF = weight.detach().new_empty(*weight.shape[:2], len(frequencies))
         fitted_FK = torch.zeros(len(frequencies), math.prod(kernel_size), dtype=torch.float64, device=weight.device)
-        memo[tie] = _parameter_like(weight, empty_OIF), fitted_FK if family.fitted else None
+        memo[tie] = _parameter_like(weight, empty_OIF), fitted_FK if basis.fitted else None
     coefficients, fitted_basis = memo[tie]
     _copy_state(conv, harmonic, "weight", "coefficients", coefficients, memo)
-    harmonic.frequencies, harmonic.family, harmonic._merged = frequencies, family, None
+    harmonic.frequencies, harmonic.basis_spec, harmonic._merged = frequencies, basis, None
     harmonic._non_persistent_buffers_set.add("basis")
     harmonic._buffers["fitted_basis"] = fitted_basis
     harmonic._set_basis()
@@ -234,12 +234,12 @@ def to_dense(harmonic: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modu
         raise UsageError("the coefficients of a harmonic convolution are parametrized: remove that first")
     memo = {} if memo is None else memo
     conv = memo.setdefault(id(harmonic), _empty_dense(harmonic))
-    tie = hash(("weight", id(harmonic.coefficients), harmonic.frequencies, harmonic.family))
+    tie = hash(("weight", id(harmonic.coefficients), harmonic.frequencies, harmonic.basis_spec))
     if tie not in memo:
         kernel = reconstruct(harmonic.coefficients.detach(), harmonic.kernels, _kernel_size(harmonic))
         memo[tie] = _parameter_like(harmonic.coefficients, kernel)
     _copy_state(harmonic, conv, "coefficients", "weight", memo[tie], memo)
-    for name in ("frequencies", "family", "_merged", "_packed"):
+    for name in ("frequencies", "basis_spec", "_merged", "_packed"):
         conv.__dict__.pop(name, None)
     for name in ("basis", "fitted_basis"):
         conv._buffers.pop(name)
@@ -257,7 +257,7 @@ def _merged_kernel(
     basis: Tensor,
     kernel_size: tuple[int, ...],
     frequencies: tuple[Frequency, ...],
-    family: str,
+    basis_name: str,
     normalization: str,
     fitted_basis: Tensor | None,
     input: Any,
@@ -267,7 +267,7 @@ def _merged_kernel(
     dtype = torch.promote_types(coefficients.dtype, torch.float32)
     if basis.device != coefficients.device or basis.dtype != dtype:
         # Somebody put other coefficients in place: a stale basis would give a wrong kernel without a word.
-        kernels_FK = _kernels(kernel_size, frequencies, family, normalization, fitted_basis)
+        kernels_FK = _kernels(kernel_size, frequencies, basis_name, normalization, fitted_basis)
         basis = kernels_FK.to(coefficients.device, dtype)
     # Autocast would run the product in half precision and lose the exactness that conversion promises.
     device = coefficients.device.type
@@ -292,11 +292,11 @@ def _reads_channels_last(input: Any, channels_last: torch.memory_format | None, 
 def _kernels(
     kernel_size: Sequence[int],
     frequencies: Sequence[Frequency],
-    family: str,
+    basis_name: str,
     normalization: str,
     fitted_basis: Tensor | None,
 ) -> Tensor:
-    return Basis(family, normalization).kernels(kernel_size, frequencies) if fitted_basis is None else fitted_basis
+    return Basis(basis_name, normalization).kernels(kernel_size, frequencies) if fitted_basis is None else fitted_basis
 
 
 def empty_counterpart(conv: nn.Module) -> nn.Module:

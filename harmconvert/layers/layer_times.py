@@ -77,7 +77,7 @@ def _key(conv: HarmonicMixin, site: Site) -> str:
     ]
     parts = (
         base_class(conv).__name__, cast(int, conv.in_channels), cast(int, conv.out_channels), cast(int, conv.groups),
-        *geometry, conv.bias is not None, [*map(list, conv.frequencies)], conv.family.fitted, list(site.shape),
+        *geometry, conv.bias is not None, [*map(list, conv.frequencies)], conv.basis_spec.fitted, list(site.shape),
         str(site.dtype), str(conv.coefficients.dtype), str(site.device.type),
     )  # fmt: skip
     return json.dumps(parts)

@@ -16,6 +16,7 @@ from ..layers.block import HarmonicBlock2d
 from ..layers.harmonic import HarmonicMixin
 from .comparison import greatest_difference
 from .exchange import in_precision, in_sixteen_bits
+from .layers import harmonic_layers
 from .running import call, evaluating, refusing, unchanged
 from .side_effects import seeded_sources
 from .values import cloned, default_input, fitted, mapped, tensors_in
@@ -193,11 +194,6 @@ def comparable(example_input: Any, batch: int | None = None) -> Any:
         return torch.stack(rows)
 
     return mapped(like, example_input)
-
-
-def harmonic_layers(model: nn.Module) -> dict[str, HarmonicMixin]:
-    """The harmonic convolutions of a network by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, HarmonicMixin)}
 
 
 def running(model: nn.Module, example_input: Any) -> tuple[nn.Module, Any]:

@@ -19,7 +19,8 @@ from ..layers.harmonic import HarmonicMixin, empty_counterpart, to_dense
 from ..layers.layer_times import Site, lay_out, layer_times
 from ..layers.timing import in_turns
 from .exchange import exchange, put_in_place
-from .form_check import check_form, compared, harmonic_layers, running
+from .form_check import check_form, compared, running
+from .layers import harmonic_layers
 from .running import call, evaluating, refusing, unchanged
 from .values import cloned, default_input, tensors_in
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeGuard, cast
 
 from torch import nn
 
-from ..layers.harmonic import CONVOLUTIONS
+from ..layers.harmonic import CONVOLUTIONS, HarmonicMixin
 
 
 def convolutions(model: nn.Module) -> dict[str, nn.Module]:
@@ -15,9 +15,25 @@ def convolutions(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, CONVOLUTIONS)}
 
 
-def kernel_size(conv: nn.Module) -> tuple[int, ...]:
-    """A convolution's kernel size as a tuple of ints."""
-    return tuple(cast("tuple[int, ...]", conv.kernel_size))
+def weighted_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every convolution and linear layer by its first name, shared ones once, in the network's own order."""
+    kinds = (*CONVOLUTIONS, nn.Linear)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def harmonic_layers(model: nn.Module) -> dict[str, HarmonicMixin]:
+    """Every harmonic convolution by its first name, shared ones once, in the network's own order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, HarmonicMixin)}
+
+
+def is_harmonic(module: nn.Module) -> TypeGuard[HarmonicMixin]:
+    """Whether a module is a harmonic convolution."""
+    return isinstance(module, HarmonicMixin)
+
+
+def kernel_size(layer: nn.Module) -> tuple[int, ...]:
+    """The kernel size of a convolution as a tuple of ints; () for a linear layer."""
+    return tuple(cast("tuple[int, ...]", getattr(layer, "kernel_size", ())))
 
 
 def state_key(layer: str, tensor: str) -> str:
@@ -26,12 +42,12 @@ def state_key(layer: str, tensor: str) -> str:
 
 
 @dataclass(frozen=True)
-class ConvSite:
-    """A convolution over 1x1 as a policy sees it.
+class LayerInfo:
+    """What a plan needs to know of one convolution or linear layer.
 
-    ``output_size`` is its map's size (H, W), known after a run of the network; ``reads_input`` says that it reads the
-    network's input or a fixed transform of it, ``fixed`` that it is itself a transform that is not trained; ``tied_to``
-    names the first convolution with the same weight; ``skip`` is the reason why it cannot be converted.
+    ``output_size`` is the size of its map (H, W), known after a run of the network; ``reads_input`` says that it reads
+    the network's input or a fixed transform of it, ``fixed`` that it is itself a transform that is not trained;
+    ``tied_to`` names the first layer with the same weight; ``skip`` is the reason why it cannot be converted.
     """
 
     name: str

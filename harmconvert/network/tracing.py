@@ -14,11 +14,11 @@ from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import UsageError
-from ..layers.harmonic import CONVOLUTIONS, HarmonicMixin, reason_not_convertible
+from ..layers.harmonic import CONVOLUTIONS, reason_not_convertible
 from .copying import deep_copy, uncopyable_member
 from .dataflow import Dataflow, Findings, fixed_parameters
 from .exchange import in_precision, in_sixteen_bits
-from .layers import ConvSite, convolutions, kernel_size
+from .layers import LayerInfo, convolutions, is_harmonic, kernel_size, state_key, weighted_layers
 from .other_convolutions import other_convolutions
 from .running import call, evaluating, refusing, unchanged
 from .side_effects import random_states_kept
@@ -64,41 +64,47 @@ class _NoModules:
         """Stop tracking."""
 
 
-def find_sites(model: nn.Module, trace: Trace | None = None) -> list[ConvSite]:
-    """The convolutions over 1x1, with what a policy needs to know of each; those that cannot be converted say why.
+def find_layers(model: nn.Module, trace: Trace | None = None) -> list[LayerInfo]:
+    """The convolutions and linear layers of a network, with what a plan needs to know of each; those that cannot be
+    converted say why.
 
     Without a trace the first convolution of the network is taken for the one that reads its input.
     """
-    sites: list[ConvSite] = []
+    layers: list[LayerInfo] = []
     strangers, fixed = _weights_used_elsewhere(model), fixed_parameters(model)
     first_with: dict[int, str] = {}
-    for index, (name, conv) in enumerate(convolutions(model).items()):
-        if prod(kernel_size(conv)) == 1:
-            continue
+    first_convolution = next(iter(convolutions(model)), None)
+    for name, layer in weighted_layers(model).items():
         run = trace.layers.get(name) if trace else None
-        weight = conv._parameters.get("weight")
-        skip = reason_not_convertible(conv)
-        if skip is None and id(weight) in strangers:
-            skip = f"its weight is also used by {strangers[id(weight)]}"
-        if skip is None:
-            skip = (trace.findings.unfit.get(name) if trace else None) or uncopyable_member(conv)
-        groups = cast(int, conv.groups)
-        site = ConvSite(name, type(conv).__name__, kernel_size(conv), groups > 1 and groups == conv.in_channels)
-        reads_input = run.reads_input if run else trace is None and index == 0
+        weight = layer._parameters.get("weight")
+        groups = cast(int, getattr(layer, "groups", 1))
         tied_to = first_with.setdefault(id(weight), name) if weight is not None else name
-        sites.append(
-            replace(
-                site,
-                reads_input=reads_input,
+        layers.append(
+            LayerInfo(
+                name,
+                type(layer).__name__,
+                kernel_size(layer),
+                depthwise=groups > 1 and groups == layer.in_channels,
+                reads_input=run.reads_input if run else trace is None and name == first_convolution,
                 fixed=id(weight) in fixed,
                 output_size=run.output_size if run else None,
                 tied_to=tied_to if tied_to != name else None,
-                skip=skip,
+                skip=_reason_to_skip(name, layer, strangers, trace),
             )
         )
     others = other_convolutions(model, trace.findings.others if trace else None)
-    sites += [ConvSite(name, other.kind, other.kernel_size, skip=other.reason) for name, other in others.items()]
-    return sites
+    layers += [LayerInfo(name, other.kind, other.kernel_size, skip=other.reason) for name, other in others.items()]
+    return layers
+
+
+def _reason_to_skip(name: str, layer: nn.Module, strangers: Mapping[int, str], trace: Trace | None) -> str | None:
+    """Why a layer cannot be converted; None where it can be."""
+    if reason := reason_not_convertible(layer):
+        return reason
+    user = strangers.get(id(layer._parameters.get("weight")))
+    if user and user != state_key(name, "weight"):  # linear layers are among the strangers themselves
+        return f"its weight is also used by {user}"
+    return (trace.findings.unfit.get(name) if trace else None) or uncopyable_member(layer)
 
 
 def trace(model: nn.Module, example_input: Any) -> Trace:
@@ -171,7 +177,7 @@ def _weights_used_elsewhere(model: nn.Module) -> dict[int, str]:
     """Parameters that something else than a plain convolution's weight also refers to, by id: where."""
     elsewhere: dict[int, str] = {}
     for name, module in model.named_modules():
-        is_conv = isinstance(module, CONVOLUTIONS) and not isinstance(module, HarmonicMixin)
+        is_conv = isinstance(module, CONVOLUTIONS) and not is_harmonic(module)
         for key, parameter in module._parameters.items():
             if parameter is not None and not (is_conv and key == "weight"):
                 elsewhere[id(parameter)] = f"{name}.{key}"

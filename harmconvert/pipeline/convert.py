@@ -3,39 +3,33 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from math import isfinite, prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from ..arguments import Budget
-from ..calibration import Calibration, CalibrationSettings, Known, Progress, calibrate
+from ..calibration import Calibration, CalibrationSettings, Progress, calibrate
 from ..calibration.reading import Reader, items
 from ..errors import InputError, UsageError, shortened
-from ..kernels.basis import Basis, all_frequencies, dct_basis
-from ..kernels.projection import check_range, project, relative_error
-from ..layers.harmonic import HarmonicMixin, to_harmonic
+from ..kernels.basis import Basis
+from ..kernels.projection import check_range, relative_error
 from ..network.checks import check_network, check_weights
-from ..network.exchange import exchange
-from ..network.layers import convolutions
-from ..network.tracing import Trace, find_sites, run_where_possible, trace
+from ..network.layers import weighted_layers
+from ..network.tracing import Trace, find_layers, run_where_possible, trace
 from ..network.values import default_input
-from ..plan.cost import Cost, network_cost
-from ..plan.plan import LayerPlan, Plan, make_plan
+from ..plan import AXES, Cost, LayerPlan, Plan, apply_plan, make_plan, network_cost
 from ..search.dropping import Step, smallest_within
 from ..search.records import Search, SearchSettings
-from ..search.searching import Searching
+from ..search.searching import Converted, Scope, Searching
 from ..storage.checkpoint import Header
 
 RECORD_KEY = "conversion"  # of a checkpoint's history
-_DIGITS = 4  # of a mean |coefficient|: an eye sees two
 
 
 @dataclass(frozen=True)
@@ -57,6 +51,7 @@ class LayerRecord:
     error: float | None
     why: str | None
     spectrum: tuple[float, ...] | None = None
+    keeps: str = ""
 
     @property
     def skipped(self) -> bool:
@@ -144,7 +139,7 @@ def convert(
     normalization: str = "ortho",
     budget: str | Mapping[str, Any] | None = None,
     max_drop: float | None = None,
-    worth: Callable[[nn.Module], float] | None = None,
+    metric: Callable[[nn.Module], float] | None = None,
     calibration: Iterable[Any] | None = None,
     settings: CalibrationSettings | None = None,
     search: SearchSettings | None = None,
@@ -173,8 +168,9 @@ def convert(
         budget: instead of ``lam``: a share of the whole network's parameters, bytes, MACs or time on this machine (at
             ``example_input``, as `factor` will have it), ``{"params": 0.6}`` or ``"latency=50%"``, or an amount,
             ``"bytes=10MB"``; the plan of least harm within it is searched for (`harmconvert.search.choosing`).
-        max_drop: instead of ``lam``: the fewest parameters at which ``worth`` (of a network, in points, as top-1 in %)
-            falls by no more than this; by bisection over budgets, all of them in ``drops`` of what comes back.
+        max_drop: instead of ``lam``: the fewest parameters at which ``metric`` (of a network, in points, as top-1 in
+            %) falls by no more than this; by bisection over budgets, all of them in ``drops`` of what is returned.
+        metric: a function that says how good a network is, in points; more is better.
         calibration: batches of inputs to refit on (32 inputs or more): tensors, (input, target) pairs whose target is
             not looked at, or dicts of keywords; read once.
         settings: of the calibration. search: of the search for a budget.
@@ -186,126 +182,99 @@ def convert(
     """
     check_network(model)
     check_weights(model)
-    if (max_drop is None) != (worth is None):
-        raise UsageError("max_drop needs worth, a function that says how good a network is, and worth max_drop")
-    if max_drop is not None and worth is not None:
+    job = _Job(
+        model, example_input, Scope(include, exclude, Basis(basis, normalization)), calibration,
+        settings or CalibrationSettings(), progress,
+    )  # fmt: skip
+    if (max_drop is None) != (metric is None):
+        raise UsageError("max_drop needs metric, a function that says how good a network is, and metric max_drop")
+    if max_drop is not None and metric is not None:
         if budget is not None or lam != "full":
             raise UsageError("max_drop finds the size itself: leave out lam and budget")
-        images = None if calibration is None else tuple(calibration)
-        at = partial(
-            convert, model, example_input=example_input, include=include, exclude=exclude, basis=basis,
-            normalization=normalization, calibration=images, settings=settings, progress=progress,
-        )  # fmt: skip
-        searching = _searching(model, Budget("params", 1.0), example_input, None)
-        least = searching.least_share(include, exclude, Basis(basis, normalization))
-        return _within_drop(at, max_drop, least, worth(model), worth, search or SearchSettings())
+        return _within_drop(job, max_drop, metric, search or SearchSettings())
     if budget is not None:
         if lam != "full":
             raise UsageError(f"lam (={lam!r}) and budget (={budget!r}) both say what to keep: give one of them")
-        return _within(
-            model, Budget.parse(budget), Basis(basis, normalization), include, exclude, example_input, calibration,
-            settings or CalibrationSettings(), search or SearchSettings(), progress,
-        )  # fmt: skip
-    if calibration is not None and example_input is None:
+        return _within_budget(job, Budget.parse(budget), search or SearchSettings())
+    return _by_policy(job, lam)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What to convert, on which inputs, and which of its layers."""
+
+    model: nn.Module
+    example_input: Any
+    scope: Scope
+    calibration: Iterable[Any] | None
+    settings: CalibrationSettings
+    progress: Progress | None
+
+
+def _by_policy(job: _Job, lam: str | int | Mapping[str, int] | Plan) -> Conversion:
+    """Convert by a policy or a given plan."""
+    model, calibration = job.model, job.calibration
+    if calibration is not None and job.example_input is None:
         calibration, run = _run_on_calibration(model, lam, calibration)
     else:
-        run = run_where_possible(model, lam, example_input)
-    plan = make_plan(find_sites(model, run), lam, include, exclude, Basis(basis, normalization))
+        run = run_where_possible(model, lam, job.example_input)
+    plan = make_plan(find_layers(model, run), lam, job.scope.include, job.scope.exclude, job.scope.basis)
     if not plan.layers:
         reasons = shortened([f"{skip.name}: {skip.why}" for skip in plan.skipped], 3) or "it has none"
         raise InputError(f"this {type(model).__name__} has no convolution over 1x1 to convert ({reasons})")
-    convs = convolutions(model)
-    converted = exchange(
-        model,
-        {convs[p.name]: partial(to_harmonic, convs[p.name], p.frequencies, plan.family) for p in plan.layers},
-    )
-    harmonic = convolutions(converted)
-    records = [_record(layer, convs[layer.name], harmonic[layer.name], plan) for layer in plan.layers]
-    records += [
-        LayerRecord(
-            skip.name, skip.kind, skip.kernel_size, 0, len(all_frequencies(skip.kernel_size)), None, None, skip.why
-        )
-        for skip in plan.skipped
-    ]
-    order = {name: index for index, (name, _) in enumerate(model.named_modules())}
-    records.sort(key=lambda record: order[record.name])
-    conversion = Conversion(converted, plan, tuple(records), network_cost(model, plan, run))
-    return conversion if calibration is None else _calibrated(model, conversion, calibration, settings, progress)
-
-
-def _calibrated(
-    model: nn.Module,
-    conversion: Conversion,
-    calibration: Iterable[Any] | Known,
-    settings: CalibrationSettings | None = None,
-    progress: Progress | None = None,
-) -> Conversion:
-    """The conversion, its network refitted in place."""
-    calibrated = calibrate(model, conversion.model, conversion.plan, calibration, settings, progress)
+    converted = Converted(plan, apply_plan(model, plan))
+    conversion = _conversion(model, converted, run)
+    if calibration is None:
+        return conversion
+    calibrated = calibrate(model, converted.model, plan, calibration, job.settings, job.progress)
     return replace(conversion, calibration=calibrated)
 
 
-def _within(
-    model: nn.Module,
-    budget: Budget,
-    family: Basis,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    example_input: Any,
-    calibration: Iterable[Any] | None,
-    settings: CalibrationSettings,
-    search: SearchSettings,
-    progress: Progress | None,
-) -> Conversion:
+def _within_budget(job: _Job, budget: Budget, search: SearchSettings) -> Conversion:
     """Convert by the best plan within a budget."""
-    images = None if calibration is None else tuple(calibration)
-    searching = _searching(model, budget, example_input, images, settings, search)
-    if progress is not None:
-        searching.progress = progress
-    conversion, record = searching(include, exclude, family)
-    return replace(conversion, search=record)
+    searching = _searching(job, budget, search)
+    uncalibrated, record = searching()
+    return replace(_conversion(job.model, uncalibrated, searching.trace), search=record)
 
 
-def _searching(
-    model: nn.Module,
-    budget: Budget,
-    example_input: Any,
-    images: Sequence[Any] | None,
-    settings: CalibrationSettings | None = None,
-    search: SearchSettings | None = None,
-) -> Searching:
-    run = run_where_possible(model, "any", example_input)
-
-    def by_plan(plan: Plan, known: Known | None, settings: CalibrationSettings) -> Conversion:
-        conversion = convert(model, plan, example_input=example_input)
-        return conversion if known is None else _calibrated(model, conversion, known, settings)
-
-    given = default_input(model) if example_input is None else example_input
-    return Searching(
-        model, budget, find_sites(model, run), run, by_plan, images, settings or CalibrationSettings(),
-        search or SearchSettings(), given,
-    )  # fmt: skip
+def _searching(job: _Job, budget: Budget, search: SearchSettings) -> Searching:
+    run = run_where_possible(job.model, "any", job.example_input)
+    images = None if job.calibration is None else tuple(job.calibration)
+    example = default_input(job.model) if job.example_input is None else job.example_input
+    searching = Searching(
+        job.model, budget, find_layers(job.model, run), run, job.scope, images, job.settings, search, example
+    )
+    if job.progress is not None:
+        searching.progress = job.progress
+    return searching
 
 
 def _within_drop(
-    at: Callable[..., Conversion],
-    max_drop: float,
-    least: float,
-    uncut: float,
-    worth: Callable[[nn.Module], float],
-    search: SearchSettings,
+    job: _Job, max_drop: float, metric: Callable[[nn.Module], float], search: SearchSettings
 ) -> Conversion:
-    """The smallest conversion, of a share from ``least`` on, that is worth no more than so many points less than the
-    uncut network."""
+    """The smallest conversion that is no more than so many points worse than the uncut network."""
+    images = None if job.calibration is None else tuple(job.calibration)
+    job = replace(job, calibration=images)
+    least = _searching(job, Budget("params", 1.0), SearchSettings()).least_share()
+    uncut = metric(job.model)
     with TemporaryDirectory() as folder:  # the layers are probed once for all budgets
         kept = search if search.probes else replace(search, probes=str(Path(folder) / "probes.json"))
 
         def attempt(share: float) -> tuple[Conversion, float]:
-            conversion = at(budget={"params": share}, search=kept) if share < 1 else at("full")
-            return conversion, uncut - worth(conversion.model)
+            budget = Budget.parse({"params": share})
+            conversion = _within_budget(job, budget, kept) if share < 1 else _by_policy(job, "full")
+            return conversion, uncut - metric(conversion.model)
 
         conversion, steps = smallest_within(attempt, least, max_drop)
-    return cast(Conversion, replace(conversion, drops=steps))
+    return replace(conversion, drops=steps)
+
+
+def _conversion(model: nn.Module, converted: Converted, run: Trace | None) -> Conversion:
+    """The record of a network that was converted by a plan."""
+    plan = converted.plan
+    records = _records(model, converted.model, plan)
+    cost = network_cost(model, plan, run)
+    return Conversion(converted.model, plan, records, cost, converted.calibration)
 
 
 def _run_on_calibration(model: nn.Module, lam: Any, calibration: Iterable[Any]) -> tuple[Iterable[Any], Trace | None]:
@@ -320,34 +289,34 @@ def _run_on_calibration(model: nn.Module, lam: Any, calibration: Iterable[Any]) 
     return itertools.chain(first, batches), None
 
 
-def _record(layer: LayerPlan, conv: nn.Module, harmonic: nn.Module, plan: Plan) -> LayerRecord:
-    total = len(all_frequencies(layer.kernel_size))
+def _records(model: nn.Module, converted: nn.Module, plan: Plan) -> tuple[LayerRecord, ...]:
+    """What became of each layer that a plan names, in the order of the network."""
+    before, after = weighted_layers(model), weighted_layers(converted)
+    records = [
+        _record(layer, before[layer.name], after[layer.name], plan.notes.get(layer.name)) for layer in plan.layers
+    ]
+    records += [
+        LayerRecord(skip.name, skip.kind, skip.kernel_size, 0, prod(skip.kernel_size), None, None, skip.why)
+        for skip in plan.skipped
+    ]
+    order = {name: index for index, (name, _) in enumerate(model.named_modules())}
+    return tuple(sorted(records, key=lambda record: order[record.name]))
+
+
+def _record(planned: LayerPlan, layer: nn.Module, converted: nn.Module, why: str | None) -> LayerRecord:
+    weight, total = cast(Tensor, layer.weight).detach(), prod(planned.kernel_size)
+    kept = planned.kept_share(total)
     record = LayerRecord(
-        layer.name,
-        type(conv).__name__,
-        layer.kernel_size,
-        len(layer.frequencies),
-        total,
-        None,
-        None,
-        plan.notes.get(layer.name),
+        planned.name, type(layer).__name__, planned.kernel_size, kept, total, None, None, why, keeps=str(planned)
     )
-    weight = cast(Tensor, conv.weight).detach()
     if weight.is_meta:
         return record
-    error = relative_error(cast(Tensor, harmonic.weight).detach(), weight)
-    assert isinstance(harmonic, HarmonicMixin)
-    if not math.isfinite(error):
-        check_range(harmonic.coefficients, layer.name, "coefficients")
-        check_range(harmonic.weight, layer.name, "merged kernels")
-    # With an orthonormal basis what the cut frequencies held is exactly the squared error.
-    energy = 1.0 if layer.whole else max(0.0, 1 - error**2)
-    return replace(record, energy=energy, error=error, spectrum=_spectrum(layer, weight, plan))
-
-
-def _spectrum(layer: LayerPlan, weight: Tensor, plan: Plan) -> tuple[float, ...] | None:
-    """Of a layer that stays whole the coefficients themselves tell."""
-    if layer.whole or plan.basis != "dct":
-        return None
-    means = project(weight, dct_basis(layer.kernel_size)).abs().mean((0, 1), dtype=torch.float64).tolist()
-    return tuple(float(f"{mean:.{_DIGITS}g}") for mean in means)
+    merged = cast(Tensor, converted.weight).detach()
+    error = relative_error(merged, weight)
+    if not isfinite(error):
+        for name, parameter in converted.named_parameters(recurse=False):
+            check_range(parameter, planned.name, name)
+        check_range(merged, planned.name, "merged kernels")
+    facts = {key: value for one in planned.keeps for key, value in AXES[one.axis].facts(weight, one).items()}
+    # With an orthonormal basis the energy of what was cut is exactly the squared error.
+    return replace(record, energy=1.0 if planned.whole else max(0.0, 1 - error**2), error=error, **facts)

@@ -1,1 +1,38 @@
-"""TODO."""
+"""Plans: what each layer of a network keeps on each axis, how policies make a plan, what it costs, and how to apply it.
+
+What belongs here: the axes and their homes (`space`), plans as data, and cost counted from shapes. What does not: data
+(`calibration`), searches (`search`) and files (`storage`).
+"""
+
+from .applying import apply_plan, plan_of_model
+from .axes import AXES, Axis, Check, Kept, LayerCost, WeightShape, register
+from .cost import Cost, layer_costs, network_cost
+from .making import make_plan, plannable
+from .plan import LayerPlan, Plan, Skip
+from .space import Frequencies, SpaceAxis, bases_of, cut_layer
+
+__all__ = [
+    "AXES",
+    "Axis",
+    "Check",
+    "Cost",
+    "Frequencies",
+    "Kept",
+    "LayerCost",
+    "LayerPlan",
+    "Plan",
+    "Skip",
+    "SpaceAxis",
+    "WeightShape",
+    "apply_plan",
+    "bases_of",
+    "cut_layer",
+    "layer_costs",
+    "make_plan",
+    "network_cost",
+    "plan_of_model",
+    "plannable",
+    "register",
+]
+
+register(SpaceAxis())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import cast
@@ -11,28 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..kernels.basis import Frequency
 from ..layers.factored import FACTORABLE
-from ..network.layers import convolutions, kernel_size
+from ..network.layers import convolutions, kernel_size, weighted_layers
 from ..network.other_convolutions import other_convolutions
 from ..network.running import evaluating
 from ..network.state import tensors_of
 from ..network.tracing import Trace
+from .axes import AXES, LayerCost, WeightShape
 from .plan import Plan
-
-
-@dataclass(frozen=True)
-class LayerCost:
-    """One convolution: parameters of its kernel, whole and kept, and MACs per example of its forms (None: no trace).
-
-    ``factored_macs`` counts the responses of every input channel (separable, unless the basis is fitted) and the 1x1
-    product over the kept ones; those of the dense form where a layer has no factored one.
-    """
-
-    parameters: int
-    kept_parameters: int
-    macs: int | None
-    factored_macs: int | None
 
 
 @dataclass(frozen=True)
@@ -86,47 +72,37 @@ def bytes_of(build: Callable[[], nn.Module]) -> int | None:
         return None
 
 
-def response_macs(kernel_size: Sequence[int], frequencies: Sequence[Frequency], separable: bool = True) -> int:
-    """Multiply-adds to get all kept responses of one channel at one position, axis by axis from the last where the
-    basis kernels are products of vectors.
-
-    >>> response_macs((3, 3), [(0, 0), (0, 1), (1, 0)])  # two rows of three, then three columns of three
-    15
-    """
-    if not separable:
-        return prod(kernel_size) * len(frequencies)
-    return sum(size * len({f[axis:] for f in frequencies}) for axis, size in enumerate(kernel_size))
-
-
 def layer_costs(model: nn.Module, plan: Plan, trace: Trace | None = None) -> dict[str, LayerCost]:
-    """Cost of every planned convolution of the original ``model``, by name."""
-    convs = convolutions(model)
+    """Cost of every planned layer of the original ``model``, by name."""
+    layers = weighted_layers(model)
     costs = {}
-    for layer in plan.layers:
-        conv = convs[layer.name]
-        weight = cast(Tensor, conv.weight)
-        run = trace.layers.get(layer.name) if trace else None
-        kept = weight.numel() // prod(layer.kernel_size) * len(layer.frequencies)
-        macs = factored = None
-        if trace:
-            macs = run.macs // trace.batch if run else 0
-            factored = macs
-            if not layer.whole and type(conv) in FACTORABLE:
-                positions = macs // weight.numel()
-                one = response_macs(layer.kernel_size, layer.frequencies, separable=not plan.family.fitted)
-                factored = positions * (one * cast(int, conv.in_channels) + kept)
-        costs[layer.name] = LayerCost(weight.numel(), kept, macs, factored)
+    for planned in plan.layers:
+        layer = layers[planned.name]
+        weight = cast(Tensor, layer.weight)
+        run = trace.layers.get(planned.name) if trace else None
+        macs = None if trace is None else run.macs // trace.batch if run else 0
+        positions = None if macs is None else macs // max(weight.numel(), 1)
+        inputs = cast(int, getattr(layer, "in_channels", 0) or getattr(layer, "in_features", 0))
+        shape = WeightShape(weight.numel(), planned.kernel_size, inputs, positions, type(layer) in FACTORABLE)
+        size = weight.numel() * weight.element_size()
+        cost = LayerCost(weight.numel(), weight.numel(), size, size, macs=macs, factored_macs=macs)
+        for kept in planned.keeps:
+            cost = AXES[kept.axis].cost(shape, kept, cost)
+        costs[planned.name] = cost
     return costs
 
 
 def network_cost(model: nn.Module, plan: Plan, trace: Trace | None = None) -> Cost:
     """Cost of the original ``model`` before and after ``plan``."""
     layers = layer_costs(model, plan, trace)
-    convs = convolutions(model)
+    weighted = weighted_layers(model)
     # A tied weight counts once, as its coefficients do: by identity, the last one standing for all.
-    saved = {id(convs[n].weight): (c.parameters - c.kept_parameters, _itemsize(convs[n])) for n, c in layers.items()}
+    saved = {
+        id(weighted[name].weight): (cost.parameters - cost.kept_parameters, cost.bytes - cost.kept_bytes)
+        for name, cost in layers.items()
+    }
     # A basis that is fitted to a layer has to be kept beside its coefficients, in float64.
-    bases = sum(len(p.frequencies) * prod(p.kernel_size) for p in plan.layers) if plan.family.fitted else 0
+    constants = sum(cost.constants for cost in layers.values())
     with evaluating(model):  # reading a spectrally normalised weight in training mode would change the network
         over_1x1 = {
             id(c._parameters.get("weight", c)): cast(Tensor, c.weight).numel()
@@ -145,18 +121,14 @@ def network_cost(model: nn.Module, plan: Plan, trace: Trace | None = None) -> Co
         macs = {"dense_macs": total, "factored_macs": total + change, "over_1x1_macs": reach}
     return Cost(
         parameters=parameters,
-        harmonic_parameters=parameters - sum(count for count, _ in saved.values()) + bases,
+        harmonic_parameters=parameters - sum(count for count, _ in saved.values()) + constants,
         over_1x1_parameters=sum(over_1x1.values()),
         bytes=size,
-        harmonic_bytes=size - sum(count * itemsize for count, itemsize in saved.values()) + 8 * bases,
-        merge_macs=sum(c.kept_parameters * prod(kernel_size(convs[name])) for name, c in layers.items()),
+        harmonic_bytes=size - sum(written for _, written in saved.values()) + 8 * constants,
+        merge_macs=sum(cost.merge_macs for cost in layers.values()),
         **macs,
     )
 
 
 def _over_1x1(model: nn.Module) -> dict[str, nn.Module]:
     return {name: conv for name, conv in convolutions(model).items() if prod(kernel_size(conv)) > 1}
-
-
-def _itemsize(conv: nn.Module) -> int:
-    return cast(Tensor, conv.weight).element_size()

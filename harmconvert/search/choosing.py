@@ -64,7 +64,7 @@ def choose(
     limit, smallest = limit_of(budget, whole, changes)
     front = frontier(changes, scores)
     index = {name: number for number, item in enumerate(items) for name in item.names}
-    sets = [{frequencies: choice for choice, frequencies in enumerate(item.sets)} for item in items]
+    numbers = [{choice: number for number, choice in enumerate(item.choices)} for item in items]
 
     def cost(chosen: Sequence[int]) -> int:
         return whole + sum(row[choice] for row, choice in zip(changes, chosen, strict=True))
@@ -74,7 +74,7 @@ def choose(
 
     def choices_in(plan: Plan) -> tuple[int, ...] | None:
         """A plan as choices, where it is made of them."""
-        planned = {index[p.name]: sets[index[p.name]].get(p.frequencies) for p in plan.layers if p.name in index}
+        planned = {index[p.name]: numbers[index[p.name]].get(p.keeps) for p in plan.layers if p.name in index}
         found = [planned.get(number) for number in range(len(items))]
         return tuple(choice for choice in found if choice is not None) if None not in found else None
 

@@ -8,34 +8,33 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..kernels.basis import Basis, Frequency, largest_of
-from ..kernels.projection import project, reconstruct
-from ..network.layers import convolutions, kernel_size
+from ..kernels.basis import largest_of
+from ..network.layers import weighted_layers
+from ..plan.axes import projected
+from .choices import Choice
 
 
-def energy_scores(
-    model: nn.Module, names: Sequence[str], sets: Sequence[Sequence[Frequency]], family: Basis
-) -> list[float]:
-    """For each set of frequencies the mean over output channels of |what is cut|^2 over the variance that the batch
-    norm behind the layer divides by; without one over |kernel|^2. Of layers that share a kernel, the first speaks.
+def energy_scores(model: nn.Module, names: Sequence[str], choices: Sequence[Choice]) -> list[float]:
+    """For each choice the mean over output channels of |what is cut|^2 over the variance that the batch norm behind the
+    layer divides by; without one over |kernel|^2. For layers that share a kernel, the first one's score is used.
 
-    White inputs of variance one would lose that share of each channel's variance. What images hold at high frequencies
-    is less, so this is good for an order of layers, not for what a cut will cost.
+    White inputs of variance one would lose that share of each channel's variance. Images hold less at high frequencies,
+    so this is good for an order of layers, not for the accuracy that a cut will cost.
     """
     name = names[0]
-    conv = convolutions(model)[name]
-    weight = cast(Tensor, conv.weight).detach().to(torch.float64)
-    filters = weight.transpose(0, 1) if conv.transposed else weight
+    layer = weighted_layers(model)[name]
+    transposed = bool(getattr(layer, "transposed", False))
+    weight = cast(Tensor, layer.weight).detach().to(torch.float64)
+    filters = weight.transpose(0, 1) if transposed else weight
     scale_O = _variance_behind(model, name, len(filters))
     if scale_O is None:  # then only proportions matter, and the floor below is not to meet small weights
         weight = weight / largest_of(weight)
-        filters = weight.transpose(0, 1) if conv.transposed else weight
+        filters = weight.transpose(0, 1) if transposed else weight
         scale_O = filters.flatten(1).square().sum(1)
     scores = []
-    for frequencies in sets:
-        kernels_FK = family.kernels_for(weight, frequencies)
-        cut = weight - reconstruct(project(weight, kernels_FK), kernels_FK, kernel_size(conv))
-        cut_O = (cut.transpose(0, 1) if conv.transposed else cut).flatten(1).square().sum(1)
+    for choice in choices:
+        cut = weight - projected(weight, choice)
+        cut_O = (cut.transpose(0, 1) if transposed else cut).flatten(1).square().sum(1)
         scores.append(float((cut_O / scale_O.to(cut_O).clamp_min(1e-12)).mean()))
     return scores
 

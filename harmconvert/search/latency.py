@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
 from ..calibration import Progress
-from ..kernels.basis import Basis, Frequency
 from ..layers.factored import reason_not_factorable
-from ..layers.harmonic import HarmonicMixin, to_harmonic
 from ..layers.layer_times import Site, layer_times
 from ..network.forms import sites_of
-from ..network.layers import convolutions
+from ..network.layers import convolutions, is_harmonic, kernel_size
 from ..network.tracing import Trace
-from .choices import Item
+from ..plan import LayerPlan, Plan, apply_plan
+from .choices import Choice, Item
 
 # Convolutions over 1x1 are at most this share of a network's time.
 MOST_OF_IT = 0.95
@@ -24,7 +23,6 @@ MOST_OF_IT = 0.95
 def latency_costs(
     model: nn.Module,
     items: Sequence[Item],
-    family: Basis,
     example_input: Any,
     trace: Trace,
     whole: float,
@@ -38,16 +36,16 @@ def latency_costs(
     """
     convs = convolutions(model)
     sites = sites_of(model, {name: convs[name] for item in items for name in item.names}, example_input)
-    total, done = sum(len(item.sets) - 1 for item in items), 0
+    total, done = sum(len(item.choices) - 1 for item in items), 0
     gains: list[list[float]] = []  # seconds by each choice but the whole
     parts: list[float] = []  # seconds of the layers themselves, dense
     for item in items:
         calls = {name: trace.layers[name].calls for name in item.names if name in sites and name in trace.layers}
         row, taken = [], []
-        for frequencies in item.sets[1:]:
+        for choice in item.choices[1:]:
             progress(done, total, f"timing {item.names[0]}")
             done += 1
-            times = {name: _times(convs[name], sites[name], family, frequencies) for name in calls}
+            times = {name: _times(convs[name], sites[name], choice) for name in calls}
             row.append(sum(calls[name] * max(0.0, dense - factored) for name, (dense, factored) in times.items()))
             taken.append(sum(calls[name] * dense for name, (dense, _) in times.items()))
         gains.append(row)
@@ -59,7 +57,10 @@ def latency_costs(
     return round(1e6 * whole), [[0, *(-round(1e6 * scale * gain) for gain in row)] for row in gains]
 
 
-def _times(conv: nn.Module, site: Site, family: Basis, frequencies: tuple[Frequency, ...]) -> tuple[float, float]:
-    """Seconds of a call dense and factored with those frequencies; none of both where there is no such form."""
-    harmonic = cast(HarmonicMixin, to_harmonic(conv, frequencies, family))
-    return (0.0, 0.0) if reason_not_factorable(harmonic) else layer_times(harmonic, site)
+def _times(conv: nn.Module, site: Site, choice: Choice) -> tuple[float, float]:
+    """Seconds of a call in the dense and the factored form of a choice; 0 for both where there is no such form."""
+    layer = LayerPlan("", kernel_size(conv), choice)
+    converted = apply_plan(conv, Plan((layer,)))
+    if not is_harmonic(converted) or reason_not_factorable(converted):
+        return 0.0, 0.0
+    return layer_times(converted, site)

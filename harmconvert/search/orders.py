@@ -1,9 +1,13 @@
-"""In what order each layer can do without its frequencies: by output error on images, or by energy without them."""
+"""In what order each layer can do without its frequencies: by output error on images, or by energy without them.
+
+This is the one part of the search that belongs to the space axis: it adds to a layer's choices sets of frequencies that
+are not the lowest.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from torch import nn
@@ -11,22 +15,25 @@ from torch import nn
 from ..calibration import CalibrationSettings, Progress, memory_for
 from ..calibration.inputs import CalibrationSet
 from ..calibration.moments import Moments, response_moments
-from ..kernels.basis import Basis, Frequency, all_frequencies
-from ..layers.harmonic import HarmonicMixin
+from ..errors import InputError
+from ..kernels.basis import Frequency
+from ..kernels.elimination import eliminate
 from ..network.distributed import from_first_rank
-from ..network.layers import convolutions
-from .choices import Item
-from .elimination import eliminate
+from ..network.layers import harmonic_layers
+from ..plan import Frequencies
+from .choices import Choice, Item
 from .energy import energy_scores
 
 BY_ERROR = "output error"
 APART = "output error, channels taken one by one"
 BY_ENERGY = "energy"
+# Sizes of the sets that are chosen frequency by frequency: each is a probe, and large kernels have dozens.
+MOST_SIZES = 12
 
 
 @dataclass(frozen=True)
 class Order:
-    """All frequencies of a layer, the first to be cut first, and what told: the output error, the same with input
+    """All frequencies of a layer, the first to be cut first, and what decided: the output error, the same with input
     channels taken as uncorrelated, or the energy of the coefficients, and then ``why``."""
 
     frequencies: tuple[Frequency, ...]
@@ -43,15 +50,53 @@ class Order:
         return cls(tuple(tuple(map(int, f)) for f in data["frequencies"]), str(data["by"]), data["why"])
 
 
-def orders_by_energy(
-    model: nn.Module, items: Sequence[Item], family: Basis, why: str | None = None
-) -> Iterator[tuple[Item, Order]]:
+def whole_of(item: Item) -> Frequencies | None:
+    """All frequencies of an item's layers; None where the layers have no space axis."""
+    return cast("Frequencies | None", next((kept for kept in item.choices[0] if kept.axis == "space"), None))
+
+
+def with_order(item: Item, order: Sequence[Frequency]) -> Item:
+    """An item with more to choose from: of every size (of a large kernel, of some) what is left once the first of
+    ``order`` are cut, beside the lambdas.
+
+    Raises:
+        InputError: the order, which may come from a file, does not hold each of its frequencies once.
+    """
+    whole = whole_of(item)
+    if whole is None:
+        return item
+    every = whole.frequencies
+    if sorted(order) != sorted(every):
+        raise InputError(f"the order of the frequencies of {item.names[0]} lacks some or has others: remove --probes")
+    count = len(order)
+    steps = range(MOST_SIZES)
+    sizes = (
+        {round(1 + (count - 1) * step / (MOST_SIZES - 1)) for step in steps} if count > MOST_SIZES else range(1, count)
+    )
+    chain = [replace(whole, frequencies=tuple(sorted(order[count - size :], key=every.index))) for size in sizes]
+    choices = [_with(choice, kept) for kept in chain for choice in item.choices]
+    return replace(item, choices=tuple(sorted(dict.fromkeys([*item.choices, *choices]), key=_size, reverse=True)))
+
+
+def _with(choice: Choice, kept: Frequencies) -> Choice:
+    return tuple(kept if one.axis == kept.axis else one for one in choice)
+
+
+def _size(choice: Choice) -> int:
+    """Frequencies of a choice; the sort is stable, so that the whole stays first."""
+    return next(len(cast(Frequencies, kept).frequencies) for kept in choice if kept.axis == "space")
+
+
+def orders_by_energy(model: nn.Module, items: Sequence[Item], why: str | None = None) -> Iterator[tuple[Item, Order]]:
     """Orders by the energy that each frequency holds (`energy_scores`): kernels of the basis are orthogonal, so the
     energies of several add up and each set of the chain is the best of its size."""
     for item in items:
-        every = all_frequencies(item.kernel_size)
-        without = [tuple(f for f in every if f != cut) for cut in every]
-        scores = energy_scores(model, item.names, without, family) if len(every) > 1 else [0.0]
+        whole = cast(Frequencies, whole_of(item))
+        every = whole.frequencies
+        without = [
+            _with(item.choices[0], replace(whole, frequencies=tuple(f for f in every if f != cut))) for cut in every
+        ] if len(every) > 1 else []  # fmt: skip
+        scores = energy_scores(model, item.names, without) if without else [0.0]
         order = sorted(range(len(every)), key=lambda index: (scores[index], -index))
         yield item, Order(tuple(every[index] for index in order), BY_ENERGY, why)
 
@@ -60,7 +105,6 @@ def orders_by_error(
     model: nn.Module,
     whole: nn.Module,
     items: Sequence[Item],
-    family: Basis,
     data: CalibrationSet,
     settings: CalibrationSettings,
     progress: Progress,
@@ -70,23 +114,23 @@ def orders_by_error(
 
     ``whole`` is ``model`` in harmonic form, nothing cut.
     """
-    convs = convolutions(whole)
-    layers = {name: cast(HarmonicMixin, convs[name]) for item in items for name in item.names}
+    harmonic = harmonic_layers(whole)
+    layers = {name: harmonic[name] for item in items for name in item.names}
     memory = memory_for(whole, settings)
     left = {name: item for item in items for name in item.names}
     progress(0, len(items), "ordering frequencies")
-    for names, found in response_moments(whole, layers, data, settings.seed, memory):
+    for names, moments in response_moments(whole, layers, data, settings.seed, memory):
         item = left.get(names[0])
         if item is None:
-            continue  # another layer with the same coefficients has spoken
-        if isinstance(found, Moments):
-            every = all_frequencies(item.kernel_size)
+            continue  # another layer with the same coefficients decided
+        if isinstance(moments, Moments):
+            every = cast(Frequencies, whole_of(item)).frequencies
             # Rounding may differ between processes, and all must choose from the same sets.
-            order = from_first_rank(eliminate(found.gram, found.coefficients, len(every)).order)
-            yield item, Order(tuple(every[index] for index in order), APART if found.apart else BY_ERROR)
+            order = from_first_rank(eliminate(moments.gram, moments.coefficients, len(every)).order)
+            yield item, Order(tuple(every[index] for index in order), APART if moments.apart else BY_ERROR)
         else:
-            yield from orders_by_energy(model, [item], family, found)
+            yield from orders_by_energy(model, [item], moments)
         left = {name: other for name, other in left.items() if other is not item}
         progress(len(items) - len({id(other) for other in left.values()}), len(items), f"ordered {names[0]}")
     rest = list({id(item): item for item in left.values()}.values())
-    yield from orders_by_energy(model, rest, family, "it does not run on the calibration inputs")
+    yield from orders_by_energy(model, rest, "it does not run on the calibration inputs")

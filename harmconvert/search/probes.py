@@ -14,11 +14,12 @@ from ..calibration import CalibrationSettings
 from ..documents import check, count, finite, plain
 from ..errors import InputError, UsageError
 from ..files import read_json, write_text
-from ..kernels.basis import Basis, Frequency
+from ..kernels.basis import Basis
 from ..network.distributed import from_first_rank, rank
 from ..network.state import tensors_sha256, weights_sha256
 from ..network.values import tensors_in
 from ..plan.plan import Plan
+from .choices import Choice
 from .orders import Order
 
 VERSION = 1
@@ -73,7 +74,7 @@ class Probes:
         write_text(self.path, json.dumps(data, indent=1) + "\n", force=True)
 
 
-def key_of(model: nn.Module, batches: Iterable[Any], settings: CalibrationSettings, family: Basis) -> dict[str, Any]:
+def key_of(model: nn.Module, batches: Iterable[Any], settings: CalibrationSettings, basis: Basis) -> dict[str, Any]:
     """What probes depend on, JSON-able."""
     inputs = {f"{i}.{j}": t for i, batch in enumerate(batches) for j, t in enumerate(tensors_in(batch))}
     own = asdict(settings)
@@ -81,18 +82,22 @@ def key_of(model: nn.Module, batches: Iterable[Any], settings: CalibrationSettin
     return {
         "weights": weights_sha256(model),
         "images": tensors_sha256(inputs),
-        "settings": {**own, "basis": str(family)},
+        "settings": {**own, "basis": str(basis)},
     }
 
 
-def name_of(names: Sequence[str], frequencies: Sequence[Frequency]) -> str:
-    """What a single cut is called in the file."""
-    return f"{','.join(names)}: {' '.join('-'.join(map(str, f)) for f in frequencies)}"
+def name_of(names: Sequence[str], choice: Choice) -> str:
+    """What a single cut is called in the file: the layers and what they keep.
+
+    The space axis needs no name, because files from before there were other axes do not have one.
+    """
+    kept = [one.key if one.axis == "space" else f"{one.axis}={one.key}" for one in choice]
+    return f"{','.join(names)}: {' '.join(kept)}"
 
 
 def name_of_plan(plan: Plan) -> str:
-    """What a plan is called in the file: the frequencies of all that is cut."""
-    return "; ".join(name_of((layer.name,), layer.frequencies) for layer in plan.layers if not layer.whole) or "whole"
+    """What a plan is called in the file: what each layer that is cut keeps."""
+    return "; ".join(name_of((layer.name,), layer.keeps) for layer in plan.layers if not layer.whole) or "whole"
 
 
 def _read(path: Path) -> Any:

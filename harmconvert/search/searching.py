@@ -3,106 +3,134 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
 from ..arguments import UNITS, Budget
-from ..calibration import CalibrationSettings, Known, Progress, memory_for
+from ..calibration import Calibration, CalibrationSettings, Known, Progress, calibrate, memory_for
 from ..calibration.cuts import whole_layers
 from ..errors import InputError, UsageError, shortened
 from ..kernels.basis import Basis
-from ..layers.harmonic import HarmonicMixin
 from ..network.distributed import from_first_rank
 from ..network.forms import run_times
-from ..network.layers import ConvSite, convolutions
+from ..network.layers import LayerInfo, harmonic_layers
 from ..network.running import unchanged
 from ..network.tracing import Trace
-from ..plan.plan import Plan, make_plan
-from .choices import Item, costs_of, items_of, whole_plan, with_order
+from ..plan import Plan, apply_plan, make_plan
+from .choices import Choice, Item, costs_of, items_of, whole_plan
 from .choosing import choose, limit_of
 from .energy import energy_scores
 from .latency import latency_costs
-from .orders import BY_ERROR, Order, orders_by_energy, orders_by_error
+from .orders import BY_ERROR, Order, orders_by_energy, orders_by_error, whole_of, with_order
 from .probes import Probes, key_of, name_of, name_of_plan
 from .records import Search, SearchSettings
 
 OTHERS: tuple[str | int, ...] = ("progressive", 4, 3, 2, 1)
 
-# Converts by a plan, calibrated on images under settings, or not; returns a Conversion (of a module further down).
-Converter = Callable[[Plan, "Known | None", CalibrationSettings], Any]
+
+@dataclass(frozen=True)
+class Scope:
+    """Which layers a search may cut, and in which basis: arguments of `convert`."""
+
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    basis: Basis = Basis()
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A network converted by a plan, and how it was calibrated (None: it was not)."""
+
+    plan: Plan
+    model: nn.Module
+    calibration: Calibration | None = None
 
 
 @dataclass
 class Searching:
-    """One search: ``convert`` converts by a plan, on images or without."""
+    """One search for a plan within a budget; ``images`` are batches to score on, None to score without."""
 
     model: nn.Module
     budget: Budget
-    sites: Sequence[ConvSite]
+    layers: Sequence[LayerInfo]
     trace: Trace | None
-    convert: Converter
+    scope: Scope
     images: Sequence[Any] | None
     settings: CalibrationSettings
     search: SearchSettings
     example_input: Any = None
     progress: Progress = lambda done, total, what: None
 
-    def __call__(self, include: Sequence[str], exclude: Sequence[str], family: Basis) -> tuple[Any, Search]:
-        """The conversion by the best plan that was found, and how it was found.
+    def __call__(self) -> tuple[Converted, Search]:
+        """The network converted by the best plan that was found, and how that was found.
 
         Raises:
-            UsageError: the budget cannot be met, or probes of something else lie in the file for them.
+            UsageError: the budget cannot be met, or the file of probes holds those of something else.
             InputError: nothing may be cut, or outputs that cannot be compared.
         """
         with unchanged(self.model, weights=False):  # times are measured inside
-            return self._searched(include, exclude, family)
+            return self._searched()
 
-    def _searched(self, include: Sequence[str], exclude: Sequence[str], family: Basis) -> tuple[Any, Search]:
+    def _searched(self) -> tuple[Converted, Search]:
         counted = {"macs": "counts multiply-adds", "latency": "is measured"}.get(self.budget.unit)
         if counted and self.trace is None:
             raise UsageError(f"the budget {self.budget} {counted}: give an example input (--input-size C,H,W)")
-        whole, items = self._choices(include, exclude, family)
+        whole, items = self._choices()
         costs = self._costs(whole, items)
         limit, smallest = limit_of(self.budget, *costs)
         self.search.say(
             f"{UNITS[self.budget.unit]}: {costs[0]:,} now, {smallest:,} ({smallest / costs[0]:.1%}) at least; "
             f"{self.budget} is {limit:,} ({limit / costs[0]:.1%})"
         )
-        others: dict[str, Plan] = {}
-        for policy in OTHERS:
-            with suppress(UsageError):  # progressive without map sizes
-                others[f"lambda {policy}"] = make_plan(self.sites, policy, include, exclude, family)
         probes = None
         if self.images is not None:
             path = Path(self.search.probes) if self.search.probes else None
-            probes = Probes.opened(path, key_of(self.model, self.images, self.settings, family))
+            probes = Probes.opened(path, key_of(self.model, self.images, self.settings, self.scope.basis))
         notes: tuple[str, ...] = ()
         if self.search.frequencies == "best":
             items, notes = self._ordered(whole, items, probes)
             costs = self._costs(whole, items)
         if probes is None:
-            scores = [energy_scores(self.model, item.names, item.sets, family) for item in items]
-            plan, record = choose(self.budget, whole, items, costs, scores, "energy", others, None, 0)
-            conversion = self.convert(plan, None, self.settings)
+            scores = [energy_scores(self.model, item.names, item.choices) for item in items]
+            plan, record = choose(self.budget, whole, items, costs, scores, "energy", self._policies(), None, 0)
+            converted = self._converted(plan, None, self.settings)
         else:
             scores = self._probed(whole, items, probes)
-            conversion, record = self._tried(whole, items, costs, scores, others, probes)
-        return conversion, replace(record, frequencies=self.search.frequencies, notes=notes)
+            converted, record = self._tried(whole, items, costs, scores, probes)
+        return converted, replace(record, frequencies=self.search.frequencies, notes=notes)
 
-    def least_share(self, include: Sequence[str], exclude: Sequence[str], family: Basis) -> float:
+    def least_share(self) -> float:
         """The smallest budget that can be met, a millionth above it at most; raises InputError: nothing may be cut."""
-        whole, changes = self._costs(*self._choices(include, exclude, family))
+        whole, changes = self._costs(*self._choices())
         return math.ceil(1e6 * limit_of(self.budget, whole, changes)[1] / whole) / 1e6
 
-    def _choices(self, include: Sequence[str], exclude: Sequence[str], family: Basis) -> tuple[Plan, tuple[Item, ...]]:
-        whole = whole_plan(self.sites, include, exclude, family)
-        items = items_of(whole, {site.name: site.tied_to for site in self.sites if site.tied_to})
+    def _converted(self, plan: Plan, known: Known | None, settings: CalibrationSettings) -> Converted:
+        """The network converted by a plan, and calibrated on what is known of it."""
+        converted = apply_plan(self.model, plan)
+        if known is None:
+            return Converted(plan, converted)
+        return Converted(plan, converted, calibrate(self.model, converted, plan, known, settings))
+
+    def _policies(self) -> dict[str, Plan]:
+        """The plans of lambda policies, to try beside those of the search."""
+        plans: dict[str, Plan] = {}
+        for policy in OTHERS:
+            with suppress(UsageError):  # progressive without map sizes
+                plans[f"lambda {policy}"] = make_plan(
+                    self.layers, policy, self.scope.include, self.scope.exclude, self.scope.basis
+                )
+        return plans
+
+    def _choices(self) -> tuple[Plan, tuple[Item, ...]]:
+        whole = whole_plan(self.layers, self.scope.include, self.scope.exclude, self.scope.basis)
+        ties = {layer.name: layer.tied_to for layer in self.layers if layer.tied_to}
+        items = items_of(whole, ties, self.budget.unit)
         if not items:
             raise InputError(
                 f"no layer of this {type(self.model).__name__} may be cut: --include names those that should"
@@ -125,9 +153,7 @@ class Searching:
         if self.budget.unit == "latency":
             assert self.trace is not None
             given = self.example_input
-            costs = latency_costs(
-                self.model, items, whole.family, given, self.trace, self._whole_seconds, self.progress
-            )
+            costs = latency_costs(self.model, items, given, self.trace, self._whole_seconds, self.progress)
             return from_first_rank(costs)
         return costs_of(self.model, whole, items, self.budget.unit, self.trace)
 
@@ -137,37 +163,36 @@ class Searching:
         """The items with the sets that single frequencies make, and how those were chosen where not by output error;
         orders known from the file are not worked out again."""
         known = probes.orders if probes is not None else {}
-        missing = [item for item in items if item.names[0] not in known]
-        found: Iterable[tuple[Item, Order]] = ()
+        missing = [item for item in items if item.names[0] not in known and whole_of(item)]
+        orders: Iterable[tuple[Item, Order]] = ()
         if self.images is None:
-            found = orders_by_energy(self.model, missing, whole.family, "there are no images")
+            orders = orders_by_energy(self.model, missing, "there are no images")
         elif missing:
-            uncut = self._known.running(self.convert(whole, None, self.settings).model)
-            found = orders_by_error(
-                self._known.original, uncut, missing, whole.family, self._known.data, self.settings, self.progress
+            uncut = self._known.running(apply_plan(self.model, whole))
+            orders = orders_by_error(
+                self._known.original, uncut, missing, self._known.data, self.settings, self.progress
             )
-        for item, order in found:
+        for item, order in orders:
             known[item.names[0]] = order
             if probes is not None:
                 probes.keep()
-        return tuple(with_order(item, known[item.names[0]].frequencies) for item in items), _notes(items, known)
+        more = [with_order(i, known[i.names[0]].frequencies) if i.names[0] in known else i for i in items]
+        return tuple(more), _notes(items, known)
 
     def _probed(self, whole: Plan, items: Sequence[Item], probes: Probes) -> list[list[float]]:
         """The divergence by each choice of each item, all else whole; those known from the file are not measured."""
-        names = [[name_of(item.names, frequencies) for frequencies in item.sets[1:]] for item in items]
+        names = [[name_of(item.names, choice) for choice in item.choices[1:]] for item in items]
         missing = [item for item, row in zip(items, names, strict=True) if not probes.single.keys() >= set(row)]
         total, done = sum(map(len, names)), sum(name in probes.single for row in names for name in row)
         if missing:
             self.progress(done, total, "looking at what layers are fed")
         for item, known in self._looked_at(whole, missing):
-            for frequencies in item.sets[1:]:
-                if (name := name_of(item.names, frequencies)) in probes.single:
+            for choice in item.choices[1:]:
+                if (name := name_of(item.names, choice)) in probes.single:
                     continue
                 self.progress(done, total, f"probing {item.names[0]}")
                 done += 1
-                cut = [replace(p, frequencies=frequencies) for p in whole.layers if p.name in item.names]
-                plan = replace(whole, layers=tuple(cut))
-                probes.single[name] = self._divergence(plan, known, batch_norm=False)[1]
+                probes.single[name] = self._divergence(_alone(whole, item, choice), known, batch_norm=False)[1]
                 probes.keep()
         self.progress(total, total, "all layers probed")
         return [[0.0, *(probes.single[name] for name in row)] for row in names]
@@ -176,10 +201,10 @@ class Searching:
         """Each item with what all its probes can be solved from, where one look at the uncut network tells it."""
         if not items:
             return
-        uncut = self._known.running(self.convert(whole, None, self.settings).model)
-        convs = convolutions(uncut)
+        uncut = self._known.running(apply_plan(self.model, whole))
         left = {item.names[0]: item for item in items}
-        layers = {name: cast(HarmonicMixin, convs[name]) for name, item in left.items() if len(item.names) == 1}
+        alone = {name for name, item in left.items() if len(item.names) == 1}
+        layers = {name: layer for name, layer in harmonic_layers(uncut).items() if name in alone}
         memory = memory_for(uncut, self.settings)
         for name, layer in whole_layers(uncut, layers, self._known.data, self.settings.seed, memory):
             yield left.pop(name), replace(self._known, whole={name: layer})
@@ -191,10 +216,9 @@ class Searching:
         items: Sequence[Item],
         costs: tuple[int, list[list[int]]],
         scores: list[list[float]],
-        others: dict[str, Plan],
         probes: Probes,
-    ) -> tuple[Any, Search]:
-        best: tuple[float, Any] = (float("inf"), None)
+    ) -> tuple[Converted, Search]:
+        best: tuple[float, Converted | None] = (math.inf, None)
         done = 0
 
         def measure(plan: Plan) -> float:
@@ -203,41 +227,48 @@ class Searching:
             done += 1
             name = name_of_plan(plan)
             if name not in probes.whole:
-                conversion, divergence = self._divergence(plan, self._known, self.settings.batch_norm)
+                converted, divergence = self._divergence(plan, self._known, self.settings.batch_norm)
                 if divergence < best[0]:
-                    best = (divergence, conversion)  # the others are let go
+                    best = (divergence, converted)  # the others are let go
                 probes.whole[name] = divergence
                 probes.keep()
             return probes.whole[name]
 
         plan, record = choose(
-            self.budget, whole, items, costs, scores, "divergence", others, measure, self.search.trials
+            self.budget, whole, items, costs, scores, "divergence", self._policies(), measure, self.search.trials
         )
         self.progress(self.search.trials, self.search.trials, "plan found")
-        conversion = best[1]
-        if conversion is None or conversion.plan.layers != plan.layers:
-            conversion = self.convert(plan, self._known, self.settings)
-        return replace(conversion, plan=replace(conversion.plan, policy=plan.policy)), record
+        converted = best[1]
+        if converted is None or converted.plan.layers != plan.layers:
+            converted = self._converted(plan, self._known, self.settings)
+        return replace(converted, plan=plan), record
 
-    def _divergence(self, plan: Plan, known: Known, batch_norm: bool) -> tuple[Any, float]:
-        conversion = self.convert(plan, known, replace(self.settings, batch_norm=batch_norm))
-        found = conversion.calibration.divergence if conversion.calibration else None
+    def _divergence(self, plan: Plan, known: Known, batch_norm: bool) -> tuple[Converted, float]:
+        converted = self._converted(plan, known, replace(self.settings, batch_norm=batch_norm))
+        calibration = converted.calibration
+        assert calibration is not None
         if plan.whole:
-            return conversion, 0.0
-        if found is None:
-            why = conversion.calibration.incomparable if conversion.calibration else None
+            return converted, 0.0
+        if calibration.divergence is None:
             raise InputError(
-                f"the outputs of this network cannot be compared on these images ({why}), so plans cannot be told "
-                "apart: give two images or more, or leave the images out (then the energy that a cut takes decides)"
+                f"the outputs of this network cannot be compared on these images ({calibration.incomparable}), so "
+                "plans cannot be told apart: give two images or more, or leave the images out (then the energy that a cut "
+                "takes decides)"
             )
-        return conversion, found
+        return converted, calibration.divergence
+
+
+def _alone(whole: Plan, item: Item, choice: Choice) -> Plan:
+    """The plan of one item's layers alone."""
+    layers = tuple(layer.keeping(*choice) for layer in whole.layers if layer.name in item.names)
+    return replace(whole, layers=layers)
 
 
 def _notes(items: Sequence[Item], orders: Mapping[str, Order]) -> tuple[str, ...]:
     """Where frequencies were chosen by something else than the output error of a whole layer, and why."""
     layers: dict[str, list[str]] = {}
     for item in items:
-        order = orders[item.names[0]]
-        if order.by != BY_ERROR:
+        order = orders.get(item.names[0])
+        if order is not None and order.by != BY_ERROR:
             layers.setdefault(order.by + (f" ({order.why})" if order.why else ""), []).append(item.names[0])
     return tuple(f"frequencies by {how}: {shortened(names, 3)}" for how, names in layers.items())

@@ -8,10 +8,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..kernels.basis import Basis, all_frequencies
-from ..kernels.projection import energy_kept, project, reconstruct
-from ..layers.harmonic import HarmonicMixin
-from ..network.layers import kernel_size
+from ...kernels.basis import Basis, all_frequencies
+from ...kernels.projection import energy_kept, project, reconstruct
+from ...layers.harmonic import HarmonicMixin
+from ...network.layers import kernel_size
+from ..axes import Check
 
 # Kernels and coefficients, in units of the dtype's epsilon: rounding of the coefficients and of the product.
 KERNEL_TOLERANCE_EPS = 4.0
@@ -22,9 +23,11 @@ FLOAT64_PRODUCTS = 4 * torch.finfo(torch.float64).eps
 _PART = 2**20  # weights at a time
 
 
-def check_kernel(conv: nn.Module, other: nn.Module, as_calibrated: bool | None) -> tuple[int, int, float, str | None]:
-    """Kept and total frequencies, error against the original's kernel, and what is not as planned; whether coefficients
-    that calibration wrote are what it wrote is told."""
+def check_kernel(conv: nn.Module, other: nn.Module, as_calibrated: bool | None) -> Check:
+    """Compare the kernel of a converted convolution, harmonic or plain, with the original's.
+
+    ``as_calibrated``: whether coefficients that calibration wrote are what it wrote; None where it wrote none.
+    """
     total = len(all_frequencies(kernel_size(conv)))
     kept = len(other.frequencies) if isinstance(other, HarmonicMixin) else total
     rounding = max((torch.finfo(_values(one).dtype) for one in (conv, other)), key=lambda info: info.eps)
@@ -54,7 +57,7 @@ def check_kernel(conv: nn.Module, other: nn.Module, as_calibrated: bool | None) 
         )
     if isinstance(other, HarmonicMixin) and other.fitted_basis is not None:
         problem = _basis_problem(_kernel_of(conv, slice(None)), other) or problem
-    return kept, total, found, problem
+    return Check(kept, total, found, problem)
 
 
 def _wrong_coefficients(conv: nn.Module, other: HarmonicMixin, exact: Tensor, part: slice) -> int:
@@ -85,12 +88,12 @@ def _basis_problem(kernel: Tensor, other: HarmonicMixin) -> str | None:
         return None
     found_FK = other.kernels.to(kernel.device)
     unit_FK = found_FK / found_FK.norm(dim=1, keepdim=True)
-    best_FK = Basis(other.family.name).kernels_for(kernel, other.frequencies)
+    best_FK = Basis(other.basis_spec.name).kernels_for(kernel, other.frequencies)
     gram = unit_FK @ unit_FK.T - torch.eye(len(unit_FK), dtype=torch.float64, device=kernel.device)
     if not gram.abs().max() <= 1e-10:  # so that NaN is none either
         return "the rows of its basis are not orthogonal"
     if not energy_kept(kernel, unit_FK) >= energy_kept(kernel, best_FK) - 1e-6:
-        return f"its {other.family.name} basis is not fitted to the original's kernel"
+        return f"its {other.basis_spec.name} basis is not fitted to the original's kernel"
     return None
 
 
@@ -110,4 +113,4 @@ def _kernel_of(conv: nn.Module, part: slice, merged: bool = True) -> Tensor:
 
 def _basis_of(conv: HarmonicMixin) -> tuple[Any, ...]:
     fitted = None if conv.fitted_basis is None else tuple(conv.fitted_basis.flatten().tolist())
-    return conv.frequencies, conv.family, fitted
+    return conv.frequencies, conv.basis_spec, fitted

@@ -1,0 +1,11 @@
+"""The space axis: which frequencies of its kernel a layer keeps, and in which basis.
+
+What belongs here: everything that only this axis needs (its values, policies, choices, cost, JSON and check). What does
+not: mathematics on tensors (`kernels`) and modules (`layers`).
+"""
+
+from .axis import SpaceAxis
+from .frequencies import Frequencies, bases_of, cut_layer
+from .policies import Lambda, stays_whole
+
+__all__ = ["Frequencies", "Lambda", "SpaceAxis", "bases_of", "cut_layer", "stays_whole"]

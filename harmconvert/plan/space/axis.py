@@ -1,0 +1,140 @@
+"""The space axis: a kernel keeps some of its frequencies (the paper's truncation)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.basis import all_frequencies, dct_basis, level_count, scaled_levels
+from ...kernels.projection import project, reconstruct
+from ...layers.harmonic import HarmonicMixin, to_harmonic
+from ...network.exchange import exchange
+from ...network.layers import LayerInfo, convolutions, kernel_size
+from ..axes import Axis, Check, Kept, LayerCost, WeightShape
+from .check import check_kernel
+from .cost import response_macs
+from .frequencies import Frequencies, from_version_1
+from .policies import Lambda, planned
+from .policies import whole as whole_kernel
+
+# A layer with fewer choices than these also gets those of half a lambda.
+FEW_CHOICES = 5
+_DIGITS = 4  # of a mean |coefficient|: more cannot be seen in a figure
+
+
+class SpaceAxis(Axis):
+    """Frequencies of kernels over 1x1."""
+
+    name: ClassVar[str] = "space"
+    budget_units: ClassVar[frozenset[str]] = frozenset({"params", "bytes", "macs", "latency"})
+    refits: ClassVar[bool] = True
+    readable: ClassVar[bool] = True
+
+    def applies(self, layer: LayerInfo) -> bool:
+        """Whether the layer has a kernel over 1x1."""
+        return math.prod(layer.kernel_size) > 1
+
+    def whole(self, layer: LayerInfo, setting: Any = None) -> Frequencies:
+        """All frequencies of the layer's kernel."""
+        return whole_kernel(layer, (setting or Lambda()).basis)
+
+    def plan(
+        self, layers: Sequence[LayerInfo], setting: Any, named: Collection[str], notes: dict[str, str]
+    ) -> dict[str, Kept]:
+        """What a lambda policy keeps of each layer."""
+        own = [layer for layer in layers if self.applies(layer)]
+        return {**planned(own, setting or Lambda(), named, notes)}
+
+    def choices(self, whole: Kept) -> tuple[Kept, ...]:
+        """What the lambdas 1 to 5, scaled with the kernel, keep, so that every uniform plan is among the choices; the
+        zero frequency alone; and all frequencies, first."""
+        own = cast(Frequencies, whole)
+        size, basis = own.kernel_size, own.basis
+        count = level_count(size)
+        levels = {1, count, *(scaled_levels(size, lam) for lam in range(1, 6))}
+        if len(levels) < FEW_CHOICES:
+            levels |= {min(math.ceil(halves * max(size) / 6), count) for halves in range(1, 6)}
+        return tuple(Frequencies.below(size, number, basis) for number in sorted(levels, reverse=True))
+
+    def shared(self, kept: Sequence[Kept]) -> Frequencies:
+        """The frequencies that any of the layers keeps."""
+        first, *_ = own = [cast(Frequencies, one) for one in kept]
+        union = {frequency for one in own for frequency in one.frequencies}
+        return replace(first, frequencies=tuple(f for f in all_frequencies(first.kernel_size) if f in union))
+
+    def from_json(self, data: Any, kernel_size: tuple[int, ...]) -> Frequencies:
+        """Read what `Frequencies.to_json` wrote."""
+        return Frequencies.from_json(data, kernel_size)
+
+    def upgraded(self, layer: Mapping[str, Any], plan: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A layer of a plan of format version 1 as this version has it."""
+        return from_version_1(layer, plan) if "frequencies" in layer else layer
+
+    def cost(self, shape: WeightShape, kept: Kept, cost: LayerCost) -> LayerCost:
+        """Parameters and bytes in proportion to the frequencies kept; MACs of the factored form.
+
+        The factored form computes the responses of every input channel (axis by axis where the basis is separable),
+        and then a 1x1 product over the kept ones.
+        """
+        own = cast(Frequencies, kept)
+        count = len(own.frequencies)
+        parameters = cost.kept_parameters // shape.kernel_positions * count
+        factored = cost.factored_macs
+        if not own.whole and shape.factorable and shape.positions is not None:
+            one = response_macs(own.kernel_size, own.frequencies, separable=not own.basis.fitted)
+            factored = shape.positions * (one * shape.in_channels + parameters)
+        return replace(
+            cost,
+            kept_parameters=parameters,
+            kept_bytes=cost.kept_bytes * parameters // max(cost.kept_parameters, 1),
+            constants=cost.constants + (count * shape.kernel_positions if own.basis.fitted else 0),
+            merge_macs=cost.merge_macs + parameters * shape.kernel_positions,
+            factored_macs=factored,
+        )
+
+    def project(self, kernel: Tensor, kept: Kept) -> Tensor:
+        """The nearest combination of the kept basis kernels."""
+        own = cast(Frequencies, kept)
+        basis_FK = own.basis.kernels_for(kernel, own.frequencies)
+        return reconstruct(project(kernel, basis_FK), basis_FK, own.kernel_size)
+
+    def convert(self, model: nn.Module, kept: Mapping[str, Kept], values: bool = True) -> nn.Module:
+        """A copy of the network with harmonic convolutions in the place of the named ones."""
+        convs = convolutions(model)
+        fill = {
+            convs[name]: partial(to_harmonic, convs[name], own.frequencies, own.basis, values=values)
+            for name, own in cast("Mapping[str, Frequencies]", kept).items()
+        }
+        return exchange(model, fill)
+
+    def read(self, layer: nn.Module) -> Frequencies | None:
+        """The frequencies of a harmonic convolution."""
+        if not isinstance(layer, HarmonicMixin):
+            return None
+        return Frequencies(kernel_size(layer), layer.frequencies, layer.basis_spec)
+
+    def tensors(self, kept: Kept, kernel_size: tuple[int, ...]) -> Mapping[str, tuple[int | None, ...]]:
+        """Coefficients (O, I, F) and, of a fitted basis, its kernels (F, K)."""
+        own = cast(Frequencies, kept)
+        count = len(own.frequencies)
+        fitted = {"fitted_basis": (count, math.prod(kernel_size))} if own.basis.fitted else {}
+        return {"coefficients": (None, None, count), **fitted}
+
+    def check(self, original: nn.Module, converted: nn.Module, kept: Kept | None, as_calibrated: bool | None) -> Check:
+        """Whether the coefficients are the projection of the original kernel, to their last bit."""
+        return check_kernel(original, converted, as_calibrated)
+
+    def facts(self, weight: Tensor, kept: Kept) -> Mapping[str, Any]:
+        """The mean |coefficient| of each DCT frequency of the uncut kernel, unless the layer stays whole: then its own
+        coefficients say that."""
+        own = cast(Frequencies, kept)
+        if own.whole or own.basis.name != "dct" or weight.is_meta:
+            return {}
+        means = project(weight, dct_basis(own.kernel_size)).abs().mean((0, 1), dtype=torch.float64).tolist()
+        return {"spectrum": tuple(float(f"{mean:.{_DIGITS}g}") for mean in means)}

@@ -1,0 +1,106 @@
+"""Frequencies: what a layer keeps on the space axis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, ClassVar
+
+from ...documents import check, count
+from ...kernels.basis import Basis, Frequency, all_frequencies, check_frequencies, frequencies_below
+from ..axes import Kept
+from ..plan import LayerPlan
+
+
+@dataclass(frozen=True)
+class Frequencies(Kept):
+    """The frequencies of one kernel that a layer keeps, in the order of `all_frequencies`, and their basis.
+
+    >>> Frequencies((3, 3), ((0, 0), (0, 1), (1, 0))).levels
+    2
+
+    Raises:
+        UsageError: a frequency outside the kernel, or frequencies that are not distinct and in order.
+    """
+
+    axis: ClassVar[str] = "space"
+
+    kernel_size: tuple[int, ...]
+    frequencies: tuple[Frequency, ...]
+    basis: Basis = field(default_factory=Basis)
+
+    def __post_init__(self) -> None:
+        check_frequencies(self.kernel_size, self.frequencies)
+
+    @classmethod
+    def below(cls, kernel_size: tuple[int, ...], levels: int, basis: Basis) -> Frequencies:
+        """The frequencies of the lowest ``levels``."""
+        return cls(kernel_size, frequencies_below(kernel_size, levels), basis)
+
+    @property
+    def whole(self) -> bool:
+        """Whether every frequency is kept."""
+        return len(self.frequencies) == prod(self.kernel_size)
+
+    @property
+    def levels(self) -> int | None:
+        """The literal lambda that keeps exactly these frequencies, or None where there is none."""
+        levels = sum(self.frequencies[-1]) + 1
+        return levels if self.frequencies == frequencies_below(self.kernel_size, levels) else None
+
+    @property
+    def key(self) -> str:
+        """The frequencies, in the form of files of scores: ``0-0 0-1``."""
+        return " ".join("-".join(map(str, f)) for f in self.frequencies)
+
+    def part_of(self, total: int) -> int:
+        """The number of frequencies."""
+        return len(self.frequencies)
+
+    @property
+    def contexts(self) -> Mapping[str, str]:
+        """Coefficients of other frequencies, or in another basis, would make another kernel."""
+        return {"coefficients": f" of {self.basis}, {self.frequencies}"}
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dict."""
+        return {
+            "frequencies": [list(f) for f in self.frequencies],
+            "basis": self.basis.name,
+            "normalization": self.basis.normalization,
+        }
+
+    @classmethod
+    def from_json(cls, data: Any, kernel_size: tuple[int, ...]) -> Frequencies:
+        """Read what `to_json` wrote; raises ValueError, KeyError or UsageError where it is anything else."""
+        check(data, {"frequencies": [[count]], "basis": str, "normalization": str}, "space")
+        basis = Basis(str(data.get("basis", "dct")), str(data.get("normalization", "ortho")))
+        return cls(kernel_size, tuple(map(tuple, data["frequencies"])), basis)
+
+    def __str__(self) -> str:
+        return f"keeps {len(self.frequencies)} of {prod(self.kernel_size)}"
+
+
+def from_version_1(layer: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str, Any]:
+    """A layer of a plan of format version 1, in which one basis holds for the whole plan, as version 2 has it."""
+    basis = {key: plan[key] for key in ("basis", "normalization") if key in plan}
+    rest = {key: value for key, value in layer.items() if key != "frequencies"}
+    return {**rest, "space": {"frequencies": layer["frequencies"], **basis}}
+
+
+def cut_layer(
+    name: str,
+    kernel_size: tuple[int, ...],
+    frequencies: tuple[Frequency, ...] | None = None,
+    basis: Basis | None = None,
+) -> LayerPlan:
+    """The plan of one layer that keeps these frequencies (None: all)."""
+    every = all_frequencies(kernel_size)
+    kept = Frequencies(kernel_size, every if frequencies is None else frequencies, basis or Basis())
+    return LayerPlan(name, kernel_size, (kept,))
+
+
+def bases_of(kept: Mapping[str, Frequencies]) -> tuple[Basis, ...]:
+    """The different bases of layers, in order."""
+    return tuple(dict.fromkeys(one.basis for one in kept.values()))
