@@ -43,8 +43,8 @@ from torch import Tensor, nn
 import harmconvert as hc
 from harmconvert.calibration import CalibrationSettings, reestimate_batch_norm
 from harmconvert.network.layers import convolutions
-from harmconvert.network.tracing import find_sites, trace
-from harmconvert.plan.plan import Plan, make_plan
+from harmconvert.network.tracing import find_layers, trace
+from harmconvert.plan import Plan, bases_of, make_plan
 from harmconvert.search.choices import Item, costs_of, items_of, plan_of, whole_plan
 from harmconvert.search.probes import Probes, key_of, name_of
 from harmconvert.search.records import SearchSettings
@@ -69,7 +69,7 @@ class Study:
         self.batches = self.subject.calibration(IMAGES, seed)
         self.settings = CalibrationSettings(seed=seed)
         self.probes = str(folder / "probes.json")
-        self.sites = find_sites(self.model, trace(self.model, self.example))
+        self.sites = find_layers(self.model, trace(self.model, self.example))
         self.whole = hc.convert(self.model).cost.parameters
 
     def sizes(self) -> Iterator[tuple[str, float, Plan | None]]:
@@ -120,8 +120,10 @@ class Study:
 
     def scores(self, whole: Plan, items: Sequence[Item]) -> list[list[float]]:
         """Those that the search kept in its file."""
-        kept = Probes.opened(Path(self.probes), key_of(self.model, self.batches, self.settings, whole.family)).single
-        return [[0.0, *(kept[name_of(item.names, s)] for s in item.sets[1:])] for item in items]
+        kept = Probes.opened(
+            Path(self.probes), key_of(self.model, self.batches, self.settings, bases_of(whole)[0])
+        ).single
+        return [[0.0, *(kept[name_of(item.names, c)] for c in item.choices[1:])] for item in items]
 
     def tucker(self, share: float) -> nn.Module:
         other = copy.deepcopy(self.model)

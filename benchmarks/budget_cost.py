@@ -50,15 +50,15 @@ class Delivering:
         told = self
 
         def call(self: Searching, *arguments: Any) -> Any:
-            convert = self.convert
+            convert = self._converted
 
             def timed(plan: Any, known: Any, settings: CalibrationSettings) -> Any:
                 start = time.perf_counter()
-                conversion = convert(plan, known, settings)
+                converted = convert(plan, known, settings)
                 told.seconds += time.perf_counter() - start if known is not None else 0.0
-                return conversion
+                return converted
 
-            self.convert = timed
+            self._converted = timed  # type: ignore[method-assign]
             return made(self, *arguments)
 
         def divergence(self: Searching, *arguments: Any, **more: Any) -> Any:
@@ -68,7 +68,7 @@ class Delivering:
             told.probes += 1
             return found
 
-        searching.__call__, searching._divergence = call, divergence  # type: ignore[method-assign,assignment]
+        searching.__call__, searching._divergence = call, divergence  # type: ignore[method-assign]
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 from collections.abc import Iterator
+from typing import cast
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -25,9 +26,9 @@ from table import appended
 import harmconvert as hc
 from harmconvert.calibration import CalibrationSettings
 from harmconvert.calibration.inputs import calibration_set
-from harmconvert.kernels.basis import Basis, Frequency, all_frequencies
-from harmconvert.network.tracing import find_sites, trace
-from harmconvert.plan.plan import LayerPlan
+from harmconvert.kernels.basis import Frequency, all_frequencies
+from harmconvert.network.tracing import find_layers, trace
+from harmconvert.plan import Frequencies, LayerPlan, cut_layer
 from harmconvert.search.choices import items_of, whole_plan
 from harmconvert.search.orders import orders_by_energy, orders_by_error
 
@@ -42,21 +43,21 @@ def cut(layer: LayerPlan, order: tuple[Frequency, ...], share: float) -> LayerPl
     """What is left of a layer once the first of ``order`` are cut."""
     every = all_frequencies(layer.kernel_size)
     count = max(1, round(share * len(every)))
-    return replace(layer, frequencies=tuple(sorted(order[-count:], key=every.index)))
+    return cut_layer(layer.name, layer.kernel_size, tuple(sorted(order[-count:], key=every.index)))
 
 
 def rows(name: str, seed: int, done: set[tuple[str, ...]]) -> Iterator[dict[str, object]]:
     subject = common.subject(name)
     model, uncut = subject.model, common.logits(subject.model, subject.images)
     images, settings = subject.calibration(IMAGES, seed), CalibrationSettings(seed=seed)
-    whole = whole_plan(find_sites(model, trace(model, subject.images[:1])))
+    whole = whole_plan(find_layers(model, trace(model, subject.images[:1])))
     items = items_of(whole, {})
     harmonic = hc.convert(model, whole).model
     data = calibration_set(images, settings.inputs)
-    by_error = orders_by_error(model, harmonic, items, Basis(), data, settings, lambda *_: None)
+    by_error = orders_by_error(model, harmonic, items, data, settings, lambda *_: None)
     orders = {
-        "lowest": {item.names[0]: all_frequencies(item.kernel_size)[::-1] for item in items},
-        "strongest": {item.names[0]: order.frequencies for item, order in orders_by_energy(model, items, Basis())},
+        "lowest": {item.names[0]: cast(Frequencies, item.choices[0][0]).frequencies[::-1] for item in items},
+        "strongest": {item.names[0]: order.frequencies for item, order in orders_by_energy(model, items)},
         "output error": {item.names[0]: order.frequencies for item, order in by_error},
     }
     for share in SHARES[name]:

@@ -19,10 +19,9 @@ import harmconvert as hc
 from harmconvert.arguments import Budget
 from harmconvert.errors import InputError, UsageError
 from harmconvert.kernels.basis import Basis, all_frequencies, frequencies_below
-from harmconvert.network.tracing import find_sites, trace
+from harmconvert.network.tracing import find_layers, trace
 from harmconvert.pipeline.convert import convert
-from harmconvert.plan.cost import network_cost
-from harmconvert.plan.plan import Plan, make_plan
+from harmconvert.plan import Frequencies, Plan, make_plan, network_cost, plannable
 from harmconvert.samples import mnist5k_held_back
 from harmconvert.search.choices import costs_of, items_of, plan_of
 from harmconvert.search.dropping import smallest_within
@@ -162,7 +161,7 @@ def test_costs_of_choices_add_up_to_the_networks(unit: str) -> None:
     model = seeded(Branches)
     model.deep.half()
     run_ = trace(seeded(Branches), X)
-    sites = find_sites(model, run_)
+    sites = plannable(find_layers(model, run_))
     whole = make_plan(sites, "full")
     items = items_of(whole, {site.name: site.tied_to for site in sites if site.tied_to})
     assert ("tied_a", "tied_b") in [item.names for item in items]
@@ -177,13 +176,14 @@ def test_costs_of_choices_add_up_to_the_networks(unit: str) -> None:
 def test_every_uniform_lambda_is_among_the_choices(size: tuple[int, ...]) -> None:
     conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(size)]
     model = nn.Sequential(nn.ReLU(), conv(2, 2, size), conv(2, 2, size))
-    sites = find_sites(model)
+    sites = plannable(find_layers(model))
     (_, item) = items_of(make_plan(sites, "full"), {})
-    assert item.sets[0] == all_frequencies(size)
-    assert [len(s) for s in item.sets] == sorted({len(s) for s in item.sets}, reverse=True)
+    sets = [kept.frequencies for (kept,) in item.choices]
+    assert sets[0] == all_frequencies(size)
+    assert [len(s) for s in sets] == sorted({len(s) for s in sets}, reverse=True)
     for lam in range(1, 6):
         uniform = make_plan(sites, lam, include=["2"])
-        assert uniform.layers[0].frequencies in item.sets
+        assert uniform.layers[0].frequencies in sets
 
 
 @pytest.mark.parametrize("share", [0.9, 0.5, 0.3, 0.15])
@@ -194,7 +194,10 @@ def test_a_budget_is_never_exceeded(frequencies: str, unit: str, share: float) -
     example = torch.zeros(1, 1, 28, 28)
     search = SearchSettings(frequencies=frequencies)
     found = convert(model, budget={unit: share}, example_input=example, search=search)
-    cost, whole = found.cost, network_cost(model, make_plan(find_sites(model), "full"), trace(model, example))
+    cost, whole = (
+        found.cost,
+        network_cost(model, make_plan(plannable(find_layers(model)), "full"), trace(model, example)),
+    )
     kept = {"params": cost.harmonic_parameters, "bytes": cost.harmonic_bytes, "macs": cost.factored_macs}[unit]
     all_ = {"params": whole.parameters, "bytes": whole.bytes, "macs": whole.dense_macs}[unit]
     assert kept <= share * all_
@@ -331,13 +334,13 @@ def test_what_cannot_be_met_says_what_can() -> None:
 def test_energy_is_what_a_cut_takes_as_the_batch_norm_sees_it() -> None:
     model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ConvTranspose2d(4, 5, 3)))
     model[1].running_var.copy_(torch.tensor([1.0, 4.0, 0.5, 2.0]))
-    sets = [all_frequencies((3, 3)), frequencies_below((3, 3), 2)]
-    whole, cut = energy_scores(model, ["0"], sets, Basis())
+    sets = [(Frequencies((3, 3), kept),) for kept in (all_frequencies((3, 3)), frequencies_below((3, 3), 2))]
+    whole, cut = energy_scores(model, ["0"], sets)
     kernels_FK = Basis().kernels((3, 3))
     lost = (model[0].weight.double().flatten(2) @ kernels_FK[3:].T).square().sum((1, 2))
     assert whole == pytest.approx(0, abs=1e-12)
     assert cut == pytest.approx((lost / model[1].running_var).mean().item(), rel=1e-6)
-    _, cut = energy_scores(model, ["2"], sets, Basis())
+    _, cut = energy_scores(model, ["2"], sets)
     weight = model[2].weight.double()
     lost = (weight.flatten(2) @ kernels_FK[3:].T).square().sum((0, 2))
     assert cut == pytest.approx((lost / weight.square().sum((0, 2, 3))).mean().item(), rel=1e-6)
@@ -460,7 +463,7 @@ def test_a_search_may_cut_depthwise_layers() -> None:
 def test_a_drop_may_go_as_deep_as_a_budget() -> None:
     """Of a kernel over 3x3 the zero frequency alone is less than lambda 1 keeps."""
     net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 9, padding=4), nn.Conv2d(8, 8, 9, padding=4))
-    found = convert(net, max_drop=1.0, worth=lambda network: 50.0)
+    found = convert(net, max_drop=1.0, metric=lambda network: 50.0)
     assert found.cost.harmonic_parameters == 8 * 9 + 8 + 2 * (8 * 8 + 8)
     assert len(found.drops) == 1
 
@@ -480,7 +483,7 @@ def test_labelled_images_have_the_size_that_is_given(tmp_path: Path, monkeypatch
 
 
 def test_a_drop_needs_a_judge() -> None:
-    with pytest.raises(UsageError, match="max_drop needs worth"):
+    with pytest.raises(UsageError, match="max_drop needs metric"):
         convert(nn.Conv2d(3, 4, 3), max_drop=1.0)
     with pytest.raises(UsageError, match="max_drop finds the size itself"):
-        convert(nn.Conv2d(3, 4, 3), 2, max_drop=1.0, worth=lambda network: 1.0)
+        convert(nn.Conv2d(3, 4, 3), 2, max_drop=1.0, metric=lambda network: 1.0)

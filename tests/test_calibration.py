@@ -37,7 +37,7 @@ from harmconvert.errors import InputError, UsageError
 from harmconvert.kernels.basis import Basis
 from harmconvert.kernels.projection import project
 from harmconvert.layers.harmonic import to_harmonic
-from harmconvert.plan.plan import LayerPlan, Plan
+from harmconvert.plan import Plan, cut_layer
 from harmconvert.report.tables import calibration_lines
 from harmconvert.storage.checkpoint import read_checkpoint, read_header
 
@@ -70,7 +70,7 @@ def one_layer(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module,
     make, shape = CONVOLUTIONS[name]
     model = seeded(lambda: nn.Sequential(make()), dtype)
     size = tuple(model[0].kernel_size)
-    return model, Plan((LayerPlan("0", size, tuple(half(size))),)), shape
+    return model, Plan((cut_layer("0", size, tuple(half(size))),)), shape
 
 
 def fitted_rows(x: Tensor) -> Tensor:

@@ -27,8 +27,8 @@ from harmconvert.network.tracing import trace
 from harmconvert.pipeline.convert import convert
 from harmconvert.pipeline.inspect import inspect
 from harmconvert.pipeline.verify import verify
+from harmconvert.plan import Plan, cut_layer
 from harmconvert.plan.cost import parameter_count
-from harmconvert.plan.plan import LayerPlan, Plan
 
 from .networks import CONVOLUTIONS, Branches, random_input, seeded
 
@@ -511,7 +511,7 @@ def test_a_cut_that_overshoots_the_range_is_refused() -> None:
         model[0].weight.copy_(kernel)
     assert fuse(convert(model).model)[0].weight.isfinite().all()
     with pytest.raises(InputError, match="layer 0: its merged kernels go out of float16's range"):
-        convert(model, Plan((LayerPlan("0", (3, 3), kept),)))
+        convert(model, Plan((cut_layer("0", (3, 3), kept),)))
 
 
 def test_converting_in_training_mode_moves_no_spectral_norm() -> None:

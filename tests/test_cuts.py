@@ -21,8 +21,8 @@ from harmconvert.calibration.responses import outputs, to_groups
 from harmconvert.calibration.solvers import NormalEquations, Samples
 from harmconvert.kernels.basis import Basis, frequencies_below
 from harmconvert.layers.harmonic import to_harmonic
-from harmconvert.network.tracing import find_sites
-from harmconvert.plan.plan import LayerPlan, Plan
+from harmconvert.network.tracing import find_layers
+from harmconvert.plan import Plan, cut_layer, plannable
 from harmconvert.search import searching
 from harmconvert.search.choices import whole_plan
 from harmconvert.search.records import SearchSettings
@@ -37,7 +37,7 @@ LAYERS += [(name, basis) for name in ("plain", "ConvTranspose2d") for basis in (
 
 def whole_layer(model: nn.Module, name: str, batches: Sequence[Tensor], family: Basis) -> WholeLayer:
     """What one layer of a network is fed, nothing cut."""
-    uncut = hc.convert(model, whole_plan(find_sites(model), ["*"], (), family)).model
+    uncut = hc.convert(model, whole_plan(plannable(find_layers(model)), ["*"], (), family)).model
     layers = {name: uncut.get_submodule(name)}
     ((found, layer),) = whole_layers(uncut, layers, calibration_set(batches), 0, 1 << 30)
     assert found == name
@@ -72,7 +72,7 @@ def test_the_refit_from_shared_moments_is_the_least_squares_solution(name: str) 
     kept = half(tuple(conv.kernel_size))
     known = Known.of(model, x.split(7), settings)
     known = replace(known, whole={"0": whole_layer(model, "0", x.split(7), Basis())})
-    plan = Plan((LayerPlan("0", tuple(conv.kernel_size), tuple(kept)),))
+    plan = Plan((cut_layer("0", tuple(conv.kernel_size), tuple(kept)),))
     converted = hc.convert(model, plan).model
     start = to_groups(converted[0].coefficients.detach(), conv.groups, conv.transposed).numpy()
     (record,) = calibrate(model, converted, plan, known, settings).layers
@@ -133,7 +133,7 @@ def test_with_fewer_positions_than_unknowns_the_responses_themselves_are_shared(
     believing = replace(known, whole={"0": whole_layer(model, "0", [x], Basis())})
     assert isinstance(believing.whole["0"].fit, Samples)
     for kept in (frequencies_below(size, 1), frequencies_below(size, 12)):
-        plan = Plan((LayerPlan("0", size, kept),))
+        plan = Plan((cut_layer("0", size, kept),))
         found = []
         for knowing in (known, believing):
             converted = hc.convert(model, plan).model

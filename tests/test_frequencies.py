@@ -20,16 +20,17 @@ from harmconvert.calibration import CalibrationSettings, moments
 from harmconvert.calibration.inputs import calibration_set
 from harmconvert.calibration.moments import Moments, response_moments
 from harmconvert.errors import InputError, UsageError
-from harmconvert.kernels.basis import Basis, all_frequencies, frequencies_below
-from harmconvert.network.tracing import find_sites
+from harmconvert.kernels.basis import all_frequencies, frequencies_below
+from harmconvert.kernels.elimination import eliminate
+from harmconvert.network.tracing import find_layers
 from harmconvert.pipeline.convert import convert
+from harmconvert.plan import Frequencies, plannable
 from harmconvert.samples import mnist5k_held_back
 from harmconvert.search import orders as orders_room
-from harmconvert.search.choices import Item, items_of, whole_plan, with_order
+from harmconvert.search.choices import Item, items_of, whole_plan
 from harmconvert.search.choosing import _swaps
-from harmconvert.search.elimination import eliminate
 from harmconvert.search.energy import energy_scores
-from harmconvert.search.orders import APART, BY_ENERGY, BY_ERROR, Order, orders_by_energy, orders_by_error
+from harmconvert.search.orders import APART, BY_ENERGY, BY_ERROR, Order, orders_by_energy, orders_by_error, with_order
 from harmconvert.search.records import SearchSettings
 
 from . import oracle
@@ -57,6 +58,16 @@ def test_elimination_is_that_of_trying(groups: int, channels: int, out: int, fre
     found = eliminate(gram, torch.from_numpy(np.stack([coefficients for _, coefficients in problems])), frequencies)
     assert list(found.order) == order
     assert found.errors == pytest.approx(errors, rel=1e-6)
+
+
+def choices_of(size: tuple[int, ...], *sets: Any) -> tuple[Any, ...]:
+    """Choices of a search that keep these sets of frequencies."""
+    return tuple((Frequencies(size, tuple(frequencies)),) for frequencies in sets)
+
+
+def sets_of(item: Item) -> list[Any]:
+    """The frequencies of each choice."""
+    return [kept.frequencies for (kept,) in item.choices]
 
 
 def moments_of(conv: nn.Module, x: Tensor) -> Moments | str:
@@ -147,13 +158,13 @@ def test_without_images_each_set_has_the_most_energy_of_its_size(seed: int, size
     with torch.no_grad():
         conv.weight.copy_(random_input(conv.weight.shape, seed=seed))
     model = nn.Sequential(conv)
-    item = Item(("0",), size, (all_frequencies(size),))
-    ((_, order),) = orders_by_energy(model, [item], Basis())
+    item = Item(("0",), choices_of(size, all_frequencies(size)))
+    ((_, order),) = orders_by_energy(model, [item])
     assert order.by == BY_ENERGY
     for count in range(1, math.prod(size) + 1):
         subsets = [tuple(s) for s in itertools.combinations(all_frequencies(size), count)]
         ours = tuple(f for f in all_frequencies(size) if f in order.frequencies[-count:])
-        scores = dict(zip(subsets, energy_scores(model, ["0"], subsets, Basis()), strict=True))
+        scores = dict(zip(subsets, energy_scores(model, ["0"], choices_of(size, *subsets)), strict=True))
         assert scores[ours] == pytest.approx(min(scores.values()), abs=1e-9)
 
 
@@ -163,20 +174,20 @@ def test_without_images_each_set_has_the_most_energy_of_its_size(seed: int, size
 @pytest.mark.parametrize("size", [(3, 3), (2, 2), (1, 7), (5, 5), (64, 1), (3, 3, 3)])
 def test_sets_of_a_chain_are_nested_and_lambdas_stay_among_the_choices(size: tuple[int, ...]) -> None:
     conv = {2: nn.Conv2d, 3: nn.Conv3d}[len(size)]
-    sites = find_sites(nn.Sequential(nn.ReLU(), conv(2, 2, size), conv(2, 2, size)))
+    sites = find_layers(nn.Sequential(nn.ReLU(), conv(2, 2, size), conv(2, 2, size)))
     (_, item) = items_of(whole_plan(sites, include=["*"]), {})
     every = all_frequencies(size)
     order = [every[i] for i in np.random.default_rng(0).permutation(len(every))]
     more = with_order(item, order)
-    assert set(item.sets) <= set(more.sets)
-    assert [len(s) for s in more.sets] == sorted((len(s) for s in more.sets), reverse=True)
-    assert more.sets[0] == every
-    added = [s for s in more.sets if s not in item.sets]
+    assert set(sets_of(item)) <= set(sets_of(more))
+    assert [len(s) for s in sets_of(more)] == sorted((len(s) for s in sets_of(more)), reverse=True)
+    assert sets_of(more)[0] == every
+    added = [s for s in sets_of(more) if s not in sets_of(item)]
     assert len(added) <= 12
     for chosen in added:
         assert set(chosen) == set(order[-len(chosen) :])
         assert list(chosen) == sorted(chosen, key=every.index), "in the house order, which a plan asks for"
-    sizes = {len(s) for s in more.sets}
+    sizes = {len(s) for s in sets_of(more)}
     assert sizes == set(range(1, len(every) + 1)) if len(every) <= 12 else len(sizes) > 10
 
 
@@ -252,7 +263,7 @@ def test_a_layer_that_cannot_be_told_by_its_output_is_told_by_energy_and_noted()
 def test_every_order_says_what_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moments, "MOST_UNKNOWNS", 100)
     model = hc.open_source(SAMPLE).model
-    sites = find_sites(model)
+    sites = plannable(find_layers(model))
     items = items_of(whole_plan(sites, include=["stage1.0.*", "stage3.2.conv2"]), {})
     data = calibration_set([mnist5k_held_back()[0][:16]])
     whole = hc.convert(model).model
@@ -260,7 +271,7 @@ def test_every_order_says_what_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def told() -> dict[str, str]:
         orders = orders_by_error(
-            model, whole, items, Basis(), data, CalibrationSettings(),
+            model, whole, items, data, CalibrationSettings(),
             lambda done, total, _: progress.append((done, total)),
         )  # fmt: skip
         return {item.names[0]: order.by for item, order in orders}
@@ -345,10 +356,10 @@ def test_convert_by_best_frequencies(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_energy_scores_do_not_depend_on_the_scale_of_the_weights() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3)).double()
     sets = [frequencies_below((3, 3), levels) for levels in (1, 2, 4)]
-    expected = energy_scores(model, ["0"], sets, Basis())
+    expected = energy_scores(model, ["0"], choices_of((3, 3), *sets))
     for scale in (1e-9, 1e100, 1e-200):
         with torch.no_grad():
             model[0].weight.mul_(scale)
-        assert energy_scores(model, ["0"], sets, Basis()) == pytest.approx(expected, rel=1e-9)
+        assert energy_scores(model, ["0"], choices_of((3, 3), *sets)) == pytest.approx(expected, rel=1e-9)
         with torch.no_grad():
             model[0].weight.div_(scale)

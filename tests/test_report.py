@@ -29,7 +29,7 @@ from harmconvert.calibration import CalibrationSettings
 from harmconvert.deploy.benchmark import Benchmark, Row
 from harmconvert.errors import InputError, OutsideError, UsageError
 from harmconvert.pipeline.convert import convert
-from harmconvert.plan.plan import Plan
+from harmconvert.plan import Plan
 from harmconvert.report import grid
 from harmconvert.report.charts import axis, counted
 from harmconvert.report.comparison import compare

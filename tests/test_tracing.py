@@ -13,7 +13,8 @@ from torchvision.ops import DeformConv2d
 
 import harmconvert as hc
 from harmconvert.errors import InputError, UsageError
-from harmconvert.network.tracing import find_sites, trace
+from harmconvert.network.tracing import find_layers, trace
+from harmconvert.plan import plannable
 
 from .networks import random_input, seeded
 
@@ -375,7 +376,7 @@ def test_convolutions_that_are_not_converted_are_listed_with_the_reason(make: An
 
 def test_without_a_run_other_convolutions_are_told_by_their_weight() -> None:
     network = nn.Sequential(nn.Conv2d(3, 8, 3), Functional(8, 8), nn.LayerNorm((8, 4, 4)), nn.Bilinear(2, 3, 4))
-    assert {site.name: site.skip for site in find_sites(network) if site.skip} == {
+    assert {site.name: site.skip for site in plannable(find_layers(network)) if site.skip} == {
         "1": "Functional is not one of torch's convolution classes"
     }
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..kernels.projection import all_finite, project
 from ..layers.harmonic import HarmonicMixin
-from ..network.layers import is_harmonic, kernel_size
+from ..network.layers import is_harmonic_layer, kernel_size
 from .capture import ConvCall
 from .equations import Change, Layer, Problem
 from .responses import to_groups
@@ -76,7 +76,7 @@ class Kernel:
         Raises:
             RefitError: the effective kernel is some other function of the merged one.
         """
-        assert is_harmonic(module)
+        assert is_harmonic_layer(module)
         merged, effective = module.weight.detach().to(torch.float64), call.weight.to(torch.float64)
         if merged.shape == effective.shape and _same(merged, effective):
             return cls(module, effective)

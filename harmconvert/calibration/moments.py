@@ -28,8 +28,8 @@ MOST_UNKNOWNS = 4608
 @dataclass(frozen=True)
 class Moments:
     """One layer: second moments (G, I F, I F) of its responses to all basis kernels, damped as the weakest refit is,
-    and its coefficients (G, O, I F). Where ``apart``, the input channels were taken as uncorrelated: G counts them all, and
-    I is 1."""
+    and its coefficients (G, O, I F). Where ``apart``, the input channels were taken as uncorrelated: G counts them all,
+    and I is 1."""
 
     gram: Tensor
     coefficients: Tensor

@@ -193,7 +193,7 @@ def command(
             return _keep(network, source, target)
         images.declare_inputs(more, network.model, input_size)
         options.place(network.model, device, more["data"] or labelled)
-        worth, judged = halves(labelled, network.model, more, input_size) if labelled else (None, None)
+        metric, judged = halves(labelled, network.model, more, input_size) if labelled else (None, None)
         found, settings = images.calibration(more, network.model, input_size)
         batches = found.batches if found else ()
         with options.progress("converting") as progress:
@@ -207,7 +207,7 @@ def command(
                 normalization=normalization,
                 budget=budget[0] if budget else None,
                 max_drop=max_drop,
-                worth=worth,
+                metric=metric,
                 search=SearchSettings(trials, probes, options.say, frequencies),
                 calibration=batches or None,
                 settings=settings,

@@ -147,7 +147,7 @@ def untrained(
     """The network of a source with weights from the seed, and the form of it that is to be trained."""
     import torch
 
-    from ..plan.plan import parse_lambda
+    from ..arguments import parse_lambda
     from ..training.harmonize import harmonize
 
     torch.manual_seed(training_options.seed_from(given))

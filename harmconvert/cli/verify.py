@@ -64,10 +64,6 @@ def command(
     if as_json:
         options.print_json({"passed": passed, **check.to_json()})
     if not passed:
-        advice = (
-            "; --as-planned accepts a cut"
-            if check.as_planned and any(layer.kept < layer.total for layer in check.layers)
-            else ""
-        )
+        advice = "; --as-planned accepts a cut" if check.as_planned and any(layer.cut for layer in check.layers) else ""
         options.say(f"harmconvert: check failed: {check.verdict}{advice}", urgent=True)
     return 0 if passed else 1

@@ -17,7 +17,7 @@ def convolutions(model: nn.Module) -> dict[str, nn.Module]:
 
 def weighted_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every convolution and linear layer by its first name, shared ones once, in the network's own order."""
-    kinds = (*CONVOLUTIONS, nn.Linear)
+    kinds: tuple[type[nn.Module], ...] = (*CONVOLUTIONS, nn.Linear)
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
@@ -26,7 +26,7 @@ def harmonic_layers(model: nn.Module) -> dict[str, HarmonicMixin]:
     return {name: module for name, module in model.named_modules() if isinstance(module, HarmonicMixin)}
 
 
-def is_harmonic(module: nn.Module) -> TypeGuard[HarmonicMixin]:
+def is_harmonic_layer(module: nn.Module) -> TypeGuard[HarmonicMixin]:
     """Whether a module is a harmonic convolution."""
     return isinstance(module, HarmonicMixin)
 

@@ -18,7 +18,7 @@ from ..layers.harmonic import CONVOLUTIONS, reason_not_convertible
 from .copying import deep_copy, uncopyable_member
 from .dataflow import Dataflow, Findings, fixed_parameters
 from .exchange import in_precision, in_sixteen_bits
-from .layers import LayerInfo, convolutions, is_harmonic, kernel_size, state_key, weighted_layers
+from .layers import LayerInfo, convolutions, is_harmonic_layer, kernel_size, state_key, weighted_layers
 from .other_convolutions import other_convolutions
 from .running import call, evaluating, refusing, unchanged
 from .side_effects import random_states_kept
@@ -177,7 +177,7 @@ def _weights_used_elsewhere(model: nn.Module) -> dict[int, str]:
     """Parameters that something else than a plain convolution's weight also refers to, by id: where."""
     elsewhere: dict[int, str] = {}
     for name, module in model.named_modules():
-        is_conv = isinstance(module, CONVOLUTIONS) and not is_harmonic(module)
+        is_conv = isinstance(module, CONVOLUTIONS) and not is_harmonic_layer(module)
         for key, parameter in module._parameters.items():
             if parameter is not None and not (is_conv and key == "weight"):
                 elsewhere[id(parameter)] = f"{name}.{key}"

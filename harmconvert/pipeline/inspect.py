@@ -12,10 +12,9 @@ from ..kernels.basis import dct_basis, frequencies_below, scaled_levels
 from ..kernels.projection import energy_kept
 from ..network.checks import check_network, check_weights
 from ..network.layers import convolutions
-from ..network.tracing import find_sites, run_where_possible
+from ..network.tracing import find_layers, run_where_possible
 from ..network.values import default_input
-from ..plan.cost import Cost, network_cost
-from ..plan.plan import Skip, make_plan
+from ..plan import Cost, Skip, make_plan, network_cost
 
 LAMBDAS = (1, 2, 3, 4)
 
@@ -76,15 +75,15 @@ def inspect(model: nn.Module, example_input: Any = None, *, energies: bool = Tru
         check_weights(model)
     wanted = "full" if example_input is None and default_input(model) is None else "any"
     run = run_where_possible(model, wanted, example_input)
-    sites = find_sites(model, run)
-    plan = make_plan(sites, "full")
+    found = find_layers(model, run)
+    plan = make_plan(found, "full")
     policies = {}
     for policy in ("full", 3, "progressive", 2, 1):
         try:
-            policies[str(policy)] = network_cost(model, make_plan(sites, policy), run)
+            policies[str(policy)] = network_cost(model, make_plan(found, policy), run)
         except UsageError:
             continue  # progressive without map sizes
-    convs, size = convolutions(model), {site.name: site.output_size for site in sites}
+    convs, size = convolutions(model), {layer.name: layer.output_size for layer in found}
     layers = []
     for layer in plan.layers:
         weight = cast(Tensor, convs[layer.name].weight)

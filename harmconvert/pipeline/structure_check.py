@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from math import prod
 from typing import Any, cast
 
@@ -11,16 +11,24 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..calibration import digests
-from ..layers.harmonic import CONVOLUTIONS, HarmonicMixin
-from ..network.layers import convolutions, kernel_size
+from ..layers.harmonic import CONVOLUTIONS
+from ..network.layers import convolutions, is_harmonic_layer, kernel_size, weighted_layers
 from ..network.state import tensors_of
 
 _ATTRIBUTES = ("stride", "padding", "dilation", "groups", "padding_mode", "output_padding", "transposed", "eps")
 
 
-def pairs_of(original: nn.Module, converted: nn.Module) -> tuple[dict[str, tuple[nn.Module, nn.Module]], list[str]]:
-    """The convolutions of both by name, and what keeps the two networks from having the same structure."""
-    ours, theirs = convolutions(original), convolutions(converted)
+def pairs_of(
+    original: nn.Module, converted: nn.Module, planned: Collection[str] = ()
+) -> tuple[dict[str, tuple[nn.Module, nn.Module]], list[str]]:
+    """The layers of both to compare, by name, and what keeps the two networks from having the same structure.
+
+    Compared are convolutions over 1x1, and the ``planned`` layers, which a plan says keep less.
+    """
+    ours, theirs = (
+        {name: layer for name, layer in weighted_layers(model).items() if name in convs or name in planned}
+        for model, convs in ((original, convolutions(original)), (converted, convolutions(converted)))
+    )
     problems = [f"{name}: only in the original" for name in ours if name not in theirs]
     problems += [f"{name}: only in the converted network" for name in theirs if name not in ours]
     pairs = {}
@@ -39,7 +47,7 @@ def pairs_of(original: nn.Module, converted: nn.Module) -> tuple[dict[str, tuple
             if values[0] != values[1]:
                 problems.append(f"{name}: {attribute} is {values[1]}, the original's {values[0]}")
         real = cast(Tensor, conv.weight).is_floating_point()
-        if isinstance(other, HarmonicMixin) or (prod(kernel_size(conv)) > 1 and real):
+        if is_harmonic_layer(other) or name in planned or (prod(kernel_size(conv)) > 1 and real):
             pairs[name] = (conv, other)
     return pairs, problems
 

@@ -16,7 +16,7 @@ class LayerCheck:
 
     ``kernel_error``: largest difference over the largest weight of the same filter. ``output_error``: relative
     difference of the layer's outputs in float64, both fed the original's input (None where it did not run). ``problem``
-    says what is not as the plan has it, or is None.
+    says what is not as the plan has it, or is None. ``cut``: the layer keeps less than all on some axis.
     """
 
     name: str
@@ -25,6 +25,7 @@ class LayerCheck:
     kernel_error: float
     output_error: float | None
     problem: str | None
+    cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Verification:
 
     @property
     def _verdict(self) -> str:
-        cut = [layer for layer in self.layers if layer.kept < layer.total]
+        cut = [layer for layer in self.layers if layer.cut]
         outputs = f"outputs differ by {self.max_relative_error:.1e} of the largest"
         if self.random_inputs:
             outputs += f" on {counted(self.inputs, 'random input')}"

@@ -7,33 +7,27 @@ projection of the original's onto the frequencies kept? And how far are the outp
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from math import isnan
-from threading import get_ident
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 
-from ..errors import InputError, UsageError, first_line, shortened
+from ..errors import InputError, shortened
 from ..layers.block import HarmonicBlock2d
-from ..layers.harmonic import HarmonicMixin
-from ..network.comparison import OUTPUT_TOLERANCE, greatest_difference, relative_difference, top1_agreement
-from ..network.dataflow import weight_state
-from ..network.exchange import in_precision
+from ..network.comparison import OUTPUT_TOLERANCE
 from ..network.forms import fold_blocks
-from ..network.layers import convolutions, state_key
-from ..network.running import call, evaluating, unchanged
-from ..network.side_effects import seeded_sources
+from ..network.layers import is_harmonic_layer, state_key
+from ..network.running import evaluating
 from ..network.state import tensors_of
-from ..network.values import batch_size, cloned, fitted, seeded_inputs, tensors_in
-from ..plan.cost import parameter_count
+from ..network.values import batch_size, seeded_inputs
+from ..plan import Plan
 from ..storage.checkpoint import Network
 from .convert import Conversion
-from .kernel_check import check_kernel
+from .layer_check import check_layer
+from .side_by_side import comparisons
 from .structure_check import altered_state, as_calibrated, built_otherwise, pairs_of
 from .verification import LayerCheck, Verification
 
@@ -46,9 +40,6 @@ _LOST = (
 
 # A kernel is a different one where it differs by more than this of its filter's largest weight.
 CHANGED_KERNEL = 1e-3
-
-# Weights above which copies of two networks are no longer made, in float64 or at all: 4 to 8 GB would go into them.
-MOST_IN_FLOAT64 = 2**28
 
 
 def verify(
@@ -85,9 +76,12 @@ def verify(
         UsageError: no input size is known, or the original does not run on the inputs.
         InputError: a network without values (meta device).
     """
+    plan = Plan(())
     if not isinstance(converted, nn.Module):
         calibrated = _written_by_calibration(converted) if calibrated is None else calibrated
+        plan = _plan_of(converted)
         converted = converted.model
+    planned = {layer.name: layer for layer in plan.layers if not layer.whole}
     _check_values(original, converted)
     if inputs is None:
         inputs, random_inputs = seeded_inputs(original, converted), True
@@ -95,7 +89,7 @@ def verify(
         original, converted = fold_blocks(original), fold_blocks(converted)
     dtype = max((_weight_dtype(original), _weight_dtype(converted)), key=lambda d: OUTPUT_TOLERANCE[d])
     with evaluating(original, converted):  # reading a spectrally normalised weight in training mode would change it
-        pairs, structural = pairs_of(original, converted)
+        pairs, structural = pairs_of(original, converted, planned)
     written = as_calibrated(converted, calibrated or {})
     altered = [] if structural else altered_state(original, converted, pairs, written)
     tick = _ticker(progress, 2 * len(pairs) + 2 * (1 if dtype == torch.float64 else 2))
@@ -103,16 +97,24 @@ def verify(
     for name, pair in pairs.items():
         tick(name)
         with evaluating(*pair):
-            kernels[name] = check_kernel(*pair, written.get(state_key(name, "coefficients")))
+            kernels[name] = check_layer(*pair, planned.get(name), written.get(state_key(name, "coefficients")))
     notes: list[str] = []
-    found = _comparisons(original, converted, inputs, dtype, list(pairs), notes, tick)
+    found = comparisons(original, converted, inputs, dtype, list(pairs), notes, tick)
     first = next(iter(found.values()))
     rewritten = {name for one in found.values() for name in one.rewritten}
     layers = tuple(
-        LayerCheck(name, kept, total, kernel_error, first.outputs.get(name), _LOST if name in rewritten else problem)
-        for name, (kept, total, kernel_error, problem) in kernels.items()
+        LayerCheck(
+            name,
+            check.kept,
+            check.total,
+            check.error,
+            first.outputs.get(name),
+            _LOST if name in rewritten else check.problem,
+            check.kept < check.total or (name in planned and not planned[name].whole),
+        )
+        for name, check in kernels.items()
         # A plain layer whose weight the network rewrites holds what the last forward left: that says nothing.
-        if name not in rewritten or isinstance(pairs[name][1], HarmonicMixin)
+        if name not in rewritten or is_harmonic_layer(pairs[name][1])
     )
     layers = tuple(layer if layer.name in first.constant else _stale(layer) for layer in layers)
     structural = [*structural, *(f"{name or '(root)'}: {_STRAY}" for name in sorted(first.strays))]
@@ -128,7 +130,7 @@ def verify(
     within = worst <= limit  # False for NaN
     if not within:  # else it comes to the same, however it is built
         problems += built_otherwise(original, converted, pairs)
-    _passed_over(first.idle, any(layer.kept < layer.total for layer in layers), within, problems, notes)
+    _passed_over(first.idle, any(layer.cut for layer in layers), within, problems, notes)
     same = not structural if tolerance is not None else not problems and agreement in (None, 1.0)
     ok = within and same and not hidden
     float64, float32 = (found[p].error if p in found else None for p in (torch.float64, torch.float32))
@@ -138,59 +140,9 @@ def verify(
     )  # fmt: skip
 
 
-@dataclass
-class _Comparison:
-    """Two networks side by side in one precision: relative difference of the outputs, top-1 agreement, and by layer the
-    relative difference of its outputs, both on the original's input (only where asked for).
-
-    Layers by name: ``strays`` of the given networks ran although copies were called; ``idle`` ran in the original
-    alone; ``constant`` read constant inputs; the original rewrites the weight of ``rewritten`` in its forward.
-    """
-
-    error: float
-    agreement: float | None
-    outputs: dict[str, float] = field(default_factory=dict)
-    strays: set[str] = field(default_factory=set)
-    idle: list[str] = field(default_factory=list)
-    constant: set[str] = field(default_factory=set)
-    rewritten: set[str] = field(default_factory=set)
-
-
-def _comparisons(
-    original: nn.Module,
-    converted: nn.Module,
-    inputs: Any,
-    dtype: torch.dtype,
-    names: list[str],
-    notes: list[str],
-    tick: Callable[[str], None],
-) -> dict[torch.dtype, _Comparison]:
-    """Compare in float64 where that can be done, and in float32 unless the weights have more; the first comparison
-    looks at the layers, because float64 shows a wrong layer and not the arithmetic.
-
-    Raises:
-        UsageError: the networks do not run on the inputs.
-    """
-    found: dict[torch.dtype, _Comparison] = {}
-    for precision in (torch.float64, torch.float32):
-        if precision == torch.float32 and dtype == torch.float64:
-            continue
-        count = parameter_count(original)
-        if precision != dtype and precision == torch.float64 and count > MOST_IN_FLOAT64:
-            notes.append(f"not compared in float64: copies of {count / 1e6:,.0f}M weights are too large")
-            continue
-        try:
-            found[precision] = _compare(original, converted, inputs, precision, dtype, names, not found, tick)
-        except _NoRunError as problem:
-            if precision != torch.float64 or dtype == torch.float64:
-                raise UsageError(str(problem)) from problem
-            notes.append(f"not compared in float64: {problem}")
-    return found
-
-
 def _changed(layer: LayerCheck) -> bool:
     """Whether the kernel of a layer is another one, beyond rounding."""
-    return layer.kept < layer.total and layer.kernel_error > CHANGED_KERNEL
+    return layer.cut and layer.kernel_error > CHANGED_KERNEL
 
 
 def _stale(layer: LayerCheck) -> LayerCheck:
@@ -233,6 +185,13 @@ def _passed_over(idle: Sequence[str], cut: bool, within: bool, problems: list[st
             problems.append(f"{name}: it runs in the original alone, and yet nothing changes")
 
 
+def _plan_of(converted: Conversion | Network) -> Plan:
+    """The plan that a converted network follows, as far as it is known."""
+    if isinstance(converted, Conversion):
+        return converted.plan
+    return converted.header.plan if converted.header else Plan(())
+
+
 def _written_by_calibration(converted: Conversion | Network) -> Mapping[str, str]:
     """Keys of the tensors that calibration wrote, with their sha256."""
     if isinstance(converted, Conversion):
@@ -251,10 +210,6 @@ def _blocks(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, HarmonicBlock2d)]
 
 
-class _NoRunError(Exception):
-    """The network does not run on the inputs in this precision."""
-
-
 def _weight_dtype(model: nn.Module) -> torch.dtype:
     dtypes = [p.dtype for p in model.parameters() if p.dtype in OUTPUT_TOLERANCE]
     return max(dtypes, key=lambda d: OUTPUT_TOLERANCE[d], default=torch.float32)
@@ -264,123 +219,3 @@ def _ticker(progress: Callable[[int, int, str], None], total: int) -> Callable[[
     done = itertools.count()
     # A layer may run twice, and is then looked at twice.
     return lambda what: progress(min(next(done), total), total, what)
-
-
-def _compare(
-    original: nn.Module,
-    converted: nn.Module,
-    inputs: Any,
-    precision: torch.dtype,
-    dtype: torch.dtype,
-    names: list[str],
-    per_layer: bool,
-    tick: Callable[[str], None],
-) -> _Comparison:
-    """Compare copies of both networks in one precision; top-1 is compared to the rounding of
-    ``dtype``, that of the weights."""
-    with _default_dtype(precision):
-        shared = parameter_count(original) > MOST_IN_FLOAT64
-        models = [in_precision(model, precision, shared) for model in (original, converted)]
-        inputs = fitted(inputs, models[0])
-        ours, theirs = convolutions(models[0]), convolutions(models[1])
-        found = _Comparison(float("inf"), 0.0)
-        given = [(n, convs[n]) for convs in map(convolutions, (original, converted)) for n in names if n in convs]
-        watched = {name: ours[name] for name in names if per_layer}
-        # Hooks of the copies may keep what they see in places that the given networks share.
-        with unchanged(models[0]), unchanged(models[1]), evaluating(*models), _calls(given) as strays:
-            before = {name: weight_state(conv) for name, conv in ours.items()}
-            with _compared(watched, theirs, found, precision, tick), unchanged(models[1]):
-                results = [_outputs("original", models[0], inputs, precision, tick)]
-            found.rewritten = {name for name, conv in ours.items() if weight_state(conv) != before[name]}
-            with _calls([(n, theirs[n]) for n in names]) as ran:
-                results.append(_outputs("converted", models[1], inputs, precision, tick))
-    found.strays, found.idle = strays, [name for name in found.outputs if name not in ran]
-    if [t.shape for t in results[0]] == [t.shape for t in results[1]]:
-        pairs = list(zip(*results, strict=True))
-        found.error = max((relative_difference(b, a) for a, b in pairs), default=float("nan"))
-        found.agreement = top1_agreement(pairs, torch.finfo(dtype).eps)
-    return found
-
-
-@contextmanager
-def _compared(
-    ours: Mapping[str, nn.Module],
-    theirs: Mapping[str, nn.Module],
-    found: _Comparison,
-    precision: torch.dtype,
-    tick: Callable[[str], None],
-) -> Iterator[None]:
-    """Compare each layer with its counterpart when it has run, on the same input."""
-
-    def watch(name: str) -> Callable[..., None]:
-        def hook(conv: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            tick(name)
-            expected = [tensor.clone() for tensor in tensors_in(output)]  # the layer may keep its map and change it
-            try:
-                answer = tensors_in(theirs[name](*args, **kwargs))
-            except Exception as failure:
-                raise _NoRunError(
-                    f"layer {name or '(root)'} of the converted network does not run in {precision}: "
-                    f"{type(failure).__name__}: {first_line(failure)}"
-                ) from failure
-            found.outputs[name] = max(greatest_difference(answer, expected), found.outputs.get(name, 0.0))
-            if all(map(_constant, tensors_in((args, kwargs)))):
-                found.constant.add(name)
-
-        return hook
-
-    with _hooks([conv.register_forward_hook(watch(name), with_kwargs=True) for name, conv in ours.items()]):
-        yield
-
-
-def _constant(tensor: Tensor) -> bool:
-    return not tensor.numel() or bool((tensor == tensor.flatten()[0]).all())
-
-
-def _outputs(
-    which: str, model: nn.Module, inputs: Any, precision: torch.dtype, tick: Callable[[str], None]
-) -> list[Tensor]:
-    tick(f"outputs in {str(precision).removeprefix('torch.')}")
-    try:
-        with seeded_sources():
-            return tensors_in(call(model, cloned(inputs)))
-    except _NoRunError:
-        raise
-    except Exception as failure:
-        raise _NoRunError(
-            f"the {which} network does not run on these inputs in {precision}: "
-            f"{type(failure).__name__}: {first_line(failure)}"
-        ) from failure
-
-
-@contextmanager
-def _calls(layers: Iterable[tuple[str, nn.Module]]) -> Iterator[set[str]]:
-    """The names of those layers that this thread runs meanwhile."""
-    ran: set[str] = set()
-    here = get_ident()
-
-    def note(name: str) -> Callable[..., None]:
-        return lambda *_: ran.add(name) if get_ident() == here else None
-
-    with _hooks([layer.register_forward_pre_hook(note(name)) for name, layer in layers]):
-        yield ran
-
-
-@contextmanager
-def _hooks(handles: Sequence[RemovableHandle]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Networks that make tensors in their forward make them in this dtype."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

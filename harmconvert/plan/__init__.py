@@ -9,7 +9,7 @@ from .axes import AXES, Axis, Check, Kept, LayerCost, WeightShape, register
 from .cost import Cost, layer_costs, network_cost
 from .making import make_plan, plannable
 from .plan import LayerPlan, Plan, Skip
-from .space import Frequencies, SpaceAxis, bases_of, cut_layer
+from .space import Frequencies, SpaceAxis, bases_of, bases_text, cut_layer
 
 __all__ = [
     "AXES",
@@ -26,6 +26,7 @@ __all__ = [
     "WeightShape",
     "apply_plan",
     "bases_of",
+    "bases_text",
     "cut_layer",
     "layer_costs",
     "make_plan",

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import UsageError
+from ..plan import bases_text
 from .summary import Report, StageFacts
 
 
@@ -98,7 +99,7 @@ def _column(report: Report) -> Column:
         source=str(report.source) if report.source else None,
         weights=report.source.sha256 if report.source else None,
         plan=report.plan.policy,
-        basis=report.plan.basis,
+        basis=bases_text(report.plan),
         converted=sum(layer.kept > 0 for layer in report.layers),
         cut=len(report.cut),
         skipped=sum(layer.kept == 0 for layer in report.layers),

@@ -15,8 +15,8 @@ from ..kernels.projection import project
 from ..layers.block import HarmonicBlock2d
 from ..layers.harmonic import CONVOLUTIONS, HarmonicMixin
 from ..network.layers import convolutions, kernel_size
-from ..network.tracing import find_sites
-from ..plan.plan import Skip
+from ..network.tracing import find_layers
+from ..plan import Skip, plannable
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ def layers_of(model: nn.Module) -> tuple[Layer, ...]:
 def strangers_in(model: nn.Module) -> tuple[Skip, ...]:
     """What convolves but is no convolution that a figure can show, and why."""
     convs = convolutions(model)
-    sites = [site for site in find_sites(model) if site.name not in convs]
-    return tuple(Skip(site.name, site.kind, site.kernel_size, site.skip or "") for site in sites)
+    others = [layer for layer in plannable(find_layers(model)) if layer.name not in convs]
+    return tuple(Skip(layer.name, layer.kind, layer.kernel_size, layer.skip or "") for layer in others)
 
 
 def filters_of(size: Sequence[int]) -> tuple[tuple[Frequency, tuple[float, ...]], ...]:

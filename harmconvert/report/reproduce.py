@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from ..arguments import parse_lambda
 from ..errors import HarmconvertError, counted
 from ..files import short_name
-from ..network.layers import ConvSite
-from ..plan.plan import Plan, make_plan, parse_lambda
+from ..network.layers import LayerInfo
+from ..plan import Plan, bases_of, make_plan
 from ..storage.checkpoint import Header
 from ..storage.source import Source
 from ..training.recipe import RECIPES, Recipe
@@ -29,7 +30,7 @@ class Reproduction:
     notes: tuple[str, ...] = ()
 
 
-def reproduction(header: Header, name: str, sites: Sequence[ConvSite]) -> Reproduction:
+def reproduction(header: Header, name: str, layers: Sequence[LayerInfo]) -> Reproduction:
     """A line for each step that the command line did, or that follows from the plan."""
     output = f"{short_name(name)}.safetensors"
     runs = header.history.get("training", [])
@@ -39,7 +40,7 @@ def reproduction(header: Header, name: str, sites: Sequence[ConvSite]) -> Reprod
     if runs and runs[0] not in tuned:
         line, notes = _of_training(runs[0], header, names[0])
     else:
-        line, notes = _of_conversion(header, names[0], output, sites)
+        line, notes = _of_conversion(header, names[0], output, layers)
     lines = [line] if line else []
     for run, first, then in zip(tuned, names, names[1:], strict=False):
         if run.get("command"):
@@ -55,9 +56,9 @@ def reproduction(header: Header, name: str, sites: Sequence[ConvSite]) -> Reprod
     return Reproduction(tuple(lines), tuple(notes))
 
 
-def commands(header: Header, name: str, sites: Sequence[ConvSite]) -> tuple[str, ...]:
+def commands(header: Header, name: str, layers: Sequence[LayerInfo]) -> tuple[str, ...]:
     """The lines of `reproduction`."""
-    return reproduction(header, name, sites).lines
+    return reproduction(header, name, layers).lines
 
 
 def _input_of(run: Mapping[str, Any], number: int) -> str:
@@ -67,7 +68,9 @@ def _input_of(run: Mapping[str, Any], number: int) -> str:
     return f"finetuned-{number}.safetensors" if number else "cut.safetensors"
 
 
-def _of_conversion(header: Header, first: str, output: str, sites: Sequence[ConvSite]) -> tuple[str | None, list[str]]:
+def _of_conversion(
+    header: Header, first: str, output: str, layers: Sequence[LayerInfo]
+) -> tuple[str | None, list[str]]:
     command, source, calibration = header.history.get("command"), header.source, header.history.get("calibration")
     if command is not None:
         words = list(command["words"])
@@ -83,10 +86,11 @@ def _of_conversion(header: Header, first: str, output: str, sites: Sequence[Conv
         return None, ["It was converted in Python from a network whose weights the file does not name."]
     words = _from_source(source)
     plan = header.plan
-    if len(plan.policy) <= _LONGEST and _gives(plan, sites):
+    if len(plan.policy) <= _LONGEST and _gives(plan, layers):
         words += ["--lambda", plan.policy]
-        words += ["--basis", plan.basis] if plan.basis != "dct" else []
-        words += ["--normalization", plan.normalization] if plan.normalization != "ortho" else []
+        basis = bases_of(plan)[0]
+        words += ["--basis", basis.name] if basis.name != "dct" else []
+        words += ["--normalization", basis.normalization] if basis.normalization != "ortho" else []
     else:
         words += ["--plan", output]
         first = f"again-{output}" if first == output else first
@@ -131,10 +135,10 @@ def _line(command: str, source: str, words: Sequence[str], output: str) -> str:
     return shlex.join(["harmconvert", command, source, *words, "-o", output])
 
 
-def _gives(plan: Plan, sites: Sequence[ConvSite]) -> bool:
+def _gives(plan: Plan, layers: Sequence[LayerInfo]) -> bool:
     """Whether the plan's policy is a lambda, and gives this plan."""
     try:
-        return make_plan(sites, parse_lambda(plan.policy), family=plan.family).layers == plan.layers
+        return make_plan(layers, parse_lambda(plan.policy), basis=bases_of(plan)[0]).layers == plan.layers
     except HarmconvertError:
         return False
 

@@ -19,10 +19,10 @@ from ..errors import InputError
 from ..kernels.basis import Frequency, all_frequencies
 from ..network.forms import dense_form
 from ..network.layers import convolutions
-from ..network.tracing import Trace, find_sites, run_where_possible
+from ..network.tracing import Trace, find_layers, run_where_possible
 from ..pipeline.convert import RECORD_KEY
+from ..plan import LayerPlan, Plan, bases_text
 from ..plan.cost import Cost, LayerCost, layer_costs, network_cost, parameter_count, tensor_bytes
-from ..plan.plan import LayerPlan, Plan
 from ..storage.checkpoint import Header, Source
 from ..training.evaluation import wilson_interval
 from .kernels import layers_of
@@ -186,7 +186,7 @@ def report_of(
         }
         training = tuple(dict(entry) for entry in history.get("training", []))
         layers = _layers(model, dense, header.plan, run, record.get("layers") or {}, refits)
-        again = reproduction(header, name, find_sites(dense, run))
+        again = reproduction(header, name, find_layers(dense, run))
         return Report(
             name=name,
             source=header.source,
@@ -293,7 +293,7 @@ def _spectra(
 ) -> dict[str, tuple[tuple[float, ...] | None, bool]]:
     """Of each layer the spectrum that `convert` saw before the cut, else that of the coefficients; of another basis
     than the DCT there is none to speak of."""
-    if plan.basis != "dct":
+    if bases_text(plan) != "dct":
         return {}
     found: dict[str, tuple[tuple[float, ...] | None, bool]] = {}
     for layer in spectrum(model).layers:

@@ -11,10 +11,10 @@ from torch import nn
 from ..calibration import CalibrationSettings
 from ..errors import InputError, counted, shortened
 from ..network.checks import check_network
-from ..network.tracing import find_sites, run_where_possible
+from ..network.tracing import find_layers, run_where_possible
 from ..pipeline.convert import Conversion, convert
+from ..plan import Plan, make_plan
 from ..plan.cost import Cost
-from ..plan.plan import Plan, make_plan
 from ..training.evaluation import Evaluation, wilson_interval
 
 POLICIES: tuple[str | int, ...] = ("full", 3, "progressive", 2, 1)
@@ -161,11 +161,11 @@ def _distinct_plans(
     """The plan of each policy, equal ones once, with the names of all policies that come to it."""
     check_network(model)
     run = run_where_possible(model, "progressive", example_input)
-    sites = find_sites(model, run)
+    layers = find_layers(model, run)
     found: dict[Any, tuple[tuple[str, ...], Plan]] = {}
     notes: dict[str, str] = {}
     for lam in policies:
-        plan = make_plan(sites, lam, include)
+        plan = make_plan(layers, lam, include)
         notes |= plan.notes
         names, first = found.get(plan.layers, ((), plan))
         found[plan.layers] = ((*names, plan.policy), first)

@@ -11,7 +11,7 @@ from ..calibration import Progress
 from ..layers.factored import reason_not_factorable
 from ..layers.layer_times import Site, layer_times
 from ..network.forms import sites_of
-from ..network.layers import convolutions, is_harmonic, kernel_size
+from ..network.layers import convolutions, is_harmonic_layer, kernel_size
 from ..network.tracing import Trace
 from ..plan import LayerPlan, Plan, apply_plan
 from .choices import Choice, Item
@@ -61,6 +61,6 @@ def _times(conv: nn.Module, site: Site, choice: Choice) -> tuple[float, float]:
     """Seconds of a call in the dense and the factored form of a choice; 0 for both where there is no such form."""
     layer = LayerPlan("", kernel_size(conv), choice)
     converted = apply_plan(conv, Plan((layer,)))
-    if not is_harmonic(converted) or reason_not_factorable(converted):
+    if not is_harmonic_layer(converted) or reason_not_factorable(converted):
         return 0.0, 0.0
     return layer_times(converted, site)

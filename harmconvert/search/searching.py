@@ -252,8 +252,8 @@ class Searching:
         if calibration.divergence is None:
             raise InputError(
                 f"the outputs of this network cannot be compared on these images ({calibration.incomparable}), so "
-                "plans cannot be told apart: give two images or more, or leave the images out (then the energy that a cut "
-                "takes decides)"
+                "plans cannot be told apart: give two images or more, or leave the images out (then the energy that a "
+                "cut takes decides)"
             )
         return converted, calibration.divergence
 

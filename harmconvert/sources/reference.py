@@ -22,7 +22,7 @@ from .. import models  # noqa: F401  registers the networks that are built here
 from ..errors import HarmconvertError, InputError, UsageError, first_line, shortened
 from ..kernels.basis import Basis, all_frequencies, dct_basis, frequencies_below, level_count
 from ..network.state import tensors_of, tensors_sha256
-from ..plan.plan import LayerPlan, Plan
+from ..plan import LayerPlan, Plan, cut_layer
 from ..storage.checkpoint import BlockRecord, Header, Source, harmonic_like, in_form
 from ..storage.weights import load_state, read_weights
 
@@ -82,7 +82,7 @@ def _opened(
     plain = timm.create_model(made_with.pop("architecture"), **made_with)
     # Older files lack the batch norms' counters, which count for nothing here.
     counters = {key: value for key, value in tensors_of(plain).items() if key.endswith("num_batches_tracked")}
-    plan = Plan(tuple(tensors.layers), family=Basis("dct", "l1"))
+    plan = Plan(tuple(tensors.layers))
     # What it is now is where a fine-tuning starts: there never was an uncut network to calibrate it to.
     header = Header(plan, source, history={"training": [{"by": "the reference implementation"}]}, blocks=tensors.blocks)
     harmonic = harmonic_like(plain, plan, path, tensors.blocks)
@@ -133,7 +133,7 @@ class _Tensors:
             )
         order = _order(size, len(frequencies))
         self.take(theirs, f"{ours}.coefficients", lambda weight: weight.flatten(2)[:, :, order])
-        self.layers.append(LayerPlan(ours, (size, size), frequencies))
+        self.layers.append(cut_layer(ours, (size, size), frequencies, Basis("dct", "l1")))
 
     def take_block(self, weight: str, norm: str, ours: str, size: int) -> None:
         """The first layer: weight (O, I x F, 1, 1) and, where it normalises, statistics (I x F) of the responses."""

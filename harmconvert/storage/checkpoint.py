@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +20,18 @@ import torch
 from torch import Tensor, nn
 
 from ..documents import parsed, reading
-from ..errors import DamageWarning, InputError, OutsideError, UsageError, counted, shortened
+from ..errors import DamageWarning, InputError, OutsideError, UsageError, shortened
 from ..files import check_output
-from ..kernels.basis import BASES, NORMALIZATIONS
+from ..kernels.basis import NORMALIZATIONS
 from ..layers.block import HarmonicBlock2d, to_block
-from ..layers.harmonic import HarmonicMixin, to_harmonic
 from ..network.checks import check_finite
 from ..network.copying import deep_copy
 from ..network.declared import check_preprocessing, declare, recorded
-from ..network.exchange import exchange, put_in_place
+from ..network.exchange import put_in_place
 from ..network.forms import dense_form, factor, fuse
-from ..network.layers import convolutions, kernel_size, state_key
+from ..network.layers import convolutions, harmonic_layers, is_harmonic_layer, kernel_size, state_key, weighted_layers
 from ..network.state import tensors_crc32, tensors_of
-from ..plan.plan import LayerPlan, Plan
+from ..plan import AXES, Plan, apply_plan, plan_of_model
 from .history import check_history
 from .source import Source, as_source, timm_source
 from .weights import load_exactly, open_safetensors, untied_state, why_unreadable, write_tensors
@@ -113,8 +111,6 @@ class Header:
             raise InputError(
                 f"it has format version {found!r}, this harmconvert reads version {FORMAT_VERSION}: update harmconvert"
             )
-        if data.get("basis") not in BASES:
-            raise InputError(f"it uses the basis {data.get('basis')!r}, which this harmconvert does not know")
         source = Source.from_json(data["source"]) if data.get("source") else None
         try:
             check_history(data.get("history", {}))
@@ -242,20 +238,35 @@ def read_header(path: str | Path) -> Header:
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
         shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118  not a dict
-    for layer in header.plan.layers:
-        kept, key = len(layer.frequencies), state_key(layer.name, "coefficients")
+    for key, wanted in _expected_tensors(header.plan).items():
         shape = shapes.get(key)
-        if not (shape is None and key in header.tied) and (shape is None or len(shape) != 3 or shape[2] != kept):
-            raise _disagreement(path, key, f"hold {counted(kept, 'frequency')}", shape)
-        key, wanted = state_key(layer.name, "fitted_basis"), [kept, prod(layer.kernel_size)]
-        if header.plan.family.fitted and key not in header.tied and shapes.get(key) != wanted:
-            raise _disagreement(path, key, f"have shape {wanted}", shapes.get(key))
+        if not _fits(shape, wanted) and not (shape is None and key in header.tied):
+            raise _disagreement(path, key, wanted, shape)
     return header
 
 
-def _disagreement(path: str | Path, key: str, wanted: str, shape: list[int] | None) -> InputError:
+def _expected_tensors(plan: Plan) -> dict[str, tuple[int | None, ...]]:
+    """The tensors that the layers of a plan have in a file, by key: their shape, None for any length."""
+    return {
+        state_key(layer.name, tensor): shape
+        for layer in plan.layers
+        for kept in layer.keeps
+        for tensor, shape in AXES[kept.axis].tensors(kept, layer.kernel_size).items()
+    }
+
+
+def _fits(shape: list[int] | None, wanted: tuple[int | None, ...]) -> bool:
+    return (
+        shape is not None
+        and len(shape) == len(wanted)
+        and all(w in (None, n) for n, w in zip(shape, wanted, strict=True))
+    )
+
+
+def _disagreement(path: str | Path, key: str, wanted: tuple[int | None, ...], shape: list[int] | None) -> InputError:
     found = "it is missing" if shape is None else f"it has shape {shape}"
-    return InputError(f"{path}: its header and tensors disagree: {key} should {wanted}, {found}")
+    text = ", ".join("any" if length is None else str(length) for length in wanted)
+    return InputError(f"{path}: its header and tensors disagree: {key} should have shape [{text}], {found}")
 
 
 @dataclass(frozen=True)
@@ -329,18 +340,14 @@ def harmonic_like(
         InputError: the network lacks a convolution of the plan's; ``where`` that is from is named.
     """
     complaint = f"{where} does not fit this {type(model).__name__}"
-    convs = convolutions(model)
-    wrong = [p.name for p in plan.layers if p.name not in convs or kernel_size(convs[p.name]) != p.kernel_size]
+    known = weighted_layers(model)
+    wrong = [p.name for p in plan.layers if p.name not in known or kernel_size(known[p.name]) != p.kernel_size]
     if wrong:
         raise InputError(f"{complaint}: it has no such convolution: {shortened(wrong)}")
-    fill = {
-        convs[p.name]: partial(to_harmonic, convs[p.name], p.frequencies, plan.family, values=False)
-        for p in plan.layers
-    }
-    copied = exchange(model, fill)
+    copied = apply_plan(model, plan, values=False)
     for name, block in (blocks or {}).items():
         conv = convolutions(copied).get(name)
-        if conv is None or isinstance(conv, HarmonicMixin):
+        if conv is None or is_harmonic_layer(conv):
             raise InputError(f"{complaint}: it has no such convolution: {name}")
         copied = put_in_place(copied, conv, to_block(conv, block.normalize, block.normalization))
     return copied
@@ -355,17 +362,12 @@ def _blocks_of(model: nn.Module) -> dict[str, BlockRecord]:
 
 
 def plan_in(model: nn.Module, known: Plan | None = None) -> Plan:
-    """The plan that a harmonic network follows: the ``known`` one where its layers are those, else what they say."""
-    harmonic = {name: conv for name, conv in convolutions(model).items() if isinstance(conv, HarmonicMixin)}
-    if not harmonic and not _blocks_of(model):
-        raise UsageError(f"this {type(model).__name__} has no harmonic convolution: convert it first")
-    families = {conv.family for conv in harmonic.values()}
-    if not harmonic:
+    """The plan that a network follows: ``known`` where its layers say the same, else what they say; an empty one where
+    it has blocks alone.
+
+    Raises:
+        UsageError: nothing in the network is harmonic.
+    """
+    if _blocks_of(model) and not harmonic_layers(model):
         return Plan(())
-    if len(families) > 1:
-        raise UsageError("this network mixes bases, or their normalisations, which one file cannot hold")
-    layers = tuple(LayerPlan(name, kernel_size(conv), conv.frequencies) for name, conv in harmonic.items())
-    plan = Plan(layers, family=families.pop())
-    if known is not None and sorted(known.layers, key=str) == sorted(layers, key=str):
-        return known
-    return plan
+    return plan_of_model(model, known)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,12 +13,11 @@ from torch import nn
 from ..errors import InputError, UsageError
 from ..kernels.basis import Basis
 from ..layers.block import HarmonicBlock2d, to_block
-from ..layers.harmonic import HarmonicMixin, to_harmonic
 from ..network.checks import check_network
-from ..network.exchange import exchange, put_in_place
-from ..network.layers import convolutions
-from ..network.tracing import find_sites, run_where_possible
-from ..plan.plan import Plan, make_plan
+from ..network.exchange import put_in_place
+from ..network.layers import is_harmonic_layer
+from ..network.tracing import find_layers, run_where_possible
+from ..plan import Plan, apply_plan, make_plan, plannable
 
 WHICH = ("first", "all")
 
@@ -58,22 +57,19 @@ def harmonize(
     """
     if which not in WHICH:
         raise UsageError(f"which (={which!r}) must be one of {', '.join(WHICH)}")
-    family = Basis(basis)
-    if family.fitted and not pretrained:
+    kind = Basis(basis)
+    if kind.fitted and not pretrained:
         raise UsageError(f"the {basis} basis is fitted to kernels, and these are yet to be trained: use another")
     check_network(model)
     run = run_where_possible(model, lam, example_input)
-    sites = find_sites(model, run)
-    plan = make_plan(sites, lam, family=family)
-    first = next((site.name for site in sites if site.reads_input and site.skip is None), None)
+    layers = find_layers(model, run)
+    plan = make_plan(layers, lam, basis=kind)
+    first = next((layer.name for layer in plannable(layers) if layer.reads_input and layer.skip is None), None)
     if first is None:
         raise InputError(f"this {type(model).__name__} has no convolution over 1x1 that reads its input")
     block = normalize_first and not pretrained
     chosen = [p for p in plan.layers if (p.name == first and not block) or (p.name != first and which == "all")]
-    convs = convolutions(model)
-    copied = exchange(
-        model, {convs[p.name]: partial(to_harmonic, convs[p.name], p.frequencies, plan.family) for p in chosen}
-    )
+    copied = apply_plan(model, replace(plan, layers=tuple(chosen)))
     if block:
         conv = dict(copied.named_modules())[first]
         copied = put_in_place(copied, conv, to_block(conv))
@@ -92,9 +88,9 @@ def initialize(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, HarmonicBlock2d):
             weight, bias, fan_out = module.mix.weight, module.mix.bias, module.mix.out_channels
-        elif isinstance(module, HarmonicMixin):
+        elif is_harmonic_layer(module):
             weight, bias = module.coefficients, module.bias
-            fan_out = len(weight) * len(module.frequencies)
+            fan_out = weight.shape[0] * weight.shape[2]
         else:
             continue
         weight.normal_(0, math.sqrt(2 / fan_out))

@@ -146,8 +146,8 @@ MUTANTS = (
     ),
     Mutant(
         "layers.harmonic.to_dense",
-        "hash(('weight', id(harmonic.coefficients), harmonic.frequencies, harmonic.family))",
-        "hash(('weight', harmonic.frequencies, harmonic.family))",
+        "hash(('weight', id(harmonic.coefficients), harmonic.frequencies, harmonic.basis_spec))",
+        "hash(('weight', harmonic.frequencies, harmonic.basis_spec))",
         "different kernels are taken for tied ones", (*CONV, "test_forms.py"),
     ),
     Mutant(

@@ -31,12 +31,13 @@ from harmconvert.kernels.basis import all_frequencies
 from harmconvert.layers import layer_times
 from harmconvert.pipeline.convert import convert
 from harmconvert.pipeline.finetuning import FineTuning, Stage, recorded_stages
-from harmconvert.plan.plan import Plan
+from harmconvert.plan import Frequencies, Plan
 from harmconvert.report.comparison import compare
 from harmconvert.report.page import page, write_report
 from harmconvert.report.summary import report_of
 from harmconvert.report.tables import comparison_table, differences_table
-from harmconvert.search.choices import Item, with_order
+from harmconvert.search.choices import Item
+from harmconvert.search.orders import with_order
 from harmconvert.search.probes import Probes
 from harmconvert.search.records import SearchSettings
 from harmconvert.sources import opening as sources
@@ -153,7 +154,7 @@ def _read_plan(path: Path) -> None:
 
 def _read_probes(path: Path) -> None:
     probes = Probes.opened(path, {"weights": "ab", "images": "cd", "settings": {"seed": 0}})
-    item = Item(("a",), (3, 3), (all_frequencies((3, 3)),))
+    item = Item(("a",), ((Frequencies((3, 3), all_frequencies((3, 3))),),))
     if "a" in probes.orders:
         with_order(item, probes.orders["a"].frequencies)
     assert all(math.isfinite(score) for scores in (probes.single, probes.whole) for score in scores.values())

@@ -22,7 +22,7 @@ import harmconvert as hc
 from harmconvert.cli import main
 from harmconvert.errors import HarmconvertError, HarmconvertWarning, printable
 from harmconvert.pipeline.convert import convert
-from harmconvert.plan.plan import Plan
+from harmconvert.plan import Plan
 from harmconvert.sources.opening import open_source
 from harmconvert.storage.checkpoint import read_header
 from harmconvert.storage.weights import read_weights

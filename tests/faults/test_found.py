@@ -19,10 +19,11 @@ from harmconvert.kernels.basis import all_frequencies
 from harmconvert.layers import layer_times
 from harmconvert.pipeline.convert import convert
 from harmconvert.pipeline.finetuning import recorded_stages
-from harmconvert.plan.plan import Plan
+from harmconvert.plan import Frequencies, Plan
 from harmconvert.report.page import page
 from harmconvert.report.summary import report_of
-from harmconvert.search.choices import Item, with_order
+from harmconvert.search.choices import Item
+from harmconvert.search.orders import with_order
 from harmconvert.search.probes import Probes
 from harmconvert.sources.opening import load, rebuild
 from harmconvert.sources.reference import open_reference
@@ -305,8 +306,8 @@ def test_probes_that_are_none_are_refused(tmp_path: Path, changed: Any) -> None:
 )
 def test_an_order_that_is_not_of_all_frequencies_is_refused(order: Callable[[Any], Any]) -> None:
     every = all_frequencies((3, 3))
-    item = Item(("a",), (3, 3), (every,))
-    assert len(with_order(item, every[::-1]).sets) == 9
+    item = Item(("a",), ((Frequencies((3, 3), every),),))
+    assert len(with_order(item, every[::-1]).choices) == 9
     with pytest.raises(InputError, match="the order of the frequencies of a lacks some or has others"):
         with_order(item, order(every))
 

@@ -28,8 +28,8 @@ from harmconvert.layers.factored import reason_not_factorable
 from harmconvert.layers.harmonic import HarmonicMixin, to_harmonic
 from harmconvert.network.layers import convolutions
 from harmconvert.network.running import evaluating
-from harmconvert.network.tracing import find_sites
-from harmconvert.plan.plan import LayerPlan
+from harmconvert.network.tracing import find_layers
+from harmconvert.plan import cut_layer, plannable
 
 from .. import oracle
 from .generated import NAMES, Case, cases
@@ -129,20 +129,20 @@ def random_plan(network: nn.Module, seed: int) -> hc.Plan:
     rng = random.Random(seed)
     chosen: dict[str, tuple[tuple[int, ...], ...]] = {}
     layers = []
-    for site in find_sites(network):
+    for site in plannable(find_layers(network)):
         if site.skip:
             continue
         every = all_frequencies(site.kernel_size)
         kept = sorted(rng.sample(range(len(every)), rng.randint(1, len(every))))
         chosen[site.name] = chosen.get(site.tied_to or "", tuple(every[index] for index in kept))
-        layers.append(LayerPlan(site.name, site.kernel_size, chosen[site.name]))
+        layers.append(cut_layer(site.name, site.kernel_size, chosen[site.name]))
     return hc.Plan(tuple(layers))
 
 
 def random_lambdas(network: nn.Module, seed: int) -> dict[str, int]:
     """Literal levels for some of the layers, by their names."""
     rng = random.Random(seed)
-    sites = [site for site in find_sites(network) if not site.skip]
+    sites = [site for site in plannable(find_layers(network)) if not site.skip]
     some = rng.sample(sites, rng.randint(1, len(sites)))
     return {glob.escape(site.name): rng.randint(1, level_count(site.kernel_size)) for site in some}
 

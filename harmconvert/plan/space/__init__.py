@@ -5,7 +5,7 @@ not: mathematics on tensors (`kernels`) and modules (`layers`).
 """
 
 from .axis import SpaceAxis
-from .frequencies import Frequencies, bases_of, cut_layer
+from .frequencies import Frequencies, bases_of, bases_text, cut_layer
 from .policies import Lambda, stays_whole
 
-__all__ = ["Frequencies", "Lambda", "SpaceAxis", "bases_of", "cut_layer", "stays_whole"]
+__all__ = ["Frequencies", "Lambda", "SpaceAxis", "bases_of", "bases_text", "cut_layer", "stays_whole"]

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from ...documents import check, count
 from ...kernels.basis import Basis, Frequency, all_frequencies, check_frequencies, frequencies_below
 from ..axes import Kept
-from ..plan import LayerPlan
+from ..plan import LayerPlan, Plan
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,15 @@ def cut_layer(
     return LayerPlan(name, kernel_size, (kept,))
 
 
-def bases_of(kept: Mapping[str, Frequencies]) -> tuple[Basis, ...]:
-    """The different bases of layers, in order."""
-    return tuple(dict.fromkeys(one.basis for one in kept.values()))
+def bases_of(plan: Plan) -> tuple[Basis, ...]:
+    """The different bases of a plan's layers, in order; the default one where no layer has any."""
+    return tuple(dict.fromkeys(kept.basis for kept in plan.on("space").values())) or (Basis(),)
+
+
+def bases_text(plan: Plan) -> str:
+    """The names of the bases of a plan, for tables.
+
+    >>> bases_text(Plan((cut_layer("a", (3, 3), basis=Basis("haar")), cut_layer("b", (3, 3)))))
+    'haar, dct'
+    """
+    return ", ".join(dict.fromkeys(basis.name for basis in bases_of(plan)))

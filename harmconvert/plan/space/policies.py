@@ -114,9 +114,10 @@ def _by_pattern(layers: Sequence[LayerInfo], lam: Mapping[str, int], basis: Basi
     found = {}
     for layer in layers:
         try:
-            levels = levels_by_name.get(layer.name)
-            cut = None if levels is None else Frequencies.below(layer.kernel_size, levels, basis)
-            found[layer.name] = cut or whole(layer, basis)
+            if layer.name in levels_by_name:
+                found[layer.name] = Frequencies.below(layer.kernel_size, levels_by_name[layer.name], basis)
+            else:
+                found[layer.name] = whole(layer, basis)
         except UsageError as error:
             raise UsageError(f"layer {layer.name}: {error}") from error
     return found
