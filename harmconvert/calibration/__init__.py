@@ -112,7 +112,7 @@ def calibrate(
     settings = settings or CalibrationSettings()
     known = batches if isinstance(batches, Known) else Known.of(original, batches, settings)
     cut = [layer.name for layer in plan.layers if any(AXES[k.axis].refits and not k.whole for k in layer.keeps)]
-    if not cut:
+    if plan.whole:
         return Calibration((), known.data.total, 0, notes=("nothing was cut, so there is nothing to repair",))
     before = _copied(converted)
     running = known.running(converted)
@@ -194,6 +194,8 @@ def _refit(
     data, layers = known.data, harmonic_layers(converted)
     harmonic = {name: layers[name] for name in cut}
     memory = memory_for(converted, settings)
+    if not cut:
+        return []
     sites, odd = running_sites(original, harmonic, data, memory)
     if not settings.refit:
         return []

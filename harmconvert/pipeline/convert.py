@@ -303,11 +303,24 @@ def _records(model: nn.Module, converted: nn.Module, plan: Plan) -> tuple[LayerR
     return tuple(sorted(records, key=lambda record: order[record.name]))
 
 
+def _other_text(planned: LayerPlan, total: int) -> str:
+    """What a layer keeps on axes that the number of positions kept does not show."""
+    return ", ".join(str(kept) for kept in planned.keeps if not kept.whole and kept.part_of(total) == total)
+
+
 def _record(planned: LayerPlan, layer: nn.Module, converted: nn.Module, why: str | None) -> LayerRecord:
     weight, total = cast(Tensor, layer.weight).detach(), prod(planned.kernel_size)
     kept = planned.kept_share(total)
     record = LayerRecord(
-        planned.name, type(layer).__name__, planned.kernel_size, kept, total, None, None, why, keeps=str(planned)
+        planned.name,
+        type(layer).__name__,
+        planned.kernel_size,
+        kept,
+        total,
+        None,
+        None,
+        why,
+        keeps=_other_text(planned, total),
     )
     if weight.is_meta:
         return record

@@ -16,7 +16,7 @@ from ..errors import UsageError, first_line
 from ..network.comparison import greatest_difference, relative_difference, top1_agreement
 from ..network.dataflow import weight_state
 from ..network.exchange import in_precision
-from ..network.layers import convolutions
+from ..network.layers import weighted_layers
 from ..network.running import call, evaluating, unchanged
 from ..network.side_effects import seeded_sources
 from ..network.values import cloned, fitted, tensors_in
@@ -96,9 +96,9 @@ def _compare(
         shared = parameter_count(original) > MOST_IN_FLOAT64
         models = [in_precision(model, precision, shared) for model in (original, converted)]
         inputs = fitted(inputs, models[0])
-        ours, theirs = convolutions(models[0]), convolutions(models[1])
+        ours, theirs = weighted_layers(models[0]), weighted_layers(models[1])
         found = Comparison(float("inf"), 0.0)
-        given = [(n, convs[n]) for convs in map(convolutions, (original, converted)) for n in names if n in convs]
+        given = [(n, convs[n]) for convs in map(weighted_layers, (original, converted)) for n in names if n in convs]
         watched = {name: ours[name] for name in names if per_layer}
         # Hooks of the copies may keep what they see in places that the given networks share.
         with unchanged(models[0]), unchanged(models[1]), evaluating(*models), _calls(given) as strays:

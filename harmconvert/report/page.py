@@ -194,6 +194,8 @@ def layer_text(layer: LayerFacts) -> str:
         return "\n".join([*lines, f"skipped: {layer.why}"])
     lam = f" (λ = {layer.levels})" if layer.levels and layer.cut else ""
     lines.append(f"keeps {layer.kept} of {counted(layer.total, 'frequency')}{lam}")
+    if layer.other_axes:
+        lines.append(f"keeps {layer.other_axes}")
     if layer.parameters is not None and layer.kept_parameters is not None:
         lines.append(f"{millions(layer.parameters)} -> {millions(layer.kept_parameters)} parameters")
     if layer.cut and layer.energy is not None:

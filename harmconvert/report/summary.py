@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ from ..deploy.benchmark import Benchmark
 from ..errors import InputError
 from ..kernels.basis import Frequency, all_frequencies
 from ..network.forms import dense_form
-from ..network.layers import convolutions
+from ..network.layers import weighted_layers
 from ..network.tracing import Trace, find_layers, run_where_possible
 from ..pipeline.convert import RECORD_KEY
-from ..plan import LayerPlan, Plan, bases_text
+from ..plan import Frequencies, LayerPlan, Plan, bases_text
 from ..plan.cost import Cost, LayerCost, layer_costs, network_cost, parameter_count, tensor_bytes
 from ..storage.checkpoint import Header, Source
 from ..training.evaluation import wilson_interval
@@ -67,6 +68,7 @@ class LayerFacts:
     """One convolution over 1x1. ``kept`` of ``total`` frequencies (0: skipped); ``keeps`` says which.
 
     ``kernel_error`` is that of the plain cut; output errors are of held-back inputs, before and after calibration.
+    ``other_axes`` says what it keeps on axes other than the space axis, where that is not everything.
     ``spectrum`` is the mean |coefficient| of each frequency, of the uncut kernel where ``spectrum_uncut``.
     """
 
@@ -89,6 +91,7 @@ class LayerFacts:
     why: str | None = None
     spectrum: tuple[float, ...] | None = None
     spectrum_uncut: bool = False
+    other_axes: str = ""
 
     @property
     def share(self) -> float:
@@ -249,7 +252,7 @@ def _layers(
     recorded: Mapping[str, Mapping[str, Any]],
     refits: Mapping[str, Mapping[str, Any]],
 ) -> tuple[LayerFacts, ...]:
-    convs, costs = convolutions(dense), layer_costs(dense, plan, run)
+    convs, costs = weighted_layers(dense), layer_costs(dense, plan, run)
     spectra = _spectra(model, plan, recorded)
     facts = []
     for layer in plan.layers:
@@ -281,10 +284,14 @@ def _layers(
 
 
 def _planned(layer: LayerPlan, kind: str, cost: LayerCost) -> LayerFacts:
-    keeps = _flags(layer.kernel_size, layer.frequencies)
+    space = layer.on("space")
+    positions = (True,) * prod(layer.kernel_size)
+    keeps = _flags(space.kernel_size, space.frequencies) if isinstance(space, Frequencies) else positions
+    levels = space.levels if isinstance(space, Frequencies) else None
     return LayerFacts(
-        layer.name, kind, layer.kernel_size, sum(keeps), len(keeps), keeps, layer.levels, cost.parameters,
+        layer.name, kind, layer.kernel_size, sum(keeps), len(keeps), keeps, levels, cost.parameters,
         cost.kept_parameters, cost.macs, cost.factored_macs,
+        other_axes=", ".join(str(kept) for kept in layer.keeps if kept is not space and not kept.whole),
     )  # fmt: skip
 
 

@@ -328,7 +328,8 @@ def megabytes(count: int) -> str:
 
 
 def _kept(layer: LayerRecord) -> str:
-    return "skipped" if layer.skipped else f"{layer.kept}/{layer.total}"
+    text = f"{layer.kept}/{layer.total}" + (f", {layer.keeps}" if layer.keeps else "")
+    return "skipped" if layer.skipped else text
 
 
 class _Fitted(Table):
