@@ -25,11 +25,10 @@ from table import appended
 import harmconvert as hc
 from harmconvert.calibration import CalibrationSettings
 from harmconvert.calibration.inputs import calibration_set
-from harmconvert.kernels.basis import Basis, Frequency, all_frequencies
-from harmconvert.network.tracing import find_sites, trace
-from harmconvert.plan.plan import LayerPlan
-from harmconvert.search.choices import items_of, whole_plan
-from harmconvert.search.orders import orders_by_energy, orders_by_error
+from harmconvert.kernels import Basis, Frequency, all_frequencies
+from harmconvert.network import find_sites, trace
+from harmconvert.plan import LayerPlan
+from harmconvert.search import items_of, orders_by_energy, orders_by_error, whole_plan
 
 RESULTS = Path(__file__).parent / "results" / "frequencies.csv"
 KEYS = ["network", "kept", "seed", "frequencies"]

@@ -34,12 +34,11 @@ from harmconvert.calibration.refit import DAMPINGS, dampings
 from harmconvert.calibration.responses import from_groups, outputs, pick_positions, responses, to_groups
 from harmconvert.calibration.solvers import NormalEquations, Operator, Samples, solver
 from harmconvert.errors import InputError, UsageError
-from harmconvert.kernels.basis import Basis
-from harmconvert.kernels.projection import project
-from harmconvert.layers.harmonic import to_harmonic
-from harmconvert.plan.plan import LayerPlan, Plan
-from harmconvert.report.tables import calibration_lines
-from harmconvert.storage.checkpoint import read_checkpoint, read_header
+from harmconvert.kernels import Basis, project
+from harmconvert.layers import to_harmonic
+from harmconvert.plan import LayerPlan, Plan
+from harmconvert.report import calibration_lines
+from harmconvert.storage import read_checkpoint, read_header
 
 from . import oracle
 from .networks import CONVOLUTIONS, Branches, random_input, seeded

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harmconvert.arguments import parse_lambda
 from harmconvert.errors import InputError, UsageError
-from harmconvert.kernels.basis import BASES, Basis, all_frequencies
-from harmconvert.network.layers import ConvSite
-from harmconvert.plan.plan import LayerPlan, Plan, make_plan, parse_lambda
+from harmconvert.kernels import BASES, Basis, all_frequencies
+from harmconvert.network import ConvSite
+from harmconvert.plan import LayerPlan, Plan, make_plan
 
 SITES = [
     ConvSite("stem", "Conv2d", (7, 7), reads_input=True, output_size=(112, 112)),
