@@ -42,12 +42,9 @@ from torch import Tensor, nn
 
 import harmconvert as hc
 from harmconvert.calibration import CalibrationSettings, reestimate_batch_norm
-from harmconvert.network.layers import convolutions
-from harmconvert.network.tracing import find_layers, trace
+from harmconvert.network import convolutions, find_layers, trace
 from harmconvert.plan import Plan, bases_of, make_plan
-from harmconvert.search.choices import Item, costs_of, items_of, plan_of, whole_plan
-from harmconvert.search.probes import Probes, key_of, name_of
-from harmconvert.search.records import SearchSettings
+from harmconvert.search import Item, Probes, SearchSettings, costs_of, items_of, key_of, name_of, plan_of, whole_plan
 from harmconvert.training import Machine, train
 
 RESULTS = Path(__file__).parent / "results" / "budget.csv"

@@ -30,8 +30,7 @@ from table import appended
 import harmconvert as hc
 from harmconvert.calibration import CalibrationSettings
 from harmconvert.data import calibration_images
-from harmconvert.search.records import SearchSettings
-from harmconvert.search.searching import Searching
+from harmconvert.search import Searching, SearchSettings
 
 RESULTS = Path(__file__).parent / "results" / "budget_cost.csv"
 FIELDS = ["what", "frequencies", "images", "size", "trials", "probes", "seconds", "of that delivering", "cpu s",

@@ -38,8 +38,8 @@ from torch import Tensor, nn
 import harmconvert as hc
 from harmconvert.calibration import CalibrationSettings, calibrate, reestimate_batch_norm
 from harmconvert.data import calibration_images
-from harmconvert.network.layers import convolutions
-from harmconvert.pipeline.convert import Conversion
+from harmconvert.network import convolutions
+from harmconvert.pipeline import Conversion
 from harmconvert.samples import photographs
 
 RESULTS = Path(__file__).parent / "results" / "calibration.csv"

@@ -31,7 +31,7 @@ from harmconvert.calibration.layers import Kernel, choose
 from harmconvert.calibration.refit import DAMPINGS
 from harmconvert.calibration.responses import outputs, pick_positions
 from harmconvert.calibration.solvers import NormalEquations, Operator, Samples
-from harmconvert.layers.harmonic import to_harmonic
+from harmconvert.layers import to_harmonic
 
 RESULTS = Path(__file__).parent / "results" / "calibration_cost.csv"
 LAYERS = RESULTS.with_name("calibration_cost_layers.csv")

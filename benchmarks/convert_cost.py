@@ -40,8 +40,8 @@ def child(mode: str, name: str, weights: str, output: str) -> None:
     import torch
 
     from harmconvert import save
-    from harmconvert.pipeline.convert import convert
-    from harmconvert.storage.checkpoint import Source
+    from harmconvert.pipeline import convert
+    from harmconvert.storage import Source
 
     torch.set_num_threads(2)
     torch.ones(8, 8) @ torch.ones(8, 8)

@@ -36,8 +36,7 @@ from torch import Tensor, nn
 
 import harmconvert as hc
 from harmconvert.calibration import CalibrationSettings
-from harmconvert.data import calibration_images
-from harmconvert.data.loading import NO_LABEL, Batch
+from harmconvert.data import NO_LABEL, Batch, calibration_images
 from harmconvert.training import Machine, recipe_named, train
 
 RESULTS = Path(__file__).parent / "results" / "finetune.csv"

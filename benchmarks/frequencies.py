@@ -14,10 +14,10 @@ from __future__ import annotations
 import argparse
 import csv
 from collections.abc import Iterator
-from typing import cast
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
+from typing import cast
 
 import calibration as common
 import torch
@@ -26,11 +26,10 @@ from table import appended
 import harmconvert as hc
 from harmconvert.calibration import CalibrationSettings
 from harmconvert.calibration.inputs import calibration_set
-from harmconvert.kernels.basis import Frequency, all_frequencies
-from harmconvert.network.tracing import find_layers, trace
+from harmconvert.kernels import Frequency, all_frequencies
+from harmconvert.network import find_layers, trace
 from harmconvert.plan import Frequencies, LayerPlan, cut_layer
-from harmconvert.search.choices import items_of, whole_plan
-from harmconvert.search.orders import orders_by_energy, orders_by_error
+from harmconvert.search import items_of, orders_by_energy, orders_by_error, whole_plan
 
 RESULTS = Path(__file__).parent / "results" / "frequencies.csv"
 KEYS = ["network", "kept", "seed", "frequencies"]

@@ -38,10 +38,9 @@ from torch import nn
 import harmconvert as hc
 import harmconvert.models
 from harmconvert.models.wide_resnet import WideResNet
-from harmconvert.network.tracing import trace
-from harmconvert.plan.cost import parameter_count
-from harmconvert.training import Machine, recipe_named, train
-from harmconvert.training.harmonize import harmonize
+from harmconvert.network import trace
+from harmconvert.plan import parameter_count
+from harmconvert.training import Machine, harmonize, recipe_named, train
 
 FOLDER = Path(__file__).parent / "results"
 FLOPS = 100e12

@@ -37,12 +37,16 @@ from torch.nn import functional
 import harmconvert as hc
 import harmconvert.models
 from harmconvert.deploy import graphs
-from harmconvert.layers.factored import FactoredMixin, reason_not_factorable, to_factored
-from harmconvert.layers.harmonic import HarmonicMixin, to_dense
-from harmconvert.layers.layer_times import lay_out
-from harmconvert.layers.timing import in_turns
-from harmconvert.network.exchange import put_in_place
-from harmconvert.network.forms import factoring, fuse, sites_of
+from harmconvert.layers import (
+    FactoredMixin,
+    HarmonicMixin,
+    in_turns,
+    lay_out,
+    reason_not_factorable,
+    to_dense,
+    to_factored,
+)
+from harmconvert.network import factoring, fuse, put_in_place, sites_of
 
 FOLDER = Path(__file__).parent / "results"
 NETWORKS = {"wrn28_10": (32, 16), "resnet18": (224, 16), "resnet50": (224, 16), "vgg16_bn": (224, 4)}  # size, batch

@@ -30,7 +30,7 @@ from torch.nn import functional
 
 import harmconvert as hc
 import harmconvert.models
-from harmconvert.layers.harmonic import lay_out_channels_last
+from harmconvert.layers import lay_out_channels_last
 
 RESULTS = Path(__file__).parent / "results" / "step_cost.csv"
 NETWORKS = {"resnet50": (224, 1000), "wrn28_10": (32, 10)}

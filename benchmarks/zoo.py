@@ -34,11 +34,8 @@ import torchvision
 from torch import Tensor, nn
 
 from harmconvert.errors import HarmconvertError
-from harmconvert.network.forms import fuse
-from harmconvert.network.layers import convolutions, kernel_size
-from harmconvert.network.running import call, evaluating
-from harmconvert.network.values import tensors_in
-from harmconvert.pipeline.convert import convert
+from harmconvert.network import call, convolutions, evaluating, fuse, kernel_size, tensors_in
+from harmconvert.pipeline import convert
 
 RESULTS = Path(__file__).parent / "results" / "zoo.csv"
 FIELDS = [

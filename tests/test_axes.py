@@ -16,13 +16,11 @@ from torch import Tensor, nn
 
 import harmconvert as hc
 from harmconvert.errors import InputError
-from harmconvert.network.layers import LayerInfo, weighted_layers
-from harmconvert.network.tracing import find_layers
+from harmconvert.network import LayerInfo, find_layers, weighted_layers
 from harmconvert.plan import AXES, Axis, Check, Kept, LayerCost, LayerPlan, Plan, WeightShape, cut_layer, make_plan
-from harmconvert.report.page import page
-from harmconvert.report.summary import report_of
+from harmconvert.report import page, report_of
 from harmconvert.report.tables import conversion_table
-from harmconvert.storage.checkpoint import read_header
+from harmconvert.storage import read_header
 
 from .networks import seeded
 

@@ -14,14 +14,13 @@ from torch import nn
 import harmconvert as hc
 from harmconvert.cli import options
 from harmconvert.errors import UsageError
-from harmconvert.kernels.basis import BASES, Basis, all_frequencies, gaussian_vectors, haar_vectors, klt_vectors
-from harmconvert.kernels.projection import energy_kept
-from harmconvert.layers.harmonic import HarmonicMixin, to_harmonic
-from harmconvert.network.layers import convolutions
-from harmconvert.pipeline.convert import convert
+from harmconvert.kernels import BASES, Basis, all_frequencies, energy_kept, gaussian_vectors, haar_vectors, klt_vectors
+from harmconvert.layers import HarmonicMixin, to_harmonic
+from harmconvert.network import convolutions
+from harmconvert.pipeline import convert
 from harmconvert.plan import Plan, bases_of, network_cost
-from harmconvert.storage.checkpoint import read_header
-from harmconvert.training.harmonize import harmonize
+from harmconvert.storage import read_header
+from harmconvert.training import harmonize
 
 from . import oracle
 from .networks import Branches, random_input, seeded

@@ -6,14 +6,7 @@ import scipy.fft
 import torch
 
 from harmconvert.errors import UsageError
-from harmconvert.kernels.basis import (
-    all_frequencies,
-    dct_basis,
-    dct_vectors,
-    frequencies_below,
-    level_count,
-    scaled_levels,
-)
+from harmconvert.kernels import all_frequencies, dct_basis, dct_vectors, frequencies_below, level_count, scaled_levels
 
 from . import oracle
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import harmconvert as hc
-from harmconvert.deploy.benchmark import Benchmark, Row, benchmark, peak_bytes
+from harmconvert.deploy import Benchmark, Row, benchmark, peak_bytes
 from harmconvert.errors import UsageError
 
 from .networks import Branches, random_input, seeded

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from harmconvert.errors import UsageError
-from harmconvert.layers.block import SEPARABLE_FROM, HarmonicBlock2d, fold_block
+from harmconvert.layers import SEPARABLE_FROM, HarmonicBlock2d, fold_block
 
 from . import oracle
 from .networks import random_input

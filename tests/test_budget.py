@@ -18,17 +18,21 @@ from torch import nn
 import harmconvert as hc
 from harmconvert.arguments import Budget
 from harmconvert.errors import InputError, UsageError
-from harmconvert.kernels.basis import Basis, all_frequencies, frequencies_below
-from harmconvert.network.tracing import find_layers, trace
-from harmconvert.pipeline.convert import convert
+from harmconvert.kernels import Basis, all_frequencies, frequencies_below
+from harmconvert.network import find_layers, trace
+from harmconvert.pipeline import convert
 from harmconvert.plan import Frequencies, Plan, make_plan, network_cost, plannable
 from harmconvert.samples import mnist5k_held_back
-from harmconvert.search.choices import costs_of, items_of, plan_of
-from harmconvert.search.dropping import smallest_within
-from harmconvert.search.energy import energy_scores
-from harmconvert.search.knapsack import frontier
-from harmconvert.search.records import SearchSettings
-from harmconvert.search.searching import Searching
+from harmconvert.search import (
+    Searching,
+    SearchSettings,
+    costs_of,
+    energy_scores,
+    frontier,
+    items_of,
+    plan_of,
+    smallest_within,
+)
 
 from .networks import Branches, random_input, seeded
 from .pictures import digit_folders

@@ -28,18 +28,18 @@ from harmconvert.calibration import divergence as divergence_room
 from harmconvert.calibration.capture import ConvCall, watch_convolutions
 from harmconvert.calibration.divergence import Divergence, divergence
 from harmconvert.calibration.equations import Change, Problem
-from harmconvert.calibration.inputs import Batch, calibration_set
+from harmconvert.calibration.inputs import calibration_set
 from harmconvert.calibration.layers import Kernel, RefitError, choose
 from harmconvert.calibration.refit import DAMPINGS, dampings
 from harmconvert.calibration.responses import from_groups, outputs, pick_positions, responses, to_groups
 from harmconvert.calibration.solvers import NormalEquations, Operator, Samples, solver
+from harmconvert.data import Batch
 from harmconvert.errors import InputError, UsageError
-from harmconvert.kernels.basis import Basis
-from harmconvert.kernels.projection import project
-from harmconvert.layers.harmonic import to_harmonic
+from harmconvert.kernels import Basis, project
+from harmconvert.layers import to_harmonic
 from harmconvert.plan import Plan, cut_layer
-from harmconvert.report.tables import calibration_lines
-from harmconvert.storage.checkpoint import read_checkpoint, read_header
+from harmconvert.report import calibration_lines
+from harmconvert.storage import read_checkpoint, read_header
 
 from . import oracle
 from .networks import CONVOLUTIONS, Branches, random_input, seeded

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import harmconvert as hc
-from harmconvert.network.side_effects import Snapshot
+from harmconvert.network import Snapshot
 
 from .networks import random_input, seeded
 

@@ -22,10 +22,10 @@ import harmconvert as hc
 from harmconvert import load, save
 from harmconvert.errors import HarmconvertError, HarmconvertWarning, InputError, OutsideError, UsageError
 from harmconvert.files import default_name
-from harmconvert.network.values import default_input
-from harmconvert.pipeline.convert import convert
-from harmconvert.sources.opening import load as load_rebuilt
-from harmconvert.storage.checkpoint import METADATA_KEY, Header, Source, read_header
+from harmconvert.network import default_input
+from harmconvert.pipeline import convert
+from harmconvert.sources import load as load_rebuilt
+from harmconvert.storage import METADATA_KEY, Header, Source, read_header
 
 from .networks import CONVOLUTIONS, Branches, random_input, seeded
 

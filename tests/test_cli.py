@@ -19,10 +19,10 @@ import torch
 from click.testing import CliRunner, Result
 
 from harmconvert.cli import COMMANDS, main
-from harmconvert.report.reproduce import commands
+from harmconvert.report import commands
 from harmconvert.samples import mnist5k_held_back
-from harmconvert.sources.opening import open_source
-from harmconvert.storage.checkpoint import read_header
+from harmconvert.sources import open_source
+from harmconvert.storage import read_header
 
 SAMPLE = "sample:resnet_mnist5k"
 

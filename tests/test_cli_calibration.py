@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from harmconvert.samples import mnist5k_held_back
-from harmconvert.sources.opening import open_source
-from harmconvert.storage.checkpoint import read_header
+from harmconvert.sources import open_source
+from harmconvert.storage import read_header
 
 from .test_cli import SAMPLE, ok, run
 

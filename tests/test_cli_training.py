@@ -22,8 +22,8 @@ import safetensors.torch
 import torch
 
 from harmconvert.cli.finetune import command as finetune_command
-from harmconvert.sources.opening import open_source
-from harmconvert.storage.checkpoint import read_header
+from harmconvert.sources import open_source
+from harmconvert.storage import read_header
 from harmconvert.training import Recipe, metrics
 
 from .pictures import digit_folders

@@ -13,15 +13,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from harmconvert.errors import UsageError
-from harmconvert.kernels.basis import Basis, all_frequencies, dct_basis, frequencies_below
-from harmconvert.kernels.projection import project, reconstruct
-from harmconvert.layers.harmonic import (
-    HarmonicMixin,
-    harmonic_class,
-    lay_out_channels_last,
-    to_dense,
-    to_harmonic,
-)
+from harmconvert.kernels import Basis, all_frequencies, dct_basis, frequencies_below, project, reconstruct
+from harmconvert.layers import HarmonicMixin, harmonic_class, lay_out_channels_last, to_dense, to_harmonic
 
 from . import oracle
 from .networks import CONVOLUTIONS, random_input, seeded

@@ -19,16 +19,11 @@ from torchvision.ops import DeformConv2d
 
 import harmconvert.models  # noqa: F401  registers wrn28_10
 from harmconvert.errors import HarmconvertWarning, InputError, UsageError
-from harmconvert.kernels.basis import dct_basis
-from harmconvert.kernels.projection import energy_kept, project, reconstruct, relative_error
-from harmconvert.layers.harmonic import HarmonicMixin, to_harmonic
-from harmconvert.network.forms import fuse
-from harmconvert.network.tracing import trace
-from harmconvert.pipeline.convert import convert
-from harmconvert.pipeline.inspect import inspect
-from harmconvert.pipeline.verify import verify
-from harmconvert.plan import Plan, cut_layer
-from harmconvert.plan.cost import parameter_count
+from harmconvert.kernels import dct_basis, energy_kept, project, reconstruct, relative_error
+from harmconvert.layers import HarmonicMixin, to_harmonic
+from harmconvert.network import fuse, trace
+from harmconvert.pipeline import convert, inspect, verify
+from harmconvert.plan import Plan, cut_layer, parameter_count
 
 from .networks import CONVOLUTIONS, Branches, random_input, seeded
 

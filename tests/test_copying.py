@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import harmconvert as hc
-from harmconvert.network.copying import deep_copy
-from harmconvert.storage.precision import rounded
+from harmconvert.network import deep_copy
+from harmconvert.storage import rounded
 
 from .networks import random_input
 

@@ -19,13 +19,11 @@ from harmconvert.calibration.inputs import calibration_set
 from harmconvert.calibration.layers import Kernel
 from harmconvert.calibration.responses import outputs, to_groups
 from harmconvert.calibration.solvers import NormalEquations, Samples
-from harmconvert.kernels.basis import Basis, frequencies_below
-from harmconvert.layers.harmonic import to_harmonic
-from harmconvert.network.tracing import find_layers
+from harmconvert.kernels import Basis, frequencies_below
+from harmconvert.layers import to_harmonic
+from harmconvert.network import find_layers
 from harmconvert.plan import Plan, cut_layer, plannable
-from harmconvert.search import searching
-from harmconvert.search.choices import whole_plan
-from harmconvert.search.records import SearchSettings
+from harmconvert.search import SearchSettings, searching, whole_plan
 
 from . import oracle
 from .networks import CONVOLUTIONS, Branches, seeded

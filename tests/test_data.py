@@ -14,15 +14,17 @@ from PIL import Image
 from torch import nn
 
 import harmconvert as hc
-from harmconvert.data import calibration_images, preprocessing
-from harmconvert.data.pictures import in_mode
-from harmconvert.data.preprocessing import (
+from harmconvert.data import (
+    Variety,
+    calibration_images,
     described,
     evaluation_transform,
+    in_mode,
     padded_crop_transform,
+    preprocessing,
+    remark_on,
     training_transform,
 )
-from harmconvert.data.variety import Variety, remark_on
 from harmconvert.errors import InputError, UsageError
 from harmconvert.samples import mnist5k, mnist5k_held_back
 

@@ -13,8 +13,7 @@ from PIL import Image
 from torch.utils.data import IterableDataset
 from torchvision import transforms
 
-from harmconvert.data.datasets import DataRequest, Stream, open_data
-from harmconvert.data.loading import NO_LABEL, evaluation_batches, some_images, training_batches
+from harmconvert.data import NO_LABEL, DataRequest, Stream, evaluation_batches, open_data, some_images, training_batches
 from harmconvert.errors import InputError, UsageError
 
 from .pictures import digit_folders

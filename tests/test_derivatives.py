@@ -11,9 +11,9 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacrev, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
-from harmconvert.layers.factored import FactoredMixin
-from harmconvert.network.forms import factor
-from harmconvert.pipeline.convert import convert
+from harmconvert.layers import FactoredMixin
+from harmconvert.network import factor
+from harmconvert.pipeline import convert
 
 from .networks import random_input, seeded
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from harmconvert.documents import check, count, finite, number, parsed, plain, whole
-from harmconvert.storage.history import check_history
+from harmconvert.storage import check_history
 
 
 @pytest.mark.parametrize(

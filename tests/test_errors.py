@@ -4,7 +4,7 @@ import pytest
 from torch import nn
 
 from harmconvert.errors import InputError, UsageError, one_line
-from harmconvert.pipeline.convert import convert
+from harmconvert.pipeline import convert
 
 
 def test_a_message_is_one_line_that_moves_no_cursor_whatever_a_layer_is_called() -> None:

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from harmconvert.data.loading import Batch
+from harmconvert.data import Batch
 from harmconvert.errors import InputError
-from harmconvert.training.evaluation import Evaluation, evaluate, wilson_interval
+from harmconvert.training import Evaluation, evaluate, wilson_interval
 
 from . import oracle
 

@@ -18,13 +18,10 @@ from torch import Tensor, nn
 
 import harmconvert as hc
 from harmconvert import load
-from harmconvert.deploy import graphs
-from harmconvert.deploy.export import export
+from harmconvert.deploy import export, graphs
 from harmconvert.errors import CheckError, InputError, OutsideError, UsageError
-from harmconvert.network.form_check import comparable
-from harmconvert.network.forms import factor, fuse
-from harmconvert.network.values import tensors_in
-from harmconvert.storage.precision import rounded
+from harmconvert.network import comparable, factor, fuse, tensors_in
+from harmconvert.storage import rounded
 
 from .networks import Branches, random_input, seeded
 from .test_cli import SAMPLE, fails, ok

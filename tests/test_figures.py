@@ -23,23 +23,35 @@ from torch import nn
 
 from harmconvert import save
 from harmconvert.calibration import CalibrationSettings
-from harmconvert.data.loading import Batch
+from harmconvert.data import Batch
 from harmconvert.errors import InputError, OutsideError, UsageError
-from harmconvert.kernels.basis import Basis
-from harmconvert.layers.block import to_block
-from harmconvert.layers.harmonic import to_harmonic
-from harmconvert.pipeline.convert import convert
-from harmconvert.plan.cost import Cost
-from harmconvert.report import figures
-from harmconvert.report.filters import filter_bank
-from harmconvert.report.sheets import Sheet, Strip, error_sheet, layer_strip, search_sheet, training_sheet
-from harmconvert.report.spectrum import Spectrum, spectrum
-from harmconvert.report.summary import Report, report_of
-from harmconvert.report.tables import tradeoff_table
-from harmconvert.report.tradeoff import Point, Tradeoff, tradeoff
-from harmconvert.report.writing import check_figure, drawing, write_figure
-from harmconvert.search.records import SearchSettings
-from harmconvert.training.evaluation import Evaluation, evaluate
+from harmconvert.kernels import Basis
+from harmconvert.layers import to_block, to_harmonic
+from harmconvert.pipeline import convert
+from harmconvert.plan import Cost
+from harmconvert.report import (
+    Point,
+    Report,
+    Sheet,
+    Spectrum,
+    Strip,
+    Tradeoff,
+    check_figure,
+    drawing,
+    error_sheet,
+    figures,
+    filter_bank,
+    layer_strip,
+    report_of,
+    search_sheet,
+    spectrum,
+    tradeoff,
+    tradeoff_table,
+    training_sheet,
+    write_figure,
+)
+from harmconvert.search import SearchSettings
+from harmconvert.training import Evaluation, evaluate
 
 from . import oracle, test_report
 from .networks import CONVOLUTIONS, Branches, seeded

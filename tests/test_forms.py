@@ -20,15 +20,22 @@ from torch import Tensor, nn
 
 import harmconvert as hc
 from harmconvert.errors import CheckError, InputError, UsageError
-from harmconvert.kernels.basis import frequencies_below, level_count
-from harmconvert.layers import native
-from harmconvert.layers.factored import FactoredMixin, reason_not_factorable, to_factored
-from harmconvert.layers.harmonic import HarmonicMixin, harmonic_class, to_dense, to_harmonic
-from harmconvert.layers.layer_times import Site, layer_times
-from harmconvert.layers.timing import in_turns
-from harmconvert.network import forms
-from harmconvert.network.forms import factor, factoring, fuse
-from harmconvert.pipeline.convert import convert
+from harmconvert.kernels import frequencies_below, level_count
+from harmconvert.layers import (
+    FactoredMixin,
+    HarmonicMixin,
+    Site,
+    harmonic_class,
+    in_turns,
+    layer_times,
+    native,
+    reason_not_factorable,
+    to_dense,
+    to_factored,
+    to_harmonic,
+)
+from harmconvert.network import factor, factoring, forms, fuse
+from harmconvert.pipeline import convert
 
 from . import oracle
 from .networks import CONVOLUTIONS, Branches, random_input, seeded
@@ -348,15 +355,17 @@ def test_layer_times_are_kept_and_read_again(tmp_path: Path, monkeypatch: pytest
 def test_a_damaged_table_of_times_is_measured_anew(
     damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from harmconvert.layers.layer_times import _file, _known
-
-    monkeypatch.setenv("HARMCONVERT_CACHE", str(tmp_path))
-    _file().write_text(damage)
-    _known.cache_clear()
-    assert all(
-        t > 0
-        for t in layer_times(truncated(nn.Conv2d(3, 4, 3)), Site((1, 3, 8, 8), torch.float32, torch.device("cpu")))
-    )
+    conv, site = truncated(nn.Conv2d(3, 4, 3)), Site((1, 3, 8, 8), torch.float32, torch.device("cpu"))
+    monkeypatch.setenv("HARMCONVERT_CACHE", str(tmp_path / "first"))
+    layer_times(conv, site)
+    [path] = (tmp_path / "first").glob("layer-times-*.json")
+    monkeypatch.setenv("HARMCONVERT_CACHE", str(tmp_path / "damaged"))
+    (tmp_path / "damaged").mkdir()
+    damaged = tmp_path / "damaged" / path.name
+    damaged.write_text(damage)
+    times = layer_times(conv, site)
+    assert all(t > 0 for t in times)
+    assert [*json.loads(damaged.read_text()).values()] == [[*times]]
 
 
 @pytest.mark.parametrize("setting", [{"HARMCONVERT_NATIVE": "0"}, {"CC": "no-such-compiler"}, {"CC": "false"}])

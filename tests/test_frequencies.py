@@ -20,18 +20,27 @@ from harmconvert.calibration import CalibrationSettings, moments
 from harmconvert.calibration.inputs import calibration_set
 from harmconvert.calibration.moments import Moments, response_moments
 from harmconvert.errors import InputError, UsageError
-from harmconvert.kernels.basis import all_frequencies, frequencies_below
-from harmconvert.kernels.elimination import eliminate
-from harmconvert.network.tracing import find_layers
-from harmconvert.pipeline.convert import convert
+from harmconvert.kernels import all_frequencies, eliminate, frequencies_below
+from harmconvert.network import find_layers
+from harmconvert.pipeline import convert
 from harmconvert.plan import Frequencies, plannable
 from harmconvert.samples import mnist5k_held_back
+from harmconvert.search import (
+    APART,
+    BY_ENERGY,
+    BY_ERROR,
+    Item,
+    Order,
+    SearchSettings,
+    energy_scores,
+    items_of,
+    orders_by_energy,
+    orders_by_error,
+    swaps,
+    whole_plan,
+    with_order,
+)
 from harmconvert.search import orders as orders_room
-from harmconvert.search.choices import Item, items_of, whole_plan
-from harmconvert.search.choosing import _swaps
-from harmconvert.search.energy import energy_scores
-from harmconvert.search.orders import APART, BY_ENERGY, BY_ERROR, Order, orders_by_energy, orders_by_error, with_order
-from harmconvert.search.records import SearchSettings
 
 from . import oracle
 from .networks import CONVOLUTIONS, Branches, random_input, seeded
@@ -202,19 +211,18 @@ def test_swaps_stay_within_the_limit_and_reach_sets_of_the_same_size(
     scores = [[float(data.draw(st.integers(0, 20))) for _ in row] for row in changes]
     chosen = tuple(data.draw(st.integers(0, len(row) - 1)) for row in changes)
     limit = sum(row[i] for row, i in zip(changes, chosen, strict=True)) + data.draw(st.integers(0, 5))
-    swaps = list(_swaps(chosen, changes, scores, limit))
-    assert chosen not in swaps
-    for swap in swaps:
+    found = list(swaps(chosen, changes, scores, limit))
+    assert chosen not in found
+    for swap in found:
         assert sum(row[i] for row, i in zip(changes, swap, strict=True)) <= limit
     for number, row in enumerate(changes):
         for other, cost in enumerate(row):
             if other != chosen[number] and cost == row[chosen[number]]:
-                assert (*chosen[:number], other, *chosen[number + 1 :]) in swaps
+                assert (*chosen[:number], other, *chosen[number + 1 :]) in found
 
 
 def test_of_sets_that_cost_the_same_a_swap_gives_up_the_one_that_scores_least() -> None:
-    swaps = list(_swaps((1, 0), [[2, 1, 0], [2, 1, 1]], [[0.0, 5.0, 9.0], [0.0, 3.0, 1.0]], 3))
-    assert swaps == [(0, 2)]
+    assert list(swaps((1, 0), [[2, 1, 0], [2, 1, 1]], [[0.0, 5.0, 9.0], [0.0, 3.0, 1.0]], 3)) == [(0, 2)]
 
 
 # --- on networks ---

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 import harmconvert as hc
 import harmconvert.models
 from harmconvert.errors import InputError, UsageError
-from harmconvert.layers.block import HarmonicBlock2d, fold_block, to_block
-from harmconvert.layers.harmonic import HarmonicMixin
-from harmconvert.storage.checkpoint import BlockRecord, Source, read_header
-from harmconvert.training.harmonize import harmonize
+from harmconvert.layers import HarmonicBlock2d, HarmonicMixin, fold_block, to_block
+from harmconvert.storage import BlockRecord, Source, read_header
+from harmconvert.training import harmonize
 
 from .networks import random_input, seeded
 

@@ -19,8 +19,7 @@ import harmconvert as hc
 from harmconvert.calibration import CalibrationSettings, holding
 from harmconvert.calibration.holding import Forwards
 from harmconvert.calibration.inputs import calibration_set
-from harmconvert.network.layers import convolutions
-from harmconvert.network.values import tensors_in
+from harmconvert.network import convolutions, tensors_in
 
 from .networks import Branches, random_input, seeded
 

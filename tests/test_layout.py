@@ -10,7 +10,7 @@ from harmconvert import calibration
 from harmconvert.calibration import CalibrationSettings, Known
 from harmconvert.calibration.inputs import calibration_set
 from harmconvert.calibration.layout import laid_out
-from harmconvert.pipeline.convert import convert
+from harmconvert.pipeline import convert
 
 from .networks import random_input, seeded
 

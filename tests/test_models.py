@@ -13,8 +13,8 @@ from torch import nn
 
 import harmconvert as hc
 import harmconvert.models
-from harmconvert.layers.block import fold_block, to_block
-from harmconvert.training.harmonize import harmonize
+from harmconvert.layers import fold_block, to_block
+from harmconvert.training import harmonize
 
 from .networks import random_input, seeded
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -52,6 +53,42 @@ def test_imports_go_one_way(path: Path) -> None:
     position = ORDER.index(room(path))
     own = {room(path)} if path.parent != PACKAGE else set()
     assert imports_of(path) <= set(ORDER[:position]) | own
+
+
+# Folders that are imported at start, or whose files are commands.
+LIGHT = {"cli", "models"}
+FOLDERS = [name for name in ORDER if (PACKAGE / name / "__init__.py").is_file() and name not in LIGHT]
+
+
+def names_from(node: ast.AST, folder: str) -> list[str]:
+    """What a statement takes from a file inside a folder of the package, by absolute import."""
+    if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith(f"harmconvert.{folder}."):
+        return []
+    return [f"{node.module}.{alias.name}" for alias in node.names]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_folder_is_an_interface(folder: str) -> None:
+    """Tests and benchmarks take names from the folder, not from the file that holds them, so that a name may move."""
+    module = importlib.import_module(f"harmconvert.{folder}")
+    names = getattr(module, "__all__", [])
+    assert [*names] == sorted(set(names), key=lambda n: (not n.isupper(), n[0].islower(), n))
+    assert not [name for name in names if name.startswith("_") or not hasattr(module, name)]
+    for path in [*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            deep = [name for name in names_from(node, folder) if name.rpartition(".")[2] in names]
+            assert not deep, f"{path.name}: harmconvert.{folder} has {deep}"
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_files_of_a_folder_import_one_another_directly(folder: str) -> None:
+    """A file that imports its own folder's ``__init__`` is half a cycle."""
+    for path in (PACKAGE / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level and not node.module:
+                above = path.parents[node.level - 1]
+                for alias in node.names:
+                    assert list(above.glob(f"{alias.name}*")), f"{path}: {alias.name} is no file of {above.name}"
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(PACKAGE)))

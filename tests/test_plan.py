@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from harmconvert.arguments import parse_lambda
 from harmconvert.errors import InputError, UsageError
-from harmconvert.kernels.basis import BASES, Basis, all_frequencies
-from harmconvert.network.layers import LayerInfo
+from harmconvert.kernels import BASES, Basis, all_frequencies
+from harmconvert.network import LayerInfo
 from harmconvert.plan import Plan, cut_layer, make_plan
 
 SITES = [

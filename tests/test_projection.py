@@ -6,8 +6,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harmconvert.kernels.basis import BASES, Basis, all_frequencies, dct_basis
-from harmconvert.kernels.projection import all_finite, energy_kept, project, reconstruct, relative_error
+from harmconvert.kernels import (
+    BASES,
+    Basis,
+    all_finite,
+    all_frequencies,
+    dct_basis,
+    energy_kept,
+    project,
+    reconstruct,
+    relative_error,
+)
 
 from . import oracle
 from .networks import random_input

@@ -20,14 +20,12 @@ from torch import Tensor, nn
 
 import harmconvert as hc
 from harmconvert.errors import InputError, UsageError
-from harmconvert.layers.block import HarmonicBlock2d
-from harmconvert.layers.harmonic import HarmonicMixin
+from harmconvert.layers import HarmonicBlock2d, HarmonicMixin
+from harmconvert.network import weights_sha256
 from harmconvert.plan import bases_of
-from harmconvert.sources.opening import open_original, open_source
-from harmconvert.sources.reference import open_reference
-from harmconvert.storage.checkpoint import BlockRecord, Header, Network, read_header
-from harmconvert.storage.weights import weights_sha256
-from harmconvert.training.harmonize import harmonize
+from harmconvert.sources import open_original, open_reference, open_source
+from harmconvert.storage import BlockRecord, Header, Network, read_header
+from harmconvert.training import harmonize
 
 from .networks import random_input, seeded
 from .pictures import digit_folders

@@ -26,18 +26,14 @@ from torch import nn
 
 from harmconvert import save
 from harmconvert.calibration import CalibrationSettings
-from harmconvert.deploy.benchmark import Benchmark, Row
+from harmconvert.deploy import Benchmark, Row
 from harmconvert.errors import InputError, OutsideError, UsageError
-from harmconvert.pipeline.convert import convert
+from harmconvert.pipeline import convert
 from harmconvert.plan import Plan
-from harmconvert.report import grid
-from harmconvert.report.charts import axis, counted
-from harmconvert.report.comparison import compare
-from harmconvert.report.page import page, shortened_name, write_report
-from harmconvert.report.summary import Report, report_of
-from harmconvert.search.records import SearchSettings
-from harmconvert.sources.opening import open_source
-from harmconvert.storage.checkpoint import Header, Source, read_header
+from harmconvert.report import Report, axis, compare, counted, grid, page, report_of, shortened_name, write_report
+from harmconvert.search import SearchSettings
+from harmconvert.sources import open_source
+from harmconvert.storage import Header, Source, read_header
 from harmconvert.training import recipe_named
 
 from .browser import UNREADABLE, Visit, chromium
@@ -356,13 +352,13 @@ def test_every_option_that_commands_may_name_exists() -> None:
     from dataclasses import fields
 
     from harmconvert.cli.finetune import command
-    from harmconvert.report.reproduce import _OPTIONS
+    from harmconvert.report import OPTION_NAMES
     from harmconvert.training import Recipe
 
     known = {option for parameter in command.params for option in parameter.opts}
     for field in fields(Recipe):
         if field.name != "name":
-            assert f"--{_OPTIONS.get(field.name, field.name).replace('_', '-')}" in known, field.name
+            assert f"--{OPTION_NAMES.get(field.name, field.name).replace('_', '-')}" in known, field.name
 
 
 def test_a_network_trained_from_scratch_has_blocks_and_no_conversion() -> None:

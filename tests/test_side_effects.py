@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import harmconvert as hc
-from harmconvert.network.running import unchanged
-from harmconvert.network.side_effects import Snapshot
+from harmconvert.network import Snapshot, unchanged
 
 from .networks import Branches, random_input, seeded
 

@@ -15,15 +15,11 @@ from torch import nn
 
 from harmconvert import save
 from harmconvert.errors import InputError, OutsideError, UsageError
-from harmconvert.network.classifier import replace_classifier
-from harmconvert.network.values import default_input
-from harmconvert.pipeline.convert import convert
-from harmconvert.pipeline.finetuning import new_classifier
+from harmconvert.network import default_input, replace_classifier, weights_sha256
+from harmconvert.pipeline import convert, new_classifier
 from harmconvert.samples import mnist5k_held_back, photographs
-from harmconvert.sources.downloads import torchvision_loading
-from harmconvert.sources.opening import check_rebuilds, open_counterpart, open_rival, open_source, rebuild
-from harmconvert.storage.checkpoint import Source
-from harmconvert.storage.weights import weights_sha256
+from harmconvert.sources import check_rebuilds, open_counterpart, open_rival, open_source, rebuild, torchvision_loading
+from harmconvert.storage import Source
 
 from .networks import Branches, seeded
 
@@ -237,7 +233,7 @@ def test_double_precision_weights_stay_double(tmp_path: Path) -> None:
 def test_the_recorded_header_survives_json() -> None:
     from dataclasses import asdict
 
-    from harmconvert.storage.checkpoint import Source
+    from harmconvert.storage import Source
 
     source = Source("timm", "resnet18", {"num_classes": 3}, "ab", "apache-2.0")
     assert Source.from_json(json.loads(json.dumps(asdict(source)))) == source
@@ -294,7 +290,7 @@ def test_dataclasses_in_the_users_file_find_their_module(tmp_path: Path) -> None
     ],
 )
 def test_a_recorded_source_cannot_ask_for_more_than_structure(source: dict[str, Any]) -> None:
-    from harmconvert.storage.checkpoint import Source
+    from harmconvert.storage import Source
 
     with pytest.raises(InputError, match="refused"):
         rebuild(Source.from_json(source))

@@ -13,7 +13,7 @@ from torchvision.ops import DeformConv2d
 
 import harmconvert as hc
 from harmconvert.errors import InputError, UsageError
-from harmconvert.network.tracing import find_layers, trace
+from harmconvert.network import find_layers, trace
 from harmconvert.plan import plannable
 
 from .networks import random_input, seeded
@@ -419,7 +419,7 @@ def test_layers_that_return_more_than_a_map_and_take_keywords_of_any_name_are_se
 
 
 def test_a_failure_of_the_network_is_told_from_a_failure_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    from harmconvert.network.dataflow import Dataflow
+    from harmconvert.network import Dataflow
 
     def broken(*_: Any) -> None:
         raise KeyError("ours")

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import harmconvert as hc
-from harmconvert.data.loading import Batch
+from harmconvert.data import Batch
 from harmconvert.errors import CheckError, InputError, UsageError
-from harmconvert.layers.harmonic import HarmonicMixin
-from harmconvert.training import RECIPES, Keeper, Machine, Recipe, recipe_named, train
-from harmconvert.training.objective import distillation
+from harmconvert.layers import HarmonicMixin
+from harmconvert.training import RECIPES, Keeper, Machine, Recipe, distillation, recipe_named, train
 
 from . import oracle
 from .networks import seeded

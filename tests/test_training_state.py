@@ -15,11 +15,8 @@ import torch
 from torch import Tensor
 
 from harmconvert.errors import InputError, OutsideError, UsageError
-from harmconvert.training import Keeper, Recipe, learner, state, train
-from harmconvert.training.interrupts import Request, SignalError
-from harmconvert.training.learner import Learner
-from harmconvert.training.loop import Told
-from harmconvert.training.state import Position, state_path
+from harmconvert.files import state_path
+from harmconvert.training import Keeper, Learner, Position, Recipe, Request, SignalError, Told, learner, state, train
 
 from .test_training import PLAIN, noise, small
 

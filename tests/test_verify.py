@@ -9,11 +9,8 @@ import torch
 from torch import nn
 
 from harmconvert.errors import InputError, UsageError
-from harmconvert.network.comparison import relative_difference, top1_agreement
-from harmconvert.network.forms import fuse
-from harmconvert.network.layers import convolutions
-from harmconvert.pipeline.convert import convert
-from harmconvert.pipeline.verify import verify
+from harmconvert.network import convolutions, fuse, relative_difference, top1_agreement
+from harmconvert.pipeline import convert, verify
 
 from .networks import Branches, random_input, seeded
 

@@ -23,15 +23,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from harmconvert.errors import HarmconvertError, InputError
-from harmconvert.storage.weights import (
-    load_state,
-    load_weights,
-    read_weights,
-    untied_state,
-    weights_sha256,
-    write_tensors,
-)
-from harmconvert.training.state import identity_of
+from harmconvert.network import weights_sha256
+from harmconvert.storage import load_state, load_weights, read_weights, untied_state, write_tensors
+from harmconvert.training import identity_of
 
 from .networks import Branches, seeded
 

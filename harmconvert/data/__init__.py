@@ -1,6 +1,51 @@
-"""Images for a network, from folders, timm's data sets or the samples, pre-processed as the network was trained."""
+"""Images for a network, from folders, timm's data sets or the samples, pre-processed as the network was trained.
+
+What belongs here: opening, pre-processing and batching, the same for every number of workers. What is done with the
+batches belongs to `calibration` and `training`."""
 
 from .calibration import Images, calibration_images
-from .preprocessing import preprocessing
+from .datasets import Data, DataRequest, Some, Stream, open_data
+from .loading import NO_LABEL, Batch, Batches, Loading, evaluation_batches, some_images, training_batches
+from .pictures import Pictures, in_mode
+from .preprocessing import (
+    Transform,
+    check_known,
+    color_mode,
+    described,
+    evaluation_transform,
+    padded_crop_transform,
+    preprocessing,
+    record_of,
+    training_transform,
+)
+from .variety import Variety, remark_on
 
-__all__ = ["Images", "calibration_images", "preprocessing"]
+__all__ = [
+    "NO_LABEL",
+    "Batch",
+    "Batches",
+    "Data",
+    "DataRequest",
+    "Images",
+    "Loading",
+    "Pictures",
+    "Some",
+    "Stream",
+    "Transform",
+    "Variety",
+    "calibration_images",
+    "check_known",
+    "color_mode",
+    "described",
+    "evaluation_batches",
+    "evaluation_transform",
+    "in_mode",
+    "open_data",
+    "padded_crop_transform",
+    "preprocessing",
+    "record_of",
+    "remark_on",
+    "some_images",
+    "training_batches",
+    "training_transform",
+]

@@ -1,1 +1,61 @@
-"""TODO."""
+"""The mathematics of kernels, on tensors: bases, the order of frequencies, projection and reconstruction.
+
+What belongs here: functions of tensors that a paper could state as a formula. Modules (`layers`) and networks
+(`network`) do not: nothing here knows that a kernel belongs to a convolution."""
+
+from .basis import (
+    BASES,
+    NORMALIZATIONS,
+    Basis,
+    Frequency,
+    all_frequencies,
+    check_frequencies,
+    dct_basis,
+    dct_vectors,
+    frequencies_below,
+    gaussian_vectors,
+    haar_vectors,
+    klt_vectors,
+    largest_of,
+    level_count,
+    scaled_levels,
+)
+from .elimination import Elimination, eliminate
+from .projection import (
+    all_finite,
+    check_range,
+    energy_kept,
+    merge,
+    merge_channels_last,
+    project,
+    reconstruct,
+    relative_error,
+)
+
+__all__ = [
+    "Elimination",
+    "eliminate",
+    "BASES",
+    "NORMALIZATIONS",
+    "Basis",
+    "Frequency",
+    "all_finite",
+    "all_frequencies",
+    "check_frequencies",
+    "check_range",
+    "dct_basis",
+    "dct_vectors",
+    "energy_kept",
+    "frequencies_below",
+    "gaussian_vectors",
+    "haar_vectors",
+    "klt_vectors",
+    "largest_of",
+    "level_count",
+    "merge",
+    "merge_channels_last",
+    "project",
+    "reconstruct",
+    "relative_error",
+    "scaled_levels",
+]

@@ -85,10 +85,11 @@ def _key(conv: HarmonicMixin, site: Site) -> str:
 
 @cache
 def _known(path: Path | None) -> dict[str, tuple[float, float]]:
-    return _read(path)
+    return read_times(path)
 
 
-def _read(path: Path | None) -> dict[str, tuple[float, float]]:
+def read_times(path: Path | None) -> dict[str, tuple[float, float]]:
+    """The times in a file of the cache; none where the file is missing or damaged."""
     try:
         content = read_json(path) if path else {}
         check(content, {...: [_seconds]}, "times")
@@ -104,7 +105,7 @@ def _seconds(value: Any) -> bool:
 def _keep(known: dict[str, tuple[float, float]], path: Path | None) -> None:
     if path is None:
         return
-    known.update({key: times for key, times in _read(path).items() if key not in known})  # of other processes
+    known.update({key: times for key, times in read_times(path).items() if key not in known})  # of other processes
     with suppress(OutsideError, OSError):  # a cache that cannot be written costs time, nothing else
         write_text(path, json.dumps(known, indent=1), force=True)
 

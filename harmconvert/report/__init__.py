@@ -1,1 +1,51 @@
-"""What a person reads: tables for the terminal."""
+"""What a person reads: tables for the terminal, figures, the page.
+
+What belongs here: showing results that are given as data. Measuring anything does not. Figures need matplotlib, which
+is an extra: `figures` is imported when the first one is drawn."""
+
+from .charts import axis, counted
+from .comparison import compare
+from .demo import tell
+from .filters import filter_bank
+from .page import page, shortened_name, write_report
+from .reproduce import OPTION_NAMES, commands
+from .sheets import Sheet, Strip, error_sheet, layer_strip, search_sheet, training_sheet
+from .spectrum import Spectrum, spectrum
+from .summary import Report, report_of
+from .tables import calibration_lines, comparison_table, differences_table, tradeoff_table
+from .tradeoff import Point, Tradeoff, tradeoff
+from .writing import check_figure, check_report, drawing, write_figure
+
+__all__ = [
+    "OPTION_NAMES",
+    "Point",
+    "Report",
+    "Sheet",
+    "Spectrum",
+    "Strip",
+    "Tradeoff",
+    "axis",
+    "calibration_lines",
+    "check_figure",
+    "check_report",
+    "commands",
+    "compare",
+    "comparison_table",
+    "counted",
+    "differences_table",
+    "drawing",
+    "error_sheet",
+    "filter_bank",
+    "layer_strip",
+    "page",
+    "report_of",
+    "search_sheet",
+    "shortened_name",
+    "spectrum",
+    "tell",
+    "tradeoff",
+    "tradeoff_table",
+    "training_sheet",
+    "write_figure",
+    "write_report",
+]

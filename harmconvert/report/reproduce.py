@@ -17,7 +17,7 @@ from ..storage.source import Source
 from ..training.recipe import RECIPES, Recipe
 
 # Options that are not called as their field of the recipe.
-_OPTIONS = {"ema": "model-ema-decay", "temperature": "distill-temperature"}
+OPTION_NAMES = {"ema": "model-ema-decay", "temperature": "distill-temperature"}
 
 _LONGEST = 200  # letters of a lambda that is still a thing to read
 
@@ -152,7 +152,7 @@ def _recipe(recipe: Mapping[str, Any], default: Recipe | None = None) -> list[st
         value = tuple(value) if isinstance(value, list) else value
         if field.name == "name" or value is None or value == usual:
             continue
-        option = f"--{_OPTIONS.get(field.name, field.name).replace('_', '-')}"
+        option = f"--{OPTION_NAMES.get(field.name, field.name).replace('_', '-')}"
         if isinstance(value, bool):
             words.append(option if value else option.replace("--", "--no-"))
         elif field.name == "decay_milestones":

@@ -102,7 +102,7 @@ def choose(
             if len(tried) < trials and (value := attempt(chosen, origin)) < least:
                 best, least = chosen, value
         while len(tried) < trials:
-            swap = next((s for s in _swaps(best, changes, scores, limit - whole) if s not in tried), None)
+            swap = next((s for s in swaps(best, changes, scores, limit - whole) if s not in tried), None)
             if swap is None:
                 break
             if (value := attempt(swap, "swap")) < least:
@@ -114,7 +114,7 @@ def choose(
     )  # fmt: skip
 
 
-def _swaps(
+def swaps(
     chosen: tuple[int, ...], changes: Sequence[Sequence[int]], scores: Sequence[Sequence[float]], limit: int
 ) -> Iterator[tuple[int, ...]]:
     """Plans that give one item another set of the same cost, or the next larger one and another item a smaller one, as

@@ -27,26 +27,17 @@ import harmconvert as hc
 from harmconvert import save
 from harmconvert.calibration import CalibrationSettings
 from harmconvert.errors import HarmconvertError
-from harmconvert.kernels.basis import all_frequencies
-from harmconvert.layers import layer_times
-from harmconvert.pipeline.convert import convert
-from harmconvert.pipeline.finetuning import FineTuning, Stage, recorded_stages
+from harmconvert.kernels import all_frequencies
+from harmconvert.layers import read_times
+from harmconvert.network import random_states_kept
+from harmconvert.pipeline import FineTuning, Stage, convert, recorded_stages
 from harmconvert.plan import Frequencies, Plan
-from harmconvert.report.comparison import compare
-from harmconvert.report.page import page, write_report
-from harmconvert.report.summary import report_of
-from harmconvert.report.tables import comparison_table, differences_table
-from harmconvert.search.choices import Item
-from harmconvert.search.orders import with_order
-from harmconvert.search.probes import Probes
-from harmconvert.search.records import SearchSettings
+from harmconvert.report import compare, comparison_table, differences_table, page, report_of, write_report
+from harmconvert.search import Item, Probes, SearchSettings, with_order
+from harmconvert.sources import open_reference
 from harmconvert.sources import opening as sources
-from harmconvert.sources.reference import open_reference
-from harmconvert.storage.checkpoint import Header, Source, read_header
-from harmconvert.storage.weights import load_state, read_weights
-from harmconvert.training.learner import Learner, Machine
-from harmconvert.training.recipe import RECIPES, Recipe
-from harmconvert.training.state import Keeper, Position, _random_state, _set_random_state, identity_of
+from harmconvert.storage import Header, Source, load_state, read_header, read_weights
+from harmconvert.training import RECIPES, Keeper, Learner, Machine, Position, Recipe, identity_of
 
 from ..networks import random_input, seeded
 
@@ -161,8 +152,7 @@ def _read_probes(path: Path) -> None:
 
 
 def _read_state(path: Path) -> None:
-    before = _random_state()
-    try:
+    with random_states_kept():
         position, content = Keeper(path, identity={"data": [4]}).load(path)
         assert position.epoch >= 0
         assert position.step >= 0
@@ -171,8 +161,6 @@ def _read_state(path: Path) -> None:
         recipe = Recipe.from_json(identity_of(path).get("recipe"))
         str(recipe)
         recorded_stages(path)
-    finally:
-        _set_random_state(before)
 
 
 def learner() -> Learner:
@@ -181,7 +169,7 @@ def learner() -> Learner:
 
 
 def _read_times(path: Path) -> None:
-    known = layer_times._read(path)
+    known = read_times(path)
     assert all(0 < seconds < math.inf for times in known.values() for seconds in times), known
 
 

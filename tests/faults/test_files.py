@@ -21,12 +21,11 @@ from torch import nn
 import harmconvert as hc
 from harmconvert.cli import main
 from harmconvert.errors import HarmconvertError, HarmconvertWarning, printable
-from harmconvert.pipeline.convert import convert
+from harmconvert.pipeline import convert
 from harmconvert.plan import Plan
-from harmconvert.sources.opening import open_source
-from harmconvert.storage.checkpoint import read_header
-from harmconvert.storage.weights import read_weights
-from harmconvert.training.state import record_of
+from harmconvert.sources import open_source
+from harmconvert.storage import read_header, read_weights
+from harmconvert.training import record_of
 
 from ..networks import Branches, seeded
 from . import hostile

@@ -15,22 +15,15 @@ import torch
 
 from harmconvert import save
 from harmconvert.errors import InputError
-from harmconvert.kernels.basis import all_frequencies
-from harmconvert.layers import layer_times
-from harmconvert.pipeline.convert import convert
-from harmconvert.pipeline.finetuning import recorded_stages
+from harmconvert.kernels import all_frequencies
+from harmconvert.layers import read_times
+from harmconvert.pipeline import convert, recorded_stages
 from harmconvert.plan import Frequencies, Plan
-from harmconvert.report.page import page
-from harmconvert.report.summary import report_of
-from harmconvert.search.choices import Item
-from harmconvert.search.orders import with_order
-from harmconvert.search.probes import Probes
-from harmconvert.sources.opening import load, rebuild
-from harmconvert.sources.reference import open_reference
-from harmconvert.storage.checkpoint import Header, Source, read_header
-from harmconvert.storage.weights import read_weights
-from harmconvert.training import Keeper, Recipe
-from harmconvert.training.state import Position, identity_of
+from harmconvert.report import page, report_of
+from harmconvert.search import Item, Probes, with_order
+from harmconvert.sources import load, open_reference, rebuild
+from harmconvert.storage import Header, Source, read_header, read_weights
+from harmconvert.training import Keeper, Position, Recipe, identity_of
 
 from ..networks import seeded
 from .readers import Small, _header_of, _trained, learner
@@ -82,7 +75,7 @@ def test_whether_a_plan_is_whole_is_told_without_listing_all_frequencies() -> No
 
 
 def test_a_header_of_numbers_that_python_does_not_read_is_refused(tmp_path: Path) -> None:
-    from harmconvert.storage.weights import write_tensors
+    from harmconvert.storage import write_tensors
 
     path = tmp_path / "net.safetensors"
     for text, message in (("1" * 5000, "4300 digits"), ('{"a": 1, "a": 1}', "'a' stands in it twice")):
@@ -281,8 +274,8 @@ def test_recipes_of_odd_types_are_refused(data: Any, message: str) -> None:
 def test_cached_times_that_are_none_are_measured_again(tmp_path: Path, times: Any) -> None:
     """A zero was divided by, and a number of 400 digits turned into a float."""
     path = written(tmp_path, json.dumps({"key": times}))
-    assert layer_times._read(path) == {}
-    assert layer_times._read(written(tmp_path, '{"key": [0.5, 2]}')) == {"key": (0.5, 2.0)}
+    assert read_times(path) == {}
+    assert read_times(written(tmp_path, '{"key": [0.5, 2]}')) == {"key": (0.5, 2.0)}
 
 
 @pytest.mark.parametrize(

@@ -21,14 +21,11 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import harmconvert as hc
-from harmconvert.deploy.export import export
+from harmconvert.deploy import export
 from harmconvert.errors import HarmconvertError, one_line
-from harmconvert.kernels.basis import all_frequencies, level_count
-from harmconvert.layers.factored import reason_not_factorable
-from harmconvert.layers.harmonic import HarmonicMixin, to_harmonic
-from harmconvert.network.layers import convolutions
-from harmconvert.network.running import evaluating
-from harmconvert.network.tracing import find_layers
+from harmconvert.kernels import all_frequencies, level_count
+from harmconvert.layers import HarmonicMixin, reason_not_factorable, to_harmonic
+from harmconvert.network import convolutions, evaluating, find_layers
 from harmconvert.plan import cut_layer, plannable
 
 from .. import oracle

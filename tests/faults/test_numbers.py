@@ -21,7 +21,7 @@ from harmconvert.calibration import sites
 from harmconvert.calibration.equations import Problem
 from harmconvert.calibration.solvers import NormalEquations, Operator, Samples
 from harmconvert.errors import InputError
-from harmconvert.kernels.basis import all_frequencies
+from harmconvert.kernels import all_frequencies
 
 from .. import oracle
 from ..networks import Branches, random_input, seeded

@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from harmconvert.training.state import record_of
+from harmconvert.training import record_of
 
 from ..pictures import digit_folders
 from .children import Fault, child, command, ended, said

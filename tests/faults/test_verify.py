@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from harmconvert import save
-from harmconvert.pipeline.convert import convert
+from harmconvert.pipeline import convert
 from harmconvert.samples import mnist5k_held_back
-from harmconvert.sources.opening import open_source
+from harmconvert.sources import open_source
 
 from ..test_cli import SAMPLE, ok, run
 from .tally import Counter, size

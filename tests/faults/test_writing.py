@@ -26,8 +26,8 @@ from harmconvert import load
 from harmconvert.errors import HarmconvertError
 from harmconvert.files import write_file, write_folder
 from harmconvert.samples import SAMPLES
-from harmconvert.storage.checkpoint import read_header
-from harmconvert.training.state import record_of
+from harmconvert.storage import read_header
+from harmconvert.training import record_of
 
 from ..pictures import digit_folders
 from .children import Fault, child, command, ended, said
