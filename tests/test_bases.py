@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def test_a_cut_is_verified_saved_loaded_and_fused(name: str, tmp_path: Path) -> 
     path = tmp_path / "cut.safetensors"
     hc.save(conversion, path)
     assert read_header(path).plan == conversion.plan
-    assert read_header(path).to_json()["basis"] == name
+    assert f'"{name}"' in json.dumps(read_header(path).to_json()["plan"])
     loaded = hc.load(path, model=model)
     assert hc.verify(model, loaded).as_planned
     x = torch.randn(2, 3, 64, 64)

@@ -21,12 +21,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..codecs.digests import tensors_sha256
 from ..errors import counted, first_line
 from ..layers.harmonic import HarmonicMixin
 from ..network.exchange import in_precision, in_sixteen_bits
 from ..network.layers import convolutions
 from ..network.running import unchanged
-from ..network.state import tensors_of, tensors_sha256
+from ..network.state import tensors_of
 from ..plan.plan import Plan
 from .batch_norm import batch_norms, reestimate_batch_norm, reestimated
 from .cuts import WholeLayer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import cast
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..codecs.codec import Entry
+from ..codecs.plain import stored_bytes
 from ..kernels.basis import Frequency
 from ..layers.factored import FACTORABLE
 from ..network.layers import convolutions, kernel_size
@@ -19,6 +21,8 @@ from ..network.running import evaluating
 from ..network.state import tensors_of
 from ..network.tracing import Trace
 from .plan import Plan
+
+_BASIS_ITEM_BYTES = stored_bytes(torch.empty(1, dtype=torch.float64))
 
 
 @dataclass(frozen=True)
@@ -71,10 +75,15 @@ def parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if not is_lazy(parameter))
 
 
-def tensor_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and persistent buffers, shared ones once."""
-    unique = {id(tensor): tensor for tensor in tensors_of(model, keep_vars=True).values()}
-    return sum(t.numel() * t.element_size() for t in unique.values() if not is_lazy(t))
+def tensor_bytes(model: nn.Module, coded: Mapping[str, Entry] | None = None) -> int:
+    """Bytes of all parameters and persistent buffers as a file holds them, shared ones once.
+
+    ``coded`` has an entry for each tensor that the file does not hold as it is.
+    """
+    entries = coded or {}
+    tensors = tensors_of(model, keep_vars=True)
+    unique = {id(tensor): (tensor, entries.get(key)) for key, tensor in reversed(tensors.items())}
+    return sum(stored_bytes(tensor, entry) for tensor, entry in unique.values() if not is_lazy(tensor))
 
 
 def bytes_of(build: Callable[[], nn.Module]) -> int | None:
@@ -124,7 +133,7 @@ def network_cost(model: nn.Module, plan: Plan, trace: Trace | None = None) -> Co
     layers = layer_costs(model, plan, trace)
     convs = convolutions(model)
     # A tied weight counts once, as its coefficients do: by identity, the last one standing for all.
-    saved = {id(convs[n].weight): (c.parameters - c.kept_parameters, _itemsize(convs[n])) for n, c in layers.items()}
+    saved = {id(convs[n].weight): (c.parameters - c.kept_parameters, _item_bytes(convs[n])) for n, c in layers.items()}
     # A basis that is fitted to a layer has to be kept beside its coefficients, in float64.
     bases = sum(len(p.frequencies) * prod(p.kernel_size) for p in plan.layers) if plan.family.fitted else 0
     with evaluating(model):  # reading a spectrally normalised weight in training mode would change the network
@@ -148,7 +157,7 @@ def network_cost(model: nn.Module, plan: Plan, trace: Trace | None = None) -> Co
         harmonic_parameters=parameters - sum(count for count, _ in saved.values()) + bases,
         over_1x1_parameters=sum(over_1x1.values()),
         bytes=size,
-        harmonic_bytes=size - sum(count * itemsize for count, itemsize in saved.values()) + 8 * bases,
+        harmonic_bytes=size - sum(count * each for count, each in saved.values()) + _BASIS_ITEM_BYTES * bases,
         merge_macs=sum(c.kept_parameters * prod(kernel_size(convs[name])) for name, c in layers.items()),
         **macs,
     )
@@ -158,5 +167,5 @@ def _over_1x1(model: nn.Module) -> dict[str, nn.Module]:
     return {name: conv for name, conv in convolutions(model).items() if prod(kernel_size(conv)) > 1}
 
 
-def _itemsize(conv: nn.Module) -> int:
-    return cast(Tensor, conv.weight).element_size()
+def _item_bytes(conv: nn.Module) -> int:
+    return stored_bytes(torch.empty(1, dtype=cast(Tensor, conv.weight).dtype, device="meta"))
