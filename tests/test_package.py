@@ -19,7 +19,7 @@ PACKAGE = ROOT / "harmconvert"
 # Each may import those before it, and its own folder.
 ORDER = [
     "errors", "documents", "files", "arguments", "user_code",
-    "kernels", "layers", "network", "plan", "calibration", "search", "storage",
+    "kernels", "codecs", "layers", "network", "plan", "calibration", "search", "storage",
     "models", "samples", "data", "sources", "training", "deploy", "pipeline", "report", "cli",
 ]  # fmt: skip
 

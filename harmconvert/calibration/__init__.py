@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..codecs.digests import tensors_sha256
 from ..errors import counted, first_line
 from ..network.exchange import in_precision, in_sixteen_bits
 from ..network.layers import convolutions, harmonic_layers, state_key
 from ..network.running import unchanged
-from ..network.state import tensors_of, tensors_sha256
+from ..network.state import tensors_of
 from ..plan import AXES, Plan
 from .batch_norm import batch_norms, reestimate_batch_norm, reestimated
 from .cuts import WholeLayer

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..codecs.plain import stored_bytes
 from ..errors import CheckError, HarmconvertError, InputError, OutsideError, first_line
 from ..files import write_file
 from ..layers.factored import reason_not_factorable, to_factored
@@ -71,7 +72,7 @@ def export_onnx(
 ) -> Exported:
     """One .onnx file; see `harmconvert.deploy.export.export`."""
     dense = fuse(model, example_input).eval()
-    size = sum(t.numel() * t.element_size() for t in tensors_of(dense).values())
+    size = sum(stored_bytes(tensor) for tensor in tensors_of(dense).values())
     if size > LARGEST:
         raise InputError(
             f"{size / 2**30:.1f} GiB of weights are more than one ONNX file holds (2 GiB): use torch-export"

@@ -5,7 +5,7 @@ files are read and written in `storage`."""
 
 from .checks import check_finite, check_network, check_weights
 from .classifier import replace_classifier
-from .comparison import OUTPUT_TOLERANCE, close, greatest_difference, relative_difference, top1_agreement
+from .comparison import close, greatest_difference, relative_difference, top1_agreement
 from .copying import deep_copy
 from .dataflow import Dataflow, weight_state
 from .declared import check_preprocessing, declare, input_sizes, pretrained_config, recorded
@@ -41,9 +41,7 @@ from .state import (
     loads_by_itself,
     state_of,
     take_dtypes,
-    tensors_crc32,
     tensors_of,
-    tensors_sha256,
     weights_sha256,
 )
 from .tracing import Trace, find_layers, run_where_possible, trace
@@ -62,7 +60,6 @@ from .values import (
 
 __all__ = [
     "MARGIN",
-    "OUTPUT_TOLERANCE",
     "Dataflow",
     "Factoring",
     "LayerInfo",
@@ -131,10 +128,8 @@ __all__ = [
     "state_of",
     "sum_over_ranks",
     "take_dtypes",
-    "tensors_crc32",
     "tensors_in",
     "tensors_of",
-    "tensors_sha256",
     "top1_agreement",
     "trace",
     "unchanged",

@@ -6,15 +6,14 @@ here are the modules' own parameters and buffers, so that a file holds all of th
 
 from __future__ import annotations
 
-import hashlib
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..codecs.digests import tensors_sha256
 from ..errors import InputError, first_line
 
 # Modules here read a state dict as torch does, or do no more than reset what they derive from it.
@@ -104,30 +103,3 @@ def take_dtypes(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 def weights_sha256(model: nn.Module) -> str:
     """sha256 over the network's parameters and persistent buffers: names, dtypes, shapes and bytes, sorted by name."""
     return tensors_sha256({key: tensor for key, tensor in tensors_of(model).items() if not tensor.is_meta})
-
-
-def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over named tensors: names, dtypes, shapes and bytes, sorted by name."""
-    digest = hashlib.sha256()
-    for part in _as_bytes(tensors):
-        digest.update(part)
-    return digest.hexdigest()
-
-
-def tensors_crc32(tensors: Mapping[str, Tensor], before: bytes = b"") -> str:
-    """CRC-32 over some bytes and then what `tensors_sha256` hashes: it reports damage, not intent, but is faster."""
-    checksum = zlib.crc32(before)
-    for part in _as_bytes(tensors):
-        checksum = zlib.crc32(part, checksum)
-    return f"{checksum:08x}"
-
-
-def _as_bytes(tensors: Mapping[str, Tensor]) -> Iterator[Any]:
-    for key, tensor in sorted(tensors.items()):
-        # Names may hold lone surrogates, which no file can, but a digest.
-        yield f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode("utf-8", "surrogatepass")
-        plain = tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()
-        plain = plain.dequantize() if plain.is_quantized else plain  # reading their storage ends the process
-        flat = plain.cpu().contiguous().flatten()
-        if flat.numel():
-            yield flat.view(torch.uint8).numpy()

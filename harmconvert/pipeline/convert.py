@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from math import isfinite, prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from ..arguments import Budget
 from ..calibration import Calibration, CalibrationSettings, Progress, calibrate
 from ..calibration.reading import Reader, items
+from ..codecs.codec import Entry
+from ..codecs.table import CodecTable
 from ..errors import InputError, UsageError, shortened
 from ..kernels.basis import Basis
 from ..kernels.projection import check_range, relative_error
@@ -64,7 +66,10 @@ LEAST_CUT = 0.01  # of the parameters: a smaller cut gains nobody anything
 
 @dataclass(frozen=True)
 class Conversion:
-    """A converted network, the plan it follows, what became of each layer, what it costs, and how it was calibrated."""
+    """A converted network, the plan it follows, what became of each layer, what it costs, and how it was calibrated.
+
+    ``coded`` says how a file is to hold those tensors that it does not hold as they are.
+    """
 
     model: nn.Module
     plan: Plan
@@ -73,6 +78,7 @@ class Conversion:
     calibration: Calibration | None = None
     search: Search | None = None
     drops: tuple[Step, ...] = ()
+    coded: Mapping[str, Entry] = field(default_factory=dict)
 
     @property
     def advice(self) -> str | None:
@@ -109,7 +115,7 @@ class Conversion:
     def header(self) -> Header:
         """What a checkpoint of it says, apart from its source: the plan and the history."""
         calibration = {"calibration": self.calibration.to_json()} if self.calibration else {}
-        return Header(self.plan, history=self.history() | calibration)
+        return Header(self.plan, history=self.history() | calibration, codecs=CodecTable(coded=self.coded))
 
     def history(self) -> dict[str, Any]:
         """What `harmconvert.save` keeps of it beside the plan and the calibration, for a report when the uncut network

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from math import isnan
 from typing import Any
 
+from ..codecs.codec import CODECS
 from ..errors import counted, one_line, shortened
-from ..network.comparison import OUTPUT_TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Verification:
         if isnan(self.max_relative_error) and not self.problems:
             return "not verified: the outputs hold no finite value on these inputs, so there is nothing to compare"
         if cut and self.as_planned and not self.ok:
-            if self.tolerance not in OUTPUT_TOLERANCE.values():  # one was asked for
+            if self.tolerance not in {codec.tolerance for codec in CODECS.values()}:  # the user asked for one
                 outputs += f", tolerance {self.tolerance:.0e}"
             return f"cut as planned in {len(cut)} of {counted(len(self.layers), 'layer')}: {outputs}"
         outputs += f", tolerance {self.tolerance:.0e}"

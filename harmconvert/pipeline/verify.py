@@ -15,9 +15,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from ..codecs.codec import Entry
+from ..codecs.plain import WEIGHT_DTYPES, tolerance_of
 from ..errors import InputError, shortened
 from ..layers.block import HarmonicBlock2d
-from ..network.comparison import OUTPUT_TOLERANCE
 from ..network.forms import fold_blocks
 from ..network.layers import is_harmonic_layer, state_key
 from ..network.running import evaluating
@@ -76,6 +77,7 @@ def verify(
         UsageError: no input size is known, or the original does not run on the inputs.
         InputError: a network without values (meta device).
     """
+    coded = _coded(converted)
     plan = Plan(())
     if not isinstance(converted, nn.Module):
         calibrated = _written_by_calibration(converted) if calibrated is None else calibrated
@@ -87,7 +89,7 @@ def verify(
         inputs, random_inputs = seeded_inputs(original, converted), True
     if _blocks(original) != _blocks(converted):  # what a block computes is compared with a convolution as one
         original, converted = fold_blocks(original), fold_blocks(converted)
-    dtype = max((_weight_dtype(original), _weight_dtype(converted)), key=lambda d: OUTPUT_TOLERANCE[d])
+    dtype = max((_weight_dtype(original), _weight_dtype(converted)), key=tolerance_of)
     with evaluating(original, converted):  # reading a spectrally normalised weight in training mode would change it
         pairs, structural = pairs_of(original, converted, planned)
     written = as_calibrated(converted, calibrated or {})
@@ -126,7 +128,7 @@ def verify(
     if isnan(worst):
         notes.append("the outputs hold no finite value on these inputs: nothing to compare")
     hidden = _without_effect(layers, worst, problems, notes)
-    limit = OUTPUT_TOLERANCE[dtype] if tolerance is None else tolerance
+    limit = tolerance_of(dtype, coded) if tolerance is None else tolerance
     within = worst <= limit  # False for NaN
     if not within:  # else it comes to the same, however it is built
         problems += built_otherwise(original, converted, pairs)
@@ -199,6 +201,13 @@ def _written_by_calibration(converted: Conversion | Network) -> Mapping[str, str
     return converted.header.calibrated if converted.header else {}
 
 
+def _coded(converted: nn.Module | Conversion | Network) -> Mapping[str, Entry]:
+    """How a file holds those tensors of a network that it does not hold as they are."""
+    if isinstance(converted, Conversion):
+        return converted.coded
+    return converted.header.codecs.coded if isinstance(converted, Network) and converted.header else {}
+
+
 def _check_values(*models: nn.Module) -> None:
     for model in models:
         for key, tensor in tensors_of(model).items():
@@ -211,8 +220,8 @@ def _blocks(model: nn.Module) -> list[str]:
 
 
 def _weight_dtype(model: nn.Module) -> torch.dtype:
-    dtypes = [p.dtype for p in model.parameters() if p.dtype in OUTPUT_TOLERANCE]
-    return max(dtypes, key=lambda d: OUTPUT_TOLERANCE[d], default=torch.float32)
+    dtypes = [p.dtype for p in model.parameters() if p.dtype in WEIGHT_DTYPES]
+    return max(dtypes, key=tolerance_of, default=torch.float32)
 
 
 def _ticker(progress: Callable[[int, int, str], None], total: int) -> Callable[[str], None]:

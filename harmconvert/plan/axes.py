@@ -98,6 +98,20 @@ class Check:
     problem: str | None
 
 
+@dataclass(frozen=True)
+class Expected:
+    """The shape that a tensor of a file should have: None for a length that may be any; ``text`` says it in a message
+    after "should"."""
+
+    shape: tuple[int | None, ...]
+    text: str
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether a tensor has this shape."""
+        pairs = zip(shape, self.shape, strict=False)
+        return len(shape) == len(self.shape) and all(wanted in (None, length) for length, wanted in pairs)
+
+
 class Axis(ABC):
     """One axis; see the package's `space` folder for an example.
 
@@ -162,8 +176,8 @@ class Axis(ABC):
         """What a converted layer says that it keeps; None where a module cannot say."""
         return None
 
-    def tensors(self, kept: Kept, kernel_size: tuple[int, ...]) -> Mapping[str, tuple[int | None, ...]]:
-        """Tensors that a file holds of such a layer: name to shape, None for a length that the axis does not know."""
+    def tensors(self, kept: Kept, kernel_size: tuple[int, ...]) -> Mapping[str, Expected]:
+        """Tensors that a file holds of such a layer, by name."""
         return {}
 
     @abstractmethod

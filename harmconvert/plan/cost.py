@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import cast
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..codecs.codec import Entry
+from ..codecs.plain import stored_bytes
 from ..layers.factored import FACTORABLE
 from ..network.layers import convolutions, kernel_size, weighted_layers
 from ..network.other_convolutions import other_convolutions
@@ -19,6 +21,8 @@ from ..network.state import tensors_of
 from ..network.tracing import Trace
 from .axes import AXES, LayerCost, WeightShape
 from .plan import Plan
+
+_BASIS_ITEM_BYTES = stored_bytes(torch.empty(1, dtype=torch.float64))
 
 
 @dataclass(frozen=True)
@@ -57,10 +61,15 @@ def parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if not is_lazy(parameter))
 
 
-def tensor_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and persistent buffers, shared ones once."""
-    unique = {id(tensor): tensor for tensor in tensors_of(model, keep_vars=True).values()}
-    return sum(t.numel() * t.element_size() for t in unique.values() if not is_lazy(t))
+def tensor_bytes(model: nn.Module, coded: Mapping[str, Entry] | None = None) -> int:
+    """Bytes of all parameters and persistent buffers as a file holds them, shared ones once.
+
+    ``coded`` has an entry for each tensor that the file does not hold as it is.
+    """
+    entries = coded or {}
+    tensors = tensors_of(model, keep_vars=True)
+    unique = {id(tensor): (tensor, entries.get(key)) for key, tensor in reversed(tensors.items())}
+    return sum(stored_bytes(tensor, entry) for tensor, entry in unique.values() if not is_lazy(tensor))
 
 
 def bytes_of(build: Callable[[], nn.Module]) -> int | None:
@@ -124,7 +133,7 @@ def network_cost(model: nn.Module, plan: Plan, trace: Trace | None = None) -> Co
         harmonic_parameters=parameters - sum(count for count, _ in saved.values()) + constants,
         over_1x1_parameters=sum(over_1x1.values()),
         bytes=size,
-        harmonic_bytes=size - sum(written for _, written in saved.values()) + 8 * constants,
+        harmonic_bytes=size - sum(written for _, written in saved.values()) + _BASIS_ITEM_BYTES * constants,
         merge_macs=sum(cost.merge_macs for cost in layers.values()),
         **macs,
     )

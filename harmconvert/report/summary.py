@@ -194,7 +194,7 @@ def report_of(
             name=name,
             source=header.source,
             plan=header.plan,
-            forms=tuple(_timed(form, latency) for form in _forms(model, cost, record.get("cost"))),
+            forms=tuple(_timed(form, latency) for form in _forms(model, cost, record, header)),
             layers=layers,
             stages=_stages(training, history.get("held_out")),
             calibration=calibration,
@@ -218,12 +218,12 @@ def untellable(name: str, error: Exception) -> InputError:
     return InputError(f"{name}: what its header says was done to it is unreadable: {error!r}")
 
 
-def _forms(model: nn.Module, cost: Cost, recorded: Mapping[str, Any] | None) -> tuple[Form, ...]:
+def _forms(model: nn.Module, cost: Cost, record: Mapping[str, Any], header: Header) -> tuple[Form, ...]:
     """The forms: as counted now, and MACs as `convert` counted them where there is nothing to run the network on."""
-    known = recorded or {}
+    known = record.get("cost") or {}
     dense = cost.dense_macs if cost.dense_macs is not None else known.get("dense_macs")
     factored = cost.factored_macs if cost.factored_macs is not None else known.get("factored_macs")
-    held, size = parameter_count(model), tensor_bytes(model)
+    held, size = parameter_count(model), tensor_bytes(model, header.codecs.coded)
     return (
         Form("dense", cost.parameters, cost.bytes, dense),
         Form("harmonic", held, size, None if dense is None else dense + cost.merge_macs),

@@ -11,12 +11,13 @@ from typing import Any
 from torch import nn
 
 from ..calibration import CalibrationSettings
+from ..codecs.digests import tensors_sha256
 from ..documents import check, count, finite, plain
 from ..errors import InputError, UsageError
 from ..files import read_json, write_text
 from ..kernels.basis import Basis
 from ..network.distributed import from_first_rank, rank
-from ..network.state import tensors_sha256, weights_sha256
+from ..network.state import weights_sha256
 from ..network.values import tensors_in
 from ..plan.plan import Plan
 from .choices import Choice

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import models  # noqa: F401  registers the networks that are built here
+from ..codecs.digests import tensors_sha256
 from ..errors import HarmconvertError, InputError, UsageError, first_line, shortened
 from ..kernels.basis import Basis, all_frequencies, dct_basis, frequencies_below, level_count
-from ..network.state import tensors_of, tensors_sha256
+from ..network.state import tensors_of
 from ..plan import LayerPlan, Plan, cut_layer
 from ..storage.checkpoint import BlockRecord, Header, Source, harmonic_like, in_form
 from ..storage.weights import load_state, read_weights

@@ -4,9 +4,6 @@ What belongs here: bytes, their checks and their limits. Nothing in a file is ex
 a model of a library or of the hub, is opened in `sources`."""
 
 from .checkpoint import (
-    METADATA_KEY,
-    BlockRecord,
-    Header,
     Network,
     harmonic_like,
     in_form,
@@ -16,8 +13,9 @@ from .checkpoint import (
     read_header,
     write_checkpoint,
 )
+from .header import METADATA_KEY, BlockRecord, Header
 from .history import CALIBRATION, STAGES, check_history
-from .precision import check_rounding, dtype_named, in_float32, rounded
+from .precision import as_stored, check_rounding, dtype_named, in_float32, rounded
 from .source import SCHEMES, Source, as_source, parse_source
 from .unpickling import UNREADABLE, unpickled, why_no_values, why_not_read
 from .weights import (
@@ -42,6 +40,7 @@ __all__ = [
     "Network",
     "Source",
     "as_source",
+    "as_stored",
     "check_history",
     "check_rounding",
     "dtype_named",

@@ -1,16 +1,15 @@
-"""The file: one self-describing .safetensors (DESIGN 9), written whole or not at all, read without running anything.
+"""The file: one self-describing .safetensors, written whole or not at all, read without running anything.
 
 ``<conv>.coefficients`` (O, I, F) stands in the place of ``<conv>.weight``, with ``<conv>.fitted_basis`` (F, K) beside
-it where the basis is the layer's own; every other tensor keeps its key. The header's metadata entry ``harmconvert`` is
-JSON: where the network came from, and its plan.
+it where the basis is the layer's own; every other tensor keeps its key. `docs/file-format.md` describes the file.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -18,115 +17,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from ..codecs.table import CodecTable
 from ..documents import parsed, reading
-from ..errors import DamageWarning, InputError, OutsideError, UsageError, shortened
+from ..errors import DamageWarning, InputError, OutsideError, UsageError, first_line, shortened
 from ..files import check_output
-from ..kernels.basis import NORMALIZATIONS
 from ..layers.block import HarmonicBlock2d, to_block
 from ..network.checks import check_finite
 from ..network.copying import deep_copy
-from ..network.declared import check_preprocessing, declare, recorded
+from ..network.declared import declare, recorded
 from ..network.exchange import put_in_place
 from ..network.forms import dense_form, factor, fuse
 from ..network.layers import convolutions, harmonic_layers, is_harmonic_layer, kernel_size, state_key, weighted_layers
-from ..network.state import tensors_crc32, tensors_of
+from ..network.state import tensors_of
 from ..plan import AXES, Plan, apply_plan, plan_of_model
-from .history import check_history
+from .header import METADATA_KEY, BlockRecord, Header, checksum, header_text
 from .source import Source, as_source, timm_source
+from .tensors import decoded, encoded, equal, memory_limit, read_stored, stored_in
 from .weights import load_exactly, open_safetensors, untied_state, why_unreadable, write_tensors
 
-FORMAT_VERSION = 1
-METADATA_KEY = "harmconvert"
+log = logging.getLogger(__name__)
+
 FORMS = ("harmonic", "dense", "factored")
-
-
-@dataclass(frozen=True)
-class BlockRecord:
-    """How a `HarmonicBlock2d` stands in a network: whether it normalises, and the scale of its DCT kernels."""
-
-    normalize: bool = True
-    normalization: str = "ortho"
-
-    @classmethod
-    def from_json(cls, data: Any) -> BlockRecord:
-        """Read what `dataclasses.asdict` wrote, or the bare ``normalize`` of files from before there was more."""
-        if isinstance(data, bool):
-            return cls(data)
-        record = cls(bool(data["normalize"]), str(data["normalization"]))
-        if record.normalization not in NORMALIZATIONS:
-            raise ValueError(f"a block's normalization is {record.normalization!r}")
-        return record
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a harmonic checkpoint says of itself. ``preprocessing`` is None in files from before it was recorded."""
-
-    plan: Plan
-    source: Source | None = None
-    tied: Mapping[str, str] = field(default_factory=dict)
-    history: Mapping[str, Any] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=dict)
-    blocks: Mapping[str, BlockRecord] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
-    crc32: str | None = None
-    preprocessing: Mapping[str, Any] | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict; inverse of `from_json`."""
-        return {
-            "format_version": self.format_version,
-            "source": asdict(self.source) if self.source else None,
-            **self.plan.to_json(),
-            "blocks": {name: asdict(block) for name, block in self.blocks.items()},
-            "tied": dict(self.tied),
-            "history": dict(self.history),
-            "versions": dict(self.versions),
-            "crc32": self.crc32,
-            **({"preprocessing": dict(self.preprocessing)} if self.preprocessing else {}),
-        }
-
-    def checksum(self, tensors: Mapping[str, Tensor]) -> str:
-        """CRC-32 of this header and the tensors that are in the file with it."""
-        known = {key: value for key, value in self.to_json().items() if key != "crc32"}
-        return tensors_crc32(tensors, json.dumps(known, sort_keys=True).encode())
-
-    @property
-    def calibrated(self) -> dict[str, str]:
-        """Keys of the tensors that calibration wrote, each with the sha256 of what it wrote."""
-        record = self.history.get("calibration")
-        changed = record.get("changed") if isinstance(record, dict) else None
-        return {str(k): str(v) for k, v in changed.items()} if isinstance(changed, dict) else {}
-
-    @classmethod
-    def from_json(cls, data: Any) -> Header:
-        """Read what `to_json` wrote.
-
-        Raises:
-            InputError: an unknown format version or basis, or anything that is not such a header.
-        """
-        found = data.get("format_version") if isinstance(data, dict) else None
-        if found != FORMAT_VERSION:
-            raise InputError(
-                f"it has format version {found!r}, this harmconvert reads version {FORMAT_VERSION}: update harmconvert"
-            )
-        source = Source.from_json(data["source"]) if data.get("source") else None
-        try:
-            check_history(data.get("history", {}))
-            check_preprocessing(data.get("preprocessing"))
-            return cls(
-                Plan.from_json(data),
-                source,
-                {str(k): str(v) for k, v in data.get("tied", {}).items()},
-                dict(data.get("history", {})),
-                {str(k): str(v) for k, v in data.get("versions", {}).items()},
-                {str(k): BlockRecord.from_json(v) for k, v in data.get("blocks", {}).items()},
-                crc32=data.get("crc32"),
-                preprocessing=data.get("preprocessing") or None,
-            )
-        except (TypeError, KeyError, ValueError, AttributeError) as error:
-            raise InputError(f"its header is unreadable: {error}") from error
 
 
 def write_checkpoint(
@@ -159,28 +72,30 @@ def write_checkpoint(
     check_finite(model)
     plan = header.plan if header else plan_in(model)
     tensors, tied = untied_state(model)
+    stored, coded = encoded(tensors, header.codecs.coded if header else {})
     source = as_source(source) or (header.source if header else None) or timm_source(model)
     versions = {name: version(name) for name in ("harmconvert", "torch", "timm")}
     record = {**(header.history if header else {}), **(history or {})}
-    written = Header(plan, source, tied, record, versions, _blocks_of(model))
+    codecs = CodecTable.of({tensor.dtype for key, tensor in stored.items() if key not in coded}, coded)
+    written = Header(plan, source, tied, record, versions, _blocks_of(model), codecs)
     written = replace(written, preprocessing=recorded(model, preprocessing))
-    written = replace(written, crc32=written.checksum(tensors))
-    text = json.dumps(written.to_json(), separators=(",", ":"))
+    text = header_text(written, stored)
     with reading(f"the header of {path} could not be read again"):
-        parsed(text)
+        written = replace(written, crc32=parsed(text)["crc32"])
     metadata = {"format": "pt", METADATA_KEY: text}
-    write_tensors(tensors, path, metadata, force, partial(_check_written, model=model, header=written))
+    write_tensors(stored, path, metadata, force, partial(_check_written, model=model, header=written, tensors=tensors))
     return written
 
 
-def _check_written(staging: Path, model: nn.Module, header: Header) -> None:
+def _check_written(staging: Path, model: nn.Module, header: Header, tensors: Mapping[str, Tensor]) -> None:
     """Raise InputError where a file that was just written could not be loaded again as the network that it is of.
 
-    Read back are its header and its tensors; what they are loaded into is made as `load` makes it, without values.
+    The header and all tensors are read back. The network to load them into is made as `load` makes it, without values.
     """
     try:
         plain = dense_form(_without_values(model))
-    except Exception:  # a part that cannot be copied without values
+    except Exception as error:  # a part that cannot be copied without values
+        log.info("%s is checked with its values: it has no copy without (%s)", type(model).__name__, first_line(error))
         plain = dense_form(model)
     structure = harmonic_like(plain, header.plan, "what would be written", header.blocks)
     wanted = {key: tuple(tensor.shape) for key, tensor in tensors_of(structure).items()}
@@ -190,8 +105,13 @@ def _check_written(staging: Path, model: nn.Module, header: Header) -> None:
             f"this {type(model).__name__} could not be loaded again: {shortened(differing)} would not be in the "
             "network that its plan makes; convert the network anew"
         )
-    if read_header(staging).checksum(_read_tensors(staging)) != header.crc32:
-        raise OutsideError("what was written is not what can be read back: the disk or the memory is faulty")
+    found, text = _header_of(staging)
+    stored = read_stored(staging)
+    if checksum(text, stored) == header.crc32:
+        again = decoded({key: stored[key] for key in found.codecs.coded}, found.codecs.coded)
+        if all(equal(tensor, tensors[key]) for key, tensor in again.items()):
+            return
+    raise OutsideError("what was written is not what can be read back: the disk or the memory is faulty")
 
 
 def _without_values(model: nn.Module) -> nn.Module:
@@ -201,11 +121,6 @@ def _without_values(model: nn.Module) -> nn.Module:
         for tensor in model.parameters()
     }
     return deep_copy(model, memo)
-
-
-def _read_tensors(path: str | Path) -> dict[str, Tensor]:
-    with open_safetensors(path) as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
 
 
 def is_harmonic(path: str | Path) -> bool:
@@ -222,51 +137,49 @@ def read_header(path: str | Path) -> Header:
     Raises:
         InputError: no such file, not a safetensors file, not a harmonic checkpoint, or of an unknown version.
     """
+    return _header_of(path)[0]
+
+
+def _header_of(path: str | Path) -> tuple[Header, str]:
+    """The header of a checkpoint, compared with the shapes of the tensors in its file, and its text."""
     with open_safetensors(path) as file:
         metadata = file.metadata() or {}
-        if METADATA_KEY not in metadata:
-            raise InputError(
-                f"{path} is a safetensors file but no harmonic checkpoint: "
-                f"name its network and give the weights with --checkpoint {path}"
-            )
-        try:
-            data = parsed(metadata[METADATA_KEY])
-        except ValueError as error:
-            raise InputError(f"{path}: its header is not JSON: {error}") from error
-        try:
-            header = Header.from_json(data)
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from error
-        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118  not a dict
-    for key, wanted in _expected_tensors(header.plan).items():
-        shape = shapes.get(key)
-        if not _fits(shape, wanted) and not (shape is None and key in header.tied):
-            raise _disagreement(path, key, wanted, shape)
-    return header
+    if METADATA_KEY not in metadata:
+        raise InputError(
+            f"{path} is a safetensors file but no harmonic checkpoint: "
+            f"name its network and give the weights with --checkpoint {path}"
+        )
+    try:
+        data = parsed(metadata[METADATA_KEY])
+    except ValueError as error:
+        raise InputError(f"{path}: its header is not JSON: {error}") from error
+    stored = stored_in(path)
+    try:
+        header = Header.from_json(data)
+        if header.format_version > 1:
+            header.codecs.check(stored, memory_limit(path))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    shapes = {key: list(one.shape) for key, one in stored.items()}
+    shapes |= {key: list(entry.shape) for key, entry in header.codecs.coded.items()}
+    _check_shapes(path, header, shapes)
+    return header, metadata[METADATA_KEY]
 
 
-def _expected_tensors(plan: Plan) -> dict[str, tuple[int | None, ...]]:
-    """The tensors that the layers of a plan have in a file, by key: their shape, None for any length."""
-    return {
-        state_key(layer.name, tensor): shape
-        for layer in plan.layers
+def _check_shapes(path: str | Path, header: Header, shapes: Mapping[str, list[int]]) -> None:
+    """Raise InputError where the tensors of a file, once they are decoded, are not those of its plan."""
+    expected = {
+        state_key(layer.name, tensor): wanted
+        for layer in header.plan.layers
         for kept in layer.keeps
-        for tensor, shape in AXES[kept.axis].tensors(kept, layer.kernel_size).items()
+        for tensor, wanted in AXES[kept.axis].tensors(kept, layer.kernel_size).items()
     }
-
-
-def _fits(shape: list[int] | None, wanted: tuple[int | None, ...]) -> bool:
-    return (
-        shape is not None
-        and len(shape) == len(wanted)
-        and all(w in (None, n) for n, w in zip(shape, wanted, strict=True))
-    )
-
-
-def _disagreement(path: str | Path, key: str, wanted: tuple[int | None, ...], shape: list[int] | None) -> InputError:
-    found = "it is missing" if shape is None else f"it has shape {shape}"
-    text = ", ".join("any" if length is None else str(length) for length in wanted)
-    return InputError(f"{path}: its header and tensors disagree: {key} should have shape [{text}], {found}")
+    for key, wanted in expected.items():
+        shape = shapes.get(key)
+        if (shape is None and key in header.tied) or (shape is not None and wanted.fits(shape)):
+            continue
+        found = "it is missing" if shape is None else f"it has shape {shape}"
+        raise InputError(f"{path}: its header and tensors disagree: {key} should {wanted.text}, {found}")
 
 
 @dataclass(frozen=True)
@@ -300,7 +213,7 @@ def read_checkpoint(
     """
     if form not in FORMS:
         raise UsageError(f"unknown form {form!r}: use one of {', '.join(FORMS)}")
-    header = read_header(path)
+    header, text = _header_of(path)
     if model is None:
         if header.source is None or rebuild is None:
             raise UsageError(f"{path} does not say how to build its network: pass the plain network as model=")
@@ -310,10 +223,14 @@ def read_checkpoint(
             raise type(error)(f"{path}: {error}") from error
     harmonic = harmonic_like(model, header.plan, str(path), header.blocks)
     del model  # where it was made for this, it is memory
-    state = _read_tensors(path)
-    if header.crc32 is not None and header.checksum(state) != header.crc32:
+    stored = read_stored(path)
+    if header.crc32 is not None and checksum(text, stored) != header.crc32:
         remark = f"{path} is not as harmconvert wrote it: damaged, or changed since; verify it against its original"
         warnings.warn(remark, DamageWarning, stacklevel=2)
+    _check_coded(harmonic, header, path)
+    with reading(str(path)):
+        state = decoded(stored, header.codecs.coded)
+    del stored
     state |= {alias: state[key] for alias, key in header.tied.items() if key in state}
     load_exactly(harmonic, state, str(path))
     del state
@@ -322,6 +239,18 @@ def read_checkpoint(
     declare(harmonic, header.preprocessing)
     source = header.source or Source("unknown", str(path))
     return Network(in_form(harmonic, form, example_input), source, header)
+
+
+def _check_coded(harmonic: nn.Module, header: Header, path: str | Path) -> None:
+    """Raise InputError where a network has no room for a coded tensor: before memory is set aside for its values."""
+    own = tensors_of(harmonic, keep_vars=True)
+    for key, entry in header.codecs.coded.items():
+        if key not in own or (not is_lazy(own[key]) and tuple(own[key].shape) != entry.shape):
+            there = f"{key} is {tuple(own[key].shape)} in it" if key in own else f"it has no tensor {key}"
+            raise InputError(
+                f"{path} does not fit this {type(harmonic).__name__}: its codec table claims {key} to be "
+                f"{entry.shape}, {there}"
+            )
 
 
 def in_form(harmonic: nn.Module, form: str, example_input: Any = None) -> nn.Module:

@@ -2,41 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..codecs.codec import Codec, Entry, codec_of
+from ..codecs.plain import FLOATS, plain_codec, tolerance_of
 from ..errors import CheckError, InputError, UsageError
-from ..network.comparison import OUTPUT_TOLERANCE, greatest_difference
+from ..network.comparison import greatest_difference
 from ..network.copying import deep_copy
 from ..network.exchange import in_sixteen_bits
 from ..network.running import call, evaluating
-from ..network.state import tensors_of
+from ..network.state import fill, tensors_of
 from ..network.values import cloned, fitted, tensors_in
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def dtype_named(name: str) -> torch.dtype:
     """The dtype of that name.
 
     Raises:
-        UsageError: none in which networks are stored here.
+        UsageError: networks are not stored in such a dtype.
     """
-    if name not in DTYPES:
-        raise UsageError(f"unknown dtype {name!r}: use one of {', '.join(DTYPES)}")
-    return DTYPES[name]
+    if name not in FLOATS:
+        raise UsageError(f"unknown dtype {name!r}: use one of {', '.join(FLOATS)}")
+    return FLOATS[name]
 
 
 def rounded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of a network with its parameters and buffers in ``dtype``; integers, complex numbers and fitted bases stay
-    as they are.
+    """A copy of a network with its parameters and buffers as a file in ``dtype`` gives them back; integers, complex
+    numbers and fitted bases stay as they are.
 
     Raises:
-        InputError: a value that is out of the dtype's range.
+        InputError: a value is out of the dtype's range.
     """
-    small = deep_copy(model)._apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+    codec = plain_codec(dtype)
+    small = deep_copy(model)._apply(
+        lambda tensor: _through(tensor, codec, codec.entry(tensor)) if tensor.is_floating_point() else tensor
+    )
     for key, tensor in tensors_of(small).items():
         if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta and not tensor.isfinite().all():
             before = tensors_of(model)[key]
@@ -45,6 +49,19 @@ def rounded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
                 name, others = _named(dtype)
                 raise InputError(f"{key} has values up to {largest:.3g}, out of {name}'s range: use {others}")
     return small
+
+
+def as_stored(model: nn.Module, entries: Mapping[str, Entry]) -> nn.Module:
+    """A copy of a network in which the tensors with an entry have the values that a file gives back."""
+    copied = deep_copy(model)
+    tensors = tensors_of(copied)
+    fill(copied, {key: _through(tensors[key], codec_of(entry), entry) for key, entry in entries.items()})
+    return copied
+
+
+def _through(tensor: Tensor, codec: Codec, entry: Entry) -> Tensor:
+    """A tensor as a file gives it back."""
+    return codec.decode(codec.encode(tensor, entry), entry)
 
 
 def in_float32(model: nn.Module) -> nn.Module:
@@ -56,18 +73,18 @@ def check_rounding(model: nn.Module, small: nn.Module, inputs: Any) -> float:
     """The relative difference that rounding makes to the outputs, both networks computing in float32.
 
     Raises:
-        CheckError: it is more than `OUTPUT_TOLERANCE` of the dtype allows.
+        CheckError: it is more than the tolerance of the dtype's codec.
     """
     networks = [deep_copy(network).float() for network in (model, small)]
     with evaluating(*networks):
         expected, found = (_outputs(network, inputs) for network in networks)
     difference = greatest_difference(found, expected)
     dtype = next((p.dtype for p in small.parameters() if p.is_floating_point()), torch.float32)
-    if not difference <= OUTPUT_TOLERANCE[dtype]:
+    if not difference <= tolerance_of(dtype):
         name, others = _named(dtype)
         raise CheckError(
             f"rounded to {name} the outputs differ by {difference:.1e} of the largest, tolerance "
-            f"{OUTPUT_TOLERANCE[dtype]:.0e}; nothing was written: use {others}"
+            f"{tolerance_of(dtype):.0e}; nothing was written: use {others}"
         )
     return difference
 

@@ -16,7 +16,6 @@ from torch.nn.parameter import is_lazy
 from ..errors import InputError, OutsideError, UsageError, first_line, shortened
 from ..files import outside, read_json, write_file
 from ..network.state import fill, loads_by_itself, state_of, take_dtypes, tensors_of
-from ..network.state import tensors_sha256 as tensors_sha256
 from ..network.state import weights_sha256 as weights_sha256
 from .containers import Names, StateDict, names_in, state_dicts, with_key, without_wrapper
 from .unpickling import UNREADABLE, Placeholder, weights_content, why_no_values, why_not_read

@@ -38,7 +38,7 @@ def entry(shape: Any, begin: Any, end: Any, dtype: str = "F32") -> dict[str, Any
 def no_safetensors(good: bytes) -> Iterator[tuple[str, bytes]]:
     """Files that break the container's rules, or stretch them."""
     header, data = taken_apart(good)
-    first = next(key for key in header if key != "__metadata__")
+    first = first_tensor(header)
     yield "empty", b""
     yield "seven bytes", good[:7]
     yield "header length 2^63", built(header, data, 2**63)
@@ -75,6 +75,10 @@ def no_safetensors(good: bytes) -> Iterator[tuple[str, bytes]]:
     yield "a zip file", b"PK\x03\x04" + b"\0" * 60
 
 
+def first_tensor(header: Any) -> str:
+    return next(key for key in header if key != "__metadata__")
+
+
 def lying_headers(good: bytes) -> Iterator[tuple[str, bytes]]:
     """Files in order whose entry ``harmconvert`` is not, or disagrees with the tensors."""
     header, data = taken_apart(good)
@@ -89,7 +93,7 @@ def lying_headers(good: bytes) -> Iterator[tuple[str, bytes]]:
         change(own)
         return made(own)
 
-    for version in (0, 2, -1, 10**30, "1", None, [1], float("nan")):
+    for version in (0, 3, -1, 10**30, "1", None, [1], float("nan")):
         yield f"format version {version}", changed(lambda own, v=version: own.update(format_version=v))
     odd: list[Any] = [
         None,
@@ -109,16 +113,34 @@ def lying_headers(good: bytes) -> Iterator[tuple[str, bytes]]:
         for value in odd:
             yield f"{key} is {value!r}", changed(lambda own, k=key, v=value: own.update({k: v}))
         yield f"{key} is missing", changed(lambda own, k=key: own.pop(k))
+    for key in json.loads(known)["plan"]:
+        for value in odd:
+            yield f"the plan's {key} is {value!r}", changed(lambda own, k=key, v=value: own["plan"].update({k: v}))
+    for codec in ("float32", "raw", "float16", "x" * 9, "", ANSI):
+        for value in [*odd, {"version": 2}, {"version": -1}, {"version": True}, {"version": 1, "tensors": {}}]:
+            yield (
+                f"the codec {codec!r} is {value!r}",
+                changed(lambda own, c=codec, v=value: own["codecs"].update({c: v})),
+            )
+    for shape in ([HUGE, HUGE], [2**63], [-1], [1.5], [[]], None, "3", [1] * 5000):
+        coded = {"version": 1, "tensors": {first_tensor(header): {"shape": shape, "dtype": "float32"}}}
+        yield f"a coded tensor of shape {str(shape)[:30]}", changed(lambda own, c=coded: own["codecs"].update(raw=c))
     for key in ("name", "kernel_size", "frequencies"):
         for value in [*odd, [-1, 3], [10**9, 10**9], [2**40] * 9, [3, float("nan")], [[0, 0]] * 2, [[0, 9]], [[0, -1]]]:
-            yield f"a layer's {key} is {value!r}", changed(lambda own, k=key, v=value: own["layers"][0].update({k: v}))
+            yield (
+                f"a layer's {key} is {value!r}",
+                changed(lambda own, k=key, v=value: own["plan"]["layers"][0].update({k: v})),
+            )
     for name in ("../../etc/passwd", "a\0b", ANSI, "\ud800", "stem\n", "", "." * 99, "x" * 10**6):
-        yield f"a layer is called {name[:20]!r}", changed(lambda own, n=name: own["layers"][0].update(name=n))
+        yield f"a layer is called {name[:20]!r}", changed(lambda own, n=name: own["plan"]["layers"][0].update(name=n))
         yield f"a tensor is called {name[:20]!r}", built({**header, name: entry([0], len(data), len(data))}, data)
-    yield "a layer twice", changed(lambda own: own["layers"].append(own["layers"][0]))
-    yield "a layer too many", changed(lambda own: own["layers"].append({**own["layers"][0], "name": "norm"}))
-    yield "a layer too few", changed(lambda own: own["layers"].pop())
-    yield "a frequency too few", changed(lambda own: own["layers"][0]["frequencies"].pop())
+    yield "a layer twice", changed(lambda own: own["plan"]["layers"].append(own["plan"]["layers"][0]))
+    yield (
+        "a layer too many",
+        changed(lambda own: own["plan"]["layers"].append({**own["plan"]["layers"][0], "name": "norm"})),
+    )
+    yield "a layer too few", changed(lambda own: own["plan"]["layers"].pop())
+    yield "a frequency too few", changed(lambda own: own["plan"]["layers"][0]["frequencies"].pop())
     yield "tied to nothing", changed(lambda own: own["tied"].update({"stem.coefficients": "nowhere"}))
     yield "tied to itself", changed(lambda own: own["tied"].update({"norm.weight": "norm.weight"}))
     yield "no JSON", made("{")

@@ -132,7 +132,7 @@ def next_up(tensor: Tensor) -> Tensor:
 
 def another_frequency(tensors: Tensors, header: Any) -> None:
     """Of a cut layer: the same number of frequencies, one of them another."""
-    layer = next(layer for layer in header["layers"] if layer["name"] == "stage3.2.conv1")
+    layer = next(layer for layer in header["plan"]["layers"] if layer["name"] == "stage3.2.conv1")
     assert layer["frequencies"] == [[0, 0], [0, 1], [1, 0]]
     layer["frequencies"] = [[0, 0], [1, 0], [2, 0]]
 
@@ -147,7 +147,7 @@ def scaled(tensors: Tensors, header: Any) -> None:
 
 
 def of_another_basis(tensors: Tensors, header: Any) -> None:
-    header["basis"] = "haar"
+    header["plan"]["basis"] = "haar"
 
 
 def permuted(axis: int) -> Callable[[Tensor], Tensor]:

@@ -11,12 +11,13 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from ...errors import counted
 from ...kernels.basis import all_frequencies, dct_basis, level_count, scaled_levels
 from ...kernels.projection import project, reconstruct
 from ...layers.harmonic import HarmonicMixin, to_harmonic
 from ...network.exchange import exchange
 from ...network.layers import LayerInfo, convolutions, kernel_size
-from ..axes import Axis, Check, Kept, LayerCost, WeightShape
+from ..axes import Axis, Check, Expected, Kept, LayerCost, WeightShape
 from .check import check_kernel
 from .cost import response_macs
 from .frequencies import Frequencies, from_version_1
@@ -119,12 +120,15 @@ class SpaceAxis(Axis):
             return None
         return Frequencies(kernel_size(layer), layer.frequencies, layer.basis_spec)
 
-    def tensors(self, kept: Kept, kernel_size: tuple[int, ...]) -> Mapping[str, tuple[int | None, ...]]:
+    def tensors(self, kept: Kept, kernel_size: tuple[int, ...]) -> Mapping[str, Expected]:
         """Coefficients (O, I, F) and, of a fitted basis, its kernels (F, K)."""
         own = cast(Frequencies, kept)
         count = len(own.frequencies)
-        fitted = {"fitted_basis": (count, math.prod(kernel_size))} if own.basis.fitted else {}
-        return {"coefficients": (None, None, count), **fitted}
+        tensors = {"coefficients": Expected((None, None, count), f"hold {counted(count, 'frequency')}")}
+        if own.basis.fitted:
+            shape = (count, math.prod(kernel_size))
+            tensors["fitted_basis"] = Expected(shape, f"have shape {list(shape)}")
+        return tensors
 
     def check(self, original: nn.Module, converted: nn.Module, kept: Kept | None, as_calibrated: bool | None) -> Check:
         """Whether the coefficients are the projection of the original kernel, to their last bit."""

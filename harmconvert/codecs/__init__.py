@@ -1,0 +1,34 @@
+"""Codecs: how one tensor is written to a file, read back, counted in bytes and hashed.
+
+What belongs here: mathematics and JSON of single tensors as files hold them. What does not: networks, plans, and the
+reading and writing of files (see `storage`). To add a codec, write a subclass of `Codec` and register it below.
+"""
+
+from __future__ import annotations
+
+from .codec import CODECS, Codec, Entry, codec_of, register
+from .digests import tensors_crc32, tensors_sha256
+from .plain import BFLOAT16, FLOAT16, FLOAT32, RAW, plain_codec, stored_bytes, tolerance_of
+from .table import CodecTable, Stored
+
+for _codec in (FLOAT32, FLOAT16, BFLOAT16, RAW):
+    register(_codec)
+
+__all__ = [
+    "BFLOAT16",
+    "CODECS",
+    "FLOAT16",
+    "FLOAT32",
+    "RAW",
+    "Codec",
+    "CodecTable",
+    "Entry",
+    "Stored",
+    "codec_of",
+    "plain_codec",
+    "register",
+    "stored_bytes",
+    "tensors_crc32",
+    "tensors_sha256",
+    "tolerance_of",
+]

@@ -1,0 +1,147 @@
+"""The codec table of a file: which codecs its tensors are stored with, and an entry for each tensor that is coded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+
+from ..documents import check, count, reading
+from ..documents import plain as json_able
+from ..errors import InputError, shortened
+from .codec import CODECS, Codec, Entry, codec_of
+from .plain import RAW, plain_codec
+
+# The dtypes that a tensor may have in memory, by their names in a codec table.
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+    )
+}
+# Their names in a safetensors file.
+STORED_NAMES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+_MOST_AXES = 16
+_UNREADABLE, _DISAGREE = "its codec table is unreadable", "its codec table and tensors disagree"
+_TABLE = {...: {"version": count, "tensors": {...: {"shape": [count], "dtype": str, ...: json_able}}}}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: its shape, and its dtype as safetensors calls it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def codec(self) -> Codec:
+        """The codec of a tensor without an entry."""
+        return plain_codec(STORED_NAMES[self.dtype]) if self.dtype in STORED_NAMES else RAW
+
+
+@dataclass(frozen=True)
+class CodecTable:
+    """The codecs of a file: the plain ones (name and version), which need no entries, and the entries of all coded
+    tensors, by key.
+
+    >>> table = CodecTable.of({torch.float32, torch.int64})
+    >>> table.to_json()
+    {'float32': {'version': 1}, 'raw': {'version': 1}}
+    """
+
+    plain: frozenset[tuple[str, int]] = frozenset()
+    coded: Mapping[str, Entry] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, dtypes: Iterable[torch.dtype], coded: Mapping[str, Entry] | None = None) -> CodecTable:
+        """The table of a file that holds tensors of some dtypes as they are, and coded ones."""
+        codecs = {plain_codec(dtype) for dtype in dtypes}
+        return cls(frozenset((codec.name, codec.version) for codec in codecs), dict(coded or {}))
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dict, entries grouped by codec; inverse of `from_json`."""
+        table: dict[str, Any] = {name: {"version": version} for name, version in sorted(self.plain)}
+        for key, entry in self.coded.items():
+            group = table.setdefault(entry.codec, {"version": entry.version, "tensors": {}})
+            dtype = str(entry.dtype).removeprefix("torch.")
+            group["tensors"][key] = {"shape": list(entry.shape), "dtype": dtype, **entry.parameters}
+        return table
+
+    @classmethod
+    def from_json(cls, data: Any) -> CodecTable:
+        """Read what `to_json` wrote, from a file that may hold anything instead.
+
+        Raises:
+            InputError: an unknown codec or version, or anything that is not such a table.
+        """
+        with reading(_UNREADABLE):
+            check(data, _TABLE, "codecs")
+            versions = {name: group["version"] for name, group in data.items()}
+        codecs = {name: _known(name, version) for name, version in versions.items()}
+        coded: dict[str, Entry] = {}
+        with reading(_UNREADABLE):
+            for name, group in data.items():
+                if codecs[name].plain != ("tensors" not in group):
+                    raise ValueError(f"{name}: it should {'not ' if codecs[name].plain else ''}list tensors")
+                for key, entry in group.get("tensors", {}).items():
+                    if key in coded:
+                        raise ValueError(f"{key!r:.80} stands under two codecs")
+                    coded[key] = _entry(codecs[name], key, entry)
+        return cls(frozenset((name, codec.version) for name, codec in codecs.items() if codec.plain), coded)
+
+    def check(self, stored: Mapping[str, Stored], limit: int) -> None:
+        """Compare the table with the tensors of its file.
+
+        Args:
+            stored: all tensors of the file, by key.
+            limit: the bytes that all coded tensors may take once they are decoded.
+
+        Raises:
+            InputError: the table is not that of this file, or claims tensors that are too large.
+        """
+        for key, entry in self.coded.items():
+            shape, dtype = codec_of(entry).stored(entry)
+            found = stored.get(key)
+            if found is None or found.shape != tuple(shape) or STORED_NAMES.get(found.dtype) != dtype:
+                wanted = next((name for name, known in STORED_NAMES.items() if known == dtype), str(dtype))
+                there = "it is missing" if found is None else f"it is {found.dtype} {list(found.shape)}"
+                raise InputError(f"{_DISAGREE}: {key[:80]} should be {wanted} {list(shape)}, {there}")
+        as_they_are = {found.codec for key, found in stored.items() if key not in self.coded}
+        if differing := self.plain ^ {(codec.name, codec.version) for codec in as_they_are}:
+            raise InputError(f"{_DISAGREE}: {shortened(sorted(name for name, _ in differing))} is in one of them only")
+        if (size := sum(entry.decoded_bytes for entry in self.coded.values())) > limit:
+            raise InputError(f"its codec table claims tensors of {size:,} bytes, far more than the file holds: refused")
+
+
+def _known(name: str, version: int) -> Codec:
+    if (codec := CODECS.get((name, version))) is None:
+        raise InputError(
+            f"its tensors are stored with the codec {name[:80]!r} version {version}, which this harmconvert does not "
+            "know: update harmconvert"
+        )
+    return codec
+
+
+def _entry(codec: Codec, key: str, data: Mapping[str, Any]) -> Entry:
+    """The entry of one tensor."""
+    where = f"{codec.name}: {key[:80]}"
+    shape = tuple(data["shape"])
+    if len(shape) > _MOST_AXES or prod(shape) >= 1 << 63:
+        raise ValueError(f"{where}: its shape is out of range")
+    if data["dtype"] not in DTYPES:
+        raise ValueError(f"{where}: unknown dtype {data['dtype'][:80]!r}")
+    parameters = {name: value for name, value in data.items() if name not in ("shape", "dtype")}
+    entry = Entry(codec.name, codec.version, shape, DTYPES[data["dtype"]], parameters)
+    try:
+        codec.check(entry)
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{where}: {error}") from error
+    return entry

@@ -1,0 +1,134 @@
+"""The header of a harmonic checkpoint: what a file says of its network, as JSON in the metadata entry ``harmconvert``.
+
+`docs/file-format.md` describes it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ..codecs.digests import tensors_crc32
+from ..codecs.table import CodecTable
+from ..documents import parsed, reading, whole
+from ..errors import InputError
+from ..kernels.basis import BASES, NORMALIZATIONS
+from ..network.declared import check_preprocessing
+from ..plan.plan import Plan
+from .history import check_history
+from .source import Source
+
+FORMAT_VERSION = 2
+METADATA_KEY = "harmconvert"
+_MARK = ',"crc32":'
+
+
+@dataclass(frozen=True)
+class BlockRecord:
+    """How a `HarmonicBlock2d` stands in a network: whether it normalises, and the scale of its DCT kernels."""
+
+    normalize: bool = True
+    normalization: str = "ortho"
+
+    @classmethod
+    def from_json(cls, data: Any) -> BlockRecord:
+        """Read what `dataclasses.asdict` wrote, or the bare ``normalize`` of files from before there was more."""
+        if isinstance(data, bool):
+            return cls(data)
+        record = cls(bool(data["normalize"]), str(data["normalization"]))
+        if record.normalization not in NORMALIZATIONS:
+            raise ValueError(f"a block's normalization is {record.normalization!r}")
+        return record
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a harmonic checkpoint says of its network. ``preprocessing`` is None in files from before it was recorded;
+    ``format_version`` is that of the file that the header was read from."""
+
+    plan: Plan
+    source: Source | None = None
+    tied: Mapping[str, str] = field(default_factory=dict)
+    history: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    blocks: Mapping[str, BlockRecord] = field(default_factory=dict)
+    codecs: CodecTable = field(default_factory=CodecTable)
+    crc32: str | None = None
+    preprocessing: Mapping[str, Any] | None = None
+    format_version: int = field(default=FORMAT_VERSION, compare=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dict in the present format version; inverse of `from_json`."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "source": asdict(self.source) if self.source else None,
+            "plan": self.plan.to_json(),
+            "codecs": self.codecs.to_json(),
+            "blocks": {name: asdict(block) for name, block in self.blocks.items()},
+            "tied": dict(self.tied),
+            "history": dict(self.history),
+            "versions": dict(self.versions),
+            **({"preprocessing": dict(self.preprocessing)} if self.preprocessing else {}),
+            "crc32": self.crc32,
+        }
+
+    @property
+    def calibrated(self) -> dict[str, str]:
+        """Keys of the tensors that calibration wrote, each with the sha256 of what it wrote."""
+        record = self.history.get("calibration")
+        changed = record.get("changed") if isinstance(record, dict) else None
+        return {str(k): str(v) for k, v in changed.items()} if isinstance(changed, dict) else {}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Header:
+        """Read what `to_json` wrote, in this release or in an earlier one.
+
+        Raises:
+            InputError: an unknown format version, basis or codec, or anything that is not such a header.
+        """
+        found = data.get("format_version") if isinstance(data, dict) else None
+        if not whole(found) or found not in (1, FORMAT_VERSION):
+            raise InputError(
+                f"it has format version {found!r}, this harmconvert reads versions 1 and {FORMAT_VERSION}: "
+                "update harmconvert"
+            )
+        if found == 1 and data.get("basis") not in BASES:
+            raise InputError(f"it uses the basis {data.get('basis')!r}, which this harmconvert does not know")
+        source = Source.from_json(data["source"]) if data.get("source") else None
+        # All tensors of a version 1 file are stored as they are, and its plan is not nested.
+        codecs = CodecTable() if found == 1 else CodecTable.from_json(data.get("codecs"))
+        with reading("its header is unreadable"):
+            check_history(data.get("history", {}))
+            check_preprocessing(data.get("preprocessing"))
+            return cls(
+                Plan.from_json(data if found == 1 else data["plan"]),
+                source,
+                {str(k): str(v) for k, v in data.get("tied", {}).items()},
+                dict(data.get("history", {})),
+                {str(k): str(v) for k, v in data.get("versions", {}).items()},
+                {str(k): BlockRecord.from_json(v) for k, v in data.get("blocks", {}).items()},
+                codecs,
+                data.get("crc32"),
+                data.get("preprocessing") or None,
+                found,
+            )
+
+
+def header_text(header: Header, stored: Mapping[str, Tensor]) -> str:
+    """The JSON of a header with its checksum, which is the last entry."""
+    known = {key: value for key, value in header.to_json().items() if key != "crc32"}
+    text = json.dumps(known, separators=(",", ":"))[:-1]
+    return f'{text}{_MARK}"{tensors_crc32(stored, text.encode())}"}}'
+
+
+def checksum(text: str, stored: Mapping[str, Tensor]) -> str:
+    """The CRC-32 of a header's text, up to the checksum in it, and of the tensors as its file holds them."""
+    data = parsed(text)
+    if data.get("format_version") == 1:
+        known = {key: value for key, value in data.items() if key != "crc32"}
+        return tensors_crc32(stored, json.dumps(known, sort_keys=True).encode())
+    return tensors_crc32(stored, text.rpartition(_MARK)[0].encode())
