@@ -77,13 +77,12 @@ def test_the_file_is_what_the_documentation_says(network: Any, saved: Path) -> N
     convs = ["stem", "shared", "tied_a", "deep.odd name [x]", "unused"]
     assert keys == own - aliases - {f"{c}.weight" for c in convs} | {f"{c}.coefficients" for c in convs}
     assert header["format_version"] == 2
-    assert header["plan"]["basis"] == "dct"
-    assert header["plan"]["normalization"] == "ortho"
     assert header["codecs"] == {"float32": {"version": 1}, "raw": {"version": 1}}, "raw: counters of batch norms"
     assert header["tied"]["tied_b.coefficients"] == "tied_a.coefficients"
     assert set(header["versions"]) == {"harmconvert", "torch", "timm"}
     layer = next(layer for layer in header["plan"]["layers"] if layer["name"] == "shared")
-    assert layer == {"name": "shared", "kernel_size": [3, 3], "frequencies": [[0, 0], [0, 1], [1, 0]]}
+    space = {"frequencies": [[0, 0], [0, 1], [1, 0]], "basis": "dct", "normalization": "ortho"}
+    assert layer == {"name": "shared", "kernel_size": [3, 3], "space": space}
 
 
 def test_the_source_of_a_timm_network_is_found_out_and_rebuilt(tmp_path: Path) -> None:
@@ -284,11 +283,14 @@ def _set(path: str, value: Any) -> Any:
         (_set("format_version", 3), "format version 3, this harmconvert reads versions 1 and 2: update harmconvert"),
         (_set("format_version", True), "format version True"),
         (_set("format_version", None), "format version None"),
-        (_set("plan/basis", "fourier"), "basis 'fourier'"),
-        (_set("plan/basis", "klt"), "disagree: stem.fitted_basis should have shape [9, 9], it is missing"),
+        (_set("plan/layers/0/space/basis", "fourier"), "basis 'fourier'"),
+        (
+            _set("plan/layers/0/space/basis", "klt"),
+            "disagree: stem.fitted_basis should have shape [9, 9], it is missing",
+        ),
         (_set("plan/layers/0/kernel_size", [10**9, 3]), "this is not a plan"),
-        (_set("plan/layers/0/frequencies", [[0, -1]]), "this is not a plan"),
-        (_set("plan/layers/1/frequencies", [[0, 0]]), "disagree: shared.coefficients should hold 1 frequency"),
+        (_set("plan/layers/0/space/frequencies", [[0, -1]]), "this is not a plan"),
+        (_set("plan/layers/1/space/frequencies", [[0, 0]]), "disagree: shared.coefficients should hold 1 frequency"),
         (_set("plan/layers/1/name", "elsewhere"), "disagree: elsewhere.coefficients should hold 3"),
         (_set("plan/layers", None), "this is not a plan"),
         (_set("plan", None), "this is not a plan"),

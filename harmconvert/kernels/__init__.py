@@ -33,11 +33,10 @@ from .projection import (
 )
 
 __all__ = [
-    "Elimination",
-    "eliminate",
     "BASES",
     "NORMALIZATIONS",
     "Basis",
+    "Elimination",
     "Frequency",
     "all_finite",
     "all_frequencies",
@@ -45,6 +44,7 @@ __all__ = [
     "check_range",
     "dct_basis",
     "dct_vectors",
+    "eliminate",
     "energy_kept",
     "frequencies_below",
     "gaussian_vectors",

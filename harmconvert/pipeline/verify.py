@@ -7,7 +7,7 @@ projection of the original's onto the frequencies kept? And how far are the outp
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from math import isnan
 from typing import Any, cast
@@ -24,11 +24,11 @@ from ..network.layers import is_harmonic_layer, state_key
 from ..network.running import evaluating
 from ..network.state import tensors_of
 from ..network.values import batch_size, seeded_inputs
-from ..plan import Plan
+from ..plan import Check, LayerPlan, Plan
 from ..storage.checkpoint import Network
 from .convert import Conversion
 from .layer_check import check_layer
-from .side_by_side import comparisons
+from .side_by_side import Comparison, comparisons
 from .structure_check import altered_state, as_calibrated, built_otherwise, pairs_of
 from .verification import LayerCheck, Verification
 
@@ -104,21 +104,7 @@ def verify(
     found = comparisons(original, converted, inputs, dtype, list(pairs), notes, tick)
     first = next(iter(found.values()))
     rewritten = {name for one in found.values() for name in one.rewritten}
-    layers = tuple(
-        LayerCheck(
-            name,
-            check.kept,
-            check.total,
-            check.error,
-            first.outputs.get(name),
-            _LOST if name in rewritten else check.problem,
-            check.kept < check.total or (name in planned and not planned[name].whole),
-        )
-        for name, check in kernels.items()
-        # A plain layer whose weight the network rewrites holds what the last forward left: that says nothing.
-        if name not in rewritten or is_harmonic_layer(pairs[name][1])
-    )
-    layers = tuple(layer if layer.name in first.constant else _stale(layer) for layer in layers)
+    layers = _layer_checks(kernels, pairs, planned, first, rewritten)
     structural = [*structural, *(f"{name or '(root)'}: {_STRAY}" for name in sorted(first.strays))]
     problems = [*structural, *(f"{layer.name}: {layer.problem}" for layer in layers if layer.problem), *altered]
     measured = [one.error for one in found.values()]
@@ -140,6 +126,26 @@ def verify(
         ok, not problems, limit, worst, float64, float32, agreement, batch_size(inputs), layers,
         tuple(problems), tuple(notes), random_inputs,
     )  # fmt: skip
+
+
+def _layer_checks(
+    kernels: Mapping[str, Check],
+    pairs: Mapping[str, tuple[nn.Module, nn.Module]],
+    planned: Mapping[str, LayerPlan],
+    outputs: Comparison,
+    rewritten: Collection[str],
+) -> tuple[LayerCheck, ...]:
+    """The check of each layer's kernel, with what the run of both networks showed of the layer."""
+    layers = (
+        LayerCheck(
+            name, check.kept, check.total, check.error, outputs.outputs.get(name),
+            _LOST if name in rewritten else check.problem, check.kept < check.total or name in planned,
+        )
+        for name, check in kernels.items()
+        # A plain layer whose weight the network rewrites holds what the last forward left: that says nothing.
+        if name not in rewritten or is_harmonic_layer(pairs[name][1])
+    )  # fmt: skip
+    return tuple(layer if layer.name in outputs.constant else _stale(layer) for layer in layers)
 
 
 def _changed(layer: LayerCheck) -> bool:

@@ -9,7 +9,7 @@ from .axes import AXES, Axis, Check, Kept, LayerCost, WeightShape, register
 from .cost import Cost, bytes_of, layer_costs, network_cost, parameter_count, tensor_bytes
 from .making import make_plan, plannable
 from .plan import LayerPlan, Plan, Skip
-from .space import Frequencies, SpaceAxis, bases_of, bases_text, cut_layer
+from .space import Frequencies, SpaceAxis, bases_of, bases_text, cut_layer, normalizations_text
 
 __all__ = [
     "AXES",
@@ -32,6 +32,7 @@ __all__ = [
     "layer_costs",
     "make_plan",
     "network_cost",
+    "normalizations_text",
     "parameter_count",
     "plan_of_model",
     "plannable",

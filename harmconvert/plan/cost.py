@@ -93,7 +93,7 @@ def layer_costs(model: nn.Module, plan: Plan, trace: Trace | None = None) -> dic
         positions = None if macs is None else macs // max(weight.numel(), 1)
         inputs = cast(int, getattr(layer, "in_channels", 0) or getattr(layer, "in_features", 0))
         shape = WeightShape(weight.numel(), planned.kernel_size, inputs, positions, type(layer) in FACTORABLE)
-        size = weight.numel() * weight.element_size()
+        size = stored_bytes(weight)
         cost = LayerCost(weight.numel(), weight.numel(), size, size, macs=macs, factored_macs=macs)
         for kept in planned.keeps:
             cost = AXES[kept.axis].cost(shape, kept, cost)

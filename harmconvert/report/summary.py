@@ -22,7 +22,7 @@ from ..network.forms import dense_form
 from ..network.layers import weighted_layers
 from ..network.tracing import Trace, find_layers, run_where_possible
 from ..pipeline.convert import RECORD_KEY
-from ..plan import Frequencies, LayerPlan, Plan, bases_text
+from ..plan import Frequencies, LayerPlan, Plan, bases_text, normalizations_text
 from ..plan.cost import Cost, LayerCost, layer_costs, network_cost, parameter_count, tensor_bytes
 from ..storage.checkpoint import Header, Source
 from ..training.evaluation import wilson_interval
@@ -130,6 +130,16 @@ class Report:
     def form(self, name: str) -> Form:
         """The form of that name."""
         return next(form for form in self.forms if form.name == name)
+
+    @property
+    def bases(self) -> str:
+        """The names of the bases that its layers are in."""
+        return bases_text(self.plan)
+
+    @property
+    def normalizations(self) -> str:
+        """The normalizations of the bases."""
+        return normalizations_text(self.plan)
 
     @property
     def share(self) -> float:

@@ -5,7 +5,16 @@ not: mathematics on tensors (`kernels`) and modules (`layers`).
 """
 
 from .axis import SpaceAxis
-from .frequencies import Frequencies, bases_of, bases_text, cut_layer
+from .frequencies import Frequencies, bases_of, bases_text, cut_layer, normalizations_text
 from .policies import Lambda, stays_whole
 
-__all__ = ["Frequencies", "Lambda", "SpaceAxis", "bases_of", "bases_text", "cut_layer", "stays_whole"]
+__all__ = [
+    "Frequencies",
+    "Lambda",
+    "SpaceAxis",
+    "bases_of",
+    "bases_text",
+    "cut_layer",
+    "normalizations_text",
+    "stays_whole",
+]

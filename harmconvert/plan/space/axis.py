@@ -75,7 +75,8 @@ class SpaceAxis(Axis):
 
     def upgraded(self, layer: Mapping[str, Any], plan: Mapping[str, Any]) -> Mapping[str, Any]:
         """A layer of a plan of format version 1 as this version has it."""
-        return from_version_1(layer, plan) if "frequencies" in layer else layer
+        old = "space" not in layer and math.prod(layer["kernel_size"]) > 1
+        return from_version_1(layer, plan) if old else layer
 
     def cost(self, shape: WeightShape, kept: Kept, cost: LayerCost) -> LayerCost:
         """Parameters and bytes in proportion to the frequencies kept; MACs of the factored form.

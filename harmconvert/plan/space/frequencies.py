@@ -106,6 +106,11 @@ def bases_of(plan: Plan) -> tuple[Basis, ...]:
     return tuple(dict.fromkeys(kept.basis for kept in plan.on("space").values())) or (Basis(),)
 
 
+def normalizations_text(plan: Plan) -> str:
+    """The normalizations of the bases of a plan, for tables."""
+    return ", ".join(dict.fromkeys(basis.normalization for basis in bases_of(plan)))
+
+
 def bases_text(plan: Plan) -> str:
     """The names of the bases of a plan, for tables.
 
