@@ -3,7 +3,7 @@
 What belongs here: decisions and their cost, before anything is converted. Carrying a plan out belongs to `pipeline`,
 and the search for the best plan under a budget to `search`."""
 
-from .cost import Cost, LayerCost, bytes_of, layer_costs, network_cost, parameter_count, tensor_bytes
+from .cost import Cost, LayerCost, layer_costs, network_cost, parameter_count, tensor_bytes
 from .plan import LayerPlan, Plan, Skip, make_plan
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "LayerPlan",
     "Plan",
     "Skip",
-    "bytes_of",
     "layer_costs",
     "make_plan",
     "network_cost",
