@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -105,9 +105,8 @@ def values_of(layer: nn.Module) -> Tensor:
 
 
 @pytest.fixture
-def digits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def digits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(AXES, "digits", DigitsAxis())
-    yield
 
 
 def network() -> nn.Module:

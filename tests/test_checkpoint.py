@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
+import logging
 import os
 import re
 import stat
@@ -109,10 +111,14 @@ def test_settings_that_no_shape_shows_are_not_lost(tmp_path: Path) -> None:
     assert torch.equal(load_rebuilt(tmp_path / "net.safetensors").eval()(x), conversion.model(x))
 
 
-def test_a_changed_timm_network_is_not_taken_for_the_stock_one(tmp_path: Path) -> None:
+def test_a_changed_timm_network_is_not_taken_for_the_stock_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = timm.create_model("resnet10t").eval()
     model.layer4[0].act1 = torch.nn.Hardswish()
-    assert save(convert(model, 2), tmp_path / "net.safetensors").source is None
+    with caplog.at_level(logging.INFO, "harmconvert"):
+        assert save(convert(model, 2), tmp_path / "net.safetensors").source is None
+    assert "no source is recorded: timm makes another network than this one by the name resnet10t" in caplog.text
 
 
 def test_a_loaded_and_trained_network_saves_again_with_its_source(tmp_path: Path) -> None:
@@ -461,6 +467,30 @@ def test_a_file_is_read_back_before_it_takes_its_place(
     with pytest.raises(OutsideError, match="what was written is not what can be read back"):
         save(convert(network), saved, force=True)
     assert saved.read_bytes() == before
+
+
+class _Counting(nn.Module):
+    """Cannot be copied without values: its copies look at them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def __deepcopy__(self, memo: Any) -> _Counting:
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        copied.sum = float(next(iter(copied.conv.parameters())).sum())
+        return copied
+
+
+def test_a_network_that_cannot_be_copied_without_values_is_checked_with_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "harmconvert"):
+        save(convert(seeded(_Counting)), tmp_path / "a.safetensors")
+    assert "_Counting is checked with its values: it has no copy without" in caplog.text
+    load(tmp_path / "a.safetensors", model=seeded(_Counting))
 
 
 # --- pre-processing ---

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from harmconvert.cli import COMMANDS, main
+from harmconvert.cli.loudness import loudness
 from harmconvert.report import commands
 from harmconvert.samples import mnist5k_held_back
 from harmconvert.sources import open_source
@@ -733,3 +735,20 @@ def test_a_network_that_is_hardly_smaller_is_reported_last() -> None:
     assert result.stderr.splitlines()[-1] == f"warning: {advice}"
     assert advice.startswith("lambda 2 cuts 0.6% of the parameters only: convolutions over 1x1 hold ")
     assert json.loads(ok(*own, "--include", "0", "-o", "c.safetensors", "--json").stdout)["advice"] is None
+
+
+# --- what the library logs ---
+
+
+def test_verbose_commands_say_what_the_library_falls_back_on() -> None:
+    @click.command()
+    @loudness
+    def command() -> None:
+        logging.getLogger("harmconvert.storage.source").info("no source is recorded: %s", "why")
+
+    log = logging.getLogger("harmconvert")
+    before = [*log.handlers]
+    assert "no source is recorded: why" in CliRunner().invoke(command, ["-v"]).stderr
+    for loud in ([], ["-q"]):
+        assert CliRunner().invoke(command, loud).stderr == ""
+    assert log.handlers == before, "nothing is left behind"

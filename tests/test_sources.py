@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +16,21 @@ import torch
 import torchvision
 from torch import nn
 
+import harmconvert as hc
 from harmconvert import save
 from harmconvert.errors import InputError, OutsideError, UsageError
 from harmconvert.network import default_input, replace_classifier, weights_sha256
 from harmconvert.pipeline import convert, new_classifier
 from harmconvert.samples import mnist5k_held_back, photographs
-from harmconvert.sources import check_rebuilds, open_counterpart, open_rival, open_source, rebuild, torchvision_loading
+from harmconvert.sources import (
+    built_within,
+    check_rebuilds,
+    open_counterpart,
+    open_rival,
+    open_source,
+    rebuild,
+    torchvision_loading,
+)
 from harmconvert.storage import Source
 
 from .networks import Branches, seeded
@@ -483,3 +495,60 @@ def test_the_classifier_of_torchvisions_networks_is_found(name: str, layer: str)
 def test_a_network_without_a_classifier_gets_none() -> None:
     with pytest.raises(UsageError, match="this Sequential has no classifier to replace"):
         new_classifier(nn.Sequential(nn.Conv2d(1, 2, 3)), 3, Source("code", "net:make"))
+
+
+# --- sources that a file names are built within a limit ---
+
+GIB = 1 << 30
+
+
+class _Careless(nn.Module):
+    """Goes on after whatever goes wrong."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with contextlib.suppress(BaseException):
+            self.large = nn.Linear(10**6, 10**6)
+
+
+HOSTILE: dict[str, Callable[[], Any]] = {
+    "a large layer": lambda: nn.Linear(10**6, 10**6),
+    "a large layer on a device of its own": lambda: nn.Linear(10**6, 10**6, device="cpu"),
+    "endless layers": lambda: nn.Sequential(*(nn.Linear(1, 1) for _ in itertools.count())),
+    "ones": lambda: nn.ParameterList([torch.ones(10**12)]),
+    "values from a generator": lambda: torch.randn(10**12, generator=torch.Generator().manual_seed(0)),
+    "repeated values": lambda: torch.zeros(8).repeat(10**12),
+    "a copy of expanded values": lambda: torch.zeros(8, 1).expand(8, 10**12).clone(),
+    "a range": lambda: torch.arange(10**12),
+    "after values were read": lambda: torch.ones(int(torch.tensor(10**12).item())),
+    "an exception that is passed over": _Careless,
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_network_over_the_limit_is_refused_before_memory_is_set_aside(kind: str) -> None:
+    with pytest.raises(InputError, match=r"^it is a network of .* bytes, far more than the file holds: refused; if yo"):
+        built_within(HOSTILE[kind], 1 << 23, "it")
+
+
+def test_a_source_whose_size_is_not_known_before_is_limited_all_the_same(tmp_path: Path) -> None:
+    """torchvision's RegNets read values while they are built, so that their size is not known before."""
+    with torch.device("meta"), pytest.raises(NotImplementedError):
+        torchvision.models.regnet_x_400mf()
+    huge = Source("torchvision", "regnet_x_400mf", {"num_classes": 10**9})
+    message = (
+        r"recorded source torchvision:regnet_x_400mf is a network of more than \d,\d+,\d+,\d+ bytes, far more than"
+    )
+    network = torchvision.models.regnet_x_400mf(num_classes=3)
+    hc.save(hc.convert(network, 2), tmp_path / "net.safetensors", source=huge)
+    with pytest.raises(InputError, match=message):
+        hc.load(tmp_path / "net.safetensors")
+    with pytest.raises(InputError, match=message):
+        rebuild(huge, limit=GIB + 10**6)
+    assert sum(p.numel() for p in rebuild(Source("torchvision", "regnet_x_400mf"), limit=GIB).parameters()) == 5_495_976
+
+
+def test_the_message_says_how_large_the_network_is_where_that_is_known() -> None:
+    source = Source("timm", "test_resnet", {"num_classes": 10**7})
+    with pytest.raises(InputError, match=r"test_resnet is a network of 3,881,499,192 bytes, far .*pass it as model="):
+        rebuild(source, limit=GIB)

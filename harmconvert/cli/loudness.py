@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sys
@@ -38,6 +39,29 @@ def _remember(context: click.Context, option: click.Parameter, given: bool) -> N
     if given:
         context.meta[_LOUDNESS] = option.name
         context.meta[_START] = time.monotonic()
+        if option.name == "verbose":
+            _say_what_is_logged(context)
+
+
+def _say_what_is_logged(context: click.Context) -> None:
+    """Until the command ends, say what the library logs: where it falls back on another way, and why."""
+    log, handler = logging.getLogger("harmconvert"), _Said()
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+
+    def stop() -> None:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+    context.call_on_close(stop)
+
+
+class _Said(logging.Handler):
+    """Records as messages of the command."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
 
 
 def keep(what: Callable[[], str]) -> None:

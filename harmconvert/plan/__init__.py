@@ -6,7 +6,7 @@ What belongs here: the axes and their homes (`space`), plans as data, and cost c
 
 from .applying import apply_plan, plan_of_model
 from .axes import AXES, Axis, Check, Kept, LayerCost, WeightShape, register
-from .cost import Cost, bytes_of, layer_costs, network_cost, parameter_count, tensor_bytes
+from .cost import Cost, layer_costs, network_cost, parameter_count, tensor_bytes
 from .making import make_plan, plannable
 from .plan import LayerPlan, Plan, Skip
 from .space import Frequencies, SpaceAxis, bases_of, bases_text, cut_layer, normalizations_text
@@ -27,7 +27,6 @@ __all__ = [
     "apply_plan",
     "bases_of",
     "bases_text",
-    "bytes_of",
     "cut_layer",
     "layer_costs",
     "make_plan",

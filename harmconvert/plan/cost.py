@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import cast
@@ -70,15 +70,6 @@ def tensor_bytes(model: nn.Module, coded: Mapping[str, Entry] | None = None) -> 
     tensors = tensors_of(model, keep_vars=True)
     unique = {id(tensor): (tensor, entries.get(key)) for key, tensor in reversed(tensors.items())}
     return sum(stored_bytes(tensor, entry) for tensor, entry in unique.values() if not is_lazy(tensor))
-
-
-def bytes_of(build: Callable[[], nn.Module]) -> int | None:
-    """Bytes of the network that ``build`` makes, without taking them; None where it cannot be made without values."""
-    try:
-        with torch.device("meta"):
-            return tensor_bytes(build())
-    except Exception:
-        return None
 
 
 def layer_costs(model: nn.Module, plan: Plan, trace: Trace | None = None) -> dict[str, LayerCost]:

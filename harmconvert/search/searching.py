@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ class Scope:
 
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
-    basis: Basis = Basis()
+    basis: Basis = field(default_factory=Basis)
 
 
 @dataclass(frozen=True)

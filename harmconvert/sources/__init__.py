@@ -4,6 +4,7 @@ What belongs here: how each kind of source makes its network and finds its weigh
 `storage`."""
 
 from .downloads import torchvision_loading
+from .limits import built_within
 from .opening import (
     check_rebuilds,
     load,
@@ -17,6 +18,7 @@ from .opening import (
 from .reference import open_reference
 
 __all__ = [
+    "built_within",
     "check_rebuilds",
     "load",
     "made_by_code",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import logging
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +26,8 @@ from ..storage.weights import load_state, load_weights
 from ..user_code import import_function
 from .downloads import reaching_out, torchvision_loading, torchvision_preprocessing
 from .reference import open_reference
+
+log = logging.getLogger(__name__)
 
 # What a folder's weights may be called; with .index.json at the end, a large network's index of several files.
 _LOCAL_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -71,8 +73,10 @@ def declare_size(model: nn.Module, arguments: Mapping[str, Any]) -> None:
     ]
     found = tuple(new if isinstance(new, int) and new > 0 else old for new, old in zip(changed, size, strict=True))
     if found != tuple(size):
-        with suppress(AttributeError):  # a class that computes it keeps its own
+        try:
             cast(Any, model).pretrained_cfg = {**config, "input_size": found}
+        except AttributeError:  # a class that computes it keeps its own
+            log.info("this %s computes its pretrained_cfg, which keeps the input size %s", type(model).__name__, size)
 
 
 def _from_timm(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
@@ -140,6 +144,7 @@ def _from_torchvision(source: Source, pretrained: bool) -> tuple[nn.Module, Sour
                 f"the weights {tag} of torchvision:{name} are for other arguments ({first_line(error.__cause__)}): "
                 "give your own with --checkpoint FILE"
             ) from error
+        log.info("torchvision:%s is built without the settings of the weights %s: its arguments differ", name, tag)
         return _from_torchvision(replace(source, name=name), False)
     if not hasattr(model, "pretrained_cfg") and (cfg := torchvision_preprocessing(builder.__module__, chosen)):
         model.pretrained_cfg = cfg
@@ -202,8 +207,9 @@ def renamed(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
         return state
     try:
         return dict(rename(dict(state), model))
-    except Exception:
-        return state  # the complaint about the file's own keys says more
+    except Exception as error:  # the complaint about the file's own keys says more
+        log.info("timm does not rename the weights for this %s: %s", type(model).__name__, first_line(error))
+        return state
 
 
 def _with_config(source: Source, model: nn.Module, architecture: str, model_arguments: Mapping[str, Any]) -> Source:

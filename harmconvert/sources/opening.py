@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -15,21 +16,21 @@ from ..errors import HarmconvertError, InputError, UsageError, first_line, short
 from ..network.copying import deep_copy
 from ..network.forms import dense_form
 from ..network.state import tensors_of, weights_sha256
-from ..plan.cost import bytes_of
 from ..storage.checkpoint import Header, Network, is_harmonic, read_checkpoint, read_header
 from ..storage.source import Source, as_source
 from ..storage.source import parse_source as parse_source
+from ..storage.tensors import memory_limit
 from ..storage.weights import load_weights
 from ..user_code import functions_in
+from .limits import built_within
 from .makers import build, built, declare_size, renamed, with_weights_name
 from .reference import open_reference
+
+log = logging.getLogger(__name__)
 
 # Arguments of timm.create_model that would open files or reach out, which a checkpoint has no business to ask for.
 _REBUILT = ("timm", "torchvision", "sample", "code")
 _NOT_FOR_REBUILDING = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
-
-# A file of a few bytes may name a network of any size: it is built up to this size, and this many times the file's.
-_LEAST_LIMIT, _MOST_PER_BYTE = 1 << 30, 64
 
 
 def open_source(
@@ -130,6 +131,7 @@ def _with_weights(source: Source, weights: str | Path, key: str | None, prefix: 
     try:
         return filled(source)
     except InputError as error:
+        log.info("%s does not fit %s, the untrained structure is tried: %s", weights, source, error)
         try:
             return filled(plain)
         except HarmconvertError:
@@ -276,7 +278,7 @@ def read(
     """The same, with the header of the file."""
     return read_checkpoint(
         path, model=model, form=form, example_input=example_input,
-        rebuild=lambda source: rebuild(source, trust_code, _LEAST_LIMIT + _MOST_PER_BYTE * Path(path).stat().st_size),
+        rebuild=lambda source: rebuild(source, trust_code, memory_limit(path)),
     )  # fmt: skip
 
 
@@ -304,12 +306,8 @@ def rebuild(source: Source | str, trust_code: bool = False, limit: int | None = 
             raise InputError(f"the recorded source {source} asks for more than its structure: refused; pass model=")
         else:
             make = partial(built, source)
-        size = bytes_of(make) if limit is not None and source.scheme != "code" else None
-        if limit is not None and size is not None and size > limit:
-            raise InputError(
-                f"the recorded source {source} is a network of {size:,} bytes, far more than the file holds: refused"
-            )
-        model = cast(nn.Module, make())
+        limited = limit is not None and source.scheme != "code"  # trusted code may build what it likes
+        model = built_within(make, cast(int, limit), f"the recorded source {source}") if limited else make()
         declare_size(model, source.arguments)
         return model
     except HarmconvertError as error:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,10 +13,12 @@ import torch
 from torch import nn
 
 from ..documents import check, count, plain
-from ..errors import InputError, UsageError
+from ..errors import InputError, UsageError, first_line
 from ..layers.harmonic import HarmonicMixin, base_class
 from ..network.declared import pretrained_config
 from ..network.layers import kernel_size
+
+log = logging.getLogger(__name__)
 
 SCHEMES = ("timm", "torchvision", "hf-hub", "local-dir", "sample", "reference")
 
@@ -104,13 +106,19 @@ def timm_source(model: nn.Module) -> Source | None:
         return None
     known = {key: getattr(model, key, None) for key in ("num_classes", "in_chans")}
     candidates: list[dict[str, Any]] = [{key: value for key, value in known.items() if isinstance(value, int)}, {}]
-    with suppress(Exception):  # newer timm keeps the arguments that a network was made with
+    try:  # newer timm keeps the arguments that a network was made with
         candidates.insert(0, json.loads(json.dumps(timm.models.get_model_args(model))))
+    except Exception as error:
+        log.info("timm does not say what %s was made with: %s", architecture, first_line(error))
     for candidate in candidates:
-        with suppress(Exception), torch.device("meta"):
-            twin = timm.create_model(architecture, pretrained=False, **candidate)
-            if _anatomy(twin) == _anatomy(model):
-                return Source("timm", architecture, candidate, licence=cfg.get("license"))
+        try:
+            with torch.device("meta"):
+                twin = timm.create_model(architecture, pretrained=False, **candidate)
+                if _anatomy(twin) == _anatomy(model):
+                    return Source("timm", architecture, candidate, licence=cfg.get("license"))
+        except Exception as error:
+            log.info("timm does not make %s with %s: %s", architecture, candidate, first_line(error))
+    log.info("no source is recorded: timm makes another network than this one by the name %s", architecture)
     return None
 
 

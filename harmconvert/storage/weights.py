@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from ..network.state import fill, loads_by_itself, state_of, take_dtypes, tensor
 from ..network.state import weights_sha256 as weights_sha256
 from .containers import Names, StateDict, names_in, state_dicts, with_key, without_wrapper
 from .unpickling import UNREADABLE, Placeholder, weights_content, why_no_values, why_not_read
+
+log = logging.getLogger(__name__)
 
 Rename = Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]
 
@@ -367,10 +370,12 @@ def _load_by_itself(model: nn.Module, state: dict[str, Tensor]) -> str:
 
     A `load_state_dict` of its own is used for what its own `state_dict` calls its tensors.
     """
-    with suppress(Exception):
+    try:
         if type(model).load_state_dict is not nn.Module.load_state_dict and set(model.state_dict()) == set(state):
             model.load_state_dict(state)
             return ""
+    except Exception as error:
+        log.info("the load_state_dict of %s fails, its parts are loaded: %s", type(model).__name__, first_line(error))
     take_dtypes(model, state)
     try:
         found = nn.Module.load_state_dict(model, state, strict=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -19,7 +19,7 @@ class Lambda:
     """A lambda policy and the basis that it cuts: the setting of the space axis."""
 
     lam: str | int | Mapping[str, int] | Any = "full"
-    basis: Basis = Basis()
+    basis: Basis = field(default_factory=Basis)
 
     def __str__(self) -> str:
         return ",".join(f"{k}={v}" for k, v in self.lam.items()) if isinstance(self.lam, Mapping) else str(self.lam)
