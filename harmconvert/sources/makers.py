@@ -43,10 +43,7 @@ def build(source: Source, pretrained: bool = False) -> tuple[nn.Module, Source]:
 
     Raises: as `harmconvert.sources.opening.open_source`.
     """
-    maker = cast(
-        "Callable[[Source, bool], tuple[nn.Module, Source]]", globals()[f"_from_{source.scheme.replace('-', '_')}"]
-    )
-    model, source = maker(source, pretrained)
+    model, source = _MAKERS[source.scheme](source, pretrained)
     if source.classes is not None:
         replace_classifier(model, source.classes)
     declare_size(model, source.arguments)
@@ -227,3 +224,14 @@ def _close(name: str, names: list[str]) -> str:
         if matches
         else "; other schemes are torchvision:, hf-hub:, local-dir:, sample:"
     )
+
+
+_MAKERS: dict[str, Callable[[Source, bool], tuple[nn.Module, Source]]] = {
+    "timm": _from_timm,
+    "hf-hub": _from_hf_hub,
+    "local-dir": _from_local_dir,
+    "torchvision": _from_torchvision,
+    "sample": _from_sample,
+    "reference": _from_reference,
+    "code": _from_code,
+}
