@@ -1,4 +1,4 @@
-"""Check arguments that are text or paths: what to keep, a budget, a format to export, names of data.
+"""Check arguments that are text or paths: what to keep, a budget, a format to export, names of data and of reports.
 
 Nothing here imports torch, so that the command line can refuse a wrong argument at once.
 """
@@ -9,11 +9,13 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from .errors import UsageError
-from .files import check_folder, check_output
+from .errors import OutsideError, UsageError
+from .files import check_folder, check_output, short_name
 
 UNITS = {
     "params": "parameters", "macs": "MACs in factored form", "bytes": "bytes", "latency": "microseconds",
@@ -26,6 +28,9 @@ SUFFIXES = {
     "latency": {"us": 1, "ms": 10**3, "s": 10**6},
 }
 _NUMBER = re.compile(r"((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?) *(%|[a-z]*)")
+# What reports and figures are written as.
+PAGES = (".html", ".json")
+FIGURES = (".png", ".svg")
 # How timm's data sets are named; those of the second kind are read from a stream.
 STREAMS = ("hfids/", "tfds/", "wds/")
 PACKAGES = ("torch/", "hfds/", *STREAMS)
@@ -163,3 +168,45 @@ def check_unlabelled(data: str) -> None:
             f"there is no folder {data}: give a folder of images, sample:mnist5k, sample:photographs, "
             "or a timm data set such as torch/cifar10 or hfds/USER/NAME"
         )
+
+
+def templating() -> ModuleType:
+    """jinja2, which fills the page.
+
+    Raises:
+        OutsideError: it is not installed.
+    """
+    try:
+        return import_module("jinja2")
+    except ImportError as error:
+        raise OutsideError("the report page is made by jinja2: pip install 'harmconvert[report]'") from error
+
+
+def check_report(source: str, output: str | None, force: bool) -> Path:
+    """The file that a report of ``source`` goes to, NAME-report.html where none is named; call it before long work.
+
+    Raises:
+        UsageError: neither .html nor .json; it exists and ``force`` is not set. OutsideError: jinja2 is missing.
+    """
+    path = Path(output) if output is not None else Path(f"{short_name(source)}-report.html")
+    if path.suffix.lower() not in PAGES:
+        raise UsageError(f"{path} should end in {' or '.join(PAGES)}: the suffix says what to write")
+    check_output(path, force)
+    if path.suffix.lower() == ".html":
+        templating()
+    return path
+
+
+def check_figure(source: str, figure: str, output: str | None, force: bool) -> tuple[Path, Path]:
+    """The image and the .csv that a figure of ``source`` goes to, NAME-FIGURE.png where no output is named.
+
+    Raises:
+        UsageError: no image that can be written; either file exists and ``force`` is not set.
+    """
+    image = Path(output) if output is not None else Path(f"{short_name(source)}-{figure}.png")
+    if image.suffix.lower() not in FIGURES:
+        raise UsageError(f"{image} should end in {' or '.join(FIGURES)}: the suffix says what to write")
+    numbers = image.with_suffix(".csv")
+    for path in (image, numbers):
+        check_output(path, force)
+    return image, numbers

@@ -42,6 +42,9 @@ UNREADABLE = """() => {
 }"""
 
 
+TWO_FRAMES = "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
+
+
 @contextmanager
 def chromium() -> Iterator[Any]:
     """A running browser; skips with the reason where there is none, but fails where one was promised."""
@@ -86,7 +89,7 @@ class Visit:
         """What the tip says when the pointer is at a share of the way across and down an element."""
         element = self.page.locator(selector).first
         element.scroll_into_view_if_needed()
-        self.page.wait_for_timeout(100)  # scrolling hides a tip, and is told a frame later
+        self.page.evaluate(TWO_FRAMES)  # scrolling hides a tip, and the page hears of it a frame later
         box = element.bounding_box()
         self.page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"])
         tip = self.page.locator("#tip")

@@ -43,6 +43,7 @@ from harmconvert.storage import read_checkpoint, read_header
 
 from . import oracle
 from .networks import CONVOLUTIONS, Branches, random_input, seeded
+from .seams import replace_everywhere
 
 PLAIN = [name for name in CONVOLUTIONS if "Std" not in name]
 STANDARDISED = [name for name in CONVOLUTIONS if "Std" in name]
@@ -1017,17 +1018,15 @@ def test_a_list_of_single_images_is_one_input() -> None:
 
 
 def test_one_failure_costs_no_other_layer_its_refit(monkeypatch: pytest.MonkeyPatch) -> None:
-    import harmconvert.calibration.refit as room
-
-    choose_really, calls = room.choose, []
+    calls: list[object] = []
 
     def failing(*arguments: object) -> object:
         calls.append(arguments)
         if len(calls) == 1:
             raise MemoryError("no memory left")
-        return choose_really(*arguments)
+        return choose(*arguments)
 
-    monkeypatch.setattr(room, "choose", failing)
+    replace_everywhere(monkeypatch, choose, failing)
     layers = hc.convert(stack(), {"*": 2}, calibration=smooth((24, 3, 12, 12)).split(8)).calibration.layers
     assert [layer.decision for layer in layers] == ["failed", "refit", "refit"]
     assert "out of memory (no memory left): lower --calibration-memory" in layers[0].why

@@ -24,9 +24,10 @@ import torch
 from harmconvert.cli.finetune import command as finetune_command
 from harmconvert.sources import open_source
 from harmconvert.storage import read_header
-from harmconvert.training import Recipe, metrics
+from harmconvert.training import Recipe, write_metrics
 
 from .pictures import digit_folders
+from .seams import replace_everywhere
 from .test_cli import SAMPLE, ok, run
 
 # Digits: no mirror images; small steps, because the batches of these tests are small.
@@ -112,7 +113,7 @@ def meanwhile(path: Path, rows: object) -> None:
 def test_what_comes_into_being_meanwhile_is_kept_and_so_is_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     quick = ["--data-dir", "digits", *DIGITS, "--epochs", "1", "--calibration-images", "0", "-o", "a.safetensors"]
     with monkeypatch.context() as busy:
-        busy.setattr(metrics, "write_metrics", meanwhile)
+        replace_everywhere(busy, write_metrics, meanwhile)
         message = failed("finetune", "cut.safetensors", *quick, "--distill", code=2)
     assert "use --force" in message
     assert "the run is kept: go on with --resume a.state.pth" in message
@@ -136,7 +137,7 @@ def test_a_run_goes_on_with_the_network_that_it_began_with(monkeypatch: pytest.M
     quick = ["train", "mine.py:make", "--trust-code", "--data-dir", "digits", *DIGITS, "--img-size", "28"]
     quick += ["--epochs", "1", "--harmonic", "none", "-o", "a.safetensors", "--mean", "0.13", "--std", "0.31"]
     with monkeypatch.context() as busy:
-        busy.setattr(metrics, "write_metrics", meanwhile)
+        replace_everywhere(busy, write_metrics, meanwhile)
         failed(*quick, "--model-kwargs", "dropped=0.9", code=2)
     message = failed(*quick, "--resume", "a.state.pth", "--force", code=2)
     assert "another run: its arguments's dropped was 0.9, here it is None" in message
@@ -409,14 +410,12 @@ def test_a_process_that_dies_takes_the_others_with_it() -> None:
     )
     os.environ["PYTHONPATH"] = os.getcwd()
     try:
-        start = time.monotonic()
         done = torchrun(2, *RUN, "--epochs", "2000")
     finally:
         del os.environ["PYTHONPATH"]
     assert done.returncode != 0
-    assert time.monotonic() - start < 120
     assert not Path("cut-finetuned.safetensors").exists()
-    assert torch.load("cut-finetuned.state.pth", weights_only=True)["position"]
+    assert torch.load("cut-finetuned.state.pth", weights_only=True)["position"]["epoch"] < 2000, "it ended early"
 
 
 @pytest.mark.slow

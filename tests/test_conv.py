@@ -13,11 +13,12 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from harmconvert.errors import UsageError
-from harmconvert.kernels import Basis, all_frequencies, dct_basis, frequencies_below, project, reconstruct
+from harmconvert.kernels import Basis, all_frequencies, dct_basis, frequencies_below, merge, project, reconstruct
 from harmconvert.layers import HarmonicMixin, harmonic_class, lay_out_channels_last, to_dense, to_harmonic
 
 from . import oracle
 from .networks import CONVOLUTIONS, random_input, seeded
+from .seams import replace_everywhere
 
 every_convolution = pytest.mark.parametrize("kind", CONVOLUTIONS)
 
@@ -133,11 +134,8 @@ def test_the_mixin_equals_a_slow_harmonic_layer() -> None:
 
 
 def test_the_kernel_is_merged_once_a_forward(monkeypatch: pytest.MonkeyPatch) -> None:
-    import harmconvert.layers.harmonic as module
-
     merges = []
-    real = module.merge
-    monkeypatch.setattr(module, "merge", lambda *tensors: merges.append(1) or real(*tensors))
+    replace_everywhere(monkeypatch, merge, lambda *tensors: merges.append(1) or merge(*tensors))
     conv, x = case("ScaledStdConv2dSame")  # reads its weight more than once
     harmonic = to_harmonic(conv)
     harmonic(x)

@@ -23,10 +23,11 @@ from harmconvert.kernels import Basis, frequencies_below
 from harmconvert.layers import to_harmonic
 from harmconvert.network import find_layers
 from harmconvert.plan import Plan, cut_layer, plannable
-from harmconvert.search import SearchSettings, searching, whole_plan
+from harmconvert.search import SearchSettings, whole_plan
 
 from . import oracle
 from .networks import CONVOLUTIONS, Branches, seeded
+from .seams import replace_everywhere
 from .test_calibration import Backwards, captured, fitted_rows, half, smooth, stack
 
 LAYERS = [(name, Basis()) for name in CONVOLUTIONS if name not in ("16x16 patches", "Conv1d")]  # of few unknowns
@@ -94,7 +95,7 @@ def probed(model: nn.Module, images: Sequence[Tensor], file: Path, shared: bool)
     """The scores of all single cuts, from moments that a layer's cuts share or each by a refit of its own."""
     with pytest.MonkeyPatch.context() as patch:
         if not shared:
-            patch.setattr(searching, "whole_layers", lambda *arguments: iter(()))
+            replace_everywhere(patch, whole_layers, lambda *arguments: iter(()))
         search = SearchSettings(trials=0, probes=str(file))
         hc.convert(model, budget="params=90%", calibration=images, search=search, include=["*"])
     scores: dict[str, float] = json.loads(file.read_text())["single"]

@@ -29,6 +29,7 @@ from harmconvert.errors import InputError, UsageError
 from harmconvert.samples import mnist5k, mnist5k_held_back
 
 from .pictures import tiff
+from .seams import replace_everywhere
 
 
 @pytest.fixture
@@ -160,7 +161,7 @@ def test_a_stream_is_read_as_it_comes(monkeypatch: pytest.MonkeyPatch, network: 
             return 25
 
     stream = timm.data.IterableImageDataset(None, reader=Reader())
-    monkeypatch.setattr("harmconvert.data.datasets.create_dataset", lambda *_, **__: stream)
+    replace_everywhere(monkeypatch, timm.data.create_dataset, lambda *_, **__: stream)
     overrides = {"input_size": (3, 16, 16), "mean": (0.0,), "std": (1.0,)}
     images = calibration_images("wds/some", network, 5, overrides=overrides)
     assert [round(float(x[0, 0, 0] * 255)) for x in images.batches[0]] == [0, 10, 20, 30, 40]

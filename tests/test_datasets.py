@@ -15,8 +15,10 @@ from torchvision import transforms
 
 from harmconvert.data import NO_LABEL, DataRequest, Stream, evaluation_batches, open_data, some_images, training_batches
 from harmconvert.errors import InputError, UsageError
+from harmconvert.network import rank, world_size
 
 from .pictures import digit_folders
+from .seams import replace_everywhere
 
 TO_TENSOR = transforms.ToTensor()
 RANDOM = transforms.Compose([transforms.RandomCrop(28, 4), transforms.RandomHorizontalFlip(), TO_TENSOR])
@@ -293,10 +295,11 @@ def test_processes_share_each_batch_out(tmp_path: Path, monkeypatch: pytest.Monk
     shares: list[list[torch.Tensor]] = []
     test_shares: list[torch.Tensor] = []
     for number in range(2):
-        monkeypatch.setattr("harmconvert.data.loading.rank", lambda number=number: number)
-        monkeypatch.setattr("harmconvert.data.loading.world_size", lambda: 2)
-        shares.append([batch.images for batch in training_batches(pictures, RANDOM, "L", 8).epoch(0)])
-        test_shares += [batch.labels for batch in evaluation_batches(pictures, TO_TENSOR, "L", 7).epoch(0)]
+        with monkeypatch.context() as patch:
+            replace_everywhere(patch, rank, lambda number=number: number)
+            replace_everywhere(patch, world_size, lambda: 2)
+            shares.append([batch.images for batch in training_batches(pictures, RANDOM, "L", 8).epoch(0)])
+            test_shares += [batch.labels for batch in evaluation_batches(pictures, TO_TENSOR, "L", 7).epoch(0)]
     for step, batch in enumerate(whole):
         assert torch.equal(torch.cat([shares[0][step], shares[1][step]]), batch.images)
     assert sorted(torch.cat(test_shares).tolist()) == sorted(torch.cat([b.labels for b in tested]).tolist())

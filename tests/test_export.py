@@ -24,6 +24,7 @@ from harmconvert.network import comparable, factor, fuse, tensors_in
 from harmconvert.storage import rounded
 
 from .networks import Branches, random_input, seeded
+from .seams import replace_everywhere
 from .test_cli import SAMPLE, fails, ok
 
 X = random_input((1, 3, 24, 24))
@@ -76,7 +77,7 @@ def test_factored_networks_export_as_standard_operators(
 ) -> None:
     """Whatever is faster on this machine: both layers that can be."""
     monkeypatch.setattr(graphs, "_speedup", lambda before, after, x: 2.0)
-    monkeypatch.setattr(graphs, "factor", lambda model, x=None, layers="factored": factor(model, layers=layers))
+    replace_everywhere(monkeypatch, factor, lambda model, x=None, layers="factored": factor(model, layers=layers))
     network = nn.Sequential(nn.Conv2d(3, 128, 3), nn.Conv2d(128, 128, 3, padding=1), nn.Conv2d(128, 4, 3), nn.Flatten())
     model = hc.convert(seeded(lambda: network), 1).model
     path = tmp_path / ("a.onnx" if format == "onnx" else "a.pt2")
@@ -340,7 +341,7 @@ def test_files_in_factored_form_compute_what_the_harmonic_network_does(
     format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(graphs, "_speedup", lambda before, after, x: 2.0)
-    monkeypatch.setattr(graphs, "factor", lambda model, x=None, layers="factored": factor(model, x, layers=layers))
+    replace_everywhere(monkeypatch, factor, lambda model, x=None, layers="factored": factor(model, x, layers=layers))
     network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 3))
     model = hc.convert(seeded(lambda: network), {"*": 2}, example_input=X).model
     model[1]._conv_forward = _circular_in_x.__get__(model[1])
@@ -361,7 +362,7 @@ def test_a_form_that_is_off_is_not_written(tmp_path: Path, monkeypatch: pytest.M
         dense.point.weight.data *= 1.01
         return dense
 
-    monkeypatch.setattr(graphs, "fuse", off)
+    replace_everywhere(monkeypatch, fuse, off)
     with pytest.raises(CheckError, match="the exported file does not compute what the network does"):
         export(hc.convert(seeded(Branches)).model, tmp_path / "a.pt2", "torch-export", example_input=X)
     assert list(tmp_path.iterdir()) == []

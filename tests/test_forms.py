@@ -25,6 +25,7 @@ from harmconvert.layers import (
     FactoredMixin,
     HarmonicMixin,
     Site,
+    Times,
     harmonic_class,
     in_turns,
     layer_times,
@@ -34,11 +35,12 @@ from harmconvert.layers import (
     to_factored,
     to_harmonic,
 )
-from harmconvert.network import factor, factoring, forms, fuse
+from harmconvert.network import factor, factoring, fuse
 from harmconvert.pipeline import convert
 
 from . import oracle
 from .networks import CONVOLUTIONS, Branches, random_input, seeded
+from .seams import replace_everywhere
 
 X = random_input((2, 3, 24, 24))
 COMPILER = native.unavailable()
@@ -295,8 +297,40 @@ def test_factor_measures_and_never_makes_the_network_slower() -> None:
         assert layer.dense_seconds > 0
         assert layer.factored_seconds > 0
         assert (layer.form == "factored") == isinstance(factored[int(layer.name)], FactoredMixin)
-    assert record.factored == () or record.factored_seconds <= record.dense_seconds
     assert torch.allclose(outputs(factored, x), outputs(harmonic, x), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layer", "whole", "form"),
+    [
+        ((2.0, 1.0), {"dense": 5.0, "dense, channels_last": 4.0, "factored": 3.0}, "factored"),
+        ((2.0, 1.0), {"dense": 5.0, "dense, channels_last": 4.0, "factored": 4.5}, "dense, channels_last"),
+        ((2.0, 1.0), {"dense": 4.0, "dense, channels_last": 5.0, "factored": 4.5}, "dense"),
+        ((1.0, 2.0), {"dense": 4.0, "dense, channels_last": 5.0}, "dense"),
+        ((1.0, 0.99), {"dense": 5.0, "dense, channels_last": 4.0}, "dense, channels_last"),
+    ],
+)
+def test_factor_takes_the_fastest_of_the_whole_networks(
+    monkeypatch: pytest.MonkeyPatch, layer: tuple[float, float], whole: dict[str, float], form: str
+) -> None:
+    """With times as they might be: whatever single layers gain, the network never gets slower."""
+    replace_everywhere(monkeypatch, layer_times, lambda conv, site: layer)
+    replace_everywhere(monkeypatch, in_turns, lambda runs, *_: {name: Times((whole[name],)) for name in runs})
+    harmonic = convert(seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3))), {"*": 1}).model
+    chosen = factoring(harmonic, X)
+    taken = whole[form]
+    assert taken == min(whole.values())
+    assert chosen.factored == (("0", "1") if form == "factored" else ())
+    assert chosen.dense_seconds == min(seconds for name, seconds in whole.items() if name != "factored")
+    assert chosen.factored_seconds == whole.get("factored")
+    assert (chosen.factored_seconds if chosen.factored else chosen.dense_seconds) == taken
+    assert [isinstance(module, FactoredMixin) for module in chosen.model] == [form == "factored"] * 2
+    kernel = next(chosen.model.parameters())
+    channels_last = kernel.is_contiguous(memory_format=torch.channels_last) and not kernel.is_contiguous()
+    assert form == "factored" or channels_last == (form == "dense, channels_last")
+    if "factored" in whole and form != "factored":
+        assert {one.why for one in chosen.layers} == {"factored, the whole network is no faster"}
+    assert torch.allclose(outputs(chosen.model, X), outputs(harmonic, X), atol=1e-5)
 
 
 def test_the_networks_own_size_is_measured_on_by_default() -> None:
@@ -538,7 +572,7 @@ def test_a_dense_form_that_computes_something_else_is_not_handed_back(
         return dense
 
     harmonic = convert(seeded(Branches), 2, example_input=X).model
-    monkeypatch.setattr(forms, "to_dense", doubled)
+    replace_everywhere(monkeypatch, to_dense, doubled)
     message = r"the dense form of this Branches does not compute what.*layer deep.odd name \[x\]: outputs differ by"
     with pytest.raises(CheckError, match=message):
         fuse(harmonic, x)

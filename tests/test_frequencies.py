@@ -40,10 +40,10 @@ from harmconvert.search import (
     whole_plan,
     with_order,
 )
-from harmconvert.search import orders as orders_room
 
 from . import oracle
 from .networks import CONVOLUTIONS, Branches, random_input, seeded
+from .seams import replace_everywhere
 from .test_calibration import fitted_rows, launched, smooth
 from .test_cli import SAMPLE, ok
 
@@ -319,7 +319,7 @@ def test_orders_are_kept_with_the_scores(tmp_path: Path, monkeypatch: pytest.Mon
     more = json.loads(probes.read_text())
     assert set(kept["single"]) < set(more["single"])
     assert {name: len(order["frequencies"]) for name, order in more["orders"].items()} == {"1": 9, "3": 9}
-    monkeypatch.setattr(orders_room, "response_moments", None)  # not asked again
+    replace_everywhere(monkeypatch, response_moments, None)  # not asked again
     again = convert(model, budget="params=60%", search=best, **arguments)
     assert again.plan == first.plan
     assert json.loads(probes.read_text()) == more

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from harmconvert.errors import InputError, OutsideError, UsageError
 from harmconvert.files import state_path
-from harmconvert.training import Keeper, Learner, Position, Recipe, Request, SignalError, Told, learner, state, train
+from harmconvert.network import gathered, sum_over_ranks
+from harmconvert.training import Keeper, Learner, Position, Recipe, Request, SignalError, Told, state, train
 
+from .seams import replace_everywhere
 from .test_training import PLAIN, noise, small
 
 # Everything that has a state of its own: momentum, a schedule, a moving average, mixup's and dropout's random numbers.
@@ -113,7 +115,7 @@ def test_the_state_before_a_spoilt_one_outlives_a_save_that_fails(
 def test_a_state_of_another_number_of_processes_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     keeper = Keeper(tmp_path / "run.state.pth", say=said.append)
-    monkeypatch.setattr(state, "gathered", lambda value: [value] * 4)
+    replace_everywhere(monkeypatch, gathered, lambda value: [value] * 4)
     keeper.save(Position(1), lambda: {"model": {}})
     keeper.load(keeper.path)
     assert "is of 4 processes, so random numbers will differ" in said[0]
@@ -127,11 +129,11 @@ def test_of_signals_to_several_processes_one_is_told_to_all(monkeypatch: pytest.
         for tensor in tensors:
             tensor += torch.tensor([1.0, 1, 1, 0, 1])
 
-    monkeypatch.setattr(learner, "sum_over_ranks", as_if_two)
+    replace_everywhere(monkeypatch, sum_over_ranks, as_if_two)
     request = Request()
     request.signal = signal.SIGINT
     assert Learner.look(ours, request) == ((2, 2, 2), signal.SIGTERM)
-    monkeypatch.setattr(learner, "sum_over_ranks", lambda tensors: None)
+    replace_everywhere(monkeypatch, as_if_two, lambda tensors: None)
     assert Learner.look(ours, request)[1] == signal.SIGINT
     assert Learner.look(ours, Request())[1] == 0
 

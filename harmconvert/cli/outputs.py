@@ -11,8 +11,8 @@ def check(
     source: str, output: str, save_plan: str | None, report: str | None, search_figure: str | None, force: bool
 ) -> tuple[Path | None, tuple[Path, Path] | None]:
     """Where the page and the figure go; raises UsageError or OutsideError where an output cannot be written."""
+    from ..arguments import check_figure
     from ..files import check_output
-    from ..report.writing import check_figure
 
     check_output(output, force, ".safetensors")
     if save_plan:

@@ -22,7 +22,7 @@ option = click.option(
 
 def checked(output: str, report: str | None, force: bool) -> Path | None:
     """Where --report of what goes to ``output`` is written, looked at before long work begins."""
-    from ..report.writing import check_report
+    from ..arguments import check_report
 
     return check_report(output, report, force) if report else None
 

@@ -93,8 +93,8 @@ def command(
       harmconvert report resnet50-harmonic-progressive.safetensors --figure errors
       harmconvert report sample:resnet_mnist5k --figure tradeoff --dataset sample:mnist5k --calibrate sample:mnist5k
     """
+    from ..arguments import check_figure
     from ..errors import UsageError
-    from ..report.writing import check_figure, drawing, write_figure
 
     if figure != "tradeoff" and latency is None and given["device"] is not None:
         raise UsageError("--device is of use only with --figure tradeoff or --latency")
@@ -119,6 +119,7 @@ def command(
         inputs.check_harmonic(source)
     from ..report import tables
     from ..report.tradeoff import Tradeoff
+    from ..report.writing import drawing, write_figure
 
     drawing()
     shown, found = _figure(figure, source, kernel_size, given)
@@ -170,8 +171,8 @@ def _page(
     as_json: bool,
 ) -> None:
     """Write the page, or its data."""
+    from ..arguments import check_report
     from ..errors import UsageError
-    from ..report.writing import check_report
 
     inputs.check()
     if not inputs.may_be_harmonic(source):

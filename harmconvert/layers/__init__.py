@@ -17,7 +17,7 @@ from .harmonic import (
     to_harmonic,
 )
 from .layer_times import Site, lay_out, layer_times, read_times
-from .timing import in_turns
+from .timing import Times, in_turns
 
 __all__ = [
     "CONVOLUTIONS",
@@ -27,6 +27,7 @@ __all__ = [
     "HarmonicBlock2d",
     "HarmonicMixin",
     "Site",
+    "Times",
     "absorb_bias",
     "base_class",
     "empty_counterpart",

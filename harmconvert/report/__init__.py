@@ -14,7 +14,7 @@ from .spectrum import Spectrum, spectrum
 from .summary import Report, report_of
 from .tables import calibration_lines, comparison_table, differences_table, tradeoff_table
 from .tradeoff import Point, Tradeoff, tradeoff
-from .writing import check_figure, check_report, drawing, write_figure
+from .writing import drawing, write_figure
 
 __all__ = [
     "OPTION_NAMES",
@@ -26,8 +26,6 @@ __all__ = [
     "Tradeoff",
     "axis",
     "calibration_lines",
-    "check_figure",
-    "check_report",
     "commands",
     "compare",
     "comparison_table",

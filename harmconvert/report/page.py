@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.cells import cell_len
 
+from ..arguments import templating
 from ..documents import json_text
 from ..errors import counted, printable
 from ..files import write_text
@@ -25,7 +26,6 @@ from .charts import Chart, error_chart, search_chart, training_charts
 from .kernels import level, size_text
 from .summary import UNTELLABLE, LayerFacts, Report, untellable
 from .tables import megabytes, millions
-from .writing import templating
 
 NAMED_ROWS = 48  # rows of a heat map that are high enough for a name each; more of them share this height
 

@@ -7,11 +7,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..errors import OutsideError, UsageError
-from ..files import check_output, short_name, write_csv, write_file
-
-SUFFIXES = (".png", ".svg")
-PAGE_SUFFIXES = (".html", ".json")
+from ..errors import OutsideError
+from ..files import write_csv, write_file
 
 
 def drawing() -> ModuleType:
@@ -24,48 +21,6 @@ def drawing() -> ModuleType:
         return import_module(".figures", __package__)
     except ImportError as error:
         raise OutsideError("figures are drawn by matplotlib: pip install 'harmconvert[report]'") from error
-
-
-def templating() -> ModuleType:
-    """jinja2, which fills the page.
-
-    Raises:
-        OutsideError: it is not installed.
-    """
-    try:
-        return import_module("jinja2")
-    except ImportError as error:
-        raise OutsideError("the report page is made by jinja2: pip install 'harmconvert[report]'") from error
-
-
-def check_report(source: str, output: str | None, force: bool) -> Path:
-    """The file that a report of ``source`` goes to, NAME-report.html where none is named; call it before long work.
-
-    Raises:
-        UsageError: neither .html nor .json; it exists and ``force`` is not set. OutsideError: jinja2 is missing.
-    """
-    path = Path(output) if output is not None else Path(f"{short_name(source)}-report.html")
-    if path.suffix.lower() not in PAGE_SUFFIXES:
-        raise UsageError(f"{path} should end in {' or '.join(PAGE_SUFFIXES)}: the suffix says what to write")
-    check_output(path, force)
-    if path.suffix.lower() == ".html":
-        templating()
-    return path
-
-
-def check_figure(source: str, figure: str, output: str | None, force: bool) -> tuple[Path, Path]:
-    """The image and the .csv that a figure of ``source`` goes to, NAME-FIGURE.png where no output is named.
-
-    Raises:
-        UsageError: no image that can be written; either file exists and ``force`` is not set.
-    """
-    image = Path(output) if output is not None else Path(f"{short_name(source)}-{figure}.png")
-    if image.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"{image} should end in {' or '.join(SUFFIXES)}: the suffix says what to write")
-    numbers = image.with_suffix(".csv")
-    for path in (image, numbers):
-        check_output(path, force)
-    return image, numbers
 
 
 def write_figure(found: Any, image: Path, numbers: Path, force: bool = False) -> list[dict[str, Any]]:

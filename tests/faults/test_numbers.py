@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import harmconvert as hc
-from harmconvert.calibration import sites
 from harmconvert.calibration.equations import Problem
-from harmconvert.calibration.solvers import NormalEquations, Operator, Samples
+from harmconvert.calibration.solvers import NormalEquations, Operator, Samples, solver
 from harmconvert.errors import InputError
 from harmconvert.kernels import all_frequencies
 
 from .. import oracle
 from ..networks import Branches, random_input, seeded
+from ..seams import replace_everywhere
 from .generated import DTYPES
 from .tally import Counter, size
 from .test_models import BOUND, complaint, difference, refusal
@@ -252,7 +252,7 @@ METHODS: tuple[type[Problem], ...] = (NormalEquations, Samples, Operator)
 def test_calibration_never_makes_things_worse_without_a_word(
     tally: Counter, monkeypatch: pytest.MonkeyPatch, method: type[Problem]
 ) -> None:
-    monkeypatch.setattr(sites, "solver", lambda *sizes: method)
+    replace_everywhere(monkeypatch, solver, lambda *sizes: method)
     count = tally("numbers", "calibration: odd networks on odd images, by every solver")
     pairs = list(itertools.product(NETWORKS.items(), IMAGES.items()))
     x = random_input((14, 3, 8, 9))

@@ -1,0 +1,19 @@
+"""Put a test's own function in the place of one of the package, wherever the package uses it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+
+
+def replace_everywhere(monkeypatch: pytest.MonkeyPatch, original: Any, replacement: Any) -> None:
+    """Each module of the package that has imported ``original`` gets ``replacement``, so that no test needs to know
+    which modules these are."""
+    found = 0
+    for module in [module for name, module in sys.modules.items() if name.split(".")[0] == "harmconvert"]:
+        for name in [name for name, value in vars(module).items() if value is original]:
+            monkeypatch.setattr(module, name, replacement)
+            found += 1
+    assert found, f"no module of the package holds {original}"
