@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from ..arguments import UNITS as UNITS
 from ..arguments import Budget as Budget
@@ -38,80 +39,100 @@ def limit_of(budget: Budget, whole: int, changes: Sequence[Sequence[int]]) -> tu
     return limit, smallest
 
 
+@dataclass(frozen=True)
+class Offer:
+    """What a search chooses from: the ``whole`` plan, its cost and, for each choice of each item, the change of the
+    cost and the score (0 for the whole). ``scored_by`` says what the scores are."""
+
+    whole: Plan
+    items: Sequence[Item]
+    cost: int
+    changes: Sequence[Sequence[int]]
+    scores: Sequence[Sequence[float]]
+    scored_by: str
+
+    def cost_of(self, chosen: Sequence[int]) -> int:
+        """The cost of the plan with these choices."""
+        return self.cost + sum(row[choice] for row, choice in zip(self.changes, chosen, strict=True))
+
+    def score_of(self, chosen: Sequence[int]) -> float:
+        """The sum of the scores of these choices."""
+        return sum(row[choice] for row, choice in zip(self.scores, chosen, strict=True))
+
+    def choices_in(self, plan: Plan) -> tuple[int, ...] | None:
+        """The choices that make a plan; None where it is made of something else."""
+        index = {name: number for number, item in enumerate(self.items) for name in item.names}
+        numbers = [{choice: number for number, choice in enumerate(item.choices)} for item in self.items]
+        planned = {index[p.name]: numbers[index[p.name]].get(p.keeps) for p in plan.layers if p.name in index}
+        choices = [planned.get(number) for number in range(len(self.items))]
+        return tuple(choice for choice in choices if choice is not None) if None not in choices else None
+
+
 def choose(
     budget: Budget,
-    whole_plan: Plan,
-    items: Sequence[Item],
-    costs: tuple[int, Sequence[Sequence[int]]],
-    scores: Sequence[Sequence[float]],
-    scored_by: str,
+    offer: Offer,
     others: Mapping[str, Plan],
     measure: Callable[[Plan], float | None] | None,
     trials: int,
 ) -> tuple[Plan, Search]:
-    """The plan of least divergence within the budget, and how it was found.
+    """Find the plan of least divergence within the budget, and say how it was found.
 
     Args:
-        costs: of the whole plan, and the change by each choice of each item.
-        scores: of each choice of each item, 0 for the whole.
         others: plans to try beside those of the search, where they are within the budget.
-        measure: the divergence of a whole plan (None: it cannot be told); None leaves scores alone to decide.
+        measure: the divergence of a whole plan (None: it is not known); None lets the scores alone decide.
+        trials: whole plans to measure.
 
     Raises:
         UsageError: the budget cannot be met.
     """
-    whole, changes = costs
-    limit, smallest = limit_of(budget, whole, changes)
-    front = frontier(changes, scores)
-    index = {name: number for number, item in enumerate(items) for name in item.names}
-    numbers = [{choice: number for number, choice in enumerate(item.choices)} for item in items]
-
-    def cost(chosen: Sequence[int]) -> int:
-        return whole + sum(row[choice] for row, choice in zip(changes, chosen, strict=True))
-
-    def expected(chosen: Sequence[int]) -> float:
-        return sum(row[choice] for row, choice in zip(scores, chosen, strict=True))
-
-    def choices_in(plan: Plan) -> tuple[int, ...] | None:
-        """A plan as choices, where it is made of them."""
-        planned = {index[p.name]: numbers[index[p.name]].get(p.keeps) for p in plan.layers if p.name in index}
-        found = [planned.get(number) for number in range(len(items))]
-        return tuple(choice for choice in found if choice is not None) if None not in found else None
-
-    first = front.best(limit - whole)
-    assert first is not None
-    starts = {first: "search"}
-    rooted = frontier(changes, [[math.sqrt(max(score, 0.0)) for score in row] for row in scores]).best(limit - whole)
-    if rooted is not None:
-        starts.setdefault(rooted, "search, by roots")
-    fitting = [
-        (cost(chosen), chosen, name) for name, plan in others.items() if (chosen := choices_in(plan)) is not None
-    ]
-    for _, chosen, name in sorted((f for f in fitting if f[0] <= limit), reverse=True)[:2]:  # smaller ones are worse
-        starts.setdefault(chosen, name)
+    limit, smallest = limit_of(budget, offer.cost, offer.changes)
+    front = frontier(offer.changes, offer.scores)
+    starts = _starts(offer, front, others, limit)
     tried: dict[tuple[int, ...], Tried] = {}
 
     def attempt(chosen: tuple[int, ...], origin: str) -> float:
-        value = measure(plan_of(whole_plan, items, chosen, str(budget))) if measure and trials else None
-        tried[chosen] = Tried(origin, cost(chosen), expected(chosen), value)
+        plan = plan_of(offer.whole, offer.items, chosen, str(budget))
+        value = measure(plan) if measure and trials else None
+        tried[chosen] = Tried(origin, offer.cost_of(chosen), offer.score_of(chosen), value)
         return math.inf if value is None else value
 
-    best, least = first, attempt(first, "search")
+    (best, origin), *rest = starts.items()
+    least = attempt(best, origin)
     if measure is not None:
-        for chosen, origin in list(starts.items())[1:]:
+        for chosen, origin in rest:
             if len(tried) < trials and (value := attempt(chosen, origin)) < least:
                 best, least = chosen, value
         while len(tried) < trials:
-            swap = next((s for s in swaps(best, changes, scores, limit - whole) if s not in tried), None)
+            swap = next(
+                (s for s in swaps(best, offer.changes, offer.scores, limit - offer.cost) if s not in tried), None
+            )
             if swap is None:
                 break
             if (value := attempt(swap, "swap")) < least:
                 best, least = swap, value
-    plans = list(tried)
-    return plan_of(whole_plan, items, best, str(budget)), Search(
-        str(budget), budget.unit, whole, limit, smallest, scored_by, tuple(tried.values()), plans.index(best),
-        _shown(front, whole), front.exact,
+    return plan_of(offer.whole, offer.items, best, str(budget)), Search(
+        str(budget), budget.unit, offer.cost, limit, smallest, offer.scored_by, tuple(tried.values()),
+        list(tried).index(best), _shown(front, offer.cost), front.exact,
     )  # fmt: skip
+
+
+def _starts(offer: Offer, front: Frontier, others: Mapping[str, Plan], limit: int) -> dict[tuple[int, ...], str]:
+    """The choices to try first, with where they come from: the best by scores, the best by the roots of the scores, and
+    the two largest of the ``others`` within the limit (smaller ones are worse)."""
+    first = front.best(limit - offer.cost)
+    assert first is not None
+    starts = {first: "search"}
+    roots = [[math.sqrt(max(score, 0.0)) for score in row] for row in offer.scores]
+    if (rooted := frontier(offer.changes, roots).best(limit - offer.cost)) is not None:
+        starts.setdefault(rooted, "search, by roots")
+    fitting = [
+        (offer.cost_of(chosen), chosen, name)
+        for name, plan in others.items()
+        if (chosen := offer.choices_in(plan)) is not None and offer.cost_of(chosen) <= limit
+    ]
+    for _, chosen, name in sorted(fitting, reverse=True)[:2]:
+        starts.setdefault(chosen, name)
+    return starts
 
 
 def swaps(

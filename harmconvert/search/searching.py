@@ -24,7 +24,7 @@ from ..network.running import unchanged
 from ..network.tracing import Trace
 from ..plan import Plan, apply_plan, make_plan
 from .choices import Choice, Item, costs_of, items_of, whole_plan
-from .choosing import choose, limit_of
+from .choosing import Offer, choose, limit_of
 from .energy import energy_scores
 from .latency import latency_costs
 from .orders import BY_ERROR, Order, orders_by_energy, orders_by_error, whole_of, with_order
@@ -98,11 +98,12 @@ class Searching:
             costs = self._costs(whole, items)
         if probes is None:
             scores = [energy_scores(self.model, item.names, item.choices) for item in items]
-            plan, record = choose(self.budget, whole, items, costs, scores, "energy", self._policies(), None, 0)
+            offer = Offer(whole, items, *costs, scores, "energy")
+            plan, record = choose(self.budget, offer, self._policies(), None, 0)
             converted = self._converted(plan, None, self.settings)
         else:
             scores = self._probed(whole, items, probes)
-            converted, record = self._tried(whole, items, costs, scores, probes)
+            converted, record = self._tried(Offer(whole, items, *costs, scores, "divergence"), probes)
         return converted, replace(record, frequencies=self.search.frequencies, notes=notes)
 
     def least_share(self) -> float:
@@ -210,14 +211,8 @@ class Searching:
             yield left.pop(name), replace(self._known, whole={name: layer})
         yield from ((item, self._known) for item in left.values())
 
-    def _tried(
-        self,
-        whole: Plan,
-        items: Sequence[Item],
-        costs: tuple[int, list[list[int]]],
-        scores: list[list[float]],
-        probes: Probes,
-    ) -> tuple[Converted, Search]:
+    def _tried(self, offer: Offer, probes: Probes) -> tuple[Converted, Search]:
+        """The network converted by the best of the plans that are tried as a whole, and how it was found."""
         best: tuple[float, Converted | None] = (math.inf, None)
         done = 0
 
@@ -234,9 +229,7 @@ class Searching:
                 probes.keep()
             return probes.whole[name]
 
-        plan, record = choose(
-            self.budget, whole, items, costs, scores, "divergence", self._policies(), measure, self.search.trials
-        )
+        plan, record = choose(self.budget, offer, self._policies(), measure, self.search.trials)
         self.progress(self.search.trials, self.search.trials, "plan found")
         converted = best[1]
         if converted is None or converted.plan.layers != plan.layers:
