@@ -49,7 +49,7 @@ class Delivering:
         told = self
 
         def call(self: Searching, *arguments: Any) -> Any:
-            convert = self._converted
+            convert = self._convert
 
             def timed(plan: Any, known: Any, settings: CalibrationSettings) -> Any:
                 start = time.perf_counter()
@@ -57,7 +57,7 @@ class Delivering:
                 told.seconds += time.perf_counter() - start if known is not None else 0.0
                 return converted
 
-            self._converted = timed  # type: ignore[method-assign]
+            self._convert = timed  # type: ignore[method-assign]
             return made(self, *arguments)
 
         def divergence(self: Searching, *arguments: Any, **more: Any) -> Any:

@@ -325,7 +325,7 @@ def test_orders_are_kept_with_the_scores(tmp_path: Path, monkeypatch: pytest.Mon
     assert json.loads(probes.read_text()) == more
     more["orders"]["1"]["frequencies"] = "none"
     probes.write_text(json.dumps(more))
-    with pytest.raises(InputError, match="holds no probes that can be read"):
+    with pytest.raises(InputError, match="cannot read probes from"):
         convert(model, budget="params=60%", search=best, **arguments)
 
 

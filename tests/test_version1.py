@@ -48,14 +48,19 @@ CONVERTED: dict[str, dict[str, Any]] = {  # how the release was asked for each f
 }
 
 
-@pytest.fixture
-def make() -> Callable[[], nn.Module]:
+def digits_maker() -> Callable[[], nn.Module]:
+    """The function that makes the network of the files."""
     spec = spec_from_file_location("digits_network", FOLDER / "digits_network.py")
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return cast(Callable[[], nn.Module], module.make)
+
+
+@pytest.fixture
+def make() -> Callable[[], nn.Module]:
+    return digits_maker()
 
 
 def header_text(name: str) -> Any:

@@ -1,7 +1,8 @@
-"""The search for a plan within a budget: choices, their scores, and exact dynamic programming over both.
+"""Search for a plan within a budget: choices, their scores, and exact dynamic programming over both.
 
-What belongs here: everything between a budget and a plan. The refit that the scores are measured after belongs to
-`calibration`."""
+What belongs here: everything between a budget and a plan. What does not: the refit of the layers before their scores
+are measured (`calibration`).
+"""
 
 from .choices import Choice, Item, costs_of, items_of, plan_of, whole_plan
 from .choosing import swaps

@@ -1,4 +1,4 @@
-"""What there is to choose: what each layer may keep on the axes that a budget can use, and what each choice costs."""
+"""The choices of a search: what each layer may keep on the axes that save the budget's unit, and what it costs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Choice = tuple[Kept, ...]
 
 @dataclass(frozen=True)
 class Item:
-    """Layers that share their weight, and so one choice: what they may keep, the whole first."""
+    """Layers that share one weight, and what they may keep; the first choice keeps everything."""
 
     names: tuple[str, ...]
     choices: tuple[Choice, ...]
@@ -27,8 +27,10 @@ class Item:
 def whole_plan(
     layers: Sequence[LayerInfo], include: Sequence[str] = (), exclude: Sequence[str] = (), basis: Basis | None = None
 ) -> Plan:
-    """The plan that cuts nothing, with notes on the layers that no search cuts: those that a policy leaves whole, but
-    for depthwise layers, where the scores say what a cut costs."""
+    """Return the plan that cuts nothing, with a note for each layer that the search must leave whole.
+
+    These are the layers that a policy leaves whole, except depthwise layers: the search scores cuts of those.
+    """
     never_cut = {layer.name for layer in layers if layer.reads_input or layer.fixed}
     notes = make_plan(layers, 1, include, exclude, basis).notes
     whole = make_plan(layers, "full", include, exclude, basis)
@@ -36,11 +38,11 @@ def whole_plan(
 
 
 def items_of(whole: Plan, ties: Mapping[str, str], unit: str = "params") -> tuple[Item, ...]:
-    """An item for each layer of a plan that may be cut (`Plan.notes` names those that stay whole).
+    """Return an item for each layer that may be cut; `Plan.notes` names the layers that stay whole.
 
     Args:
-        ties: of layers that share a weight, the name of the first.
-        unit: of the budget: what a layer keeps on an axis that cannot save it stays as it is.
+        ties: for each layer that shares its weight, the name of the first layer with that weight.
+        unit: unit of the budget; an axis that cannot save it offers no choice.
     """
     members: dict[str, list[LayerPlan]] = {}
     for layer in whole.layers:
@@ -54,7 +56,7 @@ def items_of(whole: Plan, ties: Mapping[str, str], unit: str = "params") -> tupl
 
 
 def _choices(whole: LayerPlan, unit: str) -> tuple[Choice, ...]:
-    """Every combination of what the axes offer, the whole first."""
+    """Return every combination of the choices of all axes; the first one keeps everything."""
     offered = [
         AXES[kept.axis].choices(kept) if unit in AXES[kept.axis].budget_units else (kept,) for kept in whole.keeps
     ]
@@ -62,7 +64,7 @@ def _choices(whole: LayerPlan, unit: str) -> tuple[Choice, ...]:
 
 
 def plan_of(whole: Plan, items: Sequence[Item], chosen: Sequence[int], policy: str) -> Plan:
-    """The plan that keeps what was chosen of every item, and all of the rest."""
+    """Return the plan with the chosen choice of each item; all other layers stay whole."""
     kept = {name: item.choices[choice] for item, choice in zip(items, chosen, strict=True) for name in item.names}
     return replace(whole.changed(lambda layer: layer.keeping(*kept.get(layer.name, ()))), policy=policy)
 
@@ -70,8 +72,11 @@ def plan_of(whole: Plan, items: Sequence[Item], chosen: Sequence[int], policy: s
 def costs_of(
     model: nn.Module, whole: Plan, items: Sequence[Item], unit: str, trace: Trace | None
 ) -> tuple[int, list[list[int]]]:
-    """What the whole plan costs in ``unit``, and by how much each choice of each item changes the total, from 0 for the
-    whole; the costs of layers add up, because each is a sum over its own."""
+    """Return the cost of the whole plan, in ``unit``, and by how much each choice of each item changes it.
+
+    The first choice of an item keeps everything, so its change is 0. The changes of several items add up, because the
+    cost of a network is a sum over its layers.
+    """
     total = cost_in(model, whole, unit, trace)
     changes = []
     for index, item in enumerate(items):
@@ -84,6 +89,6 @@ def costs_of(
 
 
 def cost_in(model: nn.Module, plan: Plan, unit: str, trace: Trace | None) -> int:
-    """Parameters, bytes, or MACs of the factored form, of the whole network under a plan."""
+    """Return the cost of the network under a plan: parameters, bytes, or MACs of the factored form."""
     cost = network_cost(model, plan, trace if unit == "macs" else None)
     return {"params": cost.harmonic_parameters, "bytes": cost.harmonic_bytes, "macs": cost.factored_macs or 0}[unit]

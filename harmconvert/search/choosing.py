@@ -1,11 +1,12 @@
-"""Ask for a size and get the plan of least harm (DESIGN 5).
+"""Choose the plan within a budget that changes the network's outputs least.
 
-Each layer is cut alone, to each of some sizes, and scored by what that does to the network's outputs; dynamic
-programming picks one size for each layer within the budget; then whole plans are tried on the network itself, because
-scores do not add up when the cut is deep. From the whole to the parts: searching.py, the search on a network; `choose`
-here, the search among plans; choices.py, what there is to choose and its costs; latency.py, costs on a clock; orders.py
-and elimination.py, which frequencies a layer needs least; probes.py, scores kept in a file; energy.py, scores without
-images; knapsack.py, the exact choice.
+Each layer is cut alone, to several sizes. Its score is the change in the network's outputs. Dynamic programming then
+chooses one size for each layer within the budget. At last, whole plans are tried on the network, because the scores of
+single layers do not add up when the cuts are deep.
+
+The parts: searching.py runs the search on a network; `choose` here chooses among plans; choices.py lists the choices
+and their costs; latency.py measures costs as times; orders.py finds the frequencies that a layer needs least; probes.py
+stores scores in a file; energy.py computes scores without images; knapsack.py makes the exact choice.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from .records import Search, Tried
 
 
 def limit_of(budget: Budget, whole: int, changes: Sequence[Sequence[int]]) -> tuple[int, int]:
-    """The most that a plan may cost, and the least that any plan does.
+    """Return the budget as an absolute limit, and the cost of the cheapest plan.
 
     Raises:
-        UsageError: no plan is within the budget; says what can be reached.
+        UsageError: no plan is within the budget; the message says what can be reached.
     """
     limit, smallest = budget.limit(whole), whole + sum(min(row) for row in changes)
     if smallest > limit:
@@ -75,12 +76,13 @@ def choose(
     measure: Callable[[Plan], float | None] | None,
     trials: int,
 ) -> tuple[Plan, Search]:
-    """Find the plan of least divergence within the budget, and say how it was found.
+    """Return the plan of least divergence within the budget, and a record of the search.
 
     Args:
-        others: plans to try beside those of the search, where they are within the budget.
-        measure: the divergence of a whole plan (None: it is not known); None lets the scores alone decide.
-        trials: whole plans to measure.
+        others: more plans to try, by name, where they are within the budget.
+        measure: returns the divergence of a whole plan, or None where it cannot be measured. If ``measure`` is None,
+            the scores alone decide.
+        trials: number of whole plans to measure.
 
     Raises:
         UsageError: the budget cannot be met.
@@ -112,7 +114,7 @@ def choose(
                 best, least = swap, value
     return plan_of(offer.whole, offer.items, best, str(budget)), Search(
         str(budget), budget.unit, offer.cost, limit, smallest, offer.scored_by, tuple(tried.values()),
-        list(tried).index(best), _shown(front, offer.cost), front.exact,
+        list(tried).index(best), _frontier_points(front, offer.cost), front.exact,
     )  # fmt: skip
 
 
@@ -138,16 +140,19 @@ def _starts(offer: Offer, front: Frontier, others: Mapping[str, Plan], limit: in
 def swaps(
     chosen: tuple[int, ...], changes: Sequence[Sequence[int]], scores: Sequence[Sequence[float]], limit: int
 ) -> Iterator[tuple[int, ...]]:
-    """Plans that give one item another set of the same cost, or the next larger one and another item a smaller one, as
-    much as that takes to stay within the limit; those of the least scores first."""
+    """Yield the plans that differ from ``chosen`` in one or two items, the least total score first.
+
+    Either one item takes another choice of the same or the next higher cost, or a second item also takes a cheaper
+    choice, so that the plan stays within the limit.
+    """
     cost = sum(row[choice] for row, choice in zip(changes, chosen, strict=True))
-    found: list[tuple[float, tuple[int, ...]]] = []
+    plans: list[tuple[float, tuple[int, ...]]] = []
     for up, choice in enumerate(chosen):
         for larger in _not_smaller(changes[up], choice):
             more = cost + changes[up][larger] - changes[up][choice]
             gain = scores[up][larger] - scores[up][choice]
             if more <= limit:
-                found.append((gain, _with(chosen, {up: larger})))
+                plans.append((gain, _with_changes(chosen, {up: larger})))
             if changes[up][larger] == changes[up][choice]:
                 continue
             for down, row_down in enumerate(changes):
@@ -156,29 +161,29 @@ def swaps(
                 for smaller in _smaller(row_down, scores[down], chosen[down]):
                     if more + row_down[smaller] - row_down[chosen[down]] <= limit:
                         change = gain + scores[down][smaller] - scores[down][chosen[down]]
-                        found.append((change, _with(chosen, {up: larger, down: smaller})))
+                        plans.append((change, _with_changes(chosen, {up: larger, down: smaller})))
                         break
-    yield from (swap for _, swap in sorted(found))
+    yield from (plan for _, plan in sorted(plans))
 
 
 def _not_smaller(row: Sequence[int], choice: int) -> list[int]:
-    """Other choices of an item that cost the same, and those of the next higher cost."""
+    """Return the other choices of an item that have the same cost or the next higher cost."""
     higher = min((cost for cost in row if cost > row[choice]), default=row[choice])
     return [other for other, cost in enumerate(row) if other != choice and cost in (row[choice], higher)]
 
 
 def _smaller(row: Sequence[int], scores: Sequence[float], choice: int) -> list[int]:
-    """Choices of an item that cost less, the dearest first, of equal ones that of the least score."""
+    """Return the choices of an item that cost less: the highest cost first, then the least score first."""
     cheaper = [other for other, cost in enumerate(row) if cost < row[choice]]
     return sorted(cheaper, key=lambda other: (-row[other], scores[other]))
 
 
-def _with(chosen: tuple[int, ...], changed: Mapping[int, int]) -> tuple[int, ...]:
+def _with_changes(chosen: tuple[int, ...], changed: Mapping[int, int]) -> tuple[int, ...]:
     return tuple(changed.get(index, choice) for index, choice in enumerate(chosen))
 
 
-def _shown(front: Frontier, whole: int, points: int = 60) -> tuple[tuple[int, float], ...]:
-    """Some points of the frontier, from the smallest plan to the whole, evenly spaced in cost."""
+def _frontier_points(front: Frontier, whole: int, points: int = 60) -> tuple[tuple[int, float], ...]:
+    """Return some points of the frontier, evenly spaced in cost, from the smallest plan to the whole one."""
     wanted = [front.costs[0] + (front.costs[-1] - front.costs[0]) * step / (points - 1) for step in range(points)]
     indices = sorted({int(i) for i in front.costs.searchsorted(wanted).clip(0, len(front.costs) - 1)})
     return tuple((whole + int(front.costs[i]), float(front.scores[i])) for i in indices)

@@ -1,4 +1,4 @@
-"""The smallest network that is no more than so many points worse, by bisection over budgets."""
+"""Find the smallest network whose metric drops by at most a given number of points, by bisection over budgets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STEPS = 7
 
 @dataclass(frozen=True)
 class Step:
-    """One budget: share of the whole, and by how many points the network within it is worse than the uncut one."""
+    """One budget that was tried: its share of the whole network, and by how many points the metric drops there."""
 
     share: float
     drop: float
@@ -23,25 +23,28 @@ class Step:
 def smallest_within(
     attempt: Callable[[float], tuple[Any, float]], least: float, max_drop: float, steps: int = STEPS
 ) -> tuple[Any, tuple[Step, ...]]:
-    """What ``attempt`` made at the smallest share tried whose drop is at most ``max_drop``, and all that was tried.
+    """Return the result of ``attempt`` at the smallest share whose drop is at most ``max_drop``, and all steps.
 
-    Bisection, from the least share that can be reached to the whole: exact to 2^-steps of what lies between where the
-    drop falls with the share, and a network within ``max_drop`` in any case (the whole loses nothing).
+    The bisection starts with the shares ``least`` and 1. Where the drop falls as the share grows, the result is exact
+    to ``2 ** -steps`` of the interval. The drop is at most ``max_drop`` in every case, because share 1 loses nothing.
 
     >>> smallest_within(lambda share: (share, 10 * (1 - share)), 0.0, 5.0, 3)[0]
     0.5
 
+    Args:
+        attempt: takes a share; returns a network within that share, and its drop in points.
+
     Raises:
-        UsageError: a drop that is no number of zero or more.
+        UsageError: ``max_drop`` is negative or not finite.
     """
     if not (math.isfinite(max_drop) and max_drop >= 0):
         raise UsageError(f"a drop of {max_drop} points: give 0 or more, such as 1.0")
     tried: list[Step] = []
 
     def fits(share: float) -> tuple[Any, bool]:
-        made, drop = attempt(share)
+        result, drop = attempt(share)
         tried.append(Step(share, drop))
-        return made, drop <= max_drop
+        return result, drop <= max_drop
 
     best, ok = fits(least)
     if ok:
@@ -49,9 +52,9 @@ def smallest_within(
     low, high, best = least, 1.0, None
     for _ in range(steps):
         middle = (low + high) / 2
-        made, ok = fits(middle)
+        result, ok = fits(middle)
         if ok:
-            high, best = middle, made
+            high, best = middle, result
         else:
             low = middle
     if best is None:

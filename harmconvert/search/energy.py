@@ -1,4 +1,4 @@
-"""A score without images: the energy that a cut takes from a kernel, as the batch norm behind it sees it."""
+"""Scores without images: the kernel energy that a cut removes, relative to the variance at the next batch norm."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from .choices import Choice
 
 
 def energy_scores(model: nn.Module, names: Sequence[str], choices: Sequence[Choice]) -> list[float]:
-    """For each choice the mean over output channels of |what is cut|^2 over the variance that the batch norm behind the
-    layer divides by; without one over |kernel|^2. For layers that share a kernel, the first one's score is used.
+    """Return the score of each choice: the energy that it cuts, relative to each output channel's variance.
 
-    White inputs of variance one would lose that share of each channel's variance. Images hold less at high frequencies,
-    so this is good for an order of layers, not for the accuracy that a cut will cost.
+    The score is the mean over output channels of |cut part of the kernel|^2 / (running variance of the next batch
+    norm), or / |kernel|^2 where there is no batch norm. Layers that share a kernel use the first layer's score.
+
+    For white inputs of variance one, the score is the share of the variance that is lost. Images have less energy at
+    high frequencies, so the score ranks layers; it does not predict accuracy.
     """
     name = names[0]
     layer = weighted_layers(model)[name]
@@ -27,7 +29,7 @@ def energy_scores(model: nn.Module, names: Sequence[str], choices: Sequence[Choi
     weight = cast(Tensor, layer.weight).detach().to(torch.float64)
     filters = weight.transpose(0, 1) if transposed else weight
     scale_O = _variance_behind(model, name, len(filters))
-    if scale_O is None:  # then only proportions matter, and the floor below is not to meet small weights
+    if scale_O is None:  # then only proportions matter; scaled, small weights stay above the floor below
         weight = weight / largest_of(weight)
         filters = weight.transpose(0, 1) if transposed else weight
         scale_O = filters.flatten(1).square().sum(1)
@@ -40,12 +42,14 @@ def energy_scores(model: nn.Module, names: Sequence[str], choices: Sequence[Choi
 
 
 def _variance_behind(model: nn.Module, name: str, channels: int) -> Tensor | None:
-    """Running variance of the batch norm that the network defines next, if it has as many channels: in most networks
-    the one that the convolution feeds."""
-    found = False
+    """Return the running variance of the batch norm that the network defines next, if it has as many channels.
+
+    In most networks this batch norm follows the convolution in the forward pass, too.
+    """
+    passed = False
     for other, module in model.named_modules():
-        if found and isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if passed and isinstance(module, nn.modules.batchnorm._BatchNorm):
             variance = module.running_var if module.num_features == channels else None
             return None if variance is None else variance.detach().to(torch.float64)
-        found = found or other == name
+        passed = passed or other == name
     return None

@@ -1,4 +1,4 @@
-"""One choice for each item, of least total score at no more than a total cost: exact dynamic programming."""
+"""Choose one choice for each item: the least total score within a total cost, by exact dynamic programming."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# So many combinations that no other beats are remembered; more of them are thinned out to the best of each cost cell.
+# Most trade-offs to remember. If there are more, only the best one of each cell of a grid of costs stays.
 LIMIT = 50_000
 
 
 @dataclass(frozen=True)
 class Frontier:
-    """Every trade-off that no other beats: total costs (rising), total scores (falling), and the choices of each.
+    """All trade-offs that no other one beats: total costs (rising), total scores (falling), and the choices of each.
 
-    ``exact`` is False where there were too many to remember: then a better plan may be missed, but none costs more than
-    it says.
+    ``exact`` is False where there were too many to remember. Then a better plan may be missed; the costs are still
+    true.
     """
 
     costs: np.ndarray  # (n,) int64, true costs
@@ -25,20 +25,20 @@ class Frontier:
     exact: bool
 
     def best(self, budget: int) -> tuple[int, ...] | None:
-        """The choices of least score that cost no more than ``budget``; None where nothing does."""
+        """Return the choices of least score that cost at most ``budget``; None where all cost more."""
         fitting = int(np.searchsorted(self.costs, budget, side="right"))
         return tuple(map(int, self.choices[fitting - 1])) if fitting else None
 
 
 def frontier(costs: Sequence[Sequence[int]], scores: Sequence[Sequence[float]], limit: int = LIMIT) -> Frontier:
-    """All best trade-offs of items with the given cost and score of each choice.
+    """Return all best trade-offs, from the cost and the score of each choice of each item.
 
-    Partial sums that cost as much and score worse than others cannot be part of a best whole, whatever comes after;
-    dropping them as they arise is exact (dynamic programming by dominance for the multiple-choice knapsack: Kellerer,
-    Pferschy and Pisinger 2004, ch. 11). Costs of layers share large divisors, which keeps their number small.
+    A partial sum that costs at least as much as another one and scores worse cannot be part of a best total. Dropping
+    it at once is exact (dynamic programming by dominance for the multiple-choice knapsack: Kellerer, Pferschy and
+    Pisinger 2004, ch. 11). The costs of layers share large divisors, so few sums remain.
 
-    >>> found = frontier([[9, 3], [9, 3]], [[0.0, 1.0], [0.0, 5.0]])
-    >>> found.best(12), found.best(5)
+    >>> front = frontier([[9, 3], [9, 3]], [[0.0, 1.0], [0.0, 5.0]])
+    >>> front.best(12), front.best(5)
     ((1, 0), None)
     """
     total_costs, total_scores = np.zeros(1, np.int64), np.zeros(1)
@@ -57,14 +57,14 @@ def frontier(costs: Sequence[Sequence[int]], scores: Sequence[Sequence[float]], 
 
 
 def _undominated(costs: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Indices, by rising cost, of what scores less than everything that costs no more."""
+    """Return the indices, by rising cost, of the entries that score less than all entries of equal or lower cost."""
     order = np.lexsort((scores, costs))
     best = np.minimum.accumulate(scores[order])
     return order[np.concatenate([[True], scores[order][1:] < best[:-1]])]
 
 
 def _thinned(costs: np.ndarray, scores: np.ndarray, kept: np.ndarray, limit: int) -> np.ndarray:
-    """Of each cell of a grid of costs the best score, and the cheapest of all."""
+    """Return the entry of best score in each cell of a grid of costs, and the cheapest entry of all."""
     low, high = costs[kept[0]], costs[kept[-1]]
     cells = (costs[kept] - low) * (limit - 1) // max(int(high - low), 1)
     last = np.concatenate([cells[1:] != cells[:-1], [True]])  # scores fall, so the last of a cell is its best

@@ -1,4 +1,4 @@
-"""What plans cost on a clock: measured times of layers in the form that is faster here, not multiplications."""
+"""Cost of plans as time: each layer is measured on this machine, in the form that is faster here."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ..network.tracing import Trace
 from ..plan import LayerPlan, Plan, apply_plan
 from .choices import Choice, Item
 
-# Convolutions over 1x1 are at most this share of a network's time.
-MOST_OF_IT = 0.95
+# Convolutions with kernels larger than 1x1 are taken to need at most this share of a network's time.
+LARGEST_SHARE = 0.95
 
 
 def latency_costs(
@@ -28,37 +28,39 @@ def latency_costs(
     whole: float,
     progress: Progress,
 ) -> tuple[int, list[list[int]]]:
-    """Microseconds of a forward that takes ``whole`` seconds dense, and by how much each choice of each item changes
-    that: a layer is factored where that is faster on this machine, else dense.
+    """Return the time of a forward pass, and by how much each choice of each item changes it, in microseconds.
 
-    Times of layers are taken alone and added up (`layer_times`, which keeps them); what `factor` then makes of the plan
-    is measured as a whole.
+    A layer runs factored where that is faster on this machine, else dense. Each layer is timed alone (`layer_times`
+    stores the times), and the times are added up.
+
+    Args:
+        whole: seconds of a forward pass of the uncut network in its dense form.
     """
     convs = convolutions(model)
     sites = sites_of(model, {name: convs[name] for item in items for name in item.names}, example_input)
     total, done = sum(len(item.choices) - 1 for item in items), 0
-    gains: list[list[float]] = []  # seconds by each choice but the whole
-    parts: list[float] = []  # seconds of the layers themselves, dense
+    gains: list[list[float]] = []  # seconds saved by each choice except the first, which keeps everything
+    parts: list[float] = []  # seconds of each item's layers in the dense form
     for item in items:
         calls = {name: trace.layers[name].calls for name in item.names if name in sites and name in trace.layers}
-        row, taken = [], []
+        row, dense_times = [], []
         for choice in item.choices[1:]:
             progress(done, total, f"timing {item.names[0]}")
             done += 1
-            times = {name: _times(convs[name], sites[name], choice) for name in calls}
+            times = {name: _times_of_both_forms(convs[name], sites[name], choice) for name in calls}
             row.append(sum(calls[name] * max(0.0, dense - factored) for name, (dense, factored) in times.items()))
-            taken.append(sum(calls[name] * dense for name, (dense, _) in times.items()))
+            dense_times.append(sum(calls[name] * dense for name, (dense, _) in times.items()))
         gains.append(row)
-        parts.append(max(taken, default=0.0))
+        parts.append(max(dense_times, default=0.0))
     progress(total, total, "all layers timed")
-    # Layers alone, at another moment, may come to more than the whole that they are parts of.
-    taken_by_all = sum(parts)
-    scale = min(1.0, MOST_OF_IT * whole / taken_by_all) if taken_by_all else 1.0
+    # Layers timed alone, at another moment, may need more time in sum than the whole network did.
+    time_of_all = sum(parts)
+    scale = min(1.0, LARGEST_SHARE * whole / time_of_all) if time_of_all else 1.0
     return round(1e6 * whole), [[0, *(-round(1e6 * scale * gain) for gain in row)] for row in gains]
 
 
-def _times(conv: nn.Module, site: Site, choice: Choice) -> tuple[float, float]:
-    """Seconds of a call in the dense and the factored form of a choice; 0 for both where there is no such form."""
+def _times_of_both_forms(conv: nn.Module, site: Site, choice: Choice) -> tuple[float, float]:
+    """Return the seconds of a call in the dense and the factored form; 0 for both where it cannot be factored."""
     layer = LayerPlan("", kernel_size(conv), choice)
     converted = apply_plan(conv, Plan((layer,)))
     if not is_harmonic_layer(converted) or reason_not_factorable(converted):

@@ -1,7 +1,7 @@
-"""In what order each layer can do without its frequencies: by output error on images, or by energy without them.
+"""Order the frequencies of each layer by how much it needs them: by output error on images, or by energy without them.
 
-This is the one part of the search that belongs to the space axis: it adds to a layer's choices sets of frequencies that
-are not the lowest.
+This is the only part of the search that knows the space axis: it adds sets of frequencies that are not the lowest to a
+layer's choices.
 """
 
 from __future__ import annotations
@@ -27,40 +27,44 @@ from .energy import energy_scores
 BY_ERROR = "output error"
 APART = "output error, channels taken one by one"
 BY_ENERGY = "energy"
-# Sizes of the sets that are chosen frequency by frequency: each is a probe, and large kernels have dozens.
+# Most sizes of the sets that are chosen frequency by frequency: each set needs a probe, and large kernels have dozens.
 MOST_SIZES = 12
 
 
 @dataclass(frozen=True)
 class Order:
-    """All frequencies of a layer, the first to be cut first, and what decided: the output error, the same with input
-    channels taken as uncorrelated, or the energy of the coefficients, and then ``why``."""
+    """All frequencies of a layer, in the order in which they are cut.
+
+    ``by`` names the criterion: the output error, the output error with input channels taken as uncorrelated, or the
+    energy of the coefficients. In the last case, ``why`` says why the output error was not used.
+    """
 
     frequencies: tuple[Frequency, ...]
     by: str
     why: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict; inverse of `from_json`."""
+        """Return a JSON-able dict; inverse of `from_json`."""
         return {"frequencies": [list(f) for f in self.frequencies], "by": self.by, "why": self.why}
 
     @classmethod
     def from_json(cls, data: Any) -> Order:
-        """Read what `to_json` wrote; raises KeyError, TypeError or ValueError where it is something else."""
+        """Return the order that `to_json` wrote; raise KeyError, TypeError or ValueError for other data."""
         return cls(tuple(tuple(map(int, f)) for f in data["frequencies"]), str(data["by"]), data["why"])
 
 
 def whole_of(item: Item) -> Frequencies | None:
-    """All frequencies of an item's layers; None where the layers have no space axis."""
+    """Return all frequencies of an item's layers; None where the layers have no space axis."""
     return cast("Frequencies | None", next((kept for kept in item.choices[0] if kept.axis == "space"), None))
 
 
 def with_order(item: Item, order: Sequence[Frequency]) -> Item:
-    """An item with more to choose from: of every size (of a large kernel, of some) what is left once the first of
-    ``order`` are cut, beside the lambdas.
+    """Return the item with more choices: the sets that are left when the first frequencies of ``order`` are cut.
+
+    There is one set for each size; for large kernels, at most `MOST_SIZES` sets.
 
     Raises:
-        InputError: the order, which may come from a file, does not hold each of its frequencies once.
+        InputError: the order (it may come from a file) does not have each frequency of the item exactly once.
     """
     whole = whole_of(item)
     if whole is None:
@@ -74,27 +78,31 @@ def with_order(item: Item, order: Sequence[Frequency]) -> Item:
         {round(1 + (count - 1) * step / (MOST_SIZES - 1)) for step in steps} if count > MOST_SIZES else range(1, count)
     )
     chain = [replace(whole, frequencies=tuple(sorted(order[count - size :], key=every.index))) for size in sizes]
-    choices = [_with(choice, kept) for kept in chain for choice in item.choices]
-    return replace(item, choices=tuple(sorted(dict.fromkeys([*item.choices, *choices]), key=_size, reverse=True)))
+    choices = [_with_frequencies(choice, kept) for kept in chain for choice in item.choices]
+    # The sort is stable, so the choice that keeps everything stays the first.
+    distinct = dict.fromkeys([*item.choices, *choices])
+    return replace(item, choices=tuple(sorted(distinct, key=_frequency_count, reverse=True)))
 
 
-def _with(choice: Choice, kept: Frequencies) -> Choice:
-    return tuple(kept if one.axis == kept.axis else one for one in choice)
+def _with_frequencies(choice: Choice, frequencies: Frequencies) -> Choice:
+    return tuple(frequencies if kept.axis == frequencies.axis else kept for kept in choice)
 
 
-def _size(choice: Choice) -> int:
-    """Frequencies of a choice; the sort is stable, so that the whole stays first."""
+def _frequency_count(choice: Choice) -> int:
     return next(len(cast(Frequencies, kept).frequencies) for kept in choice if kept.axis == "space")
 
 
 def orders_by_energy(model: nn.Module, items: Sequence[Item], why: str | None = None) -> Iterator[tuple[Item, Order]]:
-    """Orders by the energy that each frequency holds (`energy_scores`): kernels of the basis are orthogonal, so the
-    energies of several add up and each set of the chain is the best of its size."""
+    """Yield each item with the order of its frequencies by energy (`energy_scores`).
+
+    The functions of a basis are orthogonal, so energies add up: each set of the order is the best one of its size.
+    """
     for item in items:
         whole = cast(Frequencies, whole_of(item))
         every = whole.frequencies
         without = [
-            _with(item.choices[0], replace(whole, frequencies=tuple(f for f in every if f != cut))) for cut in every
+            _with_frequencies(item.choices[0], replace(whole, frequencies=tuple(f for f in every if f != cut)))
+            for cut in every
         ] if len(every) > 1 else []  # fmt: skip
         scores = energy_scores(model, item.names, without) if without else [0.0]
         order = sorted(range(len(every)), key=lambda index: (scores[index], -index))
@@ -109,10 +117,12 @@ def orders_by_error(
     settings: CalibrationSettings,
     progress: Progress,
 ) -> Iterator[tuple[Item, Order]]:
-    """Orders by what each layer's output loses (`eliminate`), all other layers whole; by energy where a layer cannot be
-    refitted.
+    """Yield each item with the order of its frequencies by output error (`eliminate`); all other layers are whole.
 
-    ``whole`` is ``model`` in harmonic form, nothing cut.
+    Layers that cannot be refitted are ordered by energy instead.
+
+    Args:
+        whole: ``model`` in harmonic form, with all frequencies.
     """
     harmonic = harmonic_layers(whole)
     layers = {name: harmonic[name] for item in items for name in item.names}
@@ -122,10 +132,10 @@ def orders_by_error(
     for names, moments in response_moments(whole, layers, data, settings.seed, memory):
         item = left.get(names[0])
         if item is None:
-            continue  # another layer with the same coefficients decided
+            continue  # another layer with the same coefficients gave the order
         if isinstance(moments, Moments):
             every = cast(Frequencies, whole_of(item)).frequencies
-            # Rounding may differ between processes, and all must choose from the same sets.
+            # Rounding may differ between processes, but all must choose from the same sets.
             order = from_first_rank(eliminate(moments.gram, moments.coefficients, len(every)).order)
             yield item, Order(tuple(every[index] for index in order), APART if moments.apart else BY_ERROR)
         else:

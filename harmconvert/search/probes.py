@@ -1,4 +1,4 @@
-"""The scores of single cuts, kept as JSON so that another budget need not measure them again."""
+"""The scores of single cuts, stored as JSON, so that a search with another budget does not measure them again."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ _SHAPE = {
 
 @dataclass
 class Probes:
-    """Measured divergences: of one item cut to one set of frequencies, and of whole plans; and the order in which each
-    layer's frequencies go, by its first name.
+    """Measured divergences of single cuts (one item, one choice) and of whole plans, and the orders of frequencies.
 
-    ``key`` says of which weights, inputs and settings; a file of another key is refused. Every entry is written at
-    once, so that an interrupted search goes on where it was.
+    ``orders`` has the name of an item's first layer as key. ``key`` describes the weights, inputs and settings that the
+    scores belong to; a file with another key is refused. Each entry is written at once, so that an interrupted search
+    continues where it stopped.
     """
 
     key: Mapping[str, Any]
@@ -49,13 +49,14 @@ class Probes:
 
     @classmethod
     def opened(cls, path: Path | None, key: Mapping[str, Any]) -> Probes:
-        """Those kept in ``path``, or none yet.
+        """Return the probes stored in ``path``; empty where there is no file.
 
         Raises:
-            InputError: the file holds something else. UsageError: they are of other weights, inputs or settings.
+            InputError: the file holds something else.
+            UsageError: the probes belong to other weights, inputs or settings.
         """
         probes = cls(key, path)
-        data = from_first_rank(_read(path)) if path is not None else None
+        data = from_first_rank(_read_probes(path)) if path is not None else None
         if isinstance(data, str):
             raise InputError(data)
         if data is None:
@@ -64,10 +65,10 @@ class Probes:
             raise UsageError(
                 f"{path} holds probes of other {' and '.join(differing)}: remove it, or name another file (--probes)"
             )
-        return cls(key, path, data["single"], data["whole"], _orders(data))
+        return cls(key, path, data["single"], data["whole"], _orders_in(data))
 
     def keep(self) -> None:
-        """Write all that is known."""
+        """Write all scores and orders to the file."""
         if self.path is None or rank() > 0:
             return
         data = {"version": VERSION, "key": dict(self.key), "single": self.single, "whole": self.whole}
@@ -76,39 +77,39 @@ class Probes:
 
 
 def key_of(model: nn.Module, batches: Iterable[Any], settings: CalibrationSettings, basis: Basis) -> dict[str, Any]:
-    """What probes depend on, JSON-able."""
+    """Return what the scores depend on, as a JSON-able dict."""
     inputs = {f"{i}.{j}": t for i, batch in enumerate(batches) for j, t in enumerate(tensors_in(batch))}
-    own = asdict(settings)
-    own.pop("memory")  # what solver there is memory for changes rounding only
+    options = asdict(settings)
+    options.pop("memory")  # the memory limit selects the solver, which changes only rounding
     return {
         "weights": weights_sha256(model),
         "images": tensors_sha256(inputs),
-        "settings": {**own, "basis": str(basis)},
+        "settings": {**options, "basis": str(basis)},
     }
 
 
 def name_of(names: Sequence[str], choice: Choice) -> str:
-    """What a single cut is called in the file: the layers and what they keep.
+    """Return the name of a single cut in the file: the layers and what they keep.
 
-    The space axis needs no name, because files from before there were other axes do not have one.
+    The space axis is not named, because files from before the other axes existed do not name it.
     """
     kept = [one.key if one.axis == "space" else f"{one.axis}={one.key}" for one in choice]
     return f"{','.join(names)}: {' '.join(kept)}"
 
 
 def name_of_plan(plan: Plan) -> str:
-    """What a plan is called in the file: what each layer that is cut keeps."""
+    """Return the name of a plan in the file: what each layer that is cut keeps."""
     return "; ".join(name_of((layer.name,), layer.keeps) for layer in plan.layers if not layer.whole) or "whole"
 
 
-def _read(path: Path) -> Any:
-    """The content, None where there is no file, or a complaint."""
+def _read_probes(path: Path) -> Any:
+    """Return the content of the file, None where there is no file, or an error message (a string)."""
     if not path.exists():
         return None
     try:
         data = read_json(path)
         if not isinstance(data, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
         if data["version"] != VERSION:
             return (
                 f"{path} holds probes of version {data['version']}, this harmconvert reads version {VERSION}: remove it"
@@ -116,12 +117,12 @@ def _read(path: Path) -> Any:
         check(data, _SHAPE, "probes")
         if missing := set(_SHAPE) - {"orders"} - set(data):
             raise KeyError(min(missing))
-        _orders(data)
+        _orders_in(data)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{path} holds no probes that can be read ({type(error).__name__}: {error}): remove it"
+        return f"cannot read probes from {path} ({type(error).__name__}: {error}): remove the file"
     return data
 
 
-def _orders(data: Any) -> dict[str, Order]:
-    """Files of before there were orders have none."""
+def _orders_in(data: Any) -> dict[str, Order]:
+    """Return the orders; empty for files from before orders existed."""
     return {name: Order.from_json(order) for name, order in data.get("orders", {}).items()}

@@ -1,4 +1,4 @@
-"""What a search is asked for and what it found."""
+"""Settings of a search, and the record of what it tried."""
 
 from __future__ import annotations
 
@@ -15,10 +15,15 @@ FREQUENCIES = ("lambda", "best")
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """``trials``: whole plans tried on the network (0 trusts the scores of single layers); ``probes``: file in which
-    scores are kept; ``say`` is told what can be reached before the work begins; ``frequencies``: ``"lambda"`` keeps the
-    lowest of each layer, ``"best"`` also tries those whose loss costs that layer's output most, one size after the
-    other."""
+    """Settings of a search.
+
+    Args:
+        trials: number of whole plans to try on the network; 0 relies on the scores of single layers.
+        probes: file that stores the scores; None stores nothing.
+        say: called with a message about the reachable range before the work begins.
+        frequencies: ``"lambda"`` keeps each layer's lowest frequencies; ``"best"`` also tries, for each size, the set
+            of frequencies that the layer's output needs most.
+    """
 
     trials: int = 8
     probes: str | None = None
@@ -34,8 +39,11 @@ class SearchSettings:
 
 @dataclass(frozen=True)
 class Tried:
-    """A plan: where it comes from, what it costs, the sum of its layers' scores, and the divergence that it was seen to
-    have on images held back (None: not tried)."""
+    """A plan that was tried.
+
+    Its origin, its cost, the sum of its layers' scores, and its divergence measured on held-back images (None: it was
+    not measured).
+    """
 
     origin: str
     cost: int
@@ -45,10 +53,13 @@ class Tried:
 
 @dataclass(frozen=True)
 class Search:
-    """How a plan was found: the budget, its limit, what can be reached, how cuts were scored (``divergence`` on images,
-    or ``energy`` without), all plans tried, the best plans of every size by their scores, and which was taken.
-    ``frequencies`` as in `SearchSettings`; ``notes`` say where single frequencies were chosen by something else than
-    the output error."""
+    """The record of a search.
+
+    ``whole``, ``limit`` and ``smallest`` are costs: of the uncut network, of the budget, and of the smallest plan.
+    ``scored_by`` is ``"divergence"`` (on images) or ``"energy"`` (without images). ``taken`` is the index of the chosen
+    plan in ``tried``. ``frontier`` has (cost, score) of the best plans of each size. ``notes`` name the layers whose
+    frequencies were not chosen by output error.
+    """
 
     budget: str
     unit: str
@@ -65,12 +76,12 @@ class Search:
 
     @property
     def best(self) -> Tried:
-        """The plan that was taken."""
+        """Return the plan that was chosen."""
         return self.tried[self.taken]
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row for each plan tried, then for each point of the frontier of scores."""
-        seen = [
+        """Return a row for each plan that was tried, then one for each point of the frontier."""
+        tried = [
             {"plan": plan.origin, "cost": plan.cost, "share": plan.cost / self.whole, "summed": plan.expected,
              "measured": plan.measured, "taken": index == self.taken}
             for index, plan in enumerate(self.tried)
@@ -80,8 +91,8 @@ class Search:
              "taken": False}
             for cost, score in self.frontier
         ]  # fmt: skip
-        return [*seen, *front]
+        return [*tried, *front]
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict."""
+        """Return a JSON-able dict."""
         return asdict(self)

@@ -1,4 +1,4 @@
-"""The search on a network: what there is to choose, its scores, and the plans tried."""
+"""Run the search on a network: list the choices, score them, and try whole plans."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ OTHERS: tuple[str | int, ...] = ("progressive", 4, 3, 2, 1)
 
 @dataclass(frozen=True)
 class Scope:
-    """Which layers a search may cut, and in which basis: arguments of `convert`."""
+    """Which layers a search may cut, and in which basis; the same arguments as those of `convert`."""
 
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
@@ -45,7 +45,7 @@ class Scope:
 
 @dataclass(frozen=True)
 class Converted:
-    """A network converted by a plan, and how it was calibrated (None: it was not)."""
+    """A network converted by a plan, and the record of its calibration (None: it was not calibrated)."""
 
     plan: Plan
     model: nn.Module
@@ -54,7 +54,10 @@ class Converted:
 
 @dataclass
 class Searching:
-    """One search for a plan within a budget; ``images`` are batches to score on, None to score without."""
+    """One search for a plan within a budget.
+
+    ``images`` are the batches on which cuts are scored; without them (None), cuts are scored by their energy.
+    """
 
     model: nn.Module
     budget: Budget
@@ -68,16 +71,16 @@ class Searching:
     progress: Progress = lambda done, total, what: None
 
     def __call__(self) -> tuple[Converted, Search]:
-        """The network converted by the best plan that was found, and how that was found.
+        """Return the network converted by the best plan, and the record of the search.
 
         Raises:
-            UsageError: the budget cannot be met, or the file of probes holds those of something else.
-            InputError: nothing may be cut, or outputs that cannot be compared.
+            UsageError: the budget cannot be met, or the file of probes belongs to other weights, inputs or settings.
+            InputError: no layer may be cut, or the outputs cannot be compared.
         """
-        with unchanged(self.model, weights=False):  # times are measured inside
-            return self._searched()
+        with unchanged(self.model, weights=False):  # the latency budget runs the network here
+            return self._search()
 
-    def _searched(self) -> tuple[Converted, Search]:
+    def _search(self) -> tuple[Converted, Search]:
         counted = {"macs": "counts multiply-adds", "latency": "is measured"}.get(self.budget.unit)
         if counted and self.trace is None:
             raise UsageError(f"the budget {self.budget} {counted}: give an example input (--input-size C,H,W)")
@@ -94,35 +97,35 @@ class Searching:
             probes = Probes.opened(path, key_of(self.model, self.images, self.settings, self.scope.basis))
         notes: tuple[str, ...] = ()
         if self.search.frequencies == "best":
-            items, notes = self._ordered(whole, items, probes)
+            items, notes = self._with_orders(whole, items, probes)
             costs = self._costs(whole, items)
         if probes is None:
             scores = [energy_scores(self.model, item.names, item.choices) for item in items]
             offer = Offer(whole, items, *costs, scores, "energy")
             plan, record = choose(self.budget, offer, self._policies(), None, 0)
-            converted = self._converted(plan, None, self.settings)
+            converted = self._convert(plan, None, self.settings)
         else:
-            scores = self._probed(whole, items, probes)
-            converted, record = self._tried(Offer(whole, items, *costs, scores, "divergence"), probes)
+            scores = self._measured_scores(whole, items, probes)
+            converted, record = self._try_plans(Offer(whole, items, *costs, scores, "divergence"), probes)
         return converted, replace(record, frequencies=self.search.frequencies, notes=notes)
 
     def least_share(self) -> float:
-        """The smallest budget that can be met, a millionth above it at most; raises InputError: nothing may be cut."""
+        """Return the smallest share that can be met, rounded up to 1e-6; raise InputError if no layer may be cut."""
         whole, changes = self._costs(*self._choices())
         return math.ceil(1e6 * limit_of(self.budget, whole, changes)[1] / whole) / 1e6
 
-    def _converted(self, plan: Plan, known: Known | None, settings: CalibrationSettings) -> Converted:
-        """The network converted by a plan, and calibrated on what is known of it."""
+    def _convert(self, plan: Plan, known: Known | None, settings: CalibrationSettings) -> Converted:
+        """Return the network converted by a plan, and calibrated where ``known`` has calibration inputs."""
         converted = apply_plan(self.model, plan)
         if known is None:
             return Converted(plan, converted)
         return Converted(plan, converted, calibrate(self.model, converted, plan, known, settings))
 
     def _policies(self) -> dict[str, Plan]:
-        """The plans of lambda policies, to try beside those of the search."""
+        """Return the plans of some lambda policies, which are tried as well."""
         plans: dict[str, Plan] = {}
         for policy in OTHERS:
-            with suppress(UsageError):  # progressive without map sizes
+            with suppress(UsageError):  # "progressive" needs map sizes, which only a trace has
                 plans[f"lambda {policy}"] = make_plan(
                     self.layers, policy, self.scope.include, self.scope.exclude, self.scope.basis
                 )
@@ -140,29 +143,30 @@ class Searching:
 
     @cached_property
     def _known(self) -> Known:
-        """What all calibrations share."""
+        """Return what all calibrations of this search share."""
         assert self.images is not None
         return Known.of(self.model, self.images, self.settings)
 
     @cached_property
     def _whole_seconds(self) -> float:
-        """Of a forward of the network in its faster dense layout: measured once, because a budget is a share of it."""
+        """Measure a forward pass in the faster memory format; measure it once, because the budget is a share of it."""
         return min(run_times(self.model, self.example_input).values())
 
     def _costs(self, whole: Plan, items: Sequence[Item]) -> tuple[int, list[list[int]]]:
-        """Of the whole, and the change by each choice of each item, in the budget's unit."""
+        """Return the cost of the whole network and the change by each choice of each item, in the budget's unit."""
         if self.budget.unit == "latency":
             assert self.trace is not None
-            given = self.example_input
-            costs = latency_costs(self.model, items, given, self.trace, self._whole_seconds, self.progress)
+            costs = latency_costs(self.model, items, self.example_input, self.trace, self._whole_seconds, self.progress)
             return from_first_rank(costs)
         return costs_of(self.model, whole, items, self.budget.unit, self.trace)
 
-    def _ordered(
+    def _with_orders(
         self, whole: Plan, items: Sequence[Item], probes: Probes | None
     ) -> tuple[tuple[Item, ...], tuple[str, ...]]:
-        """The items with the sets that single frequencies make, and how those were chosen where not by output error;
-        orders known from the file are not worked out again."""
+        """Return the items with more sets of frequencies to choose from, and notes on orders not by output error.
+
+        Orders that the file of probes has are not computed again.
+        """
         known = probes.orders if probes is not None else {}
         missing = [item for item in items if item.names[0] not in known and whole_of(item)]
         orders: Iterable[tuple[Item, Order]] = ()
@@ -178,28 +182,31 @@ class Searching:
             if probes is not None:
                 probes.keep()
         more = [with_order(i, known[i.names[0]].frequencies) if i.names[0] in known else i for i in items]
-        return tuple(more), _notes(items, known)
+        return tuple(more), _order_notes(items, known)
 
-    def _probed(self, whole: Plan, items: Sequence[Item], probes: Probes) -> list[list[float]]:
-        """The divergence by each choice of each item, all else whole; those known from the file are not measured."""
+    def _measured_scores(self, whole: Plan, items: Sequence[Item], probes: Probes) -> list[list[float]]:
+        """Return the divergence of each choice of each item, all other layers whole; measure what the file lacks."""
         names = [[name_of(item.names, choice) for choice in item.choices[1:]] for item in items]
         missing = [item for item, row in zip(items, names, strict=True) if not probes.single.keys() >= set(row)]
         total, done = sum(map(len, names)), sum(name in probes.single for row in names for name in row)
         if missing:
-            self.progress(done, total, "looking at what layers are fed")
-        for item, known in self._looked_at(whole, missing):
+            self.progress(done, total, "recording the inputs of layers")
+        for item, known in self._with_inputs(whole, missing):
             for choice in item.choices[1:]:
                 if (name := name_of(item.names, choice)) in probes.single:
                     continue
                 self.progress(done, total, f"probing {item.names[0]}")
                 done += 1
-                probes.single[name] = self._divergence(_alone(whole, item, choice), known, batch_norm=False)[1]
+                probes.single[name] = self._divergence(_plan_of_item(whole, item, choice), known, batch_norm=False)[1]
                 probes.keep()
         self.progress(total, total, "all layers probed")
         return [[0.0, *(probes.single[name] for name in row)] for row in names]
 
-    def _looked_at(self, whole: Plan, items: Sequence[Item]) -> Iterator[tuple[Item, Known]]:
-        """Each item with what all its probes can be solved from, where one look at the uncut network tells it."""
+    def _with_inputs(self, whole: Plan, items: Sequence[Item]) -> Iterator[tuple[Item, Known]]:
+        """Yield each item with the data from which all its probes are refitted.
+
+        One pass over the uncut network gives the data of all items that are a single layer.
+        """
         if not items:
             return
         uncut = self._known.running(apply_plan(self.model, whole))
@@ -211,8 +218,8 @@ class Searching:
             yield left.pop(name), replace(self._known, whole={name: layer})
         yield from ((item, self._known) for item in left.values())
 
-    def _tried(self, offer: Offer, probes: Probes) -> tuple[Converted, Search]:
-        """The network converted by the best of the plans that are tried as a whole, and how it was found."""
+    def _try_plans(self, offer: Offer, probes: Probes) -> tuple[Converted, Search]:
+        """Return the network converted by the best of the plans that are measured as a whole, and a record of it."""
         best: tuple[float, Converted | None] = (math.inf, None)
         done = 0
 
@@ -224,7 +231,7 @@ class Searching:
             if name not in probes.whole:
                 converted, divergence = self._divergence(plan, self._known, self.settings.batch_norm)
                 if divergence < best[0]:
-                    best = (divergence, converted)  # the others are let go
+                    best = (divergence, converted)  # only the best network stays in memory
                 probes.whole[name] = divergence
                 probes.keep()
             return probes.whole[name]
@@ -233,11 +240,11 @@ class Searching:
         self.progress(self.search.trials, self.search.trials, "plan found")
         converted = best[1]
         if converted is None or converted.plan.layers != plan.layers:
-            converted = self._converted(plan, self._known, self.settings)
+            converted = self._convert(plan, self._known, self.settings)
         return replace(converted, plan=plan), record
 
     def _divergence(self, plan: Plan, known: Known, batch_norm: bool) -> tuple[Converted, float]:
-        converted = self._converted(plan, known, replace(self.settings, batch_norm=batch_norm))
+        converted = self._convert(plan, known, replace(self.settings, batch_norm=batch_norm))
         calibration = converted.calibration
         assert calibration is not None
         if plan.whole:
@@ -245,20 +252,20 @@ class Searching:
         if calibration.divergence is None:
             raise InputError(
                 f"the outputs of this network cannot be compared on these images ({calibration.incomparable}), so "
-                "plans cannot be told apart: give two images or more, or leave the images out (then the energy that a "
-                "cut takes decides)"
+                "plans cannot be compared: give two images or more, or leave the images out (then plans are compared "
+                "by the energy that they cut)"
             )
         return converted, calibration.divergence
 
 
-def _alone(whole: Plan, item: Item, choice: Choice) -> Plan:
-    """The plan of one item's layers alone."""
+def _plan_of_item(whole: Plan, item: Item, choice: Choice) -> Plan:
+    """Return a plan that has only the layers of one item."""
     layers = tuple(layer.keeping(*choice) for layer in whole.layers if layer.name in item.names)
     return replace(whole, layers=layers)
 
 
-def _notes(items: Sequence[Item], orders: Mapping[str, Order]) -> tuple[str, ...]:
-    """Where frequencies were chosen by something else than the output error of a whole layer, and why."""
+def _order_notes(items: Sequence[Item], orders: Mapping[str, Order]) -> tuple[str, ...]:
+    """Return notes that name the layers whose frequencies were not ordered by output error, and say why."""
     layers: dict[str, list[str]] = {}
     for item in items:
         order = orders.get(item.names[0])

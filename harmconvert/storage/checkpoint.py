@@ -278,6 +278,8 @@ def harmonic_like(
         conv = convolutions(copied).get(name)
         if conv is None or is_harmonic_layer(conv):
             raise InputError(f"{complaint}: it has no such convolution: {name}")
+        if block.kernel_size not in (None, kernel_size(conv)):
+            raise InputError(f"{complaint}: {name} has kernel {kernel_size(conv)} instead of {block.kernel_size}")
         copied = put_in_place(copied, conv, to_block(conv, block.normalize, block.normalization))
     return copied
 
@@ -286,7 +288,8 @@ def _blocks_of(model: nn.Module) -> dict[str, BlockRecord]:
     """The blocks of a network that stand in the place of convolutions."""
     blocks = {name: module for name, module in model.named_modules() if isinstance(module, HarmonicBlock2d)}
     return {
-        name: BlockRecord(isinstance(block.norm, nn.BatchNorm2d), block.normalization) for name, block in blocks.items()
+        name: BlockRecord(isinstance(block.norm, nn.BatchNorm2d), block.normalization, kernel_size(block))
+        for name, block in blocks.items()
     }
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..codecs.digests import tensors_crc32
 from ..codecs.table import CodecTable
-from ..documents import parsed, reading, whole
+from ..documents import check, count, parsed, reading, whole
 from ..errors import InputError
 from ..kernels.basis import BASES, NORMALIZATIONS
 from ..network.declared import check_preprocessing
@@ -29,17 +29,21 @@ _MARK = ',"crc32":'
 
 @dataclass(frozen=True)
 class BlockRecord:
-    """How a `HarmonicBlock2d` stands in a network: whether it normalises, and the scale of its DCT kernels."""
+    """How a `HarmonicBlock2d` stands in a network: whether it normalises, the scale of its DCT kernels, and their size
+    (None in files of version 1, where the network knows it)."""
 
     normalize: bool = True
     normalization: str = "ortho"
+    kernel_size: tuple[int, ...] | None = None
 
     @classmethod
     def from_json(cls, data: Any) -> BlockRecord:
         """Read what `dataclasses.asdict` wrote, or the bare ``normalize`` of files from before there was more."""
         if isinstance(data, bool):
             return cls(data)
-        record = cls(bool(data["normalize"]), str(data["normalization"]))
+        check(data, {"kernel_size": ([count], None)}, "block")
+        size = data.get("kernel_size")
+        record = cls(bool(data["normalize"]), str(data["normalization"]), None if size is None else tuple(size))
         if record.normalization not in NORMALIZATIONS:
             raise ValueError(f"a block's normalization is {record.normalization!r}")
         return record

@@ -46,10 +46,10 @@ def encoded(tensors: Mapping[str, Tensor], entries: Mapping[str, Entry]) -> tupl
     for key, entry in entries.items():
         if key not in tensors:
             continue
-        codec = codec_of(entry)
+        codec, tensor = codec_of(entry), tensors[key].cpu()
         try:
-            coded = codec.encode(tensors[key], entry)
-            same = equal(codec.decode(coded, entry), tensors[key])
+            coded = codec.encode(tensor, entry)
+            same = equal(codec.decode(coded, entry), tensor)
         except ValueError:
             same = False
         if same:
@@ -85,5 +85,5 @@ def decoded(stored: Mapping[str, Tensor], entries: Mapping[str, Entry]) -> dict[
 
 
 def equal(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors have the same dtype, shape and values."""
-    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
+    """Whether two tensors have the same dtype, shape and values, on any device."""
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one.cpu(), other.cpu())

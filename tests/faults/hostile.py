@@ -125,11 +125,17 @@ def lying_headers(good: bytes) -> Iterator[tuple[str, bytes]]:
     for shape in ([HUGE, HUGE], [2**63], [-1], [1.5], [[]], None, "3", [1] * 5000):
         coded = {"version": 1, "tensors": {first_tensor(header): {"shape": shape, "dtype": "float32"}}}
         yield f"a coded tensor of shape {str(shape)[:30]}", changed(lambda own, c=coded: own["codecs"].update(raw=c))
-    for key in ("name", "kernel_size", "frequencies"):
-        for value in [*odd, [-1, 3], [10**9, 10**9], [2**40] * 9, [3, float("nan")], [[0, 0]] * 2, [[0, 9]], [[0, -1]]]:
+    shapes_of = [[-1, 3], [10**9, 10**9], [2**40] * 9, [3, float("nan")], [[0, 0]] * 2, [[0, 9]], [[0, -1]]]
+    for value in [*odd, *shapes_of]:
+        for key in ("name", "kernel_size", "space", "channels"):
             yield (
                 f"a layer's {key} is {value!r}",
                 changed(lambda own, k=key, v=value: own["plan"]["layers"][0].update({k: v})),
+            )
+        for key in ("frequencies", "basis", "normalization", "more"):
+            yield (
+                f"the {key} of a layer's space are {value!r}",
+                changed(lambda own, k=key, v=value: own["plan"]["layers"][0]["space"].update({k: v})),
             )
     for name in ("../../etc/passwd", "a\0b", ANSI, "\ud800", "stem\n", "", "." * 99, "x" * 10**6):
         yield f"a layer is called {name[:20]!r}", changed(lambda own, n=name: own["plan"]["layers"][0].update(name=n))
@@ -140,7 +146,7 @@ def lying_headers(good: bytes) -> Iterator[tuple[str, bytes]]:
         changed(lambda own: own["plan"]["layers"].append({**own["plan"]["layers"][0], "name": "norm"})),
     )
     yield "a layer too few", changed(lambda own: own["plan"]["layers"].pop())
-    yield "a frequency too few", changed(lambda own: own["plan"]["layers"][0]["frequencies"].pop())
+    yield "a frequency too few", changed(lambda own: own["plan"]["layers"][0]["space"]["frequencies"].pop())
     yield "tied to nothing", changed(lambda own: own["tied"].update({"stem.coefficients": "nowhere"}))
     yield "tied to itself", changed(lambda own: own["tied"].update({"norm.weight": "norm.weight"}))
     yield "no JSON", made("{")

@@ -290,7 +290,7 @@ def test_cached_times_that_are_none_are_measured_again(tmp_path: Path, times: An
 def test_probes_that_are_none_are_refused(tmp_path: Path, changed: Any) -> None:
     data = {"version": 1, "key": {}, "single": {}, "whole": {}, "orders": {}}
     assert Probes.opened(written(tmp_path, json.dumps(data)), {}).single == {}
-    with pytest.raises(InputError, match="holds no probes that can be read"):
+    with pytest.raises(InputError, match="cannot read probes from"):
         Probes.opened(written(tmp_path, json.dumps({**data, **changed})), {})
 
 

@@ -133,8 +133,8 @@ def next_up(tensor: Tensor) -> Tensor:
 def another_frequency(tensors: Tensors, header: Any) -> None:
     """Of a cut layer: the same number of frequencies, one of them another."""
     layer = next(layer for layer in header["plan"]["layers"] if layer["name"] == "stage3.2.conv1")
-    assert layer["frequencies"] == [[0, 0], [0, 1], [1, 0]]
-    layer["frequencies"] = [[0, 0], [1, 0], [2, 0]]
+    assert layer["space"]["frequencies"] == [[0, 0], [0, 1], [1, 0]]
+    layer["space"]["frequencies"] = [[0, 0], [1, 0], [2, 0]]
 
 
 def tied(tensors: Tensors, header: Any) -> None:
@@ -143,11 +143,13 @@ def tied(tensors: Tensors, header: Any) -> None:
 
 
 def scaled(tensors: Tensors, header: Any) -> None:
-    header["normalization"] = "l1"
+    for layer in header["plan"]["layers"]:
+        layer["space"]["normalization"] = "l1"
 
 
 def of_another_basis(tensors: Tensors, header: Any) -> None:
-    header["plan"]["basis"] = "haar"
+    for layer in header["plan"]["layers"]:
+        layer["space"]["basis"] = "haar"
 
 
 def permuted(axis: int) -> Callable[[Tensor], Tensor]:
