@@ -20,7 +20,8 @@ from .files import check_folder, check_output, short_name
 UNITS = {
     "params": "parameters", "macs": "MACs in factored form", "bytes": "bytes", "latency": "microseconds",
 }  # fmt: skip
-# What an amount may be given in. A bare number is a share: 60 is more likely a forgotten % than 60 parameters.
+# Suffixes of amounts, with their factors. A number without a suffix is a share, because a user who writes 60 more
+# likely forgot the % than means 60 parameters.
 SUFFIXES = {
     "params": {"k": 10**3, "M": 10**6, "G": 10**9},
     "macs": {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12},
@@ -28,10 +29,10 @@ SUFFIXES = {
     "latency": {"us": 1, "ms": 10**3, "s": 10**6},
 }
 _NUMBER = re.compile(r"((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?) *(%|[a-z]*)")
-# What reports and figures are written as.
+# Suffixes of the files in which reports and figures are written.
 PAGES = (".html", ".json")
 FIGURES = (".png", ".svg")
-# How timm's data sets are named; those of the second kind are read from a stream.
+# Prefixes of timm's data sets; those in STREAMS are read as a stream.
 STREAMS = ("hfids/", "tfds/", "wds/")
 PACKAGES = ("torch/", "hfds/", *STREAMS)
 _MOST_DIGITS = 9  # int() raises ValueError for text of thousands of digits
@@ -42,8 +43,9 @@ TIMM_FILES = ("config.json", "model.safetensors")
 
 @dataclass(frozen=True)
 class Budget:
-    """The most that a network may have of one unit: a share of what the whole one has, above 0 and up to 1, or an
-    amount: parameters, bytes of its tensors, MACs (of the factored form), microseconds here.
+    """A limit for one unit: a share of the whole network's cost (above 0, at most 1), or an amount.
+
+    Units of amounts: parameters, bytes of the tensors, MACs of the factored form, microseconds on this machine.
 
     >>> Budget.parse("params=60%"), Budget.parse({"bytes": "10MB"})
     (Budget(unit='params', share=0.6, amount=None), Budget(unit='bytes', share=None, amount=10000000))
@@ -56,22 +58,22 @@ class Budget:
     amount: int | None = None
 
     @classmethod
-    def parse(cls, given: str | Mapping[str, Any]) -> Budget:
-        """Read ``"params=60%"``, ``"params=0.6"``, ``"params=5M"``, or a dict of one of them.
+    def parse(cls, budget: str | Mapping[str, Any]) -> Budget:
+        """Parse ``"params=60%"``, ``"params=0.6"``, ``"params=5M"``, or a dict with one such entry.
 
         Raises:
-            UsageError: an unknown unit, several, or a value that is neither a share nor an amount.
+            UsageError: the unit is unknown, there is more than one, or the value is neither a share nor an amount.
         """
-        pairs = dict([given.partition("=")[::2]]) if isinstance(given, str) else dict(given)
+        pairs = dict([budget.partition("=")[::2]]) if isinstance(budget, str) else dict(budget)
         if len(pairs) != 1:
-            raise UsageError(f"a budget is one of {', '.join(UNITS)}: {given!r} names {len(pairs)}")
+            raise UsageError(f"a budget is one of {', '.join(UNITS)}: {budget!r} names {len(pairs)}")
         ((unit, value),) = pairs.items()
         unit = unit.strip()
         if unit not in UNITS:
             raise UsageError(f"unknown budget {unit!r}: use one of {', '.join(UNITS)}, such as params=60%")
         scales = {suffix.lower(): scale for suffix, scale in SUFFIXES[unit].items()}
-        found = _NUMBER.fullmatch(str(value).strip().lower())
-        number, suffix = (float(found[1]), found[2]) if found else (math.nan, "")
+        match = _NUMBER.fullmatch(str(value).strip().lower())
+        number, suffix = (float(match[1]), match[2]) if match else (math.nan, "")
         if suffix in scales and 1 <= number * scales[suffix] < math.inf:
             return cls(unit, amount=math.floor(number * scales[suffix]))
         share = number / {"%": 100, "": 1}.get(suffix, math.nan)
@@ -83,7 +85,7 @@ class Budget:
         return cls(unit, share)
 
     def limit(self, whole: int) -> int:
-        """The most that a plan may cost where the whole network costs ``whole``: no more than that."""
+        """Return the highest cost that a plan may have if the whole network costs ``whole``; at most ``whole``."""
         return math.floor(self.share * whole) if self.share is not None else min(self.amount or 0, whole)
 
     def __str__(self) -> str:
@@ -94,23 +96,23 @@ class Budget:
 
 
 def parse_lambda(text: str) -> str | int | dict[str, int]:
-    """What ``--lambda`` says: ``full``, ``progressive``, a number, or ``PATTERN=N,PATTERN=N``.
+    """Parse a lambda: ``full``, ``progressive``, a number, or ``PATTERN=N,PATTERN=N``.
 
     >>> parse_lambda("2"), parse_lambda("layer3.*=2,layer4.*=1")
     (2, {'layer3.*': 2, 'layer4.*': 1})
 
     Raises:
-        UsageError: none of these.
+        UsageError: the text is none of these.
     """
     text = text.strip()
     if text in ("full", "progressive"):
         return text
-    if _decimal(text):
+    if _is_decimal(text):
         return int(text)
     patterns: dict[str, int] = {}
     for part in text.split(","):
         pattern, equals, number = part.strip().rpartition("=")
-        if not (equals and pattern and _decimal(number.strip())):
+        if not (equals and pattern and _is_decimal(number.strip())):
             raise UsageError(f"unknown lambda {text!r}: use full, progressive, a number, or PATTERN=N,PATTERN=N")
         if pattern in patterns:
             raise UsageError(f"lambda names the pattern {pattern!r} twice")
@@ -118,13 +120,15 @@ def parse_lambda(text: str) -> str | int | dict[str, int]:
     return patterns
 
 
-def _decimal(text: str) -> bool:
+def _is_decimal(text: str) -> bool:
     return text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS
 
 
 def check_format(path: str | Path, format: str, force: bool, dtype: str, form: str) -> None:
-    """Raise UsageError where an export to ``path`` cannot be: it exists, or the format does not go with its suffix, the
-    dtype or the form."""
+    """Raise UsageError if an export to ``path`` is not possible.
+
+    The reasons are that ``path`` exists, or that the format does not fit the suffix of ``path``, the dtype or the form.
+    """
     if format not in FORMATS:
         raise UsageError(f"unknown format {format!r}: use one of {', '.join(FORMATS)}")
     if form not in ("dense", "factored") or (form == "factored" and format not in GRAPHS):
@@ -141,7 +145,7 @@ def check_format(path: str | Path, format: str, force: bool, dtype: str, form: s
 
 
 def check_labelled(dataset: str, data_dir: str | None) -> None:
-    """Raise UsageError where a data set and a folder name no labelled images."""
+    """Raise UsageError unless a data set or a folder with labelled images is named."""
     if dataset.startswith(("sample:", *PACKAGES)):
         return
     if dataset:
@@ -156,7 +160,7 @@ def check_labelled(dataset: str, data_dir: str | None) -> None:
 
 
 def check_unlabelled(data: str) -> None:
-    """Raise UsageError where a text names no images to calibrate on."""
+    """Raise UsageError unless the text names images to calibrate on: a folder, a sample or a timm data set."""
     if data in ("sample:mnist5k", "sample:photographs") or Path(data).is_dir():
         return
     if data.startswith("sample:"):
@@ -171,10 +175,10 @@ def check_unlabelled(data: str) -> None:
 
 
 def templating() -> ModuleType:
-    """jinja2, which fills the page.
+    """Import jinja2, which makes the report page.
 
     Raises:
-        OutsideError: it is not installed.
+        OutsideError: jinja2 is not installed.
     """
     try:
         return import_module("jinja2")
@@ -183,10 +187,11 @@ def templating() -> ModuleType:
 
 
 def check_report(source: str, output: str | None, force: bool) -> Path:
-    """The file that a report of ``source`` goes to, NAME-report.html where none is named; call it before long work.
+    """Return the file for a report of ``source``; NAME-report.html if ``output`` is None. Call this before long work.
 
     Raises:
-        UsageError: neither .html nor .json; it exists and ``force`` is not set. OutsideError: jinja2 is missing.
+        UsageError: the suffix is neither .html nor .json, or the file exists and ``force`` is not set.
+        OutsideError: jinja2 is missing.
     """
     path = Path(output) if output is not None else Path(f"{short_name(source)}-report.html")
     if path.suffix.lower() not in PAGES:
@@ -198,10 +203,10 @@ def check_report(source: str, output: str | None, force: bool) -> Path:
 
 
 def check_figure(source: str, figure: str, output: str | None, force: bool) -> tuple[Path, Path]:
-    """The image and the .csv that a figure of ``source`` goes to, NAME-FIGURE.png where no output is named.
+    """Return the image and the .csv for a figure of ``source``; NAME-FIGURE.png if ``output`` is None.
 
     Raises:
-        UsageError: no image that can be written; either file exists and ``force`` is not set.
+        UsageError: the suffix is not that of an image format, or one of the files exists and ``force`` is not set.
     """
     image = Path(output) if output is not None else Path(f"{short_name(source)}-{figure}.png")
     if image.suffix.lower() not in FIGURES:

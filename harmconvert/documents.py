@@ -1,8 +1,13 @@
-"""JSON from files that somebody else may have made: text to values, and values to what was expected.
+"""Read JSON from files that may come from anybody, and check its values against an expected shape.
 
-A *shape* says what is expected: a type, a test of a value, ``None`` for nothing, ``[shape]`` for a list, a dict from
-name to shape for a record (other names are let pass, and none has to be there), ``{...: shape}`` for a dict from any
-name, a tuple of shapes for any of them.
+A *shape* is one of:
+
+- a type, or a function that tests a value (such as `count`);
+- ``None`` for JSON's null;
+- ``[shape]`` for a list;
+- a dict from key to shape for an object (no key is required; other keys are allowed and not checked);
+- ``{...: shape}`` for an object with any keys;
+- a tuple of shapes, of which one must fit.
 """
 
 from __future__ import annotations
@@ -14,62 +19,62 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from .errors import InputError
+from .errors import InputError, counted
 
 
-def parsed(text: str) -> Any:
-    """What JSON text holds.
+def parse_json(text: str) -> Any:
+    """Return the value of a JSON text.
 
-    >>> parsed('{"a": [1, 2.5]}')
+    >>> parse_json('{"a": [1, 2.5]}')
     {'a': [1, 2.5]}
 
     Raises:
-        ValueError: it is no JSON, or such as can be read in two ways or not at all: a name twice in one object, halves
-            of characters, numbers or nesting beyond what Python takes.
+        ValueError: the text is not JSON, or is ambiguous or unreadable: an object has the same key twice, a string has
+            half of a surrogate pair, a number is too long, or the nesting is too deep for Python.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_distinct)
-        if re.search(r"\\u[dD][89a-fA-F]", text):  # halves of characters: some are pairs, others nothing can write
+        value = json.loads(text, object_pairs_hook=_dict_of_distinct_keys)
+        if re.search(r"\\u[dD][89a-fA-F]", text):  # surrogates: whole pairs are characters, a half cannot be encoded
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     except UnicodeEncodeError as error:
-        raise ValueError("it holds half a character") from error
+        raise ValueError("it contains half of a surrogate pair") from error
     return value
 
 
 def json_text(data: Any) -> str:
-    """JSON of what a command or a report tells; NaN and infinity, for which JSON has no word, are null.
+    """Return JSON for the output of a command or a report; NaN and infinity, which JSON does not have, become null.
 
     >>> print(json_text({"seconds": float("inf")}))
     {
      "seconds": null
     }
     """
-    return json.dumps(_told(data), indent=1, allow_nan=False, default=str)
+    return json.dumps(_with_null_for_nan(data), indent=1, allow_nan=False, default=str)
 
 
-def _told(data: Any) -> Any:
+def _with_null_for_nan(data: Any) -> Any:
     if isinstance(data, float) and not math.isfinite(data):
         return None
     if isinstance(data, Mapping):
-        return {str(key): _told(value) for key, value in data.items()}
-    return [_told(value) for value in data] if isinstance(data, list | tuple) else data
+        return {str(key): _with_null_for_nan(value) for key, value in data.items()}
+    return [_with_null_for_nan(value) for value in data] if isinstance(data, list | tuple) else data
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{max(names, key=names.count)!r} stands in it twice")
-    return found
+def _dict_of_distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {max(keys, key=keys.count)!r} appears twice in one object")
+    return result
 
 
 @contextmanager
-def reading(what: str) -> Iterator[None]:
-    """Whatever is wrong with values that are read becomes an InputError that says of what: InputErrors may be nested.
+def input_errors(what: str) -> Iterator[None]:
+    """Turn errors of code that reads values into an InputError whose message begins with ``what``. May be nested.
 
-    >>> with reading("this is not a plan"), reading("layer 'a'"):
+    >>> with input_errors("this is not a plan"), input_errors("layer 'a'"):
     ...     {}["frequencies"]
     Traceback (most recent call last):
     harmconvert.errors.InputError: this is not a plan: layer 'a': 'frequencies' is missing
@@ -78,45 +83,45 @@ def reading(what: str) -> Iterator[None]:
         yield
     except KeyError as error:
         raise InputError(f"{what}: {error} is missing") from error
-    except ValueError as error:  # as ours are
+    except ValueError as error:  # includes InputError
         raise InputError(f"{what}: {error}") from error
     except (TypeError, AttributeError, OverflowError) as error:
         raise InputError(f"{what}: {type(error).__name__}: {error}") from error
 
 
 def number(value: Any) -> bool:
-    """A number that a float can hold, NaN and infinity among them."""
+    """Return whether the value is a number that a float can hold, including NaN and infinity."""
     return isinstance(value, float) or (whole(value) and abs(value) < 1 << 1000)
 
 
 def finite(value: Any) -> bool:
-    """A number, neither NaN nor infinite."""
+    """Return whether the value is a number and neither NaN nor infinite."""
     return number(value) and math.isfinite(value)
 
 
 def whole(value: Any) -> bool:
-    """A whole number, which True is not."""
+    """Return whether the value is a whole number; True and False are not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def count(value: Any) -> bool:
-    """A whole number of zero or more, such as 64 bits hold."""
+    """Return whether the value is a whole number from 0 to 2^63 - 1."""
     return whole(value) and 0 <= value < 1 << 63
 
 
 def pair(value: Any) -> bool:
-    """Two finite numbers."""
+    """Return whether the value is a list of two finite numbers."""
     return isinstance(value, list | tuple) and len(value) == 2 and all(map(finite, value))
 
 
-def plain(value: Any, depth: int = 100) -> bool:
-    """What JSON can hold, nested no deeper than any file of ours; dicts have names for keys."""
+def json_value(value: Any, depth: int = 100) -> bool:
+    """Return whether JSON can hold the value, with text for keys and nested at most ``depth`` levels deep."""
     if isinstance(value, Mapping | list | tuple) and not depth:
         return False
     if isinstance(value, Mapping):
-        return all(isinstance(key, str) and plain(part, depth - 1) for key, part in value.items())
+        return all(isinstance(key, str) and json_value(part, depth - 1) for key, part in value.items())
     if isinstance(value, list | tuple):
-        return all(plain(part, depth - 1) for part in value)
+        return all(json_value(part, depth - 1) for part in value)
     return value is None or isinstance(value, str | bool | int | float)
 
 
@@ -124,31 +129,31 @@ Shape = Any  # type | Callable[[Any], bool] | None | list[Shape] | dict[str, Sha
 
 
 def check(value: Any, shape: Shape, where: str) -> None:
-    """Raise ValueError, saying where, unless a value is of a shape.
+    """Raise ValueError unless the value has the shape; the message begins with ``where`` and names the wrong part.
 
     >>> check({"a": [1, None], "b": ""}, {"a": [(count, None)]}, "it")
     >>> check({"a": [1, "x"]}, {"a": [(count, None)]}, "it")
     Traceback (most recent call last):
         ...
-    ValueError: it: a: 1: 'x' should be a count or nothing
+    ValueError: it: a: 1: 'x' should be a count or null
     """
     if isinstance(shape, tuple):
         if not any(_fits(value, one) for one in shape):
-            deeper = [one for one in shape if isinstance(one, dict | list) and isinstance(value, type(one))]
-            for one in deeper:  # says more
+            same_type = [one for one in shape if isinstance(one, dict | list) and isinstance(value, type(one))]
+            for one in same_type:  # this message names the wrong part inside the value
                 check(value, one, where)
-            raise ValueError(f"{where}: {_shown(value)} should be {' or '.join(map(_called, shape))}")
+            raise ValueError(f"{where}: {_value_text(value)} should be {' or '.join(map(_shape_text, shape))}")
     elif isinstance(shape, dict) and isinstance(value, Mapping):
         for key, part in value.items():
             if not isinstance(key, str):
-                raise ValueError(f"{where}: {_shown(key)} is no name")
-            if (wanted := shape.get(key, shape.get(...))) is not None or key in shape:
-                check(part, wanted, f"{where}: {key}")
+                raise ValueError(f"{where}: the key {_value_text(key)} should be text")
+            if (part_shape := shape.get(key, shape.get(...))) is not None or key in shape:
+                check(part, part_shape, f"{where}: {key}")
     elif isinstance(shape, list) and isinstance(value, list | tuple):
         for index, part in enumerate(value):
             check(part, shape[0], f"{where}: {index}")
-    elif not _is(value, shape):
-        raise ValueError(f"{where}: {_shown(value)} should be {_called(shape)}")
+    elif not _fits_one(value, shape):
+        raise ValueError(f"{where}: {_value_text(value)} should be {_shape_text(shape)}")
 
 
 def _fits(value: Any, shape: Shape) -> bool:
@@ -159,7 +164,7 @@ def _fits(value: Any, shape: Shape) -> bool:
     return True
 
 
-def _is(value: Any, shape: Shape) -> bool:
+def _fits_one(value: Any, shape: Shape) -> bool:
     if shape is None or isinstance(shape, dict | list):
         return shape is None and value is None
     if isinstance(shape, type):
@@ -168,19 +173,25 @@ def _is(value: Any, shape: Shape) -> bool:
     return test(value)
 
 
-def _called(shape: Shape) -> str:
+_SHAPE_TEXTS = {
+    "str": "text", "bool": "true or false", "whole": "a whole number", "finite": "a finite number",
+    "pair": "a pair of numbers", "json_value": "a JSON value",
+}  # fmt: skip
+
+
+def _shape_text(shape: Shape) -> str:
     if shape is None:
-        return "nothing"
+        return "null"
     if isinstance(shape, dict | list):
         return {"dict": "an object", "list": "a list"}[type(shape).__name__]
-    return {"str": "text", "bool": "true or false"}.get(shape.__name__, f"a {shape.__name__}")
+    return _SHAPE_TEXTS.get(shape.__name__) or f"a {shape.__name__.strip('_').replace('_', ' ')}"
 
 
-def _shown(value: Any) -> str:
-    """A value in a message: not all of it."""
+def _value_text(value: Any) -> str:
+    """Return a short text for a value in a message."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 1 << 200:
         return "a number of hundreds of digits"
     if isinstance(value, Mapping | list | tuple):
-        return f"{type(value).__name__} of {len(value)}"
+        return f"a {type(value).__name__} of {counted(len(value), 'item')}"
     text = repr(value) if isinstance(value, str | int | float | bool | None) else f"a {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:60]}..."

@@ -1,10 +1,13 @@
-"""Errors that a user can act on, each kind with the exit code of the command line."""
+"""Errors that a user can act on. Each class has the exit code of the command line."""
 
 from __future__ import annotations
 
 
 class HarmconvertError(Exception):
-    """Base of everything this package raises on purpose; the message says what, where and what to do."""
+    """Base class of all errors that this package raises on purpose.
+
+    The message says what is wrong, where, and what to do. It is one line.
+    """
 
     exit_code = 3
 
@@ -13,39 +16,39 @@ class HarmconvertError(Exception):
 
 
 class CheckError(HarmconvertError):
-    """A verification or a tolerance was missed (exit code 1)."""
+    """A verification failed or a tolerance was exceeded (exit code 1)."""
 
     exit_code = 1
 
 
 class UsageError(HarmconvertError, ValueError):
-    """The request itself cannot be carried out: unknown lambda, existing output, no match (exit code 2)."""
+    """The request is wrong: an unknown lambda, an existing output, a pattern without a match (exit code 2)."""
 
     exit_code = 2
 
 
 class InputError(HarmconvertError, ValueError):
-    """The network or file given is unusable: corrupt, wrong keys, NaN, nothing to convert (exit code 3)."""
+    """The network or file is unusable: damaged, wrong keys, NaN, nothing to convert (exit code 3)."""
 
     exit_code = 3
 
 
 class OutsideError(HarmconvertError):
-    """The world outside refused: no network, disk full, no permission, lock held (exit code 4)."""
+    """The system refused: no internet, disk full, no permission, a lock held by another process (exit code 4)."""
 
     exit_code = 4
 
 
 class HarmconvertWarning(UserWarning):
-    """Something that may be all right, and that a user should know of; one line, as errors are."""
+    """A warning about something that may be correct but that the user should know. The message is one line."""
 
 
 class DamageWarning(HarmconvertWarning):
-    """A checkpoint is not as it was written."""
+    """A checkpoint was damaged after it was written."""
 
 
 def shortened(names: list[str], limit: int = 10) -> str:
-    """Join names for a one-line message, the first ``limit`` in full.
+    """Join the first ``limit`` names for a one-line message and say how many more there are.
 
     >>> shortened(["a", "b", "c"], limit=2)
     'a, b and 1 more'
@@ -55,7 +58,7 @@ def shortened(names: list[str], limit: int = 10) -> str:
 
 
 def counted(number: int, what: str) -> str:
-    """A number of things, in words for a message.
+    """Return a number with its noun in the singular or plural, for a message.
 
     >>> counted(1, "image"), counted(2_000, "class"), counted(3, "frequency"), counted(2, "axis")
     ('1 image', '2,000 classes', '3 frequencies', '2 axes')
@@ -67,12 +70,12 @@ def counted(number: int, what: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, at most 200 characters."""
+    """Return the first line of an error's message, at most 200 characters of it."""
     return (str(error).strip().splitlines() or [""])[0][:200]
 
 
 def printable(text: str) -> str:
-    r"""A text for a terminal: names come from files, and no control character in one may do anything there.
+    r"""Escape control characters, so that a name from a file cannot control the terminal; line breaks stay.
 
     >>> printable("layer\x1b[31m")
     'layer\\x1b[31m'
@@ -83,7 +86,7 @@ def printable(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    r"""The same with line breaks escaped, too: what a message is, whatever the names in it.
+    r"""Escape control characters and line breaks, so that a message is one line whatever names it contains.
 
     >>> one_line("two\nlines")
     'two\\nlines'

@@ -1,4 +1,4 @@
-"""Write a file whole or not at all: staged beside its target, flushed to disk, renamed."""
+"""Write files atomically: write a temporary file beside the target, flush it to disk, then rename it."""
 
 from __future__ import annotations
 
@@ -17,34 +17,36 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
-from .documents import parsed
+from .documents import parse_json
 from .errors import OutsideError, UsageError, shortened
 
-# What this process is writing: targets, each with the number of the writing among those of one target.
+# Targets that this process is writing. The number tells apart several threads that write the same target.
 _writing: set[tuple[Path, int]] = set()
-_lock = threading.Lock()
-_held: set[Path] = set()  # locks of `locked`: the system's are a process's, not a thread's
+_thread_lock = threading.Lock()
+_locked_paths: set[Path] = set()  # needed by `locked`: a lock of the system excludes processes, not threads
 
 
 def check_output(path: str | Path, force: bool = False, suffix: str = "") -> Path:
-    """The file that writing to ``path`` would replace or make, links followed; call it before long work begins.
+    """Check that a file can be written to ``path`` and return its real path, with links resolved.
 
-    What killed runs left beside it is removed.
+    Call this before long work begins. Temporary files of killed runs beside the target are removed.
 
     Raises:
-        UsageError: it exists and ``force`` is not set; it is a folder, a device, a FIFO or a dangling link; its folder
-            does not exist; it does not end in ``suffix``.
-        OutsideError: nothing may be written there.
+        UsageError: the file exists and ``force`` is not set; it is a folder, a device, a FIFO or a dangling link; its
+            folder does not exist; its name does not end in ``suffix``.
+        OutsideError: there is no permission to write in the folder.
     """
     path = Path(path)
     if path.is_symlink() and not path.exists():
-        raise UsageError(f"{path} is a link to nothing ({os.readlink(path)}): remove it or name another output")
+        raise UsageError(
+            f"{path} is a link to {os.readlink(path)}, which does not exist: remove the link or name another output"
+        )
     if path.is_dir():
         raise UsageError(f"{path} is a folder: name a file in it")
     if path.exists() and not path.is_file():
-        raise UsageError(f"{path} is a {_kind(path)}: name a regular file")
+        raise UsageError(f"{path} is a {_file_kind(path)}: name a regular file")
     if not path.name.endswith(suffix):
-        raise UsageError(f"{path} should end in {suffix}, which is what it will be")
+        raise UsageError(f"{path} should end in {suffix}, the suffix of this format: rename the output")
     if path.exists() and not force:
         raise UsageError(f"{path} exists: use --force to replace it, or name another output with -o")
     if not path.parent.is_dir():
@@ -52,20 +54,20 @@ def check_output(path: str | Path, force: bool = False, suffix: str = "") -> Pat
     target = path.resolve()
     if not os.access(target.parent, os.W_OK | os.X_OK):
         raise outside(PermissionError(errno.EACCES, os.strerror(errno.EACCES)), f"cannot write {path}")
-    with suppress(OSError):  # writing will say so
+    with suppress(OSError):  # if the folder has a problem, writing reports it
         _remove_leftovers(target)
     return target
 
 
 def write_file(path: str | Path, write: Callable[[Path], None], force: bool = False) -> None:
-    """Let ``write`` fill a file in a staging folder beside ``path``, then put that in the target's place at once.
+    """Call ``write`` with a path in a temporary folder beside ``path``, then move the new file to ``path`` atomically.
 
-    The target is the old file or the whole new one at every moment. A staging folder that a killed process left behind,
-    with whatever its writer put there, is removed by the next run.
+    At every moment ``path`` is either the old file or the complete new one. If the process is killed, the next run
+    removes the temporary folder.
 
     Raises:
-        UsageError: as `check_output`.
-        OutsideError: the disk is full, permission is missing.
+        UsageError: see `check_output`.
+        OutsideError: the disk is full or a permission is missing.
     """
     target = check_output(path, force)
     try:
@@ -75,23 +77,23 @@ def write_file(path: str | Path, write: Callable[[Path], None], force: bool = Fa
             staging.touch(exist_ok=False)
             mode = stat.S_IMODE(staging.stat().st_mode)
             write(staging)
-            # The writer may have put a private file in the staging file's place: the umask decides, not its habit.
+            # The writer may have replaced the file by one with other permissions: restore those of the umask.
             staging.chmod(mode)
             _flush(staging)
             if force:
                 staging.replace(target)
             else:
-                _put_where_nothing_is(staging, target)
+                _rename_without_replacing(staging, target)
             _flush(target.parent)
     except OSError as error:
         raise outside(error, f"cannot write {path}") from error
 
 
 def cache_folder() -> Path:
-    """The folder for what can be made again: ``$HARMCONVERT_CACHE``, else harmconvert/ in the user's cache folder.
+    """Return the cache folder: ``$HARMCONVERT_CACHE``, else harmconvert/ in the user's cache folder. Create it.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the folder cannot be created.
     """
     users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = Path(os.environ.get("HARMCONVERT_CACHE") or users / "harmconvert")
@@ -100,12 +102,12 @@ def cache_folder() -> Path:
 
 
 def beside(output: str | Path, ending: str) -> Path:
-    """The path of what belongs to an output: its name without .safetensors, and an ending."""
+    """Return the path of a file that belongs to an output: the output's name without .safetensors, plus ``ending``."""
     return Path(str(output).removesuffix(".safetensors") + ending)
 
 
 def state_path(output: str | Path) -> Path:
-    """Where the state of the run that makes ``output`` is kept.
+    """Return the path of the training state of the run that writes ``output``.
 
     >>> state_path("a/net.safetensors").name
     'net.state.pth'
@@ -114,7 +116,7 @@ def state_path(output: str | Path) -> Path:
 
 
 def metrics_path(output: str | Path) -> Path:
-    """Where the figures of the run that makes ``output`` are kept.
+    """Return the path of the metrics table of the run that writes ``output``.
 
     >>> metrics_path("a/net.safetensors").name
     'net.metrics.csv'
@@ -123,7 +125,7 @@ def metrics_path(output: str | Path) -> Path:
 
 
 def default_name(source: str, lam: str) -> str:
-    """The file that `harmconvert convert` writes where no other is named: NAME-harmonic-LAMBDA.safetensors.
+    """Return the default output of `harmconvert convert`: NAME-harmonic-LAMBDA.safetensors.
 
     >>> default_name("hf-hub:timm/resnet18.a1_in1k", "progressive"), default_name("resnet50", "layer4.*=2")
     ('resnet18.a1_in1k-harmonic-progressive.safetensors', 'resnet50-harmonic-custom.safetensors')
@@ -132,7 +134,7 @@ def default_name(source: str, lam: str) -> str:
 
 
 def short_name(source: str) -> str:
-    """What a file made from a source is called after.
+    """Return the part of a source's name that is used in the names of output files.
 
     >>> short_name("sample:resnet_mnist5k"), short_name("reference:folder/resnet50.pth.tar")
     ('resnet_mnist5k', 'resnet50')
@@ -142,25 +144,28 @@ def short_name(source: str) -> str:
 
 
 def write_text(path: str | Path, text: str, force: bool = False) -> None:
-    """Write a text in UTF-8 as `write_file` does."""
+    """Write a text file in UTF-8; see `write_file` for errors."""
     write_file(path, lambda staging: cast(None, staging.write_text(text, encoding="utf-8")), force)
 
 
 def read_json(path: str | Path) -> Any:
-    """The JSON document in a regular file.
+    """Return the JSON document in a regular file.
 
     Raises:
-        OSError: it is no regular file (a FIFO would be waited for without end), or cannot be read.
-        ValueError: it is not JSON in UTF-8, or as `harmconvert.documents.parsed` says.
+        OSError: the file cannot be read or is not a regular file (reading a FIFO could wait forever).
+        ValueError: the file is not JSON in UTF-8; see `harmconvert.documents.parse_json`.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return parsed(path.read_text(encoding="utf-8"))
+    return parse_json(path.read_text(encoding="utf-8"))
 
 
 def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]], force: bool = False) -> None:
-    """Write rows that share their keys, at least one, as `write_file` does; None is an empty cell."""
+    """Write a CSV table of at least one row; all rows have the same keys, None becomes an empty cell.
+
+    See `write_file` for errors.
+    """
 
     def write(staging: Path) -> None:
         with staging.open("w", newline="", encoding="utf-8") as file:
@@ -172,17 +177,18 @@ def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]], force: bool =
 
 
 def check_folder(path: str | Path, own: Collection[str], force: bool = False) -> Path:
-    """The folder that writing to ``path`` would make or replace; call it before long work begins.
+    """Check that a folder can be written to ``path`` and return its real path. Call this before long work begins.
 
-    ``own`` are the names of the files that will be written: a folder that holds anything else is never replaced.
+    ``own``: the names of the files that will be written. A folder that holds any other file is never replaced.
 
     Raises:
-        UsageError: it exists and ``force`` is not set, it is no folder or holds other files, its parent does not exist.
+        UsageError: the folder exists and ``force`` is not set; it holds other files; ``path`` is not a folder; its
+            parent does not exist.
     """
     path = Path(path)
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise UsageError(f"{path} is there and is no folder: name another output with -o")
-    with suppress(OSError):  # writing will say so
+    with suppress(OSError):  # if the folder has a problem, writing reports it
         _remove_leftovers(path.resolve())
     if path.exists() and not force:
         raise UsageError(f"{path} exists: use --force to replace it, or name another output with -o")
@@ -196,11 +202,13 @@ def check_folder(path: str | Path, own: Collection[str], force: bool = False) ->
 
 
 def write_folder(path: str | Path, own: Collection[str], fill: Callable[[Path], None], force: bool = False) -> None:
-    """Let ``fill`` fill a staging folder beside ``path`` with the files ``own``, then put that in the target's place.
+    """Call ``fill`` with a temporary folder beside ``path``, then move that folder to ``path`` atomically.
+
+    ``own``: the names of the files that ``fill`` writes.
 
     Raises:
-        UsageError: as `check_folder`.
-        OutsideError: the disk is full, permission is missing.
+        UsageError: see `check_folder`.
+        OutsideError: the disk is full or a permission is missing.
     """
     target = check_folder(path, own, force)
     try:
@@ -212,8 +220,8 @@ def write_folder(path: str | Path, own: Collection[str], fill: Callable[[Path], 
                 file.chmod(mode)
                 _flush(file)
             _flush(staging)
-            check_folder(path, own, force)  # what has come into being meanwhile is not ours to replace, either
-            if not (force and target.exists() and _exchanged(staging, target)):
+            check_folder(path, own, force)  # again: somebody may have put other files there in the meantime
+            if not (force and target.exists() and _swap_folders(staging, target)):
                 if force and target.exists():
                     target.replace(old)
                 staging.rename(target)
@@ -224,20 +232,22 @@ def write_folder(path: str | Path, own: Collection[str], fill: Callable[[Path], 
 
 @contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
-    """Keep other processes from doing ``what`` meanwhile, by a lock on the file ``path`` that goes with this process,
-    however it ends; nothing where the disk knows no locks.
+    """Hold a lock on the file ``path``, so that no other process can do ``what`` at the same time.
+
+    The system releases the lock when this process ends for any reason. If the disk does not support locks, nothing is
+    locked.
 
     Raises:
         OutsideError: another process holds the lock.
     """
     path = path.resolve()
     refused = OutsideError(f"another process is {what} (it holds {path}): wait for it, or name another output")
-    with _lock:
-        if path in _held:
+    with _thread_lock:
+        if path in _locked_paths:
             raise refused
-        _held.add(path)
+        _locked_paths.add(path)
     try:
-        descriptor = _lock_on(path, refused)
+        descriptor = _open_and_lock(path, refused)
         try:
             yield
         finally:
@@ -245,11 +255,11 @@ def locked(path: Path, what: str) -> Iterator[None]:
                 path.unlink(missing_ok=True)
                 os.close(descriptor)
     finally:
-        _held.discard(path)
+        _locked_paths.discard(path)
 
 
-def _lock_on(path: Path, refused: OutsideError) -> int | None:
-    """The descriptor of a locked file; None where the system, or the disk, knows no locks."""
+def _open_and_lock(path: Path, refused: OutsideError) -> int | None:
+    """Return the descriptor of the locked file, or None if the system or the disk does not support locks."""
     try:
         import fcntl
     except ImportError:
@@ -270,11 +280,11 @@ def _lock_on(path: Path, refused: OutsideError) -> int | None:
                 raise refused from error
             path.unlink(missing_ok=True)
             return None
-        os.close(descriptor)  # whoever held it has removed it just now
+        os.close(descriptor)  # the previous holder has removed the file between open and lock: try again
 
 
 def outside(error: OSError, what: str) -> OutsideError:
-    """An OutsideError that says what the system refused and what may help."""
+    """Return an OutsideError that says what the system refused and what may help."""
     remedy = {
         "ENOSPC": "free some space or name another disk",
         "EDQUOT": "free some space or name another disk",
@@ -288,8 +298,8 @@ def outside(error: OSError, what: str) -> OutsideError:
 
 @contextmanager
 def _staged(target: Path, *endings: str) -> Iterator[list[Path]]:
-    """Paths beside a target for this writing alone, gone when it is over."""
-    with _lock:
+    """Yield temporary paths beside a target that no other writer uses, one per ending; remove them at the end."""
+    with _thread_lock:
         number = next(n for n in itertools.count() if (target, n) not in _writing)
         _writing.add((target, number))
     process = f"{os.getpid()}-{number}" if number else str(os.getpid())
@@ -300,26 +310,26 @@ def _staged(target: Path, *endings: str) -> Iterator[list[Path]]:
         try:
             for path in reversed(paths):
                 _remove(path, target)
-        finally:  # the next writer that gets this number has these paths
+        finally:  # only now may another writer get this number, and with it these paths
             _writing.discard((target, number))
 
 
-def _put_where_nothing_is(staging: Path, target: Path) -> None:
-    """Give a staging file its target's name, unless something has that by now (UsageError)."""
+def _rename_without_replacing(staging: Path, target: Path) -> None:
+    """Rename a temporary file to its target; raise UsageError if the target has been created in the meantime."""
     try:
         os.link(staging, target)
         return
     except FileExistsError:
         pass
-    except OSError:  # no hard links on this disk: then looking comes before renaming
+    except OSError:  # this disk has no hard links: test and rename, which is not atomic
         if not target.exists():
             staging.replace(target)
             return
     raise UsageError(f"{target} has come into being meanwhile: use --force to replace it")
 
 
-def _exchanged(staging: Path, target: Path) -> bool:
-    """Let two folders change places at one stroke; False where the system has no such call (renameat2, Linux)."""
+def _swap_folders(staging: Path, target: Path) -> bool:
+    """Swap two folders atomically; return False if the system cannot (the call is renameat2 of Linux)."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
     at_cwd, exchange = -100, 2
     return rename is not None and rename(at_cwd, os.fsencode(staging), at_cwd, os.fsencode(target), exchange) == 0
@@ -329,13 +339,13 @@ def _remove_leftovers(target: Path) -> None:
     pattern = re.compile(re.escape(f".{target.name}.") + r"(\d+)(?:-(\d+))?\.(staging|old)")
     for entry in list(target.parent.iterdir()):
         if match := pattern.fullmatch(entry.name):
-            with _lock:  # a thread that begins now may get this number
-                if not _in_use(target, int(match[1]), int(match[2] or 0)):
+            with _thread_lock:  # otherwise a thread could get this number between the test and the removal
+                if not _is_in_use(target, int(match[1]), int(match[2] or 0)):
                     _remove(entry, target)
 
 
 def _remove(path: Path, target: Path) -> None:
-    """Remove what was staged; an old folder that nothing has taken the place of is the target, and goes back."""
+    """Remove a temporary path. An old folder goes back to the target's name if no new folder has replaced it."""
     if path.suffix == ".old" and path.exists() and not target.exists():
         path.replace(target)
     elif path.is_dir():
@@ -344,9 +354,9 @@ def _remove(path: Path, target: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _in_use(target: Path, pid: int, number: int) -> bool:
-    """Whether the process that staged something is still at it, as far as can be told."""
-    if pid == os.getpid():  # in a container every run has the number of the one that was killed
+def _is_in_use(target: Path, pid: int, number: int) -> bool:
+    """Return whether the process that made a temporary path may still be using it."""
+    if pid == os.getpid():  # in a container every run may have the same process number, also one that was killed
         return (target, number) in _writing
     try:
         os.kill(pid, 0)
@@ -365,7 +375,7 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _kind(path: Path) -> str:
+def _file_kind(path: Path) -> str:
     mode = path.stat().st_mode
     kinds = {stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
     return kinds.get(stat.S_IFMT(mode), "special file")

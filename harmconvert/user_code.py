@@ -1,4 +1,4 @@
-"""Import the user's own Python: a file or a module that makes a network or preprocesses images."""
+"""Import the user's own Python code: a file or module that builds a network or preprocesses images."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from .errors import HarmconvertError, InputError, UsageError, first_line, shorte
 
 
 def import_place(place: str, schemes: Sequence[str]) -> ModuleType:
-    """A file or module of the user's, which may import its neighbours, as when python is started beside it.
+    """Import a file or module of the user's. It can import its neighbours, as if python was started in its folder.
 
     Args:
         place: ``FILE.py`` or ``package.module``.
-        schemes: of source strings, to name where the place is no such thing.
+        schemes: schemes of source strings, which the error message lists.
 
     Raises:
-        UsageError: no such file, or no name of a module; and whatever it raises when imported.
+        UsageError: there is no such file, or ``place`` is not the name of a module.
+        Exception: any error of the user's code while it is imported.
     """
     if not place.endswith(".py"):
         if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", place):
@@ -36,7 +37,8 @@ def import_place(place: str, schemes: Sequence[str]) -> ModuleType:
         with _first_on_path(Path.cwd()):
             return importlib.import_module(place)
     path = Path(place).resolve()
-    # A name of its own: dataclasses and pickles look their module up, and the stem may be an installed package's.
+    # A unique module name: dataclasses and pickle look modules up by name, and an installed package may have the
+    # name of the file.
     name = f"harmconvert_source_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if not path.is_file() or spec is None or spec.loader is None:
@@ -56,7 +58,7 @@ def import_place(place: str, schemes: Sequence[str]) -> ModuleType:
 
 
 def functions_in(place: str) -> str:
-    """The functions and classes that a file defines, as the end of a message; found without running it."""
+    """Return the functions and classes that a file defines, as the end of a message; the file is not executed."""
     try:
         body = ast.parse(Path(place).read_bytes()).body if place.endswith(".py") else []
     except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
@@ -67,13 +69,14 @@ def functions_in(place: str) -> str:
 
 
 def import_function(name: str, schemes: Sequence[str] = ()) -> Callable[..., Any]:
-    """A function of the user's, named as ``FILE.py:FUNCTION`` or ``package.module:FUNCTION``.
+    """Import a function of the user's, named ``FILE.py:FUNCTION`` or ``package.module:FUNCTION``.
 
     Args:
-        schemes: of source strings, to name where there is no such module.
+        schemes: schemes of source strings, which the error message lists if there is no such module.
 
     Raises:
-        UsageError: there is no such file, module or function. InputError: the file fails when it is imported.
+        UsageError: there is no such file, module or function.
+        InputError: the file raises an error when it is imported.
     """
     place, colon, attribute = name.rpartition(":")
     if not colon:
@@ -83,15 +86,15 @@ def import_function(name: str, schemes: Sequence[str] = ()) -> Callable[..., Any
     except HarmconvertError:
         raise
     except ModuleNotFoundError as error:
-        known = f"; known schemes are {', '.join(schemes)}" if schemes else ""
-        raise UsageError(f"cannot import {place}: {first_line(error)}{known}") from error
+        schemes_text = f"; known schemes are {', '.join(schemes)}" if schemes else ""
+        raise UsageError(f"cannot import {place}: {first_line(error)}{schemes_text}") from error
     except (Exception, SystemExit) as error:
         raise InputError(f"{place} fails when imported: {type(error).__name__}: {first_line(error)}") from error
     function = getattr(module, attribute, None)
     if not callable(function):
         raise UsageError(f"{place} has no function {attribute!r}{functions_in(place)}")
-    found: Callable[..., Any] = function
-    return found
+    typed_function: Callable[..., Any] = function
+    return typed_function
 
 
 @contextmanager

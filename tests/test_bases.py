@@ -95,7 +95,7 @@ def test_the_command_line_knows_every_basis() -> None:
 def test_what_is_no_basis_is_refused() -> None:
     with pytest.raises(UsageError, match="unknown basis 'fourier': use one of dct, haar, gaussian, klt"):
         Basis("fourier")
-    with pytest.raises(UsageError, match="klt basis is a layer's own"):
+    with pytest.raises(UsageError, match="klt basis is fitted to each layer"):
         Basis("klt").kernels((3, 3))
     with pytest.raises(UsageError, match="klt basis is fitted to kernels, and these are yet to be trained"):
         harmonize(nn.Conv2d(3, 4, 3), basis="klt")

@@ -202,7 +202,7 @@ def test_outputs_are_never_lost() -> None:
     Path("folder").mkdir()
     Path("dangling").symlink_to("nowhere")
     fails(2, "folder is a folder: name a file in it", "convert", SAMPLE, "-o", "folder", "--force")
-    fails(2, "dangling is a link to nothing", "convert", SAMPLE, "-o", "dangling", "--force")
+    fails(2, "dangling is a link to nowhere, which does not exist", "convert", SAMPLE, "-o", "dangling", "--force")
     fails(2, "/dev/null is a device", "convert", SAMPLE, "-o", "/dev/null", "--force")
     fails(2, "the folder none does not exist", "convert", SAMPLE, "-o", "none/a.safetensors")
     fails(2, "exists: use --force", "export", "a.safetensors", "-o", "a.safetensors")

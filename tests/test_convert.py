@@ -493,7 +493,7 @@ def test_whole_network_copies_are_independent() -> None:
 def test_coefficients_out_of_range_are_refused(value: float, dtype: Any, normalization: str, remedy: str) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)).to(dtype)
     nn.init.constant_(model[1].weight, value)
-    with pytest.raises(InputError, match=f"layer 1: its coefficients go out of {remedy}"):
+    with pytest.raises(InputError, match=f"layer 1: its coefficients are out of {remedy}"):
         convert(model, normalization=normalization)
 
 
@@ -505,7 +505,7 @@ def test_a_cut_that_overshoots_the_range_is_refused() -> None:
     with torch.no_grad():
         model[0].weight.copy_(kernel)
     assert fuse(convert(model).model)[0].weight.isfinite().all()
-    with pytest.raises(InputError, match="layer 0: its merged kernels go out of float16's range"):
+    with pytest.raises(InputError, match="layer 0: its merged kernels are out of float16's range"):
         convert(model, Plan((cut_layer("0", (3, 3), kept),)))
 
 

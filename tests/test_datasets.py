@@ -75,7 +75,7 @@ def test_a_folder_without_splits_is_split_by_the_seed(tmp_path: Path) -> None:
     assert names[1] == {again.test.name(i) for i in range(10)}
     other = open_data(DataRequest(data_dir=str(tmp_path), holdout=0.25, seed=4))
     assert names[1] != {other.test.name(i) for i in range(10)}
-    assert "10 of its 40 images (seed 3) are tested on" in data.notes[0]
+    assert "10 of its 40 images (seed 3) are held back for testing" in data.notes[0]
 
 
 def test_evaluating_without_a_holdout_tests_on_all(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_an_empty_class_folder_is_named(split_folder: Path) -> None:
 def test_test_classes_must_be_those_of_training(split_folder: Path) -> None:
     (split_folder / "val" / "ten").mkdir()
     Image.new("L", (4, 4)).save(split_folder / "val" / "ten" / "a.png")
-    with pytest.raises(InputError, match="val has classes that there are none of to train on: ten"):
+    with pytest.raises(InputError, match=r"val has classes that the training images lack \(ten\)"):
         open_data(DataRequest(data_dir=str(split_folder)))
 
 
@@ -332,7 +332,7 @@ def test_a_run_of_broken_pictures_is_a_broken_data_set(tmp_path: Path, workers: 
     for image in folder.glob("*/*.png"):
         image.write_bytes(b"nothing")
     pictures = open_data(DataRequest(data_dir=str(folder), holdout=0), ("train",)).train
-    with pytest.raises(InputError, match=r"^10 images in a row cannot be read: .*png.*mend the data$"):
+    with pytest.raises(InputError, match=r"^10 images in a row cannot be read: .*png.*repair the data$"):
         list(training_batches(pictures, TO_TENSOR, "L", 20, workers=workers).epoch(0))
 
 

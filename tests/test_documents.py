@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from harmconvert.documents import check, count, finite, number, parsed, plain, whole
+from harmconvert.documents import check, count, finite, json_value, number, parse_json, whole
 from harmconvert.storage import check_history
 
 
@@ -16,23 +16,23 @@ from harmconvert.storage import check_history
 def test_json_is_read(text: str) -> None:
     import json
 
-    assert repr(parsed(text)) == repr(json.loads(text))
+    assert repr(parse_json(text)) == repr(json.loads(text))
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("{", "Expecting property name"),
-        ('{"a": 1, "b": {"c": 1, "d": 2, "c": 1}}', "'c' stands in it twice"),
+        ('{"a": 1, "b": {"c": 1, "d": 2, "c": 1}}', "'c' appears twice"),
         ("[" * 100_000, "nested too deeply"),
         ("1" * 5000, "4300 digits"),
-        ('{"a": "\\ud800"}', "half a character"),
-        ('{"\\uDFFF": 1}', "half a character"),
+        ('{"a": "\\ud800"}', "half of a surrogate pair"),
+        ('{"\\uDFFF": 1}', "half of a surrogate pair"),
     ],
 )
 def test_json_that_can_be_read_in_two_ways_or_not_at_all_is_refused(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        parsed(text)
+        parse_json(text)
 
 
 @pytest.mark.parametrize(
@@ -56,15 +56,15 @@ def test_kinds_of_numbers(value: Any, number_: bool, finite_: bool, whole_: bool
 
 
 def test_what_json_can_hold() -> None:
-    assert plain({"a": [1, 2.5, None, True, {"b": ("x",)}]})
-    assert not plain({1: 2})
-    assert not plain([{"a": {1}}])
-    assert not plain(1j)
+    assert json_value({"a": [1, 2.5, None, True, {"b": ("x",)}]})
+    assert not json_value({1: 2})
+    assert not json_value([{"a": {1}}])
+    assert not json_value(1j)
     deep: Any = 1
     for _ in range(100):
         deep = [deep]
-    assert plain(deep)
-    assert not plain([deep])
+    assert json_value(deep)
+    assert not json_value([deep])
 
 
 @pytest.mark.parametrize(
@@ -72,15 +72,15 @@ def test_what_json_can_hold() -> None:
     [
         (1, str, "it: 1 should be text"),
         ("x", bool, "it: 'x' should be true or false"),
-        ([], {}, "it: list of 0 should be an object"),
-        ({}, [], "it: dict of 0 should be a list"),
+        ([], {}, "it: a list of 0 items should be an object"),
+        ({}, [], "it: a dict of 0 items should be a list"),
         ([1, -2], [count], "it: 1: -2 should be a count"),
         ({"a": None}, {"a": count}, "it: a: None should be a count"),
-        ({"a": 1}, {"a": None}, "it: a: 1 should be nothing"),
+        ({"a": 1}, {"a": None}, "it: a: 1 should be null"),
         ({"a": {"b": ["x"]}}, {"a": ({"b": [count]}, None)}, "it: a: b: 0: 'x' should be a count"),
         ({"a": {"b": "x"}}, {...: {...: finite}}, "it: a: b: 'x' should be a finite"),
-        ({1: 2}, {}, "it: 1 is no name"),
-        (10**400, (count, None), "it: a number of hundreds of digits should be a count or nothing"),
+        ({1: 2}, {}, "it: the key 1 should be text"),
+        (10**400, (count, None), "it: a number of hundreds of digits should be a count or null"),
         ("x" * 1000, count, "x.... should be a count"),
     ],
 )
@@ -98,19 +98,19 @@ def test_what_is_not_asked_for_may_be_anything_and_nothing_has_to_be_there() -> 
 @pytest.mark.parametrize(
     ("history", "message"),
     [
-        ([], "history: list of 0 should be an object"),
-        ({"calibration": 3}, "history: calibration: 3 should be an object or nothing"),
+        ([], "history: a list of 0 items should be an object"),
+        ({"calibration": 3}, "history: calibration: 3 should be an object or null"),
         (
             {"calibration": {"layers": [{"name": "a", "error_before": "0.1"}]}},
             "layers: 0: error_before: '0.1' should be",
         ),
         ({"calibration": {"changed": {"a": 1}}}, "changed: a: 1 should be text"),
-        ({"training": {}}, "history: training: dict of 0 should be a list"),
+        ({"training": {}}, "history: training: a dict of 0 items should be a list"),
         (
             {"training": [{"stages": [{"name": "cut", "evaluation": {"top1": []}}]}]},
-            "evaluation: top1: list of 0 should",
+            "evaluation: top1: a list of 0 items should",
         ),
-        ({"conversion": {"search": {"frontier": [[1]]}}}, "frontier: 0: list of 1 should be a pair"),
+        ({"conversion": {"search": {"frontier": [[1]]}}}, "frontier: 0: a list of 1 item should be a pair"),
     ],
 )
 def test_a_history_of_odd_types_is_refused(history: Any, message: str) -> None:

@@ -145,7 +145,7 @@ def test_outputs_that_are_no_files_are_refused_even_by_force(tmp_path: Path) -> 
     sock.close()
     cases = {
         tmp_path: "is a folder: name a file in it",
-        tmp_path / "dangling": r"is a link to nothing \(nowhere\)",
+        tmp_path / "dangling": "is a link to nowhere, which does not exist",
         tmp_path / "fifo": "is a FIFO: name a regular file",
         tmp_path / "socket": "is a socket",
         Path("/dev/null"): "is a device",

@@ -476,7 +476,7 @@ def test_merged_kernels_out_of_range_are_refused_by_name() -> None:
     with torch.no_grad():
         harmonic[0].coefficients.fill_(65000.0)  # adds up to more at the first position
     for make in (fuse, lambda model: factor(model, layers="dense")):
-        with pytest.raises(InputError, match="layer 0: its merged kernels go out of float16's range"):
+        with pytest.raises(InputError, match="layer 0: its merged kernels are out of float16's range"):
             make(harmonic)
     with torch.no_grad():
         harmonic[0].coefficients[0, 0, 0] = float("nan")

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from ..documents import check, count, reading
-from ..documents import plain as json_able
+from ..documents import check, count, input_errors, json_value
 from ..errors import InputError, shortened
 from .codec import CODECS, Codec, Entry, codec_of
 from .plain import RAW, plain_codec
@@ -31,7 +30,7 @@ STORED_NAMES = {
 
 _MOST_AXES = 16
 _UNREADABLE, _DISAGREE = "its codec table is unreadable", "its codec table and tensors disagree"
-_TABLE = {...: {"version": count, "tensors": {...: {"shape": [count], "dtype": str, ...: json_able}}}}
+_TABLE = {...: {"version": count, "tensors": {...: {"shape": [count], "dtype": str, ...: json_value}}}}
 
 
 @dataclass(frozen=True)
@@ -82,12 +81,12 @@ class CodecTable:
         Raises:
             InputError: an unknown codec or version, or anything that is not such a table.
         """
-        with reading(_UNREADABLE):
+        with input_errors(_UNREADABLE):
             check(data, _TABLE, "codecs")
             versions = {name: group["version"] for name, group in data.items()}
         codecs = {name: _known(name, version) for name, version in versions.items()}
         coded: dict[str, Entry] = {}
-        with reading(_UNREADABLE):
+        with input_errors(_UNREADABLE):
             for name, group in data.items():
                 if codecs[name].plain != ("tensors" not in group):
                     raise ValueError(f"{name}: it should {'not ' if codecs[name].plain else ''}list tensors")

@@ -1,7 +1,8 @@
-"""Images for a network, from folders, timm's data sets or the samples, pre-processed as the network was trained.
+"""Images for a network, from folders, timm's data sets or the samples, pre-processed as the network expects them.
 
-What belongs here: opening, pre-processing and batching, the same for every number of workers. What is done with the
-batches belongs to `calibration` and `training`."""
+What belongs here: opening, pre-processing and batching, with the same result for any number of workers. What does not:
+the use of the batches (`calibration`, `training`).
+"""
 
 from .calibration import Images, calibration_images
 from .datasets import Data, DataRequest, Some, Stream, open_data

@@ -1,4 +1,4 @@
-"""Images without labels to calibrate on, from folders, timm's data sets or the samples."""
+"""Images without labels for calibration, from folders, timm's data sets or the samples."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from .folders import Files
 from .pictures import UNREADABLE, Pictures, in_mode, photographs, random_crop
 from .preprocessing import color_mode, evaluation_transform, preprocessing
 
-# Data sets have a broken file now and then; more than this share of what was asked for, or three, is a broken data set.
+# A data set may have a few broken files: three, or this share of the requested images. More are an error.
 UNREADABLE_SHARE = 0.1
 
 
 @dataclass(frozen=True)
 class Images:
-    """Pre-processed ``batches`` (N, C, H, W), what was done to them, and the files that could not be read."""
+    """Pre-processed ``batches`` (N, C, H, W), their pre-processing config, and the files that could not be read."""
 
     batches: tuple[Tensor, ...]
     preprocessing: Mapping[str, Any]
@@ -50,36 +50,35 @@ def calibration_images(
     split: str = "train",
     seed: int = 0,
 ) -> Images:
-    """Up to ``count`` images of a data set, chosen by ``seed``, in the network's own pre-processing; no labels.
+    """Return up to ``count`` images of a data set, chosen by ``seed``, with the network's own pre-processing.
 
     Args:
-        data: a folder (searched through; labels and structure do not matter), ``sample:mnist5k``,
+        data: a folder (all images below it are used; labels and structure do not matter), ``sample:mnist5k``,
             ``sample:photographs`` (random crops of two photographs), or a timm data set (``torch/cifar10``,
             ``hfds/USER/NAME``, ``wds/NAME``, ``tfds/NAME``).
-        overrides: of the pre-processing, as `preprocessing` takes them.
-        data_dir: where a timm data set lies.
-        split: of a timm data set.
+        overrides: changes to the pre-processing, see `preprocessing`.
+        data_dir: folder of a timm data set.
+        split: split of a timm data set.
 
     Raises:
-        UsageError: no such data set, or a network whose input size or pre-processing is not known.
-        InputError: no images, or too many that cannot be read.
-        OutsideError: the data set has to be downloaded and cannot be, or a package is missing.
+        UsageError: the data set does not exist, or the network's input size or pre-processing is unknown.
+        InputError: there are no images, or too many cannot be read.
+        OutsideError: the download of the data set failed, or a package is missing.
     """
     if count < 1 or batch_size < 1:
         raise UsageError(f"{counted(count, 'calibration image')} in batches of {batch_size}: both must be at least 1")
     config = preprocessing(model, overrides or {})
     transform, mode = evaluation_transform(config), color_mode(config)
     unreadable: list[str] = []
-    stream = data.startswith(STREAMS)  # which gives every process a part of its own
-    wanted = -(-count // world_size()) if stream else count
-    found = [
-        transform(image) for image in islice(_pictures(data, count, data_dir, split, seed, mode, unreadable), wanted)
-    ]
+    stream = data.startswith(STREAMS)  # a stream gives each process its own part
+    share = -(-count // world_size()) if stream else count
+    pictures = islice(_pictures(data, count, data_dir, split, seed, mode, unreadable), share)
+    images = [transform(picture) for picture in pictures]
     if stream:
-        found = list(chain.from_iterable(gathered(found)))[:count]
-    if not found:
+        images = list(chain.from_iterable(gathered(images)))[:count]
+    if not images:
         raise InputError(f"{data} holds no image: give a folder of images, sample:NAME or a timm data set")
-    stacked = torch.stack(found)
+    stacked = torch.stack(images)
     return Images(tuple(stacked.split(batch_size)), config, tuple(unreadable))
 
 
@@ -95,18 +94,18 @@ def _pictures(
         pictures = photographs()
         return (in_mode(random_crop(pictures, generator), mode) for _ in count_from(0))
     if Path(data).is_dir():
-        return _readable(Files(Path(data)), data, count, generator, mode, unreadable)
+        return _readable_pictures(Files(Path(data)), data, count, generator, mode, unreadable)
     name, root = ("", data) if data.endswith(".tar") else (data, data_dir)
-    found = pictures_of(open_timm(name, root, split=split, seed=0))
-    if isinstance(found, Stream):  # its first images, in the order in which it gives them
-        return (in_mode(item[0], mode) for item in found.dataset)
-    return _readable(found, data, count, generator, mode, unreadable)
+    opened = pictures_of(open_timm(name, root, split=split, seed=0))
+    if isinstance(opened, Stream):  # a stream has no random access: use its first images
+        return (in_mode(item[0], mode) for item in opened.dataset)
+    return _readable_pictures(opened, data, count, generator, mode, unreadable)
 
 
-def _readable(
+def _readable_pictures(
     pictures: Pictures, data: str, count: int, generator: np.random.Generator, mode: str | None, unreadable: list[str]
 ) -> Iterator[Image.Image]:
-    """The pictures in an order by chance, those that cannot be read passed over and named, up to a bound."""
+    """Yield the pictures in random order; skip broken ones and add their names to ``unreadable``, up to a bound."""
     bound = max(3, int(UNREADABLE_SHARE * count))
     for index in generator.permutation(len(pictures)):
         try:
@@ -119,5 +118,5 @@ def _readable(
                 raise InputError(
                     f"{counted(len(unreadable), 'image')} of {data} cannot be read "
                     f"({shortened(unreadable, 3)}; the last: "
-                    f"{first_line(error)}): mend the data, or leave them out"
+                    f"{first_line(error)}): repair or remove these images"
                 ) from error

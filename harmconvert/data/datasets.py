@@ -1,4 +1,4 @@
-"""Labelled pictures to train on and to test on: folders, timm's data sets, the samples."""
+"""Labelled pictures for training and testing, from folders, timm's data sets or the samples."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _SYNONYMS = {
     "train": ("train", "training"),
     "validation": ("validation", "val", "valid", "eval", "evaluation", "test"),
 }
-# Photographs are cropped without end: an epoch of them is as long as this.
+# Number of random crops of the photographs in an epoch.
 PHOTOGRAPH_CROPS = {"train": 2000, "validation": 200}
 
 
 @dataclass(frozen=True)
 class Stream:
-    """A data set that is read in its own order (timm's hfids/, tfds/, wds/), one pass an epoch."""
+    """A data set that can only be read in its own order (timm's hfids/, tfds/, wds/), one pass for each epoch."""
 
     dataset: Any
     classes: Sequence[str] | None = None
@@ -38,7 +38,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Data:
-    """What there is to train on and to test on (None where not asked for), and what a user should know about it."""
+    """The pictures for training and for testing (None where not requested), and notes for the user about them."""
 
     train: Pictures | Stream | None
     test: Pictures | Stream | None
@@ -46,26 +46,26 @@ class Data:
 
     @property
     def labelled(self) -> bool:
-        """Whether the pictures have labels."""
+        """Return whether all pictures have labels."""
         return all(part.labelled for part in (self.train, self.test) if part is not None)
 
     @property
     def classes(self) -> int | None:
-        """Number of classes; None where there are no labels or the data set does not say."""
+        """Return the number of classes; None where there are no labels or the data set does not name its classes."""
         counts = [len(p.classes) for p in (self.train, self.test) if p is not None and p.labelled and p.classes]
         return max(counts) if counts else None
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same for a run to go on with it: numbers of images and classes."""
+        """Return the numbers of images and classes, which must be the same when a run is resumed."""
         parts = (self.train, self.test)
         return {"images": [len(p) if isinstance(p, Pictures) else None for p in parts], "classes": self.classes}
 
 
 @dataclass(frozen=True)
 class DataRequest:
-    """Which data: timm's name of a set or ``sample:NAME`` (empty: a folder), where it lies, the names of its splits.
+    """Which data to open: timm's name of a data set or ``sample:NAME`` (empty: a folder), its folder, and its splits.
 
-    Where only one split is there, ``holdout`` (0 to 1) of it, chosen by ``seed``, is kept from training and tested on.
+    If there is only one split, the share ``holdout`` (0 to 1) of it, chosen by ``seed``, is held back for testing.
     """
 
     dataset: str = ""
@@ -80,28 +80,29 @@ class DataRequest:
 
 
 def open_data(request: DataRequest, parts: Sequence[str] = ("train", "test")) -> Data:
-    """Find the pictures; nothing is decoded yet.
+    """Return the pictures that a request names; they are decoded later, one by one.
 
     Raises:
-        UsageError: no such data set or split. InputError: an empty class folder, classes that differ between the
-            splits, no images. OutsideError: it has to be downloaded and cannot be, or a package is missing.
+        UsageError: there is no such data set or split.
+        InputError: a class folder is empty, the classes differ between the splits, or there are no images.
+        OutsideError: the download of the data set failed, or a package is missing.
     """
     name, root = request.dataset, request.data_dir
     if name.startswith("sample:"):
-        return _sample(name, parts)
+        return _open_sample(name, parts)
     if name.startswith(PACKAGES):
         splits = {"train": request.train_split, "test": request.val_split}
-        found = {part: _packaged(name, root, splits[part], part == "train", request.seed) for part in parts}
-        return Data(found.get("train"), found.get("test"))
+        opened = {part: _open_package(name, root, splits[part], part == "train", request.seed) for part in parts}
+        return Data(opened.get("train"), opened.get("test"))
     check_labelled(name, root)
     assert root is not None
     if not Path(root).is_dir():
-        return _split(_FromReader(open_timm("", root).reader), request, parts)
-    return _folders(Path(root), request, parts)
+        return _split_by_holdout(_FromReader(open_timm("", root).reader), request, parts)
+    return _open_folders(Path(root), request, parts)
 
 
 def open_timm(name: str, root: str | None, **more: Any) -> Any:
-    """timm's `create_dataset`, what it raises turned into what a user can act on."""
+    """Call timm's `create_dataset`; turn its exceptions into errors that say what to do."""
     if root is None and name.startswith("torch/"):
         raise UsageError(f"{name}: say where it lies with --data-dir DIR")
     try:
@@ -146,11 +147,11 @@ class _FromPhotographs(Pictures):
 
 
 class _FromReader(Pictures):
-    """timm's tar files and Hugging Face data sets: a reader gives files or bytes, and labels."""
+    """Pictures of timm's tar files and Hugging Face data sets: timm's reader returns files or bytes, and labels."""
 
     def __init__(self, reader: Any) -> None:
         self.reader = reader
-        # timm's tar reader has another name for it.
+        # timm's tar reader has another name for the classes.
         names = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {}
         self.classes = sorted(names, key=names.__getitem__) or None
 
@@ -171,7 +172,7 @@ class _FromReader(Pictures):
 
 
 class _FromTorch(Pictures):
-    """torchvision's data sets."""
+    """Pictures of torchvision's data sets."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -187,7 +188,7 @@ class _FromTorch(Pictures):
 
 @dataclass(frozen=True)
 class Some(Pictures):
-    """Some of the pictures of another set, by their indices."""
+    """Some pictures of another set, chosen by their indices."""
 
     whole: Pictures
     indices: np.ndarray
@@ -208,57 +209,57 @@ class Some(Pictures):
         return self.whole.name(int(self.indices[index]))
 
 
-# --- where they are found ---
+# --- sources of pictures ---
 
 
-def _sample(name: str, parts: Sequence[str]) -> Data:
+def _open_sample(name: str, parts: Sequence[str]) -> Data:
     if name == "sample:mnist5k":
         digits = [str(digit) for digit in range(10)]
         makers = {"train": mnist5k, "test": mnist5k_held_back_pixels}
-        found: dict[str, Pictures] = {}
+        opened: dict[str, Pictures] = {}
         for part in parts:
             images, labels = makers[part]()
-            found[part] = _FromArrays(images.numpy(), labels.numpy(), digits)
+            opened[part] = _FromArrays(images.numpy(), labels.numpy(), digits)
     elif name == "sample:photographs":
         pictures = photographs()
         lengths = {"train": PHOTOGRAPH_CROPS["train"], "test": PHOTOGRAPH_CROPS["validation"]}
-        found = {part: _FromPhotographs(pictures, lengths[part], int(part == "test")) for part in parts}
+        opened = {part: _FromPhotographs(pictures, lengths[part], int(part == "test")) for part in parts}
     else:
         raise UsageError(f"there is no sample data set {name!r}: use sample:mnist5k or sample:photographs")
-    return Data(found.get("train"), found.get("test"))
+    return Data(opened.get("train"), opened.get("test"))
 
 
-def _packaged(name: str, root: str | None, split: str, training: bool, seed: int) -> Pictures | Stream:
+def _open_package(name: str, root: str | None, split: str, training: bool, seed: int) -> Pictures | Stream:
     return pictures_of(open_timm(name, root, split=split, is_training=training, seed=seed))
 
 
 def pictures_of(dataset: Any) -> Pictures | Stream:
-    """The pictures of what timm opened."""
+    """Return the pictures of a data set that timm opened."""
     if isinstance(dataset, IterableDataset):
         return Stream(dataset)
     return _FromReader(dataset.reader) if hasattr(dataset, "reader") else _FromTorch(dataset)
 
 
-def _folders(root: Path, request: DataRequest, parts: Sequence[str]) -> Data:
+def _open_folders(root: Path, request: DataRequest, parts: Sequence[str]) -> Data:
     train = _split_folder(root, request.train_split, "train")
     test = _split_folder(root, request.val_split, "validation")
     if train is None and test is None:
         if inner := _only_folder(root, request):
             raise UsageError(f"{root} holds one folder with splits: give --data-dir {inner}")
         pictures, notes = folder_of_pictures(root)
-        return _split(pictures, request, parts, notes)
+        return _split_by_holdout(pictures, request, parts, notes)
     if train is None and "train" in parts:
         raise UsageError(f"{root} has a folder {test.name if test else ''} but none to train on: see --train-split")
-    trained, notes = folder_of_pictures(train) if train is not None else (None, ())
+    train_files, notes = folder_of_pictures(train) if train is not None else (None, ())
     if test is None:
-        assert trained is not None
-        return _split(trained, request, parts, notes)
-    tested, more = folder_of_pictures(test, trained) if "test" in parts else (None, ())
-    return Data(trained if "train" in parts else None, tested, (*(notes if "train" in parts else ()), *more))
+        assert train_files is not None
+        return _split_by_holdout(train_files, request, parts, notes)
+    test_files, more = folder_of_pictures(test, train_files) if "test" in parts else (None, ())
+    return Data(train_files if "train" in parts else None, test_files, (*(notes if "train" in parts else ()), *more))
 
 
 def _only_folder(root: Path, request: DataRequest) -> Path | None:
-    """The folder with splits that is all there is in a folder, as an archive leaves it when it is unpacked."""
+    """Return the folder with splits if it is the only entry of ``root``, as in an unpacked archive; else None."""
     folders = [root / name for name in class_folders(root)]
     if len(folders) != 1 or any(entry.suffix.lower() in IMG_EXTENSIONS for entry in root.iterdir() if entry.is_file()):
         return None
@@ -271,8 +272,10 @@ def _split_folder(root: Path, split: str, kind: str) -> Path | None:
     return next((root / name for name in names if (root / name).is_dir()), None)
 
 
-def _split(pictures: Pictures, request: DataRequest, parts: Sequence[str], notes: tuple[str, ...] = ()) -> Data:
-    """One set of pictures as two, some of them held back by a seed; as it is where nothing is held back."""
+def _split_by_holdout(
+    pictures: Pictures, request: DataRequest, parts: Sequence[str], notes: tuple[str, ...] = ()
+) -> Data:
+    """Divide one set of pictures into training and test pictures by a seed; keep it whole if ``holdout`` is 0."""
     if not 0 <= request.holdout < 1:
         raise UsageError(f"--holdout {request.holdout}: give the share of the images to test on, from 0 to below 1")
     if request.holdout == 0:
@@ -280,12 +283,12 @@ def _split(pictures: Pictures, request: DataRequest, parts: Sequence[str], notes
             raise UsageError(f"{request} has one split: give --holdout above 0, or a folder of images to test on")
         return Data(pictures if "train" in parts else None, pictures if "test" in parts else None, notes)
     order = np.random.default_rng(request.seed).permutation(len(pictures))
-    kept_back = max(1, round(request.holdout * len(pictures)))
-    if kept_back == len(pictures):
-        raise InputError(f"{request} holds {len(pictures)} image: too few to train on and to test on")
-    test, train = Some(pictures, np.sort(order[:kept_back])), Some(pictures, np.sort(order[kept_back:]))
+    held_back = max(1, round(request.holdout * len(pictures)))
+    if held_back == len(pictures):
+        raise InputError(f"{request} holds {len(pictures)} image: training and testing need at least one image each")
+    test, train = Some(pictures, np.sort(order[:held_back])), Some(pictures, np.sort(order[held_back:]))
     note = (
         f"{request} has one split: {len(test)} of its {counted(len(pictures), 'image')} (seed "
-        f"{request.seed}) are tested on"
+        f"{request.seed}) are held back for testing"
     )
     return Data(train if "train" in parts else None, test if "test" in parts else None, (*notes, note))

@@ -1,8 +1,8 @@
-"""Batches of pre-processed pictures: the same ones whatever the number of processes, workers and interruptions.
+"""Batches of pre-processed pictures, the same ones for any number of processes, workers and interruptions.
 
-What happens to a picture in an epoch (crop, flip) is a function of the seed, the epoch and the picture alone; which
-pictures make up a batch is a function of the seed, the epoch and the batch. So two processes see what one would, and a
-run that goes on after batch 17 goes on with batch 18.
+The augmentation of a picture (crop, flip) depends only on the seed, the epoch and the picture. The pictures of a batch
+depend only on the seed, the epoch and the batch. So two processes read the same pictures as one, and a run that was
+interrupted after batch 17 continues with batch 18.
 """
 
 from __future__ import annotations
@@ -26,13 +26,16 @@ from .datasets import Stream
 from .pictures import UNREADABLE, Pictures, in_mode
 from .preprocessing import Transform
 
-# A broken picture is replaced by the next one that can be read; a run of this many is a broken data set.
+# A broken picture is replaced by the next readable one; this many broken pictures in a row are an error.
 REPLACEMENTS = 10
 NO_LABEL = -1
 
 
 class Batch(NamedTuple):
-    """Images (N, C, H, W), labels (N,; -1 where there are none), what could not be read, and whether that is final."""
+    """Images (N, C, H, W), labels (N,; -1 where there are none), and the names of pictures that could not be read.
+
+    ``broken``: a picture could not be replaced, because all the next ones are broken, too.
+    """
 
     images: Tensor
     labels: Tensor
@@ -41,8 +44,10 @@ class Batch(NamedTuple):
 
 
 class Batches(Protocol):
-    """What training wants of its data: ``steps`` batches in an epoch (None: nobody knows how many), from any of
-    them on; ``order`` is None for a stream, which may end sooner in one process than in another."""
+    """The interface that training needs: ``steps`` batches in an epoch (None: unknown), from any step on.
+
+    ``order`` is None for a stream, which may end earlier in one process than in another.
+    """
 
     @property
     def steps(self) -> int | None: ...
@@ -55,10 +60,10 @@ class Batches(Protocol):
 
 @dataclass
 class Loading:
-    """Batches of one part of a data set for this process, epoch by epoch.
+    """This process's batches of one part of a data set, epoch by epoch.
 
-    ``steps``: batches in an epoch, ``images``: all there are, over all processes (None for a stream whose length is not
-    known); the last, incomplete batch is left out when training.
+    ``steps`` is the number of batches in an epoch, ``images`` the number of images over all processes (both None for a
+    stream of unknown length). Training leaves out the last, incomplete batch.
     """
 
     loader: DataLoader[Any]
@@ -68,7 +73,7 @@ class Loading:
     set_epoch: Callable[[int], None]
 
     def unread(self, read: int) -> str | None:
-        """A note where fewer images came than there are: streams are shared out shard by shard."""
+        """Return a note if fewer images were read than the set has: a stream is divided by whole shards."""
         if self.images is None or read >= self.images:
             return None
         return (
@@ -78,21 +83,22 @@ class Loading:
         )
 
     def epoch(self, number: int, first_step: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from a step on.
+        """Yield the batches of an epoch, from a step on.
 
         Raises:
-            InputError: too many images in a row cannot be read. OutsideError: a worker died.
+            InputError: too many images in a row cannot be read.
+            OutsideError: a worker process died.
         """
         self.set_epoch(number)
         if self.order is not None:
             self.order.epoch, self.order.first_step = number, first_step
-        skipped = 0 if self.order is not None else first_step  # a stream can only be run through
+        skipped = 0 if self.order is not None else first_step  # a stream cannot start later: read and skip
         try:
             for batch in islice(self.loader, skipped, None):
-                # Raised here: an exception that crosses from a worker brings its traceback as its message.
+                # Raised here, because the message of an exception from a worker contains its whole traceback.
                 if batch.broken:
                     what = shortened(batch.problems[-REPLACEMENTS:], 2)
-                    raise InputError(f"{REPLACEMENTS} images in a row cannot be read: {what}: mend the data")
+                    raise InputError(f"{REPLACEMENTS} images in a row cannot be read: {what}: repair the data")
                 yield batch
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
@@ -102,7 +108,7 @@ class Loading:
             text = str(error.args[0])
             if not text.startswith("Caught "):
                 raise
-            # A worker's error brings its traceback as its message; the last line is the worker's own message.
+            # The message of an exception from a worker is its traceback; the last line is the original message.
             raise type(error)(text.strip().splitlines()[-1].partition(": ")[2]) from error
 
 
@@ -116,16 +122,20 @@ def training_batches(
     workers: int = 0,
     pin_memory: bool = False,
 ) -> Loading:
-    """Shuffled and augmented, the incomplete last batch left out (a set smaller than a batch is one batch)."""
+    """Return shuffled batches for training, without the incomplete last one; a set smaller than a batch is one batch.
+
+    Raises:
+        InputError: there are fewer images than processes.
+    """
     if isinstance(pictures, Stream):
-        return _streamed(pictures, transform, mode, batch_size, seed, workers, pin_memory, drop_last=True)
+        return _load_stream(pictures, transform, mode, batch_size, seed, workers, pin_memory, drop_last=True)
     batch_size = min(batch_size, len(pictures) // world_size() * world_size())
     if batch_size == 0:
         raise InputError(
             f"{counted(len(pictures), 'image')} for {counted(world_size(), 'process')}: use fewer processes"
         )
     order = _Order(len(pictures), batch_size, seed, shuffle=True)
-    return _indexed(_Items(pictures, transform, mode, seed, replace=True), order, workers, pin_memory)
+    return _load_by_index(_Items(pictures, transform, mode, seed, replace=True), order, workers, pin_memory)
 
 
 def evaluation_batches(
@@ -137,36 +147,37 @@ def evaluation_batches(
     workers: int = 0,
     pin_memory: bool = False,
 ) -> Loading:
-    """Every picture once, in order; broken ones are left out and named."""
+    """Return batches with every picture once, in order; `Batch.problems` names broken pictures, which are left out."""
     if isinstance(pictures, Stream):
-        return _streamed(pictures, transform, mode, batch_size, 0, workers, pin_memory, drop_last=False)
+        return _load_stream(pictures, transform, mode, batch_size, 0, workers, pin_memory, drop_last=False)
     order = _Order(len(pictures), batch_size, 0, shuffle=False)
-    return _indexed(_Items(pictures, transform, mode, 0, replace=False), order, workers, pin_memory)
+    return _load_by_index(_Items(pictures, transform, mode, 0, replace=False), order, workers, pin_memory)
 
 
 def some_images(pictures: Pictures | Stream, transform: Transform, mode: str | None, count: int, seed: int) -> Tensor:
-    """Up to ``count`` pre-processed images (N, C, H, W), chosen by ``seed`` (of a stream the first of each process's
-    share), the same in every process; broken ones are passed over.
+    """Return up to ``count`` pre-processed images (N, C, H, W), the same ones in every process; skip broken ones.
+
+    The images are chosen by ``seed``; of a stream they are the first ones of each process's part.
 
     Raises:
-        InputError: none can be read.
+        InputError: no image can be read.
     """
     if isinstance(pictures, Stream):
         share = islice(pictures.dataset, -(-count // world_size()))
-        mine = [transform(in_mode(item[0], mode)) for item in share]
-        found = list(chain.from_iterable(gathered(mine)))[:count]
+        own = [transform(in_mode(item[0], mode)) for item in share]
+        images = list(chain.from_iterable(gathered(own)))[:count]
     else:
         items = _Items(pictures, transform, mode, seed, replace=False)
         order = np.random.default_rng(seed).permutation(len(pictures))
         read = (items[0, int(index)][0] for index in order)
-        found = list(islice((image for image in read if image is not None), count))
-    if not found:
+        images = list(islice((image for image in read if image is not None), count))
+    if not images:
         raise InputError("none of the training images can be read")
-    return torch.stack(found)
+    return torch.stack(images)
 
 
 class _Order:
-    """Which pictures this process reads, batch by batch, as (epoch, picture)."""
+    """The pictures that this process reads, batch by batch, as (epoch, index)."""
 
     def __init__(self, length: int, batch_size: int, seed: int, shuffle: bool) -> None:
         self.length, self.batch_size, self.seed, self.shuffle = length, batch_size, seed, shuffle
@@ -194,16 +205,16 @@ class _Items(Dataset[Any]):
         epoch, index = place
         problems: list[str] = []
         for attempt in range(REPLACEMENTS if self.replace else 1):
-            this = (index + attempt) % len(self.pictures)
+            replacement = (index + attempt) % len(self.pictures)
             try:
-                image, label = self.pictures.read(this)
+                image, label = self.pictures.read(replacement)
                 image = in_mode(image, self.mode)
             except HarmconvertError:
                 raise
             except UNREADABLE as error:
-                problems.append(f"{self.pictures.name(this)} ({first_line(error) or type(error).__name__})")
+                problems.append(f"{self.pictures.name(replacement)} ({first_line(error) or type(error).__name__})")
                 continue
-            with _seeded(self.seed, epoch, index):
+            with _fixed_seed(self.seed, epoch, index):
                 return self.transform(image), NO_LABEL if label is None else label, problems
         return None, NO_LABEL, problems
 
@@ -216,7 +227,7 @@ class _StreamItems(IterableDataset[Any]):
         worker = get_worker_info()
         place = rank() * 1000 + (worker.id if worker else 0)
         for number, (image, label, *_) in enumerate(self.dataset):
-            with _seeded(self.seed, self.epoch, place, number):
+            with _fixed_seed(self.seed, self.epoch, place, number):
                 yield self.transform(in_mode(image, self.mode)), int(label), []
 
     def set_epoch(self, epoch: int) -> None:
@@ -225,22 +236,22 @@ class _StreamItems(IterableDataset[Any]):
             self.dataset.set_epoch(epoch)
 
 
-def _indexed(items: _Items, order: _Order, workers: int, pin_memory: bool) -> Loading:
+def _load_by_index(items: _Items, order: _Order, workers: int, pin_memory: bool) -> Loading:
     loader: DataLoader[Any] = DataLoader(
         items,
         batch_sampler=order,
-        collate_fn=_collated,
+        collate_fn=_collate,
         num_workers=workers,
-        worker_init_fn=_outlast_a_signal,
+        worker_init_fn=_ignore_first_signal,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
-        # Its own, because a loader draws from the generator it has, and dropout's must not notice a resumption.
+        # The loader uses random numbers; with its own generator, those of dropout stay the same when a run is resumed.
         generator=torch.Generator(),
     )
     return Loading(loader, order, len(order), order.length, lambda epoch: None)
 
 
-def _streamed(
+def _load_stream(
     stream: Stream,
     transform: Transform,
     mode: str | None,
@@ -254,9 +265,9 @@ def _streamed(
     loader: DataLoader[Any] = DataLoader(
         items,
         batch_size=max(1, batch_size // world_size()),
-        collate_fn=_collated,
+        collate_fn=_collate,
         num_workers=workers,
-        worker_init_fn=_outlast_a_signal,
+        worker_init_fn=_ignore_first_signal,
         pin_memory=pin_memory,
         drop_last=drop_last,
         generator=torch.Generator(),
@@ -269,9 +280,12 @@ def _streamed(
     return Loading(loader, None, steps, images, items.set_epoch)
 
 
-def _outlast_a_signal(worker: int) -> None:
-    """Ctrl-C and schedulers signal the whole process group: a worker must live until the main process, which saves the
-    state first, is done with it. Only a second SIGTERM, such as that process sends to a stuck one, ends it."""
+def _ignore_first_signal(worker: int) -> None:
+    """Make a worker process survive Ctrl-C and the first SIGTERM.
+
+    Ctrl-C and schedulers signal the whole process group, but the main process needs its workers until it has saved its
+    state. A second SIGTERM, which the main process sends to a stuck worker, ends the worker.
+    """
 
     def wait_for_another(number: int, frame: Any) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -280,22 +294,22 @@ def _outlast_a_signal(worker: int) -> None:
     signal.signal(signal.SIGTERM, wait_for_another)
 
 
-def _collated(items: Sequence[tuple[Tensor | None, int, list[str]]]) -> Batch:
+def _collate(items: Sequence[tuple[Tensor | None, int, list[str]]]) -> Batch:
     problems = [problem for _, _, problems in items for problem in problems]
-    whole = [(image, label) for image, label, _ in items if image is not None]
+    readable = [(image, label) for image, label, _ in items if image is not None]
     broken = any(image is None and len(tried) >= REPLACEMENTS for image, _, tried in items)
-    if not whole:
+    if not readable:
         return Batch(torch.empty(0), torch.empty(0, dtype=torch.long), problems, broken)
-    images = torch.stack([image for image, _ in whole])
-    return Batch(images, torch.tensor([label for _, label in whole]), problems, broken)
+    images = torch.stack([image for image, _ in readable])
+    return Batch(images, torch.tensor([label for _, label in readable]), problems, broken)
 
 
 @contextmanager
-def _seeded(*key: int) -> Iterator[None]:
-    """The random numbers that transforms draw (torch's, numpy's, Python's), from a key, and as they were afterwards."""
+def _fixed_seed(*key: int) -> Iterator[None]:
+    """Seed the random numbers of torch, numpy and Python from a key; restore their states afterwards."""
     before = torch.random.get_rng_state(), np.random.get_state(), random.getstate()
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
-    torch.default_generator.manual_seed(seed)  # the CPU's alone: torch.manual_seed would touch the GPU's, too
+    torch.default_generator.manual_seed(seed)  # only the CPU's generator: torch.manual_seed also seeds the GPU's
     np.random.seed(seed)
     random.seed(seed)
     try:

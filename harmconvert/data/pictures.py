@@ -1,4 +1,4 @@
-"""Pictures as Pillow has them: opened, brought to 8 bits and a network's channels; crops of the sample photographs."""
+"""Pillow images: open them, convert them to 8 bits and to a network's channels, crop the sample photographs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image, TiffImagePlugin
 from ..errors import InputError
 from ..samples import whole_photographs
 
-# What Pillow raises for files that are broken.
+# Exceptions that Pillow raises for broken files.
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -21,7 +21,7 @@ _CMYK = 5
 
 
 class Pictures(ABC):
-    """Pictures by index: a Pillow image and its label, or None where there are no labels."""
+    """A set of pictures: by index, a Pillow image and its label (None where there are no labels)."""
 
     classes: Sequence[str] | None = None
     labelled: bool = True
@@ -31,20 +31,20 @@ class Pictures(ABC):
 
     @abstractmethod
     def read(self, index: int) -> tuple[Image.Image, int | None]:
-        """The picture and its label; raises what Pillow raises where the file is broken."""
+        """Return the picture and its label; for a broken file, raise one of `UNREADABLE`."""
 
     def name(self, index: int) -> str:
-        """What to call a picture in a message."""
+        """Return the name of a picture for messages."""
         return f"image {index}"
 
 
 def open_picture(file: IO[bytes], name: str) -> Image.Image:
-    """The picture of a file, decoded; of several frames the first, and as it lies whatever its EXIF orientation, as
-    timm and torchvision have it.
+    """Return the decoded picture of a file: its first frame, not rotated by its EXIF orientation.
+
+    timm and torchvision ignore the EXIF orientation, too. For a broken file, one of `UNREADABLE` is raised.
 
     Raises:
-        InputError: it has other channels than a picture, of which Pillow would read some or none; what Pillow raises
-            where it is broken.
+        InputError: the file has other channels than a picture; Pillow would read only some of them.
     """
     _check_channels(file, name)
     image = Image.open(file)
@@ -53,57 +53,57 @@ def open_picture(file: IO[bytes], name: str) -> Image.Image:
 
 
 def _check_channels(file: IO[bytes], name: str) -> None:
-    """Raise InputError for a TIFF of channels that are neither grey, colours nor alpha, such as a satellite's."""
+    """Raise InputError for a TIFF whose channels are not grey, colours and alpha, such as a satellite image."""
     start = file.tell()
     head = file.read(16)
     if head[:4] in _TIFF:
         tags = _tags(file, head)
         samples, extra = tags.get(_SAMPLES, 1), tags.get(_EXTRA_SAMPLES) or ()
         extra = extra if isinstance(extra, tuple) else (extra,)
-        plain = 4 if tags.get(_PHOTOMETRIC) == _CMYK else 3
+        colours = 4 if tags.get(_PHOTOMETRIC) == _CMYK else 3
         channels = samples - sum(kind != 0 for kind in extra) if isinstance(samples, int) else 1  # without alpha
-        if channels not in (1, plain) or 0 in extra:
+        if channels not in (1, colours) or 0 in extra:
             raise InputError(
-                f"{name} is a TIFF of {samples} channels, not a picture of grey or three colours: give batches of your "
-                "own in Python"
+                f"{name} is a TIFF of {samples} channels, not a grey or colour picture: pass batches of your own in "
+                "Python"
             )
     file.seek(start)
 
 
 def _tags(file: IO[bytes], head: bytes) -> TiffImagePlugin.ImageFileDirectory_v2:
-    """The tags of a TIFF, none of one that is broken."""
+    """Return the tags of a TIFF; none for a broken file."""
     try:
         tags = TiffImagePlugin.ImageFileDirectory_v2(head if head[2] in b"+" or head[3] in b"+" else head[:8])
         file.seek(tags.next)
         tags.load(file)
-        tags.get(_SAMPLES), tags.get(_EXTRA_SAMPLES), tags.get(_PHOTOMETRIC)  # decoded here
-    except Exception:  # Pillow says what is wrong when it opens it
+        tags.get(_SAMPLES), tags.get(_EXTRA_SAMPLES), tags.get(_PHOTOMETRIC)  # Pillow decodes tags when they are read
+    except Exception:  # Pillow reports the fault when it opens the file
         return TiffImagePlugin.ImageFileDirectory_v2()
     return tags
 
 
 def in_mode(image: Image.Image, mode: str | None) -> Image.Image:
-    """A picture in a Pillow mode (None: as it is), deep ones scaled to 8 bits, transparency left out as timm does.
+    """Return a picture in a Pillow mode (None: its own), scaled to 8 bits, without transparency as in timm.
 
     Raises:
-        ValueError: Pillow cannot convert it.
+        ValueError: Pillow cannot convert the picture.
     """
     image = eight_bit(image)
     if mode is None or image.mode == mode:
         return image
-    if "transparency" in image.info:  # a colour that is dropped all the same, and of which Pillow warns
+    if "transparency" in image.info:  # the conversion drops this colour anyway, and Pillow would warn
         image = image.copy()
         del image.info["transparency"]
     return image.convert(mode)
 
 
 def eight_bit(image: Image.Image) -> Image.Image:
-    """Images of more than 8 bits a pixel, scaled to 8: Pillow's own conversion would cut them off at 255.
+    """Return an image with 8 bits a channel; deeper ones are scaled, because Pillow would clip them at 255.
 
-    Whole numbers are of 16 bits; floats are shares of 1, 8 bits or 16 bits, the least of these that holds them all.
+    Integers have the range of 16 bits. Floats have the range 1, 255 or 65535: the smallest one that holds all values.
 
     Raises:
-        ValueError: values beyond 16 bits, of which nobody knows the scale.
+        ValueError: a value is beyond 16 bits, so its range is unknown.
     """
     if image.mode[:1] not in ("I", "F"):
         return image
@@ -117,12 +117,12 @@ def eight_bit(image: Image.Image) -> Image.Image:
 
 
 def photographs() -> list[Image.Image]:
-    """The two sample photographs; raises OutsideError where scikit-learn, which ships them, is not installed."""
+    """Return the two sample photographs; raise OutsideError if scikit-learn, which ships them, is not installed."""
     return [Image.fromarray(picture) for picture in whole_photographs()]
 
 
 def random_crop(pictures: list[Image.Image], generator: np.random.Generator) -> Image.Image:
-    """A square of one of the pictures, a third to the whole of its short side, mirrored half of the time."""
+    """Return a random square of one picture: 30 % to 100 % of its short side, mirrored with probability one half."""
     picture = pictures[generator.integers(len(pictures))]
     side = round(min(picture.size) * float(generator.uniform(0.3, 1.0)))
     left, top = (int(generator.integers(length - side + 1)) for length in picture.size)

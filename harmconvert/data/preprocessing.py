@@ -1,4 +1,4 @@
-"""What is done to an image before a network sees it: as the network declares it, or as the user says."""
+"""Pre-processing of images for a network: as the network declares it, or as the user says."""
 
 from __future__ import annotations
 
@@ -18,58 +18,57 @@ from ..user_code import import_function
 
 Transform = Callable[[Image.Image], Tensor]
 
-# By name: ImageNet's, as timm has it, and none (the whole image at the network's size, values from 0 to 1).
+# "imagenet" is timm's pre-processing for ImageNet; "none" resizes the whole image, with values from 0 to 1.
 PRESETS: dict[str, dict[str, Any]] = {
     "imagenet": {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD},
     "none": {"mean": (0.0,), "std": (1.0,), "crop_pct": 1.0, "crop_mode": "squash"},
 }
-# Pixels on a side that an image is resized to: Pillow opens no larger ones, and more is a mistake.
+# Most pixels on a side after resizing: Pillow opens no larger images, and a larger size is a mistake.
 _LARGEST_SIDE = 2**14
-_TIMMS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+_TIMM_KEYS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 
 
 def preprocessing(model: nn.Module, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """timm's data config: what the network declares in its ``pretrained_cfg``, with overrides.
+    """Return timm's data config: the values that the network declares in its ``pretrained_cfg``, with overrides.
 
-    Where neither says what mean and deviation are, the config holds ImageNet's and ``assumed``: the functions below
-    refuse to make a transform of it.
+    Where mean and std are unknown, the config has those of ImageNet and the key ``assumed``; `check_known` refuses it.
 
     Args:
-        overrides: input_size, mean, std, interpolation, crop_pct in timm's words; ``preprocess``: ``imagenet``,
-            ``none`` or ``FILE.py:FUNCTION``, a function of yours from a Pillow image to a tensor (C, H, W), which is in
-            the config as ``function``; ``trust_code``: run such a function where a checkpoint names it.
+        overrides: timm's ``input_size``, ``mean``, ``std``, ``interpolation`` and ``crop_pct``; ``preprocess``:
+            ``imagenet``, ``none`` or ``FILE.py:FUNCTION`` (your function from a Pillow image to a tensor (C, H, W); the
+            config names it as ``function``); ``trust_code``: run the function that a checkpoint names.
 
     Raises:
-        UsageError: the input size is not known, or not that of an image; a checkpoint names a function that is not
-            trusted.
+        UsageError: the input size is unknown or not that of an image, or a checkpoint names a function and
+            ``trust_code`` is not set.
     """
-    given = {key: value for key, value in overrides.items() if value is not None}
-    preset, trusted = given.pop("preprocess", None), given.pop("trust_code", False)
+    options = {key: value for key, value in overrides.items() if value is not None}
+    preset, trusted = options.pop("preprocess", None), options.pop("trust_code", False)
     declared = dict(pretrained_config(model))
-    size = _image_size(model, given)
-    _check_normalisation(given, size[0])
+    size = _image_size(model, options)
+    _check_normalisation(options, size[0])
     function = preset if preset not in PRESETS else None
     if function and ":" not in function:
         raise UsageError(f"unknown preprocessing {function!r}: use {', '.join(PRESETS)} or FILE.py:FUNCTION")
-    if preset is None and not {"mean", "std"} <= set(given):
+    if preset is None and not {"mean", "std"} <= set(options):
         function = declared.get("function")
         if function and not trusted:
             raise UsageError(
                 f"this checkpoint's images are preprocessed by user code ({function}), which is not run unasked: "
                 "--trust-code if you know the file, or name another preprocessing"
             )
-    if function and (refused := [key for key in ("mean", "std", "interpolation", "crop_pct") if key in given]):
-        raise UsageError(f"{function} does all that is done to an image: leave {refused[0]} out, or the function")
+    if function and (refused := [key for key in ("mean", "std", "interpolation", "crop_pct") if key in options]):
+        raise UsageError(f"{function} does the whole preprocessing: leave out {refused[0]} or the function")
     base: Mapping[str, Any] = PRESETS.get(preset, declared if preset is None else {})
     base = {
         key: (value,) if isinstance(value, int | float) and key in ("mean", "std") else value
         for key, value in base.items()
     }
-    known = bool(function) or all(base.get(key) or key in given for key in ("mean", "std"))
+    known = bool(function) or all(base.get(key) or key in options for key in ("mean", "std"))
     if known and not (base.get("mean") or base.get("std")):
-        base = {"crop_pct": 1.0, **base}  # ImageNet's crop would be a guess
-    config = dict(resolve_data_config({**given, "input_size": size}, pretrained_cfg={"input_size": size, **base}))
-    for key in ("mean", "std"):  # timm's networks have three channels unless made with others
+        base = {"crop_pct": 1.0, **base}  # the crop of ImageNet would be a guess
+    config = dict(resolve_data_config({**options, "input_size": size}, pretrained_cfg={"input_size": size, **base}))
+    for key in ("mean", "std"):  # timm declares three channels, also for a network built with other channels
         if len(config[key]) != size[0]:
             config[key] = (sum(config[key]) / len(config[key]),) * size[0]
     if not function:
@@ -77,15 +76,15 @@ def preprocessing(model: nn.Module, overrides: Mapping[str, Any]) -> dict[str, A
     return config | ({"function": function} if function else {}) | ({} if known else {"assumed": True})
 
 
-def _image_size(model: nn.Module, given: Mapping[str, Any]) -> tuple[int, ...]:
-    sizes = [tuple(given["input_size"])] if given.get("input_size") else input_sizes(model)
+def _image_size(model: nn.Module, options: Mapping[str, Any]) -> tuple[int, ...]:
+    sizes = [tuple(options["input_size"])] if options.get("input_size") else input_sizes(model)
     if not sizes:
         raise UsageError("this network does not say what size of image it takes: give --input-size C,H,W")
     if len(sizes) > 1:
-        raise UsageError(f"this network takes {len(sizes)} inputs, not one image: give batches of your own in Python")
+        raise UsageError(f"this network takes {len(sizes)} inputs, not one image: pass batches of your own in Python")
     if len(sizes[0]) != 3:
         raise UsageError(
-            f"this network takes inputs of {counted(len(sizes[0]), 'axis')}, not images: give batches of your own in "
+            f"this network takes inputs of {counted(len(sizes[0]), 'axis')}, not images: pass batches of your own in "
             "Python"
         )
     return sizes[0]
@@ -103,7 +102,7 @@ def _check_normalisation(given: Mapping[str, Any], channels: int) -> None:
 
 
 def _check_resize(config: Mapping[str, Any]) -> None:
-    """Raise UsageError where images would be resized to next to nothing, or beyond all measure."""
+    """Raise UsageError where images would be resized to too few or too many pixels."""
     (height, width), share = config["input_size"][1:], config["crop_pct"]
     if max(height, width) > _LARGEST_SIDE:
         raise UsageError(f"images of {height}x{width} are too large: at most {_LARGEST_SIDE:,} pixels on a side")
@@ -116,7 +115,7 @@ def _check_resize(config: Mapping[str, Any]) -> None:
 
 
 def check_known(config: Mapping[str, Any]) -> None:
-    """Raise UsageError where nobody said how images are to be preprocessed, or they cannot be images at all."""
+    """Raise UsageError if the pre-processing is unknown, or if the network's channels are not those of an image."""
     color_mode(config)
     if config.get("assumed"):
         raise UsageError(
@@ -126,13 +125,13 @@ def check_known(config: Mapping[str, Any]) -> None:
 
 
 def record_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint records of a config, as `harmconvert.save` takes it."""
+    """Return the part of a config that a checkpoint records; an argument of `harmconvert.save`."""
     kept = ("function",) if "function" in config else ("mean", "std", "interpolation", "crop_pct", "crop_mode")
     return {"input_sizes": [config["input_size"]], **{key: config[key] for key in kept if key in config}}
 
 
 def described(config: Mapping[str, Any]) -> str:
-    """A config in a line.
+    """Return a config as one line of text.
 
     >>> described(preprocessing(nn.Conv2d(1, 2, 3), {"input_size": (1, 28, 28), "preprocess": "none"}))
     '1x28x28, mean 0, std 1, bicubic, squashed'
@@ -147,35 +146,46 @@ def described(config: Mapping[str, Any]) -> str:
 
 
 def evaluation_transform(config: Mapping[str, Any]) -> Transform:
-    """Resize, central crop, normalise: what the network sees when it is tested; `config` from `preprocessing`.
+    """Return the transform for testing: resize, central crop, normalise.
+
+    Args:
+        config: a config from `preprocessing`.
 
     Raises:
-        UsageError: as `check_known`; InputError: the user's function fails on a black image.
+        UsageError: see `check_known`.
+        InputError: the user's function fails on a black image.
     """
     check_known(config)
     if "function" in config:
         return _user_function(config)
-    return _timms(config, is_training=False)
+    return _timm_transform(config, is_training=False)
 
 
 def training_transform(config: Mapping[str, Any], **more: Any) -> Transform:
-    """timm's augmentation for training, then what is done to every image.
+    """Return the transform for training: timm's augmentation, then the network's pre-processing.
 
-    Raises: as `evaluation_transform`; UsageError also where timm knows no such augmentation.
+    Args:
+        config: a config from `preprocessing`.
+        more: arguments of `timm.data.create_transform`.
+
+    Raises:
+        UsageError: see `check_known`; also if timm does not have the augmentation.
+        InputError: the user's function fails on a black image.
     """
     check_known(config)
     if "function" not in config:
-        return _timms(config, is_training=True, **more)
+        return _timm_transform(config, is_training=True, **more)
     function = _user_function(config)
     if more.get("no_aug"):
         return function
-    first, second, final = cast(Any, _timms(config, is_training=True, separate=True, **more))
-    composed: Transform = transforms.Compose([first, second, function, *final.transforms[2:]])  # behind: erasing
+    first, second, final = cast(Any, _timm_transform(config, is_training=True, separate=True, **more))
+    # The first two of the final transforms are timm's conversion and normalisation; random erasing follows.
+    composed: Transform = transforms.Compose([first, second, function, *final.transforms[2:]])
     return composed
 
 
 def padded_crop_transform(config: Mapping[str, Any], padding: int, hflip: float, vflip: float) -> Transform:
-    """The augmentation of small images: padded by reflection, cropped at random, flipped; then as every image."""
+    """Return the augmentation for small images: reflection padding, random crop, flips; then the pre-processing."""
     check_known(config)
     size = tuple(config["input_size"][1:])
     steps = [
@@ -192,16 +202,16 @@ def padded_crop_transform(config: Mapping[str, Any], padding: int, hflip: float,
     return composed
 
 
-def _timms(config: Mapping[str, Any], **more: Any) -> Transform:
+def _timm_transform(config: Mapping[str, Any], **more: Any) -> Transform:
     try:
-        transform: Transform = create_transform(**{key: config[key] for key in _TIMMS if key in config}, **more)
+        transform: Transform = create_transform(**{key: config[key] for key in _TIMM_KEYS if key in config}, **more)
     except (KeyError, ValueError, AssertionError, TypeError) as error:
-        raise UsageError(f"timm knows no such pre-processing: {first_line(error)}") from error
+        raise UsageError(f"timm does not have this pre-processing: {first_line(error)}") from error
     return transform
 
 
 def color_mode(config: Mapping[str, Any]) -> str | None:
-    """Pillow's mode for the channels of a network; None where a function of the user's has to make other channels.
+    """Return Pillow's mode for a network's channels; None where the user's function makes other channels.
 
     Raises:
         UsageError: the channels are not those of an image.
@@ -211,14 +221,14 @@ def color_mode(config: Mapping[str, Any]) -> str | None:
         return None
     if channels not in (1, 3):
         raise UsageError(
-            f"the network reads {counted(channels, 'channel')}, images have 1 or 3: give batches of your own in Python"
+            f"the network reads {counted(channels, 'channel')}, images have 1 or 3: pass batches of your own in Python"
         )
     return "L" if channels == 1 else "RGB"
 
 
 @dataclass(frozen=True)
 class _UserFunction:
-    """A function of the user's from a Pillow image to a tensor (C, H, W), imported anew in each process."""
+    """The user's function from a Pillow image to a tensor (C, H, W); each process imports it again."""
 
     name: str
     size: tuple[int, ...]
@@ -237,13 +247,13 @@ class _UserFunction:
             what = f"a tensor of {result.dtype}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
             raise InputError(f"{self.name} returns {what}: it should return a tensor of floats (C, H, W)")
         if tuple(result.shape) != self.size:
-            found, wanted = ("x".join(map(str, size)) for size in (result.shape, self.size))
-            raise InputError(f"{self.name} returns a tensor of {found} where the network's input size is {wanted}")
+            returned, expected = ("x".join(map(str, size)) for size in (result.shape, self.size))
+            raise InputError(f"{self.name} returns a tensor of {returned}, but the network's input size is {expected}")
         return result
 
 
 def _user_function(config: Mapping[str, Any]) -> _UserFunction:
-    """The function that a config names, tried on a black image before any work."""
+    """Return the function that a config names; try it on a black image before any work begins."""
     function = _UserFunction(config["function"], tuple(config["input_size"]))
     height, width = function.size[1:]
     function(Image.new(color_mode(config) or "RGB", (width, height)))

@@ -1,4 +1,4 @@
-"""Whether a network's outputs vary over images: where they do not, the images or the weights are not the network's."""
+"""Check whether a network's outputs vary over images; if they do not, the pre-processing or the weights are wrong."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from ..network.running import evaluating
 from ..network.values import tensors_in
 
-# Fewer images say nothing.
+# Fewer images allow no conclusion.
 _FEWEST = 16
-# Share of the images with the same top-1, and deviation of the outputs over the images relative to their size. Measured
-# on classifiers of digits and photographs: 0.14 to 0.33 and 0.8 to 1 as trained; 0.98 to 1 and 0.005 to 0.4 with pixels
-# off by a factor of 255; 0.14 within images of one class alone.
+# Share of the images with the same top-1, and standard deviation of the outputs over the images relative to their size.
+# Measured on classifiers of digits and photographs: 0.14 to 0.33 and 0.8 to 1 as trained; 0.98 to 1 and 0.005 to 0.4
+# with pixels wrong by a factor of 255; the deviation is 0.14 on images of one class alone.
 _SAME_CLASS, _LEAST_DEVIATION = 0.95, 0.05
-# Outputs of an image that are looked at; of a dense map evenly spread ones.
+# Most outputs of an image that are used; of a larger map, evenly spaced ones.
 _MOST_OUTPUTS = 4096
 
 
 class Variety:
-    """Outputs of a network, batch by batch, and what can be said of how they vary.
+    """Statistics of a network's outputs, batch by batch, and a remark where they do not vary.
 
     >>> variety = Variety()
     >>> variety.add(torch.eye(4)[torch.zeros(20, dtype=torch.long)])
@@ -35,26 +35,26 @@ class Variety:
         self._sum = self._squares = self._predicted = self._labels = torch.zeros(0, dtype=torch.float64)
 
     def add(self, outputs: Tensor, labels: Tensor | None = None) -> None:
-        """Take the outputs (N, ...) of one batch in, with labels (N,; negative: unknown) where there are any."""
+        """Add the outputs (N, ...) of one batch, and their labels (N,; negative: unknown) where there are any."""
         flat = outputs.detach().flatten(1)
         flat = flat[:, :: max(1, flat.shape[1] // _MOST_OUTPUTS)].double().cpu()
         if self.images and flat.shape[1] != len(self._sum):
-            return  # outputs of another size, such as a map of a larger image
+            return  # outputs of another size, such as the map of a larger image, cannot be added up
         if not self.images:
             self._sum, self._squares = torch.zeros(2, flat.shape[1], dtype=torch.float64)
         self.images += len(flat)
         self._sum, self._squares = self._sum + flat.sum(0), self._squares + flat.square().sum(0)
         if outputs.dim() == 2 and outputs.shape[1] > 1:
-            self._predicted = _counted(self._predicted, flat.argmax(1))
+            self._predicted = _add_to_counts(self._predicted, flat.argmax(1))
         if labels is not None:
-            self._labels = _counted(self._labels, labels[labels >= 0])
+            self._labels = _add_to_counts(self._labels, labels[labels >= 0])
 
     def remark(self) -> str | None:
-        """What is wrong in all likelihood; None where the outputs vary, or the images are too few to tell."""
+        """Return what is probably wrong; None where the outputs vary or there are too few images."""
         if self.images < _FEWEST or not self._sum.isfinite().all():
             return None
         if self._labels.sum() and self._labels.max() >= _SAME_CLASS * self._labels.sum():
-            return None  # they show one class
+            return None  # nearly all images have the same label
         mean, square = self._sum / self.images, self._squares.mean() / self.images
         deviation = ((square - mean.square().mean()).clamp_min(0) / square.clamp_min(1e-300)).sqrt().item()
         share = self._predicted.max().item() / self.images if len(self._predicted) else 0.0
@@ -68,7 +68,7 @@ class Variety:
 
 
 def remark_on(model: nn.Module, batches: Iterable[Any]) -> str | None:
-    """`Variety.remark` of a network run on batches of inputs; None also where it does not run, which others say."""
+    """Run a network on batches of inputs and return `Variety.remark`; None also where the network does not run."""
     variety = Variety()
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     try:
@@ -78,12 +78,12 @@ def remark_on(model: nn.Module, batches: Iterable[Any]) -> str | None:
                 if not outputs or outputs[0].shape[:1] != batch.shape[:1]:
                     return None
                 variety.add(outputs[0])
-    except (RuntimeError, ValueError, TypeError, IndexError):
+    except (RuntimeError, ValueError, TypeError, IndexError):  # the calibration reports it
         return None
     return variety.remark()
 
 
-def _counted(counts: Tensor, numbers: Tensor) -> Tensor:
+def _add_to_counts(counts: Tensor, numbers: Tensor) -> Tensor:
     more = numbers.cpu().bincount(minlength=len(counts)).double()
     more[: len(counts)] += counts
     return more

@@ -1,7 +1,7 @@
 """The mathematics of kernels, on tensors: bases, the order of frequencies, projection and reconstruction.
 
-What belongs here: functions of tensors that a paper could state as a formula. Modules (`layers`) and networks
-(`network`) do not: nothing here knows that a kernel belongs to a convolution."""
+What belongs here: functions of tensors that a paper could state as a formula. What does not: modules (`layers`) and
+networks (`network`). No function here needs to know that a kernel belongs to a convolution."""
 
 from .basis import (
     BASES,

@@ -1,9 +1,9 @@
-"""Bases of kernels: their vectors, the order of frequencies, and which of them a lambda keeps (paper sec. 3 and 4).
+"""Bases of kernels: their vectors, the order of frequencies, and the frequencies that a lambda keeps (sec. 3 and 4).
 
-A *frequency* is a tuple of indices, one per kernel axis; its *level* is their sum. A kernel of shape (A, B) has A x B
-frequencies on A + B - 1 levels. The DCT is the paper's basis and the default; it names wavelets and derivatives of
-Gaussians as others (sec. 1), which stand here beside it under the same frequencies. Pure functions of numbers and
-tensors.
+A *frequency* is a tuple of indices, one per kernel axis; its *level* is the sum of these indices. A kernel of shape
+(A, B) has A x B frequencies on A + B - 1 levels. The DCT is the paper's basis and the default. The paper names wavelets
+and derivatives of Gaussians as alternatives (sec. 1); they are here too, with the same frequency indices. All functions
+are pure functions of numbers and tensors.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ NORMALIZATIONS = ("ortho", "l1")
 
 
 def dct_vectors(size: int) -> Tensor:
-    """Orthonormal DCT-II of one axis, shape (frequency, position), float64 (eq. 1 with its normalising factors).
+    """Return the orthonormal DCT-II of one axis, shape (frequency, position), float64 (eq. 1, normalised).
 
     >>> dct_vectors(2)
     tensor([[ 0.7071,  0.7071],
             [ 0.7071, -0.7071]], dtype=torch.float64)
     """
-    # On the CPU whatever `with torch.device(...)` is in force: these are constants, and they are kept.
+    # Always on the CPU, also inside `with torch.device(...)`: the result is a constant that may be cached.
     position = torch.arange(size, dtype=torch.float64, device="cpu")
     frequency = position[:, None]
     vectors = torch.cos(math.pi / size * (position + 0.5) * frequency) * math.sqrt(2 / size)
@@ -40,7 +40,7 @@ def dct_vectors(size: int) -> Tensor:
 
 
 def all_frequencies(kernel_size: Sequence[int]) -> tuple[Frequency, ...]:
-    """Every frequency of a kernel, by level, then lexicographically.
+    """Return every frequency of a kernel, sorted by level, then lexicographically.
 
     >>> all_frequencies((2, 2))
     ((0, 0), (0, 1), (1, 0), (1, 1))
@@ -54,12 +54,12 @@ def _all_frequencies(kernel_size: tuple[int, ...]) -> tuple[Frequency, ...]:
 
 
 def level_count(kernel_size: Sequence[int]) -> int:
-    """Number of levels of a kernel: 5 for 3x3, 13 for 7x7, 7 for 1x7."""
+    """Return the number of levels of a kernel: 5 for 3x3, 13 for 7x7, 7 for 1x7."""
     return sum(kernel_size) - len(kernel_size) + 1
 
 
 def frequencies_below(kernel_size: Sequence[int], levels: int) -> tuple[Frequency, ...]:
-    """Frequencies whose index sum is below ``levels``: the lambda of the paper, taken literally.
+    """Return the frequencies whose index sum is below ``levels``: the lambda of the paper, taken literally.
 
     >>> len(frequencies_below((3, 3), 2)), len(frequencies_below((3, 3), 3))
     (3, 6)
@@ -77,9 +77,9 @@ def frequencies_below(kernel_size: Sequence[int], levels: int) -> tuple[Frequenc
 
 
 def scaled_levels(kernel_size: Sequence[int], lam: int) -> int:
-    """Levels that a bare lambda, meant for 3x3, keeps of a kernel: ceil(lambda * K / 3), at most all of them.
+    """Return how many levels of a kernel a lambda that is meant for 3x3 keeps: ceil(lambda * K / 3), at most all.
 
-    K is the longest axis, so that 1x7 keeps the share of its band that 7x7 does.
+    K is the longest axis, so that a 1x7 kernel keeps the same share of its frequency band as a 7x7 kernel.
 
     >>> scaled_levels((7, 7), 2), scaled_levels((3, 3), 2), scaled_levels((1, 7), 2)
     (5, 2, 5)
@@ -88,8 +88,10 @@ def scaled_levels(kernel_size: Sequence[int], lam: int) -> int:
 
 
 def haar_vectors(size: int) -> Tensor:
-    """Orthonormal Haar wavelets of one axis, shape (index, position), float64: the mean, then differences of halves,
-    coarse to fine, left to right. Where a stretch cannot be halved its left part is the longer one.
+    """Return the orthonormal Haar wavelets of one axis, shape (index, position), float64.
+
+    The first row is the mean. Each other row is the difference between the halves of an interval: coarse to fine, left
+    to right. If an interval has an odd length, its left part is the longer one.
 
     >>> haar_vectors(2)
     tensor([[ 0.7071,  0.7071],
@@ -97,26 +99,27 @@ def haar_vectors(size: int) -> Tensor:
     """
     vectors = torch.zeros(size, size, dtype=torch.float64, device="cpu")
     vectors[0] = 1 / math.sqrt(size)
-    stretches, row = [(0, size)], 1
-    while stretches:
-        first, last = stretches.pop(0)
+    intervals, row = [(0, size)], 1
+    while intervals:
+        first, last = intervals.pop(0)
         if last - first < 2:
             continue
         middle = first + (last - first + 1) // 2
         left, right = middle - first, last - middle
         vectors[row, first:middle] = math.sqrt(right / (left * (left + right)))
         vectors[row, middle:last] = -math.sqrt(left / (right * (left + right)))
-        stretches += [(first, middle), (middle, last)]
+        intervals += [(first, middle), (middle, last)]
         row += 1
     return vectors
 
 
 def gaussian_vectors(size: int) -> Tensor:
-    """Derivatives of a Gaussian on one axis, orders 0 to size - 1, made orthonormal in that order, shape (order,
-    position), float64. Its standard deviation is a quarter of the axis, so that the axis holds two to each side.
+    """Return orthonormal derivatives of a Gaussian on one axis, orders 0 to size - 1, shape (order, position), float64.
 
-    The first n span what the Gaussian and its first n - 1 derivatives span: each is the Gaussian times a polynomial of
-    its order. They are grown from one another (Arnoldi), as sampled derivatives of high order are nearly dependent.
+    The standard deviation is a quarter of the axis, so that the axis covers two standard deviations to each side. The
+    first n rows span the same space as the Gaussian and its first n - 1 derivatives, because the derivative of order k
+    is the Gaussian times a polynomial of degree k. Each row is computed from the row before it (Arnoldi iteration),
+    because sampled derivatives of high order are nearly linearly dependent.
 
     >>> gaussian_vectors(2).round(decimals=4)
     tensor([[ 0.7071,  0.7071],
@@ -126,7 +129,7 @@ def gaussian_vectors(size: int) -> Tensor:
     vectors = torch.zeros(size, size, dtype=torch.float64, device="cpu")
     vector = torch.exp(-0.5 * (position / (size / 4)) ** 2)
     for order in range(size):
-        for _ in range(2):  # once leaves rounding that grows from order to order
+        for _ in range(2):  # one pass leaves rounding errors that grow with the order
             vector = vector - vectors[:order].T @ (vectors[:order] @ vector)
         vectors[order] = vector / vector.norm()
         vector = -position * vectors[order]
@@ -134,46 +137,50 @@ def gaussian_vectors(size: int) -> Tensor:
 
 
 def klt_vectors(kernel: Tensor) -> Tensor:
-    """Orthonormal eigenvectors (K, K) of the filters of ``kernel`` (O, I, *kernel_size), strongest first, float64: the
-    basis in which that one layer's first n coefficients hold the most energy (Karhunen-Loeve)."""
+    """Return the Karhunen-Loeve basis of one layer: eigenvectors (K, K) of its filters, strongest first, float64.
+
+    In this basis the first n coefficients of the layer hold the most energy. ``kernel`` has shape (O, I, *kernel_size).
+    """
     filters_NK = kernel.detach().flatten(2).flatten(0, 1).to(torch.float64)
     if filters_NK.is_meta:
         return torch.eye(filters_NK.shape[1], dtype=torch.float64, device="meta")
-    # Only proportions matter, and squares of 1e200 or 1e-200 have none.
+    # Eigenvectors do not depend on the scale of the kernel, and the squares of 1e200 or 1e-200 are inf or 0.
     filters_NK = filters_NK / largest_of(filters_NK)
-    # An eigenvector's sign is the solver's whim: its largest entry is made positive.
+    # The solver may return an eigenvector with either sign: choose the sign that makes its largest entry positive.
     vectors_KK = torch.linalg.eigh(filters_NK.T @ filters_NK)[1].flip(1).T
     largest = vectors_KK.gather(1, vectors_KK.abs().argmax(1, keepdim=True))
     return vectors_KK * torch.where(largest < 0, -1.0, 1.0)
 
 
 def largest_of(tensor: Tensor) -> float:
-    """The largest magnitude in a tensor, 1 where all are zero: what to divide by before squaring."""
+    """Return the largest magnitude in a tensor, or 1 if all values are zero: the divisor to use before squaring."""
     if not tensor.numel():
         return 1.0
     low, high = tensor.detach().aminmax()
     return max(-low.item(), high.item()) or 1.0
 
 
-# The vectors of one axis; a kernel's basis is their outer products.
-_AXES: dict[str, Callable[[int], Tensor]] = {"dct": dct_vectors, "haar": haar_vectors, "gaussian": gaussian_vectors}
-BASES = (*_AXES, "klt")
+# Each function returns the vectors of one axis; the basis of a kernel consists of their outer products.
+_AXIS_VECTORS: dict[str, Callable[[int], Tensor]] = {
+    "dct": dct_vectors, "haar": haar_vectors, "gaussian": gaussian_vectors,
+}  # fmt: skip
+BASES = (*_AXIS_VECTORS, "klt")
 
 
 @dataclass(frozen=True)
 class Basis:
-    """A named basis of kernels, an orthogonal one for every kernel size, in the order of `all_frequencies`.
+    """A named basis of kernels: orthogonal for every kernel size, in the order of `all_frequencies`.
 
-    ``dct``, ``haar`` and ``gaussian`` are outer products of one vector an axis. ``klt`` is a layer's own: the strongest
-    eigenvector of its filters stands under the first frequency, the next under the second, so that a lambda keeps as
-    many as it does of the others. ``ortho`` gives kernels of unit norm; ``l1`` of unit L1 norm (sec. 5.2), which only
-    rescales coefficients.
+    ``dct``, ``haar`` and ``gaussian`` are outer products of one vector per axis. ``klt`` is fitted to each layer: the
+    strongest eigenvector of the layer's filters takes the place of the first frequency, the next one the place of the
+    second, and so on, so that a lambda keeps as many kernels as in the other bases. With ``ortho`` the kernels have
+    unit norm, with ``l1`` unit L1 norm (sec. 5.2); the choice only rescales the coefficients.
 
     >>> Basis("haar").kernels((2, 2), [(0, 0)])
     tensor([[0.5000, 0.5000, 0.5000, 0.5000]], dtype=torch.float64)
 
     Raises:
-        UsageError: unknown name or normalisation.
+        UsageError: the name or the normalisation is unknown.
     """
 
     name: str = "dct"
@@ -190,31 +197,33 @@ class Basis:
 
     @property
     def fitted(self) -> bool:
-        """Whether its kernels depend on the layer, so that a file has to hold them."""
-        return self.name not in _AXES
+        """Whether the kernels depend on the layer, so that a file must store them."""
+        return self.name not in _AXIS_VECTORS
 
     def kernels(self, kernel_size: Sequence[int], frequencies: Sequence[Frequency] | None = None) -> Tensor:
-        """Kernels of the given frequencies (all where None), shape (F, K) with K = prod(kernel_size), float64.
+        """Return the kernels of the given frequencies (None: all), shape (F, K) with K = prod(kernel_size), float64.
 
         Raises:
-            UsageError: a frequency outside the kernel, or a basis that is fitted: see `kernels_for`.
+            UsageError: a frequency is outside the kernel, or the basis is fitted to a layer (use `kernels_for`).
         """
         if self.fitted:
-            raise UsageError(f"the {self.name} basis is a layer's own: it is made from that layer's kernel")
+            raise UsageError(
+                f"the {self.name} basis is fitted to each layer: pass the kernel of the layer (Basis.kernels_for)"
+            )
         frequencies = all_frequencies(kernel_size) if frequencies is None else frequencies
         check_frequencies(kernel_size, frequencies)
-        # Never the cached one itself.
+        # A copy, because the caller may change it and the original stays in the cache.
         return _outer_products(self, tuple(kernel_size), tuple(map(tuple, frequencies))).clone()
 
     def kernels_for(self, kernel: Tensor, frequencies: Sequence[Frequency] | None = None) -> Tensor:
-        """As `kernels`, of the size of ``kernel`` (O, I, *kernel_size), and fitted to it where this basis is fitted."""
+        """Return the same as `kernels` for ``kernel`` (O, I, *kernel_size); a fitted basis is fitted to this kernel."""
         if not self.fitted:
             return self.kernels(kernel.shape[2:], frequencies)
         every = all_frequencies(kernel.shape[2:])
         frequencies = every if frequencies is None else frequencies
         check_frequencies(kernel.shape[2:], frequencies)
-        place = {frequency: index for index, frequency in enumerate(every)}
-        vectors_FK = klt_vectors(kernel)[[place[tuple(frequency)] for frequency in frequencies]]
+        index_of = {frequency: index for index, frequency in enumerate(every)}
+        vectors_FK = klt_vectors(kernel)[[index_of[tuple(frequency)] for frequency in frequencies]]
         return self._normalized(vectors_FK)
 
     def _normalized(self, vectors_FK: Tensor) -> Tensor:
@@ -223,7 +232,7 @@ class Basis:
 
 @lru_cache(maxsize=64)
 def _outer_products(basis: Basis, kernel_size: tuple[int, ...], frequencies: tuple[Frequency, ...]) -> Tensor:
-    axes = [_AXES[basis.name](size) for size in kernel_size]
+    axes = [_AXIS_VECTORS[basis.name](size) for size in kernel_size]
     index = torch.tensor(frequencies, dtype=torch.long, device="cpu").reshape(len(frequencies), len(kernel_size))
     vectors_FK = torch.ones(len(frequencies), 1, dtype=torch.float64, device="cpu")
     for axis, vectors in enumerate(axes):
@@ -234,7 +243,7 @@ def _outer_products(basis: Basis, kernel_size: tuple[int, ...], frequencies: tup
 def dct_basis(
     kernel_size: Sequence[int], frequencies: Sequence[Frequency] | None = None, normalization: str = "ortho"
 ) -> Tensor:
-    """DCT kernels of the given frequencies, shape (F, K), float64: `Basis.kernels` of the paper's basis.
+    """Return the DCT kernels of the given frequencies, shape (F, K), float64: `Basis.kernels` of the paper's basis.
 
     >>> dct_basis((3, 3), [(0, 0)]) * 3
     tensor([[1., 1., 1., 1., 1., 1., 1., 1., 1.]], dtype=torch.float64)
@@ -243,13 +252,13 @@ def dct_basis(
 
 
 def check_frequencies(kernel_size: Sequence[int], frequencies: Sequence[Frequency]) -> None:
-    """Raise UsageError unless ``frequencies`` are distinct, in the house order and inside the kernel."""
+    """Raise UsageError unless ``frequencies`` are distinct, in the order of `all_frequencies` and inside the kernel."""
     shape = "x".join(map(str, kernel_size))
     for f in frequencies:
         if len(f) != len(kernel_size) or not all(0 <= i < k for i, k in zip(f, kernel_size, strict=True)):
-            raise UsageError(f"frequency {tuple(f)} is outside a {shape} kernel")
+            raise UsageError(f"frequency {tuple(f)} is outside a {shape} kernel: each index must be below its axis")
     if not frequencies or list(frequencies) != sorted(set(frequencies), key=lambda f: (sum(f), f)):
         raise UsageError(
-            f"the frequencies of a {shape} kernel must be distinct, at least one, and in order of level, "
-            f"then lexicographic: got {list(frequencies)[:10]}"
+            f"the frequencies of a {shape} kernel must be at least one, all different, and sorted by level, "
+            f"then lexicographically: got {list(frequencies)[:10]}"
         )

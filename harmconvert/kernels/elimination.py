@@ -1,4 +1,4 @@
-"""In what order a layer can do without its frequencies, by the output error that each costs it. Tensors only."""
+"""Find the order in which to remove a layer's frequencies, by the output error that each removal adds. Tensors only."""
 
 from __future__ import annotations
 
@@ -10,27 +10,30 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Elimination:
-    """Indices of all frequencies, ``order``, the first to go first and the one that is never cut last; ``errors``, the
-    squared output error once each but that last one is gone and the others are refitted."""
+    """The result of `eliminate`.
+
+    ``order``: indices of all frequencies; the first one is removed first, the last one is never removed.
+    ``errors``: the squared output error after each removal, with the remaining frequencies refitted.
+    """
 
     order: tuple[int, ...]
     errors: tuple[float, ...]
 
 
 def eliminate(gram_GNN: Tensor, coefficients_GON: Tensor, frequencies: int) -> Elimination:
-    """Backward elimination from the whole basis: each time the frequency goes whose loss costs the output least.
+    """Remove one frequency after the other: in each step the one whose removal adds the least output error.
 
-    The whole layer answers C z; with the frequencies of S kept, the best that a refit can leave is the least of
-    E |C z - D z_S|^2. Setting the coefficients C_f of one frequency to zero and refitting all others adds
-    tr(C_f (P_ff)^-1 C_f^T), P = G^-1, to that; the others become C - C_f (P_ff)^-1 P_f, and their P the Schur
-    complement P - P_f^T (P_ff)^-1 P_f, which is the inverse of what is left of G (Hassibi and Stork 1993, by blocks).
-    So the chain from all frequencies to one costs one inversion.
+    The output of the whole layer is C z. If only the frequencies in S are kept, the smallest error that a refit D can
+    reach is min_D E |C z - D z_S|^2. Removing the coefficients C_f of one frequency and refitting all others adds
+    tr(C_f (P_ff)^-1 C_f^T) to this error, with P = G^-1. The other coefficients become C - C_f (P_ff)^-1 P_f, and
+    their P becomes the Schur complement P - P_f^T (P_ff)^-1 P_f, which is the inverse of the remaining block of G
+    (Hassibi and Stork 1993, for blocks). So one matrix inversion serves all steps.
 
     Args:
-        gram_GNN: (G, I F, I F) second moments G of the responses, I input channels by F frequencies, per group;
+        gram_GNN: second moments G of the responses, (G, I F, I F): I input channels by F frequencies in each group;
             positive definite.
-        coefficients_GON: (G, O, I F) of the whole layer.
-        frequencies: F.
+        coefficients_GON: coefficients C of the whole layer, (G, O, I F).
+        frequencies: the number of frequencies F.
 
     >>> gram = torch.diag(torch.tensor([4.0, 1.0, 1.0]))[None]
     >>> eliminate(gram, torch.tensor([[[1.0, 3.0, 1.0]]]), 3)
@@ -42,27 +45,27 @@ def eliminate(gram_GNN: Tensor, coefficients_GON: Tensor, frequencies: int) -> E
     ordered_GNN = gram_GNN[:, by_frequency][:, :, by_frequency]
     inverse_GNN = torch.cholesky_inverse(torch.linalg.cholesky(ordered_GNN))
     kept_GON = coefficients_GON[:, :, by_frequency]
-    left = list(range(frequencies))
+    remaining = list(range(frequencies))
     order: list[int] = []
     errors: list[float] = []
-    while len(left) > 1:
-        blocks = [slice(place * channels, (place + 1) * channels) for place in range(len(left))]
-        costs = torch.stack([_cost(inverse_GNN[:, b, b], kept_GON[:, :, b]) for b in blocks])
-        place = int(costs.argmin())
-        order.append(left.pop(place))
-        errors.append((errors[-1] if errors else 0.0) + float(costs[place]))
-        kept_GON, inverse_GNN = _without(blocks[place], kept_GON, inverse_GNN)
-    return Elimination((*order, *left), tuple(errors))
+    while len(remaining) > 1:
+        blocks = [slice(i * channels, (i + 1) * channels) for i in range(len(remaining))]
+        added = torch.stack([_added_error(inverse_GNN[:, b, b], kept_GON[:, :, b]) for b in blocks])
+        cheapest = int(added.argmin())
+        order.append(remaining.pop(cheapest))
+        errors.append((errors[-1] if errors else 0.0) + float(added[cheapest]))
+        kept_GON, inverse_GNN = _remove_block(blocks[cheapest], kept_GON, inverse_GNN)
+    return Elimination((*order, *remaining), tuple(errors))
 
 
-def _cost(inverse_GII: Tensor, coefficients_GOI: Tensor) -> Tensor:
-    """tr(C_f (P_ff)^-1 C_f^T), summed over the groups."""
+def _added_error(inverse_GII: Tensor, coefficients_GOI: Tensor) -> Tensor:
+    """Return tr(C_f (P_ff)^-1 C_f^T), summed over the groups."""
     factor_GII = torch.linalg.cholesky(inverse_GII)
     return torch.linalg.solve_triangular(factor_GII, coefficients_GOI.mT, upper=False).square().sum()
 
 
-def _without(block: slice, kept_GON: Tensor, inverse_GNN: Tensor) -> tuple[Tensor, Tensor]:
-    """Coefficients and inverse once the unknowns of ``block`` are zero and the others refitted."""
+def _remove_block(block: slice, kept_GON: Tensor, inverse_GNN: Tensor) -> tuple[Tensor, Tensor]:
+    """Return coefficients and inverse after the unknowns of ``block`` are removed and the others refitted."""
     factor_GII = torch.linalg.cholesky(inverse_GNN[:, block, block])
     gain_GIN = torch.cholesky_solve(inverse_GNN[:, block], factor_GII)
     rest = [*range(block.start), *range(block.stop, inverse_GNN.shape[1])]

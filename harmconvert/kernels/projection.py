@@ -1,7 +1,7 @@
-"""Kernel -> coefficients -> kernel, and what a cut costs in weight space. Tensors only.
+"""Kernel -> coefficients -> kernel, and the error of a cut in weight space. Tensors only.
 
-A kernel has shape (O, I, *kernel_size), its coefficients (O, I, F). Both directions are computed in float64 and
-returned in the dtype given: with an orthonormal basis, projection is the least-squares fit (sec. 5.2).
+A kernel has shape (O, I, *kernel_size), its coefficients (O, I, F). Both directions are computed in float64, and the
+result has the dtype of the argument. With an orthonormal basis, projection is the least-squares fit (sec. 5.2).
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from torch import Tensor
 from ..errors import InputError
 from .basis import largest_of
 
-_SLICE = 8192  # filters of one channel at a time
+_FILTERS_AT_ONCE = 8192  # filters of one channel that are converted to float64 at a time
 
 
 def project(kernel: Tensor, basis_FK: Tensor) -> Tensor:
-    """Coefficients (O, I, F) of the combination of the basis kernels nearest to ``kernel`` (O, I, *kernel_size).
+    """Return coefficients (O, I, F) of the combination of basis kernels that is nearest to ``kernel`` (sec. 5.2).
 
-    ``basis_FK`` (F, K): orthogonal rows in float64, of any norm, as `Basis` gives them.
+    Args:
+        kernel: (O, I, *kernel_size), any floating dtype; the result has the same dtype.
+        basis_FK: (F, K), float64, orthogonal rows of any norm, as `Basis` returns them.
 
     >>> from harmconvert.kernels.basis import dct_basis
     >>> kernel = torch.ones(1, 1, 3, 3)
@@ -29,11 +31,13 @@ def project(kernel: Tensor, basis_FK: Tensor) -> Tensor:
     tensor([[[3., 0.]]])
     """
     analysis_KF = (basis_FK / basis_FK.square().sum(1, keepdim=True)).T.to(kernel.device)
-    return _times(kernel, analysis_KF)
+    return _product_in_float64(kernel, analysis_KF)
 
 
 def reconstruct(coefficients: Tensor, basis_FK: Tensor, kernel_size: Sequence[int]) -> Tensor:
-    """Kernel (O, I, *kernel_size) of coefficients (O, I, F): sum over f of w_f psi_f (sec. 5.2); inverse of `project`.
+    """Return the kernel (O, I, *kernel_size) of coefficients (O, I, F): sum over f of w_f psi_f (sec. 5.2).
+
+    This is the inverse of `project`.
 
     >>> from harmconvert.kernels.basis import dct_basis
     >>> basis_FK = dct_basis((2, 2))
@@ -42,26 +46,26 @@ def reconstruct(coefficients: Tensor, basis_FK: Tensor, kernel_size: Sequence[in
             [1., 1.]])
     """
     synthesis_FK = basis_FK.to(coefficients.device, torch.float64)
-    return _times(coefficients, synthesis_FK).unflatten(2, tuple(kernel_size))
+    return _product_in_float64(coefficients, synthesis_FK).unflatten(2, tuple(kernel_size))
 
 
 def merge(coefficients_OIF: Tensor, basis_FK: Tensor) -> Tensor:
-    """The one product behind the merged form: (O, I, F) x (F, K) -> (O, I, K)."""
+    """Return the merged kernels (sec. 5.2): (O, I, F) x (F, K) -> (O, I, K)."""
     # One flat product: a batched (O, I, F) @ (F, K) was measured ten times slower on some shapes.
     return (coefficients_OIF.flatten(0, 1) @ basis_FK).unflatten(0, coefficients_OIF.shape[:2])
 
 
 def merge_channels_last(coefficients_OFI: Tensor, basis_FK: Tensor) -> Tensor:
-    """The same product as `merge`, (O, F, I) x (F, K) -> (O, K, I): what channels_last kernels are in memory."""
+    """Return the merged kernels in channels_last order: (O, F, I) x (F, K) -> (O, K, I), the same values as `merge`."""
     basis_OKF = basis_FK.T.expand(len(coefficients_OFI), -1, -1)
     return torch.bmm(basis_OKF, coefficients_OFI)
 
 
 def energy_kept(kernel: Tensor, basis_FK: Tensor) -> float:
-    """Share of the kernel's squared norm that orthonormal basis kernels hold, 0 to 1 (1 for an all-zero kernel)."""
+    """Return the share (0 to 1) of the kernel's squared norm that orthonormal basis kernels hold; 1 if it is zero."""
     total = kept = 0.0
     largest = largest_of(kernel)  # squares of 1e200 are infinite
-    for part in kernel.detach().split(max(1, _SLICE // kernel.shape[1])):
+    for part in kernel.detach().split(max(1, _FILTERS_AT_ONCE // kernel.shape[1])):
         precise = part.to(torch.float64) / largest
         total += precise.square().sum().item()
         kept += project(precise, basis_FK).square().sum().item()
@@ -69,25 +73,25 @@ def energy_kept(kernel: Tensor, basis_FK: Tensor) -> float:
 
 
 def relative_error(approximation: Tensor, kernel: Tensor) -> float:
-    """Frobenius norm of the difference over that of ``kernel`` (0 where both are zero)."""
-    difference, norm = _norm(approximation - kernel), _norm(kernel)
-    if not math.isfinite(difference):  # two of the largest numbers may be further apart than any number is large
+    """Return the Frobenius norm of the difference, divided by that of ``kernel`` (0 if both are zero)."""
+    difference, norm = _frobenius_norm(approximation - kernel), _frobenius_norm(kernel)
+    if not math.isfinite(difference):  # the difference of two very large numbers can overflow: scale both first
         largest = largest_of(kernel)
         near, exact = (tensor.to(torch.float64) / largest for tensor in (approximation, kernel))
-        difference, norm = _norm(near - exact), _norm(exact)
+        difference, norm = _frobenius_norm(near - exact), _frobenius_norm(exact)
     return difference / norm if norm > 0 else difference
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite; without values (meta device) none is."""
+    """Return whether no value is NaN or infinite; True for tensors without values (empty, or on the meta device)."""
     if tensor.is_meta or not tensor.numel():
         return True
     tensor = tensor.detach()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     if tensor.dtype.itemsize < 2:
-        tensor = tensor.float()  # 8-bit floats know no arithmetic
-    # A sum is the quickest look at every value; only one that is too large needs a second.
+        tensor = tensor.float()  # 8-bit floats have no arithmetic
+    # A sum is the fastest test of all values. It may also overflow although all values are finite: then test again.
     if tensor.sum().isfinite():
         return True
     low, high = tensor.aminmax()
@@ -95,27 +99,27 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 def check_range(tensor: Tensor, layer: str, what: str) -> None:
-    """Raise InputError where a tensor made from finite weights holds a value out of its dtype's range."""
+    """Raise InputError if a tensor that was made from finite weights has a value out of its dtype's range."""
     if all_finite(tensor):
         return
     name = str(tensor.dtype).removeprefix("torch.")
-    wider = {torch.float16: "convert a float32 copy (model.float())", torch.float64: "scale its weights down"}
-    remedy = wider.get(tensor.dtype, "convert a float64 copy (model.double())")
-    raise InputError(f"layer {layer or '(root)'}: its {what} go out of {name}'s range: {remedy}")
+    remedies = {torch.float16: "convert a float32 copy (model.float())", torch.float64: "scale its weights down"}
+    remedy = remedies.get(tensor.dtype, "convert a float64 copy (model.double())")
+    raise InputError(f"layer {layer or '(root)'}: its {what} are out of {name}'s range: {remedy}")
 
 
-def _times(tensor: Tensor, matrix_AB: Tensor) -> Tensor:
-    """(O, I, *A) x (A, B) -> (O, I, B), in float64, and returned in the tensor's dtype."""
+def _product_in_float64(tensor: Tensor, matrix_AB: Tensor) -> Tensor:
+    """Return (O, I, *A) x (A, B) -> (O, I, B), computed in float64, in the tensor's dtype."""
     rows_NA = tensor.detach().flatten(2).flatten(0, 1)
-    found_NB = tensor.new_empty(len(rows_NA), matrix_AB.shape[1], requires_grad=False)
-    # In slices that stay in the cache: float64 copies of whole kernels took three times as long.
-    for rows, found in zip(rows_NA.split(_SLICE), found_NB.split(_SLICE), strict=True):
-        found.copy_(rows.to(torch.float64) @ matrix_AB)
-    return found_NB.unflatten(0, tensor.shape[:2])
+    product_NB = tensor.new_empty(len(rows_NA), matrix_AB.shape[1], requires_grad=False)
+    # In parts that fit into the processor's cache: float64 copies of whole kernels took three times as long.
+    for rows, product in zip(rows_NA.split(_FILTERS_AT_ONCE), product_NB.split(_FILTERS_AT_ONCE), strict=True):
+        product.copy_(rows.to(torch.float64) @ matrix_AB)
+    return product_NB.unflatten(0, tensor.shape[:2])
 
 
-def _norm(tensor: Tensor) -> float:
-    """Frobenius norm, in float32 where its range allows: enough for a report, and four times quicker."""
+def _frobenius_norm(tensor: Tensor) -> float:
+    """Return the norm, from float32 sums if the values allow it: exact enough for a report, and four times faster."""
     quick = torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)).item()
     if 1e-15 < quick < 1e15:
         return quick

@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..documents import check, count, reading
+from ..documents import check, count, input_errors
 from ..errors import InputError, counted
 from ..files import read_json, write_text
 from .axes import AXES, Kept
@@ -125,7 +125,7 @@ class Plan:
         Raises:
             InputError: anything in it is not what a plan holds.
         """
-        with reading("this is not a plan"):
+        with input_errors("this is not a plan"):
             plan = cls(
                 tuple(_layer_from_json(layer, data) for layer in data["layers"]),
                 tuple(
@@ -158,7 +158,7 @@ class Plan:
 
 def _layer_from_json(data: Any, plan: Any) -> LayerPlan:
     name = str(data["name"])
-    with reading(f"layer {name[:80]!r}"):
+    with input_errors(f"layer {name[:80]!r}"):
         size = _kernel_size(data)
         for axis in AXES.values():
             data = axis.upgraded(data, plan)

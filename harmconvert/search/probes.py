@@ -12,7 +12,7 @@ from torch import nn
 
 from ..calibration import CalibrationSettings
 from ..codecs.digests import tensors_sha256
-from ..documents import check, count, finite, plain
+from ..documents import check, count, finite, json_value
 from ..errors import InputError, UsageError
 from ..files import read_json, write_text
 from ..kernels.basis import Basis
@@ -25,7 +25,7 @@ from .orders import Order
 
 VERSION = 1
 _SHAPE = {
-    "key": {...: plain},
+    "key": {...: json_value},
     "single": {...: finite},
     "whole": {...: finite},
     "orders": {...: {"frequencies": [[count]], "by": str, "why": (str, None)}},

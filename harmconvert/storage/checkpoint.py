@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..codecs.table import CodecTable
-from ..documents import parsed, reading
+from ..documents import input_errors, parse_json
 from ..errors import DamageWarning, InputError, OutsideError, UsageError, first_line, shortened
 from ..files import check_output
 from ..layers.block import HarmonicBlock2d, to_block
@@ -80,8 +80,8 @@ def write_checkpoint(
     written = Header(plan, source, tied, record, versions, _blocks_of(model), codecs)
     written = replace(written, preprocessing=recorded(model, preprocessing))
     text = header_text(written, stored)
-    with reading(f"the header of {path} could not be read again"):
-        written = replace(written, crc32=parsed(text)["crc32"])
+    with input_errors(f"the header of {path} could not be read again"):
+        written = replace(written, crc32=parse_json(text)["crc32"])
     metadata = {"format": "pt", METADATA_KEY: text}
     write_tensors(stored, path, metadata, force, partial(_check_written, model=model, header=written, tensors=tensors))
     return written
@@ -150,7 +150,7 @@ def _header_of(path: str | Path) -> tuple[Header, str]:
             f"name its network and give the weights with --checkpoint {path}"
         )
     try:
-        data = parsed(metadata[METADATA_KEY])
+        data = parse_json(metadata[METADATA_KEY])
     except ValueError as error:
         raise InputError(f"{path}: its header is not JSON: {error}") from error
     stored = stored_in(path)
@@ -228,13 +228,13 @@ def read_checkpoint(
         remark = f"{path} is not as harmconvert wrote it: damaged, or changed since; verify it against its original"
         warnings.warn(remark, DamageWarning, stacklevel=2)
     _check_coded(harmonic, header, path)
-    with reading(str(path)):
+    with input_errors(str(path)):
         state = decoded(stored, header.codecs.coded)
     del stored
     state |= {alias: state[key] for alias, key in header.tied.items() if key in state}
     load_exactly(harmonic, state, str(path))
     del state
-    with reading(str(path)):
+    with input_errors(str(path)):
         check_finite(harmonic)
     declare(harmonic, header.preprocessing)
     source = header.source or Source("unknown", str(path))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..codecs.digests import tensors_crc32
 from ..codecs.table import CodecTable
-from ..documents import check, count, parsed, reading, whole
+from ..documents import check, count, input_errors, parse_json, whole
 from ..errors import InputError
 from ..kernels.basis import BASES, NORMALIZATIONS
 from ..network.declared import check_preprocessing
@@ -105,7 +105,7 @@ class Header:
         source = Source.from_json(data["source"]) if data.get("source") else None
         # All tensors of a version 1 file are stored as they are, and its plan is not nested.
         codecs = CodecTable() if found == 1 else CodecTable.from_json(data.get("codecs"))
-        with reading("its header is unreadable"):
+        with input_errors("its header is unreadable"):
             check_history(data.get("history", {}))
             check_preprocessing(data.get("preprocessing"))
             return cls(
@@ -131,7 +131,7 @@ def header_text(header: Header, stored: Mapping[str, Tensor]) -> str:
 
 def checksum(text: str, stored: Mapping[str, Tensor]) -> str:
     """The CRC-32 of a header's text, up to the checksum in it, and of the tensors as its file holds them."""
-    data = parsed(text)
+    data = parse_json(text)
     if data.get("format_version") == 1:
         known = {key: value for key, value in data.items() if key != "crc32"}
         return tensors_crc32(stored, json.dumps(known, sort_keys=True).encode())

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..documents import check, count, finite, number, pair, plain
+from ..documents import check, count, finite, json_value, number, pair
 
 _NUMBER, _TEXT = (number, None), (str, None)
 
@@ -26,7 +26,7 @@ CALIBRATION = {
     **dict.fromkeys(("inputs", "held_back", "batch_norms"), count),
     **dict.fromkeys(("plain_divergence", "refit_divergence", "divergence", "kept"), _NUMBER),
     "notes": [str],
-    "settings": {...: plain, "seed": (count, None), "damping": _NUMBER},
+    "settings": {...: json_value, "seed": (count, None), "damping": _NUMBER},
     "changed": {...: str},
     "incomparable": _TEXT,
     **dict.fromkeys(("plain_agreement", "agreement"), _NUMBER),
@@ -49,7 +49,7 @@ STAGES = [{"name": str, "evaluation": (_EVALUATION, None), "why": _TEXT}]
 COMMAND = {"name": str, "source": str, "words": [str]}
 _RUN = {
     "command": (COMMAND, None),
-    "recipe": {...: plain},
+    "recipe": {...: json_value},
     "stages": STAGES,
     "epochs": [{...: _NUMBER}],
     "evaluation": (_EVALUATION, None),

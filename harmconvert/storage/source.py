@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import nn
 
-from ..documents import check, count, plain
+from ..documents import check, count, json_value
 from ..errors import InputError, UsageError, first_line
 from ..layers.harmonic import HarmonicMixin, base_class
 from ..network.declared import pretrained_config
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 SCHEMES = ("timm", "torchvision", "hf-hub", "local-dir", "sample", "reference")
 
 _SOURCE = {
-    "scheme": str, "name": str, "arguments": {...: plain}, "sha256": (str, None), "licence": plain,
+    "scheme": str, "name": str, "arguments": {...: json_value}, "sha256": (str, None), "licence": json_value,
     "weights": ({...: str}, None), "classes": (count, None),
 }  # fmt: skip
 
@@ -93,7 +93,7 @@ def as_source(source: Source | str | None) -> Source | None:
     source = parse_source(source) if isinstance(source, str) else source
     if source is not None and not isinstance(source, Source):
         raise UsageError(f"source (={source!r:.80}) must be a source string such as 'timm:resnet50', or a Source")
-    if source is not None and not plain(source.arguments):
+    if source is not None and not json_value(source.arguments):
         raise UsageError(f"the arguments of {source} hold what JSON cannot: give numbers, text, lists and dicts")
     return source
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..documents import check, count, number, plain
+from ..documents import check, count, json_value, number
 from ..errors import HarmconvertError, InputError, OutsideError, UsageError, counted, first_line, shortened
 from ..files import locked, write_file
 from ..files import state_path as state_path
@@ -24,9 +24,9 @@ from ..storage.weights import why_unreadable
 STATE_VERSION = 1
 _SHAPE = {
     "version": count,
-    "identity": {...: plain},
-    "record": {...: plain},
-    "position": {"epoch": count, "step": count, "sums": [number], "rows": [{...: plain}]},
+    "identity": {...: json_value},
+    "record": {...: json_value},
+    "position": {"epoch": count, "step": count, "sums": [number], "rows": [{...: json_value}]},
     "random": [dict],
     "model": {},
 }

@@ -103,15 +103,15 @@ MUTANTS = (
         "a basis that is not of unit norm is projected on as if it were", PROJECTION,
     ),
     Mutant(
-        "kernels.projection._times",
+        "kernels.projection._product_in_float64",
         "rows.to(torch.float64) @ matrix_AB",
         "rows @ matrix_AB.to(rows.dtype)",
         "projection and reconstruction in the dtype of the weights", (*PROJECTION, "test_convert.py"),
     ),
     Mutant(
         "kernels.projection.relative_error",
-        "(_norm(approximation - kernel), _norm(kernel))",
-        "(_norm(approximation - kernel), _norm(approximation))",
+        "(_frobenius_norm(approximation - kernel), _frobenius_norm(kernel))",
+        "(_frobenius_norm(approximation - kernel), _frobenius_norm(approximation))",
         "an error relative to the wrong one of two", PROJECTION,
     ),
     Mutant(
@@ -295,13 +295,13 @@ MUTANTS = (
         "the cheapest of all is thinned out", KNAPSACK,
     ),
     Mutant(
-        "search.elimination._without",
+        "kernels.elimination._remove_block",
         "inverse_GRR.baddbmm_(inverse_GNN[:, rest, block], gain_GIR, alpha=-1)",
         "inverse_GRR.baddbmm_(inverse_GNN[:, rest, block], gain_GIR, alpha=1)",
         "the Schur complement with the wrong sign", SEARCH,
     ),
     Mutant(
-        "search.elimination.eliminate",
+        "kernels.elimination.eliminate",
         "torch.arange(size, device=gram_GNN.device).view(channels, frequencies).T.flatten()",
         "torch.arange(size, device=gram_GNN.device).view(channels, frequencies).flatten()",
         "channels are eliminated in the place of frequencies", SEARCH,

@@ -44,8 +44,8 @@ def written(folder: Path, text: str) -> Path:
     ("text", "message"),
     [
         ('{"layers": [], "policy": ' + "1" * 5000 + "}", "cannot read the plan .*4300 digits"),
-        ('{"layers": [], "layers": []}', "cannot read the plan .*'layers' stands in it twice"),
-        ('{"layers": [], "policy": "\\ud800"}', "cannot read the plan .*half a character"),
+        ('{"layers": [], "layers": []}', "cannot read the plan .*'layers' appears twice"),
+        ('{"layers": [], "policy": "\\ud800"}', "cannot read the plan .*half of a surrogate pair"),
         ("[" * 100_000, "cannot read the plan .*nested too deeply"),
     ],
 )
@@ -78,7 +78,7 @@ def test_a_header_of_numbers_that_python_does_not_read_is_refused(tmp_path: Path
     from harmconvert.storage import write_tensors
 
     path = tmp_path / "net.safetensors"
-    for text, message in (("1" * 5000, "4300 digits"), ('{"a": 1, "a": 1}', "'a' stands in it twice")):
+    for text, message in (("1" * 5000, "4300 digits"), ('{"a": 1, "a": 1}', "'a' appears twice")):
         write_tensors({"x": torch.zeros(1)}, path, {"harmconvert": text}, force=True)
         with pytest.raises(InputError, match=f"net.safetensors: its header is not JSON: .*{message}"):
             read_header(path)
@@ -255,8 +255,8 @@ def test_the_record_of_another_kind_of_run_is_refused(tmp_path: Path) -> None:
     [
         (5, "it has no settings"), (torch.zeros(3), "it has no settings"), ([], "it has no settings"),
         ({"epochs": math.nan}, "epochs: nan should be a count"), ({"epochs": "5"}, "epochs: '5' should be a count"),
-        ({"lr": math.inf}, "lr: inf should be a finite"), ({"name": {}}, "name: dict of 0 should be text"),
-        ({"scale": [1]}, "scale: list of 1 should be"), ({"clip_grad": "x"}, "clip_grad: 'x' should be"),
+        ({"lr": math.inf}, "lr: inf should be a finite"), ({"name": {}}, "name: a dict of 0 items should be text"),
+        ({"scale": [1]}, "scale: a list of 1 item should be"), ({"clip_grad": "x"}, "clip_grad: 'x' should be"),
         ({"batch_size": 10**400}, "a number of hundreds of digits should be a count"),
     ],
 )  # fmt: skip
