@@ -1,0 +1,80 @@
+"""Do two releases write the same tensors? Converts the samples with both, reads the files back, and compares every bit.
+
+    python benchmarks/same_tensors.py /path/to/checkout-of-the-other-release
+
+Each release converts in a process of its own, with the features of format version 1: whole, lambda 2, progressive,
+calibrated, other bases, 16 bits, a budget, and both forms. The script prints a row for each file and ends with 1 where
+any tensor differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Runs in each release: only what both have in common is used.
+CONVERT = r"""
+import hashlib, json, sys, torch
+import harmconvert as hc
+
+def digest(tensor):
+    values = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(values.numpy().tobytes()).hexdigest()}"
+
+torch.manual_seed(0)
+torch.set_num_threads(1)
+cases = {
+    "whole": {"lam": "full"}, "lambda 2": {"lam": 2}, "progressive": {"lam": "progressive"},
+    "haar": {"lam": 2, "basis": "haar"}, "klt": {"lam": 2, "basis": "klt"}, "l1": {"lam": 2, "normalization": "l1"},
+    "by pattern": {"lam": {"stage3.*": 2}}, "calibrated": {"lam": 2, "calibration": True},
+    "budget by energy": {"budget": {"params": 0.5}}, "budget": {"budget": {"params": 0.5}, "calibration": True},
+}
+found = {}
+for name, case in cases.items():
+    network = hc.open_source("sample:resnet_mnist5k")
+    images = torch.linspace(-1, 1, 64 * 784).sin().reshape(64, 1, 28, 28)
+    if case.pop("calibration", False):
+        case["calibration"] = [images]
+    conversion = hc.convert(network.model, **case)
+    path = f"{sys.argv[1]}/{name.replace(' ', '-')}.safetensors"
+    hc.save(conversion, path, source=network.source)
+    for form in ("harmonic", "dense"):
+        state = hc.load(path, form=form).state_dict()
+        found[f"{name}, {form}"] = {key: digest(tensor) for key, tensor in state.items()}
+print(json.dumps(found))
+"""
+
+
+def tensors_of(checkout: Path) -> dict[str, dict[str, str]]:
+    """Return the digest of every tensor that the release in a checkout writes, by file and key."""
+    with TemporaryDirectory() as folder:
+        environment = {**os.environ, "PYTHONPATH": str(checkout)}
+        command = [sys.executable, "-c", CONVERT, folder]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, check=False)
+    if done.returncode:
+        raise SystemExit(f"{checkout}: {done.stderr}")
+    found: dict[str, dict[str, str]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("other", type=Path, help="a checkout of the other release")
+    other, ours = tensors_of(parser.parse_args().other.resolve()), tensors_of(ROOT)
+    differing = 0
+    for name in ours:
+        keys = [key for key in {**ours[name], **other[name]} if ours[name].get(key) != other[name].get(key)]
+        differing += len(keys)
+        print(f"{name:<28} {len(ours[name]):>4} tensors  " + (f"DIFFER: {', '.join(keys[:5])}" if keys else "the same"))
+    raise SystemExit(1 if differing else 0)
+
+
+if __name__ == "__main__":
+    main()
