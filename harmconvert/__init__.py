@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from .layers.block import HarmonicBlock2d
     from .network.forms import factor, fuse
     from .pipeline.convert import Conversion, convert
+    from .pipeline.convert_to_file import convert_to_file
     from .pipeline.inspect import inspect
+    from .pipeline.listener import Listener
     from .pipeline.saving import save
     from .pipeline.verification import Verification
     from .pipeline.verify import verify
@@ -36,9 +38,11 @@ __all__ = [
     "Conversion",
     "HarmconvertError",
     "HarmonicBlock2d",
+    "Listener",
     "Plan",
     "Verification",
     "convert",
+    "convert_to_file",
     "factor",
     "fuse",
     "inspect",
@@ -54,9 +58,11 @@ _HOME = {
     "Conversion": "pipeline.convert",
     "HarmconvertError": "errors",
     "HarmonicBlock2d": "layers.block",
+    "Listener": "pipeline.listener",
     "Plan": "plan.plan",
     "Verification": "pipeline.verification",
     "convert": "pipeline.convert",
+    "convert_to_file": "pipeline.convert_to_file",
     "factor": "network.forms",
     "fuse": "network.forms",
     "inspect": "pipeline.inspect",

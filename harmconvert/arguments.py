@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import safetensors
 
 from .errors import OutsideError, UsageError
 from .files import check_folder, check_output, short_name
@@ -215,3 +217,50 @@ def check_figure(source: str, figure: str, output: str | None, force: bool) -> t
     for path in (image, numbers):
         check_output(path, force)
     return image, numbers
+
+
+def may_be_harmonic(source: str) -> bool:
+    """Whether a source may be a harmonic checkpoint: False only where it certainly is none, as far as its name and the
+    metadata of its file say.
+
+    >>> may_be_harmonic("sample:resnet_mnist5k"), may_be_harmonic("reference:model_best.pth.tar")
+    (False, True)
+    """
+    if source.startswith("reference:"):
+        return True
+    if Path(source).suffix != ".safetensors" or not Path(source).is_file():
+        return False
+    try:
+        with safetensors.safe_open(source, framework="np") as file:
+            return "harmconvert" in (file.metadata() or {})
+    except (safetensors.SafetensorError, OSError):
+        return True  # reading it says what is wrong
+
+
+def stays_as_it_is(
+    source: str | None,
+    choices: Iterable[object],
+    basis: str = "dct",
+    normalization: str = "ortho",
+    dtype: str = "float32",
+) -> bool:
+    """Whether a conversion writes a network that is harmonic already as it is: nothing is asked of it.
+
+    Args:
+        source: None of a network that is known to be harmonic.
+        choices: of what to keep and what to calibrate on, None or empty where nothing was chosen.
+    """
+    if any(choices) or (basis, normalization, dtype) != ("dct", "ortho", "float32"):
+        return False
+    return source is None or may_be_harmonic(source)
+
+
+def check_harmonic(source: str) -> None:
+    """Raise UsageError where a source is certainly no harmonic checkpoint."""
+    if not may_be_harmonic(source):
+        raise not_harmonic(source)
+
+
+def not_harmonic(source: str) -> UsageError:
+    """The error that says that a source is no harmonic checkpoint."""
+    return UsageError(f"{source} is no harmonic checkpoint: make one first with: harmconvert convert {source}")

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from . import images, inputs, options, training_options, types
+from . import inputs, options, training_options, types
 
 
 @click.command(name="evaluate", cls=types.OptionalValues)
@@ -61,20 +61,24 @@ def command(source: str, compare: str | None, rival_weights: str | None, amp: st
             known = network.source
             if network.header is None and known.scheme != "code":  # other weights of one architecture may be compared
                 known = replace(known, sha256=None)
-            remedy = "give them with --compare-checkpoint FILE"
             with options.busy(f"loading {compare}"):
                 rival = open_rival(
-                    compare, known, remedy, weights=rival_weights, trust_code=given["trust_code"], code=code
+                    compare,
+                    known,
+                    "give them with --compare-checkpoint FILE",
+                    weights=rival_weights,
+                    trust_code=given["trust_code"],
+                    code=code,
                 )
             other = in_float32(rival.model.to(machine.device))
         loading, config = training_options.evaluation_loading(given, network.model, machine)
         with options.progress() as progress:
-            seen, total, variety = 0, loading.steps or 0, Variety()
+            seen, variety = 0, Variety()
 
             def count(images: int) -> None:
                 nonlocal seen
                 seen += 1
-                progress(seen, total, "batches")
+                progress(seen, loading.steps or 0, "batches")
 
             found = evaluate(
                 in_float32(network.model.to(machine.device)),
@@ -84,7 +88,8 @@ def command(source: str, compare: str | None, rival_weights: str | None, amp: st
                 variety=variety,
                 progress=count,
             )
-        images.warn_of(variety.remark())
+        if remark := variety.remark():
+            options.say(f"warning: {remark}", urgent=True)
         if note := loading.unread(found.images + len(found.unreadable)):
             options.say(note)
         if rank() > 0:

@@ -92,7 +92,9 @@ def command(
     inputs.check_outputs(output, given, force)
     page = pages.checked(output, report, force)
     inputs.check_run(given)
-    inputs.check_harmonic(source)
+    from ..arguments import check_harmonic
+
+    check_harmonic(source)
     from contextlib import ExitStack
 
     from ..data.preprocessing import record_of
@@ -224,11 +226,12 @@ def prepare(
 
 def _opened(source: str, trust_code: bool, code: str | None) -> tuple[Network, Header]:
     """The harmonic checkpoint to fine-tune, in float32, and its header."""
+    from ..arguments import not_harmonic
     from ..storage.precision import in_float32
 
     network = options.opened(source, {"trust_code": trust_code, "code": code}, intact=True)
     if network.header is None:
-        raise inputs.not_harmonic(source)
+        raise not_harmonic(source)
     in_float32(network.model)
     return network, network.header
 

@@ -123,35 +123,6 @@ def check() -> None:
                 parameter.type.check(text)
 
 
-def may_be_harmonic(source: str) -> bool:
-    """Whether a source may be a harmonic checkpoint: False where it is none for certain, as far as can be told without
-    torch."""
-    import safetensors
-
-    if source.startswith("reference:"):
-        return True
-    if Path(source).suffix != ".safetensors" or not Path(source).is_file():
-        return False
-    try:
-        with safetensors.safe_open(source, framework="np") as file:
-            return "harmconvert" in (file.metadata() or {})
-    except (safetensors.SafetensorError, OSError):
-        return True  # reading it says what is wrong
-
-
-def check_harmonic(source: str) -> None:
-    """Raise UsageError where a source is no harmonic checkpoint for certain."""
-    if not may_be_harmonic(source):
-        raise not_harmonic(source)
-
-
-def not_harmonic(source: str) -> Exception:
-    """The error that says that a source is no harmonic checkpoint."""
-    from ..errors import UsageError
-
-    return UsageError(f"{source} is no harmonic checkpoint: make one first with: harmconvert convert {source}")
-
-
 def check_labelled(data: str, data_dir: str | None) -> None:
     """Raise UsageError where the text of --labelled names no images."""
     from ..arguments import PACKAGES, check_labelled

@@ -155,7 +155,7 @@ def untrained(
     if harmonic == "none":
         return network, network.model
     size = training_options.image_size(given, network.model)
-    example = options.example_input([size] if size else [], network.model)
+    example = zeros_of([size] if size else [], network.model)
     model = harmonize(
         network.model,
         harmonic,

@@ -219,9 +219,12 @@ def evaluation_loading(given: Mapping[str, Any], model: Any, machine: Machine) -
 def preprocessing_from(given: Mapping[str, Any], model: Any) -> dict[str, Any]:
     """The network's pre-processing as the options change it, said in a line.
 
-    Raises: as `images.image_config`; UsageError also where two options give the size.
+    Raises: as `harmconvert.pipeline.inputs.image_config`; UsageError also where two options give the size.
     """
-    return images.image_config(given, model, image_size(given, model))
+    from ..pipeline.inputs import image_config
+    from .listening import CommandLine
+
+    return image_config(model, images.preprocessing_overrides(given), CommandLine(), image_size(given, model))
 
 
 def image_size(given: Mapping[str, Any], model: Any) -> tuple[int, ...] | None:
