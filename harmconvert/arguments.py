@@ -16,8 +16,8 @@ from typing import Any
 
 import safetensors
 
-from .errors import OutsideError, UsageError
-from .files import check_folder, check_output, short_name
+from .errors import Argument, OutsideError, UsageError
+from .files import check_folder, check_output, metrics_path, short_name, state_path
 
 UNITS = {
     "params": "parameters", "macs": "MACs in factored form", "bytes": "bytes", "latency": "microseconds",
@@ -144,6 +144,23 @@ def check_format(path: str | Path, format: str, force: bool, dtype: str, form: s
         check_folder(path, TIMM_FILES, force)
         return
     check_output(path, force, {"onnx": ".onnx", "torch-export": ".pt2"}.get(format, ".safetensors"))
+
+
+def check_run_outputs(output: str, resume: str | Path | None, force: bool) -> None:
+    """Raise UsageError where a run would replace its ``output``, or the figures or the state of another run beside it.
+
+    The state comes first: an interrupted run left figures, too, and ``force`` would begin it anew.
+    """
+    if resume is None and not force and state_path(output).exists():
+        raise interrupted(state_path(output))
+    check_output(output, force, ".safetensors")
+    check_output(metrics_path(output), force or resume is not None)
+
+
+def interrupted(path: Path) -> UsageError:
+    """The error that says that a file is the state of an interrupted run."""
+    resume, force = Argument("resume", path), Argument("force", True)
+    return UsageError(f"{path} is the state of an interrupted run: go on with ", resume, ", or begin anew: ", force)
 
 
 def check_labelled(dataset: str, data_dir: str | None) -> None:

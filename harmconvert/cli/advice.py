@@ -16,6 +16,10 @@ from ..errors import Argument, Message
 
 # The words for an argument, where they are more than its name as an option.
 WORDS = {
+    "arguments": "--model-kwargs",
+    "compare_weights": "--compare-checkpoint",
+    "data": "--data-dir, --dataset",
+    "example_input": "--input-size C,H,W",
     "output": "output with -o",
 }
 
@@ -57,8 +61,10 @@ def option_of(argument: Argument) -> str:
     >>> option_of(Argument("force", True)), option_of(Argument("batch_size", 2)), option_of(Argument("output"))
     ('--force', '--batch-size 2', 'output with -o')
     """
-    words = WORDS.get(argument.name) or "--" + argument.name.replace("_", "-")
-    return words if argument.value in (None, True) else f"{words} {argument.value}"
+    words, value = WORDS.get(argument.name) or "--" + argument.name.replace("_", "-"), argument.value
+    if isinstance(value, Mapping):
+        return f"{words} {' '.join(f'{key}={one}' for key, one in value.items())}"
+    return words if value is None or value is True else f"{words} {value}"
 
 
 def adapted(text: str, command: str | None = None) -> str:

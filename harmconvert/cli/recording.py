@@ -27,11 +27,6 @@ def command_words(leave_out: Collection[str] = ()) -> dict[str, Any]:
     return {"name": context.command.name, "words": words}
 
 
-def record_of_command(source: str, leave_out: Collection[str] = ()) -> dict[str, Any]:
-    """The same with its source."""
-    return {**command_words(leave_out), "source": source}
-
-
 def _words(option: click.Option, value: Any) -> list[str]:
     name = max(option.opts, key=len)
     if option.is_flag and option.is_bool_flag:

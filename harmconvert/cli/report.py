@@ -200,17 +200,26 @@ def _tradeoff(network: Network, given: dict[str, Any]) -> Tradeoff:
 
     from ..data.variety import Variety
     from ..pipeline.calibrating import calibration_batches, warn_of
+    from ..pipeline.devices import machine_on
+    from ..pipeline.testing import evaluation_loading, note_unread
     from ..report.tradeoff import tradeoff
     from ..training.evaluation import evaluate
     from .listening import CommandLine
 
-    given |= {"no_channels_last": False, "torchcompile": False, "no_sync_bn": False}
     if network.header is not None and not network.header.plan.whole:
         options.say("note: this checkpoint is cut already: it is what 'uncut' means here")
-    machine = training_options.machine_from(given)
+    listener, machine = CommandLine(), machine_on(given["device"])
     model = network.model.to(machine.device)
-    loading, config = training_options.evaluation_loading(given, model, machine)
-    listener, settings = CommandLine(), images.calibration_settings(given)
+    loading, config = evaluation_loading(
+        training_options.data_request(given),
+        model,
+        machine,
+        batch_size=given["batch_size"],
+        workers=given["workers"],
+        preprocessing=training_options.image_overrides(given),
+        listener=listener,
+    )
+    settings = images.calibration_settings(given)
     batches = calibration_batches(
         images.calibration_request(given),
         model,
@@ -232,6 +241,5 @@ def _tradeoff(network: Network, given: dict[str, Any]) -> Tradeoff:
             progress=progress,
         )
     warn_of(variety.remark(), listener)
-    if note := loading.unread(found.uncut.evaluation.images + len(found.uncut.evaluation.unreadable)):
-        options.say(note)
+    note_unread(loading, found.uncut.evaluation, listener)
     return found

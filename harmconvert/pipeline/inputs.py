@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from ..calibration.inputs import HELD_BACK
 from ..data.preprocessing import check_known, described, preprocessing, record_of
 from ..errors import Argument, UsageError, counted
-from ..network.declared import declare
+from ..layers.block import HarmonicBlock2d
+from ..layers.harmonic import CONVOLUTIONS
+from ..network.declared import declare, pretrained_config
 from ..network.values import default_input, fitted, tensors_in
 from ..samples import SAMPLES
 from ..storage.source import Source
@@ -59,12 +61,13 @@ def verification_inputs(sizes: Sizes, source: Source, images: Sequence[Tensor] =
 def image_config(
     model: nn.Module, overrides: Mapping[str, Any], listener: Listener, size: Sequence[int] | None = None
 ) -> dict[str, Any]:
-    """What is done to each image, which the listener is told; ``size`` replaces the network's own.
+    """What is done to each image, which the listener is told; ``size`` replaces the network's own. An ``input_size`` of
+    one number is that of a square image.
 
     Raises:
         UsageError: neither the network nor the caller says it, or the network takes no images.
     """
-    config = preprocessing(model, {"input_size": size, **overrides})
+    config = preprocessing(model, {**overrides, "input_size": size_of(model, {"input_size": size, **overrides})})
     check_known(config)
     listener.say(f"preprocessing: {described(config)}")
     return config
@@ -87,6 +90,19 @@ def declare_inputs(model: nn.Module, overrides: Mapping[str, Any], sizes: Sizes)
         check_known(config)
         record |= record_of(config)
     declare(model, record)
+
+
+def size_of(model: nn.Module, overrides: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The input size that overrides of the pre-processing give; one number is the side of a square image."""
+    size = overrides.get("input_size")
+    return (_input_channels(model), size, size) if isinstance(size, int) else size
+
+
+def _input_channels(model: nn.Module) -> int:
+    """What the network's first convolution reads, else what its configuration says, else 3."""
+    size = pretrained_config(model).get("input_size")
+    first = next((module for module in model.modules() if isinstance(module, (HarmonicBlock2d, *CONVOLUTIONS))), None)
+    return int(getattr(first, "in_channels", size[0] if size else 3))
 
 
 def _one_or_all(inputs: list[Any]) -> Any:
