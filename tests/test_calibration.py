@@ -28,12 +28,11 @@ from harmconvert.calibration import divergence as divergence_room
 from harmconvert.calibration.capture import ConvCall, watch_convolutions
 from harmconvert.calibration.divergence import Divergence, divergence
 from harmconvert.calibration.equations import Change, Problem
-from harmconvert.calibration.inputs import calibration_set
+from harmconvert.calibration.inputs import Batch, calibration_set
 from harmconvert.calibration.layers import Kernel, RefitError, choose
 from harmconvert.calibration.refit import DAMPINGS, dampings
 from harmconvert.calibration.responses import from_groups, outputs, pick_positions, responses, to_groups
 from harmconvert.calibration.solvers import NormalEquations, Operator, Samples, solver
-from harmconvert.data import Batch
 from harmconvert.errors import InputError, UsageError
 from harmconvert.kernels import Basis, project
 from harmconvert.layers import to_harmonic
