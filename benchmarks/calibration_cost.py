@@ -25,12 +25,19 @@ import torch
 from torch import nn
 
 import harmconvert as hc
-from harmconvert.calibration.capture import ConvCall, watch_convolutions
-from harmconvert.calibration.equations import Problem
-from harmconvert.calibration.layers import Kernel, choose
-from harmconvert.calibration.refit import DAMPINGS
-from harmconvert.calibration.responses import outputs, pick_positions
-from harmconvert.calibration.solvers import NormalEquations, Operator, Samples
+from harmconvert.calibration import (
+    DAMPINGS,
+    ConvCall,
+    Kernel,
+    NormalEquations,
+    Operator,
+    Problem,
+    Samples,
+    choose,
+    outputs,
+    pick_positions,
+    watch_convolutions,
+)
 from harmconvert.layers import to_harmonic
 
 RESULTS = Path(__file__).parent / "results" / "calibration_cost.csv"

@@ -24,8 +24,7 @@ import torch
 from table import appended
 
 import harmconvert as hc
-from harmconvert.calibration import CalibrationSettings
-from harmconvert.calibration.inputs import calibration_set
+from harmconvert.calibration import CalibrationSettings, calibration_set
 from harmconvert.kernels import Frequency, all_frequencies
 from harmconvert.network import find_layers, trace
 from harmconvert.plan import Frequencies, LayerPlan, cut_layer

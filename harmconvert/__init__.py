@@ -18,52 +18,76 @@ from .models.registration import register_with_timm as _register_with_timm
 
 if TYPE_CHECKING:
     from .calibration import CalibrationSettings, reestimate_batch_norm
+    from .data.datasets import DataRequest
     from .errors import HarmconvertError
     from .layers.block import HarmonicBlock2d
     from .network.forms import factor, fuse
     from .pipeline.convert import Conversion, convert
+    from .pipeline.convert_to_file import convert_to_file
+    from .pipeline.evaluate import evaluate
+    from .pipeline.finetune import finetune
     from .pipeline.inspect import inspect
+    from .pipeline.listener import Listener
     from .pipeline.saving import save
+    from .pipeline.train import train
     from .pipeline.verification import Verification
     from .pipeline.verify import verify
     from .plan.plan import Plan
     from .sources.opening import load, open_source
+    from .sources.request import SourceRequest
+    from .training.recipe import Recipe
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CalibrationSettings",
     "Conversion",
+    "DataRequest",
     "HarmconvertError",
     "HarmonicBlock2d",
+    "Listener",
     "Plan",
+    "Recipe",
+    "SourceRequest",
     "Verification",
     "convert",
+    "convert_to_file",
+    "evaluate",
     "factor",
+    "finetune",
     "fuse",
     "inspect",
     "load",
     "open_source",
     "reestimate_batch_norm",
     "save",
+    "train",
     "verify",
 ]
 
 _HOME = {
     "CalibrationSettings": "calibration",
     "Conversion": "pipeline.convert",
+    "DataRequest": "data.datasets",
     "HarmconvertError": "errors",
     "HarmonicBlock2d": "layers.block",
+    "Listener": "pipeline.listener",
     "Plan": "plan.plan",
+    "Recipe": "training.recipe",
+    "SourceRequest": "sources.request",
     "Verification": "pipeline.verification",
     "convert": "pipeline.convert",
+    "convert_to_file": "pipeline.convert_to_file",
+    "evaluate": "pipeline.evaluate",
     "factor": "network.forms",
+    "finetune": "pipeline.finetune",
     "fuse": "network.forms",
     "inspect": "pipeline.inspect",
     "load": "sources.opening",
     "open_source": "sources.opening",
     "reestimate_batch_norm": "calibration",
     "save": "pipeline.saving",
+    "train": "pipeline.train",
     "verify": "pipeline.verify",
 }
 

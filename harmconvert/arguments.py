@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .errors import OutsideError, UsageError
-from .files import check_folder, check_output, short_name
+import safetensors
+
+from .errors import Argument, OutsideError, UsageError
+from .files import check_folder, check_output, metrics_path, short_name, state_path
 
 UNITS = {
     "params": "parameters", "macs": "MACs in factored form", "bytes": "bytes", "latency": "microseconds",
@@ -144,6 +146,23 @@ def check_format(path: str | Path, format: str, force: bool, dtype: str, form: s
     check_output(path, force, {"onnx": ".onnx", "torch-export": ".pt2"}.get(format, ".safetensors"))
 
 
+def check_run_outputs(output: str, resume: str | Path | None, force: bool) -> None:
+    """Raise UsageError where a run would replace its ``output``, or the figures or the state of another run beside it.
+
+    The state comes first: an interrupted run left figures, too, and ``force`` would begin it anew.
+    """
+    if resume is None and not force and state_path(output).exists():
+        raise interrupted(state_path(output))
+    check_output(output, force, ".safetensors")
+    check_output(metrics_path(output), force or resume is not None)
+
+
+def interrupted(path: Path) -> UsageError:
+    """The error that says that a file is the state of an interrupted run."""
+    resume, force = Argument("resume", path), Argument("force", True)
+    return UsageError(f"{path} is the state of an interrupted run: go on with ", resume, ", or begin anew: ", force)
+
+
 def check_labelled(dataset: str, data_dir: str | None) -> None:
     """Raise UsageError unless a data set or a folder with labelled images is named."""
     if dataset.startswith(("sample:", *PACKAGES)):
@@ -215,3 +234,50 @@ def check_figure(source: str, figure: str, output: str | None, force: bool) -> t
     for path in (image, numbers):
         check_output(path, force)
     return image, numbers
+
+
+def may_be_harmonic(source: str) -> bool:
+    """Whether a source may be a harmonic checkpoint: False only where it certainly is none, as far as its name and the
+    metadata of its file say.
+
+    >>> may_be_harmonic("sample:resnet_mnist5k"), may_be_harmonic("reference:model_best.pth.tar")
+    (False, True)
+    """
+    if source.startswith("reference:"):
+        return True
+    if Path(source).suffix != ".safetensors" or not Path(source).is_file():
+        return False
+    try:
+        with safetensors.safe_open(source, framework="np") as file:
+            return "harmconvert" in (file.metadata() or {})
+    except (safetensors.SafetensorError, OSError):
+        return True  # reading it says what is wrong
+
+
+def stays_as_it_is(
+    source: str | None,
+    choices: Iterable[object],
+    basis: str = "dct",
+    normalization: str = "ortho",
+    dtype: str = "float32",
+) -> bool:
+    """Whether a conversion writes a network that is harmonic already as it is: nothing is asked of it.
+
+    Args:
+        source: None of a network that is known to be harmonic.
+        choices: of what to keep and what to calibrate on, None or empty where nothing was chosen.
+    """
+    if any(choices) or (basis, normalization, dtype) != ("dct", "ortho", "float32"):
+        return False
+    return source is None or may_be_harmonic(source)
+
+
+def check_harmonic(source: str) -> None:
+    """Raise UsageError where a source is certainly no harmonic checkpoint."""
+    if not may_be_harmonic(source):
+        raise not_harmonic(source)
+
+
+def not_harmonic(source: str) -> UsageError:
+    """The error that says that a source is no harmonic checkpoint."""
+    return UsageError(f"{source} is no harmonic checkpoint: make one first with: harmconvert convert {source}")

@@ -2,17 +2,71 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Argument:
+    """An argument that a message names: by its Python name here, by its option on the command line.
+
+    >>> str(Argument("force", True)), str(Argument("example_input"))
+    ('force=True', 'example_input')
+    """
+
+    name: str
+    value: object = None
+
+    def __str__(self) -> str:
+        return self.name if self.value is None else f"{self.name}={self.value}"
+
+
+class Message(str):
+    """A text made of parts. Some parts are arguments, which the command line names by their options.
+
+    >>> message = Message("a.safetensors exists: use ", Argument("force", True), " to replace it")
+    >>> message
+    'a.safetensors exists: use force=True to replace it'
+    >>> message.naming(lambda argument: f"--{argument.name}")
+    'a.safetensors exists: use --force to replace it'
+    """
+
+    parts: tuple[str | Argument, ...]
+
+    def __new__(cls, *parts: str | Argument) -> Message:
+        message = super().__new__(cls, "".join(map(str, parts)))
+        message.parts = tuple(
+            inner for part in parts for inner in (part.parts if isinstance(part, Message) else (part,))
+        )
+        return message
+
+    def naming(self, name: Callable[[Argument], str]) -> str:
+        """The text with each argument as ``name`` gives it."""
+        return "".join(name(part) if isinstance(part, Argument) else part for part in self.parts)
+
 
 class HarmconvertError(Exception):
     """Base class of all errors that this package raises on purpose.
 
     The message says what is wrong, where, and what to do. It is one line.
+
+    Args:
+        parts: the message, as `Message` takes it.
     """
 
     exit_code = 3
 
+    def __init__(self, *parts: str | Argument) -> None:
+        super().__init__(Message(*parts))
+
     def __str__(self) -> str:
-        return one_line(super().__str__())
+        return one_line(self.message)
+
+    @property
+    def message(self) -> Message:
+        """The message with its parts."""
+        message: Message = self.args[0]
+        return message
 
 
 class CheckError(HarmconvertError):

@@ -21,19 +21,37 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import harmconvert as hc
-from harmconvert.calibration import CalibrationSettings, calibrate, reestimate_batch_norm, solvers
-from harmconvert.calibration import _blend as blend
-from harmconvert.calibration import _never_worse as never_worse
+from harmconvert.calibration import (
+    DAMPINGS,
+    Batch,
+    CalibrationSettings,
+    Change,
+    ConvCall,
+    Divergence,
+    Kernel,
+    NormalEquations,
+    Operator,
+    Problem,
+    RefitError,
+    Samples,
+    blend,
+    calibrate,
+    calibration_set,
+    choose,
+    dampings,
+    from_groups,
+    never_worse,
+    outputs,
+    pick_positions,
+    reestimate_batch_norm,
+    solver,
+    solvers,
+    to_groups,
+    watch_convolutions,
+)
 from harmconvert.calibration import divergence as divergence_room
-from harmconvert.calibration.capture import ConvCall, watch_convolutions
-from harmconvert.calibration.divergence import Divergence, divergence
-from harmconvert.calibration.equations import Change, Problem
-from harmconvert.calibration.inputs import calibration_set
-from harmconvert.calibration.layers import Kernel, RefitError, choose
-from harmconvert.calibration.refit import DAMPINGS, dampings
-from harmconvert.calibration.responses import from_groups, outputs, pick_positions, responses, to_groups
-from harmconvert.calibration.solvers import NormalEquations, Operator, Samples, solver
-from harmconvert.data import Batch
+from harmconvert.calibration.divergence import divergence
+from harmconvert.calibration.responses import responses
 from harmconvert.errors import InputError, UsageError
 from harmconvert.kernels import Basis, project
 from harmconvert.layers import to_harmonic
@@ -762,10 +780,10 @@ def test_batch_norms_are_reestimated_only_where_that_helps() -> None:
 SCRIPT = """
 import sys, torch
 import harmconvert as hc
-import harmconvert.calibration.limits as room
-from harmconvert.search.choosing import SearchSettings
-from harmconvert.calibration.refit import Refit
-from harmconvert.network.distributed import joined, rank
+import harmconvert.calibration.limits as limits
+from harmconvert.search import SearchSettings
+from harmconvert.calibration import Refit
+from harmconvert.network import joined, rank
 sys.path.insert(0, sys.argv[2])
 from tests.test_calibration import smooth, stack
 torch.set_num_threads(1)
@@ -780,7 +798,7 @@ def unlucky(take_in):
 with joined():
     if sys.argv[3] == "trouble":
         Refit._take_in = unlucky(Refit._take_in)
-        room.free_memory = lambda device: (1 << 33) >> (18 * rank())
+        limits.free_memory = lambda device: (1 << 33) >> (18 * rank())
     kind = {"lam": 2}
     if sys.argv[3] == "best":
         kind = {"budget": "params=60%", "search": SearchSettings(1, frequencies="best")}

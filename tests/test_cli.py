@@ -547,7 +547,7 @@ def test_names_that_are_not_utf8_are_refused_before_any_work() -> None:
 
 def test_outputs_of_another_kind_are_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     ok("convert", SAMPLE, "--lambda", "2", "-o", "cut.safetensors")
-    monkeypatch.setattr("harmconvert.cli.options.opened", lambda *_, **__: pytest.fail("work has begun"))
+    monkeypatch.setattr("harmconvert.pipeline.networks.open_source", lambda *_, **__: pytest.fail("work has begun"))
     for command in (["export", "cut.safetensors"], ["finetune", "cut.safetensors"], ["train", SAMPLE]):
         fails(2, "out.pth should end in .safetensors", *command, "-o", "out.pth")
 
@@ -694,7 +694,9 @@ INTERRUPTED = [
 
 @pytest.mark.parametrize("arguments", INTERRUPTED, ids=lambda arguments: arguments[0])
 def test_an_interruption_is_one_line(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("harmconvert.cli.options.opened", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(
+        "harmconvert.pipeline.networks.open_source", lambda *_, **__: signal.raise_signal(signal.SIGINT)
+    )
     result = run(*arguments)
     said = [line for line in result.stderr.splitlines() if not line.startswith(("loading", "  "))]
     assert (result.exit_code, said) == (130, ["harmconvert: error: interrupted; no output was written"])
@@ -708,7 +710,7 @@ def test_an_interruption_that_a_library_swallows_is_one_all_the_same(monkeypatch
         except KeyboardInterrupt:
             raise ImportError("the extension could not be loaded") from None
 
-    monkeypatch.setattr("harmconvert.cli.options.opened", imports)
+    monkeypatch.setattr("harmconvert.pipeline.networks.open_source", imports)
     result = run("inspect", SAMPLE)
     assert (result.exit_code, result.stderr) == (130, "harmconvert: error: interrupted; no output was written\n")
 
@@ -723,7 +725,9 @@ def test_an_interruption_says_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> N
     assert "interrupted; a.safetensors was written, and is whole" in result.stderr
     assert read_header("a.safetensors").plan.whole
     Path("kept.json").write_text("{}")
-    monkeypatch.setattr("harmconvert.cli.options.opened", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(
+        "harmconvert.pipeline.networks.open_source", lambda *_, **__: signal.raise_signal(signal.SIGINT)
+    )
     result = run(*own, "--budget", "params=60%", "--probes", "kept.json")
     assert result.exit_code == 130
     assert "scores of layers are kept in kept.json: the same command goes on from them" in result.stderr

@@ -13,12 +13,19 @@ import torch
 from torch import Tensor, nn
 
 import harmconvert as hc
-from harmconvert.calibration import CalibrationSettings, Known, calibrate
-from harmconvert.calibration.cuts import WholeLayer, whole_layers
-from harmconvert.calibration.inputs import calibration_set
-from harmconvert.calibration.layers import Kernel
-from harmconvert.calibration.responses import outputs, to_groups
-from harmconvert.calibration.solvers import NormalEquations, Samples
+from harmconvert.calibration import (
+    CalibrationSettings,
+    Kernel,
+    Known,
+    NormalEquations,
+    Samples,
+    WholeLayer,
+    calibrate,
+    calibration_set,
+    outputs,
+    to_groups,
+    whole_layers,
+)
 from harmconvert.kernels import Basis, frequencies_below
 from harmconvert.layers import to_harmonic
 from harmconvert.network import find_layers

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import nn
 
 from harmconvert import save
+from harmconvert.arguments import check_figure
 from harmconvert.calibration import CalibrationSettings
 from harmconvert.data import Batch
 from harmconvert.errors import InputError, OutsideError, UsageError
@@ -36,7 +37,6 @@ from harmconvert.report import (
     Spectrum,
     Strip,
     Tradeoff,
-    check_figure,
     drawing,
     error_sheet,
     figures,

@@ -16,9 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import harmconvert as hc
-from harmconvert.calibration import CalibrationSettings, moments
-from harmconvert.calibration.inputs import calibration_set
-from harmconvert.calibration.moments import Moments, response_moments
+from harmconvert.calibration import CalibrationSettings, Moments, calibration_set, moments, response_moments
 from harmconvert.errors import InputError, UsageError
 from harmconvert.kernels import all_frequencies, eliminate, frequencies_below
 from harmconvert.network import find_layers

@@ -16,9 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import harmconvert as hc
-from harmconvert.calibration import CalibrationSettings, holding
-from harmconvert.calibration.holding import Forwards
-from harmconvert.calibration.inputs import calibration_set
+from harmconvert.calibration import CalibrationSettings, Forwards, calibration_set, holding
 from harmconvert.network import convolutions, tensors_in
 
 from .networks import Branches, random_input, seeded

@@ -6,9 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harmconvert.calibration import CalibrationSettings, Known
-from harmconvert.calibration.inputs import calibration_set
-from harmconvert.calibration.layout import laid_out
+from harmconvert.calibration import CalibrationSettings, Known, calibration_set, laid_out
 from harmconvert.pipeline import convert
 
 from .networks import random_input, seeded

@@ -186,7 +186,7 @@ def test_the_original_of_a_cut_one_is_the_file_itself(tmp_path: Path) -> None:
     header = read_header(tmp_path / "cut.safetensors")
     assert weights_sha256(open_original(header)) == weights_sha256(dense.model)
     written(tmp_path, name, **{"fc.bias": torch.ones(10)})
-    with pytest.raises(InputError, match="are not those that were converted: name them with --teacher"):
+    with pytest.raises(InputError, match="are not those that were converted: name them with teacher"):
         open_original(header)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from ..errors import HarmconvertError, HarmconvertWarning, printable
+from ..errors import HarmconvertError, HarmconvertWarning, one_line, printable
 from .loudness import NOTHING_WRITTEN, kept
 
 COMMANDS = (
@@ -100,7 +100,7 @@ def _explain(error: Exception, command: str | None) -> tuple[str, int]:
     if isinstance(error, HarmconvertError):
         from .advice import adapted
 
-        return adapted(str(error), command), error.exit_code
+        return one_line(adapted(error.message, command)), error.exit_code
     text = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
     if isinstance(error, MemoryError) or any(sign in text for sign in _NO_MEMORY):
         return f"out of memory ({text}): use a smaller input or a machine with more", 4

@@ -1,7 +1,8 @@
 """Options that a message names: the command that shows the message has them, or they are named with their command.
 
-The library's messages name the option that most commands have. Commands differ: what is --input-size for convert is
---img-size for train, and only some read weights from --checkpoint.
+The library's messages name arguments (`harmconvert.errors.Argument`); here each gets the option that most commands
+have for it. Commands differ: what is --input-size for convert is --img-size for train, and only some read weights from
+--checkpoint.
 """
 
 from __future__ import annotations
@@ -10,6 +11,17 @@ import re
 from collections.abc import Mapping, Set
 
 import click
+
+from ..errors import Argument, Message
+
+# The words for an argument, where they are more than its name as an option.
+WORDS = {
+    "arguments": "--model-kwargs",
+    "compare_weights": "--compare-checkpoint",
+    "data": "--data-dir, --dataset",
+    "example_input": "--input-size C,H,W",
+    "output": "output with -o",
+}
 
 # What to name where a command lacks the first and has the second.
 INSTEAD = {"--input-size C,H,W": "--img-size SIZE", "--input-size": "--img-size"}
@@ -43,10 +55,24 @@ def fitting(text: str, command: str, options: Mapping[str, Set[str]]) -> str:
     return OPTION.sub(named, text)
 
 
+def option_of(argument: Argument) -> str:
+    """An argument as most commands have it.
+
+    >>> option_of(Argument("force", True)), option_of(Argument("batch_size", 2)), option_of(Argument("output"))
+    ('--force', '--batch-size 2', 'output with -o')
+    """
+    words, value = WORDS.get(argument.name) or "--" + argument.name.replace("_", "-"), argument.value
+    if isinstance(value, Mapping):
+        return f"{words} {' '.join(f'{key}={one}' for key, one in value.items())}"
+    return words if value is None or value is True else f"{words} {value}"
+
+
 def adapted(text: str, command: str | None = None) -> str:
-    """The same for ``command``, by default the one that runs; a text that names no option is left as it is."""
+    """The same for ``command``, by default the one that runs, of a message of the library, too; a text that names no
+    option is left as it is."""
     from . import COMMANDS, main
 
+    text = text.naming(option_of) if isinstance(text, Message) else text
     context = click.get_current_context(silent=True)
     name = command or (context.command.name if context else None)
     if name not in COMMANDS or not OPTION.search(text):

@@ -76,14 +76,16 @@ def command(
     inputs.check()
     from ..deploy.benchmark import benchmark
     from ..errors import counted
+    from ..pipeline.devices import place
+    from ..pipeline.inputs import random_of
     from ..report import tables
 
     network = options.opened(source, network_options)
-    options.place(network.model, device, None)
+    place(network.model, device)
     with options.progress() as progress:
         found = benchmark(
             network.model,
-            options.random_input(input_size, network.model),
+            random_of(input_size, network.model),
             batches=batches,
             threads=threads,
             forms=forms,

@@ -26,13 +26,14 @@ def command(
       harmconvert compare resnet50-harmonic-2.safetensors resnet50-harmonic-progressive.safetensors
       harmconvert compare cut.safetensors cut-finetuned.safetensors --json
     """
+    from ..arguments import check_harmonic
     from ..errors import UsageError
 
     if len(sources) < 2:
         raise UsageError("a comparison wants two checkpoints or more")
     inputs.check()
     for source in sources:
-        inputs.check_harmonic(source)
+        check_harmonic(source)
     from ..report.comparison import compare
     from ..report.tables import comparison_table, differences_table
     from ..sources.opening import made_by_code

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import images, inputs, options, outputs, pages, types
-from .recording import record_of_command
+from . import images, inputs, listening, options, outputs, pages, types
+from .recording import command_words
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
+    from collections.abc import Iterator
 
-    from torch import Tensor
+    from rich.console import Console
 
     from ..arguments import Budget
     from ..pipeline.convert import Conversion
-    from ..pipeline.verify import Verification
-    from ..plan.plan import Plan
-    from ..storage.checkpoint import Header, Network
+    from ..pipeline.convert_to_file import ConvertedFile
 
 
 def budget_options(command: Any) -> Any:
@@ -164,6 +161,7 @@ def command(
       harmconvert convert sample:resnet_mnist5k --lambda 'stage3.*=2' -o cut.safetensors
       harmconvert convert reference:model_best.pth.tar
     """
+    from ..arguments import stays_as_it_is
     from ..files import default_name
 
     policy, asked = _what_to_keep(plan_file, lam, budget, max_drop, labelled)
@@ -172,66 +170,113 @@ def command(
     if labelled is not None:
         inputs.check_labelled(labelled, more["data_dir"])
     choices = (lam, plan_file, budget, labelled, include, exclude, more["data"])
-    told = any(choices) or (basis, normalization, more["dtype"]) != ("dct", "ortho", "float32")
-    as_it_is = not told and inputs.may_be_harmonic(source)
     named = default_name(source, _kept(lam, plan_file, asked, max_drop))
-    output = output or (named.replace("-harmonic-full", "-harmonic") if as_it_is else named)
+    if stays_as_it_is(source, choices, basis, normalization, more["dtype"]):
+        named = named.replace("-harmonic-full", "-harmonic")
+    output = output or named
     page, figure = outputs.check(source, output, save_plan, report, search_figure, force)
-    target = _Target(input_size, output, page, force, as_json, more["dtype"])
     probes = outputs.check_probes(probes, output, source, bool((asked or labelled) and more["data"]))
     options.begin(source)
-    from ..network.distributed import joined, rank
-    from ..pipeline.convert import convert
+    from ..pipeline.convert_to_file import convert_to_file
     from ..search.records import SearchSettings
-    from .labelled import halves
 
-    if plan_file:
-        policy = _plan(plan_file)
-    with joined():
-        network = options.opened(source, more, begun=True, intact=True, form="harmonic" if as_it_is else "dense")
-        if as_it_is and network.header:
-            return _keep(network, source, target)
-        images.declare_inputs(more, network.model, input_size)
-        options.place(network.model, device, more["data"] or labelled)
-        metric, judged = halves(labelled, network.model, more, input_size) if labelled else (None, None)
-        found, settings = images.calibration(more, network.model, input_size)
-        batches = found.batches if found else ()
-        with options.progress("converting") as progress:
-            conversion = convert(
-                network.model,
-                policy,
-                example_input=options.example_input(input_size, network.model, latency_batch),
-                include=include,
-                exclude=exclude,
-                basis=basis,
-                normalization=normalization,
-                budget=budget[0] if budget else None,
-                max_drop=max_drop,
-                metric=metric,
-                search=SearchSettings(trials, probes, options.say, frequencies),
-                calibration=batches or None,
-                settings=settings,
-                progress=progress,
-            )
-        with options.busy("testing on the images that chose nothing"):
-            held_out = judged(network.model, conversion.model) if judged else None  # by all processes
-        if rank() > 0:
-            return 0  # the first process verifies and writes
-        made_by = record_of_command(source if network.header else str(network.source))
-        _finish(network, conversion, made_by, target, held_out, batches)
-        _write_beside(conversion, figure, save_plan, force)
-    return images.verdict(conversion, output, more["allow_fallback"])
+    done = convert_to_file(
+        options.request(source, more),
+        output,
+        policy,
+        plan=plan_file,
+        budget=budget[0] if budget else None,
+        max_drop=max_drop,
+        labelled=images.labelled_request(labelled, more),
+        include=include,
+        exclude=exclude,
+        basis=basis,
+        normalization=normalization,
+        dtype=more["dtype"],
+        calibration=images.calibration_request(more),
+        settings=images.calibration_settings(more),
+        batch_size=more["calibration_batch_size"],
+        search=SearchSettings(trials, probes, options.say, frequencies),
+        latency_batch=latency_batch,
+        input_sizes=input_size,
+        preprocessing=images.preprocessing_overrides(more),
+        device=device,
+        force=force,
+        command=command_words(),
+        listener=_Telling(source, options.console(quiet=as_json)),
+    )
+    _tell(done, page, force, input_size, as_json)
+    if done.conversion is None:
+        return 0
+    _write_beside(done.conversion, figure, save_plan, force)
+    return images.verdict(done.conversion, output, more["allow_fallback"])
 
 
-class _Target(NamedTuple):
-    """Which files a command writes, and what it prints at the end."""
+class _Telling(listening.CommandLine):
+    """Prints what is known of a conversion as soon as it is known."""
 
-    sizes: Any
-    output: str
-    page: Path | None
-    force: bool
-    as_json: bool
-    dtype: str
+    def __init__(self, source: str, console: Console) -> None:
+        super().__init__(source)
+        self.console = console
+
+    def result(self, result: object) -> None:
+        from ..pipeline.convert import Conversion
+        from ..pipeline.convert_to_file import Rounding
+        from ..pipeline.verification import Verification
+
+        if isinstance(result, Conversion):
+            for part in _parts(result):
+                self.console.print(part, markup=False)
+        elif isinstance(result, Verification):
+            self.console.print(result.verdict, markup=False)
+        elif isinstance(result, Rounding):
+            difference = f"outputs differ by {result.difference:.1e} of the largest"
+            self.console.print(f"rounded to {result.dtype}: {difference}", markup=False)
+
+    def wrote(self, path: str | Path) -> None:
+        options.keep(lambda: f"{path} was written, and is whole")
+
+
+def _parts(conversion: Conversion) -> Iterator[Any]:
+    """The tables and lines that say what was done."""
+    from ..report import tables
+
+    if conversion.search:
+        yield tables.search_table(conversion.search)
+        yield from conversion.search.notes
+    if conversion.drops:
+        yield tables.drops_table(conversion.drops)
+    yield tables.conversion_table(conversion)
+    if conversion.calibration:
+        yield tables.calibration_table(conversion.calibration)
+        yield from tables.calibration_lines(conversion.calibration)
+    yield from tables.cost_lines(conversion.cost)
+
+
+def _tell(done: ConvertedFile, page: Path | None, force: bool, sizes: Any, as_json: bool) -> None:
+    """Print what was written, and write the page."""
+    from ..errors import Message
+    from ..report import tables
+
+    console = options.console(quiet=as_json)
+    wrote = f"wrote {done.output} ({tables.file_size(done.output)})"
+    if done.conversion is not None:
+        console.print(wrote, markup=False)
+    if page:
+        pages.write_page(done.model, done.header, done.output, page, force, sizes)
+    if done.conversion is None:
+        console.print(f"{done.source} is harmonic already: written as it is; --lambda says what to cut", markup=False)
+        console.print(done.verification.verdict, markup=False)
+        console.print(wrote, markup=False)
+    elif page:
+        console.print(f"wrote {page}", markup=False)
+    for name, found in (done.held_out or {}).items():
+        console.print(f"{name}, on the images that chose nothing: {found}", markup=False)
+    if done.conversion and done.conversion.advice:
+        options.say(Message("warning: ", done.conversion.advice), urgent=True)
+    if as_json:
+        written = {"report": str(page)} if page and done.conversion else {}
+        options.print_json(done.to_json() | written)
 
 
 def _write_beside(conversion: Conversion, figure: tuple[Path, Path] | None, save_plan: str | None, force: bool) -> None:
@@ -243,14 +288,6 @@ def _write_beside(conversion: Conversion, figure: tuple[Path, Path] | None, save
         write_figure(search_sheet(conversion.search), *figure, force)
     if save_plan:
         conversion.plan.save(save_plan, force)
-
-
-def _plan(file: str) -> Plan:
-    """The plan of a JSON file, or of a harmonic checkpoint."""
-    from ..plan.plan import Plan
-    from ..storage.checkpoint import is_harmonic, read_header
-
-    return read_header(file).plan if is_harmonic(file) else Plan.load(file)
 
 
 def _kept(lam: str | None, plan_file: str | None, asked: Budget | None, max_drop: float | None) -> str:
@@ -274,105 +311,4 @@ def _what_to_keep(
         raise UsageError("--max-drop POINTS is measured on --labelled DATA: give both")
     if not budget and max_drop is None:
         options.only_with(budget_options, "--budget")
-    return parse_lambda(lam if lam is not None else "full"), Budget.parse(budget[0]) if budget else None
-
-
-def _keep(network: Network, source: str, target: _Target) -> int:
-    """Write a network that is harmonic already as it is; the file takes its place once it is compared with it."""
-    from ..errors import CheckError
-    from ..files import write_file
-    from ..network.distributed import rank
-    from ..network.forms import dense_form
-    from ..pipeline.saving import save
-    from ..pipeline.verify import verify
-    from ..report import tables
-    from ..storage.checkpoint import read_checkpoint
-
-    sizes, output, page, force, as_json, _ = target
-    if rank() > 0:
-        return 0
-    inputs = options.verification_inputs(sizes, network.source)
-    recorded = network.header.history if network.header else {}
-    history = {"command": record_of_command(source)} if not recorded else None
-    written: list[tuple[Header, Verification]] = []
-
-    def write(staging: Path) -> None:
-        file = staging.with_name("network.safetensors")  # the target may be called otherwise, behind a link
-        header = save(network, file, history=history, force=True)
-        loaded = read_checkpoint(file, model=dense_form(network.model))
-        check = verify(network.model, loaded, **inputs)
-        if not check.ok:
-            raise CheckError(f"{output}, read back: {check.verdict}; nothing was written")
-        file.replace(staging)
-        written.append((header, check))
-
-    write_file(output, write, force)
-    ((header, check),) = written
-    if page:
-        pages.write_page(network.model, header, output, page, force, sizes)
-    if as_json:
-        options.print_json({"output": output, "plan": header.plan.to_json(), "verification": check.to_json()})
-        return 0
-    console = options.console()
-    console.print(f"{network.source} is harmonic already: written as it is; --lambda says what to cut", markup=False)
-    console.print(check.verdict, markup=False)
-    console.print(f"wrote {output} ({tables.file_size(output)})", markup=False)
-    return 0
-
-
-def _finish(
-    network: Network,
-    conversion: Conversion,
-    made_by: dict[str, Any],
-    target: _Target,
-    held_out: Any,
-    images: Sequence[Tensor],
-) -> None:
-    """Show what was done, verify it, write it."""
-    from ..errors import CheckError
-    from ..pipeline.precision import in_fewer_bits
-    from ..pipeline.saving import save
-    from ..pipeline.verify import verify
-    from ..report import tables
-
-    sizes, output, page, force, as_json, dtype = target
-    console = options.console(quiet=as_json)
-    if conversion.search:
-        console.print(tables.search_table(conversion.search))
-        for note in conversion.search.notes:
-            console.print(note, markup=False)
-    if conversion.drops:
-        console.print(tables.drops_table(conversion.drops))
-    console.print(tables.conversion_table(conversion))
-    if conversion.calibration:
-        console.print(tables.calibration_table(conversion.calibration))
-        for line in tables.calibration_lines(conversion.calibration):
-            console.print(line, markup=False)
-    for line in tables.cost_lines(conversion.cost):
-        console.print(line)
-    options.say("verifying")
-    with options.progress() as progress:
-        inputs = options.verification_inputs(sizes, network.source, images)
-        check = verify(network.model, conversion, **inputs, progress=progress)
-    if not (check.ok or (check.as_planned and not conversion.plan.whole)):
-        raise CheckError(f"{check.verdict}; nothing was written")
-    console.print(check.verdict, markup=False)
-    if dtype != "float32":
-        conversion, difference = in_fewer_bits(conversion, dtype, inputs["inputs"])
-        console.print(f"rounded to {dtype}: outputs differ by {difference:.1e} of the largest", markup=False)
-    judged = {name: found.to_json() for name, found in held_out.items()} if held_out else None
-    history = {"command": made_by} | ({"held_out": judged} if judged else {})
-    header = save(conversion, output, source=network.source, history=history, force=force)
-    options.keep(lambda: f"{output} was written, and is whole")
-    console.print(f"wrote {output} ({tables.file_size(output)})", markup=False)
-    if page:
-        pages.write_page(conversion.model, header, output, page, force, sizes)
-        console.print(f"wrote {page}", markup=False)
-    if held_out:
-        for name, found in held_out.items():
-            console.print(f"{name}, on the images that chose nothing: {found}", markup=False)
-    if conversion.advice:
-        options.say(f"warning: {conversion.advice}", urgent=True)
-    if as_json:
-        told = {"output": output, **conversion.to_json(), "verification": check.to_json()}
-        options.print_json({**told, "held_out": judged} | ({"report": str(page)} if page else {}))
+    return None if lam is None else parse_lambda(lam), Budget.parse(budget[0]) if budget else None

@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from . import images, inputs, options, training_options, types
+from . import inputs, options, training_options, types
+from .listening import CommandLine
 
 
 @click.command(name="evaluate", cls=types.OptionalValues)
@@ -35,62 +36,31 @@ def command(source: str, compare: str | None, rival_weights: str | None, amp: st
       harmconvert evaluate sample:resnet_mnist5k --dataset sample:mnist5k
     """
     inputs.check_run(given)
-    from dataclasses import replace
-
-    from ..data.variety import Variety
     from ..errors import UsageError
-    from ..network.distributed import joined, rank
+    from ..pipeline.evaluate import evaluate
     from ..report import tables
-    from ..sources.opening import made_by_code, open_rival
-    from ..storage.precision import in_float32
-    from ..training.evaluation import evaluate
-    from ..training.learner import autocast
+    from ..sources.opening import made_by_code
 
     if rival_weights and not compare:
         raise UsageError("--compare-checkpoint is of use only with --compare SOURCE")
-
-    given |= {"no_channels_last": False, "torchcompile": False, "no_sync_bn": False}
-    with joined():
-        machine = training_options.machine_from(given)
-        code = given["code"]
-        if compare and not made_by_code(source):
-            given["code"] = None  # it is for the other one
-        network = options.opened(source, given, form="dense")
-        other = None
-        if compare:
-            known = network.source
-            if network.header is None and known.scheme != "code":  # other weights of one architecture may be compared
-                known = replace(known, sha256=None)
-            remedy = "give them with --compare-checkpoint FILE"
-            with options.busy(f"loading {compare}"):
-                rival = open_rival(
-                    compare, known, remedy, weights=rival_weights, trust_code=given["trust_code"], code=code
-                )
-            other = in_float32(rival.model.to(machine.device))
-        loading, config = training_options.evaluation_loading(given, network.model, machine)
-        with options.progress() as progress:
-            seen, total, variety = 0, loading.steps or 0, Variety()
-
-            def count(images: int) -> None:
-                nonlocal seen
-                seen += 1
-                progress(seen, total, "batches")
-
-            found = evaluate(
-                in_float32(network.model.to(machine.device)),
-                loading.epoch(0),
-                other,
-                autocast=lambda: autocast(amp, machine.device),
-                variety=variety,
-                progress=count,
-            )
-        images.warn_of(variety.remark())
-        if note := loading.unread(found.images + len(found.unreadable)):
-            options.say(note)
-        if rank() > 0:
-            return
+    other = None
+    if compare:
+        other = options.request(compare, {"trust_code": given["trust_code"], "code": given["code"]})
+        given["code"] = given["code"] if made_by_code(source) else None  # else it is for the other one
+    found = evaluate(
+        options.request(source, given),
+        training_options.data_request(given),
+        compare=other,
+        compare_weights=rival_weights,
+        batch_size=given["batch_size"],
+        workers=given["workers"],
+        amp=amp,
+        preprocessing=training_options.image_overrides(given),
+        device=given["device"],
+        listener=CommandLine(),
+    )
     if as_json:
-        options.print_json({"source": str(network.source), "preprocessing": config, **found.to_json()})
+        options.print_json(found.to_json())
         return
     for line in tables.evaluation_lines(found):
         options.console().print(line, markup=False)

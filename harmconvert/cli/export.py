@@ -61,6 +61,7 @@ def command(
     from dataclasses import asdict
 
     from ..deploy.export import check_target, export
+    from ..pipeline.inputs import zeros_of
     from ..report import tables
 
     check_target(output, format, force, dtype, form)
@@ -72,7 +73,7 @@ def command(
             format,
             form=form,
             dtype=dtype,
-            example_input=options.example_input(input_size, network.model) if input_size else None,
+            example_input=zeros_of(input_size, network.model) if input_size else None,
             force=force,
             progress=say,
         )

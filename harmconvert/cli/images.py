@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,6 +11,8 @@ import click
 from . import options, types
 
 if TYPE_CHECKING:
+    from ..calibration import CalibrationSettings
+    from ..data.datasets import DataRequest
     from ..pipeline.convert import Conversion
 
 
@@ -45,45 +48,6 @@ def preprocessing_overrides(given: Mapping[str, Any]) -> dict[str, Any]:
     """What `preprocessing_options` say, as `harmconvert.data.preprocessing` takes it."""
     chosen = ("preprocess", "mean", "std", "interpolation", "crop_pct")
     return {**{key: given[key] for key in chosen}, "trust_code": given["trust_code"]}
-
-
-def image_config(given: Mapping[str, Any], model: Any, size: Sequence[int] | None = None) -> dict[str, Any]:
-    """What is done to each image, said in a line; ``size``: instead of the network's own.
-
-    Raises:
-        UsageError: nobody says it, or the network takes no images.
-    """
-    from ..data import preprocessing
-    from ..data.preprocessing import check_known, described
-
-    config = preprocessing(model, {**preprocessing_overrides(given), "input_size": size})
-    check_known(config)
-    options.say(f"preprocessing: {described(config)}")
-    return config
-
-
-def declare_inputs(given: Mapping[str, Any], model: Any, sizes: Sequence[tuple[int, ...]]) -> None:
-    """Make the network declare the sizes and the pre-processing that options give, for its checkpoint to record.
-
-    Raises:
-        UsageError: pre-processing of what is no image.
-    """
-    from ..data import preprocessing
-    from ..data.preprocessing import check_known, record_of
-    from ..errors import UsageError, counted
-    from ..network.declared import declare
-
-    record: dict[str, Any] = {"input_sizes": sizes} if sizes else {}
-    overrides = preprocessing_overrides(given)
-    if any(value is not None for key, value in overrides.items() if key != "trust_code"):
-        if len(sizes) > 1:
-            raise UsageError(
-                f"this network takes {counted(len(sizes), 'input')}: --mean, --std and --preprocess are of one image"
-            )
-        config = preprocessing(model, {**overrides, "input_size": sizes[0] if sizes else None})
-        check_known(config)
-        record |= record_of(config)
-    declare(model, record)
 
 
 def calibration_data_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -169,49 +133,30 @@ def check_calibration(
     check_unlabelled(given["data"])
 
 
-def calibration(
-    given: dict[str, Any],
-    model: Any,
-    sizes: Sequence[tuple[int, ...]],
-    own: options.Decorator = calibration_options,
-) -> Any:
-    """Images and settings for `convert` under the options ``own`` (both None without --calibrate)."""
-    from ..calibration import CalibrationSettings
-    from ..data import calibration_images
-    from ..data.preprocessing import described
-    from ..data.variety import remark_on
-    from ..errors import counted, shortened
+def calibration_request(given: Mapping[str, Any]) -> DataRequest | None:
+    """The images that --calibrate names; None without it."""
+    from ..data.datasets import DataRequest
 
-    check_calibration(given, sizes, own)
     if given["data"] is None:
-        return None, None
-    settings = CalibrationSettings(
-        given["damping"], given["calibration_memory"], seed=given["seed"], inputs=given["calibration_images"]
-    )
-    with options.busy(f"reading images of {given['data']}"):
-        images = calibration_images(
-            given["data"],
-            model,
-            given["calibration_images"],
-            given["calibration_batch_size"],
-            overrides={**preprocessing_overrides(given), "input_size": sizes[0] if sizes else None},
-            data_dir=given["data_dir"],
-            split=given["calibration_split"],
-            seed=given["seed"],
-        )
-    count = counted(len(images), "image")
-    options.say(f"calibrating on {count} of {given['data']}, {described(images.preprocessing)}")
-    warn_of(remark_on(model, images.batches))
-    if images.unreadable:
-        names = shortened(list(images.unreadable), 3)
-        options.say(f"note: {counted(len(images.unreadable), 'image')} could not be read: {names}")
-    return images, settings
+        return None
+    return DataRequest(given["data"], given["data_dir"], given["calibration_split"])
 
 
-def warn_of(remark: str | None) -> None:
-    """Say that the outputs of a network hardly vary, where they do not."""
-    if remark:
-        options.say(f"warning: {remark}", urgent=True)
+def calibration_settings(given: Mapping[str, Any]) -> CalibrationSettings:
+    """The settings that the options of a calibration give."""
+    from ..calibration import CalibrationSettings
+
+    memory, count = given["calibration_memory"], given["calibration_images"]
+    return CalibrationSettings(given["damping"], memory, seed=given["seed"], inputs=count)
+
+
+def labelled_request(data: str | None, given: Mapping[str, Any]) -> DataRequest | None:
+    """The images that --labelled names; None without it."""
+    from ..data.datasets import DataRequest
+
+    if data is None or Path(data).is_dir() or data.endswith(".tar"):
+        return None if data is None else DataRequest(data_dir=data, holdout=0.0)
+    return DataRequest(data, given["data_dir"], holdout=0.0)
 
 
 def verdict(conversion: Conversion, output: str, allow_fallback: bool) -> int:

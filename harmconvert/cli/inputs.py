@@ -123,35 +123,6 @@ def check() -> None:
                 parameter.type.check(text)
 
 
-def may_be_harmonic(source: str) -> bool:
-    """Whether a source may be a harmonic checkpoint: False where it is none for certain, as far as can be told without
-    torch."""
-    import safetensors
-
-    if source.startswith("reference:"):
-        return True
-    if Path(source).suffix != ".safetensors" or not Path(source).is_file():
-        return False
-    try:
-        with safetensors.safe_open(source, framework="np") as file:
-            return "harmconvert" in (file.metadata() or {})
-    except (safetensors.SafetensorError, OSError):
-        return True  # reading it says what is wrong
-
-
-def check_harmonic(source: str) -> None:
-    """Raise UsageError where a source is no harmonic checkpoint for certain."""
-    if not may_be_harmonic(source):
-        raise not_harmonic(source)
-
-
-def not_harmonic(source: str) -> Exception:
-    """The error that says that a source is no harmonic checkpoint."""
-    from ..errors import UsageError
-
-    return UsageError(f"{source} is no harmonic checkpoint: make one first with: harmconvert convert {source}")
-
-
 def check_labelled(data: str, data_dir: str | None) -> None:
     """Raise UsageError where the text of --labelled names no images."""
     from ..arguments import PACKAGES, check_labelled
@@ -164,34 +135,13 @@ def check_labelled(data: str, data_dir: str | None) -> None:
     check_labelled(data, data_dir)
 
 
-def check_outputs(output: str, given: Mapping[str, Any], force: bool) -> None:
-    """Raise UsageError where a run would replace its ``output``, the figures or the state of another run beside it.
-
-    The state is looked at first: an interrupted run left figures, too, and --force would begin it anew.
-    """
-    from ..files import check_output, metrics_path, state_path
-
-    if not given["resume"] and not force and state_path(output).exists():
-        raise interrupted(state_path(output))
-    check_output(output, force, ".safetensors")
-    check_output(metrics_path(output), force or bool(given["resume"]))
-
-
-def check_run(given: Mapping[str, Any], lam: str = "full") -> None:
-    """Check what a run reads, and the lambda of what it trains.
+def check_run(given: Mapping[str, Any]) -> None:
+    """Check what a run reads.
 
     Raises:
-        UsageError: no images, or an unknown lambda; and as `check`.
+        UsageError: no images; and as `check`.
     """
-    from ..arguments import check_labelled, parse_lambda
+    from ..arguments import check_labelled
 
     check_labelled(given["dataset"], given["data_dir"])
-    parse_lambda(lam)
     check()
-
-
-def interrupted(path: Path) -> Exception:
-    """The error that says that a file is the state of an interrupted run."""
-    from ..errors import UsageError
-
-    return UsageError(f"{path} is the state of an interrupted run: go on with --resume {path}, or begin anew: --force")

@@ -25,6 +25,7 @@ def command(source: str, no_pretrained: bool, input_size: Any, as_json: bool, **
     """
     inputs.check()
     from ..errors import OutsideError
+    from ..pipeline.inputs import zeros_of
     from ..pipeline.inspect import inspect
     from ..report import tables
 
@@ -35,7 +36,7 @@ def command(source: str, no_pretrained: bool, input_size: Any, as_json: bool, **
         options.say(f"note: {error}; sizes and MACs only")
         network, weights = options.opened(source, network_options, pretrained=False, form="dense"), False
     with options.busy(f"inspecting {source}"):
-        inspection = inspect(network.model, options.example_input(input_size, network.model), energies=weights)
+        inspection = inspect(network.model, zeros_of(input_size, network.model), energies=weights)
     if as_json:
         options.print_json({"source": str(network.source), **inspection.to_json()})
         return

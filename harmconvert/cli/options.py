@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +20,8 @@ from .waiting import busy as busy
 from .waiting import progress as progress
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..storage.checkpoint import Network, Source
+    from ..sources.request import SourceRequest
+    from ..storage.checkpoint import Network
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -133,106 +130,30 @@ force = click.option("--force", is_flag=True, help="Replace the output where it 
 def begin(source: str) -> None:
     """Say that a network is being loaded, and import what loads it, which takes seconds."""
     with busy(f"loading {source}", at_once=True):
-        import_module("harmconvert.sources.opening")
+        import_module("harmconvert.pipeline.networks")
 
 
-def opened(text: str, options: dict[str, Any], *, begun: bool = False, intact: bool = False, **more: Any) -> Network:
-    """The network of a source string under `network_options` or fewer of them; ``begun``: `begin` was called.
+def request(source: str, given: Mapping[str, Any]) -> SourceRequest:
+    """The request for a network under `network_options` or fewer of them."""
+    from ..sources.request import SourceRequest
 
-    Raises:
-        InputError: it is damaged, and what will be made of it should be ``intact``; and as `open_source`.
+    return SourceRequest(
+        source,
+        given.get("weights"),
+        given.get("weights_key"),
+        given.get("strip_prefix"),
+        dict(given.get("arguments", ())),
+        given["trust_code"],
+        given.get("code"),
+    )
+
+
+def opened(source: str, given: Mapping[str, Any], *, begun: bool = False, **more: Any) -> Network:
+    """The network of a source under `network_options` or fewer of them; ``begun``: `begin` was called.
+
+    Raises: as `harmconvert.pipeline.networks.opened`.
     """
-    from ..errors import DamageWarning, InputError
-    from ..sources.opening import open_source
+    from ..pipeline.networks import opened
+    from .listening import CommandLine
 
-    with busy(f"loading {text}", said=begun), warnings.catch_warnings():
-        if intact:
-            warnings.simplefilter("error", DamageWarning)
-        try:
-            network = open_source(
-                text,
-                weights=options.get("weights"),
-                weights_key=options.get("weights_key"),
-                strip_prefix=options.get("strip_prefix"),
-                arguments=dict(options.get("arguments", ())),
-                trust_code=options["trust_code"],
-                code=options.get("code"),
-                **more,
-            )
-        except DamageWarning as warning:
-            raise InputError(f"{warning} (in Python, hc.load and hc.save take it as it is)") from warning
-    if options.get("weights") and (taken := network.source.weights):
-        left_out = f"; left out: {taken['left_out']}" if "left_out" in taken else ""
-        say(f"weights: {', '.join(taken[what] for what in ('file', 'key', 'prefix') if what in taken)}{left_out}")
-    return network
-
-
-def place(model: Any, device: str | None, data: str | None) -> None:
-    """Move a network to the device asked for; by default to this process's GPU, if there is one and work for it."""
-    import torch
-
-    from ..errors import UsageError, first_line
-
-    if device is None:
-        gpu = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-        device = gpu if data is not None and torch.cuda.is_available() else "cpu"
-    if device.startswith("mps"):
-        raise UsageError("--device mps has no float64, which projections and fits need: use cpu")
-    try:
-        if torch.device(device).type == "meta":
-            raise UsageError("--device meta holds no values: use cpu or cuda")
-        model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {device}: {first_line(error)}") from error
-
-
-def example_input(sizes: Sequence[tuple[int, ...]], model: Any, batch: int = 1) -> Any:
-    """So many zeros of each ``--input-size``, or of the network's own size (None where it names none), in its dtype."""
-    import torch
-
-    from ..network.values import default_input, fitted
-
-    if not sizes:
-        return default_input(model, batch)
-    return _one_or_all([fitted(torch.zeros(batch, *size), model) for size in sizes])
-
-
-def random_input(sizes: Sequence[tuple[int, ...]], model: Any) -> Any:
-    """One seeded random example of each ``--input-size``, or of the network's own size.
-
-    Raises:
-        UsageError: no size is given and the network names none.
-    """
-    import torch
-
-    from ..errors import UsageError
-    from ..network.values import fitted, tensors_in
-
-    sizes = sizes or [tuple(t.shape[1:]) for t in tensors_in(example_input((), model))]
-    if not sizes:
-        raise UsageError("this network does not say what it takes: give --input-size C,H,W")
-    generator = torch.Generator().manual_seed(0)
-    return _one_or_all([fitted(torch.randn(1, *size, generator=generator), model) for size in sizes])
-
-
-def verification_inputs(
-    sizes: Sequence[tuple[int, ...]], source: Source, images: Sequence[Tensor] = ()
-) -> dict[str, Any]:
-    """What `verify` compares on: some of the held-back calibration images, images that belong to a sample network, two
-    random inputs of each size given, or (without any of these) two random inputs of the network's own size."""
-    import torch
-
-    from ..calibration.inputs import HELD_BACK
-    from ..samples import SAMPLES
-
-    if images:
-        return {"inputs": torch.cat(list(images))[HELD_BACK - 1 :: HELD_BACK][:16]}
-    if sizes:
-        generator = torch.Generator().manual_seed(0)
-        inputs = _one_or_all([torch.randn(2, *size, generator=generator) for size in sizes])
-        return {"inputs": inputs, "random_inputs": True}
-    return {"inputs": SAMPLES[source.name].images() if source.scheme == "sample" else None}
-
-
-def _one_or_all(inputs: list[Any]) -> Any:
-    return inputs[0] if len(inputs) == 1 else tuple(inputs)
+    return opened(request(source, given), CommandLine(source if begun else ""), **more)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import inputs, options
+from . import options
 
 if TYPE_CHECKING:
     from ..deploy.benchmark import Benchmark
@@ -35,26 +35,30 @@ def report_on(
     Raises:
         UsageError: it is none, or (to time it) nothing says what it takes.
     """
+    from ..arguments import check_harmonic, not_harmonic
     from ..files import short_name
+    from ..pipeline.inputs import zeros_of
     from ..report.summary import report_of
 
-    inputs.check_harmonic(source)
+    check_harmonic(source)
     network = options.opened(source, given)
     if network.header is None:
-        raise inputs.not_harmonic(source)
+        raise not_harmonic(source)
     model, header, file = network.model, network.header, Path(source.removeprefix("reference:"))
     times = _times(model, sizes, latency, given["device"]) if latency else None
-    example = options.example_input(sizes, model) if sizes else None
+    example = zeros_of(sizes, model) if sizes else None
     with options.busy(f"reading {source}"):
         return report_of(model, header, short_name(source), path=file, example_input=example, latency=times)
 
 
 def _times(model: Any, sizes: Sequence[tuple[int, ...]], batch: int, device: str | None) -> Benchmark:
     from ..deploy.benchmark import benchmark
+    from ..pipeline.devices import place
+    from ..pipeline.inputs import random_of
 
-    options.place(model, device, None)
+    place(model, device)
     with options.progress() as progress:
-        return benchmark(model, options.random_input(sizes, model), batches=(batch,), progress=progress)
+        return benchmark(model, random_of(sizes, model), batches=(batch,), progress=progress)
 
 
 def write_page(
@@ -62,9 +66,10 @@ def write_page(
 ) -> None:
     """Write the report of a harmonic checkpoint that was just written to ``output``."""
     from ..files import short_name
+    from ..pipeline.inputs import zeros_of
     from ..report.page import write_report
     from ..report.summary import report_of
 
-    example = options.example_input(sizes, model) if sizes else None
+    example = zeros_of(sizes, model) if sizes else None
     with options.busy(f"writing {page}"):
         write_report(report_of(model, header, short_name(output), path=output, example_input=example), page, force)

@@ -15,8 +15,8 @@ _ASIDE = (
 )
 
 
-def record_of_command(source: str, leave_out: Collection[str] = ()) -> dict[str, Any]:
-    """Name, source and options of the command that runs, as `harmconvert.storage.history` checks them."""
+def command_words(leave_out: Collection[str] = ()) -> dict[str, Any]:
+    """Name and options of the command that runs; with its source, as `harmconvert.storage.history` checks them."""
     context = click.get_current_context()
     words: list[str] = []
     for parameter in context.command.params:
@@ -24,7 +24,7 @@ def record_of_command(source: str, leave_out: Collection[str] = ()) -> dict[str,
         given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
         if isinstance(parameter, click.Option) and given and name not in (*_ASIDE, *leave_out):
             words += _words(parameter, context.params[name])
-    return {"name": context.command.name, "source": source, "words": words}
+    return {"name": context.command.name, "words": words}
 
 
 def _words(option: click.Option, value: Any) -> list[str]:

@@ -93,7 +93,7 @@ def command(
       harmconvert report resnet50-harmonic-progressive.safetensors --figure errors
       harmconvert report sample:resnet_mnist5k --figure tradeoff --dataset sample:mnist5k --calibrate sample:mnist5k
     """
-    from ..arguments import check_figure
+    from ..arguments import check_figure, check_harmonic
     from ..errors import UsageError
 
     if figure != "tradeoff" and latency is None and given["device"] is not None:
@@ -116,7 +116,7 @@ def command(
         images.check_calibration(given, (), images.calibration_data_options)
     inputs.check()
     if figure in OF_A_CHECKPOINT:
-        inputs.check_harmonic(source)
+        check_harmonic(source)
     from ..report import tables
     from ..report.tradeoff import Tradeoff
     from ..report.writing import drawing, write_figure
@@ -171,11 +171,11 @@ def _page(
     as_json: bool,
 ) -> None:
     """Write the page, or its data."""
-    from ..arguments import check_report
+    from ..arguments import check_report, may_be_harmonic
     from ..errors import UsageError
 
     inputs.check()
-    if not inputs.may_be_harmonic(source):
+    if not may_be_harmonic(source):
         raise UsageError(
             f"which figure? give --figure {', '.join(OF_A_NETWORK[:-1])} or {OF_A_NETWORK[-1]}; without it the page of "
             f"a harmonic checkpoint is written, and {source} is none: make one with: harmconvert convert {source}"
@@ -199,17 +199,35 @@ def _tradeoff(network: Network, given: dict[str, Any]) -> Tradeoff:
     import torch
 
     from ..data.variety import Variety
+    from ..pipeline.calibrating import calibration_batches, warn_of
+    from ..pipeline.devices import machine_on
+    from ..pipeline.testing import evaluation_loading, note_unread
     from ..report.tradeoff import tradeoff
     from ..training.evaluation import evaluate
+    from .listening import CommandLine
 
-    given |= {"no_channels_last": False, "torchcompile": False, "no_sync_bn": False}
     if network.header is not None and not network.header.plan.whole:
         options.say("note: this checkpoint is cut already: it is what 'uncut' means here")
-    machine = training_options.machine_from(given)
+    listener, machine = CommandLine(), machine_on(given["device"])
     model = network.model.to(machine.device)
-    loading, config = training_options.evaluation_loading(given, model, machine)
-    inputs, settings = images.calibration(
-        given, model, [tuple(config["input_size"])], own=images.calibration_data_options
+    loading, config = evaluation_loading(
+        training_options.data_request(given),
+        model,
+        machine,
+        batch_size=given["batch_size"],
+        workers=given["workers"],
+        preprocessing=training_options.image_overrides(given),
+        listener=listener,
+    )
+    settings = images.calibration_settings(given)
+    batches = calibration_batches(
+        images.calibration_request(given),
+        model,
+        settings,
+        batch_size=given["calibration_batch_size"],
+        sizes=[tuple(config["input_size"])],
+        preprocessing=images.preprocessing_overrides(given),
+        listener=listener,
     )
     variety = Variety()
     with options.progress() as progress:
@@ -218,11 +236,10 @@ def _tradeoff(network: Network, given: dict[str, Any]) -> Tradeoff:
             lambda converted, uncut: evaluate(converted, loading.epoch(0), uncut, variety=None if uncut else variety),
             example_input=torch.zeros(1, *config["input_size"], device=machine.device),
             include=given["include"],
-            calibration=inputs.batches if inputs else None,
+            calibration=batches,
             settings=settings,
             progress=progress,
         )
-    images.warn_of(variety.remark())
-    if note := loading.unread(found.uncut.evaluation.images + len(found.uncut.evaluation.unreadable)):
-        options.say(note)
+    warn_of(variety.remark(), listener)
+    note_unread(loading, found.uncut.evaluation, listener)
     return found

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,9 +11,7 @@ import click
 from . import images, inputs, options, types
 
 if TYPE_CHECKING:
-    from ..data.datasets import Data
-    from ..data.loading import Loading
-    from ..training import Keeper, Machine, Recipe
+    from ..data.datasets import DataRequest
 
 
 def _stacked(*stack: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -139,96 +135,44 @@ run_options = _stacked(
     ),
 )
 
-_CHANGEABLE = (
-    *("epochs", "batch_size", "lr", "opt", "momentum", "weight_decay", "sched", "warmup_epochs", "min_lr", "crop"),
-    *("decay_epochs", "decay_milestones", "decay_rate", "padding"),
-    *("scale", "ratio", "hflip", "vflip", "color_jitter", "aa", "reprob", "mixup", "cutmix", "smoothing", "clip_grad"),
-    *("ema", "amp", "grad_accum_steps", "freeze_bn", "seed"),
-)
+
+def recipe_fields() -> set[str]:
+    """The settings of a recipe; an option of `recipe_options` has the name of its setting."""
+    from ..training.recipe import Recipe
+
+    return {field.name for field in fields(Recipe)}
 
 
-def recipe_from(name: str, given: Mapping[str, Any], **more: Any) -> Recipe:
-    """The recipe of that name as the options change it; with --resume the one that the run was begun with.
-
-    Raises:
-        UsageError: options that differ from those of the run that is resumed.
-    """
-    from ..errors import UsageError
-    from ..training import Recipe, recipe_named
-    from ..training.state import identity_of
-
-    changes = {key: given[key] for key in _CHANGEABLE if given[key] is not None} | more
-    if "decay_milestones" in changes:
-        changes["decay_milestones"] = tuple(round(epoch) for epoch in changes["decay_milestones"])
-    if not given["resume"]:
-        return recipe_named(name, **changes)
-    recipe = Recipe.from_json(identity_of(given["resume"]).get("recipe"))
-    for key, value in changes.items():
-        if value is not None and getattr(recipe, key) != value:
-            raise UsageError(
-                f"the run of {given['resume']} was begun with {key}={getattr(recipe, key)}, not {value}: leave it out"
-            )
-    return recipe
+def changes(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a recipe that the options change."""
+    found = {key: given[key] for key in recipe_fields() & given.keys() if given[key] is not None}
+    if "decay_milestones" in found:
+        found["decay_milestones"] = tuple(round(epoch) for epoch in found["decay_milestones"])
+    return found
 
 
-def seed_from(given: Mapping[str, Any]) -> int:
-    """The seed: of the run that is resumed, the one given, or 0."""
-    from ..training import Recipe
-    from ..training.state import identity_of
+def run_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a training runs, and where its state and figures are kept."""
+    from ..pipeline.devices import machine_on
 
-    if given["resume"]:
-        return Recipe.from_json(identity_of(given["resume"]).get("recipe")).seed
-    return int(given["seed"] or 0)
-
-
-def data_from(given: Mapping[str, Any], seed: int, parts: tuple[str, ...]) -> Data:
-    """The data that the options name; what a user should know about it is said."""
-    from ..data.datasets import DataRequest, open_data
-
-    request = DataRequest(
-        given["dataset"], given["data_dir"], given["train_split"], given["val_split"], given["holdout"], seed
-    )
-    data = open_data(request, parts)
-    for note in data.notes:
-        options.say(f"note: {note}")
-    return data
+    layout, compiled, shared = not given["no_channels_last"], given["torchcompile"], not given["no_sync_bn"]
+    kept = {key: given[key] for key in ("workers", "save_every", "resume", "log")}
+    return {"machine": machine_on(given["device"], layout, compiled, shared), **kept}
 
 
-def evaluation_loading(given: Mapping[str, Any], model: Any, machine: Machine) -> tuple[Loading, dict[str, Any]]:
-    """The images to test a network on under `evaluation_options`, and how they are pre-processed."""
-    from ..data.loading import evaluation_batches
-    from ..data.preprocessing import color_mode, evaluation_transform
-    from ..pipeline.finetuning import check_classes
+def data_request(given: Mapping[str, Any]) -> DataRequest:
+    """The data that the options name."""
+    from ..data.datasets import DataRequest
 
-    data = data_from(given, given["seed"], ("test",))
-    assert data.test is not None
-    if data.labelled:
-        check_classes(data, model, "evaluate a network of these classes")
-    config = preprocessing_from(given, model)
-    loading = evaluation_batches(
-        data.test,
-        evaluation_transform(config),
-        color_mode(config),
-        given["batch_size"],
-        workers=workers_from(given),
-        pin_memory=machine.device.type == "cuda",
-    )
-    return loading, config
+    splits = given["train_split"], given["val_split"]
+    return DataRequest(given["dataset"], given["data_dir"], *splits, given["holdout"], given["seed"] or 0)
 
 
-def preprocessing_from(given: Mapping[str, Any], model: Any) -> dict[str, Any]:
-    """The network's pre-processing as the options change it, said in a line.
-
-    Raises: as `images.image_config`; UsageError also where two options give the size.
-    """
-    return images.image_config(given, model, image_size(given, model))
-
-
-def image_size(given: Mapping[str, Any], model: Any) -> tuple[int, ...] | None:
-    """The input size that --input-size or --img-size gives; None where neither does.
+def image_overrides(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What is done to each image where it is not the network's own, its size included.
 
     Raises:
-        UsageError: both do, or --input-size gives several.
+        UsageError: --input-size and --img-size both give the size, or --input-size gives several.
     """
     from ..errors import UsageError
 
@@ -237,97 +181,4 @@ def image_size(given: Mapping[str, Any], model: Any) -> tuple[int, ...] | None:
         raise UsageError("images are one input: give --input-size once")
     if sizes and side:
         raise UsageError("--input-size and --img-size both give the size of the images: give one of them")
-    return sizes[0] if sizes else (_input_channels(model), side, side) if side else None
-
-
-def _input_channels(model: Any) -> int:
-    """What the network's first convolution reads, else what its configuration says, else 3."""
-    from ..layers.block import HarmonicBlock2d
-    from ..layers.harmonic import CONVOLUTIONS
-    from ..network.declared import pretrained_config
-
-    size = pretrained_config(model).get("input_size")
-    first = next((module for module in model.modules() if isinstance(module, (HarmonicBlock2d, *CONVOLUTIONS))), None)
-    return int(getattr(first, "in_channels", size[0] if size else 3))
-
-
-def data_identity(given: Mapping[str, Any], data: Data, preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """What of the data and of what is done to them must be the same for a run to go on, JSON-able."""
-    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in preprocessing.items()}
-    return {**data.identity(), "dataset": given["dataset"], "preprocessing": plain}
-
-
-def workers_from(given: Mapping[str, Any]) -> int:
-    """Processes that load images for this one."""
-    from ..network.distributed import local_world_size
-
-    if given["workers"] is not None:
-        return int(given["workers"])
-    if given["dataset"].startswith("sample:"):
-        return 0  # a few thousand small arrays: handing them over would cost more than making them
-    return max(1, min(8, len(os.sched_getaffinity(0)) // local_world_size()))
-
-
-def machine_from(given: Mapping[str, Any]) -> Machine:
-    """Where and how to run."""
-    import torch
-
-    from ..errors import UsageError, first_line
-    from ..training import Machine
-
-    name = given["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda":  # each process of a machine has a GPU of its own
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name}: {first_line(error)}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device {name}: use cpu or cuda")
-    return Machine(device, not given["no_channels_last"], given["torchcompile"], not given["no_sync_bn"])
-
-
-def keeper_from(given: Mapping[str, Any], output: str, identity: Mapping[str, Any], force: bool) -> Keeper:
-    """Where and when the state of the run that makes ``output`` is saved.
-
-    Raises:
-        UsageError: a new run would replace the state of one that was interrupted.
-    """
-    from ..files import check_output, state_path
-    from ..network.distributed import any_rank
-    from ..training import Keeper
-
-    path = Path(given["resume"]) if given["resume"] else state_path(output)
-    if any_rank(not given["resume"] and not force and path.exists()):
-        raise inputs.interrupted(path)
-    check_output(path, force=True)
-    return Keeper(path, given["save_every"], identity, say=options.say)
-
-
-@contextmanager
-def kept(keeper: Keeper) -> Iterator[None]:
-    """Errors while what came of a run is written say how to have it all the same."""
-    from ..errors import HarmconvertError
-
-    try:
-        yield
-    except HarmconvertError as error:
-        raise type(error)(f"{error}; the run is kept: go on with --resume {keeper.path}") from error
-
-
-def recorder(output: str, log: str | None) -> Callable[[Sequence[Mapping[str, Any]]], None]:
-    """What keeps the figures of a run beside its output."""
-    from ..files import beside
-    from ..training.metrics import Events, metrics_path, write_metrics
-
-    if os.environ.get("RANK", "0") != "0":
-        return lambda rows: None
-    events = Events(beside(output, ".tensorboard")) if log == "tensorboard" else None
-
-    def record(rows: Sequence[Mapping[str, Any]]) -> None:
-        write_metrics(metrics_path(output), rows)
-        if events is not None:
-            events.write(rows[-1])
-
-    return record
+    return {**images.preprocessing_overrides(given), "input_size": sizes[0] if sizes else side}

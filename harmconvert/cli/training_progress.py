@@ -12,23 +12,24 @@ from typing import TYPE_CHECKING, Any
 from . import options
 
 if TYPE_CHECKING:
+    from ..pipeline.listener import TrainingProgress
     from ..training import Told
 
 
 @contextmanager
-def progress(
-    epochs: int,
-) -> Iterator[tuple[Callable[[Told], None], Callable[[Mapping[str, Any]], None], Callable[[int, int | None], None]]]:
+def progress(epochs: int) -> Iterator[TrainingProgress]:
     """What to call while training, after an epoch, and while testing: bars on a terminal, else lines."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from ..pipeline.listener import TrainingProgress
+
     console = Console(stderr=True, force_terminal=sys.stderr.isatty())
     if os.environ.get("RANK", "0") != "0" or options.loud("quiet"):
-        yield (lambda told: None), (lambda row: None), (lambda done, steps: None)
+        yield TrainingProgress()
         return
     if not console.is_terminal:
-        yield _tell_now_and_then(epochs), lambda row: options.say(epoch_line(row, epochs)), lambda done, steps: None
+        yield TrainingProgress(_tell_now_and_then(epochs), lambda row: options.say(epoch_line(row, epochs)))
         return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
@@ -46,7 +47,10 @@ def progress(
                 bar.reset(testing, total=steps)
             bar.update(testing, completed=done, visible=steps is None or done < steps)
 
-        yield told, lambda row: bar.console.print(epoch_line(row, epochs), markup=False, highlight=False), tested
+        def epoch_done(row: Mapping[str, Any]) -> None:
+            bar.console.print(epoch_line(row, epochs), markup=False, highlight=False)
+
+        yield TrainingProgress(told, epoch_done, tested)
 
 
 def epoch_line(row: Mapping[str, Any], epochs: int) -> str:

@@ -46,6 +46,7 @@ def command(
       harmconvert verify resnet50 resnet50-harmonic-progressive.safetensors --as-planned
     """
     inputs.check()
+    from ..pipeline.inputs import verification_inputs
     from ..pipeline.verify import verify
     from ..report import tables
     from ..sources.opening import open_counterpart
@@ -53,7 +54,7 @@ def command(
     network = options.opened(original, network_options, form="harmonic")
     with options.busy(f"loading {converted}"):
         other = open_counterpart(converted, network)
-    examples = options.verification_inputs(input_size, network.source)
+    examples = verification_inputs(input_size, network.source)
     with options.progress() as progress:
         check = verify(network.model, other, **examples, tolerance=tolerance, progress=progress)
     passed = check.ok or (as_planned and check.as_planned)

@@ -75,6 +75,19 @@ class DataRequest:
     holdout: float = 0.1
     seed: int = 0
 
+    @classmethod
+    def of(cls, data: str | Path | DataRequest, **more: Any) -> DataRequest:
+        """The request for a folder, a .tar file or a data set by its name; a request is returned as it is.
+
+        >>> str(DataRequest.of("sample:mnist5k")), DataRequest.of("digits.tar").data_dir
+        ('sample:mnist5k', 'digits.tar')
+        """
+        if isinstance(data, DataRequest):
+            return data
+        text = str(data)
+        folder = Path(text).is_dir() or text.endswith(".tar")
+        return cls("" if folder else text, text if folder else None, **more)
+
     def __str__(self) -> str:
         return " ".join(filter(None, (self.dataset, self.data_dir)))
 

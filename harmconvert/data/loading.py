@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from ..errors import HarmconvertError, InputError, OutsideError, counted, first_line, shortened
+from ..errors import Argument, HarmconvertError, InputError, Message, OutsideError, counted, first_line, shortened
 from ..network.distributed import gathered, rank, world_size
 from .datasets import Stream
 from .pictures import UNREADABLE, Pictures, in_mode
@@ -72,14 +72,13 @@ class Loading:
     images: int | None
     set_epoch: Callable[[int], None]
 
-    def unread(self, read: int) -> str | None:
+    def unread(self, read: int) -> Message | None:
         """Return a note if fewer images were read than the set has: a stream is divided by whole shards."""
         if self.images is None or read >= self.images:
             return None
-        return (
-            f"note: {read} of {counted(self.images, 'image')} were read: a stream wants as many shards as "
-            f"there are processes "
-            "times --workers"
+        what = f"{read} of {counted(self.images, 'image')}"
+        return Message(
+            f"note: {what} were read: a stream wants as many shards as there are processes times ", Argument("workers")
         )
 
     def epoch(self, number: int, first_step: int = 0) -> Iterator[Batch]:

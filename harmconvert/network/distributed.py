@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, distributed
@@ -56,6 +56,16 @@ def all_or_none(work: Callable[[], T], otherwise: Exception) -> T:
     if any_rank(failure is not None):
         raise failure or otherwise
     return found[0]
+
+
+def on_first_rank(work: Callable[[], T]) -> T:
+    """What ``work`` returns in the first process, which alone does it; the others wait for it.
+
+    Raises:
+        Exception: in the first process what ``work`` raised; OutsideError: in the others, where it raised.
+    """
+    done = all_or_none(lambda: work() if rank() == 0 else None, OutsideError("the first process failed"))
+    return from_first_rank(cast(T, done))
 
 
 def least_over_ranks(value: int) -> int:

@@ -4,20 +4,25 @@ What belongs here: one public function for each flow, which returns its result a
 printing belong to `cli`; what a flow is made of belongs to the folders before this one."""
 
 from .convert import RECORD_KEY, Conversion, LayerRecord, convert
+from .convert_to_file import ConvertedFile, Rounding, convert_to_file
+from .evaluate import Evaluated, evaluate
+from .finetune import finetune
 from .finetuning import (
     FineTuning,
     Setting,
     Stage,
     check_classes,
     evaluator,
-    finetune,
     new_classifier,
     recorded_stages,
+    run_finetuning,
     train_loading,
 )
 from .inspect import LAMBDAS, Inspection, inspect
+from .listener import Listener, TrainingProgress
 from .precision import in_fewer_bits
 from .saving import save
+from .train import Trained, train
 from .verification import Verification
 from .verify import verify
 
@@ -25,21 +30,31 @@ __all__ = [
     "LAMBDAS",
     "RECORD_KEY",
     "Conversion",
+    "ConvertedFile",
+    "Evaluated",
     "FineTuning",
     "Inspection",
     "LayerRecord",
+    "Listener",
+    "Rounding",
     "Setting",
     "Stage",
+    "Trained",
+    "TrainingProgress",
     "Verification",
     "check_classes",
     "convert",
+    "convert_to_file",
+    "evaluate",
     "evaluator",
     "finetune",
     "in_fewer_bits",
     "inspect",
     "new_classifier",
     "recorded_stages",
+    "run_finetuning",
     "save",
+    "train",
     "train_loading",
     "verify",
 ]

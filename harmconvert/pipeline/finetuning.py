@@ -18,7 +18,7 @@ from ..data.loading import NO_LABEL, Batch, evaluation_batches, some_images, tra
 from ..data.preprocessing import color_mode, evaluation_transform
 from ..data.variety import Variety
 from ..documents import check
-from ..errors import HarmconvertError, InputError, UsageError, counted, first_line
+from ..errors import Argument, HarmconvertError, InputError, Message, UsageError, counted, first_line
 from ..network.classifier import replace_classifier
 from ..network.distributed import world_size
 from ..storage.checkpoint import Header
@@ -54,13 +54,20 @@ class Stage:
 
 @dataclass(frozen=True)
 class FineTuning:
-    """A fine-tuned network, its stages, a row of figures for each epoch, the recipe, and how it was calibrated."""
+    """A fine-tuned network, its stages, a row of figures for each epoch, the recipe, and how it was calibrated; where
+    it was written, the file, and the header of that."""
 
     model: nn.Module
     stages: tuple[Stage, ...]
     rows: tuple[Mapping[str, Any], ...]
     recipe: Recipe
     calibration: Mapping[str, Any] | None = None
+    output: str | None = None
+    header: Header | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dict: where it was written (None: nowhere), and what the checkpoint says of the run."""
+        return {"output": self.output, **self.record()}
 
     def history(self, before: Mapping[str, Any], command: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The history that the checkpoint is to record, from what was recorded before this run, with the command that
@@ -102,7 +109,7 @@ class Setting:
         return self.machine.device.type == "cuda"
 
 
-def finetune(
+def run_finetuning(
     model: nn.Module,
     header: Header,
     data: Data,
@@ -126,8 +133,10 @@ def finetune(
     if data.train is None or data.test is None:
         raise UsageError("fine-tuning needs images to train on and images to test on")
     if recipe.distill < 1:
-        instead = f"give it a new classifier with --num-classes {data.classes}, or leave labels aside with --distill"
-        check_classes(data, model, instead)
+        classifier, distill = Argument("num_classes", data.classes), Argument("distill")
+        check_classes(
+            data, model, "give it a new classifier with ", classifier, ", or leave labels aside with ", distill
+        )
     device = setting.machine.device
     for network in (model, original):
         if network is not None:
@@ -138,7 +147,9 @@ def finetune(
     else:
         first = _Stages(model, header, original, why_no_original, worth, setting)
         stages, calibration = first.stages(data, calibration_images, recipe.seed), first.calibration
-    record = {"stages": [stage.to_json() for stage in stages], "calibration": calibration}
+    # Plain text, because the state is read without running anything: a `Message` is a class.
+    plain = [{**stage.to_json(), "why": None if stage.why is None else str(stage.why)} for stage in stages]
+    record = {"stages": plain, "calibration": calibration}
     keeper = replace(setting.keeper, record=record)
     rows = train(
         model,
@@ -225,15 +236,12 @@ def evaluator(
     return worth
 
 
-def check_classes(data: Data, model: nn.Module, instead: str) -> None:
+def check_classes(data: Data, model: nn.Module, *instead: str | Argument) -> None:
     """Raise InputError where the data's classes cannot be the network's, saying what to do ``instead``."""
     classes = number_of_classes(model)
     if data.classes is not None and classes is not None and data.classes != classes:
-        raise InputError(
-            f"the data has {counted(data.classes, 'class')}, the network {classes}: name its own data "
-            f"(--data-dir, --dataset), "
-            f"or {instead}"
-        )
+        what = f"the data has {counted(data.classes, 'class')}, the network {classes}"
+        raise InputError(f"{what}: name its own data (", Argument("data"), "), or ", *instead)
 
 
 def new_classifier(model: nn.Module, classes: int, source: Source) -> Source:
@@ -286,7 +294,7 @@ class _Stages:
         if self.original is None:
             return Stage("calibrated", why=self.why_no_original)
         if count == 0:
-            return Stage("calibrated", why="--calibration-images 0")
+            return Stage("calibrated", why=Message(Argument("calibration_images", 0)))
         assert data.train is not None
         config = self.setting.preprocessing
         images = some_images(data.train, evaluation_transform(config), color_mode(config), count, seed)
@@ -297,7 +305,7 @@ class _Stages:
             settings = CalibrationSettings(seed=seed, inputs=len(images))
             done = calibrate(self.original, self.model, self.header.plan, batches, settings)
         except HarmconvertError as error:
-            return Stage("calibrated", why=str(error))
+            return Stage("calibrated", why=error.message)
         self.calibration = done.to_json()
         return self._stage("calibrated", self.model)
 

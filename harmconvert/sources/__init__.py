@@ -16,8 +16,10 @@ from .opening import (
     rebuild,
 )
 from .reference import open_reference
+from .request import SourceRequest
 
 __all__ = [
+    "SourceRequest",
     "built_within",
     "check_rebuilds",
     "load",

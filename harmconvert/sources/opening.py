@@ -12,7 +12,7 @@ from typing import Any, cast
 import timm
 from torch import nn
 
-from ..errors import HarmconvertError, InputError, UsageError, first_line, shortened
+from ..errors import Argument, HarmconvertError, InputError, UsageError, first_line, shortened
 from ..network.copying import deep_copy
 from ..network.forms import dense_form
 from ..network.state import tensors_of, weights_sha256
@@ -191,9 +191,9 @@ def open_rival(
         return rival
     if known is not None and alike and known.sha256 not in (None, rival.source.sha256):
         file = f" (they came from {known.weights['file']})" if known.weights and "file" in known.weights else ""
-        raise InputError(f"{text} does not have the weights of {known} that were converted{file}: {remedy}")
+        raise InputError(f"{text} does not have the weights of {known} that were converted{file}: ", remedy)
     if asked.scheme == "code" and weights_sha256(built(rival.source)) != rival.source.sha256:
-        raise InputError(f"{text} makes a network of random weights, others each time: {remedy}")
+        raise InputError(f"{text} makes a network of random weights, others each time: ", remedy)
     return rival
 
 
@@ -220,18 +220,16 @@ def open_original(header: Header, teacher: str | None = None, trust_code: bool =
         return open_rival(teacher, header.source, "name a file of weights instead", trust_code=trust_code).model
     if teacher is not None and is_harmonic(teacher):
         return load(teacher, form="dense", trust_code=trust_code).eval()
-    source = header.source
+    source, named = header.source, Argument("teacher", "SOURCE")
     if source is None:
-        raise UsageError("the checkpoint does not say what network it was: name the uncut one with --teacher SOURCE")
+        raise UsageError("the checkpoint does not say what network it was: name the uncut one with ", named)
     if teacher is not None:
         model = rebuild(source, trust_code)
         load_weights(model, teacher, rename=renamed)
         return model.eval()
     if source.sha256 is None:
-        raise UsageError(
-            f"the checkpoint was not converted from weights of {source} that it knows, so there is no uncut network to "
-            "compare it with: name one with --teacher SOURCE"
-        )
+        what = f"the checkpoint was not converted from weights of {source} that it knows"
+        raise UsageError(what, ", so there is no uncut network to compare it with: name one with ", named)
     rebuild(source, trust_code)  # refuses what a file has no business to ask for
     arguments = dict(source.arguments)
     if source.scheme != "reference":  # a hub and a folder say theirs; of a reference file it tells how it was read
@@ -240,7 +238,8 @@ def open_original(header: Header, teacher: str | None = None, trust_code: bool =
         arguments.pop("num_classes", None)
     model, opened = build(replace(source, arguments=arguments, sha256=None), pretrained=True)
     if (opened.sha256 or weights_sha256(model)) != source.sha256:
-        raise InputError(f"the weights of {source} are not those that were converted: name them with --teacher")
+        named = Argument("teacher")
+        raise InputError(f"the weights of {source} are not those that were converted: name them with ", named)
     return model.eval()
 
 

@@ -15,9 +15,10 @@ from torch.nn import functional
 
 from ..data.loading import NO_LABEL, Batch
 from ..data.variety import Variety
-from ..errors import HarmconvertError, InputError, UsageError, counted, first_line, shortened
+from ..errors import Argument, HarmconvertError, InputError, UsageError, counted, first_line, shortened
 from ..network.distributed import gathered, sum_over_ranks
-from ..network.running import evaluating
+from ..network.running import call, evaluating
+from ..network.values import batch_size, fitted
 
 # Two-sided 95 % of the normal distribution.
 Z = 1.959963984540054
@@ -143,6 +144,40 @@ def evaluate(
     )
 
 
+@torch.no_grad()
+def measure(
+    model: nn.Module,
+    batches: Iterable[tuple[Any, Any]],
+    metric: Callable[[Any, Any], Any],
+    progress: Callable[[int], None] = lambda done: None,
+) -> tuple[int, float, float]:
+    """Examples, the mean of a metric over them, and seconds of the forwards, over all processes' batches.
+
+    Args:
+        batches: inputs, as `harmconvert.network.call` takes them, and targets.
+        metric: of a batch's outputs and targets: one number for each example, or their mean.
+        progress: called with the number of examples of each batch.
+
+    Raises:
+        InputError: no batch.
+    """
+    sums = torch.zeros(3, dtype=torch.float64)
+    with evaluating(model):
+        for inputs, targets in batches:
+            inputs = fitted(inputs, model)
+            start = time.perf_counter()
+            output = call(model, inputs)
+            seconds, count = time.perf_counter() - start, batch_size(inputs)
+            value = torch.as_tensor(metric(output, targets), dtype=torch.float64).mean().item()
+            sums += torch.tensor([count, count * value, seconds], dtype=torch.float64)
+            progress(count)
+    slowest = max(gathered(sums[2].item()))
+    sum_over_ranks([sums])
+    if not sums[0]:
+        raise InputError("no batch to evaluate on")
+    return int(sums[0]), (sums[1] / sums[0]).item(), slowest
+
+
 def output_on(model: nn.Module, images: Tensor) -> Any:
     """The output of a network on a batch of images.
 
@@ -157,10 +192,8 @@ def output_on(model: nn.Module, images: Tensor) -> Any:
         if "memory" in str(error):
             raise
         size = "x".join(map(str, images.shape[1:]))
-        raise UsageError(
-            f"the network does not run on images of {size}: {type(error).__name__}: {first_line(error)}; give the size "
-            "that it takes (--input-size C,H,W)"
-        ) from error
+        what = f"the network does not run on images of {size}: {type(error).__name__}: {first_line(error)}"
+        raise UsageError(what, "; give the size that it takes (", Argument("input_size", "C,H,W"), ")") from error
 
 
 def class_logits(output: Any) -> Tensor:
@@ -182,11 +215,9 @@ def class_logits(output: Any) -> Tensor:
 def check_labels(labels: Tensor, classes: int) -> None:
     """Raise InputError where a label is beyond the network's classes."""
     if len(labels) and (largest := int(labels.max())) >= classes:
-        raise InputError(
-            f"label {largest} is beyond the {counted(classes, 'class')} of this network: are these its data "
-            f"(--data-dir, "
-            "--dataset)? finetune --num-classes N gives it another classifier"
-        )
+        what = f"label {largest} is beyond the {counted(classes, 'class')} of this network"
+        data, new = Argument("data"), Argument("num_classes", "N")
+        raise InputError(what, ": are these its data (", data, ")? finetune ", new, " gives it another classifier")
 
 
 def _right(logits: Tensor, labels: Tensor) -> tuple[int, int, int, float]:

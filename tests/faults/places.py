@@ -43,26 +43,30 @@ def edit(package: Path, place: str, old: str, new: str) -> Edit:
     """The edit that puts ``new`` in the place of ``old``, an expression or a statement, in a function of the package.
 
     ``place`` is the dotted name of the function. If no function has this name, the functions whose last two parts are
-    the same are searched (a method that moved with its class), then those whose last part is. ``old`` must be in
-    exactly one place of exactly one of them. Layout, quotes and parentheses are not compared: the syntax tree is.
+    the same are searched (a method that moved with its class), then those whose last part is, then, if no function has
+    the name at all, all of them (it was renamed). ``old`` must be in exactly one place of exactly one of them. Layout,
+    quotes and parentheses are not compared: the syntax tree is.
     """
     wanted = ast.dump(_parsed(old))
+    count = 0
     for candidates in _candidates(package, place):
         found = [(d, node) for d in candidates for node in _nodes(d.node) if ast.dump(node) == wanted]
         if len(found) == 1:
             return _edit(*found[0], new)
+        count = len(found)
         if found or candidates[0].name == place:
-            raise NotFoundError(f"{place} has {old!r} {len(found)} times, not once")
+            break
     there = sorted({d.name for d in _definitions(package) for node in _nodes(d.node) if ast.dump(node) == wanted})
-    raise NotFoundError(f"no function {place} has {old!r}; functions that have it: {', '.join(there) or 'none'}")
+    raise NotFoundError(f"{place} has {old!r} {count} times, not once; functions that have it: {', '.join(there)}")
 
 
 def _candidates(package: Path, place: str) -> Iterator[list[Definition]]:
     """Definitions that may be meant, those of the most similar names first."""
-    parts = place.split(".")
-    for shared in (len(parts), 2, 1):
-        if found := [d for d in _definitions(package) if d.name.split(".")[-shared:] == parts[-shared:]]:
-            yield found
+    parts, every = place.split("."), _definitions(package)
+    alike = [[d for d in every if d.name.split(".")[-shared:] == parts[-shared:]] for shared in (len(parts), 2, 1)]
+    yield from filter(None, alike)
+    if not alike[-1]:
+        yield every
 
 
 @cache

@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import harmconvert as hc
-from harmconvert.calibration.equations import Problem
-from harmconvert.calibration.solvers import NormalEquations, Operator, Samples, solver
+from harmconvert.calibration import NormalEquations, Operator, Problem, Samples, solver
 from harmconvert.errors import InputError
 from harmconvert.kernels import all_frequencies
 

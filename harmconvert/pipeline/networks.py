@@ -1,0 +1,95 @@
+"""The network that a flow works on: opened from a source, or given by the caller."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import suppress
+from pathlib import Path
+
+from torch import nn
+
+from ..errors import DamageWarning, InputError, UsageError
+from ..network.exchange import exchange
+from ..sources.opening import open_source
+from ..sources.request import SourceRequest
+from ..storage.checkpoint import Header, Network, plan_in
+from ..storage.source import Source
+from .convert import Conversion
+from .listener import Listener
+
+# What a flow takes as its network.
+Openable = str | Path | SourceRequest | Network | Conversion | nn.Module
+
+
+def opened(
+    model: Openable, listener: Listener, *, form: str = "harmonic", intact: bool = False, pretrained: bool = True
+) -> Network:
+    """The network of a source, or the given one with what is known of it.
+
+    Args:
+        form: of a checkpoint, as for `open_source`.
+        intact: refuse a damaged checkpoint, because something will be made from it.
+
+    Raises:
+        InputError: the checkpoint is damaged; and as `open_source`.
+    """
+    if isinstance(model, Network):
+        return model
+    if isinstance(model, Conversion):
+        return Network(model.model, _unknown(model.model), model.header())
+    if isinstance(model, nn.Module):
+        header = None
+        with suppress(UsageError):  # nothing in it is harmonic
+            header = Header(plan_in(model))
+        return Network(model, _unknown(model), header)
+    request = model if isinstance(model, SourceRequest) else SourceRequest(model)
+    with listener.busy(f"loading {request.text}"), warnings.catch_warnings():
+        if intact:
+            warnings.simplefilter("error", DamageWarning)
+        try:
+            network = open_source(
+                str(request.text),
+                weights=request.weights,
+                weights_key=request.weights_key,
+                strip_prefix=request.strip_prefix,
+                arguments=dict(request.arguments),
+                pretrained=pretrained,
+                form=form,
+                trust_code=request.trust_code,
+                code=request.code,
+            )
+        except DamageWarning as warning:
+            raise InputError(f"{warning} (in Python, hc.load and hc.save take it as it is)") from warning
+    if request.weights and (taken := network.source.weights):
+        left_out = f"; left out: {taken['left_out']}" if "left_out" in taken else ""
+        parts = ", ".join(taken[what] for what in ("file", "key", "prefix") if what in taken)
+        listener.say(f"weights: {parts}{left_out}")
+    return network
+
+
+def is_given(model: Openable) -> bool:
+    """Whether the caller gave the network itself, which a flow must not change."""
+    return isinstance(model, Network | Conversion | nn.Module)
+
+
+def own(network: Network, model: Openable) -> Network:
+    """The network, or a copy of one that the caller gave: what may be changed."""
+    return Network(exchange(network.model, {}), network.source, network.header) if is_given(model) else network
+
+
+def text_of(model: Openable) -> str:
+    """The source string of a network, or the name of its class."""
+    if isinstance(model, str | Path):
+        return str(model)
+    if isinstance(model, SourceRequest):
+        return str(model.text)
+    return type(model if isinstance(model, nn.Module) else model.model).__name__
+
+
+def known_source(network: Network) -> Source | None:
+    """The source for a checkpoint to record; None of a module that the caller gave, of which `save` finds out."""
+    return None if network.source.scheme == "unknown" and network.header is None else network.source
+
+
+def _unknown(model: nn.Module) -> Source:
+    return Source("unknown", type(model).__name__)

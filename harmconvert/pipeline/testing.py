@@ -1,0 +1,64 @@
+"""The images that a flow tests a network on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..data.datasets import Data, DataRequest, open_data
+from ..data.loading import Loading, evaluation_batches
+from ..data.preprocessing import color_mode, evaluation_transform
+from ..training.evaluation import Evaluation
+from ..training.learner import Machine
+from .devices import workers_for
+from .finetuning import check_classes
+from .inputs import image_config
+from .listener import Listener
+
+
+def opened_data(request: DataRequest, parts: Sequence[str], listener: Listener) -> Data:
+    """The data of a request; the listener is told what a user should know about it."""
+    data = open_data(request, parts)
+    for note in data.notes:
+        listener.say(f"note: {note}")
+    return data
+
+
+def evaluation_loading(
+    request: DataRequest,
+    model: nn.Module,
+    machine: Machine,
+    *,
+    batch_size: int,
+    workers: int | None,
+    preprocessing: Mapping[str, Any],
+    listener: Listener,
+) -> tuple[Loading, dict[str, Any]]:
+    """Batches of the test images, and what is done to each image.
+
+    Raises:
+        UsageError, InputError: no such images, of other classes than the network's, or nobody says how to pre-process
+            them.
+    """
+    data = opened_data(request, ("test",), listener)
+    assert data.test is not None
+    if data.labelled:
+        check_classes(data, model, "evaluate a network of these classes")
+    config = image_config(model, preprocessing, listener)
+    loading = evaluation_batches(
+        data.test,
+        evaluation_transform(config),
+        color_mode(config),
+        batch_size,
+        workers=workers_for(workers, request.dataset),
+        pin_memory=machine.device.type == "cuda",
+    )
+    return loading, config
+
+
+def note_unread(loading: Loading, evaluation: Evaluation, listener: Listener) -> None:
+    """Say it where fewer images came than there are."""
+    if note := loading.unread(evaluation.images + len(evaluation.unreadable)):
+        listener.say(note)

@@ -1,0 +1,317 @@
+"""What a command does is one call in Python: paths, source strings and networks in, files and dataclasses out."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import harmconvert as hc
+from harmconvert.data import DataRequest
+from harmconvert.errors import CheckError, InputError, UsageError
+from harmconvert.pipeline import Rounding, TrainingProgress
+from harmconvert.plan import Plan
+from harmconvert.sources import SourceRequest
+from harmconvert.storage import read_header
+
+from .pictures import digit_folders
+
+SAMPLE = "sample:resnet_mnist5k"
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+class Recorder(hc.Listener):
+    """Remembers what it is told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.results: list[str] = []
+        self.written: list[str] = []
+        self.epochs: list[int] = []
+        self.steps = 0
+
+    def say(self, message: str, *, urgent: bool = False) -> None:
+        self.said.append(message)
+
+    def training(self, epochs: int) -> AbstractContextManager[TrainingProgress]:
+        return nullcontext(TrainingProgress(self.step, lambda row: self.epochs.append(row["epoch"])))
+
+    def step(self, told: object) -> None:
+        self.steps += 1
+
+    def result(self, result: object) -> None:
+        self.results.append(type(result).__name__)
+
+    def wrote(self, path: str | Path) -> None:
+        self.written.append(str(path))
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.Flatten())
+
+
+# --- convert_to_file ---
+
+
+def test_a_source_is_converted_verified_and_written(capfd: pytest.CaptureFixture[str]) -> None:
+    listener = Recorder()
+    done = hc.convert_to_file(SAMPLE, "cut.safetensors", 2, dtype="float16", listener=listener)
+    assert listener.said == ["verifying"]
+    assert listener.results == ["Conversion", "Verification", "Rounding"]
+    assert listener.written == [done.output] == ["cut.safetensors"]
+    assert done.verification.as_planned
+    assert isinstance(done.rounding, Rounding)
+    assert done.rounding.dtype == "float16"
+    header = read_header("cut.safetensors")
+    assert header.plan == done.header.plan
+    assert "command" not in header.history, "no command ran"
+    record = json.loads(json.dumps(done.to_json()))
+    assert (record["output"], record["verification"]["as_planned"]) == ("cut.safetensors", True)
+    assert capfd.readouterr() == ("", ""), "the library prints nothing"
+
+
+def test_a_network_of_ones_own_is_converted_and_stays_as_it_was() -> None:
+    network = small()
+    before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    done = hc.convert_to_file(
+        network, "own.safetensors", 2, input_sizes=[(3, 8, 8)], preprocessing={"preprocess": "none"}
+    )
+    assert network.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())
+    assert not hasattr(network, "pretrained_cfg")
+    assert done.header.preprocessing is not None
+    assert done.header.preprocessing["input_sizes"] == [[3, 8, 8]]
+    assert done.header.source is None
+    assert hc.verify(network, hc.load("own.safetensors", model=network), torch.randn(2, 3, 8, 8)).as_planned
+    again = hc.convert_to_file(network, "example.safetensors", 2, example_input=torch.randn(2, 3, 9, 9))
+    assert again.verification.inputs == 2
+
+
+def test_what_is_harmonic_already_is_written_as_it_is_unless_something_is_asked_for() -> None:
+    conversion = hc.convert(hc.open_source(SAMPLE).model, 2)
+    kept = hc.convert_to_file(conversion, "kept.safetensors")
+    assert kept.conversion is None
+    assert kept.header.plan == conversion.plan
+    assert set(kept.to_json()) == {"output", "plan", "verification"}
+    assert hc.convert_to_file("kept.safetensors", "again.safetensors").conversion is None
+    further = hc.convert_to_file(conversion.model, "further.safetensors", 1)
+    assert further.conversion is not None
+    assert max(layer.kept for layer in further.conversion.layers[1:]) == 1
+
+
+def test_a_plan_is_followed_from_any_file_that_holds_one() -> None:
+    network, size = small(), {"input_sizes": [(3, 8, 8)]}
+    plan = hc.convert_to_file(network, "cut.safetensors", 2, **size).header.plan
+    plan.save("plan.json")
+    for number, file in enumerate(("plan.json", Path("cut.safetensors"))):
+        assert hc.convert_to_file(network, f"{number}.safetensors", plan=file, **size).header.plan == plan
+    assert hc.convert_to_file(network, "p.safetensors", Plan.load("plan.json"), **size).header.plan == plan
+
+
+def test_images_to_calibrate_on_are_named_or_given() -> None:
+    settings, listener = hc.CalibrationSettings(inputs=40), Recorder()
+    options = {"settings": settings, "include": ["stage3.2.*"]}
+    named = hc.convert_to_file(SAMPLE, "a.safetensors", 2, calibration="sample:mnist5k", listener=listener, **options)
+    assert listener.said[0].startswith("calibrating on 40 images of sample:mnist5k, 1x28x28")
+    given = hc.convert_to_file(SAMPLE, "b.safetensors", 2, calibration=[torch.randn(40, 1, 28, 28)], **options)
+    for done in (named, given):
+        assert done.conversion is not None
+        assert done.conversion.calibration is not None
+        assert done.header.history["calibration"]["inputs"] == 40
+    with pytest.raises(UsageError, match=r"calibrate=sample:mnist5k feeds one image"):
+        hc.convert_to_file(small(), "c.safetensors", calibration="sample:mnist5k", input_sizes=[(3, 8, 8), (3, 8, 8)])
+
+
+def test_nothing_is_written_where_the_flow_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("there.safetensors").write_bytes(b"mine")
+    with pytest.raises(UsageError, match=r"there.safetensors exists"):
+        hc.convert_to_file("no_such_network", "there.safetensors")
+    with pytest.raises(UsageError, match="unknown dtype 'int8'"):
+        hc.convert_to_file(SAMPLE, "a.safetensors", dtype="int8")
+    with pytest.raises(UsageError, match="both say what to keep"):
+        hc.convert_to_file(SAMPLE, "a.safetensors", 2, budget="params=50%")
+    network = hc.open_source(SAMPLE).model
+    Path("digits/0").mkdir(parents=True)
+    Image.new("L", (28, 28)).save("digits/0/a.png")
+    with pytest.raises(InputError, match="labelled=digits holds 1 image"):
+        hc.convert_to_file(network, "a.safetensors", max_drop=1, labelled=DataRequest(data_dir="digits", holdout=0.0))
+
+    def astray(*_: object, **__: object) -> object:
+        return check
+
+    check = hc.verify(network, hc.convert(network, 2).model)
+    monkeypatch.setattr(sys.modules["harmconvert.pipeline.convert_to_file"], "verify", astray)
+    with pytest.raises(CheckError, match="nothing was written"):
+        hc.convert_to_file(SourceRequest(SAMPLE), "a.safetensors")
+    assert sorted(path.name for path in Path().iterdir()) == ["digits", "there.safetensors"]
+    assert Path("there.safetensors").read_bytes() == b"mine"
+
+
+# --- evaluate ---
+
+
+def test_a_network_is_evaluated_by_its_name_or_as_it_is(capfd: pytest.CaptureFixture[str]) -> None:
+    listener = Recorder()
+    found = hc.evaluate(SAMPLE, "sample:mnist5k", listener=listener)
+    assert (found.images, found.top1) == (1000, 0.994)
+    assert listener.said == ["preprocessing: 1x28x28, mean 0.1307, std 0.3081, bicubic, crop 1"]
+    record = json.loads(json.dumps(found.to_json()))
+    assert list(record)[:3] == ["source", "preprocessing", "images"]
+    assert record["source"] == SAMPLE
+    assert "metric" not in record
+    conversion = hc.convert(hc.open_source(SAMPLE).model, 2)
+    cut = hc.evaluate(conversion, "sample:mnist5k", compare=SAMPLE)
+    assert cut.top1 == hc.evaluate(conversion.model, DataRequest("sample:mnist5k", holdout=0.0)).top1
+    assert 0.5 < (cut.agreement or 0) < 1
+    assert capfd.readouterr() == ("", "")
+
+
+def test_batches_of_ones_own_are_evaluated() -> None:
+    logits = torch.eye(4)
+    pairs = [(logits, torch.tensor([0, 1, 2, 0])), (logits[:1], [0])]
+    found = hc.evaluate(nn.Identity(), pairs)
+    assert (found.images, found.labelled, found.top1) == (5, 5, pytest.approx(4 / 5))
+    found = hc.evaluate(nn.Identity(), [logits, logits], compare=nn.Softmax(1))
+    assert (found.images, found.labelled, found.top1, found.agreement) == (8, 0, None, 1)
+
+
+def test_any_network_is_evaluated_by_a_metric() -> None:
+    """The mean over examples, however they are batched."""
+
+    def error(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return (outputs - targets).abs().flatten(1).mean(1)
+
+    inputs, targets = torch.randn(5, 3, 4), torch.randn(5, 3, 4)
+    whole = hc.evaluate(nn.Identity(), [(inputs, targets)], metric=error)
+    parts = hc.evaluate(nn.Identity(), zip(inputs.split(2), targets.split(2), strict=True), metric=error)
+    assert whole.metric == pytest.approx((inputs - targets).abs().mean().item())
+    assert parts.metric == pytest.approx(whole.metric)
+    mean = hc.evaluate(nn.Identity(), [(inputs, targets)], metric=lambda found, wanted: error(found, wanted).mean())
+    assert mean.metric == pytest.approx(whole.metric)
+    assert (whole.images, whole.top1, whole.to_json()["metric"]) == (5, None, whole.metric)
+    several = hc.evaluate(
+        nn.Bilinear(2, 3, 1), [((torch.ones(4, 2), torch.ones(4, 3)), torch.ones(4))], metric=error_of
+    )
+    assert several.images == 4
+    named = hc.evaluate(SAMPLE, "sample:mnist5k", metric=lambda logits, labels: (logits.argmax(1) == labels).double())
+    assert named.metric == 0.994
+    with pytest.raises(InputError, match="no batch to evaluate on"):
+        hc.evaluate(nn.Identity(), [], metric=error)
+
+
+def error_of(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return (outputs[:, 0] - targets).abs()
+
+
+def test_a_given_network_is_evaluated_in_float32_and_stays_as_it_was() -> None:
+    network = hc.open_source(SAMPLE).model.half()
+    assert hc.evaluate(network, "sample:mnist5k").top1 == pytest.approx(0.994, abs=0.002)
+    assert network.stem.weight.dtype == torch.float16
+    with pytest.raises(UsageError, match="compare_weights are for a network that is named"):
+        hc.evaluate(network, "sample:mnist5k", compare=network, compare_weights="a.safetensors")
+    with pytest.raises(UsageError, match="device=xpu"):
+        hc.evaluate(network, "sample:mnist5k", device="xpu")
+
+
+# --- finetune and train ---
+
+
+DIGITS = {"crop": "padded", "hflip": 0.0, "batch_size": 10, "epochs": 1}
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("digits")
+    digit_folders(folder / "train", 2)
+    digit_folders(folder / "val", 1, first=2)
+    return folder
+
+
+def test_a_checkpoint_is_finetuned(digits: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    hc.convert_to_file(SAMPLE, "cut.safetensors", 2)
+    listener = Recorder()
+    done = hc.finetune("cut.safetensors", digits, "tuned.safetensors", workers=0, listener=listener, **DIGITS)
+    assert [stage.name for stage in done.stages] == ["uncut", "before", "calibrated", "fine-tuned"]
+    assert listener.said[0].startswith("finetune: 1 epoch, momentum, lr 0.001")
+    assert listener.written == [done.output] == ["tuned.safetensors"]
+    assert (listener.epochs, listener.steps > 0) == ([1], True)
+    assert done.header is not None
+    assert done.header.crc32 == read_header("tuned.safetensors").crc32
+    (run,) = done.header.history["training"]
+    assert "command" not in run
+    record = json.loads(json.dumps(done.to_json()))
+    assert record["epochs"] == run["epochs"]
+    assert sorted(path.name for path in Path().iterdir()) == [
+        "cut.safetensors", "tuned.metrics.csv", "tuned.safetensors",
+    ]  # fmt: skip
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_network_in_memory_is_finetuned_and_stays_as_it_was(digits: Path) -> None:
+    network = hc.open_source(SAMPLE).model
+    conversion = hc.convert(network, 2)
+    before = {key: tensor.clone() for key, tensor in conversion.model.state_dict().items()}
+    options = {"workers": 0, "calibration_images": 0, **DIGITS}
+    done = hc.finetune(conversion, digits, teacher=network, distill=0.5, **options)
+    assert (done.output, done.header) == (None, None)
+    assert done.recipe.distill == 0.5
+    assert done.stages[2].why == "calibration_images=0"
+    assert [stage.evaluation is not None for stage in done.stages] == [True, True, False, True]
+    assert all(torch.equal(tensor, before[key]) for key, tensor in conversion.model.state_dict().items())
+    assert any(not torch.equal(tensor, before[key]) for key, tensor in done.model.state_dict().items())
+    assert not any(Path().iterdir()), "no state is kept where nothing is written"
+    alone = hc.finetune(conversion.model, digits, recipe=hc.Recipe(**DIGITS), workers=0)
+    assert alone.stages[0].why is not None
+    assert alone.stages[0].why.endswith("name the uncut one with teacher=SOURCE")
+    with pytest.raises(UsageError, match=r"distill needs the uncut network: .*; name it with teacher=SOURCE"):
+        hc.finetune(conversion.model, digits, distill=1, **options)
+    with pytest.raises(UsageError, match="Sequential: the uncut network has 3 classes, this one 10"):
+        hc.finetune(conversion.model, digits, teacher=nn.Sequential(nn.Linear(2, 3)), **options)
+
+
+def test_what_finetuning_refuses_names_arguments_not_options(digits: Path) -> None:
+    with pytest.raises(UsageError, match="is no harmonic checkpoint"):
+        hc.finetune(SAMPLE, digits)
+    with pytest.raises(UsageError, match="Linear is no harmonic checkpoint"):
+        hc.finetune(nn.Linear(2, 3), digits)
+    with pytest.raises(UsageError, match="a recipe has no setting 'learning_rate': use name, epochs, "):
+        hc.finetune(hc.convert(hc.open_source(SAMPLE).model, 2), digits, learning_rate=1)
+    Path("a.state.pth").write_bytes(b"")
+    remedy = r"a.state.pth is the state of an interrupted run: go on with resume=a.state.pth, or begin anew: force=True"
+    for flow in (hc.finetune, hc.train):
+        with pytest.raises(UsageError, match=remedy):
+            flow("cut.safetensors", digits, "a.safetensors")
+
+
+@pytest.mark.parametrize("harmonic", ["none", "all"])
+def test_a_network_is_trained_from_scratch(digits: Path, harmonic: str) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 8, 5, stride=3), nn.Conv2d(8, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    size = {"input_size": 28, "preprocess": "none"}
+    listener = Recorder()
+    done = hc.train(
+        network, digits, "net.safetensors", harmonic=harmonic, lam=2, preprocessing=size, workers=0, listener=listener,
+        **DIGITS,
+    )  # fmt: skip
+    assert listener.written == ["net.safetensors"]
+    assert (len(done.rows), done.evaluation.images, done.recipe.name) == (1, 10, "imagenet-resnet")
+    assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())
+    assert json.loads(json.dumps(done.to_json()))["output"] == "net.safetensors"
+    if harmonic == "all":
+        header = read_header("net.safetensors")
+        assert header.history["training"][0]["epochs"] == [dict(row) for row in done.rows]
+        assert hc.load("net.safetensors", model=network)(torch.zeros(1, 1, 28, 28)).shape == (1, 10)
+    with pytest.raises(InputError, match=r"or make the network with arguments=\{'num_classes': 10\}"):
+        hc.train(nn.Linear(4, 7), digits, harmonic="none", preprocessing=size, workers=0, **DIGITS)
