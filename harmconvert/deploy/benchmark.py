@@ -19,7 +19,6 @@ from torch import nn
 
 from ..errors import UsageError, counted, first_line
 from ..layers import native
-from ..layers.harmonic import HarmonicMixin
 from ..layers.layer_times import lay_out
 from ..layers.timing import in_turns
 from ..network.checks import check_network
@@ -27,6 +26,7 @@ from ..network.comparison import greatest_difference
 from ..network.exchange import exchange
 from ..network.form_check import running
 from ..network.forms import Factoring, factoring, fuse
+from ..network.layers import harmonic_layers
 from ..network.running import call, evaluating, unchanged
 from ..network.values import channels_last, cloned, default_input, mapped, tensors_in
 from ..storage.precision import in_float32
@@ -137,7 +137,7 @@ def benchmark(
     for given, known, what in ((forms, FORMS, "form"), (layouts, LAYOUTS, "layout")):
         if unknown := [name for name in given if name not in known]:
             raise UsageError(f"unknown {what} {unknown[0]!r}: use {', '.join(known)}")
-    if not any(isinstance(module, HarmonicMixin) for module in model.modules()):
+    if not harmonic_layers(model):
         forms = [form for form in forms if form == "dense"] or ["dense"]
     example_input = default_input(model) if example_input is None else example_input
     if not tensors_in(example_input):

@@ -23,14 +23,16 @@ from ..codecs.plain import stored_bytes
 from ..errors import CheckError, HarmconvertError, InputError, OutsideError, first_line
 from ..files import write_file
 from ..layers.factored import reason_not_factorable, to_factored
-from ..layers.harmonic import HarmonicMixin, to_dense
+from ..layers.harmonic import to_dense
 from ..layers.timing import in_turns
 from ..network.comparison import greatest_difference, top1_agreement
 from ..network.form_check import comparable, compare
 from ..network.forms import MARGIN, Factoring, factoring, fuse, sites_of
+from ..network.layers import harmonic_layers
 from ..network.running import call, evaluating, unchanged
 from ..network.state import tensors_of
 from ..network.values import cloned, tensors_in
+from ..plan.axes import kept_by
 
 # Relative to the largest output: what ONNX Runtime's own order of sums comes to, and torch's with itself.
 TOLERANCE = {"onnx": 1e-4, "torch-export": 1e-5}
@@ -319,17 +321,13 @@ def _speedup(before: bytes, after: bytes, example_input: Any) -> float:
 
 def factored_for_onnx(model: nn.Module, example_input: Any, progress: Callable[[str], None]) -> Factoring:
     """Factored where ONNX Runtime runs that faster here, layer by layer; one measurement for each shape."""
-    open_ones = {
-        name: conv
-        for name, conv in model.named_modules()
-        if isinstance(conv, HarmonicMixin) and not reason_not_factorable(conv)
-    }
+    open_ones = {name: conv for name, conv in harmonic_layers(model).items() if not reason_not_factorable(conv)}
     chosen: dict[str, str] = dict.fromkeys(open_ones, "dense")
     known: dict[Any, str] = {}
     sites = sites_of(model, open_ones, example_input)
     for number, (name, site) in enumerate(sites.items()):
         conv = open_ones[name]
-        key = (site, conv.extra_repr(), conv.frequencies)
+        key = (site, conv.extra_repr(), kept_by(conv))
         if key not in known:
             progress(f"timing {name} in ONNX Runtime ({number + 1}/{len(sites)})")
             input = torch.zeros(site.shape)

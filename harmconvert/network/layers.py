@@ -23,7 +23,7 @@ def weighted_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def harmonic_layers(model: nn.Module) -> dict[str, HarmonicMixin]:
     """Every harmonic convolution by its first name, shared ones once, in the network's own order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, HarmonicMixin)}
+    return {name: module for name, module in model.named_modules() if is_harmonic_layer(module)}
 
 
 def is_harmonic_layer(module: nn.Module) -> TypeGuard[HarmonicMixin]:

@@ -78,12 +78,9 @@ def verify(
         InputError: a network without values (meta device).
     """
     coded = _coded(converted)
-    plan = Plan(())
-    if not isinstance(converted, nn.Module):
-        calibrated = _written_by_calibration(converted) if calibrated is None else calibrated
-        plan = _plan_of(converted)
-        converted = converted.model
-    planned = {layer.name: layer for layer in plan.layers if not layer.whole}
+    planned = {layer.name: layer for layer in _plan_of(converted).layers if not layer.whole}
+    calibrated = _written_by_calibration(converted) if calibrated is None else calibrated
+    converted = converted if isinstance(converted, nn.Module) else converted.model
     _check_values(original, converted)
     if inputs is None:
         inputs, random_inputs = seeded_inputs(original, converted), True
@@ -92,14 +89,10 @@ def verify(
     dtype = max((_weight_dtype(original), _weight_dtype(converted)), key=tolerance_of)
     with evaluating(original, converted):  # reading a spectrally normalised weight in training mode would change it
         pairs, structural = pairs_of(original, converted, planned)
-    written = as_calibrated(converted, calibrated or {})
+    written = as_calibrated(converted, calibrated)
     altered = [] if structural else altered_state(original, converted, pairs, written)
     tick = _ticker(progress, 2 * len(pairs) + 2 * (1 if dtype == torch.float64 else 2))
-    kernels = {}
-    for name, pair in pairs.items():
-        tick(name)
-        with evaluating(*pair):
-            kernels[name] = check_layer(*pair, planned.get(name), written.get(state_key(name, "coefficients")))
+    kernels = _kernel_checks(pairs, planned, written, tick)
     notes: list[str] = []
     found = comparisons(original, converted, inputs, dtype, list(pairs), notes, tick)
     first = next(iter(found.values()))
@@ -107,10 +100,7 @@ def verify(
     layers = _layer_checks(kernels, pairs, planned, first, rewritten)
     structural = [*structural, *(f"{name or '(root)'}: {_STRAY}" for name in sorted(first.strays))]
     problems = [*structural, *(f"{layer.name}: {layer.problem}" for layer in layers if layer.problem), *altered]
-    measured = [one.error for one in found.values()]
-    worst = next((error for error in measured if isnan(error)), max(measured))
-    agreements = [one.agreement for one in found.values()]
-    agreement = None if None in agreements else min(cast("list[float]", agreements))
+    worst, agreement = _worst(found.values())
     if isnan(worst):
         notes.append("the outputs hold no finite value on these inputs: nothing to compare")
     hidden = _without_effect(layers, worst, problems, notes)
@@ -126,6 +116,29 @@ def verify(
         ok, not problems, limit, worst, float64, float32, agreement, batch_size(inputs), layers,
         tuple(problems), tuple(notes), random_inputs,
     )  # fmt: skip
+
+
+def _worst(comparisons: Collection[Comparison]) -> tuple[float, float | None]:
+    """The largest error of some comparisons (NaN where any is), and their least top-1 agreement (None: not known)."""
+    errors = [one.error for one in comparisons]
+    agreements = [one.agreement for one in comparisons]
+    agreement = None if None in agreements else min(cast("list[float]", agreements))
+    return next((error for error in errors if isnan(error)), max(errors)), agreement
+
+
+def _kernel_checks(
+    pairs: Mapping[str, tuple[nn.Module, nn.Module]],
+    planned: Mapping[str, LayerPlan],
+    written: Mapping[str, bool],
+    tick: Callable[[str], None],
+) -> dict[str, Check]:
+    """The check of each layer's kernel, by name."""
+    checks = {}
+    for name, pair in pairs.items():
+        tick(name)
+        with evaluating(*pair):
+            checks[name] = check_layer(*pair, planned.get(name), written.get(state_key(name, "coefficients")))
+    return checks
 
 
 def _layer_checks(
@@ -193,18 +206,20 @@ def _passed_over(idle: Sequence[str], cut: bool, within: bool, problems: list[st
             problems.append(f"{name}: it runs in the original alone, and yet nothing changes")
 
 
-def _plan_of(converted: Conversion | Network) -> Plan:
+def _plan_of(converted: nn.Module | Conversion | Network) -> Plan:
     """The plan that a converted network follows, as far as it is known."""
     if isinstance(converted, Conversion):
         return converted.plan
-    return converted.header.plan if converted.header else Plan(())
+    header = converted.header if isinstance(converted, Network) else None
+    return header.plan if header else Plan(())
 
 
-def _written_by_calibration(converted: Conversion | Network) -> Mapping[str, str]:
-    """Keys of the tensors that calibration wrote, with their sha256."""
+def _written_by_calibration(converted: nn.Module | Conversion | Network) -> Mapping[str, str]:
+    """Keys of the tensors that calibration wrote, with their sha256; none are known of a bare network."""
     if isinstance(converted, Conversion):
         return converted.calibration.changed if converted.calibration else {}
-    return converted.header.calibrated if converted.header else {}
+    header = converted.header if isinstance(converted, Network) else None
+    return header.calibrated if header else {}
 
 
 def _coded(converted: nn.Module | Conversion | Network) -> Mapping[str, Entry]:

@@ -7,7 +7,7 @@ from torch import nn
 from ..errors import UsageError
 from ..network.exchange import exchange
 from ..network.layers import kernel_size, weighted_layers
-from .axes import AXES, Kept
+from .axes import AXES, kept_by
 from .plan import LayerPlan, Plan
 
 
@@ -41,9 +41,8 @@ def plan_of_model(model: nn.Module, known: Plan | None = None) -> Plan:
     """
     layers = []
     for name, module in weighted_layers(model).items():
-        keeps: list[Kept] = [kept for axis in AXES.values() if (kept := axis.read(module)) is not None]
-        if keeps:
-            layers.append(LayerPlan(name, kernel_size(module), tuple(keeps)))
+        if keeps := kept_by(module):
+            layers.append(LayerPlan(name, kernel_size(module), keeps))
     if not layers:
         raise UsageError(f"this {type(model).__name__} has no harmonic convolution: convert it first")
     if known is not None and _readable(known) == {layer.name: layer for layer in layers}:

@@ -201,6 +201,11 @@ def register(axis: Axis) -> None:
     AXES[axis.name] = axis
 
 
+def kept_by(layer: nn.Module) -> tuple[Kept, ...]:
+    """What a converted layer says that it keeps, on each axis."""
+    return tuple(kept for axis in AXES.values() if (kept := axis.read(layer)) is not None)
+
+
 def last_cut(keeps: Sequence[Kept]) -> Kept | None:
     """The last of some kept values, in the order of the axes, that is not whole: the axis that wrote the weight."""
     cut = [kept for kept in keeps if not kept.whole]

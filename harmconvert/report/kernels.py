@@ -13,8 +13,8 @@ from ..errors import InputError, UsageError
 from ..kernels.basis import Frequency, all_frequencies, dct_basis
 from ..kernels.projection import project
 from ..layers.block import HarmonicBlock2d
-from ..layers.harmonic import CONVOLUTIONS, HarmonicMixin
-from ..network.layers import convolutions, kernel_size
+from ..layers.harmonic import CONVOLUTIONS
+from ..network.layers import convolutions, is_harmonic_layer, kernel_size
 from ..network.tracing import find_layers
 from ..plan import Skip, plannable
 
@@ -31,7 +31,7 @@ class Layer:
     @property
     def harmonic(self) -> bool:
         """Whether it has coefficients already."""
-        return isinstance(self.module, HarmonicMixin | HarmonicBlock2d)
+        return is_harmonic_layer(self.module) or isinstance(self.module, HarmonicBlock2d)
 
     def coefficients(self) -> Tensor:
         """Coefficients (O, I, F) of orthonormal filters, float64; of a block its mixing weights, as they are."""
@@ -58,7 +58,11 @@ def layers_of(model: nn.Module) -> tuple[Layer, ...]:
     for name, module in model.named_modules():
         if isinstance(module, HarmonicBlock2d) or (isinstance(module, CONVOLUTIONS) and prod(kernel_size(module)) > 1):
             size = kernel_size(module)
-            kept = module.frequencies if isinstance(module, HarmonicMixin | HarmonicBlock2d) else all_frequencies(size)
+            kept = (
+                module.frequencies
+                if (is_harmonic_layer(module) or isinstance(module, HarmonicBlock2d))
+                else all_frequencies(size)
+            )
             layers.append(Layer(name, module, size, kept))
     if not layers:
         raise InputError(f"this {type(model).__name__} has no convolution over 1x1: there is nothing to draw")

@@ -14,9 +14,9 @@ from torch import nn
 
 from ..documents import check, count, json_value
 from ..errors import InputError, UsageError, first_line
-from ..layers.harmonic import HarmonicMixin, base_class
+from ..layers.harmonic import base_class
 from ..network.declared import pretrained_config
-from ..network.layers import kernel_size
+from ..network.layers import is_harmonic_layer, kernel_size
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ def _anatomy(model: nn.Module) -> list[tuple[Any, ...]]:
     parts = []
     for name, module in model.named_modules(remove_duplicate=False):
         shapes = {key: tuple(t.shape) for key, t in module._parameters.items() if t is not None}
-        if isinstance(module, HarmonicMixin):
+        if is_harmonic_layer(module):
             shapes["weight"] = (*shapes.pop("coefficients")[:2], *kernel_size(module))
             base = base_class(module)
             parts.append((name, base.__name__, base.extra_repr(module), sorted(shapes.items())))

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from ..data.loading import Batch
 from ..errors import InputError, UsageError, first_line
-from ..layers.harmonic import HarmonicMixin, lay_out_channels_last
+from ..layers.harmonic import lay_out_channels_last
 from ..network.distributed import sum_over_ranks, world_size
+from ..network.layers import harmonic_layers
 from ..network.state import fill, tensors_of
 from ..network.values import channels_last
 from ..storage.weights import load_exactly
@@ -204,7 +205,7 @@ def choose_parameters(model: nn.Module, recipe: Recipe) -> None:
         UsageError: nothing is left to train.
     """
     if recipe.train_only == "coefficients":
-        chosen = {id(m.coefficients) for m in model.modules() if isinstance(m, HarmonicMixin)}
+        chosen = {id(layer.coefficients) for layer in harmonic_layers(model).values()}
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in chosen)
     if recipe.freeze_bn:

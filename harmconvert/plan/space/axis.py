@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ...errors import counted
 from ...kernels.basis import all_frequencies, dct_basis, level_count, scaled_levels
 from ...kernels.projection import project, reconstruct
-from ...layers.harmonic import HarmonicMixin, to_harmonic
+from ...layers.harmonic import to_harmonic
 from ...network.exchange import exchange
-from ...network.layers import LayerInfo, convolutions, kernel_size
+from ...network.layers import LayerInfo, convolutions, is_harmonic_layer, kernel_size
 from ..axes import Axis, Check, Expected, Kept, LayerCost, WeightShape
 from .check import check_kernel
 from .cost import response_macs
@@ -117,7 +117,7 @@ class SpaceAxis(Axis):
 
     def read(self, layer: nn.Module) -> Frequencies | None:
         """The frequencies of a harmonic convolution."""
-        if not isinstance(layer, HarmonicMixin):
+        if not is_harmonic_layer(layer):
             return None
         return Frequencies(kernel_size(layer), layer.frequencies, layer.basis_spec)
 

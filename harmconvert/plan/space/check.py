@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...kernels.basis import Basis, all_frequencies
 from ...kernels.projection import energy_kept, project, reconstruct
 from ...layers.harmonic import HarmonicMixin
-from ...network.layers import kernel_size
+from ...network.layers import is_harmonic_layer, kernel_size
 from ..axes import Check
 
 # Kernels and coefficients, in units of the dtype's epsilon: rounding of the coefficients and of the product.
@@ -29,7 +29,7 @@ def check_kernel(conv: nn.Module, other: nn.Module, as_calibrated: bool | None) 
     ``as_calibrated``: whether coefficients that calibration wrote are what it wrote; None where it wrote none.
     """
     total = len(all_frequencies(kernel_size(conv)))
-    kept = len(other.frequencies) if isinstance(other, HarmonicMixin) else total
+    kept = len(other.frequencies) if is_harmonic_layer(other) else total
     rounding = max((torch.finfo(_values(one).dtype) for one in (conv, other)), key=lambda info: info.eps)
     tolerance = KERNEL_TOLERANCE_EPS * rounding.eps + total * FLOAT64_PRODUCTS
     # Subnormal numbers have their last bit where the smallest normal one has it.
@@ -44,10 +44,10 @@ def check_kernel(conv: nn.Module, other: nn.Module, as_calibrated: bool | None) 
         fine = fine and bool((differences <= tolerance * scale + least).all())  # so that NaN is not, either
         error = (differences / scale).max().item()
         found = error if isnan(error) else max(found, error)
-        if isinstance(other, HarmonicMixin):
+        if is_harmonic_layer(other):
             wrong += _wrong_coefficients(conv, other, exact, part)
     problem = None
-    if not isinstance(other, HarmonicMixin):
+    if not is_harmonic_layer(other):
         problem = None if fine else f"kernel differs by {found:.1e} of its filter's maximum"
     elif as_calibrated is not None:
         problem = None if as_calibrated else "its coefficients are not what calibration wrote"
@@ -55,7 +55,7 @@ def check_kernel(conv: nn.Module, other: nn.Module, as_calibrated: bool | None) 
         problem = (
             f"{wrong} of {other.coefficients.numel()} coefficients are not the projection of the original's kernel"
         )
-    if isinstance(other, HarmonicMixin) and other.fitted_basis is not None:
+    if is_harmonic_layer(other) and other.fitted_basis is not None:
         problem = _basis_problem(_kernel_of(conv, slice(None)), other) or problem
     return Check(kept, total, found, problem)
 
@@ -64,7 +64,7 @@ def _wrong_coefficients(conv: nn.Module, other: HarmonicMixin, exact: Tensor, pa
     """How many coefficients of some filters are not those of the projection of the original's kernel ``exact``."""
     coefficients = other.coefficients.detach()[part].to(torch.float64)
     plans = [project(exact, other.kernels)]
-    if isinstance(conv, HarmonicMixin) and _basis_of(conv) == _basis_of(other):
+    if is_harmonic_layer(conv) and _basis_of(conv) == _basis_of(other):
         # Copied as they are, or projected from the merged kernel, which no longer has all of their digits.
         plans.append(conv.coefficients.detach()[part].to(torch.float64))
     # Each coefficient to its own last bit; below that only what float64 products and subnormal numbers cannot hold.
@@ -99,14 +99,14 @@ def _basis_problem(kernel: Tensor, other: HarmonicMixin) -> str | None:
 
 def _values(conv: nn.Module) -> Tensor:
     """The tensor that holds a convolution's filters, whatever it holds of them."""
-    return (conv.coefficients if isinstance(conv, HarmonicMixin) else cast(Tensor, conv.weight)).detach()
+    return (conv.coefficients if is_harmonic_layer(conv) else cast(Tensor, conv.weight)).detach()
 
 
 def _kernel_of(conv: nn.Module, part: slice, merged: bool = True) -> Tensor:
     """Some of a convolution's kernel in float64; of a harmonic one that of its dense form to the last bit (``merged``),
     or with all digits that its coefficients give."""
     values = _values(conv)[part]
-    if isinstance(conv, HarmonicMixin):
+    if is_harmonic_layer(conv):
         values = reconstruct(values if merged else values.to(torch.float64), conv.kernels, kernel_size(conv))
     return values.to(torch.float64)
 
