@@ -134,7 +134,7 @@ def test_a_block_learns() -> None:
 def test_what_cannot_be_harmonized() -> None:
     with pytest.raises(UsageError, match=r"which \(='last'\) must be one of first, all"):
         harmonize(wrn(), "last")
-    with pytest.raises(InputError, match="no convolution over 1x1 that reads its input"):
+    with pytest.raises(InputError, match="no convolution with a kernel larger than 1x1 reads the input"):
         harmonize(nn.Sequential(nn.Conv2d(3, 4, 1)))
 
 
