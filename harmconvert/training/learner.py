@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..data.loading import Batch
 from ..errors import InputError, UsageError, first_line
-from ..layers.harmonic import HarmonicMixin, lay_out_channels_last
+from ..layers.harmonic import HarmonicMixin, coefficients_to_channels_last
 from ..network.distributed import sum_over_ranks, world_size
 from ..network.state import fill, tensors_of
 from ..network.values import channels_last
@@ -50,7 +50,7 @@ class Learner:
         model.to(machine.device)
         if machine.channels_last:
             model.to(memory_format=torch.channels_last)
-            lay_out_channels_last(model)
+            coefficients_to_channels_last(model)
         choose_parameters(model, recipe)
         self.objective = Objective(recipe, teacher, number_of_classes(model) or 1 << 31)
         try:
