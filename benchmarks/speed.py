@@ -41,12 +41,12 @@ from harmconvert.layers import (
     FactoredMixin,
     HarmonicMixin,
     in_turns,
-    lay_out,
+    kernels_to_channels_last,
     reason_not_factorable,
     to_dense,
     to_factored,
 )
-from harmconvert.network import factoring, fuse, put_in_place, sites_of
+from harmconvert.network import factoring, fuse, layer_inputs, put_in_place
 
 FOLDER = Path(__file__).parent / "results"
 NETWORKS = {"wrn28_10": (32, 16), "resnet18": (224, 16), "resnet50": (224, 16), "vgg16_bn": (224, 4)}  # size, batch
@@ -106,10 +106,11 @@ def ways(name: str, lam: int | str, args: argparse.Namespace) -> tuple[Ways, int
     chosen = factoring(model, x)
     factored = chosen.model
     networks = {
-        "original": (plain, x), "dense, channels_last": (lay_out(fuse(plain)), last),
-        "dense, compiled": (torch.compile(lay_out(fuse(plain))), last),
+        "original": (plain, x), "dense, channels_last": (kernels_to_channels_last(fuse(plain)), last),
+        "dense, compiled": (torch.compile(kernels_to_channels_last(fuse(plain))), last),
         "factored": (factored, last), "factored, compiled": (torch.compile(factored), last),
-        "harmonic": (lay_out(model), last), "merged at each call, as the reference does": (merged_each_call(model), x),
+        "harmonic": (kernels_to_channels_last(model), last),
+        "merged at each call, as the reference does": (merged_each_call(model), x),
     }  # fmt: skip
     if args.no_compile:
         networks = {way: pair for way, pair in networks.items() if "compiled" not in way}
@@ -180,19 +181,19 @@ def layers(args: argparse.Namespace) -> None:
                 n: m for n, m in model.named_modules() if isinstance(m, HarmonicMixin) and not reason_not_factorable(m)
             }
             seen = set()
-            for layer, site in sites_of(model, convs, x).items():
+            for layer, layer_input in layer_inputs(model, convs, x).items():
                 conv: Any = convs[layer]
-                kind = (site.shape, conv.out_channels, conv.stride)
+                kind = (layer_input.shape, conv.out_channels, conv.stride)
                 if kind in seen:
                     continue
                 seen.add(kind)
                 if (f"{name} {layer}", str(batch), str(args.threads)) in done:
                     continue
-                write({"layer": f"{name} {layer}", **one_layer(conv, site.shape), "threads": args.threads})
+                write({"layer": f"{name} {layer}", **one_layer(conv, layer_input.shape), "threads": args.threads})
 
 
 def one_layer(conv: Any, shape: tuple[int, ...]) -> dict[str, object]:
-    dense, factored = lay_out(to_dense(conv)), to_factored(conv)
+    dense, factored = kernels_to_channels_last(to_dense(conv)), to_factored(conv)
     x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
     y = dense(x)
     kept = len(conv.frequencies)

@@ -30,7 +30,7 @@ from torch.nn import functional
 
 import harmconvert as hc
 import harmconvert.models
-from harmconvert.layers import lay_out_channels_last
+from harmconvert.layers import coefficients_to_channels_last
 
 RESULTS = Path(__file__).parent / "results" / "step_cost.csv"
 NETWORKS = {"resnet50": (224, 1000), "wrn28_10": (32, 10)}
@@ -51,7 +51,7 @@ def step_of(name: str, form: str, args: argparse.Namespace) -> Callable[[], None
     """A function that makes one training step and waits for it to end."""
     size, classes = NETWORKS[name]
     model = network(name, form).to(args.device).to(memory_format=torch.channels_last).train()
-    lay_out_channels_last(model)  # as `train` does
+    coefficients_to_channels_last(model)  # as `train` does
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, weight_decay=1e-4)
     images = torch.randn(args.batch, 3, size, size, device=args.device).to(memory_format=torch.channels_last)
     labels = torch.randint(classes, (args.batch,), device=args.device)

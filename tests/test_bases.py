@@ -97,7 +97,7 @@ def test_what_is_no_basis_is_refused() -> None:
         Basis("fourier")
     with pytest.raises(UsageError, match="klt basis is fitted to each layer"):
         Basis("klt").kernels((3, 3))
-    with pytest.raises(UsageError, match="klt basis is fitted to kernels, and these are yet to be trained"):
+    with pytest.raises(UsageError, match="klt basis is fitted to kernels, but these are not trained yet"):
         harmonize(nn.Conv2d(3, 4, 3), basis="klt")
     plan = convert(nn.Conv2d(3, 4, 3), basis="haar").plan
     with pytest.raises(UsageError, match=r"the plan is of the basis haar \(ortho\), not klt \(ortho\)"):

@@ -91,7 +91,7 @@ def test_both_stages_are_the_same_block(size: Any, geometry: dict[str, Any]) -> 
 
 def test_the_rule_of_auto_is_by_size_while_gradients_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[str] = []
-    for stage in ("_dense", "_separable"):
+    for stage in ("_dense_responses", "_separable_responses"):
         plain = getattr(HarmonicBlock2d, stage)
         monkeypatch.setattr(HarmonicBlock2d, stage, lambda self, x, s=stage, f=plain: taken.append(s) or f(self, x))
     small, large = HarmonicBlock2d(3, 4, 3), HarmonicBlock2d(3, 4, 7)
@@ -100,7 +100,7 @@ def test_the_rule_of_auto_is_by_size_while_gradients_are_recorded(monkeypatch: p
     small(x), large(x)
     with torch.no_grad():
         large(x)
-    assert taken == ["_dense", "_separable", "_dense"]
+    assert taken == ["_dense_responses", "_separable_responses", "_dense_responses"]
 
 
 def test_a_stage_can_be_measured_and_is_then_kept() -> None:

@@ -266,7 +266,7 @@ def test_broken_images_are_named_and_the_run_goes_on() -> None:
     Path("spoilt/val/3/0.png").write_bytes(b"no picture")
     run = ["--data-dir", "spoilt", *DIGITS, "--epochs", "1", "--calibration-images", "0"]
     result = ok("finetune", "cut.safetensors", *run, "--json")
-    assert "1 image could not be read, others took their place: spoilt/train/3/0.png" in result.stderr.replace(
+    assert "1 image could not be read; other images replaced them: spoilt/train/3/0.png" in result.stderr.replace(
         os.getcwd() + "/", ""
     )
     assert json.loads(result.stdout)["stages"][0]["evaluation"]["images"] == 19

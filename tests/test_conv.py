@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, prune
 
 from harmconvert.errors import UsageError
 from harmconvert.kernels import Basis, all_frequencies, dct_basis, frequencies_below, merge, project, reconstruct
-from harmconvert.layers import HarmonicMixin, harmonic_class, lay_out_channels_last, to_dense, to_harmonic
+from harmconvert.layers import HarmonicMixin, coefficients_to_channels_last, harmonic_class, to_dense, to_harmonic
 
 from . import oracle
 from .networks import CONVOLUTIONS, random_input, seeded
@@ -321,7 +321,7 @@ def test_coefficients_laid_out_for_channels_last_make_the_same_kernel_in_that_fo
     conv = seeded(lambda: nn.Conv2d(6, 5, size, padding=1), torch.float64)
     plain = to_harmonic(conv, all_frequencies(size)[:kept])
     laid_out = copy.deepcopy(plain)
-    lay_out_channels_last(laid_out)
+    coefficients_to_channels_last(laid_out)
     assert torch.equal(laid_out.coefficients, plain.coefficients)
     assert laid_out.coefficients.shape == (5, 6, kept)
     x = random_input((2, 6, 7, 7), torch.float64).to(memory_format=torch.channels_last)

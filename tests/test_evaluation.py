@@ -92,7 +92,7 @@ def test_labels_beyond_the_classes() -> None:
 
 
 def test_networks_that_are_no_classifiers() -> None:
-    with pytest.raises(InputError, match=r"no classifier: its output has shape \(1, 3, 4, 4\)"):
+    with pytest.raises(InputError, match=r"not a classifier: its output has shape \(1, 3, 4, 4\)"):
         evaluate(nn.Conv2d(1, 3, 1), [Batch(torch.zeros(1, 1, 4, 4), torch.tensor([0]), [])])
 
 

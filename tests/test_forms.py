@@ -24,7 +24,7 @@ from harmconvert.kernels import frequencies_below, level_count
 from harmconvert.layers import (
     FactoredMixin,
     HarmonicMixin,
-    Site,
+    LayerInput,
     Times,
     harmonic_class,
     in_turns,
@@ -43,7 +43,7 @@ from .networks import CONVOLUTIONS, Branches, random_input, seeded
 from .seams import replace_everywhere
 
 X = random_input((2, 3, 24, 24))
-COMPILER = native.unavailable()
+COMPILER = native.reason_unavailable()
 
 
 def truncated(conv: nn.Module, levels: int = 2) -> HarmonicMixin:
@@ -247,7 +247,7 @@ def test_a_map_that_the_layer_does_not_take_is_refused(shape: tuple[int, ...]) -
     with torch.no_grad(), pytest.raises(RuntimeError, match=r"channels|Kernel size"):
         factored(torch.randn(shape))
     packed = factored._pack()
-    with pytest.raises(RuntimeError, match="a map of 16 channels is not for this layer"):
+    with pytest.raises(RuntimeError, match="a map of 16 channels does not fit this layer"):
         native.run(torch.randn(1, 16, 8, 8), packed, 48, native.Geometry(0, 0, (1, 1), (1, 1), (6, 6)))
 
 
@@ -314,7 +314,7 @@ def test_factor_takes_the_fastest_of_the_whole_networks(
     monkeypatch: pytest.MonkeyPatch, layer: tuple[float, float], whole: dict[str, float], form: str
 ) -> None:
     """With times as they might be: whatever single layers gain, the network never gets slower."""
-    replace_everywhere(monkeypatch, layer_times, lambda conv, site: layer)
+    replace_everywhere(monkeypatch, layer_times, lambda conv, layer_input: layer)
     replace_everywhere(monkeypatch, in_turns, lambda runs, *_: {name: Times((whole[name],)) for name in runs})
     harmonic = convert(seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3))), {"*": 1}).model
     chosen = factoring(harmonic, X)
@@ -370,17 +370,17 @@ def test_a_network_without_truncated_layers_is_fused() -> None:
 @pytest.mark.slow
 def test_layer_times_are_kept_and_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HARMCONVERT_CACHE", str(tmp_path))
-    conv, site = truncated(nn.Conv2d(3, 4, 3)), Site((1, 3, 8, 8), torch.float32, torch.device("cpu"))
-    times = layer_times(conv, site)
+    conv, layer_input = truncated(nn.Conv2d(3, 4, 3)), LayerInput((1, 3, 8, 8), torch.float32, torch.device("cpu"))
+    times = layer_times(conv, layer_input)
     [path] = tmp_path.glob("layer-times-*.json")
     [(key, kept)] = json.loads(path.read_text()).items()
     assert tuple(kept) == times
-    assert layer_times(conv, site) == times
+    assert layer_times(conv, layer_input) == times
     path.write_text(json.dumps({key: [7.0, 5.0]}))
     read = (
         "import json, sys; from tests.test_forms import *; torch.set_num_threads(int(sys.argv[1])); print(layer_times("
     )
-    read += "truncated(nn.Conv2d(3, 4, 3)), Site((1, 3, 8, 8), torch.float32, torch.device('cpu'))))"
+    read += "truncated(nn.Conv2d(3, 4, 3)), LayerInput((1, 3, 8, 8), torch.float32, torch.device('cpu'))))"
     done = subprocess.run([sys.executable, "-c", read, str(torch.get_num_threads())], capture_output=True, text=True)
     assert done.stdout.strip() == "(7.0, 5.0)", done.stderr
 
@@ -389,15 +389,15 @@ def test_layer_times_are_kept_and_read_again(tmp_path: Path, monkeypatch: pytest
 def test_a_damaged_table_of_times_is_measured_anew(
     damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    conv, site = truncated(nn.Conv2d(3, 4, 3)), Site((1, 3, 8, 8), torch.float32, torch.device("cpu"))
+    conv, layer_input = truncated(nn.Conv2d(3, 4, 3)), LayerInput((1, 3, 8, 8), torch.float32, torch.device("cpu"))
     monkeypatch.setenv("HARMCONVERT_CACHE", str(tmp_path / "first"))
-    layer_times(conv, site)
+    layer_times(conv, layer_input)
     [path] = (tmp_path / "first").glob("layer-times-*.json")
     monkeypatch.setenv("HARMCONVERT_CACHE", str(tmp_path / "damaged"))
     (tmp_path / "damaged").mkdir()
     damaged = tmp_path / "damaged" / path.name
     damaged.write_text(damage)
-    times = layer_times(conv, site)
+    times = layer_times(conv, layer_input)
     assert all(t > 0 for t in times)
     assert [*json.loads(damaged.read_text()).values()] == [[*times]]
 
@@ -407,12 +407,12 @@ def test_a_damaged_table_of_times_is_measured_anew(
 def test_without_a_compiler_torchs_operators_do(setting: dict[str, str], tmp_path: Path) -> None:
     code = (
         "from tests.test_forms import *\n"
-        "assert native.unavailable(), 'compiled all the same'\n"
+        "assert native.reason_unavailable(), 'compiled all the same'\n"
         "harmonic = convert(seeded(Branches), 2, example_input=X).model\n"
         "factored = factor(harmonic, layers='factored')\n"
         "assert factored.shared._packed is None\n"
         "assert torch.allclose(outputs(factored, X), outputs(harmonic, X), atol=1e-5)\n"
-        "print(native.unavailable())"
+        "print(native.reason_unavailable())"
     )
     env = {**os.environ, **setting, "HARMCONVERT_CACHE": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
@@ -422,7 +422,7 @@ def test_without_a_compiler_torchs_operators_do(setting: dict[str, str], tmp_pat
 
 def test_a_library_that_others_could_have_put_there_is_not_loaded(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
-    code = "from harmconvert.layers import native; print(native.unavailable())"
+    code = "from harmconvert.layers import native; print(native.reason_unavailable())"
     env = {**os.environ, "HARMCONVERT_CACHE": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert f"others may write in {tmp_path}: chmod go-w it" in done.stdout
@@ -432,7 +432,9 @@ def test_a_library_that_others_could_have_put_there_is_not_loaded(tmp_path: Path
 @pytest.mark.slow
 def test_the_library_is_made_once_and_whole(tmp_path: Path) -> None:
     """Several processes at once: each gets it, one file stays."""
-    code = "from harmconvert.layers import native; assert native.unavailable() is None, native.unavailable()"
+    code = (
+        "from harmconvert.layers import native; assert native.reason_unavailable() is None, native.reason_unavailable()"
+    )
     env = {**os.environ, "HARMCONVERT_CACHE": str(tmp_path)}
     processes = [subprocess.Popen([sys.executable, "-c", code], env=env) for _ in range(3)]
     assert [process.wait() for process in processes] == [0, 0, 0]
@@ -531,9 +533,9 @@ def test_a_factored_layer_that_computes_something_else_is_dense(
     x: Tensor | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     harmonic = convert(seeded(Branches), 2, example_input=X).model
-    run = FactoredMixin._run
+    run = FactoredMixin._run_native
     monkeypatch.setattr(
-        FactoredMixin, "_run", lambda self, *args: run(self, *args) * (2 if self.dilation == (2, 2) else 1)
+        FactoredMixin, "_run_native", lambda self, *args: run(self, *args) * (2 if self.dilation == (2, 2) else 1)
     )
     chosen = factoring(harmonic, x, layers="factored")
     factored = chosen.model

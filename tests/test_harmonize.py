@@ -63,7 +63,7 @@ def test_without_normalisation_a_block_is_the_convolution_that_it_replaced() -> 
     [nn.Conv1d(3, 4, 3), nn.Conv2d(3, 4, 3, padding_mode="reflect", padding=1), nn.Conv2d(3, 4, 3, padding="same")],
 )
 def test_convolutions_that_no_block_can_replace(conv: nn.Module) -> None:
-    with pytest.raises(UsageError, match="a block can take the place of a plain Conv2d padded with zeros"):
+    with pytest.raises(UsageError, match="a block can only replace a plain Conv2d that is padded with zeros"):
         to_block(conv)
 
 
@@ -134,7 +134,7 @@ def test_a_block_learns() -> None:
 def test_what_cannot_be_harmonized() -> None:
     with pytest.raises(UsageError, match=r"which \(='last'\) must be one of first, all"):
         harmonize(wrn(), "last")
-    with pytest.raises(InputError, match="no convolution over 1x1 that reads its input"):
+    with pytest.raises(InputError, match="no convolution with a kernel larger than 1x1 reads the input"):
         harmonize(nn.Sequential(nn.Conv2d(3, 4, 1)))
 
 

@@ -100,7 +100,7 @@ def test_without_max_pooling_the_stem_has_its_stride() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"pool": "max"}, r"pool \(='max'\) must be None or 'avg'"), ({"stem_type": "deep"}, "a deep stem has no stride")],
+    [({"pool": "max"}, r"pool \(='max'\) must be None or 'avg'"), ({"stem_type": "deep"}, "leave stem_type out")],
 )
 def test_what_a_resnet_without_max_pooling_cannot_have(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -287,7 +287,7 @@ def test_a_recipe_prints_what_was_changed() -> None:
         ({"amp": "int8"}, "amp .* must be one of float32, bfloat16, float16"),
         ({"distill": 2.0}, r"distill \(=2.0\) must be from 0 to 1"),
         ({"lr": -1.0}, r"lr \(=-1.0\) must not be negative"),
-        ({"distill": 1.0, "mixup": 0.2}, "mixup and cutmix mix labels, which distill=1 does not look at"),
+        ({"distill": 1.0, "mixup": 0.2}, "mixup and cutmix mix labels, but distill=1 uses no labels"),
     ],
 )
 def test_recipes_that_make_no_sense(changes: dict[str, object], message: str) -> None:
@@ -296,9 +296,9 @@ def test_recipes_that_make_no_sense(changes: dict[str, object], message: str) ->
 
 
 def test_recipes_that_cannot_be_read() -> None:
-    with pytest.raises(InputError, match="settings unknown here: warp"):
+    with pytest.raises(InputError, match="unknown settings: warp"):
         Recipe.from_json({"warp": 9})
-    with pytest.raises(InputError, match="no recipe that can be read: its settings: epochs: -1 should be a count"):
+    with pytest.raises(InputError, match="cannot read the recipe: its settings: epochs: -1 should be a count"):
         Recipe.from_json({"epochs": -1})
     with pytest.raises(UsageError, match="there is no recipe 'magic': use one of finetune"):
         recipe_named("magic")

@@ -87,7 +87,7 @@ def test_a_spoilt_state_falls_back_to_the_one_before_and_says_so(tmp_path: Path)
     train(model, noise(), RECIPE, machine=PLAIN, keeper=keeper, resume=keeper.path)
     assert same(model.state_dict(), uninterrupted())
     assert "run.state.pth is damaged" in said[0]
-    assert "going on from the one before it" in said[0]
+    assert "resuming from the state before it" in said[0]
 
 
 def test_the_state_before_a_spoilt_one_outlives_a_save_that_fails(
@@ -118,7 +118,7 @@ def test_a_state_of_another_number_of_processes_says_so(tmp_path: Path, monkeypa
     replace_everywhere(monkeypatch, gathered, lambda value: [value] * 4)
     keeper.save(Position(1), lambda: {"model": {}})
     keeper.load(keeper.path)
-    assert "is of 4 processes, so random numbers will differ" in said[0]
+    assert "was written by 4 processes, so random numbers will differ" in said[0]
 
 
 def test_of_signals_to_several_processes_one_is_told_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +140,7 @@ def test_of_signals_to_several_processes_one_is_told_to_all(monkeypatch: pytest.
 
 def test_a_state_that_is_spoilt_with_none_before_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "run.state.pth"
-    for content, message in [(b"", "is empty"), (b"nonsense", "no readable training state")]:
+    for content, message in [(b"", "is empty"), (b"nonsense", "not a readable training state")]:
         path.write_bytes(content)
         with pytest.raises(InputError, match=message):
             train(small(), noise(), RECIPE, machine=PLAIN, keeper=Keeper(path), resume=path)
@@ -164,7 +164,7 @@ def test_nothing_is_run_that_a_state_holds(tmp_path: Path) -> None:
 
     path = tmp_path / "run.state.pth"
     torch.save({"version": 1, "trap": Trap()}, path)
-    with pytest.raises(InputError, match="no readable training state"):
+    with pytest.raises(InputError, match="not a readable training state"):
         train(small(), noise(), RECIPE, machine=PLAIN, keeper=Keeper(path), resume=path)
     assert not (tmp_path / "sprung").exists()
 

@@ -431,7 +431,7 @@ def test_a_file_that_torch_did_not_write_is_named_for_what_it_is(tmp_path: Path,
     path.write_bytes(content)
     with pytest.raises(InputError, match=re.escape(f"{path} is not a readable .pth file: {message}")):
         read_weights(path)
-    with pytest.raises(InputError, match=re.escape(f"{path} is no readable training state: {message}")):
+    with pytest.raises(InputError, match=re.escape(f"{path} is not a readable training state: {message}")):
         identity_of(path)
 
 

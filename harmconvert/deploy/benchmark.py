@@ -19,7 +19,7 @@ from torch import nn
 
 from ..errors import UsageError, counted, first_line
 from ..layers import native
-from ..layers.layer_times import lay_out
+from ..layers.layer_times import kernels_to_channels_last
 from ..layers.timing import in_turns
 from ..network.checks import check_network
 from ..network.comparison import greatest_difference
@@ -174,7 +174,7 @@ def machine() -> dict[str, Any]:
     return {
         "processor": platform.processor() or platform.machine(), "capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(), "gpu": gpu, "torch": torch.__version__, "python": platform.python_version(),
-        "compiled kernel": native.unavailable() or "yes",
+        "compiled kernel": native.reason_unavailable() or "yes",
     }  # fmt: skip
 
 
@@ -224,7 +224,7 @@ def _group(
                 networks[form, "channels_last"] = chosen.model
             continue
         network = fuse(model, input) if form == "dense" else exchange(model, {})
-        networks[form, layout] = lay_out(network) if layout == "channels_last" else network
+        networks[form, layout] = kernels_to_channels_last(network) if layout == "channels_last" else network
     rows = []
     runs: dict[int, Callable[[], Any]] = {}
     with evaluating(*networks.values()):

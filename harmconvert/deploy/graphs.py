@@ -27,7 +27,7 @@ from ..layers.harmonic import to_dense
 from ..layers.timing import in_turns
 from ..network.comparison import greatest_difference, top1_agreement
 from ..network.form_check import comparable, compare
-from ..network.forms import MARGIN, Factoring, factoring, fuse, sites_of
+from ..network.forms import MARGIN, Factoring, factoring, fuse, layer_inputs
 from ..network.layers import harmonic_layers
 from ..network.running import call, evaluating, unchanged
 from ..network.state import tensors_of
@@ -324,13 +324,13 @@ def factored_for_onnx(model: nn.Module, example_input: Any, progress: Callable[[
     open_ones = {name: conv for name, conv in harmonic_layers(model).items() if not reason_not_factorable(conv)}
     chosen: dict[str, str] = dict.fromkeys(open_ones, "dense")
     known: dict[Any, str] = {}
-    sites = sites_of(model, open_ones, example_input)
-    for number, (name, site) in enumerate(sites.items()):
+    inputs_by_name = layer_inputs(model, open_ones, example_input)
+    for number, (name, layer_input) in enumerate(inputs_by_name.items()):
         conv = open_ones[name]
-        key = (site, conv.extra_repr(), kept_by(conv))
+        key = (layer_input, conv.extra_repr(), kept_by(conv))
         if key not in known:
-            progress(f"timing {name} in ONNX Runtime ({number + 1}/{len(sites)})")
-            input = torch.zeros(site.shape)
+            progress(f"timing {name} in ONNX Runtime ({number + 1}/{len(inputs_by_name)})")
+            input = torch.zeros(layer_input.shape)
             dense, factored = (onnx_bytes(nn.Sequential(form(conv)).eval(), input) for form in (to_dense, to_factored))
             known[key] = "factored" if _speedup(dense, factored, input) > 1 + MARGIN else "dense"
         chosen[name] = known[key]

@@ -1,7 +1,7 @@
-"""Single layers in their other forms: harmonic, factored, the paper's block; and how long one layer takes.
+"""Single layers in their other forms (harmonic, factored, the paper's block), and measuring how long one layer takes.
 
-What belongs here: a module that takes the place of one convolution, and the functions that make it or turn it back.
-The search for layers in a network, and the exchange of many at once, belong to `network`."""
+What belongs here: modules that replace one convolution, and the functions that make them or turn them back. What does
+not: finding the layers of a network and replacing many at once (`network`)."""
 
 from .block import SEPARABLE_FROM, HarmonicBlock2d, absorb_bias, fold_block, to_block
 from .factored import FACTORABLE, FactoredMixin, empty_factored, reason_not_factorable, to_factored
@@ -9,14 +9,14 @@ from .harmonic import (
     CONVOLUTIONS,
     HarmonicMixin,
     base_class,
+    coefficients_to_channels_last,
     empty_counterpart,
     harmonic_class,
-    lay_out_channels_last,
     reason_not_convertible,
     to_dense,
     to_harmonic,
 )
-from .layer_times import Site, lay_out, layer_times, read_times
+from .layer_times import LayerInput, kernels_to_channels_last, layer_times, read_times
 from .timing import Times, in_turns
 
 __all__ = [
@@ -26,17 +26,17 @@ __all__ = [
     "FactoredMixin",
     "HarmonicBlock2d",
     "HarmonicMixin",
-    "Site",
+    "LayerInput",
     "Times",
     "absorb_bias",
     "base_class",
+    "coefficients_to_channels_last",
     "empty_counterpart",
     "empty_factored",
     "fold_block",
     "harmonic_class",
     "in_turns",
-    "lay_out",
-    "lay_out_channels_last",
+    "kernels_to_channels_last",
     "layer_times",
     "read_times",
     "reason_not_convertible",

@@ -1,4 +1,4 @@
-"""The paper's block (eq. 3) in a network: put in the place of a convolution, and folded back into one."""
+"""The paper's block with spectrum normalisation (eq. 3): the module, and its conversion from and to a convolution."""
 
 from __future__ import annotations
 
@@ -16,29 +16,31 @@ from ..kernels.basis import Frequency, all_frequencies, dct_basis, frequencies_b
 from ..kernels.projection import project, reconstruct
 
 STAGES = ("auto", "dense", "separable")
-# Positions of a kernel from which a training step is quicker by rows and columns (benchmarks/block_stage.py); without
-# gradients both at once are, more often than not.
+# From this many kernel positions on, a training step is faster with separate passes for rows and columns
+# (benchmarks/block_stage.py). Without gradients one two-dimensional pass is usually faster.
 SEPARABLE_FROM = 49
 
 
 class HarmonicBlock2d(nn.Module):
     """The paper's block with spectrum normalisation (eq. 3), for networks trained from scratch.
 
-    Each input channel is filtered with every kept DCT kernel (fixed, depthwise); with ``normalize`` a batch norm
-    without affine parameters normalises each of the in_channels x F responses; a learned 1x1 convolution mixes them.
-    Input (N, in_channels, H, W), output (N, out_channels, H', W'), as `nn.Conv2d` with the same arguments.
-    ``lam``: "full", or an integer lambda meant for 3x3 (a kernel of size K keeps ceil(lam * K / 3) levels).
-    ``stage``: how the DCT responses are computed, the same to rounding: "dense" (one two-dimensional pass), "separable"
-    (rows, then columns), or "auto": separable for kernels from 7x7 on while gradients are recorded; `choose_stage`
-    measures instead.
-    ``normalization``: of the DCT kernels, "ortho" or "l1"; with ``normalize`` no mere rescaling of the weights, because
-    the batch norm adds its eps to the variance of what they give.
+    Each input channel is filtered with every kept DCT kernel (fixed, depthwise). If ``normalize`` is set, a batch norm
+    without affine parameters normalises each of the in_channels x F responses. A learned 1x1 convolution mixes them.
+    Input (N, in_channels, H, W), output (N, out_channels, H', W'), as for `nn.Conv2d` with the same arguments.
+
+    Args:
+        lam: "full", or an integer lambda meant for 3x3 (a kernel of size K keeps ceil(lam * K / 3) levels).
+        normalization: scale of the DCT kernels, "ortho" or "l1". With ``normalize`` this is more than a rescaling of
+            the weights, because the batch norm adds its eps to the variance of the responses.
+        stage: how the DCT responses are computed; the results differ only by rounding. "dense": one two-dimensional
+            pass. "separable": rows, then columns. "auto": separable for kernels of 7x7 and more while gradients are
+            recorded, else dense. `choose_stage` measures which one is faster.
 
     >>> HarmonicBlock2d(3, 16, 3, padding=1, lam=2)(torch.zeros(2, 3, 8, 8)).shape
     torch.Size([2, 16, 8, 8])
 
     Raises:
-        UsageError: an argument that no convolution of that size can have.
+        UsageError: an argument is unknown or does not fit the others.
     """
 
     def __init__(
@@ -84,42 +86,43 @@ class HarmonicBlock2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if cast(Tensor, self.basis).device != x.device:
             self._set_basis()
-        pays = math.prod(self.kernel_size) >= SEPARABLE_FROM and torch.is_grad_enabled()
-        separable = self.stage == "separable" or (self.stage == "auto" and pays)
-        responses = self._separable(x) if separable else self._dense(x)
+        separable_is_faster = math.prod(self.kernel_size) >= SEPARABLE_FROM and torch.is_grad_enabled()
+        separable = self.stage == "separable" or (self.stage == "auto" and separable_is_faster)
+        responses = self._separable_responses(x) if separable else self._dense_responses(x)
         return cast(Tensor, self.mix(self.norm(responses)))
 
-    def _dense(self, x: Tensor) -> Tensor:
-        """DCT responses (N, I x F, H', W') of input (N, I, H, W)."""
+    def _dense_responses(self, x: Tensor) -> Tensor:
+        """Return the DCT responses (N, I x F, H', W') of input (N, I, H, W)."""
         basis_F1KK = cast(Tensor, self.basis).unflatten(1, self.kernel_size)[:, None].to(x.dtype)
         filters = basis_F1KK.repeat(self.in_channels, 1, 1, 1)
         return nn.functional.conv2d(x, filters, None, self.stride, self.padding, self.dilation, groups=self.in_channels)
 
-    def _separable(self, x: Tensor) -> Tensor:
-        """The same responses: every kept frequency along the rows first, then along the columns of what that gave."""
-        (down, across), (top, left), (far, wide) = map(_pair, (self.stride, self.padding, self.dilation))
+    def _separable_responses(self, x: Tensor) -> Tensor:
+        """Return the same responses, computed by filters along the rows, then filters along the columns."""
+        (stride_y, stride_x), (pad_y, pad_x) = _pair(self.stride), _pair(self.padding)
+        dilation_y, dilation_x = _pair(self.dilation)
         channels = self.in_channels
-        across_rows = sorted({f[1] for f in self.frequencies})
-        filters = cast(Tensor, self.row_basis)[across_rows][:, None, None].to(x.dtype).repeat(channels, 1, 1, 1)
-        rows = nn.functional.conv2d(x, filters, None, (1, across), (0, left), (1, wide), groups=channels)
-        rows_NIVHW = rows.unflatten(1, (channels, len(across_rows)))
-        found: dict[Frequency, Tensor] = {}
-        for place, v in enumerate(across_rows):
-            down_columns = [f[0] for f in self.frequencies if f[1] == v]
-            filters = cast(Tensor, self.column_basis)[down_columns][:, None, :, None].to(x.dtype)
+        row_indices = sorted({v for _, v in self.frequencies})
+        filters = cast(Tensor, self.row_basis)[row_indices][:, None, None].to(x.dtype).repeat(channels, 1, 1, 1)
+        rows = nn.functional.conv2d(x, filters, None, (1, stride_x), (0, pad_x), (1, dilation_x), groups=channels)
+        rows_NIVHW = rows.unflatten(1, (channels, len(row_indices)))
+        responses: dict[Frequency, Tensor] = {}
+        for place, v in enumerate(row_indices):
+            column_indices = [f[0] for f in self.frequencies if f[1] == v]
+            filters = cast(Tensor, self.column_basis)[column_indices][:, None, :, None].to(x.dtype)
             columns = nn.functional.conv2d(
-                rows_NIVHW[:, :, place], filters.repeat(channels, 1, 1, 1), None, (down, 1), (top, 0), (far, 1),
-                groups=channels,
+                rows_NIVHW[:, :, place], filters.repeat(channels, 1, 1, 1), None, (stride_y, 1), (pad_y, 0),
+                (dilation_y, 1), groups=channels,
             )  # fmt: skip
-            columns_NIUHW = columns.unflatten(1, (channels, len(down_columns)))
-            found |= {(u, v): columns_NIUHW[:, :, index] for index, u in enumerate(down_columns)}
-        return torch.stack([found[f] for f in self.frequencies], 2).flatten(1, 2)
+            columns_NIUHW = columns.unflatten(1, (channels, len(column_indices)))
+            responses |= {(u, v): columns_NIUHW[:, :, index] for index, u in enumerate(column_indices)}
+        return torch.stack([responses[f] for f in self.frequencies], 2).flatten(1, 2)
 
     def choose_stage(self, example_input: Tensor, repeats: int = 5) -> str:
-        """Time both stages on an input (N, I, H, W), forward and backward, and keep the quicker one; returns which.
+        """Time both stages on an input (N, I, H, W), forward and backward; use the faster one and return its name.
 
-        For a machine that the rule of "auto" was not measured on. Another stage is other rounding, so what is to be
-        repeated bit for bit sets ``stage`` itself.
+        The rule of "auto" was measured on other machines. The stages round differently, so set ``stage`` yourself if a
+        run must be repeatable bit for bit.
         """
         seconds: dict[str, list[float]] = {"dense": [], "separable": []}
         with torch.enable_grad():
@@ -127,11 +130,11 @@ class HarmonicBlock2d(nn.Module):
                 for stage, times in seconds.items():
                     x = example_input.detach().clone().requires_grad_()
                     start = time.perf_counter()
-                    responses = self._separable(x) if stage == "separable" else self._dense(x)
+                    responses = self._separable_responses(x) if stage == "separable" else self._dense_responses(x)
                     gradient = torch.autograd.grad(responses.sum(), x)[0]
                     gradient.sum().item()  # waits for a GPU to finish
                     times.append(time.perf_counter() - start)
-        self.stage = min(seconds, key=lambda stage: min(seconds[stage][1:]))  # the first warms up
+        self.stage = min(seconds, key=lambda stage: min(seconds[stage][1:]))  # the first run is a warm-up
         return self.stage
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -148,7 +151,7 @@ class HarmonicBlock2d(nn.Module):
 
     @property
     def kernels(self) -> Tensor:
-        """The DCT kernels (F, K), float64."""
+        """Return the DCT kernels (F, K), float64."""
         return dct_basis(self.kernel_size, self.frequencies, self.normalization)
 
     def extra_repr(self) -> str:
@@ -157,15 +160,16 @@ class HarmonicBlock2d(nn.Module):
 
 
 def to_block(conv: nn.Module, normalize: bool = True, normalization: str = "ortho") -> HarmonicBlock2d:
-    """The whole-basis block (eq. 3) in the place of a 2-d convolution; its mixing weights are that kernel, projected.
+    """Return a block (eq. 3) with the whole basis that replaces a 2-d convolution.
 
-    Without ``normalize`` it computes what `to_harmonic`'s counterpart does.
+    Its mixing weights are the projection of the convolution's kernel. Without ``normalize`` the block computes the same
+    as the convolution.
 
     Raises:
-        UsageError: a convolution of another class, one that does not pad with zeros, or an unknown normalisation.
+        UsageError: the convolution is of another class or does not pad with zeros, or the normalisation is unknown.
     """
     if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-        raise UsageError(f"a block can take the place of a plain Conv2d padded with zeros, not of this {conv}")
+        raise UsageError(f"a block can only replace a plain Conv2d that is padded with zeros, not this {conv}")
     block = HarmonicBlock2d(
         conv.in_channels,
         conv.out_channels,
@@ -187,8 +191,11 @@ def to_block(conv: nn.Module, normalize: bool = True, normalization: str = "orth
 
 
 def fold_block(block: HarmonicBlock2d) -> nn.Conv2d:
-    """The plain convolution that computes what a block computes in eval mode: its batch norm is affine there, so it
-    goes into the kernel and a bias (exact, also at the padding, which comes before it)."""
+    """Return the plain convolution that computes the same as a block in eval mode.
+
+    In eval mode the batch norm is an affine map, so it can be merged into the kernel and a bias. The result is exact,
+    also at the borders, because zeros are padded before the batch norm.
+    """
     mix_OX = block.mix.weight.detach().double().flatten(1)
     bias = torch.zeros(len(mix_OX), dtype=torch.float64, device=mix_OX.device)
     if block.mix.bias is not None:
@@ -219,12 +226,13 @@ def fold_block(block: HarmonicBlock2d) -> nn.Conv2d:
 
 
 def absorb_bias(model: nn.Module, name: str) -> None:
-    """Take the bias of the convolution ``name`` into the batch norms that alone read it, where it is known which do.
+    """Move the bias of the convolution ``name`` into the batch norms behind it, if all readers of its output are known.
 
-    So the dense form of a network that has no such bias has none either, and stock code loads it. Exact but for the
-    rounding of the running means; in training mode a batch norm does not see a constant anyway.
+    `fold_block` adds a bias that the original network may not have. Without that bias the dense form has the keys of
+    the original, so that the original code can load it. The result is exact except for the rounding of the running
+    means. In training mode a batch norm removes a constant anyway.
     """
-    conv, norms = cast(nn.Conv2d, model.get_submodule(name)), _norms_reading(model, name)
+    conv, norms = cast(nn.Conv2d, model.get_submodule(name)), _norms_after(model, name)
     bias = conv.bias
     if bias is None or not norms or not all(isinstance(norm.running_mean, Tensor) for norm in norms):
         return
@@ -234,10 +242,10 @@ def absorb_bias(model: nn.Module, name: str) -> None:
     conv.bias = None
 
 
-def _norms_reading(model: nn.Module, name: str) -> list[nn.BatchNorm2d]:
-    """The batch norms whose inputs are the output of a layer, or that plus something else; none where unknown."""
-    place, _, child = name.rpartition(".")
-    parent: Any = model.get_submodule(place)
+def _norms_after(model: nn.Module, name: str) -> list[nn.BatchNorm2d]:
+    """Return the batch norms that read a layer's output, alone or in a sum; an empty list if they are not known."""
+    parent_name, _, child = name.rpartition(".")
+    parent: Any = model.get_submodule(parent_name)
     after: Any = None
     if isinstance(parent, nn.Sequential):
         after = dict(zip(parent._modules, [*parent][1:], strict=False)).get(child)

@@ -1,8 +1,9 @@
-"""The factored form of a convolution: responses of each channel to the kept basis kernels, then a product with the
-coefficients (DESIGN 2). Of a 3x3 kernel's nine frequencies lambda 2 keeps three: a third of the multiplications.
+"""The factored form of a convolution (eq. 2): fixed filters, one per kept frequency, then a 1x1 convolution.
 
-A factored convolution *is* a harmonic one, with the same parameters and state, whose forward goes another way: by
-factored.c in float32 on a CPU, else by one depthwise convolution per frequency and a 1x1 convolution over them all.
+With lambda 2 a 3x3 kernel keeps three of its nine frequencies, so that the 1x1 convolution needs a third of the
+multiplications. A factored convolution is a subclass of the harmonic one with the same parameters and state. Only its
+forward differs: factored.c computes it in float32 on a CPU; else there is one depthwise convolution per frequency and
+a 1x1 convolution over all responses.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from ..kernels.basis import Basis, all_frequencies
 from . import native
 from .harmonic import HarmonicMixin, base_class
 
-# Their forward is known to be one convolution with `weight`, so that another way to compute it may stand for it.
+# Classes whose forward is known to be one convolution with `weight`, so that it can be computed in another way.
 FACTORABLE: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame)
 _CONVOLVE = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 
-Pads = tuple[tuple[int, int], ...]  # before and after each axis
+Pads = tuple[tuple[int, int], ...]  # number of zeros before and after each axis
 
 
 def reason_not_factorable(conv: HarmonicMixin) -> str | None:
-    """Why a harmonic convolution has no factored form, or None where it has one."""
+    """Return why a harmonic convolution has no factored form, or None if it has one."""
     convolution = base_class(conv)
     if convolution not in FACTORABLE:
         return f"{convolution.__name__} computes more than one convolution with its kernel, or another one"
@@ -44,7 +45,7 @@ def reason_not_factorable(conv: HarmonicMixin) -> str | None:
 
 
 def _replaced_method(conv: nn.Module, convolution: type[nn.Module]) -> str | None:
-    """A method that was replaced, on this convolution alone or on its whole class; None where there is none."""
+    """Return the name of a method that was replaced on this convolution or on its class, or None."""
     for name in vars(conv):
         if callable(getattr(convolution, name, None)):
             return name
@@ -56,15 +57,16 @@ def _replaced_method(conv: nn.Module, convolution: type[nn.Module]) -> str | Non
 
 
 class FactoredMixin(HarmonicMixin):
-    """A harmonic convolution that filters its input by the kept basis kernels and mixes what comes out.
+    """A harmonic convolution that filters its input with the kept basis kernels and mixes the responses (eq. 2).
 
-    Made by `to_factored`. Parameters, buffers and state dict are those of the harmonic form. What factored.c reads is
-    laid out when the parameters have changed, as torch counts changes; one behind its back (``p.data.mul_(2)``), or in
-    eval mode under torch.compile, is seen after the next ``eval()``. Derivatives of every order and kind are
-    available: factored.c computes the forward, torch's own operators everything that has to be differentiated.
+    Made by `to_factored`. Parameters, buffers and state dict are those of the harmonic form. factored.c reads a packed
+    copy of the parameters. The copy is renewed when torch's version counter of a parameter has changed. Two changes are
+    noticed only after the next ``eval()``: one that torch does not count (``p.data.mul_(2)``), and one in eval mode
+    under torch.compile. Derivatives of every order and kind are available: factored.c computes the forward, and torch's
+    own operators compute everything that is differentiated.
     """
 
-    _packed: tuple[tuple[_Read, ...], native.Packed] | None
+    _packed: tuple[tuple[_Snapshot, ...], native.Packed] | None
 
     def forward(self, input: Tensor) -> Tensor:
         dimensions = len(_sizes(self, "kernel_size"))
@@ -75,30 +77,30 @@ class FactoredMixin(HarmonicMixin):
                 input, cast(Any, self)._reversed_padding_repeated_twice, cast(str, self.padding_mode)
             )
         pads = _zeros_around(self, input.shape[2:])
-        if not self._natively(input, pads):
-            return _factored(input, self.coefficients, self.bias, self._kernels_for(input), self, pads)
+        if not self._native_fits_input(input, pads):
+            return _factored_by_torch(input, self.coefficients, self.bias, self._kernels_for(input), self, pads)
         if torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in (input, self.coefficients, self.bias)
         ):
-            return cast(Tensor, _Differentiable.apply(input, self.coefficients, self.bias, self, pads))
-        return self._run(input, pads)
+            return cast(Tensor, _NativeWithGradient.apply(input, self.coefficients, self.bias, self, pads))
+        return self._run_native(input, pads)
 
-    def _natively(self, input: Tensor, pads: Pads) -> bool:
-        """Whether factored.c can compute it."""
+    def _native_fits_input(self, input: Tensor, pads: Pads) -> bool:
+        """Return whether factored.c can compute the output of this layer for this input."""
         if torch.compiler.is_exporting() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
             return False
-        if not torch.compiler.is_compiling() and (_transformed() or type(input) not in (Tensor, nn.Parameter)):
+        if not torch.compiler.is_compiling() and (_inside_torch_func() or type(input) not in (Tensor, nn.Parameter)):
             return False
         if input.dim() != 4 or input.dtype != torch.float32 or input.device.type != "cpu" or input.numel() == 0:
             return False
         if input.shape[1] != cast(int, self.in_channels) or min(_out_sizes(self, input.shape[2:], pads)) < 1:
-            return False  # torch's own operators say what is wrong with it
+            return False  # torch's own operators raise an error that says what is wrong with the input
         if torch.compiler.is_compiling():
             return self._packed is not None and not torch.is_grad_enabled()
-        return self._packable()
+        return self._native_fits_layer()
 
-    def _packable(self) -> bool:
-        """Whether factored.c knows layers of this kind, and is at hand."""
+    def _native_fits_layer(self) -> bool:
+        """Return whether factored.c is available and supports layers of this kind."""
         kernel_size, coefficients = _sizes(self, "kernel_size"), self.coefficients
         return (
             len(kernel_size) == 2
@@ -107,10 +109,10 @@ class FactoredMixin(HarmonicMixin):
             and not self.basis_spec.fitted
             and coefficients.dtype == torch.float32
             and coefficients.device.type == "cpu"
-            and native.unavailable() is None
+            and native.reason_unavailable() is None
         )
 
-    def _run(self, input: Tensor, pads: Pads) -> Tensor:
+    def _run_native(self, input: Tensor, pads: Pads) -> Tensor:
         packed = self._pack()
         (top, _), (left, _) = pads
         stride, dilation = _sizes(self, "stride"), _sizes(self, "dilation")
@@ -124,14 +126,14 @@ class FactoredMixin(HarmonicMixin):
         )  # fmt: skip
 
     def _pack(self) -> native.Packed:
-        """The layer as factored.c reads it; laid out anew where its parameters have changed since."""
+        """Return the layer in the memory layout of factored.c; repack it if its parameters have changed."""
         if torch.compiler.is_compiling() and self._packed is not None:
-            return self._packed[1]  # graphs hold parameters as they were: `train` and loading drop it
+            return self._packed[1]  # a compiled graph cannot repack; `train` and loading a state drop the packed copy
         bias = cast("Tensor | None", self.bias)
         parameters = (self.coefficients, *(() if bias is None else (bias,)))
-        if self._packed is None or not _same(self._packed[0], parameters):
+        if self._packed is None or not _unchanged(self._packed[0], parameters):
             axes = axis_vectors(self.basis_spec, _sizes(self, "kernel_size"), self.frequencies)
-            self._packed = tuple(map(_read, parameters)), native.pack(self.coefficients, bias, *axes)
+            self._packed = tuple(map(_snapshot, parameters)), native.pack(self.coefficients, bias, *axes)
         return self._packed[1]
 
     def _kernels_for(self, input: Tensor) -> Tensor:
@@ -139,8 +141,8 @@ class FactoredMixin(HarmonicMixin):
         return (self.kernels if stale else self.basis).to(input.device, input.dtype)
 
     def prepare(self) -> None:
-        """Lay the layer out for factored.c now, where that knows it: torch.compile takes what is there."""
-        if self._packable():
+        """Pack the layer for factored.c now, if it supports the layer: under torch.compile packing is not possible."""
+        if self._native_fits_layer():
             self._pack()
 
     def train(self, mode: bool = True) -> Any:
@@ -162,68 +164,68 @@ class FactoredMixin(HarmonicMixin):
         return {**super().__getstate__(), "_packed": None}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _empty, (base_class(self),), self.__getstate__()
+        return _empty_factored, (base_class(self),), self.__getstate__()
 
 
-# A parameter as it was read: an alias of its values, and how often torch had counted a change. The alias keeps the
-# memory in use, so that other values cannot come to lie at the same address.
-_Read = tuple[Tensor, int]
+# A parameter when it was packed: an alias of its values and torch's version counter. The alias keeps the memory in use,
+# so that no other tensor can get the same address.
+_Snapshot = tuple[Tensor, int]
 
 
-def _read(parameter: Tensor) -> _Read:
-    return parameter.detach(), _changes(parameter)
+def _snapshot(parameter: Tensor) -> _Snapshot:
+    return parameter.detach(), _version(parameter)
 
 
-def _same(read: Sequence[_Read], parameters: Sequence[Tensor]) -> bool:
-    """Whether these are the parameters that were read, unchanged."""
-    return len(read) == len(parameters) and all(
-        p.data_ptr() == alias.data_ptr() and _changes(p) == changes
-        for p, (alias, changes) in zip(parameters, read, strict=True)
+def _unchanged(snapshots: Sequence[_Snapshot], parameters: Sequence[Tensor]) -> bool:
+    """Return whether the parameters are those of the snapshots, with the same values."""
+    return len(snapshots) == len(parameters) and all(
+        p.data_ptr() == alias.data_ptr() and _version(p) == version
+        for p, (alias, version) in zip(parameters, snapshots, strict=True)
     )
 
 
-def _changes(parameter: Tensor) -> int:
+def _version(parameter: Tensor) -> int:
     return 0 if parameter.is_inference() else parameter._version
 
 
-def _transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work: factored.c would see plain numbers only."""
+def _inside_torch_func() -> bool:
+    """Return whether torch.func or forward-mode differentiation is active; factored.c cannot take part in these."""
     return bool(cast(Any, torch._C)._are_functorch_transforms_active()) or forward_ad._current_level >= 0
 
 
-class _Differentiable(torch.autograd.Function):
-    """factored.c forward; backward through torch's own operators, from the input alone: no map of responses is kept.
+class _NativeWithGradient(torch.autograd.Function):
+    """Forward by factored.c; backward by torch's own operators, which recompute the responses from the input.
 
-    The backward is differentiable in its turn (gradient penalties, Hessian-vector products).
+    No responses are stored. The backward can be differentiated again (gradient penalties, Hessian-vector products).
     """
 
     @staticmethod
-    def forward(ctx: Any, *given: Any) -> Tensor:
-        input, coefficients, bias, module, pads = given
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        input, coefficients, bias, module, pads = args
         ctx.save_for_backward(input, coefficients, bias)
         ctx.module, ctx.pads = module, pads
-        return cast(Tensor, module._run(input, pads))
+        return cast(Tensor, module._run_native(input, pads))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         needed = ctx.needs_input_grad[:3]
-        again = torch.is_grad_enabled()  # by create_graph: then the gradients stay connected to what they depend on
+        create_graph = torch.is_grad_enabled()  # then the gradients must stay connected to the saved tensors
         tensors: list[Any] = [
-            tensor if tensor is None or again else tensor.detach().requires_grad_(need)
+            tensor if tensor is None or create_graph else tensor.detach().requires_grad_(need)
             for tensor, need in zip(ctx.saved_tensors, needed, strict=True)
         ]
         input, coefficients, bias = tensors
         with torch.enable_grad():
-            y = _factored(input, coefficients, bias, ctx.module._kernels_for(input), ctx.module, ctx.pads)
-        wanted = [tensor for tensor, need in zip(tensors, needed, strict=True) if need]
-        found = iter(torch.autograd.grad(y, wanted, grads[0], create_graph=again))
-        return (*(next(found) if need else None for need in needed), None, None)
+            y = _factored_by_torch(input, coefficients, bias, ctx.module._kernels_for(input), ctx.module, ctx.pads)
+        variables = [tensor for tensor, need in zip(tensors, needed, strict=True) if need]
+        gradients = iter(torch.autograd.grad(y, variables, grads[0], create_graph=create_graph))
+        return (*(next(gradients) if need else None for need in needed), None, None)
 
 
 def to_factored(harmonic: HarmonicMixin, memo: dict[int, Any] | None = None) -> nn.Module:
-    """The factored counterpart of a harmonic convolution, which is left as it is; for its inverse see `conv.to_dense`.
+    """Return the factored counterpart of a harmonic convolution, which is not changed. The inverse is `to_dense`.
 
-    ``memo`` is `copy.deepcopy`'s. See `reason_not_factorable` for what has none.
+    ``memo``: as for `copy.deepcopy`. See `reason_not_factorable` for convolutions without a factored form.
     """
     memo = {} if memo is None else memo
     factored = memo.setdefault(id(harmonic), empty_factored(harmonic))
@@ -233,18 +235,18 @@ def to_factored(harmonic: HarmonicMixin, memo: dict[int, Any] | None = None) -> 
 
 
 def empty_factored(harmonic: HarmonicMixin) -> Any:
-    """An unfilled factored module, for `to_factored` to find in ``memo`` and fill."""
-    return _empty(base_class(harmonic))
+    """Return a factored module without state; `to_factored` finds it in ``memo`` and fills it."""
+    return _empty_factored(base_class(harmonic))
 
 
-def _empty(convolution: type[nn.Module]) -> Any:
+def _empty_factored(convolution: type[nn.Module]) -> Any:
     cls = factored_class(cast(Any, convolution))
     return cls.__new__(cls)
 
 
 @cache
 def factored_class(convolution: type[nn.Module]) -> type[nn.Module]:
-    """The factored subclass of a convolution class: `FactoredConv2d` for `Conv2d`; the same object at every call."""
+    """Return the factored subclass of a convolution class (`FactoredConv2d` for `Conv2d`), always the same object."""
     attributes = {"__module__": __name__, "convolution": convolution}
     return type(f"Factored{convolution.__name__}", (FactoredMixin, convolution), attributes)
 
@@ -252,25 +254,29 @@ def factored_class(convolution: type[nn.Module]) -> type[nn.Module]:
 def axis_vectors(
     basis: Basis, kernel_size: Sequence[int], frequencies: Sequence[tuple[int, ...]]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A two-dimensional basis as outer products: vertical (V, rows) and horizontal (F, columns) vectors, float64, and
-    which vertical vector (F,) belongs to each frequency."""
+    """Split a two-dimensional basis into the factors of its outer products.
+
+    Returns the vertical vectors (V, rows) and the horizontal vectors (F, columns), float64, and for each frequency the
+    index (F,) of its vertical vector, int32.
+    """
     rows, columns = kernel_size
-    used = sorted({vertical for vertical, _ in frequencies})
-    # A kernel of one column (of one row) is its vertical (horizontal) vector; with l1 norms products stay l1.
-    vertical = basis.kernels((rows, 1), [(v, 0) for v in used])
-    horizontal = basis.kernels((1, columns), sorted({(0, h) for _, h in frequencies}))
-    places = sorted({h for _, h in frequencies})
+    vertical_indices = sorted({v for v, _ in frequencies})
+    horizontal_indices = sorted({h for _, h in frequencies})
+    # The basis kernels of a kernel with one column (row) are the vertical (horizontal) vectors. The outer product of
+    # vectors of unit l1 norm has unit l1 norm.
+    vertical = basis.kernels((rows, 1), [(v, 0) for v in vertical_indices])
+    horizontal = basis.kernels((1, columns), [(0, h) for h in horizontal_indices])
     return (
         vertical,
-        horizontal[[places.index(h) for _, h in frequencies]],
-        torch.tensor([used.index(v) for v, _ in frequencies], dtype=torch.int32),
+        horizontal[[horizontal_indices.index(h) for _, h in frequencies]],
+        torch.tensor([vertical_indices.index(v) for v, _ in frequencies], dtype=torch.int32),
     )
 
 
-def _factored(
+def _factored_by_torch(
     input: Tensor, coefficients: Tensor, bias: Tensor | None, kernels_FK: Tensor, conv: HarmonicMixin, pads: Pads
 ) -> Tensor:
-    """In torch's own operators: differentiable, exportable, on any device."""
+    """Compute the factored convolution with torch's own operators: differentiable, exportable, on any device."""
     kernel_size = _sizes(conv, "kernel_size")
     stride, dilation = _sizes(conv, "stride"), _sizes(conv, "dilation")
     convolve = _CONVOLVE[len(kernel_size)]
@@ -288,16 +294,16 @@ def _factored(
     ]  # fmt: skip
     if groups == 1:
         stacked = torch.cat(responses, 1)
-    else:  # a group's responses stand together
-        apart = [response.unflatten(1, (groups, -1)) for response in responses]
-        stacked = torch.stack(apart, 2).flatten(1, 3)
+    else:  # the responses of one group must be adjacent
+        by_group = [response.unflatten(1, (groups, -1)) for response in responses]
+        stacked = torch.stack(by_group, 2).flatten(1, 3)
     index = (..., *(None,) * len(kernel_size))
-    product = coefficients.transpose(1, 2).flatten(1)[index]
-    return convolve(stacked, product.to(input.dtype), bias, 1, 0, 1, groups)
+    mixing_weight = coefficients.transpose(1, 2).flatten(1)[index]
+    return convolve(stacked, mixing_weight.to(input.dtype), bias, 1, 0, 1, groups)
 
 
 def _zeros_around(conv: nn.Module, size: Sequence[int]) -> Pads:
-    """Zeros before and after each axis of a map of that size."""
+    """Return the number of zeros that are padded before and after each axis of a map of this size."""
     kernel, stride, dilation = (_sizes(conv, name) for name in ("kernel_size", "stride", "dilation"))
     if isinstance(conv, Conv2dSame):
         totals = [

@@ -1,8 +1,9 @@
-"""Harmonic convolutions: any convolution class, with its kernel made from coefficients and DCT kernels.
+"""Harmonic convolutions: any convolution class, with its kernel computed from coefficients and basis kernels.
 
-Every convolution of torch and timm reads ``self.weight`` in its forward. `HarmonicMixin` supplies that ``weight`` from
-coefficients and leaves the forward alone, so padding modes, 'same' padding, weight standardisation and transposition
-work as they did. `to_harmonic` and `to_dense` go between the two and copy every other attribute.
+Every convolution class of torch and timm reads ``self.weight`` in its forward. `HarmonicMixin` computes this ``weight``
+from coefficients and does not change the forward. So padding modes, 'same' padding, weight standardisation and
+transposed convolutions work as before. `to_harmonic` and `to_dense` convert between the two forms and copy every other
+attribute.
 """
 
 from __future__ import annotations
@@ -33,19 +34,19 @@ CONVOLUTIONS: tuple[type[nn.Module], ...] = (
 )
 
 
-# What the mixin calls its own.
-_NEEDED = frozenset(
+# Attributes that the mixin defines. A convolution class must not use these names itself.
+_RESERVED_NAMES = frozenset(
     {"coefficients", "basis", "fitted_basis", "frequencies", "basis_spec", "kernels", "_merged", "_merge", "_set_basis"}
 )
 
 
 class HarmonicMixin(nn.Module):
-    """A convolution whose kernel is coefficients x basis, merged on the fly (sec. 5.2).
+    """A convolution whose kernel is coefficients x basis, merged at each forward (sec. 5.2).
 
-    Mixed in front of a convolution class by `to_harmonic`. The parameter ``coefficients`` has shape (O, I, F) and takes
-    the place of ``weight`` (of transposed convolutions, torch's weight has in_channels first, and so do they). The
-    buffer ``basis`` (F, K) is made anew wherever it is needed; of a basis that is fitted to the layer the buffer
-    ``fitted_basis`` (F, K) is part of the state and float64 whatever the module is cast to, else it is None.
+    `to_harmonic` puts this mixin before a convolution class. The parameter ``coefficients`` (O, I, F) replaces the
+    parameter ``weight`` (in transposed convolutions the first axis of both is in_channels). The buffer ``basis`` (F, K)
+    is not part of the state; it is recomputed when needed. If the basis is fitted to the layer, the buffer
+    ``fitted_basis`` (F, K) is part of the state and stays float64 when the module is cast; else it is None.
     """
 
     coefficients: nn.Parameter
@@ -58,18 +59,18 @@ class HarmonicMixin(nn.Module):
 
     @property
     def kernels(self) -> Tensor:
-        """The basis kernels (F, K), float64."""
-        return _kernels(
+        """Return the basis kernels (F, K), float64."""
+        return _basis_kernels(
             _kernel_size(self), self.frequencies, self.basis_spec.name, self.basis_spec.normalization, self.fitted_basis
         )
 
     @property
     def weight(self) -> Tensor:
-        """The merged kernel, shape (O, I, *kernel_size): inside a forward, the one computed for it."""
+        """Return the merged kernel (O, I, *kernel_size). Inside a forward it is computed only once."""
         return self._merge(None) if self._merged is None else self._merged
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        # Weight-standardising classes read self.weight twice: merge once, and hold it for this forward only.
+        # Classes with weight standardisation read self.weight twice: merge once and keep the kernel for this forward.
         self._merged = self._merge(next(iter((*args, *kwargs.values())), None))
         try:
             return super().forward(*args, **kwargs)
@@ -85,11 +86,11 @@ class HarmonicMixin(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._set_basis()  # assign=True may have brought another device or dtype
+        self._set_basis()  # load_state_dict(assign=True) may have changed the device or dtype
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw new coefficients: those of a kernel drawn as torch draws it."""
+        """Initialise the coefficients: the projection of a random kernel with torch's default distribution."""
         kernel = torch.empty_like(self.weight)
         nn.init.kaiming_uniform_(kernel, a=math.sqrt(5))
         self.coefficients.copy_(project(kernel, self.kernels))
@@ -104,7 +105,7 @@ class HarmonicMixin(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         fitted = self.fitted_basis
         super()._apply(fn, recurse)
-        # .half(), .to_empty() and the like must not touch the basis: it is a constant, made anew where it is needed.
+        # .half(), .to_empty() and the like must not change the basis, which is a constant: restore it afterwards.
         if fitted is not None:
             device = self.coefficients.device
             moved = torch.empty_like(fitted, device=device) if fitted.is_meta else fitted.to(device)
@@ -117,22 +118,22 @@ class HarmonicMixin(nn.Module):
         self._buffers["basis"] = self.kernels.to(self.coefficients.device, dtype)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time, so pickle and copy are told how to make it again.
+        # The class is created at run time, so pickle and copy need a function that creates it again.
         return _empty_harmonic, (base_class(self),), self.__getstate__()
 
 
 @cache
 def harmonic_class(convolution: type[nn.Module]) -> type[nn.Module]:
-    """The harmonic subclass of a convolution class: `HarmonicConv2d` for `Conv2d`; the same object at every call."""
+    """Return the harmonic subclass of a convolution class (`HarmonicConv2d` for `Conv2d`), always the same object."""
     attributes = {"__module__": __name__, "convolution": convolution}
     return type(f"Harmonic{convolution.__name__}", (HarmonicMixin, convolution), attributes)
 
 
-def lay_out_channels_last(model: nn.Module) -> None:
-    """Lay the coefficients of a network out in memory as (O, F, I), their shape and values as they are.
+def coefficients_to_channels_last(model: nn.Module) -> None:
+    """Store the coefficients of a network in memory as (O, F, I), in place; their shape and values do not change.
 
-    Kernels then merge straight into channels_last and gradients straight back, without a transposition of either: on
-    WRN-28-10 that halves what a training step in harmonic form costs more than the plain one's.
+    Then kernels are merged directly into the channels_last format and gradients come back without a transposition. On
+    WRN-28-10 this halves the extra time of a training step in harmonic form.
     """
     for module in model.modules():
         if isinstance(module, HarmonicMixin):
@@ -140,20 +141,20 @@ def lay_out_channels_last(model: nn.Module) -> None:
 
 
 def base_class(harmonic: nn.Module) -> type[nn.Module]:
-    """The convolution class that a harmonic convolution was made from."""
+    """Return the convolution class from which a harmonic convolution was made."""
     return cast(Any, type(harmonic)).convolution
 
 
 def reason_not_convertible(conv: nn.Module) -> str | None:
-    """Why a convolution over 1x1 cannot be converted, or None where it can be."""
+    """Return why a convolution with a kernel larger than 1x1 cannot be converted, or None if it can be."""
     if isinstance(conv, HarmonicMixin):
         return "is harmonic already: fuse() the network first"
     if parametrize.is_parametrized(conv):
         return "its weight is parametrized: remove the parametrization first"
     classes = (cls for cls in type(conv).__mro__ if not cls.__module__.startswith("torch."))
     own = {*vars(conv), *conv._parameters, *conv._buffers, *conv._modules}.union(*map(vars, classes))
-    if taken := own & _NEEDED:
-        return f"it has an attribute {min(taken)!r} of its own, which the harmonic form needs: rename that"
+    if conflicts := own & _RESERVED_NAMES:
+        return f"it has an attribute {min(conflicts)!r} of its own, a name that the harmonic form needs: rename it"
     weight = conv._parameters.get("weight")
     if weight is None and conv._buffers.get("weight") is not None:
         return "its weight is a buffer: a fixed filter, which is not trained"
@@ -181,17 +182,22 @@ def to_harmonic(
     memo: dict[int, Any] | None = None,
     values: bool = True,
 ) -> nn.Module:
-    """The harmonic counterpart of a convolution; the original is left as it is.
+    """Return the harmonic counterpart of a convolution, which is not changed.
 
     Every attribute (stride, padding, padding mode, dilation, groups, bias, dtype, device, requires_grad, training flag,
-    hooks) is carried over. ``basis`` is the DCT where None; ``memo`` is `copy.deepcopy`'s, for copying a network whose
-    parts share objects. ``values`` False leaves the coefficients to be filled.
+    hooks) is copied.
+
+    Args:
+        frequencies: those to keep; all if None.
+        basis: the DCT if None.
+        memo: as for `copy.deepcopy`, for copying a network whose parts share objects.
+        values: if False, the coefficients are not computed: the caller fills them.
 
     >>> to_harmonic(nn.Conv2d(3, 8, 3, stride=2), [(0, 0), (0, 1), (1, 0)])
     HarmonicConv2d(3, 8, kernel_size=(3, 3), stride=(2, 2), frequencies=3/9)
 
     Raises:
-        UsageError: not a convolution, not convertible, or frequencies outside its kernel.
+        UsageError: ``conv`` is not a convolution or not convertible, or a frequency is outside its kernel.
     """
     if not isinstance(conv, CONVOLUTIONS):
         raise UsageError(f"{type(conv).__name__} is not a convolution: expected one of torch's Conv classes")
@@ -204,7 +210,7 @@ def to_harmonic(
     basis = Basis() if basis is None else basis
     harmonic = memo.setdefault(id(conv), _empty_harmonic(type(conv)))
     weight = cast(nn.Parameter, conv._parameters["weight"])
-    # A weight tied between convolutions is projected once per set of frequencies, and its coefficients stay tied.
+    # A weight that several convolutions share is projected once per set of frequencies: they share the coefficients.
     tie = hash(("coefficients", id(weight), frequencies, basis))
     if tie not in memo and values:
         kernels_FK = basis.kernels_for(weight, frequencies)
@@ -223,7 +229,7 @@ def to_harmonic(
 
 
 def to_dense(harmonic: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """The plain convolution that computes what a harmonic one computes; inverse of `to_harmonic`.
+    """Return the plain convolution that computes the same as a harmonic one; inverse of `to_harmonic`.
 
     >>> to_dense(to_harmonic(nn.Conv2d(3, 8, 3)))
     Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
@@ -231,7 +237,9 @@ def to_dense(harmonic: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modu
     if not isinstance(harmonic, HarmonicMixin):
         raise UsageError(f"{type(harmonic).__name__} is not a harmonic convolution")
     if parametrize.is_parametrized(harmonic):
-        raise UsageError("the coefficients of a harmonic convolution are parametrized: remove that first")
+        raise UsageError(
+            "the coefficients of a harmonic convolution are parametrized: remove the parametrization first"
+        )
     memo = {} if memo is None else memo
     conv = memo.setdefault(id(harmonic), _empty_dense(harmonic))
     tie = hash(("weight", id(harmonic.coefficients), harmonic.frequencies, harmonic.basis_spec))
@@ -251,7 +259,7 @@ def _kernel_size(conv: nn.Module) -> tuple[int, ...]:
     return cast(tuple[int, ...], conv.kernel_size)
 
 
-@torch.fx.wrap  # symbolic tracers see one call, not its autocast switch and layout test
+@torch.fx.wrap  # symbolic tracers record one call; they cannot trace the test of the memory format
 def _merged_kernel(
     coefficients: Tensor,
     basis: Tensor,
@@ -262,19 +270,18 @@ def _merged_kernel(
     fitted_basis: Tensor | None,
     input: Any,
 ) -> Tensor:
-    """The kernel of coefficients and basis: merged in float32 or better, in the coefficients' dtype and the input's
-    memory format."""
+    """Compute the merged kernel in float32 or better, in the coefficients' dtype and the input's memory format."""
     dtype = torch.promote_types(coefficients.dtype, torch.float32)
     if basis.device != coefficients.device or basis.dtype != dtype:
-        # Somebody put other coefficients in place: a stale basis would give a wrong kernel without a word.
-        kernels_FK = _kernels(kernel_size, frequencies, basis_name, normalization, fitted_basis)
+        # The coefficients were replaced by others of another dtype or device: compute a basis that fits them.
+        kernels_FK = _basis_kernels(kernel_size, frequencies, basis_name, normalization, fitted_basis)
         basis = kernels_FK.to(coefficients.device, dtype)
-    # Autocast would run the product in half precision and lose the exactness that conversion promises.
+    # Autocast would compute the product in half precision, and the kernel would no longer be exact.
     device = coefficients.device.type
     with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         precise_OIF = coefficients.to(basis.dtype)
         channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(len(kernel_size) + 2)
-        if not _reads_channels_last(input, channels_last, len(kernel_size)):
+        if not _is_channels_last(input, channels_last, len(kernel_size)):
             return merge(precise_OIF, basis).to(coefficients.dtype).unflatten(2, kernel_size)
         if precise_OIF.is_contiguous():
             kernel = merge(precise_OIF, basis).to(coefficients.dtype).unflatten(2, kernel_size)
@@ -283,13 +290,13 @@ def _merged_kernel(
         return kernel_OKI.unflatten(1, kernel_size).movedim(-1, 1)
 
 
-def _reads_channels_last(input: Any, channels_last: torch.memory_format | None, dimensions: int) -> bool:
+def _is_channels_last(input: Any, channels_last: torch.memory_format | None, dimensions: int) -> bool:
     if not isinstance(input, Tensor) or channels_last is None or input.dim() != dimensions + 2:
         return False
     return not input.is_contiguous() and input.is_contiguous(memory_format=channels_last)
 
 
-def _kernels(
+def _basis_kernels(
     kernel_size: Sequence[int],
     frequencies: Sequence[Frequency],
     basis_name: str,
@@ -300,7 +307,7 @@ def _kernels(
 
 
 def empty_counterpart(conv: nn.Module) -> nn.Module:
-    """An unfilled module of the other form, for `to_harmonic` or `to_dense` to find in ``memo`` and fill."""
+    """Return a module of the other form without state; `to_harmonic` or `to_dense` fills it when it is in ``memo``."""
     return _empty_dense(conv) if isinstance(conv, HarmonicMixin) else cast(nn.Module, _empty_harmonic(type(conv)))
 
 
@@ -315,7 +322,7 @@ def _empty_dense(harmonic: nn.Module) -> Any:
 
 
 def _parameter_like(parameter: nn.Parameter, value: Tensor) -> nn.Parameter:
-    """A parameter of that value with the other's requires_grad and attributes (such as optimiser hints)."""
+    """Return a parameter with a new value and the requires_grad and attributes of another (such as optimiser hints)."""
     like = nn.Parameter(value, requires_grad=parameter.requires_grad)
     like.__dict__.update(parameter.__dict__)
     return like
@@ -324,9 +331,9 @@ def _parameter_like(parameter: nn.Parameter, value: Tensor) -> nn.Parameter:
 def _copy_state(
     source: nn.Module, target: nn.Module, old: str, new: str, parameter: nn.Parameter, memo: dict[int, Any]
 ) -> None:
-    """Deep-copy all of a module's state but one parameter, whose successor takes its place in the order."""
+    """Deep-copy the state of a module, except that the parameter ``old`` is replaced by ``parameter`` under ``new``."""
     parameters = dict(source._parameters)
-    # __getstate__ leaves out what torch.compile put into the module: a copy of that would run the original.
+    # __getstate__ leaves out what torch.compile stores in the module: a copy of that would run the original.
     rest = {key: value for key, value in cast(Any, source).__getstate__().items() if key != "_parameters"}
     target.__dict__.update(copy.deepcopy(rest, memo))
     target.__dict__["_parameters"] = {

@@ -1,7 +1,7 @@
-"""How long one harmonic convolution takes on this machine, dense and factored; measured once for each shape.
+"""Measure how long one harmonic convolution takes on this machine in dense and in factored form, once for each shape.
 
-Times are kept as JSON in the cache folder, under a name that says which machine, which torch, how many threads; delete
-the file to measure anew.
+The times are stored as JSON in the cache folder. The file name depends on the machine, the version of torch and the
+number of threads. Delete the file to measure again.
 """
 
 from __future__ import annotations
@@ -32,90 +32,93 @@ _MEMORY_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 @dataclass(frozen=True)
-class Site:
-    """What a convolution is fed: the shape, dtype and device of its input (the last where it runs more than once)."""
+class LayerInput:
+    """The shape, dtype and device of a layer's input (of its last call if the layer runs more than once)."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
 
 
-def layer_times(conv: HarmonicMixin, site: Site) -> tuple[float, float]:
-    """Seconds of a forward of its dense and of its factored form on inputs of that kind, both laid out channels_last,
-    without gradients; measured in turns, or as they were measured before."""
-    path, key = _file(), _key(conv, site)
-    known = _known(path)
-    if key not in known:
-        known[key] = _measured(conv, site)
-        _keep(known, path)
-    return known[key]
+def layer_times(conv: HarmonicMixin, layer_input: LayerInput) -> tuple[float, float]:
+    """Return the seconds that a forward takes in dense and in factored form, with channels_last, without gradients.
+
+    The two forms are timed in turns. The times of an earlier measurement are reused.
+    """
+    path, key = _cache_path(), _cache_key(conv, layer_input)
+    times_by_key = _cached_times(path)
+    if key not in times_by_key:
+        times_by_key[key] = _measure(conv, layer_input)
+        _save_times(times_by_key, path)
+    return times_by_key[key]
 
 
-def lay_out(model: nn.Module) -> nn.Module:
-    """Lay a network's kernels out channels_last, in place, so that all maps between them are; gives it back."""
-    for dimensions, layout in _MEMORY_FORMATS.items():
+def kernels_to_channels_last(model: nn.Module) -> nn.Module:
+    """Convert kernels to channels_last in place, so that the maps are channels_last, too; return the network."""
+    for dimensions, memory_format in _MEMORY_FORMATS.items():
         for parameter in model.parameters():
             if parameter.dim() == dimensions:
-                parameter.data = parameter.data.contiguous(memory_format=layout)
+                parameter.data = parameter.data.contiguous(memory_format=memory_format)
     return model
 
 
-def _measured(conv: HarmonicMixin, site: Site) -> tuple[float, float]:
-    dense, factored = lay_out(to_dense(conv)).eval(), to_factored(conv).eval()
+def _measure(conv: HarmonicMixin, layer_input: LayerInput) -> tuple[float, float]:
+    dense, factored = kernels_to_channels_last(to_dense(conv)).eval(), to_factored(conv).eval()
     generator = torch.Generator().manual_seed(0)
-    input = torch.randn(site.shape, generator=generator).to(site.device, site.dtype)
-    if layout := _MEMORY_FORMATS.get(input.dim()):
-        input = input.contiguous(memory_format=layout)
+    input = torch.randn(layer_input.shape, generator=generator).to(layer_input.device, layer_input.dtype)
+    if memory_format := _MEMORY_FORMATS.get(input.dim()):
+        input = input.contiguous(memory_format=memory_format)
     with torch.no_grad():
         times = in_turns({"dense": lambda: dense(input), "factored": lambda: factored(input)}, 7, 3, 2.0)
     return times["dense"].median, times["factored"].median
 
 
-def _key(conv: HarmonicMixin, site: Site) -> str:
+def _cache_key(conv: HarmonicMixin, layer_input: LayerInput) -> str:
     geometry = [
         cast(Any, getattr(conv, name)) for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode")
     ]
     parts = (
         base_class(conv).__name__, cast(int, conv.in_channels), cast(int, conv.out_channels), cast(int, conv.groups),
-        *geometry, conv.bias is not None, [*map(list, conv.frequencies)], conv.basis_spec.fitted, list(site.shape),
-        str(site.dtype), str(conv.coefficients.dtype), str(site.device.type),
+        *geometry, conv.bias is not None, [*map(list, conv.frequencies)], conv.basis_spec.fitted,
+        list(layer_input.shape), str(layer_input.dtype), str(conv.coefficients.dtype), str(layer_input.device.type),
     )  # fmt: skip
     return json.dumps(parts)
 
 
 @cache
-def _known(path: Path | None) -> dict[str, tuple[float, float]]:
+def _cached_times(path: Path | None) -> dict[str, tuple[float, float]]:
     return read_times(path)
 
 
 def read_times(path: Path | None) -> dict[str, tuple[float, float]]:
-    """The times in a file of the cache; none where the file is missing or damaged."""
+    """Return the times in a cache file; an empty dict if the file is missing or damaged."""
     try:
         content = read_json(path) if path else {}
-        check(content, {...: [_seconds]}, "times")
+        check(content, {...: [_positive_number]}, "times")
         return {key: (float(dense), float(factored)) for key, (dense, factored) in content.items()}
     except (OSError, ValueError):
-        return {}  # of no harm: they are measured again
+        return {}  # no harm is done: the times are measured again
 
 
-def _seconds(value: Any) -> bool:
+def _positive_number(value: Any) -> bool:
     return finite(value) and value > 0
 
 
-def _keep(known: dict[str, tuple[float, float]], path: Path | None) -> None:
+def _save_times(times_by_key: dict[str, tuple[float, float]], path: Path | None) -> None:
     if path is None:
         return
-    known.update({key: times for key, times in read_times(path).items() if key not in known})  # of other processes
-    with suppress(OutsideError, OSError):  # a cache that cannot be written costs time, nothing else
-        write_text(path, json.dumps(known, indent=1), force=True)
+    written_by_others = {key: times for key, times in read_times(path).items() if key not in times_by_key}
+    times_by_key.update(written_by_others)
+    with suppress(OutsideError, OSError):  # if the cache cannot be written, the times are measured again next time
+        write_text(path, json.dumps(times_by_key, indent=1), force=True)
 
 
-def _file() -> Path | None:
-    """Where the times of this machine, as it is set up now, are kept."""
+def _cache_path() -> Path | None:
+    """Return the cache file for this machine with its current settings; None if there is no cache folder."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     machine: Sequence[Any] = (
         platform.node(), _processor(), os.cpu_count(), torch.get_num_threads(), torch.__version__, device,
-        native.unavailable(), native.SOURCE.read_bytes(),
+        native.reason_unavailable(), native.SOURCE.read_bytes(),
     )  # fmt: skip
     name = hashlib.sha256(repr(machine).encode()).hexdigest()[:16]
     try:

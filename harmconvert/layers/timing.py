@@ -1,4 +1,4 @@
-"""Time things beside one another: in turns, because machines are shared and their speed wanders."""
+"""Compare the speed of several functions by running them in turns, because the speed of a shared machine varies."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import torch
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of each repeat of one thing."""
+    """The seconds of each repeat of one function."""
 
     seconds: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        """Of the repeats, in seconds."""
+        """Return the median of the repeats, in seconds."""
         return median(self.seconds)
 
     @property
     def spread(self) -> float:
-        """Half the distance between the quartiles, as a share of the median."""
+        """Return half the distance between the quartiles, as a share of the median."""
         if len(self.seconds) < 2:
             return 0.0
         low, _, high = quantiles(self.seconds, n=4, method="inclusive")
@@ -32,39 +32,43 @@ class Times:
 
 
 def in_turns(
-    what: Mapping[str, Callable[[], Any]],
+    functions: Mapping[str, Callable[[], Any]],
     repeats: int = 7,
-    least: int = 3,
+    min_repeats: int = 3,
     seconds: float = 10.0,
     warm: int = 2,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Times]:
-    """Run each of ``what`` in turn, ``repeats`` times (fewer, but ``least``, where ``seconds`` are over), and time it.
+    """Run the functions in turns and time each run.
 
-    Each runs ``warm`` times beforehand; work queued on a GPU is waited for. ``progress`` hears of each repeat.
+    Args:
+        repeats: how often each function is timed.
+        min_repeats: the repeats that are always done; after them the loop stops once ``seconds`` have passed.
+        warm: runs of each function before the first one that is timed.
+        progress: called with the number of repeats done, after each repeat.
     """
-    for run in what.values():
+    for run in functions.values():
         for _ in range(warm):
             run()
-    found: dict[str, list[float]] = {name: [] for name in what}
-    begun = time.perf_counter()
+    seconds_by_name: dict[str, list[float]] = {name: [] for name in functions}
+    start = time.perf_counter()
     for done in range(repeats):
-        if done >= least and time.perf_counter() - begun > seconds:
+        if done >= min_repeats and time.perf_counter() - start > seconds:
             break
-        for name, run in what.items():
-            found[name].append(_seconds(run))
+        for name, run in functions.items():
+            seconds_by_name[name].append(_time_once(run))
         progress(done + 1)
-    return {name: Times(tuple(times)) for name, times in found.items()}
+    return {name: Times(tuple(times)) for name, times in seconds_by_name.items()}
 
 
-def _seconds(run: Callable[[], Any]) -> float:
-    _wait()
-    begun = time.perf_counter()
+def _time_once(run: Callable[[], Any]) -> float:
+    _wait_for_gpu()
+    start = time.perf_counter()
     run()
-    _wait()
-    return time.perf_counter() - begun
+    _wait_for_gpu()
+    return time.perf_counter() - start
 
 
-def _wait() -> None:
+def _wait_for_gpu() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()

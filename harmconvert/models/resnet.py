@@ -1,4 +1,4 @@
-"""The paper's ResNets for ImageNet without max pooling (Table 2): timm's ResNet, its 7x7 stem with stride 4 instead."""
+"""The paper's ResNets for ImageNet without max pooling (Table 2): timm's ResNet whose 7x7 stem has a stride of 4."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ default_cfgs = generate_default_cfgs({f"resnet{depth}_nomaxpool": _CFG for depth
 
 
 class NoMaxPoolResNet(ResNet):
-    """timm's ResNet, the stride of its pooling taken over by the stem; with ``pool="avg"`` it pools averages instead.
+    """timm's ResNet without max pooling: the stem has a stride of 4, or, with ``pool="avg"``, average pooling follows.
 
     Raises:
-        ValueError: another ``pool``, or a stem that is not one convolution.
+        ValueError: ``pool`` is neither None nor "avg", or the stem is not a single convolution.
     """
 
     def __init__(self, *args: Any, pool: str | None = None, **kwargs: Any) -> None:
@@ -36,7 +36,7 @@ class NoMaxPoolResNet(ResNet):
         if pool not in (None, "avg"):
             raise ValueError(f"pool (={pool!r}) must be None or 'avg'")
         if not isinstance(self.conv1, nn.Conv2d):
-            raise ValueError("a deep stem has no stride of 4: leave stem_type as it is")
+            raise ValueError("a stem of several convolutions cannot have a stride of 4: leave stem_type out")
         self.maxpool: nn.Module = nn.AvgPool2d(3, stride=2, padding=1) if pool == "avg" else nn.Identity()
         if pool is None:
             self.conv1.stride = (4, 4)
@@ -54,17 +54,17 @@ def _no_max_pool(depth: int, layers: tuple[int, ...], pretrained: bool, **kwargs
 
 @register_model
 def resnet50_nomaxpool(pretrained: bool = False, **kwargs: Any) -> NoMaxPoolResNet:
-    """ResNet-50 (no maxpool), 25.6M parameters."""
+    """Build ResNet-50 (no maxpool), 25.6M parameters."""
     return _no_max_pool(50, (3, 4, 6, 3), pretrained, **kwargs)
 
 
 @register_model
 def resnet101_nomaxpool(pretrained: bool = False, **kwargs: Any) -> NoMaxPoolResNet:
-    """ResNet-101 (no maxpool), 44.5M parameters."""
+    """Build ResNet-101 (no maxpool), 44.5M parameters."""
     return _no_max_pool(101, (3, 4, 23, 3), pretrained, **kwargs)
 
 
 @register_model
 def resnet152_nomaxpool(pretrained: bool = False, **kwargs: Any) -> NoMaxPoolResNet:
-    """ResNet-152 (no maxpool), 60.2M parameters."""
+    """Build ResNet-152 (no maxpool), 60.2M parameters."""
     return _no_max_pool(152, (3, 8, 36, 3), pretrained, **kwargs)

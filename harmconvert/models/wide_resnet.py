@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class PreActivationBlock(nn.Module):
-    """BN, ReLU, 3x3, BN, ReLU, (dropout,) 3x3, added to the input or to its 1x1 projection."""
+    """A residual block: BN, ReLU, 3x3, BN, ReLU, (dropout,) 3x3, added to the input or to its 1x1 projection."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, dropout: float) -> None:
         super().__init__()
@@ -35,8 +35,8 @@ class PreActivationBlock(nn.Module):
 class WideResNet(nn.Module):
     """WRN-depth-width: three stages at full, half and quarter size, (depth - 4) / 6 blocks each.
 
-    Input (N, in_chans, H, W), output (N, num_classes). ``drop_rate`` is that of the dropout between the convolutions of
-    a block (0.3 in Table 1); ``img_size``, ``mean`` and ``std`` are those of the images that it is meant for.
+    Input (N, in_chans, H, W), output (N, num_classes). ``drop_rate`` is the rate of the dropout between the two
+    convolutions of a block (0.3 in Table 1). ``img_size``, ``mean`` and ``std`` describe the images for this network.
 
     Raises:
         ValueError: ``depth`` is not 6 n + 4.
@@ -82,17 +82,20 @@ class WideResNet(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Another classifier, untrained, for so many classes (timm's name for it)."""
+        """Replace the classifier by an untrained one for ``num_classes`` classes (the method's name is timm's)."""
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes).to(self.head.weight.device)
 
     def norms_reading_the_stem(self) -> list[nn.BatchNorm2d]:
-        """The batch norms that read what the stem adds to, and all that read it: a constant added to the stem's output
-        comes to the same as one taken from their running means."""
+        """Return all batch norms whose input contains the stem's output as a summand.
+
+        A constant added to the stem's output has the same effect as the same constant subtracted from their running
+        means.
+        """
         stage1 = cast("list[PreActivationBlock]", list(self.stage1))
         if stage1[0].shortcut is not None:
             return [stage1[0].norm1]
-        # At width 1 the stem's output runs along the shortcuts to the first projection.
+        # At width 1, identity shortcuts pass the stem's output on to the first projection.
         return [block.norm1 for block in (*stage1, cast(PreActivationBlock, self.stage2[0]))]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,48 +112,48 @@ def _stage(in_channels: int, out_channels: int, stride: int, blocks: int, dropou
 def _wide_resnet(pretrained: bool, **kwargs: Any) -> WideResNet:
     if pretrained:
         raise RuntimeError("no pretrained weights are published for wide residual networks of this size")
-    # timm's factory also passes what is its own (pretrained_cfg, cache_dir and others).
+    # timm's factory also passes arguments of its own (pretrained_cfg, cache_dir and others).
     own = {key: value for key, value in kwargs.items() if key in signature(WideResNet).parameters and value is not None}
     return WideResNet(**own)
 
 
 @register_model
 def wrn(pretrained: bool = False, **kwargs: Any) -> WideResNet:
-    """WRN of any size: depth=28, width=10 unless told."""
+    """Build a WRN of any size; the defaults are depth=28 and width=10."""
     return _wide_resnet(pretrained, architecture="wrn", **kwargs)
 
 
 @register_model
 def wrn28_10(pretrained: bool = False, **kwargs: Any) -> WideResNet:
-    """WRN-28-10, 36.5M parameters with 10 classes."""
+    """Build WRN-28-10, 36.5M parameters with 10 classes."""
     return _wide_resnet(pretrained, depth=28, width=10, architecture="wrn28_10", **kwargs)
 
 
 @register_model
 def wrn28_8(pretrained: bool = False, **kwargs: Any) -> WideResNet:
-    """WRN-28-8, 23.4M parameters with 10 classes."""
+    """Build WRN-28-8, 23.4M parameters with 10 classes."""
     return _wide_resnet(pretrained, depth=28, width=8, architecture="wrn28_8", **kwargs)
 
 
 @register_model
 def wrn28_6(pretrained: bool = False, **kwargs: Any) -> WideResNet:
-    """WRN-28-6, 13.1M parameters with 10 classes."""
+    """Build WRN-28-6, 13.1M parameters with 10 classes."""
     return _wide_resnet(pretrained, depth=28, width=6, architecture="wrn28_6", **kwargs)
 
 
 @register_model
 def wrn16_8(pretrained: bool = False, **kwargs: Any) -> WideResNet:
-    """WRN-16-8, 11.0M parameters with 10 classes."""
+    """Build WRN-16-8, 11.0M parameters with 10 classes."""
     return _wide_resnet(pretrained, depth=16, width=8, architecture="wrn16_8", **kwargs)
 
 
 @register_model
 def wrn16_4(pretrained: bool = False, **kwargs: Any) -> WideResNet:
-    """WRN-16-4, 2.7M parameters with 10 classes."""
+    """Build WRN-16-4, 2.7M parameters with 10 classes."""
     return _wide_resnet(pretrained, depth=16, width=4, architecture="wrn16_4", **kwargs)
 
 
 @register_model
 def wrn22_1(pretrained: bool = False, **kwargs: Any) -> WideResNet:
-    """WRN-22-1, 0.27M parameters: the size of the shipped sample network."""
+    """Build WRN-22-1, 0.27M parameters; the sample network in this package has this size."""
     return _wide_resnet(pretrained, depth=22, width=1, architecture="wrn22_1", **kwargs)

@@ -23,7 +23,7 @@ from .distributed import (
 )
 from .exchange import exchange, in_precision, in_sixteen_bits, put_in_place
 from .form_check import check_form, comparable, compare, running
-from .forms import MARGIN, Factoring, dense_form, factor, factoring, fold_blocks, fuse, run_times, sites_of
+from .forms import MARGIN, Factoring, dense_form, factor, factoring, fold_blocks, fuse, layer_inputs, run_times
 from .layers import (
     LayerInfo,
     convolutions,
@@ -105,6 +105,7 @@ __all__ = [
     "is_harmonic_layer",
     "joined",
     "kernel_size",
+    "layer_inputs",
     "least_over_ranks",
     "loads_by_itself",
     "local_world_size",
@@ -123,7 +124,6 @@ __all__ = [
     "running",
     "seeded_inputs",
     "seeded_sources",
-    "sites_of",
     "state_key",
     "state_of",
     "sum_over_ranks",

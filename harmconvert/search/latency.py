@@ -9,8 +9,8 @@ from torch import nn
 
 from ..calibration import Progress
 from ..layers.factored import reason_not_factorable
-from ..layers.layer_times import Site, layer_times
-from ..network.forms import sites_of
+from ..layers.layer_times import LayerInput, layer_times
+from ..network.forms import layer_inputs
 from ..network.layers import convolutions, is_harmonic_layer, kernel_size
 from ..network.tracing import Trace
 from ..plan import LayerPlan, Plan, apply_plan
@@ -37,17 +37,19 @@ def latency_costs(
         whole: seconds of a forward pass of the uncut network in its dense form.
     """
     convs = convolutions(model)
-    sites = sites_of(model, {name: convs[name] for item in items for name in item.names}, example_input)
+    inputs_by_name = layer_inputs(model, {name: convs[name] for item in items for name in item.names}, example_input)
     total, done = sum(len(item.choices) - 1 for item in items), 0
     gains: list[list[float]] = []  # seconds saved by each choice except the first, which keeps everything
     parts: list[float] = []  # seconds of each item's layers in the dense form
     for item in items:
-        calls = {name: trace.layers[name].calls for name in item.names if name in sites and name in trace.layers}
+        calls = {
+            name: trace.layers[name].calls for name in item.names if name in inputs_by_name and name in trace.layers
+        }
         row, dense_times = [], []
         for choice in item.choices[1:]:
             progress(done, total, f"timing {item.names[0]}")
             done += 1
-            times = {name: _times_of_both_forms(convs[name], sites[name], choice) for name in calls}
+            times = {name: _times_of_both_forms(convs[name], inputs_by_name[name], choice) for name in calls}
             row.append(sum(calls[name] * max(0.0, dense - factored) for name, (dense, factored) in times.items()))
             dense_times.append(sum(calls[name] * dense for name, (dense, _) in times.items()))
         gains.append(row)
@@ -59,10 +61,10 @@ def latency_costs(
     return round(1e6 * whole), [[0, *(-round(1e6 * scale * gain) for gain in row)] for row in gains]
 
 
-def _times_of_both_forms(conv: nn.Module, site: Site, choice: Choice) -> tuple[float, float]:
+def _times_of_both_forms(conv: nn.Module, layer_input: LayerInput, choice: Choice) -> tuple[float, float]:
     """Return the seconds of a call in the dense and the factored form; 0 for both where it cannot be factored."""
     layer = LayerPlan("", kernel_size(conv), choice)
     converted = apply_plan(conv, Plan((layer,)))
     if not is_harmonic_layer(converted) or reason_not_factorable(converted):
         return 0.0, 0.0
-    return layer_times(converted, site)
+    return layer_times(converted, layer_input)

@@ -1,7 +1,8 @@
 """Training and evaluation: recipe, loop, state to resume from, distillation, accuracy on labelled images.
 
-What belongs here: what any network needs to be trained. The stages of fine-tuning a converted network belong to
-`pipeline`."""
+What belongs here: training and evaluation of any network. What does not: the stages of fine-tuning a converted network
+(`pipeline`).
+"""
 
 from .evaluation import Evaluation, evaluate, wilson_interval
 from .harmonize import harmonize

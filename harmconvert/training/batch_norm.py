@@ -1,4 +1,4 @@
-"""Batch norms in training: over the batch of all processes, or frozen."""
+"""Batch norms in training: with statistics over the batch of all processes, or frozen."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ..network.distributed import world_size
 
 
 def over_all_processes() -> AbstractContextManager[Any]:
-    """Batch norms that run inside normalise by the batch of all processes, so that many compute what one would.
+    """Make batch norms normalise by the batch of all processes, so that the result is that of one process.
 
-    Any class that calls torch's ``batch_norm`` is covered, and no module is exchanged; torch's SyncBatchNorm needs a
-    GPU and replaces modules.
+    This works for any class that calls torch's ``batch_norm`` and replaces no module. torch's SyncBatchNorm needs a GPU
+    and replaces modules.
     """
     return _GlobalBatchNorm() if world_size() > 1 else nullcontext()
 
 
 @contextmanager
 def frozen(model: nn.Module, freeze: bool) -> Iterator[None]:
-    """Train mode, but for batch norms where they are frozen: these keep statistics and weights."""
+    """Put the network in train mode inside; with ``freeze``, its batch norms stay in eval mode."""
     model.train()
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] if freeze else []
     for norm in norms:
@@ -38,12 +38,12 @@ def frozen(model: nn.Module, freeze: bool) -> Iterator[None]:
 class _GlobalBatchNorm(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is nn.functional.batch_norm and _training(*args, **kwargs):
+        if func is nn.functional.batch_norm and _is_training(*args, **kwargs):
             return _batch_norm(*args, **kwargs)
         return func(*args, **kwargs)
 
 
-def _training(
+def _is_training(
     x: Tensor, mean: Any, var: Any, weight: Any = None, bias: Any = None, training: bool = False, *_: Any, **__: Any
 ) -> bool:
     return training
@@ -59,12 +59,12 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Ioffe and Szegedy's normalisation with mean and variance over every process's (N, C, *); all sizes alike."""
+    """Normalise by mean and variance over the (N, C, *) of all processes; all must have the same size."""
     axes = [0, *range(2, x.dim())]
     shape = [1, -1, *[1] * (x.dim() - 2)]
     values = x.float() if x.dtype.itemsize < 4 else x
     count = values.numel() // values.shape[1] * world_size()
-    # Two passes, mean first: E[x^2] - E[x]^2 loses its digits where the mean is large.
+    # Two passes, the mean first: E[x^2] - E[x]^2 loses precision where the mean is large.
     mean = _Sum.apply(values.sum(axes)) / count
     centred = values - mean.view(shape)
     variance = _Sum.apply(centred.square().sum(axes)) / count
@@ -79,7 +79,7 @@ def _batch_norm(
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over all processes, through which gradients pass."""
+    """The sum over all processes; differentiable."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:

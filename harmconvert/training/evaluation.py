@@ -1,4 +1,4 @@
-"""How right a network is on labelled images, and how far it agrees with another."""
+"""Accuracy of a network on labelled images, and its agreement with another network."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ Z = 1.959963984540054
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a network did on a set of images, summed over all processes.
+    """The result of a network on a set of images, over all processes.
 
-    ``images`` were read, ``labelled`` of them count for ``top1``, ``top5`` and ``loss`` (shares and mean cross-entropy
-    in nats; None without labels). ``agreement`` (share of the same top-1) and ``divergence`` (mean KL of the class
-    probabilities from the other network's, nats) compare with a second network. ``images_per_second`` counts the
-    forwards alone. ``unreadable`` images were left out.
+    ``images`` is the number of images read; ``labelled`` is the number of those with a label, on which ``top1``,
+    ``top5`` (shares) and ``loss`` (mean cross-entropy in nats) are measured (None without labels). ``agreement`` (share
+    of images with the same top-1) and ``divergence`` (mean KL of the class probabilities, in nats) compare with a
+    second network. ``images_per_second`` measures only the forward passes. ``unreadable`` images were left out.
     """
 
     images: int
@@ -46,7 +46,7 @@ class Evaluation:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 % confidence interval of top-1 (Wilson's)."""
+        """Return the 95 % confidence interval of top-1 (`wilson_interval`)."""
         return None if self.top1 is None else wilson_interval(self.top1, self.labelled)
 
     def __str__(self) -> str:
@@ -58,12 +58,12 @@ class Evaluation:
         return f"{counted(self.images, 'image')} without labels"
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict, the interval included."""
+        """Return a JSON-able dict, including the confidence interval."""
         return {**asdict(self), "top1_interval": self.interval}
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:
-    """95 % confidence interval of a share seen in ``count`` trials (Wilson 1927), which stays within 0 and 1.
+    """Return the 95 % confidence interval of a share seen in ``count`` trials (Wilson 1927), within 0 and 1.
 
     >>> tuple(round(bound, 4) for bound in wilson_interval(0.99, 1000))
     (0.9817, 0.9946)
@@ -83,16 +83,19 @@ def evaluate(
     variety: Variety | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
-    """Top-1, top-5, loss and agreement with another network, over this and all other processes' batches.
+    """Return top-1, top-5, loss and agreement with another network, over the batches of all processes.
 
-    The network runs in eval mode, on the device that it is on, and is left as it was.
+    The network runs in eval mode on its own device; its state is restored afterwards.
 
     Args:
-        variety: takes in the outputs of this process, to say whether they vary.
+        other: the network to compare with.
+        variety: collects the outputs of this process, to check whether they vary.
+        progress: called with the number of images of each batch.
 
     Raises:
         UsageError: the network does not run on images of this size.
-        InputError: no images, a label beyond the network's classes, outputs that are not one row of logits an image.
+        InputError: there are no images, a label is beyond the network's classes, or the output is not one row of logits
+            for each image.
     """
     names = ("images", "labelled", "top1", "top5", "loss", "agree", "kl")
     seconds = 0.0
@@ -110,14 +113,14 @@ def evaluate(
             seconds += time.perf_counter() - start
             if variety is not None:
                 variety.add(logits, labels)
-            sums[:5] += torch.tensor([len(images), *_right(logits, labels)], dtype=torch.float64)
+            sums[:5] += torch.tensor([len(images), *_scores(logits, labels)], dtype=torch.float64)
             if other is not None:
-                theirs = class_logits(output_on(other, images)).double().cpu()
-                if theirs.shape != logits.shape:
-                    shapes = f"{logits.shape[1]} and {theirs.shape[1]}"
+                expected = class_logits(output_on(other, images)).double().cpu()
+                if expected.shape != logits.shape:
+                    shapes = f"{logits.shape[1]} and {expected.shape[1]}"
                     raise InputError(f"the two networks have {shapes} classes: they cannot be compared")
-                sums[5] += (logits.argmax(1) == theirs.argmax(1)).sum()
-                sums[6] += functional.kl_div(logits.log_softmax(1), theirs.log_softmax(1), None, None, "sum", True)
+                sums[5] += (logits.argmax(1) == expected.argmax(1)).sum()
+                sums[6] += functional.kl_div(logits.log_softmax(1), expected.log_softmax(1), None, None, "sum", True)
             progress(len(images))
     unreadable = [name for names in gathered(unreadable) for name in names]
     slowest = max(gathered(seconds))
@@ -179,10 +182,12 @@ def measure(
 
 
 def output_on(model: nn.Module, images: Tensor) -> Any:
-    """The output of a network on a batch of images.
+    """Return the output of a network on a batch of images.
+
+    If memory runs out, torch's own exception is raised.
 
     Raises:
-        UsageError: it does not run on images of this size; where memory runs out, what torch raises.
+        UsageError: the network does not run on images of this size.
     """
     try:
         return model(images)
@@ -197,10 +202,10 @@ def output_on(model: nn.Module, images: Tensor) -> Any:
 
 
 def class_logits(output: Any) -> Tensor:
-    """The logits (N, classes) of a classifier's output; of those with auxiliary heads the main one's.
+    """Return the logits (N, classes) in a classifier's output; if it has auxiliary heads, those of the main head.
 
     Raises:
-        InputError: the network is no classifier.
+        InputError: the network is not a classifier.
     """
     if hasattr(output, "logits"):
         output = output.logits
@@ -208,20 +213,20 @@ def class_logits(output: Any) -> Tensor:
         output = output[0]
     if not isinstance(output, Tensor) or output.dim() != 2:
         what = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-        raise InputError(f"this network is no classifier: its output has {what}, not (images, classes)")
+        raise InputError(f"this network is not a classifier: its output has {what}, not (images, classes)")
     return output
 
 
 def check_labels(labels: Tensor, classes: int) -> None:
-    """Raise InputError where a label is beyond the network's classes."""
+    """Raise InputError if a label is beyond the network's classes."""
     if len(labels) and (largest := int(labels.max())) >= classes:
         what = f"label {largest} is beyond the {counted(classes, 'class')} of this network"
         data, new = Argument("data"), Argument("num_classes", "N")
         raise InputError(what, ": are these its data (", data, ")? finetune ", new, " gives it another classifier")
 
 
-def _right(logits: Tensor, labels: Tensor) -> tuple[int, int, int, float]:
-    """Images with labels, those right at top-1 and among the top 5, and the sum of their losses."""
+def _scores(logits: Tensor, labels: Tensor) -> tuple[int, int, int, float]:
+    """Return the number of labelled images, those correct at top-1 and at top-5, and the sum of their losses."""
     known = labels != NO_LABEL
     logits, labels = logits[known], labels[known]
     if not len(labels):

@@ -1,4 +1,4 @@
-"""harmonize(): a network to be trained from scratch as Harm1-X or Harm-X of the paper (sec. 4)."""
+"""harmonize(): build the paper's Harm1-X or Harm-X of a network, for training from scratch (sec. 4)."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ def harmonize(
     basis: str = "dct",
     example_input: Any = None,
 ) -> nn.Module:
-    """A copy of ``model`` to be trained in harmonic form as the paper's networks are; ``model`` itself is not changed.
+    """Return a copy of ``model`` in the harmonic form in which the paper trains networks; ``model`` is not changed.
 
-    The convolution that reads the input becomes a `HarmonicBlock2d` with spectrum normalisation (eq. 3), whole; with
-    ``which="all"`` every other convolution over 1x1 becomes its merged harmonic counterpart (sec. 5.2), cut as ``lam``
-    says. Their weights are drawn anew, with torch's global generator (`initialize`); all else stays as it is.
+    The convolution that reads the input becomes a `HarmonicBlock2d` with all frequencies and with spectrum
+    normalisation (eq. 3). With ``which="all"``, every other convolution with a kernel larger than 1x1 becomes its
+    merged harmonic counterpart (sec. 5.2), truncated by ``lam``. The weights of these layers are initialised with
+    torch's global generator (`initialize`). All other layers stay the same.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
     >>> [type(layer).__name__ for layer in harmonize(net, "all", lam=2)]
@@ -46,27 +47,31 @@ def harmonize(
         which: ``"first"`` (Harm1-X) or ``"all"`` (Harm-X).
         lam, example_input: as in `harmconvert.convert`.
         normalize_first: False makes the first layer a merged convolution like the others ("no BN" in Table 1).
-        pretrained: True keeps what the kernels are, projected, and leaves the normalisation of the first layer out: a
-            batch norm in its middle has statistics that no pretrained network can tell.
-        basis: of the merged layers, as in `harmconvert.convert`; the block is of the DCT.
+        pretrained: True projects the existing kernels instead of initialising them. It leaves out the spectrum
+            normalisation of the first layer, because a pretrained network does not have the statistics of that batch
+            norm.
+        basis: basis of the merged layers, as in `harmconvert.convert`; the block always has the DCT.
 
     Raises:
-        UsageError: unknown ``which`` or lambda, a basis fitted to kernels that are yet to be drawn, or a first layer
-            that no block can take the place of.
-        InputError: the network has no convolution over 1x1.
+        UsageError: ``which`` or lambda is unknown, the basis is fitted to kernels that are not trained yet, or no block
+            can replace the first layer.
+        InputError: no convolution with a kernel larger than 1x1 reads the input.
     """
     if which not in WHICH:
         raise UsageError(f"which (={which!r}) must be one of {', '.join(WHICH)}")
     kind = Basis(basis)
     if kind.fitted and not pretrained:
-        raise UsageError(f"the {basis} basis is fitted to kernels, and these are yet to be trained: use another")
+        raise UsageError(f"the {basis} basis is fitted to kernels, but these are not trained yet: use another basis")
     check_network(model)
     run = run_where_possible(model, lam, example_input)
     layers = find_layers(model, run)
     plan = make_plan(layers, lam, basis=kind)
     first = next((layer.name for layer in plannable(layers) if layer.reads_input and layer.skip is None), None)
     if first is None:
-        raise InputError(f"this {type(model).__name__} has no convolution over 1x1 that reads its input")
+        raise InputError(
+            f"no convolution with a kernel larger than 1x1 reads the input of this {type(model).__name__}: it cannot "
+            "be harmonized"
+        )
     block = normalize_first and not pretrained
     chosen = [p for p in plan.layers if (p.name == first and not block) or (p.name != first and which == "all")]
     copied = apply_plan(model, replace(plan, layers=tuple(chosen)))
@@ -80,10 +85,10 @@ def harmonize(
 
 @torch.no_grad()
 def initialize(model: nn.Module) -> None:
-    """Draw the weights of harmonic layers anew as the paper's implementation does: from N(0, 2 / fan-out); biases zero.
+    """Initialise harmonic layers as in the paper's implementation: weights from N(0, 2 / fan-out), biases zero.
 
-    The fan-out of coefficients (O, I, F) is O x F, that of a block's 1x1 mixing O. With an orthonormal whole basis the
-    merged kernels are so distributed as `nn.init.kaiming_normal_` by fan-out draws kernels.
+    The fan-out of coefficients (O, I, F) is O x F; that of a block's 1x1 convolution is O. With the whole orthonormal
+    basis, the merged kernels have the distribution of `nn.init.kaiming_normal_` with ``mode="fan_out"``.
     """
     for module in model.modules():
         if isinstance(module, HarmonicBlock2d):

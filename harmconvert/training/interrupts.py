@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM in training: finish the step, save, say how to go on, leave."""
+"""SIGINT and SIGTERM in training: finish the step, save the state, say how to resume, exit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class SignalError(HarmconvertError):
-    """A signal ended the training; its state is saved (exit code 130 or 143)."""
+    """A signal ended the training; the state is saved (exit code 130 or 143)."""
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
@@ -21,14 +21,14 @@ class SignalError(HarmconvertError):
 
 
 class Request:
-    """The signal that came, or 0."""
+    """The number of the signal that arrived, or 0."""
 
     signal: int = 0
 
 
 @contextmanager
 def asked_to_stop() -> Iterator[Request]:
-    """Notes the first signal; a second one ends the process as it would have without us."""
+    """Record the first signal inside; a second one is handled as it was before."""
     request = Request()
     before: dict[signal.Signals, object] = {}
 
@@ -43,7 +43,7 @@ def asked_to_stop() -> Iterator[Request]:
     try:
         for which in SIGNALS:
             before[which] = signal.signal(which, note)
-    except ValueError:  # not the main thread: whoever runs us handles signals
+    except ValueError:  # not the main thread: the caller handles signals
         pass
     try:
         yield request

@@ -1,4 +1,4 @@
-"""The network in training and all that changes with it."""
+"""The network in training, with its optimiser, schedule, scaler and moving average."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..data.loading import Batch
 from ..errors import InputError, UsageError, first_line
-from ..layers.harmonic import lay_out_channels_last
+from ..layers.harmonic import coefficients_to_channels_last
 from ..network.distributed import sum_over_ranks, world_size
 from ..network.layers import harmonic_layers
 from ..network.state import fill, tensors_of
@@ -27,13 +27,13 @@ from .interrupts import SIGNALS, Request
 from .objective import Objective
 from .recipe import Recipe
 
-# A GPU is not made to wait for its losses at every step; NaN and signals are noticed this much later there.
+# Reading the losses makes a GPU wait, so there it is done only after this many steps; NaN and signals are noticed then.
 STEPS_BETWEEN_LOOKS = 10
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run is done with, which does not change what it comes to beyond rounding."""
+    """Settings of a run that do not change its result beyond rounding."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     channels_last: bool = True
@@ -42,7 +42,7 @@ class Machine:
 
 
 class Learner:
-    """The network and all that changes with it: optimiser, schedule, scaler, moving average."""
+    """The network in training, with everything that changes with it: optimiser, schedule, scaler, moving average."""
 
     def __init__(
         self, model: nn.Module, recipe: Recipe, machine: Machine, steps: int | None, teacher: nn.Module | None
@@ -51,7 +51,7 @@ class Learner:
         model.to(machine.device)
         if machine.channels_last:
             model.to(memory_format=torch.channels_last)
-            lay_out_channels_last(model)
+            coefficients_to_channels_last(model)
         choose_parameters(model, recipe)
         self.objective = Objective(recipe, teacher, number_of_classes(model) or 1 << 31)
         try:
@@ -64,7 +64,7 @@ class Learner:
             )
             self.scheduler, _ = create_scheduler_v2(
                 self.optimizer,
-                # timm's "none" is no schedule at all, and so no warm-up either.
+                # timm's "none" has no warm-up.
                 "constant" if recipe.sched == "none" and recipe.warmup_epochs else recipe.sched,
                 num_epochs=recipe.epochs,
                 warmup_epochs=recipe.warmup_epochs,
@@ -90,17 +90,18 @@ class Learner:
             return network
         ids = [self.machine.device.index or 0] if self.machine.device.type == "cuda" else None
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # newer torch has two options for broadcast_buffers
-            # A network may have parts that never run; buffers are alike already, or averaged after the epoch.
+            warnings.simplefilter("ignore", FutureWarning)  # newer versions of torch deprecate broadcast_buffers
+            # A network may have parts that never run; buffers are equal already, or averaged after the epoch.
             return nn.parallel.DistributedDataParallel(
                 network, device_ids=ids, broadcast_buffers=False, find_unused_parameters=True
             )
 
     def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context for forward passes in the recipe's precision."""
         return autocast(self.recipe.amp, self.machine.device)
 
     def step(self, batch: Batch, epoch: int, step: int) -> None:
-        """One optimiser step on a batch, in as many parts as the recipe says."""
+        """Do one optimiser step on a batch, divided into ``grad_accum_steps`` parts."""
         self._schedule(epoch, step)
         images = batch.images.to(self.machine.device, non_blocking=True)
         if self.machine.channels_last:
@@ -130,9 +131,9 @@ class Learner:
     @torch.no_grad()
     def _count(self, loss: Tensor, output: object, targets: Tensor) -> None:
         labels = targets if targets.dim() == 1 else targets.argmax(1)
-        right = (class_logits(output).argmax(1) == labels).sum()
+        correct = (class_logits(output).argmax(1) == labels).sum()
         self.sums += torch.stack(
-            [loss.detach().double() * len(targets), right.double(), loss.new_tensor(len(targets)).double()]
+            [loss.detach().double() * len(targets), correct.double(), loss.new_tensor(len(targets)).double()]
         )
 
     def _schedule(self, epoch: int, step: int) -> None:
@@ -144,34 +145,34 @@ class Learner:
             self.scheduler.step_update(epoch * self.steps + step)
 
     def look_now(self, step: int) -> bool:
-        """Whether to look at the losses after this step."""
+        """Return whether to read the losses after this step."""
         return self.machine.device.type == "cpu" or (step + 1) % STEPS_BETWEEN_LOOKS == 0
 
     def look(self, request: Request) -> tuple[tuple[float, ...], int]:
-        """Sums over all processes since the last look, and a signal that one of them got (0: none)."""
-        got = torch.tensor([request.signal == number for number in SIGNALS], dtype=torch.float64)
-        shared = torch.cat([self.sums.cpu(), got])
+        """Return the sums over all processes since the last call, and the signal that one received (0: none)."""
+        received = torch.tensor([request.signal == number for number in SIGNALS], dtype=torch.float64)
+        shared = torch.cat([self.sums.cpu(), received])
         sum_over_ranks([shared])
         self.sums.zero_()
         *sums, _, _ = shared.tolist()
         return tuple(sums), max(number * int(count > 0) for number, count in zip(SIGNALS, shared[-2:], strict=True))
 
     def evaluated(self) -> nn.Module:
-        """The network that will be delivered: the moving average where there is one."""
+        """Return the network that the training delivers: the moving average if there is one."""
         return self.ema.module if self.ema is not None else self.model
 
     def lr(self) -> float:
-        """Learning rate of the last step."""
+        """Return the learning rate of the last step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
     def finish(self) -> None:
-        """Put the moving average, where there is one, in the network's place."""
+        """Copy the moving average, if there is one, into the network."""
         if self.ema is not None:
             fill(self.model, tensors_of(self.ema.module))
         self.model.eval()
 
     def content(self) -> dict[str, Any]:
-        """What `load` needs to go on."""
+        """Return the state that `load` restores."""
         return {
             "model": tensors_of(self.model),
             "optimizer": self.optimizer.state_dict(),
@@ -181,7 +182,11 @@ class Learner:
         }
 
     def load(self, content: Mapping[str, Any]) -> None:
-        """Take up what `content` gave."""
+        """Restore the state that `content` returned.
+
+        Raises:
+            InputError: the state does not fit this network.
+        """
         try:
             load_exactly(self.model, content["model"], "it")
             self.optimizer.load_state_dict(content["optimizer"])
@@ -194,15 +199,15 @@ class Learner:
 
 
 def autocast(amp: str, device: torch.device) -> AbstractContextManager[Any]:
-    """The precision of a recipe's forwards."""
+    """Return the context for forward passes in a precision of `Recipe.amp`."""
     return nullcontext() if amp == "float32" else torch.autocast(device.type, getattr(torch, amp))
 
 
 def choose_parameters(model: nn.Module, recipe: Recipe) -> None:
-    """Leave gradients on where the recipe trains.
+    """Turn off the gradients of all parameters that the recipe does not train.
 
     Raises:
-        UsageError: nothing is left to train.
+        UsageError: no parameter is left to train.
     """
     if recipe.train_only == "coefficients":
         chosen = {id(layer.coefficients) for layer in harmonic_layers(model).values()}
@@ -217,7 +222,7 @@ def choose_parameters(model: nn.Module, recipe: Recipe) -> None:
 
 
 def number_of_classes(model: nn.Module) -> int | None:
-    """Outputs of a classifier: its ``num_classes``, or the width of its last linear layer; None where neither is."""
+    """Return a classifier's number of classes: ``num_classes``, or its last linear layer's width; None without both."""
     classes = getattr(model, "num_classes", None)
     if isinstance(classes, int) and classes > 0:
         return classes

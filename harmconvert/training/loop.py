@@ -1,4 +1,4 @@
-"""The training loop, to be read from top to bottom."""
+"""The training loop."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .state import Keeper, Position
 
 @dataclass(frozen=True)
 class Told:
-    """What progress is told after a look at the losses: running means of the epoch, images per second of all."""
+    """The progress of a run: means over the epoch so far, and images per second of all processes."""
 
     epoch: int
     step: int
@@ -52,19 +52,23 @@ def train(
     progress: Callable[[Told], None] = lambda told: None,
     epoch_done: Callable[[Sequence[Mapping[str, Any]]], None] = lambda rows: None,
 ) -> tuple[Mapping[str, Any], ...]:
-    """Train ``model`` in place by a recipe; returns a row of figures for each epoch.
+    """Train ``model`` in place by a recipe; return a row of metrics for each epoch.
 
     Args:
-        model: a classifier in the form that is to be trained; ends on ``machine.device`` in eval mode.
-        test: evaluates the network (the average, where the recipe keeps one) after each epoch; chooses nothing.
-        teacher: the network whose logits the recipe's ``distill`` follows, on the same device.
-        epoch_done: called with the rows so far after each epoch, by every process.
-        keeper: where state is saved. resume: a state to go on from.
+        model: a classifier in the form to train; it ends on ``machine.device``, in eval mode.
+        test: evaluates the network (its moving average, if the recipe has one) after each epoch. Its result selects
+            nothing.
+        teacher: the network for the recipe's ``distill``, on the same device.
+        keeper: saves the state.
+        resume: a state to continue from.
+        progress: called with the running means, after each step on a CPU and less often on a GPU.
+        epoch_done: called by every process after each epoch, with all rows so far.
 
     Raises:
-        CheckError: the loss, or a weight, is no longer finite; the last saved state is from before that.
-        SignalError: SIGINT or SIGTERM came; the state is saved.
-        InputError: labels are missing or beyond the classes. UsageError: settings that do not fit together.
+        CheckError: the loss or a weight is no longer finite; the last saved state is from before that.
+        SignalError: SIGINT or SIGTERM arrived; the state is saved.
+        InputError: labels are missing or beyond the network's classes.
+        UsageError: the settings do not fit together.
         OutsideError: the state cannot be written.
     """
     machine, keeper = machine or Machine(), keeper or Keeper()
@@ -85,7 +89,7 @@ def train(
             start, seen = time.perf_counter(), position.sums[2]
             unreadable: list[str] = []
             with frozen(model, recipe.keeps_batch_norm), over_all_processes() if machine.sync_bn else nullcontext():
-                for step, batch in _agreed(batches, epoch, position.step):
+                for step, batch in _common_batches(batches, epoch, position.step):
                     unreadable += batch.problems
                     learner.step(batch, epoch, step)
                     due = keeper.due(step + 1)
@@ -93,7 +97,7 @@ def train(
                         continue
                     sums, signal = learner.look(request)
                     position = Position(epoch, step + 1, _added(position.sums, sums), position.rows)
-                    loss, right, images = position.sums
+                    loss, correct, images = position.sums
                     if not np.isfinite(loss):
                         raise CheckError(_not_finite(learner, position, keeper, "the loss"))
                     if due or signal:
@@ -101,12 +105,12 @@ def train(
                     if signal:
                         raise SignalError(_stopped(position, keeper, signal), signal)
                     speed = (images - seen) / max(time.perf_counter() - start, 1e-9)
-                    progress(Told(epoch, step + 1, batches.steps, loss / images, right / images, speed))
+                    progress(Told(epoch, step + 1, batches.steps, loss / images, correct / images, speed))
             if world_size() > 1 and not machine.sync_bn:
                 distribute_bn(model, world_size(), reduce=True)
             if unreadable := sorted({name for names in gathered(unreadable) for name in names}):
                 keeper.say(
-                    f"note: {counted(len(unreadable), 'image')} could not be read, others took their place: "
+                    f"note: {counted(len(unreadable), 'image')} could not be read; other images replaced them: "
                     f"{shortened(unreadable, 3)}"
                 )
             sums, signal = learner.look(request)
@@ -141,12 +145,12 @@ def _seed(seed: int) -> None:
     random.seed(seed)
 
 
-def _agreed(batches: Batches, epoch: int, first_step: int) -> Iterator[tuple[int, Batch]]:
-    """Numbered batches, as long as every process has one: streams may end at different times."""
-    found = iter(batches.epoch(epoch, first_step))
+def _common_batches(batches: Batches, epoch: int, first_step: int) -> Iterator[tuple[int, Batch]]:
+    """Yield numbered batches while every process has one: streams may end at different times."""
+    remaining = iter(batches.epoch(epoch, first_step))
     step = first_step
     while True:
-        batch = next(found, None)
+        batch = next(remaining, None)
         if batches.order is None and world_size() > 1 and any_rank(batch is None):
             return
         if batch is None:
@@ -167,22 +171,22 @@ def _row(
     seconds: float,
     test: Callable[[nn.Module], Evaluation] | None,
 ) -> dict[str, Any]:
-    loss, right, images = position.sums
+    loss, correct, images = position.sums
     if not np.isfinite(loss):
         raise CheckError(_not_finite(learner, position, keeper, "the loss"))
     if not images:
-        raise InputError("an epoch without a batch: the data set is smaller than a batch, or the stream is empty")
-    row: dict[str, Any] = {"epoch": epoch + 1, "lr": learner.lr(), "loss": loss / images, "accuracy": right / images}
+        raise InputError("the epoch has no batch: the data set is smaller than a batch, or the stream is empty")
+    row: dict[str, Any] = {"epoch": epoch + 1, "lr": learner.lr(), "loss": loss / images, "accuracy": correct / images}
     row |= {"images": int(images), "seconds": round(seconds, 3)}
     if test is not None:
-        found = test(learner.evaluated())
-        row |= {"test_top1": found.top1, "test_top5": found.top5, "test_loss": found.loss}
-        row |= {"test_agreement": found.agreement, "test_divergence": found.divergence}
+        tested = test(learner.evaluated())
+        row |= {"test_top1": tested.top1, "test_top5": tested.top5, "test_loss": tested.loss}
+        row |= {"test_agreement": tested.agreement, "test_divergence": tested.divergence}
     return row
 
 
 def _check_finite(learner: Learner, position: Position, keeper: Keeper) -> None:
-    # A loss of before the step may be finite while the weights after it are not: those must not be saved.
+    # The loss is from before the step: it may be finite although the weights are not. Such weights must not be saved.
     for name, tensor in tensors_of(learner.model).items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise CheckError(_not_finite(learner, position, keeper, name))

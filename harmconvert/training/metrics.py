@@ -1,4 +1,4 @@
-"""The figures of a run, epoch by epoch: a .csv file, and TensorBoard's events where they are wanted."""
+"""The metrics of a run, epoch by epoch: a .csv file and, on request, TensorBoard's events."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..files import write_csv
 
 
 def write_metrics(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write all rows anew, whole or not at all; raises OutsideError where that fails."""
+    """Replace the file by all rows, atomically; raise OutsideError if it cannot be written."""
     write_csv(path, rows, force=True)
 
 
@@ -27,7 +27,7 @@ class Events:
         self.writer = SummaryWriter(str(folder))
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """One epoch's figures."""
+        """Write the metrics of one epoch."""
         for key, value in row.items():
             if isinstance(value, int | float) and key != "epoch":
                 self.writer.add_scalar(key, value, row["epoch"])

@@ -1,4 +1,4 @@
-"""What training lowers: cross-entropy with the labels, or with what a teacher says, or both."""
+"""The loss of a training: cross-entropy with the labels, divergence from a teacher's outputs, or both."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .recipe import Recipe
 
 
 class Objective:
-    """The loss of a recipe; a teacher is needed where the recipe distills."""
+    """The loss of a recipe; a teacher is needed if the recipe distills."""
 
     def __init__(self, recipe: Recipe, teacher: nn.Module | None, classes: int) -> None:
         self.recipe, self.teacher, self.classes = recipe, teacher, classes
@@ -23,10 +23,10 @@ class Objective:
             self.mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=classes)
 
     def prepared(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Images and targets of a batch, checked and mixed.
+        """Return the images and targets of a batch after checks of the labels, mixup and cutmix.
 
         Raises:
-            InputError: labels are missing, or beyond the network's classes.
+            InputError: labels are missing or beyond the network's classes.
         """
         if self.recipe.distill == 1:
             return images, labels
@@ -40,8 +40,8 @@ class Objective:
         return self.mixup(images.clone(), labels)
 
     def __call__(self, output: object, images: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss of a batch (scalar), in float32 or better."""
-        logits = _precise(class_logits(output))
+        """Return the mean loss of a batch (scalar), in float32 or float64."""
+        logits = _at_least_float32(class_logits(output))
         share = self.recipe.distill
         loss = logits.new_zeros(())
         if share < 1:
@@ -50,17 +50,20 @@ class Objective:
         if share > 0:
             assert self.teacher is not None
             with torch.no_grad():
-                theirs = _precise(class_logits(self.teacher(images)))
-            loss = loss + share * distillation(logits, theirs, self.recipe.temperature)
+                teacher = _at_least_float32(class_logits(self.teacher(images)))
+            loss = loss + share * distillation(logits, teacher, self.recipe.temperature)
         return loss
 
 
 def distillation(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Mean KL from the teacher's class probabilities to the student's, both softened; times the square of the
-    temperature, so that its gradients keep their size (Hinton, Vinyals, Dean 2015, sec. 2)."""
-    ours, theirs = (logits / temperature).log_softmax(1), (teacher / temperature).log_softmax(1)
-    return functional.kl_div(ours, theirs, reduction="batchmean", log_target=True) * temperature**2
+    """Return the mean KL divergence of the student's class probabilities from the teacher's, in nats (scalar).
+
+    Both are softened by the temperature. The factor temperature^2 keeps the size of the gradients (Hinton, Vinyals,
+    Dean 2015, sec. 2).
+    """
+    student, target = (logits / temperature).log_softmax(1), (teacher / temperature).log_softmax(1)
+    return functional.kl_div(student, target, reduction="batchmean", log_target=True) * temperature**2
 
 
-def _precise(logits: Tensor) -> Tensor:
+def _at_least_float32(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype.itemsize < 4 else logits

@@ -1,4 +1,4 @@
-"""A recipe: all that decides what a training run comes to, as one value that prints, saves and reloads."""
+"""A recipe: all settings that determine the result of a training, as one value that prints, saves and reloads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CROPS = ("resized", "padded", "none")
 PRECISIONS = ("float32", "bfloat16", "float16")
 PARTS = ("all", "coefficients")
 
-# What a file may hold for a field of that type.
+# What a file may contain for a field of each type.
 _SHAPES: dict[str, Any] = {
     "str": str, "int": count, "float": finite, "bool": bool, "str | None": (str, None), "float | None": (finite, None),
     "tuple[int, ...]": [count], "tuple[float, float]": pair,
@@ -25,13 +25,13 @@ _SHAPES: dict[str, Any] = {
 class Recipe:
     """How to train. The defaults are the paper's fine-tuning of converted networks (sec. 5.2).
 
-    ``batch_size``: images of one optimiser step, over all processes. ``opt``, ``sched`` and their arguments are timm's
-    (its ``sgd`` has Nesterov momentum, its ``momentum`` has not). ``crop``: ``resized`` (random area and aspect, as for
+    ``batch_size``: images in one optimiser step, over all processes. ``opt``, ``sched`` and their arguments are timm's
+    (timm's ``sgd`` has Nesterov momentum, ``momentum`` does not). ``crop``: ``resized`` (random area and aspect, as for
     ImageNet), ``padded`` (by ``padding`` pixels, then a random crop, as for CIFAR) or ``none``. ``amp``: precision of
-    the forward. ``distill``: share (0 to 1) of the loss that follows the teacher's logits, softened by
-    ``temperature``; 1 needs no labels. ``ema``: decay of a moving average of the weights, which is then what is
-    delivered (0: none). ``grad_accum_steps``: a step's images are run in so many parts. ``freeze_bn``: batch norms keep
-    their statistics and weights. ``train_only``: ``coefficients`` leaves all but harmonic coefficients as they are.
+    the forward pass. ``distill``: share (0 to 1) of the loss that compares with the teacher's logits, softened by
+    ``temperature``; 1 needs no labels. ``ema``: decay of a moving average of the weights, which then is the result
+    (0: none). ``grad_accum_steps``: number of parts in which the images of a step are run. ``freeze_bn``: batch norms
+    keep their statistics and weights. ``train_only``: ``coefficients`` trains only harmonic coefficients.
     """
 
     name: str = "finetune"
@@ -82,11 +82,11 @@ class Recipe:
         for name in ("scale", "ratio"):
             least, greatest = getattr(self, name)
             if not 0 <= least <= greatest or greatest == 0 or (name == "ratio" and least == 0):
-                raise UsageError(f"{name} (={least:g} {greatest:g}) must be two numbers above 0, the least first")
+                raise UsageError(f"{name} (={least:g} {greatest:g}) must be two numbers above 0, the smaller one first")
         if self.lr < 0 or self.temperature <= 0:
             raise UsageError(f"lr (={self.lr}) must not be negative, temperature (={self.temperature}) must be above 0")
         if self.distill and (self.mixup or self.cutmix) and self.distill == 1:
-            raise UsageError("mixup and cutmix mix labels, which distill=1 does not look at: leave them out")
+            raise UsageError("mixup and cutmix mix labels, but distill=1 uses no labels: leave them out")
 
     def __str__(self) -> str:
         default = RECIPES.get(self.name, Recipe())
@@ -100,7 +100,7 @@ class Recipe:
 
     @property
     def keeps_batch_norm(self) -> bool:
-        """Whether batch norms keep statistics and weights: they are no coefficients."""
+        """Return whether batch norms keep their statistics and weights; with ``train_only="coefficients"`` they do."""
         return self.freeze_bn or self.train_only == "coefficients"
 
     def _differs(self, other: Recipe, name: str) -> bool:
@@ -109,29 +109,29 @@ class Recipe:
         return name not in ("name", "seed") and getattr(self, name) != getattr(other, name)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict; inverse of `from_json`."""
+        """Return a JSON-able dict; inverse of `from_json`."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @classmethod
     def from_json(cls, data: Any) -> Recipe:
-        """Read what `to_json` wrote.
+        """Return the recipe that `to_json` wrote.
 
         Raises:
-            InputError: it is no recipe, or has settings that this harmconvert does not know.
+            InputError: the data is not a recipe, or it has settings that this version does not know.
         """
         try:
             if not isinstance(data, Mapping):
                 raise ValueError("it has no settings")
             check(data, {field.name: _SHAPES[str(field.type)] for field in fields(cls)}, "its settings")
-            if strange := set(data) - {field.name for field in fields(cls)}:
-                raise ValueError(f"settings unknown here: {', '.join(sorted(strange))}: update harmconvert")
+            if unknown := set(data) - {field.name for field in fields(cls)}:
+                raise ValueError(f"unknown settings: {', '.join(sorted(unknown))}: update harmconvert")
             settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
             return cls(**settings)
         except ValueError as error:  # a UsageError among them
-            raise InputError(f"this is no recipe that can be read: {error}") from error
+            raise InputError(f"cannot read the recipe: {error}") from error
 
     def transform(self, config: Mapping[str, Any]) -> Transform:
-        """What is done to an image to train on; ``config`` is `harmconvert.data.preprocessing`'s."""
+        """Return the transform of training images; ``config`` comes from `harmconvert.data.preprocessing`."""
         if self.crop == "padded":
             return padded_crop_transform(config, self.padding, self.hflip, self.vflip)
         return training_transform(
@@ -149,8 +149,8 @@ class Recipe:
 
 _SGD = Recipe(lr=0.1, sched="step")
 
-# The recipes of the paper: of converted networks (sec. 5.2), of ImageNet networks (sec. 5.1: a tenth every 30 of 90
-# epochs), and of WRNs (as Zagoruyko and Komodakis trained them: a fifth at 60, 120 and 160 of 200 epochs).
+# The recipes of the paper: for converted networks (sec. 5.2), for ImageNet networks (sec. 5.1: a tenth of the learning
+# rate every 30 of 90 epochs), and for WRNs (Zagoruyko and Komodakis: a fifth at 60, 120 and 160 of 200 epochs).
 RECIPES = {
     "finetune": Recipe(),
     "imagenet-resnet": replace(_SGD, name="imagenet-resnet", epochs=90),
@@ -170,10 +170,10 @@ RECIPES = {
 
 
 def recipe_named(name: str, **changes: Any) -> Recipe:
-    """The recipe of that name with changes (None changes nothing); its schedule stretches with the epochs.
+    """Return the recipe of a name, with changes (None changes nothing); its schedule scales with the epochs.
 
-    Where the uncut network alone teaches (``distill=1``), batch norms are frozen unless ``freeze_bn`` says otherwise:
-    the teacher's are, and few images have statistics far from those that it learnt.
+    With ``distill=1`` (no labels), batch norms are frozen unless ``freeze_bn`` is given: those of the teacher are
+    frozen, too, and the statistics of a few images are far from those that the teacher learnt.
 
     >>> recipe_named("cifar-wrn", epochs=20).decay_milestones
     (6, 12, 16)
@@ -181,7 +181,7 @@ def recipe_named(name: str, **changes: Any) -> Recipe:
     True
 
     Raises:
-        UsageError: no recipe of that name, or a setting that makes no sense.
+        UsageError: there is no recipe of that name, or a setting is invalid.
     """
     if name not in RECIPES:
         raise UsageError(f"there is no recipe {name!r}: use one of {', '.join(RECIPES)}")

@@ -1,4 +1,4 @@
-"""The state of a run on disk: whole at every moment, continued bit for bit on a CPU."""
+"""The state of a run on disk: written atomically; on a CPU, a resumed run is equal bit for bit."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ _SHAPE = {
 
 @dataclass(frozen=True)
 class Position:
-    """How far a run has come: steps of the current epoch that are done, their sums, a row for each epoch before."""
+    """The position of a run: steps done in the current epoch, their sums, and a row for each epoch before."""
 
     epoch: int = 0
     step: int = 0
-    sums: tuple[float, ...] = (0.0, 0.0, 0.0)  # loss x images, right ones, images
+    sums: tuple[float, ...] = (0.0, 0.0, 0.0)  # loss x images, correct images, images
     rows: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass
 class Keeper:
-    """Keeps a run's state in ``path`` (None: nowhere), every epoch and every ``every`` steps, and a record with it.
+    """The file with a run's state: ``path`` (None: nothing is saved), written every epoch and every ``every`` steps.
 
-    ``identity`` is what must be the same for a run to go on: recipe, plan, data. The state before the newest is kept
-    beside it as ``PATH.previous``, for the case that a disk spoils the newest.
+    ``identity`` (recipe, plan, data) must be the same when a run is resumed. ``record`` is stored in the file, too. The
+    state before the newest one is kept as ``PATH.previous``, in case the disk corrupts the newest.
     """
 
     path: Path | None = None
@@ -55,31 +55,31 @@ class Keeper:
     identity: Mapping[str, Any] = field(default_factory=dict)
     record: Mapping[str, Any] = field(default_factory=dict)
     say: Callable[[str], None] = lambda message: None
-    _spoilt: bool = field(default=False, init=False)
+    _corrupt: bool = field(default=False, init=False)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Let no other run keep its state in the same place meanwhile. Every process must enter it.
+        """Lock the file against other runs inside. Every process must enter this context.
 
         Raises:
-            OutsideError: another run does (in every process).
+            OutsideError: another run has the lock (raised in every process).
         """
-        with ExitStack() as held:
+        with ExitStack() as stack:
             if (path := self.path) is not None:
                 lock = locked(path.with_name(f".{path.name}.lock"), f"training with {path}")
                 refused = OutsideError(f"another run is training with {path}: wait for it, or name another output")
-                all_or_none(lambda: held.enter_context(lock) if rank() == 0 else None, refused)
+                all_or_none(lambda: stack.enter_context(lock) if rank() == 0 else None, refused)
             yield
 
     def due(self, step: int) -> bool:
-        """Whether to save after so many steps of an epoch."""
+        """Return whether to save after this step of an epoch."""
         return self.path is not None and self.every is not None and step % self.every == 0
 
     def save(self, position: Position, content: Callable[[], Mapping[str, Any]]) -> None:
-        """Write the state; the old one stays where that fails. Every process must call it.
+        """Write the state; if that fails, the old one stays. Every process must call this.
 
         Raises:
-            OutsideError: the disk is full, permission is missing (in every process).
+            OutsideError: the disk is full or permission is missing (raised in every process).
         """
         if self.path is None:
             return
@@ -95,37 +95,40 @@ class Keeper:
                 **content(),
             }
             try:
-                if not self._spoilt:  # else it would take the place of the one that can be read
+                if not self._corrupt:  # a corrupt state must not replace the readable one before it
                     _keep_previous(self.path)
                 write_file(self.path, lambda staging: _save(whole, staging), force=True)
-                self._spoilt = False
+                self._corrupt = False
             except HarmconvertError as error:
                 problem = error
         if any_rank(problem is not None):
             raise problem or OutsideError(f"the first process could not write {self.path}")
 
     def load(self, path: Path) -> tuple[Position, Mapping[str, Any]]:
-        """The position and content of a state, and this process's random numbers as they were.
+        """Return the position and the content of a state, and restore this process's random numbers.
 
         Raises:
-            InputError: neither it nor the one before can be read. UsageError: it is the state of another run.
+            InputError: neither the state nor the one before it can be read.
+            UsageError: it is the state of another run.
         """
-        whole, self._spoilt = _read_either(path, self.say)
+        whole, self._corrupt = _read_either(path, self.say)
         for key, value in self.identity.items():
-            if (found := whole["identity"].get(key)) != value:
-                raise UsageError(f"{path} is the state of another run: {_difference(key, found, value)}")
+            if (stored := whole["identity"].get(key)) != value:
+                raise UsageError(f"{path} is the state of another run: {_difference(key, stored, value)}")
         if rank() < len(whole["random"]):
             try:
                 _set_random_state(whole["random"][rank()])
             except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-                raise InputError(f"{path} holds random numbers that are none: {first_line(error)}") from error
+                raise InputError(f"{path} holds invalid random states: {first_line(error)}") from error
         if len(whole["random"]) != world_size():
-            self.say(f"note: {path} is of {counted(len(whole['random']), 'process')}, so random numbers will differ")
+            self.say(
+                f"note: {path} was written by {counted(len(whole['random']), 'process')}, so random numbers will differ"
+            )
         position = Position(**whole["position"])
         return replace(position, sums=tuple(position.sums), rows=tuple(position.rows)), whole
 
     def remove(self) -> None:
-        """The run is over: its state is of no more use."""
+        """Delete the state and the one before it, at the end of a run."""
         if self.path is not None and rank() == 0:
             for path in (self.path, _previous(self.path)):
                 with suppress(OSError):
@@ -133,44 +136,44 @@ class Keeper:
 
 
 def identity_of(path: str | Path) -> Mapping[str, Any]:
-    """The identity (recipe and more) of the run whose state this is; raises InputError where it cannot be read."""
+    """Return the identity (recipe and more) in a state; raise InputError if it cannot be read."""
     return dict(_read_either(Path(path))[0]["identity"])
 
 
 def record_of(path: str | Path) -> Mapping[str, Any]:
-    """The record kept with the state; raises InputError where it cannot be read."""
+    """Return the record in a state; raise InputError if it cannot be read."""
     return dict(_read_either(Path(path))[0]["record"])
 
 
 def _read_either(path: Path, say: Callable[[str], None] = lambda message: None) -> tuple[Any, bool]:
-    """A state, and whether it is the one before the newest, because that is spoilt."""
+    """Return a state, and whether it is the one before the newest because the newest is corrupt."""
     previous = _previous(path)
     try:
         return _read(path), False
     except InputError as error:
         if not previous.exists():
             raise
-        say(f"warning: {error}; going on from the one before it, {previous}")
+        say(f"warning: {error}; resuming from the state before it, {previous}")
         return _read(previous), True
 
 
-def _difference(key: str, found: Any, value: Any) -> str:
-    """What of an identity is not the same, in a few words."""
-    if isinstance(found, Mapping) and isinstance(value, Mapping):
-        differing = [name for name in {**found, **value} if found.get(name) != value.get(name)]
-        first = found.get(differing[0])
+def _difference(key: str, stored: Any, value: Any) -> str:
+    """Return a short text that says which entry of an identity differs."""
+    if isinstance(stored, Mapping) and isinstance(value, Mapping):
+        differing = [name for name in {**stored, **value} if stored.get(name) != value.get(name)]
+        first = stored.get(differing[0])
         if len(differing) == 1 and (isinstance(first, Mapping) or len(str(first)) < 60):
             return _difference(f"{key}'s {differing[0]}", first, value.get(differing[0]))
         return f"its {key} differs in {shortened(differing, 5)}"
-    return f"its {key} was {found}, here it is {value}"
+    return f"its {key} was {stored}, here it is {value}"
 
 
 def _save(whole: Mapping[str, Any], staging: Path) -> None:
     try:
         torch.save(dict(whole), staging)
-    except RuntimeError as error:  # what torch's zip writer makes of a full disk
+    except RuntimeError as error:  # torch's zip writer raises it if the disk is full
         raise OutsideError(
-            f"cannot save the training state: {first_line(error)}; free some space, the state before is as it was"
+            f"cannot save the training state: {first_line(error)}; free some space (the last state is unchanged)"
         ) from error
 
 
@@ -182,7 +185,7 @@ def _read(path: Path) -> Any:
     except UNREADABLE as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path} is no readable training state: {why_not_read(path, error)}") from error
+        raise InputError(f"{path} is not a readable training state: {why_not_read(path, error)}") from error
     try:
         check(whole, _SHAPE, "it")
         _check_tensors(whole, "it")
@@ -196,13 +199,13 @@ def _read(path: Path) -> Any:
         raise
     except UNREADABLE as error:
         raise InputError(
-            f"{path} is no readable training state: {first_line(error) or type(error).__name__}"
+            f"{path} is not a readable training state: {first_line(error) or type(error).__name__}"
         ) from error
     return whole
 
 
 def _check_tensors(value: Any, where: str) -> None:
-    """Raise ValueError where a tensor, at any depth, is none that a run keeps."""
+    """Raise ValueError if a tensor, at any depth, cannot be part of a run's state."""
     if isinstance(value, torch.Tensor) and (reason := why_no_values(value)):
         raise ValueError(f"{where} {reason}")
     if isinstance(value, Mapping | list | tuple):
@@ -217,7 +220,7 @@ def _previous(path: Path) -> Path:
 def _keep_previous(path: Path) -> None:
     if not path.exists():
         return
-    with suppress(OSError):  # no hard links here: then there is one state only
+    with suppress(OSError):  # a file system without hard links keeps only the newest state
         staging = _previous(path).with_suffix(".linking")
         staging.unlink(missing_ok=True)
         os.link(path, staging)

@@ -197,7 +197,7 @@ def kept(folder: Path, **changed: Any) -> Path:
 def test_a_state_with_parts_of_another_kind_is_not_readable(tmp_path: Path, part: str, value: Any) -> None:
     path = kept(tmp_path, **{part: value})
     for read in (Keeper(path).load, identity_of):
-        with pytest.raises(InputError, match="is no readable training state: "):
+        with pytest.raises(InputError, match="is not a readable training state: "):
             read(path)
 
 
@@ -221,14 +221,14 @@ def test_a_state_without_one_of_its_parts_is_not_readable(tmp_path: Path) -> Non
     whole = torch.load(path, weights_only=True)
     for part in ("version", "identity", "record", "position", "random", "model"):
         torch.save({key: value for key, value in whole.items() if key != part}, path)
-        with pytest.raises(InputError, match="no readable training state"):
+        with pytest.raises(InputError, match="not a readable training state"):
             Keeper(path).load(path)
 
 
 @pytest.mark.parametrize("random", [{}, {"torch": 3}, {"torch": torch.zeros(3)}])
 def test_random_numbers_that_are_none_are_refused(tmp_path: Path, random: Any) -> None:
     path = kept(tmp_path, random=[random])
-    with pytest.raises(InputError, match="holds random numbers that are none: "):
+    with pytest.raises(InputError, match="holds invalid random states: "):
         Keeper(path).load(path)
 
 
@@ -261,7 +261,7 @@ def test_the_record_of_another_kind_of_run_is_refused(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_recipes_of_odd_types_are_refused(data: Any, message: str) -> None:
-    with pytest.raises(InputError, match=f"this is no recipe that can be read: .*{message}"):
+    with pytest.raises(InputError, match=f"cannot read the recipe: .*{message}"):
         Recipe.from_json(data)
 
 

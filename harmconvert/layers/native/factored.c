@@ -1,11 +1,11 @@
-/* A factored convolution over channels-last maps in one pass: the responses of a tile of pixels to the kept basis
- * kernels are formed in cache, a block of channels at a time, and multiplied with the coefficients there and then.
+/* A factored convolution over channels-last maps in one pass. The responses of a tile of pixels to the kept basis
+ * kernels are computed in cache, one block of channels at a time, and multiplied by the coefficients immediately.
  *
  *   y[p, o] = bias[o] + sum_c sum_f coefficient[o, c, f] * response[p, c, f]
  *   response[p, c, f] = sum_ij vertical[v(f)][i] * horizontal[f][j] * x[row(p, i), column(p, j), c]
  *
- * Maps of responses, F times as large as x, are never written to memory. Plain C with the vector types of GCC and
- * clang, no other header than the standard library's; float32.
+ * The maps of responses are F times as large as x and are never written to memory. All numbers are float32. The code is
+ * plain C with the vector types of GCC and clang; it needs no header except those of the standard library.
  */
 #include <stdint.h>
 #include <stdlib.h>
@@ -16,7 +16,7 @@
 
 #if defined(__AVX512F__)
 #define LANES 16
-#define ROWS 12 /* pixels of a register tile: 12 x 2 vectors of sums in 32 registers */
+#define ROWS 12 /* pixels in a register tile: 12 x 2 vectors of sums in 32 registers */
 #elif defined(__AVX__)
 #define LANES 8
 #define ROWS 6 /* in 16 registers */
@@ -24,8 +24,8 @@
 #define LANES 4
 #define ROWS 12
 #endif
-#define COLUMNS (2 * LANES) /* output channels of a register tile */
-#define CACHE_FLOATS (160 * 1024) /* what a tile's responses and sums may take of the second-level cache */
+#define COLUMNS (2 * LANES) /* output channels in a register tile */
+#define CACHE_FLOATS (160 * 1024) /* largest size of a tile's responses and sums, so that they fit into the L2 cache */
 
 typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
@@ -42,7 +42,7 @@ int64_t harmconvert_panel(void) { return COLUMNS; }
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* y[m][COLUMNS] (+)= a[m][depth] times panel[depth][COLUMNS], m known when compiled. */
+/* y[m][COLUMNS] = (bias if first, else y) + a[m][depth] x panel[depth][COLUMNS]; m is known at compile time. */
 INLINE void tile(const int m, int64_t depth, const float *a, int64_t stride_a, const float *panel, const float *bias,
                  float *y, int64_t stride_y, int first)
 {
@@ -81,7 +81,7 @@ static void tiles(int64_t m, int64_t depth, const float *a, int64_t stride_a, co
     }
 }
 
-/* to[0 : count] = sum_i weight[i] * from[i][0 : count]; a null from[i] is zeros. */
+/* to[0 : count] = sum_i weight[i] * from[i][0 : count]; if from[i] is NULL, its values are zeros. */
 INLINE void combine(float *restrict to, int64_t count, const float *const *from, const float *weight, int64_t terms)
 {
     int64_t c = 0;
@@ -115,7 +115,7 @@ INLINE void combine(float *restrict to, int64_t count, const float *const *from,
     }
 }
 
-/* Responses of the pixels first .. last, all in one row of one map, to channels c .. c + count. */
+/* Compute the responses of the pixels first .. last, all in one row of one map, for the channels c .. c + count. */
 static void responses(const shape_t *s, const float *x, const float *vertical, const float *horizontal,
                       const int32_t *vertical_of, int64_t first, int64_t last, int64_t c, int64_t count, float *columns,
                       float *a, int64_t stride_a)
@@ -126,7 +126,7 @@ static void responses(const shape_t *s, const float *x, const float *vertical, c
     const int64_t top = out_row % s->out_height * s->stride_y - s->top;
     const int64_t left = out_column * s->stride_x - s->left;
     const int64_t needed = (pixels - 1) * s->stride_x + (s->columns - 1) * s->dilation_x + 1;
-    const int64_t apart = s->verticals * count; /* a column: one run of channels for each vertical vector */
+    const int64_t apart = s->verticals * count; /* size of one column: `count` channels for each vertical vector */
     for (int64_t column = 0; column < needed; column++) {
         const int64_t at = left + column;
         float *to = columns + column * apart;
@@ -154,7 +154,8 @@ static void responses(const shape_t *s, const float *x, const float *vertical, c
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/* Panels q0 .. q1 of one tile of pixels p0 .. p1. `edge` holds the sums of a last panel that y has no room for. */
+/* Compute the panels q0 .. q1 of output channels for one tile of pixels p0 .. p1. The last panel may be wider than y:
+ * then its sums are kept in `edge` and copied at the end. */
 static void work(const shape_t *s, const float *x, const float *vertical, const float *horizontal,
                  const int32_t *vertical_of, const float *packed, const float *bias, float *y, int64_t p0, int64_t p1,
                  int64_t q0, int64_t q1, float *a, float *columns, float *edge)
@@ -186,7 +187,7 @@ static void work(const shape_t *s, const float *x, const float *vertical, const 
 
 /* x (N, H, W, C), y (N, H', W', O), vertical (V, rows), horizontal (F, columns), vertical_of (F), bias (padded O);
  * packed: for each block of channels, for each panel of COLUMNS output channels, [F x channels][COLUMNS].
- * Gives 0, or 1 where memory is short. */
+ * Returns 0, or 1 if there is not enough memory. */
 int harmconvert_factored(const shape_t *s, const float *x, const float *vertical, const float *horizontal,
                          const int32_t *vertical_of, const float *packed, const float *bias, float *y, int threads)
 {
@@ -194,10 +195,10 @@ int harmconvert_factored(const shape_t *s, const float *x, const float *vertical
     const int64_t stride_a = s->frequencies * s->block + LANES;
     int64_t size = CACHE_FLOATS / (stride_a + least(s->out_channels, 1024));
     size = size < 2 * ROWS ? 2 * ROWS : size;
-    int64_t count = up(up(pixels, size), threads) * threads; /* tiles: as many for each thread */
+    int64_t count = up(up(pixels, size), threads) * threads; /* number of tiles: the same for each thread */
     size = up(up(pixels, count), ROWS) * ROWS;
     count = up(pixels, size);
-    /* Few pixels: threads share out the output channels as well, and each forms the responses for itself. */
+    /* If there are few pixels, the threads also divide the output channels; each computes the responses itself. */
     const int64_t shares = count >= threads ? 1 : least(panels, up(threads, count));
     const int64_t needed = (s->out_width - 1) * s->stride_x + (s->columns - 1) * s->dilation_x + 1;
     const int64_t floats = size * stride_a + needed * s->verticals * s->block + size * COLUMNS;
