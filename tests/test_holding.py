@@ -198,7 +198,7 @@ def test_held_runs_come_to_what_runs_begun_anew_come_to(
     held, few = counted(lambda: calibrated(model))
     assert holding._settings() == settings
     with monkeypatch.context() as patch:
-        patch.setattr(Forwards, "_tried", lambda self: {})
+        patch.setattr(Forwards, "_try_out", lambda self: {})
         whole, many = counted(lambda: calibrated(model))
     assert same(held, whole)
     fit = 3  # images of a batch that are fitted on
@@ -221,7 +221,7 @@ def test_whatever_the_batches_are(batches: str) -> None:
     model = seeded(Remembering if batches in ("equal", "of several sizes") else Chain)
     held = calibrated(model, given[batches])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Forwards, "_tried", lambda self: {})
+        patch.setattr(Forwards, "_try_out", lambda self: {})
         assert same(held, calibrated(model, given[batches]))
 
 
@@ -289,8 +289,8 @@ def test_neither_draws_nor_flags_of_the_caller_are_touched() -> None:
 def test_under_the_callers_autocast_runs_are_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Autocast is a thread's own, so that a held run would not be under it."""
     found = []
-    for tried in (Forwards._tried, lambda self: {}):
-        monkeypatch.setattr(Forwards, "_tried", tried)
+    for tried in (Forwards._try_out, lambda self: {}):
+        monkeypatch.setattr(Forwards, "_try_out", tried)
         with torch.autocast("cpu", torch.bfloat16):
             found.append(calibrated(seeded(Chain)))
     assert same(*found)

@@ -1,14 +1,18 @@
-"""Hold forwards of a network at a layer while it is refitted, and go on from there.
+"""Hold forwards of a network at a layer while that layer is refitted, and continue them afterwards.
 
-What the next layer is fed depends on all refits before it, so that each needs another run up to it: with as many layers
-the work grows with the square of the depth. A run that is held at the layer goes on once that has its coefficients.
-Each has a thread of its own, because a thread can be held in the midst of any Python code and keeps alive just what
-that code still needs; the caller waits while one runs. A trial shows first that the network bears it: runs in turns
-must feed every layer what whole runs feed it, to the bit. Where it does not, or memory is short, runs begin anew.
+The input of a layer depends on all refits before it. Without this module each refit would need a new run of the network
+up to its layer, and the work would grow with the square of the depth. Here a run waits at the layer until the layer has
+its new coefficients, and then continues.
+
+Each run has a thread of its own, because a thread can wait inside any Python code and keeps alive only the tensors that
+this code still needs. Only one thread runs at a time. A trial first checks that the network supports this: two runs in
+turns must give every layer the same input, bit for bit, as two runs one after the other. If they do not, or if memory
+is short, each refit starts a new run.
 """
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -22,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import first_line
 from ..network.running import evaluating
 from ..network.side_effects import RandomStates, Snapshot, random_states_kept
 from ..network.values import tensors_in
@@ -30,19 +35,26 @@ from .inputs import Batch
 from .limits import threads_free
 from .repeating import fed, fed_in_a_run
 
+log = logging.getLogger(__name__)
+
 MOST_BYTES = 1 << 30
-MOST_THREADS = 512  # each that computes has as many helpers as torch has threads
-_PATIENCE = 10.0  # seconds, and twenty times what whole runs take, before one is thought to wait for another
-_MOMENT = 1.0  # seconds for a thread to end, before the others are asked to
+MOST_THREADS = 512  # each thread that computes starts as many helpers as torch has threads
+# Seconds, in addition to twenty times the duration of whole runs, after which a run counts as waiting for another one.
+_PATIENCE = 10.0
+_MOMENT = 1.0  # seconds to wait for one thread to end before the others are asked to end
 
 
 class Forwards:
-    """Forwards of ``model`` up to one of ``layers`` after the other, in the order in which they run.
+    """Run ``model`` up to one of ``layers`` after the other, in the order in which they run.
 
-    A context: its threads end with it. ``batches``: all that will be run; ``probes``: a few examples of them in two
-    batches for the trial (`CalibrationSet.probes`). No more than ``memory`` bytes are held, nor than `MOST_BYTES`.
-    ``complete``: no run is held or interrupted (`Runs.complete`).
-    Only on a CPU: on a GPU each thread would have a workspace and a stream of its own.
+    Use it as a context: its threads end with it. ``refusal`` says why no run is held (None: runs are held). Runs are
+    held on a CPU only, because on a GPU each thread would have a workspace and a stream of its own.
+
+    Args:
+        memory: the most bytes to hold; never more than `MOST_BYTES`.
+        batches: all batches that will be run.
+        probes: a few of their examples in two batches, for the trial (`CalibrationSet.probes`).
+        complete: True: no run may be held or interrupted (`Runs.complete`).
     """
 
     def __init__(
@@ -58,19 +70,23 @@ class Forwards:
         self._alike = len({_shapes(batch) for batch in batches}) == 1 and not complete
         self._memory = min(memory, MOST_BYTES)
         self._most = threads_free(MOST_THREADS) // torch.get_num_threads()
-        self._bytes: dict[str, int] = {}  # held of one example at a layer; empty: nothing is
-        self._runs: list[_Run] = []  # that have begun, in that order
+        self.refusal: str | None = None
+        self._bytes: dict[str, int] = {}  # bytes of one example held at each layer; empty: no run is held
+        self._runs: list[_Run] = []  # in the order in which they started
         self._held: dict[int, _Run] = {}
 
     def __enter__(self) -> Forwards:
         with ExitStack() as leaving:
-            leaving.enter_context(evaluating(self._model))  # once: what one run puts back would change another's
+            # Once for all runs: the end of one run would otherwise change the mode of another one.
+            leaving.enter_context(evaluating(self._model))
             for name, layer in self._layers.items():
                 before = layer.register_forward_pre_hook(self._begins, prepend=True, with_kwargs=True)
                 leaving.callback(before.remove)
                 leaving.callback(layer.register_forward_hook(partial(self._ended, name)).remove)
             leaving.callback(lambda: self._end(self._runs))
-            self._bytes = self._tried()
+            self._bytes = self._try_out()
+            if self.refusal is not None:
+                log.info("no run is held at the layer that is refitted: %s", self.refusal)
             self._leaving = leaving.pop_all()
         return self
 
@@ -78,8 +94,10 @@ class Forwards:
         self._leaving.__exit__(*raised)
 
     def watch(self, names: Sequence[str], batch: Batch, see: See, calls: int) -> None:
-        """Show the ``calls`` calls of the layers ``names`` in a forward of ``batch`` to ``see``, as
-        `watch_convolutions` does; raises what that does."""
+        """Pass the ``calls`` calls of the layers ``names`` in a forward of ``batch`` to ``see``.
+
+        Raises: as `watch_convolutions`.
+        """
         name, run = names[0], None
         if len(names) == 1 and calls == 1 and name in self._bytes:
             run = self._before(name, batch)
@@ -93,12 +111,12 @@ class Forwards:
         except BaseException:
             self._end([run])
             raise
-        run.shown = None  # lets go of maps
+        run.shown = None  # frees the maps
         if run.done or self._room(run) < self._bytes[name] * len(batch):
             self._end([run])
 
     def _before(self, name: str, batch: Batch) -> _Run | None:
-        """A run of ``batch`` that has not come to the layer yet; none where a new one could not be held there."""
+        """Return a run of ``batch`` that has not reached the layer yet; None where no new run could be held there."""
         run = self._held.get(id(batch))
         if run is not None and run.at != name and name not in run.passed and run.valid:
             return run
@@ -115,17 +133,17 @@ class Forwards:
 
     def _begun(self, batch: Batch, recorder: Recorder) -> _Run:
         run = _Run(self._model, batch, recorder)
-        self._runs.append(run)  # before it starts, so that whatever happens it is ended
+        self._runs.append(run)  # before it starts, so that it is ended in any case
         run.thread.start()
         return run
 
     def _room(self, beside: _Run | None = None) -> int:
-        """Bytes that may be held beside what is."""
+        """Return how many more bytes may be held."""
         others = (run for run in self._held.values() if run is not beside)
         return self._memory - sum(self._bytes[run.at] * len(run.batch) for run in others if run.at)
 
     def _go_on(self, run: _Run, until: set[str], patience: float | None = None) -> bool:
-        """Whether it came to one of the layers."""
+        """Let a run continue; return whether it reached one of the layers."""
         with random_states_kept():
             run.go_on(until, patience)
         if run.failure is not None:
@@ -133,15 +151,16 @@ class Forwards:
         return not run.done
 
     def _end(self, runs: Sequence[_Run]) -> None:
-        """End these, the last that began first: what one has set for the process it has found like that."""
+        """End these runs, the last started first: a run may have changed a setting of the process, which the runs that
+        started before it must find as they left it."""
         ending = list(reversed(runs))
         try:
             with random_states_kept():
                 for run in ending:
                     run.end(_MOMENT)
-                for run in ending:  # one may have waited for another
+                for run in ending:  # one run may have waited for another one
                     run.end(None)
-        except BaseException:  # an interrupt: nobody waits for them, but they end
+        except BaseException:  # an interrupt: do not wait, but ask all runs to end
             for run in ending:
                 run.ask_to_end()
             raise
@@ -156,20 +175,36 @@ class Forwards:
         return run.ended(name, layer, output) if (run := self._here()) is not None else None
 
     def _here(self) -> _Run | None:
-        """The run whose thread this is: a network may run layers in threads of its own, and the caller the network."""
+        """Return the run whose thread this is; None in threads of the network or of the caller."""
         return next((run for run in self._runs if run.thread is threading.current_thread()), None)
 
-    def _tried(self) -> dict[str, int]:
-        """Bytes that a run of one example held at each layer keeps alive.
+    def _reason_not_to_hold(self) -> str | None:
+        """Return why no run is held, as far as this is known without a trial; None where a trial decides."""
+        if self._complete:
+            return "runs of the network must not be interrupted"
+        if not self._alike:
+            return "the batches have different shapes"
+        if self._most <= 1:
+            return "the machine has no threads left"
+        if any(parameter.device.type != "cpu" for parameter in self._model.parameters()):
+            return "the network is not on a CPU"
+        if len(self._layers) < 3:
+            return "fewer than three layers are refitted"
+        if len(self._probes) < 2 or _same(*self._probes):
+            return "there are no two different examples for a trial"
+        return None
 
-        None, where there is nothing to gain, or two runs in turns do not feed the layers what they are fed one after
-        the other: the network keeps something of one run beyond its frames, sets something for the whole process,
-        looks at the thread that it runs in, or has one run wait for the other.
+    def _try_out(self) -> dict[str, int]:
+        """Return the bytes that a run of one example held at each layer keeps alive; empty where no run is to be held.
+
+        That is so where two runs in turns do not give the layers the same inputs as two runs one after the other: the
+        network keeps something of a run beyond its frames, changes a setting of the process, depends on the thread that
+        it runs in, or lets one run wait for the other.
         """
-        parameters = list(self._model.parameters())
-        bears = self._alike and self._most > 1 and all(p.device.type == "cpu" for p in parameters)
-        if not bears or len(self._layers) < 3 or len(self._probes) < 2 or _same(*self._probes):
+        self.refusal = self._reason_not_to_hold()
+        if self.refusal is not None:
             return {}
+        self.refusal = "two runs in turns do not give the layers the inputs that two runs one after the other give"
         bytes: dict[str, int] = {}
         state = Snapshot(self._model)
         try:
@@ -189,9 +224,11 @@ class Forwards:
                         held = -(-run.recorder.bytes(self._model) // len(run.batch))
                         bytes[run.at] = max(bytes.get(run.at, 0), held)
             if any(next(expected, None) for expected in plain) or not state.intact:
-                return {}  # also a network that keeps what no layer's input shows yet: a counter, a log
+                return {}  # also a network that keeps something that no layer's input shows yet: a counter, a log
+            self.refusal = None
             return bytes
-        except Exception:  # what is wrong with the network, whoever runs it next will say
+        except Exception as error:  # the next whole run of the network reports what is wrong
+            self.refusal = f"the trial failed: {first_line(error)}"
             return {}
         finally:
             self._end(self._runs)
@@ -199,17 +236,17 @@ class Forwards:
 
 
 class _Run:
-    """A forward in a thread of its own, which runs only while `go_on` waits for it."""
+    """A forward in a thread of its own; it runs only while `go_on` waits for it."""
 
     def __init__(self, model: nn.Module, batch: Batch, recorder: Recorder) -> None:
         self.batch, self.recorder = batch, recorder
-        self.passed: dict[str, tuple[nn.Module, int]] = {}  # layers that ran, and what they were then
+        self.passed: dict[str, tuple[nn.Module, int]] = {}  # layers that ran, with their version then
         self.at, self.done, self.always_again, self._again, self._ending = "", False, False, False, False
         self.shown: ConvCall | None = None
         self.failure: BaseException | None = None
         self._until: set[str] = set()
-        self._given: tuple[Any, Any] = ((), {})
-        # Of C, so that an interrupt finds them whole, as it may not find a Semaphore.
+        self._arguments: tuple[Any, Any] = ((), {})
+        # Queues are implemented in C: an interrupt cannot leave them half-changed, as it can a Semaphore.
         self._turn: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._back: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._random: RandomStates | None = None
@@ -219,7 +256,7 @@ class _Run:
             self._turn.get()
             try:
                 if not self._ending:
-                    torch.set_num_threads(threads)  # a new thread has its own idea
+                    torch.set_num_threads(threads)  # a new thread starts with another number
                     forward(model, batch.input, recorder)
             except Reached:
                 pass
@@ -233,14 +270,14 @@ class _Run:
 
     @property
     def valid(self) -> bool:
-        """Whether what ran before is as it was then."""
+        """Return whether the layers that ran before have not changed since."""
         return all(_version(layer) == version for layer, version in self.passed.values())
 
     def go_on(self, until: set[str], patience: float | None = None) -> None:
-        """Let it run to the next call of one of these layers, which is shown, or to the end.
+        """Let the run continue to the next call of one of the layers ``until``, or to its end.
 
         Raises:
-            TimeoutError: it has not come so far in ``patience`` seconds.
+            TimeoutError: it has not reached either in ``patience`` seconds.
         """
         self._until = until
         if self._random is not None:
@@ -253,30 +290,30 @@ class _Run:
         self._random = RandomStates.now()
 
     def ask_to_end(self) -> None:
-        """Let its thread end, at once where it is held, else at the next layer."""
+        """Ask the thread to end: at once where it waits, otherwise at the next layer."""
         self._ending = True
         self._turn.put(None)
 
     def end(self, patience: float | None) -> None:
-        """Let its thread end, and wait for that so many seconds."""
+        """Ask the thread to end and wait for it, at most ``patience`` seconds (None: as long as it takes)."""
         self.ask_to_end()
-        with suppress(RuntimeError):  # it has not started
+        with suppress(RuntimeError):  # the thread has not started
             self.thread.join(patience)
 
     def begins(self, args: Any, kwargs: Any) -> None:
-        """A layer is called; in the thread."""
+        """Note that a layer is called. Runs in the thread."""
         if not self._again:
-            self._given = (args, kwargs)
+            self._arguments = (args, kwargs)
             self.recorder.start()
 
     def ended(self, name: str, layer: nn.Module, output: Any) -> Any:
-        """It has answered; held here, where asked for, and asked again if it is no longer the same; in the thread."""
+        """Wait here if this layer is asked for, and run it again if it has changed meanwhile. Runs in the thread."""
         if self._again:
             return None
         if self._ending:
             raise Reached
-        found, (args, kwargs) = self.recorder.stop(), self._given
-        self._given = ((), {})
+        found, (args, kwargs) = self.recorder.stop(), self._arguments
+        self._arguments = ((), {})
         if name in self._until:
             self.shown, self.at = found[0] if len(found) == 1 else None, name
             version = _version(layer)
@@ -285,7 +322,7 @@ class _Run:
             self._turn.get()
             if self._ending:
                 raise Reached
-            torch.clear_autocast_cache()  # of a network's own autocast: it has parameters as they were
+            torch.clear_autocast_cache()  # the cache of a network's own autocast holds old values of parameters
             if self.always_again or _version(layer) != version:
                 self._again = True
                 try:
@@ -297,7 +334,7 @@ class _Run:
 
 
 class _Alive(Recorder):
-    """Notes also what torch is given and makes, to know what of it is still needed."""
+    """Also notes the tensors that torch reads and makes, to know which of them are still alive."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -311,7 +348,7 @@ class _Alive(Recorder):
         return output
 
     def bytes(self, model: nn.Module) -> int:
-        """Of all storages that are alive, but for the model's own."""
+        """Return the bytes of all storages that are alive, without those of the model."""
         storages: dict[int, int] = {}
         for tensor in (seen() for seen in self._seen):
             if tensor is not None:
@@ -324,17 +361,17 @@ class _Alive(Recorder):
 
 
 def _version(layer: nn.Module) -> int:
-    """A number that grows with each change of the layer's parameters in place."""
+    """Return a number that grows with each change of the layer's parameters in place."""
     return sum(parameter._version for parameter in layer.parameters())
 
 
 def _shapes(batch: Batch) -> tuple[tuple[Any, ...], ...]:
-    """Of its tensors, but for the number of examples."""
+    """Return the types and shapes of a batch's tensors, without the number of examples."""
     return tuple((tensor.dtype, *tensor.shape[1:]) for tensor in tensors_in(batch.input))
 
 
 def _same(one: Batch, other: Batch) -> bool:
-    """Whether both begin with equal examples, so that runs in turns could not be told from whole ones."""
+    """Return whether both start with equal examples: then runs in turns and whole runs could not be distinguished."""
     ours, theirs = tensors_in(one.input), tensors_in(other.input)
     if len(ours) != len(theirs):
         return False
@@ -343,7 +380,7 @@ def _same(one: Batch, other: Batch) -> bool:
 
 
 def _settings() -> tuple[Any, ...]:
-    """What is set for the whole process, and a network may set for a part of its forward."""
+    """Return the settings of the process that a network may change during a forward."""
     cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
     return (
         torch.get_default_dtype(), torch.get_default_device(), torch.get_num_threads(),
