@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from .errors import HarmconvertError
     from .layers.block import HarmonicBlock2d
     from .network.forms import factor, fuse
+    from .pipeline.benchmark import benchmark
     from .pipeline.convert import Conversion, convert
     from .pipeline.convert_to_file import convert_to_file
     from .pipeline.evaluate import evaluate
+    from .pipeline.export import export
     from .pipeline.finetune import finetune
     from .pipeline.inspect import inspect
     from .pipeline.listener import Listener
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
     from .pipeline.verification import Verification
     from .pipeline.verify import verify
     from .plan.plan import Plan
+    from .report.compare import compare
+    from .report.figure import TradeoffSettings, figure
+    from .report.report import report
     from .sources.opening import load, open_source
     from .sources.request import SourceRequest
     from .training.recipe import Recipe
@@ -49,17 +54,23 @@ __all__ = [
     "Plan",
     "Recipe",
     "SourceRequest",
+    "TradeoffSettings",
     "Verification",
+    "benchmark",
+    "compare",
     "convert",
     "convert_to_file",
     "evaluate",
+    "export",
     "factor",
+    "figure",
     "finetune",
     "fuse",
     "inspect",
     "load",
     "open_source",
     "reestimate_batch_norm",
+    "report",
     "save",
     "train",
     "verify",
@@ -75,17 +86,23 @@ _HOME = {
     "Plan": "plan.plan",
     "Recipe": "training.recipe",
     "SourceRequest": "sources.request",
+    "TradeoffSettings": "report.figure",
     "Verification": "pipeline.verification",
+    "benchmark": "pipeline.benchmark",
+    "compare": "report.compare",
     "convert": "pipeline.convert",
     "convert_to_file": "pipeline.convert_to_file",
     "evaluate": "pipeline.evaluate",
+    "export": "pipeline.export",
     "factor": "network.forms",
+    "figure": "report.figure",
     "finetune": "pipeline.finetune",
     "fuse": "network.forms",
     "inspect": "pipeline.inspect",
     "load": "sources.opening",
     "open_source": "sources.opening",
     "reestimate_batch_norm": "calibration",
+    "report": "report.report",
     "save": "pipeline.saving",
     "train": "pipeline.train",
     "verify": "pipeline.verify",

@@ -34,6 +34,9 @@ _NUMBER = re.compile(r"((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?) *(%|[a-z]
 # Suffixes of the files in which reports and figures are written.
 PAGES = (".html", ".json")
 FIGURES = (".png", ".svg")
+# What a figure may show: of any network, and of a harmonic checkpoint.
+NETWORK_FIGURES = ("filters", "spectrum", "tradeoff")
+CHECKPOINT_FIGURES = ("errors", "training", "layers")
 # Prefixes of timm's data sets; those in STREAMS are read as a stream.
 STREAMS = ("hfids/", "tfds/", "wds/")
 PACKAGES = ("torch/", "hfds/", *STREAMS)

@@ -315,3 +315,101 @@ def test_a_network_is_trained_from_scratch(digits: Path, harmonic: str) -> None:
         assert hc.load("net.safetensors", model=network)(torch.zeros(1, 1, 28, 28)).shape == (1, 10)
     with pytest.raises(InputError, match=r"or make the network with arguments=\{'num_classes': 10\}"):
         hc.train(nn.Linear(4, 7), digits, harmonic="none", preprocessing=size, workers=0, **DIGITS)
+
+
+# --- export, benchmark, report, figure, compare ---
+
+
+def test_a_network_is_exported_by_its_name_or_as_it_is(capfd: pytest.CaptureFixture[str]) -> None:
+    network = hc.open_source(SAMPLE).model
+    conversion = hc.convert(network, 2)
+    listener = Recorder()
+    done = hc.export(conversion, "dense.safetensors", listener=listener)
+    assert listener.written == ["dense.safetensors"]
+    assert (done.format, done.form, done.dtype, done.source) == ("dense", "dense", "float32", "unknown:WideResNet")
+    stock = hc.open_source(SAMPLE, weights="dense.safetensors").model
+    images = torch.randn(2, 1, 28, 28)
+    with torch.no_grad():
+        assert torch.allclose(stock(images), conversion.model.eval()(images), atol=1e-4)
+    half = hc.export(SAMPLE, "half.safetensors", dtype="float16")
+    assert json.loads(json.dumps(half.to_json()))["check"]["difference"] < 0.02
+    program = hc.export(small(), "net.pt2", "torch-export", input_sizes=[(3, 8, 8)])
+    assert program.check is not None
+    with pytest.raises(UsageError, match=r"dense.safetensors exists"):
+        hc.export("no_such_network", "dense.safetensors")
+    with pytest.raises(UsageError, match=r"this network does not say what it takes: give example_input$"):
+        hc.export(small(), "other.pt2", "torch-export")
+    assert capfd.readouterr().out == ""
+
+
+def test_a_network_is_timed_by_its_name_or_as_it_is() -> None:
+    quick = {"batches": [2], "repeats": 3, "forms": ["dense"], "layouts": ["contiguous"]}
+    for network, source in ((SAMPLE, SAMPLE), (small(), "unknown:Sequential")):
+        sizes = () if network == SAMPLE else [(3, 8, 8)]
+        found = hc.benchmark(network, input_sizes=sizes, **quick)
+        assert (found.source, len(found.rows), found.rows[0].batch) == (source, 1, 2)
+        assert next(iter(found.to_json())) == "source"
+    assert hc.benchmark(small(), torch.randn(1, 3, 9, 9), **quick).rows[0].seconds
+    with pytest.raises(UsageError, match=r"this network does not say what it takes: give example_input$"):
+        hc.benchmark(small(), **quick)
+
+
+def test_a_report_is_data_or_a_page() -> None:
+    cut = hc.convert_to_file(SAMPLE, "cut.safetensors", 2)
+    found = hc.report("cut.safetensors")
+    assert found.output is None
+    assert found.report.name == "cut"
+    assert found.report.sha256 is not None
+    listener = Recorder()
+    written = hc.report("cut.safetensors", "cut.json", listener=listener)
+    assert listener.written == [written.output] == ["cut.json"]
+    assert json.loads(Path("cut.json").read_text()) == json.loads(json.dumps(found.report.to_json()))
+    again = hc.report(cut.model, file="cut.safetensors")
+    assert (again.report.name, again.report.sha256) == ("cut", found.report.sha256)
+    timed = hc.report(hc.convert(small(), 2), latency=2, input_sizes=[(3, 8, 8)]).report
+    assert timed.timing is not None
+    assert timed.timing["batch"] == 2
+    for refused in (SAMPLE, nn.Linear(2, 3)):
+        with pytest.raises(UsageError, match="is no harmonic checkpoint"):
+            hc.report(refused)
+    with pytest.raises(UsageError, match=r"cut.json exists"):
+        hc.report("cut.safetensors", "cut.json")
+
+
+def test_a_figure_is_drawn_with_its_numbers() -> None:
+    pytest.importorskip("matplotlib")
+    conversion = hc.convert(small(), 2)
+    drawn = hc.figure(conversion, "layers", "layers.svg")
+    assert (drawn.output, drawn.numbers, len(drawn.rows)) == ("layers.svg", "layers.csv", 2)
+    assert Path("layers.svg").read_text().startswith("<?xml")
+    assert list(json.loads(json.dumps(drawn.to_json()))) == ["figure", "source", "output", "numbers", "rows"]
+    with pytest.raises(UsageError, match="a trade-off is tested on labelled images: give tested"):
+        hc.figure(SAMPLE, "tradeoff")
+    with pytest.raises(UsageError, match="unknown figure 'pie': use filters, "):
+        hc.figure(SAMPLE, "pie")
+    with pytest.raises(UsageError, match="is no harmonic checkpoint"):
+        hc.figure(SAMPLE, "layers")
+
+
+@pytest.mark.slow
+def test_a_trade_off_is_tested_on_images(digits: Path) -> None:
+    pytest.importorskip("matplotlib")
+    tested = hc.TradeoffSettings(digits, calibration=digits / "train", include=["stage3.2.*"], workers=0)
+    listener = Recorder()
+    drawn = hc.figure(SAMPLE, "tradeoff", "t.svg", tested=tested, listener=listener)
+    assert {row["calibrated"] for row in drawn.rows} == {True, False}
+    assert listener.said[0].startswith("preprocessing: 1x28x28")
+    assert listener.said[1].startswith("calibrating on 20 images")
+
+
+def test_checkpoints_are_compared_by_their_names_or_as_they_are() -> None:
+    network = hc.open_source(SAMPLE).model
+    hc.convert_to_file(SAMPLE, "cut.safetensors", 2)
+    found = hc.compare("cut.safetensors", hc.convert(network, "progressive"))
+    assert [column.name for column in found.columns] == ["cut", "WideResNet"]
+    assert found.layers["stage1.0.conv1"] == ((3, 9), (9, 9))
+    assert len(hc.compare("cut.safetensors", "cut.safetensors", all_layers=True).layers) == 19
+    with pytest.raises(UsageError, match="a comparison wants two checkpoints or more"):
+        hc.compare("cut.safetensors")
+    with pytest.raises(UsageError, match="is no harmonic checkpoint"):
+        hc.compare("cut.safetensors", SAMPLE)

@@ -31,7 +31,7 @@ from harmconvert.errors import InputError, OutsideError, UsageError
 from harmconvert.layers import Times, in_turns
 from harmconvert.pipeline import convert
 from harmconvert.plan import Plan
-from harmconvert.report import Report, axis, compare, counted, grid, page, report_of, shortened_name, write_report
+from harmconvert.report import Report, axis, comparison_of, counted, grid, page, report_of, shortened_name, write_report
 from harmconvert.search import SearchSettings
 from harmconvert.sources import open_source
 from harmconvert.storage import Header, Source, read_header
@@ -662,18 +662,18 @@ def test_a_comparison_shows_where_checkpoints_differ() -> None:
 def test_a_comparison_says_what_cannot_be_compared() -> None:
     one = made(small(), 2, {"training": [training()]})
     other = replace(one, source=Source("timm", "other", {}, "00" * 32), layers=one.layers[:1])
-    found = compare([one, other])
+    found = comparison_of([one, other])
     assert found.notes == ("these are of different networks",)
     assert found.layers["2"][1] is None
     assert (found.columns[0].top1, found.columns[0].stage) == (0.98, "fine-tuned")
     source = one.source
     assert source is not None
-    found = compare([one, replace(one, source=replace(source, sha256="00" * 32))])
+    found = comparison_of([one, replace(one, source=replace(source, sha256="00" * 32))])
     assert found.notes == ("these were converted from different weights of the same network",)
     few = replace(one.stages[-1], images=10)
-    assert compare([one, replace(one, stages=(few,))]).notes == ("accuracies are of different numbers of images",)
+    assert comparison_of([one, replace(one, stages=(few,))]).notes == ("accuracies are of different numbers of images",)
     with pytest.raises(UsageError, match="two checkpoints or more"):
-        compare([one])
+        comparison_of([one])
 
 
 # --- in a browser ---

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from . import inputs, options, types
+from .listening import CommandLine
 
 
 @click.command(name="benchmark")
@@ -74,28 +75,24 @@ def command(
       harmconvert benchmark resnet50-harmonic-2.safetensors --torchcompile --threads 1 --threads 2 --json
     """
     inputs.check()
-    from ..deploy.benchmark import benchmark
     from ..errors import counted
-    from ..pipeline.devices import place
-    from ..pipeline.inputs import random_of
+    from ..pipeline.benchmark import benchmark
     from ..report import tables
 
-    network = options.opened(source, network_options)
-    place(network.model, device)
-    with options.progress() as progress:
-        found = benchmark(
-            network.model,
-            random_of(input_size, network.model),
-            batches=batches,
-            threads=threads,
-            forms=forms,
-            layouts=layouts,
-            compiled=torchcompile,
-            repeats=repeats,
-            progress=progress,
-        )
+    found = benchmark(
+        options.request(source, network_options),
+        input_sizes=input_size,
+        batches=batches,
+        threads=threads,
+        forms=forms,
+        layouts=layouts,
+        compiled=torchcompile,
+        repeats=repeats,
+        device=device,
+        listener=CommandLine(),
+    )
     if as_json:
-        options.print_json({"source": str(network.source), **found.to_json()})
+        options.print_json(found.to_json())
         return
     console = options.console()
     console.print(tables.benchmark_rows(found))

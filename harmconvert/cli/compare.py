@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from . import inputs, options, pages
+from . import inputs, options
+from .listening import CommandLine
 
 
 @click.command(name="compare")
@@ -34,13 +35,15 @@ def command(
     inputs.check()
     for source in sources:
         check_harmonic(source)
-    from ..report.comparison import compare
+    from ..report import compare
     from ..report.tables import comparison_table, differences_table
     from ..sources.opening import made_by_code
 
-    own = {source: {"trust_code": trust_code, "code": code if made_by_code(source) else None} for source in sources}
-    reports = [pages.report_on(source, input_size, own[source]) for source in sources]
-    comparison = compare(reports, all_layers)
+    requests = [
+        options.request(source, {"trust_code": trust_code, "code": code if made_by_code(source) else None})
+        for source in sources
+    ]
+    comparison = compare(*requests, all_layers=all_layers, input_sizes=input_size, listener=CommandLine())
     if as_json:
         options.print_json(comparison.to_json())
         return

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from . import inputs, options
+from .listening import CommandLine
 
 
 @click.command(name="export")
@@ -58,30 +59,23 @@ def command(
     check_format(output, format, force, dtype, form)
     inputs.check()
     options.begin(source)
-    from dataclasses import asdict
-
-    from ..deploy.export import check_target, export
-    from ..pipeline.inputs import zeros_of
+    from ..pipeline.export import export
     from ..report import tables
 
-    check_target(output, format, force, dtype, form)
-    network = options.opened(source, network_options, begun=True, intact=True)
-    with options.busy(f"writing {output}") as say:
-        found = export(
-            network.model,
-            output,
-            format,
-            form=form,
-            dtype=dtype,
-            example_input=zeros_of(input_size, network.model) if input_size else None,
-            force=force,
-            progress=say,
-        )
+    done = export(
+        options.request(source, network_options),
+        output,
+        format,
+        form=form,
+        dtype=dtype,
+        input_sizes=input_size,
+        force=force,
+        listener=CommandLine(source),
+    )
     if as_json:
-        record = {"output": output, "format": format, "form": form, "dtype": dtype, "source": str(network.source)}
-        options.print_json({**record, "check": asdict(found) if found else None})
+        options.print_json(done.to_json())
         return
     console = options.console()
-    for line in tables.export_lines(found, dtype) if found else ():
+    for line in tables.export_lines(done.check, dtype) if done.check else ():
         console.print(line, markup=False)
     console.print(f"wrote {output} ({tables.file_size(output)})", markup=False)

@@ -6,14 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import images, inputs, options, pages, training_options, types
+from ..arguments import CHECKPOINT_FIGURES, NETWORK_FIGURES
+from . import images, inputs, options, training_options, types
+from .listening import CommandLine
 
 if TYPE_CHECKING:
-    from ..report.tradeoff import Tradeoff
-    from ..storage.checkpoint import Network
-
-OF_A_NETWORK = ("filters", "spectrum", "tradeoff")
-OF_A_CHECKPOINT = ("errors", "training", "layers")
+    from ..report import TradeoffSettings
 
 
 def tradeoff_options(command: Any) -> Any:
@@ -36,7 +34,7 @@ def tradeoff_options(command: Any) -> Any:
 @click.argument("source", type=inputs.SourceText())
 @click.option(
     "--figure",
-    type=click.Choice(OF_A_NETWORK + OF_A_CHECKPOINT),
+    type=click.Choice(NETWORK_FIGURES + CHECKPOINT_FIGURES),
     help="Instead of the page, one figure. Of any network: filters, the DCT filters and what lambda keeps of them; "
     "spectrum, which frequencies each layer uses; tradeoff, error against parameters as lambda varies. Of a harmonic "
     "checkpoint: errors, of each kernel and output before and after calibration; training, loss and top-1 by epoch; "
@@ -110,54 +108,33 @@ def command(
         options.only_with(tradeoff_options, "--figure tradeoff")
     if figure not in ("filters", "spectrum") and kernel_size is not None:
         raise UsageError("--kernel-size is of use only with --figure filters or spectrum")
-    image, numbers = check_figure(source, figure, output, force)
+    check_figure(source, figure, output, force)
     if figure == "tradeoff":
         inputs.check_run(given)
         images.check_calibration(given, (), images.calibration_data_options)
     inputs.check()
-    if figure in OF_A_CHECKPOINT:
+    if figure in CHECKPOINT_FIGURES:
         check_harmonic(source)
+    from ..report import figure as draw
     from ..report import tables
     from ..report.tradeoff import Tradeoff
-    from ..report.writing import drawing, write_figure
 
-    drawing()
-    shown, found = _figure(figure, source, kernel_size, given)
-    rows = write_figure(found, image, numbers, force)
+    drawn = draw(
+        options.request(source, given),
+        figure,
+        output,
+        kernel_size=kernel_size,
+        tested=_tested(given) if figure == "tradeoff" else None,
+        force=force,
+        listener=CommandLine(),
+    )
     if as_json:
-        written = {"output": str(image), "numbers": str(numbers)}
-        options.print_json({"figure": figure, "source": shown, **written, "rows": rows})
+        options.print_json(drawn.to_json())
         return
     console = options.console()
-    if isinstance(found, Tradeoff):
-        console.print(tables.tradeoff_table(found))
-    console.print(f"wrote {image} and {numbers}", markup=False)
-
-
-def _figure(figure: str, source: str, kernel_size: tuple[int, ...] | None, given: dict[str, Any]) -> tuple[str, Any]:
-    """The source that it is of, and what the figure shows."""
-    from ..report import sheets
-    from ..report.filters import filter_bank
-    from ..report.spectrum import spectrum
-
-    if figure in OF_A_CHECKPOINT:
-        report = pages.report_on(source, (), given)
-        if figure == "errors" and report.calibration is None:
-            options.say("note: it was not calibrated: these are errors of the kernels alone")
-        makers = {"errors": sheets.error_sheet, "training": sheets.training_sheet, "layers": sheets.layer_strip}
-        return str(report.source or source), makers[figure](report)
-    # Filters are those of a kernel size, whatever the weights: there is nothing to fetch.
-    form = "dense" if figure == "tradeoff" else "harmonic"
-    network = options.opened(source, given, pretrained=figure != "filters", form=form)
-    shown = str(network.source)
-    if figure == "filters":
-        return shown, filter_bank(network.model, kernel_size)
-    if figure == "tradeoff":
-        return shown, _tradeoff(network, given)
-    found = spectrum(network.model, kernel_size)
-    for skip in found.skipped:
-        options.say(f"note: left out {skip.name} ({skip.kind}): {skip.why}")
-    return shown, found
+    if isinstance(drawn.shown, Tradeoff):
+        console.print(tables.tradeoff_table(drawn.shown))
+    console.print(f"wrote {drawn.output} and {drawn.numbers}", markup=False)
 
 
 def _page(
@@ -177,69 +154,43 @@ def _page(
     inputs.check()
     if not may_be_harmonic(source):
         raise UsageError(
-            f"which figure? give --figure {', '.join(OF_A_NETWORK[:-1])} or {OF_A_NETWORK[-1]}; without it the page of "
-            f"a harmonic checkpoint is written, and {source} is none: make one with: harmconvert convert {source}"
+            f"which figure? give --figure {', '.join(NETWORK_FIGURES[:-1])} or {NETWORK_FIGURES[-1]}; without it the "
+            f"page of a harmonic checkpoint is written, and {source} is none: make one with: harmconvert convert "
+            f"{source}"
         )
     options.only_with(tradeoff_options, "--figure tradeoff")
     if kernel_size is not None:
         raise UsageError("--kernel-size is of use only with --figure filters or spectrum")
     path = check_report(source, output, force)
-    from ..report.page import write_report
+    from ..report import report
 
-    report = pages.report_on(source, input_size, given, latency)
-    write_report(report, path, force)
+    done = report(
+        options.request(source, given),
+        path,
+        latency=latency,
+        input_sizes=input_size,
+        device=given["device"],
+        force=force,
+        listener=CommandLine(),
+    )
     if as_json:
-        options.print_json({"output": str(path), **report.to_json()})
+        options.print_json(done.to_json())
         return
     options.console().print(f"wrote {path}", markup=False)
 
 
-def _tradeoff(network: Network, given: dict[str, Any]) -> Tradeoff:
-    """Read the images, and test every cut on them."""
-    import torch
+def _tested(given: dict[str, Any]) -> TradeoffSettings:
+    """What the options say that a trade-off is tested on."""
+    from ..report import TradeoffSettings
 
-    from ..data.variety import Variety
-    from ..pipeline.calibrating import calibration_batches, warn_of
-    from ..pipeline.devices import machine_on
-    from ..pipeline.testing import evaluation_loading, note_unread
-    from ..report.tradeoff import tradeoff
-    from ..training.evaluation import evaluate
-    from .listening import CommandLine
-
-    if network.header is not None and not network.header.plan.whole:
-        options.say("note: this checkpoint is cut already: it is what 'uncut' means here")
-    listener, machine = CommandLine(), machine_on(given["device"])
-    model = network.model.to(machine.device)
-    loading, config = evaluation_loading(
+    return TradeoffSettings(
         training_options.data_request(given),
-        model,
-        machine,
-        batch_size=given["batch_size"],
-        workers=given["workers"],
-        preprocessing=training_options.image_overrides(given),
-        listener=listener,
-    )
-    settings = images.calibration_settings(given)
-    batches = calibration_batches(
         images.calibration_request(given),
-        model,
-        settings,
-        batch_size=given["calibration_batch_size"],
-        sizes=[tuple(config["input_size"])],
-        preprocessing=images.preprocessing_overrides(given),
-        listener=listener,
+        images.calibration_settings(given),
+        given["include"],
+        training_options.image_overrides(given),
+        given["batch_size"],
+        given["calibration_batch_size"],
+        given["workers"],
+        given["device"],
     )
-    variety = Variety()
-    with options.progress() as progress:
-        found = tradeoff(
-            model,
-            lambda converted, uncut: evaluate(converted, loading.epoch(0), uncut, variety=None if uncut else variety),
-            example_input=torch.zeros(1, *config["input_size"], device=machine.device),
-            include=given["include"],
-            calibration=batches,
-            settings=settings,
-            progress=progress,
-        )
-    warn_of(variety.remark(), listener)
-    note_unread(loading, found.uncut.evaluation, listener)
-    return found

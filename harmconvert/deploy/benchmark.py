@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import UsageError, counted, first_line
+from ..errors import Argument, UsageError, counted, first_line
 from ..layers import native
 from ..layers.layer_times import kernels_to_channels_last
 from ..layers.timing import in_turns
@@ -58,11 +58,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """All rows, what `factor` chose for each (batch, threads), and the machine."""
+    """All rows, what `factor` chose for each (batch, threads), the machine, and the source of the network where it is
+    known."""
 
     rows: tuple[Row, ...]
     factorings: dict[tuple[int, int], Factoring]
     machine: dict[str, Any]
+    source: str | None = None
 
     def fastest(self, batch: int, threads: int) -> Row:
         """The row to deploy by.
@@ -98,8 +100,9 @@ class Benchmark:
             {"batch": batch, "threads": threads, **found.to_json()}
             for (batch, threads), found in self.factorings.items()
         ]
+        source = {} if self.source is None else {"source": self.source}
         return {
-            "machine": self.machine, "rows": [asdict(row) for row in self.rows], "factored": factorings,
+            **source, "machine": self.machine, "rows": [asdict(row) for row in self.rows], "factored": factorings,
             "advice": self.advice(),
         }  # fmt: skip
 
@@ -141,7 +144,7 @@ def benchmark(
         forms = [form for form in forms if form == "dense"] or ["dense"]
     example_input = default_input(model) if example_input is None else example_input
     if not tensors_in(example_input):
-        raise UsageError("this network is timed on an input: give example_input (--input-size C,H,W)")
+        raise UsageError("this network is timed on an input: give ", Argument("example_input"))
     if tensors_in(example_input)[0].device.type == "cpu":
         model = in_float32(exchange(model, {}))  # 16 bits are for files
     model, example_input = running(model, example_input)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..arguments import FORMATS, GRAPHS, TIMM_FILES, check_format
-from ..errors import CheckError, UsageError, first_line
+from ..errors import Argument, CheckError, UsageError, first_line
 from ..files import write_folder
 from ..network.copying import deep_copy
 from ..network.declared import pretrained_config
@@ -77,7 +77,7 @@ def export(
     check_target(path, format, force, dtype, form)
     known = default_input(model) if example_input is None else example_input
     if known is None and (format in GRAPHS or dtype != "float32"):
-        raise UsageError("this network does not say what it takes: give example_input (--input-size C,H,W)")
+        raise UsageError("this network does not say what it takes: give ", Argument("example_input"))
     if format in GRAPHS:
         # 16 bits are for files: graphs compute as they are stored, and ONNX Runtime has no such convolutions on a CPU.
         model, known = running(in_float32(exchange(model, {})), known)

@@ -3,9 +3,11 @@
 What belongs here: one public function for each flow, which returns its result as a dataclass. Parsing of arguments and
 printing belong to `cli`; what a flow is made of belongs to the folders before this one."""
 
+from .benchmark import benchmark
 from .convert import RECORD_KEY, Conversion, LayerRecord, convert
 from .convert_to_file import ConvertedFile, Rounding, convert_to_file
 from .evaluate import Evaluated, evaluate
+from .export import ExportedFile, export
 from .finetune import finetune
 from .finetuning import (
     FineTuning,
@@ -32,6 +34,7 @@ __all__ = [
     "Conversion",
     "ConvertedFile",
     "Evaluated",
+    "ExportedFile",
     "FineTuning",
     "Inspection",
     "LayerRecord",
@@ -42,11 +45,13 @@ __all__ = [
     "Trained",
     "TrainingProgress",
     "Verification",
+    "benchmark",
     "check_classes",
     "convert",
     "convert_to_file",
     "evaluate",
     "evaluator",
+    "export",
     "finetune",
     "in_fewer_bits",
     "inspect",

@@ -4,10 +4,13 @@ What belongs here: showing results that are given as data. Measuring anything do
 is an extra: `figures` is imported when the first one is drawn."""
 
 from .charts import axis, counted
-from .comparison import compare
+from .compare import compare
+from .comparison import Column, Comparison, comparison_of
 from .demo import tell
+from .figure import Figure, TradeoffSettings, figure
 from .filters import filter_bank
 from .page import page, shortened_name, write_report
+from .report import Reported, report
 from .reproduce import OPTION_NAMES, commands
 from .sheets import Sheet, Strip, error_sheet, layer_strip, search_sheet, training_sheet
 from .spectrum import Spectrum, spectrum
@@ -18,24 +21,32 @@ from .writing import drawing, write_figure
 
 __all__ = [
     "OPTION_NAMES",
+    "Column",
+    "Comparison",
+    "Figure",
     "Point",
     "Report",
+    "Reported",
     "Sheet",
     "Spectrum",
     "Strip",
     "Tradeoff",
+    "TradeoffSettings",
     "axis",
     "calibration_lines",
     "commands",
     "compare",
+    "comparison_of",
     "comparison_table",
     "counted",
     "differences_table",
     "drawing",
     "error_sheet",
+    "figure",
     "filter_bank",
     "layer_strip",
     "page",
+    "report",
     "report_of",
     "search_sheet",
     "shortened_name",

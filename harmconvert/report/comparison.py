@@ -74,7 +74,7 @@ def check_enough(what: Sequence[Any]) -> None:
         raise UsageError("a comparison wants two checkpoints or more")
 
 
-def compare(reports: Sequence[Report], all_layers: bool = False) -> Comparison:
+def comparison_of(reports: Sequence[Report], all_layers: bool = False) -> Comparison:
     """The reports of two checkpoints or more, side by side; of their layers those of which they do not all keep as
     much, or all.
 

@@ -32,7 +32,7 @@ from harmconvert.layers import read_times
 from harmconvert.network import random_states_kept
 from harmconvert.pipeline import FineTuning, Stage, convert, recorded_stages
 from harmconvert.plan import Frequencies, Plan
-from harmconvert.report import compare, comparison_table, differences_table, page, report_of, write_report
+from harmconvert.report import comparison_of, comparison_table, differences_table, page, report_of, write_report
 from harmconvert.search import Item, Probes, SearchSettings, with_order
 from harmconvert.sources import open_reference
 from harmconvert.sources import opening as sources
@@ -216,7 +216,7 @@ def _read_history(document: Any) -> None:
     page(report)
     with tempfile.TemporaryDirectory() as folder:
         write_report(report, Path(folder) / "report.json")
-    comparison = compare([report, report], all_layers=True)
+    comparison = comparison_of([report, report], all_layers=True)
     json.dumps(comparison.to_json())
     comparison_table(comparison), differences_table(comparison)
 

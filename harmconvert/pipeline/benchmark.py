@@ -1,0 +1,68 @@
+"""benchmark(): how fast each form of a network is on this machine, and which one to deploy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from ..deploy.benchmark import FORMS, LAYOUTS, Benchmark
+from ..deploy.benchmark import benchmark as time_forms
+from .devices import place
+from .inputs import Sizes, random_of
+from .listener import SILENT, Listener
+from .networks import Openable, opened, own
+
+
+def benchmark(
+    model: Openable,
+    example_input: Any = None,
+    *,
+    input_sizes: Sizes = (),
+    batches: Sequence[int] = (1, 16),
+    threads: Sequence[int] = (),
+    forms: Sequence[str] = FORMS,
+    layouts: Sequence[str] = LAYOUTS,
+    compiled: bool = False,
+    repeats: int = 9,
+    device: str | None = None,
+    listener: Listener = SILENT,
+) -> Benchmark:
+    """Time the forms of a network in turns, for each batch size and number of threads.
+
+    >>> from torch import nn
+    >>> found = benchmark(nn.Conv2d(3, 4, 3), input_sizes=[(3, 8, 8)], batches=[2], repeats=3)
+    >>> [(row.form, row.layout, row.batch) for row in found.rows]
+    [('dense', 'contiguous', 2), ('dense', 'channels_last', 2)]
+
+    Args:
+        model: a source string, a request or a network; a given network is not changed.
+        example_input: as for `convert`; default: one seeded random example of each of ``input_sizes``.
+        input_sizes: of each input of one example, (C, H, W); default: the network's own.
+        batches, threads, forms, layouts, compiled, repeats: as for `harmconvert.deploy.benchmark`.
+        device: where to run; default: where a given network is, else the CPU.
+        listener: is told what is timed.
+
+    Raises:
+        UsageError: an unknown form or layout, no input size, or an input that the network does not take.
+        CheckError: a form of the network computes something else.
+    """
+    network = opened(model, listener)
+    if device is not None:
+        network = own(network, model)
+        place(network.model, device)
+    if example_input is None:
+        example_input = random_of(input_sizes, network.model)
+    with listener.progress() as progress:
+        found = time_forms(
+            network.model,
+            example_input,
+            batches=batches,
+            threads=threads,
+            forms=forms,
+            layouts=layouts,
+            compiled=compiled,
+            repeats=repeats,
+            progress=progress,
+        )
+    return replace(found, source=str(network.source))
