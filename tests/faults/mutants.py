@@ -247,9 +247,9 @@ MUTANTS = (
         "what was not to change may change a little", VERIFY,
     ),
     Mutant(
-        "pipeline.verify.verify",
-        "next((error for error in measured if isnan(error)), max(measured))",
-        "next((error for error in measured if isnan(error)), min(measured))",
+        "pipeline.verify._worst",
+        "next((error for error in errors if isnan(error)), max(errors))",
+        "next((error for error in errors if isnan(error)), min(errors))",
         "the better of two errors is the verdict", VERIFY,
     ),
     Mutant(
