@@ -20,7 +20,7 @@ import harmconvert as hc
 from harmconvert import load
 from harmconvert.deploy import export, graphs
 from harmconvert.errors import CheckError, InputError, OutsideError, UsageError
-from harmconvert.network import comparable, factor, fuse, tensors_in
+from harmconvert.network import comparison_inputs, factor, fuse, tensors_in
 from harmconvert.storage import rounded
 
 from .networks import Branches, random_input, seeded
@@ -371,12 +371,12 @@ def test_a_form_that_is_off_is_not_written(tmp_path: Path, monkeypatch: pytest.M
 def test_values_of_the_example_are_compared_on() -> None:
     x = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
     ids = torch.tensor([3, 7])
-    assert torch.equal(comparable(x), x)
-    rows = comparable((x, ids), 3)
+    assert torch.equal(comparison_inputs(x), x)
+    rows = comparison_inputs((x, ids), 3)
     assert torch.equal(rows[0], torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [3.0, 1.0, 2.0]]))
     assert rows[1].tolist() == [3, 7, 3]
-    assert comparable(torch.zeros(2, 3)).std() > 0.1
-    assert comparable(torch.zeros(2, dtype=torch.int64)).tolist() == [0, 0]
+    assert comparison_inputs(torch.zeros(2, 3)).std() > 0.1
+    assert comparison_inputs(torch.zeros(2, dtype=torch.int64)).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("x", [X, None])

@@ -128,7 +128,7 @@ def test_what_a_spectrum_leaves_out_is_told() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), CondConv2d(4, 4, 3, num_experts=2))
     found = spectrum(net)
     assert [layer.name for layer in found.layers] == ["0"]
-    assert [(skip.name, skip.why) for skip in found.skipped] == [("1", "its kernels are mixed anew for each input")]
+    assert [(skip.name, skip.why) for skip in found.skipped] == [("1", "its kernels are computed anew for each input")]
 
 
 @pytest.mark.parametrize(
