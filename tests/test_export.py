@@ -23,9 +23,10 @@ from harmconvert.errors import CheckError, InputError, OutsideError, UsageError
 from harmconvert.network import comparison_inputs, factor, fuse, tensors_in
 from harmconvert.storage import rounded
 
+from .checkpoints import SAMPLE, converted
 from .networks import Branches, random_input, seeded
 from .seams import replace_everywhere
-from .test_cli import SAMPLE, fails, ok
+from .test_cli import fails, ok
 
 X = random_input((1, 3, 24, 24))
 # Same padding, squeeze and excitation, dense and split connections, standardised weights, attention, re-parametrised.
@@ -262,7 +263,7 @@ def test_checkpoints_in_sixteen_bits(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "rounded to bfloat16: outputs differ by"
         in ok("convert", SAMPLE, "--dtype", "bfloat16", "-o", "a.safetensors").stdout
     )
-    ok("convert", SAMPLE, "-o", "b.safetensors")
+    converted("b.safetensors")
     assert Path("a.safetensors").stat().st_size < 0.56 * Path("b.safetensors").stat().st_size
     assert next(load("a.safetensors", model=hc.open_source(SAMPLE).model).parameters()).dtype == torch.bfloat16
     ok("verify", SAMPLE, "a.safetensors")
@@ -286,7 +287,7 @@ def test_checkpoints_in_sixteen_bits(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_exporting_by_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    ok("convert", SAMPLE, "--lambda", "2", "-o", "a.safetensors")
+    converted("a.safetensors", "--lambda", "2")
     text = ok("export", "a.safetensors", "--format", "onnx", "-o", "a.onnx").stdout
     assert "compared: outputs differ by" in text
     assert "same top-1 on 100%" in text
