@@ -33,9 +33,9 @@ X = random_input((1, 3, 24, 24))
 ARCHITECTURES = {
     "resnet18": 64, "tf_efficientnet_lite0": 64, "mobilenetv3_small_050": 64, "densenet121": 64, "regnety_002": 64,
     "convnext_atto": 64, "inception_v3": 96, "eca_nfnet_l0": 64, "repvgg_a0": 64, "hrnet_w18_small": 64,
-    "resnest14d": 64, "mobilevit_xxs": 64, "vgg11_bn": 64,
+    "resnest14d": 64, "mobilevit_xxs": 64, "vgg11_bn": 64, "test_resnet": 64,
 }  # fmt: skip
-QUICK = ("resnet18",)
+QUICK = ("test_resnet",)
 
 
 def in_runtime(path: Path, x: Tensor) -> np.ndarray:

@@ -248,8 +248,8 @@ MUTANTS = (
     ),
     Mutant(
         "pipeline.verify.verify",
-        "next((error for error in measured if isnan(error)), max(measured))",
-        "next((error for error in measured if isnan(error)), min(measured))",
+        "next((error for error in errors if isnan(error)), max(errors))",
+        "next((error for error in errors if isnan(error)), min(errors))",
         "the better of two errors is the verdict", VERIFY,
     ),
     Mutant(
