@@ -39,8 +39,8 @@ def budget_options(command: Any) -> Any:
         default="lambda",
         show_default=True,
         help="budget: lambda keeps the lowest frequencies of each layer; best also tries those that its output needs "
-        "most on the images (without images, the strongest). Use best for audio networks, or for kernels with different "
-        "resolution per axis. It needs up to three times as many probes.",
+        "most on the images (without images, the strongest). Use best for audio networks, or for kernels with "
+        "different resolution per axis. It needs up to three times as many probes.",
     )(command)
     command = click.option(
         "--latency-batch",
@@ -73,9 +73,9 @@ def budget_options(command: Any) -> Any:
     multiple=True,
     metavar="UNIT=SIZE",
     help="Instead of a lambda, a limit for the whole network: a share (params=60%, bytes=60%, macs=60% of the factored "
-    "form, latency=60%) or an amount (params=5M, bytes=10MB, macs=1G, latency=5ms). Latency is measured on this machine, "
-    "each layer in its faster form. A search finds the plan with the smallest error within the limit. It uses the images "
-    "of --calibrate; without them, the energy that is kept.",
+    "form, latency=60%) or an amount (params=5M, bytes=10MB, macs=1G, latency=5ms). Latency is measured on this "
+    "machine, each layer in its faster form. A search finds the plan with the smallest error within the limit. It uses "
+    "the images of --calibrate; without them, the energy that is kept.",
 )
 @click.option(
     "--max-drop",
@@ -112,7 +112,7 @@ def budget_options(command: Any) -> Any:
     type=click.Choice(["ortho", "l1"]),
     default="ortho",
     show_default=True,
-    help="Scale of the basis filters; l1 is that of the paper's ImageNet networks.",
+    help="Scale of the basis filters. Use l1 only to match the paper's ImageNet networks.",
 )
 @options.dtype
 @click.option("-o", "--output", metavar="FILE", help="Default: NAME-harmonic-LAMBDA.safetensors.")

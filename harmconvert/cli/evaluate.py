@@ -14,7 +14,11 @@ from .listening import CommandLine
 @click.argument("source", type=inputs.SourceText())
 @training_options.evaluation_options
 @options.input_size
-@click.option("--compare", type=inputs.SourceText(), help="A second network, such as the uncut one; measure the agreement with it.")
+@click.option(
+    "--compare",
+    type=inputs.SourceText(),
+    help="A second network, such as the uncut one; measure the agreement with it.",
+)
 @click.option("--compare-checkpoint", "rival_weights", type=inputs.InputFile(), help="Weights of the second network.")
 @click.option(
     "--amp",

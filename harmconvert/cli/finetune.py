@@ -38,7 +38,12 @@ from .recording import command_words
     help="Share of the loss that compares with the logits of the uncut network; --distill alone: 1, which needs no "
     "labels. Default: 0, or 1 if the images have no labels.",
 )
-@click.option("--distill-temperature", "temperature", type=types.FiniteRange(), help="Temperature that divides the logits for --distill.")
+@click.option(
+    "--distill-temperature",
+    "temperature",
+    type=types.FiniteRange(),
+    help="Temperature that divides the logits for --distill.",
+)
 @click.option(
     "--teacher",
     type=inputs.SourceText(),
