@@ -46,7 +46,7 @@ from harmconvert.layers import (
     to_dense,
     to_factored,
 )
-from harmconvert.network import factoring, fuse, layer_inputs, put_in_place
+from harmconvert.network import factoring, fuse, layer_inputs, replace_module
 
 FOLDER = Path(__file__).parent / "results"
 NETWORKS = {"wrn28_10": (32, 16), "resnet18": (224, 16), "resnet50": (224, 16), "vgg16_bn": (224, 4)}  # size, batch
@@ -80,7 +80,7 @@ class MergedEachCall(nn.Module):
 def merged_each_call(model: nn.Module) -> nn.Module:
     copied = copy.deepcopy(model)
     for module in [m for m in copied.modules() if isinstance(m, HarmonicMixin)]:
-        copied = put_in_place(copied, module, MergedEachCall(module))
+        copied = replace_module(copied, module, MergedEachCall(module))
     return copied
 
 

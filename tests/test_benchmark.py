@@ -16,8 +16,9 @@ import harmconvert as hc
 from harmconvert.deploy import Benchmark, Row, benchmark, peak_bytes
 from harmconvert.errors import UsageError
 
+from .checkpoints import converted
 from .networks import Branches, random_input, seeded
-from .test_cli import SAMPLE, fails, ok
+from .test_cli import fails, ok
 
 X = random_input((1, 3, 24, 24))
 
@@ -98,7 +99,7 @@ def test_what_it_refuses(arguments: dict[str, list[str]], message: str) -> None:
 
 def test_benchmark_by_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    ok("convert", SAMPLE, "--lambda", "2", "-o", "a.safetensors")
+    converted("a.safetensors", "--lambda", "2")
     text = ok("benchmark", "a.safetensors", "-b", "2", "--repeats", "3", "--layers").stdout
     assert "deploy the" in text
     assert "it keeps the whole basis" in text

@@ -27,7 +27,7 @@ from harmconvert.samples import mnist5k_held_back
 from harmconvert.sources import open_source
 from harmconvert.storage import read_header
 
-SAMPLE = "sample:resnet_mnist5k"
+from .checkpoints import SAMPLE, converted
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +98,7 @@ def test_json_is_one_document_and_nothing_else_on_stdout() -> None:
 
 
 def test_verifying_a_cut_network() -> None:
-    ok("convert", SAMPLE, "--lambda", "3", "-o", "cut.safetensors")
+    converted("cut.safetensors", "--lambda", "3")
     fails(1, "cut as planned in 18 of 19 layers: outputs differ", "verify", SAMPLE, "cut.safetensors")
     ok("verify", SAMPLE, "cut.safetensors", "--as-planned")
     ok("verify", SAMPLE, "cut.safetensors", "--tolerance", "10")
@@ -106,7 +106,7 @@ def test_verifying_a_cut_network() -> None:
 
 
 def test_a_changed_checkpoint_fails_verification_and_names_the_layer() -> None:
-    ok("convert", SAMPLE, "-o", "a.safetensors")
+    converted("a.safetensors")
     with safetensors.safe_open("a.safetensors", "pt") as file:
         metadata, state = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     state["stage2.1.conv1.coefficients"][3, 5, 4] *= 1.001
@@ -116,7 +116,7 @@ def test_a_changed_checkpoint_fails_verification_and_names_the_layer() -> None:
 
 
 def test_dense_exports_load_strictly_into_the_stock_network() -> None:
-    ok("convert", SAMPLE, "--lambda", "2", "-o", "a.safetensors")
+    converted("a.safetensors", "--lambda", "2")
     assert "wrote b.safetensors" in ok("export", "a.safetensors", "-o", "b.safetensors").stdout
     stock = timm.create_model("wrn22_1", in_chans=1, img_size=28).eval()
     stock.load_state_dict(safetensors.torch.load_file("b.safetensors"), strict=True)
@@ -128,7 +128,7 @@ def test_dense_exports_load_strictly_into_the_stock_network() -> None:
 
 
 def test_a_timm_folder_is_a_source_again() -> None:
-    ok("convert", SAMPLE, "-o", "a.safetensors")
+    converted("a.safetensors")
     ok("export", "a.safetensors", "--format", "timm", "-o", "folder")
     assert sorted(os.listdir("folder")) == ["config.json", "model.safetensors"]
     ok("verify", SAMPLE, "local-dir:folder")
@@ -170,7 +170,7 @@ def test_patterns_include_and_exclude() -> None:
 
 
 def test_a_plan_file_is_followed() -> None:
-    ok("convert", SAMPLE, "--lambda", "progressive", "-o", "a.safetensors")
+    converted("a.safetensors", "--lambda", "progressive")
     read_header("a.safetensors").plan.save("plan.json")
     ok("convert", SAMPLE, "--plan", "plan.json", "-o", "b.safetensors")
     assert read_header("b.safetensors").plan == read_header("a.safetensors").plan
@@ -187,13 +187,13 @@ def test_a_policy_that_cuts_nothing_says_what_would() -> None:
 
 
 def test_a_checkpoint_converts_further() -> None:
-    ok("convert", SAMPLE, "--lambda", "3", "-o", "a.safetensors")
+    converted("a.safetensors", "--lambda", "3")
     ok("convert", "a.safetensors", "--lambda", "2")
     assert read_header("a-harmonic-2.safetensors").plan.layers[1].levels == 2
 
 
 def test_outputs_are_never_lost() -> None:
-    ok("convert", SAMPLE, "-o", "a.safetensors")
+    converted("a.safetensors")
     before = Path("a.safetensors").read_bytes()
     fails(2, "a.safetensors exists: use --force to replace it", "convert", SAMPLE, "-o", "a.safetensors")
     assert Path("a.safetensors").read_bytes() == before
@@ -546,14 +546,14 @@ def test_names_that_are_not_utf8_are_refused_before_any_work() -> None:
 
 
 def test_outputs_of_another_kind_are_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    ok("convert", SAMPLE, "--lambda", "2", "-o", "cut.safetensors")
+    converted("cut.safetensors", "--lambda", "2")
     monkeypatch.setattr("harmconvert.pipeline.networks.open_source", lambda *_, **__: pytest.fail("work has begun"))
     for command in (["export", "cut.safetensors"], ["finetune", "cut.safetensors"], ["train", SAMPLE]):
         fails(2, "out.pth should end in .safetensors", *command, "-o", "out.pth")
 
 
 def test_what_is_damaged_is_not_handed_on() -> None:
-    ok("convert", SAMPLE, "--lambda", "2", "-o", "cut.safetensors")
+    converted("cut.safetensors", "--lambda", "2")
     content = bytearray(Path("cut.safetensors").read_bytes())
     content[-5] ^= 1
     Path("cut.safetensors").write_bytes(content)

@@ -16,7 +16,8 @@ from harmconvert.samples import mnist5k_held_back
 from harmconvert.sources import open_source
 from harmconvert.storage import read_header
 
-from .test_cli import SAMPLE, ok, run
+from .checkpoints import SAMPLE
+from .test_cli import ok, run
 
 
 @pytest.fixture(autouse=True)

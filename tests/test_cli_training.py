@@ -26,9 +26,10 @@ from harmconvert.sources import open_source
 from harmconvert.storage import read_header
 from harmconvert.training import Recipe, write_metrics
 
+from .checkpoints import SAMPLE, converted
 from .pictures import digit_folders
 from .seams import replace_everywhere
-from .test_cli import SAMPLE, ok, run
+from .test_cli import ok, run
 
 # Digits: no mirror images; small steps, because the batches of these tests are small.
 DIGITS = ["--hflip", "0", "--crop", "padded", "-b", "10", "--workers", "0"]
@@ -40,7 +41,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("material")
     digit_folders(folder / "digits" / "train", 4)
     digit_folders(folder / "digits" / "val", 2, first=4)
-    ok("convert", SAMPLE, "--lambda", "2", "-o", str(folder / "cut.safetensors"))
+    converted(folder / "cut.safetensors", "--lambda", "2")
     return folder
 
 

@@ -264,7 +264,7 @@ def test_a_deformable_convolution_is_named() -> None:
             self.conv, self.bent = nn.Conv2d(3, 4, 3), DeformConv2d(4, 4, 3)
 
     skips = {layer.name: layer.why for layer in convert(Deforms()).layers if layer.skipped}
-    assert skips == {"bent": "its kernel reads at positions of its input's own choosing"}
+    assert skips == {"bent": "its kernel reads at positions that depend on the input"}
 
 
 def test_skipped_convolutions_are_not_counted_as_1x1() -> None:
@@ -296,7 +296,7 @@ def test_calls_of_a_shared_layer_add_up() -> None:
             timm.layers.BlurPool2d(3),
             "this BlurPool2d has no convolution over 1x1 to convert (: its blur filter is fixed",
         ),
-        (timm.layers.CondConv2d(3, 3, 3, num_experts=2), "its kernels are mixed anew for each input"),
+        (timm.layers.CondConv2d(3, 3, 3, num_experts=2), "its kernels are computed anew for each input"),
     ],
 )
 def test_nothing_to_convert_is_bad_input(model: nn.Module, message: str) -> None:

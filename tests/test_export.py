@@ -20,21 +20,22 @@ import harmconvert as hc
 from harmconvert import load
 from harmconvert.deploy import export, graphs
 from harmconvert.errors import CheckError, InputError, OutsideError, UsageError
-from harmconvert.network import comparable, factor, fuse, tensors_in
+from harmconvert.network import comparison_inputs, factor, fuse, tensors_in
 from harmconvert.storage import rounded
 
+from .checkpoints import SAMPLE, converted
 from .networks import Branches, random_input, seeded
 from .seams import replace_everywhere
-from .test_cli import SAMPLE, fails, ok
+from .test_cli import fails, ok
 
 X = random_input((1, 3, 24, 24))
 # Same padding, squeeze and excitation, dense and split connections, standardised weights, attention, re-parametrised.
 ARCHITECTURES = {
     "resnet18": 64, "tf_efficientnet_lite0": 64, "mobilenetv3_small_050": 64, "densenet121": 64, "regnety_002": 64,
     "convnext_atto": 64, "inception_v3": 96, "eca_nfnet_l0": 64, "repvgg_a0": 64, "hrnet_w18_small": 64,
-    "resnest14d": 64, "mobilevit_xxs": 64, "vgg11_bn": 64,
+    "resnest14d": 64, "mobilevit_xxs": 64, "vgg11_bn": 64, "test_resnet": 64,
 }  # fmt: skip
-QUICK = ("resnet18",)
+QUICK = ("test_resnet",)
 
 
 def in_runtime(path: Path, x: Tensor) -> np.ndarray:
@@ -262,7 +263,7 @@ def test_checkpoints_in_sixteen_bits(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "rounded to bfloat16: outputs differ by"
         in ok("convert", SAMPLE, "--dtype", "bfloat16", "-o", "a.safetensors").stdout
     )
-    ok("convert", SAMPLE, "-o", "b.safetensors")
+    converted("b.safetensors")
     assert Path("a.safetensors").stat().st_size < 0.56 * Path("b.safetensors").stat().st_size
     assert next(load("a.safetensors", model=hc.open_source(SAMPLE).model).parameters()).dtype == torch.bfloat16
     ok("verify", SAMPLE, "a.safetensors")
@@ -286,7 +287,7 @@ def test_checkpoints_in_sixteen_bits(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_exporting_by_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    ok("convert", SAMPLE, "--lambda", "2", "-o", "a.safetensors")
+    converted("a.safetensors", "--lambda", "2")
     text = ok("export", "a.safetensors", "--format", "onnx", "-o", "a.onnx").stdout
     assert "compared: outputs differ by" in text
     assert "same top-1 on 100%" in text
@@ -371,12 +372,12 @@ def test_a_form_that_is_off_is_not_written(tmp_path: Path, monkeypatch: pytest.M
 def test_values_of_the_example_are_compared_on() -> None:
     x = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
     ids = torch.tensor([3, 7])
-    assert torch.equal(comparable(x), x)
-    rows = comparable((x, ids), 3)
+    assert torch.equal(comparison_inputs(x), x)
+    rows = comparison_inputs((x, ids), 3)
     assert torch.equal(rows[0], torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [3.0, 1.0, 2.0]]))
     assert rows[1].tolist() == [3, 7, 3]
-    assert comparable(torch.zeros(2, 3)).std() > 0.1
-    assert comparable(torch.zeros(2, dtype=torch.int64)).tolist() == [0, 0]
+    assert comparison_inputs(torch.zeros(2, 3)).std() > 0.1
+    assert comparison_inputs(torch.zeros(2, dtype=torch.int64)).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("x", [X, None])

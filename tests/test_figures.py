@@ -54,9 +54,10 @@ from harmconvert.search import SearchSettings
 from harmconvert.training import Evaluation, evaluate
 
 from . import oracle, test_report
+from .checkpoints import SAMPLE, converted
 from .networks import CONVOLUTIONS, Branches, seeded
 from .pictures import digit_folders
-from .test_cli import SAMPLE, fails, ok
+from .test_cli import fails, ok
 
 
 @pytest.fixture(autouse=True)
@@ -128,7 +129,7 @@ def test_what_a_spectrum_leaves_out_is_told() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), CondConv2d(4, 4, 3, num_experts=2))
     found = spectrum(net)
     assert [layer.name for layer in found.layers] == ["0"]
-    assert [(skip.name, skip.why) for skip in found.skipped] == [("1", "its kernels are mixed anew for each input")]
+    assert [(skip.name, skip.why) for skip in found.skipped] == [("1", "its kernels are computed anew for each input")]
 
 
 @pytest.mark.parametrize(
@@ -506,7 +507,7 @@ def same_rows(path: str, document: str) -> list[dict[str, Any]]:
 
 
 def test_filters_and_spectrum_of_a_cut_network() -> None:
-    ok("convert", SAMPLE, "--lambda", "progressive", "-o", "cut.safetensors")
+    converted("cut.safetensors", "--lambda", "progressive")
     result = ok("report", "cut.safetensors", "--figure", "filters", "--json")
     rows = same_rows("cut-filters.csv", result.stdout)
     assert [row["kept_by"] for row in rows] == [19, 19, 19, 13, 13, 13, 7, 7, 7]
@@ -551,7 +552,7 @@ def test_the_tradeoff_on_labelled_digits() -> None:
 
 def test_the_tradeoff_is_told_as_a_table_and_says_what_uncut_means() -> None:
     digit_folders(Path("digits"), 1)
-    ok("convert", SAMPLE, "--lambda", "3", "-o", "cut.safetensors")
+    converted("cut.safetensors", "--lambda", "3")
     run = ["--figure", "tradeoff", "--data-dir", "digits", "--workers", "0", "--include", "stage3.2.*"]
     result = ok("report", "cut.safetensors", *run)
     assert "note: this checkpoint is cut already: it is what 'uncut' means here" in result.stderr
@@ -580,7 +581,7 @@ def test_the_pages_charts_by_command() -> None:
         "--figure",
         "training",
     )
-    ok("convert", SAMPLE, "--lambda", "2", "-o", "plain.safetensors")
+    converted("plain.safetensors", "--lambda", "2")
     result = ok("report", "plain.safetensors", "--figure", "errors")
     assert "note: it was not calibrated: these are errors of the kernels alone" in result.stderr
     assert result.stdout == "wrote plain-errors.png and plain-errors.csv\n"

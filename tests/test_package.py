@@ -7,6 +7,7 @@ import importlib
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,15 @@ def names_from(node: ast.AST, folder: str) -> list[str]:
     return [f"{node.module}.{alias.name}" for alias in node.names]
 
 
+@cache
+def users() -> list[tuple[Path, list[ast.AST]]]:
+    """Tests and benchmarks, and the import statements of each."""
+    paths = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    return [
+        (path, [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]) for path in paths
+    ]
+
+
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_a_folder_is_an_interface(folder: str) -> None:
     """Tests and benchmarks take names from the folder, not from the file that holds them, so that a name may move."""
@@ -74,8 +84,8 @@ def test_a_folder_is_an_interface(folder: str) -> None:
     names = getattr(module, "__all__", [])
     assert [*names] == sorted(set(names), key=lambda n: (not n.isupper(), n[0].islower(), n))
     assert not [name for name in names if name.startswith("_") or not hasattr(module, name)]
-    for path in [*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
-        for node in ast.walk(ast.parse(path.read_text())):
+    for path, nodes in users():
+        for node in nodes:
             deep = [name for name in names_from(node, folder) if name.rpartition(".")[2] in names]
             assert not deep, f"{path.name}: harmconvert.{folder} has {deep}"
 

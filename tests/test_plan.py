@@ -21,7 +21,7 @@ SITES = [
     LayerInfo("layer2.dw", "Conv2d", (5, 5), depthwise=True, output_size=(14, 14)),
     LayerInfo("layer3.conv", "Conv2d", (3, 3), output_size=(7, 7)),
     LayerInfo("layer3.wide", "Conv2d", (1, 7), output_size=(7, 7)),
-    LayerInfo("odd", "CondConv2d", (3, 3), skip="its kernels are mixed anew for each input"),
+    LayerInfo("odd", "CondConv2d", (3, 3), skip="its kernels are computed anew for each input"),
 ]
 
 
@@ -47,7 +47,7 @@ WHOLE = {"stem": 49, "layer1.conv": 9, "layer2.conv": 9, "layer2.dw": 25, "layer
 def test_policies(lam: Any, expected: dict[str, int]) -> None:
     plan = make_plan(SITES, lam)
     assert kept(plan) == WHOLE | expected
-    assert [(s.name, s.why) for s in plan.skipped] == [("odd", "its kernels are mixed anew for each input")]
+    assert [(s.name, s.why) for s in plan.skipped] == [("odd", "its kernels are computed anew for each input")]
 
 
 def test_the_input_layer_and_depthwise_ones_say_why_they_stay_whole() -> None:
@@ -63,7 +63,7 @@ def test_including_names_layers_and_leaves_the_others_alone() -> None:
     assert kept(plan) == {"stem": 15, "layer2.conv": 3, "layer2.dw": 10}
     assert {s.why for s in plan.skipped} == {
         "not among those to include",
-        "its kernels are mixed anew for each input",
+        "its kernels are computed anew for each input",
     }
 
 

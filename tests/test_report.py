@@ -38,9 +38,10 @@ from harmconvert.storage import Header, Source, read_header
 from harmconvert.training import recipe_named
 
 from .browser import UNREADABLE, Visit, chromium
+from .checkpoints import SAMPLE, converted
 from .pictures import digit_folders
 from .seams import replace_everywhere
-from .test_cli import SAMPLE, fails, ok
+from .test_cli import fails, ok
 
 # Of functions, to write one page: about three seconds of work.
 MOST_CALLS = 10_000_000
@@ -153,7 +154,7 @@ def test_forms_have_the_time_of_their_faster_layout() -> None:
 
 
 def test_latency_by_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    ok("convert", SAMPLE, "--lambda", "2", "-o", "cut.safetensors")
+    converted("cut.safetensors", "--lambda", "2")
     assert "--latency 1</code> measures it" in page(made(small(), 2))
     fails(
         2, "--device is of use only with --figure tradeoff or --latency", "report", "cut.safetensors", "--device", "cpu"
@@ -216,7 +217,7 @@ def test_what_is_not_known_is_none() -> None:
 
 
 def test_saving_a_conversion_from_python_records_what_the_command_line_records() -> None:
-    ok("convert", SAMPLE, "--lambda", "2", "-o", "by_command.safetensors")
+    converted("by_command.safetensors", "--lambda", "2")
     conversion = convert(open_source(SAMPLE).model, 2)
     header = save(conversion, "by_python.safetensors", history={"mine": 1})
     told = read_header("by_command.safetensors").history["conversion"]
@@ -519,7 +520,7 @@ def test_a_thousand_layers_are_under_two_megabytes_and_no_more_work_than_ten_tim
 
 
 def test_a_missing_jinja_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    ok("convert", SAMPLE, "--lambda", "2", "-o", "cut.safetensors")
+    converted("cut.safetensors", "--lambda", "2")
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(OutsideError, match=r"made by jinja2: pip install 'harmconvert\[report\]'"):
         page(made(small()))
@@ -577,7 +578,7 @@ def test_long_names_lose_their_middle() -> None:
 
 
 def test_the_report_is_written_beside_and_never_over_something() -> None:
-    ok("convert", SAMPLE, "--lambda", "2", "-o", "cut.safetensors")
+    converted("cut.safetensors", "--lambda", "2")
     assert ok("report", "cut.safetensors").stdout == "wrote cut-report.html\n"
     fails(2, "cut-report.html exists: use --force", "report", "cut.safetensors")
     found = json.loads(ok("report", "cut.safetensors", "--force", "--json").stdout)
@@ -608,7 +609,7 @@ def test_the_report_is_written_beside_and_never_over_something() -> None:
     ],
 )
 def test_what_report_and_compare_refuse(arguments: list[str], code: int, message: str) -> None:
-    ok("convert", SAMPLE, "--lambda", "2", "-o", "cut.safetensors")
+    converted("cut.safetensors", "--lambda", "2")
     fails(code, message, *arguments)
 
 
@@ -624,7 +625,7 @@ def test_quiet_is_quiet_and_verbose_counts_seconds() -> None:
 
 
 def test_fine_tuning_writes_its_report() -> None:
-    ok("convert", SAMPLE, "--lambda", "2", "-o", "cut.safetensors")
+    converted("cut.safetensors", "--lambda", "2")
     digit_folders(Path("digits") / "train", 4)
     digit_folders(Path("digits") / "val", 2, first=4)
     how = ["--hflip", "0", "--crop", "padded", "-b", "10", "--workers", "0", "--epochs", "1"]
@@ -642,8 +643,8 @@ def test_fine_tuning_writes_its_report() -> None:
 
 
 def test_a_comparison_shows_where_checkpoints_differ() -> None:
-    ok("convert", SAMPLE, "--lambda", "2", "-o", "a.safetensors")
-    ok("convert", SAMPLE, "--lambda", "progressive", "-o", "b.safetensors")
+    converted("a.safetensors", "--lambda", "2")
+    converted("b.safetensors", "--lambda", "progressive")
     text = ok("compare", "a.safetensors", "b.safetensors").stdout
     assert re.search(r"^parameters +93.82k \(34.5%\) +119.93k \(44.1%\)$", text, re.MULTILINE)
     assert re.search(r"^stage1.0.conv1 +3/9 +9/9$", text, re.MULTILINE)

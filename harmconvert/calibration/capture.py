@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from ..errors import UsageError, first_line
 from ..network.running import call, evaluating, unchanged
 from ..network.side_effects import seeded_sources
-from ..network.values import cloned, describe_input, fitted
+from ..network.values import clone_tensors, describe_input, match_dtype
 
 _PLAIN = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
@@ -128,7 +128,7 @@ def forward(model: nn.Module, input: Any, mode: TorchFunctionMode | None = None,
     Raises:
         UsageError: the network does not run on that input.
     """
-    input = fitted(cloned(input), model)  # a forward may normalise its input in place
+    input = match_dtype(clone_tensors(input), model)  # a forward may normalise its input in place
     try:
         with unchanged(model) if undo else nullcontext(), evaluating(model), seeded_sources():
             if mode is None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..network.comparison import close
 from ..network.distributed import any_rank, rank, world_size
-from ..network.values import batch_size, rebuilt, tensors_in
+from ..network.values import batch_size, rebuild_sequence, tensors_in
 from .capture import forward
 from .reading import Reader
 
@@ -164,7 +164,11 @@ def _rows(input: Any, rows: list[int], size: int) -> Any:
         single = [not isinstance(part, Tensor) or part.dim() == 3 for part in input]
         if all(single):
             return [input[row] for row in rows]
-    return rebuilt(input, (_rows(value, rows, size) for value in input)) if isinstance(input, list | tuple) else input
+    return (
+        rebuild_sequence(input, (_rows(value, rows, size) for value in input))
+        if isinstance(input, list | tuple)
+        else input
+    )
 
 
 def _not_finite(input: Any, index: int) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..network.comparison import close
-from ..network.values import channels_last, tensors_in
+from ..network.values import images_to_channels_last, tensors_in
 from .capture import forward
 from .inputs import Batch, CalibrationSet
 
@@ -19,7 +19,7 @@ def laid_out(model: nn.Module, data: CalibrationSet) -> CalibrationSet:
     not."""
     if any(tensor.device.type != "cpu" for tensor in (*model.parameters(), *model.buffers())):
         return data
-    probes = [(batch.input, channels_last(batch.input)) for batch in data.probes]
+    probes = [(batch.input, images_to_channels_last(batch.input)) for batch in data.probes]
     if not any(_moved(before, after) for before, after in probes):
         return data
     try:
@@ -30,7 +30,7 @@ def laid_out(model: nn.Module, data: CalibrationSet) -> CalibrationSet:
         return data
 
     def changed(batches: tuple[Batch, ...]) -> tuple[Batch, ...]:
-        return tuple(replace(batch, input=channels_last(batch.input)) for batch in batches)
+        return tuple(replace(batch, input=images_to_channels_last(batch.input)) for batch in batches)
 
     return replace(data, fit=changed(data.fit), held=changed(data.held))
 

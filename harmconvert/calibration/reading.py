@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import HarmconvertError, InputError, UsageError, first_line
 from ..network.exchange import in_precision, in_sixteen_bits
-from ..network.values import rebuilt, tensors_in
+from ..network.values import rebuild_sequence, tensors_in
 from .capture import forward
 
 
@@ -158,4 +158,4 @@ def _as_tensors(item: Any) -> Any:
         return torch.tensor(item)
     if isinstance(item, Mapping):
         return {key: _as_tensors(value) for key, value in item.items()}
-    return rebuilt(item, map(_as_tensors, item)) if isinstance(item, list | tuple) else item
+    return rebuild_sequence(item, map(_as_tensors, item)) if isinstance(item, list | tuple) else item

@@ -1,4 +1,7 @@
-"""The command line: one file per command, none of them with logic of its own. Torch is imported when a command runs."""
+"""The command line: one file for each command. A command parses its arguments, calls one function, and prints.
+
+Torch is imported when a command runs.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +25,17 @@ COMMANDS = (
 )  # fmt: skip
 
 
-# What torch and CUDA say in a RuntimeError where memory is short.
+# Parts of the RuntimeError of torch and CUDA when memory is short.
 _NO_MEMORY = ("not enough memory", "out of memory", "can't allocate memory", "Cannot allocate memory")
 _INTERRUPTED = "harmconvert.interrupted"
 
 
 class StopError(Exception):
-    """A user ended the command; the message says what is kept."""
+    """The user ended the command; the message says what is kept."""
 
 
 class Program(click.Group):
-    """Loads a command's file when it is named, and turns every error into one line and an exit code."""
+    """Load the file of a command when the command is named; turn every error into one line and an exit code."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -49,21 +52,21 @@ class Program(click.Group):
         except KeyboardInterrupt as stop:  # click would write an empty line first
             raise StopError(kept(ctx)) from stop
         except Exception as error:
-            if ctx.meta.get(_INTERRUPTED):  # a library that was being imported made an error of its own of it
+            if ctx.meta.get(_INTERRUPTED):  # a library that was being imported raised its own error
                 raise StopError(kept(ctx)) from error
             raise
 
     def main(self, args: Any = None, *rest: Any, **extra: Any) -> Any:
         extra["standalone_mode"] = False
         for name in ("stdin", "stdout", "stderr"):
-            if getattr(sys, name) is None:  # closed by whoever runs us
+            if getattr(sys, name) is None:  # the calling program closed it
                 setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115  to the end
         arguments = list(sys.argv[1:] if args is None else args)
-        extra["obj"] = sys.stdout  # under --json for its document alone, whatever a network prints
+        extra["obj"] = sys.stdout  # --json prints its document here; all other output goes to stderr
         debug = "--debug" in arguments
-        # torch's own remarks, meant for those who wrote the program, are none of the user's business.
+        # Warnings of torch are for developers, not for the user.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-        with contextlib.suppress(ValueError):  # not the main thread: whoever runs us handles signals
+        with contextlib.suppress(ValueError):  # not the main thread: the calling program handles signals
             signal.signal(signal.SIGTERM, _terminate)
             if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # nohup ignores it
                 signal.signal(signal.SIGINT, _interrupt)
@@ -77,7 +80,7 @@ class Program(click.Group):
         except click.exceptions.Exit as stop:
             sys.exit(stop.exit_code)
         except click.ClickException as error:
-            if not arguments:  # what it has to say is all of the help
+            if not arguments:  # the message is the complete help
                 click.echo(error.format_message(), err=True)
             else:
                 _say(error.format_message() + _hint(error))
@@ -141,7 +144,7 @@ def _terminate(number: int, frame: Any) -> None:
 @click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="harmconvert")
 def main() -> None:
-    """Convert pretrained CNNs to harmonic form: exact, or smaller by cutting high DCT frequencies.
+    """Convert pretrained CNNs to harmonic form: exactly, or smaller, without the high DCT frequencies.
 
     \b
     Example:

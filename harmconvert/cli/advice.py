@@ -1,8 +1,8 @@
-"""Options that a message names: the command that shows the message has them, or they are named with their command.
+"""Options in messages: a message names only options of the running command, or names the command of the option, too.
 
-The library's messages name arguments (`harmconvert.errors.Argument`); here each gets the option that most commands
-have for it. Commands differ: what is --input-size for convert is --img-size for train, and only some read weights from
---checkpoint.
+The library's messages name arguments (`harmconvert.errors.Argument`). This file replaces each argument by the option
+that most commands have for it. Commands differ: --input-size of convert is --img-size of train, and only some commands
+read weights from --checkpoint.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import click
 
 from ..errors import Argument, Message
 
-# The words for an argument, where they are more than its name as an option.
+# The words for an argument, if they differ from its name as an option.
 WORDS = {
     "arguments": "--model-kwargs",
     "compare_weights": "--compare-checkpoint",
@@ -23,18 +23,18 @@ WORDS = {
     "output": "output with -o",
 }
 
-# What to name where a command lacks the first and has the second.
+# Name the second option if a command has it and does not have the first.
 INSTEAD = {"--input-size C,H,W": "--img-size SIZE", "--input-size": "--img-size"}
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z]")
 
 
 def options_of(command: click.Command) -> set[str]:
-    """All options of a command, as they are typed."""
+    """Return all options of a command, as the user types them."""
     return {text for parameter in command.params for text in (*parameter.opts, *parameter.secondary_opts)}
 
 
 def fitting(text: str, command: str, options: Mapping[str, Set[str]]) -> str:
-    """A message for the user of ``command``; ``options`` are those of all commands, by name.
+    """Return a message for the user of ``command``; ``options`` are the options of all commands, by name.
 
     >>> options = {"convert": {"--checkpoint"}, "compare": {"--json"}}
     >>> fitting("give the weights with --checkpoint FILE", "compare", options)
@@ -56,7 +56,7 @@ def fitting(text: str, command: str, options: Mapping[str, Set[str]]) -> str:
 
 
 def option_of(argument: Argument) -> str:
-    """An argument as most commands have it.
+    """Return the option that most commands have for an argument.
 
     >>> option_of(Argument("force", True)), option_of(Argument("batch_size", 2)), option_of(Argument("output"))
     ('--force', '--batch-size 2', 'output with -o')
@@ -68,8 +68,10 @@ def option_of(argument: Argument) -> str:
 
 
 def adapted(text: str, command: str | None = None) -> str:
-    """The same for ``command``, by default the one that runs, of a message of the library, too; a text that names no
-    option is left as it is."""
+    """Return a text or a library message for the user of ``command`` (default: the running one).
+
+    A text that names no option is not changed.
+    """
     from . import COMMANDS, main
 
     text = text.naming(option_of) if isinstance(text, Message) else text

@@ -20,10 +20,10 @@ from .listening import CommandLine
     multiple=True,
     default=(1, 16),
     show_default=True,
-    help="Examples in a forward; repeatable.",
+    help="Examples in one forward pass; repeatable.",
 )
 @click.option(
-    "--threads", type=types.Count(min=1), multiple=True, help="Threads of torch; repeatable. Default: all cores."
+    "--threads", type=types.Count(min=1), multiple=True, help="Number of torch threads; repeatable. Default: all cores."
 )
 @click.option(
     "--form",
@@ -32,7 +32,7 @@ from .listening import CommandLine
     multiple=True,
     default=("dense", "harmonic", "factored"),
     show_default=True,
-    help="Forms to time; repeatable.",
+    help="Forms to measure; repeatable.",
 )
 @click.option(
     "--layout",
@@ -41,13 +41,13 @@ from .listening import CommandLine
     multiple=True,
     default=("contiguous", "channels_last"),
     show_default=True,
-    help="Memory layouts to time; repeatable.",
+    help="Memory layouts to measure; repeatable.",
 )
-@click.option("--torchcompile", is_flag=True, help="Time each under torch.compile as well.")
+@click.option("--torchcompile", is_flag=True, help="Measure each form under torch.compile, too.")
 @click.option(
-    "--repeats", type=types.Count(min=3), default=9, show_default=True, help="Of each, in turns with the others."
+    "--repeats", type=types.Count(min=3), default=9, show_default=True, help="Repeats of each measurement, in turns."
 )
-@click.option("--layers", is_flag=True, help="Say layer by layer which form was chosen, and why.")
+@click.option("--layers", is_flag=True, help="Print for each layer which form was chosen, and why.")
 @options.input_size
 @options.device
 @options.network_options
@@ -67,7 +67,7 @@ def command(
     as_json: bool,
     **network_options: Any,
 ) -> None:
-    """Time the forms of the network SOURCE on this machine, and say which one to deploy.
+    """Measure the forms of the network SOURCE on this machine, and say which one to deploy.
 
     \b
     Example:

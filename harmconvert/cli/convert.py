@@ -21,39 +21,40 @@ if TYPE_CHECKING:
 
 
 def budget_options(command: Any) -> Any:
-    """How a plan for --budget or --max-drop is searched for."""
+    """Add the options of the search for a plan (--budget, --max-drop)."""
     command = click.option(
         "--search-figure",
         metavar="FILE",
-        help="budget: draw all plans that were seen, .png or .svg, and a .csv beside it.",
+        help="budget: draw all plans of the search, as .png or .svg, and write a .csv beside it.",
     )(command)
     command = click.option(
         "--probes",
         metavar="FILE",
-        help="budget: where scores are kept, for another budget to start from; default: NAME-harmonic.probes.json "
-        "beside the output.",
+        help="budget: file for the scores of layers, which a search with another budget reads again; default: "
+        "NAME-harmonic.probes.json beside the output.",
     )(command)
     command = click.option(
         "--frequencies",
         type=click.Choice(["lambda", "best"]),
         default="lambda",
         show_default=True,
-        help="budget: keep the lowest of each layer's, or also try those that its output needs most on the images "
-        "(without images, the strongest): for long kernels, and images with a direction; up to three times the probes.",
+        help="budget: lambda keeps the lowest frequencies of each layer; best also tries those that its output needs "
+        "most on the images (without images, the strongest). Use best for audio networks, or for kernels with "
+        "different resolution per axis. It needs up to three times as many probes.",
     )(command)
     command = click.option(
         "--latency-batch",
         type=types.Count(min=1),
         default=1,
         show_default=True,
-        help="budget latency=: images in the forward that is timed.",
+        help="budget latency=: images in the forward pass that is measured.",
     )(command)
     return click.option(
         "--trials",
         type=types.Count(min=0),
         default=8,
         show_default=True,
-        help="budget: whole plans tried on the network; 0 trusts the scores of single layers.",
+        help="budget: number of whole plans to try on the network; 0: use the scores of single layers alone.",
     )(command)
 
 
@@ -63,46 +64,47 @@ def budget_options(command: Any) -> Any:
     "--lambda",
     "lam",
     metavar="LAMBDA",
-    help="What to keep: full (exact), progressive (by map size, as the paper), a number meant for 3x3 kernels and "
-    "scaled to others, or 'PATTERN=N,PATTERN=N' with literal levels. Default: full; of a network that is harmonic "
-    "already, what it has.",
+    help="What to keep: full (exact), progressive (by feature map size, as in the paper), a number (levels of a 3x3 "
+    "kernel, scaled for other kernels), or 'PATTERN=N,PATTERN=N' (exactly these levels). Default: full; for a network "
+    "that is already harmonic: what it has.",
 )
 @click.option(
     "--budget",
     multiple=True,
     metavar="UNIT=SIZE",
-    help="Instead of a lambda: params=60%, bytes=60%, macs=60% (of the factored form) or latency=60% (measured here, "
-    "each layer in its faster form) of the whole network, or an amount: params=5M, bytes=10MB, macs=1G, latency=5ms; "
-    "the plan of least harm within it is searched for, on the images of --calibrate or by energy.",
+    help="Instead of a lambda, a limit for the whole network: a share (params=60%, bytes=60%, macs=60% of the factored "
+    "form, latency=60%) or an amount (params=5M, bytes=10MB, macs=1G, latency=5ms). Latency is measured on this "
+    "machine, each layer in its faster form. A search finds the plan with the smallest error within the limit. It uses "
+    "the images of --calibrate; without them, the energy that is kept.",
 )
 @click.option(
     "--max-drop",
     type=types.FiniteRange(min=0),
     metavar="POINTS",
-    help="Instead of a lambda: the smallest network that loses no more than so many points of top-1 on --labelled.",
+    help="Instead of a lambda: find the smallest network that loses at most POINTS of top-1 on --labelled.",
 )
 @click.option(
     "--labelled",
     metavar="DATA",
-    help="max-drop: a folder with a folder for each class, sample:mnist5k, or a timm data set; half of the test images "
-    "choose, the other half say what was lost.",
+    help="max-drop: a folder with a folder for each class, sample:mnist5k, or a timm data set. Half of the test images "
+    "choose the size, the other half measure the loss.",
 )
 @budget_options
-@click.option("--save-plan", metavar="FILE", help="Write the plan as JSON, to edit and to follow with --plan.")
+@click.option("--save-plan", metavar="FILE", help="Write the plan as JSON. You can edit it and use it with --plan.")
 @click.option(
     "--plan",
     "plan_file",
     type=inputs.InputFile(),
-    help="Follow a plan instead of a lambda: JSON, or a harmonic checkpoint, whose plan it is.",
+    help="Instead of a lambda, follow a plan: JSON, or a harmonic checkpoint, whose plan is used.",
 )
 @click.option(
     "--include",
     multiple=True,
     metavar="PATTERN",
-    help="Convert only layers whose name matches, and cut them even where the policy would spare them; repeatable.",
+    help="Convert only layers whose name matches, and cut them even if the policy keeps them whole; repeatable.",
 )
 @click.option(
-    "--exclude", multiple=True, metavar="PATTERN", help="Leave layers whose name matches as they are; repeatable."
+    "--exclude", multiple=True, metavar="PATTERN", help="Do not convert layers whose name matches; repeatable."
 )
 @options.basis
 @click.option(
@@ -110,7 +112,7 @@ def budget_options(command: Any) -> Any:
     type=click.Choice(["ortho", "l1"]),
     default="ortho",
     show_default=True,
-    help="Scale of the basis filters; l1 only for parity with the paper's ImageNet networks.",
+    help="Scale of the basis filters. Use l1 only to match the paper's ImageNet networks.",
 )
 @options.dtype
 @click.option("-o", "--output", metavar="FILE", help="Default: NAME-harmonic-LAMBDA.safetensors.")
@@ -150,8 +152,9 @@ def command(
     """Convert the network SOURCE to harmonic form, verify it, and write one .safetensors file.
 
     SOURCE: a timm name, torchvision:NAME, hf-hub:USER/REPO, local-dir:PATH, sample:NAME, FILE.py:FACTORY,
-    package.module:factory, a harmonic checkpoint, or reference:FILE, a checkpoint of the reference implementation
-    (matej-ulicny/harmonic-networks; --model-kwargs pool=max or pool=avg where its ResNet pools behind the stem).
+    package.module:factory, a harmonic checkpoint, or reference:FILE. The last is a checkpoint of the paper's own code
+    (matej-ulicny/harmonic-networks). If its ResNet has a pooling layer after the stem, give --model-kwargs pool=max or
+    pool=avg.
 
     \b
     Example:
@@ -213,7 +216,7 @@ def command(
 
 
 class _Telling(listening.CommandLine):
-    """Prints what is known of a conversion as soon as it is known."""
+    """Print each result of a conversion as soon as it is known."""
 
     def __init__(self, source: str, console: Console) -> None:
         super().__init__(source)
@@ -238,7 +241,7 @@ class _Telling(listening.CommandLine):
 
 
 def _parts(conversion: Conversion) -> Iterator[Any]:
-    """The tables and lines that say what was done."""
+    """Return the tables and lines that describe the conversion."""
     from ..report import tables
 
     if conversion.search:
@@ -254,7 +257,7 @@ def _parts(conversion: Conversion) -> Iterator[Any]:
 
 
 def _tell(done: ConvertedFile, page: Path | None, force: bool, sizes: Any, as_json: bool) -> None:
-    """Print what was written, and write the page."""
+    """Write the page, and print which files were written."""
     from ..errors import Message
     from ..report import tables
 
@@ -280,7 +283,7 @@ def _tell(done: ConvertedFile, page: Path | None, force: bool, sizes: Any, as_js
 
 
 def _write_beside(conversion: Conversion, figure: tuple[Path, Path] | None, save_plan: str | None, force: bool) -> None:
-    """The figure of a search, and the plan, where they were asked for."""
+    """Write the figure of the search and the plan, if the options ask for them."""
     from ..report.sheets import search_sheet
     from ..report.writing import write_figure
 
@@ -291,7 +294,7 @@ def _write_beside(conversion: Conversion, figure: tuple[Path, Path] | None, save
 
 
 def _kept(lam: str | None, plan_file: str | None, asked: Budget | None, max_drop: float | None) -> str:
-    """What a file is called after that keeps this."""
+    """Return the part of the default file name that says what is kept."""
     if asked is not None:
         return str(asked).replace("=", "").replace("%", "")
     return f"drop{max_drop:g}" if max_drop is not None else "plan" if plan_file else lam or "full"
@@ -300,8 +303,11 @@ def _kept(lam: str | None, plan_file: str | None, asked: Budget | None, max_drop
 def _what_to_keep(
     plan_file: str | None, lam: str | None, budget: tuple[str, ...], max_drop: float | None, labelled: str | None
 ) -> tuple[Any, Budget | None]:
-    """The lambda and the budget that the options name; raises UsageError where what to keep is said twice, or in
-    half."""
+    """Return the lambda and the budget that the options name.
+
+    Raises:
+        UsageError: several options say what to keep, or one of them needs another one that is missing.
+    """
     from ..arguments import Budget, parse_lambda
     from ..errors import UsageError
 

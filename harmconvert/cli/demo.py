@@ -14,7 +14,7 @@ from . import options
 @click.command(name="demo")
 @options.common
 def command(as_json: bool) -> None:
-    """Convert two real networks offline and tell what happened, every number measured now.
+    """Convert two real networks, offline, and print the results. Every number is measured in this run.
 
     \b
     Example:

@@ -14,21 +14,25 @@ from .listening import CommandLine
 @click.argument("source", type=inputs.SourceText())
 @training_options.evaluation_options
 @options.input_size
-@click.option("--compare", type=inputs.SourceText(), help="A second network to agree with, such as the uncut one.")
-@click.option("--compare-checkpoint", "rival_weights", type=inputs.InputFile(), help="Weights of that second network.")
+@click.option(
+    "--compare",
+    type=inputs.SourceText(),
+    help="A second network, such as the uncut one; measure the agreement with it.",
+)
+@click.option("--compare-checkpoint", "rival_weights", type=inputs.InputFile(), help="Weights of the second network.")
 @click.option(
     "--amp",
     type=click.Choice(["float32", "bfloat16", "float16"]),
     is_flag=False,
     flag_value="bfloat16",
     default="float32",
-    help="Precision of the forward; --amp alone: bfloat16.",
+    help="Precision of the forward pass; --amp alone: bfloat16.",
 )
 @options.device
 @options.network_options
 @options.common
 def command(source: str, compare: str | None, rival_weights: str | None, amp: str, as_json: bool, **given: Any) -> None:
-    """Say how right the network SOURCE is on labelled images: top-1 with its 95 % interval, top-5, loss, images/s.
+    """Measure the network SOURCE on labelled images: top-1 with its 95 % interval, top-5, loss, images/s.
 
     \b
     Example:

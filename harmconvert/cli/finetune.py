@@ -22,34 +22,40 @@ from .recording import command_words
 @click.option(
     "--train-only",
     type=click.Choice(["all", "coefficients"]),
-    help="What to train; coefficients: those of harmonic layers, all else stays.",
+    help="What to train; coefficients: only the coefficients of harmonic layers.",
 )
 @click.option(
     "--num-classes",
     type=types.Count(min=1),
-    help="Give the network a new classifier, for data of other classes (reset_classifier() as timm's networks have, or "
-    "the last layer of what torchvision calls fc, classifier, heads or head).",
+    help="Give the network a new classifier, for data with other classes. It replaces the classifier by "
+    "reset_classifier() of timm's networks, or the last layer of fc, classifier, heads or head of torchvision's.",
 )
 @click.option(
     "--distill",
     type=types.FiniteRange(0, 1),
     is_flag=False,
     flag_value=1.0,
-    help="Share of the loss that follows the uncut network's logits; --distill alone: all of it, no labels needed. "
-    "Default: 0, or 1 where the images have no labels.",
+    help="Share of the loss that compares with the logits of the uncut network; --distill alone: 1, which needs no "
+    "labels. Default: 0, or 1 if the images have no labels.",
 )
-@click.option("--distill-temperature", "temperature", type=types.FiniteRange(), help="By which logits are softened.")
+@click.option(
+    "--distill-temperature",
+    "temperature",
+    type=types.FiniteRange(),
+    help="Temperature that divides the logits for --distill.",
+)
 @click.option(
     "--teacher",
     type=inputs.SourceText(),
-    help="The uncut network, or a file of its weights; default: what the checkpoint was converted from.",
+    help="The uncut network, or a file of its weights; default: the source of the checkpoint.",
 )
 @click.option(
     "--calibration-images",
     type=types.Count(min=0),
     default=256,
     show_default=True,
-    help="Training images, labels unseen, to calibrate on first where convert has not; 0: do not.",
+    help="Number of training images for calibration, without their labels, if convert did not calibrate the cut; 0: do "
+    "not calibrate.",
 )
 @click.option("-o", "--output", metavar="FILE", help="Default: NAME-finetuned.safetensors.")
 @pages.option
@@ -73,8 +79,8 @@ def command(
 ) -> None:
     """Fine-tune the harmonic checkpoint SOURCE: the paper's 5 epochs, unless options say otherwise.
 
-    Ends with a harmonic checkpoint and what the network was worth uncut, cut, calibrated and fine-tuned. Batches are of
-    all processes together: `torchrun --nproc-per-node N -m harmconvert finetune ...` comes to the same.
+    Writes a harmonic checkpoint, and prints the accuracy of the network uncut, cut, calibrated and fine-tuned. Batch
+    sizes count all processes together: `torchrun --nproc-per-node N -m harmconvert finetune ...` gives the same result.
 
     \b
     Example:
@@ -118,5 +124,5 @@ def command(
 
 
 def default_output(source: str) -> str:
-    """Where the fine-tuned checkpoint goes unless told: NAME-finetuned.safetensors, here."""
+    """Return the default output: NAME-finetuned.safetensors, in the current folder."""
     return f"{Path(source.removeprefix('reference:')).stem}-finetuned.safetensors"

@@ -1,4 +1,4 @@
-"""Options that say which images are read without labels, and how images are preprocessed."""
+"""Options for images that are read without labels, and for their pre-processing."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 def preprocessing_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """timm's words for what is done to an image before the network sees it."""
+    """Add the options for the pre-processing of images, with the names that timm uses."""
     for option in (
         click.option(
             "--crop-pct",
             type=types.FiniteRange(min=0, min_open=True),
-            help="Centre share of each image to take; default: the network's own.",
+            help="Share of each image to keep, at its centre; default: the network's own.",
         ),
         click.option(
             "--interpolation",
@@ -32,12 +32,12 @@ def preprocessing_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--std", type=types.Numbers(), help="Channel deviations to divide by; default: the network's own."
         ),
-        click.option("--mean", type=types.Numbers(), help="Channel means to subtract; default: network's own."),
+        click.option("--mean", type=types.Numbers(), help="Channel means to subtract; default: the network's own."),
         click.option(
             "--preprocess",
             metavar="WAY",
-            help="Where the network does not say how images are preprocessed: imagenet, none (whole images, values "
-            "from 0 to 1) or FILE.py:FUNCTION, which makes a tensor (C, H, W) of a Pillow image.",
+            help="Pre-processing of images, if the network does not declare it: imagenet, none (whole images, values "
+            "from 0 to 1) or FILE.py:FUNCTION, which converts a Pillow image to a tensor (C, H, W).",
         ),
     ):
         command = option(command)
@@ -45,24 +45,24 @@ def preprocessing_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def preprocessing_overrides(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What `preprocessing_options` say, as `harmconvert.data.preprocessing` takes it."""
+    """Return the values of `preprocessing_options`, as `harmconvert.data.preprocessing` expects them."""
     chosen = ("preprocess", "mean", "std", "interpolation", "crop_pct")
     return {**{key: given[key] for key in chosen}, "trust_code": given["trust_code"]}
 
 
 def calibration_data_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What to calibrate on, and how; beside options that say where data lies and how it is pre-processed."""
+    """Add the options of a calibration, without those for the place of the data and its pre-processing."""
     for option in (
         click.option(
             "--calibration-memory",
             type=types.Bytes(),
-            help="Memory that one layer's equations may take, such as 2G; default: half of what is free.",
+            help="Largest memory for the equations of one layer, such as 2G; default: half of the free memory.",
         ),
         click.option(
             "--damping",
             type=types.FiniteRange(min=0),
-            help="Pull of each refit towards the plain cut, relative to the layer's mean square response; "
-            "default: chosen on images held back.",
+            help="Strength with which each refit stays near the plain cut, relative to the layer's mean square "
+            "response; default: chosen on the held-back images.",
         ),
         click.option("--calibration-split", default="train", show_default=True, help="Split of a timm data set."),
         click.option(
@@ -70,21 +70,21 @@ def calibration_data_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=types.Count(min=1),
             default=32,
             show_default=True,
-            help="Images in one forward; fewer take less memory.",
+            help="Images in one forward pass; fewer need less memory.",
         ),
         click.option(
             "--calibration-images",
             type=types.Count(min=1),
             default=256,
             show_default=True,
-            help="Images to use; more help layers that lack them.",
+            help="Number of images; more images improve layers with large kernels.",
         ),
         click.option(
             "--calibrate",
             "data",
             metavar="DATA",
-            help="Repair the cut on images, without labels or training: a folder, sample:mnist5k, "
-            "sample:photographs, or a timm data set.",
+            help="Images for calibration, which reduces the error of the cut without labels or training: a folder, "
+            "sample:mnist5k, sample:photographs, or a timm data set.",
         ),
     ):
         command = option(command)
@@ -92,21 +92,21 @@ def calibration_data_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Options that say what to calibrate on, for commands without other options for data."""
+    """Add all options of a calibration, for commands that have no other options for data."""
     for option in (
         preprocessing_options,
         click.option(
             "--allow-fallback",
             is_flag=True,
-            help="Exit with 0 where a layer could not be refitted and stays a plain cut.",
+            help="Exit with 0 if a layer cannot be refitted and keeps the plain cut.",
         ),
-        click.option("--data-dir", metavar="DIR", help="Where a timm data set such as torch/cifar10 lies."),
+        click.option("--data-dir", metavar="DIR", help="Folder of a timm data set such as torch/cifar10."),
         click.option(
             "--seed",
             type=types.Count(min=0),
             default=0,
             show_default=True,
-            help="Of the choice of images and positions.",
+            help="Seed for the choice of images and positions.",
         ),
         calibration_data_options,
     ):
@@ -117,10 +117,10 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def check_calibration(
     given: dict[str, Any], sizes: Sequence[tuple[int, ...]], own: options.Decorator = calibration_options
 ) -> None:
-    """Refuse options ``own`` of a calibration that cannot be, before torch is imported.
+    """Check the options ``own`` of a calibration, before torch is imported.
 
     Raises:
-        UsageError: no such images, options without images, or several input sizes.
+        UsageError: the images do not exist, options need images, or there are several input sizes.
     """
     from ..arguments import check_unlabelled
     from ..errors import UsageError
@@ -134,7 +134,7 @@ def check_calibration(
 
 
 def calibration_request(given: Mapping[str, Any]) -> DataRequest | None:
-    """The images that --calibrate names; None without it."""
+    """Return the images that --calibrate names; None without it."""
     from ..data.datasets import DataRequest
 
     if given["data"] is None:
@@ -143,7 +143,7 @@ def calibration_request(given: Mapping[str, Any]) -> DataRequest | None:
 
 
 def calibration_settings(given: Mapping[str, Any]) -> CalibrationSettings:
-    """The settings that the options of a calibration give."""
+    """Return the settings from the options of a calibration."""
     from ..calibration import CalibrationSettings
 
     memory, count = given["calibration_memory"], given["calibration_images"]
@@ -151,7 +151,7 @@ def calibration_settings(given: Mapping[str, Any]) -> CalibrationSettings:
 
 
 def labelled_request(data: str | None, given: Mapping[str, Any]) -> DataRequest | None:
-    """The images that --labelled names; None without it."""
+    """Return the images that --labelled names; None without it."""
     from ..data.datasets import DataRequest
 
     if data is None or Path(data).is_dir() or data.endswith(".tar"):
@@ -160,8 +160,10 @@ def labelled_request(data: str | None, given: Mapping[str, Any]) -> DataRequest 
 
 
 def verdict(conversion: Conversion, output: str, allow_fallback: bool) -> int:
-    """Exit code: 1 where a layer could not be calibrated and that was not allowed. The file is written all the same:
-    hours of work on the other layers are in it."""
+    """Return the exit code: 1 if a layer could not be calibrated, unless this is allowed.
+
+    The file is written in both cases, because the work on the other layers can take hours.
+    """
     from ..errors import counted
 
     failed = conversion.calibration.failed if conversion.calibration else ()

@@ -1,4 +1,4 @@
-"""What arguments name: networks, files, images and devices, checked before torch is imported."""
+"""Checks of the networks, files, images and devices that arguments name, before torch is imported."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-# A name with one of these endings is a path, whatever else it could be.
+# A name with one of these endings is always a path.
 SUFFIXES = (
     ".safetensors", ".pth", ".pt", ".pt2", ".pt7", ".bin", ".ckpt", ".tar", ".onnx", ".json", ".py",
 )  # fmt: skip
@@ -24,10 +24,10 @@ class InputFile(click.ParamType):
     instead_of_folder = "name a file"
 
     def check(self, text: str) -> None:
-        """Raise what is wrong with the path of a file.
+        """Check the path of a file.
 
         Raises:
-            InputError: there is no such file, or it is a folder. OutsideError: it may not be read.
+            InputError: the file does not exist, or is a folder. OutsideError: there is no permission to read it.
         """
         from ..errors import InputError
         from ..files import outside
@@ -46,16 +46,16 @@ class InputFile(click.ParamType):
 
 
 class SourceText(InputFile):
-    """A network: the name of one, or a file."""
+    """A source of a network: a name or a file."""
 
     name = "SOURCE"
     instead_of_folder = "name a file in it, or give local-dir:PATH for a folder that timm wrote"
 
     def check(self, text: str) -> None:
-        """Raise what is wrong with a source that names a file, or nothing at all.
+        """Check a source that is empty or names a file.
 
         Raises:
-            UsageError: it is empty. InputError, OutsideError: as of a file.
+            UsageError: the source is empty. InputError, OutsideError: as for a file.
         """
         from ..errors import InputError, UsageError
 
@@ -92,7 +92,7 @@ class DeviceName(click.ParamType):
 
 
 def looks_like_a_path(text: str) -> bool:
-    """Whether a source without a scheme can only be a path.
+    """Return whether a source without a scheme can only be a path.
 
     >>> looks_like_a_path("cut.safetensors"), looks_like_a_path("runs/cut"), looks_like_a_path("resnet50.a1_in1k")
     (True, True, False)
@@ -104,10 +104,11 @@ def looks_like_a_path(text: str) -> bool:
 
 
 def check() -> None:
-    """Check every file and every source that the running command was given.
+    """Check every file and every source among the arguments of the running command.
 
     Raises:
-        UsageError: an option has an empty value. InputError, OutsideError: as `InputFile.check` and `SourceText.check`.
+        UsageError: an option has an empty value. InputError, OutsideError: as in `InputFile.check` and
+            `SourceText.check`.
     """
     from ..errors import UsageError
 
@@ -124,7 +125,7 @@ def check() -> None:
 
 
 def check_labelled(data: str, data_dir: str | None) -> None:
-    """Raise UsageError where the text of --labelled names no images."""
+    """Raise UsageError if --labelled names no images."""
     from ..arguments import PACKAGES, check_labelled
     from ..errors import UsageError
 
@@ -136,10 +137,10 @@ def check_labelled(data: str, data_dir: str | None) -> None:
 
 
 def check_run(given: Mapping[str, Any]) -> None:
-    """Check what a run reads.
+    """Check the data and the files of a run.
 
     Raises:
-        UsageError: no images; and as `check`.
+        UsageError: there are no images. All errors of `check`.
     """
     from ..arguments import check_labelled
 

@@ -11,12 +11,12 @@ from . import inputs, options
 
 @click.command(name="inspect")
 @click.argument("source", type=inputs.SourceText())
-@click.option("--no-pretrained", is_flag=True, help="Do not fetch weights: sizes and MACs only.")
+@click.option("--no-pretrained", is_flag=True, help="Do not download weights; show sizes and MACs only.")
 @options.input_size
 @options.network_options
 @options.common
 def command(source: str, no_pretrained: bool, input_size: Any, as_json: bool, **network_options: Any) -> None:
-    """Say what converting SOURCE could gain, without changing or writing anything.
+    """Show what a conversion of SOURCE could gain. Nothing is changed or written.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""What the flows of the library say, told on the command line."""
+"""The messages and the progress of library functions, on the command line."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 
 
 class CommandLine:
-    """A `harmconvert.Listener` that says on stderr what a flow does; that it loads ``source`` was said already
-    (`options.begin`)."""
+    """A `harmconvert.Listener` that prints on stderr what a function does.
+
+    The message that ``source`` is loading is left out, because `options.begin` printed it.
+    """
 
     def __init__(self, source: str = "") -> None:
         self.said = f"loading {source}"
@@ -33,7 +35,7 @@ class CommandLine:
         return training_progress.progress(epochs)
 
     def result(self, result: object) -> None:
-        """Nothing is shown of an intermediate result."""
+        """Print nothing for an intermediate result."""
 
     def wrote(self, path: str | Path) -> None:
-        """The command says what was written when all is done."""
+        """Print nothing: the command prints at its end what it wrote."""

@@ -1,4 +1,4 @@
-"""How much a command says: --quiet and --verbose, and its messages."""
+"""The messages of a command, and --quiet and --verbose."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _LOUDNESS, _START = "harmconvert.loudness", "harmconvert.start"
 
 
 def loudness(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--quiet and --verbose, for commands whose work is a file or an exit code."""
+    """Add --quiet and --verbose, for commands whose result is a file or an exit code."""
     for name, letter, text in (
-        ("verbose", "-v", "Say when each thing was done, and every step of the way where no bar is shown."),
-        ("quiet", "-q", "Print nothing but errors, failed checks, and what --json asks for."),
+        ("verbose", "-v", "Print the time of each message, and every step if no progress bar is shown."),
+        ("quiet", "-q", "Print only errors, failed checks, and the document of --json."),
     ):
         command = click.option(f"--{name}", letter, is_flag=True, expose_value=False, callback=_remember, help=text)(
             command
@@ -44,7 +44,7 @@ def _remember(context: click.Context, option: click.Parameter, given: bool) -> N
 
 
 def _say_what_is_logged(context: click.Context) -> None:
-    """Until the command ends, say what the library logs: where it falls back on another way, and why."""
+    """Print what the library logs until the command ends: where it uses a second method, and why."""
     log, handler = logging.getLogger("harmconvert"), _Said()
     level = log.level
     log.addHandler(handler)
@@ -58,47 +58,47 @@ def _say_what_is_logged(context: click.Context) -> None:
 
 
 class _Said(logging.Handler):
-    """Records as messages of the command."""
+    """Print log records as messages of the command."""
 
     def emit(self, record: logging.LogRecord) -> None:
         say(record.getMessage())
 
 
 def keep(what: Callable[[], str]) -> None:
-    """From now on ``what`` says what is kept where the command is interrupted."""
+    """Set the text that says what is kept if the command is interrupted from now on."""
     click.get_current_context().meta[_KEPT] = what
 
 
 def kept(context: click.Context | None) -> str:
-    """What is kept of the work of a command that is interrupted now."""
+    """Return what is kept if the command is interrupted now."""
     what = context.meta.get(_KEPT) if context else None
     return str(what()) if what else NOTHING_WRITTEN
 
 
 def loud(name: str) -> bool:
-    """Whether --quiet or --verbose (``name``) was given to the command that runs."""
+    """Return whether the running command has the option ``name``, quiet or verbose."""
     context = click.get_current_context(silent=True)
     return context is not None and context.meta.get(_LOUDNESS) == name
 
 
 def stamp() -> str:
-    """How long the command has been running."""
+    """Return the running time of the command."""
     return f"[{time.monotonic() - click.get_current_context().meta[_START]:6.1f} s]"
 
 
 def silent() -> bool:
-    """Whether this process has nothing to say but what is urgent: under --quiet, and all of several but the first."""
+    """Return whether this process prints only urgent messages: with --quiet, and in all processes but the first."""
     return os.environ.get("RANK", "0") != "0" or loud("quiet")
 
 
 def say(message: str, *, urgent: bool = False) -> None:
-    """Messages go to stderr; of several processes the first one speaks, and under --quiet only where ``urgent``."""
+    """Print a message on stderr, in the first process only; with --quiet, only an ``urgent`` one."""
     if silent() and not (urgent and os.environ.get("RANK", "0") == "0"):
         return
     message = adapted(message)
     if loud("verbose"):
         message = f"{stamp()} {message}"
-    if sys.stderr.isatty():  # between words; what is one word, as a path, stays one
+    if sys.stderr.isatty():  # wrap between words; a long word, such as a path, is not broken
         width = max(shutil.get_terminal_size().columns, 20)
         message = textwrap.fill(message, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
-    print(printable(message), file=sys.stderr, flush=True)  # click would write past a bar that is shown, and through it
+    print(printable(message), file=sys.stderr, flush=True)  # click would write into a progress bar

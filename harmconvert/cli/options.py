@@ -1,4 +1,4 @@
-"""Options and output that commands share."""
+"""Options and output of several commands."""
 
 from __future__ import annotations
 
@@ -27,31 +27,31 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def common(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--json and --debug."""
-    command = click.option("--debug", is_flag=True, expose_value=False, help="Show a traceback where something fails.")(
+    """Add --json and --debug."""
+    command = click.option("--debug", is_flag=True, expose_value=False, help="Show a traceback if the command fails.")(
         command
     )
     return click.option(
-        "--json", "as_json", is_flag=True, help="Print one JSON document on stdout, nothing else there."
+        "--json", "as_json", is_flag=True, help="Print one JSON document on stdout, and nothing else there."
     )(command)
 
 
 def trust_code(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What makes the network of a checkpoint that is made by user code: --trust-code and --model."""
+    """Add --trust-code and --model, for checkpoints whose network is made by user code."""
     command = click.option(
-        "--trust-code", is_flag=True, help="Let a checkpoint run the user code that it names as its source."
+        "--trust-code", is_flag=True, help="Allow a checkpoint to run the user code that it names as its source."
     )(command)
     return click.option(
         "--model",
         "code",
         type=inputs.SourceText(),
         metavar="FILE.py:FACTORY",
-        help="User code that makes the network of a checkpoint, where the code that it names is not here or not asked.",
+        help="User code that makes the network of a checkpoint, instead of the code that the checkpoint names.",
     )(command)
 
 
 def network_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """How to get the network of a SOURCE."""
+    """Add the options that say how to make the network of a SOURCE."""
     for option in (
         trust_code,
         click.option(
@@ -59,7 +59,7 @@ def network_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "arguments",
             type=types.KeyValue(),
             multiple=True,
-            help="An argument of the network's maker, such as num_classes=10; repeatable.",
+            help="An argument of the function that makes the network, such as num_classes=10; repeatable.",
         ),
         click.option(
             "--checkpoint",
@@ -71,14 +71,14 @@ def network_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--checkpoint-key",
             "weights_key",
             metavar="KEY",
-            help="Which weights of --checkpoint to take, such as state_dict or ema.module; default: moving averages "
-            "(EMA) first, then what fits.",
+            help="Which weights of --checkpoint to use, such as state_dict or ema.module; default: moving averages "
+            "(EMA), if there are any, else the weights that fit.",
         ),
         click.option(
             "--strip-prefix",
             metavar="PREFIX",
-            help="Take the weights of --checkpoint whose names start so, and drop that; default: a prefix that makes "
-            "all names fit, where they do not fit as they are.",
+            help="Use the weights of --checkpoint whose names start with PREFIX, and remove it; default: if the "
+            "names do not fit, a prefix after whose removal all names fit.",
         ),
     ):
         command = option(command)
@@ -86,8 +86,7 @@ def network_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def only_with(own: Decorator, what: str, but: Decorator = lambda command: command) -> None:
-    """Raise UsageError where one of the options ``own``, and not of ``but``, was given that nothing will heed without
-    ``what``."""
+    """Raise UsageError if an option of ``own``, and not of ``but``, is given: it has no effect without ``what``."""
     from ..errors import UsageError
 
     context = click.get_current_context()
@@ -102,39 +101,40 @@ input_size = click.option(
     "--input-size",
     type=types.InputSize(),
     multiple=True,
-    help="Size of one input; default: the network's own, where it says one. Repeat it for a network of several inputs.",
+    help="Size of one input; default: what the network declares. Repeat the option for a network with several inputs.",
 )
 device = click.option(
     "--device",
     type=inputs.DeviceName(),
-    help="Where to run: cpu, cuda, cuda:1; default: a GPU where there is one and images are given.",
+    help="Device: cpu, cuda, cuda:1; default: a GPU if there is one and images are given.",
 )
 basis = click.option(
     "--basis",
     type=click.Choice(["dct", "haar", "gaussian", "klt"]),
     default="dct",
     show_default=True,
-    help="What kernels are combined of: the DCT, Haar wavelets, derivatives of a Gaussian, or each layer's own "
-    "principal components, which are kept in the file.",
+    help="Basis of the kernels: the DCT, Haar wavelets, derivatives of a Gaussian, or the principal components of each "
+    "layer, which are stored in the file.",
 )
 dtype = click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
     default="float32",
     show_default=True,
-    help="Of the weights in the file; 16 bits halve it, within a tolerance of the outputs (2e-2, bfloat16 1e-1).",
+    help="Type of the weights in the file. 16 bits halve its size; the outputs stay within a tolerance (2e-2, bfloat16 "
+    "1e-1).",
 )
-force = click.option("--force", is_flag=True, help="Replace the output where it exists.")
+force = click.option("--force", is_flag=True, help="Replace the output if it exists.")
 
 
 def begin(source: str) -> None:
-    """Say that a network is being loaded, and import what loads it, which takes seconds."""
+    """Print that a network is loading, and import the code that loads it, which takes seconds."""
     with busy(f"loading {source}", at_once=True):
         import_module("harmconvert.pipeline.networks")
 
 
 def request(source: str, given: Mapping[str, Any]) -> SourceRequest:
-    """The request for a network under `network_options` or fewer of them."""
+    """Return the request for a network from the values of `network_options`, or of a part of them."""
     from ..sources.request import SourceRequest
 
     return SourceRequest(
@@ -149,9 +149,9 @@ def request(source: str, given: Mapping[str, Any]) -> SourceRequest:
 
 
 def opened(source: str, given: Mapping[str, Any], *, begun: bool = False, **more: Any) -> Network:
-    """The network of a source under `network_options` or fewer of them; ``begun``: `begin` was called.
+    """Return the network of a source, from the values of `network_options` or of a part of them.
 
-    Raises: as `harmconvert.pipeline.networks.opened`.
+    ``begun`` says that `begin` was called before. Raises the errors of `harmconvert.pipeline.networks.opened`.
     """
     from ..pipeline.networks import opened
     from .listening import CommandLine

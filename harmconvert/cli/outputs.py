@@ -1,4 +1,4 @@
-"""Where convert writes, checked before torch is imported."""
+"""Checks of the outputs of convert, before torch is imported."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from . import options, pages
 def check(
     source: str, output: str, save_plan: str | None, report: str | None, search_figure: str | None, force: bool
 ) -> tuple[Path | None, tuple[Path, Path] | None]:
-    """Where the page and the figure go; raises UsageError or OutsideError where an output cannot be written."""
+    """Return the paths of the page and the figure; raise UsageError or OutsideError if an output cannot be written."""
     from ..arguments import check_figure
     from ..files import check_output
 
@@ -22,7 +22,7 @@ def check(
 
 
 def check_probes(probes: str | None, output: str, source: str, wanted: bool) -> str | None:
-    """Where scores are kept, which an interruption says; None where there are none to keep."""
+    """Return the file for the scores, which an interruption names; None if there are no scores."""
     from ..files import check_output
 
     if wanted and probes is None:
@@ -34,14 +34,14 @@ def check_probes(probes: str | None, output: str, source: str, wanted: bool) -> 
 
 
 def _scores_kept(probes: str) -> str:
-    """What is kept where a search is interrupted."""
+    """Return what is kept if a search is interrupted."""
     if not Path(probes).exists():
         return options.NOTHING_WRITTEN
     return f"{options.NOTHING_WRITTEN}, but scores of layers are kept in {probes}: the same command goes on from them"
 
 
 def _probes_beside(output: str, source: str) -> str:
-    """Where scores are kept unless --probes says otherwise: whatever the budget, so that the next one finds them."""
+    """Return the default file for scores: the same for every budget, so that the next search finds them."""
     from ..files import short_name
 
     return str(Path(output).parent / f"{short_name(source)}-harmonic.probes.json")

@@ -1,4 +1,4 @@
-"""What commands share that write a report."""
+"""Shared code of the commands that write a report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..storage import Header
 
 option = click.option(
-    "--report", metavar="FILE", help="Write a page about what was done, too: .html to look at, or .json, its data."
+    "--report", metavar="FILE", help="Also write a page about the result: .html, or its data as .json."
 )
 
 

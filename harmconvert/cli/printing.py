@@ -1,4 +1,4 @@
-"""What commands print on stdout: tables and lines, or one JSON document."""
+"""Output of commands on stdout: tables and lines, or one JSON document."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
 
 def console(quiet: bool = False) -> Console:
-    """A console on stdout; where that is no terminal, so wide that a row is a line. Silent under --json and
-    --quiet, and in all processes but the first."""
+    """Return a console on stdout, which prints nothing with --json and --quiet and in all processes but the first.
+
+    If stdout is no terminal, the console is so wide that each row is one line.
+    """
     from rich.console import Console
 
     class Patient(Console):
@@ -28,7 +30,7 @@ def console(quiet: bool = False) -> Console:
             super().print(*(printable(adapted(one)) if isinstance(one, str) else one for one in objects), **how)
 
         def on_broken_pipe(self) -> None:
-            """Whoever read our table has gone: the work goes on without an audience."""
+            """The reader of the output has gone: continue the work without output."""
             self.quiet = True
             nobody_reads(sys.stdout)
 
@@ -38,9 +40,9 @@ def console(quiet: bool = False) -> Console:
 
 
 def print_json(data: Any) -> None:
-    """One document, as `json_text` writes it; what the command comes to is not changed by nobody reading it."""
+    """Print one document, as `json_text` writes it. The exit code stays the same if the reader has gone."""
     stream = click.get_current_context().find_root().obj
-    if os.environ.get("RANK", "0") != "0":  # the first process speaks for all
+    if os.environ.get("RANK", "0") != "0":  # only the first process prints
         return
     try:
         click.echo(json_text(_named(data)), file=stream)
@@ -49,7 +51,7 @@ def print_json(data: Any) -> None:
 
 
 def _named(data: Any) -> Any:
-    """The same data, its messages with the options of the command line."""
+    """Return the same data; its messages name the options of the command line."""
     if isinstance(data, Mapping):
         return {key: _named(value) for key, value in data.items()}
     if isinstance(data, list | tuple):
@@ -58,5 +60,5 @@ def _named(data: Any) -> Any:
 
 
 def nobody_reads(stream: TextIO) -> None:
-    """Let go on what writes to a stream whose reader has gone, without an audience."""
+    """Discard all further output of a stream whose reader has gone."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

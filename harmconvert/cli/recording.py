@@ -1,4 +1,4 @@
-"""What a command was given, for its checkpoint to record and a report to print as a line that does it again."""
+"""The options of a command. A checkpoint records them, and a report prints them as a command that can be run again."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-# Where a result goes, what is seen of the work, and where it runs: none of it changes what comes out.
+# Options for the place of the output, the messages and the machine: they do not change the result.
 _ASIDE = (
     *("output", "report", "force", "as_json", "quiet", "verbose", "debug", "save_plan", "search_figure", "probes"),
     *("device", "workers", "resume", "save_every", "log", "calibration_memory"),
@@ -16,7 +16,7 @@ _ASIDE = (
 
 
 def command_words(leave_out: Collection[str] = ()) -> dict[str, Any]:
-    """Name and options of the command that runs; with its source, as `harmconvert.storage.history` checks them."""
+    """Return the name and the options of the running command, as `harmconvert.storage.history` checks them."""
     context = click.get_current_context()
     words: list[str] = []
     for parameter in context.command.params:
@@ -45,7 +45,7 @@ def _text(option: click.Option, value: Any) -> str:
 
 
 def _literal(value: Any) -> str:
-    """The text that is read as this value: text is itself unless it would be read as something else."""
+    """Return the text that is read as this value: a string without quotes, unless it would be read as another type."""
     if not isinstance(value, str):
         return repr(value)
     try:

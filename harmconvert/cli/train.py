@@ -19,14 +19,14 @@ from .recording import command_words
     type=click.Choice(["cifar-wrn", "imagenet-resnet", "finetune"]),
     default="imagenet-resnet",
     show_default=True,
-    help="The paper's recipes; other options change them.",
+    help="Recipe of the paper; other options change its settings.",
 )
 @click.option(
     "--harmonic",
     type=click.Choice(["none", "first", "all"]),
     default="all",
     show_default=True,
-    help="none: the plain network; first: Harm1, its input layer alone; all: Harm.",
+    help="none: the plain network; first: Harm1, only the input layer is harmonic; all: Harm.",
 )
 @click.option(
     "--lambda",
@@ -34,12 +34,12 @@ from .recording import command_words
     default="full",
     show_default=True,
     metavar="LAMBDA",
-    help="What the layers behind the first keep (with --harmonic all), as in convert.",
+    help="With --harmonic all: what the layers after the first keep, as in convert.",
 )
 @click.option(
     "--no-normalize-first",
     is_flag=True,
-    help="Leave the spectrum normalisation of the first layer out ('no BN' in the paper's Table 1).",
+    help="Do not normalise the spectrum in the first layer ('no BN' in the paper's Table 1).",
 )
 @options.basis
 @training_options.image_options
@@ -65,8 +65,8 @@ def command(
 ) -> None:
     """Train the network SOURCE from scratch, plain or harmonic.
 
-    Writes a harmonic checkpoint; with --harmonic none plain weights, for --checkpoint of the other commands. Batches
-    are of all processes together, as in finetune.
+    Writes a harmonic checkpoint. With --harmonic none, it writes plain weights, which other commands read with
+    --checkpoint. Batch sizes count all processes together, as in finetune.
 
     \b
     Example:
@@ -105,7 +105,7 @@ def command(
 
 
 def default_output(source: str) -> str:
-    """Where the trained network goes unless told: NAME-trained.safetensors, here."""
+    """Return the default output: NAME-trained.safetensors, in the current folder."""
     from ..files import default_name
 
     return default_name(source, "trained").replace("-harmonic-trained", "-trained")

@@ -1,4 +1,4 @@
-"""Options of the commands that read labelled data, and what they make of them."""
+"""Options of the commands that read labelled data, and the values that these commands derive from them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ data_options = _stacked(
     click.option(
         "--data-dir",
         metavar="DIR",
-        help="Folder of images, one folder for each class, in train/ and val/ or in one; or where --dataset lies.",
+        help="Folder with one folder of images for each class, directly or in train/ and val/; or the folder of "
+        "--dataset.",
     ),
     click.option(
         "--dataset",
@@ -50,7 +51,7 @@ holdout = click.option(
     type=types.FiniteRange(min=0, max=1, max_open=True),
     default=0.1,
     show_default=True,
-    help="Share to test on, where the data has one split only.",
+    help="Share of the images to test on, if the data has only one split.",
 )
 
 evaluation_options = _stacked(
@@ -60,91 +61,115 @@ evaluation_options = _stacked(
         type=types.FiniteRange(min=0, max=1, max_open=True),
         default=0.0,
         show_default=True,
-        help="Where the data has one split only: test on this share of it, as finetune does; 0: on all of it.",
+        help="If the data has only one split: test on this share of it, as finetune does; 0: on all of it.",
     ),
-    click.option("--seed", type=types.Count(min=0), default=0, show_default=True, help="Of the choice of images."),
-    click.option("--batch-size", "-b", type=types.Count(min=1), default=256, show_default=True, help="Images at once."),
+    click.option(
+        "--seed", type=types.Count(min=0), default=0, show_default=True, help="Seed for the choice of images."
+    ),
+    click.option(
+        "--batch-size", "-b", type=types.Count(min=1), default=256, show_default=True, help="Images in a batch."
+    ),
 )
 
-# Each is a field of Recipe; not given means the recipe's own.
+# Each option is a field of Recipe; if it is missing, the value of the recipe is used.
 recipe_options = _stacked(
-    click.option("--epochs", type=types.Count(min=1), help="Epochs; the recipe's schedule stretches with them."),
+    click.option("--epochs", type=types.Count(min=1), help="Number of epochs; the recipe's schedule is scaled to it."),
     click.option(
-        "--batch-size", "-b", type=types.Count(min=1), help="Images of one step, over all processes together."
+        "--batch-size", "-b", type=types.Count(min=1), help="Images in one step, over all processes together."
     ),
     click.option("--lr", type=types.FiniteRange(min=0), help="Learning rate."),
     click.option("--opt", help="Optimiser, by timm's name: momentum, sgd (Nesterov), adamw, ..."),
-    click.option("--momentum", type=types.FiniteRange(), help="Of the optimiser."),
-    click.option("--weight-decay", type=types.FiniteRange(min=0), help="Of every parameter."),
+    click.option("--momentum", type=types.FiniteRange(), help="Momentum of the optimiser."),
+    click.option("--weight-decay", type=types.FiniteRange(min=0), help="Weight decay of every parameter."),
     click.option("--sched", help="Schedule, by timm's name: none (constant), cosine, step, multistep, ..."),
     click.option("--warmup-epochs", type=types.Count(min=0), help="Epochs in which the learning rate rises."),
-    click.option("--decay-epochs", type=types.FiniteRange(min=0, min_open=True), help="step: epochs between two cuts."),
-    click.option("--decay-milestones", type=types.Numbers(), help="multistep: epochs of the cuts, such as 60,120,160."),
-    click.option("--decay-rate", type=types.FiniteRange(min=0), help="step, multistep: what a cut multiplies by."),
-    click.option("--min-lr", type=types.FiniteRange(min=0), help="Where a schedule ends."),
+    click.option(
+        "--decay-epochs", type=types.FiniteRange(min=0, min_open=True), help="step: epochs between two decays."
+    ),
+    click.option(
+        "--decay-milestones", type=types.Numbers(), help="multistep: epochs of the decays, such as 60,120,160."
+    ),
+    click.option("--decay-rate", type=types.FiniteRange(min=0), help="step, multistep: factor of one decay."),
+    click.option("--min-lr", type=types.FiniteRange(min=0), help="Learning rate at the end of the schedule."),
     click.option(
         "--crop",
         type=click.Choice(["resized", "padded", "none"]),
-        help="Augmentation: random area and aspect (ImageNet), padded and cropped (CIFAR), or none.",
+        help="Augmentation: resized: random area and aspect ratio (ImageNet); padded: pad, then crop (CIFAR); or none.",
     ),
-    click.option("--padding", type=types.Count(min=0), help="Pixels of a padded crop."),
+    click.option("--padding", type=types.Count(min=0), help="Pixels of padding for a padded crop."),
     click.option("--scale", type=types.FiniteRange(), nargs=2, help="Smallest and largest area of a resized crop."),
-    click.option("--ratio", type=types.FiniteRange(), nargs=2, help="Least and greatest aspect of a resized crop."),
-    click.option("--hflip", type=types.FiniteRange(0, 1), help="Share of images that are mirrored; 0 for writing."),
+    click.option(
+        "--ratio", type=types.FiniteRange(), nargs=2, help="Smallest and largest aspect ratio of a resized crop."
+    ),
+    click.option("--hflip", type=types.FiniteRange(0, 1), help="Share of images that are mirrored; use 0 for text."),
     click.option("--vflip", type=types.FiniteRange(0, 1), help="Share of images that are turned upside down."),
-    click.option("--color-jitter", type=types.FiniteRange(min=0), help="Strength of random colours."),
+    click.option("--color-jitter", type=types.FiniteRange(min=0), help="Strength of random changes of colour."),
     click.option("--aa", metavar="POLICY", help="timm's auto-augmentation, such as rand-m9-mstd0.5."),
-    click.option("--reprob", type=types.FiniteRange(0, 1), help="Share of images with a random part erased."),
+    click.option("--reprob", type=types.FiniteRange(0, 1), help="Share of images in which a random part is erased."),
     click.option("--mixup", type=types.FiniteRange(min=0), help="Mixup's alpha."),
     click.option("--cutmix", type=types.FiniteRange(min=0), help="CutMix's alpha."),
     click.option("--smoothing", type=types.FiniteRange(0, 1), help="Label smoothing."),
     click.option("--clip-grad", type=types.FiniteRange(min=0, min_open=True), help="Largest norm of the gradient."),
-    click.option("--model-ema-decay", "ema", type=types.FiniteRange(0, 1), help="Deliver a moving average of weights."),
+    click.option(
+        "--model-ema-decay",
+        "ema",
+        type=types.FiniteRange(0, 1),
+        help="Use a moving average of the weights as the result.",
+    ),
     click.option(
         "--amp",
         type=click.Choice(["float32", "bfloat16", "float16"]),
         is_flag=False,
         flag_value="bfloat16",
-        help="Precision of the forward; --amp alone: bfloat16.",
+        help="Precision of the forward pass; --amp alone: bfloat16.",
     ),
     click.option(
-        "--grad-accum-steps", type=types.Count(min=1), help="Run a step's images in so many parts: less memory."
+        "--grad-accum-steps",
+        type=types.Count(min=1),
+        help="Run the images of a step in this many parts, to save memory.",
     ),
     click.option(
         "--freeze-bn/--no-freeze-bn",
         default=None,
-        help="Batch norms keep statistics and weights; so they do where the uncut network alone teaches.",
+        help="Keep the statistics and weights of batch norms; default: keep them if the loss uses only the uncut "
+        "network.",
     ),
-    click.option("--seed", type=types.Count(min=0), help="Of the order, the augmentation and the hold-out."),
+    click.option("--seed", type=types.Count(min=0), help="Seed for the order, the augmentation and the hold-out."),
 )
 
 run_options = _stacked(
     options.device,
-    click.option("--torchcompile", is_flag=True, help="Compile the network first: faster after some minutes."),
-    click.option("--no-channels-last", is_flag=True, help="Keep the memory format that the network has."),
-    click.option("--no-sync-bn", is_flag=True, help="Batch norms look at each process's own images only."),
-    click.option("--save-every", type=types.Count(min=1), metavar="STEPS", help="Save the state more often."),
+    click.option(
+        "--torchcompile", is_flag=True, help="Compile the network first; training is faster after some minutes."
+    ),
+    click.option("--no-channels-last", is_flag=True, help="Do not change the memory format of the network."),
+    click.option("--no-sync-bn", is_flag=True, help="Each process computes batch norms from its own images only."),
+    click.option(
+        "--save-every", type=types.Count(min=1), metavar="STEPS", help="Save the state after every STEPS steps, too."
+    ),
     click.option(
         "--resume",
         type=inputs.InputFile(),
         metavar="STATE",
-        help="Go on from a saved state; the other options as when the run was begun.",
+        help="Continue from a saved state. Give the same other options as in the first run.",
     ),
     click.option(
-        "--log", type=click.Choice(["tensorboard"]), help="Write events, too (pip install 'harmconvert[tensorboard]')."
+        "--log",
+        type=click.Choice(["tensorboard"]),
+        help="Also write events for TensorBoard (pip install 'harmconvert[tensorboard]').",
     ),
 )
 
 
 def recipe_fields() -> set[str]:
-    """The settings of a recipe; an option of `recipe_options` has the name of its setting."""
+    """Return the names of a recipe's settings; the options of `recipe_options` have the same names."""
     from ..training.recipe import Recipe
 
     return {field.name for field in fields(Recipe)}
 
 
 def changes(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a recipe that the options change."""
+    """Return the settings of a recipe that the options change."""
     found = {key: given[key] for key in recipe_fields() & given.keys() if given[key] is not None}
     if "decay_milestones" in found:
         found["decay_milestones"] = tuple(round(epoch) for epoch in found["decay_milestones"])
@@ -152,7 +177,7 @@ def changes(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Where a training runs, and where its state and figures are kept."""
+    """Return the arguments that say where a training runs, and where its state and log are kept."""
     from ..pipeline.devices import machine_on
 
     layout, compiled, shared = not given["no_channels_last"], given["torchcompile"], not given["no_sync_bn"]
@@ -161,7 +186,7 @@ def run_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def data_request(given: Mapping[str, Any]) -> DataRequest:
-    """The data that the options name."""
+    """Return the data that the options name."""
     from ..data.datasets import DataRequest
 
     splits = given["train_split"], given["val_split"]
@@ -169,10 +194,10 @@ def data_request(given: Mapping[str, Any]) -> DataRequest:
 
 
 def image_overrides(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What is done to each image where it is not the network's own, its size included.
+    """Return the pre-processing and the size of images, where the options override the network's own.
 
     Raises:
-        UsageError: --input-size and --img-size both give the size, or --input-size gives several.
+        UsageError: --input-size and --img-size both give the size, or --input-size is repeated.
     """
     from ..errors import UsageError
 

@@ -1,4 +1,4 @@
-"""What is seen of a training run: bars on a terminal, else lines."""
+"""The progress of a training run: bars on a terminal, else lines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def progress(epochs: int) -> Iterator[TrainingProgress]:
-    """What to call while training, after an epoch, and while testing: bars on a terminal, else lines."""
+    """Show the progress of a training; yield the functions that report a step, an epoch and a test."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -54,7 +54,7 @@ def progress(epochs: int) -> Iterator[TrainingProgress]:
 
 
 def epoch_line(row: Mapping[str, Any], epochs: int) -> str:
-    """What came of an epoch, in a line."""
+    """Return one line with the results of an epoch."""
     tested = ""
     if row.get("test_top1") is not None:
         tested = f", test top-1 {row['test_top1']:.2%}"

@@ -1,4 +1,4 @@
-"""What an option's text may say: sizes, numbers, bytes, KEY=VALUE."""
+"""Types of option values: sizes, numbers, bytes, KEY=VALUE."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import Any
 
 import click
 
-LARGEST_COUNT = 2**31 - 1  # what any part of torch, NumPy and Pillow takes for a count
+LARGEST_COUNT = 2**31 - 1  # the largest count that all parts of torch, NumPy and Pillow accept
 
 
 class OptionalValues(click.Command):
-    """A command with options whose value may be left out (``--amp``): the word behind one is its value only where it
-    can be, and else an argument of the command's own."""
+    """A command with options whose value is optional (``--amp``).
+
+    The word after such an option is its value if it is a valid value. Otherwise it is an argument of the command.
+    """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         loose = {name: option for option in self.params if _flag_needs_value(option) for name in option.opts}
@@ -31,7 +33,7 @@ class OptionalValues(click.Command):
             try:
                 return super().parse_args(ctx, words)
             except click.UsageError:
-                raise error from None  # it was a value, and a wrong one
+                raise error from None  # the word is a wrong value
 
 
 def _flag_needs_value(option: click.Parameter) -> bool:
@@ -47,7 +49,7 @@ def _fits(option: click.Option, word: str, ctx: click.Context) -> bool:
 
 
 class InputSize(click.ParamType):
-    """C,H,W (or C,T,H,W, or C,L): one example's size."""
+    """The size of one example: C,H,W (or C,T,H,W, or C,L)."""
 
     name = "C,H,W"
     example = "3,224,224"
@@ -62,14 +64,14 @@ class InputSize(click.ParamType):
 
 
 class KernelSize(InputSize):
-    """KxK, or one number: that along every axis."""
+    """The size of a kernel: KxK, or one number for all axes."""
 
     name = "KxK"
     example = "3 or 1x7"
 
 
 class KeyValue(click.ParamType):
-    """KEY=VALUE, the value read as Python where it can be (timm's --model-kwargs)."""
+    """KEY=VALUE, as in timm's --model-kwargs. The value is read as a Python literal if it is one."""
 
     name = "KEY=VALUE"
 
@@ -88,7 +90,7 @@ class KeyValue(click.ParamType):
 
 
 class Count(click.IntRange):
-    """A whole number from ``min`` on that torch and NumPy can hold."""
+    """A whole number from ``min`` to the largest that torch and NumPy accept."""
 
     def convert(self, value: Any, param: Any, ctx: Any) -> int:
         number = int(super().convert(value, param, ctx))
@@ -98,7 +100,7 @@ class Count(click.IntRange):
 
 
 class FiniteRange(click.FloatRange):
-    """A number in a range; NaN and infinity are in none."""
+    """A number in a range, but not NaN or infinity."""
 
     def convert(self, value: Any, param: Any, ctx: Any) -> float:
         number = float(super().convert(value, param, ctx))
@@ -108,7 +110,7 @@ class FiniteRange(click.FloatRange):
 
 
 class Numbers(click.ParamType):
-    """0.5 or 0.485,0.456,0.406."""
+    """Numbers with commas between them, such as 0.485,0.456,0.406."""
 
     name = "N,N,N"
 
@@ -125,7 +127,7 @@ class Numbers(click.ParamType):
 
 
 class Bytes(click.ParamType):
-    """A number of bytes: 500M, 2G."""
+    """A number of bytes, such as 500M or 2G."""
 
     name = "SIZE"
 

@@ -20,7 +20,7 @@ from . import inputs, options, types
 @click.option(
     "--as-planned",
     is_flag=True,
-    help="Accept a cut network whose every kernel is the projection that its plan asks for.",
+    help="Accept a cut network if each kernel is the projection that the plan describes.",
 )
 @options.input_size
 @options.network_options
@@ -37,8 +37,8 @@ def command(
 ) -> int:
     """Compare the network ORIGINAL with CONVERTED: a harmonic checkpoint, or a dense export.
 
-    Exit code 0 where they compute the same within the tolerance, 1 where they do not; a cut network differs from its
-    original, so give --tolerance or --as-planned for one.
+    The exit code is 0 if both compute the same within the tolerance, and 1 if they do not. A cut network differs from
+    its original: give --tolerance or --as-planned for it.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""What is seen of work that takes long: a bar with the time left, a spinner where nobody can tell that."""
+"""The progress of long work: a bar with the remaining time, or a spinner if that time is not known."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ from typing import Any, TextIO
 from ..errors import printable
 from .loudness import loud, say, silent
 
-_SOON = 2.0  # seconds that need no explanation
-_WIDEST = 60  # columns of a description, so that it stays on its line
+_SOON = 2.0  # seconds without a message
+_WIDEST = 60  # columns of a description, so that it fits on its line
 
 
 @contextmanager
 def progress(what: str = "") -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on stderr with the time left; where that is no terminal, a line for every tenth of a way of over two
-    seconds. ``what`` is done until the first step is told."""
+    """Show a bar on stderr with the remaining time; yield the function that reports a step.
+
+    If stderr is no terminal, print a line for each tenth of the work after the first two seconds. ``what`` describes
+    the work before the first step.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True, force_terminal=sys.stderr.isatty())  # and not where FORCE_COLOR alone says so
+    console = Console(stderr=True, force_terminal=sys.stderr.isatty())  # and not only because of FORCE_COLOR
     if silent():
         yield lambda done, total, what: None
         return
@@ -39,8 +42,10 @@ def progress(what: str = "") -> Iterator[Callable[[int, int, str], None]]:
 
 @contextmanager
 def busy(what: str, *, at_once: bool = False, said: bool = False) -> Iterator[Callable[[str], None]]:
-    """A spinner on stderr with the time so far; where that is no terminal, a line when two seconds are over, or
-    ``at_once``, or none because it was ``said`` before. Yields what to call when something else is done."""
+    """Show a spinner on stderr with the elapsed time; yield the function that changes the description.
+
+    If stderr is no terminal, print a line after two seconds, or ``at_once``. Print no line if it was ``said`` before.
+    """
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -67,8 +72,7 @@ def busy(what: str, *, at_once: bool = False, said: bool = False) -> Iterator[Ca
 
 
 class _StepsAside:
-    """A terminal on which a spinner turns until somebody else has something to write: a bar of a download, say, which
-    knows more."""
+    """A stream that stops a spinner as soon as other code writes to it, such as the progress bar of a download."""
 
     def __init__(self, stream: TextIO, stop: Callable[[], None]) -> None:
         self._stream, self._stop = stream, stop
@@ -83,7 +87,7 @@ class _StepsAside:
 
 @contextmanager
 def _late(what: str) -> Iterator[None]:
-    """Say what is done once it has taken long."""
+    """Print what is done after it has taken some seconds."""
     timer = threading.Timer(_SOON, say, [f"  {what}"])
     timer.daemon = True
     if what:

@@ -24,11 +24,11 @@ from ..layers.timing import in_turns
 from ..network.checks import check_network
 from ..network.comparison import greatest_difference
 from ..network.exchange import exchange
-from ..network.form_check import running
+from ..network.form_check import make_runnable
 from ..network.forms import Factoring, factoring, fuse
 from ..network.layers import harmonic_layers
 from ..network.running import call, evaluating, unchanged
-from ..network.values import channels_last, cloned, default_input, mapped, tensors_in
+from ..network.values import clone_tensors, default_input, images_to_channels_last, map_tensors, tensors_in
 from ..storage.precision import in_float32
 
 FORMS = ("dense", "harmonic", "factored")
@@ -147,7 +147,7 @@ def benchmark(
         raise UsageError("this network is timed on an input: give ", Argument("example_input"))
     if tensors_in(example_input)[0].device.type == "cpu":
         model = in_float32(exchange(model, {}))  # 16 bits are for files
-    model, example_input = running(model, example_input)
+    model, example_input = make_runnable(model, example_input)
     groups = list(itertools.product(batches, threads or [torch.get_num_threads()]))
     rows: list[Row] = []
     factorings: dict[tuple[int, int], Factoring] = {}
@@ -159,7 +159,7 @@ def benchmark(
             progress(begun + done, total, what)
 
         with _threads(count):
-            input = mapped(partial(_repeated, batch=batch), example_input)
+            input = map_tensors(partial(_repeated, batch=batch), example_input)
             found, chosen = _group(model, input, batch, count, forms, layouts, compiled, repeats, told)
         rows += found
         if chosen is not None:
@@ -214,7 +214,11 @@ def _group(
     chosen = None
     try:
         with evaluating(model), unchanged(model):
-            truth = [tensor.double() for tensor in tensors_in(call(model, cloned(input))) if tensor.is_floating_point()]
+            truth = [
+                tensor.double()
+                for tensor in tensors_in(call(model, clone_tensors(input)))
+                if tensor.is_floating_point()
+            ]
     except Exception as error:  # some networks take some batch sizes only
         why = _note("does not run", error)
         ways = itertools.product(forms, layouts)
@@ -231,7 +235,7 @@ def _group(
     rows = []
     runs: dict[int, Callable[[], Any]] = {}
     with evaluating(*networks.values()):
-        told = {"contiguous": input, "channels_last": channels_last(input)}
+        told = {"contiguous": input, "channels_last": images_to_channels_last(input)}
         for (form, layout), network in networks.items():
             for under_compiler in (False, True) if compiled else (False,):
                 row = Row(form, under_compiler, layout, batch, threads, None, None, None, None, None)

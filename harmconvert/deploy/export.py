@@ -17,7 +17,7 @@ from ..files import write_folder
 from ..network.copying import deep_copy
 from ..network.declared import pretrained_config
 from ..network.exchange import exchange
-from ..network.form_check import check_form, comparable, compare, running
+from ..network.form_check import check_form, compare_outputs, comparison_inputs, make_runnable
 from ..network.forms import dense_form
 from ..network.values import default_input
 from ..storage.precision import check_rounding, dtype_named, in_float32, rounded
@@ -80,15 +80,15 @@ def export(
         raise UsageError("this network does not say what it takes: give ", Argument("example_input"))
     if format in GRAPHS:
         # 16 bits are for files: graphs compute as they are stored, and ONNX Runtime has no such convolutions on a CPU.
-        model, known = running(in_float32(exchange(model, {})), known)
+        model, known = make_runnable(in_float32(exchange(model, {})), known)
         export_graph = export_onnx if format == "onnx" else export_program
         return export_graph(model, Path(path), form, known, force, progress)
     dense = dense_form(model)
     difference = check_form(model, _strictly_loaded(dense), "dense", example_input)
     if dtype != "float32":
-        model, known = running(model, known)
+        model, known = make_runnable(model, known)
         small = rounded(dense, dtype_named(dtype))
-        difference = check_rounding(dense, _strictly_loaded(small), comparable(known))
+        difference = check_rounding(dense, _strictly_loaded(small), comparison_inputs(known))
         dense = small
     if format == "dense":
         write_tensors(_full_state(dense), path, {"format": "pt"}, force)
@@ -139,7 +139,7 @@ def _export_timm_folder(dense: nn.Module, path: Path, known: Any, force: bool) -
         except Exception as error:  # what timm raises has no common base
             problem: str | None = f"{type(error).__name__}: {first_line(error)}"
         else:
-            problem = None if known is None else compare(dense, other, comparable(known)).problem
+            problem = None if known is None else compare_outputs(dense, other, comparison_inputs(known)).problem
         if problem:
             raise CheckError(
                 f"timm makes another network than this {type(dense).__name__} of the folder ({problem}); nothing was "

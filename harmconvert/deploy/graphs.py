@@ -26,12 +26,12 @@ from ..layers.factored import reason_not_factorable, to_factored
 from ..layers.harmonic import to_dense
 from ..layers.timing import in_turns
 from ..network.comparison import greatest_difference, top1_agreement
-from ..network.form_check import comparable, compare
+from ..network.form_check import compare_outputs, comparison_inputs
 from ..network.forms import MARGIN, Factoring, factoring, fuse, layer_inputs
 from ..network.layers import harmonic_layers
 from ..network.running import call, evaluating, unchanged
 from ..network.state import tensors_of
-from ..network.values import cloned, tensors_in
+from ..network.values import clone_tensors, tensors_in
 from ..plan.axes import kept_by
 
 # Relative to the largest output: what ONNX Runtime's own order of sums comes to, and torch's with itself.
@@ -150,7 +150,7 @@ def _program_outputs(content: bytes) -> Run:
 def _exported(to_bytes: ToBytes, network: nn.Module, example_input: Any, batch: int | None) -> bytes:
     try:
         with evaluating(network), _plain_outputs(network), _quiet():
-            return to_bytes(network, comparable(example_input, batch), batch is not None)
+            return to_bytes(network, comparison_inputs(example_input, batch), batch is not None)
     except Exception as error:
         raise InputError(f"this {type(network).__name__} cannot be exported: {_cause(error)}") from error
 
@@ -183,7 +183,7 @@ def _remarks(network: nn.Module, example_input: Any) -> tuple[tuple[str, ...], t
         InputError: no output is a tensor.
     """
     with evaluating(network), unchanged(network):
-        output = call(network, comparable(example_input, None))
+        output = call(network, comparison_inputs(example_input, None))
     others = {type(part).__name__ for part in _parts(output) if part is not None and not tensors_in(part)}
     values = tuple(sorted(others - {"list", "tuple", "dict", "OrderedDict"}))
     if not tensors_in(output):
@@ -245,17 +245,17 @@ def _compared(
     """
     worst, agreement, tolerance = 0.0, None, TOLERANCE[format]
     for batch in batches:
-        inputs = comparable(example_input, batch)
+        inputs = comparison_inputs(example_input, batch)
         with evaluating(network, model), unchanged(network), unchanged(model), _quiet():
-            expected, harmonic = (_cpu(tensors_in(call(each, cloned(inputs)))) for each in (network, model))
+            expected, harmonic = (_cpu(tensors_in(call(each, clone_tensors(inputs)))) for each in (network, model))
             try:
-                found = _cpu(run(cloned(inputs)))
+                found = _cpu(run(clone_tensors(inputs)))
             except Exception as error:
                 raise InputError(f"what was exported does not run: {_cause(error)}") from error
         off, difference = greatest_difference(found, expected), greatest_difference(found, harmonic)
         same = top1_agreement(list(zip(harmonic, found, strict=True)), tolerance) if off < inf else None
         # Between two forms of a network float64 decides what is rounding.
-        problem = None if difference <= tolerance else compare(model, network, inputs).problem
+        problem = None if difference <= tolerance else compare_outputs(model, network, inputs).problem
         if not off <= tolerance or problem or same not in (None, 1.0):
             top1 = "" if same is None else f", the same top-1 on {same:.0%}"
             raise CheckError(
@@ -311,7 +311,7 @@ def _session_outputs(content: bytes) -> Run:
 
 
 def _speedup(before: bytes, after: bytes, example_input: Any) -> float:
-    inputs = comparable(example_input)
+    inputs = comparison_inputs(example_input)
     sessions = {"before": session_of(before), "after": session_of(after)}
     feeds = {name: feed_of(session, inputs) for name, session in sessions.items()}
     runs = {name: lambda s=session, f=feeds[name]: s.run(None, f) for name, session in sessions.items()}

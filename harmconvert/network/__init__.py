@@ -1,14 +1,20 @@
-"""Whole networks, of any kind: find their layers, trace a run, copy them, exchange layers, compare outputs.
+"""Operations on whole networks of any kind: find layers, trace a run, copy, replace layers, compare outputs.
 
-What belongs here: operations on an `nn.Module` that need no plan. What a layer should keep is decided in `plan`;
-files are read and written in `storage`."""
+What belongs here: operations on an `nn.Module` that need no plan. What does not: deciding what a layer keeps (`plan`),
+and reading and writing files (`storage`)."""
 
 from .checks import check_finite, check_network, check_weights
 from .classifier import replace_classifier
 from .comparison import close, greatest_difference, relative_difference, top1_agreement
 from .copying import deep_copy
 from .dataflow import Dataflow, weight_state
-from .declared import check_preprocessing, declare, input_sizes, pretrained_config, recorded
+from .declared import (
+    check_preprocessing,
+    declare_preprocessing,
+    input_sizes,
+    preprocessing_record,
+    pretrained_config,
+)
 from .distributed import (
     all_or_none,
     any_rank,
@@ -21,8 +27,8 @@ from .distributed import (
     sum_over_ranks,
     world_size,
 )
-from .exchange import exchange, in_precision, in_sixteen_bits, put_in_place
-from .form_check import check_form, comparable, compare, running
+from .exchange import exchange, in_precision, in_sixteen_bits, replace_module
+from .form_check import check_form, compare_outputs, comparison_inputs, make_runnable
 from .forms import MARGIN, Factoring, dense_form, factor, factoring, fold_blocks, fuse, layer_inputs, run_times
 from .layers import (
     LayerInfo,
@@ -44,16 +50,16 @@ from .state import (
     tensors_of,
     weights_sha256,
 )
-from .tracing import Trace, find_layers, run_where_possible, trace
+from .tracing import Trace, find_layers, trace, trace_if_possible
 from .values import (
     batch_size,
-    channels_last,
-    cloned,
+    clone_tensors,
     default_input,
     describe_input,
-    fitted,
-    mapped,
-    rebuilt,
+    images_to_channels_last,
+    map_tensors,
+    match_dtype,
+    rebuild_sequence,
     seeded_inputs,
     tensors_in,
 )
@@ -70,18 +76,17 @@ __all__ = [
     "any_rank",
     "batch_size",
     "call",
-    "channels_last",
     "check_finite",
     "check_form",
     "check_network",
     "check_preprocessing",
     "check_weights",
-    "cloned",
+    "clone_tensors",
     "close",
-    "comparable",
-    "compare",
+    "compare_outputs",
+    "comparison_inputs",
     "convolutions",
-    "declare",
+    "declare_preprocessing",
     "deep_copy",
     "default_input",
     "dense_form",
@@ -92,13 +97,13 @@ __all__ = [
     "factoring",
     "fill",
     "find_layers",
-    "fitted",
     "fold_blocks",
     "from_first_rank",
     "fuse",
     "gathered",
     "greatest_difference",
     "harmonic_layers",
+    "images_to_channels_last",
     "in_precision",
     "in_sixteen_bits",
     "input_sizes",
@@ -109,19 +114,19 @@ __all__ = [
     "least_over_ranks",
     "loads_by_itself",
     "local_world_size",
-    "mapped",
+    "make_runnable",
+    "map_tensors",
+    "match_dtype",
     "other_convolutions",
+    "preprocessing_record",
     "pretrained_config",
-    "put_in_place",
     "random_states_kept",
     "rank",
-    "rebuilt",
-    "recorded",
+    "rebuild_sequence",
     "relative_difference",
     "replace_classifier",
+    "replace_module",
     "run_times",
-    "run_where_possible",
-    "running",
     "seeded_inputs",
     "seeded_sources",
     "state_key",
@@ -132,6 +137,7 @@ __all__ = [
     "tensors_of",
     "top1_agreement",
     "trace",
+    "trace_if_possible",
     "unchanged",
     "weight_state",
     "weighted_layers",

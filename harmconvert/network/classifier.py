@@ -1,4 +1,4 @@
-"""The classifier of a network, and another in its place."""
+"""Replace the classifier of a network."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any, cast
 from torch import nn
 
 from ..errors import UsageError, first_line
-from .exchange import put_in_place
+from .exchange import replace_module
 
-# What torchvision's networks, and those made after them, call the layers at their end.
+# Names of the classifier in torchvision's networks, and in networks modelled on them.
 _NAMES = ("fc", "classifier", "heads", "head")
 
 
 def replace_classifier(model: nn.Module, classes: int) -> None:
-    """Give a network another classifier, untrained.
+    """Replace the classifier of a network, in place, by an untrained one for ``classes`` classes.
 
-    timm's networks do it themselves (``reset_classifier``); of others the last linear layer or convolution under the
-    name that torchvision gives it is replaced.
+    timm's networks do this themselves (``reset_classifier``). In other networks, the last linear layer or convolution
+    under one of torchvision's names for the classifier is replaced.
 
     Raises:
-        UsageError: the network has no such classifier.
+        UsageError: the network has no such classifier, or its ``reset_classifier`` fails.
     """
     reset = getattr(model, "reset_classifier", None)
     kind = type(model).__name__
@@ -33,17 +33,17 @@ def replace_classifier(model: nn.Module, classes: int) -> None:
     last = _classifier(model)
     if last is None:
         raise UsageError(
-            f"this {kind} has no classifier to replace: neither reset_classifier(), as timm's networks have, nor a "
-            f"linear layer or convolution at the end of {', '.join(_NAMES)}"
+            f"this {kind} has no classifier to replace: it has neither the method reset_classifier() of timm's "
+            f"networks nor a linear layer or convolution under {', '.join(_NAMES)}"
         )
-    new = _like(last, classes).to(next(last.parameters()).device, next(last.parameters()).dtype)
-    put_in_place(model, last, new.train(last.training))
+    new = _new_classifier(last, classes).to(next(last.parameters()).device, next(last.parameters()).dtype)
+    replace_module(model, last, new.train(last.training))
     if isinstance(getattr(model, "num_classes", None), int):
         cast(Any, model).num_classes = classes
 
 
 def _classifier(model: nn.Module) -> nn.Module | None:
-    """The last linear layer or plain convolution of the classifier."""
+    """Return the last linear layer or plain convolution of the classifier, or None."""
     for name in _NAMES:
         part = getattr(model, name, None)
         if not isinstance(part, nn.Module):
@@ -54,8 +54,8 @@ def _classifier(model: nn.Module) -> nn.Module | None:
     return None
 
 
-def _like(layer: nn.Module, classes: int) -> nn.Module:
-    """A new layer with other outputs."""
+def _new_classifier(layer: nn.Module, classes: int) -> nn.Module:
+    """Return a new layer with the arguments of ``layer`` and ``classes`` outputs."""
     if isinstance(layer, nn.Linear):
         return nn.Linear(layer.in_features, classes, layer.bias is not None)
     conv = cast(Any, layer)

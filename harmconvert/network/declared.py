@@ -1,4 +1,4 @@
-"""What a network says of its inputs, in timm's words: its ``pretrained_cfg``, and the record of it in a checkpoint."""
+"""Read and set what a network declares about its inputs: timm's ``pretrained_cfg``, and its record in a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,23 +11,22 @@ from torch import nn
 from ..documents import check, count, finite
 from ..errors import UsageError
 
-# Elements of one example that a file may ask for: 512 MB in float32.
+# Largest number of elements of one example that a file may ask for: 512 MB in float32.
 _MOST_ELEMENTS = 1 << 27
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random")
 
 
 def pretrained_config(model: nn.Module) -> Mapping[str, Any]:
-    """What a network says of its weights and pre-processing, as timm's do (``pretrained_cfg``, a dict or a record);
-    nothing of one that says nothing."""
+    """Return a network's ``pretrained_cfg``, timm's record of weights and pre-processing; empty if it has none."""
     config = getattr(model, "pretrained_cfg", None)
     return config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
 
 
 def input_sizes(model: nn.Module) -> list[tuple[int, ...]]:
-    """The size of each input of one example, as the model's ``pretrained_cfg`` has them; empty where it has none.
+    """Return the size of each input of one example from the network's ``pretrained_cfg``; empty if it has none.
 
-    timm leaves three channels in the size of a network that was made with other ``in_chans``; the network's own
-    ``in_chans``, or the convolution that ``first_conv`` names, has the number.
+    If a network was created with another number of channels (``in_chans``), timm still writes three channels into the
+    size. Then the network's attribute ``in_chans``, or the convolution that ``first_conv`` names, has the number.
     """
     config = pretrained_config(model)
     sizes = config.get("input_sizes") or [size for size in (config.get("input_size"),) if size]
@@ -38,7 +37,7 @@ def input_sizes(model: nn.Module) -> list[tuple[int, ...]]:
 
 
 def _channels(model: nn.Module, config: Mapping[str, Any], declared: int) -> int | None:
-    """Channels that the network reads, where it says so beside its input size."""
+    """Return the number of input channels that the network names outside its input size, or None."""
     if isinstance(channels := getattr(model, "in_chans", None), int):
         return channels
     name = config.get("first_conv")
@@ -48,8 +47,8 @@ def _channels(model: nn.Module, config: Mapping[str, Any], declared: int) -> int
     return channels if isinstance(channels, int) and channels % declared else None
 
 
-def _size(value: Any) -> bool:
-    """A size of one input: one to five whole numbers above 0, of no more elements than fit into memory."""
+def _input_size(value: Any) -> bool:
+    """Return whether the value can be an input size: one to five whole numbers above 0, and not too many elements."""
     return (
         isinstance(value, list | tuple)
         and 1 <= len(value) <= 5
@@ -58,92 +57,89 @@ def _size(value: Any) -> bool:
     )
 
 
-def _interpolation(value: Any) -> bool:
-    """A way to resize that timm knows."""
+def _timm_interpolation(value: Any) -> bool:
     return value in _INTERPOLATIONS
 
 
-def _divisor(value: Any) -> bool:
-    """A finite number other than 0."""
+def _nonzero_number(value: Any) -> bool:
     return finite(value) and value != 0
 
 
-def _share(value: Any) -> bool:
-    """A finite number above 0."""
+def _positive_number(value: Any) -> bool:
     return finite(value) and value > 0
 
 
 _RECORD = {
-    "input_sizes": [_size],
+    "input_sizes": [_input_size],
     "mean": [finite],
-    "std": [_divisor],
-    "interpolation": _interpolation,
-    "crop_pct": _share,
+    "std": [_nonzero_number],
+    "interpolation": _timm_interpolation,
+    "crop_pct": _positive_number,
     "crop_mode": str,
     "function": str,
 }
 
 
 def check_preprocessing(record: Any) -> None:
-    """Raise ValueError, saying where, unless a checkpoint's record of its pre-processing can be used."""
+    """Raise ValueError unless a checkpoint's record of pre-processing is valid; the message names the wrong entry."""
     check(record, (_RECORD, None), "preprocessing")
 
 
-def recorded(model: nn.Module, given: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
-    """The record of a network's pre-processing that its checkpoint keeps; None where nothing is known of it.
+def preprocessing_record(model: nn.Module, changes: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+    """Return the record of a network's pre-processing for its checkpoint; None if nothing is known.
 
     Args:
-        given: replaces what the network declares, in timm's words (input_size, mean, std, interpolation, crop_pct,
-            crop_mode), and ``input_sizes`` of a network of several inputs, ``function`` for FILE.py:FUNCTION.
+        changes: entries that replace what the network declares: timm's (input_size, mean, std, interpolation, crop_pct,
+            crop_mode), ``input_sizes`` for a network with several inputs, or ``function`` for FILE.py:FUNCTION.
 
     Raises:
-        UsageError: ``given`` holds something else.
+        UsageError: ``changes`` has an unknown entry or a wrong value.
     """
     config = {**pretrained_config(model), "input_sizes": input_sizes(model)}
     own = {key: _plain(config[key]) for key in _RECORD if config.get(key)}
-    own = {key: value for key, value in own.items() if _usable({key: value})}
-    asked = {key: value for key, value in (given or {}).items() if value is not None}
-    if "input_size" in asked:
-        asked["input_sizes"] = [asked.pop("input_size")]
-    asked = {key: _plain(value) for key, value in asked.items()}
-    if strange := sorted(set(asked) - set(_RECORD)):
-        raise UsageError(f"preprocessing has no entry {strange[0]!r}: use {', '.join(_RECORD)} or input_size")
+    own = {key: value for key, value in own.items() if _is_valid({key: value})}
+    changed = {key: value for key, value in (changes or {}).items() if value is not None}
+    if "input_size" in changed:
+        changed["input_sizes"] = [changed.pop("input_size")]
+    changed = {key: _plain(value) for key, value in changed.items()}
+    if unknown := sorted(set(changed) - set(_RECORD)):
+        raise UsageError(f"preprocessing has no entry {unknown[0]!r}: use {', '.join(_RECORD)} or input_size")
     try:
-        check_preprocessing(asked)
+        check_preprocessing(changed)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    if "function" in asked or {"mean", "std"} <= set(asked):  # either replaces the other
+    if "function" in changed or {"mean", "std"} <= set(changed):  # a function replaces mean and std, and vice versa
         own = {key: value for key, value in own.items() if key == "input_sizes"}
-    return {**own, **asked} or None
+    return {**own, **changed} or None
 
 
-def declare(model: nn.Module, record: Mapping[str, Any] | None) -> None:
-    """Make a network declare the pre-processing of a record; the inverse of `recorded`.
+def declare_preprocessing(model: nn.Module, record: Mapping[str, Any] | None) -> None:
+    """Set a network's ``pretrained_cfg`` to the pre-processing of a record; the inverse of `preprocessing_record`.
 
     >>> network = nn.Conv2d(1, 2, 3)
-    >>> declare(network, {"input_sizes": [[1, 28, 28]], "mean": [0.13], "std": [0.31]})
+    >>> declare_preprocessing(network, {"input_sizes": [[1, 28, 28]], "mean": [0.13], "std": [0.31]})
     >>> input_sizes(network), pretrained_config(network)["mean"]
     ([(1, 28, 28)], (0.13,))
     """
     if not record:
         return
     config = dict(pretrained_config(model))
-    known = {key: tuple(value) if isinstance(value, list) else value for key, value in record.items() if key in _RECORD}
-    if "function" in known or {"mean", "std"} <= set(known):
+    new = {key: tuple(value) if isinstance(value, list) else value for key, value in record.items() if key in _RECORD}
+    if "function" in new or {"mean", "std"} <= set(new):
         config = {key: value for key, value in config.items() if key not in ("function", "mean", "std")}
-    if sizes := known.pop("input_sizes", ()):
+    if sizes := new.pop("input_sizes", ()):
         config.pop("input_sizes", None)
-        known |= {"input_size": tuple(sizes[0])} if len(sizes) == 1 else {"input_sizes": tuple(map(tuple, sizes))}
-    # timm's networks and ours keep it as an attribute; a class that computes it keeps its own.
+        new |= {"input_size": tuple(sizes[0])} if len(sizes) == 1 else {"input_sizes": tuple(map(tuple, sizes))}
+    # If a class computes `pretrained_cfg`, the attribute cannot be set.
     if not isinstance(getattr(type(model), "pretrained_cfg", None), property):
-        model.pretrained_cfg = {**config, **known}  # type: ignore[assignment]
+        model.pretrained_cfg = {**config, **new}  # type: ignore[assignment]
 
 
 def _plain(value: Any) -> Any:
     return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
 
 
-def _usable(record: Mapping[str, Any]) -> bool:
+def _is_valid(record: Mapping[str, Any]) -> bool:
     try:
         check_preprocessing(record)
     except ValueError:

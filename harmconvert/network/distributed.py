@@ -1,4 +1,4 @@
-"""Several processes as one: what torch.distributed gives, and nothing where there is one process."""
+"""Let several processes work together through torch.distributed; with one process the functions do nothing."""
 
 from __future__ import annotations
 
@@ -16,65 +16,67 @@ T = TypeVar("T")
 
 
 def rank() -> int:
-    """This process's number, 0 where it is alone."""
-    return distributed.get_rank() if _joined() else 0
+    """Return the number of this process; 0 if it is the only one."""
+    return distributed.get_rank() if _is_initialized() else 0
 
 
 def world_size() -> int:
-    """Number of processes that work together."""
-    return distributed.get_world_size() if _joined() else 1
+    """Return the number of processes that work together."""
+    return distributed.get_world_size() if _is_initialized() else 1
 
 
 def sum_over_ranks(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor by its sum over all processes, in place; every process must call it with the same shapes."""
     if world_size() > 1:
         for tensor in tensors:
-            # A process group of nccl alone takes no tensors of the CPU.
+            # nccl does not accept tensors in CPU memory.
             moved = tensor.cuda() if distributed.get_backend() == "nccl" else tensor
             distributed.all_reduce(moved)
             tensor.copy_(moved)
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether the flag is set in any process: what one cannot do, all must leave together."""
+    """Return whether the flag is set in any process."""
     return any(gathered(flag))
 
 
 def all_or_none(work: Callable[[], T], otherwise: Exception) -> T:
-    """What ``work`` returns in this process; an error in any process is one in all of them, at the same place, because
-    one that went on would wait for the others.
+    """Return the result of ``work`` in this process; if ``work`` fails in any process, raise an error in all of them.
+
+    Without this, the processes that did not fail would wait forever for the one that did.
 
     Raises:
-        Exception: what ``work`` raised here, or ``otherwise``, where it raised in another.
+        Exception: the error of ``work`` in this process, or ``otherwise`` if it failed only in another process.
     """
-    found: list[T] = []
+    results: list[T] = []
     failure: Exception | None = None
     try:
-        found.append(work())
+        results.append(work())
     except Exception as error:
         failure = error
     if any_rank(failure is not None):
         raise failure or otherwise
-    return found[0]
+    return results[0]
 
 
 def on_first_rank(work: Callable[[], T]) -> T:
-    """What ``work`` returns in the first process, which alone does it; the others wait for it.
+    """Call ``work`` in the first process only and return its result in all processes; the others wait.
 
     Raises:
-        Exception: in the first process what ``work`` raised; OutsideError: in the others, where it raised.
+        Exception: in the first process, the error of ``work``.
+        OutsideError: in the other processes, if ``work`` failed.
     """
     done = all_or_none(lambda: work() if rank() == 0 else None, OutsideError("the first process failed"))
     return from_first_rank(cast(T, done))
 
 
 def least_over_ranks(value: int) -> int:
-    """The smallest of all processes' values."""
+    """Return the smallest of all processes' values."""
     return min(gathered(value))
 
 
 def from_first_rank(value: T) -> T:
-    """The first process's value, in all of them."""
+    """Return the first process's value in all processes."""
     values = [value]
     if world_size() > 1:
         distributed.broadcast_object_list(values)
@@ -82,18 +84,18 @@ def from_first_rank(value: T) -> T:
 
 
 def local_world_size() -> int:
-    """Number of processes that share this machine."""
+    """Return the number of processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world_size() > 1 else 1
 
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Join the other processes that torchrun started (gloo on CPUs, nccl on GPUs); nothing without torchrun.
+    """Join the other processes that torchrun started (gloo on CPUs, nccl on GPUs); do nothing without torchrun.
 
     Raises:
-        OutsideError: the others cannot be reached, or there are more processes than GPUs.
+        OutsideError: the other processes cannot be reached, or there are more processes than GPUs.
     """
-    if not distributed.is_available() or not distributed.is_torchelastic_launched() or _joined():
+    if not distributed.is_available() or not distributed.is_torchelastic_launched() or _is_initialized():
         yield
         return
     gpus = torch.cuda.is_available()
@@ -110,12 +112,12 @@ def joined() -> Iterator[None]:
 
 
 def gathered(value: T) -> list[T]:
-    """Every process's value, in the order of their numbers."""
+    """Return the values of all processes, in the order of their numbers."""
     values: list[T] = [value] * world_size()
     if world_size() > 1:
         distributed.all_gather_object(values, value)
     return values
 
 
-def _joined() -> bool:
+def _is_initialized() -> bool:
     return distributed.is_available() and distributed.is_initialized()

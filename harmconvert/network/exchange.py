@@ -1,4 +1,4 @@
-"""Copy a network, with some of its layers exchanged for others."""
+"""Copy a network and replace some of its layers."""
 
 from __future__ import annotations
 
@@ -21,17 +21,22 @@ def exchange(
     fill: Mapping[nn.Module, Callable[[dict[int, Any]], Any]],
     empty: Callable[[nn.Module], Any] = empty_counterpart,
 ) -> nn.Module:
-    """A deep copy of ``model`` in which some convolutions are their counterparts in another form.
+    """Return a deep copy of ``model`` in which some convolutions are replaced by their counterparts in another form.
 
-    Each key's counterpart is made ``empty`` and handed to deepcopy's memo first, so that every reference to it, in
-    containers, under a second name or as the model itself, leads to the one replacement; its weight is never copied.
+    The counterpart of each key of ``fill`` is created without state by ``empty`` and put into deepcopy's memo first. So
+    every reference to the convolution (in a container, under a second name, or the model itself) becomes a reference to
+    the one replacement, and its weight is never copied.
+
+    Args:
+        fill: functions that fill the counterparts of convolutions, given deepcopy's memo.
+        empty: creates the counterpart of a convolution without state.
 
     Raises:
         InputError: the network cannot be copied.
     """
     memo: dict[int, Any] = {}
     try:
-        return _exchanged(model, fill, empty, memo)
+        return _copy_with_replacements(model, fill, empty, memo)
     except HarmconvertError:
         raise
     except Exception as error:
@@ -42,28 +47,28 @@ def exchange(
                 f"the modules of this {type(model).__name__} are nested too deeply to be copied"
             ) from error
         try:
-            copied = _exchanged(model, fill, empty, memo)
+            copied = _copy_with_replacements(model, fill, empty, memo)
         except Exception as failure:
             raise InputError(f"this {type(model).__name__} cannot be copied: {first_line(failure)}") from failure
     convs = tuple(f"{name}." if name else "" for name in convolutions(model))
-    if told := [f"{name} ({why})" for name, why in members.items() if not name.startswith(convs)]:
+    if shared := [f"{name} ({why})" for name, why in members.items() if not name.startswith(convs)]:
         warnings.warn(
-            f"copy.deepcopy refuses {shortened(told, 3)}: the copy of this {type(model).__name__} shares locks, files "
-            "and the like with the original, and holds the values of tensors without their gradient history",
+            f"copy.deepcopy refuses {shortened(shared, 3)}: the copy of this {type(model).__name__} shares objects "
+            "such as locks and files with the original, and its tensors have no gradient history",
             HarmconvertWarning,
             stacklevel=3,
         )
     return copied
 
 
-def _exchanged(
+def _copy_with_replacements(
     model: nn.Module,
     fill: Mapping[nn.Module, Callable[[dict[int, Any]], Any]],
     empty: Callable[[nn.Module], Any],
     memo: dict[int, Any],
 ) -> nn.Module:
     memo |= {id(conv): empty(conv) for conv in fill}
-    # Every module has a dozen empty containers for hooks: making them here halves the time of the copy.
+    # Every module has a dozen empty containers for hooks: creating them here halves the time of the copy.
     for value in (value for module in model.modules() for value in vars(module).values()):
         if type(value) in (dict, OrderedDict, set) and not value:
             memo[id(value)] = type(value)()
@@ -73,9 +78,11 @@ def _exchanged(
 
 
 def in_precision(model: nn.Module, precision: torch.dtype, shared: bool = False) -> nn.Module:
-    """A copy that computes in a precision, also where its numbers are complex.
+    """Return a copy of a network whose floating-point and complex tensors have the given precision.
 
-    ``shared``: parameters that have the precision are the network's own; a forward must not change them.
+    Args:
+        shared: parameters that have this precision already are shared with ``model`` and not copied. Then no forward
+            may change them.
 
     Raises:
         InputError: the network cannot be copied.
@@ -98,7 +105,7 @@ def in_precision(model: nn.Module, precision: torch.dtype, shared: bool = False)
 
 
 def in_sixteen_bits(model: nn.Module) -> bool:
-    """Whether any parameter or buffer is stored in 16 bits."""
+    """Return whether any parameter or buffer is stored in 16 bits."""
     return any(
         tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16)
         for module in model.modules()
@@ -106,8 +113,11 @@ def in_sixteen_bits(model: nn.Module) -> bool:
     )
 
 
-def put_in_place(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
-    """Give ``new`` every name that ``old`` has in ``model``, which is changed; gives the model back."""
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    """Replace ``old`` by ``new`` under all its names in ``model``, in place, and return the model.
+
+    If ``old`` is the model itself, return ``new``.
+    """
     if model is old:
         return new
     for parent in list(model.modules()):

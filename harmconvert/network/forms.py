@@ -1,4 +1,4 @@
-"""The forms of one network (DESIGN 2): `fuse` gives the dense one, `factor` the factored one where it is faster."""
+"""Convert a network to its other forms: `fuse` makes the dense form, `factor` the factored form where it is faster."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from ..layers.factored import empty_factored, reason_not_factorable, to_factored
 from ..layers.harmonic import HarmonicMixin, empty_counterpart, to_dense
 from ..layers.layer_times import LayerInput, kernels_to_channels_last, layer_times
 from ..layers.timing import in_turns
-from .exchange import exchange, put_in_place
-from .form_check import check_form, compared, running
+from .exchange import exchange, replace_module
+from .form_check import check_form, compare_forms, make_runnable
 from .layers import harmonic_layers
-from .running import call, evaluating, refusing, unchanged
-from .values import cloned, default_input, tensors_in
+from .running import call, evaluating, unchanged, usage_errors
+from .values import clone_tensors, default_input, tensors_in
 
 Choice = Literal["dense", "factored"]
-# A form has to be this much faster than another before it is taken for faster.
+# A form counts as faster only if it saves at least this share of the time.
 MARGIN = 0.02
 
 
 @dataclass(frozen=True)
 class LayerForm:
-    """The form that one harmonic convolution got, and why; medians in seconds of both where they were measured."""
+    """The form chosen for one harmonic convolution, the reason, and the median seconds of both forms if measured."""
 
     name: str
     form: Choice
@@ -42,8 +42,7 @@ class LayerForm:
 
 @dataclass(frozen=True)
 class Factoring:
-    """A network in the forms that were chosen, layer by layer; seconds of the whole network in its best dense form and
-    as chosen."""
+    """A network with the form chosen for each layer, and the seconds of the whole network, dense and as chosen."""
 
     model: nn.Module
     layers: tuple[LayerForm, ...]
@@ -51,22 +50,22 @@ class Factoring:
     factored_seconds: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the network, JSON-able."""
+        """Return everything except the network as a dict for JSON."""
         layers = [asdict(layer) for layer in self.layers]
         return {"layers": layers, "dense_seconds": self.dense_seconds, "factored_seconds": self.factored_seconds}
 
     @property
     def factored(self) -> tuple[str, ...]:
-        """Names of the layers that were factored."""
+        """Return the names of the layers that were factored."""
         return tuple(layer.name for layer in self.layers if layer.form == "factored")
 
 
 def fuse(model: nn.Module, example_input: Any = None) -> nn.Module:
-    """The dense form: a copy of ``model`` with plain convolutions that hold the merged kernels.
+    """Return the dense form: a copy of ``model`` with plain convolutions that hold the merged kernels (sec. 5.2).
 
-    Its state dict has the keys and shapes of the network that was converted. Parts that are not harmonic are copied;
-    a `HarmonicBlock2d` folds into one convolution, which gains a bias where the block normalises and no batch norm
-    behind it can take that. Its outputs are compared with the network's before it is handed back.
+    Its state dict has the keys and shapes of the network that was converted. Parts that are not harmonic are copied. A
+    `HarmonicBlock2d` becomes one convolution; it gets a bias if the block normalises and no batch norm behind it can
+    absorb that bias. The outputs of the copy are compared with those of ``model`` before it is returned.
 
     >>> from harmconvert.layers.harmonic import to_harmonic
     >>> fuse(nn.Sequential(to_harmonic(nn.Conv2d(1, 2, 3))))
@@ -76,13 +75,13 @@ def fuse(model: nn.Module, example_input: Any = None) -> nn.Module:
 
     Args:
         model: a network with harmonic convolutions.
-        example_input: what to compare the two on, as for `convert`; by default an input of the network's own size.
-            Where no size is known, each layer is compared by itself.
+        example_input: the input for the comparison, as for `convert`; by default an input of the size that the network
+            names. If it names none, each layer is compared alone.
 
     Raises:
         UsageError: the network does not run on ``example_input``.
         InputError: the network cannot be copied, or a merged kernel is out of its dtype's range.
-        CheckError: the dense form does not compute what the network does.
+        CheckError: the dense form does not compute the same as the network.
     """
     dense = dense_form(model)
     check_form(model, dense, "dense", example_input)
@@ -90,7 +89,7 @@ def fuse(model: nn.Module, example_input: Any = None) -> nn.Module:
 
 
 def dense_form(model: nn.Module) -> nn.Module:
-    """The dense form as `fuse` gives it, not compared with the network.
+    """Return the dense form like `fuse`, but do not compare it with the network.
 
     Raises:
         InputError: the network cannot be copied, or a merged kernel is out of its dtype's range.
@@ -102,29 +101,30 @@ def dense_form(model: nn.Module) -> nn.Module:
 
 
 def fold_blocks(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` with a convolution in the place of each `HarmonicBlock2d`, all else as it is."""
+    """Return a copy of ``model`` in which each `HarmonicBlock2d` is replaced by a convolution."""
     return _folded(exchange(model, {}))
 
 
 def factor(model: nn.Module, example_input: Any = None, *, layers: str | Mapping[str, str] = "measured") -> nn.Module:
-    """The factored form: a copy of ``model`` whose truncated convolutions filter their input by the kept basis kernels
-    and mix what comes out, wherever that is *measured* to be faster on this machine; elsewhere they are dense.
+    """Return the factored form: a copy with its truncated convolutions factored (eq. 2) where that is faster.
 
-    Where the whole is not faster than the dense network, all of it is dense. The copy is laid out channels_last where
-    that is faster; `factoring` also says what was chosen. The copy can be trained, saved and fused as the harmonic form
-    can. Times are kept in the cache folder (`harmconvert.layers.layer_times`).
+    A factored convolution filters its input with the kept basis kernels and mixes the responses. Each layer is
+    *measured* on this machine and stays dense if the factored form is not faster. If the whole network is not faster
+    than the dense one, all layers are dense. The copy uses channels_last if that is faster; `factoring` also returns
+    what was chosen. The copy can be trained, saved and fused like the harmonic form. Measured times are stored in the
+    cache folder (`harmconvert.layers.layer_times`).
 
     Args:
-        model: a network with harmonic convolutions, such as `convert` makes.
-        example_input: as for `convert`, of the size and batch that the network is to be fast at; by default one example
-            of the network's own size. Needed where anything is to be measured.
-        layers: ``"measured"``; ``"factored"`` or ``"dense"`` to have all that can be so without measuring; or a dict
-            from shell-style layer pattern to one of the three, where what no pattern matches is measured.
+        model: a network with harmonic convolutions, as `convert` returns it.
+        example_input: as for `convert`; its size and batch size should be those at which the network must be fast. By
+            default one example of the size that the network names. Needed if anything is measured.
+        layers: ``"measured"``; ``"factored"`` or ``"dense"`` for all layers that can have this form, without measuring;
+            or a dict from shell-style layer pattern to one of the three (layers that no pattern matches are measured).
 
     Raises:
-        UsageError: an unknown form, a pattern without a match, no input to measure on or one that does not fit.
-        InputError: the network cannot be copied, has no values (meta device), or a merged kernel is out of its dtype's
-            range.
+        UsageError: a form is unknown, a pattern matches nothing, or the input is missing or does not fit.
+        InputError: the network cannot be copied or has no values (meta device), or a merged kernel is out of its
+            dtype's range.
     """
     return factoring(model, example_input, layers=layers).model
 
@@ -132,129 +132,135 @@ def factor(model: nn.Module, example_input: Any = None, *, layers: str | Mapping
 def factoring(
     model: nn.Module, example_input: Any = None, *, layers: str | Mapping[str, str] = "measured"
 ) -> Factoring:
-    """The factored form as `factor` makes it, with what was chosen for each layer and why."""
+    """Return the factored form like `factor`, with the form chosen for each layer and the reason."""
     harmonic = harmonic_layers(model)
-    wanted = _wanted(harmonic, layers)
-    fixed = {name: _fixed(name, conv, wanted[name]) for name, conv in harmonic.items()}
+    requested = _requested_forms(harmonic, layers)
+    fixed = {name: _form_without_measuring(name, conv, requested[name]) for name, conv in harmonic.items()}
     measured = {name: harmonic[name] for name, choice in fixed.items() if choice is None}
     if valueless := [name for name, conv in measured.items() if conv.coefficients.is_meta]:
         raise InputError(f"layer {valueless[0] or '(root)'} has no values to measure with (meta device): load weights")
     if not measured:
-        return _checked(model, harmonic, list(cast("dict[str, LayerForm]", fixed).values()), example_input)
+        return _apply_and_check(model, harmonic, list(cast("dict[str, LayerForm]", fixed).values()), example_input)
     if (inputs := default_input(model) if example_input is None else example_input) is None:
-        raise UsageError("which form is faster is measured on an input: give example_input, or layers='factored'")
-    network, inputs = running(model, inputs)
+        raise UsageError("an input is needed to measure which form is faster: give example_input or layers='factored'")
+    network, inputs = make_runnable(model, inputs)
     inputs_by_name = layer_inputs(network, {name: network.get_submodule(name) for name in measured}, inputs)
     timed = harmonic_layers(network)
-    found = [fixed[name] or _faster(name, timed[name], inputs_by_name.get(name)) for name in harmonic]
-    chosen = _checked(model, harmonic, found, example_input)
+    forms = [fixed[name] or _faster_form(name, timed[name], inputs_by_name.get(name)) for name in harmonic]
+    chosen = _apply_and_check(model, harmonic, forms, example_input)
     if network is model:
         return _never_slower(model, chosen, inputs)
-    # A network that is stored in 16 bits and computes in float32 is as fast as its float32 copy.
-    timed_whole = _never_slower(network, _checked(network, timed, list(chosen.layers), inputs), inputs)
-    chosen = _checked(model, harmonic, list(timed_whole.layers), example_input)
+    # A network that is stored in 16 bits and computes in float32 is as fast as its float32 copy: time the copy.
+    timed_whole = _never_slower(network, _apply_and_check(network, timed, list(chosen.layers), inputs), inputs)
+    chosen = _apply_and_check(model, harmonic, list(timed_whole.layers), example_input)
     return replace(timed_whole, model=chosen.model, layers=chosen.layers)
 
 
-def _checked(
+def _apply_and_check(
     model: nn.Module, harmonic: Mapping[str, HarmonicMixin], chosen: list[LayerForm], example_input: Any
 ) -> Factoring:
-    """The network in the forms chosen, compared with what it is made of; layers whose factored form computes something
-    else are dense, and all are where that is not enough.
+    """Return the network with the chosen forms, after comparing it with ``model``.
+
+    Layers whose factored form computes something else become dense. If no such layer is found but the network still
+    differs, all layers become dense.
 
     Raises:
         UsageError: the network does not run on ``example_input``.
-        CheckError: the dense form does not compute what the network does either.
+        CheckError: the dense form does not compute the same as the network either.
     """
     while names := [layer.name for layer in chosen if layer.form == "factored"]:
-        form = kernels_to_channels_last(_as_chosen(model, harmonic, chosen))
-        result, layers = compared(model, form, names, example_input)
+        form = kernels_to_channels_last(_with_forms(model, harmonic, chosen))
+        result, layers = compare_forms(model, form, names, example_input)
         if result.problem is None and not layers:
             return Factoring(form, tuple(chosen))
         whole = f"with factored layers the network computes something else: {result.problem}"
-        whys = {name: f"factored, {why}" for name, why in layers.items()} or dict.fromkeys(names, whole)
-        chosen = [replace(one, form="dense", why=whys[one.name]) if one.name in whys else one for one in chosen]
-    form = _as_chosen(model, harmonic, chosen)
+        reasons = {name: f"factored, {why}" for name, why in layers.items()} or dict.fromkeys(names, whole)
+        chosen = [replace(one, form="dense", why=reasons[one.name]) if one.name in reasons else one for one in chosen]
+    form = _with_forms(model, harmonic, chosen)
     check_form(model, form, "dense", example_input)
     return Factoring(form, tuple(chosen))
 
 
 def _check_kernels(dense: nn.Module, harmonic: Mapping[str, HarmonicMixin]) -> None:
-    """Coefficients that are in range may add up to a kernel that is not."""
+    """Raise InputError if a merged kernel is out of its dtype's range although its coefficients are in range."""
     for name, conv in harmonic.items():
         if not isinstance(merged := dense.get_submodule(name), HarmonicMixin) and all_finite(conv.coefficients):
             check_range(cast(Tensor, merged.weight), name, "merged kernels")
 
 
-def _wanted(harmonic: Mapping[str, HarmonicMixin], layers: str | Mapping[str, str]) -> dict[str, str]:
+def _requested_forms(harmonic: Mapping[str, HarmonicMixin], layers: str | Mapping[str, str]) -> dict[str, str]:
     patterns = {"*": layers} if isinstance(layers, str) else layers
-    wanted = dict.fromkeys(harmonic, "measured")
+    requested = dict.fromkeys(harmonic, "measured")
     for pattern, form in patterns.items():
         if form not in ("measured", "dense", "factored"):
             raise UsageError(f"unknown form {form!r} of a layer: use measured, dense or factored")
         matching = [name for name in harmonic if fnmatchcase(name, pattern)]
         if not matching and pattern != "*":
             raise UsageError(f"no harmonic convolution matches {pattern!r}: there are {', '.join(list(harmonic)[:5])}")
-        wanted |= dict.fromkeys(matching, form)
-    return wanted
+        requested |= dict.fromkeys(matching, form)
+    return requested
 
 
-def _fixed(name: str, conv: HarmonicMixin, wanted: str) -> LayerForm | None:
-    """The form of a layer that need not be measured; None for one that must be."""
-    if wanted != "dense" and (reason := reason_not_factorable(conv)):
+def _form_without_measuring(name: str, conv: HarmonicMixin, requested: str) -> LayerForm | None:
+    """Return the form of a layer that is requested or the only possible one; None if the layer must be measured."""
+    if requested != "dense" and (reason := reason_not_factorable(conv)):
         return LayerForm(name, "dense", reason)
-    return None if wanted == "measured" else LayerForm(name, cast(Choice, wanted), "as asked for")
+    return None if requested == "measured" else LayerForm(name, cast(Choice, requested), "as asked for")
 
 
 def layer_inputs(model: nn.Module, convs: Mapping[str, nn.Module], example_input: Any) -> dict[str, LayerInput]:
-    """What each of the layers is fed in one run; of those that run."""
-    found: dict[str, LayerInput] = {}
+    """Run the network once and return the shape, dtype and device of the input of each given layer that runs.
+
+    Raises:
+        UsageError: the network does not run on ``example_input``.
+    """
+    inputs: dict[str, LayerInput] = {}
 
     def watch(name: str) -> Any:
         def hook(conv: nn.Module, args: Any, kwargs: Any) -> None:
-            for given in tensors_in((args, kwargs))[:1]:
-                found[name] = LayerInput(tuple(given.shape), given.dtype, given.device)
+            for tensor in tensors_in((args, kwargs))[:1]:
+                inputs[name] = LayerInput(tuple(tensor.shape), tensor.dtype, tensor.device)
 
         return hook
 
     handles = [conv.register_forward_pre_hook(watch(name), with_kwargs=True) for name, conv in convs.items()]
     try:
-        with unchanged(model), refusing(example_input), evaluating(model):
-            call(model, cloned(example_input))
+        with unchanged(model), usage_errors(example_input), evaluating(model):
+            call(model, clone_tensors(example_input))
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return inputs
 
 
-def _faster(name: str, conv: HarmonicMixin, layer_input: LayerInput | None) -> LayerForm:
+def _faster_form(name: str, conv: HarmonicMixin, layer_input: LayerInput | None) -> LayerForm:
     if layer_input is None:
         return LayerForm(name, "dense", "it does not run on this input")
     try:
         dense, factored = layer_times(conv, layer_input)
-    except Exception as error:  # by itself it may not run on what it is given in the network (autocast)
+    except Exception as error:  # some layers run only inside the network, for example under its autocast
         return LayerForm(name, "dense", f"it cannot be timed by itself: {type(error).__name__}: {first_line(error)}")
     if factored < (1 - MARGIN) * dense:
         return LayerForm(name, "factored", f"{dense / factored:.2f} times as fast as dense", dense, factored)
     return LayerForm(name, "dense", f"factored it takes {factored / dense:.2f} times as long", dense, factored)
 
 
-def _as_chosen(model: nn.Module, harmonic: Mapping[str, HarmonicMixin], found: list[LayerForm]) -> nn.Module:
-    wanted = {harmonic[layer.name] for layer in found if layer.form == "factored"}
+def _with_forms(model: nn.Module, harmonic: Mapping[str, HarmonicMixin], forms: list[LayerForm]) -> nn.Module:
+    factored = {harmonic[layer.name] for layer in forms if layer.form == "factored"}
     fill: dict[nn.Module, Any] = {
-        conv: partial(to_factored if conv in wanted else to_dense, conv) for conv in harmonic.values()
+        conv: partial(to_factored if conv in factored else to_dense, conv) for conv in harmonic.values()
     }
-    copied = exchange(model, fill, lambda conv: empty_factored(conv) if conv in wanted else empty_counterpart(conv))
+    copied = exchange(model, fill, lambda conv: empty_factored(conv) if conv in factored else empty_counterpart(conv))
     _check_kernels(copied, harmonic)
     return _folded(copied)
 
 
 def _never_slower(model: nn.Module, chosen: Factoring, example_input: Any) -> Factoring:
-    """The fastest whole network: as chosen layer by layer, or dense in either memory layout."""
-    candidates = dense_layouts(model)
+    """Return the fastest whole network: with the forms chosen layer by layer, or dense in one of two memory formats."""
+    candidates = dense_candidates(model)
     if chosen.factored:
         candidates["factored"] = chosen.model
-    times = _times(candidates, example_input)
+    times = _median_seconds(candidates, example_input)
     fastest = min(times, key=lambda name: times[name])
     dense = min(seconds for name, seconds in times.items() if name != "factored")
     chosen = replace(chosen, dense_seconds=dense, factored_seconds=times.get("factored"))
@@ -269,21 +275,21 @@ def _never_slower(model: nn.Module, chosen: Factoring, example_input: Any) -> Fa
 
 
 def run_times(model: nn.Module, example_input: Any) -> dict[str, float]:
-    """Median seconds of a forward of a network's dense form in each memory layout, measured in turns."""
-    return _times(dense_layouts(model), example_input)
+    """Return the median seconds of a forward of the dense form in each memory format, measured in turns."""
+    return _median_seconds(dense_candidates(model), example_input)
 
 
-def dense_layouts(model: nn.Module) -> dict[str, nn.Module]:
-    """The dense form of a network, and that laid out channels_last."""
+def dense_candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the dense form of a network in the default memory format and in channels_last."""
     return {"dense": dense_form(model), "dense, channels_last": kernels_to_channels_last(dense_form(model))}
 
 
-def _times(candidates: Mapping[str, nn.Module], example_input: Any) -> dict[str, float]:
-    """Median seconds of those that run: some networks run in one memory layout only."""
+def _median_seconds(candidates: Mapping[str, nn.Module], example_input: Any) -> dict[str, float]:
+    """Return the median seconds of the networks that run: some networks run in one memory format only."""
     with evaluating(*candidates.values()), ExitStack() as stack:
         for network in candidates.values():
             stack.enter_context(unchanged(network, weights=False))
-        runs = {name: partial(_run, network, example_input) for name, network in candidates.items()}
+        runs = {name: partial(_call_on_copy, network, example_input) for name, network in candidates.items()}
         for name in list(runs):
             try:
                 runs[name]()
@@ -291,19 +297,18 @@ def _times(candidates: Mapping[str, nn.Module], example_input: Any) -> dict[str,
                 if name == "dense":
                     raise
                 del runs[name]
-        return {name: found.median for name, found in in_turns(runs, 7, 3, 6.0).items()}
+        return {name: times.median for name, times in in_turns(runs, 7, 3, 6.0).items()}
 
 
-def _run(network: nn.Module, example_input: Any) -> Any:
-    return call(network, cloned(example_input))
+def _call_on_copy(network: nn.Module, example_input: Any) -> Any:
+    return call(network, clone_tensors(example_input))
 
 
 def _folded(model: nn.Module) -> nn.Module:
     blocks = {name: module for name, module in model.named_modules() if isinstance(module, HarmonicBlock2d)}
     for name, block in blocks.items():
         conv = fold_block(block)
-        # Where the block replaced a convolution with a bias, the network has a place for one.
-        model = put_in_place(model, block, conv)
-        if block.mix.bias is None:
+        model = replace_module(model, block, conv)
+        if block.mix.bias is None:  # the original convolution had no bias: the dense form should not have one either
             absorb_bias(model, name)
     return model

@@ -1,4 +1,4 @@
-"""Modules that convolve but are not torch's convolutions: a report names each, with the reason why it is left alone."""
+"""Find modules that convolve but are not torch's convolutions; a report names each and says why it is not converted."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ..layers.harmonic import CONVOLUTIONS
 from .dataflow import OtherRun
 
 _FIXED = "its blur filter is fixed, not learned"
-_DEFORMABLE = "its kernel reads at positions of its input's own choosing"
-_MIXED = "its kernels are mixed anew for each input"
-# By the name of a class or of one that it inherits from.
+_DEFORMABLE = "its kernel reads at positions that depend on the input"
+_MIXED = "its kernels are computed anew for each input"
+# The keys are names of classes; they hold for subclasses too.
 _REASONS = {
     "CondConv2d": _MIXED, "DynamicConv": _MIXED, "Dynamic_conv2d": _MIXED, "BlurPool2d": _FIXED,
     "DeformConv2d": _DEFORMABLE, "DeformConv": _DEFORMABLE, "ModulatedDeformConv2d": _DEFORMABLE,
@@ -27,7 +27,7 @@ _REASONS = {
 
 @dataclass(frozen=True)
 class OtherConvolution:
-    """A module that convolves and is not converted: kernel size, its own kernels (learned ones), and the reason."""
+    """A module that convolves but is not converted: its class, kernel size and learned kernels, and the reason."""
 
     kind: str
     kernel_size: tuple[int, ...]
@@ -36,39 +36,40 @@ class OtherConvolution:
 
 
 def other_convolutions(model: nn.Module, ran: Mapping[str, OtherRun] | None = None) -> dict[str, OtherConvolution]:
-    """Find the modules over 1x1 that convolve and are not convolutions of torch's, by name.
+    """Return, by name, the modules that convolve with a kernel over 1x1 but are not torch's convolutions.
 
-    ``ran`` are those that a run showed to call convolutions as functions; without a run modules are judged by the shape
-    of their ``weight``.
+    Args:
+        ran: the modules that called convolution functions in a run. Without a run the shape of a module's ``weight``
+            decides.
     """
-    found: dict[str, OtherConvolution] = {}
+    others: dict[str, OtherConvolution] = {}
     for name, module in model.named_modules():
         if isinstance(module, (*CONVOLUTIONS, HarmonicBlock2d)):
             continue
-        kind, reason = _known(module)
-        seen = (ran or {}).get(name)
+        kind, reason = _kind_and_reason(module)
+        run = (ran or {}).get(name)
         kernels = tuple(p for p in module.parameters(recurse=False) if not is_lazy(p) and prod(p.shape[2:]) > 1)
-        if reason is None and seen is not None:
+        if reason is None and run is not None:
             reason = (
                 "it calls a convolution as a function: only torch's convolution modules are converted"
-                if seen.learned
+                if run.learned
                 else "its filter is fixed, not learned"
             )
         weight = module._parameters.get("weight") if isinstance(module._parameters, dict) else None
-        if reason is None and ran is None and any(weight is kernel for kernel in kernels) and _convolves(module):
+        if reason is None and ran is None and any(weight is kernel for kernel in kernels) and _may_convolve(module):
             reason = f"{kind} is not one of torch's convolution classes"
         if reason is not None:
-            size = seen.kernel_size if seen else _kernel_size(module, kernels)
-            found[name] = OtherConvolution(kind, size, kernels, reason)
-    return found
+            size = run.kernel_size if run else _kernel_size(module, kernels)
+            others[name] = OtherConvolution(kind, size, kernels, reason)
+    return others
 
 
-def _known(module: nn.Module) -> tuple[str, str | None]:
-    """The class of a module, and why it is not converted where the class tells that."""
+def _kind_and_reason(module: nn.Module) -> tuple[str, str | None]:
+    """Return the class of a module, and why a module of this class is not converted (None: the class does not tell)."""
     kind = type(module).__name__
     if isinstance(module, torch.jit.ScriptModule):
         kind = str(getattr(module, "original_name", kind))
-        return kind, "it is TorchScript, whose layers are fixed" if "Conv" in kind and hasattr(
+        return kind, "it is TorchScript, whose layers cannot be replaced" if "Conv" in kind and hasattr(
             module, "weight"
         ) else None
     for base in type(module).__mro__:
@@ -81,8 +82,8 @@ def _known(module: nn.Module) -> tuple[str, str | None]:
     return kind, None
 
 
-def _convolves(module: nn.Module) -> bool:
-    """Whether a module with a ``weight`` of three axes or more may convolve: norms and bilinear layers do not."""
+def _may_convolve(module: nn.Module) -> bool:
+    """Return whether a module with a ``weight`` of three or more axes may convolve: not a norm or bilinear layer."""
     return not isinstance(module, nn.LayerNorm | nn.Bilinear) and not hasattr(module, "normalized_shape")
 
 

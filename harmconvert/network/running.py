@@ -1,4 +1,4 @@
-"""Run a network on an input and leave it as it was."""
+"""Run a network on an input without changing the network."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .values import describe_input
 
 
 def call(model: nn.Module, example_input: Any) -> Any:
-    """Call a network on an example input: tuple as arguments, dict as keywords, anything else as the one argument."""
+    """Call a network: a tuple gives its arguments, a dict its keyword arguments, anything else is the one argument."""
     if isinstance(example_input, tuple):
         return model(*example_input)
     if isinstance(example_input, Mapping):
@@ -25,8 +25,8 @@ def call(model: nn.Module, example_input: Any) -> Any:
 
 
 @contextmanager
-def refusing(example_input: Any) -> Iterator[None]:
-    """Whatever goes wrong in a run on an example input becomes a UsageError that names the input."""
+def usage_errors(example_input: Any) -> Iterator[None]:
+    """Turn any error of a run on an example input into a UsageError that describes the input."""
     try:
         yield
     except Exception as error:
@@ -39,7 +39,7 @@ def refusing(example_input: Any) -> Iterator[None]:
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients for the time being; every module's own training flag is put back afterwards."""
+    """Switch to eval mode and no gradients inside the context; restore every module's training flag afterwards."""
     flags = [(module, module.training) for model in models for module in model.modules()]
     try:
         for model in models:
@@ -53,25 +53,30 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unchanged(model: nn.Module, but: Collection[nn.Module] = (), weights: bool = True) -> Iterator[None]:
-    """Undo afterwards what forwards change in a network beside its outputs (counters, caches, logs of hooks), except in
-    the modules ``but``; see `Snapshot`. Weights that a forward exchanges (``weight.data = ...``) are put back, too, and
-    with ``weights`` those that it writes to, for which each call of a function of torch takes longer."""
+    """Restore, at the end, everything that forwards change in a network besides their outputs; see `Snapshot`.
+
+    Such changes are counters, caches and logs of hooks, and weights that a forward replaces (``weight.data = ...``).
+
+    Args:
+        but: modules that are not restored.
+        weights: also restore weights that a forward overwrites. This makes each call of a torch function slower.
+    """
     before, written = Snapshot(model, but), WeightsKept(model)
-    exchanged = [(parameter, parameter.data) for parameter in model.parameters() if not is_lazy(parameter)]
+    data_before = [(parameter, parameter.data) for parameter in model.parameters() if not is_lazy(parameter)]
     try:
         with written if weights else nullcontext():
             yield
     finally:
         before.restore()
-        for parameter, data in exchanged:
-            if _storage(parameter.data) != _storage(data):
+        for parameter, data in data_before:
+            if _memory_of(parameter.data) != _memory_of(data):
                 parameter.data = data
         written.restore()
 
 
-def _storage(tensor: Tensor) -> tuple[Any, ...]:
-    """Where the values of a tensor are: two that have them in the same place are one."""
+def _memory_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Return the memory of a tensor's values, equal for two tensors that share it."""
     try:
         return cast(int, tensor.untyped_storage()._cdata), tensor.storage_offset(), tensor.shape
-    except (RuntimeError, NotImplementedError):  # sparse tensors, wrappers of other packages
+    except (RuntimeError, NotImplementedError):  # sparse tensors, tensor classes of other packages
         return ()

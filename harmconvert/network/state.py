@@ -1,7 +1,7 @@
-"""The tensors of a network under their true names, their digests, and how they take in other values.
+"""Read, hash and fill the tensors of a network by the names of the modules that hold them.
 
-A network may have a `state_dict` of its own that renames tensors, leaves some out, or takes no arguments. What is read
-here are the modules' own parameters and buffers, so that a file holds all of them, under names that lead back to them.
+A network may override `state_dict` and rename tensors, leave some out or take other arguments. These functions read the
+parameters and buffers of the modules themselves, so that a file holds all of them under names that can be found again.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch.nn.parameter import is_lazy
 from ..codecs.digests import tensors_sha256
 from ..errors import InputError, first_line
 
-# Modules here read a state dict as torch does, or do no more than reset what they derive from it.
+# `_load_from_state_dict` of these packages is torch's, or only recomputes values that depend on the state.
 _PLAIN_LOADING = ("torch.nn.modules.module", "torch.nn.modules.batchnorm", "harmconvert.")
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
-    """Parameters, persistent buffers and extra state of a network, in the order of torch's own state dict.
+    """Return parameters, persistent buffers and extra state of a network, in the order of torch's state dict.
 
-    Tied tensors stand under each of their names. Values are tensors, except for extra state of another type.
+    Tied tensors appear under each of their names. Values are tensors, except for extra state of another type.
 
     Raises:
-        InputError: a module fails to give its extra state.
+        InputError: a module raises an error when it returns its extra state.
     """
     state: dict[str, Any] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -36,35 +36,35 @@ def state_of(model: nn.Module) -> dict[str, Any]:
             if tensor is not None and key not in module._non_persistent_buffers_set:
                 state[prefix + key] = tensor
         try:
-            state |= _more_of(module, prefix, own)
+            state |= _extra_state(module, prefix, own)
         except Exception as error:
-            raise InputError(f"{name or '(root)'} does not give its state: {first_line(error)}") from error
+            raise InputError(f"the state of {name or '(root)'} cannot be read: {first_line(error)}") from error
     return state
 
 
 def tensors_of(model: nn.Module, keep_vars: bool = False) -> dict[str, Tensor]:
-    """The tensors of `state_of`; detached from any graph, or (``keep_vars``) the network's own objects."""
+    """Return the tensors of `state_of`, detached; with ``keep_vars`` the network's own tensor objects."""
     tensors = {key: value for key, value in state_of(model).items() if isinstance(value, Tensor)}
     if keep_vars:
         return tensors
     return {key: tensor if is_lazy(tensor) else tensor.detach() for key, tensor in tensors.items()}
 
 
-def _more_of(module: nn.Module, prefix: str, own: Mapping[str, Tensor | None]) -> dict[str, Any]:
-    """What a module writes beside its parameters and buffers: extra state, and the packed weights of quantised ones."""
-    more: dict[str, Any] = {}
+def _extra_state(module: nn.Module, prefix: str, own: Mapping[str, Tensor | None]) -> dict[str, Any]:
+    """Return the state of a module besides its parameters and buffers: extra state, packed weights if quantised."""
+    extra: dict[str, Any] = {}
     kind = type(module)
     if kind._save_to_state_dict is not nn.Module._save_to_state_dict:
-        module._save_to_state_dict(more, prefix, True)
-        known, names = {id(tensor) for tensor in own.values()}, {prefix + key for key in own}
-        more = {key: value for key, value in more.items() if key not in names and id(value) not in known}
+        module._save_to_state_dict(extra, prefix, True)
+        own_ids, own_names = {id(tensor) for tensor in own.values()}, {prefix + key for key in own}
+        extra = {key: value for key, value in extra.items() if key not in own_names and id(value) not in own_ids}
     if kind.get_extra_state is not nn.Module.get_extra_state:
-        more[f"{prefix}_extra_state"] = module.get_extra_state()
-    return more
+        extra[f"{prefix}_extra_state"] = module.get_extra_state()
+    return extra
 
 
 def loads_by_itself(model: nn.Module) -> bool:
-    """Whether a part of the network has its own way to take in a state dict: a method or a hook."""
+    """Return whether any module of the network has a method or hook of its own that loads a state dict."""
     return type(model).load_state_dict is not nn.Module.load_state_dict or any(
         module._load_state_dict_pre_hooks
         or module._load_state_dict_post_hooks
@@ -76,30 +76,30 @@ def loads_by_itself(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy tensors into those of the same name; names that the network lacks are passed over."""
+    """Copy tensors into the network's tensors of the same name; names that the network does not have are ignored."""
     take_dtypes(model, state)
-    # One after the other: tensors of a file are read as they are copied, and would be a second network in memory.
+    # One tensor at a time: a tensor of a file is read when it is copied, and all of them would need twice the memory.
     for key, tensor in tensors_of(model, keep_vars=True).items():
         if key in state:
-            one_value = not is_lazy(tensor) and tensor.dim() == 0  # which older files hold in one dimension
-            tensor.copy_(state[key].reshape(()) if one_value else state[key])
-    # What modules of this package derive from their tensors is derived anew: the kernels of a fitted basis.
+            scalar = not is_lazy(tensor) and tensor.dim() == 0  # older files store it with one dimension
+            tensor.copy_(state[key].reshape(()) if scalar else state[key])
+    # Recompute what modules of this package derive from their tensors, such as the kernels of a fitted basis.
     model._apply(lambda tensor: tensor)
 
 
 def take_dtypes(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Give the network's tensors the dtypes of those that they will take in."""
+    """Convert the network's tensors to the dtypes of the tensors that will be copied into them."""
     for key, tensor in tensors_of(model, keep_vars=True).items():
         if key not in state or is_lazy(tensor):
             continue
         if tensor.dtype != state[key].dtype:
             tensor.data = tensor.data.to(state[key].dtype)
-        if 0 in tensor.stride() and tensor.numel() > 1:  # values that are one in memory (expanded) take in no others
+        if 0 in tensor.stride() and tensor.numel() > 1:  # an expanded tensor has one value in memory: copy_ would fail
             tensor.data = tensor.data.contiguous()
-    # Constants such as the DCT basis follow the dtype of the coefficients.
+    # Update constants whose dtype depends on that of the coefficients, such as the DCT basis.
     model._apply(lambda tensor: tensor)
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """sha256 over the network's parameters and persistent buffers: names, dtypes, shapes and bytes, sorted by name."""
+    """Return the sha256 of the parameters and persistent buffers: names, dtypes, shapes and bytes, sorted by name."""
     return tensors_sha256({key: tensor for key, tensor in tensors_of(model).items() if not tensor.is_meta})

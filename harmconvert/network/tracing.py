@@ -1,4 +1,4 @@
-"""See how a network runs: where each convolution stands, what it reads, and which can be converted."""
+"""Run a network once and record its convolutions: order, input, output size, cost, and why some cannot be converted."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from .dataflow import Dataflow, Findings, fixed_parameters
 from .exchange import in_precision, in_sixteen_bits
 from .layers import LayerInfo, convolutions, is_harmonic_layer, kernel_size, state_key, weighted_layers
 from .other_convolutions import other_convolutions
-from .running import call, evaluating, refusing, unchanged
+from .running import call, evaluating, unchanged, usage_errors
 from .side_effects import random_states_kept
-from .values import batch_size, cloned, default_input, describe_input, first_tensor, fitted, tensors_in
+from .values import batch_size, clone_tensors, default_input, describe_input, first_tensor, match_dtype, tensors_in
 
 
 @dataclass(frozen=True)
 class LayerRun:
-    """How one convolution ran: its place in the order, output size of its largest call, calls, MACs of all calls."""
+    """How one convolution ran: its position in the order, output size of its largest call, calls, MACs of all calls."""
 
     order: int
     output_size: tuple[int, ...]
@@ -38,11 +38,11 @@ class LayerRun:
 
 @dataclass(frozen=True)
 class Trace:
-    """One run of a network on an example input: its convolutions by name, and the MACs of the whole.
+    """One run of a network on an example input: its convolutions by name, and the MACs of the whole network.
 
-    MACs count the matrix products and convolutions that the run dispatched (one multiply-add each, whole batch);
-    element-wise operations, normalisation and pooling are not counted. ``findings`` name layers that the run showed
-    to be unfit for conversion, and modules that convolve by functions of their own.
+    MACs are the multiply-adds of all matrix products and convolutions of the run, for the whole batch. Element-wise
+    operations, normalisation and pooling are not counted. ``findings``: layers that the run showed to be unfit for
+    conversion, and modules that convolve by calling functions.
     """
 
     layers: Mapping[str, LayerRun]
@@ -52,26 +52,28 @@ class Trace:
 
 
 class _NoModules:
-    """Stands for torch's tracker of modules, which fails without gradients where a module is given a view of a
-    parameter, such as an embedding of positions; the count of the whole network needs none."""
+    """Replaces torch's tracker of modules in `FlopCounterMode`; counting the whole network does not need it.
+
+    Torch's tracker fails without gradients if a module's input is a view of a parameter, such as a position embedding.
+    """
 
     parents = ("Global",)
 
     def __enter__(self) -> None:
-        """Track nothing."""
+        """Do nothing."""
 
     def __exit__(self, *_: object) -> None:
-        """Stop tracking."""
+        """Do nothing."""
 
 
 def find_layers(model: nn.Module, trace: Trace | None = None) -> list[LayerInfo]:
-    """The convolutions and linear layers of a network, with what a plan needs to know of each; those that cannot be
-    converted say why.
+    """Return the facts that a plan needs about each convolution and linear layer of a network.
 
-    Without a trace the first convolution of the network is taken for the one that reads its input.
+    Layers that cannot be converted have a reason (``skip``). Without a trace, the first convolution of the network is
+    assumed to be the one that reads its input.
     """
     layers: list[LayerInfo] = []
-    strangers, fixed = _weights_used_elsewhere(model), fixed_parameters(model)
+    other_users, fixed = _weights_used_elsewhere(model), fixed_parameters(model)
     first_with: dict[int, str] = {}
     first_convolution = next(iter(convolutions(model)), None)
     for name, layer in weighted_layers(model).items():
@@ -89,7 +91,7 @@ def find_layers(model: nn.Module, trace: Trace | None = None) -> list[LayerInfo]
                 fixed=id(weight) in fixed,
                 output_size=run.output_size if run else None,
                 tied_to=tied_to if tied_to != name else None,
-                skip=_reason_to_skip(name, layer, strangers, trace),
+                skip=_reason_to_skip(name, layer, other_users, trace),
             )
         )
     others = other_convolutions(model, trace.findings.others if trace else None)
@@ -97,24 +99,26 @@ def find_layers(model: nn.Module, trace: Trace | None = None) -> list[LayerInfo]
     return layers
 
 
-def _reason_to_skip(name: str, layer: nn.Module, strangers: Mapping[int, str], trace: Trace | None) -> str | None:
-    """Why a layer cannot be converted; None where it can be."""
+def _reason_to_skip(name: str, layer: nn.Module, other_users: Mapping[int, str], trace: Trace | None) -> str | None:
+    """Return why a layer cannot be converted, or None if it can be."""
     if reason := reason_not_convertible(layer):
         return reason
-    user = strangers.get(id(layer._parameters.get("weight")))
-    if user and user != state_key(name, "weight"):  # linear layers are among the strangers themselves
+    user = other_users.get(id(layer._parameters.get("weight")))
+    if user and user != state_key(name, "weight"):  # a linear layer is itself one of the other users of its weight
         return f"its weight is also used by {user}"
     return (trace.findings.unfit.get(name) if trace else None) or uncopyable_member(layer)
 
 
 def trace(model: nn.Module, example_input: Any) -> Trace:
-    """Run the network once, without gradients and in eval mode, and see which convolutions run, where and on what.
+    """Run the network once, in eval mode and without gradients, and record its convolutions.
 
-    ``example_input``: a tensor, a tuple of arguments, a dict of keyword arguments, or a list (one argument). A network
-    stored in 16 bits, all of it or a part, that does not run as it is runs in float32.
+    If tensors of the network are stored in 16 bits and it does not run, a float32 copy is run instead.
+
+    Args:
+        example_input: a tensor, a tuple of arguments, a dict of keyword arguments, or a list (one argument).
 
     Raises:
-        UsageError: the network does not run on that input.
+        UsageError: the network does not run on this input.
     """
     try:
         return _trace(model, example_input)
@@ -122,16 +126,16 @@ def trace(model: nn.Module, example_input: Any) -> Trace:
         if not in_sixteen_bits(model):
             raise
         precise = in_precision(model, torch.float32)
-        return _trace(precise, fitted(example_input, precise))
+        return _trace(precise, match_dtype(example_input, precise))
 
 
 def _trace(model: nn.Module, example_input: Any) -> Trace:
-    example_input = cloned(example_input)  # a forward may normalise its input in place
+    example_input = clone_tensors(example_input)  # a forward may normalise its input in place
     batch = batch_size(example_input)
     if not batch:
-        raise UsageError(f"the example input of {describe_input(example_input)} holds no example: give at least one")
+        raise UsageError(f"the example input of {describe_input(example_input)} is empty: give at least one example")
     if any(map(is_lazy, model.parameters())):
-        model = deep_copy(model)  # a run would give the lazy layers their values
+        model = deep_copy(model)  # a run would initialise the lazy layers of the original
     flow = Dataflow(model, tensors_in(example_input))
     runs: dict[str, LayerRun] = {}
 
@@ -157,7 +161,7 @@ def _trace(model: nn.Module, example_input: Any) -> Trace:
     counter.mod_tracker = cast(Any, _NoModules())
     try:
         with ExitStack() as stack:
-            for context in (unchanged(model), refusing(example_input), evaluating(model), counter, flow.watching()):
+            for context in (unchanged(model), usage_errors(example_input), evaluating(model), counter, flow.watching()):
                 stack.enter_context(context)
             stack.enter_context(random_states_kept())
             call(model, example_input)
@@ -167,14 +171,14 @@ def _trace(model: nn.Module, example_input: Any) -> Trace:
     with evaluating(model):
         flow.finish()
     if runs and not flow.input_was_read and not any(run.reads_input for run in runs.values()):
-        # Functions that cannot be followed came first: the first convolution to run is taken for the one that reads it.
+        # The input first went through functions that cannot be followed: assume that the first convolution reads it.
         first = next(iter(runs))
         runs[first] = replace(runs[first], reads_input=True)
     return Trace(runs, counter.get_total_flops() // 2, batch, flow.findings)
 
 
 def _weights_used_elsewhere(model: nn.Module) -> dict[int, str]:
-    """Parameters that something else than a plain convolution's weight also refers to, by id: where."""
+    """Return the parameters with a use other than a plain convolution's weight: id -> name of the use."""
     elsewhere: dict[int, str] = {}
     for name, module in model.named_modules():
         is_conv = isinstance(module, CONVOLUTIONS) and not is_harmonic_layer(module)
@@ -185,7 +189,7 @@ def _weights_used_elsewhere(model: nn.Module) -> dict[int, str]:
 
 
 def _macs(conv: nn.Module, input: Tensor, output: Tensor) -> int:
-    """Multiply-adds of one call: a weight for every output element it reaches (input element, if transposed)."""
+    """Return the multiply-adds of one call: one per weight and output position (input position if transposed)."""
     per_position = prod(kernel_size(conv)) * cast(int, conv.in_channels) // cast(int, conv.groups)
     if cast(bool, conv.transposed):
         per_position = prod(kernel_size(conv)) * cast(int, conv.out_channels) // cast(int, conv.groups)
@@ -193,8 +197,12 @@ def _macs(conv: nn.Module, input: Tensor, output: Tensor) -> int:
     return output.numel() * per_position
 
 
-def run_where_possible(model: nn.Module, lam: Any, example_input: Any) -> Trace | None:
-    """A run of the network where ``lam`` needs one and an input is at hand; one not asked for may fail without harm."""
+def trace_if_possible(model: nn.Module, lam: Any, example_input: Any) -> Trace | None:
+    """Trace the network on ``example_input``, or on its default input unless ``lam`` is "full"; None without an input.
+
+    An error on the default input is raised only if ``lam`` is "progressive", which needs the trace; else the result is
+    None.
+    """
     if example_input is not None:
         return trace(model, example_input)
     if lam == "full" or (example_input := default_input(model)) is None:

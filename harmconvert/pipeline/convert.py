@@ -23,7 +23,7 @@ from ..kernels.basis import Basis
 from ..kernels.projection import check_range, relative_error
 from ..network.checks import check_network, check_weights
 from ..network.layers import weighted_layers
-from ..network.tracing import Trace, find_layers, run_where_possible, trace
+from ..network.tracing import Trace, find_layers, trace, trace_if_possible
 from ..network.values import default_input
 from ..plan import AXES, Cost, LayerPlan, Plan, apply_plan, make_plan, network_cost
 from ..search.dropping import Step, smallest_within
@@ -223,7 +223,7 @@ def _by_policy(job: _Job, lam: str | int | Mapping[str, int] | Plan) -> Conversi
     if calibration is not None and job.example_input is None:
         calibration, run = _run_on_calibration(model, lam, calibration)
     else:
-        run = run_where_possible(model, lam, job.example_input)
+        run = trace_if_possible(model, lam, job.example_input)
     plan = make_plan(find_layers(model, run), lam, job.scope.include, job.scope.exclude, job.scope.basis)
     if not plan.layers:
         reasons = shortened([f"{skip.name}: {skip.why}" for skip in plan.skipped], 3) or "it has none"
@@ -244,7 +244,7 @@ def _within_budget(job: _Job, budget: Budget, search: SearchSettings) -> Convers
 
 
 def _searching(job: _Job, budget: Budget, search: SearchSettings) -> Searching:
-    run = run_where_possible(job.model, "any", job.example_input)
+    run = trace_if_possible(job.model, "any", job.example_input)
     images = None if job.calibration is None else tuple(job.calibration)
     example = default_input(job.model) if job.example_input is None else job.example_input
     searching = Searching(
@@ -286,7 +286,7 @@ def _conversion(model: nn.Module, converted: Converted, run: Trace | None) -> Co
 def _run_on_calibration(model: nn.Module, lam: Any, calibration: Iterable[Any]) -> tuple[Iterable[Any], Trace | None]:
     """All calibration batches, and a run of the network on its own input or else on the first of them."""
     if lam == "full" or default_input(model) is not None or not isinstance(calibration, Iterable):
-        return calibration, run_where_possible(model, lam, None)
+        return calibration, trace_if_possible(model, lam, None)
     batches = items(calibration)
     first = list(itertools.islice(batches, 1))
     with suppress(UsageError):  # calibration says what is wrong with its inputs

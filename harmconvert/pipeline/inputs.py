@@ -13,8 +13,8 @@ from ..data.preprocessing import check_known, described, preprocessing, record_o
 from ..errors import Argument, UsageError, counted
 from ..layers.block import HarmonicBlock2d
 from ..layers.harmonic import CONVOLUTIONS
-from ..network.declared import declare, pretrained_config
-from ..network.values import default_input, fitted, tensors_in
+from ..network.declared import declare_preprocessing, pretrained_config
+from ..network.values import default_input, match_dtype, tensors_in
 from ..samples import SAMPLES
 from ..storage.source import Source
 from .listener import Listener
@@ -27,7 +27,7 @@ def zeros_of(sizes: Sizes, model: nn.Module, batch: int = 1) -> Any:
     and on its device."""
     if not sizes:
         return default_input(model, batch)
-    return _one_or_all([fitted(torch.zeros(batch, *size), model) for size in sizes])
+    return _one_or_all([match_dtype(torch.zeros(batch, *size), model) for size in sizes])
 
 
 def random_of(sizes: Sizes, model: nn.Module) -> Any:
@@ -40,7 +40,7 @@ def random_of(sizes: Sizes, model: nn.Module) -> Any:
     if not sizes:
         raise UsageError("this network does not say what it takes: give ", Argument("example_input"))
     generator = torch.Generator().manual_seed(0)
-    return _one_or_all([fitted(torch.randn(1, *size, generator=generator), model) for size in sizes])
+    return _one_or_all([match_dtype(torch.randn(1, *size, generator=generator), model) for size in sizes])
 
 
 def verification_inputs(sizes: Sizes, source: Source, images: Sequence[Tensor] = ()) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def declare_inputs(model: nn.Module, overrides: Mapping[str, Any], sizes: Sizes)
         config = preprocessing(model, {"input_size": sizes[0] if sizes else None, **overrides})
         check_known(config)
         record |= record_of(config)
-    declare(model, record)
+    declare_preprocessing(model, record)
 
 
 def size_of(model: nn.Module, overrides: Mapping[str, Any]) -> tuple[int, ...] | None:

@@ -12,7 +12,7 @@ from ..kernels.basis import dct_basis, frequencies_below, scaled_levels
 from ..kernels.projection import energy_kept
 from ..network.checks import check_network, check_weights
 from ..network.layers import convolutions
-from ..network.tracing import find_layers, run_where_possible
+from ..network.tracing import find_layers, trace_if_possible
 from ..network.values import default_input
 from ..plan import Cost, Skip, make_plan, network_cost
 
@@ -74,7 +74,7 @@ def inspect(model: nn.Module, example_input: Any = None, *, energies: bool = Tru
     if energies:
         check_weights(model)
     wanted = "full" if example_input is None and default_input(model) is None else "any"
-    run = run_where_possible(model, wanted, example_input)
+    run = trace_if_possible(model, wanted, example_input)
     found = find_layers(model, run)
     plan = make_plan(found, "full")
     policies = {}

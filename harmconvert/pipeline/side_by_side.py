@@ -19,7 +19,7 @@ from ..network.exchange import in_precision
 from ..network.layers import weighted_layers
 from ..network.running import call, evaluating, unchanged
 from ..network.side_effects import seeded_sources
-from ..network.values import cloned, fitted, tensors_in
+from ..network.values import clone_tensors, match_dtype, tensors_in
 from ..plan.cost import parameter_count
 
 # Weights above which copies of two networks are no longer made, in float64 or at all: 4 to 8 GB would go into them.
@@ -95,7 +95,7 @@ def _compare(
     with _default_dtype(precision):
         shared = parameter_count(original) > MOST_IN_FLOAT64
         models = [in_precision(model, precision, shared) for model in (original, converted)]
-        inputs = fitted(inputs, models[0])
+        inputs = match_dtype(inputs, models[0])
         ours, theirs = weighted_layers(models[0]), weighted_layers(models[1])
         found = Comparison(float("inf"), 0.0)
         given = [(n, convs[n]) for convs in map(weighted_layers, (original, converted)) for n in names if n in convs]
@@ -157,7 +157,7 @@ def _outputs(
     tick(f"outputs in {str(precision).removeprefix('torch.')}")
     try:
         with seeded_sources():
-            return tensors_in(call(model, cloned(inputs)))
+            return tensors_in(call(model, clone_tensors(inputs)))
     except _NoRunError:
         raise
     except Exception as failure:

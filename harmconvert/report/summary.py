@@ -20,7 +20,7 @@ from ..errors import InputError
 from ..kernels.basis import Frequency, all_frequencies
 from ..network.forms import dense_form
 from ..network.layers import weighted_layers
-from ..network.tracing import Trace, find_layers, run_where_possible
+from ..network.tracing import Trace, find_layers, trace_if_possible
 from ..pipeline.convert import RECORD_KEY
 from ..plan import Frequencies, LayerPlan, Plan, bases_text, normalizations_text
 from ..plan.cost import Cost, LayerCost, layer_costs, network_cost, parameter_count, tensor_bytes
@@ -187,7 +187,7 @@ def report_of(
         InputError: the header's history is not what this harmconvert writes.
     """
     dense = dense_form(model)
-    run = run_where_possible(dense, "any", example_input)
+    run = trace_if_possible(dense, "any", example_input)
     cost = network_cost(dense, header.plan, run)
     history = header.history
     try:

@@ -11,7 +11,7 @@ from torch import nn
 from ..calibration import CalibrationSettings
 from ..errors import InputError, counted, shortened
 from ..network.checks import check_network
-from ..network.tracing import find_layers, run_where_possible
+from ..network.tracing import find_layers, trace_if_possible
 from ..pipeline.convert import Conversion, convert
 from ..plan import Plan, make_plan
 from ..plan.cost import Cost
@@ -160,7 +160,7 @@ def _distinct_plans(
 ) -> list[tuple[tuple[str, ...], Plan]]:
     """The plan of each policy, equal ones once, with the names of all policies that come to it."""
     check_network(model)
-    run = run_where_possible(model, "progressive", example_input)
+    run = trace_if_possible(model, "progressive", example_input)
     layers = find_layers(model, run)
     found: dict[Any, tuple[tuple[str, ...], Plan]] = {}
     notes: dict[str, str] = {}

@@ -26,8 +26,8 @@ from ..files import check_output
 from ..layers.block import HarmonicBlock2d, to_block
 from ..network.checks import check_finite
 from ..network.copying import deep_copy
-from ..network.declared import declare, recorded
-from ..network.exchange import put_in_place
+from ..network.declared import declare_preprocessing, preprocessing_record
+from ..network.exchange import replace_module
 from ..network.forms import dense_form, factor, fuse
 from ..network.layers import convolutions, harmonic_layers, is_harmonic_layer, kernel_size, state_key, weighted_layers
 from ..network.state import tensors_of
@@ -78,7 +78,7 @@ def write_checkpoint(
     record = {**(header.history if header else {}), **(history or {})}
     codecs = CodecTable.of({tensor.dtype for key, tensor in stored.items() if key not in coded}, coded)
     written = Header(plan, source, tied, record, versions, _blocks_of(model), codecs)
-    written = replace(written, preprocessing=recorded(model, preprocessing))
+    written = replace(written, preprocessing=preprocessing_record(model, preprocessing))
     text = header_text(written, stored)
     with input_errors(f"the header of {path} could not be read again"):
         written = replace(written, crc32=parse_json(text)["crc32"])
@@ -236,7 +236,7 @@ def read_checkpoint(
     del state
     with input_errors(str(path)):
         check_finite(harmonic)
-    declare(harmonic, header.preprocessing)
+    declare_preprocessing(harmonic, header.preprocessing)
     source = header.source or Source("unknown", str(path))
     return Network(in_form(harmonic, form, example_input), source, header)
 
@@ -280,7 +280,7 @@ def harmonic_like(
             raise InputError(f"{complaint}: it has no such convolution: {name}")
         if block.kernel_size not in (None, kernel_size(conv)):
             raise InputError(f"{complaint}: {name} has kernel {kernel_size(conv)} instead of {block.kernel_size}")
-        copied = put_in_place(copied, conv, to_block(conv, block.normalize, block.normalization))
+        copied = replace_module(copied, conv, to_block(conv, block.normalize, block.normalization))
     return copied
 
 

@@ -16,7 +16,7 @@ from ..network.copying import deep_copy
 from ..network.exchange import in_sixteen_bits
 from ..network.running import call, evaluating
 from ..network.state import fill, tensors_of
-from ..network.values import cloned, fitted, tensors_in
+from ..network.values import clone_tensors, match_dtype, tensors_in
 
 
 def dtype_named(name: str) -> torch.dtype:
@@ -95,4 +95,4 @@ def _named(dtype: torch.dtype) -> tuple[str, str]:
 
 
 def _outputs(network: nn.Module, inputs: Any) -> list[Tensor]:
-    return tensors_in(call(network, cloned(fitted(inputs, network))))
+    return tensors_in(call(network, clone_tensors(match_dtype(inputs, network))))

@@ -18,7 +18,7 @@ from ..data.variety import Variety
 from ..errors import Argument, HarmconvertError, InputError, UsageError, counted, first_line, shortened
 from ..network.distributed import gathered, sum_over_ranks
 from ..network.running import call, evaluating
-from ..network.values import batch_size, fitted
+from ..network.values import batch_size, match_dtype
 
 # Two-sided 95 % of the normal distribution.
 Z = 1.959963984540054
@@ -167,7 +167,7 @@ def measure(
     sums = torch.zeros(3, dtype=torch.float64)
     with evaluating(model):
         for inputs, targets in batches:
-            inputs = fitted(inputs, model)
+            inputs = match_dtype(inputs, model)
             start = time.perf_counter()
             output = call(model, inputs)
             seconds, count = time.perf_counter() - start, batch_size(inputs)

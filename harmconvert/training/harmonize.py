@@ -14,9 +14,9 @@ from ..errors import InputError, UsageError
 from ..kernels.basis import Basis
 from ..layers.block import HarmonicBlock2d, to_block
 from ..network.checks import check_network
-from ..network.exchange import put_in_place
+from ..network.exchange import replace_module
 from ..network.layers import is_harmonic_layer
-from ..network.tracing import find_layers, run_where_possible
+from ..network.tracing import find_layers, trace_if_possible
 from ..plan import Plan, apply_plan, make_plan, plannable
 
 WHICH = ("first", "all")
@@ -63,7 +63,7 @@ def harmonize(
     if kind.fitted and not pretrained:
         raise UsageError(f"the {basis} basis is fitted to kernels, but these are not trained yet: use another basis")
     check_network(model)
-    run = run_where_possible(model, lam, example_input)
+    run = trace_if_possible(model, lam, example_input)
     layers = find_layers(model, run)
     plan = make_plan(layers, lam, basis=kind)
     first = next((layer.name for layer in plannable(layers) if layer.reads_input and layer.skip is None), None)
@@ -77,7 +77,7 @@ def harmonize(
     copied = apply_plan(model, replace(plan, layers=tuple(chosen)))
     if block:
         conv = dict(copied.named_modules())[first]
-        copied = put_in_place(copied, conv, to_block(conv))
+        copied = replace_module(copied, conv, to_block(conv))
     if not pretrained:
         initialize(copied)
     return copied

@@ -20,7 +20,7 @@ from ..layers.harmonic import coefficients_to_channels_last
 from ..network.distributed import sum_over_ranks, world_size
 from ..network.layers import harmonic_layers
 from ..network.state import fill, tensors_of
-from ..network.values import channels_last
+from ..network.values import images_to_channels_last
 from ..storage.weights import load_exactly
 from .evaluation import class_logits, output_on
 from .interrupts import SIGNALS, Request
@@ -105,7 +105,7 @@ class Learner:
         self._schedule(epoch, step)
         images = batch.images.to(self.machine.device, non_blocking=True)
         if self.machine.channels_last:
-            images = channels_last(images)
+            images = images_to_channels_last(images)
         images, targets = self.objective.prepared(images, batch.labels.to(self.machine.device, non_blocking=True))
         count = self.recipe.grad_accum_steps
         parts = list(zip(images.chunk(count), targets.chunk(count), strict=True))

@@ -247,7 +247,7 @@ MUTANTS = (
         "what was not to change may change a little", VERIFY,
     ),
     Mutant(
-        "pipeline.verify._worst",
+        "pipeline.verify.verify",
         "next((error for error in errors if isnan(error)), max(errors))",
         "next((error for error in errors if isnan(error)), min(errors))",
         "the better of two errors is the verdict", VERIFY,
@@ -267,7 +267,7 @@ MUTANTS = (
     Mutant(
         "network.comparison.relative_difference",
         "expected[~finite].nan_to_num(nan=0.5)",
-        "found[~finite].nan_to_num(nan=0.5)",
+        "actual[~finite].nan_to_num(nan=0.5)",
         "outputs that became infinite pass where the original's are NaN", VERIFY,
     ),
     Mutant(
@@ -470,8 +470,8 @@ MUTANTS = (
     ),
     Mutant(
         "network.comparison.close",
-        "relative_difference(found, expected) <= rounding",
-        "relative_difference(found, expected) >= 0",
+        "relative_difference(actual, expected) <= rounding",
+        "relative_difference(actual, expected) >= 0",
         "networks that misread another layout are calibrated in it", LAYOUT,
     ),
 )  # fmt: skip

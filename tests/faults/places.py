@@ -42,31 +42,28 @@ class Edit:
 def edit(package: Path, place: str, old: str, new: str) -> Edit:
     """The edit that puts ``new`` in the place of ``old``, an expression or a statement, in a function of the package.
 
-    ``place`` is the dotted name of the function. If no function has this name, the functions whose last two parts are
-    the same are searched (a method that moved with its class), then those whose last part is, then, if no function has
-    the name at all, all of them (it was renamed). ``old`` must be in exactly one place of exactly one of them. Layout,
-    quotes and parentheses are not compared: the syntax tree is.
+    ``place`` is the dotted name of the function. Where it has no ``old``, because one of the two has moved, these are
+    searched in turn: functions whose last two parts are the same (a method that moved with its class), functions whose
+    last part is, all functions. ``old`` must be in exactly one place of the first of these that have it. Layout, quotes
+    and parentheses are not compared: the syntax tree is.
     """
     wanted = ast.dump(_parsed(old))
-    count = 0
+    found: list[tuple[Definition, ast.expr | ast.stmt]] = []
     for candidates in _candidates(package, place):
-        found = [(d, node) for d in candidates for node in _nodes(d.node) if ast.dump(node) == wanted]
-        if len(found) == 1:
-            return _edit(*found[0], new)
-        count = len(found)
-        if found or candidates[0].name == place:
+        if found := [(d, node) for d in candidates for node in _nodes(d.node) if ast.dump(node) == wanted]:
             break
-    there = sorted({d.name for d in _definitions(package) for node in _nodes(d.node) if ast.dump(node) == wanted})
-    raise NotFoundError(f"{place} has {old!r} {count} times, not once; functions that have it: {', '.join(there)}")
+    if len(found) != 1:
+        there = ", ".join(sorted({definition.name for definition, _ in found})) or "none"
+        raise NotFoundError(f"{place} has {old!r} {len(found)} times, not once; functions that have it: {there}")
+    return _edit(*found[0], new)
 
 
 def _candidates(package: Path, place: str) -> Iterator[list[Definition]]:
     """Definitions that may be meant, those of the most similar names first."""
-    parts, every = place.split("."), _definitions(package)
-    alike = [[d for d in every if d.name.split(".")[-shared:] == parts[-shared:]] for shared in (len(parts), 2, 1)]
-    yield from filter(None, alike)
-    if not alike[-1]:
-        yield every
+    parts = place.split(".")
+    for shared in (len(parts), 2, 1):
+        yield [d for d in _definitions(package) if d.name.split(".")[-shared:] == parts[-shared:]]
+    yield _definitions(package)
 
 
 @cache

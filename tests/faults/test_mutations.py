@@ -71,6 +71,7 @@ FILES = {
         ("b.two.C.run", "inner() - 1", "inner()", "        return (inner())\n"),
         ("b.two.C.run", "return inner() - 1", "pass", "        pass\n"),
         ("a.one.twice", "2 * y", "y if x else 0", "    return (y if x else 0)\n"),
+        ("a.one.twice", "inner() - 1", "inner()", "        return (inner())\n"),
         ("a.one.renamed", "inner() - 1", "inner()", "        return (inner())\n"),
         ("moved.C.run.inner", "return 2 * y", "pass", "            pass\n"),
     ],
@@ -91,7 +92,7 @@ def test_a_function_that_moved_is_told_from_another_of_its_name_by_the_expressio
     ("place", "old", "message"),
     [
         ("a.one.twice", "y - 1", "a.one.twice has 'y - 1' 0 times, not once"),
-        ("b.two.C.run", "2 * y", "b.two.C.run has '2 * y' 0 times, not once"),
+        ("b.two.C.run", "2 * y", "b.two.C.run has '2 * y' 2 times, not once"),
         ("a.one.square", "x", "a.one.square has 'x' 2 times, not once"),
         ("a.one.thrice", "2 * y", "a.one.thrice has '2 * y' 2 times, not once; functions that have it: a.one.twice, b"),
         ("a.one.thrice", "z", "a.one.thrice has 'z' 0 times, not once"),
