@@ -276,11 +276,11 @@ def stays_as_it_is(
 
 
 def check_harmonic(source: str) -> None:
-    """Raise UsageError where a source is certainly no harmonic checkpoint."""
+    """Raise UsageError where a source is certainly not a harmonic checkpoint."""
     if not may_be_harmonic(source):
         raise not_harmonic(source)
 
 
 def not_harmonic(source: str) -> UsageError:
-    """The error that says that a source is no harmonic checkpoint."""
-    return UsageError(f"{source} is no harmonic checkpoint: make one first with: harmconvert convert {source}")
+    """The error that says that a source is not a harmonic checkpoint."""
+    return UsageError(f"{source} is not a harmonic checkpoint: make one first with: harmconvert convert {source}")

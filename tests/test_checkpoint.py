@@ -231,7 +231,7 @@ def test_a_header_whose_length_looks_like_something_else_is_read(tmp_path: Path,
     header = b'{"__metadata__":{"format":"pt"}}'
     path = tmp_path / "net.safetensors"
     path.write_bytes(struct.pack("<Q", max(length, len(header))) + header.ljust(length))
-    with pytest.raises(InputError, match="is a safetensors file but no harmonic checkpoint"):
+    with pytest.raises(InputError, match="is a safetensors file but not a harmonic checkpoint"):
         read_header(path)
 
 
@@ -245,7 +245,7 @@ def test_a_missing_file_and_a_folder_say_so(tmp_path: Path) -> None:
 def test_a_plain_safetensors_file_says_how_to_use_it(tmp_path: Path) -> None:
     safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
     with pytest.raises(
-        InputError, match=r"no harmonic checkpoint: name its network and give the weights with --checkpo"
+        InputError, match=r"not a harmonic checkpoint: name its network and give the weights with --checkpo"
     ):
         read_header(tmp_path / "a.safetensors")
 

@@ -588,7 +588,7 @@ def test_a_word_behind_an_option_without_its_value_is_an_argument() -> None:
     fails(2, "which images?", "evaluate", "--amp", "float16", SAMPLE)
     fails(2, "'fp16' is not one of", "evaluate", SAMPLE, "--amp", "fp16")
     fails(2, "1.5 is not in the range", "finetune", "--distill", "1.5", "a.safetensors")
-    fails(2, "no harmonic checkpoint", "finetune", "--distill", SAMPLE, "--dataset", "sample:mnist5k")
+    fails(2, "not a harmonic checkpoint", "finetune", "--distill", SAMPLE, "--dataset", "sample:mnist5k")
 
 
 def test_without_a_command_there_is_help() -> None:

@@ -243,7 +243,7 @@ def test_the_teacher_may_be_a_file_of_weights() -> None:
     ("arguments", "code", "message"),
     [
         (["cut.safetensors"], 2, "which images? give --data-dir FOLDER, or --dataset NAME"),
-        ([SAMPLE, "--data-dir", "digits"], 2, "is no harmonic checkpoint: make one first with: harmconvert convert"),
+        ([SAMPLE, "--data-dir", "digits"], 2, "is not a harmonic checkpoint: make one first with: harmconvert convert"),
         (["cut.safetensors", "--data-dir", "digits", "-o", "cut.safetensors"], 2, "cut.safetensors exists"),
         (["cut.safetensors", "--data-dir", "digits", "--resume", "no.pth"], 3, "no.pth does not exist"),
         (["cut.safetensors", "--data-dir", "digits", "--device", "cuda:99"], 2, "--device cuda:99"),

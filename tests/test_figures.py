@@ -596,7 +596,7 @@ def test_the_pages_charts_by_command() -> None:
             2,
             "'pie' is not one of 'filters', 'spectrum', 'tradeoff', 'errors', 'training', 'layers'",
         ),
-        (["--figure", "errors"], 2, "is no harmonic checkpoint: make one first with: harmconvert convert"),
+        (["--figure", "errors"], 2, "is not a harmonic checkpoint: make one first with: harmconvert convert"),
         (["--figure", "layers", "--kernel-size", "3"], 2, "--kernel-size is of use only with --figure filters or"),
         (["--figure", "training", "--include", "x"], 2, "--include is of use only with --figure tradeoff"),
         (["--figure", "errors", "--device", "cpu"], 2, "--device is of use only with --figure tradeoff or --latency"),

@@ -281,9 +281,9 @@ def test_a_network_in_memory_is_finetuned_and_stays_as_it_was(digits: Path) -> N
 
 
 def test_what_finetuning_refuses_names_arguments_not_options(digits: Path) -> None:
-    with pytest.raises(UsageError, match="is no harmonic checkpoint"):
+    with pytest.raises(UsageError, match="is not a harmonic checkpoint"):
         hc.finetune(SAMPLE, digits)
-    with pytest.raises(UsageError, match="Linear is no harmonic checkpoint"):
+    with pytest.raises(UsageError, match="Linear is not a harmonic checkpoint"):
         hc.finetune(nn.Linear(2, 3), digits)
     with pytest.raises(UsageError, match="a recipe has no setting 'learning_rate': use name, epochs, "):
         hc.finetune(hc.convert(hc.open_source(SAMPLE).model, 2), digits, learning_rate=1)

@@ -66,15 +66,15 @@ REFUSED = [
     (["export", "resnet50", "-o", "there.safetensors"], 2, "there.safetensors exists: use --force"),
     (["export", "resnet50", "-o", "net.onnx"], 2, "net.onnx should end in .safetensors"),
     (["export", "resnet50", "-o", "a.onnx", "--format", "onnx", "--dtype", "float16"], 2, "--dtype float16 is for"),
-    (["finetune", "resnet50", *DATA], 2, "resnet50 is no harmonic checkpoint"),
+    (["finetune", "resnet50", *DATA], 2, "resnet50 is not a harmonic checkpoint"),
     (["finetune", "there.safetensors"], 2, "which images? give --data-dir FOLDER"),
     (["finetune", "a.safetensors", *DATA, "-o", "run.safetensors"], 2, "run.state.pth is the state of an interrupted"),
     (["evaluate", "resnet50", "--data-dir", "nowhere"], 2, "there is no folder nowhere"),
     (["train", "resnet50", *DATA, "--lambda", "half"], 2, "unknown lambda 'half'"),
     (["report", "resnet50"], 2, "which figure?"),
-    (["report", "resnet50", "--figure", "layers"], 2, "resnet50 is no harmonic checkpoint"),
+    (["report", "resnet50", "--figure", "layers"], 2, "resnet50 is not a harmonic checkpoint"),
     (["report", "resnet50", "--figure", "filters", "-o", "there.png"], 2, "there.png exists: use --force"),
-    (["compare", "resnet50", "resnet18"], 2, "resnet50 is no harmonic checkpoint"),
+    (["compare", "resnet50", "resnet18"], 2, "resnet50 is not a harmonic checkpoint"),
     (["compare", "resnet50"], 2, "a comparison wants two checkpoints or more"),
 ]  # fmt: skip
 

@@ -232,19 +232,19 @@ def test_refusals_name_what_and_where_and_what_to_do(tmp_path: Path) -> None:
         (wrn, {"group2.block0.harmonic1.conv": None}, "lacks group2.block0.conv1"),
         (wrn, {"harmonic0.conv": None}, "lacks harmonic0.conv"),
         (wrn, {"group0.block0.gate": torch.ones(2)}, "tensors that no such network .* has: group0.block0.gate"),
-        (wrn, {"group1.block1.bn0.bias": torch.ones(2)}, "has 1-2-1 blocks: a wide ResNet has three groups of as many"),
-        (wrn, {"fc.weight": torch.ones(10, 96)}, "has width 1.5: only wide ResNets of a whole width are read"),
+        (wrn, {"group1.block1.bn0.bias": torch.ones(2)}, "has 1-2-1 blocks: a wide ResNet has three groups with"),
+        (wrn, {"fc.weight": torch.ones(10, 96)}, "has width 1.5: only wide ResNets of integer width are supported"),
         (wrn, {"fc.weight": torch.ones(10, 128)}, "does not fit this WideResNet: missing: stage1.0.shortcut.weight;"),
         (wrn, {"group0.block0.harmonic0.conv": torch.ones(16, 16, 5, 1, 1)}, r"harmonic0.conv has shape \(16, 16, 5, "),
         (wrn, {"harmonic0.conv": torch.ones(16, 18, 1, 1)}, r"has shape \(16, 18, 1, 1\), not \(out, 27, 1, 1\)"),
         (wrn, {"dct0": torch.ones(27, 1, 3, 3)}, "dct0 is not the L1-normalised DCT from the zero frequency on"),
-        (wrn, {"dct0": torch.ones(26, 1, 3, 3)}, r"dct0 has shape \(26, 1, 3, 3\), no 3x3 DCT of its layer's"),
+        (wrn, {"dct0": torch.ones(26, 1, 3, 3)}, r"has shape \(26, 1, 3, 3\), which is not the 3x3 DCT of its"),
         (resnet, {"layer1.0.harm2.dct": state_of(resnet)["layer1.0.harm2.dct"] * 3}, r"layer1.0.harm2.dct is not the"),
-        (resnet, {"layer1.0.harm2.dct": _without_dc()}, r"layer1.0.harm2.dct has shape \(1, 8, 3, 3\), no 3x3 DCT"),
+        (resnet, {"layer1.0.harm2.dct": _without_dc()}, r"has shape \(1, 8, 3, 3\), which is not the 3x3 DCT"),
         (resnet, {"layer4.2.bn3.running_var": None}, "lacks layer4.2.bn3.running_var"),
         (resnet, {"layer4.2.harm2.weight": None}, "lacks layer4.2.harm2.weight"),
         (resnet, {"layer1.3.bn1.weight": torch.ones(64)}, "has 4-4-6-3 blocks: only ResNets of 50, 101 and 152 are"),
-        (resnet, {"harm1.weight": torch.ones(64, 144, 1, 1)}, r"not \(out, 147, 1, 1\): only whole 7x7 DCTs"),
+        (resnet, {"harm1.weight": torch.ones(64, 144, 1, 1)}, r"not \(out, 147, 1, 1\): the first layer must keep"),
         (resnet, {"layer1.0.conv3.weight": None}, "basic blocks .18 or 34 layers., which the reference implementation"),
     ]:  # fmt: skip
         with pytest.raises(InputError, match=message) as caught:
@@ -261,7 +261,7 @@ def test_bases_without_the_zero_frequency_are_refused(tmp_path: Path) -> None:
     name = "resnet50_harm_blocks"
     with pytest.raises(InputError, match=r"is not the L1-normalised DCT from the zero frequency on .it differs by"):
         opened(written(tmp_path, name, **{"layer1.0.harm2.dct": _without_dc()}), name)
-    with pytest.raises(InputError, match=r"lacks layer1.0.harm2.dct, without which 8 frequencies may be"):
+    with pytest.raises(InputError, match=r"lacks layer1.0.harm2.dct: without it, 8 frequencies may be"):
         opened(written(tmp_path, name, **{"layer1.0.harm2.dct": None}), name)
 
 
@@ -300,9 +300,9 @@ class _Malicious:
 
 def test_arguments_that_it_does_not_take(tmp_path: Path) -> None:
     path = written(tmp_path, "harm_wrn10_1")
-    with pytest.raises(UsageError, match="it takes neither other weights nor arguments, but for pool"):
+    with pytest.raises(UsageError, match="it takes no other weights, and no arguments except pool"):
         open_source(f"reference:{path}", arguments={"num_classes": 3})
-    with pytest.raises(UsageError, match="it takes neither other weights nor arguments, but for pool"):
+    with pytest.raises(UsageError, match="it takes no other weights, and no arguments except pool"):
         open_source(f"reference:{path}", weights=path)
     with pytest.raises(UsageError, match="names nothing after 'reference:'"):
         open_source("reference:")
@@ -371,7 +371,7 @@ def test_a_plain_wide_resnet_is_converted_like_any_other(tmp_path: Path, monkeyp
     written(tmp_path, "wrn10_2")
     ok("convert", "reference:model.pt7")
     ok("verify", "reference:model.pt7", "model-harmonic.safetensors")
-    fails(2, "is no harmonic checkpoint: make one first", "finetune", "reference:model.pt7", "--dataset", "sample:x")
+    fails(2, "is not a harmonic checkpoint: make one first", "finetune", "reference:model.pt7", "--dataset", "sample:x")
 
 
 def test_a_network_with_blocks_is_compared_with_its_dense_form() -> None:

@@ -604,7 +604,11 @@ def test_the_report_is_written_beside_and_never_over_something() -> None:
         (["report", "cut.safetensors", "--figure", "layers", "--latency", "1"], 2, "--latency is of use only without"),
         (["report", "cut.safetensors", "-q", "-v"], 2, "--quiet and --verbose: give one of them"),
         (["compare", "cut.safetensors"], 2, "a comparison wants two checkpoints or more"),
-        (["compare", "cut.safetensors", SAMPLE], 2, "sample:resnet_mnist5k is no harmonic checkpoint: make one first"),
+        (
+            ["compare", "cut.safetensors", SAMPLE],
+            2,
+            "sample:resnet_mnist5k is not a harmonic checkpoint: make one first",
+        ),
         (["compare", "cut.safetensors", "none.safetensors"], 3, "no such file: none.safetensors does not exist"),
     ],
 )

@@ -26,7 +26,7 @@ from harmconvert.sources import (
     built_within,
     check_rebuilds,
     open_counterpart,
-    open_rival,
+    open_for_comparison,
     open_source,
     rebuild,
     torchvision_loading,
@@ -96,10 +96,10 @@ def test_a_local_folder_of_timm(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (None, "is no timm folder: it has no config.json"),
+        (None, "is not a timm folder: it has no config.json"),
         ("{", "is unreadable"),
         ("[]", "is unreadable"),
-        ('{"architecture": "no_such_net"}', "makes no network"),
+        ('{"architecture": "no_such_net"}', "no network can be built from"),
         ('{"architecture": "resnet10t"}', "has no weights: neither model.safetensors nor pytorch_model.bin"),
     ],
 )
@@ -168,7 +168,7 @@ def test_without_a_network_exit_4_says_what_works_offline(monkeypatch: pytest.Mo
     for source in ("resnet10t.no_such_tag", "hf-hub:nobody/nothing"):
         with pytest.raises((OutsideError, InputError)):
             open_source(source)
-    with pytest.raises(OutsideError, match=r"cannot be fetched: .*what works offline: sample:resnet_mnist5k") as caught:
+    with pytest.raises(OutsideError, match=r"cannot be fetched: .*these work offline: sample:resnet_mnist5k") as caught:
         open_source("hf-hub:nobody/nothing")
     assert caught.value.exit_code == 4
 
@@ -277,7 +277,7 @@ def test_a_pickle_in_torchvisions_cache_is_not_run(tmp_path: Path, monkeypatch: 
     url = torchvision.models.get_model_weights("resnet18")["DEFAULT"].url
     torch.save({"a": Attack()}, folder / url.rsplit("/", 1)[1])
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(InputError, match="hold more than tensors"):
+    with pytest.raises(InputError, match="contain more than tensors"):
         open_source("torchvision:resnet18")
     assert not (tmp_path / "ran").exists()
 
@@ -421,9 +421,9 @@ def test_code_that_the_user_names_makes_the_network_of_a_checkpoint(tmp_path: Pa
     again = open_source(str(tmp_path / "a.safetensors"), code=code, form="dense")
     assert (again.source.name, again.source.arguments) == (code, {"width": 5})
     assert torch.equal(again.model[0].bias, network.model[0].bias)
-    with pytest.raises(UsageError, match="is no harmonic checkpoint"):
+    with pytest.raises(UsageError, match="is not a harmonic checkpoint"):
         open_source("test_resnet", code=code)
-    with pytest.raises(UsageError, match="test_resnet is no user code"):
+    with pytest.raises(UsageError, match="test_resnet is not user code"):
         open_source(str(tmp_path / "a.safetensors"), code="test_resnet")
 
 
@@ -439,11 +439,11 @@ def test_a_rival_without_its_weights_is_refused(tmp_path: Path) -> None:
     for code in (make, drawn):
         known = open_source(code, weights=tmp_path / "w.pth").source
         with pytest.raises(InputError, match=r"does not have the weights of .*\(they came from w.pth\): give them"):
-            open_rival(code, known, "give them")
-        assert same(open_rival(code, known, "give them", weights=tmp_path / "w.pth").model, trained)
+            open_for_comparison(code, known, "give them")
+        assert same(open_for_comparison(code, known, "give them", weights=tmp_path / "w.pth").model, trained)
     with pytest.raises(InputError, match="makes a network of random weights, others each time: give them"):
-        open_rival(drawn, None, "give them")
-    assert same(open_rival(make, open_source(make).source, "give them").model, open_source(make).model)
+        open_for_comparison(drawn, None, "give them")
+    assert same(open_for_comparison(make, open_source(make).source, "give them").model, open_source(make).model)
 
 
 # --- another classifier ---
@@ -465,7 +465,7 @@ def test_a_network_with_a_new_classifier_is_built_again(tmp_path: Path, source: 
     converted = convert(network.model).model
     recorded = new_classifier(converted, 7, network.source)
     check_rebuilds(recorded, converted, trust_code=True)
-    with pytest.raises(InputError, match="what is written could not be opened again"):
+    with pytest.raises(InputError, match="the file could not be opened again"):
         check_rebuilds(network.source, converted, trust_code=True)
     save(converted, tmp_path / "a.safetensors", source=recorded)
     again = open_source(str(tmp_path / "a.safetensors"), trust_code=True)

@@ -16,7 +16,7 @@ from ..data.loading import NO_LABEL, Batch, Loading
 from ..data.variety import Variety
 from ..errors import Argument, Message, UsageError
 from ..network.distributed import joined
-from ..sources.opening import open_rival
+from ..sources.opening import open_for_comparison
 from ..sources.request import SourceRequest
 from ..storage.checkpoint import Network
 from ..training import evaluation
@@ -130,7 +130,7 @@ def _rival(compare: Openable, weights: str | Path | None, network: Network, list
     if network.header is None and known.scheme != "code":  # other weights of one architecture may be compared
         known = replace(known, sha256=None)
     with listener.busy(f"loading {request.text}"):
-        return open_rival(
+        return open_for_comparison(
             str(request.text),
             known,
             Message("give them with ", Argument("compare_weights", "FILE")),

@@ -1,7 +1,8 @@
-"""Source strings to networks: timm, torchvision, the hub, local folders, the user's factories, checkpoints.
+"""Open the network that a source string names: timm, torchvision, the hub, local folders, user code, checkpoints.
 
-What belongs here: how each kind of source makes its network and finds its weights. The format of a file belongs to
-`storage`."""
+What belongs here: how each kind of source builds its network and finds its weights. What does not: the formats of files
+(`storage`).
+"""
 
 from .downloads import torchvision_loading
 from .limits import built_within
@@ -10,8 +11,8 @@ from .opening import (
     load,
     made_by_code,
     open_counterpart,
+    open_for_comparison,
     open_original,
-    open_rival,
     open_source,
     rebuild,
 )
@@ -25,9 +26,9 @@ __all__ = [
     "load",
     "made_by_code",
     "open_counterpart",
+    "open_for_comparison",
     "open_original",
     "open_reference",
-    "open_rival",
     "open_source",
     "rebuild",
     "torchvision_loading",

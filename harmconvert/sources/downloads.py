@@ -1,4 +1,4 @@
-"""Fetching weights: every way in which that fails is one error, and nothing that was fetched is run."""
+"""Download weights: every failure becomes one kind of error, and no downloaded code is run."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from torch import nn
 from ..errors import InputError, OutsideError, first_line
 from ..samples import SAMPLES
 
-OFFLINE = (
-    f"what works offline: {', '.join(f'sample:{name}' for name in SAMPLES)}, local-dir:PATH, your own FILE.py:FACTORY, "
+_OFFLINE = (
+    f"these work offline: {', '.join(f'sample:{name}' for name in SAMPLES)}, local-dir:PATH, your own FILE.py:FACTORY, "
     "or any timm or torchvision name with --checkpoint FILE"
 )
 
 
-# What a network's maker raises where an argument is of the wrong kind.
+# Exceptions that builders of networks raise for a wrong argument.
 _BAD_ARGUMENTS = (TypeError, ValueError, AssertionError, AttributeError, LookupError, ArithmeticError)
 
 
 @contextmanager
-def reaching_out(what: str) -> Iterator[None]:
-    """Turn every way in which a download fails into one error; without a network look in the local caches only."""
+def downloading(what: str) -> Iterator[None]:
+    """Turn every failure of a download into one error; without an internet connection, use only the local caches."""
     offline = huggingface_hub.constants.HF_HUB_OFFLINE
     try:
         if not _hub_resolves():
-            # The hub's client would retry for most of a minute before it said so.
+            # Otherwise the hub's client would retry for nearly a minute.
             huggingface_hub.constants.HF_HUB_OFFLINE = True
         yield
     except (urllib.error.URLError, huggingface_hub.errors.HfHubHTTPError, OSError) as error:
-        raise OutsideError(f"the weights of {what} cannot be fetched: {first_line(error)}; {OFFLINE}") from error
+        raise OutsideError(f"the weights of {what} cannot be fetched: {first_line(error)}; {_OFFLINE}") from error
     except RuntimeError as error:
         if "No pretrained weights" in str(error) or "no pretrained weights" in str(error):
             raise InputError(f"{what} has no pretrained weights: give some with --checkpoint FILE") from error
@@ -53,7 +53,7 @@ def reaching_out(what: str) -> Iterator[None]:
 
 def _hub_resolves() -> bool:
     if any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return True  # names are the proxy's to resolve
+        return True  # the proxy resolves names
     host = urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT)
     try:
         socket.getaddrinfo(host.hostname, host.port or 443)
@@ -64,8 +64,11 @@ def _hub_resolves() -> bool:
 
 @contextmanager
 def torchvision_loading(fetch: bool) -> Iterator[None]:
-    """Builders of torchvision fetch weights with a pickle that may run code, and build otherwise without them: here
-    they read plain tensors only, or (``fetch`` False) are built as for their weights and load nothing."""
+    """Make torchvision's builders load weights safely inside, or not at all.
+
+    By default these builders unpickle the weights, which can run code. With ``fetch``, they read only plain tensors.
+    Without ``fetch``, they build the structure for the weights (it can differ from the untrained one) and load nothing.
+    """
     read, load = torchvision_api.load_state_dict_from_url, nn.Module.load_state_dict
     try:
         if fetch:
@@ -76,7 +79,7 @@ def torchvision_loading(fetch: bool) -> Iterator[None]:
         yield
     except pickle.UnpicklingError as error:
         raise InputError(
-            "the downloaded weights hold more than tensors: refused; clear the cache of torch.hub"
+            "the downloaded weights contain more than tensors: refused; clear the cache of torch.hub"
         ) from error
     finally:
         torchvision_api.load_state_dict_from_url = read
@@ -84,7 +87,7 @@ def torchvision_loading(fetch: bool) -> Iterator[None]:
 
 
 def torchvision_preprocessing(module: str, weights: Any) -> dict[str, Any]:
-    """What timm calls a pretrained_cfg, from the transforms that belong to torchvision's weights."""
+    """Return the transforms of torchvision's weights in the form of timm's ``pretrained_cfg``."""
     transforms = weights.transforms()
     if not (crop := getattr(transforms, "crop_size", None)):
         return {}

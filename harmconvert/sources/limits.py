@@ -1,4 +1,4 @@
-"""Build a network that a file names, in no more memory than a file of its size may take."""
+"""Build the network that a file names, within a limit of memory that depends on the size of the file."""
 
 from __future__ import annotations
 
@@ -17,49 +17,51 @@ from ..plan.cost import tensor_bytes
 
 log = logging.getLogger(__name__)
 
-# What a tensor takes in memory at least, with the module that holds it: a network may also be too deep.
+# Least memory that is counted for a tensor and its module, so that a network of very many small layers is refused, too.
 _LEAST_BYTES = 1 << 12
-# Arguments that make tensors of a size elsewhere than on the meta device.
+# Arguments of functions that the meta device does not support.
 _NOT_FOR_META = ("generator", "pin_memory")
 
 
 class _TooLargeError(Exception):
-    """A network takes more memory than it may: no error that a maker of networks would take for one of its own."""
+    """A network needs more memory than its limit; a class of its own, so that no builder of networks catches it."""
 
 
 def built_within(make: Callable[[], nn.Module], limit: int, what: str) -> nn.Module:
-    """Build a network whose tensors take at most ``limit`` bytes. Every tensor is counted before it is made.
+    """Return the network that ``make`` builds, if its tensors need at most ``limit`` bytes.
+
+    Each tensor is counted before its memory is allocated.
 
     Args:
         what: the source of the network, for messages.
 
     Raises:
-        InputError: the network takes more memory.
+        InputError: the network needs more memory.
     """
     try:
         with _Limit(limit) as counted:
             model = make()
-        counted.check()  # the maker may have gone on after a refusal
+        counted.check()  # the builder may have caught the exception
         return model
     except _TooLargeError as error:
         raise InputError(
-            f"{what} is a network of {_size(make, limit)}, far more than the file holds: refused; if you trust the "
-            "file, build the network yourself and pass it as model="
+            f"{what} is a network of {_size_text(make, limit)}, far more than the file holds: refused; if you trust "
+            "the file, build the network yourself and pass it as model="
         ) from error
 
 
-def _size(make: Callable[[], nn.Module], limit: int) -> str:
-    """The size of a network that is too large to be built, for a message."""
+def _size_text(make: Callable[[], nn.Module], limit: int) -> str:
+    """Return the size of a network that is too large to build, for a message."""
     try:
         with _Limit(limit), torch.device("meta"):
             return f"{tensor_bytes(make()):,} bytes"
     except Exception as error:
-        log.info("the size of a network is not known: it cannot be made without memory (%s)", first_line(error))
+        log.info("the size of a network is unknown: it cannot be built on the meta device (%s)", first_line(error))
         return f"more than {limit:,} bytes"
 
 
 class _Limit(TorchDispatchMode):
-    """Refuse to make tensors that take more than ``limit`` bytes together, before memory is set aside for them."""
+    """Refuse tensors that need more than ``limit`` bytes in total, before their memory is allocated."""
 
     def __init__(self, limit: int) -> None:
         super().__init__()
@@ -69,7 +71,7 @@ class _Limit(TorchDispatchMode):
         kwargs = kwargs or {}
         if all(value.alias_info is not None for value in func._schema.returns):  # a view, or a change in place
             return func(*args, **kwargs)
-        expected = _on_meta(func, args, kwargs)
+        expected = _result_on_meta(func, args, kwargs)
         if expected is not None:
             self._count(expected, on_meta=_is_meta(args, kwargs))
         result = func(*args, **kwargs)
@@ -84,28 +86,27 @@ class _Limit(TorchDispatchMode):
         self.check()
 
     def check(self) -> None:
-        """Raise `_TooLargeError` where the limit is passed."""
+        """Raise `_TooLargeError` if the limit is exceeded."""
         if self.left < 0:
-            raise _TooLargeError("it takes more memory than it may")
+            raise _TooLargeError("the network needs more memory than its limit")
 
 
-def _on_meta(func: Any, args: Any, kwargs: Any) -> Any:
-    """The tensors that a function makes, without their values; None where they are not known before."""
+def _result_on_meta(func: Any, args: Any, kwargs: Any) -> Any:
+    """Return the tensors that a function makes, on the meta device; None where this is not possible."""
     kwargs = {name: None if name in _NOT_FOR_META else value for name, value in kwargs.items()}
-    makes_anew = any(argument.name == "device" for argument in func._schema.arguments)
-    if makes_anew:
+    if any(argument.name == "device" for argument in func._schema.arguments):
         kwargs["device"] = torch.device("meta")
     elif not any(isinstance(value, Tensor) for value in tree_leaves((args, kwargs))):
         return None
     try:
         args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
         return func(*args, **kwargs)
-    except Exception:  # it reads values
+    except Exception:  # the function reads values
         return None
 
 
 def _is_meta(args: Any, kwargs: Any) -> bool:
-    """Whether a function makes tensors without values."""
+    """Return whether a function makes tensors on the meta device, which need no memory."""
     if kwargs.get("device") is not None:
         return bool(torch.device(kwargs["device"]).type == "meta")
     tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]

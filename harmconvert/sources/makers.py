@@ -1,4 +1,4 @@
-"""Networks of sources: how each scheme makes its network, with its weights or without."""
+"""Build the networks of sources: one function for each scheme, with pretrained weights or without."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from ..samples import SAMPLES
 from ..storage.source import SCHEMES, Source
 from ..storage.weights import load_state, load_weights
 from ..user_code import import_function
-from .downloads import reaching_out, torchvision_loading, torchvision_preprocessing
+from .downloads import downloading, torchvision_loading, torchvision_preprocessing
 from .reference import open_reference
 
 log = logging.getLogger(__name__)
 
-# What a folder's weights may be called; with .index.json at the end, a large network's index of several files.
+# Names of the weights in a folder; with .index.json appended, the index of weights in several files.
 _LOCAL_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
-def built(source: Source) -> nn.Module:
-    """The network of a source, its weights still to be loaded."""
+def build_structure(source: Source) -> nn.Module:
+    """Return the network of a source without its weights."""
     return build(source)[0]
 
 
 def build(source: Source, pretrained: bool = False) -> tuple[nn.Module, Source]:
-    """The network of a source, with its own weights where ``pretrained``, and what is now known of the source.
+    """Return the network of a source, and the source with what building it added (licence, weights, arguments).
 
-    Raises: as `harmconvert.sources.opening.open_source`.
+    The network has its own weights if ``pretrained``. The errors are those of `open_source`.
     """
     model, source = _MAKERS[source.scheme](source, pretrained)
     if source.classes is not None:
@@ -51,7 +51,7 @@ def build(source: Source, pretrained: bool = False) -> tuple[nn.Module, Source]:
 
 
 def declare_size(model: nn.Module, arguments: Mapping[str, Any]) -> None:
-    """Let a network that was made for other channels or images say so where it says what it takes.
+    """Write the number of channels and the image size of ``arguments`` into the network's ``pretrained_cfg``.
 
     >>> network = timm.create_model("test_vit", in_chans=1, img_size=64)
     >>> declare_size(network, {"in_chans": 1, "img_size": 64})
@@ -68,18 +68,18 @@ def declare_size(model: nn.Module, arguments: Mapping[str, Any]) -> None:
         arguments.get("in_chans"),
         *(sides if isinstance(sides, list | tuple) and len(sides) == 2 else (None, None)),
     ]
-    found = tuple(new if isinstance(new, int) and new > 0 else old for new, old in zip(changed, size, strict=True))
-    if found != tuple(size):
+    new_size = tuple(new if isinstance(new, int) and new > 0 else old for new, old in zip(changed, size, strict=True))
+    if new_size != tuple(size):
         try:
-            cast(Any, model).pretrained_cfg = {**config, "input_size": found}
-        except AttributeError:  # a class that computes it keeps its own
+            cast(Any, model).pretrained_cfg = {**config, "input_size": new_size}
+        except AttributeError:  # pretrained_cfg is a property of this class
             log.info("this %s computes its pretrained_cfg, which keeps the input size %s", type(model).__name__, size)
 
 
 def _from_timm(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
     if not timm.is_model(source.name):
-        raise UsageError(f"timm has no model {source.name!r}{_close(source.name, timm.list_models())}")
-    with reaching_out(str(source)):
+        raise UsageError(f"timm has no model {source.name!r}{_suggestion(source.name, timm.list_models())}")
+    with downloading(str(source)):
         model = timm.create_model(source.name, pretrained=pretrained, **source.arguments)
     config = pretrained_config(model)
     if pretrained and isinstance(tag := config.get("tag"), str) and tag:
@@ -88,7 +88,7 @@ def _from_timm(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
 
 
 def _from_hf_hub(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
-    with reaching_out(str(source)):
+    with downloading(str(source)):
         _, architecture, model_arguments = timm.models.load_model_config_from_hf(source.name)
         model = timm.create_model(f"hf-hub:{source.name}", pretrained=pretrained, **source.arguments)
     return model, _with_config(source, model, architecture, model_arguments)
@@ -100,13 +100,13 @@ def _from_local_dir(source: Source, pretrained: bool) -> tuple[nn.Module, Source
         content = read_json(config)
         architecture = str(content["architecture"])
     except FileNotFoundError as error:
-        raise InputError(f"{source.name} is no timm folder: it has no config.json") from error
+        raise InputError(f"{source.name} is not a timm folder: it has no config.json") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{config} is unreadable: {first_line(error)}; get the folder again") from error
     try:
         model = timm.create_model(f"local-dir:{source.name}", pretrained=False, **source.arguments)
     except (RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"{config} makes no network: {first_line(error)}") from error
+        raise InputError(f"no network can be built from {config}: {first_line(error)}") from error
     paths = [Path(source.name) / f"{name}{end}" for end in ("", ".index.json") for name in _LOCAL_WEIGHTS]
     files = [path for path in paths if path.exists()]
     if pretrained and not files:
@@ -117,8 +117,10 @@ def _from_local_dir(source: Source, pretrained: bool) -> tuple[nn.Module, Source
 
 
 def _from_torchvision(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
-    """``NAME.WEIGHTS`` is built as for those weights, whose networks differ from untrained ones in more than values
-    (frozen norms, auxiliary heads, input transforms); ``NAME`` is the untrained structure."""
+    """Build ``NAME.WEIGHTS`` with the structure for those weights, and ``NAME`` with the untrained structure.
+
+    The two structures can differ (frozen norms, auxiliary heads, input transforms).
+    """
     name, _, tag = source.name.partition(".")
     builder = torchvision.models.get_model_builder(name)
     weights = torchvision.models.get_model_weights(name)
@@ -131,7 +133,7 @@ def _from_torchvision(source: Source, pretrained: bool) -> tuple[nn.Module, Sour
     if "weights_backbone" in inspect.signature(builder).parameters:
         arguments = {"weights_backbone": None, **arguments}
     try:
-        with reaching_out(str(source)), torchvision_loading(fetch=pretrained):
+        with downloading(str(source)), torchvision_loading(fetch=pretrained):
             model = builder(weights=chosen if tag else None, **arguments)
     except InputError as error:
         if not tag or not isinstance(error.__cause__, ValueError) or "expected value" not in str(error):
@@ -149,12 +151,12 @@ def _from_torchvision(source: Source, pretrained: bool) -> tuple[nn.Module, Sour
 
 
 def with_weights_name(source: Source) -> Source:
-    """``torchvision:NAME`` means its default weights; their name is recorded, because defaults change."""
+    """Return the source with the name of the default weights if it names none: torchvision's defaults may change."""
     if source.scheme != "torchvision" or "." in source.name:
         return source
     if source.name not in torchvision.models.list_models():
         raise UsageError(
-            f"torchvision has no model {source.name!r}{_close(source.name, torchvision.models.list_models())}"
+            f"torchvision has no model {source.name!r}{_suggestion(source.name, torchvision.models.list_models())}"
         )
     return replace(source, name=f"{source.name}.{torchvision.models.get_model_weights(source.name)['DEFAULT'].name}")
 
@@ -172,7 +174,7 @@ def _from_sample(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
     model = sample.build()
     if pretrained:
         load_state(model, sample.weights(), str(source))
-    elif classes is not None:  # fine-tuned for other classes
+    elif classes is not None:  # the sample was fine-tuned for other classes
         cast(Any, model).reset_classifier(classes)
     return model, replace(source, licence=sample.licence)
 
@@ -182,7 +184,7 @@ def _from_reference(source: Source, pretrained: bool) -> tuple[nn.Module, Source
 
 
 def _from_code(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
-    """The user's own factory: any weights it gives its network are the pretrained ones."""
+    """Call the user's factory; the weights that its network has are the pretrained ones."""
     factory = import_function(source.name, SCHEMES)
     try:
         model = factory(**source.arguments)
@@ -194,7 +196,7 @@ def _from_code(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
 
 
 def renamed(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict under this network's keys: timm's own filter helps where an older file's keys differ."""
+    """Return the state dict under this network's keys; timm's own filter renames the keys of older files."""
     if set(state) == set(tensors_of(model)):
         return state
     if not type(model).__module__.startswith("timm."):
@@ -204,20 +206,20 @@ def renamed(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
         return state
     try:
         return dict(rename(dict(state), model))
-    except Exception as error:  # the complaint about the file's own keys says more
+    except Exception as error:  # the error about the file's own keys is clearer than timm's
         log.info("timm does not rename the weights for this %s: %s", type(model).__name__, first_line(error))
         return state
 
 
 def _with_config(source: Source, model: nn.Module, architecture: str, model_arguments: Mapping[str, Any]) -> Source:
-    """The source with all that is needed to build the network again without the hub or the folder."""
+    """Return the source with everything that is needed to build the network again without the hub or the folder."""
     recorded = {"architecture": architecture, **model_arguments, **source.arguments}
     if isinstance(classes := getattr(model, "num_classes", None), int):
         recorded["num_classes"] = classes
     return replace(source, arguments=recorded, licence=pretrained_config(model).get("license"))
 
 
-def _close(name: str, names: list[str]) -> str:
+def _suggestion(name: str, names: list[str]) -> str:
     matches = difflib.get_close_matches(name.partition(".")[0], names, 3)
     return (
         f": did you mean {', '.join(matches)}?"

@@ -1,4 +1,4 @@
-"""Source strings -> networks (DESIGN 1): where a network and its weights come from."""
+"""Open the network that a source string names, with its weights."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from ..storage.tensors import memory_limit
 from ..storage.weights import load_weights
 from ..user_code import functions_in
 from .limits import built_within
-from .makers import build, built, declare_size, renamed, with_weights_name
+from .makers import build, build_structure, declare_size, renamed, with_weights_name
 from .reference import open_reference
 
 log = logging.getLogger(__name__)
 
-# Arguments of timm.create_model that would open files or reach out, which a checkpoint has no business to ask for.
 _REBUILT = ("timm", "torchvision", "sample", "code")
+# Arguments of timm.create_model that open files or download: a checkpoint must not set them.
 _NOT_FOR_REBUILDING = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
 
 
@@ -45,24 +45,24 @@ def open_source(
     trust_code: bool = False,
     code: str | None = None,
 ) -> Network:
-    """The network that a source string names, with its weights, in eval mode.
+    """Return the network that a source string names, with its weights, in eval mode.
 
     Args:
         text: ``NAME`` or ``timm:NAME``, ``torchvision:NAME``, ``hf-hub:USER/REPO``, ``local-dir:PATH``,
             ``package.module:factory``, ``file.py:factory``, ``sample:NAME``, ``reference:FILE`` (a checkpoint of the
             reference implementation: `harmconvert.sources.reference`), or the path of a harmonic checkpoint.
-        weights: a .safetensors or .pth file that replaces the weights (never unpickled beyond plain tensors).
-        weights_key, strip_prefix: what to take of that file, as ``key`` and ``prefix`` of `load_weights`.
-        arguments: keyword arguments for the network's maker, such as num_classes.
-        pretrained: False leaves the weights at random, for looking at sizes.
-        form: of a checkpoint, harmonic or reference: ``"harmonic"`` or ``"dense"``.
-        trust_code: let a harmonic checkpoint name user code to build its network with, and run that.
-        code: ``file.py:factory`` that makes the network of a harmonic checkpoint, whatever the checkpoint names.
+        weights: a .safetensors or .pth file that replaces the weights; only plain tensors are unpickled.
+        weights_key, strip_prefix: which part of that file to read: ``key`` and ``prefix`` of `load_weights`.
+        arguments: keyword arguments for the function that builds the network, such as num_classes.
+        pretrained: False leaves the weights random, for example to look at sizes.
+        form: ``"harmonic"`` or ``"dense"``, for a harmonic or a reference checkpoint.
+        trust_code: run the user code that a harmonic checkpoint names to build its network.
+        code: ``file.py:factory`` that builds the network of a harmonic checkpoint, instead of the recorded source.
 
     Raises:
-        UsageError: a source that names nothing.
-        InputError: weights that are unreadable or do not fit.
-        OutsideError: the network is needed and not there, or a package is missing.
+        UsageError: the source does not exist.
+        InputError: the weights are unreadable or do not fit.
+        OutsideError: a download failed, or a package is missing.
     """
     text = str(text) if isinstance(text, Path) else text
     if not isinstance(text, str):
@@ -74,15 +74,15 @@ def open_source(
     if weights is None and (weights_key is not None or strip_prefix is not None):
         raise UsageError("a key or a prefix (--checkpoint-key, --strip-prefix) is of a file of weights: name that, too")
     if text.startswith("reference:"):
-        given = parse_source(text, arguments)
-        if weights is not None or {*given.arguments} - {"pool"}:
-            raise UsageError(f"{text} is a checkpoint: it takes neither other weights nor arguments, but for pool")
-        model, source, found = open_reference(given.name, given.arguments, form)
-        return Network(model.eval(), source, found)
+        reference = parse_source(text, arguments)
+        if weights is not None or {*reference.arguments} - {"pool"}:
+            raise UsageError(f"{text} is a checkpoint: it takes no other weights, and no arguments except pool")
+        model, source, header = open_reference(reference.name, reference.arguments, form)
+        return Network(model.eval(), source, header)
     if is_checkpoint_path(text):
         return _open_checkpoint(text, weights, arguments, form, trust_code, code)
     if code is not None:
-        raise UsageError(f"{text} is no harmonic checkpoint: {code} would be its network; name that as the source")
+        raise UsageError(f"{text} is not a harmonic checkpoint: name {code} as the source instead")
     source = with_weights_name(parse_source(text, arguments))
     if weights is not None:
         model, source = _with_weights(source, weights, weights_key, strip_prefix)
@@ -99,7 +99,7 @@ def _open_checkpoint(
     trust_code: bool,
     code: str | None,
 ) -> Network:
-    """A harmonic checkpoint, its network made by ``code`` where that is given: to name code is to trust it."""
+    """Open a harmonic checkpoint; ``code`` builds its network if given, and is trusted because the user named it."""
     header = read_header(path)
     if weights is not None or (arguments and code is None):
         raise UsageError(f"{path} is a harmonic checkpoint: it takes neither other weights nor arguments")
@@ -108,42 +108,41 @@ def _open_checkpoint(
         network.model.eval()
         return network
     recorded = header.source or Source("code", code)
-    given = parse_source(code, arguments or (recorded.arguments if recorded.scheme == "code" else None))
-    if given.scheme != "code":
-        raise UsageError(f"{code} is no user code: name FILE.py:FACTORY or package.module:factory")
-    source = replace(recorded, scheme="code", name=given.name, arguments=given.arguments)
-    loaded = read_checkpoint(path, model=built(source), form=form)
+    requested = parse_source(code, arguments or (recorded.arguments if recorded.scheme == "code" else None))
+    if requested.scheme != "code":
+        raise UsageError(f"{code} is not user code: name FILE.py:FACTORY or package.module:factory")
+    source = replace(recorded, scheme="code", name=requested.name, arguments=requested.arguments)
+    loaded = read_checkpoint(path, model=build_structure(source), form=form)
     return Network(loaded.model.eval(), source, replace(header, source=source))
 
 
 def _with_weights(source: Source, weights: str | Path, key: str | None, prefix: str | None) -> tuple[nn.Module, Source]:
-    """The network of a source with the weights in a file, and the source that says so."""
+    """Return the network of a source with the weights in a file, and the source with a record of the file."""
 
-    def filled(source: Source) -> tuple[nn.Module, Source]:
+    def with_file(source: Source) -> tuple[nn.Module, Source]:
         model, source = build(source)
-        taken = load_weights(model, weights, key=key, prefix=prefix, rename=renamed)
-        return model, replace(source, weights=taken)
+        record = load_weights(model, weights, key=key, prefix=prefix, rename=renamed)
+        return model, replace(source, weights=record)
 
     if source.scheme != "torchvision":
-        return filled(source)
-    # Trained from scratch, perhaps: the untrained structure may be the one that fits.
-    plain = replace(source, name=source.name.partition(".")[0])
+        return with_file(source)
+    # Weights that were trained from scratch may fit only the untrained structure.
+    untrained = replace(source, name=source.name.partition(".")[0])
     try:
-        return filled(source)
+        return with_file(source)
     except InputError as error:
-        log.info("%s does not fit %s, the untrained structure is tried: %s", weights, source, error)
+        log.info("%s does not fit %s, so the untrained structure is tried: %s", weights, source, error)
         try:
-            return filled(plain)
+            return with_file(untrained)
         except HarmconvertError:
             raise error from None
 
 
 def open_counterpart(text: str, original: Network) -> Network:
-    """The network to compare with an original: a harmonic checkpoint or plain weights of its, or any other source.
+    """Return the network to compare with an original: a harmonic checkpoint, a file of weights, or any other source.
 
-    The original's own structure is filled where ``text`` is a file, so nothing that the file names is built or run.
-
-    Raises: as `open_source`.
+    If ``text`` is a file, it is loaded into a copy of the original, so nothing that the file names is built or run.
+    The errors are those of `open_source`.
     """
     if not Path(text).is_file() or ".py:" in text:
         return open_source(text)
@@ -157,7 +156,7 @@ def open_counterpart(text: str, original: Network) -> Network:
     return network
 
 
-def open_rival(
+def open_for_comparison(
     text: str,
     known: Source | None,
     remedy: str,
@@ -166,39 +165,40 @@ def open_rival(
     trust_code: bool = False,
     code: str | None = None,
 ) -> Network:
-    """A network to compare with one of a ``known`` source, which it may be the uncut form of, in dense form.
+    """Return a network in dense form, to compare with a network of a ``known`` source.
 
-    The arguments of the known source are used where both are of the same maker.
+    It may be the uncut form of that network. If both come from the same builder, the arguments of the known source are
+    used. The errors are those of `open_source`.
 
     Args:
-        remedy: what to do where its weights are not there.
-        weights: a file of weights for it.
-        code: makes the network of a harmonic checkpoint that is made by user code.
+        remedy: the end of the message if the weights are not available.
+        weights: a file of weights for the network.
+        code: ``file.py:factory`` that builds the network of a harmonic checkpoint, if user code built it.
 
-    Raises: as `open_source`; InputError also where it has not the weights that the known source had, but the values it
-        was made with: to compare with those would say nothing.
+    Raises:
+        InputError: the network has random weights instead of those of the known source, so a comparison is useless.
     """
     if is_harmonic_source(text) or is_checkpoint_path(text):
         code = code if made_by_code(text) else None
         return open_source(text, weights=weights, form="dense", trust_code=trust_code, code=code)
-    asked = parse_source(text)
-    alike = known is not None and _maker(known) == _maker(asked)
-    arguments = known.arguments if known is not None and alike and "architecture" not in known.arguments else None
-    if asked.scheme == "sample":
-        arguments = None  # a sample comes with its own weights, whatever it was fine-tuned for
-    rival = open_source(text, weights=weights, arguments=arguments, trust_code=trust_code)
+    requested = parse_source(text)
+    same_builder = known is not None and _builder(known) == _builder(requested)
+    arguments = None
+    if known is not None and same_builder and "architecture" not in known.arguments and requested.scheme != "sample":
+        arguments = known.arguments  # a sample has its own weights, also if the known one was fine-tuned
+    network = open_source(text, weights=weights, arguments=arguments, trust_code=trust_code)
     if weights is not None:
-        return rival
-    if known is not None and alike and known.sha256 not in (None, rival.source.sha256):
+        return network
+    if known is not None and same_builder and known.sha256 not in (None, network.source.sha256):
         file = f" (they came from {known.weights['file']})" if known.weights and "file" in known.weights else ""
         raise InputError(f"{text} does not have the weights of {known} that were converted{file}: ", remedy)
-    if asked.scheme == "code" and weights_sha256(built(rival.source)) != rival.source.sha256:
+    if requested.scheme == "code" and weights_sha256(build_structure(network.source)) != network.source.sha256:
         raise InputError(f"{text} makes a network of random weights, others each time: ", remedy)
-    return rival
+    return network
 
 
-def _maker(source: Source) -> tuple[str, str]:
-    """What makes the network of a source, whatever its weights."""
+def _builder(source: Source) -> tuple[str, str]:
+    """Return what builds the network of a source, independent of its weights."""
     if source.scheme == "torchvision":
         return source.scheme, source.name.partition(".")[0]
     place, colon, factory = source.name.rpartition(":")
@@ -208,16 +208,21 @@ def _maker(source: Source) -> tuple[str, str]:
 
 
 def open_original(header: Header, teacher: str | None = None, trust_code: bool = False) -> nn.Module:
-    """The uncut network that a harmonic checkpoint was converted from, with its weights, in eval mode.
+    """Return the uncut network from which a harmonic checkpoint was converted, with its weights, in eval mode.
+
+    The errors are those of `open_source`.
 
     Args:
         teacher: a source, or a file of weights for the recorded structure; None opens the recorded source, whose
             weights must be those that were converted.
 
-    Raises: as `open_source`; InputError where the weights are others.
+    Raises:
+        InputError: the weights of the recorded source have changed.
     """
     if teacher is not None and not Path(teacher).is_file():
-        return open_rival(teacher, header.source, "name a file of weights instead", trust_code=trust_code).model
+        return open_for_comparison(
+            teacher, header.source, "name a file of weights instead", trust_code=trust_code
+        ).model
     if teacher is not None and is_harmonic(teacher):
         return load(teacher, form="dense", trust_code=trust_code).eval()
     source, named = header.source, Argument("teacher", "SOURCE")
@@ -230,11 +235,11 @@ def open_original(header: Header, teacher: str | None = None, trust_code: bool =
     if source.sha256 is None:
         what = f"the checkpoint was not converted from weights of {source} that it knows"
         raise UsageError(what, ", so there is no uncut network to compare it with: name one with ", named)
-    rebuild(source, trust_code)  # refuses what a file has no business to ask for
+    rebuild(source, trust_code)  # refuses a source that a file must not name
     arguments = dict(source.arguments)
-    if source.scheme != "reference":  # a hub and a folder say theirs; of a reference file it tells how it was read
+    if source.scheme != "reference":  # hubs and folders name the architecture; a reference file does not
         arguments.pop("architecture", None)
-    if source.scheme == "sample":  # classes that it was fine-tuned for, which its own weights do not have
+    if source.scheme == "sample":  # the classes of a fine-tuned network do not fit the sample's own weights
         arguments.pop("num_classes", None)
     model, opened = build(replace(source, arguments=arguments, sha256=None), pretrained=True)
     if (opened.sha256 or weights_sha256(model)) != source.sha256:
@@ -251,17 +256,18 @@ def load(
     example_input: Any = None,
     trust_code: bool = False,
 ) -> nn.Module:
-    """Read a harmonic checkpoint, rebuilding the network that its source names unless ``model`` is given.
+    """Read a harmonic checkpoint into the network that its source names, or into ``model``.
 
     Args:
-        model: the plain network to fill (for the user's own code); it is copied, not changed.
-        form: ``"harmonic"``, ``"dense"``, or ``"factored"``: in eval mode, as `factor` finds it to be fastest here.
-        example_input: what the factored form is to be fast at, and what the dense form is compared on; default: one
-            input of the network's own size.
-        trust_code: rebuild from user code that the file names. Off, because that would run what a file says.
+        model: the plain network to load the checkpoint into (if user code builds it); it is copied, not changed.
+        form: ``"harmonic"``, ``"dense"``, or ``"factored"`` (in eval mode, the fastest form by `factor`).
+        example_input: the input on which the factored form is timed and the dense form is compared; default: one input
+            of the network's own size.
+        trust_code: run the user code that the file names to rebuild the network.
 
     Raises:
-        InputError: the file is unreadable or does not fit; UsageError: no network to fill, or an unknown form.
+        InputError: the file is unreadable or does not fit the network.
+        UsageError: the network is unknown and ``model`` is not given, or the form is unknown.
     """
     return read(path, model=model, form=form, example_input=example_input, trust_code=trust_code).model
 
@@ -274,7 +280,7 @@ def read(
     example_input: Any = None,
     trust_code: bool = False,
 ) -> Network:
-    """The same, with the header of the file."""
+    """Read a harmonic checkpoint as `load` does; return the network together with the header of the file."""
     return read_checkpoint(
         path, model=model, form=form, example_input=example_input,
         rebuild=lambda source: rebuild(source, trust_code, memory_limit(path)),
@@ -282,12 +288,14 @@ def read(
 
 
 def rebuild(source: Source | str, trust_code: bool = False, limit: int | None = None) -> nn.Module:
-    """The network that a recorded source names, its weights still to be loaded. Needs no network.
+    """Return the network that a recorded source names, without its weights. It needs no download.
 
-    ``limit``: bytes that its tensors may take, where a file that may be anybody's names it.
+    Args:
+        limit: most bytes that its tensors may need; for sources that an untrusted file names.
 
     Raises:
-        UsageError: the source is user code and ``trust_code`` is not set; InputError: it cannot be built.
+        UsageError: the source is user code, and ``trust_code`` is not set.
+        InputError: the network cannot be built, or it exceeds the limit.
     """
     source = cast(Source, as_source(source))
     if source.scheme == "code" and not trust_code:
@@ -296,7 +304,7 @@ def rebuild(source: Source | str, trust_code: bool = False, limit: int | None = 
             "pass the plain network as model=, or --trust-code if you know the file, or --model FILE.py:FACTORY"
         )
     try:
-        if "architecture" in source.arguments:  # hubs and folders: what their config said is recorded
+        if "architecture" in source.arguments:  # recorded from the config of a hub or a folder
             arguments = dict(source.arguments)
             if not timm.is_model(str(arguments["architecture"])) or {*arguments} & _NOT_FOR_REBUILDING:
                 raise InputError(f"the recorded source {source} asks for more than a timm architecture: refused")
@@ -304,8 +312,8 @@ def rebuild(source: Source | str, trust_code: bool = False, limit: int | None = 
         elif {*source.arguments} & _NOT_FOR_REBUILDING or source.scheme not in _REBUILT:
             raise InputError(f"the recorded source {source} asks for more than its structure: refused; pass model=")
         else:
-            make = partial(built, source)
-        limited = limit is not None and source.scheme != "code"  # trusted code may build what it likes
+            make = partial(build_structure, source)
+        limited = limit is not None and source.scheme != "code"  # trusted code has no limit
         model = built_within(make, cast(int, limit), f"the recorded source {source}") if limited else make()
         declare_size(model, source.arguments)
         return model
@@ -318,7 +326,7 @@ def rebuild(source: Source | str, trust_code: bool = False, limit: int | None = 
 
 
 def made_by_code(text: str) -> bool:
-    """Whether a source string names a harmonic checkpoint of a network of user code, or of an unknown source."""
+    """Return whether a source string names a harmonic checkpoint whose source is user code or unknown."""
     if not Path(text).is_file() or not is_harmonic(text):
         return False
     source = read_header(text).source
@@ -326,26 +334,32 @@ def made_by_code(text: str) -> bool:
 
 
 def check_rebuilds(source: Source, model: nn.Module, trust_code: bool = False) -> None:
-    """Raise InputError unless a source makes a network with the tensors of ``model`` in dense form: otherwise a file of
-    it that names this source could not be opened."""
-    made, wanted = (
+    """Raise InputError unless a source builds a network with the tensors of ``model`` in dense form.
+
+    Otherwise a file that names this source could not be opened again.
+    """
+    rebuilt, expected = (
         {key: tuple(tensor.shape) for key, tensor in tensors_of(network).items()}
         for network in (rebuild(source, trust_code), dense_form(model))
     )
-    if differing := [key for key in {**wanted, **made} if wanted.get(key) != made.get(key)]:
+    if differing := [key for key in {**expected, **rebuilt} if expected.get(key) != rebuilt.get(key)]:
         raise InputError(
             f"{source} with {source.classes or source.arguments.get('num_classes')} classes is another network than "
-            f"this one ({shortened(differing)}): what is written could not be opened again"
+            f"this one ({shortened(differing)}): the file could not be opened again"
         )
 
 
 def is_harmonic_source(text: str) -> bool:
-    """Whether a source string names a file that holds a harmonic network, as far as can be told without opening it."""
+    """Return whether a source string names a harmonic or a reference checkpoint; the weights are not read."""
     return text.startswith("reference:") or (Path(text).is_file() and is_harmonic(text))
 
 
 def is_checkpoint_path(text: str) -> bool:
-    """Whether a source string is a path to a harmonic checkpoint, by its looks; says what to do with a .pth."""
+    """Return whether a source string looks like the path of a harmonic checkpoint.
+
+    Raises:
+        UsageError: it is a Python file or a file of weights; the message says what to do.
+    """
     if text.endswith(".py") and Path(text).is_file():
         raise UsageError(f"{text} is Python code: name the function in it that makes the network{functions_in(text)}")
     if text.endswith((".pth", ".pt", ".pth.tar", ".bin", ".ckpt", ".index.json")) and Path(text).exists():

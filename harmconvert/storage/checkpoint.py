@@ -146,7 +146,7 @@ def _header_of(path: str | Path) -> tuple[Header, str]:
         metadata = file.metadata() or {}
     if METADATA_KEY not in metadata:
         raise InputError(
-            f"{path} is a safetensors file but no harmonic checkpoint: "
+            f"{path} is a safetensors file but not a harmonic checkpoint: "
             f"name its network and give the weights with --checkpoint {path}"
         )
     try:
