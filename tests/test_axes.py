@@ -123,7 +123,7 @@ X = torch.linspace(-1, 1, 4 * 81).reshape(4, 1, 9, 9)
 
 def rounded_plan(model: nn.Module, **digits: int) -> Plan:
     whole = make_plan(find_layers(model), "full")
-    return whole.changed(lambda layer: layer.keeping(Digits(digits.get(f"_{layer.name}", 8))))
+    return whole.map_layers(lambda layer: layer.keeping(Digits(digits.get(f"_{layer.name}", 8))))
 
 
 def test_layers_without_a_space_axis_appear_in_a_plan_and_nothing_is_done_to_them() -> None:

@@ -100,7 +100,7 @@ def test_what_is_no_basis_is_refused() -> None:
     with pytest.raises(UsageError, match="klt basis is fitted to kernels, but these are not trained yet"):
         harmonize(nn.Conv2d(3, 4, 3), basis="klt")
     plan = convert(nn.Conv2d(3, 4, 3), basis="haar").plan
-    with pytest.raises(UsageError, match=r"the plan is of the basis haar \(ortho\), not klt \(ortho\)"):
+    with pytest.raises(UsageError, match=r"the plan uses the basis haar \(ortho\), not klt \(ortho\)"):
         convert(nn.Conv2d(3, 4, 3), plan, basis="klt")
     assert convert(nn.Conv2d(3, 4, 3), plan).plan == plan
 

@@ -1,7 +1,7 @@
-"""Plans: what each layer of a network keeps on each axis, how policies make a plan, what it costs, and how to apply it.
+"""Plans: what each layer of a network keeps on each axis; making a plan by a policy, its cost, and applying it.
 
-What belongs here: the axes and their homes (`space`), plans as data, and cost counted from shapes. What does not: data
-(`calibration`), searches (`search`) and files (`storage`).
+What belongs here: the axes (`space`), plans as data, and cost computed from shapes. What does not: everything that
+needs data (`calibration`), searches (`search`) and files (`storage`).
 """
 
 from .applying import apply_plan, plan_of_model

@@ -1,4 +1,4 @@
-"""Apply a plan to a network, and read the plan that a converted network follows."""
+"""Apply a plan to a network, and read the plan of a converted network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .plan import LayerPlan, Plan
 
 
 def apply_plan(model: nn.Module, plan: Plan, *, values: bool = True) -> nn.Module:
-    """A copy of a network whose layers keep what a plan says, one axis after the other; ``model`` is not changed.
+    """Return a copy of ``model`` whose layers keep what the plan says. The axes are applied one after the other.
 
     >>> from harmconvert.plan import Plan, cut_layer
     >>> apply_plan(nn.Sequential(nn.Conv2d(1, 2, 3)), Plan((cut_layer("0", (3, 3), ((0, 0),)),)))
@@ -21,7 +21,7 @@ def apply_plan(model: nn.Module, plan: Plan, *, values: bool = True) -> nn.Modul
     )
 
     Args:
-        values: False leaves the values of converted layers to be loaded.
+        values: if False, the values of converted layers are not computed, because they will be loaded.
 
     Raises:
         InputError: the network cannot be copied.
@@ -34,10 +34,13 @@ def apply_plan(model: nn.Module, plan: Plan, *, values: bool = True) -> nn.Modul
 
 
 def plan_of_model(model: nn.Module, known: Plan | None = None) -> Plan:
-    """The plan that a converted network follows: ``known`` where its layers say the same, else what they say.
+    """Return the plan of a converted network, read from its layers.
+
+    Args:
+        known: a plan that may have more information, such as a policy. It is returned if it agrees with the layers.
 
     Raises:
-        UsageError: no layer of the network says what it keeps.
+        UsageError: no layer of the network is converted.
     """
     layers = []
     for name, module in weighted_layers(model).items():
@@ -51,7 +54,7 @@ def plan_of_model(model: nn.Module, known: Plan | None = None) -> Plan:
 
 
 def _readable(plan: Plan) -> dict[str, LayerPlan]:
-    """The layers of a plan, each with what its module can say of it."""
+    """Return the layers of a plan, each with only those axes that can be read from a converted layer."""
     layers = [
         LayerPlan(layer.name, layer.kernel_size, tuple(kept for kept in layer.keeps if AXES[kept.axis].readable))
         for layer in plan.layers

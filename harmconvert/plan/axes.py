@@ -1,8 +1,8 @@
-"""Axes: the independent ways in which a layer keeps less than all of its weight (space, channels, precision).
+"""Axes: the independent ways in which a layer can keep less than its whole weight (space, channels, precision).
 
-Each axis has one home: a folder beside this file with a subclass of `Axis`, registered in `plan/__init__.py`. The home
-owns the axis's choices, mathematics, cost, JSON and checks. All other code asks a plan or `AXES`, and does not know how
-many axes there are.
+Each axis has its own folder beside this file, with a subclass of `Axis` that is registered in `plan/__init__.py`. The
+folder contains the choices, mathematics, cost, JSON and checks of the axis. All other code asks a plan or `AXES` and
+does not depend on the number of axes.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ class Kept(ABC):
     @property
     @abstractmethod
     def whole(self) -> bool:
-        """Whether the layer keeps everything on this axis."""
+        """Return whether the layer keeps everything on this axis."""
 
     @property
     @abstractmethod
     def key(self) -> str:
-        """A short text that names this value and no other of the same layer, for files of measured scores."""
+        """Return a short text that is unique among the values of one layer, for files of measured scores."""
 
     @abstractmethod
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict; inverse of `Axis.from_json`."""
+        """Return a dict for JSON; inverse of `Axis.from_json`."""
 
     def part_of(self, total: int) -> int:
-        """How many of ``total`` positions of the kernel are kept, for the tables; an axis that keeps all: ``total``."""
+        """Return how many of ``total`` kernel positions are kept, for tables; ``total`` if the axis keeps them all."""
         return total
 
     @property
     def contexts(self) -> Mapping[str, str]:
-        """For tensors whose values mean nothing without this: tensor name to a text that their digests include."""
+        """Return texts, by tensor name, that digests must include: values alone do not determine the kernel."""
         return {}
 
     @abstractmethod
@@ -53,8 +53,11 @@ class Kept(ABC):
 
 @dataclass(frozen=True)
 class WeightShape:
-    """The shape of a layer's weight as a cost needs it: the number of weights, the kernel size, the input channels,
-    the positions at which the layer is computed (None: not known), and whether it has a factored form."""
+    """The facts about a layer's weight from which costs are computed.
+
+    ``positions``: at how many positions the layer is computed, None if not known. ``factorable``: whether the class of
+    the layer has a factored form.
+    """
 
     weights: int
     kernel_size: tuple[int, ...]
@@ -64,17 +67,19 @@ class WeightShape:
 
     @property
     def kernel_positions(self) -> int:
-        """Weights of one kernel: 9 for 3x3, 1 for 1x1 and linear layers."""
+        """Return the number of weights of one kernel: 9 for 3x3, 1 for 1x1 and linear layers."""
         return prod(self.kernel_size)
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """The cost of one layer: ``parameters`` of the original weight and ``kept_parameters`` in its place, their bytes
-    as written, ``constants`` (numbers, float64) that the file holds beside them, and multiply-adds.
+    """The cost of one layer.
 
-    ``macs`` are those of the dense form per example, ``factored_macs`` those of the factored form (of the dense form
-    where there is none); None without a trace. ``merge_macs`` are needed once per forward to merge the kernel.
+    ``parameters``, ``bytes``: number of weights in the original, and their bytes in a file. ``kept_parameters``,
+    ``kept_bytes``: the same after conversion. ``constants``: float64 numbers that a file stores in addition.
+    ``merge_macs``: multiply-adds to merge the kernel, once per forward. ``macs``: multiply-adds of the dense form per
+    example. ``factored_macs``: those of the factored form, or of the dense form if there is no factored form. Both are
+    None without a trace.
     """
 
     parameters: int
@@ -89,8 +94,11 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class Check:
-    """The check of one layer: the amounts ``kept`` of ``total``, the largest difference of the kernel over the largest
-    weight of the same filter, and what is not as planned (None: nothing)."""
+    """The result of checking one converted layer.
+
+    ``kept``, ``total``: how many parts of the layer are kept, and of how many. ``error``: the largest difference of a
+    weight, divided by the largest weight of the same filter. ``problem``: what is not as planned, or None.
+    """
 
     kept: int
     total: int
@@ -100,23 +108,25 @@ class Check:
 
 @dataclass(frozen=True)
 class Expected:
-    """The shape that a tensor of a file should have: None for a length that may be any; ``text`` says it in a message
-    after "should"."""
+    """The shape that a tensor in a file should have.
+
+    ``shape``: lengths of the axes, None for any length. ``text``: the shape in words, used in a message after "should".
+    """
 
     shape: tuple[int | None, ...]
     text: str
 
     def fits(self, shape: Sequence[int]) -> bool:
-        """Whether a tensor has this shape."""
+        """Return whether a tensor of this shape is as expected."""
         pairs = zip(shape, self.shape, strict=False)
-        return len(shape) == len(self.shape) and all(wanted in (None, length) for length, wanted in pairs)
+        return len(shape) == len(self.shape) and all(expected in (None, length) for length, expected in pairs)
 
 
 class Axis(ABC):
-    """One axis; see the package's `space` folder for an example.
+    """The interface of an axis; the folder `space` is an example.
 
-    ``budget_units`` names the units of a budget that this axis can save, ``refits`` whether calibration refits a layer
-    that keeps less on it, and ``readable`` whether a converted module says what it keeps (`read`).
+    ``budget_units``: the units of a budget that this axis can reduce. ``refits``: whether calibration refits a layer
+    that keeps less on this axis. ``readable``: whether `read` can tell from a converted module what it keeps.
     """
 
     name: ClassVar[str]
@@ -126,94 +136,97 @@ class Axis(ABC):
 
     @abstractmethod
     def applies(self, layer: LayerInfo) -> bool:
-        """Whether a layer has this axis."""
+        """Return whether a layer has this axis."""
 
     @abstractmethod
     def whole(self, layer: LayerInfo, setting: Any = None) -> Kept:
-        """What a layer keeps when it keeps everything."""
+        """Return the value of a layer that keeps everything."""
 
     def plan(
         self, layers: Sequence[LayerInfo], setting: Any, named: Collection[str], notes: dict[str, str]
     ) -> dict[str, Kept]:
-        """What each layer keeps under a policy (``setting``, None where the user gave none), by name.
+        """Return what each layer keeps under a policy, by layer name.
 
-        ``named`` are layers that the user named; ``notes`` takes the reason why a layer stays whole.
+        Args:
+            setting: the policy; None if the user gave none.
+            named: names of the layers that the user named.
+            notes: receives, by layer name, why a layer stays whole.
         """
         return {layer.name: self.whole(layer, setting) for layer in layers if self.applies(layer)}
 
     @abstractmethod
     def choices(self, whole: Kept) -> tuple[Kept, ...]:
-        """What a search may choose from for a layer that keeps ``whole``, that first."""
+        """Return the values among which a search may choose for a layer; the first is ``whole``."""
 
     @abstractmethod
     def shared(self, kept: Sequence[Kept]) -> Kept:
-        """What layers that share a weight keep together: at least what each of them keeps."""
+        """Return the value for layers that share a weight: it keeps everything that any of the layers keeps."""
 
     @abstractmethod
     def from_json(self, data: Any, kernel_size: tuple[int, ...]) -> Kept:
-        """Read what `Kept.to_json` wrote; raises ValueError, KeyError or UsageError where it is anything else."""
+        """Read the result of `Kept.to_json`; raise ValueError, KeyError or UsageError if it is not valid."""
 
-    def upgraded(self, layer: Mapping[str, Any], plan: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The JSON of a layer, where it is of an older format version in the form of this one."""
+    def upgrade_json(self, layer: Mapping[str, Any], plan: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Convert the JSON of a layer from an older format version to this one."""
         return layer
 
     @abstractmethod
     def cost(self, shape: WeightShape, kept: Kept, cost: LayerCost) -> LayerCost:
-        """The cost of a layer, given the cost that the axes before this one leave."""
+        """Return the cost of a layer, given its cost after the earlier axes."""
 
     @abstractmethod
     def project(self, kernel: Tensor, kept: Kept) -> Tensor:
-        """The kernel (O, I, *kernel_size) nearest to ``kernel`` that a layer which keeps this can have."""
+        """Return the kernel (O, I, *kernel_size) that is nearest to ``kernel`` among those that ``kept`` allows."""
 
     @abstractmethod
     def convert(self, model: nn.Module, kept: Mapping[str, Kept], values: bool = True) -> nn.Module:
-        """A copy of a network in which the named layers keep this; ``values`` False leaves their values to be loaded.
+        """Return a copy of a network in which each named layer keeps the given value.
 
-        ``model`` is not changed.
+        If ``values`` is False, the values of these layers are not computed, because they will be loaded.
         """
 
     def read(self, layer: nn.Module) -> Kept | None:
-        """What a converted layer says that it keeps; None where a module cannot say."""
+        """Return what a converted layer keeps; None if this cannot be read from the module."""
         return None
 
     def tensors(self, kept: Kept, kernel_size: tuple[int, ...]) -> Mapping[str, Expected]:
-        """Tensors that a file holds of such a layer, by name."""
+        """Return the shapes of the tensors that a file holds for a layer that keeps this, by tensor name."""
         return {}
 
     @abstractmethod
     def check(self, original: nn.Module, converted: nn.Module, kept: Kept | None, as_calibrated: bool | None) -> Check:
         """Compare a converted layer with its original.
 
-        ``as_calibrated`` says whether the tensors that calibration wrote are what it wrote (None: it wrote none).
+        ``as_calibrated``: whether the tensors are those that calibration wrote; None if calibration wrote none.
         """
 
     def facts(self, weight: Tensor, kept: Kept) -> Mapping[str, Any]:
-        """Facts about the original weight for a report that has no uncut network any more, JSON-able."""
+        """Return facts about the original weight for JSON, for a report on a network whose original is not at hand."""
         return {}
 
 
-# In the order in which they are applied to a layer.
+# By name, in the order in which they are applied to a layer.
 AXES: dict[str, Axis] = {}
 
 
 def register(axis: Axis) -> None:
-    """Make an axis known; axes are applied to a layer in the order of their registration."""
+    """Add an axis. Axes are applied to a layer in the order of their registration."""
     AXES[axis.name] = axis
 
 
 def kept_by(layer: nn.Module) -> tuple[Kept, ...]:
-    """What a converted layer says that it keeps, on each axis."""
+    """Return what a converted layer keeps, on each axis that can be read from it."""
     return tuple(kept for axis in AXES.values() if (kept := axis.read(layer)) is not None)
 
 
 def last_cut(keeps: Sequence[Kept]) -> Kept | None:
-    """The last of some kept values, in the order of the axes, that is not whole: the axis that wrote the weight."""
+    """Return the value of the last axis, in the order of `AXES`, that is not whole: this axis wrote the weight."""
     cut = [kept for kept in keeps if not kept.whole]
     return max(cut, key=lambda kept: list(AXES).index(kept.axis), default=None)
 
 
 def projected(weight: Tensor, keeps: Sequence[Kept]) -> Tensor:
-    """The weight nearest to ``weight`` that a layer which keeps all of this can have, in float64."""
+    """Return the weight, float64, that is nearest to ``weight`` among those that all the values in ``keeps`` allow."""
     weight = weight.detach().to(torch.float64)
     for kept in sorted(keeps, key=lambda kept: list(AXES).index(kept.axis)):
         weight = AXES[kept.axis].project(weight, kept)

@@ -1,4 +1,4 @@
-"""What layers and networks cost: parameters, bytes and multiply-adds of each form, before anything is converted."""
+"""Compute the cost of layers and networks before conversion: parameters, bytes, and multiply-adds of each form."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _BASIS_ITEM_BYTES = stored_bytes(torch.empty(1, dtype=torch.float64))
 
 @dataclass(frozen=True)
 class Cost:
-    """A network before and after a plan. Parameters: tied ones once, fitted bases with them. MACs: per example, None
-    without a trace.
+    """The cost of a network before and after a plan.
 
-    ``over_1x1_*`` is what convolutions over 1x1 hold, those of classes that are not converted included; a plan can
-    touch nothing else. The harmonic form costs the dense form's MACs plus ``merge_macs``, once per forward whatever the
-    batch.
+    Tied parameters count once. Fitted bases count as parameters. MACs are per example and None without a trace.
+    ``over_1x1_*``: the part of convolutions with kernels larger than 1x1, including classes that cannot be converted;
+    the space axis can reduce only this part. The harmonic form needs the MACs of the dense form, plus ``merge_macs``
+    once per forward for any batch size.
     """
 
     parameters: int
@@ -47,24 +47,24 @@ class Cost:
 
     @property
     def parameter_share(self) -> float:
-        """Share of the parameters in convolutions over 1x1."""
+        """Return the share of the parameters in convolutions with kernels larger than 1x1."""
         return self.over_1x1_parameters / max(self.parameters, 1)
 
     @property
     def mac_share(self) -> float | None:
-        """Share of the MACs in convolutions over 1x1, or None without a trace."""
+        """Return the share of the MACs in convolutions with kernels larger than 1x1; None without a trace."""
         return None if self.over_1x1_macs is None else self.over_1x1_macs / max(self.dense_macs or 0, 1)
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Number of parameters, tied ones once; those of lazy layers, which have no size yet, are not counted."""
+    """Return the number of parameters. Tied ones count once; those of lazy layers have no size yet and do not count."""
     return sum(parameter.numel() for parameter in model.parameters() if not is_lazy(parameter))
 
 
 def tensor_bytes(model: nn.Module, coded: Mapping[str, Entry] | None = None) -> int:
-    """Bytes of all parameters and persistent buffers as a file holds them, shared ones once.
+    """Return the bytes that all parameters and persistent buffers need in a file; shared ones count once.
 
-    ``coded`` has an entry for each tensor that the file does not hold as it is.
+    ``coded``: entries of the tensors that the file stores encoded.
     """
     entries = coded or {}
     tensors = tensors_of(model, keep_vars=True)
@@ -73,7 +73,7 @@ def tensor_bytes(model: nn.Module, coded: Mapping[str, Entry] | None = None) -> 
 
 
 def layer_costs(model: nn.Module, plan: Plan, trace: Trace | None = None) -> dict[str, LayerCost]:
-    """Cost of every planned layer of the original ``model``, by name."""
+    """Return the cost of every planned layer of the original ``model``, by name."""
     layers = weighted_layers(model)
     costs = {}
     for planned in plan.layers:
@@ -93,17 +93,17 @@ def layer_costs(model: nn.Module, plan: Plan, trace: Trace | None = None) -> dic
 
 
 def network_cost(model: nn.Module, plan: Plan, trace: Trace | None = None) -> Cost:
-    """Cost of the original ``model`` before and after ``plan``."""
+    """Return the cost of the original ``model`` before and after ``plan``."""
     layers = layer_costs(model, plan, trace)
     weighted = weighted_layers(model)
-    # A tied weight counts once, as its coefficients do: by identity, the last one standing for all.
+    # A tied weight counts once, and so do its coefficients: its id is the key, so the last layer's entry remains.
     saved = {
         id(weighted[name].weight): (cost.parameters - cost.kept_parameters, cost.bytes - cost.kept_bytes)
         for name, cost in layers.items()
     }
-    # A basis that is fitted to a layer has to be kept beside its coefficients, in float64.
+    # A basis that is fitted to a layer is stored with its coefficients, in float64.
     constants = sum(cost.constants for cost in layers.values())
-    with evaluating(model):  # reading a spectrally normalised weight in training mode would change the network
+    with evaluating(model):  # in training mode, reading a weight with spectral norm would change the network
         over_1x1 = {
             id(c._parameters.get("weight", c)): cast(Tensor, c.weight).numel()
             for c in _over_1x1(model).values()
@@ -116,15 +116,15 @@ def network_cost(model: nn.Module, plan: Plan, trace: Trace | None = None) -> Co
     if trace:
         total = trace.macs // trace.batch
         change = sum((c.factored_macs or 0) - (c.macs or 0) for c in layers.values())
-        reach = sum(run.macs for name, run in trace.layers.items() if name in _over_1x1(model))
-        reach = (reach + sum(run.macs for run in trace.findings.others.values())) // trace.batch
-        macs = {"dense_macs": total, "factored_macs": total + change, "over_1x1_macs": reach}
+        over_1x1_macs = sum(run.macs for name, run in trace.layers.items() if name in _over_1x1(model))
+        over_1x1_macs = (over_1x1_macs + sum(run.macs for run in trace.findings.others.values())) // trace.batch
+        macs = {"dense_macs": total, "factored_macs": total + change, "over_1x1_macs": over_1x1_macs}
     return Cost(
         parameters=parameters,
         harmonic_parameters=parameters - sum(count for count, _ in saved.values()) + constants,
         over_1x1_parameters=sum(over_1x1.values()),
         bytes=size,
-        harmonic_bytes=size - sum(written for _, written in saved.values()) + _BASIS_ITEM_BYTES * constants,
+        harmonic_bytes=size - sum(bytes_saved for _, bytes_saved in saved.values()) + _BASIS_ITEM_BYTES * constants,
         merge_macs=sum(cost.merge_macs for cost in layers.values()),
         **macs,
     )

@@ -1,4 +1,4 @@
-"""make_plan(): what each layer keeps under policies, or a given plan checked against the network.
+"""Make a plan by a policy, or check an existing plan against the network.
 
 A plan is made from facts about the layers (`LayerInfo`), not from the network itself.
 """
@@ -25,22 +25,22 @@ def make_plan(
     exclude: Sequence[str] = (),
     basis: Basis | None = None,
 ) -> Plan:
-    """Turn a lambda policy into a plan.
+    """Make a plan by a lambda policy.
 
     Args:
         layers: the network's layers. ``progressive`` needs their output sizes.
         lam: ``"full"``; an integer, meant for 3x3 and scaled with the kernel; ``"progressive"``; a dict from
             shell-style pattern to literal levels (a layer that no pattern matches stays whole); or a Plan to follow.
-        include: patterns; where given, only layers that match one are converted, and they count as named: the policy
-            cuts them even where it would leave them whole (input layer, depthwise layers).
-        exclude: patterns of layers to leave as they are.
-        basis: the basis of the kernels; the DCT where None. A Plan to follow has its own.
+        include: patterns. If given, only layers that match one are converted. The policy also cuts those of them that
+            it would leave whole otherwise (the input layer, depthwise layers).
+        exclude: patterns of layers that are not converted.
+        basis: the basis of the kernels; the DCT if None. A Plan has its own bases.
 
     Raises:
-        UsageError: an unknown lambda, a pattern that matches nothing, more levels than a kernel has, or a plan that
-            does not fit the network.
+        UsageError: the lambda is unknown, a pattern matches nothing, a kernel has fewer levels, or the plan does not
+            fit the network.
     """
-    every, layers = layers, plannable(layers)
+    all_layers, layers = layers, plannable(layers)
     names = [layer.name for layer in layers]
     for pattern in (*include, *exclude):
         if not fnmatch.filter(names, pattern):
@@ -52,13 +52,14 @@ def make_plan(
             skipped.append(Skip(layer.name, layer.kind, layer.kernel_size, reason))
         else:
             chosen.append(layer)
-    chosen, skipped = _skip_torn_ties(chosen, skipped, layers)
+    chosen, skipped = _skip_with_tied_layers(chosen, skipped, layers)
     if isinstance(lam, Plan):
         if basis is not None and (other := _other_basis(lam, basis)):
-            raise UsageError(f"the plan is of the basis {other}, not {basis}: leave out one of the two")
-        cannot = {layer.tied_to or layer.name for layer in layers if layer.skip}
-        others = [layer for layer in every if layer not in layers]
-        return _follow(lam, [*chosen, *others], skipped, {s.name for s in layers if (s.tied_to or s.name) in cannot})
+            raise UsageError(f"the plan uses the basis {other}, not {basis}: leave out the plan or the basis")
+        cannot_convert = {layer.tied_to or layer.name for layer in layers if layer.skip}
+        others = [layer for layer in all_layers if layer not in layers]
+        not_convertible = {layer.name for layer in layers if (layer.tied_to or layer.name) in cannot_convert}
+        return _follow(lam, [*chosen, *others], skipped, not_convertible)
     notes: dict[str, str] = {}
     settings: dict[str, Any] = {"space": Lambda(lam, basis or Basis())}
     keeps = {axis.name: axis.plan(chosen, settings.get(axis.name), named, notes) for axis in AXES.values()}
@@ -67,16 +68,16 @@ def make_plan(
         for layer in chosen
         if (own := tuple(kept[layer.name] for kept in keeps.values() if layer.name in kept))
     ]
-    return Plan(tuple(_same_for_ties(planned, chosen)), tuple(skipped), str(settings["space"]), notes)
+    return Plan(tuple(_same_for_tied_layers(planned, chosen)), tuple(skipped), str(settings["space"]), notes)
 
 
 def plannable(layers: Sequence[LayerInfo]) -> list[LayerInfo]:
-    """The layers for which there is something to choose on any axis."""
+    """Return the layers that have at least one axis."""
     return [layer for layer in layers if any(axis.applies(layer) for axis in AXES.values())]
 
 
 def _other_basis(plan: Plan, basis: Basis) -> Basis | None:
-    """A basis of the plan's that is not ``basis``, where the user asked for one that is not the default."""
+    """Return a basis of the plan that differs from ``basis``; None if all agree or ``basis`` is the default."""
     own = {kept.basis for kept in plan.on("space").values()}
     return next(iter(own - {basis}), None) if basis != Basis() else None
 
@@ -92,58 +93,64 @@ def _reason_to_skip(layer: LayerInfo, include: Sequence[str], exclude: Sequence[
     return None
 
 
-def _skip_torn_ties(
+def _skip_with_tied_layers(
     chosen: Sequence[LayerInfo], skipped: Sequence[Skip], layers: Sequence[LayerInfo]
 ) -> tuple[list[LayerInfo], list[Skip]]:
-    """Layers that share a weight are converted together or not at all."""
+    """Skip a layer if a layer with the same weight is skipped: they can only be converted together."""
     tie = {layer.name: layer.tied_to or layer.name for layer in layers}
-    torn = {tie[skip.name]: skip.name for skip in skipped}
-    kept = [layer for layer in chosen if tie[layer.name] not in torn]
-    left = [
-        Skip(layer.name, layer.kind, layer.kernel_size, f"its weight is tied to {torn[tie[layer.name]]}, "
-             "which is skipped")
+    skipped_by_tie = {tie[skip.name]: skip.name for skip in skipped}
+    kept = [layer for layer in chosen if tie[layer.name] not in skipped_by_tie]
+    also_skipped = [
+        Skip(layer.name, layer.kind, layer.kernel_size,
+             f"its weight is tied to {skipped_by_tie[tie[layer.name]]}, which is skipped")
         for layer in chosen
-        if tie[layer.name] in torn
+        if tie[layer.name] in skipped_by_tie
     ]  # fmt: skip
-    return kept, [*skipped, *left]
+    return kept, [*skipped, *also_skipped]
 
 
-def _same_for_ties(planned: Sequence[LayerPlan], layers: Sequence[LayerInfo]) -> list[LayerPlan]:
-    """Layers that share a weight keep together what any of them keeps."""
+def _same_for_tied_layers(planned: Sequence[LayerPlan], layers: Sequence[LayerInfo]) -> list[LayerPlan]:
+    """Let all layers that share a weight keep everything that any of them keeps."""
     tie = {layer.name: layer.tied_to or layer.name for layer in layers}
     members: dict[str, list[LayerPlan]] = {}
     for layer in planned:
         members.setdefault(tie[layer.name], []).append(layer)
     shared = {}
-    for first, together in members.items():
-        axes = [axis for name, axis in AXES.items() if all(layer.on(name) for layer in together)]
-        shared[first] = [axis.shared([kept for p in together if (kept := p.on(axis.name))]) for axis in axes]
+    for first, tied in members.items():
+        axes = [axis for name, axis in AXES.items() if all(layer.on(name) for layer in tied)]
+        shared[first] = [axis.shared([kept for layer in tied if (kept := layer.on(axis.name))]) for axis in axes]
     return [layer.keeping(*shared[tie[layer.name]]) for layer in planned]
 
 
-def _follow(plan: Plan, layers: Sequence[LayerInfo], skipped: Sequence[Skip], cannot: set[str]) -> Plan:
-    """A given plan, checked against the network; it loses the layers that are skipped, if they could be converted."""
-    out = {skip.name: skip.why for skip in skipped}
+def _follow(plan: Plan, layers: Sequence[LayerInfo], skipped: Sequence[Skip], not_convertible: set[str]) -> Plan:
+    """Check a plan against the network and remove the layers that the user excluded.
+
+    Raises:
+        UsageError: the plan has a layer that cannot be converted, is not in the network, or has another kernel size;
+            or layers with the same weight keep different things.
+    """
+    skip_reasons = {skip.name: skip.why for skip in skipped}
     for layer in plan.layers:
-        if layer.name in out and layer.name in cannot:
-            raise UsageError(f"the plan does not fit this network: layer {layer.name} is skipped ({out[layer.name]})")
-    notes = {name: why for name, why in plan.notes.items() if name not in out}
-    plan = replace(plan, layers=tuple(layer for layer in plan.layers if layer.name not in out), notes=notes)
-    known = {layer.name: layer for layer in layers}
+        if layer.name in skip_reasons and layer.name in not_convertible:
+            reason = skip_reasons[layer.name]
+            raise UsageError(f"the plan does not fit this network: layer {layer.name} is skipped ({reason})")
+    notes = {name: why for name, why in plan.notes.items() if name not in skip_reasons}
+    plan = replace(plan, layers=tuple(layer for layer in plan.layers if layer.name not in skip_reasons), notes=notes)
+    layers_by_name = {layer.name: layer for layer in layers}
     for layer in plan.layers:
-        if (info := known.get(layer.name)) is None:
-            raise UsageError(f"the plan does not fit this network: {no_match(layer.name, list(known))}")
+        if (info := layers_by_name.get(layer.name)) is None:
+            raise UsageError(f"the plan does not fit this network: {no_match(layer.name, list(layers_by_name))}")
         if layer.kernel_size != info.kernel_size:
             raise UsageError(
                 f"the plan does not fit this network: layer {layer.name} has kernel {info.kernel_size}, "
                 f"the plan says {layer.kernel_size}"
             )
-    if _same_for_ties(plan.layers, layers) != list(plan.layers):
+    if _same_for_tied_layers(plan.layers, layers) != list(plan.layers):
         raise UsageError("the plan does not fit this network: layers that share a weight keep different things")
-    left = known.keys() - {layer.name for layer in plan.layers}
+    not_in_plan = layers_by_name.keys() - {layer.name for layer in plan.layers}
     skips = [
         Skip(layer.name, layer.kind, layer.kernel_size, "not in the plan")
         for layer in layers
-        if layer.name in left and layer in plannable(layers)
+        if layer.name in not_in_plan and layer in plannable(layers)
     ]
     return replace(plan, skipped=(*skipped, *skips))

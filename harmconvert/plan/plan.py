@@ -1,4 +1,4 @@
-"""Plan: what each layer keeps on each axis. A plan is data: it prints, compares, and saves as JSON."""
+"""Plans as data: what each layer keeps on each axis. A plan can be printed, compared, and saved as JSON."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from ..errors import InputError, counted
 from ..files import read_json, write_text
 from .axes import AXES, Kept
 
-MAX_KERNEL_POSITIONS = 1 << 16  # a plan read from a file may ask for anything; no kernel in use comes near this
+MAX_KERNEL_POSITIONS = 1 << 16  # a limit for plans in files, far larger than any kernel in use
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What one layer keeps: a value for each axis that it has.
+    """What one layer keeps: one value for each axis that the layer has.
 
-    An attribute of a kept value can be read from the layer: ``layer.frequencies`` of the space axis, for example.
-    Layers without an axis of their own (1x1 convolutions and linear layers, for which no axis is registered yet) may
-    stand in a plan; nothing is done to them.
+    The attributes of these values can be read from the layer plan, for example ``layer.frequencies`` of the space axis.
+    A plan may contain layers that have no axis (1x1 convolutions and linear layers, as long as no axis for them is
+    registered); these are not changed.
     """
 
     name: str
@@ -32,26 +32,26 @@ class LayerPlan:
 
     @property
     def whole(self) -> bool:
-        """Whether the layer keeps everything."""
+        """Return whether the layer keeps everything."""
         return all(kept.whole for kept in self.keeps)
 
     def on(self, axis: str) -> Kept | None:
-        """What the layer keeps on an axis; None where it does not have that axis."""
+        """Return what the layer keeps on an axis; None if it does not have this axis."""
         return next((kept for kept in self.keeps if kept.axis == axis), None)
 
     def kept_share(self, total: int) -> int:
-        """How many of ``total`` equal parts of the layer are kept, as tables show it; the axes say."""
+        """Return how many of ``total`` equal parts of the layer are kept, for tables."""
         for kept in self.keeps:
             total = kept.part_of(total)
         return total
 
     def keeping(self, *keeps: Kept) -> LayerPlan:
-        """The same layer with other values on the axes of ``keeps``."""
+        """Return the same layer with the values ``keeps`` on their axes."""
         changed = {kept.axis: kept for kept in (*self.keeps, *keeps)}
         return replace(self, keeps=tuple(changed[axis] for axis in AXES if axis in changed))
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict: an entry for each axis."""
+        """Return a dict for JSON, with one entry for each axis."""
         own = {kept.axis: kept.to_json() for kept in self.keeps}
         return {"name": self.name, "kernel_size": list(self.kernel_size), **own}
 
@@ -68,7 +68,7 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Skip:
-    """A layer that is left as it is, and why."""
+    """A layer that is not converted, and why."""
 
     name: str
     kind: str
@@ -80,7 +80,7 @@ class Skip:
 class Plan:
     """What each layer of one network keeps on each axis.
 
-    ``notes`` gives, by layer name, the reason why a policy treats a layer in another way than the rest.
+    ``notes``: by layer name, why the policy treats a layer differently from the others.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -90,15 +90,15 @@ class Plan:
 
     @property
     def whole(self) -> bool:
-        """Whether every layer keeps everything."""
+        """Return whether every layer keeps everything."""
         return all(layer.whole for layer in self.layers)
 
     def on(self, axis: str) -> dict[str, Any]:
-        """What each layer that has an axis keeps on it, by layer name."""
+        """Return, by layer name, what the layers that have an axis keep on it."""
         return {layer.name: kept for layer in self.layers if (kept := layer.on(axis)) is not None}
 
-    def changed(self, change: Callable[[LayerPlan], LayerPlan]) -> Plan:
-        """The plan with every layer changed."""
+    def map_layers(self, change: Callable[[LayerPlan], LayerPlan]) -> Plan:
+        """Return the plan with ``change`` applied to every layer."""
         return replace(self, layers=tuple(map(change, self.layers)))
 
     def __str__(self) -> str:
@@ -110,7 +110,7 @@ class Plan:
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict; inverse of `from_json`."""
+        """Return a dict for JSON; inverse of `from_json`."""
         return {
             "policy": self.policy,
             "layers": [layer.to_json() for layer in self.layers],
@@ -120,10 +120,10 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: Any) -> Plan:
-        """Read what `to_json` wrote, or what releases before format version 2 wrote (one basis for the whole plan).
+        """Read the result of `to_json`, also of releases before format version 2 (one basis for the whole plan).
 
         Raises:
-            InputError: anything in it is not what a plan holds.
+            InputError: something in ``data`` is not valid in a plan.
         """
         with input_errors("this is not a plan"):
             plan = cls(
@@ -137,16 +137,16 @@ class Plan:
             )
         names = [layer.name for layer in plan.layers]
         if len(set(names)) < len(names):
-            raise InputError(f"this is not a plan: layer {max(names, key=names.count)!r} stands in it twice")
+            raise InputError(f"this is not a plan: layer {max(names, key=names.count)!r} appears twice")
         return plan
 
     def save(self, path: str | Path, force: bool = True) -> None:
-        """Write the plan as JSON; raises as `files.write_file`."""
+        """Write the plan as JSON; see `files.write_file` for errors."""
         write_text(path, json.dumps(self.to_json(), indent=1) + "\n", force)
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Read a plan that `save` wrote, or a report holds; raises InputError where the file is missing or no plan."""
+        """Read a plan from a file of `save` or a JSON report; raise InputError if it is missing or not valid."""
         try:
             data = read_json(path)
             return cls.from_json(data.get("plan", data) if isinstance(data, dict) else data)
@@ -161,10 +161,13 @@ def _layer_from_json(data: Any, plan: Any) -> LayerPlan:
     with input_errors(f"layer {name[:80]!r}"):
         size = _kernel_size(data)
         for axis in AXES.values():
-            data = axis.upgraded(data, plan)
+            data = axis.upgrade_json(data, plan)
         own = {key: value for key, value in data.items() if key not in ("name", "kernel_size")}
         if unknown := own.keys() - AXES.keys():
-            raise ValueError(f"it keeps something on {min(unknown)!r}, an axis that this harmconvert does not know")
+            raise ValueError(
+                f"it keeps something on {min(unknown)!r}, an axis that this harmconvert does not know: "
+                "update harmconvert"
+            )
         return LayerPlan(name, size, tuple(axis.from_json(own[key], size) for key, axis in AXES.items() if key in own))
 
 

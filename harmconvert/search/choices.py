@@ -66,7 +66,7 @@ def _choices(whole: LayerPlan, unit: str) -> tuple[Choice, ...]:
 def plan_of(whole: Plan, items: Sequence[Item], chosen: Sequence[int], policy: str) -> Plan:
     """Return the plan with the chosen choice of each item; all other layers stay whole."""
     kept = {name: item.choices[choice] for item, choice in zip(items, chosen, strict=True) for name in item.names}
-    return replace(whole.changed(lambda layer: layer.keeping(*kept.get(layer.name, ()))), policy=policy)
+    return replace(whole.map_layers(lambda layer: layer.keeping(*kept.get(layer.name, ()))), policy=policy)
 
 
 def costs_of(

@@ -175,8 +175,8 @@ MUTANTS = (
         "of tied layers the last decides", (*PLAN, "test_convert.py"),
     ),
     Mutant(
-        "plan.making._skip_torn_ties",
-        "kept = [layer for layer in chosen if tie[layer.name] not in torn]",
+        "plan.making._skip_with_tied_layers",
+        "kept = [layer for layer in chosen if tie[layer.name] not in skipped_by_tie]",
         "kept = list(chosen)",
         "one of two tied layers is converted alone", PLAN,
     ),
@@ -218,8 +218,8 @@ MUTANTS = (
     ),
     Mutant(
         "plan.space.check._wrong_coefficients",
-        "COEFFICIENT_TOLERANCE_EPS * info.eps * planned.abs() + floor",
-        "COEFFICIENT_TOLERANCE_EPS * info.eps * planned.abs().max() + floor",
+        "COEFFICIENT_TOLERANCE_EPS * info.eps * expected.abs() + floor",
+        "COEFFICIENT_TOLERANCE_EPS * info.eps * expected.abs().max() + floor",
         "small coefficients may be wrong by as much as large ones", VERIFY,
     ),
     Mutant(

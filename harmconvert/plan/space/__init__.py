@@ -1,6 +1,6 @@
 """The space axis: which frequencies of its kernel a layer keeps, and in which basis.
 
-What belongs here: everything that only this axis needs (its values, policies, choices, cost, JSON and check). What does
+What belongs here: everything that only this axis needs (values, policies, choices, cost, JSON and check). What does
 not: mathematics on tensors (`kernels`) and modules (`layers`).
 """
 

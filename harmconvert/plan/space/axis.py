@@ -1,4 +1,4 @@
-"""The space axis: a kernel keeps some of its frequencies (the paper's truncation)."""
+"""The space axis: a kernel keeps some of its frequencies, the paper's compression (sec. 4)."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from .frequencies import Frequencies, from_version_1
 from .policies import Lambda, planned
 from .policies import whole as whole_kernel
 
-# A layer with fewer choices than these also gets those of half a lambda.
+# A layer with fewer choices than this also gets the choices of the lambdas 0.5, 1.5 and 2.5.
 FEW_CHOICES = 5
-_DIGITS = 4  # of a mean |coefficient|: more cannot be seen in a figure
+_DIGITS = 4  # significant digits of a mean |coefficient|: more cannot be seen in a figure
 
 
 class SpaceAxis(Axis):
-    """Frequencies of kernels over 1x1."""
+    """The frequencies of kernels larger than 1x1."""
 
     name: ClassVar[str] = "space"
     budget_units: ClassVar[frozenset[str]] = frozenset({"params", "bytes", "macs", "latency"})
@@ -38,23 +38,25 @@ class SpaceAxis(Axis):
     readable: ClassVar[bool] = True
 
     def applies(self, layer: LayerInfo) -> bool:
-        """Whether the layer has a kernel over 1x1."""
+        """Return whether the layer has a kernel larger than 1x1."""
         return math.prod(layer.kernel_size) > 1
 
     def whole(self, layer: LayerInfo, setting: Any = None) -> Frequencies:
-        """All frequencies of the layer's kernel."""
+        """Return all frequencies of the layer's kernel."""
         return whole_kernel(layer, (setting or Lambda()).basis)
 
     def plan(
         self, layers: Sequence[LayerInfo], setting: Any, named: Collection[str], notes: dict[str, str]
     ) -> dict[str, Kept]:
-        """What a lambda policy keeps of each layer."""
+        """Return what each layer keeps under a lambda policy."""
         own = [layer for layer in layers if self.applies(layer)]
         return {**planned(own, setting or Lambda(), named, notes)}
 
     def choices(self, whole: Kept) -> tuple[Kept, ...]:
-        """What the lambdas 1 to 5, scaled with the kernel, keep, so that every uniform plan is among the choices; the
-        zero frequency alone; and all frequencies, first."""
+        """Return all frequencies, those that the lambdas 1 to 5 keep (scaled with the kernel), and the zero frequency.
+
+        So every plan with one lambda for all layers is among the choices. The first choice keeps all frequencies.
+        """
         own = cast(Frequencies, whole)
         size, basis = own.kernel_size, own.basis
         count = level_count(size)
@@ -64,25 +66,25 @@ class SpaceAxis(Axis):
         return tuple(Frequencies.below(size, number, basis) for number in sorted(levels, reverse=True))
 
     def shared(self, kept: Sequence[Kept]) -> Frequencies:
-        """The frequencies that any of the layers keeps."""
+        """Return the frequencies that at least one of the layers keeps."""
         first, *_ = own = [cast(Frequencies, one) for one in kept]
         union = {frequency for one in own for frequency in one.frequencies}
         return replace(first, frequencies=tuple(f for f in all_frequencies(first.kernel_size) if f in union))
 
     def from_json(self, data: Any, kernel_size: tuple[int, ...]) -> Frequencies:
-        """Read what `Frequencies.to_json` wrote."""
+        """Read the result of `Frequencies.to_json`."""
         return Frequencies.from_json(data, kernel_size)
 
-    def upgraded(self, layer: Mapping[str, Any], plan: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A layer of a plan of format version 1 as this version has it."""
+    def upgrade_json(self, layer: Mapping[str, Any], plan: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Convert a layer of a plan of format version 1 to the current version."""
         old = "space" not in layer and math.prod(layer["kernel_size"]) > 1
         return from_version_1(layer, plan) if old else layer
 
     def cost(self, shape: WeightShape, kept: Kept, cost: LayerCost) -> LayerCost:
-        """Parameters and bytes in proportion to the frequencies kept; MACs of the factored form.
+        """Return the cost: parameters and bytes are proportional to the number of kept frequencies.
 
-        The factored form computes the responses of every input channel (axis by axis where the basis is separable),
-        and then a 1x1 product over the kept ones.
+        The factored form computes the responses of every input channel (axis by axis if the basis is separable), then a
+        1x1 convolution over the kept responses.
         """
         own = cast(Frequencies, kept)
         count = len(own.frequencies)
@@ -101,13 +103,13 @@ class SpaceAxis(Axis):
         )
 
     def project(self, kernel: Tensor, kept: Kept) -> Tensor:
-        """The nearest combination of the kept basis kernels."""
+        """Return the combination of the kept basis kernels that is nearest to ``kernel``."""
         own = cast(Frequencies, kept)
         basis_FK = own.basis.kernels_for(kernel, own.frequencies)
         return reconstruct(project(kernel, basis_FK), basis_FK, own.kernel_size)
 
     def convert(self, model: nn.Module, kept: Mapping[str, Kept], values: bool = True) -> nn.Module:
-        """A copy of the network with harmonic convolutions in the place of the named ones."""
+        """Return a copy of the network in which the named convolutions are replaced by harmonic ones."""
         convs = convolutions(model)
         fill = {
             convs[name]: partial(to_harmonic, convs[name], own.frequencies, own.basis, values=values)
@@ -116,13 +118,13 @@ class SpaceAxis(Axis):
         return exchange(model, fill)
 
     def read(self, layer: nn.Module) -> Frequencies | None:
-        """The frequencies of a harmonic convolution."""
+        """Return the frequencies of a harmonic convolution; None for any other layer."""
         if not is_harmonic_layer(layer):
             return None
         return Frequencies(kernel_size(layer), layer.frequencies, layer.basis_spec)
 
     def tensors(self, kept: Kept, kernel_size: tuple[int, ...]) -> Mapping[str, Expected]:
-        """Coefficients (O, I, F) and, of a fitted basis, its kernels (F, K)."""
+        """Return the shapes of the coefficients (O, I, F) and, if the basis is fitted, of its kernels (F, K)."""
         own = cast(Frequencies, kept)
         count = len(own.frequencies)
         tensors = {"coefficients": Expected((None, None, count), f"hold {counted(count, 'frequency')}")}
@@ -132,12 +134,14 @@ class SpaceAxis(Axis):
         return tensors
 
     def check(self, original: nn.Module, converted: nn.Module, kept: Kept | None, as_calibrated: bool | None) -> Check:
-        """Whether the coefficients are the projection of the original kernel, to their last bit."""
+        """Check that the coefficients are the projection of the original kernel, to their last bit."""
         return check_kernel(original, converted, as_calibrated)
 
     def facts(self, weight: Tensor, kept: Kept) -> Mapping[str, Any]:
-        """The mean |coefficient| of each DCT frequency of the uncut kernel, unless the layer stays whole: then its own
-        coefficients say that."""
+        """Return the mean |coefficient| of each DCT frequency of the original kernel; empty if the layer stays whole.
+
+        A layer that stays whole still has these coefficients.
+        """
         own = cast(Frequencies, kept)
         if own.whole or own.basis.name != "dct" or weight.is_meta:
             return {}

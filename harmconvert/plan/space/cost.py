@@ -1,4 +1,4 @@
-"""What responses to basis kernels cost."""
+"""Compute the cost of responses to basis kernels."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from ...kernels.basis import Frequency
 
 
 def response_macs(kernel_size: Sequence[int], frequencies: Sequence[Frequency], separable: bool = True) -> int:
-    """Multiply-adds to compute all kept responses of one channel at one position, axis by axis from the last where the
-    basis kernels are products of vectors.
+    """Return the multiply-adds for all kept responses of one channel at one position.
+
+    If the basis is separable, responses are computed axis by axis, beginning with the last axis.
 
     >>> response_macs((3, 3), [(0, 0), (0, 1), (1, 0)])  # two rows of three, then three columns of three
     15

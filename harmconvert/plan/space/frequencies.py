@@ -1,4 +1,4 @@
-"""Frequencies: what a layer keeps on the space axis."""
+"""The value of the space axis: the frequencies that a layer keeps, and their basis."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ..plan import LayerPlan, Plan
 
 @dataclass(frozen=True)
 class Frequencies(Kept):
-    """The frequencies of one kernel that a layer keeps, in the order of `all_frequencies`, and their basis.
+    """The frequencies of its kernel that a layer keeps, in the order of `all_frequencies`, and their basis.
 
     >>> Frequencies((3, 3), ((0, 0), (0, 1), (1, 0))).levels
     2
 
     Raises:
-        UsageError: a frequency outside the kernel, or frequencies that are not distinct and in order.
+        UsageError: a frequency is outside the kernel, or the frequencies are not distinct and in order.
     """
 
     axis: ClassVar[str] = "space"
@@ -35,36 +35,36 @@ class Frequencies(Kept):
 
     @classmethod
     def below(cls, kernel_size: tuple[int, ...], levels: int, basis: Basis) -> Frequencies:
-        """The frequencies of the lowest ``levels``."""
+        """Return the frequencies of the lowest ``levels``."""
         return cls(kernel_size, frequencies_below(kernel_size, levels), basis)
 
     @property
     def whole(self) -> bool:
-        """Whether every frequency is kept."""
+        """Return whether every frequency is kept."""
         return len(self.frequencies) == prod(self.kernel_size)
 
     @property
     def levels(self) -> int | None:
-        """The literal lambda that keeps exactly these frequencies, or None where there is none."""
+        """Return the literal lambda that keeps exactly these frequencies, or None if there is none."""
         levels = sum(self.frequencies[-1]) + 1
         return levels if self.frequencies == frequencies_below(self.kernel_size, levels) else None
 
     @property
     def key(self) -> str:
-        """The frequencies, in the form of files of scores: ``0-0 0-1``."""
+        """Return the frequencies in the notation of score files: ``0-0 0-1``."""
         return " ".join("-".join(map(str, f)) for f in self.frequencies)
 
     def part_of(self, total: int) -> int:
-        """The number of frequencies."""
+        """Return the number of kept frequencies."""
         return len(self.frequencies)
 
     @property
     def contexts(self) -> Mapping[str, str]:
-        """Coefficients of other frequencies, or in another basis, would make another kernel."""
+        """Return the context of the coefficients: with other frequencies or another basis they make another kernel."""
         return {"coefficients": f" of {self.basis}, {self.frequencies}"}
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict."""
+        """Return a dict for JSON."""
         return {
             "frequencies": [list(f) for f in self.frequencies],
             "basis": self.basis.name,
@@ -73,7 +73,7 @@ class Frequencies(Kept):
 
     @classmethod
     def from_json(cls, data: Any, kernel_size: tuple[int, ...]) -> Frequencies:
-        """Read what `to_json` wrote; raises ValueError, KeyError or UsageError where it is anything else."""
+        """Read the result of `to_json`; raise ValueError, KeyError or UsageError if it is not valid."""
         check(data, {"frequencies": [[count]], "basis": str, "normalization": str}, "space")
         basis = Basis(str(data.get("basis", "dct")), str(data.get("normalization", "ortho")))
         return cls(kernel_size, tuple(map(tuple, data["frequencies"])), basis)
@@ -83,7 +83,7 @@ class Frequencies(Kept):
 
 
 def from_version_1(layer: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str, Any]:
-    """A layer of a plan of format version 1, in which one basis holds for the whole plan, as version 2 has it."""
+    """Convert a layer of a plan of format version 1, which has one basis for the whole plan, to version 2."""
     basis = {key: plan[key] for key in ("basis", "normalization") if key in plan}
     rest = {key: value for key, value in layer.items() if key != "frequencies"}
     return {**rest, "space": {"frequencies": layer["frequencies"], **basis}}
@@ -95,24 +95,24 @@ def cut_layer(
     frequencies: tuple[Frequency, ...] | None = None,
     basis: Basis | None = None,
 ) -> LayerPlan:
-    """The plan of one layer that keeps these frequencies (None: all)."""
+    """Return the plan of one layer that keeps these frequencies (None: all)."""
     every = all_frequencies(kernel_size)
     kept = Frequencies(kernel_size, every if frequencies is None else frequencies, basis or Basis())
     return LayerPlan(name, kernel_size, (kept,))
 
 
 def bases_of(plan: Plan) -> tuple[Basis, ...]:
-    """The different bases of a plan's layers, in order; the default one where no layer has any."""
+    """Return the different bases of a plan's layers, in order; the default basis if no layer has one."""
     return tuple(dict.fromkeys(kept.basis for kept in plan.on("space").values())) or (Basis(),)
 
 
 def normalizations_text(plan: Plan) -> str:
-    """The normalizations of the bases of a plan, for tables."""
+    """Return the normalizations of a plan's bases, for tables."""
     return ", ".join(dict.fromkeys(basis.normalization for basis in bases_of(plan)))
 
 
 def bases_text(plan: Plan) -> str:
-    """The names of the bases of a plan, for tables.
+    """Return the names of a plan's bases, for tables.
 
     >>> bases_text(Plan((cut_layer("a", (3, 3), basis=Basis("haar")), cut_layer("b", (3, 3)))))
     'haar, dct'

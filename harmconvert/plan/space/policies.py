@@ -1,4 +1,4 @@
-"""Lambda policies: how many frequency levels each layer keeps (paper sec. 4 and 5)."""
+"""Lambda policies: how many frequency levels each layer keeps (sec. 4 and 5)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .frequencies import Frequencies
 
 @dataclass(frozen=True)
 class Lambda:
-    """A lambda policy and the basis that it cuts: the setting of the space axis."""
+    """The setting of the space axis: a lambda policy and the basis of the frequencies."""
 
     lam: str | int | Mapping[str, int] | Any = "full"
     basis: Basis = field(default_factory=Basis)
@@ -28,10 +28,10 @@ class Lambda:
 def planned(
     layers: Sequence[LayerInfo], setting: Lambda, named: Collection[str], notes: dict[str, str]
 ) -> dict[str, Frequencies]:
-    """What each layer keeps under a lambda policy, by name.
+    """Return what each layer keeps under a lambda policy, by layer name.
 
     Raises:
-        UsageError: an unknown lambda, a pattern that matches nothing, or more levels than a kernel has.
+        UsageError: the lambda is unknown, a pattern matches nothing, or a kernel has fewer levels.
     """
     lam, basis = setting.lam, setting.basis
     if lam == "full":
@@ -48,7 +48,7 @@ def planned(
 
 
 def whole(layer: LayerInfo, basis: Basis) -> Frequencies:
-    """All frequencies of a layer."""
+    """Return all frequencies of a layer."""
     return Frequencies(layer.kernel_size, all_frequencies(layer.kernel_size), basis)
 
 
@@ -57,7 +57,7 @@ def _scaled(layer: LayerInfo, lam: int, basis: Basis) -> Frequencies:
 
 
 def stays_whole(layer: LayerInfo, named: Collection[str], notes: dict[str, str]) -> bool:
-    """Whether a policy that names no layer leaves this one whole; notes the reason."""
+    """Return whether a policy that does not name this layer leaves it whole; write the reason to ``notes``."""
     if layer.name in named or not (layer.reads_input or layer.fixed or layer.depthwise):
         return False
     what = "a fixed transform, which is not trained" if layer.fixed else "depthwise, unless a pattern names it"
@@ -83,26 +83,29 @@ def _uniform(
 def _progressive(
     layers: Sequence[LayerInfo], basis: Basis, named: Collection[str], notes: dict[str, str]
 ) -> dict[str, Frequencies]:
-    """Smallest maps lambda 2, next smallest 3, all others whole; maps compare by their number of positions."""
+    """Keep lambda 2 in layers with the smallest maps, 3 in the next smallest, everything in all others (sec. 5).
+
+    The size of a map is its number of positions.
+    """
     unknown = [layer.name for layer in layers if layer.output_size is None]
     if unknown and len(unknown) == len(layers):
         raise UsageError("lambda progressive follows the sizes of the maps: give an example input (--input-size C,H,W)")
     sizes = sorted({prod(layer.output_size) for layer in layers if layer.output_size is not None})
     lam_by_size = dict(zip(sizes, (2, 3), strict=False))
-    found = {}
+    kept = {}
     for layer in layers:
         if layer.output_size is None:
             notes[layer.name] = "whole: it did not run on the example input"
-            found[layer.name] = whole(layer, basis)
+            kept[layer.name] = whole(layer, basis)
             continue
         lam = lam_by_size.get(prod(layer.output_size))
         keep_whole = lam is None or stays_whole(layer, named, notes)
-        found[layer.name] = whole(layer, basis) if keep_whole or lam is None else _scaled(layer, lam, basis)
-    return found
+        kept[layer.name] = whole(layer, basis) if keep_whole or lam is None else _scaled(layer, lam, basis)
+    return kept
 
 
 def _by_pattern(layers: Sequence[LayerInfo], lam: Mapping[str, int], basis: Basis) -> dict[str, Frequencies]:
-    """The last pattern that matches a layer decides, so that exceptions can follow a general rule."""
+    """Apply the patterns in order: the last one that matches a layer decides, so exceptions can follow a rule."""
     names = [layer.name for layer in layers]
     levels_by_name: dict[str, int] = {}
     for pattern, levels in lam.items():
@@ -111,18 +114,18 @@ def _by_pattern(layers: Sequence[LayerInfo], lam: Mapping[str, int], basis: Basi
         if not (matches := fnmatch.filter(names, pattern)):
             raise UsageError(no_match(pattern, names))
         levels_by_name.update(dict.fromkeys(matches, levels))
-    found = {}
+    kept = {}
     for layer in layers:
         try:
             if layer.name in levels_by_name:
-                found[layer.name] = Frequencies.below(layer.kernel_size, levels_by_name[layer.name], basis)
+                kept[layer.name] = Frequencies.below(layer.kernel_size, levels_by_name[layer.name], basis)
             else:
-                found[layer.name] = whole(layer, basis)
+                kept[layer.name] = whole(layer, basis)
         except UsageError as error:
             raise UsageError(f"layer {layer.name}: {error}") from error
-    return found
+    return kept
 
 
 def no_match(pattern: str, names: Sequence[str]) -> str:
-    """The message for a pattern that matches no layer."""
+    """Return the message for a pattern that matches no layer."""
     return f"{pattern!r} matches no convolution over 1x1 (there are: {shortened(list(names), 5) or 'none'})"
