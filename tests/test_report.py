@@ -413,9 +413,9 @@ def test_the_page_is_sound_and_has_every_section() -> None:
     outline = Outline(page(report))
     assert outline.open == []
     assert outline.text["h2"] == [
-        "What it costs", "The network, layer by layer", "Which frequencies the layers live on",
-        "What the cut broke, and what came back", "The search for a budget", "Training", "The plan",
-        "Where it comes from",
+        "Size and cost of each form", "The network, layer by layer", "Frequencies that the layers use",
+        "Errors after the cut and after calibration", "Search under a budget", "Training", "The plan",
+        "Source of the network",
     ]  # fmt: skip
     assert outline.text["title"] == ["net: what harmconvert did"]
     classes = [attributes.get("class") for _, attributes in outline.tags]
@@ -438,8 +438,8 @@ def test_the_page_is_sound_and_has_every_section() -> None:
 def test_sections_without_anything_to_show_are_left_out() -> None:
     headings = Outline(page(made(small(), "full"))).text["h2"]
     assert headings == [
-        "What it costs", "The network, layer by layer", "Which frequencies the layers live on", "The plan",
-        "Where it comes from",
+        "Size and cost of each form", "The network, layer by layer", "Frequencies that the layers use", "The plan",
+        "Source of the network",
     ]  # fmt: skip
     assert "Nothing is cut" in page(made(small(), "full"))
     assert "the basis is haar" in page(made(small(), 2, basis="haar"))

@@ -12,15 +12,14 @@ from .listening import CommandLine
 
 @click.command(name="compare")
 @click.argument("sources", type=inputs.SourceText(), nargs=-1, required=True, metavar="A B [C ...]")
-@click.option("--all-layers", is_flag=True, help="Show layers of which all keep as much, too.")
+@click.option("--all-layers", is_flag=True, help="Also show layers that keep the same in all checkpoints.")
 @options.input_size
 @options.trust_code
 @options.common
 def command(
     sources: tuple[str, ...], all_layers: bool, input_size: Any, trust_code: bool, code: str | None, as_json: bool
 ) -> None:
-    """Show the harmonic checkpoints A, B, ... side by side: sizes, accuracies as they are recorded, and where the plans
-    differ.
+    """Show the harmonic checkpoints A, B, ... side by side: sizes, recorded accuracies, and differences of the plans.
 
     \b
     Example:

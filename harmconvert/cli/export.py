@@ -17,19 +17,19 @@ from .listening import CommandLine
     type=click.Choice(["dense", "timm", "onnx", "torch-export"]),
     default="dense",
     show_default=True,
-    help="dense: a plain state dict (.safetensors) for stock timm or torchvision; timm: a folder for local-dir:; onnx: "
-    "one file for any batch size, compared in ONNX Runtime (pip install 'harmconvert[onnx]'); torch-export: a .pt2 "
-    "program.",
+    help="dense: a plain state dict (.safetensors) for stock timm or torchvision; timm: a folder for local-dir:PATH; "
+    "onnx: one file for any batch size, compared in ONNX Runtime (pip install 'harmconvert[onnx]'); torch-export: a "
+    ".pt2 program.",
 )
 @click.option(
     "--form",
     type=click.Choice(["dense", "factored"]),
     default="dense",
     show_default=True,
-    help="onnx, torch-export: factored writes truncated convolutions as depthwise ones and a 1x1 where that is faster.",
+    help="onnx, torch-export: factored writes a cut convolution as a depthwise one and a 1x1, if that is faster.",
 )
 @options.dtype
-@click.option("-o", "--output", required=True, metavar="PATH", help="File, or (timm) folder, to write.")
+@click.option("-o", "--output", required=True, metavar="PATH", help="File to write; for timm a folder.")
 @options.force
 @options.input_size
 @options.network_options

@@ -21,7 +21,7 @@ option = click.option(
 
 
 def checked(output: str, report: str | None, force: bool) -> Path | None:
-    """Where --report of what goes to ``output`` is written, looked at before long work begins."""
+    """Return the path of --report for ``output``, and check it before long work begins."""
     from ..arguments import check_report
 
     return check_report(output, report, force) if report else None
@@ -30,7 +30,7 @@ def checked(output: str, report: str | None, force: bool) -> Path | None:
 def write_page(
     model: nn.Module, header: Header, output: str, page: Path, force: bool, sizes: Sequence[tuple[int, ...]] = ()
 ) -> None:
-    """Write the report of a harmonic checkpoint that was just written to ``output``."""
+    """Write the page about the harmonic checkpoint ``output``."""
     from ..report import report
     from ..storage import Network, Source
 

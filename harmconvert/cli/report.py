@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def tradeoff_options(command: Any) -> Any:
-    """What only the trade-off heeds."""
+    """Add the options that only the trade-off figure uses."""
     for option in (
         images.calibration_data_options,
         training_options.evaluation_options,
@@ -35,28 +35,28 @@ def tradeoff_options(command: Any) -> Any:
 @click.option(
     "--figure",
     type=click.Choice(NETWORK_FIGURES + CHECKPOINT_FIGURES),
-    help="Instead of the page, one figure. Of any network: filters, the DCT filters and what lambda keeps of them; "
-    "spectrum, which frequencies each layer uses; tradeoff, error against parameters as lambda varies. Of a harmonic "
-    "checkpoint: errors, of each kernel and output before and after calibration; training, loss and top-1 by epoch; "
-    "layers, what share of its frequencies each keeps.",
+    help="Draw one figure instead of the page. For any network: filters (the DCT filters, and which of them lambda "
+    "keeps), spectrum (the frequencies that each layer uses), tradeoff (error against parameters, for several "
+    "lambdas). For a harmonic checkpoint: errors (of each kernel and output, before and after calibration), training "
+    "(loss and top-1 of each epoch), layers (the share of frequencies that each layer keeps).",
 )
 @click.option(
     "-o",
     "--output",
     metavar="FILE",
-    help="Of a report .html (default: NAME-report.html) or .json; of a figure .png (default: NAME-FIGURE.png) or .svg.",
+    help="A page: .html (default: NAME-report.html) or .json. A figure: .png (default: NAME-FIGURE.png) or .svg.",
 )
 @options.force
 @click.option(
     "--kernel-size",
     type=types.KernelSize(),
-    help="filters, spectrum: of this kernel only, such as 7x7; default: the most common one, or all.",
+    help="filters, spectrum: show this kernel size only, such as 7x7; default: the most common size, or all sizes.",
 )
 @click.option(
     "--latency",
     type=types.Count(min=1),
     metavar="BATCH",
-    help="Time the forms here, in turns, on so many examples in a forward, for the page to show.",
+    help="Measure the forms on this machine, in turns, with BATCH examples in a forward pass, for the page.",
 )
 @tradeoff_options
 @options.device
@@ -77,10 +77,10 @@ def command(
 ) -> None:
     """Write a page about the harmonic checkpoint SOURCE, or with --figure one figure.
 
-    The page needs nothing but itself: what was done and what it costs, layer by layer, as far as the file tells;
-    with -o FILE.json its data. Figures are the paper's 2, 3 and 4, from any network, and the page's own charts, with
-    their numbers beside them as .csv. The trade-off tests on --dataset or --data-dir, as evaluate does, and draws the
-    calibrated cuts, too, where --calibrate says on which images.
+    The page is one file. It shows what was done and what the forms cost, layer by layer, as far as the checkpoint
+    records it; -o FILE.json writes its data. The figures are 2, 3 and 4 of the paper, for any network, and the charts
+    of the page. Each figure has a .csv with its numbers. The trade-off tests on --dataset or --data-dir, as evaluate
+    does. With --calibrate, it also shows the calibrated cuts.
 
     \b
     Example:
@@ -147,7 +147,7 @@ def _page(
     input_size: Any,
     as_json: bool,
 ) -> None:
-    """Write the page, or its data."""
+    """Write the page or its data."""
     from ..arguments import check_report, may_be_harmonic
     from ..errors import UsageError
 
@@ -180,7 +180,7 @@ def _page(
 
 
 def _tested(given: dict[str, Any]) -> TradeoffSettings:
-    """What the options say that a trade-off is tested on."""
+    """Return the settings of a trade-off from the options."""
     from ..report import TradeoffSettings
 
     return TradeoffSettings(

@@ -124,7 +124,7 @@ def error_chart(layers: Sequence[LayerFacts], plain: bool) -> Chart | None:
             return None
         y = axis("relative error of the kernel, %", (value for _, value, _ in found), zero=True)
         return Chart(
-            "kernels", "What the cut took from each kernel", x, y, (Series("plain cut", "dots", "b", tuple(found)),)
+            "kernels", "Error of each kernel after the cut", x, y, (Series("plain cut", "dots", "b", tuple(found)),)
         )
     pairs = [
         (number, layer, 100 * layer.output_error_before, 100 * layer.output_error_after)
@@ -141,7 +141,7 @@ def error_chart(layers: Sequence[LayerFacts], plain: bool) -> Chart | None:
     after = tuple((number, b, tip) for (number, _, _, b), tip in zip(pairs, tips, strict=True))
     series = (Series("plain cut", "rings", "b", before), Series("calibrated", "dots", "a", after))
     return Chart(
-        "outputs", "What each layer puts out, before and after calibration", x, y, series,
+        "outputs", "Output error of each layer, before and after calibration", x, y, series,
         tuple((number, a, b) for number, _, a, b in pairs),
     )  # fmt: skip
 
@@ -173,7 +173,7 @@ def search_chart(search: Mapping[str, Any] | None) -> Chart | None:
     size = f"{UNITS.get(search['unit'], search['unit'])}, % of the uncut network's"
     x, y = axis(size, (limit, *(x for x, _, _ in points))), axis(unit, (y for _, y, _ in points), log=True)
     shown = tuple(one for one in series if one.points)
-    return Chart("search", "Harm against size", x, y, shown, limit=(limit, f"budget {search['budget']}"))
+    return Chart("search", "Size and error of the plans", x, y, shown, limit=(limit, f"budget {search['budget']}"))
 
 
 def training_charts(report: Report) -> list[Chart]:

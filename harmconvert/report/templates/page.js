@@ -3,7 +3,7 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const tip = document.getElementById("tip");
 
-  // Text only: what is shown comes from a file.
+  // Use text, and never HTML, because the data comes from a file.
   function show(text, x, y) {
     tip.textContent = text;
     tip.hidden = false;
@@ -78,7 +78,7 @@
 
   document.addEventListener("scroll", hide, { passive: true });
   document.addEventListener("keydown", (event) => { if (event.key === "Escape") hide(); });
-  // Paper cannot be unfolded.
+  // Open all details before the page is printed.
   window.addEventListener("beforeprint", () => {
     for (const one of document.querySelectorAll("details")) one.open = true;
   });
