@@ -10,10 +10,11 @@ from pathlib import Path
 
 import click
 import pytest
-from click.testing import CliRunner
 
 from harmconvert.cli import COMMANDS, main
 from harmconvert.cli.advice import OPTION, fitting, options_of
+
+from .commands import run
 
 PACKAGE = Path(__file__).resolve().parents[1] / "harmconvert"
 # It writes commands out, each option behind the command that has it.
@@ -101,7 +102,7 @@ def test_a_network_without_a_size_is_told_of_an_option_that_is_there(
     )
     for name in ("evaluate", "train", "benchmark"):
         data = [] if name == "benchmark" else ["--dataset", "sample:mnist5k"]
-        result = CliRunner().invoke(main, [name, "net.py:make", *data])
+        result = run(name, "net.py:make", *data)
         assert result.exit_code == 2
         named = OPTION.findall(result.stderr)
         assert named, result.stderr

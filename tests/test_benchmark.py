@@ -16,9 +16,8 @@ import harmconvert as hc
 from harmconvert.deploy import Benchmark, Row, benchmark, peak_bytes
 from harmconvert.errors import UsageError
 
-from .checkpoints import converted
+from .commands import converted, fails, ok
 from .networks import Branches, random_input, seeded
-from .test_cli import fails, ok
 
 X = random_input((1, 3, 24, 24))
 

@@ -35,11 +35,10 @@ from harmconvert.search import (
     smallest_within,
 )
 
-from .checkpoints import SAMPLE
+from .commands import SAMPLE, ok, run
 from .networks import Branches, random_input, seeded
 from .pictures import digit_folders
 from .seams import replace_everywhere
-from .test_cli import ok, run
 
 X = random_input((2, 3, 16, 16))
 numbers = st.integers(0, 60)

@@ -18,7 +18,6 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from click.testing import CliRunner, Result
 
 from harmconvert.cli import COMMANDS, main
 from harmconvert.cli.loudness import loudness
@@ -27,33 +26,12 @@ from harmconvert.samples import mnist5k_held_back
 from harmconvert.sources import open_source
 from harmconvert.storage import read_header
 
-from .checkpoints import SAMPLE, converted
+from .commands import RUNNER, SAMPLE, converted, fails, ok, run
 
 
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(main, list(arguments))
-
-
-def ok(*arguments: str) -> Result:
-    result = run(*arguments)
-    assert result.exit_code == 0, (result.stderr, result.exception)
-    return result
-
-
-def fails(code: int, message: str, *arguments: str) -> None:
-    before = sorted(os.listdir())
-    result = run(*arguments)
-    assert result.exit_code == code, (result.stderr, result.exception)
-    lines = [line for line in result.stderr.splitlines() if line.startswith("harmconvert: ")]
-    assert len(lines) == 1, result.stderr
-    assert message in lines[0]
-    assert "Traceback" not in result.stderr
-    assert sorted(os.listdir()) == before, "nothing may be written"
 
 
 def test_converting_writes_the_documented_file_and_tells_all_about_it() -> None:
@@ -756,7 +734,7 @@ def test_verbose_commands_say_what_the_library_falls_back_on() -> None:
 
     log = logging.getLogger("harmconvert")
     before = [*log.handlers]
-    assert "no source is recorded: why" in CliRunner().invoke(command, ["-v"]).stderr
+    assert "no source is recorded: why" in RUNNER.invoke(command, ["-v"]).stderr
     for loud in ([], ["-q"]):
-        assert CliRunner().invoke(command, loud).stderr == ""
+        assert RUNNER.invoke(command, loud).stderr == ""
     assert log.handlers == before, "nothing is left behind"

@@ -16,8 +16,7 @@ from harmconvert.samples import mnist5k_held_back
 from harmconvert.sources import open_source
 from harmconvert.storage import read_header
 
-from .checkpoints import SAMPLE
-from .test_cli import ok, run
+from .commands import SAMPLE, ok, run
 
 
 @pytest.fixture(autouse=True)

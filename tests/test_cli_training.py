@@ -26,10 +26,9 @@ from harmconvert.sources import open_source
 from harmconvert.storage import read_header
 from harmconvert.training import Recipe, write_metrics
 
-from .checkpoints import SAMPLE, converted
+from .commands import SAMPLE, converted, ok, run
 from .pictures import digit_folders
 from .seams import replace_everywhere
-from .test_cli import ok, run
 
 # Digits: no mirror images; small steps, because the batches of these tests are small.
 DIGITS = ["--hflip", "0", "--crop", "padded", "-b", "10", "--workers", "0"]

@@ -23,10 +23,9 @@ from harmconvert.errors import CheckError, InputError, OutsideError, UsageError
 from harmconvert.network import comparison_inputs, factor, fuse, tensors_in
 from harmconvert.storage import rounded
 
-from .checkpoints import SAMPLE, converted
+from .commands import SAMPLE, converted, fails, ok
 from .networks import Branches, random_input, seeded
 from .seams import replace_everywhere
-from .test_cli import fails, ok
 
 X = random_input((1, 3, 24, 24))
 # Same padding, squeeze and excitation, dense and split connections, standardised weights, attention, re-parametrised.

@@ -54,10 +54,9 @@ from harmconvert.search import SearchSettings
 from harmconvert.training import Evaluation, evaluate
 
 from . import oracle, test_report
-from .checkpoints import SAMPLE, converted
+from .commands import SAMPLE, converted, fails, ok
 from .networks import CONVOLUTIONS, Branches, seeded
 from .pictures import digit_folders
-from .test_cli import fails, ok
 
 
 @pytest.fixture(autouse=True)

@@ -40,11 +40,10 @@ from harmconvert.search import (
 )
 
 from . import oracle
-from .checkpoints import SAMPLE
+from .commands import SAMPLE, ok
 from .networks import CONVOLUTIONS, Branches, random_input, seeded
 from .seams import replace_everywhere
 from .test_calibration import fitted_rows, launched, smooth
-from .test_cli import ok
 
 BEST = SearchSettings(trials=2, frequencies="best")
 

@@ -27,10 +27,10 @@ from harmconvert.sources import open_original, open_reference, open_source
 from harmconvert.storage import BlockRecord, Header, Network, read_header
 from harmconvert.training import harmonize
 
+from .commands import fails, ok
 from .networks import random_input, seeded
 from .pictures import digit_folders
 from .reference_cases import CASES, RECORDING, random_tensor
-from .test_cli import fails, ok
 
 # Largest difference over largest logit: both sides are float32, summed in another order.
 TOLERANCE = 1e-5

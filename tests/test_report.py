@@ -38,10 +38,9 @@ from harmconvert.storage import Header, Source, read_header
 from harmconvert.training import recipe_named
 
 from .browser import UNREADABLE, Visit, chromium
-from .checkpoints import SAMPLE, converted
+from .commands import SAMPLE, converted, fails, ok
 from .pictures import digit_folders
 from .seams import replace_everywhere
-from .test_cli import fails, ok
 
 # Of functions, to write one page: about three seconds of work.
 MOST_CALLS = 10_000_000

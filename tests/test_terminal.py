@@ -20,7 +20,7 @@ from rich.cells import cell_len
 from harmconvert.cli import COMMANDS, waiting
 from harmconvert.cli.waiting import busy, progress
 
-from .checkpoints import SAMPLE
+from .commands import SAMPLE
 from .pictures import digit_folders
 
 pytestmark = pytest.mark.xdist_group("terminal")  # one process, so that the runs below are made once

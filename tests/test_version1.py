@@ -15,13 +15,13 @@ from typing import Any, cast
 
 import pytest
 import torch
-from click.testing import CliRunner
 from torch import nn
 
 import harmconvert as hc
-from harmconvert.cli import main
 from harmconvert.errors import DamageWarning
 from harmconvert.storage import read_header
+
+from .commands import run
 
 FOLDER = Path(__file__).parent / "data" / "version1"
 EXPECTED: dict[str, Any] = json.loads((FOLDER / "expected.json").read_text())
@@ -172,7 +172,7 @@ def test_a_plan_file_of_the_release_is_followed(
     monkeypatch.chdir(FOLDER)
     target = str(tmp_path / "planned.safetensors")
     command = ["convert", "digits_network.py:make", "--checkpoint", "weights.safetensors", "-o", target]
-    result = CliRunner().invoke(main, [*command, "--plan", "plan.json"])
+    result = run(*command, "--plan", "plan.json")
     assert result.exit_code == 0, result.stderr
     state = hc.load(target, model=make()).state_dict()
     whole = EXPECTED["whole"]["tensors"]
@@ -188,7 +188,7 @@ def test_probes_of_the_release_are_used_again(tmp_path: Path, monkeypatch: pytes
     target = tmp_path / "searched.safetensors"
     command = ["convert", "digits_network.py:make", "--checkpoint", "weights.safetensors", "-o", str(target)]
     search = ["--budget", "params=80%", "--calibrate", "sample:mnist5k", "--calibration-images", "64", "--trials", "2"]
-    result = CliRunner().invoke(main, [*command, *search, "--probes", str(probes)])
+    result = run(*command, *search, "--probes", str(probes))
     assert result.exit_code == 0, result.stderr
     assert read_header(target).plan == read_header(FOLDER / "searched.safetensors").plan
     before, after = (json.loads(path.read_text()) for path in (FOLDER / "probes.json", probes))

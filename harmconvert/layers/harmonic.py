@@ -278,7 +278,9 @@ def _merged_kernel(
         basis = kernels_FK.to(coefficients.device, dtype)
     # Autocast would compute the product in half precision, and the kernel would no longer be exact.
     device = coefficients.device.type
-    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+    # A device without autocast (meta) is not compiled for; torch.compile of torch 2.10 cannot trace the question.
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    with torch.autocast(device, enabled=False) if available else nullcontext():
         precise_OIF = coefficients.to(basis.dtype)
         channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(len(kernel_size) + 2)
         if not _is_channels_last(input, channels_last, len(kernel_size)):

@@ -15,11 +15,9 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from click.testing import CliRunner
 from torch import nn
 
 import harmconvert as hc
-from harmconvert.cli import main
 from harmconvert.errors import HarmconvertError, HarmconvertWarning, printable
 from harmconvert.pipeline import convert
 from harmconvert.plan import Plan
@@ -27,6 +25,7 @@ from harmconvert.sources import open_source
 from harmconvert.storage import read_header, read_weights
 from harmconvert.training import record_of
 
+from ..commands import run
 from ..networks import Branches, seeded
 from . import hostile
 from .tally import Counter, size
@@ -100,7 +99,7 @@ def test_hostile_checkpoints(good: bytes, tmp_path: Path, tally: Counter, kind: 
 
 def command_complaint(path: str) -> str | None:
     """What is wrong with how commands speak of a file that is no checkpoint."""
-    result = CliRunner().invoke(main, ["inspect", path])
+    result = run("inspect", path)
     lines = [line for line in result.stderr.splitlines() if line.startswith("harmconvert: error: ")]
     fine = result.exit_code in (2, 3) and len(lines) == 1 and printable(lines[0]) == lines[0]
     return None if fine or result.exit_code == 0 else f"{path}: exit code {result.exit_code}: {result.stderr[-300:]}"

@@ -18,8 +18,7 @@ from harmconvert.pipeline import convert
 from harmconvert.samples import mnist5k_held_back
 from harmconvert.sources import open_source
 
-from ..checkpoints import SAMPLE
-from ..test_cli import ok, run
+from ..commands import SAMPLE, ok, run
 from .tally import Counter, size
 
 Tensors = dict[str, Tensor]
