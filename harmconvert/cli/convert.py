@@ -95,7 +95,7 @@ def budget_options(command: Any) -> Any:
     "--plan",
     "plan_file",
     type=inputs.InputFile(),
-    help="Instead of a lambda, follow a plan: JSON, or a harmonic checkpoint, whose plan is used.",
+    help="Instead of a lambda, follow the plan in this file: JSON, or a harmonic checkpoint.",
 )
 @click.option(
     "--include",

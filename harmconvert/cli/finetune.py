@@ -27,8 +27,8 @@ from .recording import command_words
 @click.option(
     "--num-classes",
     type=types.Count(min=1),
-    help="Give the network a new classifier, for data with other classes. It replaces the classifier by "
-    "reset_classifier() of timm's networks, or the last layer of fc, classifier, heads or head of torchvision's.",
+    help="Give the network a new classifier, for data with other classes. timm's networks make it by "
+    "reset_classifier(); in torchvision's, the last layer of fc, classifier, heads or head is replaced.",
 )
 @click.option(
     "--distill",
