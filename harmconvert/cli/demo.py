@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from functools import partial
+from typing import TYPE_CHECKING
 
 import click
 
 from . import options
+from .listening import CommandLine
+
+if TYPE_CHECKING:
+    from ..pipeline import Step, Verification
 
 
 @click.command(name="demo")
@@ -20,7 +26,7 @@ def command(as_json: bool) -> None:
     Example:
       harmconvert demo
     """
-    from ..report.demo import tell
+    from ..pipeline import demo
 
     with ExitStack() as waiting:
         spinner = partial(options.busy, "measuring") if sys.stderr.isatty() else nullcontext
@@ -31,6 +37,84 @@ def command(as_json: bool) -> None:
             waiting.enter_context(spinner())
 
         waiting.enter_context(spinner())
-        facts = tell(say)
+        done = demo(_Telling(say))
     if as_json:
-        options.print_json(facts)
+        options.print_json(done.to_json())
+
+
+class _Telling(CommandLine):
+    """Says in a line or two what each step measured."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        super().__init__()
+        self.tell = tell
+        self.uncut = 0.0
+
+    def result(self, result: object) -> None:
+        from ..pipeline import Step
+
+        if isinstance(result, Step):
+            for line in self._lines(result):
+                self.tell(line)
+
+    def _lines(self, step: Step) -> list[str]:
+        from ..pipeline.demo import PHOTOGRAPHS, REPAIR
+
+        if step.why is not None:
+            return [f"{'  ' if step.name == REPAIR else 'sample:'}{step.name}: left out: {step.why}"]
+        if step.name == "uncut":
+            self.uncut = step.accuracy or 0.0
+            right = f"{step.accuracy:.1%} of {step.images:,} held-back images right"
+            return [f"sample:resnet_mnist5k, trained on real handwriting: {right}"]
+        if step.name == PHOTOGRAPHS:
+            return _of_photographs(step)
+        return _of_a_cut(step, self.uncut) if step.cost is not None else _of_a_repair(step)
+
+
+def _of_a_cut(step: Step, uncut: float) -> list[str]:
+    from ..report.tables import megabytes, millions
+
+    assert step.cost is not None
+    kept, whole = step.cost.harmonic_parameters, step.cost.parameters
+    size = f"{millions(kept)} of {millions(whole)} parameters, {megabytes(step.bytes or 0)}"
+    if step.check is not None:
+        same = f"the same prediction on {step.agreement:.1%} of the images,"
+        return [f"  whole basis: {size}; {same}", f"    {_exactness(step.check)}"]
+    points = ((step.accuracy or 0.0) - uncut) * 100
+    plain = f"{step.accuracy:.1%} right ({points:+.1f} points), {step.agreement:.1%} predicted as before"
+    return [f"  lambda {step.name}: {size} ({kept / whole:.0%});", f"    a plain cut, nothing repaired: {plain}"]
+
+
+def _of_a_repair(step: Step) -> list[str]:
+    from ..errors import counted
+    from ..report.tables import megabytes
+
+    if step.name == "calibrated":
+        what = f"calibrated on {step.images} other images, no labels, no training"
+        return [
+            f"    the same cut {what}: {step.accuracy:.1%} right,", f"    {step.agreement:.1%} predicted as before",
+        ]  # fmt: skip
+    if step.name == "fine-tuned":
+        trained = f"{counted(step.epochs or 0, 'epoch')} on 4,000 images, {step.seconds:.0f} s"
+        return [f"    and fine-tuned for {trained}: {step.accuracy:.1%} right"]
+    size = megabytes(step.bytes or 0)
+    return [f"    exported as plain convolutions, {size}: the same prediction on {step.agreement:.1%}"]
+
+
+def _of_photographs(step: Step) -> list[str]:
+    from ..report.tables import millions
+
+    assert step.cost is not None
+    assert step.check is not None
+    share = f"{step.cost.over_1x1_parameters / step.cost.parameters:.1%} in kernels over 1x1"
+    same = f"{step.images} crops of two photographs: same top-1 on {step.check.top1_agreement:.0%}"
+    return [
+        f"sample:efficientnet_lite0, ImageNet weights, {millions(step.cost.parameters)} parameters, {share}",
+        f"  whole basis, {same},",
+        f"    {_exactness(step.check)}",
+    ]
+
+
+def _exactness(check: Verification) -> str:
+    verdict = "exact" if check.ok else "NOT EXACT"
+    return f"logits within {check.max_relative_error:.1e} of the original's: {verdict}"

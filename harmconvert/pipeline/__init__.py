@@ -6,6 +6,7 @@ printing belong to `cli`; what a flow is made of belongs to the folders before t
 from .benchmark import benchmark
 from .convert import RECORD_KEY, Conversion, LayerRecord, convert
 from .convert_to_file import ConvertedFile, Rounding, convert_to_file
+from .demo import Demo, Step, demo
 from .evaluate import Evaluated, evaluate
 from .export import ExportedFile, export
 from .finetune import finetune
@@ -33,6 +34,7 @@ __all__ = [
     "RECORD_KEY",
     "Conversion",
     "ConvertedFile",
+    "Demo",
     "Evaluated",
     "ExportedFile",
     "FineTuning",
@@ -42,6 +44,7 @@ __all__ = [
     "Rounding",
     "Setting",
     "Stage",
+    "Step",
     "Trained",
     "TrainingProgress",
     "Verification",
@@ -49,6 +52,7 @@ __all__ = [
     "check_classes",
     "convert",
     "convert_to_file",
+    "demo",
     "evaluate",
     "evaluator",
     "export",

@@ -6,7 +6,6 @@ is an extra: `figures` is imported when the first one is drawn."""
 from .charts import axis, counted
 from .compare import compare
 from .comparison import Column, Comparison, comparison_of
-from .demo import tell
 from .figure import Figure, TradeoffSettings, figure
 from .filters import filter_bank
 from .page import page, shortened_name, write_report
@@ -51,7 +50,6 @@ __all__ = [
     "search_sheet",
     "shortened_name",
     "spectrum",
-    "tell",
     "tradeoff",
     "tradeoff_table",
     "training_sheet",

@@ -1,0 +1,164 @@
+"""demo(): two real networks converted without the hub, every number measured now."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data.calibration import calibration_images
+from ..data.datasets import DataRequest, open_data
+from ..data.loading import training_batches
+from ..data.preprocessing import color_mode, preprocessing
+from ..deploy.export import export
+from ..errors import OutsideError
+from ..network.running import evaluating
+from ..plan.cost import Cost
+from ..samples import mnist5k_held_back, photographs
+from ..sources.opening import load, open_source
+from ..training.loop import train
+from ..training.recipe import recipe_named
+from .convert import convert
+from .listener import SILENT, Listener
+from .saving import save
+from .verification import Verification
+from .verify import verify
+
+REPAIR, PHOTOGRAPHS = "calibration and fine-tuning", "efficientnet_lite0"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the demo, and what was measured in it; None is what does not belong to the step.
+
+    ``accuracy`` is the share of held-back images that are right, ``agreement`` the share predicted as by the uncut
+    network; ``images`` were tested or calibrated on; ``bytes`` are of the file; ``why`` says why the step was left out.
+    """
+
+    name: str
+    accuracy: float | None = None
+    agreement: float | None = None
+    images: int | None = None
+    cost: Cost | None = None
+    bytes: int | None = None
+    check: Verification | None = None
+    epochs: int | None = None
+    seconds: float | None = None
+    why: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dict of what was measured."""
+        if self.name == PHOTOGRAPHS and self.check is not None:
+            agreement = self.check.top1_agreement
+            error = self.check.max_relative_error
+            return {"max_relative_error": error, "top1_agreement": agreement, "ok": self.check.ok}
+        found = {
+            "accuracy": self.accuracy,
+            "agreement": self.agreement,
+            "parameters": self.cost.harmonic_parameters if self.cost else None,
+            "bytes": self.bytes if self.cost else None,
+            "images": self.images,
+            "epochs": self.epochs,
+            "seconds": self.seconds,
+            "max_relative_error": self.check.max_relative_error if self.check else None,
+        }
+        return {key: value for key, value in found.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The steps of the demo in their order."""
+
+    steps: tuple[Step, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dict: the accuracy of the uncut network, and what each later step measured, by its name."""
+        uncut, *others = self.steps
+        return {"accuracy": uncut.accuracy} | {step.name: step.to_json() for step in others if step.why is None}
+
+
+def demo(listener: Listener = SILENT) -> Demo:
+    """Convert two sample networks, and say what that costs and what repairs it; `Step` is the listener's result.
+
+    Raises:
+        OutsideError: a package with a sample is missing that the first steps need.
+    """
+    steps = []
+    for step in _steps():
+        listener.result(step)
+        steps.append(step)
+    return Demo(tuple(steps))
+
+
+def _steps() -> Iterator[Step]:
+    source = open_source("sample:resnet_mnist5k")
+    original, (images, labels) = source.model, mnist5k_held_back()
+    yield Step("uncut", _accuracy(original, images, labels), images=len(labels))
+    with tempfile.TemporaryDirectory() as folder:
+        for lam in ("full", "progressive", 2):
+            conversion = convert(original, lam)
+            path = Path(folder) / f"{lam}.safetensors"
+            save(conversion, path, source=source.source)
+            converted = load(path)
+            yield Step(
+                str(lam),
+                _accuracy(converted, images, labels),
+                _agreement(original, converted, images),
+                cost=conversion.cost,
+                bytes=path.stat().st_size,
+                check=verify(original, converted, images[::10]) if lam == "full" else None,
+            )
+    try:
+        yield from _repaired(original, images, labels)
+    except OutsideError as error:
+        yield Step(REPAIR, why=str(error))
+    try:
+        yield _photographs()
+    except OutsideError as error:
+        yield Step(PHOTOGRAPHS, why=str(error))
+
+
+def _repaired(original: nn.Module, images: Tensor, labels: Tensor) -> Iterator[Step]:
+    """The cut of lambda 2 calibrated, fine-tuned, exported."""
+    seen = calibration_images("sample:mnist5k", original, 128)
+    model = convert(original, 2, calibration=seen.batches).model
+    yield Step("calibrated", _accuracy(model, images, labels), _agreement(original, model, images), len(seen))
+
+    data = open_data(DataRequest("sample:mnist5k"), ("train",))
+    recipe = recipe_named("finetune", batch_size=64, crop="padded", hflip=0.0)  # digits have no mirror images
+    config = preprocessing(original, {})
+    assert data.train is not None
+    batches = training_batches(data.train, recipe.transform(config), color_mode(config), recipe.batch_size)
+    rows = train(model, batches, recipe)
+    seconds = sum(row["seconds"] for row in rows)
+    yield Step("fine-tuned", _accuracy(model, images, labels), epochs=recipe.epochs, seconds=seconds)
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "dense.safetensors"
+        export(model, path)
+        plain = open_source("sample:resnet_mnist5k", weights=path).model
+        yield Step("exported", agreement=_agreement(model, plain, images), bytes=path.stat().st_size)
+
+
+def _photographs() -> Step:
+    network, crops = open_source("sample:efficientnet_lite0").model, photographs()
+    conversion = convert(network)
+    return Step(PHOTOGRAPHS, images=len(crops), cost=conversion.cost, check=verify(network, conversion, crops))
+
+
+def _predictions(model: nn.Module, images: Tensor) -> Tensor:
+    with evaluating(model):
+        return torch.cat([model(batch).argmax(1) for batch in images.split(250)])
+
+
+def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    return (_predictions(model, images) == labels).double().mean().item()
+
+
+def _agreement(original: nn.Module, converted: nn.Module, images: Tensor) -> float:
+    return (_predictions(original, images) == _predictions(converted, images)).double().mean().item()
