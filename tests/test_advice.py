@@ -118,7 +118,7 @@ ALWAYS_SEVERAL = {
     "self.images",
     "len(sizes)",
     "source.classes or source.arguments.get('num_classes')",
-    "len(seen)",
+    "step.images",
     "world_size()",
     "REPLACEMENTS",
     "shapes",
