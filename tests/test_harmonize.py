@@ -102,7 +102,7 @@ def test_checkpoints_keep_blocks(tmp_path: Path, which: str) -> None:
     network = harmonize(wrn(), which, 3 if which == "all" else "full")
     with_statistics(network.stem)
     hc.save(network, tmp_path / "net.safetensors", source=WRN)
-    assert read_header(tmp_path / "net.safetensors").blocks == {"stem": BlockRecord(normalize=True)}
+    assert read_header(tmp_path / "net.safetensors").blocks == {"stem": BlockRecord(normalize=True, kernel_size=(3, 3))}
     x = random_input((2, 1, 28, 28))
     loaded = hc.load(tmp_path / "net.safetensors").eval()
     dense = hc.load(tmp_path / "net.safetensors", form="dense").eval()

@@ -176,7 +176,7 @@ def test_it_is_saved_as_a_checkpoint_of_ours_and_the_file_is_needed_no_more(tmp_
     assert again.source == network.source
     assert bases_of(again.header.plan)[0].normalization == ("l1" if again.header.plan.layers else "ortho")
     assert again.header.history["training"] == [{"by": "the reference implementation"}]
-    assert read_header(tmp_path / "ours.safetensors").blocks == {"stem": BlockRecord(True, "l1")}
+    assert read_header(tmp_path / "ours.safetensors").blocks == {"stem": BlockRecord(True, "l1", (3, 3))}
 
 
 def test_the_original_of_a_cut_one_is_the_file_itself(tmp_path: Path) -> None:
@@ -363,7 +363,7 @@ def test_it_is_evaluated_and_finetuned(tmp_path: Path, monkeypatch: pytest.Monke
     assert found["stages"][0]["evaluation"]["top1"] == found["stages"][1]["evaluation"]["top1"] == data["top1"]
     header = read_header("model-finetuned.safetensors")
     assert [run.get("by") for run in header.history["training"]] == ["the reference implementation", None]
-    assert header.blocks == {"stem": BlockRecord(True, "l1")}
+    assert header.blocks == {"stem": BlockRecord(True, "l1", (3, 3))}
 
 
 def test_a_plain_wide_resnet_is_converted_like_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
