@@ -350,7 +350,7 @@ def test_damage_to_a_tensor_is_told(saved: Path) -> None:
     content = bytearray(saved.read_bytes())
     content[-5] ^= 1
     saved.write_bytes(content)
-    with pytest.warns(HarmconvertWarning, match="is not as harmconvert wrote it: damaged, or changed since"):
+    with pytest.warns(HarmconvertWarning, match="is damaged, or was changed after harmconvert wrote it"):
         load(saved, model=seeded(Branches))
 
 
@@ -464,7 +464,7 @@ def test_a_file_is_read_back_before_it_takes_its_place(
 
     before = saved.read_bytes()
     monkeypatch.setattr(safetensors.torch, "save_file", damaged)
-    with pytest.raises(OutsideError, match="what was written is not what can be read back"):
+    with pytest.raises(OutsideError, match="the file that was written cannot be read back unchanged"):
         save(convert(network), saved, force=True)
     assert saved.read_bytes() == before
 

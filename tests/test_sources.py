@@ -375,7 +375,7 @@ def test_arguments_and_sources_of_other_types_are_refused(tmp_path: Path) -> Non
     conversion = convert(timm.create_model("test_resnet"))
     with pytest.raises(UsageError, match="must be a source string"):
         save(conversion, tmp_path / "a.safetensors", source=3)  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="the arguments of timm:test_resnet hold what JSON cannot"):
+    with pytest.raises(UsageError, match="the arguments of timm:test_resnet cannot be JSON"):
         save(conversion, tmp_path / "a.safetensors", source=Source("timm", "test_resnet", {"norm_layer": nn.Identity}))
     assert list(tmp_path.iterdir()) == []
     save(conversion, tmp_path / "a.safetensors", source="timm:test_resnet")

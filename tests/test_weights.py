@@ -106,12 +106,12 @@ def test_values_and_names_that_no_file_can_hold_are_named(tmp_path: Path) -> Non
     sparse.register_buffer("graph", torch.eye(3).to_sparse())
     double.register_buffer("phases", torch.ones(3, dtype=torch.complex128))
     odd.register_buffer("\udc80", torch.ones(1))
-    with pytest.raises(InputError, match="graph is a float32 sparse_coo tensor, which no safetensors file can hold"):
+    with pytest.raises(InputError, match="graph is a float32 sparse_coo tensor, which a safetensors file cannot"):
         untied_state(sparse)
-    with pytest.raises(InputError, match=r"\\udc80 is no name that a file can hold"):
+    with pytest.raises(InputError, match=r"a file cannot hold the name .*\\udc80"):
         untied_state(odd)
     tensors, _ = untied_state(double)
-    with pytest.raises(InputError, match="phases: no safetensors file can hold complex128 values"):
+    with pytest.raises(InputError, match="phases: a safetensors file cannot hold complex128 values"):
         write_tensors(tensors, tmp_path / "a.safetensors", {}, force=False)
     assert list(tmp_path.iterdir()) == []
     for network in (sparse, odd):  # what cannot be written can be hashed
@@ -421,7 +421,7 @@ OTHERS = [
     (safetensors.torch.save({"a": torch.zeros(3)}), "it is a safetensors file: rename it to end in .safetensors"),
     (bytes(257) + b"ustar" + bytes(999), "it is a tar archive: unpack it"),
     (gzip.compress(b"weights"), "it is a gzip archive: unpack it"),
-    (bytes(5000), "it is damaged, cut off, or nothing that torch.save wrote: get it again"),
+    (bytes(5000), "it is damaged, cut off, or was not written by torch.save: get it again"),
 ]
 
 
@@ -441,7 +441,7 @@ def test_an_old_file_that_was_cut_off_and_a_foreign_archive_are_refused_in_our_w
     whole = path.read_bytes()
     for length in (30, len(whole) // 2):
         path.write_bytes(whole[:length])
-        with pytest.raises(InputError, match="it is damaged, cut off, or nothing that torch"):
+        with pytest.raises(InputError, match="it is damaged, cut off, or was not written"):
             read_weights(path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("notes.txt", "none")

@@ -1,7 +1,7 @@
 """Codecs: how one tensor is written to a file, read back, counted in bytes and hashed.
 
-What belongs here: mathematics and JSON of single tensors as files hold them. What does not: networks, plans, and the
-reading and writing of files (see `storage`). To add a codec, write a subclass of `Codec` and register it below.
+What belongs here: the encoding of single tensors in files, and its JSON. What does not: networks and plans, and reading
+and writing files (`storage`). To add a codec, write a subclass of `Codec` and register it below.
 """
 
 from __future__ import annotations

@@ -14,8 +14,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Entry:
-    """How a file holds one tensor: the codec, the shape and dtype of the tensor once it is decoded, and what else the
-    codec needs to decode it (``parameters``, JSON-able)."""
+    """The entry of one tensor in a codec table: its codec, and the shape and dtype of the decoded tensor.
+
+    ``parameters`` (JSON-able) are all other values that the codec needs to decode the tensor.
+    """
 
     codec: str
     version: int
@@ -25,17 +27,17 @@ class Entry:
 
     @property
     def decoded_bytes(self) -> int:
-        """The bytes of the tensor in memory."""
+        """Return the number of bytes of the decoded tensor."""
         return prod(self.shape) * self.dtype.itemsize
 
 
 class Codec(ABC):
-    """How one tensor is written to a file, and read back.
+    """How one tensor is written to a file and read back.
 
-    ``plain`` codecs store a tensor of their dtype as it is: the file needs no entry for it. All others store one
-    tensor of another shape or dtype under the same key, and the file's codec table holds an `Entry` for it.
-    ``tolerance`` is the difference of a network's outputs, relative to the largest output, that storing its weights
-    with this codec may make.
+    A ``plain`` codec stores a tensor of its dtype unchanged, and the file needs no entry for it. Any other codec stores
+    a tensor of another shape or dtype under the same key, and the file's codec table has an `Entry` for it.
+    ``tolerance`` is the largest difference that this codec may make to a network's outputs, relative to the largest
+    output.
     """
 
     name: str
@@ -44,34 +46,38 @@ class Codec(ABC):
     plain: bool = False
 
     def entry(self, tensor: Tensor) -> Entry:
-        """Choose the parameters with which a tensor is to be stored."""
+        """Return the entry for a tensor, with the parameters chosen for it."""
         return Entry(self.name, self.version, tuple(tensor.shape), tensor.dtype)
 
     @abstractmethod
     def stored(self, entry: Entry) -> tuple[tuple[int, ...], torch.dtype]:
-        """The shape and dtype of the tensor in the file. A codec whose size depends on the values records the size in
-        the entry's parameters."""
+        """Return the shape and dtype of the tensor in the file.
+
+        If the size depends on the values, the codec records it in the entry's parameters.
+        """
 
     def bytes(self, entry: Entry) -> int:
-        """The bytes of the tensor in the file."""
+        """Return the number of bytes of the tensor in the file."""
         shape, dtype = self.stored(entry)
         return prod(shape) * dtype.itemsize
 
     @abstractmethod
     def encode(self, tensor: Tensor, entry: Entry) -> Tensor:
-        """The tensor that is stored in the file."""
+        """Return the tensor that is stored in the file."""
 
     @abstractmethod
     def decode(self, stored: Tensor, entry: Entry) -> Tensor:
-        """The tensor of ``entry``'s shape and dtype. Encoding it again with the same entry gives the same bytes.
+        """Return the tensor with the shape and dtype of ``entry``; encoding it with ``entry`` gives the same bytes.
 
         Raises:
             ValueError: the stored values cannot be decoded.
         """
 
     def check(self, entry: Entry) -> None:
-        """Raise ValueError unless the entry, which may come from any file, can be decoded without more memory than
-        `Entry.decoded_bytes` and what is in proportion to it."""
+        """Raise ValueError if the entry is invalid, or if decoding it would need much more than `Entry.decoded_bytes`.
+
+        The entry may come from an untrusted file. The memory for decoding must be proportional to `decoded_bytes`.
+        """
         if entry.parameters:
             raise ValueError(f"unknown parameter {min(entry.parameters)!r:.80}")
 
@@ -80,10 +86,10 @@ CODECS: dict[tuple[str, int], Codec] = {}
 
 
 def register(codec: Codec) -> None:
-    """Make a codec known. Older versions of a codec stay registered, so that their files are read for good."""
+    """Register a codec. Older versions of a codec stay registered, so that their files remain readable."""
     CODECS[codec.name, codec.version] = codec
 
 
 def codec_of(entry: Entry) -> Codec:
-    """The codec of an entry."""
+    """Return the codec of an entry."""
     return CODECS[entry.codec, entry.version]

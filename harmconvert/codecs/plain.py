@@ -1,4 +1,4 @@
-"""Plain codecs: tensors stored as they are, in 32 or 16 bits or in any other dtype."""
+"""Plain codecs: tensors stored without coding, in 32 bits, 16 bits or any other dtype."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .codec import Codec, Entry, codec_of
 
 @dataclass(frozen=True)
 class Plain(Codec):
-    """A tensor stored in ``dtype``; None: in its own."""
+    """Stores a tensor in ``dtype``; None: in the tensor's own dtype."""
 
     name: str
     dtype: torch.dtype | None
@@ -34,14 +34,14 @@ class Plain(Codec):
         return stored
 
 
-# The tolerances with the whole basis: of float64 and float32 as the documentation promises; of 16 bits, the rounding of
-# the coefficients bounds them, amplified layer by layer. Float64 weights are stored raw.
+# The last number is the tolerance with the whole basis. For float64 (stored raw) and float32 it is the bound in the
+# documentation; for 16 bits it follows from the rounding of the coefficients, amplified layer by layer.
 FLOAT32 = Plain("float32", torch.float32, 1e-5)
 FLOAT16 = Plain("float16", torch.float16, 2e-2)
 BFLOAT16 = Plain("bfloat16", torch.bfloat16, 1e-1)
 RAW = Plain("raw", None, 1e-12)
 
-# The dtypes of weights whose rounding a verification can tell apart.
+# The dtypes of weights that have different tolerances in a verification.
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _BY_DTYPE = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
 # The dtypes that a network can be stored in, by name.
@@ -49,7 +49,7 @@ FLOATS = {codec.name: dtype for dtype, codec in _BY_DTYPE.items()}
 
 
 def plain_codec(dtype: torch.dtype) -> Plain:
-    """The codec that stores tensors of a dtype as they are.
+    """Return the codec that stores tensors of a dtype without coding.
 
     >>> plain_codec(torch.float16).name, plain_codec(torch.int64).name
     ('float16', 'raw')
@@ -58,7 +58,7 @@ def plain_codec(dtype: torch.dtype) -> Plain:
 
 
 def stored_bytes(tensor: Tensor, entry: Entry | None = None) -> int:
-    """The bytes of a tensor in a file: coded as ``entry`` says, or as it is.
+    """Return the bytes of a tensor in a file: coded by ``entry``, or plain if there is none.
 
     >>> stored_bytes(torch.zeros(3, 4, dtype=torch.float16))
     24
@@ -68,6 +68,6 @@ def stored_bytes(tensor: Tensor, entry: Entry | None = None) -> int:
 
 
 def tolerance_of(dtype: torch.dtype, coded: Mapping[str, Entry] | None = None) -> float:
-    """The relative difference of outputs that storing weights in a dtype, and some ``coded`` tensors, may make."""
+    """Return the relative difference that storing weights in a dtype and ``coded`` tensors may make to outputs."""
     tolerances = [codec_of(entry).tolerance for entry in (coded or {}).values()]
     return max([plain_codec(dtype).tolerance, *tolerances])

@@ -1,4 +1,4 @@
-"""The codec table of a file: which codecs its tensors are stored with, and an entry for each tensor that is coded."""
+"""The codec table of a file: the codecs of its tensors, and an entry for each coded tensor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..errors import InputError, shortened
 from .codec import CODECS, Codec, Entry, codec_of
 from .plain import RAW, plain_codec
 
-# The dtypes that a tensor may have in memory, by their names in a codec table.
+# The dtypes of decoded tensors, by their names in a codec table.
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -22,7 +22,7 @@ DTYPES = {
         *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
     )
 }
-# Their names in a safetensors file.
+# The dtypes of stored tensors, by their names in a safetensors file.
 STORED_NAMES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -35,21 +35,20 @@ _TABLE = {...: {"version": count, "tensors": {...: {"shape": [count], "dtype": s
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: its shape, and its dtype as safetensors calls it."""
+    """A tensor in a file: its shape, and its dtype by the name in safetensors."""
 
     shape: tuple[int, ...]
     dtype: str
 
     @property
     def codec(self) -> Codec:
-        """The codec of a tensor without an entry."""
+        """Return the codec of a tensor without an entry."""
         return plain_codec(STORED_NAMES[self.dtype]) if self.dtype in STORED_NAMES else RAW
 
 
 @dataclass(frozen=True)
 class CodecTable:
-    """The codecs of a file: the plain ones (name and version), which need no entries, and the entries of all coded
-    tensors, by key.
+    """The codecs of a file: its plain codecs (name and version), and the entries of its coded tensors, by key.
 
     >>> table = CodecTable.of({torch.float32, torch.int64})
     >>> table.to_json()
@@ -61,12 +60,12 @@ class CodecTable:
 
     @classmethod
     def of(cls, dtypes: Iterable[torch.dtype], coded: Mapping[str, Entry] | None = None) -> CodecTable:
-        """The table of a file that holds tensors of some dtypes as they are, and coded ones."""
+        """Return the table of a file that has plain tensors of some dtypes, and coded tensors."""
         codecs = {plain_codec(dtype) for dtype in dtypes}
         return cls(frozenset((codec.name, codec.version) for codec in codecs), dict(coded or {}))
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict, entries grouped by codec; inverse of `from_json`."""
+        """Return a JSON-able dict with the entries grouped by codec; inverse of `from_json`."""
         table: dict[str, Any] = {name: {"version": version} for name, version in sorted(self.plain)}
         for key, entry in self.coded.items():
             group = table.setdefault(entry.codec, {"version": entry.version, "tensors": {}})
@@ -76,15 +75,15 @@ class CodecTable:
 
     @classmethod
     def from_json(cls, data: Any) -> CodecTable:
-        """Read what `to_json` wrote, from a file that may hold anything instead.
+        """Return the table that `to_json` wrote; the data may come from an untrusted file.
 
         Raises:
-            InputError: an unknown codec or version, or anything that is not such a table.
+            InputError: a codec or its version is unknown, or the data is not a codec table.
         """
         with input_errors(_UNREADABLE):
             check(data, _TABLE, "codecs")
             versions = {name: group["version"] for name, group in data.items()}
-        codecs = {name: _known(name, version) for name, version in versions.items()}
+        codecs = {name: _registered(name, version) for name, version in versions.items()}
         coded: dict[str, Entry] = {}
         with input_errors(_UNREADABLE):
             for name, group in data.items():
@@ -92,8 +91,8 @@ class CodecTable:
                     raise ValueError(f"{name}: it should {'not ' if codecs[name].plain else ''}list tensors")
                 for key, entry in group.get("tensors", {}).items():
                     if key in coded:
-                        raise ValueError(f"{key!r:.80} stands under two codecs")
-                    coded[key] = _entry(codecs[name], key, entry)
+                        raise ValueError(f"{key!r:.80} has two codecs")
+                    coded[key] = _entry_from_json(codecs[name], key, entry)
         return cls(frozenset((name, codec.version) for name, codec in codecs.items() if codec.plain), coded)
 
     def check(self, stored: Mapping[str, Stored], limit: int) -> None:
@@ -101,26 +100,26 @@ class CodecTable:
 
         Args:
             stored: all tensors of the file, by key.
-            limit: the bytes that all coded tensors may take once they are decoded.
+            limit: the most bytes that all coded tensors may need after decoding.
 
         Raises:
-            InputError: the table is not that of this file, or claims tensors that are too large.
+            InputError: the table does not belong to this file, or claims tensors that are too large.
         """
         for key, entry in self.coded.items():
             shape, dtype = codec_of(entry).stored(entry)
-            found = stored.get(key)
-            if found is None or found.shape != tuple(shape) or STORED_NAMES.get(found.dtype) != dtype:
-                wanted = next((name for name, known in STORED_NAMES.items() if known == dtype), str(dtype))
-                there = "it is missing" if found is None else f"it is {found.dtype} {list(found.shape)}"
-                raise InputError(f"{_DISAGREE}: {key[:80]} should be {wanted} {list(shape)}, {there}")
-        as_they_are = {found.codec for key, found in stored.items() if key not in self.coded}
-        if differing := self.plain ^ {(codec.name, codec.version) for codec in as_they_are}:
-            raise InputError(f"{_DISAGREE}: {shortened(sorted(name for name, _ in differing))} is in one of them only")
+            tensor = stored.get(key)
+            if tensor is None or tensor.shape != tuple(shape) or STORED_NAMES.get(tensor.dtype) != dtype:
+                expected = next((name for name, known in STORED_NAMES.items() if known == dtype), str(dtype))
+                actual = "it is missing" if tensor is None else f"it is {tensor.dtype} {list(tensor.shape)}"
+                raise InputError(f"{_DISAGREE}: {key[:80]} should be {expected} {list(shape)}, {actual}")
+        plain = {tensor.codec for key, tensor in stored.items() if key not in self.coded}
+        if differing := self.plain ^ {(codec.name, codec.version) for codec in plain}:
+            raise InputError(f"{_DISAGREE}: only one of them has {shortened(sorted(name for name, _ in differing))}")
         if (size := sum(entry.decoded_bytes for entry in self.coded.values())) > limit:
             raise InputError(f"its codec table claims tensors of {size:,} bytes, far more than the file holds: refused")
 
 
-def _known(name: str, version: int) -> Codec:
+def _registered(name: str, version: int) -> Codec:
     if (codec := CODECS.get((name, version))) is None:
         raise InputError(
             f"its tensors are stored with the codec {name[:80]!r} version {version}, which this harmconvert does not "
@@ -129,8 +128,8 @@ def _known(name: str, version: int) -> Codec:
     return codec
 
 
-def _entry(codec: Codec, key: str, data: Mapping[str, Any]) -> Entry:
-    """The entry of one tensor."""
+def _entry_from_json(codec: Codec, key: str, data: Mapping[str, Any]) -> Entry:
+    """Return the entry of one tensor."""
     where = f"{codec.name}: {key[:80]}"
     shape = tuple(data["shape"])
     if len(shape) > _MOST_AXES or prod(shape) >= 1 << 63:

@@ -1,7 +1,8 @@
-"""Files: checkpoints and their header, the weights that others wrote, 16-bit precision.
+"""Files: harmonic checkpoints and their header, weights from other programs, 16-bit precision.
 
-What belongs here: bytes, their checks and their limits. Nothing in a file is executed. A source string, which may name
-a model of a library or of the hub, is opened in `sources`."""
+What belongs here: reading and writing files, with checks and limits; nothing in a file is executed. What does not:
+source strings, which can name a model of a library or of the hub (`sources`), and codecs of single tensors (`codecs`).
+"""
 
 from .checkpoint import (
     Network,
@@ -17,7 +18,7 @@ from .header import METADATA_KEY, BlockRecord, Header
 from .history import CALIBRATION, STAGES, check_history
 from .precision import as_stored, check_rounding, dtype_named, in_float32, rounded
 from .source import SCHEMES, Source, as_source, parse_source
-from .unpickling import UNREADABLE, unpickled, why_no_values, why_not_read
+from .unpickling import UNREADABLE, read_pickle, why_pickle_unreadable, why_tensor_refused
 from .weights import (
     load_exactly,
     load_state,
@@ -55,13 +56,13 @@ __all__ = [
     "plan_in",
     "read_checkpoint",
     "read_header",
+    "read_pickle",
     "read_weights",
     "rounded",
     "saving",
-    "unpickled",
     "untied_state",
-    "why_no_values",
-    "why_not_read",
+    "why_pickle_unreadable",
+    "why_tensor_refused",
     "why_unreadable",
     "write_checkpoint",
     "write_tensors",

@@ -1,7 +1,8 @@
-"""The file: one self-describing .safetensors, written whole or not at all, read without running anything.
+"""The harmonic checkpoint: one self-describing .safetensors, written atomically and read without running any code.
 
-``<conv>.coefficients`` (O, I, F) stands in the place of ``<conv>.weight``, with ``<conv>.fitted_basis`` (F, K) beside
-it where the basis is the layer's own; every other tensor keeps its key. `docs/file-format.md` describes the file.
+``<conv>.coefficients`` (O, I, F) replaces ``<conv>.weight``. If the basis is fitted to the layer,
+``<conv>.fitted_basis`` (F, K) is stored, too. Every other tensor keeps its key. `docs/file-format.md` describes the
+file.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from ..network.state import tensors_of
 from ..plan import AXES, Plan, apply_plan, plan_of_model
 from .header import METADATA_KEY, BlockRecord, Header, checksum, header_text
 from .source import Source, as_source, timm_source
-from .tensors import decoded, encoded, equal, memory_limit, read_stored, stored_in
+from .tensors import decode_tensors, encode_tensors, equal, memory_limit, read_stored, stored_tensors
 from .weights import load_exactly, open_safetensors, untied_state, why_unreadable, write_tensors
 
 log = logging.getLogger(__name__)
@@ -52,27 +53,27 @@ def write_checkpoint(
     preprocessing: Mapping[str, Any] | None = None,
     force: bool = False,
 ) -> Header:
-    """Write a harmonic network to one .safetensors file; returns the header written.
+    """Write a harmonic network to one .safetensors file; return its header.
 
     Args:
         model: a network with harmonic convolutions or blocks.
-        header: what is known of it: its plan, source and history. What is None there, or where no header is given, is
-            read from the network: the plan from its layers, the source from a network that timm made.
+        header: the network's plan, source and history. Missing entries are read from the network: the plan from its
+            layers, the source from a network that timm built.
         source: replaces the header's source.
         history: replaces entries of the header's history.
-        preprocessing: replaces what the network declares in its ``pretrained_cfg``, entry by entry.
-        force: replace a file that is there.
+        preprocessing: replaces entries of the network's ``pretrained_cfg``.
+        force: replace an existing file.
 
     Raises:
-        UsageError: the output exists or cannot be a file, or nothing in the network is harmonic.
-        InputError: weights that are not finite, or without values (meta device), or what could not be loaded again.
-        OutsideError: the disk is full, permission is missing.
+        UsageError: the output exists or cannot be a file, or no layer of the network is harmonic.
+        InputError: weights are not finite or have no values (meta device), or the file could not be loaded again.
+        OutsideError: the disk is full or permission is missing.
     """
     check_output(path, force, ".safetensors")
     check_finite(model)
     plan = header.plan if header else plan_in(model)
     tensors, tied = untied_state(model)
-    stored, coded = encoded(tensors, header.codecs.coded if header else {})
+    stored, coded = encode_tensors(tensors, header.codecs.coded if header else {})
     source = as_source(source) or (header.source if header else None) or timm_source(model)
     versions = {name: version(name) for name in ("harmconvert", "torch", "timm")}
     record = {**(header.history if header else {}), **(history or {})}
@@ -88,34 +89,38 @@ def write_checkpoint(
 
 
 def _check_written(staging: Path, model: nn.Module, header: Header, tensors: Mapping[str, Tensor]) -> None:
-    """Raise InputError where a file that was just written could not be loaded again as the network that it is of.
+    """Raise InputError if the file that was just written could not be loaded again into the network.
 
-    The header and all tensors are read back. The network to load them into is made as `load` makes it, without values.
+    The header and all tensors are read back. The network to load them into is built as in `load`, but without values.
     """
     try:
         plain = dense_form(_without_values(model))
-    except Exception as error:  # a part that cannot be copied without values
-        log.info("%s is checked with its values: it has no copy without (%s)", type(model).__name__, first_line(error))
+    except Exception as error:  # a part of the network cannot be copied without values
+        log.info(
+            "%s is checked with its values: it cannot be copied without them (%s)",
+            type(model).__name__, first_line(error),
+        )  # fmt: skip
         plain = dense_form(model)
     structure = harmonic_like(plain, header.plan, "what would be written", header.blocks)
-    wanted = {key: tuple(tensor.shape) for key, tensor in tensors_of(structure).items()}
+    expected = {key: tuple(tensor.shape) for key, tensor in tensors_of(structure).items()}
     written = {key: tuple(tensor.shape) for key, tensor in tensors_of(model).items()}
-    if differing := [key for key in {**wanted, **written} if wanted.get(key) != written.get(key)]:
+    if differing := [key for key in {**expected, **written} if expected.get(key) != written.get(key)]:
         raise InputError(
             f"this {type(model).__name__} could not be loaded again: {shortened(differing)} would not be in the "
-            "network that its plan makes; convert the network anew"
+            "network that its plan makes; convert the network again"
         )
-    found, text = _header_of(staging)
+    header_read, text = _header_of(staging)
     stored = read_stored(staging)
     if checksum(text, stored) == header.crc32:
-        again = decoded({key: stored[key] for key in found.codecs.coded}, found.codecs.coded)
+        coded = header_read.codecs.coded
+        again = decode_tensors({key: stored[key] for key in coded}, coded)
         if all(equal(tensor, tensors[key]) for key, tensor in again.items()):
             return
-    raise OutsideError("what was written is not what can be read back: the disk or the memory is faulty")
+    raise OutsideError("the file that was written cannot be read back unchanged: the disk or the memory is faulty")
 
 
 def _without_values(model: nn.Module) -> nn.Module:
-    """A copy of a network whose parameters are on the meta device."""
+    """Return a copy of a network with its parameters on the meta device."""
     memo: dict[int, Any] = {
         id(tensor): nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=tensor.requires_grad)
         for tensor in model.parameters()
@@ -124,7 +129,7 @@ def _without_values(model: nn.Module) -> nn.Module:
 
 
 def is_harmonic(path: str | Path) -> bool:
-    """Whether a file calls itself a harmonic checkpoint, readable or not."""
+    """Return whether a file declares itself a harmonic checkpoint; it may still be unreadable."""
     if Path(path).suffix != ".safetensors" or why_unreadable(path):
         return False
     with open_safetensors(path) as file:
@@ -132,16 +137,16 @@ def is_harmonic(path: str | Path) -> bool:
 
 
 def read_header(path: str | Path) -> Header:
-    """What the checkpoint at ``path`` says of itself; reads no tensor.
+    """Return the header of the checkpoint at ``path``; read no tensor.
 
     Raises:
-        InputError: no such file, not a safetensors file, not a harmonic checkpoint, or of an unknown version.
+        InputError: the file does not exist, is not a harmonic checkpoint, or has an unknown version.
     """
     return _header_of(path)[0]
 
 
 def _header_of(path: str | Path) -> tuple[Header, str]:
-    """The header of a checkpoint, compared with the shapes of the tensors in its file, and its text."""
+    """Return the header of a checkpoint and its text, after a check against the shapes of the tensors in the file."""
     with open_safetensors(path) as file:
         metadata = file.metadata() or {}
     if METADATA_KEY not in metadata:
@@ -153,38 +158,38 @@ def _header_of(path: str | Path) -> tuple[Header, str]:
         data = parse_json(metadata[METADATA_KEY])
     except ValueError as error:
         raise InputError(f"{path}: its header is not JSON: {error}") from error
-    stored = stored_in(path)
+    stored = stored_tensors(path)
     try:
         header = Header.from_json(data)
         if header.format_version > 1:
             header.codecs.check(stored, memory_limit(path))
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    shapes = {key: list(one.shape) for key, one in stored.items()}
+    shapes = {key: list(tensor.shape) for key, tensor in stored.items()}
     shapes |= {key: list(entry.shape) for key, entry in header.codecs.coded.items()}
     _check_shapes(path, header, shapes)
     return header, metadata[METADATA_KEY]
 
 
 def _check_shapes(path: str | Path, header: Header, shapes: Mapping[str, list[int]]) -> None:
-    """Raise InputError where the tensors of a file, once they are decoded, are not those of its plan."""
-    expected = {
-        state_key(layer.name, tensor): wanted
+    """Raise InputError if the decoded tensors of a file do not have the shapes of its plan."""
+    expected_shapes = {
+        state_key(layer.name, tensor): expected
         for layer in header.plan.layers
         for kept in layer.keeps
-        for tensor, wanted in AXES[kept.axis].tensors(kept, layer.kernel_size).items()
+        for tensor, expected in AXES[kept.axis].tensors(kept, layer.kernel_size).items()
     }
-    for key, wanted in expected.items():
+    for key, expected in expected_shapes.items():
         shape = shapes.get(key)
-        if (shape is None and key in header.tied) or (shape is not None and wanted.fits(shape)):
+        if (shape is None and key in header.tied) or (shape is not None and expected.fits(shape)):
             continue
-        found = "it is missing" if shape is None else f"it has shape {shape}"
-        raise InputError(f"{path}: its header and tensors disagree: {key} should {wanted.text}, {found}")
+        actual = "it is missing" if shape is None else f"it has shape {shape}"
+        raise InputError(f"{path}: its header and tensors disagree: {key} should {expected.text}, {actual}")
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network, where it came from, and (where it was read from a harmonic checkpoint) what its file says of it."""
+    """A network, its source, and, if it was read from a harmonic checkpoint, the header of its file."""
 
     model: nn.Module
     source: Source
@@ -202,14 +207,15 @@ def read_checkpoint(
     """Read a harmonic checkpoint into a network; `harmconvert.load` also rebuilds the recorded source.
 
     Args:
-        model: the plain network to fill; it is copied, not changed. Where None, ``rebuild`` makes it from the source.
-        form: ``"harmonic"``, ``"dense"``, or ``"factored"``: in eval mode, as `factor` finds it to be fastest here.
-        example_input: what the factored form is to be fast at, and what the dense form is compared on; default: one
-            input of the network's own size.
+        model: the plain network to load into; it is copied, not changed. If None, ``rebuild`` builds it.
+        form: ``"harmonic"``, ``"dense"``, or ``"factored"`` (in eval mode, the fastest form by `factor`).
+        example_input: the input on which the factored form is timed and the dense form is compared; default: one input
+            of the network's own size.
+        rebuild: builds the plain network of the recorded source.
 
     Raises:
-        InputError: the file is unreadable, holds NaN, or does not fit the network (the first ten keys are named).
-        UsageError: no network to fill, an unknown form, or nothing known to measure the factored form on.
+        InputError: the file is unreadable, contains NaN, or does not fit the network (the message names ten keys).
+        UsageError: the network is unknown, the form is unknown, or the factored form needs an example input.
     """
     if form not in FORMS:
         raise UsageError(f"unknown form {form!r}: use one of {', '.join(FORMS)}")
@@ -222,14 +228,14 @@ def read_checkpoint(
         except (InputError, UsageError) as error:
             raise type(error)(f"{path}: {error}") from error
     harmonic = harmonic_like(model, header.plan, str(path), header.blocks)
-    del model  # where it was made for this, it is memory
+    del model  # a network that ``rebuild`` made is freed here
     stored = read_stored(path)
     if header.crc32 is not None and checksum(text, stored) != header.crc32:
-        remark = f"{path} is not as harmconvert wrote it: damaged, or changed since; verify it against its original"
+        remark = f"{path} is damaged, or was changed after harmconvert wrote it: verify it against its original"
         warnings.warn(remark, DamageWarning, stacklevel=2)
     _check_coded(harmonic, header, path)
     with input_errors(str(path)):
-        state = decoded(stored, header.codecs.coded)
+        state = decode_tensors(stored, header.codecs.coded)
     del stored
     state |= {alias: state[key] for alias, key in header.tied.items() if key in state}
     load_exactly(harmonic, state, str(path))
@@ -242,19 +248,19 @@ def read_checkpoint(
 
 
 def _check_coded(harmonic: nn.Module, header: Header, path: str | Path) -> None:
-    """Raise InputError where a network has no room for a coded tensor: before memory is set aside for its values."""
+    """Raise InputError if a coded tensor does not fit the network, before memory is allocated for its values."""
     own = tensors_of(harmonic, keep_vars=True)
     for key, entry in header.codecs.coded.items():
         if key not in own or (not is_lazy(own[key]) and tuple(own[key].shape) != entry.shape):
-            there = f"{key} is {tuple(own[key].shape)} in it" if key in own else f"it has no tensor {key}"
+            actual = f"the network's has {tuple(own[key].shape)}" if key in own else "the network has no such tensor"
             raise InputError(
-                f"{path} does not fit this {type(harmonic).__name__}: its codec table claims {key} to be "
-                f"{entry.shape}, {there}"
+                f"{path} does not fit this {type(harmonic).__name__}: its codec table says that {key} has shape "
+                f"{entry.shape}, {actual}"
             )
 
 
 def in_form(harmonic: nn.Module, form: str, example_input: Any = None) -> nn.Module:
-    """A harmonic network in one of `FORMS`."""
+    """Return a harmonic network in one of `FORMS`."""
     if form == "factored":
         return factor(harmonic.eval(), example_input)
     return fuse(harmonic, example_input) if form == "dense" else harmonic
@@ -263,10 +269,10 @@ def in_form(harmonic: nn.Module, form: str, example_input: Any = None) -> nn.Mod
 def harmonic_like(
     model: nn.Module, plan: Plan, where: str, blocks: Mapping[str, BlockRecord] | None = None
 ) -> nn.Module:
-    """A copy of a plain network with the harmonic convolutions of a plan, and blocks, their values to be loaded.
+    """Return a copy of a plain network with the harmonic convolutions and blocks of a plan, without their values.
 
     Raises:
-        InputError: the network lacks a convolution of the plan's; ``where`` that is from is named.
+        InputError: the network lacks a convolution of the plan; the message starts with ``where``.
     """
     complaint = f"{where} does not fit this {type(model).__name__}"
     known = weighted_layers(model)
@@ -285,7 +291,7 @@ def harmonic_like(
 
 
 def _blocks_of(model: nn.Module) -> dict[str, BlockRecord]:
-    """The blocks of a network that stand in the place of convolutions."""
+    """Return the records of a network's blocks, by name."""
     blocks = {name: module for name, module in model.named_modules() if isinstance(module, HarmonicBlock2d)}
     return {
         name: BlockRecord(isinstance(block.norm, nn.BatchNorm2d), block.normalization, kernel_size(block))
@@ -294,11 +300,12 @@ def _blocks_of(model: nn.Module) -> dict[str, BlockRecord]:
 
 
 def plan_in(model: nn.Module, known: Plan | None = None) -> Plan:
-    """The plan that a network follows: ``known`` where its layers say the same, else what they say; an empty one where
-    it has blocks alone.
+    """Return the plan that a network follows: ``known`` if its layers agree with it, else a plan read from them.
+
+    The plan is empty if the network has only blocks.
 
     Raises:
-        UsageError: nothing in the network is harmonic.
+        UsageError: no layer of the network is harmonic.
     """
     if _blocks_of(model) and not harmonic_layers(model):
         return Plan(())

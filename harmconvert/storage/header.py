@@ -1,4 +1,4 @@
-"""The header of a harmonic checkpoint: what a file says of its network, as JSON in the metadata entry ``harmconvert``.
+"""The header of a harmonic checkpoint: a description of its network, as JSON in the metadata entry ``harmconvert``.
 
 `docs/file-format.md` describes it.
 """
@@ -29,8 +29,10 @@ _MARK = ',"crc32":'
 
 @dataclass(frozen=True)
 class BlockRecord:
-    """How a `HarmonicBlock2d` stands in a network: whether it normalises, the scale of its DCT kernels, and their size
-    (None in files of version 1, where the network knows it)."""
+    """The settings of a `HarmonicBlock2d`: whether it has a batch norm, the scale of its DCT kernels, and their size.
+
+    ``kernel_size`` is None in files of version 1; then the network gives it.
+    """
 
     normalize: bool = True
     normalization: str = "ortho"
@@ -38,7 +40,7 @@ class BlockRecord:
 
     @classmethod
     def from_json(cls, data: Any) -> BlockRecord:
-        """Read what `dataclasses.asdict` wrote, or the bare ``normalize`` of files from before there was more."""
+        """Return the record that `dataclasses.asdict` wrote; early files have only ``normalize``, as a bool."""
         if isinstance(data, bool):
             return cls(data)
         check(data, {"kernel_size": ([count], None)}, "block")
@@ -51,8 +53,11 @@ class BlockRecord:
 
 @dataclass(frozen=True)
 class Header:
-    """What a harmonic checkpoint says of its network. ``preprocessing`` is None in files from before it was recorded;
-    ``format_version`` is that of the file that the header was read from."""
+    """The description of a network in a harmonic checkpoint.
+
+    ``preprocessing`` is None in early files, which did not record it. ``format_version`` is the version of the file
+    from which the header was read.
+    """
 
     plan: Plan
     source: Source | None = None
@@ -66,7 +71,7 @@ class Header:
     format_version: int = field(default=FORMAT_VERSION, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict in the present format version; inverse of `from_json`."""
+        """Return a JSON-able dict in the current format version; inverse of `from_json`."""
         return {
             "format_version": FORMAT_VERSION,
             "source": asdict(self.source) if self.source else None,
@@ -82,34 +87,34 @@ class Header:
 
     @property
     def calibrated(self) -> dict[str, str]:
-        """Keys of the tensors that calibration wrote, each with the sha256 of what it wrote."""
+        """Return the keys of the tensors that calibration wrote, each with the sha256 of its values."""
         record = self.history.get("calibration")
         changed = record.get("changed") if isinstance(record, dict) else None
         return {str(k): str(v) for k, v in changed.items()} if isinstance(changed, dict) else {}
 
     @classmethod
     def from_json(cls, data: Any) -> Header:
-        """Read what `to_json` wrote, in this release or in an earlier one.
+        """Return the header that `to_json` wrote, in this release or in an earlier one.
 
         Raises:
-            InputError: an unknown format version, basis or codec, or anything that is not such a header.
+            InputError: the format version, the basis or a codec is unknown, or the data is not a header.
         """
-        found = data.get("format_version") if isinstance(data, dict) else None
-        if not whole(found) or found not in (1, FORMAT_VERSION):
+        version = data.get("format_version") if isinstance(data, dict) else None
+        if not whole(version) or version not in (1, FORMAT_VERSION):
             raise InputError(
-                f"it has format version {found!r}, this harmconvert reads versions 1 and {FORMAT_VERSION}: "
+                f"it has format version {version!r}, this harmconvert reads versions 1 and {FORMAT_VERSION}: "
                 "update harmconvert"
             )
-        if found == 1 and data.get("basis") not in BASES:
+        if version == 1 and data.get("basis") not in BASES:
             raise InputError(f"it uses the basis {data.get('basis')!r}, which this harmconvert does not know")
         source = Source.from_json(data["source"]) if data.get("source") else None
-        # All tensors of a version 1 file are stored as they are, and its plan is not nested.
-        codecs = CodecTable() if found == 1 else CodecTable.from_json(data.get("codecs"))
+        # A version 1 file has only plain tensors, and its plan is not nested.
+        codecs = CodecTable() if version == 1 else CodecTable.from_json(data.get("codecs"))
         with input_errors("its header is unreadable"):
             check_history(data.get("history", {}))
             check_preprocessing(data.get("preprocessing"))
             return cls(
-                Plan.from_json(data if found == 1 else data["plan"]),
+                Plan.from_json(data if version == 1 else data["plan"]),
                 source,
                 {str(k): str(v) for k, v in data.get("tied", {}).items()},
                 dict(data.get("history", {})),
@@ -118,19 +123,19 @@ class Header:
                 codecs,
                 data.get("crc32"),
                 data.get("preprocessing") or None,
-                found,
+                version,
             )
 
 
 def header_text(header: Header, stored: Mapping[str, Tensor]) -> str:
-    """The JSON of a header with its checksum, which is the last entry."""
+    """Return the JSON text of a header; its last entry is the checksum."""
     known = {key: value for key, value in header.to_json().items() if key != "crc32"}
     text = json.dumps(known, separators=(",", ":"))[:-1]
     return f'{text}{_MARK}"{tensors_crc32(stored, text.encode())}"}}'
 
 
 def checksum(text: str, stored: Mapping[str, Tensor]) -> str:
-    """The CRC-32 of a header's text, up to the checksum in it, and of the tensors as its file holds them."""
+    """Return the CRC-32 of a header's text up to its checksum, and of the tensors as they are stored."""
     data = parse_json(text)
     if data.get("format_version") == 1:
         known = {key: value for key, value in data.items() if key != "crc32"}

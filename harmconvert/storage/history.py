@@ -1,5 +1,7 @@
-"""What a checkpoint's header says beside its plan and its tensors: what was done to the network (here, the shape of it
-alone, whatever wrote it), and what the network declares of its inputs (`declared`)."""
+"""The structure of the history in a checkpoint's header: the record of conversion, calibration and training.
+
+Other folders write these records; here is only the check that a file has records of the right form.
+"""
 
 from __future__ import annotations
 
@@ -64,6 +66,8 @@ HISTORY = {
 
 
 def check_history(history: Any) -> None:
-    """Raise ValueError, saying where, unless all that reports and further training read of a history is of the kind
-    that they take; what they do not read may be anything."""
+    """Raise ValueError, with the place, if an entry that reports or further training read has the wrong form.
+
+    Other entries may be anything.
+    """
     check(history, HISTORY, "history")

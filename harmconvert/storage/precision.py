@@ -1,4 +1,4 @@
-"""Store a network in 16 bits, and see what that costs its outputs."""
+"""Store a network in 16 bits, and measure the effect on its outputs."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from ..network.values import clone_tensors, match_dtype, tensors_in
 
 
 def dtype_named(name: str) -> torch.dtype:
-    """The dtype of that name.
+    """Return the dtype of a name.
 
     Raises:
-        UsageError: networks are not stored in such a dtype.
+        UsageError: networks cannot be stored in this dtype.
     """
     if name not in FLOATS:
         raise UsageError(f"unknown dtype {name!r}: use one of {', '.join(FLOATS)}")
@@ -31,57 +31,59 @@ def dtype_named(name: str) -> torch.dtype:
 
 
 def rounded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of a network with its parameters and buffers as a file in ``dtype`` gives them back; integers, complex
-    numbers and fitted bases stay as they are.
+    """Return a copy of a network with its parameters and buffers rounded to ``dtype``.
+
+    Integers, complex numbers and fitted bases are not rounded.
 
     Raises:
         InputError: a value is out of the dtype's range.
     """
     codec = plain_codec(dtype)
     small = deep_copy(model)._apply(
-        lambda tensor: _through(tensor, codec, codec.entry(tensor)) if tensor.is_floating_point() else tensor
+        lambda tensor: (
+            _encoded_and_decoded(tensor, codec, codec.entry(tensor)) if tensor.is_floating_point() else tensor
+        )
     )
     for key, tensor in tensors_of(small).items():
         if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta and not tensor.isfinite().all():
             before = tensors_of(model)[key]
             if before.isfinite().all():
                 largest = before.abs().max().item()
-                name, others = _named(dtype)
+                name, others = _name_and_alternatives(dtype)
                 raise InputError(f"{key} has values up to {largest:.3g}, out of {name}'s range: use {others}")
     return small
 
 
 def as_stored(model: nn.Module, entries: Mapping[str, Entry]) -> nn.Module:
-    """A copy of a network in which the tensors with an entry have the values that a file gives back."""
+    """Return a copy of a network in which the tensors with an entry have the values that are read back from a file."""
     copied = deep_copy(model)
     tensors = tensors_of(copied)
-    fill(copied, {key: _through(tensors[key], codec_of(entry), entry) for key, entry in entries.items()})
+    fill(copied, {key: _encoded_and_decoded(tensors[key], codec_of(entry), entry) for key, entry in entries.items()})
     return copied
 
 
-def _through(tensor: Tensor, codec: Codec, entry: Entry) -> Tensor:
-    """A tensor as a file gives it back."""
+def _encoded_and_decoded(tensor: Tensor, codec: Codec, entry: Entry) -> Tensor:
     return codec.decode(codec.encode(tensor, entry), entry)
 
 
 def in_float32(model: nn.Module) -> nn.Module:
-    """The network itself, its 16-bit parameters and buffers made float32: 16 bits are for files, not for arithmetic."""
+    """Convert a network's 16-bit parameters and buffers to float32, in place: 16 bits are only for files."""
     return model.float() if in_sixteen_bits(model) else model
 
 
 def check_rounding(model: nn.Module, small: nn.Module, inputs: Any) -> float:
-    """The relative difference that rounding makes to the outputs, both networks computing in float32.
+    """Return the relative difference of outputs that rounding causes; both networks compute in float32.
 
     Raises:
-        CheckError: it is more than the tolerance of the dtype's codec.
+        CheckError: the difference exceeds the tolerance of the dtype's codec.
     """
     networks = [deep_copy(network).float() for network in (model, small)]
     with evaluating(*networks):
-        expected, found = (_outputs(network, inputs) for network in networks)
-    difference = greatest_difference(found, expected)
+        expected, actual = (_outputs(network, inputs) for network in networks)
+    difference = greatest_difference(actual, expected)
     dtype = next((p.dtype for p in small.parameters() if p.is_floating_point()), torch.float32)
     if not difference <= tolerance_of(dtype):
-        name, others = _named(dtype)
+        name, others = _name_and_alternatives(dtype)
         raise CheckError(
             f"rounded to {name} the outputs differ by {difference:.1e} of the largest, tolerance "
             f"{tolerance_of(dtype):.0e}; nothing was written: use {others}"
@@ -89,8 +91,8 @@ def check_rounding(model: nn.Module, small: nn.Module, inputs: Any) -> float:
     return difference
 
 
-def _named(dtype: torch.dtype) -> tuple[str, str]:
-    """A dtype's name, and what to use where it is not enough."""
+def _name_and_alternatives(dtype: torch.dtype) -> tuple[str, str]:
+    """Return a dtype's name, and the names of dtypes with more range or precision."""
     return str(dtype).removeprefix("torch."), "bfloat16 or float32" if dtype == torch.float16 else "float32"
 
 

@@ -1,4 +1,4 @@
-"""Where a network came from: source strings, and what a file records of one."""
+"""The source of a network: source strings, and the record of a source in a file."""
 
 from __future__ import annotations
 
@@ -30,12 +30,11 @@ _SOURCE = {
 
 @dataclass(frozen=True)
 class Source:
-    """Where a network came from: scheme and name of its source string, the arguments it was made with, the sha256 of
-    its weights before conversion and their licence.
+    """The source of a network: scheme and name of its source string, and the arguments with which it was built.
 
-    ``weights`` says which those weights were: the ``file`` they were read from, the ``key`` of its container, the
-    ``prefix`` dropped, what was ``left_out``; or the ``tag`` of pretrained ones. ``classes``: of the classifier that
-    the network was given after it was made.
+    ``sha256`` and ``licence`` belong to its weights before conversion. ``weights`` describes them: the ``file`` from
+    which they were read, the ``key`` of its container, the ``prefix`` that was dropped and the names ``left_out``; or
+    the ``tag`` of pretrained weights. ``classes`` is the number of classes of a classifier that was replaced later.
     """
 
     scheme: str
@@ -51,7 +50,7 @@ class Source:
 
     @classmethod
     def from_json(cls, data: Any) -> Source:
-        """Read what `dataclasses.asdict` wrote; raises InputError where it is something else."""
+        """Return the source that `dataclasses.asdict` wrote; raise InputError for other data."""
         try:
             check(data, _SOURCE, "source")
             arguments, weights = dict(data.get("arguments", {})), data.get("weights")
@@ -82,50 +81,50 @@ def parse_source(text: str, arguments: Mapping[str, Any] | None = None) -> Sourc
 
 
 def as_source(source: Source | str | None) -> Source | None:
-    """A source, also where it is given as its string.
+    """Return a source, from a `Source` or its string.
 
     >>> str(as_source("sample:resnet_mnist5k"))
     'sample:resnet_mnist5k'
 
     Raises:
-        UsageError: it is something else, or its arguments are such as no JSON can hold.
+        UsageError: the argument is something else, or the source has arguments that JSON cannot represent.
     """
     source = parse_source(source) if isinstance(source, str) else source
     if source is not None and not isinstance(source, Source):
         raise UsageError(f"source (={source!r:.80}) must be a source string such as 'timm:resnet50', or a Source")
     if source is not None and not json_value(source.arguments):
-        raise UsageError(f"the arguments of {source} hold what JSON cannot: give numbers, text, lists and dicts")
+        raise UsageError(f"the arguments of {source} cannot be JSON: use only numbers, text, lists and dicts")
     return source
 
 
 def timm_source(model: nn.Module) -> Source | None:
-    """The timm source of a network that timm made, if making it again gives the same modules with the same settings."""
+    """Return the timm source of a network; None if timm does not build a network with the same modules and settings."""
     cfg = pretrained_config(model)
     architecture = cfg.get("architecture")
     if not architecture:
         return None
     known = {key: getattr(model, key, None) for key in ("num_classes", "in_chans")}
     candidates: list[dict[str, Any]] = [{key: value for key, value in known.items() if isinstance(value, int)}, {}]
-    try:  # newer timm keeps the arguments that a network was made with
+    try:  # newer versions of timm record the arguments of a network
         candidates.insert(0, json.loads(json.dumps(timm.models.get_model_args(model))))
     except Exception as error:
-        log.info("timm does not say what %s was made with: %s", architecture, first_line(error))
+        log.info("timm does not know the arguments of %s: %s", architecture, first_line(error))
     for candidate in candidates:
         try:
             with torch.device("meta"):
                 twin = timm.create_model(architecture, pretrained=False, **candidate)
-                if _anatomy(twin) == _anatomy(model):
+                if _structure(twin) == _structure(model):
                     return Source("timm", architecture, candidate, licence=cfg.get("license"))
         except Exception as error:
-            log.info("timm does not make %s with %s: %s", architecture, candidate, first_line(error))
-    log.info("no source is recorded: timm makes another network than this one by the name %s", architecture)
+            log.info("timm cannot build %s with %s: %s", architecture, candidate, first_line(error))
+    log.info("no source is recorded: timm's network with the name %s differs from this one", architecture)
     return None
 
 
-def _anatomy(model: nn.Module) -> list[tuple[Any, ...]]:
-    """Names, classes, settings and shapes of all modules of the network's dense form.
+def _structure(model: nn.Module) -> list[tuple[Any, ...]]:
+    """Return the names, classes, settings and shapes of all modules in the network's dense form.
 
-    Shapes alone would not do: an output stride or another activation leaves them as they are.
+    Shapes alone are not enough: another output stride or activation does not change them.
     """
     parts = []
     for name, module in model.named_modules(remove_duplicate=False):

@@ -1,4 +1,4 @@
-"""Files that torch.save wrote, read without running anything that they name."""
+"""Read files that torch.save wrote, without running any code that they name."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from ..errors import InputError, first_line
 
-# What torch.load raises for files that are broken, or that are more than tensors.
+# Exceptions that torch.load raises for files that are damaged or contain more than tensors.
 UNREADABLE = (
     pickle.UnpicklingError,
     zipfile.BadZipFile,
     RuntimeError,
-    MemoryError,  # of a length that the file only claims
+    MemoryError,  # the file claims a huge length
     struct.error,
     EOFError,
     ValueError,
@@ -33,12 +33,13 @@ UNREADABLE = (
     OSError,
 )
 
-_MOST_PACKED = 4
+# Archives of torch.save are not compressed: one that unpacks to more than this many times its size is refused.
+_LARGEST_EXPANSION = 4
 
-# What torch says of a pickle that is whole, but holds more than tensors and plain containers.
+# Messages of torch for an intact pickle that contains more than tensors and plain containers.
 _MORE_THAN_TENSORS = ("Unsupported global: GLOBAL", "Can only SETITEM", "Can only append")
 
-# What files begin with that are called .pth, but were not written by torch.save.
+# First bytes of files that are named .pth but were not written by torch.save.
 _OTHER_FORMATS = {
     b"\x89HDF": "an HDF5 file, as Keras writes",
     b"GGUF": "a GGUF file",
@@ -53,10 +54,10 @@ _OTHER_FORMATS = {
     b"\x7fELF": "a program",
 }
 _ARCHIVE = b"PK\x03\x04"
-_DAMAGED = "it is damaged, cut off, or nothing that torch.save wrote: get it again"
-_OF_TORCH = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # behind the protocol: the magic number of torch's old format
+_DAMAGED = "it is damaged, cut off, or was not written by torch.save: get it again"
+_OF_TORCH = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # after the protocol: the magic number of torch's old format
 
-# A placeholder for these would be as harmless as for others, but no honest file has them: it is refused.
+# Placeholders for these would be harmless, too, but only a malicious file names them: it is refused.
 _HOSTILE_MODULES = {
     "os", "posix", "nt", "sys", "subprocess", "shutil", "socket", "runpy", "pty", "ctypes", "importlib", "webbrowser",
     "commands", "pickle", "code",
@@ -65,10 +66,10 @@ _HOSTILE_BUILTINS = {"eval", "exec", "compile", "open", "__import__", "input", "
 
 
 class Placeholder:
-    """Stands for an object in a file whose class is neither imported nor run; it keeps nothing of the object."""
+    """Replaces an object in a file whose class is neither imported nor run; it keeps no data of the object."""
 
     kind = "?"
-    dump_patches = False  # which torch.load asks for where a file holds the source code of a module
+    dump_patches = False  # torch.load reads this attribute if a file contains the source code of a module
 
     def __new__(cls, *_: Any, **__: Any) -> Any:
         return object.__new__(cls)
@@ -83,58 +84,62 @@ class Placeholder:
         pass
 
     def append(self, item: Any) -> None:
-        """Pass over an item of a list."""
+        """Ignore an item of a list."""
 
     def extend(self, items: Any) -> None:
-        """Pass over items of a list."""
+        """Ignore items of a list."""
 
     def add(self, item: Any) -> None:
-        """Pass over an item of a set."""
+        """Ignore an item of a set."""
 
 
-def weights_content(path: str | Path) -> Any:
-    """What torch.save wrote: tensors and plain containers, and a `Placeholder` for each object of another class.
+def read_weights_pickle(path: str | Path) -> Any:
+    """Return the content of a torch.save file: tensors, plain containers, and a `Placeholder` for any other object.
+
+    For a file that torch.load cannot read, one of `UNREADABLE` is raised.
 
     Raises:
-        InputError: a program, a damaged file, or a pickle that would run code; one of `UNREADABLE`: as `unpickled`.
+        InputError: the file is a program, is damaged, or is a pickle that would run code.
     """
     try:
-        return unpickled(path)
+        return read_pickle(path)
     except pickle.UnpicklingError as error:
         if not any(text in str(error) for text in _MORE_THAN_TENSORS):
             raise
     module = SimpleNamespace(__name__="placeholders", Unpickler=_InertUnpickler, load=_inert_load)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # Every name that the pickle asks for goes through `_InertUnpickler.find_class`.
+        # Every name in the pickle is looked up by `_InertUnpickler.find_class`.
         return torch.load(path, map_location="cpu", weights_only=False, pickle_module=module)
 
 
-def unpickled(path: str | Path) -> Any:
-    """What torch.save wrote, tensors and plain containers only, on the CPU.
+def read_pickle(path: str | Path) -> Any:
+    """Return the content of a torch.save file that has only tensors and plain containers, on the CPU.
+
+    For a file that torch.load cannot read, one of `UNREADABLE` is raised.
 
     Raises:
-        InputError: a program, or damaged; one of `UNREADABLE`: anything else that torch.load stumbles over.
+        InputError: the file is a program, or is damaged.
     """
-    if reason := _why_not_weights(path):
+    if reason := _archive_problem(path):
         raise InputError(f"{path} {reason}")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # remarks on the pickle's age
-        # An explicit weights_only=True is not overruled by TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD.
+        warnings.simplefilter("ignore")  # torch warns of old pickles
+        # TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD does not override an explicit weights_only=True.
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def why_not_read(path: str | Path, error: Exception) -> str:
-    """Why torch.load does not read a file, in one line; ``error`` is what it raised, one of `UNREADABLE`.
+def why_pickle_unreadable(path: str | Path, error: Exception) -> str:
+    """Return, in one line, why torch.load cannot read a file; ``error`` is its exception, one of `UNREADABLE`.
 
-    torch's own messages advise to run what the file names, and mention pickles where the file is not one.
+    torch's own messages recommend to run the code in the file, and they mention pickles even if the file is not one.
     """
     if isinstance(error, OSError | MemoryError):
         return first_line(error) or type(error).__name__
     with Path(path).open("rb") as file:
         start = file.read(512)
     if "GLOBAL" in str(error):
-        return "it holds objects that are no tensors"
+        return "it contains objects that are not tensors"
     if start.startswith(_ARCHIVE):
         written = any(name.endswith("/data.pkl") for name in zipfile.ZipFile(path).namelist())
         return _DAMAGED if written else "it is an archive that torch.save did not write"
@@ -156,10 +161,10 @@ def _is_text(start: bytes) -> bool:
 
 
 class _InertUnpickler(pickle.Unpickler):
-    """Builds tensors and plain containers; every other name is a fresh class of placeholders."""
+    """Builds tensors and plain containers; any other object becomes a `Placeholder`."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """The few names that tensors need, as functions made for this file, and placeholders for all others."""
+        """Return safe functions for the few names that tensors need, and a class of placeholders for any other name."""
         root = module.partition(".")[0]
         if root in _HOSTILE_MODULES or (root in ("builtins", "__builtin__") and name in _HOSTILE_BUILTINS):
             raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
@@ -168,12 +173,12 @@ class _InertUnpickler(pickle.Unpickler):
         if (module, name) == ("collections", "defaultdict"):
             return lambda *_: {}
         if module == "torch._utils" and name == "_rebuild_tensor_v2":
-            # The pickle may set attributes of what it is given: torch's own function stays out of its reach.
+            # A pickle can set attributes of the returned function, so it must not get torch's own function.
             return lambda storage, offset, size, stride, *_: torch._utils._rebuild_tensor_v2(
                 storage, offset, size, stride, False, OrderedDict()
             )
         if module == "torch._utils" and name == "_rebuild_parameter":
-            return lambda data, *_: _checked(data)
+            return lambda data, *_: _check_tensor(data)
         if module == "torch" and isinstance(value := getattr(torch, name, None), torch.dtype):
             return value
         return type("Placeholder", (Placeholder,), {"kind": f"{module}.{name}"})
@@ -183,41 +188,41 @@ def _inert_load(file: Any, **options: Any) -> Any:
     return _InertUnpickler(file, **options).load()
 
 
-def _checked(value: Any) -> Tensor:
+def _check_tensor(value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise pickle.UnpicklingError(f"a parameter of a {type(value).__name__}")
     return value
 
 
-def why_no_values(tensor: Tensor) -> str | None:
-    """Why a tensor from a pickle cannot be taken as it is; None where it can."""
+def why_tensor_refused(tensor: Tensor) -> str | None:
+    """Return why a tensor from a pickle cannot be used; None if it can."""
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
-        return "is no plain tensor (meta, sparse or quantised)"
+        return "is not a plain tensor (it is meta, sparse or quantised)"
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        return f"claims the shape {tuple(tensor.shape)}, of which the file holds a part (expanded)"
+        return f"has the shape {tuple(tensor.shape)}, but the file holds only a part of its values (expanded)"
     if type(tensor) not in (Tensor, nn.Parameter):
-        return f"is no plain tensor but a {type(tensor).__name__}"
+        return f"is not a plain tensor but a {type(tensor).__name__}"
     return None
 
 
-def _why_not_weights(path: str | Path) -> str | None:
-    """Why an archive that torch wrote holds no weights, or not those it was written with; None where it may.
+def _archive_problem(path: str | Path) -> str | None:
+    """Return why an archive of torch has no weights, or damaged ones; None if it may have.
 
-    torch.load would not notice the latter: it compares no checksum.
+    torch.load would not detect the damage: it does not compare checksums.
     """
     with Path(path).open("rb") as file:
-        if file.read(4) != b"PK\x03\x04":
-            return None  # no archive, but what older versions wrote
+        if file.read(4) != _ARCHIVE:
+            return None  # not an archive: older versions of torch wrote no archives
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
             unpacked, size = sum(one.file_size for one in archive.infolist()), Path(path).stat().st_size
-            if unpacked > _MOST_PACKED * size:
+            if unpacked > _LARGEST_EXPANSION * size:
                 return f"is refused: its {size:,} bytes unpack to {unpacked:,}"
-            # What is marked as a folder torch.load does not read, and leaves memory as it found it.
+            # torch.load does not read an entry that is marked as a folder: its tensor would have uninitialised values.
             unread = next((one.filename for one in archive.infolist() if one.external_attr & 0x10), None)
             if any(name.endswith("/constants.pkl") for name in names):
-                return "is a TorchScript program, which would have to be run: save its state_dict instead"
+                return "is a TorchScript program, which is not run: save its state_dict instead"
             if any(name.endswith("/archive_format") for name in names):
                 return "is an exported program, not weights: save the state_dict of its network instead"
             if name := unread or archive.testzip():

@@ -1,4 +1,4 @@
-"""State dicts in files and in networks: read without running anything, written whole, loaded strictly."""
+"""State dicts in files and in networks: read without running code, written atomically, loaded strictly."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..files import outside, read_json, write_file
 from ..network.state import fill, loads_by_itself, state_of, take_dtypes, tensors_of
 from ..network.state import weights_sha256 as weights_sha256
 from .containers import Names, StateDict, names_in, state_dicts, with_key, without_wrapper
-from .unpickling import UNREADABLE, Placeholder, weights_content, why_no_values, why_not_read
+from .unpickling import UNREADABLE, Placeholder, read_weights_pickle, why_pickle_unreadable, why_tensor_refused
 
 log = logging.getLogger(__name__)
 
@@ -27,17 +27,17 @@ Rename = Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]
 
 
 def read_weights(path: str | Path, *, key: str | None = None) -> dict[str, Tensor]:
-    """A state dict from a .safetensors or .pth file; reading it runs nothing, whatever the environment.
+    """Return the state dict in a .safetensors or .pth file; no code in the file is run.
 
-    Containers of training scripts are opened, moving averages (EMA) first, and the prefixes of wrappers ("module.")
-    are dropped where all names have them. A checkpoint in several files is named by its index (.index.json), beside
-    which they lie.
+    The state dict may be in a container of a training script; moving averages (EMA) come first. Prefixes of wrappers
+    ("module.") are dropped if all names have them. For a checkpoint in several files, name its index (.index.json) in
+    the same folder.
 
     Args:
-        key: of the container, where the file holds several: "model", or keys joined by dots.
+        key: key of the state dict if the file has several: "model", or keys joined by dots.
 
     Raises:
-        InputError: unreadable, damaged, not a state dict, or a pickle that would run code.
+        InputError: the file is unreadable, damaged, not a state dict, or a pickle that would run code.
     """
     first, *others = _states(path, key)
     if first.rank and others and first.rank == others[0].rank and first.ema == others[0].ema:
@@ -54,28 +54,28 @@ def load_weights(
     prefix: str | None = None,
     rename: Rename = lambda model, state: state,
 ) -> dict[str, str]:
-    """Load the weights in a file that fit a network, and say which they were.
+    """Load the weights in a file that fit a network; return a record of what was loaded.
 
     Args:
-        key: of the container, as in `read_weights`; default: the first whose tensors fit, moving averages before all.
-        prefix: of the names to take, which is dropped; default: one that makes all names fit, where they do not.
-        rename: from the names of an older file to those of the network.
+        key: key of the state dict, as in `read_weights`; default: the first one that fits, moving averages first.
+        prefix: prefix of the names to load; it is dropped. Default: a prefix without which all names fit.
+        rename: changes the names of an older file to those of the network.
 
     Returns:
-        The name of the file, and where there are such the ``key``, the ``prefix`` and the tensors ``left_out``.
+        The name of the ``file``, and, if there are any, the ``key``, the ``prefix`` and the names ``left_out``.
 
     Raises:
-        InputError: unreadable, or nothing in the file fits the network, or several parts of it do.
+        InputError: the file is unreadable, no state dict in it fits the network, or several do.
     """
     states = _states(path, key)
     considered = [state for state in states if state.ema == states[0].ema]
     own = tensors_of(model)
     tries = [(state, _renamed(model, own, state, prefix, rename)) for state in considered]
     fitting = [one for one in tries if not _problems(own, names_in(own, one[1], prefix), one[1])]
-    rivals = [state.key for state, _ in fitting if (state.ema, state.rank) == (fitting[0][0].ema, fitting[0][0].rank)]
-    if len(rivals) > 1 and not fitting[0][0].ema:
+    equal = [state.key for state, _ in fitting if (state.ema, state.rank) == (fitting[0][0].ema, fitting[0][0].rank)]
+    if len(equal) > 1 and not fitting[0][0].ema:
         raise InputError(
-            f"{path} holds several state dicts that fit ({shortened(rivals)}): say which one (--checkpoint-key KEY)"
+            f"{path} holds several state dicts that fit ({shortened(equal)}): say which one (--checkpoint-key KEY)"
         )
     state, tensors = (fitting or tries)[0]
     try:
@@ -94,27 +94,27 @@ def load_weights(
 def _renamed(
     model: nn.Module, own: Mapping[str, Tensor], state: StateDict, prefix: str | None, rename: Rename
 ) -> Mapping[str, Tensor]:
-    """The tensors under names that may lead to the network's."""
-    if prefix is not None or (names := names_in(own, state.tensors)).complete or names.possible:
+    """Return the tensors of a state dict, renamed if their names do not fit the network."""
+    if prefix is not None or (names := names_in(own, state.tensors)).complete or names.uncertain:
         return state.tensors
     return rename(model, without_wrapper(state.tensors))
 
 
 def _states(path: str | Path, key: str | None = None) -> list[StateDict]:
-    """The state dicts of a file, that which is meant unless something else says so first; there is one at least."""
+    """Return the state dicts of a file (at least one), the most likely one first."""
     if not isinstance(path, str | Path):
         raise UsageError(f"weights (={path!r:.80}) must be the path of a file")
     if reason := why_unreadable(path):
         raise InputError(f"{path} {reason}")
     if str(path).endswith(".index.json"):
-        return _of_one(_read_shards(Path(path)), key, path)
+        return _single_state(_read_shards(Path(path)), key, path)
     if Path(path).suffix == ".safetensors":
         with open_safetensors(path):
-            return _of_one(safetensors.torch.load_file(path), key, path)
-    content = _pickled(path)
-    found = state_dicts(content)
-    if not found:
-        if kind := _foreign(content):
+            return _single_state(safetensors.torch.load_file(path), key, path)
+    content = _read_pth(path)
+    states = state_dicts(content)
+    if not states:
+        if kind := _placeholder_kind(content):
             raise InputError(
                 f"{path} holds more than tensors, and reading it would run code: refused ({kind}); save its "
                 "state_dict as .safetensors where you trust it"
@@ -122,23 +122,23 @@ def _states(path: str | Path, key: str | None = None) -> list[StateDict]:
         keys = [str(key)[:80] for key in content] if isinstance(content, Mapping) else []
         named = f"; its keys are {shortened(keys)}" if keys else ""
         raise InputError(f"{path} holds no state dict (a mapping from names to tensors){named}")
-    found = with_key(found, key, str(path)) if key is not None else found
-    for state in found:
+    states = with_key(states, key, str(path)) if key is not None else states
+    for state in states:
         for name, tensor in state.tensors.items():
-            if not isinstance(name, str) or (reason := why_no_values(tensor)):
-                reason = reason if isinstance(name, str) else "is no name of a tensor"
+            if not isinstance(name, str) or (reason := why_tensor_refused(tensor)):
+                reason = reason if isinstance(name, str) else "is not a valid name of a tensor"
                 raise InputError(f"{path}: {name!r:.80} {reason}")
-    return found
+    return states
 
 
-def _of_one(tensors: Mapping[str, Tensor], key: str | None, path: str | Path) -> list[StateDict]:
+def _single_state(tensors: Mapping[str, Tensor], key: str | None, path: str | Path) -> list[StateDict]:
     states = [StateDict((), tensors)]
     return states if key is None else with_key(states, key, str(path))
 
 
-def _pickled(path: str | Path) -> Any:
+def _read_pth(path: str | Path) -> Any:
     try:
-        return weights_content(path)
+        return read_weights_pickle(path)
     except InputError:
         raise
     except UNREADABLE as error:
@@ -147,32 +147,32 @@ def _pickled(path: str | Path) -> Any:
                 f"{path} holds more than tensors, and reading it would run code: refused; save its state_dict as "
                 f".safetensors where you trust it"
             ) from error
-        raise InputError(f"{path} is not a readable .pth file: {why_not_read(path, error)}") from error
+        raise InputError(f"{path} is not a readable .pth file: {why_pickle_unreadable(path, error)}") from error
 
 
-def _foreign(content: Any, depth: int = 5) -> str | None:
-    """The class of an object in a file that is neither a tensor nor a plain container."""
+def _placeholder_kind(content: Any, depth: int = 5) -> str | None:
+    """Return the class of an object that is neither a tensor nor a plain container; None if there is none."""
     if isinstance(content, Placeholder):
         return f"an object of the class {content.kind[:80]}"
     if isinstance(content, Mapping) and depth:
-        return next((kind for value in content.values() if (kind := _foreign(value, depth - 1))), None)
+        return next((kind for value in content.values() if (kind := _placeholder_kind(value, depth - 1))), None)
     return None
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
-    """The tensors that an index places in files beside it, each file holding just those that it should."""
+    """Return the tensors of all files that an index names; each file must have exactly the tensors of its list."""
     try:
         places = read_json(index)["weight_map"]
         names = sorted({str(name) for name in places.values()})
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{index} is no index of weights: {first_line(error) or type(error).__name__}") from error
+        raise InputError(f"{index} is not an index of weights: {first_line(error) or type(error).__name__}") from error
     state: dict[str, Tensor] = {}
     for name in names:
         if not name or name != Path(name).name or name.endswith(".index.json"):
-            raise InputError(f"{index} names {name[:80]!r}, which is no file beside it: refused")
+            raise InputError(f"{index} names {name[:80]!r}, which is not a file in its folder: refused")
         part = _states(index.with_name(name))[0].tensors
-        wanted = {key for key, place in places.items() if place == name}
-        if differing := sorted(wanted ^ set(part)):
+        listed = {key for key, place in places.items() if place == name}
+        if differing := sorted(listed ^ set(part)):
             raise InputError(f"{index} and {name} disagree on {shortened(differing)}: get the files again")
         state |= part
     if not state:
@@ -181,10 +181,10 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 
 def open_safetensors(path: str | Path) -> Any:
-    """`safetensors.safe_open`, with a plain word about what the file is where it is none.
+    """Open a file with `safetensors.safe_open`.
 
     Raises:
-        InputError: no such file, empty, or something else.
+        InputError: the file does not exist, is empty, or is not a safetensors file; the message says what it is.
     """
     if reason := why_unreadable(path):
         raise InputError(f"{path} {reason}")
@@ -197,7 +197,7 @@ def open_safetensors(path: str | Path) -> Any:
 
 
 def why_unreadable(path: str | Path) -> str | None:
-    """Why no weights can be in a file, judged by its first bytes; None where they may be."""
+    """Return why a file cannot contain weights, judged by its first bytes; None if it may."""
     path = Path(path)
     try:
         if not path.exists():
@@ -215,7 +215,7 @@ def why_unreadable(path: str | Path) -> str | None:
         return "is a git-lfs pointer, not the file itself: run 'git lfs pull' where it came from"
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         return "is a web page, not weights: the download went wrong; get the file again"
-    # A safetensors file starts with any eight bytes, but its ninth opens the header.
+    # The first eight bytes of a safetensors file can be anything; the ninth is the "{" of the header.
     if path.suffix == ".safetensors" and start.startswith((b"PK\x03\x04", b"\x80")) and start[8:9] != b"{":
         return "is a pickle, not safetensors: rename it to .pth and give it with --checkpoint"
     return None
@@ -228,15 +228,21 @@ def write_tensors(
     force: bool,
     check: Callable[[Path], None] = lambda staging: None,
 ) -> None:
-    """Write named tensors as .safetensors, by way of a staging file that is ``check``ed; raises as `save` does."""
+    """Write named tensors as .safetensors, atomically; ``check`` gets the staging file before it is renamed.
+
+    Raises:
+        UsageError: the output exists or cannot be a file.
+        InputError: a tensor has a dtype that safetensors does not support.
+        OutsideError: the disk is full or permission is missing.
+    """
 
     def write(staging: Path) -> None:
         try:
             safetensors.torch.save_file(dict(tensors), staging, metadata)
-        except KeyError as error:  # a dtype that the format has no name for
+        except KeyError as error:  # safetensors has no name for this dtype
             keys = [key for key, tensor in tensors.items() if tensor.dtype == error.args[0]]
             kind = str(error.args[0]).removeprefix("torch.")
-            raise InputError(f"{shortened(keys)}: no safetensors file can hold {kind} values") from error
+            raise InputError(f"{shortened(keys)}: a safetensors file cannot hold {kind} values") from error
         check(staging)
 
     with saving(path):
@@ -245,7 +251,7 @@ def write_tensors(
 
 @contextmanager
 def saving(path: str | Path) -> Iterator[None]:
-    """What safetensors raises when a disk is full is no OSError; here it is an OutsideError, as others are."""
+    """Turn the exception of safetensors for a full disk (it is not an OSError) into an OutsideError."""
     try:
         yield
     except safetensors.SafetensorError as error:
@@ -253,10 +259,10 @@ def saving(path: str | Path) -> Iterator[None]:
 
 
 def untied_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The state dict with every tensor once and contiguous, and which keys are another name of which.
+    """Return the state dict with every tensor once and contiguous, and for each other key its first key.
 
     Raises:
-        InputError: a tensor without values (meta device), or a value or a name that no file can hold.
+        InputError: a tensor has no values (meta device), or a file cannot hold a value or a name.
     """
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
@@ -264,20 +270,20 @@ def untied_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     storages: set[int] = set()
     for key, value in state_of(model).items():
         if not isinstance(value, Tensor):
-            raise InputError(f"{key} is no tensor but a {type(value).__name__}, which no safetensors file can hold")
+            raise InputError(f"{key} is a {type(value).__name__}, which a safetensors file cannot hold: only tensors")
         if value.is_meta:
             raise InputError(f"{key} has no values (meta device): load weights first")
         if value.layout != torch.strided or value.is_quantized:
             kind = f"{value.dtype} {'quantised' if value.is_quantized else value.layout}".replace("torch.", "")
-            raise InputError(f"{key} is a {kind} tensor, which no safetensors file can hold: make it a plain one")
+            raise InputError(f"{key} is a {kind} tensor, which a safetensors file cannot hold: make it a plain tensor")
         if any("\ud800" <= letter <= "\udfff" for letter in key):
-            raise InputError(f"{key} is no name that a file can hold (lone surrogates): rename that module")
+            raise InputError(f"a file cannot hold the name {key} (lone surrogates): rename that module")
         if id(value) in first_key:
             tied[key] = first_key[id(value)]
             continue
         first_key[id(value)] = key
         tensor = value.detach()
-        # Two views of one storage are two tensors in a file.
+        # Two views of one storage become two tensors in the file.
         storage = tensor.untyped_storage().data_ptr()
         shared = storage in storages and tensor.numel() > 0
         storages.add(storage)
@@ -286,50 +292,52 @@ def untied_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], where: str, *, prefix: str | None = None) -> Names:
-    """Load a state dict strictly, in the dtypes it has, and say how its names led to the network's.
+    """Load a state dict strictly, in the dtypes of the file; return how its names map to the network's.
 
-    Counters of batch norms and profilers may be missing, or be there in vain. A network that reads state dicts in its
-    own way (methods or hooks for loading) does so here.
+    Counters of batch norms and profilers may be missing or superfluous. If the network has methods or hooks of its own
+    for loading, they are used.
 
     Args:
-        prefix: of the names to take, which is dropped; default: one that makes all names fit, where they do not.
+        prefix: prefix of the names to load; it is dropped. Default: a prefix without which all names fit.
 
     Raises:
-        InputError: keys missing, unexpected, of another shape or not floating point; the first ten of each are named.
+        InputError: keys are missing, unexpected, of another shape or not floating point; the message names ten of each.
     """
     if not isinstance(state, Mapping):
-        raise InputError(f"{where} holds no state dict but a {type(state).__name__}")
+        raise InputError(f"{where} holds a {type(state).__name__}, not a state dict")
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise InputError(f"{where}: {name!r:.80} is a {type(value).__name__}: a state dict has named tensors alone")
+            raise InputError(f"{where}: {name!r:.80} is a {type(value).__name__}: a state dict has only named tensors")
     own = tensors_of(model, keep_vars=True)
     names = names_in(own, state, prefix)
     complaint = f"{where} does not fit this {type(model).__name__}"
-    if names.rivals:
-        found = shortened([repr(one) for one in (names.prefix, *names.rivals)])
-        raise InputError(f"{complaint}: its names fit under several prefixes, {found}: say which (--strip-prefix)")
+    if names.alternatives:
+        prefixes = shortened([repr(one) for one in (names.prefix, *names.alternatives)])
+        raise InputError(f"{complaint}: its names fit under several prefixes, {prefixes}: say which (--strip-prefix)")
     problems = _problems(own, names, state)
     if any(tensor.is_meta for tensor in own.values()):
         problems.append("the network is on the meta device: build it on the CPU")
     elif loads_by_itself(model):
-        renamed = {name: state[theirs] for name, theirs in names.of.items()} if names.complete else dict(state)
+        renamed = dict(state)
+        if names.complete:
+            renamed = {name: state[in_file] for name, in_file in names.file_names.items()}
         refused = _load_by_itself(model, renamed)
         if not refused:
             return names if names.complete else Names("", {})
         problems = problems and [*problems, refused]
-    if problems and names.possible:
-        found = shortened([repr(one) for one in names.possible])
-        problems.insert(0, f"there are names that fit under {found}: say which are meant (--strip-prefix)")
+    if problems and names.uncertain:
+        prefixes = shortened([repr(one) for one in names.uncertain])
+        problems.insert(0, f"there are names that fit under {prefixes}: say which are meant (--strip-prefix)")
     if problems:
         raise InputError(f"{complaint}: {'; '.join(problems)}")
-    fill(model, {name: state[theirs] for name, theirs in names.of.items()})
+    fill(model, {name: state[in_file] for name, in_file in names.file_names.items()})
     return names
 
 
 def load_exactly(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Load a state dict that was made of the network's `tensors_of`; raises as `load_state`.
+    """Load a state dict that came from `tensors_of` of the same network; raise InputError as `load_state` does.
 
-    Parts that read state dicts in their own way may derive other values from theirs, and do, but change none of them.
+    Modules with loading methods of their own may derive more values from the state dict, but they change no tensor.
     """
     own = tensors_of(model, keep_vars=True)
     if own.keys() != state.keys() or _problems(own, names_in(own, state), state):
@@ -341,24 +349,24 @@ def load_exactly(model: nn.Module, state: Mapping[str, Tensor], where: str) -> N
 
 
 def _problems(own: Mapping[str, Tensor], names: Names, state: Mapping[str, Tensor]) -> list[str]:
-    """Why tensors of a file cannot be those of a network."""
+    """Return the reasons why the tensors of a file do not fit a network."""
     problems = []
     if names.missing:
         problems.append(f"missing: {shortened(list(names.missing))}")
     if names.unexpected:
         problems.append(f"unexpected: {shortened(list(names.unexpected))}")
-    pairs = {key: (own[key], state[theirs]) for key, theirs in names.of.items() if not is_lazy(own[key])}
+    pairs = {key: (own[key], state[in_file]) for key, in_file in names.file_names.items() if not is_lazy(own[key])}
     shapes = [
-        f"{key} {tuple(theirs.shape)} instead of {tuple(ours.shape)}"
-        for key, (ours, theirs) in pairs.items()
-        if theirs.shape != ours.shape and (ours.dim(), tuple(theirs.shape)) != (0, (1,))  # torch loads that, too
+        f"{key} {tuple(read.shape)} instead of {tuple(tensor.shape)}"
+        for key, (tensor, read) in pairs.items()
+        if read.shape != tensor.shape and (tensor.dim(), tuple(read.shape)) != (0, (1,))  # torch loads (1,) into ()
     ]
     if shapes:
         problems.append(f"other shape: {shortened(shapes)}")
     kinds = [
-        f"{key} {str(theirs.dtype).removeprefix('torch.')}"
-        for key, (ours, theirs) in pairs.items()
-        if ours.is_floating_point() and not theirs.is_floating_point()
+        f"{key} {str(read.dtype).removeprefix('torch.')}"
+        for key, (tensor, read) in pairs.items()
+        if tensor.is_floating_point() and not read.is_floating_point()
     ]
     if kinds:
         problems.append(f"not floating point (quantised?): {shortened(kinds)}")
@@ -366,20 +374,23 @@ def _problems(own: Mapping[str, Tensor], names: Names, state: Mapping[str, Tenso
 
 
 def _load_by_itself(model: nn.Module, state: dict[str, Tensor]) -> str:
-    """Let a network load a state dict in its own way; says what is wrong where it does not take it, or not all of it.
+    """Let a network load a state dict with its own methods; return what it does not load, or an empty text.
 
-    A `load_state_dict` of its own is used for what its own `state_dict` calls its tensors.
+    Its own `load_state_dict` is used only if the names are those of its own `state_dict`.
     """
     try:
         if type(model).load_state_dict is not nn.Module.load_state_dict and set(model.state_dict()) == set(state):
             model.load_state_dict(state)
             return ""
     except Exception as error:
-        log.info("the load_state_dict of %s fails, its parts are loaded: %s", type(model).__name__, first_line(error))
+        log.info(
+            "the load_state_dict of %s fails, so its modules load one by one: %s",
+            type(model).__name__, first_line(error),
+        )  # fmt: skip
     take_dtypes(model, state)
     try:
-        found = nn.Module.load_state_dict(model, state, strict=False)
+        result = nn.Module.load_state_dict(model, state, strict=False)
     except Exception as error:
         return f"it does not load: {first_line(error) or type(error).__name__}"
-    left = names_in(dict.fromkeys(found.missing_keys, torch.empty(0)), found.unexpected_keys)
+    left = names_in(dict.fromkeys(result.missing_keys, torch.empty(0)), result.unexpected_keys)
     return "" if left.complete else f"it does not load {shortened([*left.missing, *left.unexpected])}"

@@ -18,7 +18,7 @@ from ..errors import HarmconvertError, InputError, OutsideError, UsageError, cou
 from ..files import locked, write_file
 from ..files import state_path as state_path
 from ..network.distributed import all_or_none, any_rank, gathered, rank, world_size
-from ..storage.unpickling import UNREADABLE, unpickled, why_no_values, why_not_read
+from ..storage.unpickling import UNREADABLE, read_pickle, why_pickle_unreadable, why_tensor_refused
 from ..storage.weights import why_unreadable
 
 STATE_VERSION = 1
@@ -181,11 +181,11 @@ def _read(path: Path) -> Any:
     if reason := why_unreadable(path):
         raise InputError(f"{path} {reason}")
     try:
-        whole = unpickled(path)
+        whole = read_pickle(path)
     except UNREADABLE as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path} is not a readable training state: {why_not_read(path, error)}") from error
+        raise InputError(f"{path} is not a readable training state: {why_pickle_unreadable(path, error)}") from error
     try:
         check(whole, _SHAPE, "it")
         _check_tensors(whole, "it")
@@ -206,7 +206,7 @@ def _read(path: Path) -> Any:
 
 def _check_tensors(value: Any, where: str) -> None:
     """Raise ValueError if a tensor, at any depth, cannot be part of a run's state."""
-    if isinstance(value, torch.Tensor) and (reason := why_no_values(value)):
+    if isinstance(value, torch.Tensor) and (reason := why_tensor_refused(value)):
         raise ValueError(f"{where} {reason}")
     if isinstance(value, Mapping | list | tuple):
         for key, part in value.items() if isinstance(value, Mapping) else enumerate(value):
