@@ -97,7 +97,7 @@ def test_state_that_is_no_tensor_is_not_dropped() -> None:
         def get_extra_state(self) -> Any:
             return {"seen": 3}
 
-    with pytest.raises(InputError, match="_extra_state is no tensor but a dict"):
+    with pytest.raises(InputError, match="_extra_state is a dict, which a safetensors file cannot hold"):
         untied_state(Remembers(3, 3, 3))
 
 
