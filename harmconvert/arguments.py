@@ -137,12 +137,11 @@ def check_format(path: str | Path, format: str, force: bool, dtype: str, form: s
     if format not in FORMATS:
         raise UsageError(f"unknown format {format!r}: use one of {', '.join(FORMATS)}")
     if form not in ("dense", "factored") or (form == "factored" and format not in GRAPHS):
-        raise UsageError(f"--form {form} does not go with {format}: factored is for onnx and torch-export")
+        what = f" does not go with {format}: factored is for onnx and torch-export"
+        raise UsageError(Argument("form", form), what)
     if format in GRAPHS and dtype != "float32":
-        raise UsageError(
-            f"--dtype {dtype} is for state dicts (dense, timm), which are computed with in float32 again; a graph "
-            "computes as it is stored: use float32"
-        )
+        what = " is for state dicts (dense, timm), which are computed with in float32 again; a graph computes as it is"
+        raise UsageError(Argument("dtype", dtype), what, " stored: use float32")
     if format == "timm":
         check_folder(path, TIMM_FILES, force)
         return
@@ -173,12 +172,13 @@ def check_labelled(dataset: str, data_dir: str | None) -> None:
     if dataset:
         raise UsageError(
             f"there is no data set {dataset!r}: use sample:mnist5k, a timm data set such as torch/cifar10 or "
-            "hfds/USER/NAME, or a folder with --data-dir"
-        )
+            "hfds/USER/NAME, or a folder with ", Argument("data_dir"),
+        )  # fmt: skip
     if data_dir is None:
-        raise UsageError("which images? give --data-dir FOLDER, or --dataset NAME")
+        raise UsageError("which images? give ", Argument("data_dir", "FOLDER"), ", or ", Argument("dataset", "NAME"))
     if not (Path(data_dir).is_dir() or (data_dir.endswith(".tar") and Path(data_dir).is_file())):
-        raise UsageError(f"there is no folder {data_dir}: give --data-dir FOLDER with a folder for each class")
+        folder = Argument("data_dir", "FOLDER")
+        raise UsageError(f"there is no folder {data_dir}: give ", folder, " with a folder for each class")
 
 
 def check_unlabelled(data: str) -> None:

@@ -27,8 +27,8 @@ class Message(str):
     >>> message = Message("a.safetensors exists: use ", Argument("force", True), " to replace it")
     >>> message
     'a.safetensors exists: use force=True to replace it'
-    >>> message.naming(lambda argument: f"--{argument.name}")
-    'a.safetensors exists: use --force to replace it'
+    >>> message.naming(lambda argument: f"/{argument.name}")
+    'a.safetensors exists: use /force to replace it'
     """
 
     parts: tuple[str | Argument, ...]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from .documents import parse_json
-from .errors import OutsideError, UsageError, shortened
+from .errors import Argument, OutsideError, UsageError, shortened
 
 # Targets that this process is writing. The number tells apart several threads that write the same target.
 _writing: set[tuple[Path, int]] = set()
@@ -48,7 +48,7 @@ def check_output(path: str | Path, force: bool = False, suffix: str = "") -> Pat
     if not path.name.endswith(suffix):
         raise UsageError(f"{path} should end in {suffix}, the suffix of this format: rename the output")
     if path.exists() and not force:
-        raise UsageError(f"{path} exists: use --force to replace it, or name another output with -o")
+        raise _exists(path)
     if not path.parent.is_dir():
         raise UsageError(f"the folder {path.parent} does not exist: make it first")
     target = path.resolve()
@@ -57,6 +57,11 @@ def check_output(path: str | Path, force: bool = False, suffix: str = "") -> Pat
     with suppress(OSError):  # if the folder has a problem, writing reports it
         _remove_leftovers(target)
     return target
+
+
+def _exists(path: Path) -> UsageError:
+    force, output = Argument("force", True), Argument("output")
+    return UsageError(f"{path} exists: use ", force, " to replace it, or name another ", output)
 
 
 def write_file(path: str | Path, write: Callable[[Path], None], force: bool = False) -> None:
@@ -191,11 +196,10 @@ def check_folder(path: str | Path, own: Collection[str], force: bool = False) ->
     with suppress(OSError):  # if the folder has a problem, writing reports it
         _remove_leftovers(path.resolve())
     if path.exists() and not force:
-        raise UsageError(f"{path} exists: use --force to replace it, or name another output with -o")
+        raise _exists(path)
     if path.exists() and (others := sorted({entry.name for entry in path.iterdir()} - set(own))):
-        raise UsageError(
-            f"{path} holds other files ({shortened(others, 3)}), which --force would remove: name a new folder"
-        )
+        what = f"{path} holds other files ({shortened(others, 3)}), which "
+        raise UsageError(what, Argument("force", True), " would remove: name a new folder")
     if not path.parent.is_dir():
         raise UsageError(f"the folder {path.parent} does not exist: make it first")
     return path.resolve()
@@ -325,7 +329,7 @@ def _rename_without_replacing(staging: Path, target: Path) -> None:
         if not target.exists():
             staging.replace(target)
             return
-    raise UsageError(f"{target} has come into being meanwhile: use --force to replace it")
+    raise UsageError(f"{target} has come into being meanwhile: use ", Argument("force", True), " to replace it")
 
 
 def _swap_folders(staging: Path, target: Path) -> bool:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import copy
+import json
+import pickle
 import re
 from collections.abc import Iterator
 from itertools import pairwise
@@ -12,7 +15,8 @@ import click
 import pytest
 
 from harmconvert.cli import COMMANDS, main
-from harmconvert.cli.advice import OPTION, fitting, options_of
+from harmconvert.cli.advice import OPTION, adapted, fitting, option_of, options_of
+from harmconvert.errors import Argument, InputError, Message, UsageError
 
 from .commands import run
 
@@ -58,6 +62,55 @@ def foreign(text: str, command: str) -> set[str]:
 MESSAGES = sorted(
     text for path in PACKAGE.rglob("*.py") if path != WRITES_COMMANDS for text in texts_of(path) if OPTION.search(text)
 )
+
+
+def arguments_of(path: Path) -> Iterator[str]:
+    """The names of all arguments that messages in a file name."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Argument":
+            yield str(node.args[0].value) if isinstance(node.args[0], ast.Constant) else ast.unparse(node.args[0])
+
+
+# One is computed: the key of a mean or a deviation.
+ARGUMENTS = {name for path in PACKAGE.rglob("*.py") for name in arguments_of(path)} - {"key"} | {"mean", "std"}
+
+
+def test_every_argument_that_a_message_names_has_an_option() -> None:
+    known = set().union(*OPTIONS.values())
+    assert len(ARGUMENTS) > 40
+    for name in ARGUMENTS:
+        options = re.findall(r"(?<![\w-])--?[a-z][a-z-]*", option_of(Argument(name)))
+        assert options, name
+        assert set(options) <= known, name
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_argument_is_named_by_an_option_that_the_command_or_its_owner_has(name: str) -> None:
+    for argument in sorted(ARGUMENTS):
+        text = fitting(f"give {option_of(Argument(argument, 'VALUE'))} for it", name, OPTIONS)
+        assert not foreign(text, name), text
+
+
+def test_a_message_of_the_library_is_told_in_the_words_of_the_command_that_runs() -> None:
+    text = Message("a exists: use ", Argument("force", True), " or ", Argument("example_input"), " and ",
+                   Argument("arguments", {"num_classes": 3}), ", force=True itself")  # fmt: skip
+    assert text == "a exists: use force=True or example_input and arguments={'num_classes': 3}, force=True itself"
+    told = "a exists: use --force or --input-size C,H,W and --model-kwargs num_classes=3, force=True itself"
+    assert adapted(text, "convert") == told
+    assert adapted(str(text), "convert") == text, "a text of a user's is not looked at"
+    assert adapted(Message("name it with ", Argument("teacher", "SOURCE")), "evaluate") == (
+        "name it with finetune --teacher SOURCE"
+    )
+
+
+def test_parts_of_a_message_survive_what_is_done_to_messages() -> None:
+    argument = Argument("force", True)
+    inner = UsageError("a exists: use ", argument)
+    outer = InputError("b: ", inner.message, "; or leave it")
+    for error in (outer, pickle.loads(pickle.dumps(outer)), copy.deepcopy(outer)):
+        assert str(error) == "b: a exists: use force=True; or leave it"
+        assert error.message.parts == ("b: ", "a exists: use ", argument, "; or leave it")
+    assert json.loads(json.dumps({"why": inner.message})) == {"why": "a exists: use force=True"}
 
 
 def test_every_option_that_the_package_names_exists() -> None:

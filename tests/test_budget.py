@@ -332,7 +332,7 @@ def test_what_cannot_be_met_says_what_can() -> None:
         convert(seeded(Branches), budget="macs=50%")
     with pytest.raises(UsageError, match=r"lam \(=2\) and budget \(='params=50%'\) both say what to keep"):
         convert(model, 2, budget="params=50%")
-    with pytest.raises(InputError, match="no layer of this Sequential may be cut: --include names those that should"):
+    with pytest.raises(InputError, match="no layer of this Sequential may be cut: include names those that should"):
         convert(nn.Sequential(nn.Conv2d(3, 4, 3)), budget="params=50%")
     alone = r"cannot be compared on these images \(one input: none can be held back\), so plans cannot"
     with pytest.raises(InputError, match=alone):

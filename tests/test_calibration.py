@@ -654,7 +654,7 @@ def test_why_outputs_cannot_be_compared_is_told() -> None:
     x = smooth((8, 3, 9, 9))
     record = hc.convert(seeded(Hungry, torch.float64), {"*": 2}, calibration=x.split(4)).calibration
     assert record.divergence is None
-    why = "out of memory (CUDA out of memory. Tried to allocate 2 GiB): lower --calibration-memory"
+    why = "out of memory (CUDA out of memory. Tried to allocate 2 GiB): lower settings.memory, the size of a batch or "
     assert record.incomparable.startswith(why)
     assert record.to_json()["incomparable"] == record.incomparable
     assert [layer.decision for layer in record.layers] == ["refit", "refit"]
@@ -1047,7 +1047,7 @@ def test_one_failure_costs_no_other_layer_its_refit(monkeypatch: pytest.MonkeyPa
     replace_everywhere(monkeypatch, choose, failing)
     layers = hc.convert(stack(), {"*": 2}, calibration=smooth((24, 3, 12, 12)).split(8)).calibration.layers
     assert [layer.decision for layer in layers] == ["failed", "refit", "refit"]
-    assert "out of memory (no memory left): lower --calibration-memory" in layers[0].why
+    assert "out of memory (no memory left): lower settings.memory, " in layers[0].why
 
 
 def test_fusing_leaves_the_record_of_calibration_behind() -> None:

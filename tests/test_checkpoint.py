@@ -169,7 +169,7 @@ def test_saving_what_is_not_harmonic_is_refused(tmp_path: Path) -> None:
 
 def test_an_existing_file_is_kept_unless_forced(network: Any, saved: Path) -> None:
     before = saved.read_bytes()
-    with pytest.raises(UsageError, match="exists: use --force"):
+    with pytest.raises(UsageError, match="exists: use force=True"):
         save(convert(network), saved)
     assert saved.read_bytes() == before
     save(convert(network), saved, force=True)
@@ -245,7 +245,7 @@ def test_a_missing_file_and_a_folder_say_so(tmp_path: Path) -> None:
 def test_a_plain_safetensors_file_says_how_to_use_it(tmp_path: Path) -> None:
     safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
     with pytest.raises(
-        InputError, match=r"not a harmonic checkpoint: name its network and give the weights with --checkpo"
+        InputError, match=r"not a harmonic checkpoint: name its network and give the weights with weights="
     ):
         read_header(tmp_path / "a.safetensors")
 

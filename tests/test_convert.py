@@ -155,7 +155,7 @@ def test_a_policy_that_cuts_nothing_says_so_and_what_would() -> None:
         conversion = convert(timm.create_model("efficientnet_b0"), "progressive")
     assert conversion.advice is not None
     assert "cuts nothing here" in conversion.advice
-    assert "--include PATTERN" in conversion.advice
+    assert "lam='PATTERN=N' or include=PATTERN" in conversion.advice
     assert convert(seeded(Branches), "full").advice is None
     assert convert(seeded(Branches), 2).advice is None
 

@@ -109,7 +109,7 @@ def test_too_many_unreadable_images_are_an_error(tmp_path: Path, network: nn.Mod
     [
         ("no/such/folder", "there is no folder no/such/folder: give a folder of images"),
         ("sample:cats", "there is no sample data set 'sample:cats'"),
-        ("torch/cifar10", "torch/cifar10: say where it lies with --data-dir"),
+        ("torch/cifar10", "torch/cifar10: say where it lies with data_dir=DIR"),
     ],
 )
 def test_what_is_no_data_set_is_refused(data: str, message: str, network: nn.Module) -> None:
@@ -205,7 +205,7 @@ def test_photographs_are_cropped_as_often_as_asked(network: nn.Module) -> None:
 
 
 def test_a_network_that_names_no_size_asks_for_one() -> None:
-    with pytest.raises(UsageError, match="give --input-size C,H,W"):
+    with pytest.raises(UsageError, match="give input_size=C,H,W"):
         preprocessing(nn.Conv2d(3, 3, 3), {})
     assert preprocessing(nn.Conv2d(3, 3, 3), {"input_size": (3, 50, 60)})["input_size"] == (3, 50, 60)
 
@@ -215,7 +215,7 @@ def test_inputs_that_are_no_images_are_refused() -> None:
         preprocessing(nn.Conv2d(3, 3, 3), {"input_size": (3, 16, 112, 112)})
     with pytest.raises(UsageError, match="reads 4 channels, images have 1 or 3"):
         calibration_images("sample:photographs", nn.Conv2d(4, 3, 3), overrides={"input_size": (4, 32, 32)})
-    with pytest.raises(UsageError, match="--mean has 2 numbers for 3 channels"):
+    with pytest.raises(UsageError, match="mean has 2 numbers for 3 channels"):
         preprocessing(nn.Conv2d(3, 3, 3), {"input_size": (3, 32, 32), "mean": (0.5, 0.5)})
 
 
@@ -234,7 +234,7 @@ def test_torchvisions_own_preprocessing_is_found(monkeypatch: pytest.MonkeyPatch
 def test_a_network_that_says_nothing_of_its_preprocessing_is_not_given_imagenets(folder: Path) -> None:
     network, size = nn.Conv2d(3, 2, 3), {"input_size": (3, 16, 16)}
     for given in ({}, {"mean": (0.5,)}, {"std": (0.5,)}):
-        with pytest.raises(UsageError, match=r"does not say how its images are preprocessed.*--mean and --std, or"):
+        with pytest.raises(UsageError, match=r"does not say how its images are preprocessed.*mean and std, or"):
             calibration_images(str(folder), network, 1, overrides=size | given)
     for function in (training_transform, lambda config: padded_crop_transform(config, 4, 0, 0)):
         with pytest.raises(UsageError, match="does not say how"):

@@ -185,7 +185,7 @@ def test_a_folder_in_a_folder_is_named(tmp_path: Path) -> None:
     digit_folders(tmp_path / "digits" / "train", 1)
     digit_folders(tmp_path / "digits" / "val", 1)
     (tmp_path / "__MACOSX").mkdir()
-    with pytest.raises(UsageError, match=r"holds one folder with splits: give --data-dir .*digits"):
+    with pytest.raises(UsageError, match=r"holds one folder with splits: give data_dir=.*digits"):
         open_data(DataRequest(data_dir=str(tmp_path)))
 
 
@@ -217,11 +217,11 @@ def test_a_class_that_is_not_tested_does_not_shift_the_others(split_folder: Path
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (DataRequest(), "give --data-dir FOLDER, or --dataset NAME"),
+        (DataRequest(), "give data_dir=FOLDER, or dataset=NAME"),
         (DataRequest(data_dir="nowhere"), "there is no folder nowhere"),
         (DataRequest("cifar10"), "there is no data set 'cifar10': use sample:mnist5k, a timm data set"),
         (DataRequest("sample:cats"), "there is no sample data set 'sample:cats'"),
-        (DataRequest("torch/cifar10"), "say where it lies with --data-dir"),
+        (DataRequest("torch/cifar10"), "say where it lies with data_dir=DIR"),
         (DataRequest("torch/nothing", "."), "timm cannot open torch/nothing"),
     ],
 )
@@ -232,7 +232,7 @@ def test_data_that_is_not_there(request_: DataRequest, message: str) -> None:
 
 def test_one_split_and_nothing_held_back(tmp_path: Path) -> None:
     digit_folders(tmp_path, 1)
-    with pytest.raises(UsageError, match="give --holdout above 0"):
+    with pytest.raises(UsageError, match="give holdout above 0"):
         open_data(DataRequest(data_dir=str(tmp_path), holdout=0))
 
 

@@ -188,8 +188,8 @@ def test_a_missing_package_is_named(missing: str, tmp_path: Path, monkeypatch: p
     [
         ({"format": "pdf"}, "unknown format 'pdf'"),
         ({"format": "dense", "dtype": "int8"}, "unknown dtype 'int8'"),
-        ({"format": "onnx", "dtype": "bfloat16"}, "--dtype bfloat16 is for state dicts"),
-        ({"format": "torch-export", "dtype": "float16"}, "--dtype float16 is for state dicts"),
+        ({"format": "onnx", "dtype": "bfloat16"}, "dtype=bfloat16 is for state dicts"),
+        ({"format": "torch-export", "dtype": "float16"}, "dtype=float16 is for state dicts"),
         ({"format": "dense", "form": "factored"}, "factored is for onnx"),
         ({"format": "torch-export"}, "should end in .pt2"),
     ],

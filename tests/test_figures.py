@@ -182,7 +182,7 @@ def test_the_most_common_kernel_is_shown_unless_another_is_named() -> None:
     assert filter_bank(net, (5,)).layers == 1
     with pytest.raises(UsageError, match=r"no layer has a kernel of 7x7 \(there are: 3x3, 5x5\)"):
         filter_bank(net, (7, 7))
-    with pytest.raises(UsageError, match="filters of 3x2x3 have more axes than a page: --figure spectrum shows them"):
+    with pytest.raises(UsageError, match="filters of 3x2x3 have more axes than a page: kind=spectrum shows them"):
         filter_bank(seeded(CONVOLUTIONS["Conv3d"][0]))
 
 
@@ -283,7 +283,7 @@ def test_progress_is_told() -> None:
 
 def test_where_nothing_can_be_cut_there_is_no_tradeoff() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, groups=4), nn.Flatten())
-    with pytest.raises(InputError, match=r"no lambda cuts anything here: 0 \(.*1 \(depthwise.*--include PATTERN"):
+    with pytest.raises(InputError, match=r"no lambda cuts anything here: 0 \(.*1 \(depthwise.*include=PATTERN"):
         tradeoff(net, lambda model, uncut: pytest.fail("nothing to evaluate"), example_input=torch.zeros(1, 3, 8, 8))
 
 
@@ -485,7 +485,7 @@ def test_outputs_are_named_and_never_lost() -> None:
     with pytest.raises(UsageError, match=r"a.pdf should end in .png or .svg"):
         check_figure("x", "filters", "a.pdf", False)
     Path("a.csv").write_text("mine")
-    with pytest.raises(UsageError, match=r"a.csv exists: use --force to replace it"):
+    with pytest.raises(UsageError, match=r"a.csv exists: use force=True to replace it"):
         check_figure("x", "filters", "a.png", False)
     write_figure(filter_bank(nn.Conv2d(1, 1, 3)), Path("a.PNG"), Path("a.csv"), force=True)
     assert sorted(path.name for path in Path().iterdir()) == ["a.PNG", "a.csv"]

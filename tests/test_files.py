@@ -27,7 +27,7 @@ def test_a_file_is_written_whole(tmp_path: Path) -> None:
 
 def test_an_existing_file_is_replaced_only_by_force(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"old")
-    with pytest.raises(UsageError, match="exists: use --force to replace it, or name another output with -o"):
+    with pytest.raises(UsageError, match="exists: use force=True to replace it, or name another output"):
         write_file(tmp_path / "a", fill)
     assert (tmp_path / "a").read_bytes() == b"old"
     write_file(tmp_path / "a", fill, force=True)
@@ -79,7 +79,7 @@ def test_what_comes_into_being_meanwhile_is_kept(tmp_path: Path) -> None:
         fill(path)
         (tmp_path / "a").write_bytes(b"another's")
 
-    with pytest.raises(UsageError, match="has come into being meanwhile: use --force to replace it"):
+    with pytest.raises(UsageError, match="has come into being meanwhile: use force=True to replace it"):
         write_file(tmp_path / "a", slowly)
     assert (tmp_path / "a").read_bytes() == b"another's"
     assert names(tmp_path) == ["a"]
@@ -103,7 +103,7 @@ def test_a_folder_that_comes_into_being_meanwhile_is_kept(tmp_path: Path, force:
         (tmp_path / "d").mkdir()
         (tmp_path / "d" / "thesis").write_bytes(b"another's")
 
-    with pytest.raises(UsageError, match="holds other files" if force else "exists: use --force to replace it"):
+    with pytest.raises(UsageError, match="holds other files" if force else "exists: use force=True to replace it"):
         write_folder(tmp_path / "d", ("x",), slowly, force=force)
     assert names(tmp_path / "d") == ["thesis"]
     assert names(tmp_path) == ["d"]
@@ -180,7 +180,7 @@ def test_what_the_system_refuses_is_told_with_a_remedy(tmp_path: Path) -> None:
 def test_a_folder_is_written_whole_and_replaced_by_force(tmp_path: Path) -> None:
     write_folder(tmp_path / "d", ("x", "y"), lambda folder: fill(folder / "x"))
     assert names(tmp_path) == ["d"]
-    with pytest.raises(UsageError, match="exists: use --force"):
+    with pytest.raises(UsageError, match="exists: use force=True"):
         write_folder(tmp_path / "d", ("x", "y"), lambda folder: fill(folder / "y"))
     write_folder(tmp_path / "d", ("x", "y"), lambda folder: fill(folder / "y"), force=True)
     assert names(tmp_path / "d") == ["y"]
@@ -201,7 +201,7 @@ def test_a_folder_is_written_whole_and_replaced_by_force(tmp_path: Path) -> None
 def test_a_folder_with_files_of_others_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "notes.txt").write_bytes(b"mine")
-    with pytest.raises(UsageError, match=r"holds other files \(notes.txt\), which --force would remove"):
+    with pytest.raises(UsageError, match=r"holds other files \(notes.txt\), which force=True would remove"):
         write_folder(tmp_path / "d", ("x",), lambda folder: fill(folder / "x"), force=True)
     assert names(tmp_path / "d") == ["notes.txt"]
 

@@ -113,6 +113,22 @@ def test_one_screen_per_idea(path: Path) -> None:
             assert body <= 60, f"{node.name} has {body} lines"
 
 
+# It writes the commands out that make a checkpoint again, which is about the command line by nature.
+WRITES_COMMANDS = PACKAGE / "report" / "reproduce.py"
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z]")
+
+
+def test_the_library_names_no_option_of_the_command_line() -> None:
+    """A message names an argument (`harmconvert.errors.Argument`); the command line has the option for it."""
+    for path in sources():
+        if room(path) == "cli" or path == WRITES_COMMANDS:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                named = set(FLAG.findall(node.value)) - {"--help"}
+                assert not named, f"{path.relative_to(PACKAGE)}:{node.lineno} names {named}"
+
+
 def test_the_public_list() -> None:
     assert hc.__all__ == sorted(hc.__all__, key=lambda n: (n.islower(), n))
     for name in hc.__all__:

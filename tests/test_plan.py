@@ -97,7 +97,7 @@ def test_progressive_leaves_layers_that_did_not_run_whole() -> None:
 
 
 def test_progressive_without_sizes_asks_for_an_input() -> None:
-    with pytest.raises(UsageError, match=r"give an example input \(--input-size C,H,W\)"):
+    with pytest.raises(UsageError, match=r"give an example input \(example_input\)"):
         make_plan([LayerInfo("a", "Conv2d", (3, 3))], "progressive")
 
 

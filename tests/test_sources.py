@@ -181,7 +181,7 @@ def test_unknown_names_suggest_near_ones() -> None:
 
 
 def test_a_model_without_published_weights_says_so() -> None:
-    with pytest.raises(InputError, match="has no pretrained weights: give some with --checkpoint FILE"):
+    with pytest.raises(InputError, match="has no pretrained weights: give some with weights=FILE"):
         open_source("wrn22_1")
 
 
@@ -207,9 +207,7 @@ def test_plain_weights_are_a_counterpart_too(resnet: tuple[nn.Module, Path]) -> 
 
 def test_weights_given_as_source_say_how_to_give_them(tmp_path: Path) -> None:
     torch.save({}, tmp_path / "net.pth")
-    with pytest.raises(
-        UsageError, match=r"holds weights only: name its network, and give the weights with --checkpoint"
-    ):
+    with pytest.raises(UsageError, match=r"holds weights only: name its network, and give the weights with weights="):
         open_source(str(tmp_path / "net.pth"))
     with pytest.raises(InputError, match="does not exist"):
         open_source(str(tmp_path / "none.safetensors"))

@@ -208,7 +208,7 @@ def test_a_signal_saves_says_how_to_go_on_and_leaves(tmp_path: Path, number: int
         if (told.epoch, told.step) == (1, 2):
             os.kill(os.getpid(), number)
 
-    with pytest.raises(SignalError, match=r"after 1 epoch and 3 steps; go on with .* --resume .*state.pth") as caught:
+    with pytest.raises(SignalError, match=r"after 1 epoch and 3 steps; go on with .* resume=.*state.pth") as caught:
         train(small(dropout=0.3), noise(), RECIPE, machine=PLAIN, keeper=keeper, progress=interrupt)
     assert caught.value.exit_code == code
     assert signal.getsignal(number) == handler

@@ -261,9 +261,7 @@ def test_a_network_that_runs_in_float32_only_says_so() -> None:
 def test_default_inputs_come_from_the_networks_configuration() -> None:
     model = timm.create_model("resnet10t")
     assert verify(model, convert(model).model).inputs == 2
-    with pytest.raises(
-        UsageError, match=r"no input size is known for this network: give inputs \(inputs=, --input-size"
-    ):
+    with pytest.raises(UsageError, match=r"no input size is known for this network: give inputs$"):
         verify(*pair())
 
 

@@ -265,7 +265,7 @@ def test_weights_beside_those_of_the_network_are_left_out_only_where_their_prefi
 def test_names_that_fit_under_a_prefix_that_says_nothing_are_pointed_out(tmp_path: Path) -> None:
     state = {"module.trunk.weight": torch.ones(2, 1), "module.text.bias": torch.zeros(3)}
     torch.save({"state_dict": state}, tmp_path / "net.pth")
-    with pytest.raises(InputError, match=r"names that fit under 'module.trunk.': .* \(--strip-prefix\)"):
+    with pytest.raises(InputError, match=r"names that fit under 'module.trunk.': .* \(strip_prefix\)"):
         load_weights(nn.Linear(1, 2, bias=False), tmp_path / "net.pth")
     assert load_weights(nn.Linear(1, 2, bias=False), tmp_path / "net.pth", prefix="module.trunk.")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..errors import UsageError, first_line
+from ..errors import Argument, Message, UsageError, first_line
 from ..network.running import call, evaluating, unchanged
 from ..network.side_effects import seeded_sources
 from ..network.values import clone_tensors, describe_input, match_dtype
@@ -149,7 +149,8 @@ def explained(error: Exception) -> str:
     """What went wrong in a run, in one line, and where memory ran out what to do."""
     text = first_line(error) or type(error).__name__
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "memory" in text:
-        return f"out of memory ({text}): lower --calibration-memory, --calibration-batch-size or --calibration-images"
+        memory, inputs = Argument("settings.memory"), Argument("settings.inputs")
+        return Message(f"out of memory ({text}): lower ", memory, ", ", Argument("the size of a batch"), " or ", inputs)
     return text
 
 

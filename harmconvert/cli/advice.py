@@ -17,10 +17,20 @@ from ..errors import Argument, Message
 # The words for an argument, if they differ from its name as an option.
 WORDS = {
     "arguments": "--model-kwargs",
+    "code": "--model",
     "compare_weights": "--compare-checkpoint",
     "data": "--data-dir, --dataset",
     "example_input": "--input-size C,H,W",
+    "inputs": "--input-size C,H,W",
+    "kind": "--figure",
+    "lam": "--lambda",
     "output": "output with -o",
+    "settings.inputs": "--calibration-images",
+    "settings.memory": "--calibration-memory",
+    "tested": "--data-dir",
+    "the size of a batch": "--calibration-batch-size",
+    "weights": "--checkpoint",
+    "weights_key": "--checkpoint-key",
 }
 
 # Name the second option if a command has it and does not have the first.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from . import images, inputs, listening, options, outputs, pages, types
+from .advice import adapted
 from .recording import command_words
 
 if TYPE_CHECKING:
@@ -250,9 +252,12 @@ def _parts(conversion: Conversion) -> Iterator[Any]:
     if conversion.drops:
         yield tables.drops_table(conversion.drops)
     yield tables.conversion_table(conversion)
-    if conversion.calibration:
-        yield tables.calibration_table(conversion.calibration)
-        yield from tables.calibration_lines(conversion.calibration)
+    if (calibration := conversion.calibration) is not None:
+        layers = tuple(replace(layer, why=layer.why and adapted(layer.why)) for layer in calibration.layers)
+        why = calibration.incomparable and adapted(calibration.incomparable)
+        said = replace(calibration, layers=layers, incomparable=why)
+        yield tables.calibration_table(said)
+        yield from tables.calibration_lines(said)
     yield from tables.cost_lines(conversion.cost)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import options, types
+from .advice import adapted
 
 if TYPE_CHECKING:
     from ..calibration import CalibrationSettings
@@ -169,7 +170,7 @@ def verdict(conversion: Conversion, output: str, allow_fallback: bool) -> int:
     failed = conversion.calibration.failed if conversion.calibration else ()
     if not failed:
         return 0
-    what = ", ".join(f"{layer.name} ({layer.why})" for layer in failed[:3])
+    what = ", ".join(f"{layer.name} ({adapted(layer.why or '')})" for layer in failed[:3])
     options.say(
         f"harmconvert: {'note' if allow_fallback else 'check failed'}: {counted(len(failed), 'layer')} of {output} "
         f"could not be calibrated and {'stays' if len(failed) == 1 else 'stay'} a plain cut: {what}"

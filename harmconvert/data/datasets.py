@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..arguments import PACKAGES, check_labelled
-from ..errors import InputError, OutsideError, UsageError, counted, first_line
+from ..errors import Argument, InputError, OutsideError, UsageError, counted, first_line
 from ..samples import mnist5k, mnist5k_held_back_pixels
 from .folders import class_folders, folder_of_pictures
 from .pictures import Pictures, open_picture, photographs, random_crop
@@ -117,14 +117,14 @@ def open_data(request: DataRequest, parts: Sequence[str] = ("train", "test")) ->
 def open_timm(name: str, root: str | None, **more: Any) -> Any:
     """Call timm's `create_dataset`; turn its exceptions into errors that say what to do."""
     if root is None and name.startswith("torch/"):
-        raise UsageError(f"{name}: say where it lies with --data-dir DIR")
+        raise UsageError(f"{name}: say where it lies with ", Argument("data_dir", "DIR"))
     try:
         return create_dataset(name, root=root, **more)
     except (AssertionError, ValueError, RuntimeError, LookupError, TypeError, FileNotFoundError, ImportError) as error:
         raise UsageError(
             f"timm cannot open {name or root} (split {more.get('split')!r}, in {root or 'no folder'}): "
-            f"{first_line(error) or type(error).__name__}; see --data-dir and the split options"
-        ) from error
+            f"{first_line(error) or type(error).__name__}; see ", Argument("data_dir"), " and the split options",
+        ) from error  # fmt: skip
     except OSError as error:
         raise OutsideError(f"{name} cannot be fetched: {first_line(error)}; give a folder of images") from error
 
@@ -258,11 +258,12 @@ def _open_folders(root: Path, request: DataRequest, parts: Sequence[str]) -> Dat
     test = _split_folder(root, request.val_split, "validation")
     if train is None and test is None:
         if inner := _only_folder(root, request):
-            raise UsageError(f"{root} holds one folder with splits: give --data-dir {inner}")
+            raise UsageError(f"{root} holds one folder with splits: give ", Argument("data_dir", inner))
         pictures, notes = folder_of_pictures(root)
         return _split_by_holdout(pictures, request, parts, notes)
     if train is None and "train" in parts:
-        raise UsageError(f"{root} has a folder {test.name if test else ''} but none to train on: see --train-split")
+        what = f"{root} has a folder {test.name if test else ''} but none to train on: see "
+        raise UsageError(what, Argument("train_split"))
     train_files, notes = folder_of_pictures(train) if train is not None else (None, ())
     if test is None:
         assert train_files is not None
@@ -290,10 +291,12 @@ def _split_by_holdout(
 ) -> Data:
     """Divide one set of pictures into training and test pictures by a seed; keep it whole if ``holdout`` is 0."""
     if not 0 <= request.holdout < 1:
-        raise UsageError(f"--holdout {request.holdout}: give the share of the images to test on, from 0 to below 1")
+        named = Argument("holdout", request.holdout)
+        raise UsageError(named, ": give the share of the images to test on, from 0 to below 1")
     if request.holdout == 0:
         if "train" in parts and "test" in parts:
-            raise UsageError(f"{request} has one split: give --holdout above 0, or a folder of images to test on")
+            named = Argument("holdout")
+            raise UsageError(f"{request} has one split: give ", named, " above 0, or a folder of images to test on")
         return Data(pictures if "train" in parts else None, pictures if "test" in parts else None, notes)
     order = np.random.default_rng(request.seed).permutation(len(pictures))
     held_back = max(1, round(request.holdout * len(pictures)))

@@ -102,7 +102,8 @@ class Loading:
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            raise OutsideError(f"{first_line(error)}: give fewer --workers, or more shared memory") from error
+            fewer = Argument("workers")
+            raise OutsideError(f"{first_line(error)}: give fewer ", fewer, ", or more shared memory") from error
         except HarmconvertError as error:
             text = str(error.args[0])
             if not text.startswith("Caught "):

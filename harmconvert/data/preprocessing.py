@@ -12,7 +12,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transf
 from torch import Tensor, nn
 from torchvision import transforms
 
-from ..errors import InputError, UsageError, counted, first_line
+from ..errors import Argument, InputError, UsageError, counted, first_line
 from ..network.declared import input_sizes, pretrained_config
 from ..user_code import import_function
 
@@ -54,8 +54,9 @@ def preprocessing(model: nn.Module, overrides: Mapping[str, Any]) -> dict[str, A
         function = declared.get("function")
         if function and not trusted:
             raise UsageError(
-                f"this checkpoint's images are preprocessed by user code ({function}), which is not run unasked: "
-                "--trust-code if you know the file, or name another preprocessing"
+                f"this checkpoint's images are preprocessed by user code ({function}), which is not run unasked: ",
+                Argument("trust_code", True),
+                " if you know the file, or name another preprocessing",
             )
     if function and (refused := [key for key in ("mean", "std", "interpolation", "crop_pct") if key in options]):
         raise UsageError(f"{function} does the whole preprocessing: leave out {refused[0]} or the function")
@@ -79,7 +80,8 @@ def preprocessing(model: nn.Module, overrides: Mapping[str, Any]) -> dict[str, A
 def _image_size(model: nn.Module, options: Mapping[str, Any]) -> tuple[int, ...]:
     sizes = [tuple(options["input_size"])] if options.get("input_size") else input_sizes(model)
     if not sizes:
-        raise UsageError("this network does not say what size of image it takes: give --input-size C,H,W")
+        size = Argument("input_size", "C,H,W")
+        raise UsageError("this network does not say what size of image it takes: give ", size)
     if len(sizes) > 1:
         raise UsageError(f"this network takes {len(sizes)} inputs, not one image: pass batches of your own in Python")
     if len(sizes[0]) != 3:
@@ -93,12 +95,10 @@ def _image_size(model: nn.Module, options: Mapping[str, Any]) -> tuple[int, ...]
 def _check_normalisation(given: Mapping[str, Any], channels: int) -> None:
     for key in ("mean", "std"):
         if key in given and len(given[key]) not in (1, channels):
-            raise UsageError(
-                f"--{key} has {counted(len(given[key]), 'number')} for {counted(channels, 'channel')}: give one, "
-                "or one for each"
-            )
+            what = f" has {counted(len(given[key]), 'number')} for {counted(channels, 'channel')}"
+            raise UsageError(Argument(key), what, ": give one, or one for each")
         if key == "std" and key in given and not all(number > 0 for number in given[key]):
-            raise UsageError("--std is divided by: it cannot be zero or less")
+            raise UsageError(Argument("std"), " is divided by: it cannot be zero or less")
 
 
 def _check_resize(config: Mapping[str, Any]) -> None:
@@ -108,10 +108,9 @@ def _check_resize(config: Mapping[str, Any]) -> None:
         raise UsageError(f"images of {height}x{width} are too large: at most {_LARGEST_SIDE:,} pixels on a side")
     least, most = max(height, width) / _LARGEST_SIDE, min(height, width)
     if not least <= share <= most:
-        raise UsageError(
-            f"--crop-pct {share:g} resizes images to {'more' if share < least else 'fewer'} pixels than can be for an "
-            f"input of {height}x{width}: give a share from {least:.2g} to {most}, 1 for the whole image"
-        )
+        what = f" resizes images to {'more' if share < least else 'fewer'} pixels than can be for an input of"
+        remedy = f"give a share from {least:.2g} to {most}, 1 for the whole image"
+        raise UsageError(Argument("crop_pct", f"{share:g}"), f"{what} {height}x{width}: {remedy}")
 
 
 def check_known(config: Mapping[str, Any]) -> None:
@@ -119,8 +118,13 @@ def check_known(config: Mapping[str, Any]) -> None:
     color_mode(config)
     if config.get("assumed"):
         raise UsageError(
-            "this network does not say how its images are preprocessed, and a wrong guess would cost accuracy: give "
-            "--mean and --std, or --preprocess imagenet, none or FILE.py:FUNCTION"
+            "this network does not say how its images are preprocessed, and a wrong guess would cost accuracy: give ",
+            Argument("mean"),
+            " and ",
+            Argument("std"),
+            ", or ",
+            Argument("preprocess"),
+            " imagenet, none or FILE.py:FUNCTION",
         )
 
 

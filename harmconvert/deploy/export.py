@@ -126,9 +126,8 @@ def _full_state(model: nn.Module) -> dict[str, Tensor]:
 def _export_timm_folder(dense: nn.Module, path: Path, known: Any, force: bool) -> None:
     architecture = pretrained_config(dense).get("architecture")
     if not architecture or not timm.is_model(architecture):
-        raise UsageError(
-            f"a timm folder needs a timm network, and this is a {type(dense).__name__}: use --format dense"
-        )
+        what = f"a timm folder needs a timm network, and this is a {type(dense).__name__}"
+        raise UsageError(what, ": use ", Argument("format", "dense"))
     arguments = {"in_chans": dense.in_chans} if isinstance(getattr(dense, "in_chans", None), int) else {}
 
     def fill(folder: Path) -> None:
@@ -141,10 +140,8 @@ def _export_timm_folder(dense: nn.Module, path: Path, known: Any, force: bool) -
         else:
             problem = None if known is None else compare_outputs(dense, other, comparison_inputs(known)).problem
         if problem:
-            raise CheckError(
-                f"timm makes another network than this {type(dense).__name__} of the folder ({problem}); nothing was "
-                "written: use --format dense"
-            )
+            what = f"timm makes another network than this {type(dense).__name__} of the folder ({problem})"
+            raise CheckError(what, "; nothing was written: use ", Argument("format", "dense"))
 
     with saving(path):
         write_folder(path, TIMM_FILES, fill, force)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..errors import UsageError, first_line
+from ..errors import Argument, UsageError, first_line
 from .side_effects import Snapshot, WeightsKept
 from .values import describe_input
 
@@ -32,8 +32,9 @@ def usage_errors(example_input: Any) -> Iterator[None]:
     except Exception as error:
         raise UsageError(
             f"the network does not run on an example input of {describe_input(example_input)}: "
-            f"{type(error).__name__}: {first_line(error)}; "
-            "give an input that it takes (example_input=, --input-size C,H,W)"
+            f"{type(error).__name__}: {first_line(error)}; give an input that it takes (",
+            Argument("example_input"),
+            ")",
         ) from error
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import UsageError
+from ..errors import Argument, UsageError
 from .declared import input_sizes
 
 
@@ -138,6 +138,6 @@ def seeded_inputs(*models: nn.Module) -> Any:
     """
     zero_input = next((zeros for model in models if (zeros := default_input(model, batch=2)) is not None), None)
     if zero_input is None:
-        raise UsageError("no input size is known for this network: give inputs (inputs=, --input-size C,H,W)")
+        raise UsageError("no input size is known for this network: give ", Argument("inputs"))
     generator = torch.Generator().manual_seed(0)
     return map_tensors(lambda zeros: torch.randn(zeros.shape, generator=generator), zero_input)

@@ -18,7 +18,7 @@ from ..calibration import Calibration, CalibrationSettings, Progress, calibrate
 from ..calibration.reading import Reader, items
 from ..codecs.codec import Entry
 from ..codecs.table import CodecTable
-from ..errors import InputError, UsageError, shortened
+from ..errors import Argument, InputError, Message, UsageError, shortened
 from ..kernels.basis import Basis
 from ..kernels.projection import check_range, relative_error
 from ..network.checks import check_network, check_weights
@@ -96,10 +96,9 @@ class Conversion:
             what = f"{max(removed, 0):.1%} of the parameters only"
             why = f"convolutions over 1x1 hold {self.cost.parameter_share:.1%} of them"
             why += f", and {whole} stay whole" if whole else ""
-        return (
-            f"lambda {self.plan.policy} cuts {what}: {why}; to cut a layer all the same, name it: "
-            "--lambda 'PATTERN=N' or --include PATTERN"
-        )
+        name, include = Argument("lam", "'PATTERN=N'"), Argument("include", "PATTERN")
+        remedy = "to cut a layer all the same, name it: "
+        return Message(f"lambda {self.plan.policy} cuts {what}: {why}; ", remedy, name, " or ", include)
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the network, JSON-able."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -147,9 +148,8 @@ def run_finetuning(
     else:
         first = _Stages(model, header, original, why_no_original, worth, setting)
         stages, calibration = first.stages(data, calibration_images, recipe.seed), first.calibration
-    # Plain text, because the state is read without running anything: a `Message` is a class.
-    plain = [{**stage.to_json(), "why": None if stage.why is None else str(stage.why)} for stage in stages]
-    record = {"stages": plain, "calibration": calibration}
+    record = {"stages": [stage.to_json() for stage in stages], "calibration": calibration}
+    record = json.loads(json.dumps(record))  # plain text: a state holds no object such as a `Message`
     keeper = replace(setting.keeper, record=record)
     rows = train(
         model,

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import UsageError
+from ..errors import Argument, UsageError
 from ..kernels.basis import Frequency
 from .kernels import filters_of, layers_of, level, size_text, with_kernel
 
@@ -77,9 +77,8 @@ def filter_bank(model: nn.Module, kernel_size: Sequence[int] | None = None) -> F
     counts = Counter(layer.kernel_size for layer in layers)
     flat = [size for size, _ in counts.most_common() if len(size) <= 2]
     if not flat:
-        raise UsageError(
-            f"filters of {size_text(next(iter(counts)))} have more axes than a page: --figure spectrum shows them"
-        )
+        what = f"filters of {size_text(next(iter(counts)))} have more axes than a page"
+        raise UsageError(what, ": ", Argument("kind", "spectrum"), " shows them")
     size = flat[0]
     mine = [layer for layer in layers if layer.kernel_size == size]
     kept = Counter(frequency for layer in mine for frequency in layer.frequencies)

@@ -328,7 +328,7 @@ def _flags(kernel_size: Sequence[int], kept: Sequence[Frequency]) -> tuple[bool,
 
 
 def _stages(training: Sequence[Mapping[str, Any]], held_out: Mapping[str, Any] | None) -> tuple[StageFacts, ...]:
-    """Every stage that somebody measured: those of fine-tuning, else what ``--max-drop`` held out."""
+    """Every stage that somebody measured: those of fine-tuning, else what a search by ``max_drop`` held out."""
     stages: list[StageFacts] = []
     for number, run in enumerate(training):
         # Later runs measure again what the first one began with.

@@ -12,7 +12,7 @@ from rich.table import Table
 from ..calibration import ENOUGH_POSITIONS, Calibration
 from ..deploy.benchmark import Benchmark
 from ..deploy.export import Exported
-from ..errors import counted, one_line, shortened
+from ..errors import Argument, Message, counted, one_line, shortened
 from ..network.forms import Factoring
 from ..pipeline.convert import Conversion, LayerRecord
 from ..pipeline.finetuning import Stage
@@ -237,13 +237,13 @@ def cost_lines(cost: Cost) -> list[str]:
         reach,
         f"parameters  {millions(cost.parameters)} -> {millions(cost.harmonic_parameters)} ({kept:.1%})",
         f"tensors     {megabytes(cost.bytes)} -> {megabytes(cost.harmonic_bytes)}",
-        f"MACs        {_macs(cost)}",
+        Message("MACs        ", _macs(cost)),
     ]
 
 
 def _macs(cost: Cost) -> str:
     if cost.dense_macs is None or cost.factored_macs is None:
-        return "unknown without an example input (--input-size C,H,W)"
+        return Message("unknown without an example input (", Argument("example_input"), ")")
     share = cost.factored_macs / max(cost.dense_macs, 1)
     return (
         f"dense {millions(cost.dense_macs)}; harmonic the same, and {millions(cost.merge_macs)} a forward to merge "

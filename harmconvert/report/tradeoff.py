@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..calibration import CalibrationSettings
-from ..errors import InputError, counted, shortened
+from ..errors import Argument, InputError, counted, shortened
 from ..network.checks import check_network
 from ..network.tracing import find_layers, trace_if_possible
 from ..pipeline.convert import Conversion, convert
@@ -171,10 +171,8 @@ def _distinct_plans(
         found[plan.layers] = ((*names, plan.policy), first)
     if all(plan.whole for _, plan in found.values()):
         spared = shortened([f"{name} ({why.removeprefix('whole: ')})" for name, why in notes.items()], 2)
-        raise InputError(
-            f"there is no trade-off to draw, because no lambda cuts anything here: {spared or 'nothing is over 1x1'}; "
-            "to cut a layer all the same, name it with --include PATTERN"
-        )
+        what = f"there is no trade-off to draw, because no lambda cuts anything here: {spared or 'nothing is over 1x1'}"
+        raise InputError(what, "; to cut a layer all the same, name it with ", Argument("include", "PATTERN"))
     return list(found.values())
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from ..arguments import UNITS as UNITS
 from ..arguments import Budget as Budget
-from ..errors import UsageError
+from ..errors import Argument, UsageError
 from ..plan.plan import Plan
 from .choices import Item, plan_of
 from .knapsack import Frontier, frontier
@@ -35,8 +35,8 @@ def limit_of(budget: Budget, whole: int, changes: Sequence[Sequence[int]]) -> tu
         raise UsageError(
             f"the budget {budget} cannot be met: cutting can bring the {whole:,} {UNITS[budget.unit]} of this network "
             f"to {smallest:,} at least, so ask for {math.ceil(1000 * smallest / whole) / 10:g}% or more; the layer "
-            "that reads the input is cut where --include names it"
-        )
+            "that reads the input is cut where ", Argument("include"), " names it",
+        )  # fmt: skip
     return limit, smallest
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from ..calibration import CalibrationSettings, Progress, memory_for
 from ..calibration.inputs import CalibrationSet
 from ..calibration.moments import Moments, response_moments
-from ..errors import InputError
+from ..errors import Argument, InputError
 from ..kernels.basis import Frequency
 from ..kernels.elimination import eliminate
 from ..network.distributed import from_first_rank
@@ -71,7 +71,8 @@ def with_order(item: Item, order: Sequence[Frequency]) -> Item:
         return item
     every = whole.frequencies
     if sorted(order) != sorted(every):
-        raise InputError(f"the order of the frequencies of {item.names[0]} lacks some or has others: remove --probes")
+        what = f"the order of the frequencies of {item.names[0]} lacks some or has others"
+        raise InputError(what, ": remove ", Argument("probes"))
     count = len(order)
     steps = range(MOST_SIZES)
     sizes = (

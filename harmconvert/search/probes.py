@@ -13,7 +13,7 @@ from torch import nn
 from ..calibration import CalibrationSettings
 from ..codecs.digests import tensors_sha256
 from ..documents import check, count, finite, json_value
-from ..errors import InputError, UsageError
+from ..errors import Argument, InputError, UsageError
 from ..files import read_json, write_text
 from ..kernels.basis import Basis
 from ..network.distributed import from_first_rank, rank
@@ -62,9 +62,8 @@ class Probes:
         if data is None:
             return probes
         if differing := [name for name, value in key.items() if data["key"].get(name) != value]:
-            raise UsageError(
-                f"{path} holds probes of other {' and '.join(differing)}: remove it, or name another file (--probes)"
-            )
+            what = f"{path} holds probes of other {' and '.join(differing)}"
+            raise UsageError(what, ": remove it, or name another file (", Argument("probes"), ")")
         return cls(key, path, data["single"], data["whole"], _orders_in(data))
 
     def keep(self) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from ..arguments import UNITS, Budget
 from ..calibration import Calibration, CalibrationSettings, Known, Progress, calibrate, memory_for
 from ..calibration.cuts import whole_layers
-from ..errors import InputError, UsageError, shortened
+from ..errors import Argument, InputError, UsageError, shortened
 from ..kernels.basis import Basis
 from ..network.distributed import from_first_rank
 from ..network.forms import run_times
@@ -83,7 +83,8 @@ class Searching:
     def _search(self) -> tuple[Converted, Search]:
         counted = {"macs": "counts multiply-adds", "latency": "is measured"}.get(self.budget.unit)
         if counted and self.trace is None:
-            raise UsageError(f"the budget {self.budget} {counted}: give an example input (--input-size C,H,W)")
+            what = f"the budget {self.budget} {counted}: give an example input ("
+            raise UsageError(what, Argument("example_input"), ")")
         whole, items = self._choices()
         costs = self._costs(whole, items)
         limit, smallest = limit_of(self.budget, *costs)
@@ -136,9 +137,8 @@ class Searching:
         ties = {layer.name: layer.tied_to for layer in self.layers if layer.tied_to}
         items = items_of(whole, ties, self.budget.unit)
         if not items:
-            raise InputError(
-                f"no layer of this {type(self.model).__name__} may be cut: --include names those that should"
-            )
+            what = f"no layer of this {type(self.model).__name__} may be cut: "
+            raise InputError(what, Argument("include"), " names those that should")
         return whole, items
 
     @cached_property

@@ -17,13 +17,13 @@ import huggingface_hub.errors
 import torchvision.models._api as torchvision_api
 from torch import nn
 
-from ..errors import InputError, OutsideError, first_line
+from ..errors import Argument, InputError, Message, OutsideError, first_line
 from ..samples import SAMPLES
 
-_OFFLINE = (
+_OFFLINE = Message(
     f"these work offline: {', '.join(f'sample:{name}' for name in SAMPLES)}, local-dir:PATH, your own FILE.py:FACTORY, "
-    "or any timm or torchvision name with --checkpoint FILE"
-)
+    "or any timm or torchvision name with ", Argument("weights", "FILE"),
+)  # fmt: skip
 
 
 # Exceptions that builders of networks raise for a wrong argument.
@@ -40,10 +40,11 @@ def downloading(what: str) -> Iterator[None]:
             huggingface_hub.constants.HF_HUB_OFFLINE = True
         yield
     except (urllib.error.URLError, huggingface_hub.errors.HfHubHTTPError, OSError) as error:
-        raise OutsideError(f"the weights of {what} cannot be fetched: {first_line(error)}; {_OFFLINE}") from error
+        raise OutsideError(f"the weights of {what} cannot be fetched: {first_line(error)}; ", _OFFLINE) from error
     except RuntimeError as error:
         if "No pretrained weights" in str(error) or "no pretrained weights" in str(error):
-            raise InputError(f"{what} has no pretrained weights: give some with --checkpoint FILE") from error
+            file = Argument("weights", "FILE")
+            raise InputError(f"{what} has no pretrained weights: give some with ", file) from error
         raise InputError(f"{what} cannot be made: {first_line(error)}") from error
     except _BAD_ARGUMENTS as error:
         raise InputError(f"{what} cannot be made: {first_line(error)}") from error

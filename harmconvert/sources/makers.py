@@ -15,7 +15,7 @@ import timm
 import torchvision
 from torch import Tensor, nn
 
-from ..errors import InputError, UsageError, first_line
+from ..errors import Argument, InputError, UsageError, first_line
 from ..files import read_json
 from ..network.classifier import replace_classifier
 from ..network.declared import pretrained_config
@@ -141,8 +141,8 @@ def _from_torchvision(source: Source, pretrained: bool) -> tuple[nn.Module, Sour
         if pretrained:
             raise InputError(
                 f"the weights {tag} of torchvision:{name} are for other arguments ({first_line(error.__cause__)}): "
-                "give your own with --checkpoint FILE"
-            ) from error
+                "give your own with ", Argument("weights", "FILE"),
+            ) from error  # fmt: skip
         log.info("torchvision:%s is built without the settings of the weights %s: its arguments differ", name, tag)
         return _from_torchvision(replace(source, name=name), False)
     if not hasattr(model, "pretrained_cfg") and (cfg := torchvision_preprocessing(builder.__module__, chosen)):

@@ -72,7 +72,8 @@ def open_source(
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise UsageError(f"{text!r} is not UTF-8, and a checkpoint would have to name it: rename it")
     if weights is None and (weights_key is not None or strip_prefix is not None):
-        raise UsageError("a key or a prefix (--checkpoint-key, --strip-prefix) is of a file of weights: name that, too")
+        key, prefix = Argument("weights_key"), Argument("strip_prefix")
+        raise UsageError("a key or a prefix (", key, ", ", prefix, ") is of a file of weights: name that, too")
     if text.startswith("reference:"):
         reference = parse_source(text, arguments)
         if weights is not None or {*reference.arguments} - {"pool"}:
@@ -301,8 +302,9 @@ def rebuild(source: Source | str, trust_code: bool = False, limit: int | None = 
     if source.scheme == "code" and not trust_code:
         raise UsageError(
             f"this checkpoint's network is made by user code ({source.name}), which is not run unasked: "
-            "pass the plain network as model=, or --trust-code if you know the file, or --model FILE.py:FACTORY"
-        )
+            "pass the plain network as model=, or ",
+            Argument("trust_code", True), " if you know the file, or ", Argument("code", "FILE.py:FACTORY"),
+        )  # fmt: skip
     try:
         if "architecture" in source.arguments:  # recorded from the config of a hub or a folder
             arguments = dict(source.arguments)
@@ -320,7 +322,8 @@ def rebuild(source: Source | str, trust_code: bool = False, limit: int | None = 
     except HarmconvertError as error:
         if source.scheme != "code":
             raise
-        raise type(error)(f"{error}; or name the code with --model FILE.py:FACTORY") from error
+        named = Argument("code", "FILE.py:FACTORY")
+        raise type(error)(error.message, "; or name the code with ", named) from error
     except Exception as error:
         raise InputError(f"the recorded source {source} cannot be built: {first_line(error)}; pass model=") from error
 
@@ -363,5 +366,6 @@ def is_checkpoint_path(text: str) -> bool:
     if text.endswith(".py") and Path(text).is_file():
         raise UsageError(f"{text} is Python code: name the function in it that makes the network{functions_in(text)}")
     if text.endswith((".pth", ".pt", ".pth.tar", ".bin", ".ckpt", ".index.json")) and Path(text).exists():
-        raise UsageError(f"{text} holds weights only: name its network, and give the weights with --checkpoint {text}")
+        what = f"{text} holds weights only: name its network, and give the weights with "
+        raise UsageError(what, Argument("weights", text))
     return text.endswith(".safetensors") or (Path(text).is_file() and ":" not in text)

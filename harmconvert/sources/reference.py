@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .. import models  # noqa: F401  registers the networks that are built here
 from ..codecs.digests import tensors_sha256
-from ..errors import HarmconvertError, InputError, UsageError, first_line, shortened
+from ..errors import Argument, HarmconvertError, InputError, UsageError, first_line, shortened
 from ..kernels.basis import Basis, all_frequencies, dct_basis, frequencies_below, level_count
 from ..network.state import tensors_of
 from ..plan import LayerPlan, Plan, cut_layer
@@ -77,8 +77,8 @@ def _open_state(
     else:
         raise InputError(
             f"{path} is no ResNet and no wide ResNet of the reference implementation (there are: "
-            f"{shortened(list(state), 3)}): name its network and give the weights with --checkpoint {path}"
-        )
+            f"{shortened(list(state), 3)}): name its network and give the weights with ", Argument("weights", path),
+        )  # fmt: skip
     tensors.check_all_taken()
     source = Source("reference", path, dict(network), tensors_sha256(state))
     plain = timm.create_model(network.pop("architecture"), **network)
@@ -214,8 +214,8 @@ def _read_resnet(tensors: _Tensors, pool: str) -> dict[str, Any]:
     if not any(".harm" in f".{key}" for key in state):
         raise InputError(
             f"{path} holds a plain ResNet, no layer of it is harmonic: open it as {RESNETS[counts]}_nomaxpool, or "
-            f"{RESNETS[counts]} where it pools maxima, with --checkpoint {path}"
-        )
+            f"{RESNETS[counts]} where it pools maxima, with ", Argument("weights", path),
+        )  # fmt: skip
     if tensors.has_any("harm1"):
         tensors.take_block("harm1.weight", "harm1.bn", "conv1", 7)
         tensors.check_dct("harm1.dct", 7, 49, each_channel=True)

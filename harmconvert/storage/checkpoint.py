@@ -22,7 +22,7 @@ from torch.nn.parameter import is_lazy
 
 from ..codecs.table import CodecTable
 from ..documents import input_errors, parse_json
-from ..errors import DamageWarning, InputError, OutsideError, UsageError, first_line, shortened
+from ..errors import Argument, DamageWarning, InputError, OutsideError, UsageError, first_line, shortened
 from ..files import check_output
 from ..layers.block import HarmonicBlock2d, to_block
 from ..network.checks import check_finite
@@ -150,10 +150,10 @@ def _header_of(path: str | Path) -> tuple[Header, str]:
     with open_safetensors(path) as file:
         metadata = file.metadata() or {}
     if METADATA_KEY not in metadata:
-        raise InputError(
-            f"{path} is a safetensors file but not a harmonic checkpoint: "
-            f"name its network and give the weights with --checkpoint {path}"
+        what = (
+            f"{path} is a safetensors file but not a harmonic checkpoint: name its network and give the weights with "
         )
+        raise InputError(what, Argument("weights", path))
     try:
         data = parse_json(metadata[METADATA_KEY])
     except ValueError as error:
@@ -164,7 +164,7 @@ def _header_of(path: str | Path) -> tuple[Header, str]:
         if header.format_version > 1:
             header.codecs.check(stored, memory_limit(path))
     except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+        raise InputError(f"{path}: ", error.message) from error
     shapes = {key: list(tensor.shape) for key, tensor in stored.items()}
     shapes |= {key: list(entry.shape) for key, entry in header.codecs.coded.items()}
     _check_shapes(path, header, shapes)
@@ -226,7 +226,7 @@ def read_checkpoint(
         try:
             model = rebuild(header.source)
         except (InputError, UsageError) as error:
-            raise type(error)(f"{path}: {error}") from error
+            raise type(error)(f"{path}: ", error.message) from error
     harmonic = harmonic_like(model, header.plan, str(path), header.blocks)
     del model  # a network that ``rebuild`` made is freed here
     stored = read_stored(path)

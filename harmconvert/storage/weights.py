@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..errors import InputError, OutsideError, UsageError, first_line, shortened
+from ..errors import Argument, InputError, Message, OutsideError, UsageError, first_line, shortened
 from ..files import outside, read_json, write_file
 from ..network.state import fill, loads_by_itself, state_of, take_dtypes, tensors_of
 from ..network.state import weights_sha256 as weights_sha256
@@ -23,6 +23,7 @@ from .unpickling import UNREADABLE, Placeholder, read_weights_pickle, why_pickle
 
 log = logging.getLogger(__name__)
 
+_KEY = Argument("weights_key", "KEY")
 Rename = Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]
 
 
@@ -42,7 +43,7 @@ def read_weights(path: str | Path, *, key: str | None = None) -> dict[str, Tenso
     first, *others = _states(path, key)
     if first.rank and others and first.rank == others[0].rank and first.ema == others[0].ema:
         keys = shortened([state.key for state in (first, *others)])
-        raise InputError(f"{path} holds several state dicts ({keys}): say which one (key=, --checkpoint-key KEY)")
+        raise InputError(f"{path} holds several state dicts ({keys}): say which one (", _KEY, ")")
     return without_wrapper(first.tensors)
 
 
@@ -74,9 +75,8 @@ def load_weights(
     fitting = [one for one in tries if not _problems(own, names_in(own, one[1], prefix), one[1])]
     equal = [state.key for state, _ in fitting if (state.ema, state.rank) == (fitting[0][0].ema, fitting[0][0].rank)]
     if len(equal) > 1 and not fitting[0][0].ema:
-        raise InputError(
-            f"{path} holds several state dicts that fit ({shortened(equal)}): say which one (--checkpoint-key KEY)"
-        )
+        what = f"{path} holds several state dicts that fit ({shortened(equal)}): say which one ("
+        raise InputError(what, _KEY, ")")
     state, tensors = (fitting or tries)[0]
     try:
         names = load_state(model, tensors, str(path), prefix=prefix)
@@ -84,8 +84,8 @@ def load_weights(
         others = [other.key for other in states if other is not state]
         if not state.path:
             raise
-        more = f"; it also holds {shortened(others)} (--checkpoint-key KEY)" if others else ""
-        raise InputError(f"{error} (its {state.key}){more}") from error
+        more = (f"; it also holds {shortened(others)} (", _KEY, ")") if others else ()
+        raise InputError(error.message, f" (its {state.key})", *more) from error
     left_out = shortened(list(names.beside), 3) if names.beside else ""
     record = {"file": Path(path).name, "key": state.key, "prefix": names.prefix, "left_out": left_out}
     return {what: text for what, text in record.items() if text}
@@ -217,7 +217,7 @@ def why_unreadable(path: str | Path) -> str | None:
         return "is a web page, not weights: the download went wrong; get the file again"
     # The first eight bytes of a safetensors file can be anything; the ninth is the "{" of the header.
     if path.suffix == ".safetensors" and start.startswith((b"PK\x03\x04", b"\x80")) and start[8:9] != b"{":
-        return "is a pickle, not safetensors: rename it to .pth and give it with --checkpoint"
+        return Message("is a pickle, not safetensors: rename it to .pth and give it with ", Argument("weights"))
     return None
 
 
@@ -313,8 +313,9 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], where: str, *, pre
     complaint = f"{where} does not fit this {type(model).__name__}"
     if names.alternatives:
         prefixes = shortened([repr(one) for one in (names.prefix, *names.alternatives)])
-        raise InputError(f"{complaint}: its names fit under several prefixes, {prefixes}: say which (--strip-prefix)")
-    problems = _problems(own, names, state)
+        what = f"{complaint}: its names fit under several prefixes, {prefixes}: say which ("
+        raise InputError(what, Argument("strip_prefix"), ")")
+    problems: list[str] = _problems(own, names, state)
     if any(tensor.is_meta for tensor in own.values()):
         problems.append("the network is on the meta device: build it on the CPU")
     elif loads_by_itself(model):
@@ -327,9 +328,11 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], where: str, *, pre
         problems = problems and [*problems, refused]
     if problems and names.uncertain:
         prefixes = shortened([repr(one) for one in names.uncertain])
-        problems.insert(0, f"there are names that fit under {prefixes}: say which are meant (--strip-prefix)")
+        what = f"there are names that fit under {prefixes}: say which are meant ("
+        problems.insert(0, Message(what, Argument("strip_prefix"), ")"))
     if problems:
-        raise InputError(f"{complaint}: {'; '.join(problems)}")
+        more = (part for problem in problems[1:] for part in ("; ", problem))
+        raise InputError(f"{complaint}: ", problems[0], *more)
     fill(model, {name: state[in_file] for name, in_file in names.file_names.items()})
     return names
 

@@ -15,7 +15,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from ..data.loading import Batch
-from ..errors import InputError, UsageError, first_line
+from ..errors import Argument, InputError, UsageError, first_line
 from ..layers.harmonic import coefficients_to_channels_last
 from ..network.distributed import sum_over_ranks, world_size
 from ..network.layers import harmonic_layers
@@ -76,7 +76,8 @@ class Learner:
                 updates_per_epoch=steps or 0,
             )
         except (AssertionError, ValueError, KeyError, TypeError, ImportError) as error:
-            raise UsageError(f"timm takes no such --opt or --sched: {first_line(error)}") from error
+            opt, sched = Argument("opt"), Argument("sched")
+            raise UsageError("timm takes no such ", opt, " or ", sched, f": {first_line(error)}") from error
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=recipe.amp == "float16")
         self.ema = ModelEmaV3(model, recipe.ema) if recipe.ema else None
         self.updates = 0
@@ -218,7 +219,8 @@ def choose_parameters(model: nn.Module, recipe: Recipe) -> None:
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UsageError(f"nothing in this {type(model).__name__} is left to train: see --train-only and --freeze-bn")
+        what = f"nothing in this {type(model).__name__} is left to train"
+        raise UsageError(what, ": see ", Argument("train_only"), " and ", Argument("freeze_bn"))
 
 
 def number_of_classes(model: nn.Module) -> int | None:

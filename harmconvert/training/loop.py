@@ -16,7 +16,7 @@ from timm.utils import distribute_bn
 from torch import nn
 
 from ..data.loading import Batch, Batches
-from ..errors import CheckError, InputError, UsageError, counted, shortened
+from ..errors import Argument, CheckError, InputError, Message, UsageError, counted, shortened
 from ..network.distributed import any_rank, gathered, rank, world_size
 from ..network.state import tensors_of
 from .batch_norm import frozen, over_all_processes
@@ -127,16 +127,17 @@ def train(
 
 def _check(recipe: Recipe, batches: Batches, teacher: nn.Module | None) -> None:
     if recipe.distill and teacher is None:
-        raise UsageError("distillation needs the uncut network: name it with --teacher SOURCE")
+        raise UsageError("distillation needs the uncut network: name it with ", Argument("teacher", "SOURCE"))
     parts = world_size() * recipe.grad_accum_steps
     if recipe.batch_size % parts:
+        shares = f"{counted(world_size(), 'process')} x {counted(recipe.grad_accum_steps, 'part')}"
         raise UsageError(
-            f"a batch of {counted(recipe.batch_size, 'image')} cannot be shared out evenly over "
-            f"{counted(world_size(), 'process')} x "
-            f"{counted(recipe.grad_accum_steps, 'part')}: give a --batch-size that {parts} divides"
+            f"a batch of {counted(recipe.batch_size, 'image')} cannot be shared out evenly over {shares}: give a ",
+            Argument("batch_size"),
+            f" that {parts} divides",
         )
     if batches.steps == 0:
-        raise InputError("the data set is smaller than one batch: give a smaller --batch-size")
+        raise InputError("the data set is smaller than one batch: give a smaller ", Argument("batch_size"))
 
 
 def _seed(seed: int) -> None:
@@ -192,14 +193,15 @@ def _check_finite(learner: Learner, position: Position, keeper: Keeper) -> None:
             raise CheckError(_not_finite(learner, position, keeper, name))
 
 
-def _not_finite(learner: Learner, position: Position, keeper: Keeper, what: str) -> str:
+def _not_finite(learner: Learner, position: Position, keeper: Keeper, what: str) -> Message:
     where = f"epoch {position.epoch + 1}, step {position.step} (learning rate {learner.lr():g})"
     kept = f"; the last good state is in {keeper.path}" if keeper.path and keeper.path.exists() else ""
-    return f"{what} is no longer finite in {where}: lower --lr, or give --clip-grad 1{kept}"
+    lower, clip = Argument("lr"), Argument("clip_grad", 1)
+    return Message(f"{what} is no longer finite in {where}: lower ", lower, ", or give ", clip, kept)
 
 
-def _stopped(position: Position, keeper: Keeper, signal: int) -> str:
+def _stopped(position: Position, keeper: Keeper, signal: int) -> Message:
     done = f"after {counted(position.epoch, 'epoch')} and {counted(position.step, 'step')}"
     if keeper.path is None:
-        return f"interrupted {done}; no state is kept"
-    return f"interrupted {done}; go on with the same command and --resume {keeper.path}"
+        return Message(f"interrupted {done}; no state is kept")
+    return Message(f"interrupted {done}; go on with the same command and ", Argument("resume", keeper.path))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import OutsideError
+from ..errors import Argument, OutsideError
 from ..files import metrics_path as metrics_path
 from ..files import write_csv
 
@@ -23,7 +23,9 @@ class Events:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise OutsideError("--log tensorboard needs it: pip install 'harmconvert[tensorboard]'") from error
+            raise OutsideError(
+                Argument("log", "tensorboard"), " needs it: pip install 'harmconvert[tensorboard]'"
+            ) from error
         self.writer = SummaryWriter(str(folder))
 
     def write(self, row: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..data.loading import NO_LABEL
-from ..errors import InputError
+from ..errors import Argument, InputError
 from .evaluation import check_labels, class_logits
 from .recipe import Recipe
 
@@ -31,9 +31,8 @@ class Objective:
         if self.recipe.distill == 1:
             return images, labels
         if (labels == NO_LABEL).any():
-            raise InputError(
-                "these images have no labels: give a folder for each class, or learn from the uncut network (--distill)"
-            )
+            remedy = "give a folder for each class, or learn from the uncut network ("
+            raise InputError("these images have no labels: ", remedy, Argument("distill"), ")")
         check_labels(labels, self.classes)
         if self.mixup is None or len(images) % 2:
             return images, labels

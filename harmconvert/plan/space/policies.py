@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from ...errors import UsageError, shortened
+from ...errors import Argument, UsageError, shortened
 from ...kernels.basis import Basis, all_frequencies, scaled_levels
 from ...network.layers import LayerInfo
 from .frequencies import Frequencies
@@ -89,7 +89,8 @@ def _progressive(
     """
     unknown = [layer.name for layer in layers if layer.output_size is None]
     if unknown and len(unknown) == len(layers):
-        raise UsageError("lambda progressive follows the sizes of the maps: give an example input (--input-size C,H,W)")
+        what = "lambda progressive follows the sizes of the maps: give an example input ("
+        raise UsageError(what, Argument("example_input"), ")")
     sizes = sorted({prod(layer.output_size) for layer in layers if layer.output_size is not None})
     lam_by_size = dict(zip(sizes, (2, 3), strict=False))
     kept = {}
