@@ -320,7 +320,7 @@ def test_probes_of_something_else_are_refused(tmp_path: Path) -> None:
         convert(model, calibration=digits(16), basis="haar", **arguments)
     for spoilt in ("{", "[]", '{"version": 2}', '{"version": 1, "key": {}, "single": {"a": "b"}, "whole": {}}'):
         probes.write_text(spoilt)
-        with pytest.raises(InputError, match=r"holds (no )?probes .*: remove it"):
+        with pytest.raises(InputError, match=r"(holds probes|read probes) .*: remove (it|the file)"):
             convert(model, calibration=digits(16), **arguments)
 
 

@@ -542,7 +542,7 @@ def test_lazy_layers_are_skipped_and_stay_lazy(example: Any) -> None:
     assert verify(model, conversion.model, torch.randn(2, 3, 12, 12)).ok
 
 
-@pytest.mark.parametrize(("depth", "message"), [(300, "too deeply to be copied"), (3000, "too deeply to go through")])
+@pytest.mark.parametrize(("depth", "message"), [(300, "too deeply to be copied"), (3000, "too deeply to be visited")])
 def test_networks_too_deep_for_the_stack_say_so(depth: int, message: str) -> None:
     model: nn.Module = nn.Conv2d(3, 3, 3)
     for _ in range(depth):

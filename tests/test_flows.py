@@ -370,7 +370,7 @@ def test_a_report_is_data_or_a_page() -> None:
     assert timed.timing is not None
     assert timed.timing["batch"] == 2
     for refused in (SAMPLE, nn.Linear(2, 3)):
-        with pytest.raises(UsageError, match="is no harmonic checkpoint"):
+        with pytest.raises(UsageError, match="is not a harmonic checkpoint"):
             hc.report(refused)
     with pytest.raises(UsageError, match=r"cut.json exists"):
         hc.report("cut.safetensors", "cut.json")
@@ -387,7 +387,7 @@ def test_a_figure_is_drawn_with_its_numbers() -> None:
         hc.figure(SAMPLE, "tradeoff")
     with pytest.raises(UsageError, match="unknown figure 'pie': use filters, "):
         hc.figure(SAMPLE, "pie")
-    with pytest.raises(UsageError, match="is no harmonic checkpoint"):
+    with pytest.raises(UsageError, match="is not a harmonic checkpoint"):
         hc.figure(SAMPLE, "layers")
 
 
@@ -411,5 +411,5 @@ def test_checkpoints_are_compared_by_their_names_or_as_they_are() -> None:
     assert len(hc.compare("cut.safetensors", "cut.safetensors", all_layers=True).layers) == 19
     with pytest.raises(UsageError, match="a comparison wants two checkpoints or more"):
         hc.compare("cut.safetensors")
-    with pytest.raises(UsageError, match="is no harmonic checkpoint"):
+    with pytest.raises(UsageError, match="is not a harmonic checkpoint"):
         hc.compare("cut.safetensors", SAMPLE)

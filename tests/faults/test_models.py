@@ -342,7 +342,7 @@ def test_networks_without_a_convolution_or_a_way_in_are_refused(tally: Counter) 
         (nn.Sequential(nn.Conv2d(3, 3, 1), nn.Linear(2, 2)), "no convolution over 1x1"),
         (nn.LSTM(2, 2), "no convolution over 1x1"),
         (deep, "nested too deeply to be copied"),
-        (deeper, "nested too deeply to go through"),
+        (deeper, "nested too deeply to be visited"),
         (nn.DataParallel(nn.Conv2d(1, 1, 3)), "wrapped in DataParallel"),
         ("resnet18", "not str"),
         (None, "not NoneType"),
