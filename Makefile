@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --retries 5
 
-.PHONY: demo test test-slow faults lint browser clean
+.PHONY: demo test test-slow test-oldest faults lint browser clean
 
 demo: $(VENV)/.samples
 	$(BIN)/harmconvert demo
@@ -14,6 +14,16 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2
+
+# The fast suite on the oldest versions that pyproject.toml allows, on the oldest of these Pythons that is here. Without
+# tests/faults and without figures and pages, which matplotlib, jinja2 and a browser make: no oldest version is
+# promised of these.
+OLDEST = $(shell sed -n '/^dependencies = /,/^]/s/^ *"\([a-z]*\)>=\([0-9.]*\)",$$/\1==\2/p' pyproject.toml)
+OLDEST_PYTHON ?= $(shell for p in python3.10 python3.11 python3.12 $(PYTHON); do \
+	$$p -c 'import venv, ensurepip' 2>/dev/null && echo $$p && break; done)
+test-oldest: $(VENV)-oldest/.dev
+	$(VENV)-oldest/bin/python -m pytest -n 2 --dist loadgroup -m "not slow" \
+		--ignore tests/faults --ignore tests/test_figures.py --ignore tests/test_report.py
 
 # Everything that is meant to break it, counted (SECURITY.md): about an hour on two cores.
 FAULTS = benchmarks/results/faults.csv
@@ -43,5 +53,11 @@ $(VENV)/.dev: pyproject.toml
 	$(PIP) --editable '.[dev]'
 	touch $@ $(VENV)/.samples
 
+$(VENV)-oldest/.dev: pyproject.toml
+	$(OLDEST_PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-oldest/bin/python -m pip install --quiet --retries 5 --editable '.[dev]' $(OLDEST)
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import tempfile
 from functools import cache
@@ -13,8 +12,7 @@ from click.testing import CliRunner, Result
 from harmconvert.cli import main
 
 SAMPLE = "sample:resnet_mnist5k"
-# Before click 8.2 a runner is asked to keep stderr apart from stdout.
-RUNNER = CliRunner(**({"mix_stderr": False} if "mix_stderr" in inspect.signature(CliRunner).parameters else {}))
+RUNNER = CliRunner()
 
 
 def run(*arguments: str) -> Result:

@@ -120,7 +120,7 @@ def test_a_whole_basis_is_the_same_network(name: str, normalization: str) -> Non
 
 @pytest.mark.parametrize("name", BASES)
 def test_a_cut_is_verified_saved_loaded_and_fused(name: str, tmp_path: Path) -> None:
-    model = seeded(lambda: timm.create_model("resnet10t", num_classes=10))
+    model = seeded(lambda: timm.create_model("test_resnet", num_classes=10))
     conversion = convert(model, 2, basis=name)
     assert hc.verify(model, conversion).as_planned
     path = tmp_path / "cut.safetensors"

@@ -241,7 +241,7 @@ def problem(method: type[Problem], name: str, count: int, seed: int = 0) -> tupl
     "name", ["plain", "2x2", "grouped", "dilated", "ConvTranspose2d", "Conv3d", "reflect", "Conv2dSame"]
 )
 def test_all_ways_to_hold_the_equations_have_one_solution(method: type[Problem], name: str) -> None:
-    built, conv, x = problem(method, name, 12)
+    built, conv, x = problem(method, name, 4)
     *_, change = built.candidates([0.0])
     expected, bias = oracle.refit(conv, half(tuple(conv.kernel_size)), x, built.layer.coefficients.numpy())
     found = (built.layer.coefficients + change.coefficients).numpy()

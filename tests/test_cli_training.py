@@ -251,7 +251,8 @@ def test_the_teacher_may_be_a_file_of_weights() -> None:
     ],
 )
 def test_what_finetune_refuses(arguments: list[str], code: int, message: str) -> None:
-    assert message in failed("finetune", *arguments, "--workers", "0", code=code)
+    quick = ["--workers", "0", "--calibration-images", "0"]
+    assert message in failed("finetune", *arguments, *quick, code=code)
 
 
 def test_a_loss_that_explodes_is_a_failed_check() -> None:

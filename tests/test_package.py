@@ -203,6 +203,15 @@ def test_the_shipped_sample_is_small_and_has_its_card() -> None:
         assert word in card, word
 
 
+def test_every_dependency_has_an_oldest_version_that_is_tested() -> None:
+    """`make test-oldest` installs these."""
+    listed = re.search(r"^dependencies = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
+    assert listed
+    names = re.findall(r'^ *"(\w+)', listed[1], re.MULTILINE)
+    dry = subprocess.run(["make", "-n", "-B", "test-oldest"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert set(re.findall(r"(\w+)==[0-9.]+", dry.stdout)) == set(names) >= {"torch", "timm", "numpy"}
+
+
 def test_tests_that_are_named_exist() -> None:
     text = (ROOT / "tests" / "faults" / "README.md").read_text()
     named = set(re.findall(r"::(test_\w+)", text))

@@ -54,6 +54,9 @@ class Learner:
             coefficients_to_channels_last(model)
         choose_parameters(model, recipe)
         self.objective = Objective(recipe, teacher, number_of_classes(model) or 1 << 31)
+        # timm's "none" has no warm-up, and before timm 1.0.31 there is no "constant": a step schedule without decay is
+        # the same.
+        constant = recipe.sched == "constant" or (recipe.sched == "none" and recipe.warmup_epochs > 0)
         try:
             self.optimizer = create_optimizer_v2(
                 [p for p in model.parameters() if p.requires_grad],
@@ -64,17 +67,18 @@ class Learner:
             )
             self.scheduler, _ = create_scheduler_v2(
                 self.optimizer,
-                # timm's "none" has no warm-up.
-                "constant" if recipe.sched == "none" and recipe.warmup_epochs else recipe.sched,
+                "step" if constant else recipe.sched,
                 num_epochs=recipe.epochs,
                 warmup_epochs=recipe.warmup_epochs,
                 decay_epochs=recipe.decay_epochs,
                 decay_milestones=list(recipe.decay_milestones),
-                decay_rate=recipe.decay_rate,
+                decay_rate=1.0 if constant else recipe.decay_rate,
                 min_lr=recipe.min_lr,
                 step_on_epochs=steps is None,
                 updates_per_epoch=steps or 0,
             )
+            if self.scheduler is None and recipe.sched != "none":  # before timm 1.0.31, create_scheduler_v2 ignores it
+                raise ValueError(f"Unknown scheduler {recipe.sched!r}.")
         except (AssertionError, ValueError, KeyError, TypeError, ImportError) as error:
             opt, sched = Argument("opt"), Argument("sched")
             raise UsageError("timm takes no such ", opt, " or ", sched, f": {first_line(error)}") from error
