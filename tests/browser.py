@@ -1,4 +1,4 @@
-"""A headless Chromium for pages, and what to ask of them."""
+"""A headless Chromium that opens pages, and measurements of a page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-# Where words are that nobody can read whole: beyond the window, in a box that hides them, or under one another.
+# Finds words that are not fully visible: outside the window, hidden by a box, or covered by other words.
 UNREADABLE = """() => {
   const bad = [];
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
@@ -47,7 +47,7 @@ TWO_FRAMES = "() => new Promise((done) => requestAnimationFrame(() => requestAni
 
 @contextmanager
 def chromium() -> Iterator[Any]:
-    """A running browser; skips with the reason where there is none, but fails where one was promised."""
+    """Yield a running browser; skip the test, with the reason, if there is none, but fail if CI requires one."""
     give_up = pytest.fail if os.environ.get("HARMCONVERT_NEEDS_BROWSER") else pytest.skip
     try:
         from playwright.sync_api import Error, sync_playwright
@@ -66,7 +66,7 @@ def chromium() -> Iterator[Any]:
 
 
 class Visit:
-    """A page in a window of some width, and all that it complained of or asked for."""
+    """A page in a window of a given width, with its console messages and its requests."""
 
     def __init__(self, browser: Any, path: Path, width: int, scheme: str = "light") -> None:
         self.context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
@@ -86,10 +86,10 @@ class Visit:
         self.context.close()
 
     def hover(self, selector: str, x: float = 0.5, y: float = 0.5) -> str:
-        """What the tip says when the pointer is at a share of the way across and down an element."""
+        """Return the text of the tip when the pointer is at (x, y) in an element, as shares of its width and height."""
         element = self.page.locator(selector).first
         element.scroll_into_view_if_needed()
-        self.page.evaluate(TWO_FRAMES)  # scrolling hides a tip, and the page hears of it a frame later
+        self.page.evaluate(TWO_FRAMES)  # scrolling hides a tip, and the event arrives one frame later
         box = element.bounding_box()
         self.page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"])
         tip = self.page.locator("#tip")

@@ -10,13 +10,13 @@ from hypothesis import settings
 
 from harmconvert.samples import SAMPLES, mnist5k_held_back
 
-# Two cores: either one process with two threads, or (pytest-xdist) two processes with one; their children alike,
-# because threads that wait for one another while others hold the cores wait long.
+# For two cores: one process with two threads, or (pytest-xdist) two processes with one thread each. Child processes have
+# as many: with more threads than cores, threads wait long for one another.
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 torch.set_num_threads(THREADS)
 os.environ["OMP_NUM_THREADS"] = str(THREADS)
 
-# The same examples at every run, and no verdict from a clock.
+# Hypothesis uses the same examples in every run, and no test fails because of its time.
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 
@@ -33,13 +33,13 @@ def _no_hub() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Times of layers and the compiled kernel: nothing that an earlier run left, nothing left for the user."""
+    """Use an empty cache for times of layers and the compiled kernel, separate from the user's cache."""
     os.environ["HARMCONVERT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _few_images_to_verify_on() -> Iterator[None]:
-    """Commands verify the sample network on one image of each digit instead of five: a third of the time of each."""
+    """Let commands verify the sample network on one image of each digit instead of five: a third of the time."""
     sample = SAMPLES["resnet_mnist5k"]
     SAMPLES["resnet_mnist5k"] = replace(sample, images=lambda: mnist5k_held_back()[0][::100])
     yield

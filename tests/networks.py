@@ -1,4 +1,4 @@
-"""Convolutions and small networks that tests share."""
+"""Convolutions and small networks that several tests use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import Tensor, nn
 
-# Name -> (maker, input shape). Every class of convolution, and every way in which one can be unusual.
+# Name -> (function that makes it, input shape): every class of convolution, with every unusual setting.
 CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "plain": (lambda: nn.Conv2d(3, 8, 3), (2, 3, 9, 9)),
     "strided, padded, no bias": (lambda: nn.Conv2d(3, 8, 3, stride=(2, 1), padding=1, bias=False), (2, 3, 9, 9)),
@@ -38,7 +38,7 @@ CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 class Branches(nn.Module):
-    """A stem, a convolution used twice, two with one weight, a grouped one, one that never runs, odd names."""
+    """A stem, a convolution used twice, two with a shared weight, a grouped one, one that never runs, unusual names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,12 +61,12 @@ class Branches(nn.Module):
 
 
 def seeded(make: Callable[[], nn.Module], dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
-    """A network with weights from a seed, in eval mode."""
+    """Return a network in eval mode, with random weights from a seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make().to(dtype).eval()
 
 
 def random_input(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """A normal input from a seed."""
+    """Return a normally distributed input from a seed."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)

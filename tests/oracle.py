@@ -1,4 +1,4 @@
-"""Slow, obvious reference maths: the paper's equations in plain float64 loops, sharing no code with the package."""
+"""Slow and simple reference mathematics: the paper's equations as float64 loops that share no code with the package."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 def frequencies(kernel_size: Sequence[int], levels: int) -> list[tuple[int, ...]]:
-    """Level by level; inside a level in lexicographic order."""
+    """Return the frequencies of the lowest levels, sorted by level, then lexicographically."""
     found = []
     for level in range(levels):
         for index in itertools.product(*(range(size) for size in kernel_size)):
@@ -22,7 +22,7 @@ def frequencies(kernel_size: Sequence[int], levels: int) -> list[tuple[int, ...]
 
 
 def dct_kernel(kernel_size: Sequence[int], frequency: Sequence[int]) -> np.ndarray:
-    """psi of one frequency, eq. 1 with the factors that make it orthonormal."""
+    """Return psi of one frequency: eq. 1, with the factors that make it orthonormal."""
     psi = np.zeros(tuple(kernel_size))
     for position in itertools.product(*(range(size) for size in kernel_size)):
         value = 1.0
@@ -34,7 +34,7 @@ def dct_kernel(kernel_size: Sequence[int], frequency: Sequence[int]) -> np.ndarr
 
 
 def haar_matrix(size: int) -> np.ndarray:
-    """The Haar matrix of a power of two by its Kronecker recursion, rows brought to norm 1."""
+    """Return the Haar matrix of a power of two by its Kronecker recursion, with rows of norm 1."""
     matrix = np.ones((1, 1))
     while len(matrix) < size:
         matrix = np.vstack([np.kron(matrix, [1, 1]), np.kron(np.eye(len(matrix)), [1, -1])])
@@ -42,8 +42,10 @@ def haar_matrix(size: int) -> np.ndarray:
 
 
 def gaussian_derivative(size: int, order: int) -> np.ndarray:
-    """The order-th derivative of exp(-x^2 / 2 s^2), s = size / 4, at the middle of each position, by its polynomial:
-    if g = p exp(..) then g' = (p' - x p / s^2) exp(..)."""
+    """Return the order-th derivative of exp(-x^2 / 2 s^2), with s = size / 4, at the middle of each position.
+
+    It is computed by its polynomial: if g = p exp(..) then g' = (p' - x p / s^2) exp(..).
+    """
     variance = (size / 4) ** 2
     polynomial = np.polynomial.Polynomial([1.0])
     for _ in range(order):
@@ -53,7 +55,7 @@ def gaussian_derivative(size: int, order: int) -> np.ndarray:
 
 
 def coefficient(kernel: np.ndarray, frequency: Sequence[int]) -> float:
-    """Inner product of a kernel with psi of one frequency."""
+    """Return the inner product of a kernel with psi of one frequency."""
     psi = dct_kernel(kernel.shape, frequency)
     total = 0.0
     for position in itertools.product(*(range(size) for size in kernel.shape)):
@@ -62,7 +64,7 @@ def coefficient(kernel: np.ndarray, frequency: Sequence[int]) -> float:
 
 
 def mean_magnitudes(kernels: np.ndarray, kept: Sequence[Sequence[int]]) -> list[float]:
-    """Mean over filters and channels of |coefficient|, frequency by frequency; kernels (O, I, *kernel_size)."""
+    """Return, for each frequency, the mean of |coefficient| over filters and channels; kernels (O, I, *kernel_size)."""
     means = []
     for f in kept:
         values = [abs(coefficient(kernel, f)) for filters in kernels for kernel in filters]
@@ -71,7 +73,7 @@ def mean_magnitudes(kernels: np.ndarray, kept: Sequence[Sequence[int]]) -> list[
 
 
 def wilson(count: int, total: int) -> tuple[float, float]:
-    """The shares p between which |count / total - p| is at most 1.96 standard deviations of p, by bisection."""
+    """Return the interval of p in which |count / total - p| is at most 1.96 standard deviations, by bisection."""
     seen = count / total
 
     def bound(outside: float) -> float:
@@ -88,7 +90,7 @@ def wilson(count: int, total: int) -> tuple[float, float]:
 def convolution2d(
     image: np.ndarray, kernel: np.ndarray, stride: int = 1, padding: int = 0, dilation: int = 1
 ) -> np.ndarray:
-    """One channel, one filter, as deep learning counts it (cross-correlation)."""
+    """Convolve one channel with one filter, as in deep learning (cross-correlation)."""
     padded = np.pad(image, padding)
     height = (padded.shape[0] - dilation * (kernel.shape[0] - 1) - 1) // stride + 1
     width = (padded.shape[1] - dilation * (kernel.shape[1] - 1) - 1) // stride + 1
@@ -108,7 +110,7 @@ def convolution(
     padding: tuple[int, int],
     dilation: tuple[int, int],
 ) -> np.ndarray:
-    """All channels and filters: images (N, I, H, W), kernel (O, I, A, B), one sum for every output position."""
+    """Convolve images (N, I, H, W) with a kernel (O, I, A, B), with one sum for every output position."""
     padded = np.pad(images, ((0, 0), (0, 0), (padding[0], padding[0]), (padding[1], padding[1])))
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel.shape[2:], strict=True)]
     height, width = ((n - r) // s + 1 for n, r, s in zip(padded.shape[2:], reach, stride, strict=True))
@@ -131,8 +133,10 @@ def harmonic_layer(
     dilation: int = 1,
     normalize_eps: float | None = None,
 ) -> np.ndarray:
-    """Eq. 2 in loops: images (N, I, H, W), weights (O, I, F); with ``normalize_eps`` eq. 3, batch statistics per
-    input channel and frequency."""
+    """Compute eq. 2 in loops, from images (N, I, H, W) and weights (O, I, F).
+
+    With ``normalize_eps``, compute eq. 3 instead, with batch statistics of each input channel and frequency.
+    """
     count, channels = images.shape[:2]
     responses: list[list[list[np.ndarray]]] = []
     for n in range(count):
@@ -157,8 +161,10 @@ def harmonic_layer(
 
 
 def design_matrix(conv: torch.nn.Module, kept: Sequence[Sequence[int]], inputs: torch.Tensor) -> list[np.ndarray]:
-    """One matrix per group of a convolution: rows are positions of its output, columns its input channels x kept
-    frequencies; each column is what the convolution itself answers when its kernel is that one DCT kernel."""
+    """Return one matrix for each group of a convolution: output positions x (input channels x kept frequencies).
+
+    Each column is the output of the convolution itself when its kernel is that one DCT kernel.
+    """
     probe = copy.deepcopy(conv)
     groups, transposed = conv.groups, conv.transposed
     inside = conv.in_channels // groups
@@ -183,8 +189,11 @@ def design_matrix(conv: torch.nn.Module, kept: Sequence[Sequence[int]], inputs: 
 
 
 def standardised(conv: torch.nn.Module) -> torch.nn.Conv2d:
-    """The plain convolution that one of timm's weight-standardised ones amounts to: each filter less its mean, over its
-    deviation, and with a gain scaled by that and by one over the root of its size."""
+    """Return the plain convolution that is equal to one of timm's weight-standardised convolutions.
+
+    The mean of each filter is subtracted, and the filter is divided by its standard deviation. With a gain, it is also
+    multiplied by the gain and divided by the square root of its size.
+    """
     weight = conv.weight.detach().double().numpy()
     kernel = np.zeros_like(weight)
     for o, filters in enumerate(weight):
@@ -209,9 +218,11 @@ def refit(
     start: np.ndarray,
     centred_kernels: bool = False,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Coefficients (groups, out per group, columns) and bias (out,) with least squared output error, by lstsq over the
-    design matrix; where several do, those nearest to ``start``. With ``centred_kernels`` among those whose kernels sum
-    to zero."""
+    """Return coefficients (groups, out per group, columns) and bias (out,) with least squared output error.
+
+    They come from lstsq on the design matrix. If there are several solutions, the one nearest to ``start`` is returned.
+    With ``centred_kernels``, only kernels whose sum is zero are allowed.
+    """
     with torch.no_grad():
         target = conv(inputs).numpy()
     found, biases = [], []
@@ -228,7 +239,7 @@ def refit(
         allowed = np.eye(matrix.shape[1])
         if centred_kernels:
             sums = [dct_kernel(conv.kernel_size, f).sum() for f in kept] * (matrix.shape[1] // len(kept))
-            allowed = np.linalg.svd(np.array([sums]))[2][1:].T  # what is at right angles to the sums
+            allowed = np.linalg.svd(np.array([sums]))[2][1:].T  # the directions orthogonal to the sums
         coefficients = start[group] + (allowed @ np.linalg.lstsq(centred @ allowed, rest, rcond=None)[0]).T
         found.append(coefficients)
         biases.append(level - coefficients @ middle)
@@ -236,9 +247,11 @@ def refit(
 
 
 def elimination(problems: Sequence[tuple[np.ndarray, np.ndarray]], frequencies: int) -> tuple[list[int], list[float]]:
-    """Backward elimination by trying: of the frequencies left the one goes without which lstsq fits the whole answer
-    best. Each problem is a design matrix (positions, channels x frequencies) and coefficients (out, columns); one
-    frequency goes from all of them. The order, and the squared error after each step but the last."""
+    """Eliminate frequencies one by one: each time the one without which lstsq fits the whole output best.
+
+    Each problem is a design matrix (positions, channels x frequencies) and coefficients (out, columns). A frequency is
+    removed from all problems at once. Return the order, and the squared error after each step except the last.
+    """
     left, order, errors = list(range(frequencies)), [], []
     while len(left) > 1:
         squares = []
@@ -265,7 +278,7 @@ def sgd(
     momentum: float,
     weight_decay: float,
 ) -> None:
-    """Gradient descent with momentum and decay, parameter by parameter: v = m v + (g + d p), p = p - lr v."""
+    """Do gradient descent with momentum and weight decay, for each parameter: v = m v + (g + d p), p = p - lr v."""
     velocity = [torch.zeros_like(p) for p in parameters]
     for _ in range(steps):
         gradients = torch.autograd.grad(loss(), parameters)
@@ -276,7 +289,7 @@ def sgd(
 
 
 def softened_kl(student: np.ndarray, teacher: np.ndarray, temperature: float) -> float:
-    """Mean over images of sum over classes of p log(p / q), p and q softened; times the temperature's square."""
+    """Return the mean over images of sum over classes of p log(p / q), p and q softened, times temperature^2."""
     total = 0.0
     for ours, theirs in zip(student, teacher, strict=True):
         q = [math.exp(value / temperature) for value in ours]

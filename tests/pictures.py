@@ -1,4 +1,4 @@
-"""Folders of real digits for tests of data and training."""
+"""Folders of handwritten digits for tests of data and training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from harmconvert.samples import mnist5k_held_back_pixels
 
 
 def digit_folders(folder: Path, each: int, first: int = 0) -> Path:
-    """A folder for each digit with ``each`` images of it, held back from the sample network, from the first-th on."""
+    """Write a folder for each digit, with ``each`` of its held-back images, starting with image ``first``."""
     images, labels = mnist5k_held_back_pixels()
     for digit in range(10):
         (folder / str(digit)).mkdir(parents=True)
@@ -21,7 +21,7 @@ def digit_folders(folder: Path, each: int, first: int = 0) -> Path:
 
 
 def tiff(path: Path, channels: int, extra: tuple[int, ...] = (), photometric: int = 1, bits: int = 8) -> Path:
-    """A TIFF of 4 x 4 black pixels of so many channels, the last of them extra samples of these kinds."""
+    """Write a TIFF of 4 x 4 black pixels with ``channels`` channels; the last ones are extra samples of these kinds."""
     shorts = {258: [bits] * channels, 338: list(extra)}
     values = {256: 4, 257: 4, 259: 1, 262: photometric, 273: 0, 277: channels, 278: 4, 279: 2 * channels * bits, 284: 1}
     tags = sorted({*values, *(tag for tag, listed in shorts.items() if listed)})

@@ -1,8 +1,8 @@
-"""Record what the reference implementation computes: python -m tests.record_reference PATH-OF-ITS-CHECKOUT
+"""Record the outputs of the reference implementation: python -m tests.record_reference PATH-OF-ITS-CHECKOUT
 
-Imports github.com/matej-ulicny/harmonic-networks from a checkout, fills its networks with the weights of
-reference_cases.py, and keeps their outputs, the names and shapes of their tensors, and their DCT kernels in
-data/reference.npz. It needs to be run again only where a case is added.
+The script imports github.com/matej-ulicny/harmonic-networks from a checkout and loads the weights of reference_cases.py
+into its networks. It writes their outputs, the names and shapes of their tensors, and their DCT kernels to
+data/reference.npz. Run it again only when a case is added.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main(checkout: Path) -> None:
         arrays[f"{name}/shapes"] = np.frombuffer(json.dumps(shapes).encode(), np.uint8)
         arrays[f"{name}/output"] = output.numpy()
         for key, value in dct.items():
-            if value.shape[1] > 1:  # repeated for every channel, or the same for layers of the same size
+            if value.shape[1] > 1:  # the basis is repeated for every channel, or shared by layers of the same size
                 key, value = f"{value.shape[1]}", value[:1]
             arrays[f"dct/{key}"] = value.numpy()
         print(name, f"{output.abs().max():.3f}")
@@ -62,14 +62,14 @@ def _cifar(case: Case, checkout: Path) -> Any:
 
 
 def _use_utils_of(folder: Path) -> None:
-    """Both parts of the checkout have a module `utils` and a package `models`: forget those of the other."""
+    """Remove imported `utils` and `models`: both parts of the checkout have modules with these names."""
     for name in [n for n in sys.modules if n.split(".")[0] in ("utils", "models")]:
         del sys.modules[name]
     sys.path[:] = [str(folder), *(p for p in sys.path if Path(p).name not in ("imagenet", "cifar"))]
 
 
 def _nested_dict() -> ModuleType:
-    """The one function that the checkout uses of the package of that name."""
+    """Return a module with the only function of the package nested_dict that the checkout uses."""
 
     def items(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
         for key, value in tree.items():

@@ -1,6 +1,6 @@
-"""Networks of the reference implementation with weights from a seed, so that a recording need hold their outputs only.
+"""Networks of the reference implementation with weights from a seed, so that only their outputs need to be recorded.
 
-Used by record_reference.py, which runs that implementation, and by test_reference.py, which has no need of it.
+record_reference.py runs that implementation. test_reference.py reads the recording and does not need it.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ RECORDING = Path(__file__).parent / "data" / "reference.npz"
 
 @dataclass(frozen=True)
 class Case:
-    """A network of theirs: the module and maker it comes from, its arguments, the input, and what we are to make of it.
+    """A network of the reference implementation: its module, function and arguments, the input, and our equivalent.
 
-    ``kept``: frequencies of the layers that are merged there, as a set of numbers.
+    ``kept`` is the set of numbers of frequencies in its merged layers.
     """
 
     module: str
@@ -35,7 +35,7 @@ class Case:
     made_with: Mapping[str, Any] = field(default_factory=dict)
 
     def input(self) -> Tensor:
-        """Two images."""
+        """Return two images."""
         return normal((2, 3, self.size, self.size), "input")
 
 
@@ -71,19 +71,19 @@ CASES = {
 
 
 def normal(shape: tuple[int, ...], name: str) -> Tensor:
-    """Normal numbers that follow from the name alone; RandomState's are the same in every version of numpy."""
+    """Return normal numbers that depend only on the name; RandomState gives the same in every version of numpy."""
     draw = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
     return torch.from_numpy(np.asarray(draw, np.float32))
 
 
 def random_tensor(key: str, shape: tuple[int, ...]) -> Tensor:
-    """A tensor for a key of a state dict, of a size that keeps the activations of deep networks within reason."""
+    """Return a tensor for a key of a state dict, scaled so that the activations of deep networks stay moderate."""
     last = key.split(".")[-1]
     if last == "num_batches_tracked":
         return torch.tensor(7)
     drawn = normal(shape, key)
     if last == "running_var":
-        # Responses to high frequencies vary so little on photographs that the eps of their batch norm counts.
+        # On photographs, responses to high frequencies vary so little that the eps of their batch norm matters.
         return drawn.abs() * 1e-2 + 1e-4 if key.startswith("harm") else drawn.abs() * 0.3 + 0.7
     if len(shape) == 1:
         return drawn * 0.1 + 0.8 if last == "weight" else drawn * 0.03

@@ -1,4 +1,4 @@
-"""Options that messages name: the command that shows a message has them, or the message names their command."""
+"""Messages name only options that exist: those of the command that shows the message, or of a command that it names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from harmconvert.errors import Argument, InputError, Message, UsageError
 from .commands import run
 
 PACKAGE = Path(__file__).resolve().parents[1] / "harmconvert"
-# It writes commands out, each option behind the command that has it.
+# This module prints whole commands, so each option follows the command that has it.
 WRITES_COMMANDS = PACKAGE / "report" / "reproduce.py"
 
 
@@ -33,7 +33,7 @@ OPTIONS = {name: options_of(command) for name, command in commands().items()}
 
 
 def texts_of(path: Path) -> Iterator[str]:
-    """Every string of a file but docstrings; of an f-string the whole, a value in it as VALUE."""
+    """Yield every string of a file except docstrings; in an f-string, VALUE replaces each value."""
     tree = ast.parse(path.read_text())
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
     skipped = {id(node.body[0].value) for node in ast.walk(tree) if isinstance(node, documented) and node.body
@@ -48,7 +48,7 @@ def texts_of(path: Path) -> Iterator[str]:
 
 
 def foreign(text: str, command: str) -> set[str]:
-    """Options in a text that the command lacks, and that do not stand behind the name of a command that has them."""
+    """Return the options in a text that belong neither to the command nor to a command that the text names before."""
     wrong = set()
     for match in OPTION.finditer(text):
         words = re.findall(r"\w+", text[: match.start()])
@@ -121,20 +121,20 @@ def test_every_option_that_the_package_names_exists() -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_no_message_sends_a_user_to_an_option_that_the_command_lacks(name: str) -> None:
+def test_messages_of_a_command_name_only_options_that_it_has(name: str) -> None:
     for text in MESSAGES:
         assert foreign(fitting(text, name, OPTIONS), name) <= {"--help"}, text
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_and_its_help_name_its_own_options(name: str) -> None:
+def test_the_help_of_a_command_names_only_options_that_it_has(name: str) -> None:
     command = commands()[name]
     helps = [parameter.help or "" for parameter in command.params if isinstance(parameter, click.Option)]
     for text in (*texts_of(PACKAGE / "cli" / f"{name}.py"), command.help or "", *helps):
-        assert foreign(text, name) <= {"--nproc-per-node"}, text  # of torchrun
+        assert foreign(text, name) <= {"--nproc-per-node"}, text  # an option of torchrun
 
 
-def test_an_option_of_another_command_is_named_with_it() -> None:
+def test_a_message_names_an_option_of_another_command_together_with_that_command() -> None:
     options = {"convert": {"--checkpoint", "--input-size"}, "train": {"--img-size"}, "compare": {"--json"}}
     text = "give --input-size C,H,W, and the weights with --checkpoint FILE (--jsonl is nobody's)"
     assert fitting(text, "convert", options) == text
@@ -145,7 +145,7 @@ def test_an_option_of_another_command_is_named_with_it() -> None:
     assert fitting(behind, "compare", options) == behind
 
 
-def test_a_network_without_a_size_is_told_of_an_option_that_is_there(
+def test_the_message_for_a_network_without_a_size_names_an_existing_option(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -179,7 +179,7 @@ ALWAYS_SEVERAL = {
 }
 
 
-def test_what_a_message_counts_may_be_one() -> None:
+def test_messages_use_the_singular_for_one() -> None:
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             values = node.values if isinstance(node, ast.JoinedStr) else []

@@ -1,4 +1,4 @@
-"""A new axis costs one class and one registration: plan, JSON, cost, search, file and report handle it."""
+"""A new axis needs one class and one registration: plan, JSON, cost, search, file and report then handle it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .networks import seeded
 
 @dataclass(frozen=True)
 class Digits(Kept):
-    """The decimal digits that each weight keeps; 8 are all that float32 has."""
+    """The number of decimal digits that each weight keeps; 8 digits are all of float32."""
 
     axis: ClassVar[str] = "digits"
     count: int = 8
@@ -48,7 +48,7 @@ class Digits(Kept):
 
 
 class DigitsAxis(Axis):
-    """Weights rounded to some decimal digits, in every convolution and linear layer."""
+    """The axis of decimal digits: weights of convolutions and linear layers are rounded."""
 
     name: ClassVar[str] = "digits"
     budget_units: ClassVar[frozenset[str]] = frozenset({"bytes"})
@@ -98,7 +98,7 @@ class DigitsAxis(Axis):
 
 
 def values_of(layer: nn.Module) -> Tensor:
-    """The parameter that holds the filters of a layer."""
+    """Return the parameter of a layer that holds its filters."""
     parameter = layer._parameters.get("weight", layer._parameters.get("coefficients"))
     assert parameter is not None
     return parameter
@@ -126,7 +126,7 @@ def rounded_plan(model: nn.Module, **digits: int) -> Plan:
     return whole.map_layers(lambda layer: layer.keeping(Digits(digits.get(f"_{layer.name}", 8))))
 
 
-def test_layers_without_a_space_axis_appear_in_a_plan_and_nothing_is_done_to_them() -> None:
+def test_layers_without_a_space_axis_are_in_the_plan_and_stay_unchanged() -> None:
     model = network()
     assert [layer.name for layer in make_plan(find_layers(model), "full").layers] == ["0", "1"]
     plan = Plan((cut_layer("1", (3, 3), ((0, 0),)), LayerPlan("2", (1, 1)), LayerPlan("5", ())))
@@ -140,7 +140,7 @@ def test_layers_without_a_space_axis_appear_in_a_plan_and_nothing_is_done_to_the
 
 
 @pytest.mark.usefixtures("digits")
-def test_every_layer_that_has_the_axis_is_planned() -> None:
+def test_the_plan_has_every_layer_with_the_new_axis() -> None:
     model = network()
     plan = make_plan(find_layers(model), 2, include=["1", "2", "5"])
     assert {layer.name: [kept.axis for kept in layer.keeps] for layer in plan.layers} == {
@@ -152,7 +152,7 @@ def test_every_layer_that_has_the_axis_is_planned() -> None:
 
 
 @pytest.mark.usefixtures("digits")
-def test_a_plan_survives_json_and_is_validated() -> None:
+def test_a_plan_with_the_new_axis_is_saved_as_json_and_validated() -> None:
     plan = rounded_plan(network(), _2=4)
     data = json.loads(json.dumps(plan.to_json()))
     assert Plan.from_json(data) == plan
@@ -162,19 +162,19 @@ def test_a_plan_survives_json_and_is_validated() -> None:
         Plan.from_json(data)
 
 
-def test_an_axis_that_is_not_known_is_refused() -> None:
+def test_an_unknown_axis_is_refused() -> None:
     layer = {"name": "a", "kernel_size": [1, 1], "colour": {"hue": 3}}
     with pytest.raises(InputError, match="layer 'a': it keeps something on 'colour', an axis that this harmconvert"):
         Plan.from_json({"layers": [layer]})
 
 
 @pytest.mark.usefixtures("digits")
-def test_converted_costed_verified_saved_and_shown(tmp_path: Path) -> None:
+def test_a_network_with_the_new_axis_is_converted_costed_verified_saved_and_reported(tmp_path: Path) -> None:
     model = network()
     plan = rounded_plan(model, _1=2, _5=4)
     conversion = hc.convert(model, plan)
     assert torch.equal(conversion.model[5].weight, model[5].weight.detach().round(decimals=4))
-    # 4 bytes a weight, of which layer 1 keeps a quarter and layer 5 half.
+    # A weight has 4 bytes; layer 1 keeps a quarter of them and layer 5 half.
     assert conversion.cost.harmonic_bytes == conversion.cost.bytes - 216 * 4 * 3 // 4 - 18 * 4 // 2
     check = hc.verify(model, conversion, X)
     assert (check.ok, check.as_planned) == (False, True)
@@ -196,7 +196,7 @@ def test_converted_costed_verified_saved_and_shown(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("digits")
-def test_a_weight_that_is_not_as_planned_is_named() -> None:
+def test_verify_names_a_weight_that_does_not_match_the_plan() -> None:
     model = network()
     conversion = hc.convert(model, rounded_plan(model, _5=2))
     with torch.no_grad():
@@ -206,7 +206,7 @@ def test_a_weight_that_is_not_as_planned_is_named() -> None:
 
 @pytest.mark.usefixtures("digits")
 @pytest.mark.parametrize("calibration", [None, X.repeat(8, 1, 1, 1).split(8)])
-def test_a_search_for_bytes_chooses_on_it_and_one_for_parameters_does_not(calibration: Any) -> None:
+def test_a_search_for_bytes_uses_the_new_axis_and_a_search_for_parameters_does_not(calibration: Any) -> None:
     model = network()
     settings: dict[str, Any] = {"include": ["1", "2", "5"], "calibration": calibration}
     small = hc.convert(model, budget="bytes=35%", **settings)

@@ -1,4 +1,4 @@
-"""Bases beside the DCT: what their kernels are, and networks converted, cut, saved and calibrated in them."""
+"""Bases other than the DCT: their vectors, and networks that are converted, truncated, saved and calibrated in them."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def test_vectors_of_an_axis_are_orthonormal(vectors: Any, size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 4, 8, 16])
-def test_haar_of_powers_of_two_is_the_textbooks(size: int) -> None:
+def test_haar_of_a_power_of_two_equals_the_textbook_definition(size: int) -> None:
     np.testing.assert_allclose(haar_vectors(size).numpy(), oracle.haar_matrix(size), atol=1e-14)
 
 
 @pytest.mark.parametrize("size", [3, 5, 6, 7, 11])
-def test_haar_of_other_sizes_is_a_wavelet_basis_too(size: int) -> None:
+def test_haar_of_any_other_size_is_a_wavelet_basis(size: int) -> None:
     mean, *wavelets = haar_vectors(size).numpy()
     assert np.ptp(mean) == 0
     for wavelet in wavelets:
@@ -53,7 +53,7 @@ def test_haar_of_other_sizes_is_a_wavelet_basis_too(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 3, 5, 7, 9])
-def test_gaussians_span_what_the_derivatives_of_a_gaussian_span(size: int) -> None:
+def test_the_gaussian_basis_spans_the_derivatives_of_a_gaussian(size: int) -> None:
     found = gaussian_vectors(size).numpy()
     for order in range(min(size, 5)):
         derivative = oracle.gaussian_derivative(size, order)
@@ -62,12 +62,12 @@ def test_gaussians_span_what_the_derivatives_of_a_gaussian_span(size: int) -> No
         assert abs(found[order] @ derivative) > 1e-6 * np.linalg.norm(derivative), "and each adds its own"
 
 
-def test_gaussians_alternate_between_even_and_odd() -> None:
+def test_gaussian_vectors_alternate_between_even_and_odd() -> None:
     for order, vector in enumerate(gaussian_vectors(7)):
         torch.testing.assert_close(vector.flip(0), vector * (-1) ** order, rtol=0, atol=1e-12)
 
 
-def test_no_orthonormal_basis_of_a_layer_holds_more_than_its_klt() -> None:
+def test_no_orthonormal_basis_keeps_more_energy_than_the_klt_of_a_layer() -> None:
     kernel = seeded(lambda: nn.Conv2d(8, 8, 5)).weight.detach().cumsum(-1)
     size, frequencies = (5, 5), all_frequencies((5, 5))
     values = np.linalg.svd(kernel.double().reshape(-1, 25).numpy(), compute_uv=False) ** 2
@@ -81,7 +81,7 @@ def test_no_orthonormal_basis_of_a_layer_holds_more_than_its_klt() -> None:
     assert Basis("klt").kernels_for(torch.empty(4, 4, *size, device="meta")).is_meta
 
 
-def test_signs_of_a_klt_are_settled() -> None:
+def test_the_signs_of_a_klt_are_deterministic() -> None:
     kernel = torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(1))
     for vector in klt_vectors(kernel):
         assert vector[vector.abs().argmax()] > 0
@@ -92,7 +92,7 @@ def test_the_command_line_knows_every_basis() -> None:
     assert tuple(option.type.choices) == BASES
 
 
-def test_what_is_no_basis_is_refused() -> None:
+def test_invalid_bases_are_refused() -> None:
     with pytest.raises(UsageError, match="unknown basis 'fourier': use one of dct, haar, gaussian, klt"):
         Basis("fourier")
     with pytest.raises(UsageError, match="klt basis is fitted to each layer"):
@@ -107,7 +107,7 @@ def test_what_is_no_basis_is_refused() -> None:
 
 @pytest.mark.parametrize("normalization", ["ortho", "l1"])
 @pytest.mark.parametrize("name", BASES)
-def test_a_whole_basis_is_the_same_network(name: str, normalization: str) -> None:
+def test_the_whole_basis_reproduces_the_network(name: str, normalization: str) -> None:
     model = seeded(Branches, torch.float64)
     conversion = convert(model, basis=name, normalization=normalization)
     check = hc.verify(model, conversion.model, X)
@@ -119,7 +119,7 @@ def test_a_whole_basis_is_the_same_network(name: str, normalization: str) -> Non
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_a_cut_is_verified_saved_loaded_and_fused(name: str, tmp_path: Path) -> None:
+def test_a_truncated_network_is_verified_saved_loaded_and_fused(name: str, tmp_path: Path) -> None:
     model = seeded(lambda: timm.create_model("test_resnet", num_classes=10))
     conversion = convert(model, 2, basis=name)
     assert hc.verify(model, conversion).as_planned
@@ -139,7 +139,7 @@ def test_a_cut_is_verified_saved_loaded_and_fused(name: str, tmp_path: Path) -> 
     assert bases_of(Plan.from_json(conversion.plan.to_json())) == (Basis(name),)
 
 
-def test_a_klt_of_another_layer_is_found_out() -> None:
+def test_verify_detects_the_klt_of_another_layer() -> None:
     model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten()))
     other = convert(model, {"1": 2}, basis="klt").model
     wrong = to_harmonic(nn.Conv2d(8, 8, 3), other[1].frequencies, Basis("klt"))
@@ -165,7 +165,7 @@ def test_tied_convolutions_share_a_fitted_basis(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_calibration_repairs_a_cut_in_any_basis(name: str) -> None:
+def test_calibration_improves_a_truncated_network_in_any_basis(name: str) -> None:
     network = hc.open_source("sample:resnet_mnist5k").model
     images = random_digits(96)
     plain = convert(network, 2, basis=name)
@@ -184,7 +184,7 @@ def random_digits(count: int) -> torch.Tensor:
 
 
 def test_weight_standardised_layers_are_calibrated_where_the_basis_can_follow() -> None:
-    """Their kernels are centred: a Gaussian's cut has no constant kernel, so it cannot follow, and says so."""
+    """A standardised kernel has mean zero. A cut in the Gaussian basis is not refitted then, and the record says why."""
     images = torch.randn(48, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     network = seeded(
         lambda: nn.Sequential(
@@ -201,7 +201,7 @@ def test_weight_standardised_layers_are_calibrated_where_the_basis_can_follow() 
 
 
 @pytest.mark.parametrize("basis", ["dct", "haar", "gaussian"])
-def test_harmonize_takes_named_bases(basis: str) -> None:
+def test_harmonize_accepts_a_basis_by_name(basis: str) -> None:
     network = harmonize(seeded(Branches), "all", 2, basis=basis, example_input=X.float())
     families = {conv.basis_spec for conv in convolutions(network).values() if isinstance(conv, HarmonicMixin)}
     assert families == {Basis(basis)}
@@ -215,7 +215,7 @@ def test_a_fitted_basis_counts_as_parameters() -> None:
 
 
 @pytest.mark.parametrize("scale", [1e200, 1e-200])
-def test_the_fitted_basis_does_not_depend_on_the_scale(scale: float) -> None:
+def test_the_fitted_basis_does_not_depend_on_the_scale_of_the_kernels(scale: float) -> None:
     kernel = random_input((8, 4, 3, 3), torch.float64)
     torch.testing.assert_close(klt_vectors(kernel * scale), klt_vectors(kernel), rtol=0, atol=1e-9)
     assert torch.equal(klt_vectors(kernel * 0) @ klt_vectors(kernel * 0).T, torch.eye(9, dtype=torch.float64))

@@ -34,12 +34,12 @@ def test_projection_onto_the_basis_equals_scipys_dctn() -> None:
 
 
 @pytest.mark.parametrize("kernel_size", KERNELS)
-def test_frequencies_come_by_level_then_lexicographically(kernel_size: tuple[int, ...]) -> None:
+def test_frequencies_are_ordered_by_level_then_lexicographically(kernel_size: tuple[int, ...]) -> None:
     assert list(all_frequencies(kernel_size)) == oracle.frequencies(kernel_size, sum(kernel_size))
     assert level_count(kernel_size) == max(map(sum, all_frequencies(kernel_size))) + 1
 
 
-def test_lambda_of_a_3x3_keeps_1_3_6_8_9() -> None:
+def test_lambda_1_to_5_of_a_3x3_kernel_keep_1_3_6_8_9_frequencies() -> None:
     assert [len(frequencies_below((3, 3), lam)) for lam in range(1, 6)] == [1, 3, 6, 8, 9]
     assert frequencies_below((3, 3), 2) == ((0, 0), (0, 1), (1, 0))
 
@@ -48,7 +48,7 @@ def test_lambda_of_a_3x3_keeps_1_3_6_8_9() -> None:
     ("kernel_size", "lam", "levels"),
     [((3, 3), 2, 2), ((5, 5), 2, 4), ((7, 7), 2, 5), ((7, 7), 3, 7), ((2, 2), 1, 1), ((2, 2), 5, 3), ((1, 7), 3, 7)],
 )
-def test_bare_lambda_scales_with_the_kernel(kernel_size: tuple[int, ...], lam: int, levels: int) -> None:
+def test_a_bare_lambda_scales_with_the_kernel_size(kernel_size: tuple[int, ...], lam: int, levels: int) -> None:
     assert scaled_levels(kernel_size, lam) == levels
 
 
@@ -58,32 +58,32 @@ def test_l1_rows_sum_to_one_in_absolute_value() -> None:
 
 
 @pytest.mark.parametrize("levels", [0, 6, -1])
-def test_levels_that_no_3x3_has_are_refused(levels: int) -> None:
+def test_a_lambda_beyond_the_levels_of_a_kernel_is_refused(levels: int) -> None:
     with pytest.raises(UsageError, match=f"lambda {levels} does not fit a 3x3 kernel: it has 5 levels"):
         frequencies_below((3, 3), levels)
 
 
 @pytest.mark.parametrize("frequencies", [[(0, 3)], [(0, 0), (0, 0)], [(1, 0), (0, 1)], [(0,)], []])
-def test_frequencies_that_make_no_basis_are_refused(frequencies: list[tuple[int, ...]]) -> None:
+def test_invalid_frequencies_are_refused(frequencies: list[tuple[int, ...]]) -> None:
     with pytest.raises(UsageError, match="3x3 kernel"):
         dct_basis((3, 3), frequencies)
 
 
-def test_unknown_normalization_is_refused() -> None:
+def test_an_unknown_normalization_is_refused() -> None:
     with pytest.raises(UsageError, match="unknown normalization 'l2': use one of ortho, l1"):
         dct_basis((3, 3), normalization="l2")
 
 
-def test_vectors_of_one_position_are_one() -> None:
+def test_the_basis_of_one_position_is_the_number_one() -> None:
     assert dct_vectors(1).item() == 1.0
 
 
-def test_a_device_in_force_elsewhere_does_not_reach_the_constants() -> None:
+def test_the_default_device_does_not_affect_the_constants() -> None:
     with torch.device("meta"):
         assert dct_basis((2, 5)).device.type == "cpu"
     assert dct_basis((2, 5)).device.type == "cpu"
 
 
-def test_changing_a_basis_changes_no_other() -> None:
+def test_changing_one_basis_tensor_changes_no_other() -> None:
     dct_basis((3, 4)).zero_()
     assert dct_basis((3, 4)).abs().sum() > 0

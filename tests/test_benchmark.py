@@ -1,4 +1,4 @@
-"""The forms side by side: every way to run a network gets its row, and the advice follows the fastest."""
+"""Benchmarks: every way to run a network has a row, and the advice names the fastest."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def test_every_form_layout_batch_and_thread_count_has_a_row() -> None:
     json.dumps(found.to_json(), allow_nan=False)
 
 
-def test_a_plain_network_has_its_dense_form_only() -> None:
+def test_a_plain_network_has_only_the_dense_form() -> None:
     found = benchmark(seeded(Branches), X, batches=(2,), repeats=3)
     assert {row.form for row in found.rows} == {"dense"}
     assert found.factorings == {}
 
 
-def test_what_does_not_compile_says_so_and_the_rest_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_form_that_does_not_compile_has_a_note_and_the_others_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(network: nn.Module) -> nn.Module:
         class Broken(nn.Module):
             def forward(self, x: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def test_what_does_not_compile_says_so_and_the_rest_is_timed(monkeypatch: pytest
     assert found.fastest(1, torch.get_num_threads()) == found.rows[0]
 
 
-def test_the_advice_names_the_fastest_and_its_gain() -> None:
+def test_the_advice_names_the_fastest_form_and_its_speedup() -> None:
     row = Row("dense", False, "contiguous", 4, 2, 0.3, 0.0, 13.3, None, 0.0)
     rows = (row, replace(row, layout="channels_last", seconds=0.2), replace(row, form="factored", seconds=0.1))
     compiled = replace(row, compiled=True, seconds=0.15)
@@ -69,7 +69,7 @@ def test_the_advice_names_the_fastest_and_its_gain() -> None:
     assert line == f"batch 4, 2 threads: deploy the factored form, contiguous, eager: {gain}"
 
 
-def test_peak_memory_counts_what_is_in_use_at_once() -> None:
+def test_peak_memory_counts_only_memory_in_use_at_the_same_time() -> None:
     def run() -> None:
         for _ in range(3):
             torch.zeros(64 << 18).add_(1)  # 64 MiB, freed each time
@@ -81,7 +81,7 @@ def test_peak_memory_counts_what_is_in_use_at_once() -> None:
     assert 50 << 20 < found < 150 << 20
 
 
-def test_peak_memory_is_unknown_where_the_system_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_memory_is_unknown_where_the_system_does_not_report_it(monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[int] = []
     monkeypatch.setattr(sys, "platform", "darwin")
     assert peak_bytes(lambda: runs.append(1), torch.device("cpu")) is None
@@ -91,12 +91,12 @@ def test_peak_memory_is_unknown_where_the_system_does_not_say(monkeypatch: pytes
 @pytest.mark.parametrize(
     ("arguments", "message"), [({"forms": ["slow"]}, "unknown form 'slow'"), ({"layouts": ["x"]}, "unknown layout")]
 )
-def test_what_it_refuses(arguments: dict[str, list[str]], message: str) -> None:
+def test_benchmark_refuses_invalid_arguments(arguments: dict[str, list[str]], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         benchmark(seeded(Branches), X, **arguments)
 
 
-def test_benchmark_by_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_benchmark_command_prints_and_writes_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     converted("a.safetensors", "--lambda", "2")
     text = ok("benchmark", "a.safetensors", "-b", "2", "--repeats", "3", "--layers").stdout
@@ -109,7 +109,7 @@ def test_benchmark_by_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 class OneAtATime(nn.Module):
-    """Takes one example, with a scalar and a keyword beside it."""
+    """Accepts only a batch of one example, with a scalar and a keyword argument."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class OneAtATime(nn.Module):
         return {"map": scale * self.conv(image), "rest": None}
 
 
-def test_a_batch_size_that_a_network_does_not_take_has_a_note() -> None:
+def test_an_unsupported_batch_size_has_a_note() -> None:
     inputs = {"image": X, "scale": torch.tensor(2.0)}
     model = hc.convert(seeded(OneAtATime)).model
     found = benchmark(model, inputs, batches=(1, 2), forms=("dense",), layouts=("contiguous",), repeats=3)
@@ -132,7 +132,7 @@ def test_a_batch_size_that_a_network_does_not_take_has_a_note() -> None:
         benchmark(model, inputs, batches=(2, 3), repeats=3)
 
 
-def test_a_layout_in_which_a_network_does_not_run_has_a_note() -> None:
+def test_an_unsupported_memory_format_has_a_note() -> None:
     class Flat(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""HarmonicBlock2d: eq. 3 in loops, its gradients, its two stages."""
+"""HarmonicBlock2d: it equals eq. 3 in loops, its gradients are correct, and both of its stages agree."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_the_block_equals_equation_3_in_loops(size: Any, geometry: dict[str, Any
     weights_OIF = block.mix.weight.detach().numpy().reshape(3, 2, -1)
     eps = block.norm.eps if normalize else None
     stride, padding, dilation = (geometry.get(key, default) for key, default in LOOPS.items())
-    if isinstance(padding, tuple):  # the oracle pads all sides alike
+    if isinstance(padding, tuple):  # the oracle pads all sides equally
         x_padded = torch.nn.functional.pad(x, (padding[1], padding[1], padding[0], padding[0]))
         expected = oracle.harmonic_layer(
             x_padded.numpy(), weights_OIF, block.kernel_size, block.frequencies, stride, 0, dilation, eps
@@ -89,7 +89,7 @@ def test_both_stages_are_the_same_block(size: Any, geometry: dict[str, Any]) -> 
     )
 
 
-def test_the_rule_of_auto_is_by_size_while_gradients_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_gradients_auto_chooses_the_stage_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[str] = []
     for stage in ("_dense_responses", "_separable_responses"):
         plain = getattr(HarmonicBlock2d, stage)
@@ -103,7 +103,7 @@ def test_the_rule_of_auto_is_by_size_while_gradients_are_recorded(monkeypatch: p
     assert taken == ["_dense_responses", "_separable_responses", "_dense_responses"]
 
 
-def test_a_stage_can_be_measured_and_is_then_kept() -> None:
+def test_a_stage_chosen_by_measurement_is_kept() -> None:
     block = HarmonicBlock2d(3, 4, 5)
     state = {key: value.clone() for key, value in block.state_dict().items()}
     chosen = block.choose_stage(torch.randn(2, 3, 8, 8), repeats=2)
@@ -114,7 +114,7 @@ def test_a_stage_can_be_measured_and_is_then_kept() -> None:
         HarmonicBlock2d(3, 4, 5, stage="quick")
 
 
-def test_the_block_has_as_many_weights_as_the_convolution_it_replaces() -> None:
+def test_the_block_has_as_many_weights_as_the_convolution_that_it_replaces() -> None:
     block, conv = HarmonicBlock2d(6, 9, 3, groups=3), nn.Conv2d(6, 9, 3, groups=3)
     assert sum(p.numel() for p in block.parameters()) == sum(p.numel() for p in conv.parameters())
     assert block(torch.zeros(1, 6, 5, 5)).shape == conv(torch.zeros(1, 6, 5, 5)).shape

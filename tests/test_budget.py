@@ -1,4 +1,4 @@
-"""Budgets: the exact choice against brute force, plans that stay within them, scores that are kept and told apart."""
+"""Budgets: the choice equals brute force, plans stay within the budget, scores are stored and not mixed up."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def brute_force(costs: list[list[int]], scores: list[list[float]], budget: int) 
 
 
 @given(instances(), st.integers(0, 300))
-def test_the_choice_is_that_of_brute_force(case: tuple[Any, Any], budget: int) -> None:
+def test_the_knapsack_equals_brute_force(case: tuple[Any, Any], budget: int) -> None:
     costs, scores = case
     found = frontier(costs, scores)
     chosen, expected = found.best(budget), brute_force(costs, scores, budget)
@@ -74,7 +74,7 @@ def test_the_choice_is_that_of_brute_force(case: tuple[Any, Any], budget: int) -
     assert sum(cost[i] for cost, i in zip(costs, chosen, strict=True)) <= budget
 
 
-def test_of_plans_with_the_same_score_the_cheapest_is_taken() -> None:
+def test_among_plans_of_equal_score_the_cheapest_is_chosen() -> None:
     assert frontier([[9, 3], [5, 4, 2]], [[1.0, 1.0], [0.0, 2.0, 2.0]]).best(100) == (1, 0)
     found = frontier([[9, 3, 5]], [[1.0, 1.0, 1.0]])
     assert (found.costs.tolist(), found.scores.tolist()) == ([3], [1.0])
@@ -82,7 +82,7 @@ def test_of_plans_with_the_same_score_the_cheapest_is_taken() -> None:
 
 @settings(deadline=None)
 @given(instances(), st.integers(0, 300), st.integers(2, 5))
-def test_thinned_out_it_still_stays_within_the_budget(case: tuple[Any, Any], budget: int, limit: int) -> None:
+def test_a_thinned_frontier_stays_within_the_budget(case: tuple[Any, Any], budget: int, limit: int) -> None:
     costs, scores = case
     found = frontier(costs, scores, limit)
     assert len(found.costs) <= max(limit, 2) + 1
@@ -114,13 +114,13 @@ def test_thinned_out_it_still_stays_within_the_budget(case: tuple[Any, Any], bud
         ({}, "names 0"),
     ],
 )
-def test_budgets_that_are_none(given: Any, message: str) -> None:
+def test_invalid_budgets_are_refused(given: Any, message: str) -> None:
     with pytest.raises(UsageError) as caught:
         Budget.parse(given)
     assert message in str(caught.value)
 
 
-def test_budgets_that_are_read() -> None:
+def test_valid_budgets_are_parsed() -> None:
     same = [Budget.parse(text) for text in ("params=60%", "params=0.6", " params = 60 % ".replace(" %", "%"))]
     assert {*same, Budget.parse({"params": 0.6}), Budget.parse({"params": "60%"})} == {Budget("params", 0.6)}
     assert str(same[0]) == "params=60%"
@@ -138,14 +138,14 @@ def test_budgets_that_are_read() -> None:
         ("latency=1500us", 1500, "latency=1.5ms"),
     ],
 )
-def test_amounts_that_are_read(text: str, amount: int, shown: str) -> None:
+def test_amounts_with_suffixes_are_parsed(text: str, amount: int, shown: str) -> None:
     budget = Budget.parse(text)
     assert (budget.share, budget.amount, str(budget)) == (None, amount, shown)
     assert Budget.parse(shown) == budget
     assert (budget.limit(amount + 1), budget.limit(amount), budget.limit(1)) == (amount, amount, 1)
 
 
-def test_an_amount_is_what_its_share_is() -> None:
+def test_an_amount_and_its_share_give_the_same_limit() -> None:
     model = seeded(Branches)
     whole = convert(model, example_input=X).cost
     for unit, of_it in (("params", whole.parameters), ("macs", whole.dense_macs)):
@@ -162,8 +162,8 @@ def test_an_amount_is_what_its_share_is() -> None:
 
 
 @pytest.mark.parametrize("unit", ["params", "bytes", "macs"])
-def test_costs_of_choices_add_up_to_the_networks(unit: str) -> None:
-    """Ties count once, bytes by the layer's own dtype, MACs of the factored form."""
+def test_the_costs_of_choices_add_up_to_the_cost_of_the_network(unit: str) -> None:
+    """Tied weights count once, bytes follow the layer's dtype, and MACs are those of the factored form."""
     model = seeded(Branches)
     model.deep.half()
     run_ = trace(seeded(Branches), X)
@@ -217,8 +217,8 @@ def digits(count: int) -> list[torch.Tensor]:
     return [mnist5k_held_back()[0][:count]]
 
 
-def test_a_budget_of_latency_follows_the_times_of_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With times as they might be: 4 ms a layer dense, 1 ms factored for each frequency, 10 ms the whole."""
+def test_a_latency_budget_uses_the_times_of_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The times are fixed: 4 ms for each dense layer, 1 ms for each frequency when factored, 10 ms for the network."""
 
     def few_are_fast(conv: Any, site: object) -> tuple[float, float]:
         return 4e-3, 1e-3 * len(conv.frequencies)
@@ -231,18 +231,18 @@ def test_a_budget_of_latency_follows_the_times_of_layers(monkeypatch: pytest.Mon
     assert search is not None
     assert (search.unit, search.scored_by) == ("latency", "energy")
     assert (search.whole, search.smallest, search.limit) == (10000, 4000, 6000)
-    assert search.best.cost == 6000  # three frequencies fewer than a layer's four: three of the two layers' six ms
+    assert search.best.cost == 6000  # microseconds
     with pytest.raises(UsageError, match="the budget latency=39% cannot be met: cutting can bring the 10,000 micro"):
         convert(network, budget="latency=39%", example_input=x)
     with pytest.raises(UsageError, match=r"the budget latency=60% is measured: give an example input"):
         convert(network, budget="latency=60%")
-    replace_everywhere(monkeypatch, few_are_fast, lambda conv, site: (40e-3, 1e-3))  # more than the whole
+    replace_everywhere(monkeypatch, few_are_fast, lambda conv, site: (40e-3, 1e-3))  # more than the whole network
     search = convert(network, budget="latency=60%", example_input=x).search
     assert search is not None
     assert 500 < search.smallest < search.limit
 
 
-def test_a_budget_of_latency_is_measured_here() -> None:
+def test_a_latency_budget_is_measured_on_this_machine() -> None:
     network = seeded(lambda: nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Flatten()))
     search = convert(network, budget="latency=100%", example_input=random_input((2, 3, 12, 12))).search
     assert search is not None
@@ -250,7 +250,7 @@ def test_a_budget_of_latency_is_measured_here() -> None:
 
 
 @pytest.mark.slow
-def test_the_plan_taken_is_the_best_of_those_tried_and_beats_the_uniform_one() -> None:
+def test_the_chosen_plan_is_the_best_of_those_tried_and_beats_the_uniform_plan() -> None:
     model = hc.open_source(SAMPLE).model
     found = convert(model, budget="params=35%", calibration=digits(64), search=SearchSettings(trials=5))
     search = found.search
@@ -268,7 +268,7 @@ def test_the_plan_taken_is_the_best_of_those_tried_and_beats_the_uniform_one() -
 
 
 @pytest.mark.slow
-def test_scores_are_kept_and_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_are_stored_and_measured_only_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, probes = hc.open_source(SAMPLE).model, tmp_path / "scores.json"
     first = convert(
         model, budget="params=40%", calibration=digits(32), search=SearchSettings(trials=2, probes=str(probes))
@@ -286,7 +286,7 @@ def test_scores_are_kept_and_measured_once(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.slow
-def test_an_interrupted_search_goes_on(tmp_path: Path) -> None:
+def test_an_interrupted_search_continues_where_it_stopped(tmp_path: Path) -> None:
     model, probes = hc.open_source(SAMPLE).model, tmp_path / "scores.json"
     arguments: dict[str, Any] = {
         "budget": "params=40%", "calibration": digits(16), "search": SearchSettings(trials=1, probes=str(probes)),
@@ -304,7 +304,7 @@ def test_an_interrupted_search_goes_on(tmp_path: Path) -> None:
     assert whole.plan == alone.plan
 
 
-def test_probes_of_something_else_are_refused(tmp_path: Path) -> None:
+def test_probes_of_other_weights_inputs_or_settings_are_refused(tmp_path: Path) -> None:
     model, probes = hc.open_source(SAMPLE).model, tmp_path / "scores.json"
     search = SearchSettings(trials=1, probes=str(probes))
     convert(model, budget="params=95%", include=["stage3.2.*"], calibration=digits(16), search=search)
@@ -324,7 +324,7 @@ def test_probes_of_something_else_are_refused(tmp_path: Path) -> None:
             convert(model, calibration=digits(16), **arguments)
 
 
-def test_what_cannot_be_met_says_what_can() -> None:
+def test_the_message_for_an_impossible_budget_names_the_reachable_minimum() -> None:
     model = hc.open_source(SAMPLE).model
     with pytest.raises(UsageError, match=r"271,994 parameters of this network to 34,426 at least, so ask for 12\.7%"):
         convert(model, budget="params=5%")
@@ -339,7 +339,7 @@ def test_what_cannot_be_met_says_what_can() -> None:
         convert(model, budget="params=50%", calibration=digits(1))
 
 
-def test_energy_is_what_a_cut_takes_as_the_batch_norm_sees_it() -> None:
+def test_the_energy_score_is_the_cut_energy_relative_to_the_batch_norm_variance() -> None:
     model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ConvTranspose2d(4, 5, 3)))
     model[1].running_var.copy_(torch.tensor([1.0, 4.0, 0.5, 2.0]))
     sets = [(Frequencies((3, 3), kept),) for kept in (all_frequencies((3, 3)), frequencies_below((3, 3), 2))]
@@ -358,7 +358,7 @@ def test_energy_is_what_a_cut_takes_as_the_batch_norm_sees_it() -> None:
 
 
 @pytest.mark.slow
-def test_convert_by_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_convert_command_accepts_a_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = ["convert", SAMPLE, "--budget", "params=30%", "--calibrate", "sample:mnist5k"]
     arguments += ["--calibration-images", "32", "--trials", "2"]
@@ -376,7 +376,7 @@ def test_convert_by_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.slow
-def test_a_second_budget_starts_from_the_first_ones_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_budget_reuses_the_scores_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
     few = ["--calibrate", "sample:mnist5k", "--calibration-images", "16", "--include", "stage3.2.*", "--trials", "0"]
@@ -391,7 +391,7 @@ def test_a_second_budget_starts_from_the_first_ones_scores(tmp_path: Path, monke
     ok("convert", SAMPLE, "--budget", "params=85%", *few, "-o", "out/second.safetensors")
     assert not calls
     assert Path("out/resnet_mnist5k-harmonic.probes.json").read_text() == kept
-    # Of other images it is refused, as a file named with --probes is.
+    # Probes of other images are refused, also in a file named with --probes.
     few[3] = "17"
     result = run("convert", SAMPLE, "--budget", "params=85%", *few, "-o", "out/third.safetensors")
     assert result.exit_code == 2
@@ -415,7 +415,7 @@ def test_a_second_budget_starts_from_the_first_ones_scores(tmp_path: Path, monke
         (["--max-drop", "1", "--labelled", "nowhere"], "there is no data set 'nowhere'"),
     ],
 )
-def test_what_a_budget_refuses(arguments: list[str], message: str) -> None:
+def test_options_that_do_not_fit_a_budget_are_refused(arguments: list[str], message: str) -> None:
     result = run("convert", SAMPLE, *arguments)
     assert result.exit_code == 2
     assert message in result.stderr
@@ -425,8 +425,8 @@ def test_what_a_budget_refuses(arguments: list[str], message: str) -> None:
 
 
 @given(st.floats(0, 1), st.floats(0, 0.5))
-def test_bisection_finds_the_least_share_within_the_drop(threshold: float, least: float) -> None:
-    """Where the drop falls with the share; and what comes back is always within it."""
+def test_bisection_finds_the_smallest_share_within_the_drop(threshold: float, least: float) -> None:
+    """The drop falls as the share grows; the result is always within the drop."""
     made, steps = smallest_within(lambda share: (share, 0.0 if share >= threshold else 10.0), least, 1.0, 7)
     assert made >= threshold
     assert made == pytest.approx(max(threshold, least), abs=(1 - least) / 2**7 + 1e-12)
@@ -459,8 +459,8 @@ def test_the_smallest_network_within_a_drop(tmp_path: Path, monkeypatch: pytest.
     assert [row["taken"] for row in plans if row["plan"] != "frontier"].count("True") == 1
 
 
-def test_a_search_may_cut_depthwise_layers() -> None:
-    """Which a policy spares (DESIGN 3)."""
+def test_a_search_may_truncate_depthwise_layers() -> None:
+    """Lambda policies leave depthwise layers whole."""
     net = nn.Sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 5, groups=16), nn.Conv2d(16, 4, 1), nn.Flatten())
     found = convert(net, budget={"params": 0.8}, example_input=random_input((1, 3, 8, 8)))
     assert found.cost.harmonic_parameters <= 0.8 * found.cost.parameters
@@ -468,15 +468,15 @@ def test_a_search_may_cut_depthwise_layers() -> None:
     assert found.plan.notes == {}
 
 
-def test_a_drop_may_go_as_deep_as_a_budget() -> None:
-    """Of a kernel over 3x3 the zero frequency alone is less than lambda 1 keeps."""
+def test_a_search_by_drop_may_keep_only_the_zero_frequency() -> None:
+    """For a kernel larger than 3x3, lambda 1 keeps more than the zero frequency."""
     net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 9, padding=4), nn.Conv2d(8, 8, 9, padding=4))
     found = convert(net, max_drop=1.0, metric=lambda network: 50.0)
     assert found.cost.harmonic_parameters == 8 * 9 + 8 + 2 * (8 * 8 + 8)
     assert len(found.drops) == 1
 
 
-def test_labelled_images_have_the_size_that_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labelled_images_have_the_requested_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     digit_folders(tmp_path / "digits", 2)
     Path("mine.py").write_text(
@@ -490,7 +490,7 @@ def test_labelled_images_have_the_size_that_is_given(tmp_path: Path, monkeypatch
     assert found["held_out"]["converted"]["images"] == 10
 
 
-def test_a_drop_needs_a_judge() -> None:
+def test_max_drop_needs_a_metric_and_allows_no_lambda() -> None:
     with pytest.raises(UsageError, match="max_drop needs metric"):
         convert(nn.Conv2d(3, 4, 3), max_drop=1.0)
     with pytest.raises(UsageError, match="max_drop finds the size itself"):
