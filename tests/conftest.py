@@ -10,8 +10,8 @@ from hypothesis import settings
 
 from harmconvert.samples import SAMPLES, mnist5k_held_back
 
-# For two cores: one process with two threads, or (pytest-xdist) two processes with one thread each. Child processes have
-# as many: with more threads than cores, threads wait long for one another.
+# For two cores: one process with two threads, or (pytest-xdist) two processes with one thread each; the same for child
+# processes. With more threads than cores, threads wait long for one another.
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 torch.set_num_threads(THREADS)
 os.environ["OMP_NUM_THREADS"] = str(THREADS)

@@ -184,7 +184,7 @@ def random_digits(count: int) -> torch.Tensor:
 
 
 def test_weight_standardised_layers_are_calibrated_where_the_basis_can_follow() -> None:
-    """A standardised kernel has mean zero. A cut in the Gaussian basis is not refitted then, and the record says why."""
+    """A standardised kernel has mean zero. In the Gaussian basis its cut is not refitted, and the record says why."""
     images = torch.randn(48, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     network = seeded(
         lambda: nn.Sequential(

@@ -1,4 +1,4 @@
-"""Calibration: the refit is the least-squares solution, is taken only where it generalises, and says what it did."""
+"""Calibration: the refit is the least-squares solution, is used only if it generalises, and is recorded."""
 
 from __future__ import annotations
 
@@ -69,23 +69,23 @@ UNDAMPED = CalibrationSettings(damping=0.0)
 
 
 def smooth(shape: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Images whose neighbours agree, as those of photographs do: on white noise the projection is the best cut."""
+    """Return images with correlated neighbours, as in photographs: for white noise, the projection is the best cut."""
     x = random_input(shape, torch.float64, seed)
     for axis in range(2, len(shape)):
         x = x + 0.9 * x.roll(1, axis) + 0.6 * x.roll(2, axis)
-        # And what is not the same everywhere: of a stationary pair, sum and difference are uncorrelated already.
+        # Not stationary: the sum and the difference of two equally distributed pixels would be uncorrelated.
         x = x * (1 + 0.8 * torch.sin(0.7 * torch.arange(shape[axis]))).view(-1, *(1,) * (len(shape) - 1 - axis))
     return (x + 0.2).to(dtype)
 
 
 def half(kernel_size: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """About half of a kernel's frequencies, the low ones; six of a large one's."""
+    """Return the lower half of a kernel's frequencies, but at most six."""
     every = oracle.frequencies(kernel_size, sum(kernel_size))
     return every[: min(6, math.ceil(len(every) / 2))]
 
 
 def one_layer(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Plan, tuple[int, ...]]:
-    """A network of one convolution, a plan that cuts it, and its input shape."""
+    """Return a network of one convolution, a plan that cuts it, and its input shape."""
     make, shape = CONVOLUTIONS[name]
     model = seeded(lambda: nn.Sequential(make()), dtype)
     size = tuple(model[0].kernel_size)
@@ -93,7 +93,7 @@ def one_layer(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module,
 
 
 def fitted_rows(x: Tensor) -> Tensor:
-    """All examples but every fourth, which is held back."""
+    """Return the examples that are not held back: all except every fourth."""
     return x[[i for i in range(len(x)) if (i + 1) % 4]]
 
 
@@ -109,7 +109,7 @@ def measured_error(original: nn.Module, converted: nn.Module, x: Tensor) -> floa
 def test_the_refit_is_the_least_squares_solution(name: str) -> None:
     model, plan, shape = one_layer(name)
     x = smooth((80, *shape[1:]))
-    if name == "2x2":  # sum and difference of two neighbours alike are uncorrelated: there the projection is the best
+    if name == "2x2":  # sum and difference of two equal neighbours are uncorrelated, so the projection is the best
         x = x * torch.tensor([1.0, 0.3]).repeat(4) * torch.tensor([1.0, 0.5]).repeat(4)[:, None]
     conversion = hc.convert(model, plan, calibration=x.split(7), settings=UNDAMPED)
     (record,) = conversion.calibration.layers
@@ -139,7 +139,7 @@ def test_the_refit_of_a_standardised_kernel_is_the_least_squares_solution_withou
     expected, bias = oracle.refit(plain, kept, fitted_rows(x), start, centred_kernels=True)
     kernel = np.einsum("oif,fxy->oixy", expected.reshape(*plain.weight.shape[:2], -1), kernels)
     assert np.abs(kernel.sum((1, 2, 3))).max() < 1e-9
-    if not hasattr(model[0], "gain"):  # its norm is not free: the direction alone is the least squares'
+    if not hasattr(model[0], "gain"):  # the norm of the kernel is fixed: only its direction is the solution
         norms = [np.linalg.norm(f) / np.linalg.norm(k) for f, k in zip(plain.weight.detach(), kernel, strict=True)]
         kernel *= np.array(norms)[:, None, None, None]
     found = captured(conversion.model[0], x[:1]).weight.numpy()
@@ -150,7 +150,7 @@ def test_the_refit_of_a_standardised_kernel_is_the_least_squares_solution_withou
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_the_errors_reported_are_those_of_the_layer_on_inputs_held_back(name: str) -> None:
+def test_the_reported_errors_are_those_of_the_layer_on_held_back_inputs(name: str) -> None:
     model, plan, shape = one_layer(name)
     x = smooth((80, *shape[1:]))
     conversion = hc.convert(model, plan, calibration=x.split(7))
@@ -164,9 +164,7 @@ def test_the_errors_reported_are_those_of_the_layer_on_inputs_held_back(name: st
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize(("size", "dilation"), [((2, 4), 1), ((4, 3), (1, 2)), ((3, 2), 3)])
-def test_responses_come_to_the_output_where_same_padding_has_one_side_more(
-    size: tuple[int, int], dilation: Any
-) -> None:
+def test_responses_give_the_output_also_for_asymmetric_same_padding(size: tuple[int, int], dilation: Any) -> None:
     conv = seeded(lambda: nn.Conv2d(3, 4, size, dilation=dilation, padding="same"), torch.float64)
     call = captured(conv, smooth((2, 3, 9, 8)))
     kernels = Basis().kernels(size)
@@ -177,9 +175,11 @@ def test_responses_come_to_the_output_where_same_padding_has_one_side_more(
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels last"])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_responses_at_some_positions_are_those_of_all(name: str, last: bool) -> None:
-    """What is copied for them is picked from the map as it lies, its padding and the holes of a transposed convolution
-    never made; in either layout, in an order of positions that is none."""
+def test_responses_at_chosen_positions_equal_those_of_the_whole_map(name: str, last: bool) -> None:
+    """Only the needed values are copied from the map, without its padding or the zeros of a transposed convolution.
+
+    This works in both memory formats and for positions in any order.
+    """
     make, shape = CONVOLUTIONS[name]
     conv = seeded(make, torch.float64)
     x = smooth((3, *shape[1:])) + 1
@@ -194,11 +194,11 @@ def test_responses_at_some_positions_are_those_of_all(name: str, last: bool) -> 
 
 
 @pytest.mark.parametrize("name", STANDARDISED)
-def test_a_standardised_kernel_is_refitted_within_what_its_class_can_make(name: str) -> None:
+def test_a_refitted_standardised_kernel_can_be_made_by_its_class(name: str) -> None:
     model, plan, shape = one_layer(name, torch.float32)
     conversion = hc.convert(model, plan, calibration=smooth((24, *shape[1:]), dtype=torch.float32).split(8))
     assert conversion.calibration.layers[0].decision == "refit"
-    # Negative gains turn the kernel round.
+    # Negative gains change the sign of the kernel.
     if hasattr(model[0], "gain"):
         with torch.no_grad():
             model[0].gain[::2] *= -1.5
@@ -210,7 +210,7 @@ def test_a_standardised_kernel_is_refitted_within_what_its_class_can_make(name: 
 
 
 def captured(conv: nn.Module, x: Tensor) -> ConvCall:
-    """The one call of torch's convolution that a module makes."""
+    """Return the only call of torch's convolution in a module's forward pass."""
     calls: list[ConvCall | None] = []
     watch_convolutions(conv, {"": conv}, x, lambda _, call: calls.append(call))
     (call,) = calls
@@ -222,7 +222,7 @@ METHODS: list[type[Problem]] = [NormalEquations, Samples, Operator]
 
 
 def problem(method: type[Problem], name: str, count: int, seed: int = 0) -> tuple[Problem, nn.Module, Tensor]:
-    """One layer's problem over ``count`` inputs, with its original convolution and those inputs."""
+    """Return the least-squares problem of one layer, its original convolution, and its ``count`` inputs."""
     make, shape = CONVOLUTIONS[name]
     conv = seeded(make, torch.float64)
     harmonic = to_harmonic(conv, half(tuple(conv.kernel_size)))
@@ -240,7 +240,7 @@ def problem(method: type[Problem], name: str, count: int, seed: int = 0) -> tupl
 @pytest.mark.parametrize(
     "name", ["plain", "2x2", "grouped", "dilated", "ConvTranspose2d", "Conv3d", "reflect", "Conv2dSame"]
 )
-def test_all_ways_to_hold_the_equations_have_one_solution(method: type[Problem], name: str) -> None:
+def test_all_solvers_have_the_same_solution(method: type[Problem], name: str) -> None:
     built, conv, x = problem(method, name, 4)
     *_, change = built.candidates([0.0])
     expected, bias = oracle.refit(conv, half(tuple(conv.kernel_size)), x, built.layer.coefficients.numpy())
@@ -252,7 +252,7 @@ def test_all_ways_to_hold_the_equations_have_one_solution(method: type[Problem],
 
 
 @pytest.mark.parametrize("method", METHODS[:2])
-def test_fewer_positions_than_unknowns_move_as_little_as_they_can(method: type[Problem]) -> None:
+def test_with_fewer_positions_than_unknowns_the_change_is_minimal(method: type[Problem]) -> None:
     built, conv, x = problem(method, "16x16 patches", 3)
     assert built.count < built.layer.unknowns
     *_, change = built.candidates([0.0])
@@ -263,14 +263,14 @@ def test_fewer_positions_than_unknowns_move_as_little_as_they_can(method: type[P
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["plain", "grouped", "depthwise"])
-def test_all_ways_damp_alike(method: type[Problem], name: str) -> None:
+def test_all_solvers_damp_equally(method: type[Problem], name: str) -> None:
     (expected,) = problem(NormalEquations, name, 12)[0].candidates([0.1])
     (found,) = problem(method, name, 12)[0].candidates([0.1])
     assert (found.coefficients - expected.coefficients).norm() <= 1e-3 * expected.coefficients.norm()
 
 
 @pytest.mark.parametrize("method", METHODS[:2])
-def test_damping_solves_the_equation_of_the_design(method: type[Problem]) -> None:
+def test_damping_solves_the_damped_normal_equations(method: type[Problem]) -> None:
     built, conv, x = problem(method, "strided, padded, no bias", 6)
     (change,) = built.candidates([0.1])
     (matrix,) = oracle.design_matrix(conv, half((3, 3)), x)
@@ -284,7 +284,7 @@ def test_damping_solves_the_equation_of_the_design(method: type[Problem]) -> Non
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_error_of_a_change_is_that_of_the_output(method: type[Problem]) -> None:
+def test_the_error_of_a_change_is_the_error_of_the_output(method: type[Problem]) -> None:
     built, conv, x = problem(method, "grouped", 5)
     generator = torch.Generator().manual_seed(1)
     D = torch.randn(built.layer.coefficients.shape, generator=generator, dtype=torch.float64)
@@ -316,12 +316,12 @@ def test_the_rescaling_repairs_each_channels_mean_and_variance() -> None:
         harmonic.bias += change.bias.flatten()
         difference = conv(x) - harmonic(x)
         answer = harmonic(x) - harmonic.bias[:, None, None]
-    # What least squares leaves is uncorrelated with what it used: each channel's mean, and its answer.
+    # The residual of least squares is uncorrelated with the regressors: a constant, and the channel's output.
     assert difference.mean((0, 2, 3)).abs().max() < 1e-12
     assert (difference * answer).mean((0, 2, 3)).abs().max() < 1e-12
 
 
-def test_memory_and_positions_decide_how_equations_are_held() -> None:
+def test_memory_and_positions_determine_the_solver() -> None:
     gigabyte = 1 << 30
     assert solver(1, 64, 500, 10_000, 3_000, gigabyte) is NormalEquations
     assert solver(1, 64, 5_000, 200, 60, gigabyte) is Samples
@@ -330,7 +330,7 @@ def test_memory_and_positions_decide_how_equations_are_held() -> None:
 
 
 @given(st.integers(2, 200), st.integers(1, 60), st.integers(0, 5))
-def test_positions_are_the_same_however_the_set_is_cut_and_cover_the_map(size: int, wanted: int, seed: int) -> None:
+def test_positions_do_not_depend_on_the_batches_and_cover_the_map(size: int, wanted: int, seed: int) -> None:
     together = pick_positions(range(8), (size,), wanted, seed)
     if wanted >= size:
         assert together is None
@@ -346,7 +346,7 @@ def test_positions_are_the_same_however_the_set_is_cut_and_cover_the_map(size: i
 
 
 def stack(dtype: torch.dtype = torch.float64) -> nn.Module:
-    """Three convolutions, batch norm and ReLU, with a head; the first reads the input and stays whole."""
+    """Return a network of three convolutions with batch norm, ReLU and a head; the first convolution stays whole."""
 
     def make() -> nn.Module:
         blocks = []
@@ -359,7 +359,7 @@ def stack(dtype: torch.dtype = torch.float64) -> nn.Module:
     return model
 
 
-def test_a_whole_basis_is_left_alone_bit_for_bit() -> None:
+def test_calibration_keeps_a_whole_basis_bit_for_bit() -> None:
     model = stack(torch.float32)
     plain = hc.convert(model)
     conversion = hc.convert(model, calibration=smooth((16, 3, 12, 12), dtype=torch.float32).split(8))
@@ -376,7 +376,7 @@ def test_the_original_is_never_changed() -> None:
 
 
 @pytest.mark.parametrize("lam", [1, 2, 3])
-def test_calibration_brings_the_outputs_nearer_on_inputs_it_never_saw(lam: int) -> None:
+def test_calibration_reduces_the_divergence_on_unseen_inputs(lam: int) -> None:
     model, x, unseen = stack(), smooth((64, 3, 12, 12)), smooth((64, 3, 12, 12), 9)
     cut, conversion = hc.convert(model, lam), hc.convert(model, lam, calibration=x.split(16))
     assert measured_error(model, conversion.model, unseen) < 0.9 * measured_error(model, cut.model, unseen)
@@ -384,10 +384,10 @@ def test_calibration_brings_the_outputs_nearer_on_inputs_it_never_saw(lam: int) 
     assert record.divergence <= record.refit_divergence <= record.plain_divergence
 
 
-def test_each_layer_is_fed_by_those_already_refitted() -> None:
+def test_each_layer_is_refitted_on_inputs_from_the_layers_refitted_before_it() -> None:
     model, x = stack(), smooth((32, 3, 12, 12))
     conversion = hc.convert(model, 2, calibration=[x], settings=CalibrationSettings(damping=0.0, batch_norm=False))
-    # The third convolution's refit must be the least squares between the original's answers and what it is fed now.
+    # The third convolution's refit maps its new inputs to the original's outputs with least squared error.
     with torch.no_grad():
         fed, target = conversion.model[:6](fitted_rows(x)), model[:7](fitted_rows(x))
     kept = oracle.frequencies((3, 3), 2)
@@ -398,7 +398,7 @@ def test_each_layer_is_fed_by_those_already_refitted() -> None:
 
 
 class Backwards(nn.Module):
-    """Registers its convolutions in another order than it runs them in; one runs twice, one never."""
+    """A network that runs its convolutions in another order than it registers them; one runs twice, one never."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -430,13 +430,13 @@ def test_shared_tied_and_grouped_convolutions_are_refitted_together() -> None:
     names = [layer.name for layer in conversion.calibration.layers]
     assert names == ["stem", "shared", "tied_a, tied_b", "deep.odd name [x]", "unused"]
     assert conversion.model.tied_a.coefficients is conversion.model.tied_b.coefficients
-    # Biases of their own stay: one refit cannot fit two.
+    # Tied layers keep their own biases: one refit cannot fit two of them.
     assert torch.equal(conversion.model.tied_a.bias, model.tied_a.bias)
     assert not torch.equal(conversion.model.stem.bias, model.stem.bias)
 
 
 class Ear(nn.Module):
-    """Tells twelve notes apart by long kernels, 64x1 and 32x1, as pitch trackers do: many unknowns, few positions."""
+    """Classifies twelve notes with long kernels (64x1, 32x1), as pitch trackers do: many unknowns, few positions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -451,7 +451,7 @@ class Ear(nn.Module):
 
 
 def notes(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Notes (count, 1, 512) with two overtones of random strength and phase, in noise; which of twelve each is."""
+    """Return notes (count, 1, 512) with two random overtones and noise, and their classes, 0 to 11."""
     generator = torch.Generator().manual_seed(seed)
     label = torch.randint(0, 12, (count,), generator=generator)
     pitch = 0.06 * 2 ** (label / 4.0)
@@ -465,7 +465,7 @@ def notes(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture(scope="module")
 def ear() -> nn.Module:
-    """Trained until it hears every note."""
+    """Return the network, trained until it classifies every note correctly."""
     model = seeded(Ear).train()
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for step in range(300):
@@ -484,7 +484,7 @@ def share_right(model: nn.Module, x: Tensor, label: Tensor) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lam", [{"*": 16, "top": 8}, {"*": 8, "top": 4}], ids=["a quarter kept", "an eighth kept"])
-def test_starved_sets_are_never_worse_than_the_plain_cut_and_more_inputs_help(
+def test_few_inputs_are_never_worse_than_the_plain_cut_and_more_inputs_help(
     ear: nn.Module, lam: dict[str, int]
 ) -> None:
     unseen = notes(500, 1)
@@ -501,18 +501,18 @@ def test_starved_sets_are_never_worse_than_the_plain_cut_and_more_inputs_help(
     assert found[-1] - plain > 0.75 * (1 - plain)
 
 
-def test_a_refit_that_does_not_generalise_is_not_taken() -> None:
+def test_a_refit_that_does_not_generalise_is_rejected() -> None:
     fit, _, _ = problem(NormalEquations, "plain", 24)
     held, _, _ = problem(NormalEquations, "plain", 24, seed=1)
     best = choose(fit, held, [1e-3])
     assert best.decision == "refit"
-    # Residuals of another sign: what helps the fit now harms the inputs held back.
+    # With residuals of the opposite sign, a change that helps the fit harms the held-back inputs.
     held.cross_GON *= -1
     held.channels[[0, 3]] *= -1
     assert choose(fit, held, [1e-3]).decision == "projection"
 
 
-def test_weak_damping_is_not_tried_where_positions_are_few() -> None:
+def test_weak_damping_is_not_tried_with_few_positions() -> None:
     model, plan, _ = one_layer("16x16 patches", torch.float32)
     x = smooth((8, 3, 32, 32), dtype=torch.float32)
     (record,) = hc.convert(model, plan, calibration=[x]).calibration.layers
@@ -522,31 +522,29 @@ def test_weak_damping_is_not_tried_where_positions_are_few() -> None:
 
 
 @pytest.mark.parametrize(("positions", "tried"), [(1e-6, 1), (1e-2, 3), (1.0, 5), (10.0, 6), (1e9, 8)])
-def test_the_fewer_positions_there_are_for_each_unknown_the_stronger_the_weakest_damping(
-    positions: float, tried: int
-) -> None:
+def test_fewer_positions_for_each_unknown_exclude_weak_dampings(positions: float, tried: int) -> None:
     assert dampings(CalibrationSettings(), positions) == DAMPINGS[:tried], "strongest first"
     assert dampings(UNDAMPED, positions) == (0.0,)
 
 
-def test_a_share_of_a_change_lies_between_before_and_after() -> None:
+def test_blending_interpolates_between_before_and_after() -> None:
     model = nn.Sequential(nn.BatchNorm1d(2))
     before = {key: torch.full_like(tensor, 4) for key, tensor in model.state_dict().items()}
     after = {key: torch.full_like(tensor, 8) for key, tensor in model.state_dict().items()}
     for share, value in ((0.0, 4.0), (0.25, 5.0), (0.5, 6.0), (1.0, 8.0)):
         blend(model, before, after, share)
         assert (model[0].running_mean == value).all()
-        assert model[0].num_batches_tracked == 4, "whole numbers have no middle"
+        assert model[0].num_batches_tracked == 4, "integers are not interpolated"
 
 
-def test_of_the_candidates_the_one_with_the_least_error_on_held_back_inputs_is_taken() -> None:
+def test_the_candidate_with_the_least_error_on_held_back_inputs_is_chosen() -> None:
     model, _, _ = one_layer("plain")
     harmonic, x = to_harmonic(model[0]), random_input((2, 3, 9, 9), torch.float64)
     call = captured(harmonic, x)
     layer = Kernel.of(harmonic, call).layer(call, True, 1 << 30, 0)
     errors = {0.5: 0.6, 10.0: 0.9, 1.0: 0.4, 0.1: 0.7, 0.01: 0.8, 0.001: 0.75, 0.0001: 0.1}
 
-    class Told(Problem):
+    class FixedErrors(Problem):
         def error(self, change: Change | None) -> float:
             return 1.0 if change is None else errors[change.damping]
 
@@ -556,15 +554,15 @@ def test_of_the_candidates_the_one_with_the_least_error_on_held_back_inputs_is_t
         def candidates(self, dampings: Any) -> Iterator[Change]:
             return (Change(layer.coefficients, None, damping) for damping in dampings)
 
-    choice = choose(Told(layer), Told(layer), [damping for damping in errors if damping != 0.5])
+    choice = choose(FixedErrors(layer), FixedErrors(layer), [damping for damping in errors if damping != 0.5])
     assert (choice.decision, choice.change.damping, choice.error_before, choice.error_after) == ("refit", 1.0, 1.0, 0.4)
     errors[1.0] = 2.0
-    assert choose(Told(layer), Told(layer), [10.0, 1.0]).decision == "rescaled"
+    assert choose(FixedErrors(layer), FixedErrors(layer), [10.0, 1.0]).decision == "rescaled"
     errors[0.5] = 1.0
-    assert choose(Told(layer), Told(layer), [1.0]).decision == "projection"
+    assert choose(FixedErrors(layer), FixedErrors(layer), [1.0]).decision == "projection"
 
 
-def test_outputs_that_come_out_worse_are_taken_back() -> None:
+def test_a_calibration_that_makes_outputs_worse_is_reverted() -> None:
     model, x = stack(), smooth((16, 3, 12, 12))
     data = calibration_set([x])
     conversion = hc.convert(model, 3)
@@ -587,7 +585,7 @@ def test_the_divergence_of_logits_is_the_mean_kl() -> None:
     expected = sum(p[n, c] * math.log(p[n, c] / q[n, c]) for n in range(5) for c in range(4)) / 5
     batches = [Batch(x[:2], (0, 1)), Batch(x[2:], (2, 3, 4))]
     assert divergence(a, b, batches) == (pytest.approx(expected, rel=1e-6), None)
-    # Of a network that does not call itself a classifier, outputs are compared as they are.
+    # If a network does not declare itself a classifier, its outputs are compared directly.
     del a.num_classes
     with torch.no_grad():
         b.load_state_dict(a.state_dict())
@@ -597,7 +595,7 @@ def test_the_divergence_of_logits_is_the_mean_kl() -> None:
 
 
 @pytest.mark.parametrize(("most", "runs"), [(1 << 28, 2), (5 * 4 * 4, 3), (0, 4)])
-def test_the_originals_outputs_are_kept_as_far_as_memory_goes(
+def test_the_outputs_of_the_original_are_cached_within_a_memory_limit(
     most: int, runs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(divergence_room, "MOST_BYTES", most)
@@ -611,7 +609,7 @@ def test_the_originals_outputs_are_kept_as_far_as_memory_goes(
     assert len(seen) == runs
 
 
-def test_a_class_masked_out_and_outputs_that_cannot_be_compared() -> None:
+def test_masked_classes_are_ignored_and_incomparable_outputs_reported() -> None:
     class Masked(nn.Linear):
         num_classes = 4
 
@@ -637,8 +635,8 @@ def test_a_class_masked_out_and_outputs_that_cannot_be_compared() -> None:
     assert divergence(a, b, [])[1] == "they are all zero, or there are none"
 
 
-def test_why_outputs_cannot_be_compared_is_told() -> None:
-    """Memory that ran out in the end is not taken for outputs of an odd kind."""
+def test_the_reason_why_outputs_cannot_be_compared_is_recorded() -> None:
+    """Running out of memory is not mistaken for outputs of an unusual kind."""
 
     class Hungry(nn.Module):
         def __init__(self) -> None:
@@ -662,7 +660,7 @@ def test_why_outputs_cannot_be_compared_is_told() -> None:
     assert line.startswith(f"the outputs cannot be compared ({why}")
 
 
-def test_the_share_of_held_back_images_with_the_same_top1_is_recorded_and_shown(tmp_path: Path) -> None:
+def test_the_share_of_held_back_images_with_the_same_top1_is_recorded_and_printed(tmp_path: Path) -> None:
     def classifier() -> nn.Module:
         parts = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
         return nn.Sequential(*parts)
@@ -683,7 +681,7 @@ def test_the_share_of_held_back_images_with_the_same_top1_is_recorded_and_shown(
     assert header.history["calibration"]["agreement"] == record.agreement
 
 
-def test_outputs_that_are_no_logits_have_no_top1() -> None:
+def test_outputs_that_are_not_logits_have_no_top1() -> None:
     maps = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).double().eval()
     record = hc.convert(maps, {"*": 2}, calibration=smooth((16, 3, 12, 12)).split(4)).calibration
     assert (record.plain_agreement, record.agreement) == (None, None)
@@ -691,7 +689,7 @@ def test_outputs_that_are_no_logits_have_no_top1() -> None:
 
 
 @pytest.mark.parametrize("kind", ["tuple", "dataclass", "dataclass with slots", "mapping", "NumPy"])
-def test_layers_and_networks_may_return_anything_that_holds_tensors(kind: str) -> None:
+def test_layers_and_networks_may_return_any_structure_of_tensors(kind: str) -> None:
     @dataclass
     class Plain:
         logits: Any
@@ -736,14 +734,14 @@ def test_batch_norm_statistics_are_those_of_the_data() -> None:
         parts = [model[0](part).transpose(0, 1).flatten(1).numpy() for part in x.split(4)]
     assert model[1].running_mean.numpy() == pytest.approx(np.mean([p.mean(1) for p in parts], 0), abs=1e-6)
     assert model[1].running_var.numpy() == pytest.approx(np.mean([p.var(1, ddof=1) for p in parts], 0), rel=1e-5)
-    # The second sees the first one's output normalised by its own batch, and no dropout.
+    # The second batch norm reads the first one's output, normalised by its own batch and without dropout.
     assert model[3].running_mean.abs().max() < 1e-6
     assert (model[3].running_var - 1).abs().max() < 0.02
     assert model[1].num_batches_tracked == 0
     assert not any(module.training for module in model.modules())
 
 
-def test_a_small_last_batch_counts_by_its_size() -> None:
+def test_a_small_last_batch_is_weighted_by_its_size() -> None:
     model = seeded(lambda: nn.Sequential(nn.BatchNorm2d(2)), torch.float64)
     x = random_input((8, 2, 3, 3), torch.float64)
     assert reestimate_batch_norm(model, [x[:7], x[7:] + 5.0]) == 1
@@ -751,7 +749,7 @@ def test_a_small_last_batch_counts_by_its_size() -> None:
     torch.testing.assert_close(model[0].running_mean, whole.mean((0, 2, 3)), rtol=1e-12, atol=0)
 
 
-def test_batch_norms_that_do_not_run_or_see_one_value_stay() -> None:
+def test_batch_norms_that_do_not_run_or_have_one_value_keep_their_statistics() -> None:
     model = nn.ModuleDict({"used": nn.BatchNorm1d(3), "unused": nn.BatchNorm1d(3)})
     model.forward = lambda x: model["used"](x)
     assert reestimate_batch_norm(model, [random_input((1, 3))]) == 0
@@ -764,7 +762,7 @@ def test_batch_norms_are_reestimated_only_where_that_helps() -> None:
     wrecked = copy.deepcopy(model)
     with torch.no_grad():
         for norm in (wrecked[4], wrecked[7]):
-            norm.running_mean.add_(2)  # statistics that the cut no longer has
+            norm.running_mean.add_(2)  # wrong statistics, as after a cut
     plan = hc.convert(model, 2).plan
     converted = hc.convert(wrecked, 2).model
     record = calibrate(model, converted, plan, x.split(16), CalibrationSettings(refit=False))
@@ -812,7 +810,7 @@ with joined():
 
 
 def launched(folder: Path, processes: int, what: str) -> list[dict[str, object]]:
-    """What each of several processes that torchrun starts came to."""
+    """Run the script in several processes with torchrun; return the result of each."""
     root = str(Path(__file__).resolve().parents[1])
     script, out = folder / "script.py", folder / f"{what}-{processes}-"
     script.write_text(SCRIPT)
@@ -825,7 +823,7 @@ def launched(folder: Path, processes: int, what: str) -> list[dict[str, object]]
 
 
 @pytest.mark.slow
-def test_two_processes_come_to_what_one_does(tmp_path: Path) -> None:
+def test_two_processes_give_the_same_result_as_one(tmp_path: Path) -> None:
     (one,) = launched(tmp_path, 1, "parity")
     for two in launched(tmp_path, 2, "parity"):
         assert two["layers"] == one["layers"]
@@ -835,7 +833,7 @@ def test_two_processes_come_to_what_one_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_one_process_cannot_do_all_leave(tmp_path: Path) -> None:
+def test_if_one_process_cannot_refit_a_layer_no_process_does(tmp_path: Path) -> None:
     first, second = launched(tmp_path, 2, "trouble")
     assert [layer[0] for layer in first["layers"]] == [layer[0] for layer in second["layers"]] == ["failed", "refit"]
     assert "another process" in first["layers"][0][2]
@@ -847,7 +845,7 @@ def test_what_one_process_cannot_do_all_leave(tmp_path: Path) -> None:
 # --- what is fed to it ---
 
 
-def test_batches_may_be_pairs_dicts_generators_and_of_any_size() -> None:
+def test_batches_may_be_pairs_dicts_or_generators_of_any_size() -> None:
     model, x = stack(), smooth((21, 3, 12, 12))
     first = hc.convert(model, 2, calibration=[x[:9], x[9:10], x[10:]])
     pairs = hc.convert(model, 2, calibration=((part, torch.zeros(len(part))) for part in (x[:9], x[9:10], x[10:])))
@@ -874,7 +872,7 @@ def test_an_empty_set_is_an_error() -> None:
         hc.convert(stack(), 2, calibration=[])
 
 
-def test_a_single_tensor_is_not_a_set() -> None:
+def test_a_single_tensor_is_refused_as_calibration_inputs() -> None:
     with pytest.raises(UsageError, match=r"calibration= is a Tensor: give a list or a loader of batches"):
         hc.convert(stack(), 2, calibration=torch.zeros(4, 3, 12, 12))
 
@@ -896,7 +894,7 @@ class TwoInputs(nn.Module):
         return self.c(self.a(left) + self.b(right))
 
 
-def test_a_network_of_two_inputs_says_how_to_feed_it() -> None:
+def test_the_message_for_a_network_with_two_inputs_says_how_to_pass_them() -> None:
     model, x, y = seeded(TwoInputs, torch.float64), smooth((8, 3, 9, 9)), smooth((8, 3, 9, 9), 1)
     with pytest.raises(UsageError, match=r"does not run on calibration= inputs .*dicts of keywords or"):
         hc.convert(model, {"*": 2}, calibration=[(x, y)])
@@ -906,7 +904,7 @@ def test_a_network_of_two_inputs_says_how_to_feed_it() -> None:
     assert {layer.decision for layer in pairs.calibration.layers} == {"refit"}
 
 
-def test_one_input_refits_nothing_and_says_so() -> None:
+def test_with_one_input_nothing_is_refitted_and_the_record_says_so() -> None:
     model = stack()
     conversion = hc.convert(model, 2, calibration=[smooth((1, 3, 12, 12))])
     assert {layer.decision for layer in conversion.calibration.layers} == {"projection"}
@@ -914,18 +912,18 @@ def test_one_input_refits_nothing_and_says_so() -> None:
     assert conversion.calibration.batch_norms == 0
 
 
-def test_constant_activations_leave_the_projection() -> None:
+def test_with_constant_activations_the_projection_is_kept() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, bias=False)).double().eval()
     with torch.no_grad():
         model[0].weight.zero_()
-        model[0].bias.fill_(-1)  # dead: the next layer is fed zeros
+        model[0].bias.fill_(-1)  # after the ReLU, the next layer's input is zero
     conversion = hc.convert(model, {"2": 2}, calibration=smooth((8, 3, 9, 9)).split(4))
     assert conversion.calibration.layers[0].decision == "projection"
     assert torch.equal(conversion.model[2].coefficients, hc.convert(model, {"2": 2}).model[2].coefficients)
 
 
 class Overflowing(nn.Module):
-    """Its second convolution is fed infinity."""
+    """A network whose second convolution has infinite inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -935,7 +933,7 @@ class Overflowing(nn.Module):
         return self.b(self.a(x) / 0)
 
 
-def test_a_layer_that_cannot_be_refitted_keeps_the_cut_and_fails_by_name() -> None:
+def test_a_layer_that_cannot_be_refitted_keeps_its_projection_and_is_named() -> None:
     model = seeded(Overflowing)
     conversion = hc.convert(model, {"*": 2}, calibration=smooth((8, 3, 9, 9), dtype=torch.float32).split(4))
     a, b = conversion.calibration.layers
@@ -947,21 +945,21 @@ def test_a_layer_that_cannot_be_refitted_keeps_the_cut_and_fails_by_name() -> No
 
 
 class Doubling(nn.Conv2d):
-    """Convolves with a kernel that is no linear function of its weight."""
+    """A convolution whose kernel is not a linear function of its weight."""
 
     def forward(self, input: Tensor) -> Tensor:
         return nn.functional.conv2d(input, self.weight**2, self.bias)
 
 
 class Unfolding(nn.Conv2d):
-    """Convolves without torch's convolution."""
+    """A convolution that does not call torch's convolution."""
 
     def forward(self, input: Tensor) -> Tensor:
         columns = nn.functional.unfold(input, 3)
         return (self.weight.flatten(1) @ columns).unflatten(2, (input.shape[2] - 2, -1))
 
 
-def test_a_layer_that_cannot_be_seen_is_left_out_and_the_others_are_not() -> None:
+def test_a_layer_whose_convolution_is_not_observed_is_skipped_and_the_others_are_refitted() -> None:
     model = nn.Sequential(Unfolding(3, 4, 3), nn.Conv2d(4, 4, 3)).double().eval()
     layers = hc.convert(model, {"*": 2}, calibration=smooth((16, 3, 9, 9)).split(4)).calibration.layers
     found = {layer.name: (layer.decision, layer.why) for layer in layers}
@@ -970,7 +968,7 @@ def test_a_layer_that_cannot_be_seen_is_left_out_and_the_others_are_not() -> Non
 
 
 @pytest.mark.parametrize("inplace", [True, False])
-def test_what_is_changed_in_place_later_is_seen_as_it_was(inplace: bool) -> None:
+def test_tensors_changed_in_place_later_are_recorded_with_their_earlier_values(inplace: bool) -> None:
     def make() -> nn.Module:
         parts = [nn.Conv2d(3, 8, 3), nn.ReLU(inplace), nn.Conv2d(8, 8, 3), nn.ReLU(inplace), nn.Conv2d(8, 4, 3)]
         return nn.Sequential(*parts)
@@ -985,7 +983,7 @@ def test_what_is_changed_in_place_later_is_seen_as_it_was(inplace: bool) -> None
     assert all(torch.equal(a, b) for a, b in zip(found.model.parameters(), expected.model.parameters(), strict=True))
 
 
-def test_half_precision_is_refitted_by_every_method() -> None:
+def test_every_solver_refits_half_precision() -> None:
     model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 48, 3), nn.ReLU(), nn.Conv2d(48, 8, 5)), torch.bfloat16)
     x = smooth((32, 3, 14, 14), dtype=torch.bfloat16)
     for memory in (1 << 30, 1 << 20):
@@ -995,7 +993,7 @@ def test_half_precision_is_refitted_by_every_method() -> None:
         assert record.error_after < 0.97 * record.error_before
 
 
-def test_inputs_of_several_sizes() -> None:
+def test_inputs_of_different_sizes_are_accepted() -> None:
     model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 48, 3), nn.ReLU(), nn.Conv2d(48, 8, 5)), torch.float64)
     batches = [smooth((8, 3, 14, 14)), smooth((8, 3, 20, 17), 1)]
     for memory in (1 << 30, 1 << 20):
@@ -1003,7 +1001,7 @@ def test_inputs_of_several_sizes() -> None:
         assert conversion.calibration.layers[0].decision == "refit"
 
 
-def test_a_layer_that_runs_on_some_batches_only() -> None:
+def test_a_layer_that_runs_only_on_some_batches_is_refitted() -> None:
     class Sometimes(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -1018,7 +1016,7 @@ def test_a_layer_that_runs_on_some_batches_only() -> None:
     assert [layer.decision for layer in layers] == ["refit", "refit"]
 
 
-def test_a_list_of_single_images_is_one_input() -> None:
+def test_a_list_of_single_images_is_one_batch() -> None:
     class Detector(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -1035,7 +1033,7 @@ def test_a_list_of_single_images_is_one_input() -> None:
     assert torch.equal(first.model.b.coefficients, pairs.model.b.coefficients)
 
 
-def test_one_failure_costs_no_other_layer_its_refit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_failure_of_one_layer_does_not_affect_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[object] = []
 
     def failing(*arguments: object) -> object:
@@ -1050,14 +1048,14 @@ def test_one_failure_costs_no_other_layer_its_refit(monkeypatch: pytest.MonkeyPa
     assert "out of memory (no memory left): lower settings.memory, " in layers[0].why
 
 
-def test_fusing_leaves_the_record_of_calibration_behind() -> None:
+def test_a_fused_network_has_no_record_of_calibration() -> None:
     model = stack(torch.float32)
     conversion = hc.convert(model, 2, calibration=smooth((16, 3, 12, 12), dtype=torch.float32).split(8))
     dense = hc.fuse(conversion.model)
     assert hc.verify(dense, hc.convert(dense).model, smooth((2, 3, 12, 12), dtype=torch.float32)).ok
 
 
-def test_a_kernel_made_in_an_unknown_way_keeps_the_projection_and_says_so() -> None:
+def test_a_kernel_made_by_unknown_code_keeps_its_projection_and_the_record_says_so() -> None:
     model = nn.Sequential(Doubling(3, 4, 3), nn.Conv2d(4, 4, 3)).double().eval()
     conversion = hc.convert(model, {"*": 2}, calibration=smooth((8, 3, 9, 9)).split(4))
     first, second = conversion.calibration.layers
@@ -1075,7 +1073,7 @@ def test_settings_out_of_range_are_refused(settings: dict[str, float], message: 
         CalibrationSettings(**settings)
 
 
-def test_little_memory_changes_how_a_layer_is_solved_not_what_comes_out() -> None:
+def test_a_memory_limit_changes_the_solver_but_not_the_result() -> None:
     model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 48, 3), nn.ReLU(), nn.Conv2d(48, 8, 5)), torch.float64)
     x = smooth((32, 3, 14, 14))
     plenty, little = (
@@ -1087,7 +1085,7 @@ def test_little_memory_changes_how_a_layer_is_solved_not_what_comes_out() -> Non
     assert little.calibration.layers[0].error_after < 1.1 * plenty.calibration.layers[0].error_after
 
 
-def test_what_was_done_is_saved_and_verified(tmp_path: Path) -> None:
+def test_the_calibration_record_is_saved_and_verified(tmp_path: Path) -> None:
     model, x = stack(torch.float32), smooth((32, 3, 12, 12), dtype=torch.float32)
     conversion = hc.convert(model, 2, calibration=x.split(8))
     assert hc.verify(model, conversion, x[:2]).as_planned
@@ -1108,7 +1106,7 @@ def test_what_was_done_is_saved_and_verified(tmp_path: Path) -> None:
     assert any(p.startswith("4.running_mean") for p in problems)
 
 
-def test_logits_of_the_original_that_are_nan_are_not_taken_for_masked_classes() -> None:
+def test_nan_logits_of_the_original_are_not_treated_as_masked_classes() -> None:
     model = seeded(lambda: nn.Linear(3, 4))
     model.num_classes = 4
     with torch.no_grad():
@@ -1121,7 +1119,7 @@ def test_a_refit_out_of_range_is_not_written() -> None:
     conv: Any = to_harmonic(nn.Conv2d(2, 2, 3).half())
     kernel = Kernel(conv, conv.weight.detach().double())
     before = conv.coefficients.clone()
-    for value in (30000.0, 1e6):  # the coefficients are, or both are
+    for value in (30000.0, 1e6):  # out of range: only the refitted coefficients, or also the projected ones
         with pytest.raises(RefitError, match="its refit is out of float16's range"):
             kernel.write(torch.full((2, 2, 3, 3), value, dtype=torch.float64))
         assert torch.equal(conv.coefficients, before)
@@ -1129,8 +1127,8 @@ def test_a_refit_out_of_range_is_not_written() -> None:
     assert conv.coefficients.isfinite().all()
 
 
-def test_calibrated_coefficients_of_other_frequencies_are_not_what_calibration_wrote() -> None:
-    """To the last bit they are: but not of what they were fitted to."""
+def test_calibrated_coefficients_moved_to_other_frequencies_fail_verification() -> None:
+    """Their values have not changed, but they belong to other frequencies than those for which they were fitted."""
     model, x = stack(torch.float32), smooth((32, 3, 12, 12), dtype=torch.float32)
     conversion = hc.convert(model, 2, calibration=x.split(8))
     converted = conversion.model
@@ -1142,7 +1140,7 @@ def test_calibrated_coefficients_of_other_frequencies_are_not_what_calibration_w
 
 
 class FloatHead(nn.Module):
-    """A backbone stored in 16 bits and a head that is not: on a CPU it runs in float32 only."""
+    """A network with a backbone in 16 bits and a head in float32: on a CPU it runs only in float32."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -1155,7 +1153,7 @@ class FloatHead(nn.Module):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_network_in_sixteen_bits_that_runs_in_float32_only_is_calibrated_there(dtype: torch.dtype) -> None:
+def test_a_16_bit_network_that_only_runs_in_float32_is_calibrated_in_float32(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     network = FloatHead(dtype).eval()
     batches = list(smooth((64, 3, 12, 12), dtype=torch.float32).split(16))

@@ -1,4 +1,4 @@
-"""What calibration reads: what loaders yield becomes inputs of the network; batches stay whole where they must."""
+"""Calibration inputs: any output of a loader becomes inputs of the network, and indivisible batches stay whole."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def images() -> nn.Module:
 
 
 class Detector(nn.Module):
-    """Takes a list of images of any size, as torchvision's detectors do, and targets that it ignores."""
+    """A network that takes a list of images of any size, as torchvision's detectors do, and ignores its targets."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ READINGS: dict[str, tuple[Callable[[], nn.Module], Callable[[Tensor], Any]]] = {
 
 
 @pytest.mark.parametrize("name", READINGS)
-def test_what_loaders_yield_is_read_as_the_network_takes_it(name: str) -> None:
+def test_the_output_of_a_loader_is_converted_to_the_inputs_of_the_network(name: str) -> None:
     make, given = READINGS[name]
     model, x = seeded(make), smoothed((16, 3, 9, 9))
     plain = (lambda part: [*part]) if make is Detector else (lambda part: part)
@@ -106,7 +106,7 @@ def test_what_loaders_yield_is_read_as_the_network_takes_it(name: str) -> None:
     assert alike(found, calibrated(model, [plain(part) for part in x.split(8)]))
 
 
-def test_images_of_a_detector_may_differ_in_size() -> None:
+def test_the_images_of_a_detector_may_have_different_sizes() -> None:
     parts = [[smoothed((3, 9 + i, 12)) for i in range(4)] for _ in range(4)]
     found = calibrated(seeded(Detector), parts)
     assert found.calibration.inputs == 16
@@ -114,7 +114,7 @@ def test_images_of_a_detector_may_differ_in_size() -> None:
     assert {layer.decision for layer in found.calibration.layers} == {"refit"}
 
 
-def test_batch_norms_are_reestimated_on_what_calibration_reads() -> None:
+def test_batch_norms_are_reestimated_on_the_calibration_inputs() -> None:
     def normed() -> nn.Module:
         return nn.Sequential(nn.Conv1d(2, 6, 5), nn.BatchNorm1d(6))
 
@@ -127,7 +127,7 @@ def test_batch_norms_are_reestimated_on_what_calibration_reads() -> None:
     assert torch.equal(found[0], found[2])
 
 
-def test_batch_norms_behind_two_inputs_and_keywords_are_reestimated() -> None:
+def test_batch_norms_of_a_network_with_two_inputs_and_keywords_are_reestimated() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -143,7 +143,7 @@ def test_batch_norms_behind_two_inputs_and_keywords_are_reestimated() -> None:
 
 
 class Clips(nn.Module):
-    """Two frames of a clip follow one another in the batch axis; each frame sees the other."""
+    """A network whose batch axis holds pairs of frames; the output for each frame depends on both."""
 
     def __init__(self, strict: bool = True) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ def test_whole_batches_are_held_back_where_the_batch_axis_holds_frames(strict: b
     assert (first.positions, last.positions) == (24 * 49, 24 * 25), "all positions of the frames fitted on"
 
 
-def test_a_single_batch_that_must_stay_whole_refits_nothing_and_says_so() -> None:
+def test_with_a_single_indivisible_batch_nothing_is_refitted_and_the_record_says_so() -> None:
     record = calibrated(seeded(Clips), [smoothed((4, 3, 9, 9))]).calibration
     assert {layer.decision for layer in record.layers} == {"projection"}
     assert "one batch, which the network takes only as a whole: none can be held back" in record.notes[0]
@@ -202,6 +202,6 @@ def broken() -> Iterator[Tensor]:
         ([torch.zeros(0, 3, 9, 9)], InputError, r"calibration= holds no input"),
     ],
 )  # fmt: skip
-def test_what_is_no_set_of_inputs_is_refused_in_a_line(batches: Any, kind: type[Exception], message: str) -> None:
+def test_invalid_calibration_inputs_are_refused_in_one_line(batches: Any, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         calibrated(images(), batches)

