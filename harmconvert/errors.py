@@ -87,6 +87,10 @@ class InputError(HarmconvertError, ValueError):
     exit_code = 3
 
 
+class UserCodeError(InputError):
+    """A hook of the network, or its forward, has a bug (exit code 3): no other input would help."""
+
+
 class OutsideError(HarmconvertError):
     """The system refused: no internet, disk full, no permission, a lock held by another process (exit code 4)."""
 

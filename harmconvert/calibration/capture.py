@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import Argument, Message, UsageError, first_line
+from ..network.faults import user_code_error
 from ..network.running import call, evaluating, unchanged
 from ..network.side_effects import seeded_sources
 from ..network.values import clone_tensors, describe_input, match_dtype
@@ -138,7 +139,7 @@ def forward(model: nn.Module, input: Any, mode: TorchFunctionMode | None = None,
     except (UsageError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
-        raise UsageError(
+        raise user_code_error(error) or UsageError(
             f"the network does not run on calibration= inputs of {describe_input(input)}: {type(error).__name__}: "
             f"{first_line(error)}; calibration= yields tensors, (input, target) pairs, or for a network of several "
             "inputs dicts of keywords or ((first, second), target) pairs"

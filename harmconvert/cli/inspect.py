@@ -24,7 +24,7 @@ def command(source: str, no_pretrained: bool, input_size: Any, as_json: bool, **
       harmconvert inspect torchvision:resnet18 --no-pretrained --json
     """
     inputs.check()
-    from ..errors import OutsideError
+    from ..errors import Message, OutsideError
     from ..pipeline.inputs import zeros_of
     from ..pipeline.inspect import inspect
     from ..report import tables
@@ -33,7 +33,7 @@ def command(source: str, no_pretrained: bool, input_size: Any, as_json: bool, **
         network = options.opened(source, network_options, pretrained=not no_pretrained, form="dense")
         weights = not no_pretrained
     except OutsideError as error:
-        options.say(f"note: {error}; sizes and MACs only")
+        options.say(Message("note: ", error.message, "; sizes and MACs only"))
         network, weights = options.opened(source, network_options, pretrained=False, form="dense"), False
     with options.busy(f"inspecting {source}"):
         inspection = inspect(network.model, zeros_of(input_size, network.model), energies=weights)

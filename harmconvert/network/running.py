@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import Argument, UsageError, first_line
+from .faults import user_code_error
 from .side_effects import Snapshot, WeightsKept
 from .values import describe_input
 
@@ -26,10 +27,15 @@ def call(model: nn.Module, example_input: Any) -> Any:
 
 @contextmanager
 def usage_errors(example_input: Any) -> Iterator[None]:
-    """Turn any error of a run on an example input into a UsageError that describes the input."""
+    """Turn any error of a run on an example input into a UsageError that describes the input.
+
+    A bug in a hook or in a forward becomes a UserCodeError instead.
+    """
     try:
         yield
     except Exception as error:
+        if (bug := user_code_error(error)) is not None:
+            raise bug from error
         raise UsageError(
             f"the network does not run on an example input of {describe_input(example_input)}: "
             f"{type(error).__name__}: {first_line(error)}; give an input that it takes (",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..errors import UsageError
+from ..errors import UsageError, UserCodeError
 from ..layers.harmonic import CONVOLUTIONS, reason_not_convertible
 from .copying import deep_copy, uncopyable_member
 from .dataflow import Dataflow, Findings, fixed_parameters
@@ -122,7 +122,7 @@ def trace(model: nn.Module, example_input: Any) -> Trace:
     """
     try:
         return _trace(model, example_input)
-    except UsageError:
+    except (UsageError, UserCodeError):
         if not in_sixteen_bits(model):
             raise
         precise = in_precision(model, torch.float32)
@@ -209,7 +209,7 @@ def trace_if_possible(model: nn.Module, lam: Any, example_input: Any) -> Trace |
         return None
     try:
         return trace(model, example_input)
-    except UsageError:
+    except (UsageError, UserCodeError):
         if lam == "progressive":
             raise
         return None

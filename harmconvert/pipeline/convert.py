@@ -18,7 +18,7 @@ from ..calibration import Calibration, CalibrationSettings, Progress, calibrate
 from ..calibration.reading import Reader, items
 from ..codecs.codec import Entry
 from ..codecs.table import CodecTable
-from ..errors import Argument, InputError, Message, UsageError, shortened
+from ..errors import Argument, InputError, Message, UsageError, UserCodeError, shortened
 from ..kernels.basis import Basis
 from ..kernels.projection import check_range, relative_error
 from ..network.checks import check_network, check_weights
@@ -288,7 +288,7 @@ def _run_on_calibration(model: nn.Module, lam: Any, calibration: Iterable[Any]) 
         return calibration, trace_if_possible(model, lam, None)
     batches = items(calibration)
     first = list(itertools.islice(batches, 1))
-    with suppress(UsageError):  # calibration says what is wrong with its inputs
+    with suppress(UsageError, UserCodeError):  # calibration says what is wrong with its inputs
         run = trace(model, Reader(model)(first[0])) if first else None
         return itertools.chain(first, batches), run
     return itertools.chain(first, batches), None

@@ -16,6 +16,7 @@ from ..errors import UsageError, first_line
 from ..network.comparison import greatest_difference, relative_difference, top1_agreement
 from ..network.dataflow import weight_state
 from ..network.exchange import in_precision
+from ..network.faults import user_code_error
 from ..network.layers import weighted_layers
 from ..network.running import call, evaluating, unchanged
 from ..network.side_effects import seeded_sources
@@ -71,7 +72,7 @@ def comparisons(
             found[precision] = _compare(original, converted, inputs, precision, dtype, names, not found, tick)
         except _NoRunError as problem:
             if precision != torch.float64 or dtype == torch.float64:
-                raise UsageError(str(problem)) from problem
+                raise user_code_error(problem.__cause__ or problem) or UsageError(str(problem)) from problem
             notes.append(f"not compared in float64: {problem}")
     return found
 

@@ -17,6 +17,7 @@ from ..data.loading import NO_LABEL, Batch
 from ..data.variety import Variety
 from ..errors import Argument, HarmconvertError, InputError, UsageError, counted, first_line, shortened
 from ..network.distributed import gathered, sum_over_ranks
+from ..network.faults import user_code_error
 from ..network.running import call, evaluating
 from ..network.values import batch_size, match_dtype
 
@@ -196,6 +197,8 @@ def output_on(model: nn.Module, images: Tensor) -> Any:
     except Exception as error:
         if "memory" in str(error):
             raise
+        if (bug := user_code_error(error)) is not None:
+            raise bug from error
         size = "x".join(map(str, images.shape[1:]))
         what = f"the network does not run on images of {size}: {type(error).__name__}: {first_line(error)}"
         raise UsageError(what, "; give the size that it takes (", Argument("input_size", "C,H,W"), ")") from error
