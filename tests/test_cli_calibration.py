@@ -1,4 +1,4 @@
-"""`convert --calibrate` as a user meets it: folders with broken files, exit codes, several processes."""
+"""`convert --calibrate` on the command line: folders with broken files, exit codes, several processes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.fixture
 def digits() -> Path:
-    """A folder of 24 digits as images, one of them broken."""
+    """Write a folder of 24 images of digits, one of them broken; return its path."""
     folder = Path("digits")
     images, _ = mnist5k_held_back()
     folder.mkdir()
@@ -38,7 +38,7 @@ def digits() -> Path:
     return folder
 
 
-def test_calibrating_repairs_a_cut_and_the_file_says_how(digits: Path) -> None:
+def test_calibration_improves_a_cut_and_the_file_records_it(digits: Path) -> None:
     result = ok("convert", SAMPLE, "--lambda", "2", "--calibrate", str(digits), "-o", "out.safetensors")
     assert "stage1.0.conv1  refit" in result.stdout
     assert "calibrated on 24 inputs, 6 of them held back: " in result.stdout
@@ -47,21 +47,21 @@ def test_calibrating_repairs_a_cut_and_the_file_says_how(digits: Path) -> None:
     images, labels = mnist5k_held_back()
     with torch.no_grad():
         right = (open_source("out.safetensors").model(images).argmax(1) == labels).double().mean().item()
-    assert right > 0.9  # the plain cut: 0.642
+    assert right > 0.9  # without calibration: 0.642
     history = read_header("out.safetensors").history["calibration"]
     assert history["inputs"] == 24
     assert all(layer["error_after"] <= layer["error_before"] for layer in history["layers"])
     ok("verify", SAMPLE, "out.safetensors", "--as-planned")
 
 
-def test_layers_that_want_more_positions_are_named() -> None:
+def test_layers_that_need_more_positions_are_named() -> None:
     few = ["--calibrate", "sample:mnist5k", "--calibration-images", "12"]
     result = ok("convert", SAMPLE, "--lambda", "stage3.2.conv1=2", *few, "-o", "out.safetensors")
-    # 64 channels x 3 frequencies, ten positions for each; 49 positions an image, a quarter of the images held back.
+    # 64 channels x 3 frequencies need ten positions each. An image has 49; a quarter of the images is held back.
     assert "few positions, so damped the more: stage3.2.conv1 wants 1920 (53 inputs)" in result.stdout
 
 
-def test_calibration_as_json() -> None:
+def test_calibration_is_part_of_the_json_output() -> None:
     result = ok(
         "convert", SAMPLE, "--lambda", "stage3.2.*=2", "--calibrate", "sample:mnist5k", "--calibration-images", "16",
         "--calibration-batch-size", "8", "--damping", "0.01", "--calibration-memory", "1G", "--seed", "3", "--json",
@@ -92,7 +92,7 @@ def make():
 """
 
 
-def test_a_layer_that_fails_falls_back_exits_1_and_is_still_written() -> None:
+def test_a_layer_that_fails_keeps_its_projection_and_the_command_exits_with_1() -> None:
     Path("net.py").write_text(FAILING)
     common = [
         "convert",
@@ -153,7 +153,7 @@ def prepare(image):
 """
 
 
-def test_a_network_of_ones_own_says_once_how_images_are_preprocessed() -> None:
+def test_the_preprocessing_of_the_users_own_network_is_printed_once() -> None:
     Path("net.py").write_text(OWN)
     own = ["convert", "net.py:make", "--lambda", "*=2", "--input-size", "1,12,12", "-o", "a.safetensors"]
     few = ["--calibrate", "sample:mnist5k", "--calibration-images", "8"]
@@ -177,7 +177,7 @@ def test_a_network_of_ones_own_says_once_how_images_are_preprocessed() -> None:
     assert "--input-size and --img-size both give the size" in result.stderr
 
 
-def test_preprocessing_is_recorded_without_calibration_and_a_function_by_its_name() -> None:
+def test_preprocessing_is_recorded_without_calibration_and_user_functions_by_name() -> None:
     Path("net.py").write_text(OWN)
     own = ["convert", "net.py:make", "--input-size", "1,12,12", "-o", "a.safetensors"]
     ok(*own, "--preprocess", "net.py:prepare")

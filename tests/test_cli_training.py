@@ -1,4 +1,4 @@
-"""`finetune`, `evaluate` and `train` as a user meets them: real files, real processes, every exit code."""
+"""`finetune`, `evaluate` and `train` on the command line: real files, real processes, every exit code."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from .commands import SAMPLE, converted, ok, run
 from .pictures import digit_folders
 from .seams import replace_everywhere
 
-# Digits: no mirror images; small steps, because the batches of these tests are small.
+# Digits must not be mirrored; the learning rate is small because the batches are small.
 DIGITS = ["--hflip", "0", "--crop", "padded", "-b", "10", "--workers", "0"]
 
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cut and a whole checkpoint, and digits that neither was trained on, 40 to train on and 20 to test on."""
+    """Write a truncated and a whole checkpoint, and held-back digits: 40 for training, 20 for testing."""
     folder = tmp_path_factory.mktemp("material")
     digit_folders(folder / "digits" / "train", 4)
     digit_folders(folder / "digits" / "val", 2, first=4)
@@ -52,7 +52,7 @@ def _in_a_folder_of_its_own(material: Path, tmp_path: Path, monkeypatch: pytest.
 
 
 def failed(*arguments: str, code: int) -> str:
-    """The one line of an error with that exit code."""
+    """Return the only line of an error message; the command must end with this exit code."""
     result = run(*arguments)
     assert result.exit_code == code, (result.stderr, result.exception)
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("harmconvert: ")]
@@ -67,7 +67,7 @@ def tensors(path: str | Path) -> dict[str, torch.Tensor]:
 # --- finetune ---
 
 
-def test_finetuning_prints_what_every_stage_is_worth() -> None:
+def test_finetune_prints_the_metric_of_every_stage() -> None:
     result = ok("finetune", "cut.safetensors", "--data-dir", "digits", *DIGITS, "--epochs", "2", "--json")
     found = json.loads(result.stdout)
     stages = {stage["name"]: stage["evaluation"] for stage in found["stages"]}
@@ -79,7 +79,7 @@ def test_finetuning_prints_what_every_stage_is_worth() -> None:
     assert "finetune: 2 epochs, momentum, lr 0.001" in result.stderr
     assert "calibrating on 40 training images, without their labels" in result.stderr
     assert "epoch 2/2: loss" in result.stderr
-    # The checkpoint says what was done, and is what it says.
+    # The checkpoint records the training, and its metric is the recorded one.
     assert found["output"] == "cut-finetuned.safetensors"
     header = read_header("cut-finetuned.safetensors")
     assert header.history["training"][0]["recipe"]["epochs"] == 2
@@ -95,7 +95,7 @@ def test_finetuning_prints_what_every_stage_is_worth() -> None:
     assert not list(Path().glob("*.state.pth*"))
 
 
-def test_nothing_that_exists_is_replaced_without_force() -> None:
+def test_existing_files_are_replaced_only_with_force() -> None:
     quick = ["--data-dir", "digits", *DIGITS, "--epochs", "1", "-o", "a.safetensors"]
     Path("a.metrics.csv").write_text("mine")
     for command in (["finetune", "cut.safetensors"], ["train", SAMPLE]):
@@ -106,11 +106,11 @@ def test_nothing_that_exists_is_replaced_without_force() -> None:
 
 
 def meanwhile(path: Path, rows: object) -> None:
-    """In the place of `write_metrics`: somebody else writes what this run is about to."""
+    """Replace `write_metrics`: another program writes the file that this run is about to write."""
     Path("a.safetensors").write_bytes(b"another's")
 
 
-def test_what_comes_into_being_meanwhile_is_kept_and_so_is_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_created_during_the_run_is_kept_and_so_is_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     quick = ["--data-dir", "digits", *DIGITS, "--epochs", "1", "--calibration-images", "0", "-o", "a.safetensors"]
     with monkeypatch.context() as busy:
         replace_everywhere(busy, write_metrics, meanwhile)
@@ -128,7 +128,7 @@ def test_what_comes_into_being_meanwhile_is_kept_and_so_is_the_run(monkeypatch: 
     assert read_header("a.safetensors").history["training"]
 
 
-def test_a_run_goes_on_with_the_network_that_it_began_with(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_uses_the_network_with_which_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("mine.py").write_text(
         "from torch import nn\n"
         "def make(dropped=0.0):\n"
@@ -144,13 +144,13 @@ def test_a_run_goes_on_with_the_network_that_it_began_with(monkeypatch: pytest.M
     ok(*quick, "--model-kwargs", "dropped=0.9", "--resume", "a.state.pth", "--force")
 
 
-def test_a_finetuned_checkpoint_exports_and_finetunes_again() -> None:
+def test_a_finetuned_checkpoint_can_be_exported_and_finetuned_again() -> None:
     quick = ["--data-dir", "digits", *DIGITS, "--epochs", "1", "--calibration-images", "0"]
     result = ok("finetune", "cut.safetensors", *quick, "-o", "a.safetensors")
     assert "calibrated  not known" in result.stdout
     assert "--calibration-images 0" in result.stdout
     result = ok("finetune", "a.safetensors", *quick, "-o", "b.safetensors")
-    assert "calibrated" not in result.stdout  # what it was is where this run started
+    assert "calibrated" not in result.stdout  # this run starts from the fine-tuned network
     assert len(read_header("b.safetensors").history["training"]) == 2
     ok("export", "b.safetensors", "-o", "dense.safetensors")
     dense, harmonic = open_source(SAMPLE, weights="dense.safetensors").model, open_source("b.safetensors").model
@@ -169,7 +169,7 @@ def test_a_calibrated_checkpoint_is_compared_with_its_plain_cut() -> None:
     assert read_header("calibrated-finetuned.safetensors").calibrated == {}
 
 
-def test_a_rerun_of_what_was_interrupted_is_told_how_to_go_on() -> None:
+def test_a_rerun_of_an_interrupted_run_explains_how_to_resume() -> None:
     quick = ["--data-dir", "digits", *DIGITS, "--epochs", "1", "-o", "a.safetensors"]
     Path("a.metrics.csv").write_text("epoch,loss\n")
     Path("a.state.pth").write_bytes(b"")
@@ -178,7 +178,7 @@ def test_a_rerun_of_what_was_interrupted_is_told_how_to_go_on() -> None:
         assert "a.state.pth is the state of an interrupted run: go on with --resume a.state.pth" in message
 
 
-def test_images_without_labels_are_learnt_from_the_uncut_network() -> None:
+def test_images_without_labels_are_used_with_the_uncut_network_as_teacher() -> None:
     Path("flat").mkdir()
     for number, path in enumerate(sorted(Path("digits").glob("*/*/*.png"))):
         shutil.copy(path, f"flat/{number}.png")
@@ -192,7 +192,7 @@ def test_images_without_labels_are_learnt_from_the_uncut_network() -> None:
     assert stages["fine-tuned"]["divergence"] < stages["before"]["divergence"]
 
 
-def test_another_classifier_for_other_classes() -> None:
+def test_finetune_replaces_the_classifier_for_other_classes() -> None:
     three = Path("three")
     for split in ("train", "val"):
         for digit in range(3):
@@ -204,14 +204,14 @@ def test_another_classifier_for_other_classes() -> None:
     result = ok("finetune", "cut.safetensors", *run, "-o", "three.safetensors", "--json")
     assert json.loads(result.stdout)["stages"][0]["why"].startswith("the uncut network has not the new classifier")
     assert open_source("three.safetensors").model(torch.zeros(1, 1, 28, 28)).shape == (1, 3)
-    # And once more: the uncut network, of ten classes, is no longer one to compare with.
+    # Fine-tune again: the uncut network has ten classes, so there is nothing to compare with.
     result = ok("finetune", "three.safetensors", *run[:-2], "-o", "again.safetensors", "--json")
     assert json.loads(result.stdout)["stages"][0]["why"] == "the uncut network has 10 classes, this one 3"
     message = failed("finetune", "three.safetensors", *run[:-2], "-o", "x.safetensors", "--teacher", SAMPLE, code=2)
     assert f"--teacher {SAMPLE}: the uncut network has 10 classes, this one 3" in message
 
 
-def test_labels_of_other_classes_are_not_looked_at_where_the_uncut_network_teaches() -> None:
+def test_labels_are_ignored_if_the_uncut_network_is_the_only_teacher() -> None:
     for split in ("train", "val"):
         for digit in range(10):
             shutil.copytree(f"digits/{split}/{digit}", f"twenty/{split}/{digit}")
@@ -222,7 +222,7 @@ def test_labels_of_other_classes_are_not_looked_at_where_the_uncut_network_teach
     assert found["stages"][-1]["evaluation"]["agreement"] > found["stages"][1]["evaluation"]["agreement"]
 
 
-def test_a_network_trained_from_scratch_has_no_uncut_one() -> None:
+def test_a_network_trained_from_scratch_has_no_uncut_network() -> None:
     quick = ["--data-dir", "digits", *DIGITS, "--epochs", "1"]
     ok("train", SAMPLE, "--recipe", "cifar-wrn", *quick, "-o", "scratch.safetensors")
     found = json.loads(ok("finetune", "scratch.safetensors", *quick, "--json").stdout)
@@ -250,18 +250,18 @@ def test_the_teacher_may_be_a_file_of_weights() -> None:
         (["cut.safetensors", "--data-dir", "digits", "--grad-accum-steps", "3"], 2, "that 3 divides"),
     ],
 )
-def test_what_finetune_refuses(arguments: list[str], code: int, message: str) -> None:
+def test_finetune_refuses_invalid_options(arguments: list[str], code: int, message: str) -> None:
     quick = ["--workers", "0", "--calibration-images", "0"]
     assert message in failed("finetune", *arguments, *quick, code=code)
 
 
-def test_a_loss_that_explodes_is_a_failed_check() -> None:
+def test_a_diverging_loss_is_a_failed_check() -> None:
     run = ["--data-dir", "digits", *DIGITS, "--lr", "1e20", "--calibration-images", "0"]
     assert "is no longer finite in epoch" in failed("finetune", "cut.safetensors", *run, code=1)
     assert not Path("cut-finetuned.safetensors").exists()
 
 
-def test_broken_images_are_named_and_the_run_goes_on() -> None:
+def test_broken_images_are_named_and_the_run_continues() -> None:
     shutil.copytree("digits", "spoilt")
     Path("spoilt/train/3/0.png").write_bytes(b"no picture")
     Path("spoilt/val/3/0.png").write_bytes(b"no picture")
@@ -321,12 +321,12 @@ def killed_and_resumed(kills: int, epochs: int, chance: random.Random) -> None:
 
 
 @pytest.mark.slow
-def test_sigkill_loses_nothing_that_was_saved() -> None:
+def test_sigkill_does_not_lose_a_saved_state() -> None:
     killed_and_resumed(kills=1, epochs=6, chance=random.Random(0))
 
 
 @pytest.mark.slow
-def test_sigkill_at_many_random_moments() -> None:
+def test_a_run_survives_sigkill_at_random_moments() -> None:
     killed_and_resumed(kills=12, epochs=20, chance=random.Random(1))
 
 
@@ -339,8 +339,8 @@ def test_sigkill_at_many_random_moments() -> None:
         pytest.param(signal.SIGTERM, 143, "2", marks=pytest.mark.slow),
     ],
 )
-def test_a_signal_ends_it_with_the_state_saved(number: int, code: int, workers: str) -> None:
-    """To the whole process group, workers included, as a terminal's Ctrl-C and schedulers send it."""
+def test_a_signal_ends_the_run_after_its_state_is_saved(number: int, code: int, workers: str) -> None:
+    """The signal goes to the whole process group, including workers, as from Ctrl-C and schedulers."""
     process = started(*RUN, "--epochs", "500", "--workers", workers)
     while process.poll() is None and not Path("cut-finetuned.state.pth").exists():
         time.sleep(0.01)
@@ -376,8 +376,8 @@ def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str
 
 
 @pytest.mark.slow
-def test_two_processes_come_to_what_one_does() -> None:
-    """Batch norms, calibration, augmentation, a moving average and the last, smaller share of the test images."""
+def test_two_processes_give_the_same_result_as_one() -> None:
+    """This covers batch norms, calibration, augmentation, a moving average and an incomplete last test batch."""
     run = ["finetune", "cut.safetensors", "--data-dir", "digits", *DIGITS, "--epochs", "2", "--lr", "0.01"]
     run += ["--model-ema-decay", "0.5", "--json"]
     results = {}
@@ -398,8 +398,8 @@ def test_two_processes_come_to_what_one_does() -> None:
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_takes_the_others_with_it() -> None:
-    """The second process ends itself, without a word, once the first has saved a state."""
+def test_a_process_that_dies_ends_the_others() -> None:
+    """The second process ends itself silently after the first has saved a state."""
     Path("sitecustomize.py").write_text(
         "import os, threading, time\n"
         "def die():\n"
@@ -420,7 +420,7 @@ def test_a_process_that_dies_takes_the_others_with_it() -> None:
 
 
 @pytest.mark.slow
-def test_a_loss_that_explodes_ends_every_process() -> None:
+def test_a_diverging_loss_ends_every_process() -> None:
     run = ["finetune", "cut.safetensors", "--data-dir", "digits", *DIGITS, "--lr", "1e20", "--calibration-images", "0"]
     done = torchrun(2, *run)
     assert done.returncode != 0
@@ -432,7 +432,7 @@ def test_a_loss_that_explodes_ends_every_process() -> None:
 
 
 def shard(path: str, folder: Path) -> int:
-    """A tar file of images and labels, as webdataset has them; how many there are."""
+    """Write a tar file of images and labels in webdataset's format; return the number of images."""
     images = sorted(folder.glob("*/*.png"), key=lambda image: image.stem + image.parent.name)
     with tarfile.open(path, "w") as archive:
         for number, image in enumerate(images):
@@ -459,8 +459,8 @@ def test_a_webdataset_is_streamed() -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_read_a_webdataset_once(tmp_path: Path) -> None:
-    """In shards, each process its own: calibration sees every image once, and both processes the same ones."""
+def test_two_processes_read_every_image_of_a_webdataset_once(tmp_path: Path) -> None:
+    """Each process reads its own shards; calibration uses every image once, and both processes use the same images."""
     pytest.importorskip("webdataset")
     for number, each in enumerate((4, 2)):
         digit_folders(tmp_path / f"part{number}", each, first=4 * number)
@@ -477,7 +477,7 @@ def test_two_processes_read_a_webdataset_once(tmp_path: Path) -> None:
 # --- evaluate ---
 
 
-def test_evaluate_says_how_right_and_how_sure() -> None:
+def test_evaluate_prints_the_accuracy_with_its_confidence_interval() -> None:
     result = ok("evaluate", SAMPLE, "--dataset", "sample:mnist5k")
     assert "top-1 99.40% (95 %: 98.70% to 99.72%), 1,000 images" in result.stdout
     assert "top-5 100.00%" in result.stdout
@@ -499,11 +499,11 @@ def test_evaluate_says_how_right_and_how_sure() -> None:
         (["sample:efficientnet_lite0", "--data-dir", "digits"], 3, "the data has 10 classes, the network 1000"),
     ],
 )
-def test_what_evaluate_refuses(arguments: list[str], code: int, message: str) -> None:
+def test_evaluate_refuses_invalid_options(arguments: list[str], code: int, message: str) -> None:
     assert message in failed("evaluate", *arguments, "--workers", "0", code=code)
 
 
-def test_both_networks_may_be_code_of_the_users() -> None:
+def test_both_networks_may_be_made_by_user_code() -> None:
     code = "from torch import nn\ndef make(): return nn.Sequential(nn.Conv2d(1, 10, 28), nn.Flatten())\n"
     Path("mine.py").write_text(code)
     ok("convert", "mine.py:make", "--input-size", "1,28,28", "-o", "mine.safetensors")
@@ -526,14 +526,14 @@ def test_every_setting_of_a_recipe_has_an_option() -> None:
     assert {field.name for field in fields(Recipe)} - {"name"} <= options
 
 
-def test_a_network_of_one_channel_trains_at_another_size() -> None:
+def test_a_network_with_one_channel_is_trained_at_another_image_size() -> None:
     run = ["--data-dir", "digits", *DIGITS, "--epochs", "1", "--img-size", "20", "--harmonic", "all"]
     ok("train", SAMPLE, "--recipe", "cifar-wrn", *run, "--lambda", "progressive", "-o", "small.safetensors")
     assert not read_header("small.safetensors").plan.whole
 
 
 @pytest.mark.slow
-def test_two_processes_name_what_either_could_not_read_and_agree_on_how_right() -> None:
+def test_two_processes_report_all_unreadable_images_and_the_same_accuracy() -> None:
     shutil.copytree("digits/val", "spoilt")
     for digit in (0, 9):
         Path(f"spoilt/{digit}/0.png").write_bytes(b"no picture")
@@ -547,7 +547,7 @@ def test_two_processes_name_what_either_could_not_read_and_agree_on_how_right() 
 
 
 @pytest.mark.parametrize("harmonic", ["none", "first", "all"])
-def test_training_from_scratch(harmonic: str) -> None:
+def test_train_trains_a_network_from_scratch(harmonic: str) -> None:
     run = ["--recipe", "cifar-wrn", *DIGITS, "--data-dir", "digits", "--epochs", "2", "--harmonic", harmonic]
     result = ok(
         "train", SAMPLE, *run, "--lambda", "3" if harmonic == "all" else "full", "-o", "net.safetensors", "--json"
@@ -574,7 +574,7 @@ def _sample_file() -> Path:
     return Path(__file__).resolve().parents[1] / "harmconvert" / "samples" / "resnet_mnist5k.safetensors"
 
 
-def test_training_is_the_same_from_the_same_seed() -> None:
+def test_training_with_the_same_seed_gives_the_same_network() -> None:
     run = ["--recipe", "cifar-wrn", *DIGITS, "--data-dir", "digits", "--epochs", "1", "--harmonic", "all"]
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         ok("train", SAMPLE, *run, "--seed", seed, "-o", f"{name}.safetensors")

@@ -1,4 +1,4 @@
-"""How single tensors are written: what every codec promises, and that a new codec takes no change elsewhere."""
+"""Codecs: every codec fulfils the interface, and a new codec needs no change elsewhere."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ KEY = "shared.coefficients"
 
 
 class Int8(Codec):
-    """A codec that nothing else knows of: whole numbers from -127 to 127 times a scale."""
+    """A codec that is defined only here: integers from -127 to 127 times a scale."""
 
     name, version, tolerance = "int8", 1, 0.2
 
@@ -69,7 +69,7 @@ def int8() -> Iterator[Int8]:
 
 @pytest.fixture
 def conversion(int8: Int8) -> Any:
-    """A conversion whose coefficients are coded, with the values that the codec gives back."""
+    """Return a conversion with coded coefficients; the network has the decoded values."""
     done = hc.convert(seeded(Branches), 3, example_input=X)
     state = done.model.state_dict()
     coded = {key: int8.entry(state[key]) for key in state if key.endswith("coefficients")}
@@ -88,7 +88,7 @@ def read(path: Path) -> Network:
 
 
 def changed(path: Path, change: Any) -> Path:
-    """The file with its codec table changed."""
+    """Write the file again with a changed codec table; return its path."""
     with safetensors.safe_open(path, "pt") as file:
         metadata = file.metadata()
     header = json.loads(metadata[METADATA_KEY])
@@ -105,7 +105,7 @@ def changed(path: Path, change: Any) -> Path:
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool]
 )
-def test_a_plain_codec_stores_a_tensor_of_its_dtype_as_it_is(dtype: torch.dtype) -> None:
+def test_a_plain_codec_stores_a_tensor_of_its_dtype_unchanged(dtype: torch.dtype) -> None:
     tensor = torch.randn(3, 4).to(dtype)
     codec = plain_codec(dtype)
     entry = codec.entry(tensor)
@@ -116,7 +116,7 @@ def test_a_plain_codec_stores_a_tensor_of_its_dtype_as_it_is(dtype: torch.dtype)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["float32", "float16", "bfloat16", "raw", "int8"])
-def test_what_every_codec_promises(name: str, dtype: torch.dtype) -> None:
+def test_every_codec_fulfils_its_interface(name: str, dtype: torch.dtype) -> None:
     codec, tensor = CODECS[name, 1], torch.randn(5, 2, 3, dtype=dtype)
     entry = codec.entry(tensor)
     codec.check(entry)
@@ -129,7 +129,7 @@ def test_what_every_codec_promises(name: str, dtype: torch.dtype) -> None:
     assert (back - tensor).abs().max() < 1e-2 * tensor.abs().max()
 
 
-def test_tolerances_are_those_of_the_documentation() -> None:
+def test_tolerances_match_the_documentation() -> None:
     assert [tolerance_of(d) for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16)] == [
         1e-12, 1e-5, 2e-2, 1e-1,
     ]  # fmt: skip
@@ -157,14 +157,14 @@ def test_a_coded_network_is_read_bit_for_bit(conversion: Any, saved: Path) -> No
     assert torch.allclose(dense(X), conversion.model(X), atol=1e-5)
 
 
-def test_a_network_that_was_read_is_written_again_as_it_was(saved: Path, tmp_path: Path) -> None:
+def test_a_network_that_was_read_is_written_again_unchanged(saved: Path, tmp_path: Path) -> None:
     hc.save(read(saved), tmp_path / "again.safetensors")
     first, again = (safetensors.torch.load_file(path) for path in (saved, tmp_path / "again.safetensors"))
     assert all(torch.equal(again[key], value) for key, value in first.items())
     assert read_header(tmp_path / "again.safetensors").codecs == read_header(saved).codecs
 
 
-def test_a_tensor_that_was_trained_since_is_stored_uncoded_with_a_warning(saved: Path, tmp_path: Path) -> None:
+def test_a_tensor_changed_by_training_is_stored_uncoded_with_a_warning(saved: Path, tmp_path: Path) -> None:
     network = read(saved)
     with torch.no_grad():
         network.model.get_parameter(KEY)[0, 0, 0] += 1e-4
@@ -187,10 +187,10 @@ def test_the_checksum_covers_the_coded_bytes(saved: Path) -> None:
         read(saved)
 
 
-def test_what_is_written_is_decoded_before_it_takes_its_place(
+def test_a_file_is_decoded_before_it_replaces_the_old_one(
     conversion: Any, tmp_path: Path, int8: Int8, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file whose bytes are right and whose decoder gives something else is not kept."""
+    """If the bytes are correct but the decoder returns other values, the file is not kept."""
     calls = []
 
     def drifting(self: Int8, stored: Tensor, entry: Entry) -> Tensor:
@@ -204,14 +204,14 @@ def test_what_is_written_is_decoded_before_it_takes_its_place(
     assert not list(tmp_path.iterdir())
 
 
-def test_verify_asks_the_codecs_for_the_tolerance(conversion: Any, saved: Path) -> None:
+def test_verify_uses_the_tolerance_of_the_codecs(conversion: Any, saved: Path) -> None:
     network = seeded(Branches)
     for converted in (conversion, read(saved)):
         assert hc.verify(network, converted, X).tolerance == 0.2
     assert hc.verify(network, conversion.model, X).tolerance == 1e-5, "a bare network does not say"
 
 
-def test_bytes_in_tables_are_those_in_the_file(conversion: Any, saved: Path) -> None:
+def test_the_bytes_in_reports_are_the_bytes_in_the_file(conversion: Any, saved: Path) -> None:
     state = safetensors.torch.load_file(saved)
     written = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     assert tensor_bytes(conversion.model, conversion.coded) == written < tensor_bytes(conversion.model) / 2
@@ -221,7 +221,7 @@ def test_bytes_in_tables_are_those_in_the_file(conversion: Any, saved: Path) -> 
     assert report.form("harmonic").bytes == report.form("factored").bytes == written
 
 
-def test_tables_of_large_networks_are_small() -> None:
+def test_codec_tables_of_large_networks_are_small() -> None:
     with torch.device("meta"):
         model = timm.create_model("resnet50")
     table = CodecTable.of({tensor.dtype for tensor in model.state_dict().values()})
@@ -270,7 +270,7 @@ def _twice(table: Any) -> None:
         (lambda t: t["int8"]["tensors"][KEY].pop("shape"), "'shape' is missing"),
     ],
 )
-def test_a_codec_table_that_lies_is_refused(saved: Path, change: Any, message: str) -> None:
+def test_a_wrong_codec_table_is_refused(saved: Path, change: Any, message: str) -> None:
     with pytest.raises(InputError) as caught:
         read(changed(saved, change))
     assert message in str(caught.value)
@@ -292,8 +292,8 @@ def _without_table(path: Path) -> Path:
     return other
 
 
-def test_decoded_tensors_count_against_the_limit_of_a_file(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A codec that packs well could claim any size: the file says how much memory it may take."""
+def test_decoded_tensors_are_limited_by_the_size_of_the_file(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A codec with high compression could claim any size, so the size of the file limits the memory."""
     decoded = sum(entry.decoded_bytes for entry in read_header(saved).codecs.coded.values())
     monkeypatch.setattr(storage_tensors, "_LEAST_LIMIT", 1000)
     monkeypatch.setattr(storage_tensors, "_MOST_PER_BYTE", 0)
@@ -301,7 +301,7 @@ def test_decoded_tensors_count_against_the_limit_of_a_file(saved: Path, monkeypa
         read_header(saved)
 
 
-def test_values_that_cannot_be_decoded_are_bad_input(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_that_cannot_be_decoded_raise_input_error(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(self: Int8, stored: Tensor, entry: Entry) -> Tensor:
         raise IndexError("the bytes end early")
 

@@ -33,14 +33,14 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @every_convolution
-def test_whole_basis_computes_the_same(kind: str) -> None:
+def test_a_whole_basis_computes_the_same_output(kind: str) -> None:
     for dtype, bound in ((torch.float64, 1e-13), (torch.float32, 2e-6)):
         conv, x = case(kind, dtype)
         assert relative(to_harmonic(conv)(x), conv(x)) < bound
 
 
 @every_convolution
-def test_a_cut_computes_what_the_projected_kernel_does(kind: str) -> None:
+def test_a_truncated_convolution_equals_the_projected_kernel(kind: str) -> None:
     conv, x = case(kind, torch.float64)
     size = tuple(conv.weight.shape[2:])
     kept = all_frequencies(size)[: max(1, len(all_frequencies(size)) // 2)]
@@ -54,7 +54,7 @@ def test_a_cut_computes_what_the_projected_kernel_does(kind: str) -> None:
 
 
 @every_convolution
-def test_dense_again_gives_the_original_back(kind: str) -> None:
+def test_converting_back_to_dense_restores_the_original(kind: str) -> None:
     conv, _ = case(kind)
     again = to_dense(to_harmonic(conv))
     assert type(again) is type(conv)
@@ -66,7 +66,7 @@ def test_dense_again_gives_the_original_back(kind: str) -> None:
 
 
 @every_convolution
-def test_every_attribute_is_carried(kind: str) -> None:
+def test_every_attribute_is_copied(kind: str) -> None:
     conv, _ = case(kind)
     conv.train()
     conv.weight.requires_grad_(False)
@@ -85,7 +85,7 @@ def test_every_attribute_is_carried(kind: str) -> None:
 
 
 @every_convolution
-def test_copies_and_pickles(kind: str) -> None:
+def test_harmonic_convolutions_can_be_copied_and_pickled(kind: str) -> None:
     conv, x = case(kind)
     harmonic = to_harmonic(conv)
     saved = io.BytesIO()
@@ -106,25 +106,25 @@ def test_gradients_reach_the_coefficients(kind: str) -> None:
     harmonic = to_harmonic(conv)
     (harmonic(x) ** 2).sum().backward()
     (conv(x) ** 2).sum().backward()
-    # The basis is orthonormal, so the kernel's gradient projects onto the coefficients'.
+    # The basis is orthonormal, so the coefficients' gradient is the projection of the kernel's gradient.
     torch.testing.assert_close(
         harmonic.coefficients.grad, project(conv.weight.grad, dct_basis(conv.weight.shape[2:])), rtol=1e-9, atol=1e-9
     )
 
 
 @every_convolution
-def test_torch_compile_and_export_take_it_whole(kind: str) -> None:
+def test_torch_compile_and_export_need_no_graph_break(kind: str) -> None:
     conv, x = case(kind)
     harmonic = to_harmonic(conv)
     expected = harmonic(x)
     torch._dynamo.reset()
     compiled = torch.compile(harmonic, fullgraph=True, backend="eager")
     assert relative(compiled(x), expected) < 1e-6
-    if "Same" not in kind:  # their padding is computed from the size in a way that export refuses for the plain one too
+    if "Same" not in kind:  # torch cannot export the plain layers with same padding either
         assert relative(torch.export.export(harmonic, (x,)).module()(x), expected) < 1e-6
 
 
-def test_the_mixin_equals_a_slow_harmonic_layer() -> None:
+def test_the_harmonic_convolution_equals_eq_2_in_loops() -> None:
     conv, x = seeded(lambda: nn.Conv2d(2, 3, 3, stride=2, padding=1, dilation=2, bias=False), torch.float64), None
     x = random_input((2, 2, 7, 7), torch.float64)
     kept = frequencies_below((3, 3), 3)
@@ -133,7 +133,7 @@ def test_the_mixin_equals_a_slow_harmonic_layer() -> None:
     np.testing.assert_allclose(harmonic(x).detach().numpy(), expected, atol=1e-12)
 
 
-def test_the_kernel_is_merged_once_a_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_is_merged_once_in_each_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     merges = []
     replace_everywhere(monkeypatch, merge, lambda *tensors: merges.append(1) or merge(*tensors))
     conv, x = case("ScaledStdConv2dSame")  # reads its weight more than once
@@ -150,7 +150,7 @@ def test_under_autocast_the_merge_stays_in_float32(dtype: torch.dtype) -> None:
     with torch.autocast("cpu", dtype=dtype):
         assert harmonic(x).dtype == dtype
         assert harmonic.weight.dtype == torch.float32
-        # The kernel that autocast rounds is within rounding of the original's: so the outputs are near to the last bit.
+        # Before autocast rounds it, the kernel equals the original's within rounding, so the outputs nearly agree.
         assert relative(harmonic(x).float(), conv(x).float()) <= torch.finfo(dtype).eps
 
 
@@ -158,7 +158,7 @@ def test_under_autocast_the_merge_stays_in_float32(dtype: torch.dtype) -> None:
 def test_kernels_of_half_precision_are_merged_in_float32(dtype: torch.dtype) -> None:
     harmonic = to_harmonic(case("16x16 patches", dtype)[0])
     exact = reconstruct(harmonic.coefficients.detach().double(), harmonic.kernels, (16, 16))
-    # A merge in half precision sums 256 terms of its own basis: it is off by many units in the last place.
+    # A merge in half precision would sum 256 rounded terms, with errors of many units in the last place.
     wrong = (harmonic.weight.detach() != exact.to(dtype)).double().mean()
     assert wrong < 0.01
 
@@ -188,7 +188,7 @@ def test_the_basis_survives_casting_and_moving() -> None:
     assert torch.equal(emptied.basis, basis)
 
 
-def test_a_double_network_keeps_float64_accuracy_after_casting() -> None:
+def test_a_network_cast_to_float64_keeps_float64_accuracy() -> None:
     conv, _ = case("plain")
     harmonic = to_harmonic(conv).double()
     kernel = reconstruct(harmonic.coefficients.detach(), dct_basis((3, 3)), (3, 3))
@@ -202,7 +202,7 @@ def test_symbolic_tracing_sees_one_call_for_the_merge() -> None:
     assert torch.equal(traced(x), harmonic(x))
 
 
-def test_hooks_and_parameter_attributes_are_carried() -> None:
+def test_hooks_and_attributes_of_parameters_are_copied() -> None:
     conv, x = case("plain")
     calls: list[int] = []
     conv.register_forward_hook(lambda *_: calls.append(1))
@@ -225,7 +225,7 @@ def test_distributed_data_parallel_sees_the_coefficients(tmp_path: Any) -> None:
         torch.distributed.destroy_process_group()
 
 
-def test_resetting_parameters_draws_new_coefficients() -> None:
+def test_reset_parameters_initialises_new_coefficients() -> None:
     conv, _ = case("grouped")
     harmonic: Any = to_harmonic(conv, [(0, 0)])
     before = harmonic.coefficients.detach().clone()
@@ -235,7 +235,7 @@ def test_resetting_parameters_draws_new_coefficients() -> None:
     assert harmonic.weight.abs().max() <= 3 / (18**0.5), "the scale of torch's own draw"
 
 
-def test_the_harmonic_class_prints_and_is_made_once() -> None:
+def test_the_harmonic_class_is_created_once_and_printed() -> None:
     assert harmonic_class(nn.Conv2d) is harmonic_class(nn.Conv2d)
     text = repr(to_harmonic(nn.Conv2d(3, 8, 3, stride=2), frequencies_below((3, 3), 2)))
     assert text == "HarmonicConv2d(3, 8, kernel_size=(3, 3), stride=(2, 2), frequencies=3/9)"
@@ -250,12 +250,12 @@ def test_the_harmonic_class_prints_and_is_made_once() -> None:
         (lambda c: to_harmonic(c), "is harmonic already"),
     ],
 )
-def test_a_convolution_that_cannot_be_converted_says_why(prepare: Any, reason: str) -> None:
+def test_the_message_for_an_unsupported_convolution_says_why(prepare: Any, reason: str) -> None:
     with pytest.raises(UsageError, match=reason):
         to_harmonic(prepare(nn.Conv2d(3, 4, 3)))
 
 
-def test_a_lazy_convolution_wants_to_run_first() -> None:
+def test_a_lazy_convolution_must_run_before_it_is_converted() -> None:
     with pytest.raises(UsageError, match="not initialised yet: run the network once"):
         to_harmonic(nn.LazyConv2d(4, 3))
 
@@ -267,14 +267,14 @@ def test_only_convolutions_are_converted() -> None:
         to_dense(nn.Conv2d(3, 3, 3))
 
 
-def test_a_harmonic_convolution_is_still_a_convolution() -> None:
+def test_a_harmonic_convolution_is_an_instance_of_its_original_class() -> None:
     harmonic = to_harmonic(nn.Conv2d(3, 4, 3))
     assert isinstance(harmonic, nn.Conv2d)
     assert isinstance(harmonic, HarmonicMixin)
 
 
-def test_coefficients_put_in_place_by_assignment_find_the_right_basis() -> None:
-    """A basis left on another device or in another precision would give a wrong kernel without a word."""
+def test_assigned_coefficients_use_a_basis_on_their_device_and_in_their_dtype() -> None:
+    """A basis on another device or in another precision would silently give a wrong kernel."""
     conv, x = case("plain", torch.float64)
     state = to_harmonic(conv).state_dict()
     with torch.device("meta"):
@@ -287,7 +287,7 @@ def test_coefficients_put_in_place_by_assignment_find_the_right_basis() -> None:
     assert relative(single(x), conv(x)) < 1e-13
 
 
-def test_a_module_compiled_in_place_is_converted_and_not_copied_with_its_compilation() -> None:
+def test_a_module_compiled_in_place_is_converted_without_its_compiled_code() -> None:
     conv, x = case("plain")
     conv.compile(backend="eager")
     conv(x)
@@ -302,20 +302,20 @@ def test_a_module_compiled_in_place_is_converted_and_not_copied_with_its_compila
     assert twin(x).abs().max() == 0
 
 
-def test_attributes_that_the_harmonic_form_needs_are_not_taken_from_others() -> None:
+def test_a_convolution_with_an_attribute_that_the_harmonic_form_needs_is_refused() -> None:
     conv = nn.Conv2d(3, 4, 3)
     conv.register_buffer("basis", torch.zeros(1))
     with pytest.raises(UsageError, match="it has an attribute 'basis' of its own"):
         to_harmonic(conv)
 
 
-def test_inputs_may_go_by_another_name() -> None:
+def test_the_input_argument_may_have_another_name() -> None:
     conv, x = case("Conv2dSame")
     assert relative(to_harmonic(conv)(x=x), conv(x=x)) < 2e-6
 
 
 @pytest.mark.parametrize(("kept", "size"), [(1, (3, 3)), (3, (3, 3)), (9, (3, 3)), (15, (3, 5)), (4, (2, 7))])
-def test_coefficients_laid_out_for_channels_last_make_the_same_kernel_in_that_format(
+def test_coefficients_for_channels_last_make_the_same_kernel_in_that_memory_format(
     kept: int, size: tuple[int, int]
 ) -> None:
     conv = seeded(lambda: nn.Conv2d(6, 5, size, padding=1), torch.float64)
@@ -343,14 +343,14 @@ def fitted(dtype: torch.dtype = torch.float32, kept: int = 4) -> Any:
     return to_harmonic(conv, all_frequencies((3, 3))[:kept], Basis("klt"))
 
 
-def test_a_fitted_basis_is_part_of_the_state_and_others_are_not() -> None:
+def test_only_a_fitted_basis_is_part_of_the_state_dict() -> None:
     assert fitted().state_dict()["fitted_basis"].shape == (4, 9)
     assert "fitted_basis" not in to_harmonic(nn.Conv2d(6, 5, 3), None, Basis("haar")).state_dict()
     assert "fitted_basis" not in to_dense(fitted()).__dict__["_buffers"]
 
 
 @pytest.mark.parametrize("move", [nn.Module.half, nn.Module.bfloat16, nn.Module.double, copy.deepcopy])
-def test_a_fitted_basis_keeps_its_digits_whatever_it_is_cast_to(move: Any) -> None:
+def test_a_fitted_basis_keeps_its_precision_after_casting(move: Any) -> None:
     harmonic = fitted()
     before = harmonic.fitted_basis.clone()
     moved = move(harmonic)
@@ -374,7 +374,7 @@ def test_a_fitted_basis_is_loaded_with_the_coefficients() -> None:
     assert torch.equal(empty(x), harmonic(x))
 
 
-def test_what_a_base_class_calls_as_the_harmonic_form_does_is_seen() -> None:
+def test_a_base_class_with_an_attribute_that_the_harmonic_form_needs_is_refused() -> None:
     class Base(nn.Conv2d):
         @property
         def kernels(self) -> int:

@@ -42,7 +42,7 @@ def unchanged(before: Any, model: nn.Module) -> bool:
 
 
 @pytest.mark.parametrize("lam", ["full", 3, 2, "progressive", {"*": 1}])
-def test_the_network_given_is_never_changed(lam: Any) -> None:
+def test_convert_never_changes_its_argument(lam: Any) -> None:
     model = seeded(Branches).train()
     model.norm.eval()
     before = fingerprint(model)
@@ -55,7 +55,7 @@ def test_the_network_given_is_never_changed(lam: Any) -> None:
     assert unchanged(before, model), "no storage may be shared"
 
 
-def test_whole_basis_is_exact_with_shared_tied_and_odd_layers() -> None:
+def test_a_whole_basis_is_exact_with_shared_tied_and_unusual_layers() -> None:
     model = seeded(Branches, torch.float64)
     converted = convert(model, example_input=X.double()).model
     assert (converted(X.double()) - model(X.double())).abs().max() < 1e-14
@@ -71,12 +71,12 @@ def test_fusing_keeps_ties_and_sharing() -> None:
     assert not any(isinstance(m, HarmonicMixin) for m in dense.modules())
 
 
-def test_references_outside_the_module_tree_follow() -> None:
+def test_references_outside_the_module_tree_point_to_the_converted_layers() -> None:
     class Listed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.conv = nn.Conv2d(3, 4, 3)
-            self.order = [self.conv]  # a plain list: not a submodule
+            self.order = [self.conv]  # a plain list does not register its modules
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.order[0](x)
@@ -87,7 +87,7 @@ def test_references_outside_the_module_tree_follow() -> None:
 
 
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
-def test_a_network_that_is_a_convolution_converts(kind: str) -> None:
+def test_a_network_that_is_a_single_convolution_is_converted(kind: str) -> None:
     make, shape = CONVOLUTIONS[kind]
     conv = seeded(make)
     conversion = convert(conv, example_input=random_input(shape))
@@ -96,7 +96,7 @@ def test_a_network_that_is_a_convolution_converts(kind: str) -> None:
     assert type(fuse(conversion.model)) is type(conv)
 
 
-def test_records_say_what_became_of_each_layer() -> None:
+def test_records_describe_the_conversion_of_each_layer() -> None:
     model = seeded(Branches)
     conversion = convert(model, 2, example_input=X, exclude=["unused"])
     records = {layer.name: layer for layer in conversion.layers}
@@ -117,7 +117,7 @@ def test_records_say_what_became_of_each_layer() -> None:
 
 
 @pytest.mark.parametrize(("lam", "millions"), [("full", "36.5"), (3, "24.4"), (2, "12.3"), ("progressive", "15.7")])
-def test_published_sizes_of_wrn_28_10(lam: Any, millions: str) -> None:
+def test_wrn_28_10_has_the_sizes_published_in_the_paper(lam: Any, millions: str) -> None:
     with torch.device("meta"):
         model = timm.create_model("wrn28_10")
     conversion = convert(model, lam)
@@ -125,7 +125,7 @@ def test_published_sizes_of_wrn_28_10(lam: Any, millions: str) -> None:
     assert conversion.cost.harmonic_parameters == parameter_count(conversion.model)
 
 
-def test_published_size_of_resnet50() -> None:
+def test_resnet50_has_the_size_published_in_the_paper() -> None:
     with torch.device("meta"):
         model = timm.create_model("resnet50")
     conversion = convert(model, "progressive")
@@ -137,7 +137,7 @@ def test_published_size_of_resnet50() -> None:
     ("name", "share"),
     [("resnet18", "94%"), ("resnet50", "44%"), ("convnext_tiny", "6.6%"), ("efficientnet_b0", "3.5%")],
 )
-def test_share_of_parameters_over_1x1(name: str, share: str) -> None:
+def test_the_share_of_parameters_in_kernels_larger_than_1x1_is_correct(name: str, share: str) -> None:
     with torch.device("meta"):
         cost = convert(timm.create_model(name)).cost
     assert f"{cost.parameter_share:.{1 if '.' in share else 0}%}" == share
@@ -150,7 +150,7 @@ def test_progressive_takes_the_input_size_from_the_networks_own_configuration() 
     assert (kept["conv1"], kept["layer1.0.conv1"], kept["layer3.0.conv1"], kept["layer4.1.conv2"]) == (49, 9, 6, 3)
 
 
-def test_a_policy_that_cuts_nothing_says_so_and_what_would() -> None:
+def test_the_advice_for_a_policy_that_cuts_nothing_names_one_that_does() -> None:
     with torch.device("meta"):
         conversion = convert(timm.create_model("efficientnet_b0"), "progressive")
     assert conversion.advice is not None
@@ -160,7 +160,7 @@ def test_a_policy_that_cuts_nothing_says_so_and_what_would() -> None:
     assert convert(seeded(Branches), 2).advice is None
 
 
-def test_a_plan_converts_as_the_policy_that_made_it() -> None:
+def test_a_plan_gives_the_same_network_as_its_policy() -> None:
     model = seeded(Branches)
     first = convert(model, "progressive", example_input=X)
     again = convert(model, Plan.from_json(first.plan.to_json()))
@@ -186,7 +186,7 @@ def test_dtypes_are_kept(dtype: torch.dtype) -> None:
     assert {p.dtype for p in convert(model, 2).model.parameters()} == {dtype}
 
 
-def test_the_first_layer_is_found_by_running_or_by_order() -> None:
+def test_the_input_layer_is_found_by_a_run_or_by_the_order_of_layers() -> None:
     class Backwards(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -194,7 +194,7 @@ def test_the_first_layer_is_found_by_running_or_by_order() -> None:
             self.first = nn.Conv2d(3, 4, 3)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.last(self.first(x * 2))  # normalised on its way in
+            return self.last(self.first(x * 2))  # the input is scaled first
 
     kept = {layer.name: layer.kept for layer in convert(Backwards(), 2, example_input=X).layers}
     assert kept == {"last": 3, "first": 9}
@@ -215,7 +215,7 @@ def test_inputs_may_be_a_tuple_a_dict_or_a_list() -> None:
         assert trace(Two(), inputs).layers["conv"].reads_input
 
 
-def test_macs_of_a_run_by_hand() -> None:
+def test_macs_equal_a_calculation_by_hand() -> None:
     net = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1, groups=1), nn.ConvTranspose2d(8, 4, 2, stride=2), nn.Flatten(), nn.Linear(1024, 5)
     )
@@ -225,15 +225,15 @@ def test_macs_of_a_run_by_hand() -> None:
     assert run.macs == first + second + linear
     cost = convert(net, {"0": 2}, example_input=torch.zeros(2, 3, 8, 8)).cost
     assert cost.dense_macs == run.macs // 2
-    # Responses of 3 channels at 64 positions, 15 products each, then 3 of 9 products of the convolution.
+    # Responses: 3 channels at 64 positions with 15 multiply-adds each; then 3 of the convolution's 9 multiply-adds.
     assert cost.factored_macs == cost.dense_macs - 64 * 8 * 27 + 64 * (3 * 15 + 8 * 9)
     assert cost.merge_macs == 8 * 3 * 3 * 9 + 8 * 4 * 4 * 4
-    # Kernels that are fitted to a layer are no products of vectors: nine for each response.
+    # Fitted kernels are not separable, so each response needs nine multiply-adds.
     cost = convert(net, {"0": 2}, example_input=torch.zeros(2, 3, 8, 8), basis="klt").cost
     assert cost.factored_macs == cost.dense_macs - 64 * 8 * 27 + 64 * (3 * 27 + 8 * 9)
 
 
-def test_what_a_forward_counts_stays_as_it_was() -> None:
+def test_convert_restores_counters_of_forward_passes() -> None:
     class Counts(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -299,13 +299,13 @@ def test_calls_of_a_shared_layer_add_up() -> None:
         (timm.layers.CondConv2d(3, 3, 3, num_experts=2), "its kernels are computed anew for each input"),
     ],
 )
-def test_nothing_to_convert_is_bad_input(model: nn.Module, message: str) -> None:
+def test_a_network_without_convertible_layers_raises_input_error(model: nn.Module, message: str) -> None:
     with pytest.raises(InputError) as caught:
         convert(model)
     assert message in str(caught.value)
 
 
-def test_weights_that_are_no_numbers_name_the_layer() -> None:
+def test_the_message_for_nan_weights_names_the_layer() -> None:
     for value in (float("nan"), float("inf"), -float("inf")):
         model = seeded(Branches)
         with torch.no_grad():
@@ -333,7 +333,7 @@ def test_quantised_networks_are_refused() -> None:
         convert(nn.Sequential(quantised))
 
 
-def test_wrapped_networks_are_refused_with_the_way_out() -> None:
+def test_the_message_for_a_wrapped_network_says_what_to_do() -> None:
     with pytest.raises(UsageError, match=r"wrapped in DataParallel: pass model\.module"):
         convert(nn.DataParallel(Branches()))
     with pytest.raises(UsageError, match=r"wrapped in OptimizedModule: pass model\._orig_mod"):
@@ -342,12 +342,12 @@ def test_wrapped_networks_are_refused_with_the_way_out() -> None:
         convert({})  # type: ignore[arg-type]
 
 
-def test_an_input_that_does_not_fit_says_how_to_give_another() -> None:
+def test_the_message_for_a_wrong_example_input_says_how_to_pass_another() -> None:
     with pytest.raises(UsageError, match=r"does not run on an example input of shape \(2, 5, 8, 8\): RuntimeError"):
         convert(seeded(Branches), "progressive", example_input=torch.zeros(2, 5, 8, 8))
 
 
-def test_a_tensor_with_a_gradient_history_is_copied_without_it() -> None:
+def test_a_tensor_with_a_gradient_graph_is_copied_without_it() -> None:
     model: Any = seeded(Branches)
     model.cache = model.stem.weight * 2
     with pytest.warns(HarmconvertWarning, match=r"refuses cache \(it has a gradient history\)"):
@@ -359,7 +359,7 @@ def test_a_tensor_with_a_gradient_history_is_copied_without_it() -> None:
 
 def _old_weight_norm(conv: nn.Module) -> nn.Module:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it is deprecated
+        warnings.simplefilter("ignore")  # torch warns that this class is deprecated
         return nn.utils.weight_norm(conv)  # type: ignore[no-any-return]
 
 
@@ -384,7 +384,7 @@ def test_a_layer_whose_weight_is_computed_is_skipped_and_the_rest_is_converted(m
 
 
 class Delegating:
-    """Its ``__getattr__`` never ends where an instance is made without its attributes, as copying makes one."""
+    """A class whose ``__getattr__`` recurses forever on an instance without attributes, as copying creates one."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
@@ -413,7 +413,7 @@ UNCOPYABLE: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("make", UNCOPYABLE.values(), ids=UNCOPYABLE)
-def test_a_layer_with_a_member_that_cannot_be_copied_is_skipped_by_that_name(make: Any) -> None:
+def test_a_layer_with_an_attribute_that_cannot_be_copied_is_skipped_and_named(make: Any) -> None:
     model: Any = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
     model[1].handle = make()
     conversion = convert(model, 2)
@@ -422,7 +422,7 @@ def test_a_layer_with_a_member_that_cannot_be_copied_is_skipped_by_that_name(mak
     assert verify(model, conversion.model, torch.randn(2, 3, 12, 12)).as_planned
 
 
-def test_a_member_of_the_network_that_cannot_be_copied_is_shared_and_named() -> None:
+def test_an_attribute_of_the_network_that_cannot_be_copied_is_shared_and_named() -> None:
     model: Any = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
     model.lock = threading.Lock()
     with pytest.warns(HarmconvertWarning, match=r"refuses lock \(TypeError: cannot pickle"):
@@ -438,14 +438,14 @@ def test_torchscript_is_refused() -> None:
         convert(script)
 
 
-def test_a_weight_used_by_something_else_is_left_alone() -> None:
+def test_a_weight_that_another_module_uses_is_not_converted() -> None:
     model: Any = seeded(Branches)
     model.reader = nn.ParameterList([model.shared.weight])
     conversion = convert(model, 2)
     assert {s.name: s.why for s in conversion.plan.skipped} == {"shared": "its weight is also used by reader.0"}
 
 
-def test_on_the_meta_device_structure_is_converted_without_values() -> None:
+def test_a_network_on_the_meta_device_is_converted_without_values() -> None:
     with torch.device("meta"):
         conversion = convert(Branches(), 2)
     assert conversion.layers[1].kept == 3
@@ -497,7 +497,7 @@ def test_coefficients_out_of_range_are_refused(value: float, dtype: Any, normali
         convert(model, normalization=normalization)
 
 
-def test_a_cut_that_overshoots_the_range_is_refused() -> None:
+def test_a_projection_beyond_the_range_of_the_dtype_is_refused() -> None:
     model = nn.Sequential(nn.Conv2d(1, 1, 3).half())
     kept = ((0, 1), (1, 0), (1, 1))
     coefficients = torch.tensor([[[-50000.0, 50500.0, 50500.0, 50500.0]]])
@@ -509,7 +509,7 @@ def test_a_cut_that_overshoots_the_range_is_refused() -> None:
         convert(model, Plan((cut_layer("0", (3, 3), kept),)))
 
 
-def test_converting_in_training_mode_moves_no_spectral_norm() -> None:
+def test_converting_in_training_mode_does_not_change_spectral_norms() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 3))).train()
     before = fingerprint(model)
     conversion = convert(model, 2)
@@ -525,7 +525,7 @@ def test_converting_in_training_mode_moves_no_spectral_norm() -> None:
         (torch.ones(4, 3, 3, 3, dtype=torch.complex64), "its weight is complex64: only real kernels are converted"),
     ],
 )
-def test_weights_that_are_no_kernels_are_skipped_with_the_reason(weight: torch.Tensor, reason: str) -> None:
+def test_weights_without_a_kernel_are_skipped_with_the_reason(weight: torch.Tensor, reason: str) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3))
     model[1].weight = nn.Parameter(weight)
     assert {skip.name: skip.why for skip in convert(model).plan.skipped} == {"1": reason}
@@ -543,7 +543,7 @@ def test_lazy_layers_are_skipped_and_stay_lazy(example: Any) -> None:
 
 
 @pytest.mark.parametrize(("depth", "message"), [(300, "too deeply to be copied"), (3000, "too deeply to be visited")])
-def test_networks_too_deep_for_the_stack_say_so(depth: int, message: str) -> None:
+def test_a_network_too_deep_for_the_stack_is_reported(depth: int, message: str) -> None:
     model: nn.Module = nn.Conv2d(3, 3, 3)
     for _ in range(depth):
         model = nn.Sequential(model)

@@ -1,4 +1,4 @@
-"""Copies of networks that keep functions of their own: what a function reaches is the copy's, never the original's."""
+"""Copies of networks that hold functions: the copied functions use the copy, never the original."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ X = random_input((2, 3, 9, 9))
 
 
 class Keeps(nn.Module):
-    """Runs its layer through whatever function it is given to keep."""
+    """A network that runs its layer through a function that it holds."""
 
     def __init__(self, make: Callable[[nn.Module], Any]) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ FUNCTIONS = {
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_copys_functions_work_on_the_copy(name: str) -> None:
+def test_functions_of_a_copy_use_the_copy(name: str) -> None:
     torch.manual_seed(0)
     network = Keeps(FUNCTIONS[name]).eval()
     copied = deep_copy(network)
@@ -70,7 +70,7 @@ def test_a_copys_functions_work_on_the_copy(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in FUNCTIONS if name != "closure over a parameter"])
-def test_converted_layers_run_in_the_place_of_the_originals(name: str) -> None:
+def test_converted_layers_run_instead_of_the_originals(name: str) -> None:
     torch.manual_seed(0)
     network = Keeps(FUNCTIONS[name]).eval()
     whole = hc.convert(network, example_input=X).model
@@ -84,7 +84,7 @@ def test_converted_layers_run_in_the_place_of_the_originals(name: str) -> None:
     assert (check.ok, check.as_planned) == (False, True)
 
 
-def test_what_a_function_reaches_outside_of_the_network_stays_what_it_is() -> None:
+def test_objects_outside_the_network_that_a_function_uses_are_not_copied() -> None:
     seen: list[int] = []
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
     network[1].register_forward_hook(lambda module, args, output: seen.append(len(network)))
@@ -94,8 +94,8 @@ def test_what_a_function_reaches_outside_of_the_network_stays_what_it_is() -> No
     assert seen == [2]
 
 
-def test_a_forward_from_outside_is_told() -> None:
-    """It reaches the network by a name of its module, which no copy can change."""
+def test_a_forward_from_outside_the_network_is_reported() -> None:
+    """The function finds the network through a global name, which a copy cannot change."""
     globals()["outside"] = network = Keeps(lambda network: None).eval()
     network.forward = lambda x: outside.conv(outside.stem(x))  # type: ignore[name-defined]  # noqa: F821
     check = hc.verify(network, hc.convert(network, 1, example_input=X).model, X)
@@ -104,7 +104,7 @@ def test_a_forward_from_outside_is_told() -> None:
     assert "conv: a copy of the network still runs the layer that it was copied from" in check.verdict
 
 
-def test_a_layer_that_a_cut_passes_over_is_noted() -> None:
+def test_a_layer_that_runs_only_in_the_original_is_noted() -> None:
     class EarlyExit(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -124,7 +124,7 @@ def test_a_layer_that_a_cut_passes_over_is_noted() -> None:
     assert check.notes == ("last runs in the original alone on these inputs",)
 
 
-def test_what_another_thread_runs_is_its_own_affair() -> None:
+def test_runs_of_another_thread_are_not_observed() -> None:
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)).eval()
     converted = hc.convert(network, example_input=X).model
     over = threading.Event()
@@ -143,7 +143,7 @@ def test_what_another_thread_runs_is_its_own_affair() -> None:
         server.join()
 
 
-def test_a_cut_layer_in_whose_place_something_else_runs_is_told() -> None:
+def test_a_converted_layer_that_another_layer_replaces_at_run_time_is_reported() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)).eval()
     converted = hc.convert(network, {"1": 1}, example_input=X).model
     kernel, stem = network[1].weight.detach(), network[1].bias
@@ -160,7 +160,7 @@ def bare() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.Conv2d(4, 4, 3, bias=False))
 
 
-def test_functions_that_do_not_reach_the_network_stay_themselves() -> None:
+def test_functions_that_do_not_use_the_network_are_not_copied() -> None:
     network = bare()
     network.up = nn.functional.interpolate
     converted = hc.convert(network, 2).model
@@ -168,7 +168,7 @@ def test_functions_that_do_not_reach_the_network_stay_themselves() -> None:
     assert pickle.dumps(hc.fuse(converted))
 
 
-def test_a_hooks_own_record_is_still_written_to() -> None:
+def test_a_hook_still_writes_to_its_own_record() -> None:
     network, seen = bare(), {"last": None, "lock": threading.Lock()}
 
     def hook(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -180,7 +180,7 @@ def test_a_hooks_own_record_is_still_written_to() -> None:
     assert seen["last"] is output
 
 
-def test_a_record_beside_the_network_is_no_obstacle() -> None:
+def test_a_record_outside_the_network_does_not_prevent_copying() -> None:
     network = bare()
     state = {"network": network, "lock": threading.Lock(), "last": network(X)}
     network[1].register_forward_hook(lambda module, args, output: state.update(last=output))
@@ -188,7 +188,7 @@ def test_a_record_beside_the_network_is_no_obstacle() -> None:
     assert hc.verify(network, hc.convert(network, example_input=X).model, X).ok
 
 
-def test_a_patched_method_follows() -> None:
+def test_a_patched_method_uses_the_copy() -> None:
     network = bare()
     before = network[1].forward
 
@@ -203,7 +203,7 @@ def test_a_patched_method_follows() -> None:
         assert network(X).any()
 
 
-def test_wrappers_of_wrappers_follow_in_time() -> None:
+def test_deeply_nested_wrappers_are_copied_in_linear_time() -> None:
     network, shared = bare(), [str(number) for number in range(20_000)]
 
     def wrapped(inner: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

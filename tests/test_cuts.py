@@ -1,4 +1,4 @@
-"""The equations of every cut of a layer, from one look at the whole: those of a look at each cut, and its solution."""
+"""The equations of every cut of a layer from one run of the whole network equal those of a separate run for each."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ from .networks import CONVOLUTIONS, Branches, seeded
 from .seams import replace_everywhere
 from .test_calibration import Backwards, captured, fitted_rows, half, smooth, stack
 
-LAYERS = [(name, Basis()) for name in CONVOLUTIONS if name not in ("16x16 patches", "Conv1d")]  # of few unknowns
+LAYERS = [(name, Basis()) for name in CONVOLUTIONS if name not in ("16x16 patches", "Conv1d")]  # with few unknowns
 LAYERS += [(name, basis) for name in ("plain", "ConvTranspose2d") for basis in (Basis("haar", "l1"), Basis("klt"))]
 
 
 def whole_layer(model: nn.Module, name: str, batches: Sequence[Tensor], family: Basis) -> WholeLayer:
-    """What one layer of a network is fed, nothing cut."""
+    """Return the moments of one layer's inputs in the uncut network."""
     uncut = hc.convert(model, whole_plan(plannable(find_layers(model)), ["*"], (), family)).model
     layers = {name: uncut.get_submodule(name)}
     ((found, layer),) = whole_layers(uncut, layers, calibration_set(batches), 0, 1 << 30)
@@ -51,7 +51,7 @@ def whole_layer(model: nn.Module, name: str, batches: Sequence[Tensor], family: 
 
 
 @pytest.mark.parametrize(("name", "family"), LAYERS, ids=str)
-def test_equations_of_a_cut_are_those_of_a_look_at_it(name: str, family: Basis) -> None:
+def test_equations_from_shared_moments_equal_those_of_a_separate_run(name: str, family: Basis) -> None:
     make, shape = CONVOLUTIONS[name]
     conv, x = seeded(make, torch.float64), smooth((24, *shape[1:]))
     kept = half(tuple(conv.kernel_size))
@@ -64,7 +64,7 @@ def test_equations_of_a_cut_are_those_of_a_look_at_it(name: str, family: Basis) 
     expected.reduce()
     found, held = whole_layer(nn.Sequential(conv), "0", x.split(7), family).cut(layer, kept)
     assert (found.count, held.count) == (expected.count, expected.count // 3)
-    scale = expected.channels[5].sum()  # where a cut loses nothing, rounding is of what there is
+    scale = expected.channels[5].sum()  # rounding errors scale with this also if a cut loses nothing
     assert isinstance(found, NormalEquations)
     for ours, theirs in zip((*found._sums(), *found.channels), (*expected._sums(), *expected.channels), strict=True):
         assert (ours - theirs).norm() <= 1e-9 * theirs.norm() + 1e-12 * scale
@@ -91,7 +91,7 @@ def test_the_refit_from_shared_moments_is_the_least_squares_solution(name: str) 
 
 
 class Silent(Branches):
-    """Of the two layers with one weight the first never runs."""
+    """Two layers share one weight, and the first of them never runs."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.tied_b(self.shared(self.stem(x).relu()).relu())
@@ -99,7 +99,7 @@ class Silent(Branches):
 
 
 def probed(model: nn.Module, images: Sequence[Tensor], file: Path, shared: bool) -> dict[str, float]:
-    """The scores of all single cuts, from moments that a layer's cuts share or each by a refit of its own."""
+    """Return the scores of all single cuts, from moments that the cuts of a layer share, or with a refit for each."""
     with pytest.MonkeyPatch.context() as patch:
         if not shared:
             replace_everywhere(patch, whole_layers, lambda *arguments: iter(()))
@@ -110,10 +110,10 @@ def probed(model: nn.Module, images: Sequence[Tensor], file: Path, shared: bool)
 
 
 @pytest.mark.parametrize("network", [None, Branches, Backwards, Silent])
-def test_probes_from_shared_moments_are_those_of_separate_refits(
+def test_probes_from_shared_moments_equal_those_of_separate_refits(
     network: type[nn.Module] | None, tmp_path: Path
 ) -> None:
-    """Of layers that run twice, share their coefficients or never run, too: each has a refit of its own in both."""
+    """Layers that run twice, share their coefficients or never run have a refit of their own in both cases."""
     model, images = seeded(network, torch.float64) if network else stack(), smooth((16, 3, 20, 20)).split(8)
     shared, separate = (probed(model, images, tmp_path / f"{way}.json", way) for way in (True, False))
     assert shared.keys() == separate.keys()
@@ -121,7 +121,7 @@ def test_probes_from_shared_moments_are_those_of_separate_refits(
         assert shared[name] == pytest.approx(score, rel=1e-6, abs=1e-15), name
 
 
-def test_in_single_precision_they_agree_to_its_rounding(tmp_path: Path) -> None:
+def test_in_float32_the_probes_agree_within_rounding(tmp_path: Path) -> None:
     model, images = stack(torch.float32), smooth((16, 3, 12, 12), dtype=torch.float32).split(8)
     shared, separate = (probed(model, images, tmp_path / f"{way}.json", way) for way in (True, False))
     for name, score in separate.items():
@@ -129,8 +129,8 @@ def test_in_single_precision_they_agree_to_its_rounding(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "few"), [("16x16 patches", 12), ("Conv1d", 2)])
-def test_with_fewer_positions_than_unknowns_the_responses_themselves_are_shared(name: str, few: int) -> None:
-    """Of a small cut there may be fewer unknowns than positions."""
+def test_with_fewer_positions_than_unknowns_the_responses_are_shared_instead_of_moments(name: str, few: int) -> None:
+    """A small cut may still have fewer unknowns than positions."""
     make, shape = CONVOLUTIONS[name]
     model, x = seeded(lambda: nn.Sequential(make()), torch.float64), smooth((few, *shape[1:]))
     size = tuple(model[0].kernel_size)
@@ -153,7 +153,7 @@ def test_with_fewer_positions_than_unknowns_the_responses_themselves_are_shared(
         assert shared.error_after == pytest.approx(separate.error_after, rel=1e-8)
 
 
-def test_layers_that_a_cut_feeds_otherwise_are_left_out() -> None:
+def test_layers_whose_inputs_a_cut_changes_are_left_out() -> None:
     model, x = seeded(Branches, torch.float64), smooth((16, 3, 20, 20))
     uncut = hc.convert(model).model
     layers = {name: uncut.get_submodule(name) for name in ("stem", "shared", "tied_a", "tied_b", "unused")}
@@ -163,7 +163,7 @@ def test_layers_that_a_cut_feeds_otherwise_are_left_out() -> None:
     assert not list(whole_layers(uncut, layers, calibration_set([x[:1]]), 0, 1 << 30)), "nor where none is held back"
 
 
-def test_what_is_known_of_one_layer_is_not_believed_of_two() -> None:
+def test_moments_of_one_layer_are_not_used_for_two() -> None:
     model, x = stack(), smooth((32, 3, 12, 12))
     settings = CalibrationSettings(batch_norm=False)
     known = Known.of(model, x.split(8), settings)
@@ -176,12 +176,12 @@ def test_what_is_known_of_one_layer_is_not_believed_of_two() -> None:
     assert all(torch.equal(states[0][key], tensor) for key, tensor in states[1].items())
 
 
-def test_the_network_runs_once_for_all_cuts_of_its_layers(tmp_path: Path) -> None:
+def test_the_network_runs_only_once_for_all_cuts_of_its_layers(tmp_path: Path) -> None:
     model, runs = stack(), []
     model[3].register_forward_hook(lambda *_: runs.append(1))
     images = smooth((16, 3, 12, 12)).split(4)
     probed(model, images, tmp_path / "probes.json", True)
     probes = len(json.loads((tmp_path / "probes.json").read_text())["single"])
-    once = 4 + 4  # batches to fit on and held back
-    # Each probe: one example, and the held-back batches before and after its refit; the original's own outputs once.
+    once = 4 + 4  # batches for the fit and held-back batches
+    # Each probe runs one example, and the held-back batches before and after its refit; the original runs once.
     assert len(runs) <= once + 4 + probes * (2 + 2 * 4 + 2 * 4)
