@@ -1,4 +1,4 @@
-"""Images for calibration: whatever lies in a folder, in the network's own pre-processing, with broken files named."""
+"""Images for calibration: all images in a folder, with the network's own pre-processing; broken files are named."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def picture(path: Path, seed: int, size: tuple[int, int] = (40, 30), mode: str =
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Twelve images, flat and nested, of several formats and modes, and a text that is none."""
+    """Write a folder of twelve images, flat and nested, in several formats and modes, and a text file."""
     names = ["a.png", "b.jpg", "deep/c.PNG", "deep/er/d.jpeg", "e.bmp", "f.webp"]
     for number, name in enumerate(names * 2):
         path = tmp_path / name
@@ -54,14 +54,14 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_every_image_of_a_folder_is_found_whatever_its_depth(folder: Path, network: nn.Module) -> None:
+def test_images_are_found_at_any_depth_of_a_folder(folder: Path, network: nn.Module) -> None:
     images = calibration_images(str(folder), network, 100, 5, overrides={"input_size": (3, 32, 32)})
     assert len(images) == 12
     assert [len(batch) for batch in images.batches] == [5, 5, 2]
     assert images.unreadable == ()
 
 
-def test_the_choice_of_images_is_seeded(folder: Path, network: nn.Module) -> None:
+def test_images_are_chosen_by_the_seed(folder: Path, network: nn.Module) -> None:
     def chosen(seed: int) -> torch.Tensor:
         return torch.cat(calibration_images(str(folder), network, 4, 4, seed=seed).batches)
 
@@ -69,7 +69,7 @@ def test_the_choice_of_images_is_seeded(folder: Path, network: nn.Module) -> Non
     assert not torch.equal(chosen(0), chosen(1))
 
 
-def test_pixels_are_scaled_as_the_network_was_trained(tmp_path: Path, network: nn.Module) -> None:
+def test_pixels_are_scaled_by_the_preprocessing_of_the_network(tmp_path: Path, network: nn.Module) -> None:
     Image.new("RGB", (300, 300), (255, 0, 51)).save(tmp_path / "flat.png")
     (batch,) = calibration_images(str(tmp_path), network).batches
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
@@ -81,7 +81,7 @@ def test_pixels_are_scaled_as_the_network_was_trained(tmp_path: Path, network: n
     assert torch.allclose(batch[0, :, 10, 10], torch.tensor([2.0, -2.0, -1.2]), atol=1e-5)
 
 
-def test_a_network_of_one_channel_is_fed_grey(tmp_path: Path) -> None:
+def test_a_network_with_one_channel_gets_grey_images(tmp_path: Path) -> None:
     Image.new("RGB", (28, 28), (255, 255, 255)).save(tmp_path / "white.png")
     network = hc.open_source("sample:resnet_mnist5k").model
     (batch,) = calibration_images(str(tmp_path), network).batches
@@ -112,12 +112,12 @@ def test_too_many_unreadable_images_are_an_error(tmp_path: Path, network: nn.Mod
         ("torch/cifar10", "torch/cifar10: say where it lies with data_dir=DIR"),
     ],
 )
-def test_what_is_no_data_set_is_refused(data: str, message: str, network: nn.Module) -> None:
+def test_unknown_data_sets_are_refused(data: str, message: str, network: nn.Module) -> None:
     with pytest.raises(UsageError, match=message):
         calibration_images(data, network)
 
 
-def test_sixteen_bits_and_linked_folders(tmp_path: Path) -> None:
+def test_sixteen_bit_images_in_linked_folders_are_read(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     pixels = np.linspace(0, 65535, 28 * 28).reshape(28, 28).astype(np.uint16)
     Image.fromarray(pixels).save(tmp_path / "real" / "x-ray.png")
@@ -129,29 +129,29 @@ def test_sixteen_bits_and_linked_folders(tmp_path: Path) -> None:
     assert torch.allclose(batch[0, 0], torch.from_numpy(pixels / 65535).float(), atol=1 / 255)
 
 
-def test_one_channel_and_timms_defaults_of_three() -> None:
+def test_timms_defaults_for_three_channels_are_reduced_to_one() -> None:
     config = preprocessing(nn.Conv2d(1, 1, 3), {"input_size": (1, 16, 16)})
     assert config["mean"] == (pytest.approx(0.449),)
 
 
-def test_a_file_is_no_folder(folder: Path, network: nn.Module) -> None:
+def test_a_file_is_refused_as_a_folder(folder: Path, network: nn.Module) -> None:
     with pytest.raises(UsageError, match="is a file: give the folder"):
         calibration_images(str(folder / "a0.png"), network)
 
 
-def test_an_empty_folder_holds_no_image(tmp_path: Path, network: nn.Module) -> None:
+def test_a_folder_without_images_is_refused(tmp_path: Path, network: nn.Module) -> None:
     with pytest.raises(InputError, match="holds no image"):
         calibration_images(str(tmp_path), network)
 
 
-def test_a_data_set_that_timm_does_not_know(tmp_path: Path, network: nn.Module) -> None:
+def test_a_data_set_that_timm_does_not_have_is_refused(tmp_path: Path, network: nn.Module) -> None:
     with pytest.raises(UsageError, match="timm cannot open torch/nonsense"):
         calibration_images("torch/nonsense", network, data_dir=str(tmp_path))
 
 
-def test_a_stream_is_read_as_it_comes(monkeypatch: pytest.MonkeyPatch, network: nn.Module) -> None:
+def test_a_stream_is_read_in_its_own_order(monkeypatch: pytest.MonkeyPatch, network: nn.Module) -> None:
     class Reader:
-        """What timm's readers of streams look like."""
+        """A reader with the interface of timm's readers of streams."""
 
         def __iter__(self):
             for value in range(0, 250, 10):
@@ -168,7 +168,7 @@ def test_a_stream_is_read_as_it_comes(monkeypatch: pytest.MonkeyPatch, network: 
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # timm leaves the archive open
-def test_broken_and_deep_pictures_of_an_archive_are_passed_over_and_scaled(tmp_path: Path, network: nn.Module) -> None:
+def test_broken_images_of_an_archive_are_skipped_and_deep_ones_scaled(tmp_path: Path, network: nn.Module) -> None:
     folder = tmp_path / "in" / "cats"
     folder.mkdir(parents=True)
     Image.fromarray(np.full((20, 20), 65535, dtype=np.uint16)).save(folder / "deep.png")
@@ -179,7 +179,7 @@ def test_broken_and_deep_pictures_of_an_archive_are_passed_over_and_scaled(tmp_p
     images = calibration_images(str(tmp_path / "pictures.tar"), network, 8, overrides=overrides)
     assert len(images) == len(images.unreadable) == 1
     assert images.batches[0].min() == 1
-    gc.collect()  # here, not in another test
+    gc.collect()  # so that the warning appears in this test and in no other
 
 
 def test_a_timm_data_set_on_disk_is_read(tmp_path: Path, network: nn.Module) -> None:
@@ -189,7 +189,7 @@ def test_a_timm_data_set_on_disk_is_read(tmp_path: Path, network: nn.Module) -> 
     assert len(images) == 3
 
 
-def test_the_training_digits_are_not_those_held_back() -> None:
+def test_the_training_digits_exclude_the_held_back_ones() -> None:
     images, labels = mnist5k()
     held, _ = mnist5k_held_back()
     assert len(images) == len(labels) == 4000
@@ -198,19 +198,19 @@ def test_the_training_digits_are_not_those_held_back() -> None:
     assert not seen & {image.tobytes() for image in back.numpy()}
 
 
-def test_photographs_are_cropped_as_often_as_asked(network: nn.Module) -> None:
+def test_photographs_give_the_requested_number_of_crops(network: nn.Module) -> None:
     images = calibration_images("sample:photographs", network, 5, 2, overrides={"input_size": (3, 32, 32)})
     assert [len(batch) for batch in images.batches] == [2, 2, 1]
     assert len({image.numpy().tobytes() for batch in images.batches for image in batch}) == 5
 
 
-def test_a_network_that_names_no_size_asks_for_one() -> None:
+def test_a_network_without_an_input_size_asks_for_it() -> None:
     with pytest.raises(UsageError, match="give input_size=C,H,W"):
         preprocessing(nn.Conv2d(3, 3, 3), {})
     assert preprocessing(nn.Conv2d(3, 3, 3), {"input_size": (3, 50, 60)})["input_size"] == (3, 50, 60)
 
 
-def test_inputs_that_are_no_images_are_refused() -> None:
+def test_networks_with_inputs_other_than_images_are_refused() -> None:
     with pytest.raises(UsageError, match="inputs of 4 axes, not images"):
         preprocessing(nn.Conv2d(3, 3, 3), {"input_size": (3, 16, 112, 112)})
     with pytest.raises(UsageError, match="reads 4 channels, images have 1 or 3"):
@@ -219,7 +219,7 @@ def test_inputs_that_are_no_images_are_refused() -> None:
         preprocessing(nn.Conv2d(3, 3, 3), {"input_size": (3, 32, 32), "mean": (0.5, 0.5)})
 
 
-def test_torchvisions_own_preprocessing_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_preprocessing_of_torchvision_weights_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     network = hc.open_source("torchvision:resnet18.IMAGENET1K_V1", pretrained=False).model
     config = preprocessing(network, {})
     assert config["input_size"] == (3, 224, 224)
@@ -231,7 +231,7 @@ def test_torchvisions_own_preprocessing_is_found(monkeypatch: pytest.MonkeyPatch
 # --- pre-processing that nobody says ---
 
 
-def test_a_network_that_says_nothing_of_its_preprocessing_is_not_given_imagenets(folder: Path) -> None:
+def test_a_network_of_unknown_preprocessing_does_not_get_that_of_imagenet(folder: Path) -> None:
     network, size = nn.Conv2d(3, 2, 3), {"input_size": (3, 16, 16)}
     for given in ({}, {"mean": (0.5,)}, {"std": (0.5,)}):
         with pytest.raises(UsageError, match=r"does not say how its images are preprocessed.*mean and std, or"):
@@ -241,7 +241,7 @@ def test_a_network_that_says_nothing_of_its_preprocessing_is_not_given_imagenets
             function(preprocessing(network, size))
 
 
-def test_what_is_given_for_such_a_network_is_all_that_is_done(tmp_path: Path) -> None:
+def test_with_unknown_preprocessing_only_the_given_steps_are_applied(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     given = {"input_size": (1, 16, 16), "mean": (0.1,), "std": (0.3,)}
@@ -249,7 +249,7 @@ def test_what_is_given_for_such_a_network_is_all_that_is_done(tmp_path: Path) ->
     assert torch.allclose(image[0], (torch.from_numpy(pixels) / 255 - 0.1) / 0.3, atol=1e-6), "nothing is cropped"
 
 
-def test_named_ways_to_preprocess(tmp_path: Path) -> None:
+def test_preprocessing_is_chosen_by_name(tmp_path: Path) -> None:
     picture(tmp_path / "wide.png", 0, size=(64, 16))
     wide, network = Image.open(tmp_path / "wide.png"), nn.Conv2d(3, 2, 3)
     none = preprocessing(network, {"input_size": (3, 16, 16), "preprocess": "none"})
@@ -274,7 +274,7 @@ def number(image):
 """
 
 
-def test_a_function_of_the_users_makes_the_tensors(tmp_path: Path) -> None:
+def test_a_user_function_preprocesses_images(tmp_path: Path) -> None:
     (tmp_path / "prepare.py").write_text(PREPARE)
     picture(tmp_path / "a.png", 0, size=(20, 20))
 
@@ -307,7 +307,7 @@ def test_a_function_of_the_users_makes_the_tensors(tmp_path: Path) -> None:
         preprocessing(nn.Conv2d(1, 2, 3), {"input_size": (1, 8, 8), "preprocess": "a.py:f", "mean": (1.0,)})
 
 
-def test_a_function_that_a_checkpoint_names_is_not_run_unasked() -> None:
+def test_a_function_that_a_checkpoint_names_is_not_run_without_permission() -> None:
     network = nn.Conv2d(1, 2, 3)
     network.pretrained_cfg = {"input_size": (1, 8, 8), "function": "evil.py:run"}
     with pytest.raises(UsageError, match=r"preprocessed by user code \(evil.py:run\), which is not run unasked"):
@@ -316,7 +316,7 @@ def test_a_function_that_a_checkpoint_names_is_not_run_unasked() -> None:
     assert "function" not in preprocessing(network, {"mean": (0.5,), "std": (0.5,)})
 
 
-def test_a_timm_network_of_one_channel_is_fed_grey(folder: Path) -> None:
+def test_a_timm_network_with_one_channel_gets_grey_images(folder: Path) -> None:
     network = timm.create_model("resnet18", pretrained=False, in_chans=1)
     (batch,) = calibration_images(str(folder), network, 2, overrides={"crop_pct": 1.0}).batches
     assert batch.shape == (2, 1, 224, 224)
@@ -328,7 +328,7 @@ def test_a_timm_network_of_one_channel_is_fed_grey(folder: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I", "I;16", "F"])
 @pytest.mark.parametrize("wanted", ["L", "RGB"])
-def test_pictures_of_every_mode_become_those_of_the_network(mode: str, wanted: str) -> None:
+def test_pictures_of_every_mode_are_converted_to_the_channels_of_the_network(mode: str, wanted: str) -> None:
     picture = Image.new("L", (4, 4), 255).convert({"I;16": "I"}.get(mode, mode))
     if mode.startswith("I") or mode == "F":
         deep = np.full((4, 4), 1.0 if mode == "F" else 65535)
@@ -338,7 +338,7 @@ def test_pictures_of_every_mode_become_those_of_the_network(mode: str, wanted: s
     assert np.asarray(found).min() >= 254, "white stays white"
 
 
-def test_transparency_is_left_out_as_timm_does_and_without_a_warning(tmp_path: Path) -> None:
+def test_transparency_is_dropped_as_in_timm_and_without_a_warning(tmp_path: Path) -> None:
     palette = Image.new("P", (4, 4), 1)
     palette.putpalette([0, 0, 0, 10, 20, 30])
     palette.save(tmp_path / "p.png", transparency=b"\0\0")
@@ -346,7 +346,7 @@ def test_transparency_is_left_out_as_timm_does_and_without_a_warning(tmp_path: P
         assert in_mode(image, "RGB").getpixel((0, 0)) == (10, 20, 30)
 
 
-def test_floats_have_one_scale_for_all_pictures() -> None:
+def test_float_pictures_are_scaled_by_their_range() -> None:
     def grey(value: float) -> int:
         return int(in_mode(Image.fromarray(np.full((2, 2), value, dtype=np.float32)), "L").getpixel((0, 0)))
 
@@ -359,7 +359,7 @@ def test_floats_have_one_scale_for_all_pictures() -> None:
     ("channels", "extra", "photometric", "bits"),
     [(13, (0,) * 12, 1, 16), (4, (0,) * 3, 1, 16), (4, (0,), 2, 8), (2, (0,), 1, 8), (6, (0, 0, 0), 2, 8)],
 )
-def test_satellite_images_are_refused_by_name(
+def test_satellite_images_are_refused_and_named(
     tmp_path: Path, network: nn.Module, channels: int, extra: tuple[int, ...], photometric: int, bits: int
 ) -> None:
     tiff(tmp_path / "scene.tif", channels, extra, photometric, bits)
@@ -367,7 +367,7 @@ def test_satellite_images_are_refused_by_name(
         calibration_images(str(tmp_path), network, 4)
 
 
-def test_tiffs_of_grey_and_colours_are_read(tmp_path: Path, network: nn.Module) -> None:
+def test_grey_and_colour_tiffs_are_read(tmp_path: Path, network: nn.Module) -> None:
     for number, (channels, extra, photometric) in enumerate([(1, (), 1), (3, (), 2), (4, (2,), 2), (4, (), 5)]):
         tiff(tmp_path / f"{number}.tif", channels, extra, photometric)
     images = calibration_images(str(tmp_path), network, 4, overrides={"input_size": (3, 8, 8)})
@@ -377,7 +377,7 @@ def test_tiffs_of_grey_and_colours_are_read(tmp_path: Path, network: nn.Module) 
 # --- outputs that hardly vary ---
 
 
-def test_outputs_that_hardly_vary_are_remarked_on() -> None:
+def test_a_remark_says_when_outputs_hardly_vary() -> None:
     digits, _ = mnist5k_held_back()
     network, digits = hc.open_source("sample:resnet_mnist5k").model, digits[::25]
     assert remark_on(network, [digits]) is None

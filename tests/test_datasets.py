@@ -1,4 +1,4 @@
-"""Labelled data: what is found, how it is split, what is refused; batches that depend on nothing but the seed."""
+"""Labelled data: which images are found, how they are split, what is refused; batches depend only on the seed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def split_folder(tmp_path: Path) -> Path:
 # --- what is found ---
 
 
-def test_a_folder_with_splits(split_folder: Path) -> None:
+def test_a_folder_with_splits_is_opened(split_folder: Path) -> None:
     data = open_data(DataRequest(data_dir=str(split_folder)))
     assert data.identity() == {"images": [40, 20], "classes": 10}
     assert data.labelled
@@ -54,7 +54,7 @@ def test_classes_are_numbered_in_natural_order(tmp_path: Path) -> None:
     assert list(data.test.classes) == ["1", "2", "10"]
 
 
-def test_a_class_is_a_visible_folder_with_all_below_it(tmp_path: Path) -> None:
+def test_a_class_is_a_visible_folder_with_all_images_below_it(tmp_path: Path) -> None:
     for name in ("a/x.bmp", "b/deep/deeper/y.webp", "b/z.JPG", "b/.hidden/w.png", ".cache/v.png", "c/u.png"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def test_a_folder_without_splits_is_split_by_the_seed(tmp_path: Path) -> None:
     assert "10 of its 40 images (seed 3) are held back for testing" in data.notes[0]
 
 
-def test_evaluating_without_a_holdout_tests_on_all(tmp_path: Path) -> None:
+def test_evaluation_without_a_holdout_uses_all_images(tmp_path: Path) -> None:
     digit_folders(tmp_path, 2)
     assert len(open_data(DataRequest(data_dir=str(tmp_path), holdout=0), ("test",)).test) == 20
 
@@ -93,7 +93,7 @@ def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # timm leaves the archive open
-def test_a_tar_file(tmp_path: Path) -> None:
+def test_a_tar_file_is_opened(tmp_path: Path) -> None:
     digit_folders(tmp_path / "digits", 2)
     with tarfile.open(tmp_path / "digits.tar", "w") as archive:
         archive.add(tmp_path / "digits", "digits")
@@ -101,11 +101,11 @@ def test_a_tar_file(tmp_path: Path) -> None:
     assert data.identity() == {"images": [10, 10], "classes": 10}
     assert data.train.read(0)[0].size == (28, 28)
     del data
-    gc.collect()  # here, not in another test
+    gc.collect()  # so that the warning appears in this test and in no other
 
 
-def test_torchs_data_sets(tmp_path: Path) -> None:
-    """timm's torch/image_folder stands for the others, which all are read from a disk in the same way."""
+def test_torchvision_data_sets_are_opened(tmp_path: Path) -> None:
+    """timm's torch/image_folder represents all of them: they are read from a disk in the same way."""
     digit_folders(tmp_path / "train", 2)
     digit_folders(tmp_path / "validation", 1, first=5)
     data = open_data(DataRequest("torch/image_folder", str(tmp_path)))
@@ -113,7 +113,7 @@ def test_torchs_data_sets(tmp_path: Path) -> None:
     assert data.train.read(3)[1] == 1
 
 
-def test_the_samples() -> None:
+def test_sample_data_sets_are_opened() -> None:
     digits = open_data(DataRequest("sample:mnist5k"))
     assert digits.identity() == {"images": [4000, 1000], "classes": 10}
     crops = open_data(DataRequest("sample:photographs"))
@@ -143,7 +143,7 @@ def test_an_image_beside_the_class_folders_is_left_out_with_a_note(split_folder:
     ]
 
 
-def test_folders_that_are_no_classes_are_left_out(split_folder: Path) -> None:
+def test_folders_that_are_not_classes_are_left_out(split_folder: Path) -> None:
     blank(split_folder / "train" / "__MACOSX" / "a.png")
     for name in ("train/thumbnails/Thumbs.db", "val/docs/readme.txt", "train/.DS_Store", "val/__MACOSX/._1.png"):
         (split_folder / name).parent.mkdir(exist_ok=True)
@@ -156,7 +156,7 @@ def test_folders_that_are_no_classes_are_left_out(split_folder: Path) -> None:
     ]
 
 
-def test_a_class_without_images_to_test_on_is_no_error(split_folder: Path) -> None:
+def test_a_class_without_test_images_is_no_error(split_folder: Path) -> None:
     for image in (split_folder / "val" / "3").iterdir():
         image.unlink()
     data = open_data(DataRequest(data_dir=str(split_folder)))
@@ -164,14 +164,14 @@ def test_a_class_without_images_to_test_on_is_no_error(split_folder: Path) -> No
     assert "left out: 3" in data.notes[0]
 
 
-def test_a_class_of_pictures_that_are_not_read_is_no_stray(split_folder: Path) -> None:
+def test_a_folder_of_unsupported_images_counts_as_a_class(split_folder: Path) -> None:
     (split_folder / "train" / "phone").mkdir()
     (split_folder / "train" / "phone" / "a.heic").write_bytes(b"x")
     with pytest.raises(InputError, match=r"class folders without an image \(phone\)"):
         open_data(DataRequest(data_dir=str(split_folder)))
 
 
-def test_most_images_outside_of_folders_have_no_labels(tmp_path: Path) -> None:
+def test_if_most_images_are_outside_class_folders_none_has_a_label(tmp_path: Path) -> None:
     for number in range(6):
         blank(tmp_path / f"{number}.png")
     blank(tmp_path / "more" / "a.png")
@@ -181,7 +181,7 @@ def test_most_images_outside_of_folders_have_no_labels(tmp_path: Path) -> None:
     assert "itself holds 6 images" in data.notes[0]
 
 
-def test_a_folder_in_a_folder_is_named(tmp_path: Path) -> None:
+def test_the_message_names_an_inner_folder_with_splits(tmp_path: Path) -> None:
     digit_folders(tmp_path / "digits" / "train", 1)
     digit_folders(tmp_path / "digits" / "val", 1)
     (tmp_path / "__MACOSX").mkdir()
@@ -192,7 +192,7 @@ def test_a_folder_in_a_folder_is_named(tmp_path: Path) -> None:
 # --- what is refused ---
 
 
-def test_an_empty_class_folder_is_named(split_folder: Path) -> None:
+def test_the_message_names_an_empty_class_folder(split_folder: Path) -> None:
     (split_folder / "train" / "0a").mkdir()
     with pytest.raises(InputError, match=r"train has class folders without an image \(0a\).*shift the numbers"):
         open_data(DataRequest(data_dir=str(split_folder)))
@@ -205,7 +205,7 @@ def test_test_classes_must_be_those_of_training(split_folder: Path) -> None:
         open_data(DataRequest(data_dir=str(split_folder)))
 
 
-def test_a_class_that_is_not_tested_does_not_shift_the_others(split_folder: Path) -> None:
+def test_a_class_without_test_images_does_not_shift_the_others(split_folder: Path) -> None:
     for image in (split_folder / "val" / "3").iterdir():
         image.unlink()
     (split_folder / "val" / "3").rmdir()
@@ -225,18 +225,18 @@ def test_a_class_that_is_not_tested_does_not_shift_the_others(split_folder: Path
         (DataRequest("torch/nothing", "."), "timm cannot open torch/nothing"),
     ],
 )
-def test_data_that_is_not_there(request_: DataRequest, message: str) -> None:
+def test_missing_data_sets_are_refused(request_: DataRequest, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         open_data(request_)
 
 
-def test_one_split_and_nothing_held_back(tmp_path: Path) -> None:
+def test_training_on_one_split_without_a_holdout_is_refused(tmp_path: Path) -> None:
     digit_folders(tmp_path, 1)
     with pytest.raises(UsageError, match="give holdout above 0"):
         open_data(DataRequest(data_dir=str(tmp_path), holdout=0))
 
 
-def test_a_folder_without_images(tmp_path: Path) -> None:
+def test_a_data_folder_without_images_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no image"):
         open_data(DataRequest(data_dir=str(tmp_path)))
 
@@ -248,7 +248,7 @@ def digits(folder: Path, each: int = 4) -> object:
     return open_data(DataRequest(data_dir=str(digit_folders(folder, each)), holdout=0), ("train",)).train
 
 
-def test_every_epoch_is_another_order_and_each_sees_every_picture(tmp_path: Path) -> None:
+def test_every_epoch_has_another_order_with_every_picture_once(tmp_path: Path) -> None:
     loading = training_batches(digits(tmp_path), TO_TENSOR, "L", 10)
     assert loading.steps == 4
     epochs = [torch.cat([batch.images for batch in loading.epoch(epoch)]) for epoch in (0, 1, 0)]
@@ -259,7 +259,7 @@ def test_every_epoch_is_another_order_and_each_sees_every_picture(tmp_path: Path
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_going_on_in_the_middle_gives_the_batches_that_were_left(tmp_path: Path, workers: int) -> None:
+def test_an_epoch_resumed_in_the_middle_has_the_remaining_batches(tmp_path: Path, workers: int) -> None:
     pictures = digits(tmp_path)
     whole = list(training_batches(pictures, RANDOM, "L", 8, seed=5).epoch(2))
     loading = training_batches(pictures, RANDOM, "L", 8, seed=5, workers=workers)
@@ -270,7 +270,7 @@ def test_going_on_in_the_middle_gives_the_batches_that_were_left(tmp_path: Path,
         assert torch.equal(batch.labels, expected.labels)
 
 
-def test_augmentation_is_a_function_of_seed_epoch_and_picture(tmp_path: Path) -> None:
+def test_augmentation_depends_only_on_seed_epoch_and_picture(tmp_path: Path) -> None:
     pictures = digits(tmp_path, 1)
     first = next(training_batches(pictures, RANDOM, "L", 10, seed=0).epoch(0))
     torch.manual_seed(99)
@@ -279,7 +279,7 @@ def test_augmentation_is_a_function_of_seed_epoch_and_picture(tmp_path: Path) ->
     assert not torch.equal(first.images, next(training_batches(pictures, RANDOM, "L", 10, seed=1).epoch(0)).images)
 
 
-def test_loading_leaves_the_random_numbers_of_the_run_alone(tmp_path: Path) -> None:
+def test_loading_does_not_change_the_random_state_of_the_run(tmp_path: Path) -> None:
     loading = training_batches(digits(tmp_path), RANDOM, "L", 10)
     torch.manual_seed(1)
     list(loading.epoch(0))
@@ -288,7 +288,7 @@ def test_loading_leaves_the_random_numbers_of_the_run_alone(tmp_path: Path) -> N
     assert torch.equal(drawn, torch.rand(3))
 
 
-def test_processes_share_each_batch_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_divide_each_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = digits(tmp_path)
     whole = list(training_batches(pictures, RANDOM, "L", 8).epoch(0))
     tested = list(evaluation_batches(pictures, TO_TENSOR, "L", 7).epoch(0))
@@ -305,20 +305,20 @@ def test_processes_share_each_batch_out(tmp_path: Path, monkeypatch: pytest.Monk
     assert sorted(torch.cat(test_shares).tolist()) == sorted(torch.cat([b.labels for b in tested]).tolist())
 
 
-def test_the_incomplete_batch_is_left_out_of_training_and_tested_on(tmp_path: Path) -> None:
+def test_training_leaves_out_the_incomplete_batch_and_evaluation_includes_it(tmp_path: Path) -> None:
     pictures = digits(tmp_path)
     assert [len(b.images) for b in training_batches(pictures, TO_TENSOR, "L", 16).epoch(0)] == [16, 16]
     assert [len(b.images) for b in evaluation_batches(pictures, TO_TENSOR, "L", 16).epoch(0)] == [16, 16, 8]
     assert [len(b.images) for b in training_batches(pictures, TO_TENSOR, "L", 100).epoch(0)] == [40]
 
 
-def test_a_broken_picture_is_replaced_in_training_and_left_out_of_a_test(tmp_path: Path) -> None:
+def test_a_broken_picture_is_replaced_in_training_and_left_out_in_evaluation(tmp_path: Path) -> None:
     folder = digit_folders(tmp_path, 2)
     (folder / "4" / "0.png").write_bytes(b"nothing")
     pictures = open_data(DataRequest(data_dir=str(folder), holdout=0), ("train",)).train
     (batch,) = training_batches(pictures, TO_TENSOR, "L", 20).epoch(0)
     assert len(batch.images) == 20
-    assert sorted(batch.labels.tolist()).count(4) == 2  # the next picture is the other 4
+    assert sorted(batch.labels.tolist()).count(4) == 2  # the next picture, which replaces it, is the other 4
     assert len(batch.problems) == 1
     assert "4/0.png (cannot identify image file" in batch.problems[0]
     (batch,) = evaluation_batches(pictures, TO_TENSOR, "L", 20).epoch(0)
@@ -327,7 +327,7 @@ def test_a_broken_picture_is_replaced_in_training_and_left_out_of_a_test(tmp_pat
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_run_of_broken_pictures_is_a_broken_data_set(tmp_path: Path, workers: int) -> None:
+def test_many_broken_pictures_in_a_row_are_an_error(tmp_path: Path, workers: int) -> None:
     folder = digit_folders(tmp_path, 2)
     for image in folder.glob("*/*.png"):
         image.write_bytes(b"nothing")
@@ -336,7 +336,7 @@ def test_a_run_of_broken_pictures_is_a_broken_data_set(tmp_path: Path, workers: 
         list(training_batches(pictures, TO_TENSOR, "L", 20, workers=workers).epoch(0))
 
 
-def test_calibration_images_are_drawn_by_the_seed(tmp_path: Path) -> None:
+def test_calibration_images_are_chosen_by_the_seed(tmp_path: Path) -> None:
     pictures = digits(tmp_path)
     images = some_images(pictures, TO_TENSOR, "L", 12, seed=1)
     assert images.shape == (12, 1, 28, 28)
@@ -345,7 +345,7 @@ def test_calibration_images_are_drawn_by_the_seed(tmp_path: Path) -> None:
 
 
 class _Counted(IterableDataset):
-    """What timm gives for a stream: pictures and labels in its own order, an epoch at a time."""
+    """A data set like timm's streams: pictures and labels in their own order, epoch by epoch."""
 
     epoch = 0
 
@@ -356,7 +356,7 @@ class _Counted(IterableDataset):
         return ((Image.new("L", (28, 28), 10 * self.epoch + n), n) for n in range(7))
 
 
-def test_a_stream_is_read_epoch_by_epoch() -> None:
+def test_a_stream_is_read_once_in_each_epoch() -> None:
     loading = training_batches(Stream(_Counted()), TO_TENSOR, "L", 3)
     assert loading.steps is None
     assert [batch.labels.tolist() for batch in loading.epoch(0)] == [[0, 1, 2], [3, 4, 5]]

@@ -1,4 +1,4 @@
-"""Derivatives of every order and kind go through the factored form, and are those of the harmonic one."""
+"""Derivatives of every order and kind of the factored form equal those of the harmonic form."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def recomputed(network: nn.Module) -> list[Tensor]:
         jacobian, several_batches_at_once, forward_mode_of_func, dual_numbers_without_gradients, recomputed,
     ],
 )  # fmt: skip
-def test_derivatives_are_those_of_the_harmonic_form(derivative: Callable[[nn.Module], list[Tensor]]) -> None:
+def test_derivatives_equal_those_of_the_harmonic_form(derivative: Callable[[nn.Module], list[Tensor]]) -> None:
     harmonic = convert(seeded(_network), {"*": 2}).model
     factored = factor(harmonic, layers="factored")
     assert sum(isinstance(module, FactoredMixin) for module in factored) == 2
@@ -101,8 +101,8 @@ def test_derivatives_are_those_of_the_harmonic_form(derivative: Callable[[nn.Mod
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-5 * other.abs().max().item())
 
 
-def test_parameters_swapped_for_one_call_are_read_at_each_call() -> None:
-    """Values that are freed leave their address to the next ones."""
+def test_temporarily_replaced_parameters_are_used_in_each_call() -> None:
+    """Freed values may give their address to the next ones, so an address does not identify values."""
     harmonic = convert(seeded(_network), {"*": 2}).model
     factored = factor(harmonic, layers="factored")
     with torch.no_grad():

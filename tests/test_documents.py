@@ -1,4 +1,4 @@
-"""JSON of anybody's making, and the shapes that it is held against."""
+"""JSON from untrusted files, and the shapes against which it is checked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from harmconvert.storage import check_history
 @pytest.mark.parametrize(
     "text", ['{"a": [1, 2.5, null, NaN]}', '"\\ud83d\\ude00"', '{"a": {"a": 1}}', "[" * 90 + "]" * 90]
 )
-def test_json_is_read(text: str) -> None:
+def test_valid_json_is_parsed(text: str) -> None:
     import json
 
     assert repr(parse_json(text)) == repr(json.loads(text))
@@ -30,7 +30,7 @@ def test_json_is_read(text: str) -> None:
         ('{"\\uDFFF": 1}', "half of a surrogate pair"),
     ],
 )
-def test_json_that_can_be_read_in_two_ways_or_not_at_all_is_refused(text: str, message: str) -> None:
+def test_ambiguous_or_invalid_json_is_refused(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_json(text)
 
@@ -51,11 +51,13 @@ def test_json_that_can_be_read_in_two_ways_or_not_at_all_is_refused(text: str, m
         (None, False, False, False, False),
     ],
 )
-def test_kinds_of_numbers(value: Any, number_: bool, finite_: bool, whole_: bool, count_: bool) -> None:
+def test_kinds_of_numbers_are_distinguished(
+    value: Any, number_: bool, finite_: bool, whole_: bool, count_: bool
+) -> None:
     assert (number(value), finite(value), whole(value), count(value)) == (number_, finite_, whole_, count_)
 
 
-def test_what_json_can_hold() -> None:
+def test_values_that_json_can_hold_are_recognised() -> None:
     assert json_value({"a": [1, 2.5, None, True, {"b": ("x",)}]})
     assert not json_value({1: 2})
     assert not json_value([{"a": {1}}])
@@ -84,12 +86,12 @@ def test_what_json_can_hold() -> None:
         ("x" * 1000, count, "x.... should be a count"),
     ],
 )
-def test_a_value_of_another_shape_is_told_with_its_place(value: Any, shape: Any, message: str) -> None:
+def test_the_message_for_a_wrong_value_names_its_place(value: Any, shape: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check(value, shape, "it")
 
 
-def test_what_is_not_asked_for_may_be_anything_and_nothing_has_to_be_there() -> None:
+def test_unknown_and_missing_entries_are_allowed() -> None:
     check({"other": object()}, {"a": count}, "it")
     check({}, {"a": count, "b": [str]}, "it")
     check({"a": None, "b": [[1, 2], []]}, {"a": (count, None), "b": [[count]]}, "it")
@@ -113,6 +115,6 @@ def test_what_is_not_asked_for_may_be_anything_and_nothing_has_to_be_there() -> 
         ({"conversion": {"search": {"frontier": [[1]]}}}, "frontier: 0: a list of 1 item should be a pair"),
     ],
 )
-def test_a_history_of_odd_types_is_refused(history: Any, message: str) -> None:
+def test_a_history_with_wrong_types_is_refused(history: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_history(history)

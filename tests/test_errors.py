@@ -7,7 +7,7 @@ from harmconvert.errors import InputError, UsageError, one_line
 from harmconvert.pipeline import convert
 
 
-def test_a_message_is_one_line_that_moves_no_cursor_whatever_a_layer_is_called() -> None:
+def test_a_message_is_one_line_without_control_characters() -> None:
     network = nn.Sequential()
     network.add_module("two\nlines \x1b[31mred\x1b[0m \u202eback \udc80 é漢", nn.Conv2d(3, 4, 3))
     nn.init.constant_(next(network.parameters()), float("nan"))
@@ -17,7 +17,7 @@ def test_a_message_is_one_line_that_moves_no_cursor_whatever_a_layer_is_called()
     assert str(caught.value).startswith(f"{name}.weight holds NaN or infinite values")
 
 
-def test_text_that_prints_is_left_as_it_is() -> None:
+def test_printable_text_is_unchanged() -> None:
     for text in ("", "layer1.0 [x] 'é漢' <b> \\n", "a" * 5000):
         assert one_line(text) is text
         assert str(UsageError(text)) == text

@@ -1,4 +1,4 @@
-"""What is handed over computes what the network does, at any batch size, or nothing is written."""
+"""An exported file gives the outputs of the network for any batch size; otherwise nothing is written."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def in_runtime(path: Path, x: Tensor) -> np.ndarray:
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in ARCHITECTURES]
 )
-def test_architectures_round_trip(name: str, tmp_path: Path) -> None:
+def test_exported_architectures_give_the_same_outputs(name: str, tmp_path: Path) -> None:
     size = ARCHITECTURES[name]
     network = seeded(lambda: timm.create_model(name, num_classes=10))
     model = hc.convert(network, 2, example_input=torch.zeros(1, 3, size, size)).model
@@ -75,7 +75,7 @@ def test_architectures_round_trip(name: str, tmp_path: Path) -> None:
 def test_factored_networks_export_as_standard_operators(
     format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever is faster on this machine: both layers that can be."""
+    """Both layers that can be factored are factored, even if this is not faster on this machine."""
     monkeypatch.setattr(graphs, "_speedup", lambda before, after, x: 2.0)
     replace_everywhere(monkeypatch, factor, lambda model, x=None, layers="factored": factor(model, layers=layers))
     network = nn.Sequential(nn.Conv2d(3, 128, 3), nn.Conv2d(128, 128, 3, padding=1), nn.Conv2d(128, 4, 3), nn.Flatten())
@@ -122,14 +122,14 @@ class TwoInputs(nn.Module):
 
 
 @pytest.mark.parametrize("format", ["onnx", "torch-export"])
-def test_a_network_of_one_batch_size_says_so(format: str, tmp_path: Path) -> None:
+def test_the_notes_of_an_export_name_a_fixed_batch_size(format: str, tmp_path: Path) -> None:
     path = tmp_path / ("a.onnx" if format == "onnx" else "a.pt2")
     found = export(hc.convert(seeded(FixedBatch), include=["conv"]).model, path, format, example_input=X)
     assert "the batch is fixed" in found.notes[0]
     assert path.exists()
 
 
-def test_several_inputs_and_outputs(tmp_path: Path) -> None:
+def test_networks_with_several_inputs_and_outputs_are_exported(tmp_path: Path) -> None:
     model = hc.convert(seeded(TwoInputs)).model
     found = export(model, tmp_path / "a.onnx", "onnx", example_input=(X, torch.ones(1)))
     assert found.difference < 1e-5
@@ -137,7 +137,7 @@ def test_several_inputs_and_outputs(tmp_path: Path) -> None:
     assert export(model, tmp_path / "a.pt2", "torch-export", example_input={"x": X, "scale": torch.ones(1)}).notes == ()
 
 
-def test_a_mismatch_deletes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mismatch_leaves_existing_files_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.onnx"
     path.write_text("mine")
     run = graphs._session_outputs
@@ -155,7 +155,7 @@ def test_a_mismatch_deletes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_network_that_does_not_export(tmp_path: Path) -> None:
+def test_a_network_that_cannot_be_exported_is_reported(tmp_path: Path) -> None:
     class Stubborn(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -175,7 +175,9 @@ def test_a_network_that_does_not_export(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["onnx", "onnxscript", "onnxruntime"])
-def test_a_missing_package_is_named(missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_message_for_a_missing_package_names_it(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, missing, None)
@@ -194,12 +196,14 @@ def test_a_missing_package_is_named(missing: str, tmp_path: Path, monkeypatch: p
         ({"format": "torch-export"}, "should end in .pt2"),
     ],
 )
-def test_what_does_not_go_together(arguments: dict[str, str], message: str, tmp_path: Path) -> None:
+def test_arguments_that_do_not_fit_together_are_refused(
+    arguments: dict[str, str], message: str, tmp_path: Path
+) -> None:
     with pytest.raises(UsageError, match=message):
         export(hc.convert(seeded(Branches)).model, tmp_path / "a.onnx", example_input=X, **arguments)
 
 
-def test_an_input_that_does_not_fit_or_is_not_known(tmp_path: Path) -> None:
+def test_wrong_or_missing_example_inputs_are_refused(tmp_path: Path) -> None:
     model = hc.convert(seeded(Branches)).model
     with pytest.raises(UsageError, match=r"does not run on an example input of shape \(1, 5, 24, 24\)"):
         export(model, tmp_path / "a.onnx", "onnx", example_input=torch.zeros(1, 5, 24, 24))
@@ -207,7 +211,7 @@ def test_an_input_that_does_not_fit_or_is_not_known(tmp_path: Path) -> None:
         export(model, tmp_path / "a.onnx", "onnx")
 
 
-def test_over_two_gigabytes_there_is_no_single_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_onnx_file_beyond_the_size_limit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "LARGEST", 1000)
     with pytest.raises(InputError, match="more than one ONNX file holds"):
         export(hc.convert(seeded(Branches)).model, tmp_path / "a.onnx", "onnx", example_input=X)
@@ -217,7 +221,7 @@ def test_over_two_gigabytes_there_is_no_single_file(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_sixteen_bits_halve_a_file_and_load(dtype: str, tmp_path: Path) -> None:
+def test_files_in_sixteen_bits_have_half_the_size_and_are_loaded(dtype: str, tmp_path: Path) -> None:
     model = hc.convert(hc.open_source(SAMPLE).model, 2).model
     export(model, tmp_path / "a.safetensors", "dense")
     found = export(model, tmp_path / "b.safetensors", "dense", dtype=dtype)
@@ -231,7 +235,7 @@ def test_sixteen_bits_halve_a_file_and_load(dtype: str, tmp_path: Path) -> None:
             assert str(stored[key].dtype) == f"torch.{dtype}"
 
 
-def test_a_value_out_of_range_is_named() -> None:
+def test_the_message_for_a_value_out_of_range_names_its_tensor() -> None:
     network = nn.Sequential(nn.Conv2d(1, 1, 3), nn.BatchNorm2d(1))
     network[1].running_var.fill_(1e6)
     with pytest.raises(InputError, match=r"1.running_var has values up to 1e\+06, out of float16's range"):
@@ -239,8 +243,8 @@ def test_a_value_out_of_range_is_named() -> None:
     assert rounded(network, torch.bfloat16)[1].running_var.isfinite()
 
 
-def test_rounding_that_costs_too_much_is_refused(tmp_path: Path) -> None:
-    """A difference of nearly equal numbers: what is left of it are the bits that bfloat16 cuts off."""
+def test_rounding_that_changes_the_outputs_too_much_is_refused(tmp_path: Path) -> None:
+    """The output is a difference of nearly equal numbers: it consists of the bits that bfloat16 drops."""
     network = nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.Conv2d(2, 1, 1, bias=False))
     with torch.no_grad():
         network[0].weight[1] = network[0].weight[0] * 1.001
@@ -256,7 +260,7 @@ def test_rounding_that_costs_too_much_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_checkpoints_in_sixteen_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoints_in_sixteen_bits_are_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert (
         "rounded to bfloat16: outputs differ by"
@@ -284,7 +288,9 @@ def test_checkpoints_in_sixteen_bits(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ok("evaluate", "c.safetensors", "--dataset", "sample:mnist5k")
 
 
-def test_exporting_by_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_export_command_writes_files_and_prints_the_comparison(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     converted("a.safetensors", "--lambda", "2")
     text = ok("export", "a.safetensors", "--format", "onnx", "-o", "a.onnx").stdout
@@ -319,7 +325,7 @@ def test_exporting_by_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     )
 
 
-def test_rounding_leaves_complex_numbers_alone() -> None:
+def test_rounding_does_not_change_complex_numbers() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3))
     network.register_buffer("phase", torch.tensor([1j]))
     small = rounded(network, torch.float16)
@@ -337,7 +343,7 @@ def _circular_in_x(self: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | No
 
 @pytest.mark.parametrize("format", ["onnx", "torch-export"])
 @pytest.mark.slow
-def test_files_in_factored_form_compute_what_the_harmonic_network_does(
+def test_files_in_factored_form_give_the_outputs_of_the_harmonic_network(
     format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(graphs, "_speedup", lambda before, after, x: 2.0)
@@ -354,8 +360,8 @@ def test_files_in_factored_form_compute_what_the_harmonic_network_does(
     assert torch.allclose(got, expected, atol=1e-5)
 
 
-def test_a_form_that_is_off_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file agrees with the form that was exported, and that with nothing."""
+def test_a_wrong_dense_form_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file agrees with the dense form that was exported, but this form is wrong."""
 
     def off(model: nn.Module, x: object = None) -> nn.Module:
         dense = fuse(model)
@@ -368,7 +374,7 @@ def test_a_form_that_is_off_is_not_written(tmp_path: Path, monkeypatch: pytest.M
     assert list(tmp_path.iterdir()) == []
 
 
-def test_values_of_the_example_are_compared_on() -> None:
+def test_the_comparison_uses_the_values_of_the_example_input() -> None:
     x = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
     ids = torch.tensor([3, 7])
     assert torch.equal(comparison_inputs(x), x)
@@ -403,7 +409,7 @@ def test_a_timm_folder_that_makes_another_network_is_not_written(tmp_path: Path)
 
 
 class Pairs(nn.Module):
-    """Takes whole pairs of frames."""
+    """A network that accepts only an even batch: pairs of frames."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -415,7 +421,9 @@ class Pairs(nn.Module):
 
 
 @pytest.mark.parametrize("format", ["onnx", "torch-export"])
-def test_a_network_that_takes_some_batch_sizes_has_a_fixed_one(format: str, tmp_path: Path) -> None:
+def test_a_network_that_supports_only_some_batch_sizes_is_exported_with_a_fixed_one(
+    format: str, tmp_path: Path
+) -> None:
     path = tmp_path / ("a.onnx" if format == "onnx" else "a.pt2")
     found = export(hc.convert(seeded(Pairs)).model, path, format, example_input=random_input((4, 3, 8, 8)))
     assert "the batch is fixed" in found.notes[0]
@@ -449,7 +457,7 @@ class Eigenvalues(nn.Module):
         (Eigenvalues, "onnx", "No ONNX function found for"),
     ],
 )
-def test_an_exporter_that_fails_is_quiet_and_its_cause_is_the_message(
+def test_a_failing_exporter_prints_nothing_and_its_cause_is_the_message(
     network: type[nn.Module], format: str, cause: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / ("a.onnx" if format == "onnx" else "a.pt2")
@@ -476,7 +484,7 @@ _STORED = {
 def test_networks_in_sixteen_bits_are_compared_and_exported_in_float32(
     stored: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From a source in the user's own code to a checkpoint and a program."""
+    """The network comes from user code and is written to a checkpoint and a torch-export file."""
     monkeypatch.chdir(tmp_path)
     code = f"import torch\nimport harmconvert as hc\ndef make():\n    dtype = torch.{dtype}\n"
     code += f"    sample = hc.open_source('{SAMPLE}').model\n{_STORED[stored]}\n"
@@ -494,7 +502,7 @@ def test_networks_in_sixteen_bits_are_compared_and_exported_in_float32(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_every_command_takes_a_checkpoint_in_sixteen_bits(
+def test_every_command_accepts_a_checkpoint_in_sixteen_bits(
     dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -517,7 +525,7 @@ def test_every_command_takes_a_checkpoint_in_sixteen_bits(
 
 
 class Found(OrderedDict[str, Any]):
-    """A mapping of a class that exporters do not know."""
+    """A mapping of a class that exporters do not support."""
 
 
 Named = namedtuple("Named", ["logits", "twice"])
@@ -539,7 +547,7 @@ OUTPUTS: dict[str, Callable[[torch.Tensor], Any]] = {
 @pytest.mark.parametrize(
     "make", [lambda y: y, lambda y: {"logits": y}, lambda y: [y, None]], ids=["tensor", "dict", "list"]
 )
-def test_plain_outputs_are_exported_as_they_are(make: Any, tmp_path: Path) -> None:
+def test_plain_outputs_are_exported_unchanged(make: Any, tmp_path: Path) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -576,7 +584,7 @@ def test_records_of_classes_that_exporters_do_not_know_become_tuples_of_tensors(
 
 
 class Extras(nn.Module):
-    """Returns tensors and other values, as its ``make`` says."""
+    """A network that returns the tensors and other values that its ``make`` returns."""
 
     def __init__(self, make: Any) -> None:
         super().__init__()
@@ -586,7 +594,7 @@ class Extras(nn.Module):
         return self.make(self.conv(images).mean((2, 3)))
 
 
-def test_outputs_that_are_no_tensors_are_named(tmp_path: Path) -> None:
+def test_outputs_that_are_not_tensors_are_named(tmp_path: Path) -> None:
     example = torch.randn(2, 3, 9, 9)
     for number, (make, kinds) in enumerate(
         [(lambda y: {"logits": y, "stride": 8}, "int"), (lambda y: (y, {1, 2}, "name"), "set, str")]

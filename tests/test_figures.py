@@ -1,4 +1,4 @@
-"""Figures: their numbers against slow maths, their images by what they hold, the command by files and exit codes."""
+"""Figures: their numbers equal slow calculations, their images are valid, the command has the right exit codes."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ def test_magnitudes_are_the_mean_of_absolute_inner_products(name: str) -> None:
 
 
 @pytest.mark.parametrize("normalization", ["ortho", "l1"])
-def test_a_harmonic_convolution_shows_what_it_kept(normalization: str) -> None:
-    """Of orthonormal filters, whatever basis its coefficients belong to."""
+def test_the_spectrum_of_a_harmonic_convolution_shows_its_kept_frequencies(normalization: str) -> None:
+    """Magnitudes refer to orthonormal filters, independent of the basis of the coefficients."""
     conv = seeded(lambda: nn.Conv2d(3, 4, 3))
     kept = oracle.frequencies((3, 3), 2)
     (plain,) = spectrum(conv).layers
@@ -95,7 +95,7 @@ def test_a_harmonic_convolution_shows_what_it_kept(normalization: str) -> None:
     assert max(cut.relative) == 1
 
 
-def test_a_block_shows_its_mixing_weights() -> None:
+def test_the_spectrum_of_a_block_shows_its_1x1_weights() -> None:
     conv = seeded(lambda: nn.Conv2d(2, 5, 3))
     block = nn.Sequential(to_block(conv))
     (layer,) = spectrum(block).layers
@@ -103,7 +103,7 @@ def test_a_block_shows_its_mixing_weights() -> None:
     assert layer.magnitudes == pytest.approx(spectrum(conv).layers[0].magnitudes, rel=1e-5)
 
 
-def test_layers_come_in_the_order_of_the_network_and_panels_by_kernel() -> None:
+def test_layers_are_in_the_order_of_the_network_and_panels_grouped_by_kernel_size() -> None:
     found = spectrum(seeded(Branches))
     names = ["stem", "shared", "tied_a", "tied_b", "deep.odd name [x]", "unused"]
     assert [layer.name for layer in found.layers] == names
@@ -122,7 +122,7 @@ def test_layers_come_in_the_order_of_the_network_and_panels_by_kernel() -> None:
     }
 
 
-def test_what_a_spectrum_leaves_out_is_told() -> None:
+def test_layers_that_a_spectrum_leaves_out_are_listed() -> None:
     from timm.layers.cond_conv2d import CondConv2d
 
     net = nn.Sequential(nn.Conv2d(3, 4, 3), CondConv2d(4, 4, 3, num_experts=2))
@@ -140,7 +140,9 @@ def test_what_a_spectrum_leaves_out_is_told() -> None:
         (lambda: nn.DataParallel(nn.Conv2d(3, 4, 3)), UsageError, "wrapped in DataParallel"),
     ],
 )
-def test_what_has_no_spectrum(make: Callable[[], nn.Module], error: type[Exception], message: str) -> None:
+def test_networks_without_a_spectrum_are_refused(
+    make: Callable[[], nn.Module], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         spectrum(make())
 
@@ -175,7 +177,7 @@ def test_filters_are_those_of_eq_1(size: tuple[int, ...]) -> None:
         assert row["value_" + "_".join(map(str, position))] == pytest.approx(value, abs=1e-12)
 
 
-def test_the_most_common_kernel_is_shown_unless_another_is_named() -> None:
+def test_filters_of_the_most_common_kernel_size_are_the_default() -> None:
     net = seeded(Branches)
     assert (filter_bank(net).kernel_size, filter_bank(net).layers) == ((3, 3), 5)
     assert filter_bank(net, (5, 5)).kernel_size == (5, 5)
@@ -186,7 +188,7 @@ def test_the_most_common_kernel_is_shown_unless_another_is_named() -> None:
         filter_bank(seeded(CONVOLUTIONS["Conv3d"][0]))
 
 
-def test_a_bank_says_who_keeps_what() -> None:
+def test_a_filter_bank_counts_the_layers_that_keep_each_filter() -> None:
     net = nn.Sequential(*(nn.Conv2d(2, 2, 3) for _ in range(4)))
     assert filter_bank(net).cuts == ()
     assert all(one.kept_by == 4 for one in filter_bank(net).filters)
@@ -202,7 +204,7 @@ def test_a_bank_says_who_keeps_what() -> None:
 
 
 class Small(nn.Module):
-    """Six classes of 8x8 pictures; its sizes can be counted by hand."""
+    """A classifier of 8x8 images with six classes, whose sizes can be counted by hand."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -227,12 +229,12 @@ def small_tradeoff(labels: torch.Tensor = LABELS, **more: Any) -> Tradeoff:
     return tradeoff(net, worth, example_input=IMAGES[:1], **more)
 
 
-def test_every_point_is_that_network_on_those_images() -> None:
+def test_every_point_of_a_tradeoff_is_measured_on_the_converted_network() -> None:
     found = small_tradeoff()
     uncut = seeded(Small)
     whole = 9 * (1 * 4 + 4 * 4 + 4 * 6)
     assert (found.uncut.parameters, found.uncut.parameter_share) == (whole, 1)
-    # progressive: the smallest maps are those of middle and last (lambda 2), the next that of the input layer: whole.
+    # progressive: middle and last have the smallest maps (lambda 2); the input layer has the next and stays whole.
     sizes = {"full": whole, "3": 36 + 6 * 40, "progressive, 2": 36 + 3 * 40, "1": 36 + 1 * 40}
     assert {", ".join(point.lambdas): point.parameters for point in found.points} == sizes
     with torch.no_grad():
@@ -256,7 +258,7 @@ def test_every_point_is_that_network_on_those_images() -> None:
     assert found.uncut.disagreement_interval == (0, 0)
 
 
-def test_calibrated_cuts_stand_beside_the_plain_ones() -> None:
+def test_calibrated_and_plain_cuts_are_both_shown() -> None:
     found = small_tradeoff(calibration=[IMAGES])
     assert [point.calibrated for point in found.points] == [False, False, True, False, True, False, True]
     for plain, calibrated in itertools.pairwise(found.points[1:]):
@@ -267,21 +269,21 @@ def test_calibrated_cuts_stand_beside_the_plain_ones() -> None:
     assert [row["lambda"] for row in found.rows()][:2] == ["uncut", "full"]
 
 
-def test_without_labels_there_is_no_error_to_speak_of() -> None:
+def test_without_labels_the_tradeoff_has_no_error_rates() -> None:
     found = small_tradeoff(torch.full((60,), -1))
     assert not found.labelled
     assert {row["error"] for row in found.rows()} == {None}
     assert "top-1 error" not in str([column.header for column in tradeoff_table(found).columns])
 
 
-def test_progress_is_told() -> None:
+def test_the_tradeoff_reports_its_progress() -> None:
     told: list[Any] = []
     small_tradeoff(progress=lambda *what: told.append(what), include=["last"])
     assert told[:2] == [(0, 5, "uncut"), (1, 5, "lambda full")]
     assert told[-1] == (4, 5, "lambda 1")
 
 
-def test_where_nothing_can_be_cut_there_is_no_tradeoff() -> None:
+def test_a_tradeoff_of_a_network_that_cannot_be_truncated_is_refused() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, groups=4), nn.Flatten())
     with pytest.raises(InputError, match=r"no lambda cuts anything here: 0 \(.*1 \(depthwise.*include=PATTERN"):
         tradeoff(net, lambda model, uncut: pytest.fail("nothing to evaluate"), example_input=torch.zeros(1, 3, 8, 8))
@@ -291,7 +293,7 @@ def test_where_nothing_can_be_cut_there_is_no_tradeoff() -> None:
 
 
 def calibrated_and_trained() -> Report:
-    """Calibrated, then trained in two runs of two epochs."""
+    """Return the report of a network that was calibrated and then trained in two runs of two epochs."""
     history = {"training": [test_report.training(), test_report.training()]}
     settings = CalibrationSettings(0.1, seed=7)
     return test_report.made(
@@ -299,7 +301,7 @@ def calibrated_and_trained() -> Report:
     )  # fmt: skip
 
 
-def test_errors_are_those_of_the_report() -> None:
+def test_the_error_chart_has_the_errors_of_the_report() -> None:
     report = calibrated_and_trained()
     sheet = error_sheet(report)
     assert [chart.name for chart in sheet.charts] == ["kernels", "outputs"]
@@ -316,13 +318,13 @@ def test_errors_are_those_of_the_report() -> None:
     assert plain.rows()[0]["output_error_after"] is None
 
 
-def test_training_is_counted_over_all_runs() -> None:
+def test_the_training_chart_counts_epochs_over_all_runs() -> None:
     rows = training_sheet(calibrated_and_trained()).rows()
     assert [(row["epoch"], row["run"], row["loss"]) for row in rows] == [(1, 1, 1), (2, 1, 0.5), (3, 2, 1), (4, 2, 0.5)]
     assert {row["test_top1"] for row in rows} == {0.95}
 
 
-def test_the_strip_has_every_layer() -> None:
+def test_the_layer_strip_has_every_layer() -> None:
     found = test_report.made(test_report.small(), 2, exclude=["3"])
     rows = layer_strip(found).rows()
     assert [(row["layer"], row["kernel"], row["kept"], row["total"], row["share"]) for row in rows] == [
@@ -339,12 +341,12 @@ def test_the_strip_has_every_layer() -> None:
         (training_sheet, 2, "net records no epochs of training: harmconvert finetune trains a checkpoint"),
     ],
 )
-def test_what_was_never_done_has_no_chart(make: Callable[[Report], Any], lam: Any, message: str) -> None:
+def test_steps_that_were_not_done_have_no_chart(make: Callable[[Report], Any], lam: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         make(test_report.made(test_report.small(), lam))
 
 
-def test_errors_that_nobody_wrote_down_have_no_chart() -> None:
+def test_errors_that_were_not_recorded_have_no_chart() -> None:
     conversion = convert(test_report.small(), 2)
     report = report_of(conversion.model, save(conversion.model, "bare.safetensors"), "bare")
     with pytest.raises(InputError, match="bare does not record what its cut broke"):
@@ -362,7 +364,7 @@ def searched() -> Sheet:
 
 
 def strip_of(count: int) -> Strip:
-    """Of every look: cut, whole, skipped."""
+    """Return a strip of ``count`` layers with every appearance: truncated, whole, skipped."""
     layers = layer_strip(test_report.made(test_report.small(), 2, exclude=["3"])).layers
     return Strip(tuple(layers[number % 3] for number in range(count)))
 
@@ -371,7 +373,7 @@ def strip_of(count: int) -> Strip:
 
 
 class Hostile(nn.Module):
-    """Names that would be markup, mathematics, or no letters at all, to a program that takes them for such."""
+    """A network whose layer names contain markup, mathematics and control characters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -388,7 +390,7 @@ def worth_of(top1: float, agreement: float | None, kl: float | None) -> Evaluati
 
 
 def even_tradeoff() -> Tradeoff:
-    """Errors of one order, so that the axis is linear, and all of it without labels on the other side."""
+    """Return a trade-off whose errors have the same order of magnitude, so that the axis is linear."""
     cost = Cost(5_000_000_000, 2_000_000_000, 0, 0, 0, 0)
     uncut = Point((), False, cost, worth_of(0.76, None, None))
     return Tradeoff(uncut, (Point(("full",), False, cost, worth_of(0.7, 0.9, 0.1)),))
@@ -421,7 +423,7 @@ DRAWN: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("name", DRAWN)
-def test_images_are_sound_and_of_a_size_to_look_at(name: str) -> None:
+def test_image_files_are_valid_and_have_a_readable_size(name: str) -> None:
     found = DRAWN[name]()
     write_figure(found, Path("a.png"), Path("a.csv"))
     with Image.open("a.png") as image:
@@ -447,7 +449,7 @@ def test_the_same_numbers_give_the_same_bytes(name: str) -> None:
         assert Path(f"a{suffix}").read_bytes() == Path(f"b{suffix}").read_bytes()
 
 
-def test_names_of_layers_are_data() -> None:
+def test_names_of_layers_are_not_interpreted_as_markup() -> None:
     write_figure(spectrum(Hostile()), Path("a.svg"), Path("a.csv"))
     root = ElementTree.parse("a.svg").getroot()
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
@@ -461,14 +463,14 @@ def test_names_of_layers_are_data() -> None:
         assert {row["layer"] for row in csv.DictReader(file)} == {f"layers.{name}" for name in Hostile().layers}
 
 
-def test_a_missing_matplotlib_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_matplotlib_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.startswith("harmconvert.report.figures")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(OutsideError, match=r"drawn by matplotlib: pip install 'harmconvert\[report\]'"):
         drawing()
     fails(4, "pip install 'harmconvert[report]'", "report", SAMPLE, "--figure", "filters")
-    # The rest of the package does without it.
+    # The rest of the package does not need matplotlib.
     monkeypatch.delitem(sys.modules, "harmconvert.report.tables")
     importlib.import_module("harmconvert.report.tables")
 
@@ -476,7 +478,7 @@ def test_a_missing_matplotlib_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch)
 # --- where they go ---
 
 
-def test_outputs_are_named_and_never_lost() -> None:
+def test_outputs_are_named_and_existing_files_are_kept() -> None:
     assert check_figure("timm:resnet50", "spectrum", None, False) == (
         Path("resnet50-spectrum.png"),
         Path("resnet50-spectrum.csv"),
@@ -495,7 +497,7 @@ def test_outputs_are_named_and_never_lost() -> None:
 
 
 def same_rows(path: str, document: str) -> list[dict[str, Any]]:
-    """The rows of a command's JSON, which must be those of the .csv."""
+    """Return the rows of a command's JSON output; they must equal those of the .csv file."""
     found = json.loads(document)
     with Path(path).open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -505,7 +507,7 @@ def same_rows(path: str, document: str) -> list[dict[str, Any]]:
     return found["rows"]
 
 
-def test_filters_and_spectrum_of_a_cut_network() -> None:
+def test_filters_and_spectrum_of_a_truncated_network_are_drawn() -> None:
     converted("cut.safetensors", "--lambda", "progressive")
     result = ok("report", "cut.safetensors", "--figure", "filters", "--json")
     rows = same_rows("cut-filters.csv", result.stdout)
@@ -520,21 +522,21 @@ def test_filters_and_spectrum_of_a_cut_network() -> None:
     assert ElementTree.parse("s.svg").getroot().tag.endswith("svg")
 
 
-def test_filters_need_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """resnet50's would have to be fetched."""
+def test_filters_are_drawn_without_downloading_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights of resnet50 would have to be downloaded."""
     ok("report", "resnet50", "--figure", "filters", "--kernel-size", "7x7", "-o", "a.png")
     with Path("a.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 49
 
 
 @pytest.mark.slow
-def test_the_tradeoff_on_labelled_digits() -> None:
+def test_the_tradeoff_is_drawn_on_labelled_digits() -> None:
     digit_folders(Path("digits"), 2)
     data = ["--data-dir", "digits", "--workers", "0", "--include", "stage3.1.*"]
     calibrated = ["--calibrate", "sample:mnist5k", "--calibration-images", "16"]
     result = ok("report", SAMPLE, "--figure", "tradeoff", *data, *calibrated, "--json")
     rows = same_rows("resnet_mnist5k-tradeoff.csv", result.stdout)
-    # Convolutions that are not included stay plain; the two smallest-mapped ones are cut alike by progressive and 2.
+    # Layers that are not included stay plain; progressive and lambda 2 give the two with the smallest maps the same cut.
     assert [(row["lambda"], row["calibrated"]) for row in rows] == [
         ("uncut", False), ("full", False), ("3", False), ("3", True), ("progressive, 2", False),
         ("progressive, 2", True), ("1", False), ("1", True),
@@ -549,7 +551,7 @@ def test_the_tradeoff_on_labelled_digits() -> None:
     assert "calibrating on 16 images of sample:mnist5k" in result.stderr
 
 
-def test_the_tradeoff_is_told_as_a_table_and_says_what_uncut_means() -> None:
+def test_the_tradeoff_is_printed_as_a_table_that_explains_uncut() -> None:
     digit_folders(Path("digits"), 1)
     converted("cut.safetensors", "--lambda", "3")
     run = ["--figure", "tradeoff", "--data-dir", "digits", "--workers", "0", "--include", "stage3.2.*"]
@@ -561,7 +563,7 @@ def test_the_tradeoff_is_told_as_a_table_and_says_what_uncut_means() -> None:
 
 
 @pytest.mark.slow
-def test_the_pages_charts_by_command() -> None:
+def test_the_report_command_draws_the_charts_of_the_page() -> None:
     calibrated = ["--calibrate", "sample:mnist5k", "--calibration-images", "40"]
     ok("convert", SAMPLE, "--lambda", "stage3.2.*=2", *calibrated, "-o", "cut.safetensors")
     result = ok("report", "cut.safetensors", "--figure", "errors", "--json")
@@ -611,5 +613,5 @@ def test_the_pages_charts_by_command() -> None:
         (["--figure", "tradeoff", "--dataset", "sample:mnist5k", "--damping", "1"], 2, "--damping is of use only with"),
     ],
 )
-def test_what_report_refuses(arguments: list[str], code: int, message: str) -> None:
+def test_report_refuses_invalid_options(arguments: list[str], code: int, message: str) -> None:
     fails(code, message, "report", SAMPLE, *arguments)

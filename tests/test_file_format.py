@@ -1,4 +1,4 @@
-"""docs/file-format.md is complete: a reader that was written from it reads every kind of file."""
+"""docs/file-format.md is complete: a reader that was written only from it reads every kind of file."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ PLAIN: dict[str, Callable[[], nn.Module]] = {
 
 
 def compare(path: Path, plain: nn.Module) -> second_reader.Checkpoint:
-    """The second reader's kernels and tensors against those of the package's dense form."""
+    """Compare the second reader's kernels and tensors with those of the package's dense form."""
     found = second_reader.read(path)
     state = hc.load(path, model=plain, form="dense").state_dict()
     assert found.whole, "the checksum"
@@ -108,7 +108,7 @@ def compare(path: Path, plain: nn.Module) -> second_reader.Checkpoint:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_reader_written_from_the_page_reads_every_kind_of_file(kind: str, tmp_path: Path) -> None:
+def test_a_reader_written_from_the_documentation_reads_every_kind_of_file(kind: str, tmp_path: Path) -> None:
     made = KINDS[kind]()
     hc.save(made, tmp_path / "net.safetensors")
     found = compare(tmp_path / "net.safetensors", PLAIN.get(kind, lambda: seeded(Branches))())
@@ -116,21 +116,21 @@ def test_a_reader_written_from_the_page_reads_every_kind_of_file(kind: str, tmp_
 
 
 @pytest.mark.parametrize("name", VERSION_1)
-def test_it_reads_every_file_of_version_1(name: str) -> None:
+def test_the_second_reader_reads_every_file_of_version_1(name: str) -> None:
     found = compare(FOLDER / f"{name}.safetensors", digits_maker()())
     assert found.header["format_version"] == 1
 
 
-def test_it_tells_damage(tmp_path: Path) -> None:
+def test_the_second_reader_detects_corruption(tmp_path: Path) -> None:
     hc.save(KINDS["cut"](), tmp_path / "net.safetensors")
     content = (tmp_path / "net.safetensors").read_bytes()
-    place = content.index(b"torch")  # among the versions, in the header's text
+    place = content.index(b"torch")  # in the versions of the header
     for damaged in (content[:-1] + bytes([content[-1] ^ 1]), content[:place] + b"tarch" + content[place + 5 :]):
         (tmp_path / "net.safetensors").write_bytes(damaged)
         assert second_reader.read(tmp_path / "net.safetensors").whole is False
 
 
-def test_the_header_on_the_page_is_one() -> None:
+def test_the_header_in_the_documentation_is_valid() -> None:
     text = PAGE.read_text()
     block = re.search(r"## 2\. The header\n\n((?:    .*\n)+)", text)
     assert block
@@ -143,13 +143,13 @@ def test_the_header_on_the_page_is_one() -> None:
     assert set(re.findall(r"^\| `(\w+)` \|", text.split("## 2.")[1].split("## 3.")[0], re.M)) == set(data)
 
 
-def test_the_page_names_every_codec_and_basis() -> None:
+def test_the_documentation_names_every_codec_and_basis() -> None:
     text = PAGE.read_text()
     for name in {name for name, _ in CODECS} | set(BASES):
         assert f"`{name}`" in text, name
 
 
-def test_the_page_has_no_dangling_links() -> None:
+def test_the_documentation_has_no_broken_links() -> None:
     text = PAGE.read_text()
     titles = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)$", text, re.M)}
     for anchor in re.findall(r"\]\(#([^)]+)\)", text):

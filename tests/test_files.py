@@ -19,13 +19,13 @@ def names(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
 
 
-def test_a_file_is_written_whole(tmp_path: Path) -> None:
+def test_a_written_file_is_complete_and_leaves_no_staging_file(tmp_path: Path) -> None:
     write_file(tmp_path / "a", fill)
     assert (tmp_path / "a").read_bytes() == b"new"
     assert names(tmp_path) == ["a"]
 
 
-def test_an_existing_file_is_replaced_only_by_force(tmp_path: Path) -> None:
+def test_an_existing_file_is_replaced_only_with_force(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"old")
     with pytest.raises(UsageError, match="exists: use force=True to replace it, or name another output"):
         write_file(tmp_path / "a", fill)
@@ -34,7 +34,7 @@ def test_an_existing_file_is_replaced_only_by_force(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == b"new"
 
 
-def test_a_writer_that_fails_leaves_everything_as_it_was(tmp_path: Path) -> None:
+def test_a_writer_that_fails_changes_nothing(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"old")
 
     def fail(path: Path) -> None:
@@ -47,16 +47,16 @@ def test_a_writer_that_fails_leaves_everything_as_it_was(tmp_path: Path) -> None
     assert names(tmp_path) == ["a"]
 
 
-def test_the_staging_file_of_a_dead_process_is_removed_and_a_living_ones_is_not(tmp_path: Path) -> None:
-    dead, living = 2**22 + 1, os.getppid()  # above the largest process number there can be
+def test_only_staging_files_of_dead_processes_are_removed(tmp_path: Path) -> None:
+    dead, living = 2**22 + 1, os.getppid()  # the first is larger than any process number
     (tmp_path / f".a.{dead}.staging").write_bytes(b"half")
     (tmp_path / f".a.{living}.staging").write_bytes(b"half")
     write_file(tmp_path / "a", fill)
     assert names(tmp_path) == [f".a.{living}.staging", "a"]
 
 
-def test_a_leftover_under_this_processs_own_number_is_removed(tmp_path: Path) -> None:
-    """In a container every run has the same number: a killed one's leftover must not stop all that follow."""
+def test_a_leftover_staging_file_with_the_own_process_number_is_removed(tmp_path: Path) -> None:
+    """In a container every run has the same process number: leftovers of a killed run must not block the next ones."""
     (tmp_path / f".a.{os.getpid()}.staging").mkdir()
     (tmp_path / f".a.{os.getpid()}.staging" / "a").write_bytes(b"half")
     write_file(tmp_path / "a", fill)
@@ -66,7 +66,7 @@ def test_a_leftover_under_this_processs_own_number_is_removed(tmp_path: Path) ->
 def test_two_threads_may_write_one_target(tmp_path: Path) -> None:
     def slowly(path: Path) -> None:
         path.write_bytes(b"old")
-        write_file(tmp_path / "a", fill)  # the other one, meanwhile
+        write_file(tmp_path / "a", fill)  # the other thread writes at the same time
         path.write_bytes(b"last")
 
     write_file(tmp_path / "a", slowly, force=True)
@@ -74,7 +74,7 @@ def test_two_threads_may_write_one_target(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a"]
 
 
-def test_what_comes_into_being_meanwhile_is_kept(tmp_path: Path) -> None:
+def test_a_file_created_by_another_writer_is_kept(tmp_path: Path) -> None:
     def slowly(path: Path) -> None:
         fill(path)
         (tmp_path / "a").write_bytes(b"another's")
@@ -97,7 +97,7 @@ def test_many_threads_may_write_one_target_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_a_folder_that_comes_into_being_meanwhile_is_kept(tmp_path: Path, force: bool) -> None:
+def test_a_folder_created_by_another_writer_is_kept(tmp_path: Path, force: bool) -> None:
     def slowly(folder: Path) -> None:
         fill(folder / "x")
         (tmp_path / "d").mkdir()
@@ -109,8 +109,8 @@ def test_a_folder_that_comes_into_being_meanwhile_is_kept(tmp_path: Path, force:
     assert names(tmp_path) == ["d"]
 
 
-def test_what_a_writer_leaves_beside_its_file_goes_with_it(tmp_path: Path) -> None:
-    """safetensors writes to a temporary file of its own, and renames that."""
+def test_temporary_files_of_the_writer_are_removed(tmp_path: Path) -> None:
+    """safetensors writes to a temporary file of its own and renames it."""
 
     def untidy(path: Path) -> None:
         path.with_name(".tmp1234").write_bytes(b"half")
@@ -120,7 +120,7 @@ def test_what_a_writer_leaves_beside_its_file_goes_with_it(tmp_path: Path) -> No
     assert names(tmp_path) == ["a"]
 
 
-def test_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_fifo_is_refused_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(OSError, match="not a regular file"):
         read_json(tmp_path / "fifo")
@@ -129,7 +129,7 @@ def test_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
         read_json(tmp_path / "deep")
 
 
-def test_a_link_stays_a_link_to_the_replaced_file(tmp_path: Path) -> None:
+def test_a_link_is_kept_and_its_target_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "real").write_bytes(b"old")
     (tmp_path / "link").symlink_to("real")
     write_file(tmp_path / "link", fill, force=True)
@@ -137,7 +137,7 @@ def test_a_link_stays_a_link_to_the_replaced_file(tmp_path: Path) -> None:
     assert (tmp_path / "real").read_bytes() == b"new"
 
 
-def test_outputs_that_are_no_files_are_refused_even_by_force(tmp_path: Path) -> None:
+def test_outputs_that_are_not_regular_files_are_refused_even_with_force(tmp_path: Path) -> None:
     (tmp_path / "dangling").symlink_to("nowhere")
     os.mkfifo(tmp_path / "fifo")
     sock = socket.socket(socket.AF_UNIX)
@@ -162,13 +162,13 @@ def test_outputs_that_are_no_files_are_refused_even_by_force(tmp_path: Path) -> 
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_without_permission(tmp_path: Path) -> None:
+def test_a_folder_without_write_permission_is_reported(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(OutsideError, match="check the permissions of the folder"):
         write_file(tmp_path / "a", fill)
 
 
-def test_what_the_system_refuses_is_told_with_a_remedy(tmp_path: Path) -> None:
+def test_errors_of_the_system_are_reported_with_a_remedy(tmp_path: Path) -> None:
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
@@ -177,7 +177,7 @@ def test_what_the_system_refuses_is_told_with_a_remedy(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-def test_a_folder_is_written_whole_and_replaced_by_force(tmp_path: Path) -> None:
+def test_a_folder_is_written_completely_and_replaced_with_force(tmp_path: Path) -> None:
     write_folder(tmp_path / "d", ("x", "y"), lambda folder: fill(folder / "x"))
     assert names(tmp_path) == ["d"]
     with pytest.raises(UsageError, match="exists: use force=True"):
@@ -198,7 +198,7 @@ def test_a_folder_is_written_whole_and_replaced_by_force(tmp_path: Path) -> None
         write_folder(tmp_path / "file", ("x", "y"), fill, force=True)
 
 
-def test_a_folder_with_files_of_others_is_never_replaced(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "notes.txt").write_bytes(b"mine")
     with pytest.raises(UsageError, match=r"holds other files \(notes.txt\), which force=True would remove"):
@@ -206,7 +206,7 @@ def test_a_folder_with_files_of_others_is_never_replaced(tmp_path: Path) -> None
     assert names(tmp_path / "d") == ["notes.txt"]
 
 
-def test_a_folder_moved_aside_by_a_killed_process_comes_back(tmp_path: Path) -> None:
+def test_a_folder_moved_aside_by_a_killed_process_is_restored(tmp_path: Path) -> None:
     old = tmp_path / f".d.{2**22 + 1}.old"
     old.mkdir()
     (old / "x").write_bytes(b"old")

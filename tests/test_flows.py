@@ -1,4 +1,4 @@
-"""What a command does is one call in Python: paths, source strings and networks in, files and dataclasses out."""
+"""Each command is one call in Python: it takes paths, source strings or networks; it returns files and dataclasses."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 class Recorder(hc.Listener):
-    """Remembers what it is told."""
+    """A listener that records its messages."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -81,7 +81,7 @@ def test_a_source_is_converted_verified_and_written(capfd: pytest.CaptureFixture
     assert capfd.readouterr() == ("", ""), "the library prints nothing"
 
 
-def test_a_network_of_ones_own_is_converted_and_stays_as_it_was() -> None:
+def test_a_network_in_memory_is_converted_and_stays_unchanged() -> None:
     network = small()
     before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
     done = hc.convert_to_file(
@@ -98,7 +98,7 @@ def test_a_network_of_ones_own_is_converted_and_stays_as_it_was() -> None:
     assert again.verification.inputs == 2
 
 
-def test_what_is_harmonic_already_is_written_as_it_is_unless_something_is_asked_for() -> None:
+def test_a_harmonic_network_is_written_unchanged_unless_a_conversion_is_requested() -> None:
     conversion = hc.convert(hc.open_source(SAMPLE).model, 2)
     kept = hc.convert_to_file(conversion, "kept.safetensors")
     assert kept.conversion is None
@@ -110,7 +110,7 @@ def test_what_is_harmonic_already_is_written_as_it_is_unless_something_is_asked_
     assert max(layer.kept for layer in further.conversion.layers[1:]) == 1
 
 
-def test_a_plan_is_followed_from_any_file_that_holds_one() -> None:
+def test_a_plan_is_read_from_a_plan_file_or_a_checkpoint() -> None:
     network, size = small(), {"input_sizes": [(3, 8, 8)]}
     plan = hc.convert_to_file(network, "cut.safetensors", 2, **size).header.plan
     plan.save("plan.json")
@@ -119,7 +119,7 @@ def test_a_plan_is_followed_from_any_file_that_holds_one() -> None:
     assert hc.convert_to_file(network, "p.safetensors", Plan.load("plan.json"), **size).header.plan == plan
 
 
-def test_images_to_calibrate_on_are_named_or_given() -> None:
+def test_calibration_images_are_named_or_passed_as_batches() -> None:
     settings, listener = hc.CalibrationSettings(inputs=40), Recorder()
     options = {"settings": settings, "include": ["stage3.2.*"]}
     named = hc.convert_to_file(SAMPLE, "a.safetensors", 2, calibration="sample:mnist5k", listener=listener, **options)
@@ -133,7 +133,7 @@ def test_images_to_calibrate_on_are_named_or_given() -> None:
         hc.convert_to_file(small(), "c.safetensors", calibration="sample:mnist5k", input_sizes=[(3, 8, 8), (3, 8, 8)])
 
 
-def test_nothing_is_written_where_the_flow_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_written_if_the_flow_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("there.safetensors").write_bytes(b"mine")
     with pytest.raises(UsageError, match=r"there.safetensors exists"):
         hc.convert_to_file("no_such_network", "there.safetensors")
@@ -161,7 +161,7 @@ def test_nothing_is_written_where_the_flow_fails(monkeypatch: pytest.MonkeyPatch
 # --- evaluate ---
 
 
-def test_a_network_is_evaluated_by_its_name_or_as_it_is(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_network_is_evaluated_by_its_name_or_in_memory(capfd: pytest.CaptureFixture[str]) -> None:
     listener = Recorder()
     found = hc.evaluate(SAMPLE, "sample:mnist5k", listener=listener)
     assert (found.images, found.top1) == (1000, 0.994)
@@ -177,7 +177,7 @@ def test_a_network_is_evaluated_by_its_name_or_as_it_is(capfd: pytest.CaptureFix
     assert capfd.readouterr() == ("", "")
 
 
-def test_batches_of_ones_own_are_evaluated() -> None:
+def test_a_network_is_evaluated_on_the_users_own_batches() -> None:
     logits = torch.eye(4)
     pairs = [(logits, torch.tensor([0, 1, 2, 0])), (logits[:1], [0])]
     found = hc.evaluate(nn.Identity(), pairs)
@@ -186,8 +186,8 @@ def test_batches_of_ones_own_are_evaluated() -> None:
     assert (found.images, found.labelled, found.top1, found.agreement) == (8, 0, None, 1)
 
 
-def test_any_network_is_evaluated_by_a_metric() -> None:
-    """The mean over examples, however they are batched."""
+def test_any_network_is_evaluated_with_a_metric() -> None:
+    """The result is the mean over examples, independent of the batches."""
 
     def error(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return (outputs - targets).abs().flatten(1).mean(1)
@@ -214,7 +214,7 @@ def error_of(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return (outputs[:, 0] - targets).abs()
 
 
-def test_a_given_network_is_evaluated_in_float32_and_stays_as_it_was() -> None:
+def test_a_network_in_memory_is_evaluated_in_float32_and_stays_unchanged() -> None:
     network = hc.open_source(SAMPLE).model.half()
     assert hc.evaluate(network, "sample:mnist5k").top1 == pytest.approx(0.994, abs=0.002)
     assert network.stem.weight.dtype == torch.float16
@@ -258,7 +258,7 @@ def test_a_checkpoint_is_finetuned(digits: Path, capfd: pytest.CaptureFixture[st
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_network_in_memory_is_finetuned_and_stays_as_it_was(digits: Path) -> None:
+def test_a_network_in_memory_is_finetuned_and_stays_unchanged(digits: Path) -> None:
     network = hc.open_source(SAMPLE).model
     conversion = hc.convert(network, 2)
     before = {key: tensor.clone() for key, tensor in conversion.model.state_dict().items()}
@@ -280,7 +280,7 @@ def test_a_network_in_memory_is_finetuned_and_stays_as_it_was(digits: Path) -> N
         hc.finetune(conversion.model, digits, teacher=nn.Sequential(nn.Linear(2, 3)), **options)
 
 
-def test_what_finetuning_refuses_names_arguments_not_options(digits: Path) -> None:
+def test_messages_of_finetune_name_arguments_and_not_options(digits: Path) -> None:
     with pytest.raises(UsageError, match="is not a harmonic checkpoint"):
         hc.finetune(SAMPLE, digits)
     with pytest.raises(UsageError, match="Linear is not a harmonic checkpoint"):
@@ -320,7 +320,7 @@ def test_a_network_is_trained_from_scratch(digits: Path, harmonic: str) -> None:
 # --- export, benchmark, report, figure, compare ---
 
 
-def test_a_network_is_exported_by_its_name_or_as_it_is(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_network_is_exported_by_its_name_or_from_memory(capfd: pytest.CaptureFixture[str]) -> None:
     network = hc.open_source(SAMPLE).model
     conversion = hc.convert(network, 2)
     listener = Recorder()
@@ -342,7 +342,7 @@ def test_a_network_is_exported_by_its_name_or_as_it_is(capfd: pytest.CaptureFixt
     assert capfd.readouterr().out == ""
 
 
-def test_a_network_is_timed_by_its_name_or_as_it_is() -> None:
+def test_a_network_is_timed_by_its_name_or_in_memory() -> None:
     quick = {"batches": [2], "repeats": 3, "forms": ["dense"], "layouts": ["contiguous"]}
     for network, source in ((SAMPLE, SAMPLE), (small(), "unknown:Sequential")):
         sizes = () if network == SAMPLE else [(3, 8, 8)]
@@ -402,7 +402,7 @@ def test_a_trade_off_is_tested_on_images(digits: Path) -> None:
     assert listener.said[1].startswith("calibrating on 20 images")
 
 
-def test_checkpoints_are_compared_by_their_names_or_as_they_are() -> None:
+def test_checkpoints_are_compared_by_their_names_or_in_memory() -> None:
     network = hc.open_source(SAMPLE).model
     hc.convert_to_file(SAMPLE, "cut.safetensors", 2)
     found = hc.compare("cut.safetensors", hc.convert(network, "progressive"))
