@@ -198,7 +198,7 @@ def test_the_message_names_an_empty_class_folder(split_folder: Path) -> None:
         open_data(DataRequest(data_dir=str(split_folder)))
 
 
-def test_test_classes_must_be_those_of_training(split_folder: Path) -> None:
+def test_the_test_classes_must_be_classes_of_the_training_images(split_folder: Path) -> None:
     (split_folder / "val" / "ten").mkdir()
     Image.new("L", (4, 4)).save(split_folder / "val" / "ten" / "a.png")
     with pytest.raises(InputError, match=r"val has classes that the training images lack \(ten\)"):

@@ -536,7 +536,7 @@ def test_the_tradeoff_is_drawn_on_labelled_digits() -> None:
     calibrated = ["--calibrate", "sample:mnist5k", "--calibration-images", "16"]
     result = ok("report", SAMPLE, "--figure", "tradeoff", *data, *calibrated, "--json")
     rows = same_rows("resnet_mnist5k-tradeoff.csv", result.stdout)
-    # Layers that are not included stay plain; progressive and lambda 2 give the two with the smallest maps the same cut.
+    # Layers that are not included stay plain; progressive and lambda 2 truncate the two smallest maps equally.
     assert [(row["lambda"], row["calibrated"]) for row in rows] == [
         ("uncut", False), ("full", False), ("3", False), ("3", True), ("progressive, 2", False),
         ("progressive, 2", True), ("1", False), ("1", True),

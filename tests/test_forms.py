@@ -1,4 +1,4 @@
-"""The factored form computes what the harmonic one does, is chosen where it is faster, and follows its parameters."""
+"""The factored form gives the outputs of the harmonic form, is used where it is faster, and shares its parameters."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def outputs(module: nn.Module, x: Tensor) -> Tensor:
         return module(x)
 
 
-def test_a_c_compiler_is_at_hand_here() -> None:
-    """Else half of this file would test one way against itself."""
+def test_a_c_compiler_is_available_for_these_tests() -> None:
+    """Without a compiler, half of this file would compare an implementation with itself."""
     assert COMPILER is None
 
 
@@ -79,7 +79,7 @@ def test_the_compiled_kernel_computes_the_convolution(
     sizes: tuple[int, int], channels: tuple[int, int], kernel: tuple[int, int], stride: tuple[int, int],
     dilation: tuple[int, int], padding: tuple[int, int], levels: int, batch: int, bias: bool, seed: int,
 ) -> None:  # fmt: skip
-    """Against one whose every output is a sum written out, in float64 (oracle.convolution)."""
+    """The reference is `oracle.convolution`: a sum for every output, in float64."""
     torch.manual_seed(seed)
     size = tuple(max(n, d * (k - 1) + 1 - 2 * p) for n, k, d, p in zip(sizes, kernel, dilation, padding, strict=True))
     conv = nn.Conv2d(*channels, kernel, stride, padding, dilation, bias=bias)
@@ -100,7 +100,9 @@ def test_the_compiled_kernel_computes_the_convolution(
     ("channels", "size", "batch"), [(160, 16, 2), (64, 30, 3), (512, 5, 2), (33, 17, 1), (700, 3, 1)]
 )
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_channels_over_many_blocks_and_tiles(channels: int, size: int, batch: int, threads: int) -> None:
+def test_channels_beyond_one_block_and_tile_are_computed_correctly(
+    channels: int, size: int, batch: int, threads: int
+) -> None:
     conv = truncated(nn.Conv2d(channels, channels + 7, 3, padding=1))
     x = torch.randn(batch, channels, size, size)
     before = torch.get_num_threads()
@@ -116,7 +118,7 @@ def test_channels_over_many_blocks_and_tiles(channels: int, size: int, batch: in
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_every_class_is_factored_or_says_why_not(name: str, dtype: torch.dtype) -> None:
+def test_every_class_of_convolution_is_factored_or_has_a_reason(name: str, dtype: torch.dtype) -> None:
     make, shape = CONVOLUTIONS[name]
     conv = truncated(seeded(make, dtype), 1)
     transposed_or_standardised = "Transpose" in name or "Std" in name
@@ -132,7 +134,7 @@ def test_every_class_is_factored_or_says_why_not(name: str, dtype: torch.dtype) 
 
 @pytest.mark.parametrize("basis", ["haar", "gaussian", "klt"])
 @pytest.mark.parametrize("normalization", ["ortho", "l1"])
-def test_other_bases(basis: str, normalization: str) -> None:
+def test_layers_in_other_bases_are_factored(basis: str, normalization: str) -> None:
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3, padding=1))
     harmonic = convert(network, {"1": 2}, basis=basis, normalization=normalization).model
     factored = factor(harmonic, layers="factored")
@@ -140,7 +142,7 @@ def test_other_bases(basis: str, normalization: str) -> None:
     assert torch.allclose(outputs(factored, X), outputs(harmonic, X), atol=1e-5)
 
 
-def test_a_whole_basis_and_hooks_are_left_alone() -> None:
+def test_layers_with_a_whole_basis_or_hooks_are_not_factored() -> None:
     assert reason_not_factorable(to_harmonic(nn.Conv2d(3, 4, 3))) == "it keeps the whole basis"
     hooked = truncated(nn.Conv2d(3, 4, 3))
     hooked.register_forward_hook(lambda module, args, output: None)
@@ -151,7 +153,7 @@ def test_a_whole_basis_and_hooks_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize("make", [lambda: nn.Conv2d(5, 7, 3, padding=1), lambda: nn.Conv2d(4, 6, 3, 2, groups=2)])
-def test_gradients_are_those_of_the_harmonic_form(make: object) -> None:
+def test_gradients_equal_those_of_the_harmonic_form(make: object) -> None:
     harmonic = truncated(make())
     factored = to_factored(harmonic)
     grads = []
@@ -163,13 +165,13 @@ def test_gradients_are_those_of_the_harmonic_form(make: object) -> None:
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
 
 
-def test_gradcheck_in_float64() -> None:
+def test_gradients_pass_gradcheck_in_float64() -> None:
     factored = to_factored(truncated(nn.Conv2d(2, 3, 3, padding=1).double()))
     x = random_input((1, 2, 4, 4), torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(factored, (x,))
 
 
-def test_frozen_coefficients_pass_gradients_to_the_input_alone() -> None:
+def test_with_frozen_coefficients_only_the_input_gets_gradients() -> None:
     factored = to_factored(truncated(nn.Conv2d(5, 7, 3))).requires_grad_(False)
     x = random_input((1, 5, 8, 8)).requires_grad_()
     factored(x).sum().backward()
@@ -177,7 +179,7 @@ def test_frozen_coefficients_pass_gradients_to_the_input_alone() -> None:
     assert factored.coefficients.grad is None
 
 
-def test_training_through_the_factored_form_follows_the_harmonic_one() -> None:
+def test_training_in_the_factored_form_equals_training_in_the_harmonic_form() -> None:
     networks = [seeded(lambda: convert(Branches(), 2, example_input=X).model)]
     networks.append(factor(networks[0], layers="factored"))
     for network in networks:
@@ -206,7 +208,7 @@ def test_training_through_the_factored_form_follows_the_harmonic_one() -> None:
         lambda f: f.load_state_dict({key: 2 * value for key, value in f.state_dict().items()}),
     ],
 )
-def test_changed_parameters_are_seen(change: object) -> None:
+def test_changed_parameters_take_effect(change: object) -> None:
     factored = to_factored(truncated(nn.Conv2d(5, 7, 3)))
     x = random_input((1, 5, 8, 8))
     before = outputs(factored, x)
@@ -218,7 +220,7 @@ def test_changed_parameters_are_seen(change: object) -> None:
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda f: pickle.loads(pickle.dumps(f))])
-def test_copies_are_factored_and_their_own(copied: object) -> None:
+def test_copies_are_factored_and_independent(copied: object) -> None:
     factored = to_factored(truncated(nn.Conv2d(5, 7, 3)))
     x = random_input((1, 5, 8, 8))
     expected = outputs(factored, x)
@@ -230,7 +232,7 @@ def test_copies_are_factored_and_their_own(copied: object) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_dtypes(dtype: torch.dtype) -> None:
+def test_other_dtypes_are_supported(dtype: torch.dtype) -> None:
     harmonic = truncated(nn.Conv2d(5, 7, 3))
     x = random_input((1, 5, 8, 8))
     found = outputs(to_factored(harmonic).to(dtype), x.to(dtype))
@@ -241,8 +243,8 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 64, 8, 8), (1, 16, 8, 8), (1, 32, 2, 8), (1, 32, 8, 1)])
-def test_a_map_that_the_layer_does_not_take_is_refused(shape: tuple[int, ...]) -> None:
-    """Of other channels, or smaller than the kernel: compiled code would read what is not there."""
+def test_inputs_of_a_wrong_shape_are_refused(shape: tuple[int, ...]) -> None:
+    """With wrong channels or a map smaller than the kernel, compiled code would read outside of the tensor."""
     factored = to_factored(truncated(nn.Conv2d(32, 48, 3))).eval()
     with torch.no_grad(), pytest.raises(RuntimeError, match=r"channels|Kernel size"):
         factored(torch.randn(shape))
@@ -251,7 +253,7 @@ def test_a_map_that_the_layer_does_not_take_is_refused(shape: tuple[int, ...]) -
         native.run(torch.randn(1, 16, 8, 8), packed, 48, native.Geometry(0, 0, (1, 1), (1, 1), (6, 6)))
 
 
-def test_not_a_number_comes_through() -> None:
+def test_nan_is_propagated() -> None:
     factored = to_factored(truncated(nn.Conv2d(5, 7, 3, padding=1)))
     x = torch.zeros(1, 5, 8, 8)
     x[0, 2, 4, 4] = torch.nan
@@ -263,7 +265,7 @@ def test_not_a_number_comes_through() -> None:
 # --- factor() ---
 
 
-def test_factor_keeps_the_state_and_what_is_shared() -> None:
+def test_factor_keeps_the_state_and_shared_layers() -> None:
     harmonic = convert(seeded(Branches), 2, example_input=X).model
     chosen = factoring(harmonic, layers="factored")
     factored = chosen.model
@@ -310,10 +312,10 @@ def test_factor_measures_and_never_makes_the_network_slower() -> None:
         ((1.0, 0.99), {"dense": 5.0, "dense, channels_last": 4.0}, "dense, channels_last"),
     ],
 )
-def test_factor_takes_the_fastest_of_the_whole_networks(
+def test_factor_chooses_the_fastest_whole_network(
     monkeypatch: pytest.MonkeyPatch, layer: tuple[float, float], whole: dict[str, float], form: str
 ) -> None:
-    """With times as they might be: whatever single layers gain, the network never gets slower."""
+    """The times are fixed. However fast single layers are, the network never gets slower."""
     replace_everywhere(monkeypatch, layer_times, lambda conv, layer_input: layer)
     replace_everywhere(monkeypatch, in_turns, lambda runs, *_: {name: Times((whole[name],)) for name in runs})
     harmonic = convert(seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3))), {"*": 1}).model
@@ -333,12 +335,12 @@ def test_factor_takes_the_fastest_of_the_whole_networks(
     assert torch.allclose(outputs(chosen.model, X), outputs(harmonic, X), atol=1e-5)
 
 
-def test_the_networks_own_size_is_measured_on_by_default() -> None:
+def test_factor_measures_at_the_input_size_of_the_network_by_default() -> None:
     harmonic = convert(hc.open_source("sample:resnet_mnist5k").model, 2).model
     assert factoring(harmonic).dense_seconds > 0
 
 
-def test_patterns_say_what_is_not_measured() -> None:
+def test_patterns_choose_the_form_without_measurement() -> None:
     harmonic = convert(seeded(Branches), 2, example_input=X).model
     chosen = factoring(harmonic, layers={"*": "dense", "tied_*": "factored"})
     assert chosen.factored == ("tied_a", "tied_b")
@@ -354,7 +356,7 @@ def test_patterns_say_what_is_not_measured() -> None:
         ("measured", torch.zeros(1, 5, 24, 24), "does not run on an example input of shape \\(1, 5, 24, 24\\)"),
     ],
 )
-def test_what_factor_refuses(layers: object, x: object, message: str) -> None:
+def test_factor_refuses_invalid_arguments(layers: object, x: object, message: str) -> None:
     harmonic = convert(seeded(Branches), 2, example_input=X).model
     with pytest.raises(UsageError, match=message):
         factor(harmonic, x, layers=layers)
@@ -368,7 +370,7 @@ def test_a_network_without_truncated_layers_is_fused() -> None:
 
 
 @pytest.mark.slow
-def test_layer_times_are_kept_and_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layer_times_are_stored_and_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HARMCONVERT_CACHE", str(tmp_path))
     conv, layer_input = truncated(nn.Conv2d(3, 4, 3)), LayerInput((1, 3, 8, 8), torch.float32, torch.device("cpu"))
     times = layer_times(conv, layer_input)
@@ -386,7 +388,7 @@ def test_layer_times_are_kept_and_read_again(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("damage", ["", "[1", '{"a": 1}', '{"a": ["x", 1]}', "[]"])
-def test_a_damaged_table_of_times_is_measured_anew(
+def test_a_damaged_file_of_times_is_measured_again(
     damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     conv, layer_input = truncated(nn.Conv2d(3, 4, 3)), LayerInput((1, 3, 8, 8), torch.float32, torch.device("cpu"))
@@ -404,7 +406,7 @@ def test_a_damaged_table_of_times_is_measured_anew(
 
 @pytest.mark.parametrize("setting", [{"HARMCONVERT_NATIVE": "0"}, {"CC": "no-such-compiler"}, {"CC": "false"}])
 @pytest.mark.slow
-def test_without_a_compiler_torchs_operators_do(setting: dict[str, str], tmp_path: Path) -> None:
+def test_without_a_compiler_the_operators_of_torch_are_used(setting: dict[str, str], tmp_path: Path) -> None:
     code = (
         "from tests.test_forms import *\n"
         "assert native.reason_unavailable(), 'compiled all the same'\n"
@@ -420,7 +422,7 @@ def test_without_a_compiler_torchs_operators_do(setting: dict[str, str], tmp_pat
     assert next(iter(setting.values())) in done.stdout or "no compiled kernel" in done.stdout
 
 
-def test_a_library_that_others_could_have_put_there_is_not_loaded(tmp_path: Path) -> None:
+def test_a_library_that_another_user_could_have_written_is_not_loaded(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     code = "from harmconvert.layers import native; print(native.reason_unavailable())"
     env = {**os.environ, "HARMCONVERT_CACHE": str(tmp_path)}
@@ -430,8 +432,8 @@ def test_a_library_that_others_could_have_put_there_is_not_loaded(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_the_library_is_made_once_and_whole(tmp_path: Path) -> None:
-    """Several processes at once: each gets it, one file stays."""
+def test_the_library_is_compiled_once_and_written_completely(tmp_path: Path) -> None:
+    """Several processes compile at the same time: each of them loads the library, and one file remains."""
     code = (
         "from harmconvert.layers import native; assert native.reason_unavailable() is None, native.reason_unavailable()"
     )
@@ -441,7 +443,7 @@ def test_the_library_is_made_once_and_whole(tmp_path: Path) -> None:
     assert [path.suffix for path in tmp_path.iterdir()] == [".so"]
 
 
-def test_a_checkpoint_loads_in_factored_form(tmp_path: Path) -> None:
+def test_a_checkpoint_is_loaded_in_factored_form(tmp_path: Path) -> None:
     network = hc.open_source("sample:resnet_mnist5k").model
     conversion = hc.convert(network, 2)
     hc.save(conversion, tmp_path / "a.safetensors")
@@ -453,14 +455,14 @@ def test_a_checkpoint_loads_in_factored_form(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_factored_form_compiles() -> None:
+def test_the_factored_form_works_with_torch_compile() -> None:
     harmonic = convert(seeded(Branches), 2, example_input=X).model
     factored = factor(harmonic, layers="factored")
     compiled = torch.compile(factored, fullgraph=True)
     assert torch.allclose(outputs(compiled, X), outputs(harmonic, X), atol=1e-5)
 
 
-def test_turns_alternate_and_are_counted() -> None:
+def test_timed_forms_alternate_and_their_runs_are_counted() -> None:
     seen: list[str] = []
     times = in_turns({"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}, 4, warm=1)
     assert seen == ["a", "b", *["a", "b"] * 4]
@@ -473,10 +475,10 @@ def test_harmonic_and_factored_classes_are_cached() -> None:
     assert type(to_factored(truncated(nn.Conv2d(1, 1, 3)))) is type(to_factored(truncated(nn.Conv2d(2, 1, 3))))
 
 
-def test_merged_kernels_out_of_range_are_refused_by_name() -> None:
+def test_merged_kernels_out_of_range_are_refused_and_the_layer_named() -> None:
     harmonic = nn.Sequential(to_harmonic(nn.Conv2d(1, 1, 3).half()))
     with torch.no_grad():
-        harmonic[0].coefficients.fill_(65000.0)  # adds up to more at the first position
+        harmonic[0].coefficients.fill_(65000.0)  # the sum at the first position is out of range
     for make in (fuse, lambda model: factor(model, layers="dense")):
         with pytest.raises(InputError, match="layer 0: its merged kernels are out of float16's range"):
             make(harmonic)
@@ -506,7 +508,7 @@ def _plain() -> nn.Module:
 
 @pytest.mark.parametrize("layers", ["measured", "factored", {"2": "factored"}])
 @pytest.mark.parametrize("method", ["_conv_forward", "forward"])
-def test_a_layer_with_a_method_of_its_own_is_dense(method: str, layers: object) -> None:
+def test_a_layer_with_its_own_forward_method_stays_dense(method: str, layers: object) -> None:
     harmonic = convert(seeded(_plain), {"2": 2}, example_input=X).model
     conv = harmonic[2]
     if method == "_conv_forward":
@@ -519,7 +521,7 @@ def test_a_layer_with_a_method_of_its_own_is_dense(method: str, layers: object) 
     assert torch.allclose(outputs(factored, X), outputs(harmonic, X), atol=1e-5)
 
 
-def test_a_method_replaced_for_all_convolutions_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_method_replaced_for_all_convolutions_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nn.Conv2d, "_conv_forward", _circular_in_x)
     harmonic = convert(seeded(_plain), {"2": 2}, example_input=X).model
     chosen = factoring(harmonic, X, layers="factored")
@@ -529,9 +531,7 @@ def test_a_method_replaced_for_all_convolutions_is_seen(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("x", [X, None])
-def test_a_factored_layer_that_computes_something_else_is_dense(
-    x: Tensor | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_factored_layer_with_other_outputs_stays_dense(x: Tensor | None, monkeypatch: pytest.MonkeyPatch) -> None:
     harmonic = convert(seeded(Branches), 2, example_input=X).model
     run = FactoredMixin._run_native
     monkeypatch.setattr(
@@ -546,7 +546,7 @@ def test_a_factored_layer_that_computes_something_else_is_dense(
     assert torch.allclose(outputs(factored, X), outputs(harmonic, X), atol=1e-5)
 
 
-def test_a_network_that_needs_contiguous_maps_is_dense() -> None:
+def test_a_network_that_needs_contiguous_maps_stays_dense() -> None:
     class Flat(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -564,9 +564,7 @@ def test_a_network_that_needs_contiguous_maps_is_dense() -> None:
 
 
 @pytest.mark.parametrize("x", [X, None])
-def test_a_dense_form_that_computes_something_else_is_not_handed_back(
-    x: Tensor | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dense_form_with_other_outputs_is_not_returned(x: Tensor | None, monkeypatch: pytest.MonkeyPatch) -> None:
     def doubled(conv: nn.Module, memo: dict[int, object] | None = None) -> nn.Module:
         dense = to_dense(conv, memo)
         if conv.out_channels == 16:
@@ -582,7 +580,7 @@ def test_a_dense_form_that_computes_something_else_is_not_handed_back(
         factor(harmonic, x, layers="dense")
 
 
-def test_kernels_that_a_network_writes_in_its_forward_are_no_dense_form() -> None:
+def test_kernels_written_in_the_forward_pass_prevent_a_dense_form() -> None:
     class Merging(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -601,7 +599,7 @@ def test_kernels_that_a_network_writes_in_its_forward_are_no_dense_form() -> Non
 
 
 def test_networks_whose_outputs_cannot_be_compared_are_compared_layer_by_layer() -> None:
-    """No tensor comes out, or another one each time."""
+    """They return no tensor, or another one in each run."""
 
     class Odd(nn.Module):
         def __init__(self, change: object) -> None:
@@ -617,13 +615,13 @@ def test_networks_whose_outputs_cannot_be_compared_are_compared_layer_by_layer()
         assert type(fuse(harmonic, X).second) is nn.Conv2d
 
 
-def test_an_input_that_fuse_cannot_compare_on_is_refused() -> None:
+def test_fuse_refuses_an_input_on_which_it_cannot_compare() -> None:
     harmonic = convert(seeded(Branches), 2, example_input=X).model
     with pytest.raises(UsageError, match=r"does not run on an example input of shape \(1, 5, 24, 24\)"):
         fuse(harmonic, torch.zeros(1, 5, 24, 24))
 
 
-def test_comparing_and_timing_leave_nothing_behind() -> None:
+def test_comparing_and_timing_do_not_change_the_network() -> None:
     harmonic = convert(seeded(_plain), {"2": 2}, example_input=X).model
     seen: list[int] = []
     harmonic[1].register_forward_hook(lambda *_: seen.append(1))
@@ -634,7 +632,7 @@ def test_comparing_and_timing_leave_nothing_behind() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_networks_in_sixteen_bits_are_factored(dtype: torch.dtype) -> None:
-    """All of it, or its convolutions alone, which runs in float32 only."""
+    """Either the whole network is in 16 bits, or only its convolutions; the latter runs only in float32."""
     for change in (lambda net: net.to(dtype), lambda net: net[2].to(dtype)):
         network = seeded(_plain)
         change(network)
@@ -651,8 +649,8 @@ def test_networks_in_sixteen_bits_are_factored(dtype: torch.dtype) -> None:
     [nn.functional.dropout, lambda y: y * random.random(), lambda y: y + np.random.rand()],
     ids=["dropout", "random", "numpy"],
 )
-def test_a_network_that_draws_at_random_in_its_forward_has_other_forms(draw: object) -> None:
-    """From one seed torch draws other values for another memory layout."""
+def test_a_network_with_random_numbers_in_its_forward_pass_is_fused_and_factored(draw: object) -> None:
+    """With the same seed, torch generates other values for another memory format."""
 
     class Draws(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Sets of single frequencies: the chain is that of trying, what images show decides, and plans keep what it found."""
+"""Sets of single frequencies: the order equals an exhaustive one, depends on the images, and is stored in plans."""
 
 from __future__ import annotations
 
@@ -53,7 +53,9 @@ BEST = SearchSettings(trials=2, frequencies="best")
 
 @settings(deadline=None)
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 5), st.integers(0, 1000))
-def test_elimination_is_that_of_trying(groups: int, channels: int, out: int, frequencies: int, seed: int) -> None:
+def test_elimination_equals_trying_every_frequency(
+    groups: int, channels: int, out: int, frequencies: int, seed: int
+) -> None:
     generator = np.random.default_rng(seed)
     columns = channels * frequencies
     problems = []
@@ -68,17 +70,17 @@ def test_elimination_is_that_of_trying(groups: int, channels: int, out: int, fre
 
 
 def choices_of(size: tuple[int, ...], *sets: Any) -> tuple[Any, ...]:
-    """Choices of a search that keep these sets of frequencies."""
+    """Return the choices of a search that keep these sets of frequencies."""
     return tuple((Frequencies(size, tuple(frequencies)),) for frequencies in sets)
 
 
 def sets_of(item: Item) -> list[Any]:
-    """The frequencies of each choice."""
+    """Return the frequencies of each choice."""
     return [kept.frequencies for (kept,) in item.choices]
 
 
 def moments_of(conv: nn.Module, x: Tensor) -> Moments | str:
-    """Those of a network of one convolution."""
+    """Return the moments of a network of one convolution."""
     whole = hc.convert(nn.Sequential(conv))
     data = calibration_set(x.split(7))
     ((names, found),) = response_moments(whole.model, {"0": whole.model[0]}, data, 0, 1 << 30)
@@ -87,7 +89,7 @@ def moments_of(conv: nn.Module, x: Tensor) -> Moments | str:
 
 
 def designed(conv: nn.Module, x: Tensor, centred: bool) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Each group's design matrix of all frequencies, centred where a bias takes the mean, and its coefficients."""
+    """Return each group's design matrix of all frequencies (centred if there is a bias) and its coefficients."""
     every = oracle.frequencies(conv.kernel_size, sum(conv.kernel_size))
     inside, outside = conv.in_channels // conv.groups, conv.out_channels // conv.groups
     kernel = conv.weight.detach().numpy()
@@ -104,7 +106,7 @@ def designed(conv: nn.Module, x: Tensor, centred: bool) -> list[tuple[np.ndarray
 @pytest.mark.parametrize(
     "name", ["plain", "strided, padded, no bias", "2x2", "grouped", "1x7", "ConvTranspose2d", "Conv2dSame"]
 )
-def test_moments_are_those_of_the_responses_and_order_as_trying_does(name: str) -> None:
+def test_moments_equal_those_of_the_responses_and_give_the_same_order(name: str) -> None:
     make, shape = CONVOLUTIONS[name]
     conv, x = seeded(make, torch.float64), smooth((40, *shape[1:]))
     found = moments_of(conv, x)
@@ -121,7 +123,7 @@ def test_moments_are_those_of_the_responses_and_order_as_trying_does(name: str) 
 
 
 @pytest.mark.parametrize("name", ["plain", "strided, padded, no bias", "grouped", "ConvTranspose2d"])
-def test_of_a_large_layer_each_channel_is_eliminated_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_a_large_layer_each_channel_is_eliminated_separately(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moments, "MOST_UNKNOWNS", 8)
     make, shape = CONVOLUTIONS[name]
     conv, x = seeded(make, torch.float64), smooth((40, *shape[1:]))
@@ -139,7 +141,7 @@ def test_of_a_large_layer_each_channel_is_eliminated_alone(name: str, monkeypatc
     assert chain.errors == pytest.approx(errors, rel=0.05)
 
 
-def test_what_does_not_fit_in_memory_is_taken_channel_by_channel() -> None:
+def test_moments_that_exceed_the_memory_limit_are_computed_channel_by_channel() -> None:
     conv, x = seeded(CONVOLUTIONS["plain"][0], torch.float64), smooth((8, 3, 9, 9))
     whole = hc.convert(nn.Sequential(conv)).model
     enough = 32 * 27**2
@@ -148,7 +150,7 @@ def test_what_does_not_fit_in_memory_is_taken_channel_by_channel() -> None:
         assert found.apart == apart
 
 
-def test_silent_channels_and_starved_layers_have_an_order() -> None:
+def test_silent_channels_and_layers_with_too_few_positions_have_an_order() -> None:
     conv = seeded(lambda: nn.Conv2d(3, 4, 8, stride=8), torch.float64)
     x = smooth((3, 3, 16, 16))
     x[:, 1] = 0
@@ -160,7 +162,7 @@ def test_silent_channels_and_starved_layers_have_an_order() -> None:
 
 @settings(deadline=None)
 @given(st.integers(0, 1000), st.sampled_from([(2, 2), (1, 3), (4,)]))
-def test_without_images_each_set_has_the_most_energy_of_its_size(seed: int, size: tuple[int, ...]) -> None:
+def test_without_images_each_set_has_the_most_energy_among_sets_of_its_size(seed: int, size: tuple[int, ...]) -> None:
     conv = {1: nn.Conv1d, 2: nn.Conv2d}[len(size)](2, 3, size)
     with torch.no_grad():
         conv.weight.copy_(random_input(conv.weight.shape, seed=seed))
@@ -179,7 +181,7 @@ def test_without_images_each_set_has_the_most_energy_of_its_size(seed: int, size
 
 
 @pytest.mark.parametrize("size", [(3, 3), (2, 2), (1, 7), (5, 5), (64, 1), (3, 3, 3)])
-def test_sets_of_a_chain_are_nested_and_lambdas_stay_among_the_choices(size: tuple[int, ...]) -> None:
+def test_the_sets_of_an_order_are_nested_and_lambdas_stay_among_the_choices(size: tuple[int, ...]) -> None:
     conv = {2: nn.Conv2d, 3: nn.Conv3d}[len(size)]
     sites = find_layers(nn.Sequential(nn.ReLU(), conv(2, 2, size), conv(2, 2, size)))
     (_, item) = items_of(whole_plan(sites, include=["*"]), {})
@@ -219,7 +221,7 @@ def test_swaps_stay_within_the_limit_and_reach_sets_of_the_same_size(
                 assert (*chosen[:number], other, *chosen[number + 1 :]) in found
 
 
-def test_of_sets_that_cost_the_same_a_swap_gives_up_the_one_that_scores_least() -> None:
+def test_among_choices_of_equal_cost_a_swap_uses_the_least_score() -> None:
     assert list(swaps((1, 0), [[2, 1, 0], [2, 1, 1]], [[0.0, 5.0, 9.0], [0.0, 3.0, 1.0]], 3)) == [(0, 2)]
 
 
@@ -227,12 +229,12 @@ def test_of_sets_that_cost_the_same_a_swap_gives_up_the_one_that_scores_least() 
 
 
 def barcodes(count: int, seed: int = 0) -> Tensor:
-    """Images that change across and not down: nothing is seen at vertical frequencies."""
+    """Return images that change only horizontally, so that they have no vertical frequencies."""
     return random_input((count, 3, 1, 12), torch.float64, seed).expand(-1, -1, 12, -1).contiguous()
 
 
 def reader() -> nn.Module:
-    """Reads barcodes; no padding, at which there would be detail down."""
+    """Return a network for barcodes, without padding: its edges would have vertical frequencies."""
     return seeded(
         lambda: nn.Sequential(
             nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
@@ -243,7 +245,7 @@ def reader() -> nn.Module:
 
 def test_detail_that_the_images_lack_is_cut_first() -> None:
     model, images = reader(), barcodes(16).split(8)
-    share = 0.4  # a third of each kernel, and biases
+    share = 0.4  # a third of each kernel, plus biases
     best = convert(model, budget={"params": share}, calibration=images, search=BEST)
     plain = convert(model, budget={"params": share}, calibration=images, search=SearchSettings(trials=2))
     across = ((0, 0), (0, 1), (0, 2))
@@ -253,7 +255,7 @@ def test_detail_that_the_images_lack_is_cut_first() -> None:
     assert hc.verify(model, best.model, inputs=images[0]).as_planned
 
 
-def test_a_layer_that_cannot_be_told_by_its_output_is_told_by_energy_and_noted() -> None:
+def test_a_layer_that_cannot_be_refitted_is_ordered_by_energy_and_noted() -> None:
     model = seeded(Branches)
     images = random_input((16, 3, 20, 20)).split(8)
     found = convert(model, budget="params=80%", calibration=images, search=SearchSettings(trials=1, frequencies="best"))
@@ -266,7 +268,7 @@ def test_a_layer_that_cannot_be_told_by_its_output_is_told_by_energy_and_noted()
     json.dumps(found.to_json())
 
 
-def test_every_order_says_what_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_order_names_its_criterion(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moments, "MOST_UNKNOWNS", 100)
     model = hc.open_source(SAMPLE).model
     sites = plannable(find_layers(model))
@@ -296,28 +298,28 @@ def test_weight_standardised_layers_have_an_order() -> None:
         assert sorted(eliminate(found.gram, found.coefficients, 9).order) == list(range(9))
 
 
-def test_a_layer_whose_activations_are_not_finite_is_told_by_energy() -> None:
+def test_a_layer_with_activations_that_are_not_finite_is_ordered_by_energy() -> None:
     conv = seeded(lambda: nn.Conv2d(3, 4, 3))
     with torch.no_grad():
         conv.weight.mul_(1e38)
     assert "NaN or infinite" in moments_of(conv, 1e10 * smooth((8, 3, 9, 9)).float())
 
 
-def test_orders_are_kept_with_the_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_orders_are_stored_with_the_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, probes = reader(), tmp_path / "scores.json"
     arguments: dict[str, Any] = {"calibration": barcodes(16).split(8)}
     plain = SearchSettings(trials=0, probes=str(probes))
     convert(model, budget="params=60%", search=plain, **arguments)
     kept = json.loads(probes.read_text())
     assert kept["orders"] == {}
-    del kept["orders"]  # as files of before there were orders
+    del kept["orders"]  # early files have no orders
     probes.write_text(json.dumps(kept))
     best = SearchSettings(trials=0, probes=str(probes), frequencies="best")
     first = convert(model, budget="params=60%", search=best, **arguments)
     more = json.loads(probes.read_text())
     assert set(kept["single"]) < set(more["single"])
     assert {name: len(order["frequencies"]) for name, order in more["orders"].items()} == {"1": 9, "3": 9}
-    replace_everywhere(monkeypatch, response_moments, None)  # not asked again
+    replace_everywhere(monkeypatch, response_moments, None)  # it must not be called again
     again = convert(model, budget="params=60%", search=best, **arguments)
     assert again.plan == first.plan
     assert json.loads(probes.read_text()) == more
@@ -327,18 +329,18 @@ def test_orders_are_kept_with_the_scores(tmp_path: Path, monkeypatch: pytest.Mon
         convert(model, budget="params=60%", search=best, **arguments)
 
 
-def test_an_order_survives_its_file() -> None:
+def test_an_order_is_saved_and_read_again() -> None:
     order = Order(frequencies_below((3, 3), 2), BY_ENERGY, "why")
     assert Order.from_json(json.loads(json.dumps(order.to_json()))) == order
 
 
-def test_what_is_neither_lambda_nor_best_is_refused() -> None:
+def test_frequencies_other_than_lambda_and_best_are_refused() -> None:
     with pytest.raises(UsageError, match="unknown frequencies 'worst': use one of lambda, best"):
         SearchSettings(frequencies="worst")
 
 
 @pytest.mark.slow
-def test_two_processes_choose_what_one_does(tmp_path: Path) -> None:
+def test_two_processes_choose_the_same_plan_as_one(tmp_path: Path) -> None:
     (one,) = launched(tmp_path, 1, "best")
     first, second = launched(tmp_path, 2, "best")
     assert one["kept"] == first["kept"] == second["kept"]
@@ -347,7 +349,7 @@ def test_two_processes_choose_what_one_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_convert_by_best_frequencies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_convert_command_accepts_best_frequencies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = ["convert", SAMPLE, "--budget", "params=92%", "--frequencies", "best", "--include", "stage3.2.conv2"]
     text = ok(*arguments, "-o", "alone.safetensors").stdout

@@ -1,4 +1,4 @@
-"""Harm1-X and Harm-X of any network: blocks in place, kept in checkpoints, folded into plain convolutions."""
+"""Harm1-X and Harm-X of any network: blocks replace layers, are stored in checkpoints, and fold into convolutions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def wrn() -> nn.Module:
 
 
 def with_statistics(block: HarmonicBlock2d) -> HarmonicBlock2d:
-    """A block whose batch norm has seen something."""
+    """Give a block's batch norm some statistics."""
     if isinstance(block.norm, nn.BatchNorm2d):
         generator = torch.Generator().manual_seed(3)
         block.norm.running_mean.copy_(torch.randn(block.norm.num_features, generator=generator))
@@ -62,7 +62,7 @@ def test_without_normalisation_a_block_is_the_convolution_that_it_replaced() -> 
     "conv",
     [nn.Conv1d(3, 4, 3), nn.Conv2d(3, 4, 3, padding_mode="reflect", padding=1), nn.Conv2d(3, 4, 3, padding="same")],
 )
-def test_convolutions_that_no_block_can_replace(conv: nn.Module) -> None:
+def test_convolutions_that_no_block_can_replace_are_refused(conv: nn.Module) -> None:
     with pytest.raises(UsageError, match="a block can only replace a plain Conv2d that is padded with zeros"):
         to_block(conv)
 
@@ -77,12 +77,12 @@ def test_the_first_layer_normalises_and_the_others_are_merged() -> None:
     assert len(kinds) == 18
     assert network.stem.norm.num_features == 9
     assert len(network.stage3[0].conv1.frequencies) == 3
-    # As many parameters as the cut of the plain network: the block's norm has none.
+    # The number of parameters equals that of the truncated plain network, because the block's norm has none.
     count = sum(p.numel() for p in network.parameters())
     assert count == sum(p.numel() for p in hc.convert(wrn(), "progressive").model.parameters())
 
 
-def test_harm1_leaves_the_rest_alone_and_the_network_it_was_given() -> None:
+def test_harm1_changes_only_the_first_layer_and_not_its_argument() -> None:
     plain = wrn()
     network = harmonize(plain, "first")
     assert isinstance(network.stem, HarmonicBlock2d)
@@ -91,14 +91,14 @@ def test_harm1_leaves_the_rest_alone_and_the_network_it_was_given() -> None:
     assert torch.equal(network.stage1[0].conv1.weight, plain.stage1[0].conv1.weight)
 
 
-def test_without_normalisation_the_first_layer_is_merged_too() -> None:
+def test_without_normalisation_the_first_layer_is_a_merged_layer() -> None:
     network = harmonize(wrn(), "all", normalize_first=False)
     assert isinstance(network.stem, HarmonicMixin)
     assert isinstance(harmonize(wrn(), "first", normalize_first=False).stem, HarmonicMixin)
 
 
 @pytest.mark.parametrize("which", ["first", "all"])
-def test_checkpoints_keep_blocks(tmp_path: Path, which: str) -> None:
+def test_checkpoints_store_blocks(tmp_path: Path, which: str) -> None:
     network = harmonize(wrn(), which, 3 if which == "all" else "full")
     with_statistics(network.stem)
     hc.save(network, tmp_path / "net.safetensors", source=WRN)
@@ -111,7 +111,7 @@ def test_checkpoints_keep_blocks(tmp_path: Path, which: str) -> None:
     assert type(dense.stem) is nn.Conv2d
 
 
-def test_a_checkpoint_whose_block_is_nowhere_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_with_a_block_that_the_network_lacks_is_refused(tmp_path: Path) -> None:
     network = harmonize(wrn(), "first")
     hc.save(network, tmp_path / "net.safetensors", source=WRN)
     with pytest.raises(InputError, match="it has no such convolution: stem"):
@@ -123,7 +123,7 @@ def test_the_root_may_be_the_first_layer() -> None:
     assert type(hc.fuse(harmonize(nn.Conv2d(1, 2, 3), "first"))) is nn.Conv2d
 
 
-def test_a_block_learns() -> None:
+def test_a_block_can_be_trained() -> None:
     network = harmonize(wrn(), "first").train()
     before: Tensor = network.stem.norm.running_var.clone()
     network(random_input((4, 1, 28, 28))).sum().backward()
@@ -131,14 +131,14 @@ def test_a_block_learns() -> None:
     assert not torch.equal(network.stem.norm.running_var, before)
 
 
-def test_what_cannot_be_harmonized() -> None:
+def test_networks_that_cannot_be_harmonized_are_refused() -> None:
     with pytest.raises(UsageError, match=r"which \(='last'\) must be one of first, all"):
         harmonize(wrn(), "last")
     with pytest.raises(InputError, match="no convolution with a kernel larger than 1x1 reads the input"):
         harmonize(nn.Sequential(nn.Conv2d(3, 4, 1)))
 
 
-def test_the_models_are_registered() -> None:
+def test_the_models_of_the_paper_are_registered_with_timm() -> None:
     assert harmconvert.models
     assert timm.is_model("wrn28_10")
 
@@ -152,8 +152,8 @@ def drawn(**more: object) -> nn.Module:
     return harmonize(plain, "all", 2, **more)
 
 
-def test_weights_are_drawn_as_the_papers_code_draws_them() -> None:
-    """From N(0, 2 / fan-out): of a 1x1 mixing the output channels, of coefficients those times the frequencies."""
+def test_weights_are_initialised_as_in_the_code_of_the_paper() -> None:
+    """The distribution is N(0, 2 / fan-out). The fan-out is O for a 1x1 convolution, and O x F for coefficients."""
     network = drawn()
     block, merged = network[0], network[1]
     assert block.mix.weight.std().item() == pytest.approx((2 / 256) ** 0.5, rel=0.02)
@@ -164,7 +164,7 @@ def test_weights_are_drawn_as_the_papers_code_draws_them() -> None:
     assert torch.equal(again[0].mix.weight, block.mix.weight), "the same from the same seed"
 
 
-def test_a_whole_basis_starts_as_kaimings_kernels_do() -> None:
+def test_the_whole_basis_is_initialised_as_by_kaiming_normal() -> None:
     torch.manual_seed(0)
     (merged,) = harmonize(nn.Sequential(nn.Conv2d(64, 64, 3)), "all", normalize_first=False)
     kernel = torch.empty(64, 64, 3, 3)
@@ -184,7 +184,7 @@ def test_a_pretrained_network_keeps_its_kernels_and_is_not_normalised() -> None:
     assert klt.stage3[0].conv1.fitted_basis is not None
 
 
-def test_all_else_of_the_network_stays_as_it_is() -> None:
+def test_harmonize_does_not_change_other_layers() -> None:
     plain = wrn()
     network = harmonize(plain, "all")
     kept = {key: tensor for key, tensor in network.state_dict().items() if key in plain.state_dict()}

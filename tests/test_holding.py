@@ -1,4 +1,4 @@
-"""Runs held at a layer: they come to what runs begun anew come to, in less work, and leave nothing behind."""
+"""Forward passes that are held at a layer: they equal new runs, with less work, and leave no state behind."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SIZE = (3, 20, 20)
 
 
 class Chain(nn.Module):
-    """Four convolutions, in-place activations, an addition around two of them."""
+    """Four convolutions with in-place activations, and a residual connection around two of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Chain(nn.Module):
 
 
 class Drawing(Chain):
-    """Draws in its forward, between its layers."""
+    """A network that uses random numbers between its layers."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x) + torch.randn(8, 1, 1)
@@ -50,7 +50,7 @@ class Drawing(Chain):
 
 
 class Remembering(Chain):
-    """Keeps in itself what a later layer needs: two runs in turns would mix it up."""
+    """A network that stores an intermediate result in an attribute, which two interleaved runs would mix up."""
 
     def forward(self, x: Tensor) -> Tensor:
         self.kept = self.first(x)
@@ -59,7 +59,7 @@ class Remembering(Chain):
 
 
 class Minding(Chain):
-    """Looks at the thread that it runs in."""
+    """A network that depends on the thread in which it runs."""
 
     def forward(self, x: Tensor) -> Tensor:
         assert threading.current_thread() is threading.main_thread()
@@ -70,7 +70,7 @@ LOCK = threading.Lock()
 
 
 class Pooling(Chain):
-    """Runs two layers side by side, in threads that it starts."""
+    """A network that runs two layers in parallel, in threads of its own."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
@@ -80,7 +80,7 @@ class Pooling(Chain):
 
 
 class Setting(Chain):
-    """Sets something for the whole process while its layers run."""
+    """A network that changes a setting of the whole process while its layers run."""
 
     def forward(self, x: Tensor) -> Tensor:
         before = torch.backends.mkldnn.enabled
@@ -94,7 +94,7 @@ class Setting(Chain):
 
 
 class Counting(Chain):
-    """Keeps in itself how many images there are."""
+    """A network that stores the number of images in an attribute."""
 
     def forward(self, x: Tensor) -> Tensor:
         self.images = len(x)
@@ -103,14 +103,14 @@ class Counting(Chain):
 
 
 class Silent(Remembering):
-    """Says nothing that could be compared."""
+    """A network without an output that can be compared."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)[:0]
 
 
 class Locked(Chain):
-    """One forward at a time: another one waits until it is over."""
+    """A network with a lock: a forward pass waits until the other one ends."""
 
     def forward(self, x: Tensor) -> Tensor:
         with LOCK:
@@ -118,7 +118,7 @@ class Locked(Chain):
 
 
 class Nested(Chain):
-    """Contexts are open while its layers run."""
+    """A network whose layers run inside context managers."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -129,7 +129,7 @@ class Nested(Chain):
 
 
 class Turning(Chain):
-    """Takes another way on each second image: not every run comes by every layer."""
+    """A network that skips layers for every second image."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
@@ -161,7 +161,7 @@ def same(held: hc.Conversion, anew: hc.Conversion) -> bool:
 
 
 def counted(run: Callable[[], Any]) -> tuple[Any, Counter[int]]:
-    """What it returns, and how often each number of images went through a first layer."""
+    """Return the result of ``run``, and for each batch size the number of runs of a first layer."""
     calls: Counter[int] = Counter()
     forward = nn.Conv2d.forward
 
@@ -188,9 +188,7 @@ ANEW = (Remembering, Minding, Locked, Pooling, Setting, Counting, Silent)
 @pytest.mark.parametrize(
     ("make", "room"), [(Chain, 120_000), *((make, 1 << 30) for make in (*HELD, *ANEW, Branches))]
 )  # fmt: skip
-def test_held_runs_come_to_what_runs_begun_anew_come_to(
-    make: Callable[[], nn.Module], room: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_held_runs_equal_new_runs(make: Callable[[], nn.Module], room: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, settings = seeded(make), holding._settings()
     monkeypatch.setattr(holding, "_PATIENCE", 0.5)
     monkeypatch.setattr(holding, "_MOMENT", 0.1)
@@ -201,15 +199,18 @@ def test_held_runs_come_to_what_runs_begun_anew_come_to(
         patch.setattr(Forwards, "_try_out", lambda self: {})
         whole, many = counted(lambda: calibrated(model))
     assert same(held, whole)
-    fit = 3  # images of a batch that are fitted on
+    fit = 3  # images of a batch that are used for the fit
     if make in ANEW:
         assert few[fit] == many[fit]
     elif room == 1 << 30 and make is not Branches:
-        assert few[fit] <= many[fit] - 5, (few, many)  # three layers, three batches, and once more of the first itself
+        assert few[fit] <= many[fit] - 5, (
+            few,
+            many,
+        )  # three layers, three batches, and one more run of the first layer
 
 
 @pytest.mark.parametrize("batches", ["equal", "of several sizes", "dicts", "single images", "two images"])
-def test_whatever_the_batches_are(batches: str) -> None:
+def test_held_runs_equal_new_runs_for_any_batches(batches: str) -> None:
     x = images()
     given: dict[str, Any] = {
         "equal": [x[:1].expand(4, *SIZE)] * 3,
@@ -225,8 +226,8 @@ def test_whatever_the_batches_are(batches: str) -> None:
         assert same(held, calibrated(model, given[batches]))
 
 
-def test_a_run_goes_on_with_the_coefficients_of_now() -> None:
-    """The oracle: a run begun anew, whose maps must be the held one's to the bit, whatever was changed meanwhile."""
+def test_a_held_run_continues_with_the_current_coefficients() -> None:
+    """The reference is a new run: its maps must equal those of the held run bit for bit after any change."""
     model, data = seeded(Chain), calibration_set(images().split(4))
     converted = calibrated(model).model
     layers = convolutions(converted)
@@ -238,7 +239,7 @@ def test_a_run_goes_on_with_the_coefficients_of_now() -> None:
 
     with Forwards(converted, layers, 1 << 30, data.fit, data.probes) as forwards, torch.no_grad():
         for name in ("first", "second", "third", "last"):
-            if name == "last":  # one that has passed changes: the held runs do not know of it, and are begun anew
+            if name == "last":  # a layer before the held ones changes, so the held runs must begin again
                 layers["first"].coefficients.mul_(0.5)  # type: ignore[union-attr,operator]
             for batch in data.fit:
                 held = fed(lambda see, name=name, batch=batch: forwards.watch([name], batch, see, 1))
@@ -252,8 +253,8 @@ def test_a_run_goes_on_with_the_coefficients_of_now() -> None:
             layers[name].bias.add_(0.25)  # type: ignore[union-attr,operator]
 
 
-def test_what_is_held_is_counted() -> None:
-    """At the second layer of Chain: the image, the map that is added later (also the layer's input), and its output."""
+def test_the_memory_of_held_tensors_is_counted() -> None:
+    """At the second layer of Chain these are the image, the layer's input (which is added later), and its output."""
     data, converted = calibration_set(images().split(4)), calibrated(seeded(Chain)).model
     with Forwards(converted, convolutions(converted), 1 << 30, data.fit, data.probes) as forwards:
         assert forwards._bytes["second"] == 4 * 20 * 20 * (3 + 8 + 8)
@@ -261,7 +262,7 @@ def test_what_is_held_is_counted() -> None:
 
 
 @pytest.mark.parametrize("memory", [0, 50_000, 100_000, 200_000, 1 << 30])
-def test_no_more_is_held_than_memory_allows(memory: int) -> None:
+def test_held_tensors_stay_within_the_memory_limit(memory: int) -> None:
     data, converted = calibration_set(images(40).split(4)), calibrated(seeded(Chain)).model
     most = 0
     with Forwards(converted, convolutions(converted), memory, data.fit, data.probes) as forwards:
@@ -276,7 +277,7 @@ def test_no_more_is_held_than_memory_allows(memory: int) -> None:
     assert most == min(10, memory // (3 * forwards._bytes["first"]))
 
 
-def test_neither_draws_nor_flags_of_the_caller_are_touched() -> None:
+def test_random_states_and_flags_of_the_caller_are_not_changed() -> None:
     model, drawn = seeded(Drawing).train(), []
     torch.manual_seed(5)
     hc.convert(model, {"*": 2}, calibration=images().split(4), progress=lambda *_: drawn.append(torch.rand(1)))
@@ -286,8 +287,8 @@ def test_neither_draws_nor_flags_of_the_caller_are_touched() -> None:
     assert drawn == [torch.rand(1) for _ in drawn]
 
 
-def test_under_the_callers_autocast_runs_are_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Autocast is a thread's own, so that a held run would not be under it."""
+def test_under_autocast_runs_stay_in_the_thread_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autocast applies only to one thread, so a held run would not use it."""
     found = []
     for tried in (Forwards._try_out, lambda self: {}):
         monkeypatch.setattr(Forwards, "_try_out", tried)
@@ -296,8 +297,8 @@ def test_under_the_callers_autocast_runs_are_the_callers(monkeypatch: pytest.Mon
     assert same(*found)
 
 
-def test_where_no_thread_can_be_started_runs_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At first two for the trial, then four; the system has no more."""
+def test_if_no_thread_can_be_started_runs_begin_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system allows no more threads: first two for the trial, then four."""
     model, start, left = seeded(Chain), threading.Thread.start, [6]
 
     def limited(self: threading.Thread) -> None:
@@ -314,7 +315,7 @@ def test_where_no_thread_can_be_started_runs_begin_anew(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
-def test_an_error_on_the_way_ends_the_threads(error: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_ends_the_threads(error: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
     calls = 0
     go_on = holding._Run.go_on
 
@@ -343,10 +344,10 @@ def test_an_error_on_the_way_ends_the_threads(error: type[BaseException], monkey
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("after", [False, True])
-def test_an_interrupt_leaves_no_thread(
+def test_an_interrupt_ends_the_threads(
     room: type, method: str, call: int, after: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It comes before or after one of the calls that begin, continue and end runs."""
+    """The interrupt comes before or after one of the calls that begin, continue and end runs."""
     calls, plain = 0, getattr(room, method)
 
     def interrupted(self: Any, *given: Any) -> None:
@@ -364,10 +365,10 @@ def test_an_interrupt_leaves_no_thread(
             calibrated(seeded(Chain))
     for thread in threading.enumerate():
         if thread.name == "harmconvert forward":
-            thread.join(10)  # nobody has waited for it
+            thread.join(10)  # no other code waits for this thread
 
 
-def test_a_network_that_fails_midway_says_so_as_before() -> None:
+def test_the_error_of_a_network_that_fails_midway_is_recorded() -> None:
     class Failing(Chain):
         def forward(self, x: Tensor) -> Tensor:
             x = self.second(self.first(x))
@@ -381,8 +382,8 @@ def test_a_network_that_fails_midway_says_so_as_before() -> None:
     assert all("three are too many" in (layer.why or "") for layer in conversion.calibration.layers)
 
 
-def test_found_tensors_are_let_go_at_once() -> None:
-    """Maps that wait for the garbage collector would be held without being counted."""
+def test_tensors_in_keeps_no_reference_to_tensors() -> None:
+    """Maps that wait for the garbage collector would use memory that is not counted."""
     tensor = torch.ones(3)
     alive = weakref.ref(tensor)
     gc.disable()
@@ -394,7 +395,7 @@ def test_found_tensors_are_let_go_at_once() -> None:
         gc.enable()
 
 
-def test_tensors_are_found_in_order_and_cycles_end() -> None:
+def test_tensors_are_listed_in_order_and_cycles_end() -> None:
     a, b, c = torch.zeros(1), torch.ones(1), torch.full((1,), 2.0)
     nest: dict[str, Any] = {"first": [a, {"x": b}], "then": (c,)}
     nest["itself"] = nest

@@ -1,4 +1,4 @@
-"""What commands refuse before torch is imported: wrong texts, files that are missing, outputs that exist."""
+"""Errors that commands report before torch is imported: invalid texts, missing files, existing outputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from harmconvert.cli import COMMANDS, main
 from harmconvert.cli.inputs import InputFile
 
-# One process for all. Importing torch raises in it.
+# One process runs all cases; importing torch raises an exception there.
 DRIVER = """
 import contextlib, io, json, sys
 sys.modules["torch"] = None
@@ -30,7 +30,7 @@ for arguments in json.load(sys.stdin):
 print(json.dumps(found))
 """
 DATA = ["--dataset", "sample:mnist5k"]
-# Arguments with which a command would begin to work.
+# Arguments with which a command would start its work.
 COMPLETE = {
     "convert": ["resnet50"], "finetune": ["resnet50", *DATA], "evaluate": ["resnet50", *DATA],
     "train": ["resnet50", *DATA], "verify": ["resnet50", "resnet18"], "inspect": ["resnet50"],
@@ -80,7 +80,7 @@ REFUSED = [
 
 
 def missing_files() -> Iterator[tuple[list[str], int, str]]:
-    """Every argument and every option that names a file, of every command, with a file that is not there."""
+    """Yield a command line for every argument and option that names a file, with a missing file."""
     for name, complete in COMPLETE.items():
         command = main.get_command(click.Context(main), name)
         assert command is not None
@@ -93,12 +93,12 @@ def missing_files() -> Iterator[tuple[list[str], int, str]]:
             yield [name, *complete, option.opts[0], "none.pth"], 3, "no such file: none.pth does not exist"
 
 
-def test_every_command_that_reads_files_is_looked_at() -> None:
+def test_these_tests_cover_every_command_that_reads_files() -> None:
     assert set(COMPLETE) == set(COMMANDS) - {"demo"}
     assert len(list(missing_files())) > 2 * len(COMPLETE)
 
 
-def test_what_needs_no_network_is_refused_before_torch_is_imported(
+def test_invalid_arguments_are_refused_before_torch_is_imported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -116,7 +116,7 @@ def test_what_needs_no_network_is_refused_before_torch_is_imported(
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_convert_says_that_it_loads_before_torch_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_convert_prints_loading_before_torch_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     words = json.dumps([["convert", "resnet50"]])
     done = subprocess.run([sys.executable, "-c", DRIVER], input=words, capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""Calibration inputs lie channels_last where that is faster and changes nothing."""
+"""Calibration inputs are stored channels_last if this is faster and does not change the outputs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def small() -> nn.Module:
 
 
 class Views(nn.Module):
-    """Says how its maps lie, as older networks do before their last layer: torch raises where they do not."""
+    """A network that calls ``view``, as older networks do before their last layer: it fails on channels_last maps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Views(nn.Module):
 
 
 class Assumes(Views):
-    """Takes it for granted without a word."""
+    """A network that silently assumes contiguous maps."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x)
@@ -43,7 +43,7 @@ def channels_last(tensor: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_images_lie_channels_last_and_are_the_same(dtype: torch.dtype) -> None:
+def test_images_are_stored_channels_last_with_the_same_values(dtype: torch.dtype) -> None:
     x = X.to(dtype)
     data = Known.of(seeded(small, dtype), x.split(4), CalibrationSettings()).data
     assert [len(batch) for batch in (*data.fit, *data.held)] == [3, 3, 1, 1]
@@ -53,7 +53,7 @@ def test_images_lie_channels_last_and_are_the_same(dtype: torch.dtype) -> None:
     assert x.is_contiguous(), "the caller's own are left as they are"
 
 
-def test_whatever_holds_them() -> None:
+def test_images_in_any_container_are_stored_channels_last() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -72,7 +72,7 @@ def test_whatever_holds_them() -> None:
 
 
 @pytest.mark.parametrize("model", [Views, Assumes])
-def test_networks_that_take_the_layout_for_granted_are_fed_it(model: type[nn.Module]) -> None:
+def test_networks_that_assume_contiguous_maps_get_contiguous_inputs(model: type[nn.Module]) -> None:
     network, data = seeded(model), calibration_set(X.split(4))
     assert laid_out(network, data) is data
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_networks_that_take_the_layout_for_granted_are_fed_it(model: type[nn.Mod
         assert torch.equal(network(X), before)
 
 
-def test_what_does_not_move_is_not_run() -> None:
+def test_a_network_is_not_timed_on_inputs_for_which_the_memory_format_makes_no_difference() -> None:
     def refuse(x: Tensor) -> Tensor:
         raise AssertionError("nothing is to be seen here")
 
@@ -96,7 +96,7 @@ def test_what_does_not_move_is_not_run() -> None:
         assert laid_out(Never(), data) is data
 
 
-def test_outputs_that_are_no_numbers_tell_nothing() -> None:
+def test_with_nan_outputs_the_memory_format_stays_unchanged() -> None:
     class Undefined(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x.mean((1, 2, 3)) * torch.nan
@@ -105,7 +105,7 @@ def test_outputs_that_are_no_numbers_tell_nothing() -> None:
     assert laid_out(Undefined(), data) is data
 
 
-def test_the_refit_is_the_same_in_either_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_refit_is_the_same_in_both_memory_formats(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = seeded(small), torch.cat([X, X.flip(3), X.roll(3, 2)])
     found = convert(model, 3, include=["*"], example_input=x[:1], calibration=x.split(6))
     replace_everywhere(monkeypatch, laid_out, lambda model, data: data)

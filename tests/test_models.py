@@ -1,4 +1,4 @@
-"""The paper's networks: their sizes to the printed digit, how they come into timm, what they refuse."""
+"""The paper's networks: their sizes are those of the paper, timm can build them, wrong arguments are refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .networks import random_input, seeded
 
 
 def made(name: str, **arguments: Any) -> nn.Module:
-    """A network without values, which is all that counting takes."""
+    """Return a network on the meta device, to count its parameters."""
     with torch.device("meta"):
         return timm.create_model(name, **arguments)
 
@@ -29,7 +29,7 @@ def millions(network: nn.Module) -> str:
     return f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f}M"
 
 
-# Not here: Gabor CNN 3-28, which is other people's.
+# Gabor CNN 3-28 is left out: it is not a network of this paper.
 TABLE_1 = {
     "WRN-28-10": (lambda net: net, "wrn28_10", "36.5M"),
     "Harm1-WRN-28-10, no BN": (lambda net: harmonize(net, "first", normalize_first=False), "wrn28_10", "36.5M"),
@@ -41,7 +41,7 @@ TABLE_1 = {
     "WRN-28-8": (lambda net: net, "wrn28_8", "23.4M"),
     "WRN-28-6": (lambda net: net, "wrn28_6", "13.1M"),
 }
-# Not here: ScatResNet-50 and JPEG-ResNet-50, which are other people's.
+# ScatResNet-50 and JPEG-ResNet-50 are left out: they are not networks of this paper.
 TABLE_2 = {
     "ResNet-50 (no maxpool)": (lambda net: net, "resnet50_nomaxpool", "25.6M"),
     "Harm1-ResNet-50": (lambda net: harmonize(net, "first"), "resnet50_nomaxpool", "25.6M"),
@@ -54,13 +54,13 @@ TABLE_2 = {
 
 
 @pytest.mark.parametrize(("make", "name", "printed"), TABLE_1.values(), ids=TABLE_1)
-def test_parameters_of_table_1(make: Any, name: str, printed: str) -> None:
-    # The table's figures are those for CIFAR-10: 100 classes are 0.06M more, which shows in some last digits.
+def test_parameters_equal_table_1(make: Any, name: str, printed: str) -> None:
+    # The table has the sizes for CIFAR-10; 100 classes add 0.06M parameters, which would change some last digits.
     assert millions(make(made(name, num_classes=10, drop_rate=0.3))) == printed
 
 
 @pytest.mark.parametrize(("make", "name", "printed"), TABLE_2.values(), ids=TABLE_2)
-def test_parameters_of_table_2(make: Any, name: str, printed: str) -> None:
+def test_parameters_equal_table_2(make: Any, name: str, printed: str) -> None:
     assert millions(make(made(name))) == printed
 
 
@@ -69,24 +69,24 @@ def test_parameters_of_table_2(make: Any, name: str, printed: str) -> None:
     [("wrn16_8", "11.0M"), ("wrn16_4", "2.7M"), ("wrn22_1", "0.3M"), ("wrn", "36.5M"), ("resnet101_nomaxpool", "44.5M"),
      ("resnet152_nomaxpool", "60.2M")],
 )  # fmt: skip
-def test_the_others_are_as_large_as_they_say(name: str, printed: str) -> None:
+def test_the_other_models_have_the_documented_sizes(name: str, printed: str) -> None:
     network = made(name)
     assert millions(network) == printed
     cfg = network.pretrained_cfg
     assert (cfg["architecture"] if isinstance(cfg, dict) else cfg.architecture) == name
 
 
-def test_dropout_stands_between_the_convolutions() -> None:
+def test_dropout_is_between_the_convolutions() -> None:
     assert {m.p for m in made("wrn16_4", drop_rate=0.3).modules() if isinstance(m, nn.Dropout)} == {0.3}
 
 
-def test_wide_resnets_of_any_size() -> None:
+def test_wide_resnets_of_any_size_are_built() -> None:
     assert len(made("wrn", depth=40, width=2).stage1) == 6
     with pytest.raises(ValueError, match=r"depth \(=20\) must be 6 n \+ 4"):
         made("wrn", depth=20)
 
 
-def test_without_max_pooling_the_stem_has_its_stride() -> None:
+def test_without_max_pooling_the_stem_has_a_stride_of_4() -> None:
     plain, network = timm.create_model("resnet50"), timm.create_model("resnet50_nomaxpool")
     assert (network.conv1.stride, type(network.maxpool)) == ((4, 4), nn.Identity)
     assert network.layer2[0].conv2.stride == (2, 2), "the stride is on the 3x3"
@@ -102,13 +102,13 @@ def test_without_max_pooling_the_stem_has_its_stride() -> None:
     ("arguments", "message"),
     [({"pool": "max"}, r"pool \(='max'\) must be None or 'avg'"), ({"stem_type": "deep"}, "leave stem_type out")],
 )
-def test_what_a_resnet_without_max_pooling_cannot_have(arguments: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_of_a_resnet_without_max_pooling_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         made("resnet50_nomaxpool", **arguments)
 
 
 @pytest.mark.parametrize("name", ["resnet50_nomaxpool", "wrn16_4"])
-def test_there_are_no_pretrained_weights(name: str) -> None:
+def test_pretrained_weights_are_refused(name: str) -> None:
     with pytest.raises(RuntimeError, match="no pretrained weights are published"):
         timm.create_model(name, pretrained=True)
 
@@ -141,7 +141,7 @@ def test_the_dense_form_of_a_normalising_first_layer_has_the_keys_of_the_plain_n
     torch.testing.assert_close(dense(x), network(x), rtol=1e-4, atol=1e-5)
 
 
-def test_a_bias_that_nothing_can_take_stays() -> None:
+def test_a_bias_that_no_batch_norm_can_absorb_stays() -> None:
     network = nn.Sequential(to_block(nn.Conv2d(3, 4, 3, bias=False)), nn.ReLU(), nn.BatchNorm2d(4)).eval()
     assert hc.fuse(network)[0].bias is not None
 
@@ -155,7 +155,10 @@ IMPORTS = {
 }
 
 
-EVERY_DAY = ("timm after", "a part of timm")  # each is a process that imports torch: the others are slow together
+EVERY_DAY = (
+    "timm after",
+    "a part of timm",
+)  # each case starts a process that imports torch; the others are marked slow
 
 
 @pytest.mark.parametrize(
@@ -167,7 +170,7 @@ def test_a_bare_import_registers_the_networks(imports: str) -> None:
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 
 
-def test_importing_the_package_waits_for_neither_torch_nor_timm() -> None:
+def test_importing_the_package_imports_neither_torch_nor_timm() -> None:
     code = "import sys, harmconvert; assert not {'torch', 'timm', 'torchvision', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
     code = "import sys; from harmconvert.cli import main; main(['--help'], standalone_mode=False)"
@@ -175,7 +178,7 @@ def test_importing_the_package_waits_for_neither_torch_nor_timm() -> None:
 
 
 @pytest.mark.slow
-def test_timm_keeps_its_own_loader_and_is_registered_with_once() -> None:
+def test_timm_keeps_its_own_loader_and_models_are_registered_once() -> None:
     code = (
         "import sys, harmconvert, timm, importlib.resources as r;"
         "assert 'registration' not in type(timm.__loader__).__module__;"
@@ -186,7 +189,7 @@ def test_timm_keeps_its_own_loader_and_is_registered_with_once() -> None:
 
 
 @pytest.mark.slow
-def test_where_timm_is_not_there_its_import_fails_as_ever_and_may_succeed_later() -> None:
+def test_without_timm_its_import_fails_as_usual_and_may_succeed_later() -> None:
     code = (
         "import sys, harmconvert\n"
         "found, sys.path[:] = list(sys.path), [p for p in sys.path if 'site-packages' not in p]\n"

@@ -30,7 +30,7 @@ def room(path: Path) -> str:
 
 
 def imports_of(path: Path) -> set[str]:
-    """Rooms of the package that a file imports, anywhere in it."""
+    """Return the folders and modules of the package that a file imports, anywhere in it."""
     depth = len(path.relative_to(PACKAGE).parts)
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -45,7 +45,7 @@ def sources() -> list[Path]:
     return [p for p in sorted(PACKAGE.rglob("*.py")) if p.name not in ("__main__.py",) and p != PACKAGE / "__init__.py"]
 
 
-def test_every_file_stands_in_the_order_of_imports() -> None:
+def test_every_file_is_listed_in_the_import_order() -> None:
     assert {room(path) for path in sources()} == set(ORDER)
 
 
@@ -56,13 +56,13 @@ def test_imports_go_one_way(path: Path) -> None:
     assert imports_of(path) <= set(ORDER[:position]) | own
 
 
-# Folders that are imported at start, or whose files are commands.
+# Folders that are imported at start, and the folder of commands.
 LIGHT = {"cli", "models"}
 FOLDERS = [name for name in ORDER if (PACKAGE / name / "__init__.py").is_file() and name not in LIGHT]
 
 
 def names_from(node: ast.AST, folder: str) -> list[str]:
-    """What a statement takes from a file inside a folder of the package, by absolute import."""
+    """Return the names that a statement imports from a file inside a folder of the package."""
     if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith(f"harmconvert.{folder}."):
         return []
     return [f"{node.module}.{alias.name}" for alias in node.names]
@@ -70,7 +70,7 @@ def names_from(node: ast.AST, folder: str) -> list[str]:
 
 @cache
 def users() -> list[tuple[Path, list[ast.AST]]]:
-    """Tests and benchmarks, and the import statements of each."""
+    """Return all files of tests and benchmarks, with their import statements."""
     paths = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
     return [
         (path, [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]) for path in paths
@@ -78,8 +78,8 @@ def users() -> list[tuple[Path, list[ast.AST]]]:
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_a_folder_is_an_interface(folder: str) -> None:
-    """Tests and benchmarks take names from the folder, not from the file that holds them, so that a name may move."""
+def test_tests_and_benchmarks_import_only_from_folders(folder: str) -> None:
+    """They import names from the folder and not from a file in it, so that names can move between files."""
     module = importlib.import_module(f"harmconvert.{folder}")
     names = getattr(module, "__all__", [])
     assert [*names] == sorted(set(names), key=lambda n: (not n.isupper(), n[0].islower(), n))
@@ -92,7 +92,7 @@ def test_a_folder_is_an_interface(folder: str) -> None:
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_files_of_a_folder_import_one_another_directly(folder: str) -> None:
-    """A file that imports its own folder's ``__init__`` is half a cycle."""
+    """A file that imports the ``__init__`` of its own folder would be half of an import cycle."""
     for path in (PACKAGE / folder).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.level and not node.module:
@@ -102,7 +102,7 @@ def test_files_of_a_folder_import_one_another_directly(folder: str) -> None:
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_one_screen_per_idea(path: Path) -> None:
+def test_files_and_functions_are_short(path: Path) -> None:
     text = path.read_text()
     assert len(text.splitlines()) <= 400, "over 400 lines a file is asking to be two"
     for node in ast.walk(ast.parse(text)):
@@ -113,7 +113,7 @@ def test_one_screen_per_idea(path: Path) -> None:
             assert body <= 60, f"{node.name} has {body} lines"
 
 
-# It writes the commands out that make a checkpoint again, which is about the command line by nature.
+# This module prints the commands that make a checkpoint again, so it must name options.
 WRITES_COMMANDS = PACKAGE / "report" / "reproduce.py"
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z]")
 
@@ -129,7 +129,7 @@ def test_the_library_names_no_option_of_the_command_line() -> None:
                 assert not named, f"{path.relative_to(PACKAGE)}:{node.lineno} names {named}"
 
 
-def test_the_public_list() -> None:
+def test_the_public_names_are_those_of_the_list() -> None:
     assert hc.__all__ == sorted(hc.__all__, key=lambda n: (n.islower(), n))
     for name in hc.__all__:
         value = getattr(hc, name)
@@ -149,7 +149,7 @@ def python_blocks(path: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
 
 
-def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_examples_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = python_blocks(ROOT / "README.md")
     assert blocks
@@ -163,7 +163,7 @@ def shell_commands(path: Path) -> list[str]:
     return [line for line in lines if line.startswith("harmconvert ")]
 
 
-def test_the_readmes_commands_parse() -> None:
+def test_the_commands_of_the_readme_are_valid() -> None:
     """Every command line in README names a command and options that exist; those on samples run in test_cli.py."""
     import shlex
 
@@ -188,14 +188,14 @@ def test_the_readme_names_every_command() -> None:
         assert f"`{name}" in text, name
 
 
-def test_benchmarks_say_how_they_were_run() -> None:
+def test_benchmarks_name_their_command_and_machine() -> None:
     text = (ROOT / "benchmarks" / "README.md").read_text()
     for script in (ROOT / "benchmarks").glob("*.py"):
         assert script.name in text, script.name
         assert ast.get_docstring(ast.parse(script.read_text())), script.name
 
 
-def test_the_shipped_sample_is_small_and_has_its_card() -> None:
+def test_the_sample_is_small_and_has_a_readme() -> None:
     folder = PACKAGE / "samples"
     assert (folder / "resnet_mnist5k.safetensors").stat().st_size < 1.5e6
     card = (folder / "README.md").read_text()
@@ -204,7 +204,7 @@ def test_the_shipped_sample_is_small_and_has_its_card() -> None:
 
 
 def test_every_dependency_has_an_oldest_version_that_is_tested() -> None:
-    """`make test-oldest` installs these."""
+    """`make test-oldest` installs these versions."""
     listed = re.search(r"^dependencies = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
     assert listed
     names = re.findall(r'^ *"(\w+)', listed[1], re.MULTILINE)
@@ -212,7 +212,7 @@ def test_every_dependency_has_an_oldest_version_that_is_tested() -> None:
     assert set(re.findall(r"(\w+)==[0-9.]+", dry.stdout)) == set(names) >= {"torch", "timm", "numpy"}
 
 
-def test_tests_that_are_named_exist() -> None:
+def test_tests_named_in_documents_exist() -> None:
     text = (ROOT / "tests" / "faults" / "README.md").read_text()
     named = set(re.findall(r"::(test_\w+)", text))
     there = {

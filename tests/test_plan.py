@@ -44,13 +44,13 @@ WHOLE = {"stem": 49, "layer1.conv": 9, "layer2.conv": 9, "layer2.dw": 25, "layer
         ({"*": 3, "stem": 1}, dict.fromkeys(WHOLE, 6) | {"stem": 1, "layer3.wide": 3}),
     ],
 )
-def test_policies(lam: Any, expected: dict[str, int]) -> None:
+def test_policies_give_the_expected_plans(lam: Any, expected: dict[str, int]) -> None:
     plan = make_plan(SITES, lam)
     assert kept(plan) == WHOLE | expected
     assert [(s.name, s.why) for s in plan.skipped] == [("odd", "its kernels are computed anew for each input")]
 
 
-def test_the_input_layer_and_depthwise_ones_say_why_they_stay_whole() -> None:
+def test_notes_say_why_the_input_layer_and_depthwise_layers_stay_whole() -> None:
     notes = make_plan(SITES, 2).notes
     assert notes == {
         "stem": "whole: it reads the network's input",
@@ -58,7 +58,7 @@ def test_the_input_layer_and_depthwise_ones_say_why_they_stay_whole() -> None:
     }
 
 
-def test_including_names_layers_and_leaves_the_others_alone() -> None:
+def test_include_selects_layers_and_does_not_affect_the_others() -> None:
     plan = make_plan(SITES, 2, include=["layer2.*", "stem"])
     assert kept(plan) == {"stem": 15, "layer2.conv": 3, "layer2.dw": 10}
     assert {s.why for s in plan.skipped} == {
@@ -67,7 +67,7 @@ def test_including_names_layers_and_leaves_the_others_alone() -> None:
     }
 
 
-def test_excluding_leaves_layers_as_they_are() -> None:
+def test_excluded_layers_stay_unchanged() -> None:
     plan = make_plan(SITES, "full", exclude=["layer?.conv"])
     assert kept(plan) == {"stem": 49, "layer2.dw": 25, "layer3.wide": 7}
     assert [s.name for s in plan.skipped if s.why == "excluded by layer?.conv"] == [
@@ -77,13 +77,13 @@ def test_excluding_leaves_layers_as_they_are() -> None:
     ]
 
 
-def test_progressive_stages_are_those_of_the_planned_layers() -> None:
+def test_progressive_considers_only_planned_layers() -> None:
     plan = make_plan(SITES, "progressive", exclude=["layer3.*"])
     assert kept(plan)["layer2.conv"] == 3
     assert kept(plan)["layer1.conv"] == 6
 
 
-def test_progressive_compares_maps_by_their_number_of_positions() -> None:
+def test_progressive_compares_maps_by_the_number_of_positions() -> None:
     sizes = {"square": (6, 6), "flat": (2, 12), "long": (9, 4), "large": (7, 7)}
     sites = [LayerInfo(name, "Conv2d", (3, 3), output_size=size) for name, size in sizes.items()]
     assert kept(make_plan(sites, "progressive")) == {"square": 6, "flat": 3, "long": 6, "large": 9}
@@ -105,7 +105,7 @@ def test_the_last_matching_pattern_decides() -> None:
     assert kept(make_plan(SITES, {"layer*": 2, "layer3.conv": 4}))["layer3.conv"] == 8
 
 
-def test_tied_layers_keep_what_any_of_them_keeps_and_skip_together() -> None:
+def test_tied_layers_keep_the_union_of_frequencies_and_are_skipped_together() -> None:
     tied = [
         LayerInfo("a", "Conv2d", (3, 3), output_size=(14, 14)),
         LayerInfo("b", "Conv2d", (3, 3), output_size=(7, 7), tied_to="a"),
@@ -133,7 +133,7 @@ def test_tied_layers_keep_what_any_of_them_keeps_and_skip_together() -> None:
         ({"layer3.conv": 0}, "layer layer3.conv: lambda 0"),
     ],
 )
-def test_a_lambda_that_means_nothing_is_refused(lam: Any, message: str) -> None:
+def test_an_invalid_lambda_is_refused(lam: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         make_plan(SITES, lam)
 
@@ -154,12 +154,12 @@ def test_patterns_that_match_nothing_are_refused(which: str) -> None:
         ("a=b=1, c=2", {"a=b": 1, "c": 2}),
     ],
 )
-def test_parsing_a_lambda(text: str, expected: Any) -> None:
+def test_texts_of_lambda_are_parsed(text: str, expected: Any) -> None:
     assert parse_lambda(text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "two", "-1", "1.5", "layer=", "=2", "a=2,", "a=two", "a=-1"])
-def test_an_unreadable_lambda_says_what_can_be_read(text: str) -> None:
+def test_the_message_for_an_unreadable_lambda_lists_valid_texts(text: str) -> None:
     with pytest.raises(UsageError, match=r"unknown lambda .*use full, progressive, a number, or PATTERN=N"):
         parse_lambda(text)
 
@@ -184,11 +184,11 @@ def plans(draw: st.DrawFn) -> Plan:
 
 
 @given(plans())
-def test_a_plan_survives_json(plan: Plan) -> None:
+def test_a_plan_is_converted_to_json_and_back(plan: Plan) -> None:
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 
-def test_a_plan_survives_a_file_and_is_followed(tmp_path: Path) -> None:
+def test_a_plan_is_saved_read_and_followed(tmp_path: Path) -> None:
     plan = make_plan(SITES, "progressive")
     plan.save(tmp_path / "plan.json")
     again = Plan.load(tmp_path / "plan.json")
@@ -196,7 +196,7 @@ def test_a_plan_survives_a_file_and_is_followed(tmp_path: Path) -> None:
     assert make_plan(SITES, again) == plan
 
 
-def test_a_followed_plan_leaves_what_it_does_not_name() -> None:
+def test_layers_that_a_plan_does_not_name_stay_unchanged() -> None:
     plan = Plan(make_plan(SITES, 2).layers[1:3])
     followed = make_plan(SITES, plan)
     assert kept(followed) == {"layer1.conv": 3, "layer2.conv": 3}
@@ -231,25 +231,25 @@ GOOD: dict[str, Any] = {"name": "a", "kernel_size": [3, 3], "frequencies": [[0, 
         {"name": None, "kernel_size": None},
     ],
 )
-def test_a_hostile_plan_is_bad_input(change: dict[str, Any]) -> None:
+def test_a_malicious_plan_raises_input_error(change: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="this is not a plan"):
         Plan.from_json({"layers": [GOOD | change]})
 
 
 @pytest.mark.parametrize("data", [None, [], 3, {}, {"layers": 3}, {"layers": [3]}, {"layers": [GOOD, GOOD]}])
-def test_what_is_no_plan_is_bad_input(data: Any) -> None:
+def test_data_that_is_not_a_plan_raises_input_error(data: Any) -> None:
     with pytest.raises(InputError, match="this is not a plan"):
         Plan.from_json(data)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000])
-def test_an_unreadable_plan_file_is_bad_input(tmp_path: Path, content: bytes) -> None:
+def test_an_unreadable_plan_file_raises_input_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "plan.json").write_bytes(content)
     with pytest.raises(InputError, match=r"plan\.json"):
         Plan.load(tmp_path / "plan.json")
 
 
-def test_a_plan_prints() -> None:
+def test_a_plan_is_printed_as_text() -> None:
     assert str(make_plan(SITES[:2], 2)).splitlines() == [
         "plan 2: 2 convolutions, 0 skipped",
         "  stem         7x7  keeps 49 of 49",
@@ -257,12 +257,12 @@ def test_a_plan_prints() -> None:
     ]
 
 
-def test_levels_of_a_layer() -> None:
+def test_a_layer_has_levels_only_if_it_keeps_whole_levels() -> None:
     assert cut_layer("a", (3, 3), ((0, 0), (0, 1), (1, 0))).levels == 2
     assert cut_layer("a", (3, 3), ((0, 0), (0, 1))).levels is None
 
 
-def test_a_plan_is_followed_by_the_layers_that_are_to_be_included() -> None:
+def test_include_restricts_the_layers_that_follow_a_plan() -> None:
     sites = [LayerInfo(name, "Conv2d", (3, 3), False) for name in ("a", "b", "c")]
     plan = make_plan(sites, {"*": 2})
     for choice in ({"exclude": ["c"]}, {"include": ["a", "b"]}):
@@ -275,7 +275,7 @@ def test_a_plan_is_followed_by_the_layers_that_are_to_be_included() -> None:
             make_plan(sites, plan, **choice)
 
 
-def test_what_is_wrong_with_a_plan_names_the_layer() -> None:
+def test_the_message_for_a_wrong_plan_names_the_layer() -> None:
     layer = {"name": "stem", "kernel_size": [3, 3], "frequencies": [[0, 0]]}
     for change, message in (
         ({"frequencies": [[0, 3]]}, "this is not a plan: layer 'stem': "),

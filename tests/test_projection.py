@@ -48,9 +48,7 @@ def test_coefficients_equal_the_inner_products_of_the_oracle(case: tuple[torch.T
 
 
 @given(kernels_and_frequencies(), st.integers(0, 2**32 - 1))
-def test_no_other_coefficients_over_the_kept_frequencies_come_closer(
-    case: tuple[torch.Tensor, tuple], seed: int
-) -> None:
+def test_no_other_coefficients_of_the_kept_frequencies_are_closer(case: tuple[torch.Tensor, tuple], seed: int) -> None:
     kernel, kept = case
     basis_FK = basis_of(kernel, kept)
     best = project(kernel, basis_FK)
@@ -72,7 +70,7 @@ def test_projection_is_the_least_squares_solution(case: tuple[torch.Tensor, tupl
 
 
 @given(kernels_and_frequencies())
-def test_energies_of_kept_and_cut_frequencies_sum_to_the_kernels(case: tuple[torch.Tensor, tuple]) -> None:
+def test_the_energies_of_kept_and_cut_frequencies_sum_to_that_of_the_kernel(case: tuple[torch.Tensor, tuple]) -> None:
     kernel, kept = case
     cut = tuple(f for f in all_frequencies(kernel.shape[2:]) if f not in kept)
     basis_FK = basis_of(kernel, kept)
@@ -122,7 +120,7 @@ def test_l1_normalisation_only_rescales_coefficients() -> None:
     torch.testing.assert_close(ratio, ratio[:1, :1].expand_as(ratio))
 
 
-def test_an_all_zero_kernel_keeps_all_of_its_nothing() -> None:
+def test_the_energy_share_of_a_zero_kernel_is_one() -> None:
     kernel = torch.zeros(2, 2, 3, 3)
     assert energy_kept(kernel, dct_basis((3, 3), [(0, 0)])) == 1.0
     assert relative_error(kernel, kernel) == 0.0
@@ -141,7 +139,7 @@ def test_energy_and_error_of_a_cut_do_not_depend_on_the_scale(scale: float) -> N
     kernel = random_input((3, 2, 3, 3), torch.float64)
     basis_FK = dct_basis((3, 3), [(0, 0), (0, 1)])
     near = reconstruct(project(kernel, basis_FK), basis_FK, (3, 3))
-    # Subnormal numbers have few digits.
+    # Subnormal numbers have low precision.
     rel = 1e-12 if scale > 1e-300 else 1e-9
     assert energy_kept(kernel * scale, basis_FK) == pytest.approx(energy_kept(kernel, basis_FK), rel=rel)
     found = relative_error(near * scale, kernel * scale)
@@ -149,7 +147,7 @@ def test_energy_and_error_of_a_cut_do_not_depend_on_the_scale(scale: float) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.complex64, torch.float8_e5m2])
-def test_values_that_are_not_finite_are_seen_in_every_dtype(dtype: torch.dtype) -> None:
+def test_values_that_are_not_finite_are_detected_in_every_dtype(dtype: torch.dtype) -> None:
     values = torch.tensor([1.0, 2.0, 40000.0, 40000.0])
     assert all_finite(values.to(dtype)), "though their sum is not, in float16"
     for value in (torch.inf, -torch.inf, torch.nan):
