@@ -203,10 +203,8 @@ def test_held_runs_equal_new_runs(make: Callable[[], nn.Module], room: int, monk
     if make in ANEW:
         assert few[fit] == many[fit]
     elif room == 1 << 30 and make is not Branches:
-        assert few[fit] <= many[fit] - 5, (
-            few,
-            many,
-        )  # three layers, three batches, and one more run of the first layer
+        # Three layers and three batches, and one more run of the first layer.
+        assert few[fit] <= many[fit] - 5, (few, many)
 
 
 @pytest.mark.parametrize("batches", ["equal", "of several sizes", "dicts", "single images", "two images"])
