@@ -25,7 +25,7 @@ def test_valid_json_is_parsed(text: str) -> None:
         ("{", "Expecting property name"),
         ('{"a": 1, "b": {"c": 1, "d": 2, "c": 1}}', "'c' appears twice"),
         ("[" * 100_000, "nested too deeply"),
-        ("1" * 5000, "4300 digits"),
+        ("1" * 5000, "4300"),
         ('{"a": "\\ud800"}', "half of a surrogate pair"),
         ('{"\\uDFFF": 1}', "half of a surrogate pair"),
     ],
