@@ -257,7 +257,7 @@ def _without_dc() -> Tensor:
 
 
 def test_bases_without_the_zero_frequency_are_refused(tmp_path: Path) -> None:
-    """Eight frequencies are all except the highest or all except the zero frequency; the recorded kernels show which."""
+    """Eight frequencies may lack the highest or the zero frequency; the recorded kernels show which."""
     name = "resnet50_harm_blocks"
     with pytest.raises(InputError, match=r"is not the L1-normalised DCT from the zero frequency on .it differs by"):
         opened(written(tmp_path, name, **{"layer1.0.harm2.dct": _without_dc()}), name)

@@ -437,7 +437,7 @@ class Deployed(nn.Module):
 def test_a_cut_that_changes_no_output_does_not_pass() -> None:
     model: Any = seeded(Deployed)
     plan = {"*": 2}
-    assert verify(model, convert(model, plan).model, X).as_planned  # it computes with its layers
+    assert verify(model, convert(model, plan).model, X).as_planned  # here the network uses its layers
     model.deploy()
     check = verify(model, convert(model, plan).model, X)
     assert not check.ok
@@ -445,7 +445,7 @@ def test_a_cut_that_changes_no_output_does_not_pass() -> None:
     assert check.max_relative_error == 0
     assert "the outputs are exactly the same although 2 kernels are cut" in check.verdict
     assert "cut, but not run on these inputs: one, two" in check.notes
-    assert verify(model, convert(model, "full").model, X).ok  # nothing is cut, and nothing should change
+    assert verify(model, convert(model, "full").model, X).ok  # nothing is cut, so nothing may change
 
 
 def test_a_cut_without_effect_on_the_inputs_matches_its_plan_but_is_not_verified() -> None:
