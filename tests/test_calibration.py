@@ -963,7 +963,7 @@ def test_a_layer_whose_convolution_is_not_observed_is_skipped_and_the_others_are
     model = nn.Sequential(Unfolding(3, 4, 3), nn.Conv2d(4, 4, 3)).double().eval()
     layers = hc.convert(model, {"*": 2}, calibration=smooth((16, 3, 9, 9)).split(4)).calibration.layers
     found = {layer.name: (layer.decision, layer.why) for layer in layers}
-    assert found["0"] == ("projection", "it convolves otherwise than once in a forward")
+    assert found["0"] == ("projection", "its forward is not exactly one convolution")
     assert found["1"] == ("refit", None)
 
 

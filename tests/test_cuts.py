@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import harmconvert as hc
 from harmconvert.calibration import (
+    CalibrationContext,
     CalibrationSettings,
     Kernel,
-    Known,
     NormalEquations,
     Samples,
     WholeLayer,
@@ -76,7 +76,7 @@ def test_the_refit_from_shared_moments_is_the_least_squares_solution(name: str) 
     model, x = seeded(lambda: nn.Sequential(make()), torch.float64), smooth((80, *shape[1:]))
     conv, settings = model[0], CalibrationSettings(damping=0.0)
     kept = half(tuple(conv.kernel_size))
-    known = Known.of(model, x.split(7), settings)
+    known = CalibrationContext.of(model, x.split(7), settings)
     known = replace(known, whole={"0": whole_layer(model, "0", x.split(7), Basis())})
     plan = Plan((cut_layer("0", tuple(conv.kernel_size), tuple(kept)),))
     converted = hc.convert(model, plan).model
@@ -135,7 +135,7 @@ def test_with_fewer_positions_than_unknowns_the_responses_are_shared_instead_of_
     model, x = seeded(lambda: nn.Sequential(make()), torch.float64), smooth((few, *shape[1:]))
     size = tuple(model[0].kernel_size)
     settings = CalibrationSettings(damping=1e-2)
-    known = Known.of(model, [x], settings)
+    known = CalibrationContext.of(model, [x], settings)
     believing = replace(known, whole={"0": whole_layer(model, "0", [x], Basis())})
     assert isinstance(believing.whole["0"].fit, Samples)
     for kept in (frequencies_below(size, 1), frequencies_below(size, 12)):
@@ -166,7 +166,7 @@ def test_layers_whose_inputs_a_cut_changes_are_left_out() -> None:
 def test_moments_of_one_layer_are_not_used_for_two() -> None:
     model, x = stack(), smooth((32, 3, 12, 12))
     settings = CalibrationSettings(batch_norm=False)
-    known = Known.of(model, x.split(8), settings)
+    known = CalibrationContext.of(model, x.split(8), settings)
     believing = replace(known, whole={name: whole_layer(model, name, x.split(8), Basis()) for name in ("3", "6")})
     states = []
     for knowing in (known, believing):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harmconvert.calibration import CalibrationSettings, Known, calibration_set, laid_out
+from harmconvert.calibration import CalibrationContext, CalibrationSettings, calibration_set, with_best_memory_format
 from harmconvert.pipeline import convert
 
 from .networks import random_input, seeded
@@ -45,7 +45,7 @@ def channels_last(tensor: Tensor) -> bool:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_images_are_stored_channels_last_with_the_same_values(dtype: torch.dtype) -> None:
     x = X.to(dtype)
-    data = Known.of(seeded(small, dtype), x.split(4), CalibrationSettings()).data
+    data = CalibrationContext.of(seeded(small, dtype), x.split(4), CalibrationSettings()).data
     assert [len(batch) for batch in (*data.fit, *data.held)] == [3, 3, 1, 1]
     for batch in (*data.fit, *data.held):
         assert channels_last(batch.input)
@@ -64,7 +64,7 @@ def test_images_in_any_container_are_stored_channels_last() -> None:
 
     scale = torch.arange(1.0, 9.0)
     for batch in ({"image": X, "scale": scale}, ((X, scale), None)):
-        ((fit,), (held,)) = (data := laid_out(seeded(Two), calibration_set([batch]))).fit, data.held
+        ((fit,), (held,)) = (data := with_best_memory_format(seeded(Two), calibration_set([batch]))).fit, data.held
         for part in (fit.input, held.input):
             image, factor = part.values() if isinstance(part, dict) else part
             assert channels_last(image)
@@ -74,7 +74,7 @@ def test_images_in_any_container_are_stored_channels_last() -> None:
 @pytest.mark.parametrize("model", [Views, Assumes])
 def test_networks_that_assume_contiguous_maps_get_contiguous_inputs(model: type[nn.Module]) -> None:
     network, data = seeded(model), calibration_set(X.split(4))
-    assert laid_out(network, data) is data
+    assert with_best_memory_format(network, data) is data
     with torch.no_grad():
         before = network(X)
     found = convert(network, 2, include=["*"], example_input=X[:1], calibration=X.split(4))
@@ -93,7 +93,7 @@ def test_a_network_is_not_timed_on_inputs_for_which_the_memory_format_makes_no_d
 
     for x in (X[:, :1], X[:, :, :1, :1], X[:, :, 0], X.contiguous(memory_format=torch.channels_last)):
         data = calibration_set([x])
-        assert laid_out(Never(), data) is data
+        assert with_best_memory_format(Never(), data) is data
 
 
 def test_with_nan_outputs_the_memory_format_stays_unchanged() -> None:
@@ -102,13 +102,13 @@ def test_with_nan_outputs_the_memory_format_stays_unchanged() -> None:
             return x.mean((1, 2, 3)) * torch.nan
 
     data = calibration_set(X.split(4))
-    assert laid_out(Undefined(), data) is data
+    assert with_best_memory_format(Undefined(), data) is data
 
 
 def test_the_refit_is_the_same_in_both_memory_formats(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = seeded(small), torch.cat([X, X.flip(3), X.roll(3, 2)])
     found = convert(model, 3, include=["*"], example_input=x[:1], calibration=x.split(6))
-    replace_everywhere(monkeypatch, laid_out, lambda model, data: data)
+    replace_everywhere(monkeypatch, with_best_memory_format, lambda model, data: data)
     expected = convert(model, 3, include=["*"], example_input=x[:1], calibration=x.split(6))
     for key, tensor in expected.model.state_dict().items():
         assert torch.allclose(found.model.state_dict()[key], tensor, rtol=1e-3, atol=1e-5), key

@@ -1,17 +1,27 @@
-"""Data-aware refit of a converted network, layer after layer, from unlabelled inputs.
+"""Refit a converted network on unlabelled inputs, layer after layer.
 
-What belongs here: what is learnt from inputs about layers, and the least squares that use it. No labels and no training
-(`training`); which frequencies a layer keeps is decided elsewhere (`plan`, `search`).
+What belongs here: measuring layers on inputs, and the least-squares problems that use the measurements. What does not:
+labels and training (`training`), and deciding which frequencies a layer keeps (`plan`, `search`).
 
-From the whole to the parts: calibrating.py, the network; refit.py, one layer after the other; layers.py, one layer's
-kernel and the choice of a solution; equations.py and solvers.py, the least squares; cuts.py, those of all cuts of a
-layer at once; responses.py, DCT responses; capture.py, running a network up to a layer; holding.py, going on from
-there; repeating.py, whether runs repeat; reading.py and inputs.py, what loaders yield and the calibration set;
-layout.py, the memory format of inputs; limits.py, the memory that is left on this machine.
+The files, from the whole network to its parts:
+
+- calibrating.py: calibrate a network
+- refit.py: refit one layer after the other
+- layers.py: the kernel of one layer, and the choice among solutions
+- tied_layers.py: which layers share coefficients, and the original's outputs for them
+- equations.py, solvers.py: the least-squares problem of one layer, and three ways to solve it
+- cuts.py, moments.py, collecting.py: the equations of every possible cut of a layer from one run of the whole network
+- responses.py: responses of an input to the basis kernels
+- capture.py, holding.py: run a network up to a layer, and continue from there
+- repeatability.py: whether repeated runs give the same results
+- reading.py, inputs.py, memory_format.py: batches of a loader, the calibration set, its memory format
+- batch_norm.py: batch-norm statistics
+- divergence.py: how far outputs are from those of the original
+- limits.py: free memory and threads of this machine
 """
 
 from .batch_norm import reestimate_batch_norm
-from .calibrating import Known, blend, calibrate, digests, never_worse
+from .calibrating import CalibrationContext, blend, calibrate, digests, never_worse
 from .capture import ConvCall, watch_convolutions
 from .cuts import WholeLayer, whole_layers
 from .divergence import Divergence
@@ -19,8 +29,8 @@ from .equations import Change, Problem
 from .holding import Forwards
 from .inputs import HELD_BACK, Batch, CalibrationSet, calibration_set
 from .layers import Kernel, RefitError, choose
-from .layout import laid_out
 from .limits import memory_for
+from .memory_format import with_best_memory_format
 from .moments import Moments, response_moments
 from .reading import Reader, items
 from .records import ENOUGH_POSITIONS, Calibration, CalibrationSettings, LayerCalibration, Progress
@@ -34,6 +44,7 @@ __all__ = [
     "HELD_BACK",
     "Batch",
     "Calibration",
+    "CalibrationContext",
     "CalibrationSet",
     "CalibrationSettings",
     "Change",
@@ -41,7 +52,6 @@ __all__ = [
     "Divergence",
     "Forwards",
     "Kernel",
-    "Known",
     "LayerCalibration",
     "Moments",
     "NormalEquations",
@@ -61,7 +71,6 @@ __all__ = [
     "digests",
     "from_groups",
     "items",
-    "laid_out",
     "memory_for",
     "never_worse",
     "outputs",
@@ -72,4 +81,5 @@ __all__ = [
     "to_groups",
     "watch_convolutions",
     "whole_layers",
+    "with_best_memory_format",
 ]

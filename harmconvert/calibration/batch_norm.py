@@ -1,4 +1,4 @@
-"""Batch-norm statistics measured anew, because a cut changes what they were measured on."""
+"""Re-estimate batch-norm statistics, because a cut changes the activations from which they were estimated."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ from ..network.values import tensors_in
 from .capture import forward
 from .reading import Reader
 
-_AT_ONCE = 1 << 18  # values brought to float64 at a time: what a processor's cache holds
+_AT_ONCE = 1 << 18  # values that are converted to float64 at a time; they fit into a processor's cache
 
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
-    """Batch norms that keep running statistics, by name; frozen ones are of other classes and stay as they are."""
+    """Return the batch norms with running statistics, by name. Frozen batch norms have other classes: not included."""
     return {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
 
 
 def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> int:
-    """Replace the running statistics of every batch norm by cumulative averages over ``batches``; returns how many.
+    """Replace the running statistics of every batch norm by averages over ``batches``; return how many were replaced.
 
-    Each batch is normalised by its own statistics on the way, as in training; everything else stays in eval mode, so
-    dropout draws nothing. Means, and unbiased variances, are averaged over the batches by their size. Batch norms that
-    did not run, and batches with one value per channel, change nothing.
+    Each batch is normalised by its own statistics, as in training. Everything else stays in eval mode, so that dropout
+    is off. Means and unbiased variances are averaged over the batches, weighted by batch size. Batch norms that do not
+    run, and batches with one value per channel, do not change any statistics.
 
     Args:
-        batches: what calibration takes: tensors, (input, target) pairs whose target is ignored, dicts of keywords.
+        batches: the same as for calibration: tensors, (input, target) pairs whose target is ignored, dicts of keywords.
 
     Raises:
-        UsageError: the network does not run on them.
+        UsageError: the network does not run on the batches.
     """
-    return reestimated(model, (input for _, input in Reader(model).all(batches)))
+    return reestimate(model, (input for _, input in Reader(model).all(batches)))
 
 
-def reestimated(model: nn.Module, inputs: Iterable[Any]) -> int:
-    """`reestimate_batch_norm` of inputs as `surgery.call` takes them."""
+def reestimate(model: nn.Module, inputs: Iterable[Any]) -> int:
+    """Do the same as `reestimate_batch_norm` with inputs in the form that `network.running.call` accepts."""
     norms = batch_norms(model)
     counting = False
     sums = {name: torch.zeros(2 * n.num_features + 1, dtype=torch.float64) for name, n in norms.items()}
 
     def watch(name: str) -> Any:
         def hook(norm: _BatchNorm, args: Any, kwargs: Any) -> None:
-            if not counting:  # the reader tries how an input is to be read
+            if not counting:  # a run in which the reader finds out how to read an input
                 return
             x = next(iter(tensors_in([kwargs.get("input"), args, kwargs])), torch.empty(0)).detach()
             norm.training = x.dim() > 1 and x.numel() > x.shape[1] == norm.num_features
@@ -73,24 +73,25 @@ def reestimated(model: nn.Module, inputs: Iterable[Any]) -> int:
     finally:
         for handle in handles:
             handle.remove()
-        for name, norm in norms.items():  # the forwards moved the running statistics their own way
+        for name, norm in norms.items():  # in training mode the forwards also updated the running statistics
             _restore(norm, before[name])
     sum_over_ranks(sums.values())
-    ran = 0
+    count = 0
     for name, norm in norms.items():
         weight = sums[name][-1]
         if weight > 0:
             mean, var = (sums[name][:-1] / weight).chunk(2)
             _restore(norm, (mean, var, None))
-            ran += 1
-    return ran
+            count += 1
+    return count
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased variance (C,) of each channel of x (N, C, *size), in float64."""
+    """Return mean and unbiased variance (C,) of each channel of x (N, C, *size), in float64."""
     others = [axis for axis in range(x.dim()) if axis != 1]
     count = x.numel() // x.shape[1]
-    first = x[:1].to(torch.float64).mean(others, keepdim=True)  # lest much be taken from much in the variance
+    # Subtract an estimate of the mean first: without it the variance is the difference of two large numbers.
+    first = x[:1].to(torch.float64).mean(others, keepdim=True)
     sums = torch.zeros(2, x.shape[1], dtype=torch.float64, device=x.device)
     for part in x.split(max(1, _AT_ONCE // max(x[0].numel(), 1))):
         moved = part.to(torch.float64) - first

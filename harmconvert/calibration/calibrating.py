@@ -1,9 +1,10 @@
-"""Calibrated conversion (DESIGN 4): refit what a cut left, so that each layer answers as the original's did.
+"""Calibrate a converted network: refit its truncated layers so that their outputs match those of the original.
 
-For each truncated convolution, in the order in which they run: the original network says what the layer should answer,
-the converted one, its earlier layers refitted, what it is fed; the coefficients that bring the two together are a
-least-squares problem. A part of the inputs is held back from it. They choose the damping, and whether the refit is
-taken at all: a layer that generalises no better than the plain cut keeps the plain cut. No labels, no training.
+The truncated convolutions are refitted one after the other, in the order in which they run. The target is the layer's
+output in the original network. The input is that of the layer in the converted network, whose earlier layers are
+refitted already. The best coefficients are the solution of a least-squares problem. A part of the inputs is held back:
+these inputs choose the damping, and decide whether the refit is kept at all. A layer whose refit is no better on them
+keeps the plain cut. No labels and no training are needed.
 """
 
 from __future__ import annotations
@@ -22,29 +23,32 @@ from ..network.layers import convolutions, harmonic_layers, state_key
 from ..network.running import unchanged
 from ..network.state import tensors_of
 from ..plan import AXES, Plan
-from .batch_norm import batch_norms, reestimated
+from .batch_norm import batch_norms, reestimate
 from .cuts import WholeLayer
 from .divergence import Divergence
 from .holding import Forwards
 from .inputs import CalibrationSet, calibration_set
-from .layout import laid_out
 from .limits import memory_for
-from .reading import in_running_precision
+from .memory_format import with_best_memory_format
+from .reading import in_runnable_precision
 from .records import Calibration, CalibrationSettings, LayerCalibration, Progress
 from .refit import Refit
-from .repeating import repeating
-from .sites import Targets, running_sites
+from .repeatability import check_repeatability
+from .tied_layers import Targets, find_tied_layers
 
-# Re-estimated batch norms must bring this much: on a handful of held-back inputs, a few per cent are chance.
+# Re-estimated batch norms are kept only if they reduce the divergence to this share: with few held-back inputs, smaller
+# differences are chance.
 BATCH_NORM_GAIN = 0.9
 
 
 @dataclass(frozen=True)
-class Known:
-    """What is known of an original network on a calibration set, kept from one calibration of it to the next: the set,
-    the outputs on what is held back, and by name the inputs of layers, for calibrations of a cut of one of them.
+class CalibrationContext:
+    """What several calibrations of one original network on the same inputs have in common.
 
-    ``original``: the network, or where ``precise`` a float32 copy, because it is stored in 16 bits and runs only so."""
+    ``original``: the network, or a float32 copy if it is stored in 16 bits and runs only in float32 (``precise``).
+    ``data``: the calibration set. ``compare``: compares outputs with those of the original on held-back inputs.
+    ``whole``: equations of uncut layers, by name, for calibrations in which only one layer is cut.
+    """
 
     original: nn.Module
     data: CalibrationSet
@@ -53,17 +57,17 @@ class Known:
     precise: bool = False
 
     @classmethod
-    def of(cls, original: nn.Module, batches: Iterable[Any], settings: CalibrationSettings) -> Known:
-        """Nothing yet but the set; raises what `calibrate` does."""
-        running, batches = in_running_precision(original, batches)
-        precise, original = running is not original, running
+    def of(cls, original: nn.Module, batches: Iterable[Any], settings: CalibrationSettings) -> CalibrationContext:
+        """Read the calibration set and make a context without equations of layers; see `calibrate` for errors."""
+        runnable, batches = in_runnable_precision(original, batches)
+        precise, original = runnable is not original, runnable
         with unchanged(original):
-            data = laid_out(original, calibration_set(batches, settings.inputs, original))
-            data = replace(data, runs=repeating(original, convolutions(original), data.probe))
+            data = with_best_memory_format(original, calibration_set(batches, settings.inputs, original))
+            data = replace(data, runs=check_repeatability(original, convolutions(original), data.probe))
             return cls(original, data, Divergence(original, data.held, undo=True), precise=precise)
 
-    def running(self, network: nn.Module) -> nn.Module:
-        """A network made from the original, or a float32 copy where the original runs only so."""
+    def runnable(self, network: nn.Module) -> nn.Module:
+        """Return a network made from the original, or a float32 copy of it if the original runs only in float32."""
         return in_precision(network, torch.float32) if self.precise and in_sixteen_bits(network) else network
 
 
@@ -71,55 +75,56 @@ def calibrate(
     original: nn.Module,
     converted: nn.Module,
     plan: Plan,
-    batches: Iterable[Any] | Known,
+    batches: Iterable[Any] | CalibrationContext,
     settings: CalibrationSettings | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
     """Refit the truncated convolutions of ``converted``, in place, then re-estimate its batch norms.
 
-    On a CPU runs of ``converted`` are held at the truncated layer that is refitted and go on to the next, as many as
-    memory allows (1 GB at most); others run up to each layer anew. The cost is linear in the inputs. Of all other
-    activations one layer's of one batch are kept, and answers at sampled positions. Under torch.distributed the inputs
-    are shared out and the sums are taken over all processes.
+    The time is linear in the number of inputs. On a CPU, forwards of ``converted`` are held at the layer that is
+    refitted and continue to the next layer, as many as fit into memory (at most 1 GB); the others are repeated from the
+    start for each layer. Besides these, memory holds one batch of one layer's activations, and outputs at sampled
+    positions. With torch.distributed the inputs are divided among the processes and sums are taken over all of them.
 
     Args:
-        original: the network that ``converted`` was made from by ``plan``; not changed.
+        original: the network from which ``converted`` was made by ``plan``; it is not changed.
         batches: inputs, read once: tensors, (input, target) pairs whose target is ignored, mappings of keywords, lists
-            of single images; or what is known of ``original`` on them.
-        progress: called with (layers done, layers, what is being done).
+            of single images; or a context that was made from ``original`` and such inputs.
+        progress: called with (layers done, number of layers, current step).
 
     Raises:
-        UsageError: the networks do not run on the inputs. InputError: there is none, or one with NaN.
+        UsageError: the networks do not run on the inputs.
+        InputError: there are no inputs, or one has NaN.
     """
     settings = settings or CalibrationSettings()
-    known = batches if isinstance(batches, Known) else Known.of(original, batches, settings)
+    context = batches if isinstance(batches, CalibrationContext) else CalibrationContext.of(original, batches, settings)
     cut = [layer.name for layer in plan.layers if any(AXES[k.axis].refits and not k.whole for k in layer.keeps)]
     if plan.whole:
-        return Calibration((), known.data.total, 0, notes=("nothing was cut, so there is nothing to repair",))
-    before = _copied(converted)
-    running = known.running(converted)
-    with unchanged(known.original), unchanged(running, set(batch_norms(running).values()), weights=False):
-        found = _calibrated(known.original, running, cut, _copied(running), known, settings, progress)
-    if running is not converted:
-        blend(converted, _copied(running), before, 0.0)
+        return Calibration((), context.data.total, 0, notes=("nothing was cut, so there is nothing to repair",))
+    before = _copied_tensors(converted)
+    runnable = context.runnable(converted)
+    with unchanged(context.original), unchanged(runnable, set(batch_norms(runnable).values()), weights=False):
+        record = _calibrate(context.original, runnable, cut, _copied_tensors(runnable), context, settings, progress)
+    if runnable is not converted:
+        blend(converted, _copied_tensors(runnable), before, 0.0)
     state = tensors_of(converted)
     changed = [key for key, tensor in before.items() if not torch.equal(state[key], tensor)]
-    return replace(found, changed=digests(converted, changed))
+    return replace(record, changed=digests(converted, changed))
 
 
-def _calibrated(
+def _calibrate(
     original: nn.Module,
     converted: nn.Module,
     cut: list[str],
     before: Mapping[str, Tensor],
-    known: Known,
+    context: CalibrationContext,
     settings: CalibrationSettings,
     progress: Progress | None,
 ) -> Calibration:
-    """All but what tells the tensors that were changed."""
-    data, compare = known.data, known.compare
-    layers = _refit(original, converted, cut, known, settings, progress)
-    after = _copied(converted)
+    """Calibrate and return the record, without digests of the changed tensors."""
+    data, compare = context.data, context.compare
+    layers = _refit(original, converted, cut, context, settings, progress)
+    after = _copied_tensors(converted)
     blend(converted, before, before, 0.0)
     plain, why = compare(converted)
     agreements = {0.0: compare.agreement}  # by the share of the refit that is kept
@@ -134,7 +139,7 @@ def _calibrated(
         norms, final, notes = _batch_norms(compare, converted, data, final)
         agreement = compare.agreement if norms else agreement
     held = data.total - data.fit_total
-    incomparable = why or why_refit if held else data.nothing_held
+    incomparable = why or why_refit if held else data.why_nothing_held
     if not held:
         notes.append(f"{incomparable}, so nothing is refitted")
     elif why and why_refit:
@@ -142,7 +147,7 @@ def _calibrated(
     elif incomparable:
         which = "of the plain cut" if why else "after the refit"
         notes.append(f"the outputs {which} cannot be compared ({incomparable})")
-    if data.left:
+    if data.more_available:
         read = f"{counted(data.total, 'input')} {'was' if data.total == 1 else 'were'} read"
         notes.append(f"only the first {read} (settings: inputs={settings.inputs})")
     return Calibration(
@@ -152,8 +157,10 @@ def _calibrated(
 
 
 def digests(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
-    """sha256 of tensors in a network's state, by key; of coefficients together with what they are coefficients of
-    (`Kept.contexts`)."""
+    """Return the sha256 of tensors in a network's state, by key.
+
+    The digest of coefficients includes their frequencies and basis (`Kept.contexts`).
+    """
     state = tensors_of(model)
     contexts = {
         state_key(name, tensor): text
@@ -169,33 +176,33 @@ def _refit(
     original: nn.Module,
     converted: nn.Module,
     cut: list[str],
-    known: Known,
+    context: CalibrationContext,
     settings: CalibrationSettings,
     progress: Progress | None,
 ) -> list[LayerCalibration]:
-    data, layers = known.data, harmonic_layers(converted)
+    data, layers = context.data, harmonic_layers(converted)
     harmonic = {name: layers[name] for name in cut}
     memory = memory_for(converted, settings)
     if not cut:
         return []
-    sites, odd = running_sites(original, harmonic, data, memory)
+    tied_layers, not_refittable = find_tied_layers(original, harmonic, data, memory)
     if not settings.refit:
         return []
-    targets = Targets(original, sites, data, settings.seed, memory // 2)
-    whole = known.whole if len(cut) == 1 else {}  # what two cut layers are fed is another matter
+    targets = Targets(original, tied_layers, data, settings.seed, memory // 2)
+    whole = context.whole if len(cut) == 1 else {}  # if two layers are cut, one of them changes the other's input
     records = []
     batches = (*data.fit, *data.held)
     with Forwards(converted, harmonic, memory // 4, batches, data.probes, data.runs.complete) as forwards:
         refit = Refit(converted, harmonic, targets, data, settings, memory, forwards, whole)
-        for done, site in enumerate(sites):
+        for done, tied in enumerate(tied_layers):
             if progress:
-                progress(done, len(sites), site.names[0])
-            records.append(refit(site))
+                progress(done, len(tied_layers), tied.names[0])
+            records.append(refit(tied))
     if progress:
-        progress(len(sites), len(sites), "checking the outputs")
+        progress(len(tied_layers), len(tied_layers), "checking the outputs")
     for name in cut:
-        if not any(name in site.names for site in sites):
-            why = odd.get(name, "it does not run on the calibration inputs")
+        if not any(name in tied.names for tied in tied_layers):
+            why = not_refittable.get(name, "it does not run on the calibration inputs")
             records.append(LayerCalibration(name, "projection", why=why))
     return records
 
@@ -207,43 +214,58 @@ def never_worse(
     plain: float | None,
     refit: float | None,
 ) -> tuple[float, float | None]:
-    """Where layer by layer better is worse at the end, take half the change, a quarter, none; which, and the result."""
+    """Reduce the refit's change to a half, a quarter or nothing if the network's outputs are worse than before it.
+
+    This can happen although every layer is better.
+
+    Args:
+        before: the tensors of the plain cut.
+        plain: the divergence of the plain cut.
+        refit: the divergence after the refit.
+
+    Returns:
+        The share of the change that is kept, and the divergence with it.
+    """
     if plain is None or (refit is not None and refit <= plain):
         return 1.0, refit
-    after = _copied(converted)
+    after = _copied_tensors(converted)
     for kept in (0.5, 0.25):
         blend(converted, before, after, kept)
-        found, _ = compare(converted)
-        if found is not None and found < plain:
-            return kept, found
+        divergence, _ = compare(converted)
+        if divergence is not None and divergence < plain:
+            return kept, divergence
     blend(converted, before, after, 0.0)
     return 0.0, plain
 
 
 def _batch_norms(
-    compare: Divergence, converted: nn.Module, data: CalibrationSet, so_far: float | None
+    compare: Divergence, converted: nn.Module, data: CalibrationSet, divergence_before: float | None
 ) -> tuple[int, float | None, list[str]]:
-    """Re-estimate, and keep that where it is seen to bring the held-back outputs nearer to the original's."""
-    before, notes, norms = _copied(converted), [], 0
+    """Re-estimate batch norms; restore them unless the held-back outputs come clearly nearer to the original's.
+
+    Returns the number of batch norms, the divergence, and notes.
+    """
+    before, notes, norms = _copied_tensors(converted), [], 0
     try:
-        norms = reestimated(converted, (batch.input for batch in data.fit))
-    except Exception as error:  # nothing that comes last may cost what was done before
+        norms = reestimate(converted, (batch.input for batch in data.fit))
+    except Exception as error:  # an error in this last step must not lose the refit
         notes.append(f"batch norms were not re-estimated: {first_line(error)}")
-    found, why = compare(converted)
-    if so_far is not None and why:
+    divergence, why = compare(converted)
+    if divergence_before is not None and why:
         notes.append(f"with batch norms re-estimated the outputs cannot be compared ({why})")
-    if so_far is None or found is None or not found < BATCH_NORM_GAIN * so_far:
+    if divergence_before is None or divergence is None or not divergence < BATCH_NORM_GAIN * divergence_before:
         blend(converted, before, before, 0.0)
-        return 0, so_far, notes
-    return norms, found, notes
+        return 0, divergence_before, notes
+    return norms, divergence, notes
 
 
-def _copied(model: nn.Module) -> dict[str, Tensor]:
+def _copied_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {key: tensor.clone() for key, tensor in tensors_of(model).items()}
 
 
 @torch.no_grad()
 def blend(model: nn.Module, before: Mapping[str, Tensor], after: Mapping[str, Tensor], share: float) -> None:
+    """Set the network's tensors to ``before`` plus a share of their change; integer tensors are set to ``before``."""
     for key, tensor in tensors_of(model).items():
         if key in before:
             between = tensor.is_floating_point() and share > 0

@@ -1,4 +1,4 @@
-"""Run a network up to one layer, and see each of its convolutions as torch was asked for it."""
+"""Run a network up to one layer, and record the arguments of each convolution as torch receives them."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ _SIGNATURES |= {f"conv_transpose{axes}d": _TRANSPOSED for axes in (1, 2, 3)}
 
 @dataclass(frozen=True)
 class ConvCall:
-    """One call of torch's convolution: what the module handed it, after padding of its own and with the kernel that it
-    made, so that every class of convolution looks alike here.
+    """The arguments and the output of one call of a torch convolution function.
 
-    ``input`` (N, I, *size), ``output`` (N, O, *size); ``padding`` is a string for 'same' and 'valid'.
+    The arguments are those after the module's own padding and with the kernel that it computed. So all classes of
+    convolutions look the same here. ``input`` (N, I, *size), ``output`` (N, O, *size); ``padding`` may be a string
+    ('same' or 'valid').
     """
 
     input: Tensor
@@ -43,7 +44,7 @@ class ConvCall:
     output: Tensor
 
     def apply(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The same convolution of another input with another kernel."""
+        """Return the same convolution of another input with another kernel."""
         axes = self.input.dim() - 2
         if self.transposed:
             transpose: Callable[..., Tensor] = getattr(nn.functional, f"conv_transpose{axes}d")
@@ -54,47 +55,51 @@ class ConvCall:
         return plain(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
 
-# Is shown a layer's name and its call; None where it convolves otherwise than once in a forward.
-See = Callable[[str, ConvCall | None], None]
+NOT_ONE_CONVOLUTION = "its forward is not exactly one convolution"
+# Receives a layer's name and its convolution call; None if the layer's forward is not exactly one convolution.
+OnCall = Callable[[str, ConvCall | None], None]
 
 
-class Reached(BaseException):
-    """The layer has run; the rest of the forward is not needed. No Exception, so that no model swallows it."""
+class LayerReached(BaseException):
+    """Ends a forward after the layer has run. Not a subclass of Exception, which a network may catch."""
 
 
 def watch_convolutions(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     input: Any,
-    see: See,
+    on_call: OnCall,
     stop_after: int | None = None,
 ) -> None:
-    """Run ``model`` on one batch and show each call of ``layers`` to ``see`` as it happens; stop after so many calls.
+    """Run ``model`` on one batch and pass each call of ``layers`` to ``on_call`` when it has been computed.
 
-    ``see`` gets the layer's name and the call, None where the layer convolves otherwise than once in a forward. What it
-    wants to keep of the maps it must copy: the network may change them in place next.
+    Args:
+        on_call: gets the layer's name and the call, or None if the layer's forward is not exactly one convolution. It
+            must copy the tensors that it needs later, because the network may change them in place.
+        stop_after: end the forward after this number of calls; None runs it to the end.
 
     Raises:
-        UsageError: the network does not run on that input. Whatever ``see`` raises.
+        UsageError: the network does not run on this input.
+        Exception: an error of ``on_call``.
     """
     recorder = Recorder()
-    seen = 0
+    count = 0
     failure: list[Exception] = []
 
     def after(name: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            nonlocal seen
-            found = recorder.stop()
-            seen += 1
-            if failure or (stop_after is not None and seen > stop_after):
-                raise Reached  # again: the network has caught the first one
+            nonlocal count
+            calls = recorder.stop()
+            count += 1
+            if failure or (stop_after is not None and count > stop_after):
+                raise LayerReached  # a second time: the network has caught the first one
             try:
-                with _precise(found):
-                    see(name, found[0] if len(found) == 1 else None)
+                with _without_autocast(calls):
+                    on_call(name, calls[0] if len(calls) == 1 else None)
             except Exception as error:
                 failure.append(error)
-            if failure or seen == stop_after:
-                raise Reached
+            if failure or count == stop_after:
+                raise LayerReached
 
         return hook
 
@@ -102,7 +107,7 @@ def watch_convolutions(
     handles += [layer.register_forward_hook(after(name)) for name, layer in layers.items()]
     try:
         forward(model, input, recorder, undo=True)
-    except Reached:
+    except LayerReached:
         pass
     finally:
         for handle in handles:
@@ -111,23 +116,22 @@ def watch_convolutions(
         raise failure[0]
 
 
-def _precise(calls: list[ConvCall]) -> AbstractContextManager[Any]:
-    """Without the autocast that the network may be under here: what is seen is summed in the precision that it has."""
-    for seen in calls[:1]:
-        if torch.amp.is_autocast_available(seen.input.device.type):
-            return torch.autocast(seen.input.device.type, enabled=False)
+def _without_autocast(calls: list[ConvCall]) -> AbstractContextManager[Any]:
+    """Switch off the network's autocast, so that sums over the recorded tensors are computed in full precision."""
+    device = calls[0].input.device.type if calls else None
+    if device is not None and torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
     return nullcontext()
 
 
 def forward(model: nn.Module, input: Any, mode: TorchFunctionMode | None = None, undo: bool = False) -> Any:
-    """The network's output on one calibration batch, in eval mode, without gradients and from the same random state.
+    """Return the network's output on one calibration batch, in eval mode, without gradients, from a fixed random state.
 
     Args:
-        undo: restore what the run changes in the network (`unchanged`), also when it is interrupted, so that the next
-            run begins where this one began.
+        undo: restore everything that the run changes in the network (`unchanged`), also if the run is interrupted.
 
     Raises:
-        UsageError: the network does not run on that input.
+        UsageError: the network does not run on this input.
     """
     input = match_dtype(clone_tensors(input), model)  # a forward may normalise its input in place
     try:
@@ -146,8 +150,8 @@ def forward(model: nn.Module, input: Any, mode: TorchFunctionMode | None = None,
         ) from error
 
 
-def explained(error: Exception) -> str:
-    """What went wrong in a run, in one line, and where memory ran out what to do."""
+def explain_error(error: Exception) -> str:
+    """Return the error of a run in one line, with a remedy if there was not enough memory."""
     text = first_line(error) or type(error).__name__
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "memory" in text:
         memory, inputs = Argument("settings.memory"), Argument("settings.inputs")
@@ -156,33 +160,33 @@ def explained(error: Exception) -> str:
 
 
 class Recorder(TorchFunctionMode):
-    """Notes the convolutions that torch is asked for between `start` and `stop`."""
+    """Records the calls of convolution functions between `start` and `stop`."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[ConvCall] | None = None
+        self.calls: list[ConvCall] | None = None
 
     def start(self, *_: Any) -> None:
-        self.found = []
+        self.calls = []
 
     def stop(self) -> list[ConvCall]:
-        found, self.found = self.found or [], None
-        return found
+        calls, self.calls = self.calls or [], None
+        return calls
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
-        if self.found is not None and name in _SIGNATURES:
+        if self.calls is not None and name in _SIGNATURES:
             values = {**dict(zip(_SIGNATURES[name], args, strict=False)), **(kwargs or {})}
-            with suppress(Exception):  # arguments of another kind: it counts as a call that cannot be read
-                self.found.append(_conv_call(values, output, "transpose" in name))
+            with suppress(Exception):  # unusual arguments: the call is not recorded, and the layer is not refitted
+                self.calls.append(_conv_call(values, output, "transpose" in name))
         return output
 
 
 def _conv_call(values: dict[str, Any], output: Tensor, transposed: bool) -> ConvCall:
     input, weight = values["input"], values["weight"]
     axes = weight.dim() - 2
-    if input.dim() == axes + 1:  # torch takes a single example without its batch dimension
+    if input.dim() == axes + 1:  # torch accepts a single example without the batch axis
         input, output = input[None], output[None]
     padding = values.get("padding", 0)
     return ConvCall(

@@ -30,10 +30,10 @@ from ..errors import first_line
 from ..network.running import evaluating
 from ..network.side_effects import RandomStates, Snapshot, random_states_kept
 from ..network.values import tensors_in
-from .capture import ConvCall, Reached, Recorder, See, forward, watch_convolutions
+from .capture import ConvCall, LayerReached, OnCall, Recorder, forward, watch_convolutions
 from .inputs import Batch
 from .limits import threads_free
-from .repeating import fed, fed_in_a_run
+from .repeatability import input_summaries, input_summary
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class Forwards:
     def __exit__(self, *raised: Any) -> None:
         self._leaving.__exit__(*raised)
 
-    def watch(self, names: Sequence[str], batch: Batch, see: See, calls: int) -> None:
+    def watch(self, names: Sequence[str], batch: Batch, see: OnCall, calls: int) -> None:
         """Pass the ``calls`` calls of the layers ``names`` in a forward of ``batch`` to ``see``.
 
         Raises: as `watch_convolutions`.
@@ -209,7 +209,7 @@ class Forwards:
         state = Snapshot(self._model)
         try:
             start, settings = time.perf_counter(), _settings()
-            plain = [iter(fed_in_a_run(self._model, self._layers, probe)) for probe in self._probes]
+            plain = [iter(input_summaries(self._model, self._layers, probe)) for probe in self._probes]
             patience = _PATIENCE + 20 * (time.perf_counter() - start)
             runs = [self._begun(probe, kind()) for probe, kind in zip(self._probes, (_Alive, Recorder), strict=True)]
             while not all(run.done for run in runs):
@@ -217,7 +217,7 @@ class Forwards:
                     run.always_again = True
                     if run.done or not self._go_on(run, set(self._layers), patience):
                         continue
-                    if settings != _settings() or fed(run.at, run.shown) != next(expected, None):
+                    if settings != _settings() or input_summary(run.at, run.shown) != next(expected, None):
                         return {}
                     run.shown = None
                     if isinstance(run.recorder, _Alive):
@@ -258,7 +258,7 @@ class _Run:
                 if not self._ending:
                     torch.set_num_threads(threads)  # a new thread starts with another number
                     forward(model, batch.input, recorder)
-            except Reached:
+            except LayerReached:
                 pass
             except BaseException as error:
                 self.failure = error
@@ -311,7 +311,7 @@ class _Run:
         if self._again:
             return None
         if self._ending:
-            raise Reached
+            raise LayerReached
         found, (args, kwargs) = self.recorder.stop(), self._arguments
         self._arguments = ((), {})
         if name in self._until:
@@ -321,7 +321,7 @@ class _Run:
             self._back.put(None)
             self._turn.get()
             if self._ending:
-                raise Reached
+                raise LayerReached
             torch.clear_autocast_cache()  # the cache of a network's own autocast holds old values of parameters
             if self.always_again or _version(layer) != version:
                 self._again = True

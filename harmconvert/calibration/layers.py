@@ -1,4 +1,4 @@
-"""One layer's refit: how its kernel is made, which solution is taken, and how that is written into the module."""
+"""The refit of one layer: how its class computes the kernel, which solution is chosen, and writing the solution."""
 
 from __future__ import annotations
 
@@ -15,20 +15,22 @@ from .capture import ConvCall
 from .equations import Change, Layer, Problem
 from .responses import to_groups
 
-# An improvement smaller than this is rounding.
+# Smaller improvements are rounding errors.
 _LEAST_GAIN = 1e-9
-# Held-back errors rise for good after the best damping, or the best step: so many worse ones in a row end the search.
+# Beyond the best damping the held-back error keeps rising: the search ends after this many worse solutions in a row.
 _PATIENCE = 3
 
 
 class RefitError(Exception):
-    """This layer cannot be refitted: the message says why."""
+    """A layer cannot be refitted; the message says why."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What the held-back inputs chose: ``decision`` is refit, rescaled or projection; errors are relative output errors
-    on those inputs."""
+    """The solution that is best on the held-back inputs.
+
+    ``decision``: "refit", "rescaled" or "projection". Errors are relative output errors on the held-back inputs.
+    """
 
     decision: str
     change: Change | None
@@ -37,11 +39,11 @@ class Choice:
 
 
 def choose(fit: Problem, held: Problem, dampings: Sequence[float]) -> Choice:
-    """The candidate of least error on the held-back inputs; the projection where none lowers it."""
+    """Return the solution with the smallest error on the held-back inputs; the projection if no solution is better."""
     before = held.error(None)
     best = Choice("projection", None, before, before)
 
-    def better(change: Change, decision: str) -> bool:
+    def take_if_better(change: Change, decision: str) -> bool:
         nonlocal best
         change = fit.layer.reachable(change)
         error = held.error(change)
@@ -50,19 +52,22 @@ def choose(fit: Problem, held: Problem, dampings: Sequence[float]) -> Choice:
         best = Choice(decision, change, before, error)
         return True
 
-    better(fit.rescaling(), "rescaled")
-    worse = 0
+    take_if_better(fit.rescaling(), "rescaled")
+    worse_in_a_row = 0
     for change in fit.candidates(dampings):
-        worse = 0 if better(change, "refit") else worse + 1
-        if worse == _PATIENCE:
+        worse_in_a_row = 0 if take_if_better(change, "refit") else worse_in_a_row + 1
+        if worse_in_a_row == _PATIENCE:
             break
     return best
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """How a module makes its effective kernel from the merged one: as it is, or centred and brought to a fixed norm per
-    channel (weight standardisation), which a ``gain`` of the class may then scale."""
+    """How a module computes its effective kernel from the merged kernel.
+
+    Either both are the same (``factor`` is None), or the class standardises the kernel: it subtracts the mean of each
+    channel and multiplies the channel by ``factor``, to a fixed norm. A parameter ``gain`` may scale this norm.
+    """
 
     module: HarmonicMixin
     effective: Tensor
@@ -71,46 +76,50 @@ class Kernel:
 
     @classmethod
     def of(cls, module: nn.Module, call: ConvCall) -> Kernel:
-        """Told from what the module handed to torch.
+        """Derive it from the kernel that the module passed to torch in a call.
 
         Raises:
-            RefitError: the effective kernel is some other function of the merged one.
+            RefitError: the effective kernel is another function of the merged kernel.
         """
         assert is_harmonic_layer(module)
         merged, effective = module.weight.detach().to(torch.float64), call.weight.to(torch.float64)
-        if merged.shape == effective.shape and _same(merged, effective):
+        if merged.shape == effective.shape and _equal_in_half_precision(merged, effective):
             return cls(module, effective)
         if merged.shape == effective.shape and not call.transposed:
             centred = merged - merged.mean(_filter_dims(merged), keepdim=True)
             factor = _dot(centred, effective) / _dot(centred, centred).clamp_min(1e-300)
-            if _same(factor * centred, effective):
+            if _equal_in_half_precision(factor * centred, effective):
                 gain = module._parameters.get("gain")
                 fits = gain is not None and gain.numel() == len(merged) and bool((gain != 0).all())
                 return cls(module, effective, factor, gain if fits else None)
         raise RefitError(f"{type(module).__name__} changes its kernel in a way that cannot be undone")
 
-    def layer(self, call: ConvCall, fits_bias: bool, wanted: int, seed: int) -> Layer:
-        """The layer that the equations are about; its unknowns are the coefficients of the effective kernel."""
+    def layer(self, call: ConvCall, fits_bias: bool, sample_count: int, seed: int) -> Layer:
+        """Return the facts for the equations; the unknowns are the coefficients of the effective kernel."""
         basis_FK = self.module.kernels.to(self.effective.device)
         basis_FK = basis_FK / basis_FK.norm(dim=1, keepdim=True)
         coefficients = to_groups(project(self.effective, basis_FK), call.groups, call.transposed)
         direction = None if self.factor is None else _mean_direction(basis_FK, coefficients.shape[2])
         fixed_norm = self.factor is not None and self.gain is None
         size = kernel_size(self.module)
-        return Layer(coefficients, basis_FK, size, call.transposed, fits_bias, wanted, seed, direction, fixed_norm)
+        return Layer(
+            coefficients, basis_FK, size, call.transposed, fits_bias, sample_count, seed, direction, fixed_norm
+        )
 
     @torch.no_grad()
     def write(self, target: Tensor) -> None:
-        """Make the effective kernel ``target`` (torch's shape), which the class can make (`Layer.reachable`).
+        """Set the coefficients so that the effective kernel becomes ``target`` (torch's shape).
+
+        ``target`` must be one that the class can compute (`Layer.reachable`).
 
         Raises:
-            RefitError: its coefficients would be out of their dtype's range; nothing is changed.
+            RefitError: the coefficients are out of their dtype's range; nothing is changed.
         """
         scale = None
         if self.factor is not None:
             norm, present = _dot(target, target).sqrt(), _dot(self.effective, self.effective).sqrt()
             scale = torch.where((norm > 0) & (present > 0), present / norm.clamp_min(1e-300), 1.0)
-            # At its present norm the merged kernel meets the present factor again, eps in it included.
+            # Keep the norm of the merged kernel: then the class computes the same factor again, including its eps.
             target = target * scale / torch.where(self.factor == 0, 1.0, self.factor)
         coefficients = in_range(project(target, self.module.kernels), self.module.coefficients)
         in_range(target, coefficients)
@@ -120,24 +129,28 @@ class Kernel:
 
 
 def _mean_direction(basis_FK: Tensor, unknowns: int) -> Tensor | None:
-    """The unit vector of coefficients whose kernel is constant, which a centred kernel has no part in; None where the
-    basis holds no mean at all.
+    """Return the unit vector of the coefficients of a constant kernel; None if all basis kernels have mean zero.
+
+    A kernel with mean zero has no component along this vector.
 
     Raises:
-        RefitError: it holds part of one, so that centring a kernel would leave the basis.
+        RefitError: the constant kernel is only partly in the span of the basis, so centring a kernel leaves the span.
     """
     sums_F = basis_FK.sum(1)
-    energy = sums_F.square().sum().item() / basis_FK.shape[1]  # 1 where the constant kernel is in the span
+    energy = sums_F.square().sum().item() / basis_FK.shape[1]  # 1 if the constant kernel is in the span
     if energy < 1e-12:
         return None
     if energy < 1 - 1e-9:
-        raise RefitError("it centres its kernels, which this cut of this basis cannot follow")
+        raise RefitError("it centres its kernels, and the kept basis kernels cannot represent the mean")
     direction = sums_F.repeat(unknowns // len(sums_F))
     return direction / direction.norm()
 
 
 def refittable_bias(model: nn.Module, modules: Sequence[nn.Module]) -> nn.Parameter | None:
-    """The bias that a refit may change: one, of all the modules that share the coefficients and of no other."""
+    """Return the bias that a refit may change; None if there is none.
+
+    All modules that share the coefficients must have this bias, and no other module may use it.
+    """
     biases = {id(m._parameters.get("bias")): m._parameters.get("bias") for m in modules}
     bias = next(iter(biases.values())) if len(biases) == 1 else None
     if bias is None:
@@ -148,19 +161,18 @@ def refittable_bias(model: nn.Module, modules: Sequence[nn.Module]) -> nn.Parame
 
 
 def in_range(values: Tensor, like: Tensor) -> Tensor:
-    """Values in the dtype of the parameter ``like``.
+    """Return the values in the dtype of the parameter ``like``.
 
     Raises:
-        RefitError: it cannot hold them.
+        RefitError: a value is out of the range of this dtype.
     """
-    held = values.to(like)
-    if not all_finite(held):
+    converted = values.to(like)
+    if not all_finite(converted):
         raise RefitError(f"its refit is out of {str(like.dtype).removeprefix('torch.')}'s range")
-    return held
+    return converted
 
 
-def _same(left: Tensor, right: Tensor) -> bool:
-    """Equal to what half precision can tell."""
+def _equal_in_half_precision(left: Tensor, right: Tensor) -> bool:
     return bool((left - right).norm() <= 2e-3 * right.norm())
 
 
@@ -169,5 +181,5 @@ def _filter_dims(kernel: Tensor) -> tuple[int, ...]:
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:
-    """Inner product per output channel, in a shape that broadcasts."""
+    """Return the inner product of each output channel, in a shape that broadcasts."""
     return (left * right).sum(_filter_dims(left), keepdim=True)

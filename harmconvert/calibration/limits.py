@@ -1,4 +1,4 @@
-"""What this machine has left for a calibration: memory and threads, of which a container may have less."""
+"""Find out how much memory and how many threads a calibration may use, with the limits of a container."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from ..network.distributed import least_over_ranks, local_world_size
 from .records import CalibrationSettings
 
 _GROUP = Path("/sys/fs/cgroup")
-_FEW_THREADS = 1 << 12
+_FEW_THREADS = 1 << 12  # a user's limit below this is tight
 
 
 def memory_for(model: nn.Module, settings: CalibrationSettings) -> int:
-    """Bytes that one layer's equations may take in each process: as set, or half of what is free where ``model`` is."""
+    """Return the bytes that one layer's equations may use in each process: as set, or half of the free memory."""
     free = free_memory(next(model.parameters()).device)
     return settings.memory or least_over_ranks(free // 2 // local_world_size())
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes free on a device: of a GPU as its driver says, of the machine as its kernel does (8 GB if it does not)."""
+    """Return the free bytes of a GPU or of this machine; 8 GB if the machine's kernel does not tell."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
@@ -30,30 +30,30 @@ def free_memory(device: torch.device) -> int:
         free = int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return 8 << 30
-    return max(min(free, _left("memory", free)), 1 << 21)
+    return max(min(free, _left_in_container("memory", free)), 1 << 21)
 
 
 def threads_free(most: int) -> int:
-    """Threads that each process here may start, ``most`` of them at the highest; half of what is left to all."""
+    """Return how many threads each process on this machine may start: half of the available ones, from ``most``."""
     with suppress(ImportError, OSError, ValueError):
         import resource
 
         limit = resource.getrlimit(resource.RLIMIT_NPROC)[0]
-        if 0 <= limit < _FEW_THREADS:  # how many of them are in use is not easily known
+        if 0 <= limit < _FEW_THREADS:  # the number of threads in use is not easy to find: start none
             return 0
-    return min(most, _left("pids", most)) // 2 // local_world_size()
+    return min(most, _left_in_container("pids", most)) // 2 // local_world_size()
 
 
-def _left(kind: str, otherwise: int) -> int:
-    """What a container's limit leaves, where there is one."""
-    with suppress(OSError, ValueError):  # "max" is no number
+def _left_in_container(kind: str, otherwise: int) -> int:
+    """Return what the container's limit leaves; ``otherwise`` if there is no limit."""
+    with suppress(OSError, ValueError):  # without a limit the file contains "max"
         left = int((_GROUP / f"{kind}.max").read_text()) - int((_GROUP / f"{kind}.current").read_text())
-        return left + (_reclaimable() if kind == "memory" else 0)
+        return left + (_file_cache_bytes() if kind == "memory" else 0)
     return otherwise
 
 
-def _reclaimable() -> int:
-    """Bytes of files that a container's kernel keeps in memory until somebody needs it."""
+def _file_cache_bytes() -> int:
+    """Return the bytes of cached files that the container's kernel frees when memory is needed."""
     with suppress(OSError, ValueError, KeyError):
         stat = dict(line.split() for line in (_GROUP / "memory.stat").read_text().splitlines())
         return int(stat["inactive_file"]) + int(stat["active_file"])

@@ -1,5 +1,7 @@
-"""What each layer of an uncut network is fed: second moments of its DCT responses, from which the output error of any
-cut of that layer follows without running the network again."""
+"""Measure the second moments of the responses in each layer of an uncut network.
+
+The output error of any cut of a layer follows from these moments, without running the network again.
+"""
 
 from __future__ import annotations
 
@@ -13,23 +15,27 @@ from torch import Tensor, nn
 
 from ..layers.harmonic import HarmonicMixin
 from .capture import ConvCall
+from .collecting import EquationCollector, collect_together
 from .equations import Layer, Problem
 from .inputs import CalibrationSet
 from .refit import DAMPINGS, weakest_damping
 from .responses import responses
-from .sites import LEAST_POSITIONS, Site, running_sites
 from .solvers import NormalEquations
-from .taking import Taking, taken_together
+from .tied_layers import LEAST_POSITIONS, TiedLayers, find_tied_layers
 
-# Up to so many unknowns a layer's equations are solved whole: at the limit about half a minute on two cores.
+# Layers with more unknowns are measured channel by channel. At the limit the equations of all channels together take
+# about half a minute on two cores.
 MOST_UNKNOWNS = 4608
 
 
 @dataclass(frozen=True)
 class Moments:
-    """One layer: second moments (G, I F, I F) of its responses to all basis kernels, damped as the weakest refit is,
-    and its coefficients (G, O, I F). Where ``apart``, the input channels were taken as uncorrelated: G counts them all,
-    and I is 1."""
+    """The moments of one layer.
+
+    ``gram`` (G, I F, I F): second moments of its responses to all basis kernels, with the weakest damping of a refit.
+    ``coefficients`` (G, O, I F). ``apart``: correlations between input channels were ignored; then G counts all input
+    channels of all groups, and I is 1.
+    """
 
     gram: Tensor
     coefficients: Tensor
@@ -37,20 +43,20 @@ class Moments:
 
 
 class ChannelEquations(NormalEquations):
-    """Second moments within each input channel alone: linear in the channels, where all of them are quadratic."""
+    """Second moments within each input channel only: their size is linear in the number of channels, not quadratic."""
 
     name = "channels apart"
 
     def __init__(self, layer: Layer) -> None:
-        # Across channels only means are shared, and those a bias or the batch norm behind repairs.
+        # Always centred: the means are what channels have in common, and a bias or a later batch norm corrects these.
         Problem.__init__(self, replace(layer, fits_bias=True))
         count = len(layer.basis)
         groups = layer.coefficients.shape[0] * layer.unknowns // count
         self.gram_GNN = layer.coefficients.new_zeros(groups, count, count)
         self.sum_GN = layer.coefficients.new_zeros(groups, count)
-        self.cross_GON = layer.coefficients.new_zeros(0)  # nothing is solved for
+        self.cross_GON = layer.coefficients.new_zeros(0)  # not needed, because no equations are solved
 
-    def _keep(self, call: ConvCall, residual_RGO: Tensor, picks: Tensor | None) -> None:
+    def _accumulate(self, call: ConvCall, residual_RGO: Tensor, picks: Tensor | None) -> None:
         z_RGN = responses(call, self.layer.basis, picks).to(self.gram_GNN.device)
         z_GRN = z_RGN.reshape(len(z_RGN), *self.sum_GN.shape).transpose(0, 1)
         self.gram_GNN.baddbmm_(z_GRN.mT, z_GRN)
@@ -60,37 +66,41 @@ class ChannelEquations(NormalEquations):
 def response_moments(
     converted: nn.Module, layers: Mapping[str, HarmonicMixin], data: CalibrationSet, seed: int, memory: int
 ) -> Iterator[tuple[tuple[str, ...], Moments | str]]:
-    """The moments of each of ``layers`` that runs, in the order in which they run, on the inputs that are not held
-    back; the reason in their place where there are none. Layers that share their coefficients come together.
+    """Yield the names of layers with their moments on the inputs for the fit, in the order in which the layers run.
 
-    ``converted`` is the network in harmonic form, nothing cut; it is run for as many layers at once as ``memory`` bytes
-    hold the moments of.
+    Instead of the moments there may be a text: the reason why there are none. Layers that share coefficients are
+    measured together.
+
+    Args:
+        converted: the network in harmonic form, with nothing cut.
+        layers: the layers of ``converted`` to measure.
+        memory: in one run, as many layers are measured as have moments of this many bytes.
 
     Raises:
         UsageError: the network does not run on the inputs.
     """
-    sites, odd = running_sites(converted, dict(layers), data, memory)
-    yield from (((name,), why) for name, why in odd.items())
-    waiting = [_taking(site, converted, layers, data, seed, memory) for site in sites]
-    for taking, found in taken_together(converted, waiting, [data.fit], memory, data.runs.complete):
-        yield taking.site.names, found if isinstance(found, str) else _moments(cast(NormalEquations, found[0]))
+    tied_layers, not_measurable = find_tied_layers(converted, dict(layers), data, memory)
+    yield from (((name,), why) for name, why in not_measurable.items())
+    collectors = [_collector(tied, converted, layers, data, seed, memory) for tied in tied_layers]
+    for collector, result in collect_together(converted, collectors, [data.fit], memory, data.runs.complete):
+        yield collector.tied.names, result if isinstance(result, str) else _moments(cast(NormalEquations, result[0]))
 
 
-def _taking(
-    site: Site,
+def _collector(
+    tied: TiedLayers,
     converted: nn.Module,
     layers: Mapping[str, HarmonicMixin],
     data: CalibrationSet,
     seed: int,
     memory: int,
-) -> Taking:
-    # The moments, the inverse that is made of them, and two copies on the way.
-    bytes = 32 * site.groups * site.unknowns**2
-    if bytes <= memory and site.unknowns <= MOST_UNKNOWNS:
-        return Taking(site, converted, layers, seed, site.wanted, NormalEquations, bytes)
-    # Apart, a channel's few unknowns want no more positions than any layer gets.
-    wanted = math.ceil(LEAST_POSITIONS / data.fit_total / sum(shape[0] for _, shape in site.calls))
-    return Taking(site, converted, layers, seed, wanted, ChannelEquations, 0)
+) -> EquationCollector:
+    # Memory for the moments, their inverse, and two temporary copies.
+    bytes = 32 * tied.groups * tied.unknowns**2
+    if bytes <= memory and tied.unknowns <= MOST_UNKNOWNS:
+        return EquationCollector(tied, converted, layers, seed, tied.sample_count, NormalEquations, bytes)
+    # A single channel has few unknowns, so the least number of positions is enough.
+    sample_count = math.ceil(LEAST_POSITIONS / data.fit_total / sum(shape[0] for _, shape in tied.calls))
+    return EquationCollector(tied, converted, layers, seed, sample_count, ChannelEquations, 0)
 
 
 def _moments(problem: NormalEquations) -> Moments:
@@ -99,7 +109,7 @@ def _moments(problem: NormalEquations) -> Moments:
     if apart:
         coefficients_GON = coefficients_GON.unflatten(2, (-1, size)).transpose(1, 2).flatten(0, 1)
     power = gram_GNN.diagonal(dim1=1, dim2=2)
-    # A dead group's responses are all zero; anything will do for its scale.
+    # If all responses of a group are zero, its scale does not matter.
     scale_G1 = torch.where(power.sum(1, keepdim=True) > 0, power.mean(1, keepdim=True), 1.0)
     damping = max(weakest_damping(problem.count / size), DAMPINGS[-1])
     power += damping * scale_G1

@@ -1,4 +1,4 @@
-"""What a loader yields, turned into inputs of a network."""
+"""Turn the items that a loader yields into inputs of a network."""
 
 from __future__ import annotations
 
@@ -18,30 +18,32 @@ from .capture import forward
 
 
 class Reader:
-    """Finds the input in what a loader yields: tensors, (input, target) pairs whose target is ignored, mappings of
-    keywords, lists of single images as detectors take them. NumPy arrays become tensors.
+    """Finds the input in an item of a loader.
 
-    A list may be one input or a pair that a loader collated to a list. Where that is open, ``model`` decides: the first
-    reading on which it runs is taken. Without a model, a list of tensors of three axes is a list of images.
+    Items may be tensors, (input, target) pairs whose target is ignored, mappings of keywords, or lists of single
+    images, as detectors take them. NumPy arrays become tensors. A list may be one input, or a pair that the loader
+    turned into a list. In such cases ``model`` decides: the first interpretation on which it runs is used. Without a
+    model, a list of tensors with three axes is a list of images.
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
         self._model = model
-        self._taken: dict[tuple[str, ...], str] = {}
+        self._chosen: dict[tuple[str, ...], str] = {}
 
     def __call__(self, item: Any) -> Any:
-        """The input, as `surgery.call` takes it."""
-        readings = self._readings(_as_tensors(item))
+        """Return the input in an item, in the form that `network.running.call` accepts."""
+        readings = self._readings(_with_tensors(item))
         names = tuple(readings)
-        if len(names) > 1 and self._model is not None and names not in self._taken:
-            self._taken[names] = next((name for name in names if self._runs(readings[name])), names[0])
-        return readings[self._taken.get(names, names[0])]
+        if len(names) > 1 and self._model is not None and names not in self._chosen:
+            self._chosen[names] = next((name for name in names if self._model_runs(readings[name])), names[0])
+        return readings[self._chosen.get(names, names[0])]
 
     def all(self, batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-        """The inputs with their numbers.
+        """Yield the number and the input of each batch.
 
         Raises:
-            UsageError: not an iterable of batches. InputError: it fails, or yields something without tensors.
+            UsageError: ``batches`` is not an iterable of batches.
+            InputError: it raises an error, or yields an item without tensors.
         """
         for index, item in enumerate(items(batches)):
             input = self(item)
@@ -53,10 +55,10 @@ class Reader:
             yield index, input
 
     def runs(self, item: Any) -> bool:
-        """Whether the network runs on what the loader yields."""
-        return self._runs(self(item))
+        """Return whether the network runs on an item of the loader."""
+        return self._model_runs(self(item))
 
-    def _runs(self, input: Any) -> bool:
+    def _model_runs(self, input: Any) -> bool:
         assert self._model is not None
         try:
             forward(self._model, input, undo=True)
@@ -65,7 +67,7 @@ class Reader:
         return True
 
     def _readings(self, item: Any) -> dict[str, Any]:
-        """Ways to read it, by name, the likeliest first."""
+        """Return the possible inputs in an item, by name of the interpretation, the most likely first."""
         if isinstance(item, Mapping):
             return self._of_mapping(item)
         if not isinstance(item, tuple | list) or not item:
@@ -86,7 +88,7 @@ class Reader:
         if isinstance(first, tuple):
             tensors = all(isinstance(part, Tensor) for part in first)
             return {"arguments": first, **({"list": [*first]} if tensors else {})}
-        if isinstance(first, list):  # loaders collate tuples to lists
+        if isinstance(first, list):  # loaders turn tuples into lists
             return {"list": first, "arguments": tuple(first)}
         return {"input": first}
 
@@ -98,28 +100,29 @@ class Reader:
         return {"keywords": kept} if tensors_in(kept) else {"keywords": item, "argument": (item,)}
 
 
-def in_running_precision(model: nn.Module, batches: Iterable[Any]) -> tuple[nn.Module, Iterable[Any]]:
-    """The network, or a float32 copy of one stored in 16 bits, all of it or a part, that runs on the first batch only
-    so; and all batches.
+def in_runnable_precision(model: nn.Module, batches: Iterable[Any]) -> tuple[nn.Module, Iterable[Any]]:
+    """Return a network that runs on the first batch, and all batches.
 
-    Raises: as `items`.
+    This is ``model``, or a float32 copy of it if tensors of ``model`` are stored in 16 bits and only the copy runs.
+    See `items` for errors.
     """
     if not in_sixteen_bits(model):
         return model, batches
-    read = items(batches)
-    first = list(islice(read, 1))
+    iterator = items(batches)
+    first = list(islice(iterator, 1))
     if first and not Reader(model).runs(first[0]):
         precise = in_precision(model, torch.float32)
         if Reader(precise).runs(first[0]):
             model = precise
-    return model, chain(first, read)
+    return model, chain(first, iterator)
 
 
 def items(batches: Iterable[Any]) -> Iterator[Any]:
-    """What an iterable of batches yields.
+    """Yield the items of an iterable of batches, with errors that name the batch.
 
     Raises:
-        UsageError: it is no such iterable. InputError: it fails.
+        UsageError: ``batches`` is not an iterable of batches.
+        InputError: the iterable raises an error.
     """
     if isinstance(batches, Tensor | np.ndarray | str | bytes | Mapping) or not isinstance(batches, Iterable):
         raise UsageError(f"calibration= is a {type(batches).__name__}: give a list or a loader of batches of inputs")
@@ -133,14 +136,14 @@ def items(batches: Iterable[Any]) -> Iterator[Any]:
         except HarmconvertError:
             raise
         except Exception as error:
-            what = f"{type(error).__name__}: {first_line(error)}"
-            raise InputError(f"calibration= fails at batch {index}: {what}; repair the loader") from error
+            error_text = f"{type(error).__name__}: {first_line(error)}"
+            raise InputError(f"calibration= fails at batch {index}: {error_text}; repair the loader") from error
         yield item
         index += 1
 
 
 def _keywords(model: nn.Module | None) -> set[str] | None:
-    """The keywords that a network's forward accepts; None where it accepts all, or its signature does not say."""
+    """Return the keywords that a network's forward accepts; None if it accepts all or its signature is not known."""
     if model is None:
         return None
     try:
@@ -152,10 +155,10 @@ def _keywords(model: nn.Module | None) -> set[str] | None:
     return {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 
 
-def _as_tensors(item: Any) -> Any:
-    """The same nest with NumPy arrays of numbers as tensors, and mappings of any class as dicts."""
+def _with_tensors(item: Any) -> Any:
+    """Return nested values with NumPy arrays of numbers converted to tensors, and mappings to dicts."""
     if isinstance(item, np.ndarray) and item.dtype.kind in "biufc":
         return torch.tensor(item)
     if isinstance(item, Mapping):
-        return {key: _as_tensors(value) for key, value in item.items()}
-    return rebuild_sequence(item, map(_as_tensors, item)) if isinstance(item, list | tuple) else item
+        return {key: _with_tensors(value) for key, value in item.items()}
+    return rebuild_sequence(item, map(_with_tensors, item)) if isinstance(item, list | tuple) else item

@@ -1,4 +1,4 @@
-"""What calibration is asked for, and what it says that it did."""
+"""The settings of a calibration, and the record of what it did."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import UsageError, counted
 
-# Fitted on ten positions per unknown, a linear model's error is about a tenth over the best one's.
+# With ten positions per unknown, the error of a fitted linear model is about a tenth higher than the smallest possible.
 ENOUGH_POSITIONS = 10
 
 Progress = Callable[[int, int, str], None]
@@ -17,10 +17,19 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """``damping``: fixed, relative to the mean square of a layer's responses; None chooses on held-back inputs.
-    ``memory``: bytes that one layer's equations may take; None takes half of what is free. ``batch_norm``: re-estimate
-    batch-norm statistics where that helps. ``refit``: False leaves the coefficients alone. ``seed``: of the positions
-    sampled. ``inputs``: no more than so many are read (to the end of a batch), lest a whole training set is."""
+    """The settings of a calibration.
+
+    Args:
+        damping: relative to the mean square of a layer's responses; None chooses it on held-back inputs.
+        memory: bytes that one layer's equations may use; None uses half of the free memory.
+        batch_norm: re-estimate batch-norm statistics if that brings the outputs nearer to the original's.
+        refit: False does not change the coefficients.
+        seed: seed of the sampled positions.
+        inputs: the most inputs that are read (to the end of a batch), so that no whole training set is read.
+
+    Raises:
+        UsageError: a setting is out of its range.
+    """
 
     damping: float | None = None
     memory: int | None = None
@@ -31,7 +40,7 @@ class CalibrationSettings:
 
     def __post_init__(self) -> None:
         if self.damping is not None and not (math.isfinite(self.damping) and self.damping >= 0):
-            raise UsageError(f"damping (={self.damping}) must be zero or more; leave it out to have it chosen")
+            raise UsageError(f"damping (={self.damping}) must be zero or more; leave it out to choose it automatically")
         if self.inputs < 1:
             raise UsageError(f"{counted(self.inputs, 'calibration input')}: there must be at least 1")
         if self.memory is not None and self.memory < 1 << 20:
@@ -40,13 +49,14 @@ class CalibrationSettings:
 
 @dataclass(frozen=True)
 class LayerCalibration:
-    """What calibration made of one truncated convolution (or of several that share their coefficients).
+    """The record of calibrating one truncated convolution, or several that share their coefficients.
 
-    ``decision``: ``refit``; ``rescaled`` (each channel's mean and variance repaired); ``projection`` (neither lowered
-    the held-back error, so the plain cut stays); ``failed`` (the plain cut stays because something is wrong). Errors
-    are relative output errors on held-back inputs, Frobenius norms. ``damping`` is relative to the mean square of the
-    responses; ``condition`` that of their second moments. ``positions`` were fitted on, of ``unknowns`` per output
-    channel; ``inputs_enough`` would have given ten positions per unknown. ``why`` explains what was not done.
+    ``decision``: ``refit``; ``rescaled`` (the mean and variance of each channel were corrected); ``projection``
+    (neither reduced the held-back error: the plain cut remains); ``failed`` (an error occurred: the plain cut remains).
+    ``error_before``, ``error_after``: relative output errors (Frobenius norms) on held-back inputs. ``damping``:
+    relative to the mean square of the responses. ``condition``: condition number of their second moments.
+    ``positions``: number of positions in the fit. ``unknowns``: per output channel. ``inputs_enough``: the number of
+    inputs that would give ten positions per unknown. ``why``: why the layer was not refitted.
     """
 
     name: str
@@ -65,19 +75,25 @@ class LayerCalibration:
 
     @property
     def positions_per_unknown(self) -> float:
-        """How well the fit was determined."""
+        """Return the number of positions in the fit for each unknown."""
         return self.positions / max(self.unknowns, 1)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was done to a whole network. Divergences are of its outputs from the original's on held-back inputs: mean
-    KL divergence of a classifier's probabilities (nats), for others the relative squared difference; None where
-    outputs cannot be compared. ``kept`` is the share of the refit's change that was taken (1 unless that made the
-    outputs worse than the plain cut). ``changed`` has the keys of the tensors written, each with the
-    sha256 of what was written. ``incomparable`` says why outputs could not be compared. ``plain_agreement`` and
-    ``agreement``: the shares of held-back inputs on which the plain cut, and the network now, have the same top-1 class
-    as the original (None where outputs are no logits)."""
+    """The record of calibrating a network.
+
+    ``inputs``, ``held_back``: number of inputs, and of those that were held back.
+    ``plain_divergence``, ``refit_divergence``, ``divergence``: how far the outputs are from the original's on held-back
+    inputs, for the plain cut, after the refit, and at the end. This is the mean KL divergence of a classifier's
+    probabilities in nats, or the relative squared difference for other networks; None if outputs cannot be compared.
+    ``incomparable``: why outputs cannot be compared.
+    ``kept``: the share of the refit's change that was kept: 1 unless the whole change made the outputs worse than the
+    plain cut. ``batch_norms``: number of re-estimated batch norms.
+    ``changed``: the keys of the changed tensors, each with the sha256 of its new values.
+    ``plain_agreement``, ``agreement``: the share of held-back inputs with the same top-1 class as the original, for the
+    plain cut and at the end; None if outputs are not logits.
+    """
 
     layers: tuple[LayerCalibration, ...]
     inputs: int
@@ -96,10 +112,10 @@ class Calibration:
 
     @property
     def failed(self) -> tuple[LayerCalibration, ...]:
-        """Layers that something is wrong with."""
+        """Return the layers whose calibration failed with an error."""
         return tuple(layer for layer in self.layers if layer.decision == "failed")
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict."""
+        """Return a dict for JSON."""
         layers = [{**asdict(r), "positions_per_unknown": r.positions_per_unknown} for r in self.layers]
         return {**asdict(self), "layers": layers}

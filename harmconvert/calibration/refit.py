@@ -1,4 +1,4 @@
-"""Refit the layers of a network one after the other, each fed by those already refitted."""
+"""Refit the layers of a network one after the other; each layer's input comes from layers that are refitted already."""
 
 from __future__ import annotations
 
@@ -13,25 +13,32 @@ from torch import nn
 from ..errors import UsageError
 from ..layers.harmonic import HarmonicMixin
 from ..network.distributed import all_or_none
-from .capture import ConvCall, explained
+from .capture import ConvCall, explain_error
 from .cuts import WholeLayer
 from .equations import Layer, Problem
 from .holding import Forwards
 from .inputs import Batch, CalibrationSet
 from .layers import Choice, Kernel, RefitError, choose, in_range, refittable_bias
 from .records import ENOUGH_POSITIONS, CalibrationSettings, LayerCalibration
-from .sites import Site, Targets, rows_of
 from .solvers import Operator
+from .tied_layers import Targets, TiedLayers, rows_of
 
-# Relative to the mean square of the responses; strongest first. At 10 hardly anything moves.
+# Relative to the mean square of the responses; strongest first. At 10 a layer hardly changes.
 DAMPINGS = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
-# No damping below this over the positions per unknown: the fewer there are, the less the fit is believed.
+# The weakest damping is this number divided by the positions per unknown: with fewer positions a fit is less reliable.
 DAMPING_TIMES_POSITIONS = 1e-3
 
 
 class Refit:
-    """Refits sites of ``converted`` in place, in the order given, on what ``forwards`` shows that they are fed; layers
-    in ``whole`` from what is known of them."""
+    """Refits layers of ``converted`` in place: call it for each of the tied layers, in the order in which they run.
+
+    Args:
+        layers: the truncated layers of ``converted``.
+        targets: the original's outputs.
+        memory: bytes that one layer's equations may use.
+        forwards: runs ``converted`` up to a layer.
+        whole: equations of uncut layers, which are used instead of new runs.
+    """
 
     def __init__(
         self,
@@ -48,37 +55,37 @@ class Refit:
         self.data, self.settings, self.memory = data, settings, memory
         self.forwards, self.whole, self.probe = forwards, whole, data.probe
 
-    def __call__(self, site: Site) -> LayerCalibration:
-        """Refit one site; one that cannot be keeps the projection and says why."""
+    def __call__(self, tied: TiedLayers) -> LayerCalibration:
+        """Refit layers that share coefficients. If this fails, they keep the projection, and the record says why."""
         start = time.perf_counter()
-        enough = ENOUGH_POSITIONS * site.unknowns / site.positions * self.data.total / max(self.data.fit_total, 1)
+        fit_inputs_needed = ENOUGH_POSITIONS * tied.unknowns / tied.positions_per_input
         record = LayerCalibration(
-            ", ".join(site.names),
+            ", ".join(tied.names),
             "projection",
-            positions=site.sampled * self.data.fit_total,
-            unknowns=site.unknowns,
+            positions=tied.sampled_per_input * self.data.fit_total,
+            unknowns=tied.unknowns,
             inputs=self.data.total,
-            inputs_enough=math.ceil(enough),
+            inputs_enough=math.ceil(fit_inputs_needed * self.data.total / max(self.data.fit_total, 1)),
         )
         try:
-            record = self._refit(site, record)
+            record = self._refit(tied, record)
         except RefitError as error:
             record = replace(record, why=str(error))
-        except Exception as error:  # one layer's trouble must not cost the others their refit
-            record = replace(record, decision="failed", why=explained(error))
+        except Exception as error:  # an error in one layer must not prevent the refit of the others
+            record = replace(record, decision="failed", why=explain_error(error))
         finally:
-            self.targets.forget(site)
+            self.targets.forget(tied)
         return replace(record, seconds=time.perf_counter() - start)
 
-    def _refit(self, site: Site, record: LayerCalibration) -> LayerCalibration:
+    def _refit(self, tied: TiedLayers, record: LayerCalibration) -> LayerCalibration:
         if self.data.fit_total == self.data.total:
-            return replace(record, why=f"{self.data.nothing_held} to choose on")
-        modules = {name: self.layers[name] for name in site.names}
+            return replace(record, why=f"{self.data.why_nothing_held} to choose on")
+        modules = {name: self.layers[name] for name in tied.names}
         bias = refittable_bias(self.converted, list(modules.values()))
         kernel, layer = all_or_none(
-            lambda: self._layer(site, modules, bias), RuntimeError("another process could not look at it")
+            lambda: self._kernel_and_layer(tied, modules, bias), RuntimeError("another process could not run it")
         )
-        fit, held = self._problems(site, layer)
+        fit, held = self._problems(tied, layer)
         if not (fit.finite and held.finite):
             raise UsageError("its activations are NaN or infinite on the calibration inputs")
         choice = choose(fit, held, dampings(self.settings, fit.count / layer.unknowns))
@@ -97,57 +104,58 @@ class Refit:
             why=None if choice.change else "nothing lowers its error on held-back inputs",
         )
 
-    def _layer(self, site: Site, modules: dict[str, HarmonicMixin], bias: nn.Parameter | None) -> tuple[Kernel, Layer]:
-        """How the layer makes its kernel, seen in one forward of one example."""
-        seen: list[tuple[str, ConvCall | None]] = []
-        self.forwards.watch(site.names, self.probe, lambda *call: seen.append(call), len(site.calls))
-        calls = [(name, call) for name, call in seen if call is not None]
+    def _kernel_and_layer(
+        self, tied: TiedLayers, modules: dict[str, HarmonicMixin], bias: nn.Parameter | None
+    ) -> tuple[Kernel, Layer]:
+        """Find out, in a forward of one example, how the layers compute their kernel."""
+        recorded: list[tuple[str, ConvCall | None]] = []
+        self.forwards.watch(tied.names, self.probe, lambda *call: recorded.append(call), len(tied.calls))
+        calls = [(name, call) for name, call in recorded if call is not None]
         kernels = [Kernel.of(modules[name], call) for name, call in calls]
         kinds = {(call.groups, call.transposed, k.factor is None) for k, (_, call) in zip(kernels, calls, strict=True)}
         if len(kinds) != 1 or (len(modules) > 1 and kernels[0].factor is not None):
             raise RefitError("convolutions of different kinds share its coefficients")
-        return kernels[0], kernels[0].layer(calls[0][1], bias is not None, site.wanted, self.settings.seed)
+        return kernels[0], kernels[0].layer(calls[0][1], bias is not None, tied.sample_count, self.settings.seed)
 
-    def _problems(self, site: Site, layer: Layer) -> tuple[Problem, Problem]:
-        """One layer's equations over the inputs fitted on and those held back."""
-        if (whole := self.whole.get(site.names[0])) is not None:
-            return whole.cut(layer, self.layers[site.names[0]].frequencies)
-        fit, held = (self._problem(site, layer, part) for part in (self.data.fit, self.data.held))
+    def _problems(self, tied: TiedLayers, layer: Layer) -> tuple[Problem, Problem]:
+        """Return the equations over the inputs for the fit and over those that are held back."""
+        if (whole := self.whole.get(tied.names[0])) is not None:
+            return whole.cut(layer, self.layers[tied.names[0]].frequencies)
+        fit, held = (self._problem(tied, layer, part) for part in (self.data.fit, self.data.held))
         return fit, held
 
-    def _problem(self, site: Site, layer: Layer, batches: Sequence[Batch]) -> Problem:
-        """One layer's equations over some batches, of all processes."""
-        problem = site.method(layer)
+    def _problem(self, tied: TiedLayers, layer: Layer, batches: Sequence[Batch]) -> Problem:
+        """Return the equations over some batches, summed over all processes."""
+        problem = tied.method(layer)
 
-        def take_in() -> None:
+        def add_batches() -> None:
             for batch in batches:
-                self._take_in(problem, site, batch)
+                self._add_batch(problem, tied, batch)
                 if isinstance(problem, Operator) and problem.bytes > self.memory // 2:
-                    break  # it holds whole maps: fewer inputs are better than none
+                    break  # this method stores whole maps: use fewer inputs if they do not fit into memory
 
-        all_or_none(take_in, RuntimeError("another process could not take in its inputs"))
+        all_or_none(add_batches, RuntimeError("another process could not process its inputs"))
         problem.reduce()
         return problem
 
-    def _take_in(self, problem: Problem, site: Site, batch: Batch) -> None:
-        answers = self.targets.of(site, batch)
-        unpaired = UsageError("the converted network runs it otherwise than the original: their calls do not pair")
-        waiting = iter(answers)
+    def _add_batch(self, problem: Problem, tied: TiedLayers, batch: Batch) -> None:
+        mismatch = UsageError("its calls in the converted network do not match those in the original")
+        targets = iter(self.targets.of(tied, batch))
 
-        def see(name: str, call: ConvCall | None) -> None:
-            wanted, shape, target = next(waiting, ("", (), torch.empty(0)))
-            if call is None or (wanted, shape) != (name, tuple(call.output.shape)):
-                raise unpaired
+        def on_call(name: str, call: ConvCall | None) -> None:
+            target_name, shape, target = next(targets, ("", (), torch.empty(0)))
+            if call is None or (target_name, shape) != (name, tuple(call.output.shape)):
+                raise mismatch
             problem.add(call, target, rows_of(batch, len(call.input)))
 
-        self.forwards.watch(site.names, batch, see, len(site.calls))
-        if next(waiting, None) is not None:
-            raise unpaired
+        self.forwards.watch(tied.names, batch, on_call, len(tied.calls))
+        if next(targets, None) is not None:
+            raise mismatch
         problem.inputs += len(batch)
 
 
 def dampings(settings: CalibrationSettings, positions_per_unknown: float) -> tuple[float, ...]:
-    """Those to choose from, the strongest first."""
+    """Return the dampings to choose from, the strongest first."""
     if settings.damping is not None:
         return (settings.damping,)
     least = weakest_damping(positions_per_unknown)
@@ -155,7 +163,7 @@ def dampings(settings: CalibrationSettings, positions_per_unknown: float) -> tup
 
 
 def weakest_damping(positions_per_unknown: float) -> float:
-    """The least pull towards the projection that so many positions allow."""
+    """Return the weakest damping that this number of positions per unknown allows."""
     return min(DAMPING_TIMES_POSITIONS / max(positions_per_unknown, 1e-9), DAMPINGS[0])
 
 
@@ -163,9 +171,9 @@ def weakest_damping(positions_per_unknown: float) -> float:
 def _write(kernel: Kernel, layer: Layer, choice: Choice, bias: nn.Parameter | None) -> None:
     assert choice.change is not None
     target = layer.kernel(layer.coefficients + choice.change.coefficients)
-    shifted = None
+    new_bias = None
     if bias is not None and choice.change.bias is not None:
-        shifted = in_range(bias + choice.change.bias.flatten().to(bias), bias)
+        new_bias = in_range(bias + choice.change.bias.flatten().to(bias), bias)
     kernel.write(target.to(kernel.effective.device))
-    if bias is not None and shifted is not None:
-        bias.copy_(shifted)
+    if bias is not None and new_bias is not None:
+        bias.copy_(new_bias)

@@ -1,8 +1,8 @@
-"""Three ways to hold and solve a layer's equations, and which one when.
+"""Three ways to store and solve a layer's equations, and the choice among them.
 
-- `NormalEquations` holds sum z z^T: unknowns squared, whatever the number of positions.
-- `Samples` holds every z: less where there are fewer positions than unknowns (the dual form).
-- `Operator` holds the layer's inputs and solves by conjugate gradients: neither squared.
+- `NormalEquations` stores sum z z^T. Its size is the square of the unknowns, for any number of positions.
+- `Samples` stores every z. This is less if there are fewer positions than unknowns (the dual form).
+- `Operator` stores the layer's inputs and solves by conjugate gradients. Nothing grows with a square.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from .capture import ConvCall
 from .equations import Change, Layer, Problem
 from .responses import responses, to_groups
 
-_LARGEST_EIGENPROBLEM = 12288  # about five minutes on two cores; conjugate gradients take less from there on
-_STRIP = 512  # rows of second moments that are summed up to the diagonal: from some 2,000 unknowns nearly half the work
-_STEPS = 60  # of conjugate gradients at one damping, a quarter of it on the way from one to the next
+_LARGEST_EIGENPROBLEM = 12288  # about five minutes on two cores; conjugate gradients are faster for larger problems
+_STRIP = 512  # second moments are summed in strips of rows up to the diagonal: half the work from 2,000 unknowns on
+_STEPS = 60  # steps of conjugate gradients for a single damping; with several dampings, each has a quarter of them
 
 
 class NormalEquations(Problem):
-    """Sums of products of responses and residuals, per group, float64; solved by one eigendecomposition."""
+    """Stores sums of products of responses and residuals, per group, float64; solves by one eigendecomposition."""
 
     name = "normal equations"
 
@@ -35,11 +35,11 @@ class NormalEquations(Problem):
         self.cross_GON = layer.coefficients.new_zeros(groups, out, unknowns)
         self.sum_GN = layer.coefficients.new_zeros(groups, unknowns)
 
-    def _keep(self, call: ConvCall, residual_RGO: Tensor, picks: Tensor | None) -> None:
-        self.keep(responses(call, self.layer.basis, picks).to(self.gram_GNN.device), residual_RGO)
+    def _accumulate(self, call: ConvCall, residual_RGO: Tensor, picks: Tensor | None) -> None:
+        self.accumulate(responses(call, self.layer.basis, picks).to(self.gram_GNN.device), residual_RGO)
 
-    def keep(self, z_RGN: Tensor, residual_RGO: Tensor) -> None:
-        """Take in responses and residuals as such."""
+    def accumulate(self, z_RGN: Tensor, residual_RGO: Tensor) -> None:
+        """Add responses and residuals to the sums."""
         z_GRN = z_RGN.transpose(0, 1)
         for start in range(0, self.layer.unknowns, _STRIP):
             rows, left = slice(start, start + _STRIP), slice(start + _STRIP)
@@ -54,7 +54,7 @@ class NormalEquations(Problem):
         return [self.gram_GNN, self.cross_GON, self.sum_GN]
 
     def reduce(self) -> None:
-        """Sum over the processes, and mirror what is left of the diagonal to the right of it."""
+        """Sum over all processes, then copy the part below the diagonal to the part above it."""
         super().reduce()
         for start in range(_STRIP, self.gram_GNN.shape[1], _STRIP):
             rows, left = slice(start, start + _STRIP), slice(start)
@@ -62,7 +62,7 @@ class NormalEquations(Problem):
 
     @property
     def centred_gram(self) -> Tensor:
-        """Sums of products of responses; where a bias is fitted its undamped row is eliminated, which centres them."""
+        """Return the sums of products of responses, centred if a bias is fitted: this eliminates the undamped bias."""
         if not self.layer.fits_bias:
             return self.gram_GNN
         return self.gram_GNN - self.sum_GN[:, :, None] * self.sum_GN[:, None] / self.count
@@ -85,7 +85,7 @@ class NormalEquations(Problem):
                 bias = (residual_GO - (change_GON @ self.sum_GN[..., None])[..., 0]) / self.count
             yield Change(change_GON, bias, damping)
 
-    def _squares_added(self, change: Change) -> float:
+    def _change_of_squares(self, change: Change) -> float:
         D = change.coefficients
         squares = (D @ self.gram_GNN * D).sum() - 2 * (D * self.cross_GON).sum()
         if change.bias is not None:
@@ -96,7 +96,7 @@ class NormalEquations(Problem):
 
 
 class Samples(Problem):
-    """Every response and residual, float64; solved in the dual, whose size is the number of positions."""
+    """Stores every response and residual, float64; solves the dual problem, whose size is the number of positions."""
 
     name = "dual"
 
@@ -105,21 +105,21 @@ class Samples(Problem):
         self._z: list[Tensor] = []
         self._u: list[Tensor] = []
 
-    def _keep(self, call: ConvCall, residual_RGO: Tensor, picks: Tensor | None) -> None:
-        self.keep(responses(call, self.layer.basis, picks).to(self.channels.device), residual_RGO)
+    def _accumulate(self, call: ConvCall, residual_RGO: Tensor, picks: Tensor | None) -> None:
+        self.accumulate(responses(call, self.layer.basis, picks).to(self.channels.device), residual_RGO)
 
-    def keep(self, z_RGN: Tensor, residual_RGO: Tensor) -> None:
-        """Take in responses and residuals as such."""
+    def accumulate(self, z_RGN: Tensor, residual_RGO: Tensor) -> None:
+        """Add responses and residuals to those that are stored."""
         self._z.append(z_RGN)
         self._u.append(residual_RGO)
 
-    def everything(self) -> tuple[Tensor, Tensor]:
-        """All responses (G, R, I F) and residuals (G, R, O)."""
+    def all_samples(self) -> tuple[Tensor, Tensor]:
+        """Return all responses (G, R, I F) and residuals (G, R, O)."""
         self._z, self._u = [torch.cat(self._z)], [torch.cat(self._u)]
         return self._z[0].transpose(0, 1), self._u[0].transpose(0, 1)
 
     def candidates(self, dampings: Sequence[float]) -> Iterator[Change]:
-        z_GRN, u_GRO = self.everything()
+        z_GRN, u_GRO = self.all_samples()
         mean_G1N, mean_G1O = z_GRN.mean(1, keepdim=True), u_GRO.mean(1, keepdim=True)
         if self.layer.fits_bias:
             z_GRN, u_GRO = z_GRN - mean_G1N, u_GRO - mean_G1O
@@ -135,17 +135,17 @@ class Samples(Problem):
             bias = (mean_G1O - mean_G1N @ change_GON.mT)[:, 0] if self.layer.fits_bias else None
             yield Change(change_GON, bias, damping)
 
-    def _squares_added(self, change: Change) -> float:
-        z_GRN, u_GRO = self.everything()
-        answer_GRO = z_GRN @ change.coefficients.mT
+    def _change_of_squares(self, change: Change) -> float:
+        z_GRN, u_GRO = self.all_samples()
+        added_GRO = z_GRN @ change.coefficients.mT
         if change.bias is not None:
-            answer_GRO = answer_GRO + change.bias[:, None]
-        return float((answer_GRO * (answer_GRO - 2 * u_GRO)).sum())
+            added_GRO = added_GRO + change.bias[:, None]
+        return float((added_GRO * (added_GRO - 2 * u_GRO)).sum())
 
 
 @dataclass(frozen=True)
 class _Unknowns:
-    """Coefficients (G, O, I F) and bias (G, O) as one vector for each output channel."""
+    """Coefficients (G, O, I F) and bias (G, O), treated as one vector for each output channel."""
 
     kernel: Tensor
     bias: Tensor
@@ -164,11 +164,11 @@ class _Unknowns:
 
 
 class Operator(Problem):
-    """The layer's inputs and residual maps; conjugate gradients, one system for each output channel side by side.
+    """Stores the layer's inputs and residual maps; solves all output channels at the same time by conjugate gradients.
 
-    Needs the convolution and its transpose alone. Starts from the projection and goes from strong damping to weak; each
-    step fits the strongest directions left, so that stopping early regularises, too (Hanke, Conjugate Gradient Type
-    Methods, ch. 3).
+    This needs only the convolution and its transpose. The iteration starts from the projection and goes from strong to
+    weak damping. Each step fits the strongest remaining directions, so stopping early also regularises (Hanke,
+    Conjugate Gradient Type Methods, ch. 3).
     """
 
     name = "conjugate gradients"
@@ -179,12 +179,12 @@ class Operator(Problem):
         self._power = self.channels.new_zeros(len(self.channels[0]))  # trace of G, per group
         self._sum = layer.coefficients.new_zeros(len(self.channels[0]), layer.unknowns)
 
-    def _keep(self, call: ConvCall, residual_RGO: Tensor, picks: Tensor | None) -> None:
+    def _accumulate(self, call: ConvCall, residual_RGO: Tensor, picks: Tensor | None) -> None:
         assert picks is None  # the convolution computes all positions
         z_RGN = responses(call, self.layer.basis)
         self._power += z_RGN.square().sum((0, 2))
         self._sum += z_RGN.sum(0)
-        # Steps and gradients leave the range of half precision.
+        # Steps and gradients can be out of the range of half precision.
         input = call.input.to(torch.promote_types(call.input.dtype, torch.float32), copy=True)
         residual_NOP = residual_RGO.reshape(len(call.output), -1, call.output.shape[1]).transpose(1, 2)
         residual = residual_NOP.reshape(call.output.shape).to(input.device, input.dtype)
@@ -195,43 +195,44 @@ class Operator(Problem):
 
     @property
     def bytes(self) -> int:
-        """Memory that the maps take."""
+        """Return the memory of the stored maps."""
         tensors = (t for call, residual in self._calls for t in (call.input, residual))
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def candidates(self, dampings: Sequence[float]) -> Iterator[Change]:
         power = self._power - (self._sum.square().sum(1) / self.count if self.layer.fits_bias else 0)
         scale_G11 = (power / self.layer.unknowns).view(-1, 1, 1)
-        goal = self._transpose(residual for _, residual in self._calls)
-        state = _Unknowns(torch.zeros_like(goal.kernel), torch.zeros_like(goal.bias))
-        # From each damping's solution on to the next weaker one's: strong ones take two or three steps.
+        right_side = self._transpose(residual for _, residual in self._calls)
+        state = _Unknowns(torch.zeros_like(right_side.kernel), torch.zeros_like(right_side.bias))
+        # Each damping starts from the solution of the stronger one before it; strong dampings need two or three steps.
         limit = _STEPS if len(dampings) == 1 else _STEPS // 4
         for damping in dampings:
-            state = self._descend(state, goal, damping * scale_G11, limit)
+            state = self._conjugate_gradients(state, right_side, damping * scale_G11, limit)
             yield Change(state.kernel, state.bias if self.layer.fits_bias else None, damping)
 
-    def _descend(self, x: _Unknowns, goal: _Unknowns, strength: Tensor, limit: int) -> _Unknowns:
-        """Conjugate gradients for (G + strength) x = goal, each output channel with steps of its own."""
-        residual = goal - self._normal(x, strength)
+    def _conjugate_gradients(self, x: _Unknowns, right_side: _Unknowns, damping: Tensor, limit: int) -> _Unknowns:
+        """Solve (G + damping) x = right_side from a start value x; each output channel has its own step lengths."""
+        residual = right_side - self._normal(x, damping)
         step, squares = residual, residual.dot(residual)
-        small = (1e-8 if bool((strength > 0).all()) else 1e-24) * goal.dot(goal).max()
+        small = (1e-8 if bool((damping > 0).all()) else 1e-24) * right_side.dot(right_side).max()
         for _ in range(limit):
             if squares.max() <= small:
                 break
-            image = self._normal(step, strength)
+            image = self._normal(step, damping)
             curvature = step.dot(image)
             length = torch.where(curvature > 0, squares / curvature.clamp_min(1e-300), 0.0)
             x, residual = x + step.scaled(length), residual - image.scaled(length)
-            before, squares = squares, residual.dot(residual)
-            step = residual + step.scaled(torch.where(before > 0, squares / before.clamp_min(1e-300), 0.0))
+            squares_before, squares = squares, residual.dot(residual)
+            ratio = torch.where(squares_before > 0, squares / squares_before.clamp_min(1e-300), 0.0)
+            step = residual + step.scaled(ratio)
         return x
 
-    def _normal(self, x: _Unknowns, strength: Tensor) -> _Unknowns:
-        """(G + strength) x; the bias is not damped."""
-        image = self._transpose(self._answers(x.kernel, x.bias))
-        return replace(image, kernel=image.kernel + strength * x.kernel)
+    def _normal(self, x: _Unknowns, damping: Tensor) -> _Unknowns:
+        """Return (G + damping) x; the bias is not damped."""
+        image = self._transpose(self._outputs(x.kernel, x.bias))
+        return replace(image, kernel=image.kernel + damping * x.kernel)
 
-    def _answers(self, coefficients: Tensor, bias: Tensor | None) -> Iterator[Tensor]:
+    def _outputs(self, coefficients: Tensor, bias: Tensor | None) -> Iterator[Tensor]:
         return (
             call.apply(
                 call.input,
@@ -242,35 +243,38 @@ class Operator(Problem):
         )
 
     def _transpose(self, maps: Iterable[Tensor]) -> _Unknowns:
-        """Sums over positions of map x responses, and of the map itself (zero where there is no bias to fit)."""
+        """Return the sums over positions of map x responses, and of the map (zero if no bias is fitted)."""
         groups, out, _ = self.layer.coefficients.shape
         total = torch.zeros_like(self.layer.kernel(self.layer.coefficients))
         bias = torch.zeros_like(self.channels[0])
-        for (call, _), answer in zip(self._calls, maps, strict=True):
+        for (call, _), one_map in zip(self._calls, maps, strict=True):
             with torch.enable_grad():
                 kernel = total.to(call.input, copy=True).requires_grad_()
-                (gradient,) = torch.autograd.grad(call.apply(call.input, kernel), kernel, answer.to(call.input))
+                (gradient,) = torch.autograd.grad(call.apply(call.input, kernel), kernel, one_map.to(call.input))
             total += gradient
-            bias += answer.to(torch.float64).transpose(0, 1).flatten(1).sum(1).view(groups, out).to(bias)
+            bias += one_map.to(torch.float64).transpose(0, 1).flatten(1).sum(1).view(groups, out).to(bias)
         sum_over_ranks([total, bias])
         coefficients_OIF = total.flatten(2) @ self.layer.basis.T.to(total)
         coefficients = to_groups(coefficients_OIF, groups, self.layer.transposed)
         return _Unknowns(self.layer.restricted(coefficients), bias if self.layer.fits_bias else torch.zeros_like(bias))
 
-    def _squares_added(self, change: Change) -> float:
+    def _change_of_squares(self, change: Change) -> float:
         total = self.channels.new_zeros(1)
-        answers = self._answers(change.coefficients, change.bias)
-        for (_, residual), answer in zip(self._calls, answers, strict=True):
-            exact = answer.to(torch.float64)
+        added = self._outputs(change.coefficients, change.bias)
+        for (_, residual), one_map in zip(self._calls, added, strict=True):
+            exact = one_map.to(torch.float64)
             total += (exact * (exact - 2 * residual.to(torch.float64))).sum().to(total)
         sum_over_ranks([total])
         return float(total)
 
 
 def solver(groups: int, out: int, unknowns: int, fit: int, held: int, memory: int, alone: bool = True) -> type[Problem]:
-    """The way to hold a layer's equations within ``memory`` bytes, the quickest first.
+    """Return the fastest way to solve a layer's equations that fits into ``memory`` bytes.
 
-    ``fit`` and ``held`` positions; the dual needs every response in one process (``alone``).
+    Args:
+        fit: number of positions for the fit.
+        held: number of positions that are held back.
+        alone: there is only one process; the dual needs all responses in one process.
     """
     size = groups, out, unknowns, fit, held
     dual_fits = alone and bytes_of(Samples, *size) <= memory and fit <= _LARGEST_EIGENPROBLEM
@@ -282,7 +286,7 @@ def solver(groups: int, out: int, unknowns: int, fit: int, held: int, memory: in
 
 
 def bytes_of(method: type[Problem], groups: int, out: int, unknowns: int, fit: int, held: int) -> int:
-    """Memory that equations over ``fit`` and ``held`` positions take, and solving them."""
+    """Return the memory for storing and solving equations over ``fit`` and ``held`` positions."""
     right_hand_sides = 6 * out * unknowns
     if method is Samples:
         return 8 * groups * (2 * (fit + held) * unknowns + 3 * fit**2 + right_hand_sides)
@@ -290,7 +294,7 @@ def bytes_of(method: type[Problem], groups: int, out: int, unknowns: int, fit: i
 
 
 def _usable(values: Tensor) -> Tensor:
-    """Eigenvalues that stand out of the rounding of the largest."""
+    """Return which eigenvalues are larger than the rounding error of the largest one."""
     return values > values.shape[-1] * torch.finfo(values.dtype).eps * values.amax(-1, keepdim=True)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..arguments import UNITS, Budget
-from ..calibration import Calibration, CalibrationSettings, Known, Progress, calibrate, memory_for
+from ..calibration import Calibration, CalibrationContext, CalibrationSettings, Progress, calibrate, memory_for
 from ..calibration.cuts import whole_layers
 from ..errors import Argument, InputError, UsageError, shortened
 from ..kernels.basis import Basis
@@ -115,7 +115,7 @@ class Searching:
         whole, changes = self._costs(*self._choices())
         return math.ceil(1e6 * limit_of(self.budget, whole, changes)[1] / whole) / 1e6
 
-    def _convert(self, plan: Plan, known: Known | None, settings: CalibrationSettings) -> Converted:
+    def _convert(self, plan: Plan, known: CalibrationContext | None, settings: CalibrationSettings) -> Converted:
         """Return the network converted by a plan, and calibrated where ``known`` has calibration inputs."""
         converted = apply_plan(self.model, plan)
         if known is None:
@@ -142,10 +142,10 @@ class Searching:
         return whole, items
 
     @cached_property
-    def _known(self) -> Known:
+    def _known(self) -> CalibrationContext:
         """Return what all calibrations of this search share."""
         assert self.images is not None
-        return Known.of(self.model, self.images, self.settings)
+        return CalibrationContext.of(self.model, self.images, self.settings)
 
     @cached_property
     def _whole_seconds(self) -> float:
@@ -173,7 +173,7 @@ class Searching:
         if self.images is None:
             orders = orders_by_energy(self.model, missing, "there are no images")
         elif missing:
-            uncut = self._known.running(apply_plan(self.model, whole))
+            uncut = self._known.runnable(apply_plan(self.model, whole))
             orders = orders_by_error(
                 self._known.original, uncut, missing, self._known.data, self.settings, self.progress
             )
@@ -202,14 +202,14 @@ class Searching:
         self.progress(total, total, "all layers probed")
         return [[0.0, *(probes.single[name] for name in row)] for row in names]
 
-    def _with_inputs(self, whole: Plan, items: Sequence[Item]) -> Iterator[tuple[Item, Known]]:
+    def _with_inputs(self, whole: Plan, items: Sequence[Item]) -> Iterator[tuple[Item, CalibrationContext]]:
         """Yield each item with the data from which all its probes are refitted.
 
         One pass over the uncut network gives the data of all items that are a single layer.
         """
         if not items:
             return
-        uncut = self._known.running(apply_plan(self.model, whole))
+        uncut = self._known.runnable(apply_plan(self.model, whole))
         left = {item.names[0]: item for item in items}
         alone = {name for name, item in left.items() if len(item.names) == 1}
         layers = {name: layer for name, layer in harmonic_layers(uncut).items() if name in alone}
@@ -243,7 +243,7 @@ class Searching:
             converted = self._convert(plan, self._known, self.settings)
         return replace(converted, plan=plan), record
 
-    def _divergence(self, plan: Plan, known: Known, batch_norm: bool) -> tuple[Converted, float]:
+    def _divergence(self, plan: Plan, known: CalibrationContext, batch_norm: bool) -> tuple[Converted, float]:
         converted = self._convert(plan, known, replace(self.settings, batch_norm=batch_norm))
         calibration = converted.calibration
         assert calibration is not None

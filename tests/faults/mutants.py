@@ -331,7 +331,7 @@ MUTANTS = (
         "the bias adds what it should take away", REFIT,
     ),
     Mutant(
-        "calibration.solvers.NormalEquations._squares_added",
+        "calibration.solvers.NormalEquations._change_of_squares",
         "(D @ self.gram_GNN * D).sum() - 2 * (D * self.cross_GON).sum()",
         "(D @ self.gram_GNN * D).sum() - (D * self.cross_GON).sum()",
         "the error after a change counts half of the gain", REFIT,
@@ -350,7 +350,7 @@ MUTANTS = (
     ),
     Mutant(
         "calibration.solvers.Operator._normal",
-        "replace(image, kernel=image.kernel + strength * x.kernel)",
+        "replace(image, kernel=image.kernel + damping * x.kernel)",
         "replace(image, kernel=image.kernel)",
         "conjugate gradients without a ridge", REFIT,
     ),
@@ -386,7 +386,7 @@ MUTANTS = (
     ),
     Mutant(
         "calibration.responses.pick_positions",
-        "torch.tensor(list(examples), dtype=torch.long)[:, None] * wanted",
+        "torch.tensor(list(examples), dtype=torch.long)[:, None] * count",
         "torch.tensor(list(examples), dtype=torch.long)[:, None]",
         "examples share most of their positions", REFIT,
     ),
@@ -403,7 +403,7 @@ MUTANTS = (
         "gains are scaled the wrong way", REFIT,
     ),
     Mutant(
-        "calibration.layers.choose.better",
+        "calibration.layers.choose.take_if_better",
         "error < best.error_after - _LEAST_GAIN * (before + 1)",
         "error < before - _LEAST_GAIN * (before + 1)",
         "the last that is better than nothing is taken, not the best", REFIT,
@@ -412,7 +412,7 @@ MUTANTS = (
         "calibration.refit.dampings",
         "(damping for damping in DAMPINGS if damping >= least)",
         "(damping for damping in DAMPINGS if damping <= least)",
-        "starved fits are believed the most", REFIT,
+        "fits on too few positions are damped the least", REFIT,
     ),
     Mutant(
         "calibration.batch_norm._moments",
@@ -421,7 +421,7 @@ MUTANTS = (
         "running variances are biased", REFIT,
     ),
     Mutant(
-        "calibration.batch_norm.reestimated.watch.hook",
+        "calibration.batch_norm.reestimate.watch.hook",
         "torch.cat([mean, var, mean.new_ones(1)]).cpu() * len(x)",
         "torch.cat([mean, var, mean.new_ones(1)]).cpu()",
         "a small last batch counts as much as a whole one", REFIT,
@@ -440,7 +440,7 @@ MUTANTS = (
     ),
     Mutant(
         "calibration.holding.Forwards._tried",
-        "fed(run.at, run.shown) != next(expected, None)",
+        "input_summary(run.at, run.shown) != next(expected, None)",
         "not next(expected, None)",
         "networks that runs in turns mix up are run in turns", HOLDING,
     ),
@@ -452,8 +452,8 @@ MUTANTS = (
     ),
     Mutant(
         "calibration.calibrating._refit",
-        "targets = Targets(original, sites, data, settings.seed, memory // 2)",
-        "targets = Targets(converted, sites, data, settings.seed, memory // 2)",
+        "targets = Targets(original, tied_layers, data, settings.seed, memory // 2)",
+        "targets = Targets(converted, tied_layers, data, settings.seed, memory // 2)",
         "layers are fitted to what the cut network answers", REFIT,
     ),
     Mutant(
