@@ -1,4 +1,4 @@
-"""Put a test's own function in the place of one of the package, wherever the package uses it."""
+"""Replace a function of the package by a test's own function, in every module that uses it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import pytest
 
 
 def replace_everywhere(monkeypatch: pytest.MonkeyPatch, original: Any, replacement: Any) -> None:
-    """Each module of the package that has imported ``original`` gets ``replacement``, so that no test needs to know
-    which modules these are."""
+    """Replace ``original`` in each module of the package that has imported it.
+
+    So a test need not know which modules import it.
+    """
     found = 0
     for module in [module for name, module in sys.modules.items() if name.split(".")[0] == "harmconvert"]:
         for name in [name for name, value in vars(module).items() if value is original]:

@@ -1,4 +1,4 @@
-"""A second reader of harmonic checkpoints, written from docs/file-format.md alone, with numpy and json only."""
+"""A second reader of harmonic checkpoints, written only from docs/file-format.md, with numpy and json."""
 
 from __future__ import annotations
 
@@ -27,13 +27,16 @@ EPS = 1e-5
 
 
 class UnreadableError(Exception):
-    """The file is not one that the page describes."""
+    """The file does not have the documented format."""
 
 
 @dataclass
 class Checkpoint:
-    """The header of a file, its tensors (bfloat16 as float32), the merged kernels and biases of all harmonic layers by
-    the key of the plain layer's tensor, and whether its checksum is right (None: it has none)."""
+    """The content of a file.
+
+    Its header, its tensors (bfloat16 as float32), the merged kernels and biases of all harmonic layers by the key of
+    the plain layer's tensor, and whether its checksum is correct (None: it has none).
+    """
 
     header: dict[str, Any]
     tensors: dict[str, Array]
@@ -60,7 +63,7 @@ def read(path: Path) -> Checkpoint:
     merged: dict[str, Array] = {}
     for layer in plan["layers"]:
         merged[key_of(layer["name"], "weight")] = kernel(layer, space_of(layer, plan, version), tensors)
-    for key, other in header["tied"].items():  # section 5: other names of layers in the plan
+    for key, other in header["tied"].items():  # section 5: other names for layers of the plan
         if other.endswith("coefficients"):
             merged.setdefault(as_weight(key), merged[as_weight(other)])
     for name, block in header["blocks"].items():
@@ -70,7 +73,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def container(content: bytes) -> tuple[dict[str, Any], dict[str, str], bytes]:
-    """Section 1: the entries of the tensors, the metadata, and the data."""
+    """Section 1: return the entries of the tensors, the metadata, and the data."""
     size = struct.unpack("<Q", content[:8])[0]
     entries = json.loads(content[8 : 8 + size])
     metadata = entries.pop("__metadata__", {})
@@ -78,7 +81,7 @@ def container(content: bytes) -> tuple[dict[str, Any], dict[str, str], bytes]:
 
 
 def values(entry: dict[str, Any], data: bytes) -> Array:
-    """The values of a tensor that is stored as it is."""
+    """Return the values of a tensor that is stored plain."""
     array = np.frombuffer(data, DTYPES[entry["dtype"]][0])
     if entry["dtype"] == "BF16":
         array = (array.astype("<u4") << 16).view("<f4")
@@ -86,7 +89,7 @@ def values(entry: dict[str, Any], data: bytes) -> Array:
 
 
 def check_codecs(codecs: dict[str, Any], entries: dict[str, Any]) -> None:
-    """Section 3: refuse what is not known."""
+    """Section 3: raise UnreadableError for an unknown codec."""
     for name, codec in codecs.items():
         if name not in (*PLAIN.values(), "raw") or codec["version"] != 1:
             raise UnreadableError(f"codec {name} version {codec['version']}")
@@ -103,7 +106,7 @@ def as_weight(key: str) -> str:
 
 
 def space_of(layer: dict[str, Any], plan: dict[str, Any], version: int) -> dict[str, Any]:
-    """Section 4: what a layer keeps on the space axis, the only one that is known."""
+    """Section 4: return what a layer keeps on the space axis, the only known axis."""
     if version == 1:
         return {**plan, **layer}
     if unknown := layer.keys() - {"name", "kernel_size", "space"}:
@@ -112,7 +115,7 @@ def space_of(layer: dict[str, Any], plan: dict[str, Any], version: int) -> dict[
 
 
 def kernel(layer: dict[str, Any], space: dict[str, Any], tensors: dict[str, Array]) -> Array:
-    """Section 4: the merged kernel of a layer."""
+    """Section 4: return the merged kernel of a layer."""
     size = layer["kernel_size"]
     coefficients = tensors[key_of(layer["name"], "coefficients")]
     if space["basis"] == "klt":
@@ -125,7 +128,7 @@ def kernel(layer: dict[str, Any], space: dict[str, Any], tensors: dict[str, Arra
 
 
 def product(basis: str, size: list[int], frequency: list[int]) -> Array:
-    """The basis kernel of a frequency, flat."""
+    """Return the basis kernel of a frequency, flattened."""
     kernel = np.ones(1)
     for length, index in zip(size, frequency, strict=True):
         kernel = np.outer(kernel, vectors(basis, length)[index]).ravel()
@@ -141,7 +144,7 @@ def normalized(basis: Array, normalization: str) -> Array:
 
 
 def vectors(basis: str, size: int) -> list[Array]:
-    """The vectors of one axis."""
+    """Return the basis vectors of one kernel axis."""
     if basis == "dct":
         k = np.arange(size)
         scales = [math.sqrt((1 if u == 0 else 2) / size) for u in range(size)]
@@ -183,7 +186,7 @@ def gaussian(size: int) -> list[Array]:
 
 
 def folded(name: str, block: dict[str, Any], tensors: dict[str, Array]) -> dict[str, Array]:
-    """Section 6: the kernel and the bias of the convolution that a block is."""
+    """Section 6: return the kernel and the bias of the convolution that is equal to a block."""
     size = block["kernel_size"]
     count = math.prod(size)
     weight = tensors[key_of(name, "mix.weight")].astype("f8")
@@ -192,7 +195,7 @@ def folded(name: str, block: dict[str, Any], tensors: dict[str, Array]) -> dict[
     if block["normalize"]:
         mean, variance = (tensors[key_of(name, f"norm.running_{what}")].astype("f8") for what in ("mean", "var"))
         groups = len(mean) // (c.shape[1] * count)
-        group = np.arange(len(weight)) // (len(weight) // groups)  # of each output channel
+        group = np.arange(len(weight)) // (len(weight) // groups)  # the group of each output channel
         c = c / np.sqrt(variance + EPS).reshape(groups, -1, count)[group]
         bias = bias - (c * mean.reshape(groups, -1, count)[group]).sum((1, 2))
     frequencies = sorted(itertools.product(*map(range, size)), key=lambda f: (sum(f), f))
@@ -202,7 +205,7 @@ def folded(name: str, block: dict[str, Any], tensors: dict[str, Array]) -> dict[
 
 
 def checked(header: dict[str, Any], text: str, entries: dict[str, Any], stored: dict[str, bytes]) -> bool | None:
-    """Section 8: whether the checksum is right."""
+    """Section 8: return whether the checksum is correct."""
     if header.get("crc32") is None:
         return None
     if header["format_version"] == 1:

@@ -1,6 +1,6 @@
-"""Checkpoints of the reference implementation: what it computed with them, and what is no such file.
+"""Checkpoints of the reference implementation: their outputs equal recorded ones, and other files are refused.
 
-The outputs were recorded by record_reference.py, which ran its code on the same weights.
+record_reference.py ran the reference implementation with the same weights and recorded the outputs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .networks import random_input, seeded
 from .pictures import digit_folders
 from .reference_cases import CASES, RECORDING, random_tensor
 
-# Largest difference over largest logit: both sides are float32, summed in another order.
+# Largest difference relative to the largest logit: both sides are float32, but the order of summation differs.
 TOLERANCE = 1e-5
 
 
@@ -43,7 +43,7 @@ def recording() -> dict[str, np.ndarray]:
 
 
 def state_of(name: str) -> dict[str, Tensor]:
-    """The state dict of a case, its DCT kernels as they were recorded."""
+    """Return the state dict of a case, with the recorded DCT kernels."""
     shapes = json.loads(recording()[f"{name}/shapes"].tobytes())
     return {
         key: _recorded_dct(key, shape) if key.endswith("dct") else random_tensor(key, tuple(shape))
@@ -58,7 +58,7 @@ def _recorded_dct(key: str, shape: list[int]) -> Tensor:
 
 
 def as_saved(name: str, state: dict[str, Tensor]) -> dict[str, Any]:
-    """What its training scripts write around a state dict."""
+    """Return a state dict inside the container that its training scripts write."""
     if CASES[name].module == "imagenet":
         wrapped = {f"module.{key}": value for key, value in state.items()}
         optimizer = {"state": {0: {"momentum_buffer": torch.zeros(2)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
@@ -69,7 +69,7 @@ def as_saved(name: str, state: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def written(folder: Path, name: str, **changed: Tensor | None) -> str:
-    """The file of a case, with tensors replaced or (None) left out."""
+    """Write the file of a case with replaced or (None) removed tensors; return its path."""
     state = {k: v for k, v in {**state_of(name), **changed}.items() if v is not None}
     path = folder / ("model_best.pth.tar" if CASES[name].module == "imagenet" else "model.pt7")
     torch.save(as_saved(name, state), path)
@@ -91,7 +91,7 @@ def outputs(model: nn.Module, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_outputs_are_those_of_the_reference_implementation(tmp_path: Path, name: str) -> None:
+def test_outputs_equal_those_of_the_reference_implementation(tmp_path: Path, name: str) -> None:
     case, path = CASES[name], written(tmp_path, name)
     expected, x = torch.from_numpy(recording()[f"{name}/output"]), case.input()
     assert difference(expected[0], expected[1]) > 0.02, "a recording that hardly depends on its input shows nothing"
@@ -110,7 +110,7 @@ def test_outputs_are_those_of_the_reference_implementation(tmp_path: Path, name:
     assert list(dense.model.state_dict()) == list(plain.state_dict()), "stock code loads the dense form"
 
 
-def test_a_file_of_bare_tensors_will_do_whatever_writes_it(tmp_path: Path) -> None:
+def test_a_file_with_only_the_tensors_is_read_in_any_format(tmp_path: Path) -> None:
     state = state_of("harm_wrn10_1")
     torch.save({"params": state}, tmp_path / "a.pth")
     torch.save(state, tmp_path / "b.pth")
@@ -122,7 +122,7 @@ def test_a_file_of_bare_tensors_will_do_whatever_writes_it(tmp_path: Path) -> No
 
 
 def test_files_without_dct_kernels_and_counters_are_read(tmp_path: Path) -> None:
-    """Its loading code allows for both: the frequencies follow from the shapes, the counters count for nothing."""
+    """Its loading code accepts such files: the frequencies follow from the shapes, and the counters have no effect."""
     name = "harm_resnet50_progressive_avg"
     left_out = {key: None for key in state_of(name) if key.endswith(("dct", "num_batches_tracked"))}
     assert len(left_out) == 17 + 54
@@ -146,8 +146,8 @@ def test_wide_resnets_with_their_dct_kernels_are_read(tmp_path: Path) -> None:
             opened(written(tmp_path, name, **{k: v * 1.00002 for k, v in more.items()}), name)
 
 
-def test_a_first_layer_without_batch_norm(tmp_path: Path) -> None:
-    """Harm1-WRN, no BN, of Table 1."""
+def test_a_first_layer_without_batch_norm_is_read(tmp_path: Path) -> None:
+    """This is "Harm1-WRN, no BN" of Table 1."""
     left_out = {"harmonic0.bn.running_mean": None, "harmonic0.bn.running_var": None}
     network = opened(written(tmp_path, "harm1_wrn10_1", **left_out), "harm1_wrn10_1")
     assert network.header is not None
@@ -155,7 +155,7 @@ def test_a_first_layer_without_batch_norm(tmp_path: Path) -> None:
     assert network.model.stem.mix.bias is None
 
 
-def test_images_are_prepared_as_its_training_code_prepared_them(tmp_path: Path) -> None:
+def test_images_are_normalised_as_in_its_training_code(tmp_path: Path) -> None:
     ten, hundred = (
         opened(written(tmp_path, name), name).model.pretrained_cfg for name in ("harm_wrn10_1", "harm_wrn16_4_lambda3")
     )
@@ -165,7 +165,7 @@ def test_images_are_prepared_as_its_training_code_prepared_them(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["harm_wrn10_1", "harm_wrn22_1_progressive", "harm1_wrn10_1"])
-def test_it_is_saved_as_a_checkpoint_of_ours_and_the_file_is_needed_no_more(tmp_path: Path, name: str) -> None:
+def test_a_saved_reference_network_is_opened_without_its_original_file(tmp_path: Path, name: str) -> None:
     path = written(tmp_path, name)
     network = opened(path, name)
     hc.save(network, tmp_path / "ours.safetensors")
@@ -179,7 +179,7 @@ def test_it_is_saved_as_a_checkpoint_of_ours_and_the_file_is_needed_no_more(tmp_
     assert read_header(tmp_path / "ours.safetensors").blocks == {"stem": BlockRecord(True, "l1", (3, 3))}
 
 
-def test_the_original_of_a_cut_one_is_the_file_itself(tmp_path: Path) -> None:
+def test_the_original_of_a_converted_reference_network_is_its_file(tmp_path: Path) -> None:
     name = "harm_wrn10_1"
     dense = opened(written(tmp_path, name), name, "dense")
     hc.save(hc.convert(dense.model, 2), tmp_path / "cut.safetensors", source=dense.source)
@@ -190,7 +190,7 @@ def test_the_original_of_a_cut_one_is_the_file_itself(tmp_path: Path) -> None:
         open_original(header)
 
 
-def test_the_pooling_of_a_file_is_known_when_it_is_opened_again(tmp_path: Path) -> None:
+def test_the_pooling_of_a_file_is_recorded(tmp_path: Path) -> None:
     name = "harm1_resnet50_max"
     network = opened(written(tmp_path, name), name)
     assert network.header is not None
@@ -206,8 +206,8 @@ def test_blocks_of_older_files_are_read() -> None:
             Header.from_json({**data, "blocks": {"stem": block}})
 
 
-def test_the_scale_of_the_dct_matters_to_a_block_that_normalises() -> None:
-    """The batch norm adds its eps to variances on one scale or the other: rescaled weights do not make up for that."""
+def test_the_scale_of_the_dct_changes_a_block_with_batch_norm() -> None:
+    """The batch norm adds its eps to variances of either scale; rescaled weights do not compensate for this."""
     l1 = HarmonicBlock2d(3, 4, 3, normalization="l1").eval()
     ortho = HarmonicBlock2d(3, 4, 3).eval()
     with torch.no_grad():
@@ -225,7 +225,7 @@ def test_the_scale_of_the_dct_matters_to_a_block_that_normalises() -> None:
 
 
 @pytest.mark.slow
-def test_refusals_name_what_and_where_and_what_to_do(tmp_path: Path) -> None:
+def test_messages_about_wrong_files_say_what_is_wrong_where_and_what_to_do(tmp_path: Path) -> None:
     resnet, wrn = "harm_resnet50_progressive_avg", "harm_wrn10_1"
     for name, changed, message in [
         (wrn, {"group1.block0.bn1.weight": None}, r"lacks group1.block0.bn1.weight: it is cut off or of another net"),
@@ -257,7 +257,7 @@ def _without_dc() -> Tensor:
 
 
 def test_bases_without_the_zero_frequency_are_refused(tmp_path: Path) -> None:
-    """Eight frequencies are all but the highest, or all but the zero one; the recorded kernels tell."""
+    """Eight frequencies may lack the highest or the zero frequency; the recorded kernels show which."""
     name = "resnet50_harm_blocks"
     with pytest.raises(InputError, match=r"is not the L1-normalised DCT from the zero frequency on .it differs by"):
         opened(written(tmp_path, name, **{"layer1.0.harm2.dct": _without_dc()}), name)
@@ -265,7 +265,7 @@ def test_bases_without_the_zero_frequency_are_refused(tmp_path: Path) -> None:
         opened(written(tmp_path, name, **{"layer1.0.harm2.dct": None}), name)
 
 
-def test_files_that_are_none_of_its(tmp_path: Path) -> None:
+def test_files_that_are_not_reference_checkpoints_are_refused(tmp_path: Path) -> None:
     plain = timm.create_model("resnet50", num_classes=2)
     torch.save(plain.state_dict(), tmp_path / "plain.pth")
     torch.save(timm.create_model("vgg11", num_classes=2).features.state_dict(), tmp_path / "vgg.pth")
@@ -298,7 +298,7 @@ class _Malicious:
         return os.mkdir, (str(self.path),)
 
 
-def test_arguments_that_it_does_not_take(tmp_path: Path) -> None:
+def test_unknown_arguments_of_a_reference_source_are_refused(tmp_path: Path) -> None:
     path = written(tmp_path, "harm_wrn10_1")
     with pytest.raises(UsageError, match="it takes no other weights, and no arguments except pool"):
         open_source(f"reference:{path}", arguments={"num_classes": 3})
@@ -311,7 +311,9 @@ def test_arguments_that_it_does_not_take(tmp_path: Path) -> None:
     assert open_reference(path, {}, "dense")[0].training
 
 
-def test_the_commands_take_it_for_the_harmonic_network_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_accept_a_reference_checkpoint_as_a_harmonic_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     written(tmp_path, "harm_wrn22_1_progressive")
     source = "reference:model.pt7"
@@ -334,7 +336,9 @@ def test_the_commands_take_it_for_the_harmonic_network_it_is(tmp_path: Path, mon
     fails(2, "exists", "convert", source)
 
 
-def test_it_is_converted_anew_where_a_lambda_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reference_network_is_converted_again_if_a_lambda_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     written(tmp_path, "harm_wrn10_1")
     ok("convert", "reference:model.pt7", "--lambda", "2")
@@ -350,7 +354,7 @@ def test_it_is_converted_anew_where_a_lambda_says_so(tmp_path: Path, monkeypatch
     assert open_source("same.safetensors").source == cut.source
 
 
-def test_it_is_evaluated_and_finetuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reference_network_is_evaluated_and_finetuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     written(tmp_path, "harm_wrn10_1")
     digits = ["--data-dir", str(digit_folders(tmp_path / "digits", 2)), "--holdout", "0.5", "--workers", "0"]
@@ -358,7 +362,7 @@ def test_it_is_evaluated_and_finetuned(tmp_path: Path, monkeypatch: pytest.Monke
     assert (data["images"], data["preprocessing"]["input_size"]) == (10, [3, 32, 32])
     quick = ["--epochs", "1", "-b", "10", "--crop", "padded", "--json"]
     found = json.loads(ok("finetune", "reference:model.pt7", *digits, *quick).stdout)
-    # What it is now is where the run starts, and its own dense form is what it is compared with.
+    # The run starts with this network and compares with its own dense form.
     assert [stage["name"] for stage in found["stages"]] == ["uncut", "before", "fine-tuned"]
     assert found["stages"][0]["evaluation"]["top1"] == found["stages"][1]["evaluation"]["top1"] == data["top1"]
     header = read_header("model-finetuned.safetensors")
@@ -366,7 +370,9 @@ def test_it_is_evaluated_and_finetuned(tmp_path: Path, monkeypatch: pytest.Monke
     assert header.blocks == {"stem": BlockRecord(True, "l1", (3, 3))}
 
 
-def test_a_plain_wide_resnet_is_converted_like_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plain_wide_resnet_is_converted_like_any_other_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     written(tmp_path, "wrn10_2")
     ok("convert", "reference:model.pt7")

@@ -1,4 +1,4 @@
-"""The report: its data, the page, the comparison; and how they look in a browser."""
+"""The report: its data, the page, the comparison, and their display in a browser."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from .commands import SAMPLE, converted, fails, ok
 from .pictures import digit_folders
 from .seams import replace_everywhere
 
-# Of functions, to write one page: about three seconds of work.
+# Most calls of functions to write one page: about three seconds of work.
 MOST_CALLS = 10_000_000
 SNAPSHOT = Path(__file__).with_name("report_snapshot.json")
 
@@ -67,7 +67,7 @@ def evaluation(top1: float | None, images: int = 1000) -> dict[str, Any]:
 
 
 def training(**recipe: Any) -> dict[str, Any]:
-    """What finetune records, in short."""
+    """Return a short record of a training, as finetune writes it."""
     epochs = [{"epoch": n, "loss": 1 / n, "accuracy": 0.9, "test_loss": 0.5, "test_top1": 0.95} for n in (1, 2)]
     stages = [
         {"name": "uncut", "evaluation": evaluation(0.99), "why": None},
@@ -79,7 +79,7 @@ def training(**recipe: Any) -> dict[str, Any]:
 
 
 def made(network: nn.Module, lam: Any = 2, history: dict[str, Any] | None = None, **given: Any) -> Report:
-    """The report of a conversion, as the command line makes it."""
+    """Return the report of a conversion, made as by the command line."""
     conversion = convert(network, lam, **given)
     source = Source("sample", "resnet_mnist5k", {}, "ab" * 32, "Apache-2.0")
     header = save(conversion, "net.safetensors", source=source, history=history, force=True)
@@ -88,7 +88,7 @@ def made(network: nn.Module, lam: Any = 2, history: dict[str, Any] | None = None
 
 
 def timed() -> Benchmark:
-    """What `benchmark` finds: the factored form was not timed."""
+    """Return a result of `benchmark` without the factored form."""
     rows = [
         Row("dense", False, "contiguous", 4, 2, 0.03, 0.01, 133.0, None, 0.0),
         Row("dense", False, "channels_last", 4, 2, 0.02, 0.02, 200.0, None, 0.0),
@@ -106,7 +106,7 @@ def timed() -> Benchmark:
 
 
 def rich_report() -> Report:
-    """Something of everything: calibration, search, training, latency."""
+    """Return a report with every section: calibration, search, training, latency."""
     network, inputs = small(), torch.randn(64, 1, 16, 16)
     conversion = convert(
         network, budget={"params": 0.6}, calibration=[inputs], example_input=inputs[:1], search=SearchSettings(4),
@@ -124,7 +124,7 @@ def rich_report() -> Report:
 
 
 def snapshot() -> dict[str, Any]:
-    """A report whose numbers are the same everywhere: six digits, no versions, no hashes."""
+    """Return the data of a report without what differs between machines: six digits, no versions, no hashes."""
 
     def plain(data: Any) -> Any:
         if isinstance(data, float):
@@ -137,12 +137,12 @@ def snapshot() -> dict[str, Any]:
     return plain({**found, "versions": {}, "sha256": None, "harmconvert": "", "file_bytes": None})
 
 
-def test_the_data_are_those_of_the_snapshot() -> None:
-    """To renew it where the data are meant to change: python -m tests.test_report."""
+def test_the_report_data_equal_the_snapshot() -> None:
+    """To update the snapshot after an intended change, run python -m tests.test_report."""
     assert json.loads(json.dumps(snapshot())) == json.loads(SNAPSHOT.read_text())
 
 
-def test_forms_have_the_time_of_their_faster_layout() -> None:
+def test_forms_have_the_time_of_their_faster_memory_format() -> None:
     found = rich_report()
     assert [(form.seconds, form.spread, form.layout) for form in found.forms] == [
         (0.02, 0.02, "channels_last"), (0.0215, 0.031, "contiguous"), (None, None, None),
@@ -152,7 +152,7 @@ def test_forms_have_the_time_of_their_faster_layout() -> None:
     assert replace(found, timing=None).to_json()["timing"] is None
 
 
-def test_latency_by_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_command_measures_latency(monkeypatch: pytest.MonkeyPatch) -> None:
     converted("cut.safetensors", "--lambda", "2")
     assert "--latency 1</code> measures it" in page(made(small(), 2))
     fails(
@@ -172,7 +172,7 @@ def test_latency_by_command(monkeypatch: pytest.MonkeyPatch) -> None:
     ok(*own, "--input-size", "1,8,8")
 
 
-def test_a_checkpoint_tells_afterwards_what_the_conversion_knew() -> None:
+def test_a_report_from_the_checkpoint_equals_the_report_of_the_conversion() -> None:
     ok("convert", SAMPLE, "--lambda", "2", "-o", "cut.safetensors", "--report", "now.json")
     ok("report", "cut.safetensors", "-o", "later.json")
     assert json.loads(Path("now.json").read_text()) == json.loads(Path("later.json").read_text())
@@ -188,7 +188,7 @@ def test_a_checkpoint_tells_afterwards_what_the_conversion_knew() -> None:
     assert Plan.load("now.json") == read_header("cut.safetensors").plan, "so that --plan takes a report"
 
 
-def test_layers_that_share_their_coefficients_all_have_their_errors() -> None:
+def test_layers_that_share_coefficients_have_the_same_errors() -> None:
     net = nn.Sequential(*(nn.Conv2d(width, 8, 3, padding=1, bias=False) for width in (1, 8, 8, 8)))
     net[2].weight = net[1].weight
     conversion = convert(net, 2, calibration=[torch.randn(16, 1, 8, 8) for _ in range(2)])
@@ -199,7 +199,7 @@ def test_layers_that_share_their_coefficients_all_have_their_errors() -> None:
     assert layers["1"].decision == layers["2"].decision
 
 
-def test_what_is_not_known_is_none() -> None:
+def test_unknown_values_are_none() -> None:
     network = small()
     conversion = convert(network, 2)
     found = report_of(conversion.model, save(conversion.model, "net.safetensors"), "net")
@@ -215,7 +215,7 @@ def test_what_is_not_known_is_none() -> None:
         assert words in text, words
 
 
-def test_saving_a_conversion_from_python_records_what_the_command_line_records() -> None:
+def test_saving_a_conversion_from_python_records_the_same_as_the_command_line() -> None:
     converted("by_command.safetensors", "--lambda", "2")
     conversion = convert(open_source(SAMPLE).model, 2)
     header = save(conversion, "by_python.safetensors", history={"mine": 1})
@@ -228,7 +228,7 @@ def test_saving_a_conversion_from_python_records_what_the_command_line_records()
     assert report.layers[1].spectrum_uncut
 
 
-def test_stages_are_those_that_were_measured() -> None:
+def test_only_measured_stages_are_listed() -> None:
     found = made(small(), 2, {"training": [training(), training()]})
     names = ["uncut", "cut", "calibrated", "fine-tuned", "fine-tuned again (2)"]
     assert [stage.name for stage in found.stages] == names
@@ -251,13 +251,13 @@ def test_stages_are_those_that_were_measured() -> None:
         {"conversion": {"layers": {"0": {"energy": "much"}}}},
     ],
 )
-def test_a_history_of_something_else_is_told_in_a_line(history: dict[str, Any]) -> None:
+def test_an_invalid_history_is_reported_in_one_line(history: dict[str, Any]) -> None:
     conversion = convert(small(), 2)
     with pytest.raises(InputError, match="net: what its header says was done to it is unreadable"):
         report_of(conversion.model, replace(save(conversion, "net.safetensors"), history=history), "net")
 
 
-def test_commands_make_it_again() -> None:
+def test_the_report_lists_commands_that_make_the_checkpoint_again() -> None:
     ok("convert", SAMPLE, "--lambda", "3", "-o", "first.safetensors", "--report", "first.json")
     (line,) = json.loads(Path("first.json").read_text())["commands"]
     assert line == f"harmconvert convert {SAMPLE} --lambda 3 -o first.safetensors"
@@ -269,7 +269,7 @@ def test_commands_make_it_again() -> None:
 
 
 def rerun(lines: list[str]) -> None:
-    """Run each line as it is printed, in a folder without its output."""
+    """Run each printed line in a folder without its output."""
     for line in lines:
         program, *words = shlex.split(line)
         assert program == "harmconvert"
@@ -289,7 +289,7 @@ def make():
 """
 
 
-def test_commands_of_every_step_run_as_they_are_printed() -> None:
+def test_the_printed_commands_of_every_step_can_be_run() -> None:
     Path("net.py").write_text(OWN)
     digit_folders(Path("some digits"), 3)
     ok(
@@ -313,7 +313,7 @@ def test_commands_of_every_step_run_as_they_are_printed() -> None:
         assert torch.allclose(tensor, weights[key], atol=1e-5), key
 
 
-def test_a_plan_of_no_lambda_is_that_of_the_checkpoint_itself() -> None:
+def test_a_plan_without_a_lambda_is_read_from_the_checkpoint() -> None:
     Path("net.py").write_text(OWN)
     own = ["convert", "net.py:make", "--input-size", "1,12,12"]
     ok(*own, "--lambda", "2", "-o", "first.safetensors", "--save-plan", "mine.json")
@@ -331,7 +331,7 @@ def test_a_plan_of_no_lambda_is_that_of_the_checkpoint_itself() -> None:
     assert "--plan net.safetensors" in long.commands[0], "nobody reads a lambda of hundreds of letters"
 
 
-def test_what_no_command_can_do_again_is_said_in_words() -> None:
+def test_steps_that_no_command_can_repeat_are_described() -> None:
     history = {"training": [training(scale=[0.5, 1.0], freeze_bn=True, ema=0.9, decay_milestones=[1, 2], hflip=0.5)]}
     found = made(small(), {"2": 1, "3": 2}, history)
     assert found.commands == (f"harmconvert convert {SAMPLE} --lambda 2=1,3=2 -o cut.safetensors",)
@@ -341,7 +341,7 @@ def test_what_no_command_can_do_again_is_said_in_words() -> None:
         f"harmconvert finetune with --data-dir, and {options}"
     )
     for recipe, words in (({"lr": 0.01}, "--lr 0.01"), ({"distill": 1.0}, "--distill 1.0")):
-        whole = {"training": [training(**recipe_named("finetune", **recipe).to_json())]}  # every field of it
+        whole = {"training": [training(**recipe_named("finetune", **recipe).to_json())]}  # with every field
         assert made(small(), 2, history=whole).command_notes[0].endswith(f"with --data-dir, and {words}")
     for frozen, word in ((True, "--distill 1.0"), (False, "--no-freeze-bn --distill 1.0")):
         history = {"training": [training(distill=1.0, freeze_bn=frozen)]}
@@ -385,7 +385,7 @@ def test_a_network_trained_from_scratch_has_blocks_and_no_conversion() -> None:
 
 
 class Outline(html.parser.HTMLParser):
-    """Tags with their attributes, and the text of each kind of tag."""
+    """A parser that collects the tags of a page with their attributes, and the text of each kind of tag."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -407,7 +407,7 @@ class Outline(html.parser.HTMLParser):
             self.text.setdefault(self.open[-1], []).append(data)
 
 
-def test_the_page_is_sound_and_has_every_section() -> None:
+def test_the_page_is_valid_html_and_has_every_section() -> None:
     report = rich_report()
     outline = Outline(page(report))
     assert outline.open == []
@@ -434,7 +434,7 @@ def test_the_page_is_sound_and_has_every_section() -> None:
     assert "--latency" not in note
 
 
-def test_sections_without_anything_to_show_are_left_out() -> None:
+def test_empty_sections_are_left_out() -> None:
     headings = Outline(page(made(small(), "full"))).text["h2"]
     assert headings == [
         "Size and cost of each form", "The network, layer by layer", "Frequencies that the layers use", "The plan",
@@ -444,7 +444,7 @@ def test_sections_without_anything_to_show_are_left_out() -> None:
     assert "the basis is haar" in page(made(small(), 2, basis="haar"))
 
 
-def test_the_page_asks_for_nothing_and_runs_only_its_own_script() -> None:
+def test_the_page_makes_no_request_and_runs_only_its_own_script() -> None:
     text = page(rich_report())
     outline = Outline(text)
     for tag, attributes in outline.tags:
@@ -468,7 +468,7 @@ HOSTILE = (
 
 
 def hostile() -> Report:
-    """A report in which every word that comes from a file is out to do harm."""
+    """Return a report in which every text from a file is malicious markup."""
     network = nn.Module()
     network.layers = nn.ModuleDict({name.replace(".", "_"): nn.Conv2d(1, 1, 3) for name in HOSTILE})
     conversion = convert(network, 2)
@@ -480,7 +480,7 @@ def hostile() -> Report:
     return report_of(conversion.model, header, HOSTILE[0])
 
 
-def test_names_from_files_are_names() -> None:
+def test_names_from_files_are_escaped() -> None:
     text = page(hostile())
     outline = Outline(text)
     assert outline.open == []
@@ -496,14 +496,14 @@ def test_names_from_files_are_names() -> None:
 
 
 def deep(count: int = 1000) -> Report:
-    """A thousand layers, every third of them cut; some with large kernels."""
+    """Return the report of a network of ``count`` layers, a third of them truncated, some with large kernels."""
     torch.manual_seed(0)
     layers = [nn.Conv2d(2, 2, 7 if number % 10 == 0 else 3) for number in range(count)]
     return made(nn.Sequential(*layers), {f"{number}": 1 + number % 5 for number in range(0, count, 3)})
 
 
 def calls_of(run: Callable[[], object]) -> int:
-    """How many functions are called: the work that something takes, whatever else the machine does."""
+    """Return the number of function calls: a measure of work that does not depend on the load of the machine."""
     profile = cProfile.Profile()
     profile.runcall(run)
     return sum(entry.callcount for entry in profile.getstats())
@@ -511,20 +511,20 @@ def calls_of(run: Callable[[], object]) -> int:
 
 @pytest.mark.parametrize("suffix", [".html", ".json"])
 @pytest.mark.slow
-def test_a_thousand_layers_are_under_two_megabytes_and_no_more_work_than_ten_times_a_hundred(suffix: str) -> None:
+def test_a_page_of_a_thousand_layers_is_below_two_megabytes_and_needs_linear_work(suffix: str) -> None:
     report = deep()
     few = calls_of(lambda: write_report(deep(100), Path(f"few{suffix}")))
     assert calls_of(lambda: write_report(report, Path(f"deep{suffix}"))) < 12 * few
     assert Path(f"deep{suffix}").stat().st_size < (2e6 if suffix == ".html" else 4e6)
 
 
-def test_a_missing_jinja_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_jinja_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     converted("cut.safetensors", "--lambda", "2")
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(OutsideError, match=r"made by jinja2: pip install 'harmconvert\[report\]'"):
         page(made(small()))
     fails(4, "pip install 'harmconvert[report]'", "report", "cut.safetensors")
-    # Told before the work, not after it.
+    # The error is reported before the work, not after it.
     fails(4, "pip install 'harmconvert[report]'", "convert", SAMPLE, "-o", "b.safetensors", "--report", "b.html")
     ok("report", "cut.safetensors", "-o", "cut.json")
 
@@ -538,7 +538,7 @@ def test_colours_are_those_of_viridis() -> None:
         assert grid.colour(step / 100) == pytest.approx(exact, abs=7)
 
 
-def test_images_hold_a_pixel_for_each_cell() -> None:
+def test_images_have_one_pixel_for_each_cell() -> None:
     data = grid.png([bytes([0, 200]), bytes([100, grid.NOTHING])])
     with Image.open(BytesIO(data)) as image:
         pixels = image.convert("RGBA")
@@ -549,7 +549,7 @@ def test_images_hold_a_pixel_for_each_cell() -> None:
         assert pixels.getpixel((1, 1))[3] == 0  # type: ignore[index]
 
 
-def test_axes_hold_their_values_between_round_numbers() -> None:
+def test_axes_end_at_round_numbers_around_their_values() -> None:
     assert axis("", [0.13, 0.87], zero=True).ticks == (0, 0.25, 0.5, 0.75, 1)
     assert axis("", [3.0, 3.0]).low < 3.0 <= axis("", [3.0, 3.0]).high
     assert axis("", []).high > axis("", []).low
@@ -566,7 +566,7 @@ def test_axes_hold_their_values_between_round_numbers() -> None:
     assert max(counted("", 1000).ticks) <= 1000
 
 
-def test_long_names_lose_their_middle() -> None:
+def test_long_names_are_shortened_in_the_middle() -> None:
     assert shortened_name("") == "(root)"
     assert shortened_name("layer4.2.conv2") == "layer4.2.conv2"
     assert len(shortened_name("a" * 300)) == 24
@@ -576,7 +576,7 @@ def test_long_names_lose_their_middle() -> None:
 # --- the command ---
 
 
-def test_the_report_is_written_beside_and_never_over_something() -> None:
+def test_the_report_is_written_beside_the_checkpoint_and_replaces_no_file() -> None:
     converted("cut.safetensors", "--lambda", "2")
     assert ok("report", "cut.safetensors").stdout == "wrote cut-report.html\n"
     fails(2, "cut-report.html exists: use --force", "report", "cut.safetensors")
@@ -611,13 +611,13 @@ def test_the_report_is_written_beside_and_never_over_something() -> None:
         (["compare", "cut.safetensors", "none.safetensors"], 3, "no such file: none.safetensors does not exist"),
     ],
 )
-def test_what_report_and_compare_refuse(arguments: list[str], code: int, message: str) -> None:
+def test_report_and_compare_refuse_invalid_arguments(arguments: list[str], code: int, message: str) -> None:
     converted("cut.safetensors", "--lambda", "2")
     fails(code, message, *arguments)
 
 
 @pytest.mark.slow
-def test_quiet_is_quiet_and_verbose_counts_seconds() -> None:
+def test_quiet_prints_nothing_and_verbose_prints_seconds() -> None:
     result = ok("convert", SAMPLE, "--lambda", "2", "-o", "a.safetensors", "--quiet")
     assert result.stdout == result.stderr == ""
     assert json.loads(ok("convert", SAMPLE, "-o", "b.safetensors", "-q", "--json").stdout)["output"] == "b.safetensors"
@@ -663,7 +663,7 @@ def test_a_comparison_shows_where_checkpoints_differ() -> None:
     assert found["notes"] == []
 
 
-def test_a_comparison_says_what_cannot_be_compared() -> None:
+def test_a_comparison_lists_what_cannot_be_compared() -> None:
     one = made(small(), 2, {"training": [training()]})
     other = replace(one, source=Source("timm", "other", {}, "00" * 32), layers=one.layers[:1])
     found = comparison_of([one, other])
@@ -704,7 +704,7 @@ SHOWN: dict[str, Callable[[], Report]] = {
 
 
 @pytest.mark.parametrize("name", SHOWN)
-def test_pages_in_a_browser(browser: Any, name: str) -> None:
+def test_pages_are_readable_in_a_browser(browser: Any, name: str) -> None:
     report = SHOWN[name]()
     path = Path("page.html")
     assert calls_of(lambda: write_report(report, path)) < MOST_CALLS
@@ -739,7 +739,7 @@ def test_pages_in_a_browser(browser: Any, name: str) -> None:
             assert visit.complaints == []
 
 
-def test_the_page_is_light_or_dark_and_unfolds_for_print(browser: Any) -> None:
+def test_the_page_has_light_and_dark_colours_and_prints_every_section(browser: Any) -> None:
     write_report(rich_report(), Path("page.html"))
     seen = set()
     for scheme in ("light", "dark"):
@@ -753,7 +753,7 @@ def test_the_page_is_light_or_dark_and_unfolds_for_print(browser: Any) -> None:
     assert len(seen) == 2
 
 
-def test_words_that_are_cut_would_be_noticed(browser: Any) -> None:
+def test_the_browser_test_detects_words_that_are_cut_off(browser: Any) -> None:
     write_report(made(small()), Path("page.html"))
     with Visit(browser, Path("page.html"), 360) as visit:
         assert visit.page.evaluate(UNREADABLE) == []

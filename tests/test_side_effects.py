@@ -1,4 +1,4 @@
-"""Forwards leave nothing behind: a snapshot of a network restores whatever state its forwards can reach."""
+"""Forward passes have no lasting effect: a snapshot of a network restores all state that they can change."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Slotted:
 
 
 class Keeping(nn.Conv2d):
-    """Changes its state in each forward, by the function that it is made with."""
+    """A convolution that changes its state in each forward pass with a given function."""
 
     shared: list[int] = []  # noqa: RUF012 - a class attribute that forwards change is what is tested
     total = 0
@@ -55,7 +55,7 @@ def appended(state: list[Any], x: Tensor) -> None:
 
 
 def overwritten(state: Tensor, x: Tensor) -> None:
-    state.data.add_(1)  # the version of a tensor does not count this
+    state.data.add_(1)  # this does not change the version counter of the tensor
 
 
 def counted(state: dict[str, int], x: Tensor) -> None:
@@ -96,7 +96,7 @@ STATES: dict[str, tuple[Callable[[], Any], Callable[[Any, Any], Any]]] = {
 
 
 def told(value: Any) -> Any:
-    """Contents as something that can be compared."""
+    """Return the contents of a value in a form that can be compared."""
     if isinstance(value, Tensor | np.ndarray):
         return value.tolist()
     if isinstance(value, dict | UserDict):
@@ -130,7 +130,7 @@ class Seeing:
 
 @pytest.mark.parametrize("name", STATES)
 @pytest.mark.parametrize("held_by", ["attribute", "hook", "closure", "bound method", "partial"])
-def test_state_is_restored_in_place_wherever_it_is_held(name: str, held_by: str) -> None:
+def test_state_is_restored_in_place_in_any_container(name: str, held_by: str) -> None:
     make, change = STATES[name]
     state, network = make(), nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
     if held_by == "attribute":
@@ -165,7 +165,7 @@ def test_class_attributes_defaults_and_cells_are_restored() -> None:
     assert Keeping.forward.__defaults__ == ([],)
 
 
-def test_attributes_hooks_and_submodules_that_a_forward_exchanges_come_back() -> None:
+def test_attributes_hooks_and_submodules_that_a_forward_pass_replaces_are_restored() -> None:
     class Once(nn.Conv2d):
         def forward(self, input: Tensor) -> Tensor:
             handle.remove()
@@ -185,7 +185,7 @@ def test_attributes_hooks_and_submodules_that_a_forward_exchanges_come_back() ->
     assert [*network.children()] == []
 
 
-def test_what_parameters_hold_and_modules_left_out_are_not_touched() -> None:
+def test_values_of_parameters_and_excluded_modules_are_not_restored() -> None:
     network = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
     network.view = network[0].weight.detach()  # type: ignore[assignment]
     before = Snapshot(network, but=[network[1]])
@@ -198,7 +198,7 @@ def test_what_parameters_hold_and_modules_left_out_are_not_touched() -> None:
     assert network[1].running_mean.eq(2).all()  # type: ignore[union-attr,operator]
 
 
-def test_a_network_that_keeps_nothing_is_intact_after_a_forward() -> None:
+def test_a_network_without_state_is_unchanged_after_a_forward_pass() -> None:
     network = seeded(Branches)
     before = Snapshot(network)
     network(random_input((1, 3, 20, 20)))
@@ -209,7 +209,7 @@ def test_a_network_that_keeps_nothing_is_intact_after_a_forward() -> None:
     assert before.intact
 
 
-def test_tracing_a_network_leaves_the_logs_of_its_hooks_as_they_were() -> None:
+def test_tracing_a_network_restores_the_logs_of_its_hooks() -> None:
     network, log = seeded(Branches), ["before"]
     network.stem.register_forward_hook(lambda conv, args, output: log.append(output))
     hc.convert(network, 2, example_input=random_input((1, 3, 20, 20)))
@@ -225,7 +225,7 @@ WRITES: dict[str, Callable[[nn.Parameter], Any]] = {
 
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
-def test_weights_that_a_first_forward_writes_to_come_back(write: Any) -> None:
+def test_weights_that_a_first_forward_pass_changes_are_restored(write: Any) -> None:
     class Lazily(nn.Sequential):
         done = False
 

@@ -49,7 +49,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 
 @pytest.mark.parametrize("prefix", ["", "timm:"])
-def test_a_timm_name_with_a_weights_file(resnet: tuple[nn.Module, Path], prefix: str) -> None:
+def test_a_timm_network_is_opened_with_a_file_of_weights(resnet: tuple[nn.Module, Path], prefix: str) -> None:
     model, weights = resnet
     network = open_source(f"{prefix}resnet10t", weights=weights, arguments={"num_classes": 5})
     assert same(network.model, model)
@@ -68,7 +68,7 @@ def test_pth_files_of_training_scripts_are_opened(resnet: tuple[nn.Module, Path]
     assert same(network.model, model)
 
 
-def test_a_torchvision_name_with_a_weights_file(tmp_path: Path) -> None:
+def test_a_torchvision_network_is_opened_with_a_file_of_weights(tmp_path: Path) -> None:
     model = torchvision.models.resnet18().eval()
     torch.save(model.state_dict(), tmp_path / "net.pth")
     network = open_source("torchvision:resnet18", weights=tmp_path / "net.pth")
@@ -80,12 +80,12 @@ def test_a_torchvision_name_with_a_weights_file(tmp_path: Path) -> None:
         open_source("torchvision:resnet19")
 
 
-def test_a_local_folder_of_timm(tmp_path: Path) -> None:
+def test_a_timm_folder_is_opened(tmp_path: Path) -> None:
     model = timm.create_model("resnet10t", num_classes=5, in_chans=1).eval()
     timm.models.save_for_hf(model, tmp_path / "net", model_args={"in_chans": 1}, safe_serialization=True)
     network = open_source(f"local-dir:{tmp_path / 'net'}")
     assert same(network.model, model)
-    # The checkpoint needs the folder no more.
+    # The checkpoint no longer needs the folder.
     save(convert(network.model), tmp_path / "net.safetensors", source=network.source)
     (tmp_path / "net").rename(tmp_path / "gone")
     again = open_source(str(tmp_path / "net.safetensors"))
@@ -103,14 +103,16 @@ def test_a_local_folder_of_timm(tmp_path: Path) -> None:
         ('{"architecture": "resnet10t"}', "has no weights: neither model.safetensors nor pytorch_model.bin"),
     ],
 )
-def test_a_broken_local_folder_says_what_is_wrong(tmp_path: Path, config: str | None, message: str) -> None:
+def test_the_message_for_a_broken_timm_folder_says_what_is_wrong(
+    tmp_path: Path, config: str | None, message: str
+) -> None:
     if config is not None:
         (tmp_path / "config.json").write_text(config)
     with pytest.raises(InputError, match=message):
         open_source(f"local-dir:{tmp_path}")
 
 
-def test_the_users_own_code_by_file_and_by_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_code_is_named_by_file_or_by_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "helper_for_net.py").write_text("CHANNELS = 4\n")
     (tmp_path / "my_net.py").write_text(
         "from torch import nn\nfrom helper_for_net import CHANNELS\n"
@@ -134,7 +136,7 @@ def test_the_users_own_code_by_file_and_by_module(tmp_path: Path, monkeypatch: p
             open_source(source)
 
 
-def test_sample_networks_are_real() -> None:
+def test_sample_networks_classify_correctly() -> None:
     images, labels = mnist5k_held_back()
     assert (images.shape, labels.shape) == ((1000, 1, 28, 28), (1000,))
     assert torch.equal(labels.bincount(), torch.full((10,), 100))
@@ -156,7 +158,7 @@ def test_imagenet_weights_recognise_the_sample_photographs() -> None:
     assert (guesses[5:] == 985).sum() >= 4, "daisy"
 
 
-def test_without_a_network_exit_4_says_what_works_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_the_message_says_what_works_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_network(*_: Any, **__: Any) -> Any:
         raise OSError(-2, "Name or service not known")
 
@@ -173,19 +175,19 @@ def test_without_a_network_exit_4_says_what_works_offline(monkeypatch: pytest.Mo
     assert caught.value.exit_code == 4
 
 
-def test_unknown_names_suggest_near_ones() -> None:
+def test_the_message_for_an_unknown_name_suggests_similar_names() -> None:
     with pytest.raises(UsageError, match="timm has no model 'resnet5O': did you mean resnet5"):
         open_source("resnet5O")
     with pytest.raises(UsageError, match="names nothing after 'timm:'"):
         open_source("timm:")
 
 
-def test_a_model_without_published_weights_says_so() -> None:
+def test_the_message_for_a_model_without_published_weights_says_so() -> None:
     with pytest.raises(InputError, match="has no pretrained weights: give some with weights=FILE"):
         open_source("wrn22_1")
 
 
-def test_a_harmonic_checkpoint_is_a_source(tmp_path: Path) -> None:
+def test_a_harmonic_checkpoint_can_be_used_as_a_source(tmp_path: Path) -> None:
     network = open_source("sample:resnet_mnist5k")
     path = str(tmp_path / "net.safetensors")
     save(convert(network.model, 2), path, source=network.source)
@@ -199,13 +201,13 @@ def test_a_harmonic_checkpoint_is_a_source(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(counterpart.parameters(), again.model.parameters(), strict=True))
 
 
-def test_plain_weights_are_a_counterpart_too(resnet: tuple[nn.Module, Path]) -> None:
+def test_a_file_of_plain_weights_can_be_compared_with_the_original(resnet: tuple[nn.Module, Path]) -> None:
     model, weights = resnet
     network = open_source("resnet10t", weights=weights, arguments={"num_classes": 5})
     assert same(open_counterpart(str(weights), network).model, model)
 
 
-def test_weights_given_as_source_say_how_to_give_them(tmp_path: Path) -> None:
+def test_the_message_for_weights_given_as_a_source_says_how_to_pass_them(tmp_path: Path) -> None:
     torch.save({}, tmp_path / "net.pth")
     with pytest.raises(UsageError, match=r"holds weights only: name its network, and give the weights with weights="):
         open_source(str(tmp_path / "net.pth"))
@@ -221,7 +223,7 @@ def test_keys_that_do_not_fit_are_listed(resnet: tuple[nn.Module, Path]) -> None
         open_source("resnet18", weights=weights)
 
 
-def test_weights_that_are_no_numbers_are_caught_at_conversion(resnet: tuple[nn.Module, Path], tmp_path: Path) -> None:
+def test_nan_weights_are_refused_at_conversion(resnet: tuple[nn.Module, Path], tmp_path: Path) -> None:
     model, _ = resnet
     state: Any = model.state_dict()
     state["layer1.0.conv1.weight"][0, 0, 0, 0] = float("nan")
@@ -231,7 +233,7 @@ def test_weights_that_are_no_numbers_are_caught_at_conversion(resnet: tuple[nn.M
         convert(network.model)
 
 
-def test_double_precision_weights_stay_double(tmp_path: Path) -> None:
+def test_float64_weights_stay_float64(tmp_path: Path) -> None:
     model = seeded(Branches, torch.float64)
     (tmp_path / "net.py").write_text("from tests.networks import Branches as make\n")
     torch.save(model.state_dict(), tmp_path / "net.pth")
@@ -240,7 +242,7 @@ def test_double_precision_weights_stay_double(tmp_path: Path) -> None:
     assert same(network.model, model)
 
 
-def test_the_recorded_header_survives_json() -> None:
+def test_the_recorded_header_is_converted_to_json_and_back() -> None:
     from dataclasses import asdict
 
     from harmconvert.storage import Source
@@ -250,8 +252,8 @@ def test_the_recorded_header_survives_json() -> None:
 
 
 @pytest.mark.parametrize("name", ["inception_v3", "googlenet", "fcn_resnet50"])
-def test_torchvision_networks_are_rebuilt_as_their_weights_want_them(name: str, tmp_path: Path) -> None:
-    """Built for pretrained weights they differ in more than values: input transforms, auxiliary heads."""
+def test_torchvision_networks_are_rebuilt_with_the_structure_for_their_weights(name: str, tmp_path: Path) -> None:
+    """The structure for pretrained weights differs from the untrained one: input transforms, auxiliary heads."""
     with torchvision_loading(fetch=False):
         weights = torchvision.models.get_model_weights(name)["DEFAULT"]
         arguments = {"weights_backbone": None} if name == "fcn_resnet50" else {}
@@ -280,7 +282,7 @@ def test_a_pickle_in_torchvisions_cache_is_not_run(tmp_path: Path, monkeypatch: 
     assert not (tmp_path / "ran").exists()
 
 
-def test_dataclasses_in_the_users_file_find_their_module(tmp_path: Path) -> None:
+def test_dataclasses_in_a_user_file_can_be_defined(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(
         "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom torch import nn\n"
         "@dataclass\nclass Config:\n    width: int = 4\n"
@@ -309,7 +311,7 @@ def test_a_recorded_source_cannot_ask_for_more_than_structure(source: dict[str, 
 # --- which weights were taken ---
 
 
-def test_the_source_says_which_weights_were_taken(tmp_path: Path) -> None:
+def test_the_source_records_which_weights_were_loaded(tmp_path: Path) -> None:
     model = timm.create_model("test_resnet", num_classes=3)
     state = {f"module.{key}": tensor for key, tensor in model.state_dict().items()}
     torch.save({"state_dict_ema": state, "state_dict": {}}, tmp_path / "mine.pth")
@@ -326,7 +328,7 @@ def test_the_source_says_which_weights_were_taken(tmp_path: Path) -> None:
 # --- arguments ---
 
 
-def test_arguments_of_torchvisions_networks_may_differ_from_those_of_the_pretrained_ones(tmp_path: Path) -> None:
+def test_arguments_of_torchvision_networks_may_differ_from_those_of_the_weights(tmp_path: Path) -> None:
     trained = torchvision.models.squeezenet1_1(weights=None, num_classes=4)
     torch.save(trained.state_dict(), tmp_path / "mine.pth")
     source = "torchvision:squeezenet1_1"
@@ -396,7 +398,7 @@ class Net(nn.Module): pass
 """
 
 
-def test_a_file_without_a_function_says_which_there_are_without_running_it(tmp_path: Path) -> None:
+def test_the_message_for_a_file_without_a_function_lists_functions_without_running_it(tmp_path: Path) -> None:
     path = tmp_path / "net.py"
     path.write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n{OWN}")
     with pytest.raises(UsageError, match=rf"name the function .*: {path}:make, {path}:drawn, {path}:Net$"):
@@ -409,7 +411,7 @@ def test_a_file_without_a_function_says_which_there_are_without_running_it(tmp_p
         open_source(str(path))
 
 
-def test_code_that_the_user_names_makes_the_network_of_a_checkpoint(tmp_path: Path) -> None:
+def test_code_that_the_user_names_builds_the_network_of_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(OWN)
     code = f"{tmp_path}/net.py:make"
     network = open_source(code, arguments={"width": 5})
@@ -428,7 +430,7 @@ def test_code_that_the_user_names_makes_the_network_of_a_checkpoint(tmp_path: Pa
 # --- a second network ---
 
 
-def test_a_rival_without_its_weights_is_refused(tmp_path: Path) -> None:
+def test_a_network_for_comparison_without_its_weights_is_refused(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(OWN)
     make, drawn = f"{tmp_path}/net.py:make", f"{tmp_path}/net.py:drawn"
     torch.manual_seed(9)
@@ -478,7 +480,7 @@ def test_a_network_with_a_new_classifier_is_built_again(tmp_path: Path, source: 
         ("r3d_18", "fc"), ("s3d", "classifier.1"),
     ],
 )  # fmt: skip
-def test_the_classifier_of_torchvisions_networks_is_found(name: str, layer: str) -> None:
+def test_the_classifier_of_torchvision_networks_is_replaced(name: str, layer: str) -> None:
     with torch.device("meta"):
         network = torchvision.models.get_model(
             name, weights=None, **({"init_weights": False} if name == "googlenet" else {})
@@ -490,7 +492,7 @@ def test_the_classifier_of_torchvisions_networks_is_found(name: str, layer: str)
     assert getattr(new, "out_features", getattr(new, "out_channels", None)) == 7
 
 
-def test_a_network_without_a_classifier_gets_none() -> None:
+def test_replacing_the_classifier_of_a_network_without_one_is_refused() -> None:
     with pytest.raises(UsageError, match="this Sequential has no classifier to replace"):
         new_classifier(nn.Sequential(nn.Conv2d(1, 2, 3)), 3, Source("code", "net:make"))
 
@@ -501,7 +503,7 @@ GIB = 1 << 30
 
 
 class _Careless(nn.Module):
-    """Goes on after whatever goes wrong."""
+    """A network whose constructor catches every exception."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -524,13 +526,13 @@ HOSTILE: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_a_network_over_the_limit_is_refused_before_memory_is_set_aside(kind: str) -> None:
+def test_a_network_over_the_limit_is_refused_before_memory_is_allocated(kind: str) -> None:
     with pytest.raises(InputError, match=r"^it is a network of .* bytes, far more than the file holds: refused; if yo"):
         built_within(HOSTILE[kind], 1 << 23, "it")
 
 
-def test_a_source_whose_size_is_not_known_before_is_limited_all_the_same(tmp_path: Path) -> None:
-    """torchvision's RegNets read values while they are built, so that their size is not known before."""
+def test_a_network_whose_size_is_unknown_in_advance_is_limited_while_it_is_built(tmp_path: Path) -> None:
+    """torchvision's RegNets read values while they are built, so their size is unknown in advance."""
     with torch.device("meta"), pytest.raises(NotImplementedError):
         torchvision.models.regnet_x_400mf()
     huge = Source("torchvision", "regnet_x_400mf", {"num_classes": 10**9})
@@ -546,7 +548,7 @@ def test_a_source_whose_size_is_not_known_before_is_limited_all_the_same(tmp_pat
     assert sum(p.numel() for p in rebuild(Source("torchvision", "regnet_x_400mf"), limit=GIB).parameters()) == 5_495_976
 
 
-def test_the_message_says_how_large_the_network_is_where_that_is_known() -> None:
+def test_the_message_names_the_size_of_the_network_if_it_is_known() -> None:
     source = Source("timm", "test_resnet", {"num_classes": 10**7})
     with pytest.raises(InputError, match=r"test_resnet is a network of 3,881,499,192 bytes, far .*pass it as model="):
         rebuild(source, limit=GIB)

@@ -1,4 +1,4 @@
-"""What every command prints in a real terminal of 80 columns, and in a pipe."""
+"""The output of every command in a real terminal of 80 columns, and in a pipe."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from harmconvert.cli.waiting import busy, progress
 from .commands import SAMPLE
 from .pictures import digit_folders
 
-pytestmark = pytest.mark.xdist_group("terminal")  # one process, so that the runs below are made once
+pytestmark = pytest.mark.xdist_group("terminal")  # one process, so that the commands below run only once
 
 COLUMNS = 80
 DATA = ["--data-dir", "digits", "--workers", "0", "-b", "10"]
 TRAIN = [*DATA, "--epochs", "1", "--hflip", "0", "--crop", "padded"]
-# Layers with names that no column has room for, and square brackets, which are markup to rich.
+# The names of layers are too long for any column and have square brackets, which are markup for rich.
 NETWORK = """
 import torch
 from torch import nn
@@ -44,7 +44,7 @@ class Net(nn.Module):
         return x.mean((2, 3))
 """
 LONG = ["net.py:Net", "--input-size", "1,32,32"]
-# In the order in which they need one another's files.
+# In this order: later commands need the files of earlier ones.
 RUNS: dict[str, list[str]] = {
     "inspect": ["inspect", SAMPLE],
     "inspect, long names": ["inspect", *LONG],
@@ -70,7 +70,7 @@ RUNS: dict[str, list[str]] = {
     "no colour": ["verify", SAMPLE, "cut.safetensors", "--as-planned"],
     "refusal": ["compare", "cut.safetensors"],
 }
-# One process, so that torch is imported once; the marks are on both streams.
+# One process runs all commands, so that torch is imported once; it prints the separators to both streams.
 DRIVER = """
 import json, os, sys
 from harmconvert.cli import main
@@ -90,7 +90,7 @@ for name, arguments in json.load(open("runs.json")).items():
 
 
 def parted(text: str) -> dict[str, tuple[int, str]]:
-    """The exit code and the text of each run."""
+    """Return the exit code and the text of each run."""
     pieces = re.split(r"\n=== (.*?) === (\d+)\n", text)
     return {name: (int(code), said) for said, name, code in zip(pieces[::3], pieces[1::3], pieces[2::3], strict=False)}
 
@@ -107,7 +107,7 @@ def prepare(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def terminal(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
-    """Everything in a pseudo-terminal."""
+    """Run all commands in a pseudo-terminal; return exit codes and texts."""
     folder = tmp_path_factory.mktemp("terminal")
     command = prepare(folder)
     ours, theirs = pty.openpty()
@@ -121,7 +121,7 @@ def terminal(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, s
     while True:
         try:
             part = os.read(ours, 1 << 16)
-        except OSError:  # how a terminal says that nobody is left
+        except OSError:  # a pseudo-terminal raises it at the end of the last process
             break
         if not part:
             break
@@ -133,7 +133,7 @@ def terminal(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, s
 
 @pytest.fixture(scope="module")
 def pipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, str]]:
-    """Everything in two pipes."""
+    """Run all commands with both streams in pipes; return exit codes and texts."""
     folder = tmp_path_factory.mktemp("pipe")
     done = subprocess.run(prepare(folder), capture_output=True, text=True, check=True, cwd=folder)
     out, err = parted(done.stdout), parted(done.stderr)
@@ -141,13 +141,13 @@ def pipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, 
 
 
 def seen(text: str) -> list[str]:
-    """The lines that stand on the screen in the end, of each the last that was written over it."""
+    """Return the lines that are on the screen at the end, after all overwriting."""
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
     return [line.split("\r")[-1].rstrip() for line in plain.split("\n")]
 
 
-def test_every_command_is_looked_at() -> None:
-    # The demo is the other commands in a row; test_cli.py has it.
+def test_these_tests_cover_every_command() -> None:
+    # The demo runs the other commands one after another; it is tested in test_cli.py.
     assert {run[0] for run in RUNS.values()} == set(COMMANDS) - {"demo"}
 
 
@@ -157,7 +157,7 @@ def test_in_a_terminal_everything_fits_80_columns(name: str, terminal: dict[str,
     code, text = terminal[name]
     assert code == (2 if name == "refusal" else 0), text
     for line in seen(text):
-        if not line.startswith("harmconvert: error: "):  # one line, wherever it ends
+        if not line.startswith("harmconvert: error: "):  # an error is one line of any length
             assert cell_len(line) <= COLUMNS, line
         assert "…" not in line, "rich leaves out what does not fit"
     if name == "convert, quiet":
@@ -167,23 +167,23 @@ def test_in_a_terminal_everything_fits_80_columns(name: str, terminal: dict[str,
 
 
 @pytest.mark.slow
-def test_long_names_are_folded_not_cut(terminal: dict[str, tuple[int, str]]) -> None:
+def test_long_names_are_wrapped_and_not_cut(terminal: dict[str, tuple[int, str]]) -> None:
     for name in ("inspect, long names", "convert, long names", "compare, long names"):
         lines = seen(terminal[name][1])
-        # The first column, read downwards, holds the whole name of the second layer.
+        # The first column, read from top to bottom, has the complete name of the second layer.
         column = "".join(line.split(" ")[0] for line in lines)
         assert "a_part_with_a_very_long_name.of_many_words_and_more[red].1" in column, lines
 
 
 @pytest.mark.slow
-def test_numbers_are_never_broken(terminal: dict[str, tuple[int, str]]) -> None:
+def test_numbers_are_never_wrapped(terminal: dict[str, tuple[int, str]]) -> None:
     text = "\n".join(seen(terminal["report, tradeoff"][1]))
     assert re.search(r"^progressive +119.93k +44.1% +71.8% ", text, re.MULTILINE)
     assert re.search(r"^stage1.0.conv1 +refit ", "\n".join(seen(terminal["convert, calibrated"][1])), re.MULTILINE)
 
 
 @pytest.mark.slow
-def test_in_a_terminal_there_are_bars_that_go_away(terminal: dict[str, tuple[int, str]]) -> None:
+def test_in_a_terminal_progress_bars_disappear_at_the_end(terminal: dict[str, tuple[int, str]]) -> None:
     for name in ("convert, calibrated", "verify", "evaluate", "finetune", "report, tradeoff"):
         _, text = terminal[name]
         assert "━" in text, name
@@ -191,7 +191,7 @@ def test_in_a_terminal_there_are_bars_that_go_away(terminal: dict[str, tuple[int
 
 
 @pytest.mark.slow
-def test_in_a_terminal_a_spinner_turns_while_a_network_loads_and_goes_away(
+def test_in_a_terminal_a_spinner_is_shown_while_a_network_loads_and_then_disappears(
     terminal: dict[str, tuple[int, str]],
 ) -> None:
     turning = re.compile(r"[⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏][^\n]* loading ")
@@ -203,13 +203,13 @@ def test_in_a_terminal_a_spinner_turns_while_a_network_loads_and_goes_away(
 
 
 class Screen(io.StringIO):
-    """Takes itself for a terminal."""
+    """A stream that claims to be a terminal."""
 
     def isatty(self) -> bool:
         return True
 
 
-def test_a_spinner_steps_aside_for_whoever_knows_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_spinner_stops_when_other_output_begins(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = Screen()
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stderr", screen)
@@ -223,7 +223,7 @@ def test_a_spinner_steps_aside_for_whoever_knows_more(monkeypatch: pytest.Monkey
     assert rest == "12 % of a download\n", "and the spinner does not come back"
 
 
-def test_in_a_pipe_a_line_says_what_takes_long(
+def test_in_a_pipe_a_line_announces_each_long_step(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(waiting, "_SOON", 0.05)
@@ -241,7 +241,7 @@ def test_in_a_pipe_a_line_says_what_takes_long(
 
 @pytest.mark.parametrize("name", RUNS)
 @pytest.mark.slow
-def test_in_a_pipe_there_is_plain_text(name: str, pipe: dict[str, tuple[int, str, str]]) -> None:
+def test_in_a_pipe_the_output_is_plain_text(name: str, pipe: dict[str, tuple[int, str, str]]) -> None:
     code, out, err = pipe[name]
     assert code == (2 if name == "refusal" else 0), err
     for text in (out, err):
@@ -255,14 +255,14 @@ def test_in_a_pipe_there_is_plain_text(name: str, pipe: dict[str, tuple[int, str
 
 
 @pytest.mark.slow
-def test_in_a_pipe_a_row_is_a_line(pipe: dict[str, tuple[int, str, str]]) -> None:
+def test_in_a_pipe_a_row_is_one_line(pipe: dict[str, tuple[int, str, str]]) -> None:
     long = "a_part_with_a_very_long_name.of_many_words_and_more[red].1"
     assert re.search(rf"^{re.escape(long)} +3x3 +3/9 ", pipe["convert, long names"][1], re.MULTILINE)
     assert re.search(rf"^{re.escape(long)} +3/9 +-$", pipe["compare, long names"][1], re.MULTILINE)
 
 
 @pytest.mark.slow
-def test_colours_are_not_used_where_they_are_not_wanted(terminal: dict[str, tuple[int, str]]) -> None:
+def test_colours_are_off_if_the_environment_says_so(terminal: dict[str, tuple[int, str]]) -> None:
     coloured = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-7]|38;[\d;]+|9[0-7])(?:;\d+)*m")
     assert coloured.search(terminal["verify"][1]), "bars have colours"
     assert not coloured.search(terminal["no colour"][1])

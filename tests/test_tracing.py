@@ -1,4 +1,4 @@
-"""What one run shows of a network: which layers read its input, whose weights are not used, what else convolves."""
+"""Tracing a run: which layers read the input, which weights are not used, which other modules convolve."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def why(model: nn.Module, lam: Any = 2, example_input: Any = X) -> dict[str, tup
 INPUT = (9, "whole: it reads the network's input")
 
 
-def test_a_module_may_be_given_a_view_of_a_parameter() -> None:
+def test_the_input_of_a_module_may_be_a_view_of_a_parameter() -> None:
     class Positions(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -48,7 +48,7 @@ def test_a_module_may_be_given_a_view_of_a_parameter() -> None:
 
 
 class Readers(nn.Module):
-    """Two layers read the input, as ``prepare`` makes it; a third reads what they give."""
+    """Two layers read the input after ``prepare``; a third layer reads their outputs."""
 
     def __init__(self, prepare: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -76,14 +76,14 @@ def test_all_layers_that_read_the_input_or_a_fixed_transform_of_it_stay_whole(pr
     assert why(seeded(lambda: Readers(prepare))) == {"one": INPUT, "two": INPUT, "last": (3, None)}
 
 
-def test_a_trained_normalisation_of_the_input_leaves_it_the_input() -> None:
+def test_a_trained_normalisation_of_the_input_still_counts_as_the_input() -> None:
     network = seeded(
         lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3))
     )
     assert why(network) == {"1": INPUT, "3": (3, None)}
 
 
-def test_of_several_inputs_each_has_its_input_layer() -> None:
+def test_each_of_several_inputs_has_its_input_layer() -> None:
     class Streams(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -96,7 +96,7 @@ def test_of_several_inputs_each_has_its_input_layer() -> None:
     assert found == {"colour": INPUT, "flow": INPUT, "last": (3, None)}
 
 
-def test_a_layer_that_reads_the_input_beside_features_is_no_input_layer() -> None:
+def test_a_layer_that_reads_the_input_together_with_features_is_not_an_input_layer() -> None:
     class Skip(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -109,7 +109,7 @@ def test_a_layer_that_reads_the_input_beside_features_is_no_input_layer() -> Non
 
 
 class Transform(nn.Module):
-    """A fixed transform (bias-free and not trained), then layers that are trained."""
+    """A fixed transform (without bias, not trained), followed by trained layers."""
 
     def __init__(self, where: str) -> None:
         super().__init__()
@@ -123,11 +123,11 @@ class Transform(nn.Module):
         return self.last(self.filter(self.first(x)))
 
 
-def test_a_fixed_transform_of_the_input_is_not_cut_and_neither_is_its_reader() -> None:
+def test_a_fixed_transform_of_the_input_and_the_layer_after_it_stay_whole() -> None:
     assert why(seeded(lambda: Transform("input"))) == {"filter": INPUT, "first": INPUT, "last": (3, None)}
 
 
-def test_a_fixed_transform_inside_the_network_is_not_cut_unless_it_is_named() -> None:
+def test_a_fixed_transform_inside_the_network_stays_whole_unless_it_is_named() -> None:
     network = seeded(lambda: Transform("inside"))
     fixed = (9, "whole: a fixed transform, which is not trained")
     assert why(network) == {"filter": fixed, "first": INPUT, "last": (3, None)}
@@ -135,15 +135,15 @@ def test_a_fixed_transform_inside_the_network_is_not_cut_unless_it_is_named() ->
     assert {layer.name: layer.kept for layer in named}["filter"] == 3
 
 
-def test_a_backbone_that_is_frozen_with_its_norms_is_cut_as_ever() -> None:
+def test_a_backbone_that_is_frozen_with_its_norms_is_truncated_as_usual() -> None:
     network = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4)))
     network.append(nn.Conv2d(4, 2, 3))  # type: ignore[operator]
     network[1:3].requires_grad_(False)  # type: ignore[index]
     assert why(network)["1"] == (3, None)
-    assert why(network.requires_grad_(False))["1"] == (3, None)  # frozen as a whole, to be run only
+    assert why(network.requires_grad_(False))["1"] == (3, None)  # the whole network is frozen, for inference
 
 
-def test_calibration_inputs_tell_which_layer_reads_the_input() -> None:
+def test_calibration_inputs_show_which_layer_reads_the_input() -> None:
     class Backwards(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -152,7 +152,7 @@ def test_calibration_inputs_tell_which_layer_reads_the_input() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.head(self.stem(x).relu())
 
-    batches = (batch for batch in [X, X + 1])  # can be read once
+    batches = (batch for batch in [X, X + 1])  # a generator can be read only once
     conversion = hc.convert(seeded(Backwards), 2, calibration=batches)
     assert {layer.name: layer.kept for layer in conversion.layers} == {"head": 3, "stem": 9}
     assert conversion.calibration is not None
@@ -163,7 +163,7 @@ def test_calibration_inputs_tell_which_layer_reads_the_input() -> None:
 
 
 class Merging(nn.Module):
-    """A network that writes the merged kernel of two layers into a third at each forward in eval mode."""
+    """A network that writes the merged kernel of two layers into a third in each forward pass in eval mode."""
 
     def __init__(self, write: Callable[[nn.Module, Tensor], None]) -> None:
         super().__init__()
@@ -201,14 +201,14 @@ def _by_slice(conv: Any, kernel: Tensor) -> None:
 
 
 @pytest.mark.parametrize("write", [_by_load, _by_parameter, _by_data, _in_place, _by_slice])
-def test_a_layer_whose_weight_is_rewritten_in_the_forward_is_skipped(write: Any) -> None:
+def test_a_layer_whose_weight_the_forward_pass_rewrites_is_skipped(write: Any) -> None:
     network: Any = seeded(lambda: Merging(write))
     weight, kept = network.merged.weight, network.merged.weight.clone()
     cut = hc.convert(network, {"wide": 2}, example_input=X)
     reasons = {layer.name: layer.why for layer in cut.layers}
     assert "its weight is rewritten in the network's forward" in (reasons["merged"] or "")
     assert network.merged.weight is weight
-    if write in (_by_parameter, _by_data):  # written into, a weight is as any run leaves it
+    if write in (_by_parameter, _by_data):  # a weight that is changed in place keeps the value of the last run
         assert torch.equal(weight, kept)
     assert hc.verify(network, cut.model, X).as_planned
     with torch.no_grad():
@@ -216,7 +216,7 @@ def test_a_layer_whose_weight_is_rewritten_in_the_forward_is_skipped(write: Any)
         assert not torch.allclose(network(X), cut.model(X), atol=1e-3)
 
 
-def test_without_an_example_input_verification_finds_a_weight_that_is_rewritten() -> None:
+def test_without_an_example_input_verify_detects_a_rewritten_weight() -> None:
     network = seeded(lambda: Merging(_by_data))
     check = hc.verify(network, hc.convert(network, "full").model, X)
     assert not check.ok
@@ -232,7 +232,7 @@ def test_a_weight_that_is_a_buffer_is_a_fixed_filter() -> None:
 
 
 class Renormalising(nn.Conv2d):
-    """Limits the norm of its kernels at each forward, as EEGNet's layers do."""
+    """A convolution that limits the norm of its kernels in each forward pass, as in EEGNet."""
 
     def forward(self, x: Tensor) -> Tensor:
         self.weight.data = torch.renorm(self.weight.data, p=2, dim=0, maxnorm=1)
@@ -245,7 +245,7 @@ def test_a_layer_that_rewrites_its_own_weight_is_skipped() -> None:
 
 
 class Cached(nn.Conv2d):
-    """Prepares its kernel once, in the first forward or when it is put into eval mode."""
+    """A convolution that prepares its kernel once, in the first forward pass or when it enters eval mode."""
 
     kernel: Tensor | None = None
 
@@ -260,7 +260,7 @@ class Cached(nn.Conv2d):
 
 
 class CachedMatrix(Cached):
-    """The same as a product of matrices."""
+    """The convolution of `Cached`, computed as a product of matrices."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kernel is None:
@@ -270,9 +270,9 @@ class CachedMatrix(Cached):
 
 
 @pytest.mark.parametrize("kind", [Cached, CachedMatrix])
-def test_a_layer_that_keeps_a_copy_of_its_weight_is_skipped_once_it_has_made_it(kind: Any) -> None:
+def test_a_layer_that_has_cached_a_copy_of_its_weight_is_skipped(kind: Any) -> None:
     network = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), kind(4, 4, 3), nn.Conv2d(4, 4, 3)))
-    assert [kept for kept, _ in why(network).values()] == [9, 3, 3]  # it makes it anew, from the cut kernel
+    assert [kept for kept, _ in why(network).values()] == [9, 3, 3]  # the copy is made again, from the cut kernel
     with torch.no_grad():
         network(X)
     found = why(network)
@@ -282,7 +282,7 @@ def test_a_layer_that_keeps_a_copy_of_its_weight_is_skipped_once_it_has_made_it(
         hc.convert(network[1], example_input=X[:, [0, 1, 2, 0]])  # type: ignore[index]
 
 
-def test_layers_that_compute_with_their_weight_in_ways_of_their_own_are_converted() -> None:
+def test_layers_that_use_their_weight_in_unusual_ways_are_converted() -> None:
     class Standardised(nn.Conv2d):
         def forward(self, x: Tensor) -> Tensor:
             weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
@@ -314,7 +314,7 @@ class Functional(nn.Module):
 
 
 class Kernels(nn.Module):
-    """A kernel under another name, and a fixed one."""
+    """A module with a kernel under another name, and a fixed kernel."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -374,7 +374,7 @@ def test_convolutions_that_are_not_converted_are_listed_with_the_reason(make: An
     assert any(skip.name == "1" for skip in hc.inspect(network, X).skipped)
 
 
-def test_without_a_run_other_convolutions_are_told_by_their_weight() -> None:
+def test_without_a_run_other_convolutions_are_detected_by_their_weight() -> None:
     network = nn.Sequential(nn.Conv2d(3, 8, 3), Functional(8, 8), nn.LayerNorm((8, 4, 4)), nn.Bilinear(2, 3, 4))
     assert {site.name: site.skip for site in plannable(find_layers(network)) if site.skip} == {
         "1": "Functional is not one of torch's convolution classes"
@@ -390,14 +390,14 @@ def test_a_first_layer_that_is_a_function_reads_the_input_and_the_second_does_no
 
 
 class Masked(nn.Conv2d):
-    """Returns its map and the mask of what is known."""
+    """A convolution that returns its map and a mask of valid positions."""
 
     def forward(self, picture: Tensor, mask: Any = None) -> Any:  # type: ignore[override]
         mask = torch.ones_like(picture[:, :1]) if mask is None else mask
         return super().forward(picture * mask), functional.max_pool2d(mask, 3, 1, 1)
 
 
-def test_layers_that_return_more_than_a_map_and_take_keywords_of_any_name_are_seen() -> None:
+def test_layers_with_several_outputs_and_keywords_of_any_name_are_traced() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -418,7 +418,7 @@ def test_layers_that_return_more_than_a_map_and_take_keywords_of_any_name_are_se
     assert all(layer.output_error is not None for layer in check.layers)
 
 
-def test_a_failure_of_the_network_is_told_from_a_failure_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_the_network_and_errors_of_the_tracing_are_distinguished(monkeypatch: pytest.MonkeyPatch) -> None:
     from harmconvert.network import Dataflow
 
     def broken(*_: Any) -> None:

@@ -1,4 +1,4 @@
-"""Training: the loop against a slow reference, recipes, distillation, what is refused."""
+"""Training: the loop equals a slow reference; recipes, distillation, and settings that are refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RECIPE = Recipe(epochs=2, batch_size=8, lr=0.05)
 
 
 class Given:
-    """Batches that are at hand, in the place of a loader: the same in every epoch."""
+    """Fixed batches instead of a loader, the same in every epoch."""
 
     def __init__(self, batches: list[Batch], steps: int | None = -1) -> None:
         self.batches, self.order = batches, None
@@ -38,7 +38,7 @@ class Given:
 
 
 def noise(count: int = 4, size: int = 8, classes: int = 3, dtype: torch.dtype = torch.float32) -> Given:
-    """Batches of noise with labels that a network can learn by heart."""
+    """Return batches of noise with labels that a network can memorise."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(count, size, 2, 6, 6, generator=generator, dtype=torch.float64).to(dtype)
     labels = torch.randint(classes, (count, size), generator=generator)
@@ -54,7 +54,7 @@ def small(dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> nn.Module
 
 
 def bare() -> nn.Module:
-    """No batch norm, so that batches may be taken apart."""
+    """Return a network without batch norm, so that batches can be split."""
     return seeded(lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)), torch.float64)
 
 
@@ -65,7 +65,7 @@ def values(model: nn.Module) -> Tensor:
 # --- the loop ---
 
 
-def test_it_is_gradient_descent_with_momentum_and_decay() -> None:
+def test_training_equals_gradient_descent_with_momentum_and_decay() -> None:
     batches = noise(dtype=torch.float64)
     ours, theirs = small(torch.float64), small(torch.float64).train()
     train(ours, batches, RECIPE, machine=PLAIN)
@@ -80,8 +80,8 @@ def test_it_is_gradient_descent_with_momentum_and_decay() -> None:
     assert torch.allclose(ours[0][1].running_var, theirs[0][1].running_var, rtol=1e-10)
 
 
-def test_the_whole_harmonic_basis_trains_as_the_plain_network_does() -> None:
-    """The basis is orthonormal, so steps and decay of coefficients are steps and decay of the kernel."""
+def test_training_with_the_whole_basis_equals_training_of_the_plain_network() -> None:
+    """The basis is orthonormal, so steps and decay of coefficients equal those of the kernel."""
     plain = small(torch.float64)
     harmonic = hc.convert(plain).model
     assert sum(isinstance(m, HarmonicMixin) for m in harmonic.modules()) == 2
@@ -90,14 +90,14 @@ def test_the_whole_harmonic_basis_trains_as_the_plain_network_does() -> None:
     assert torch.allclose(values(hc.fuse(harmonic)), values(plain), rtol=1e-9, atol=1e-11)
 
 
-def test_a_cut_network_stays_cut() -> None:
+def test_a_truncated_network_stays_truncated() -> None:
     harmonic = hc.convert(small(), {"1": 2}).model
     train(harmonic, noise(), RECIPE, machine=PLAIN)
     assert len(harmonic.get_submodule("1").frequencies) == 3
     assert harmonic.get_submodule("1").coefficients.shape == (6, 6, 3)
 
 
-def test_rows_say_what_came_of_each_epoch() -> None:
+def test_rows_have_the_metrics_of_each_epoch() -> None:
     model, told, done = small(), [], []
     rows = train(model, noise(), RECIPE, machine=PLAIN, progress=told.append, epoch_done=lambda r: done.append(len(r)))
     assert [row["epoch"] for row in rows] == [1, 2]
@@ -108,14 +108,14 @@ def test_rows_say_what_came_of_each_epoch() -> None:
     assert not model.training
 
 
-def test_a_step_in_parts_is_the_same_step() -> None:
+def test_a_step_in_several_parts_gives_the_same_result() -> None:
     whole, parts = bare(), bare()
     train(whole, noise(dtype=torch.float64), RECIPE, machine=PLAIN)
     train(parts, noise(dtype=torch.float64), replace(RECIPE, grad_accum_steps=4), machine=PLAIN)
     assert torch.allclose(values(whole), values(parts), rtol=1e-12)
 
 
-def test_channels_last_changes_rounding_only() -> None:
+def test_channels_last_changes_only_rounding() -> None:
     one, other = small(torch.float64), small(torch.float64)
     train(one, noise(dtype=torch.float64), RECIPE, machine=PLAIN)
     train(other, noise(dtype=torch.float64), RECIPE, machine=Machine())
@@ -131,7 +131,7 @@ def test_frozen_batch_norms_keep_statistics_and_weights() -> None:
     assert not torch.equal(model[1].weight, small()[1].weight)
 
 
-def test_training_coefficients_only() -> None:
+def test_training_can_be_limited_to_coefficients() -> None:
     harmonic = hc.convert(small(), {"1": 2}).model
     before = copy.deepcopy(harmonic)
     train(harmonic, noise(), replace(RECIPE, train_only="coefficients"), machine=PLAIN)
@@ -141,7 +141,7 @@ def test_training_coefficients_only() -> None:
         assert torch.equal(buffer, old), f"{name} is no coefficient"
 
 
-def test_the_moving_average_is_what_is_delivered() -> None:
+def test_the_moving_average_is_the_result() -> None:
     steps: list[Tensor] = []
     average, plain = bare(), bare()
 
@@ -150,7 +150,7 @@ def test_the_moving_average_is_what_is_delivered() -> None:
 
     train(plain, noise(dtype=torch.float64), RECIPE, machine=PLAIN, progress=seen)
     train(average, noise(dtype=torch.float64), replace(RECIPE, ema=0.5), machine=PLAIN)
-    expected = steps[0]  # timm's average starts with the first step
+    expected = steps[0]  # timm's moving average starts with the first step
     for step in steps[1:]:
         expected = 0.5 * expected + 0.5 * step
     assert torch.allclose(values(average), expected, rtol=1e-9)
@@ -164,14 +164,14 @@ def test_clipping_bounds_the_step() -> None:
 
 
 @pytest.mark.parametrize("amp", ["bfloat16", "float16"])
-def test_half_precision_learns_too(amp: str) -> None:
+def test_training_works_in_half_precision(amp: str) -> None:
     model = small()
     rows = train(model, noise(), replace(RECIPE, amp=amp, epochs=6), machine=PLAIN)
     assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
     assert next(model.parameters()).dtype == torch.float32
 
 
-def test_mixup_and_smoothing_learn() -> None:
+def test_training_works_with_mixup_and_smoothing() -> None:
     model = small()
     rows = train(model, noise(), replace(RECIPE, mixup=0.2, cutmix=0.2, smoothing=0.1, epochs=8), machine=PLAIN)
     assert rows[-1]["loss"] < rows[0]["loss"]
@@ -183,7 +183,7 @@ def test_a_stream_of_unknown_length_can_be_trained_on() -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_network_learns_the_same() -> None:
+def test_a_compiled_network_is_trained_equally() -> None:
     one, other = small(torch.float64), small(torch.float64)
     train(one, noise(dtype=torch.float64), RECIPE, machine=PLAIN)
     train(other, noise(dtype=torch.float64), RECIPE, machine=Machine(channels_last=False, compile=True))
@@ -201,7 +201,7 @@ def test_distillation_is_the_softened_divergence(temperature: float) -> None:
     assert distillation(student, teacher, temperature).item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_a_cut_network_learns_from_the_uncut_one_without_labels() -> None:
+def test_a_truncated_network_learns_from_the_uncut_network_without_labels() -> None:
     teacher = small()
     train(teacher, noise(), replace(RECIPE, epochs=10), machine=PLAIN)
     before = copy.deepcopy(teacher.state_dict())
@@ -225,7 +225,7 @@ def test_labels_and_teacher_share_the_loss() -> None:
 # --- recipes ---
 
 
-def test_the_papers_recipes() -> None:
+def test_the_recipes_are_those_of_the_paper() -> None:
     fine, wrn, imagenet = RECIPES["finetune"], RECIPES["cifar-wrn"], RECIPES["imagenet-resnet"]
     assert (fine.epochs, fine.lr, fine.opt, fine.momentum) == (5, 0.001, "momentum", 0.9)
     assert (fine.weight_decay, fine.batch_size, fine.crop, fine.hflip) == (1e-4, 256, "resized", 0.5)
@@ -242,7 +242,7 @@ def test_the_papers_recipes() -> None:
         ("finetune", [(0, 0.001), (4, 0.001)]),
     ],
 )
-def test_the_papers_learning_rates(name: str, expected: list[tuple[int, float]]) -> None:
+def test_the_learning_rates_are_those_of_the_paper(name: str, expected: list[tuple[int, float]]) -> None:
     recipe = replace(RECIPES[name], batch_size=8)
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
     one = Given([Batch(torch.zeros(8, 4), torch.zeros(8, dtype=torch.long), [])])
@@ -251,7 +251,7 @@ def test_the_papers_learning_rates(name: str, expected: list[tuple[int, float]])
         assert rows[epoch]["lr"] == pytest.approx(lr), epoch
 
 
-def test_a_constant_rate_may_be_warmed_up_to() -> None:
+def test_a_constant_learning_rate_may_have_a_warm_up() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
     one = Given([Batch(torch.zeros(8, 4), torch.zeros(8, dtype=torch.long), [])])
     recipe = replace(RECIPES["finetune"], batch_size=8, epochs=6, warmup_epochs=3)
@@ -268,7 +268,7 @@ def test_a_schedule_stretches_with_the_epochs() -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipes_survive_json(name: str) -> None:
+def test_recipes_are_converted_to_json_and_back(name: str) -> None:
     recipe = RECIPES[name]
     assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
 
@@ -290,12 +290,12 @@ def test_a_recipe_prints_what_was_changed() -> None:
         ({"distill": 1.0, "mixup": 0.2}, "mixup and cutmix mix labels, but distill=1 uses no labels"),
     ],
 )
-def test_recipes_that_make_no_sense(changes: dict[str, object], message: str) -> None:
+def test_invalid_recipes_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         recipe_named("finetune", **changes)
 
 
-def test_recipes_that_cannot_be_read() -> None:
+def test_unreadable_recipes_are_refused() -> None:
     with pytest.raises(InputError, match="unknown settings: warp"):
         Recipe.from_json({"warp": 9})
     with pytest.raises(InputError, match="cannot read the recipe: its settings: epochs: -1 should be a count"):
@@ -307,7 +307,7 @@ def test_recipes_that_cannot_be_read() -> None:
 # --- what goes wrong ---
 
 
-def test_a_loss_that_is_not_finite_stops_and_says_where(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run_and_the_message_says_where(tmp_path: Path) -> None:
     batches = noise()
     batches.batches[2].images[0, 0, 0, 0] = float("nan")
     keeper = Keeper(tmp_path / "run.state.pth", every=1)
@@ -322,7 +322,7 @@ def test_a_loss_that_is_not_finite_stops_and_says_where(tmp_path: Path) -> None:
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
-    """The loss is of before the step: here it is finite, and the step ruins the weights."""
+    """The loss is computed before the step: here it is finite, but the step makes the weights infinite."""
     keeper = Keeper(tmp_path / "run.state.pth", every=1)
     batches = noise(dtype=torch.float64)
     for batch in batches.batches:
@@ -332,7 +332,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
     assert not (tmp_path / "run.state.pth").exists()
 
 
-def test_labels_beyond_the_classes() -> None:
+def test_labels_beyond_the_classes_stop_the_training() -> None:
     batches = noise()
     batches.batches[0].labels[3] = 5
     with pytest.raises(InputError, match="label 5 is beyond the 3 classes"):
@@ -355,11 +355,11 @@ def test_images_without_labels_need_a_teacher() -> None:
         ({"train_only": "coefficients"}, "is left to train: see train_only and freeze_bn"),
     ],
 )
-def test_settings_that_do_not_fit(changes: dict[str, object], message: str) -> None:
+def test_settings_that_do_not_fit_together_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         train(small(), noise(), replace(RECIPE, **changes), machine=PLAIN)
 
 
-def test_an_empty_epoch() -> None:
+def test_an_epoch_without_a_batch_is_an_error() -> None:
     with pytest.raises(InputError, match="smaller than a batch, or the stream is empty"):
         train(small(), Given([], steps=None), RECIPE, machine=PLAIN)

@@ -1,4 +1,4 @@
-"""A run's state: continued bit for bit, whole at every moment, refused where it belongs to another run."""
+"""The state of a run: it is resumed bit for bit, written atomically, and refused if it belongs to another run."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from harmconvert.training import Keeper, Learner, Position, Recipe, Request, Sig
 from .seams import replace_everywhere
 from .test_training import PLAIN, noise, small
 
-# Everything that has a state of its own: momentum, a schedule, a moving average, mixup's and dropout's random numbers.
+# Everything that has state: momentum, a schedule, a moving average, the random numbers of mixup and dropout.
 RECIPE = Recipe(epochs=3, batch_size=8, lr=0.05, sched="cosine", ema=0.9, mixup=0.3)
 
 
 class KilledError(Exception):
-    """Stands for SIGKILL: the run ends without a word to anybody."""
+    """Simulates SIGKILL: the run ends without cleaning up."""
 
 
 def killed_at(epoch: int, step: int) -> object:
@@ -52,21 +52,21 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     ("epoch", "step", "every"),
     [(0, 2, 1), (0, 4, 1), (0, 4, 3), *((*at, every) for at in [(1, 1), (1, 3), (2, 4)] for every in (1, 3, None))],
 )
-def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(
+def test_a_resumed_run_equals_the_uninterrupted_run_bit_for_bit(
     tmp_path: Path, epoch: int, step: int, every: int | None
 ) -> None:
     path = tmp_path / "run.state.pth"
     keeper = Keeper(path, every, {"recipe": RECIPE.to_json()})
     with pytest.raises(KilledError):
         train(small(dropout=0.3), noise(), RECIPE, machine=PLAIN, keeper=keeper, progress=killed_at(epoch, step))
-    torch.manual_seed(12345)  # whatever came in between
+    torch.manual_seed(12345)  # any other random state before the resume
     model = small(dropout=0.3)
     rows = train(model, noise(), RECIPE, machine=PLAIN, keeper=keeper, resume=path)
     assert same(model.state_dict(), uninterrupted())
     assert [row["epoch"] for row in rows] == [1, 2, 3]
 
 
-def test_figures_of_an_interrupted_epoch_are_those_of_the_whole(tmp_path: Path) -> None:
+def test_the_metrics_of_an_interrupted_epoch_cover_the_whole_epoch(tmp_path: Path) -> None:
     keeper = Keeper(tmp_path / "run.state.pth", 1)
     with pytest.raises(KilledError):
         train(small(), noise(), RECIPE, machine=PLAIN, keeper=keeper, progress=killed_at(1, 3))
@@ -76,7 +76,7 @@ def test_figures_of_an_interrupted_epoch_are_those_of_the_whole(tmp_path: Path) 
         assert {k: v for k, v in row.items() if k != "seconds"} == {k: v for k, v in expected.items() if k != "seconds"}
 
 
-def test_a_spoilt_state_falls_back_to_the_one_before_and_says_so(tmp_path: Path) -> None:
+def test_if_the_state_is_corrupt_the_state_before_it_is_used_with_a_warning(tmp_path: Path) -> None:
     said: list[str] = []
     keeper = Keeper(tmp_path / "run.state.pth", 1, say=said.append)
     with pytest.raises(KilledError):
@@ -90,9 +90,7 @@ def test_a_spoilt_state_falls_back_to_the_one_before_and_says_so(tmp_path: Path)
     assert "resuming from the state before it" in said[0]
 
 
-def test_the_state_before_a_spoilt_one_outlives_a_save_that_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_save_keeps_the_state_before_a_corrupt_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(whole: object, staging: Path) -> None:
         raise OutsideError("the disk is full")
 
@@ -112,7 +110,7 @@ def test_the_state_before_a_spoilt_one_outlives_a_save_that_fails(
     assert keeper.load(keeper.path)[0].epoch == 2
 
 
-def test_a_state_of_another_number_of_processes_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_of_another_number_of_processes_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     keeper = Keeper(tmp_path / "run.state.pth", say=said.append)
     replace_everywhere(monkeypatch, gathered, lambda value: [value] * 4)
@@ -121,8 +119,10 @@ def test_a_state_of_another_number_of_processes_says_so(tmp_path: Path, monkeypa
     assert "was written by 4 processes, so random numbers will differ" in said[0]
 
 
-def test_of_signals_to_several_processes_one_is_told_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGINT here, SIGTERM there: what is told is one of them."""
+def test_if_processes_receive_different_signals_all_of_them_handle_the_same_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One process gets SIGINT and another SIGTERM: all processes handle SIGTERM."""
     ours = SimpleNamespace(sums=torch.ones(3, dtype=torch.float64))
 
     def as_if_two(tensors: list[Tensor]) -> None:
@@ -138,7 +138,7 @@ def test_of_signals_to_several_processes_one_is_told_to_all(monkeypatch: pytest.
     assert Learner.look(ours, Request())[1] == 0
 
 
-def test_a_state_that_is_spoilt_with_none_before_is_an_error(tmp_path: Path) -> None:
+def test_a_corrupt_state_without_an_earlier_one_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "run.state.pth"
     for content, message in [(b"", "is empty"), (b"nonsense", "not a readable training state")]:
         path.write_bytes(content)
@@ -157,7 +157,7 @@ def test_the_state_of_another_run_is_refused(tmp_path: Path) -> None:
         train(small(), noise(), RECIPE, machine=PLAIN, keeper=other, resume=path)
 
 
-def test_nothing_is_run_that_a_state_holds(tmp_path: Path) -> None:
+def test_code_in_a_state_is_not_run(tmp_path: Path) -> None:
     class Trap:
         def __reduce__(self) -> object:
             return os.mkdir, (str(tmp_path / "sprung"),)
@@ -169,7 +169,7 @@ def test_nothing_is_run_that_a_state_holds(tmp_path: Path) -> None:
     assert not (tmp_path / "sprung").exists()
 
 
-def test_a_full_disk_leaves_the_state_before_as_it_was(tmp_path: Path) -> None:
+def test_a_full_disk_does_not_change_the_last_state(tmp_path: Path) -> None:
     import resource
 
     keeper = Keeper(tmp_path / "run.state.pth", 1)
@@ -200,7 +200,7 @@ def test_a_full_disk_leaves_the_state_before_as_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_says_how_to_go_on_and_leaves(tmp_path: Path, number: int, code: int) -> None:
+def test_a_signal_saves_the_state_and_explains_how_to_resume(tmp_path: Path, number: int, code: int) -> None:
     keeper = Keeper(tmp_path / "run.state.pth")
     handler = signal.getsignal(number)
 
@@ -237,7 +237,7 @@ def test_two_runs_do_not_share_a_state(tmp_path: Path) -> None:
         assert "another process is training with" in tried()
     assert tried() == "alone\n"
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / ".run.state.pth.lock").touch()  # of a run that was killed
+    (tmp_path / ".run.state.pth.lock").touch()  # the lock file of a run that was killed
     with keeper.alone():
         pass
     assert list(tmp_path.iterdir()) == []
@@ -251,6 +251,6 @@ def test_a_finished_run_leaves_no_state(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_where_the_state_lies() -> None:
+def test_the_path_of_the_state_follows_the_output() -> None:
     assert len({state_path(name) for name in ("net.a", "net.b", "net.safetensors")}) == 3
     assert state_path("x/net-finetuned.safetensors") == Path("x/net-finetuned.state.pth")

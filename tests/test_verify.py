@@ -26,7 +26,7 @@ def pair(lam: Any = "full", dtype: torch.dtype = torch.float32) -> tuple[Any, An
 @pytest.mark.parametrize(
     ("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.float16, 2e-2), (torch.bfloat16, 1e-1)]
 )
-def test_whole_basis_passes_in_every_dtype(dtype: torch.dtype, bound: float) -> None:
+def test_a_whole_basis_passes_in_every_dtype(dtype: torch.dtype, bound: float) -> None:
     model, converted = pair("full", dtype)
     check = verify(model, converted, X)
     assert check.ok, check.verdict
@@ -39,7 +39,7 @@ def test_whole_basis_passes_in_every_dtype(dtype: torch.dtype, bound: float) -> 
     assert check.verdict.startswith("verified: outputs differ by")
 
 
-def test_per_layer_figures_cover_every_convolution() -> None:
+def test_results_for_layers_cover_every_convolution() -> None:
     check = verify(*pair(), X)
     assert {layer.name: layer.output_error is not None for layer in check.layers} == {
         "stem": True,
@@ -53,7 +53,7 @@ def test_per_layer_figures_cover_every_convolution() -> None:
     assert all(layer.output_error is None or layer.output_error < 1e-6 for layer in check.layers)
 
 
-def test_a_cut_network_is_as_planned_but_not_the_same() -> None:
+def test_a_truncated_network_matches_its_plan_but_not_the_original() -> None:
     check = verify(*pair(2), X)
     assert not check.ok
     assert check.as_planned
@@ -64,7 +64,7 @@ def test_a_cut_network_is_as_planned_but_not_the_same() -> None:
     assert not verify(*pair(2), X, tolerance=1e-3).ok
 
 
-def test_the_dense_form_passes_too() -> None:
+def test_the_dense_form_passes() -> None:
     model, converted = pair()
     assert verify(model, fuse(converted), X).ok
     assert verify(model, copy.deepcopy(model), X).max_relative_error == 0.0
@@ -83,7 +83,7 @@ def test_neither_network_is_changed() -> None:
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("lam", ["full", 2])
-def test_one_coefficient_a_thousandth_off_is_found_and_named(name: str, lam: Any) -> None:
+def test_a_coefficient_wrong_by_a_thousandth_is_detected_and_its_layer_named(name: str, lam: Any) -> None:
     model, converted = pair(lam)
     with torch.no_grad():
         converted.get_submodule(name).coefficients[-1, -1, -1] *= 1.001
@@ -94,7 +94,7 @@ def test_one_coefficient_a_thousandth_off_is_found_and_named(name: str, lam: Any
     assert check.verdict.startswith("not the same: ")
 
 
-def test_a_small_coefficient_is_held_to_its_own_last_bits_not_to_the_largest_ones() -> None:
+def test_a_small_coefficient_is_compared_relative_to_its_own_size() -> None:
     model = seeded(Branches)
     with torch.no_grad():
         model.shared.weight[3] *= 1e-6
@@ -106,7 +106,7 @@ def test_a_small_coefficient_is_held_to_its_own_last_bits_not_to_the_largest_one
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_one_weight_a_thousandth_off_in_the_dense_form_is_found_and_named(name: str) -> None:
+def test_a_weight_of_the_dense_form_wrong_by_a_thousandth_is_detected_and_its_layer_named(name: str) -> None:
     model, converted = pair()
     dense = fuse(converted)
     conv: Any = dense.get_submodule(name)
@@ -118,7 +118,7 @@ def test_one_weight_a_thousandth_off_in_the_dense_form_is_found_and_named(name: 
     assert any(p.startswith(f"{name}: kernel differs by") for p in check.problems)
 
 
-def test_two_layers_swapped_are_found_and_named() -> None:
+def test_two_swapped_layers_are_detected_and_named() -> None:
     model, converted = pair()
     converted.shared.coefficients, converted.tied_a.coefficients = (
         converted.tied_a.coefficients,
@@ -132,7 +132,7 @@ def test_two_layers_swapped_are_found_and_named() -> None:
 @pytest.mark.parametrize(
     ("attribute", "value"), [("stride", (2, 2)), ("padding", (0, 0)), ("dilation", (2, 2)), ("padding_mode", "reflect")]
 )
-def test_a_wrong_attribute_is_found_and_named(attribute: str, value: Any) -> None:
+def test_a_wrong_attribute_is_detected_and_named(attribute: str, value: Any) -> None:
     model, converted = pair()
     setattr(converted.shared, attribute, value)
     check = verify(model, converted, X)
@@ -143,7 +143,7 @@ def test_a_wrong_attribute_is_found_and_named(attribute: str, value: Any) -> Non
 @pytest.mark.parametrize(
     "key", ["norm.running_mean", "norm.running_var", "norm.weight", "point.weight", "point.bias", "stem.bias"]
 )
-def test_one_bit_elsewhere_is_found_and_named(key: str) -> None:
+def test_one_changed_bit_in_another_tensor_is_detected_and_named(key: str) -> None:
     model, converted = pair()
     tensor = converted.state_dict()[key]
     tensor.view(-1)[0] = torch.nextafter(tensor.view(-1)[0], torch.tensor(9.0))
@@ -152,7 +152,7 @@ def test_one_bit_elsewhere_is_found_and_named(key: str) -> None:
     assert f"{key}: differs from the original's" in check.problems
 
 
-def test_a_missing_layer_is_found_and_named() -> None:
+def test_a_missing_layer_is_detected_and_named() -> None:
     model, converted = pair()
     del converted.unused
     check = verify(model, converted, X)
@@ -160,12 +160,12 @@ def test_a_missing_layer_is_found_and_named() -> None:
     assert "unused: only in the original" in check.problems
 
 
-def test_another_network_altogether_is_told() -> None:
+def test_a_completely_different_network_is_reported() -> None:
     small, large = timm.create_model("resnet18"), timm.create_model("resnet34")
     assert any("only in the converted network" in p for p in verify(small, large, torch.zeros(1, 3, 64, 64)).problems)
 
 
-def test_outputs_that_are_no_numbers_do_not_pass() -> None:
+def test_nan_outputs_do_not_pass() -> None:
     class Broken(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -182,7 +182,7 @@ def test_outputs_that_are_no_numbers_do_not_pass() -> None:
 
 
 class Bumped(nn.Module):
-    """Two classes with the same logits, but for what is added to the second in one precision or in all."""
+    """Two classes with equal logits; a constant is added to the second in one precision or in all."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ class Bumped(nn.Module):
 
 
 @pytest.mark.parametrize("only", [torch.float32, torch.float64])
-def test_the_worse_of_two_precisions_is_the_verdict(only: torch.dtype) -> None:
+def test_the_verdict_uses_the_worse_of_two_precisions(only: torch.dtype) -> None:
     model = seeded(Bumped)
     converted: Any = convert(model).model
     converted._bump, converted._only = 1.0, only
@@ -206,7 +206,7 @@ def test_the_worse_of_two_precisions_is_the_verdict(only: torch.dtype) -> None:
     assert not verify(model, converted, X, tolerance=0.01).ok
 
 
-def test_another_top_1_class_does_not_pass_however_near_the_outputs_are() -> None:
+def test_a_different_top_1_class_does_not_pass_even_if_the_outputs_are_close() -> None:
     model: Any = seeded(Bumped, torch.float64)
     model._bump = -4e-15
     converted: Any = convert(model).model
@@ -235,14 +235,12 @@ NAN, INF = float("nan"), float("inf")
         ([NAN, INF], [NAN, INF], NAN),
     ],
 )
-def test_values_that_are_not_finite_must_be_the_same(
-    found: list[float], expected: list[float], difference: float
-) -> None:
+def test_values_that_are_not_finite_must_be_equal(found: list[float], expected: list[float], difference: float) -> None:
     told = relative_difference(torch.tensor(found), torch.tensor(expected))
     assert told == pytest.approx(difference, nan_ok=True)
 
 
-def test_a_network_that_runs_in_float32_only_says_so() -> None:
+def test_a_network_that_only_runs_in_float32_is_noted() -> None:
     class Single(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -258,19 +256,19 @@ def test_a_network_that_runs_in_float32_only_says_so() -> None:
     assert check.notes[0].startswith("not compared in float64: the original network does not run")
 
 
-def test_default_inputs_come_from_the_networks_configuration() -> None:
+def test_default_inputs_have_the_size_that_the_network_declares() -> None:
     model = timm.create_model("resnet10t")
     assert verify(model, convert(model).model).inputs == 2
     with pytest.raises(UsageError, match=r"no input size is known for this network: give inputs$"):
         verify(*pair())
 
 
-def test_inputs_that_do_not_fit_are_told() -> None:
+def test_inputs_that_do_not_fit_are_reported() -> None:
     with pytest.raises(UsageError, match="the original network does not run on these inputs"):
         verify(*pair(), torch.zeros(1, 7, 8, 8))
 
 
-def test_a_verification_is_jsonable() -> None:
+def test_a_verification_is_converted_to_json() -> None:
     import json
 
     check = verify(*pair(2), X)
@@ -280,7 +278,7 @@ def test_a_verification_is_jsonable() -> None:
 
 
 class Decides(nn.Module):
-    """Outputs that are no floating point numbers."""
+    """A network whose outputs are not floating-point numbers."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -292,14 +290,14 @@ class Decides(nn.Module):
 
 
 @pytest.mark.parametrize(("kind", "passes"), [("int", True), ("complex", True), ("numpy", False)])
-def test_outputs_of_other_kinds_are_compared_or_told(kind: str, passes: bool) -> None:
+def test_outputs_of_other_types_are_compared_or_reported(kind: str, passes: bool) -> None:
     model = seeded(lambda: Decides(kind), torch.float64)
     assert verify(model, convert(model).model, X).ok is passes
     cut = verify(model, convert(model, {"*": 1}).model, X)
     assert not cut.ok
 
 
-def test_outputs_with_enums_and_cycles_are_walked_once() -> None:
+def test_outputs_with_enums_and_cycles_are_compared_once() -> None:
     import enum
 
     class Colour(enum.Enum):
@@ -314,7 +312,7 @@ def test_outputs_with_enums_and_cycles_are_walked_once() -> None:
     assert verify(model, convert(model).model, X).ok
 
 
-def test_a_forward_that_changes_its_input_is_compared_on_the_same_one() -> None:
+def test_a_forward_pass_that_changes_its_input_is_compared_on_equal_inputs() -> None:
     class Normalises(Decides):
         def forward(self, x: torch.Tensor) -> Any:
             return self.conv(x.sub_(0.5)).mean((2, 3))
@@ -326,14 +324,14 @@ def test_a_forward_that_changes_its_input_is_compared_on_the_same_one() -> None:
 
 
 @pytest.mark.parametrize("size", [3, 64])
-def test_a_fused_float64_network_is_the_original(size: int) -> None:
+def test_a_fused_float64_network_equals_the_original(size: int) -> None:
     model = seeded(lambda: nn.Sequential(nn.Conv1d(3, 16, size)), torch.float64)
     check = verify(model, fuse(convert(model).model), random_input((2, 3, 80), torch.float64))
     assert check.ok, check.verdict
 
 
 @pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1e-40), (torch.float16, 1e-5), (torch.float64, 1e-310)])
-def test_subnormal_weights_have_few_digits_and_that_is_no_problem(dtype: torch.dtype, scale: float) -> None:
+def test_the_low_precision_of_subnormal_weights_is_tolerated(dtype: torch.dtype, scale: float) -> None:
     model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3)), torch.float64)
     with torch.no_grad():
         model[0].weight.mul_(scale)
@@ -346,11 +344,11 @@ def test_subnormal_weights_have_few_digits_and_that_is_no_problem(dtype: torch.d
     assert len(verify(model, dense, X).problems) == 1
 
 
-def test_verifying_in_training_mode_moves_no_spectral_norm() -> None:
+def test_verifying_in_training_mode_does_not_change_spectral_norms() -> None:
     norm = nn.utils.parametrizations.spectral_norm
     model: Any = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), norm(nn.Conv2d(4, 4, 3)))).train()
     left = model[1].parametrizations.weight[0]._u
-    left.copy_(nn.functional.normalize(torch.ones_like(left), dim=0))  # as far from done as it is while training
+    left.copy_(nn.functional.normalize(torch.ones_like(left), dim=0))  # not converged, as during training
     converted = convert(model).model
     before = [{key: t.clone() for key, t in m.state_dict().items()} for m in (model, converted)]
     check = verify(model, converted, X)
@@ -368,7 +366,7 @@ def test_complex_buffers_keep_their_imaginary_parts() -> None:
             self.register_buffer("phase", torch.tensor(1j))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return (self.conv(x) * self.phase).imag  # nothing is left of it without them
+            return (self.conv(x) * self.phase).imag  # without imaginary parts, the output would be zero
 
     model = Turned().eval()
     check = verify(model, convert(model).model, X)
@@ -386,7 +384,7 @@ def test_networks_without_values_are_not_compared() -> None:
         verify(model, convert(model).model, X)
 
 
-def test_classes_that_the_dtype_cannot_tell_apart_are_tied() -> None:
+def test_classes_with_equal_logits_in_the_dtype_count_as_tied() -> None:
     eps = torch.finfo(torch.float32).eps
     ours = torch.tensor([[1.0, 1.0 - eps / 2, 0.5], [0.0, 0.0, 0.0], [1.0, 0.9, 0.0]])
     theirs = torch.tensor([[1.0 - eps, 1.0, 0.5], [0.0, 0.0, 1e-30], [0.9, 1.0, 0.0]])
@@ -400,7 +398,7 @@ def test_classes_that_the_dtype_cannot_tell_apart_are_tied() -> None:
     assert check.ok, check.verdict
 
 
-def test_outputs_that_are_nowhere_finite_are_no_proof_and_the_verdict_says_so() -> None:
+def test_outputs_without_finite_values_prove_nothing_and_the_verdict_says_so() -> None:
     model, converted = pair()
     check = verify(model, converted, X * torch.inf)
     assert not check.ok
@@ -418,7 +416,7 @@ def test_a_converted_layer_that_does_not_run_is_named() -> None:
 
 
 class Deployed(nn.Module):
-    """Adds two kernels up when it is put into eval mode, and computes with the sum from then on."""
+    """A layer that adds two kernels when it enters eval mode, and then computes with their sum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -436,10 +434,10 @@ class Deployed(nn.Module):
         return self.last(self.one(x) + self.two(x)).flatten(1)
 
 
-def test_a_cut_that_changes_nothing_at_all_does_not_pass() -> None:
+def test_a_cut_that_changes_no_output_does_not_pass() -> None:
     model: Any = seeded(Deployed)
     plan = {"*": 2}
-    assert verify(model, convert(model, plan).model, X).as_planned  # it computes with its layers
+    assert verify(model, convert(model, plan).model, X).as_planned  # here the network uses its layers
     model.deploy()
     check = verify(model, convert(model, plan).model, X)
     assert not check.ok
@@ -447,12 +445,12 @@ def test_a_cut_that_changes_nothing_at_all_does_not_pass() -> None:
     assert check.max_relative_error == 0
     assert "the outputs are exactly the same although 2 kernels are cut" in check.verdict
     assert "cut, but not run on these inputs: one, two" in check.notes
-    assert verify(model, convert(model, "full").model, X).ok  # nothing is cut, and nothing should change
+    assert verify(model, convert(model, "full").model, X).ok  # nothing is cut, so nothing may change
 
 
-def test_a_cut_that_the_inputs_do_not_show_is_as_planned_and_not_verified() -> None:
+def test_a_cut_without_effect_on_the_inputs_matches_its_plan_but_is_not_verified() -> None:
     class Finder(nn.Module):
-        """Returns the places of large values, and here there are none."""
+        """A network that returns the positions of large values; here it finds none."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -480,12 +478,12 @@ def test_a_layer_that_does_not_use_its_weight_is_named() -> None:
     model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), Ready(4, 4, 3), nn.Conv2d(4, 4, 3)))
     with torch.no_grad():
         model(X)
-    check = verify(model, convert(model, {"*": 2}).model, X)  # without an example input nothing can be seen before
+    check = verify(model, convert(model, {"*": 2}).model, X)  # without an example input, convert cannot detect this
     assert check.problems == ("1: its kernel is cut and its output is exactly the same: it does not use its weight",)
 
 
 class Streaming(nn.Conv1d):
-    """Keeps the end of its input for the next call."""
+    """A convolution that keeps the end of its input for the next call."""
 
     end: Any = None
 
@@ -520,7 +518,7 @@ def _count(module: Any, _: Any) -> None:
     module.runs += 1
 
 
-def test_hooks_that_keep_what_they_see_see_nothing_of_a_verification() -> None:
+def test_hooks_that_record_values_record_nothing_during_verification() -> None:
     model: Any = seeded(Branches)
     seen: list[Any] = []
     model.stem.register_forward_hook(lambda *_: seen.append(1))
@@ -543,7 +541,7 @@ def test_quantised_layers_are_compared_by_their_values() -> None:
     assert "codes: differs from the original's" in verify(model, converted, X).problems
 
 
-def test_of_noise_the_verdict_names_no_top1() -> None:
+def test_on_random_inputs_the_verdict_has_no_top1() -> None:
     model, cut = pair(2)
     assert "same top-1 on 4 of 4 inputs" in verify(model, cut, X).verdict
     verdict = verify(model, cut, X, random_inputs=True).verdict
@@ -554,7 +552,7 @@ def test_of_noise_the_verdict_names_no_top1() -> None:
 
 @pytest.mark.parametrize("lam", ["full", 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_harmonic_network_that_was_merged_and_converted_again_is_as_planned(dtype: torch.dtype, lam: Any) -> None:
+def test_a_network_that_was_fused_and_converted_again_matches_its_plan(dtype: torch.dtype, lam: Any) -> None:
     harmonic = convert(seeded(Branches, dtype), 2, example_input=X.to(dtype)).model
     again = convert(fuse(harmonic), lam, example_input=X.to(dtype)).model
     check = verify(harmonic, again, X)

@@ -1,4 +1,4 @@
-"""Files of format version 1, written by release 0.1.0, are read for good."""
+"""Files of format version 1, written by release 0.1.0, remain readable."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .commands import run
 
 FOLDER = Path(__file__).parent / "data" / "version1"
 EXPECTED: dict[str, Any] = json.loads((FOLDER / "expected.json").read_text())
-KEPT = {  # frequencies of stem, depthwise, last; None: a plain convolution
+KEPT = {  # the numbers of frequencies of stem, depthwise and last; None: a plain convolution
     "whole": (9, 25, 9),
     "lambda2": (None, 10, 3),
     "calibrated": (9, 25, 3),
@@ -36,20 +36,20 @@ KEPT = {  # frequencies of stem, depthwise, last; None: a plain convolution
     "finetuned": (None, 10, 3),
 }
 CUT_IN_TWO: dict[str, Any] = {"lam": 2, "include": ("last", "depthwise")}
-CONVERTED: dict[str, dict[str, Any]] = {  # how the release was asked for each file
+CONVERTED: dict[str, dict[str, Any]] = {  # the arguments with which the release made each file
     "whole": {},
     "lambda2": CUT_IN_TWO,
     "calibrated": {"lam": {"last": 2}},
     "klt": {"lam": {"last": 2, "stem": 4}, "basis": "klt"},
     "haar": {"lam": {"last": 3}, "basis": "haar"},
     "float16": {"lam": {"last": 2}},
-    "searched": {"lam": {"last": 3}},  # as it turned out
+    "searched": {"lam": {"last": 3}},  # the result of the search
     "finetuned": CUT_IN_TWO,
 }
 
 
 def digits_maker() -> Callable[[], nn.Module]:
-    """The function that makes the network of the files."""
+    """Return the function that builds the network of the files."""
     spec = spec_from_file_location("digits_network", FOLDER / "digits_network.py")
     assert spec is not None
     assert spec.loader is not None
@@ -64,7 +64,7 @@ def make() -> Callable[[], nn.Module]:
 
 
 def header_text(name: str) -> Any:
-    """The entry ``harmconvert`` of a file, read without the package."""
+    """Return the metadata entry ``harmconvert`` of a file, read without the package."""
     content = (FOLDER / f"{name}.safetensors").read_bytes()
     size = struct.unpack("<Q", content[:8])[0]
     return json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["harmconvert"])
@@ -92,7 +92,7 @@ def test_every_tensor_is_read_bit_for_bit(name: str, make: Callable[[], nn.Modul
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_every_layer_keeps_what_it_was_to_keep(name: str, make: Callable[[], nn.Module]) -> None:
+def test_every_layer_keeps_the_expected_frequencies(name: str, make: Callable[[], nn.Module]) -> None:
     state = hc.load(FOLDER / f"{name}.safetensors", model=make()).state_dict()
     kept = [state.get(f"{layer}.coefficients") for layer in ("stem", "depthwise", "last")]
     assert tuple(None if tensor is None else tensor.shape[2] for tensor in kept) == KEPT[name]
@@ -100,8 +100,8 @@ def test_every_layer_keeps_what_it_was_to_keep(name: str, make: Callable[[], nn.
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_the_plan_is_the_one_that_the_release_was_asked_for(name: str, make: Callable[[], nn.Module]) -> None:
-    """Its frequencies, basis, normalization, policy, skipped layers and notes."""
+def test_the_plan_equals_the_plan_given_to_the_release(name: str, make: Callable[[], nn.Module]) -> None:
+    """This compares its frequencies, basis, normalization, policy, skipped layers and notes."""
     plan = read_header(FOLDER / f"{name}.safetensors").plan
     expected = hc.convert(make(), **CONVERTED[name]).plan
     if name == "searched":
@@ -136,7 +136,7 @@ def test_the_rest_of_the_header_is_read(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_the_checksum_is_compared(name: str, tmp_path: Path, make: Callable[[], nn.Module]) -> None:
+def test_the_checksum_is_verified(name: str, tmp_path: Path, make: Callable[[], nn.Module]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         hc.load(FOLDER / f"{name}.safetensors", model=make())
@@ -148,7 +148,7 @@ def test_the_checksum_is_compared(name: str, tmp_path: Path, make: Callable[[], 
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_a_file_is_written_again_in_the_present_version(
+def test_a_file_is_written_again_in_the_current_version(
     name: str, tmp_path: Path, make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(FOLDER)
@@ -180,8 +180,8 @@ def test_a_plan_file_of_the_release_is_followed(
     assert state["last.coefficients"].shape[2] == 3
 
 
-def test_probes_of_the_release_are_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A search with the same inputs measures nothing anew, and comes to the same plan."""
+def test_probes_of_the_release_are_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search with the same inputs measures nothing again and finds the same plan."""
     probes = tmp_path / "probes.json"
     shutil.copy(FOLDER / "probes.json", probes)
     monkeypatch.chdir(FOLDER)
@@ -198,10 +198,12 @@ def test_probes_of_the_release_are_used_again(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("form", ["harmonic", "dense", "factored"])
 @pytest.mark.parametrize("name", EXPECTED)
-def test_outputs_are_those_of_the_release_that_wrote_it(name: str, form: str, make: Callable[[], nn.Module]) -> None:
+def test_outputs_equal_those_of_the_release_that_wrote_the_file(
+    name: str, form: str, make: Callable[[], nn.Module]
+) -> None:
     path = FOLDER / f"{name}.safetensors"
     network = hc.load(path, model=make(), form=form, example_input=images()).eval().float()
-    # 16-bit weights merge in 16 bits in one form and in float32 in another.
+    # 16-bit weights are merged in 16 bits in one form and in float32 in another.
     tolerance = 5e-3 if name == "float16" else 1e-5
     with torch.no_grad():
         torch.testing.assert_close(network(images()), torch.tensor(EXPECTED[name]["outputs"]), rtol=0, atol=tolerance)

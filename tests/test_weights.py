@@ -45,7 +45,7 @@ def test_weights_are_hashed_by_name_type_shape_and_value() -> None:
 
 
 @pytest.mark.parametrize("content", [{"a": 1}, [torch.zeros(1)], {}, torch.zeros(2), {"state_dict": {}}])
-def test_a_pth_that_is_no_state_dict_is_bad_input(tmp_path: Path, content: Any) -> None:
+def test_a_pth_file_without_a_state_dict_raises_input_error(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "net.pth")
     with pytest.raises(InputError, match="holds no state dict"):
         read_weights(tmp_path / "net.pth")
@@ -61,14 +61,14 @@ def test_a_pth_that_is_no_state_dict_is_bad_input(tmp_path: Path, content: Any) 
         (b"x" * 99, "is not"),
     ],
 )
-def test_files_that_are_no_weights(tmp_path: Path, suffix: str, content: bytes, message: str) -> None:
+def test_files_that_are_not_weights_are_refused(tmp_path: Path, suffix: str, content: bytes, message: str) -> None:
     path = tmp_path / f"net{suffix}"
     path.write_bytes(content)
     with pytest.raises(InputError, match=message):
         read_weights(path)
 
 
-def test_a_truncated_pth_is_bad_input(tmp_path: Path) -> None:
+def test_a_truncated_pth_file_raises_input_error(tmp_path: Path) -> None:
     model = timm.create_model("resnet10t")
     torch.save(model.state_dict(), tmp_path / "net.pth")
     content = (tmp_path / "net.pth").read_bytes()
@@ -78,13 +78,13 @@ def test_a_truncated_pth_is_bad_input(tmp_path: Path) -> None:
             read_weights(tmp_path / "cut.pth")
 
 
-def test_weights_without_fractions_are_refused(tmp_path: Path) -> None:
+def test_integer_weights_are_refused(tmp_path: Path) -> None:
     state = {k: (v * 9).to(torch.int8) if k.endswith("weight") else v for k, v in seeded(Branches).state_dict().items()}
     with pytest.raises(InputError, match=r"not floating point \(quantised\?\): stem.weight int8"):
         load_state(seeded(Branches), state, "w.pth")
 
 
-def test_loading_into_a_network_without_memory_is_refused() -> None:
+def test_loading_into_a_network_on_the_meta_device_is_refused() -> None:
     state = seeded(Branches).state_dict()
     with torch.device("meta"):
         model = Branches()
@@ -92,7 +92,7 @@ def test_loading_into_a_network_without_memory_is_refused() -> None:
         load_state(model, state, "w.pth")
 
 
-def test_state_that_is_no_tensor_is_not_dropped() -> None:
+def test_state_that_is_not_a_tensor_is_not_silently_dropped() -> None:
     class Remembers(nn.Conv2d):
         def get_extra_state(self) -> Any:
             return {"seen": 3}
@@ -101,7 +101,7 @@ def test_state_that_is_no_tensor_is_not_dropped() -> None:
         untied_state(Remembers(3, 3, 3))
 
 
-def test_values_and_names_that_no_file_can_hold_are_named(tmp_path: Path) -> None:
+def test_values_and_names_that_a_file_cannot_hold_are_reported(tmp_path: Path) -> None:
     sparse, double, odd = (nn.Sequential(nn.Conv2d(3, 4, 3)) for _ in range(3))
     sparse.register_buffer("graph", torch.eye(3).to_sparse())
     double.register_buffer("phases", torch.ones(3, dtype=torch.complex128))
@@ -114,11 +114,11 @@ def test_values_and_names_that_no_file_can_hold_are_named(tmp_path: Path) -> Non
     with pytest.raises(InputError, match="phases: a safetensors file cannot hold complex128 values"):
         write_tensors(tensors, tmp_path / "a.safetensors", {}, force=False)
     assert list(tmp_path.iterdir()) == []
-    for network in (sparse, odd):  # what cannot be written can be hashed
+    for network in (sparse, odd):  # networks that cannot be written can still be hashed
         assert len(weights_sha256(network)) == 64
 
 
-def test_expanded_buffers_take_in_values_of_their_own() -> None:
+def test_expanded_buffers_are_loaded_with_separate_values() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3))
     network.register_buffer("scale", torch.ones(1).expand(4))
     state = {**network.state_dict(), "scale": torch.arange(4.0)}
@@ -144,9 +144,7 @@ PLAIN, AVERAGED = {"weight": torch.zeros(2, 1)}, {"weight": torch.ones(2, 1)}
         ({"model_ema.weight": AVERAGED["weight"], "model.weight": PLAIN["weight"]}, None),
     ],
 )
-def test_moving_averages_are_taken_before_the_weights_that_they_average(
-    tmp_path: Path, content: Any, key: str | None
-) -> None:
+def test_moving_averages_are_preferred_to_the_weights(tmp_path: Path, content: Any, key: str | None) -> None:
     torch.save(content, tmp_path / "net.pth")
     network = nn.Linear(1, 2, bias=False)
     taken = load_weights(network, tmp_path / "net.pth")
@@ -172,14 +170,14 @@ def test_state_dicts_are_found_under_the_keys_that_training_scripts_use(tmp_path
         (lambda state, optimizer: {**state, "epoch": 3, "opt": optimizer, "args": argparse.Namespace()}, None),
     ],
 )
-def test_a_network_is_told_from_its_optimizer_by_what_they_hold(tmp_path: Path, arrange: Any, key: str | None) -> None:
+def test_the_state_of_an_optimizer_is_not_mistaken_for_a_network(tmp_path: Path, arrange: Any, key: str | None) -> None:
     optimizer = {"state": {0: {"exp_avg": torch.zeros(2, 1)}}, "param_groups": [{"lr": 0.1}]}
     torch.save(arrange(AVERAGED, optimizer), tmp_path / "net.pth")
     assert load_weights(network := nn.Linear(1, 2, bias=False), tmp_path / "net.pth").get("key") == key
     assert network.weight.sum() == 2
 
 
-def test_of_several_state_dicts_the_one_that_fits_is_taken(tmp_path: Path) -> None:
+def test_among_several_state_dicts_the_one_that_fits_is_loaded(tmp_path: Path) -> None:
     other = {"weight": torch.zeros(3, 3)}
     torch.save({"encoder": other, "decoder": AVERAGED, "head": {"bias": torch.zeros(1)}}, tmp_path / "net.pth")
     network = nn.Linear(1, 2, bias=False)
@@ -195,7 +193,7 @@ def test_of_several_state_dicts_the_one_that_fits_is_taken(tmp_path: Path) -> No
         load_weights(network, tmp_path / "net.pth", key="net_c")
 
 
-def test_an_average_that_does_not_fit_is_not_replaced_by_other_weights_unasked(tmp_path: Path) -> None:
+def test_a_moving_average_that_does_not_fit_is_not_silently_replaced_by_other_weights(tmp_path: Path) -> None:
     torch.save({"model": PLAIN, "ema": {"shadow": {"bias": torch.zeros(1)}}}, tmp_path / "net.pth")
     network = nn.Linear(1, 2, bias=False)
     with pytest.raises(InputError, match=r"missing: weight.*\(its ema.shadow\); it also holds model "):
@@ -203,7 +201,7 @@ def test_an_average_that_does_not_fit_is_not_replaced_by_other_weights_unasked(t
     assert load_weights(network, tmp_path / "net.pth", key="model")["key"] == "model"
 
 
-def test_what_a_file_without_a_state_dict_holds_is_named(tmp_path: Path) -> None:
+def test_the_message_for_a_file_without_a_state_dict_names_its_content(tmp_path: Path) -> None:
     torch.save({"epoch": 3, "weights": [1.0, 2.0]}, tmp_path / "net.pth")
     with pytest.raises(InputError, match=r"holds no state dict .*; its keys are epoch, weights"):
         read_weights(tmp_path / "net.pth")
@@ -213,7 +211,7 @@ def test_what_a_file_without_a_state_dict_holds_is_named(tmp_path: Path) -> None
 
 
 class Wrapper(nn.Module):
-    """A network with a child of a name that wrappers use."""
+    """A network with a submodule whose name wrappers use, too."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -224,7 +222,7 @@ class Wrapper(nn.Module):
 @pytest.mark.parametrize("prefix", ["module.", "model.", "_orig_mod.", "backbone.", "module._orig_mod.", "my.own."])
 @pytest.mark.parametrize("child", ["fc", "module", "model"])
 @pytest.mark.parametrize("ending", [".pth", ".safetensors"])
-def test_a_prefix_of_all_names_is_dropped_and_the_name_of_a_child_is_not(
+def test_a_common_prefix_is_dropped_but_not_the_name_of_a_submodule(
     tmp_path: Path, prefix: str, child: str, ending: str
 ) -> None:
     trained = seeded(lambda: Wrapper(child))
@@ -238,7 +236,7 @@ def test_a_prefix_of_all_names_is_dropped_and_the_name_of_a_child_is_not(
         assert taken.get("prefix", "") == start
 
 
-def test_wrappers_within_a_network_are_passed_over() -> None:
+def test_names_of_wrappers_inside_a_network_are_ignored() -> None:
     trained = seeded(lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.Linear(2, 3)))
     state = {key.replace("0.", "0.module."): tensor for key, tensor in trained.state_dict().items()}
     network = seeded(lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.Linear(2, 3)), seed=1)
@@ -246,7 +244,7 @@ def test_wrappers_within_a_network_are_passed_over() -> None:
     assert weights_sha256(network) == weights_sha256(trained)
 
 
-def test_weights_beside_those_of_the_network_are_left_out_only_where_their_prefix_says_so(tmp_path: Path) -> None:
+def test_other_weights_are_left_out_only_if_a_known_prefix_separates_them(tmp_path: Path) -> None:
     network = nn.Linear(1, 2, bias=False)
     both = {"model.weight": torch.ones(2, 1), "criterion.weight": torch.zeros(2, 1)}
     torch.save({"state_dict": both}, tmp_path / "net.ckpt")
@@ -262,7 +260,7 @@ def test_weights_beside_those_of_the_network_are_left_out_only_where_their_prefi
     assert network.weight.sum() == 0
 
 
-def test_names_that_fit_under_a_prefix_that_says_nothing_are_pointed_out(tmp_path: Path) -> None:
+def test_the_message_names_an_unknown_prefix_under_which_names_would_fit(tmp_path: Path) -> None:
     state = {"module.trunk.weight": torch.ones(2, 1), "module.text.bias": torch.zeros(3)}
     torch.save({"state_dict": state}, tmp_path / "net.pth")
     with pytest.raises(InputError, match=r"names that fit under 'module.trunk.': .* \(strip_prefix\)"):
@@ -270,20 +268,20 @@ def test_names_that_fit_under_a_prefix_that_says_nothing_are_pointed_out(tmp_pat
     assert load_weights(nn.Linear(1, 2, bias=False), tmp_path / "net.pth", prefix="module.trunk.")
 
 
-def test_of_two_encoders_of_contrastive_learning_the_trained_one_is_taken() -> None:
+def test_of_the_two_encoders_of_contrastive_learning_the_trained_one_is_loaded() -> None:
     network = nn.Linear(1, 2, bias=False)
     state = {"module.encoder_q.weight": torch.ones(2, 1), "module.encoder_k.weight": torch.zeros(2, 1)}
     assert load_state(network, {**state, "module.queue": torch.zeros(3)}, "w.pth").prefix == "module.encoder_q."
     assert network.weight.sum() == 2
 
 
-def test_single_values_may_have_a_dimension() -> None:
+def test_scalars_may_be_stored_with_one_dimension() -> None:
     network = nn.BatchNorm2d(2)
     load_state(network, {**nn.BatchNorm2d(2).state_dict(), "num_batches_tracked": torch.tensor([7])}, "w.pth")
     assert network.num_batches_tracked == torch.tensor(7)
 
 
-def test_counters_may_be_missing_or_too_many() -> None:
+def test_counters_may_be_missing_or_superfluous() -> None:
     make = lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))  # noqa: E731
     state = seeded(make).state_dict()
     old = {key: tensor for key, tensor in state.items() if not key.endswith("num_batches_tracked")}
@@ -300,14 +298,14 @@ def test_counters_may_be_missing_or_too_many() -> None:
 # --- other objects in the file ---
 
 
-def test_objects_beside_the_weights_are_neither_imported_nor_in_the_way(tmp_path: Path) -> None:
+def test_other_objects_in_a_file_are_ignored_and_not_imported(tmp_path: Path) -> None:
     beside = {
         "hyper_parameters": argparse.Namespace(lr=0.1, width=[1, 2]),
         "best": np.float64(0.93),
         "folder": pathlib.PurePosixPath("data"),
         "counts": collections.defaultdict(list, {"a": [1]}),
         "history": collections.deque([1, 2]),
-        "activation": nn.ReLU(),  # older files hold the source code of its class
+        "activation": nn.ReLU(),  # older files contain the source code of its class
     }
     for new in (True, False):
         torch.save({"state_dict": AVERAGED, **beside}, tmp_path / "net.ckpt", _use_new_zipfile_serialization=new)
@@ -320,8 +318,8 @@ def test_objects_beside_the_weights_are_neither_imported_nor_in_the_way(tmp_path
         read_weights(tmp_path / "net.ckpt")
 
 
-def test_a_pickle_can_neither_call_nor_change_what_reads_it(tmp_path: Path) -> None:
-    """Objects of honest files become placeholders; what a hostile one names stays out of its reach."""
+def test_a_pickle_can_neither_call_nor_change_code_of_its_reader(tmp_path: Path) -> None:
+    """Objects in ordinary files become placeholders; a malicious file cannot reach the functions that it names."""
 
     class Spoils:
         def __reduce__(self) -> Any:
@@ -354,7 +352,7 @@ NAMES = ["model", "ema", "weight", "module.weight", 0, 2.5, None, "state_dict"]
         max_leaves=8,
     )
 )
-def test_whatever_a_file_holds_is_read_or_refused(tmp_path: Path, content: Any) -> None:
+def test_any_content_of_a_file_is_read_or_refused(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "net.pth")
     for read in (read_weights, lambda path: load_weights(nn.Linear(1, 2, bias=False), path)):
         with contextlib.suppress(InputError):
@@ -365,7 +363,7 @@ def test_whatever_a_file_holds_is_read_or_refused(tmp_path: Path, content: Any) 
     "state",
     [None, 3, [], (torch.zeros(1),), {"weight": 3}, {"weight": [1.0]}, {0: torch.zeros(2, 1)}, {"weight": np.ones(2)}],
 )
-def test_what_is_no_state_dict_is_refused_by_name(state: Any) -> None:
+def test_arguments_that_are_not_state_dicts_are_refused(state: Any) -> None:
     with pytest.raises(InputError, match=r"^mine"):
         load_state(nn.Linear(1, 2, bias=False), state, "mine")
     with pytest.raises(HarmconvertError, match="must be the path of a file"):
@@ -376,7 +374,7 @@ def test_what_is_no_state_dict_is_refused_by_name(state: Any) -> None:
 
 
 class Renames(nn.Conv2d):
-    """Reads the files of its first version, which called its weight a kernel, and derives a number from it."""
+    """A layer that reads files of its first version (weight was named kernel) and derives a number from the weight."""
 
     scale = 0.0
 
@@ -387,7 +385,7 @@ class Renames(nn.Conv2d):
         self.scale = float(self.weight.detach().sum())
 
 
-def test_a_networks_own_way_to_read_a_state_dict_is_used() -> None:
+def test_a_loading_method_of_the_network_is_used() -> None:
     trained = seeded(lambda: nn.Sequential(Renames(1, 2, 3)))
     for name in ("kernel", "weight"):
         network: Any = seeded(lambda: nn.Sequential(Renames(1, 2, 3)), seed=1)
@@ -398,7 +396,7 @@ def test_a_networks_own_way_to_read_a_state_dict_is_used() -> None:
         load_state(network, {"0.core": trained[0].weight}, "w.pth")
 
 
-def test_a_networks_own_state_dict_hides_none_of_its_tensors() -> None:
+def test_a_state_dict_method_of_the_network_does_not_hide_tensors() -> None:
     class Hides(nn.Sequential):
         def state_dict(self) -> Any:  # type: ignore[override]
             return {"conv.weight": self[0].weight}
@@ -426,7 +424,9 @@ OTHERS = [
 
 
 @pytest.mark.parametrize(("content", "message"), OTHERS, ids=[message for _, message in OTHERS])
-def test_a_file_that_torch_did_not_write_is_named_for_what_it_is(tmp_path: Path, content: bytes, message: str) -> None:
+def test_the_message_for_a_file_of_another_format_names_the_format(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
     path = tmp_path / "net.pth"
     path.write_bytes(content)
     with pytest.raises(InputError, match=re.escape(f"{path} is not a readable .pth file: {message}")):
@@ -435,7 +435,7 @@ def test_a_file_that_torch_did_not_write_is_named_for_what_it_is(tmp_path: Path,
         identity_of(path)
 
 
-def test_an_old_file_that_was_cut_off_and_a_foreign_archive_are_refused_in_our_words(tmp_path: Path) -> None:
+def test_truncated_old_files_and_other_archives_have_clear_messages(tmp_path: Path) -> None:
     path = tmp_path / "net.pth"
     torch.save({"a": torch.zeros(99)}, path, _use_new_zipfile_serialization=False)
     whole = path.read_bytes()

@@ -1,4 +1,4 @@
-"""Exactness over real architectures: a sample of benchmarks/zoo.py that covers every kind of convolution."""
+"""Exactness on real architectures: a sample of benchmarks/zoo.py that covers every kind of convolution."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ LARGE = ("dm_nfnet_f0", "inception_v3", "r2plus1d_18", "mc3_18")
     ("library", "name"),
     [pytest.param(*one, marks=[pytest.mark.slow] if one[1] in LARGE else []) for one in ARCHITECTURES],
 )
-def test_the_whole_basis_is_exact_on(library: str, name: str) -> None:
+def test_the_whole_basis_is_exact_on_architectures_of_timm_and_torchvision(library: str, name: str) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the libraries' own
+        warnings.simplefilter("ignore")  # warnings of the libraries
         row = zoo.check(library, name)
     assert row["status"] in ("ok", "ok in float32"), row
     if row["status"] == "ok":
@@ -73,7 +73,7 @@ def test_the_whole_basis_is_exact_on(library: str, name: str) -> None:
     assert row.get("same_top1", True)
 
 
-def test_the_sample_covers_every_class_that_stands_in_the_table() -> None:
+def test_the_sample_covers_every_class_of_convolution_in_the_table() -> None:
     rows = list(csv.DictReader(zoo.RESULTS.read_text().splitlines()))
     everywhere = {kind for row in rows for kind in row["classes"].split()}
     here = {k for row in rows if (row["library"], row["architecture"]) in ARCHITECTURES for k in row["classes"].split()}
