@@ -1,4 +1,4 @@
-"""Commands in this process, and checkpoints of the sample network that many tests begin with."""
+"""Run commands in this process, and write checkpoints of the sample network that many tests use."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ RUNNER = CliRunner()
 
 
 def run(*arguments: str) -> Result:
-    """What a command prints, and its exit code."""
+    """Run a command; return its output and its exit code."""
     return RUNNER.invoke(main, list(arguments))
 
 
 def ok(*arguments: str) -> Result:
-    """`run`, of a command that should succeed."""
+    """Run a command that must succeed."""
     result = run(*arguments)
     assert result.exit_code == 0, (result.stderr, result.exception)
     return result
 
 
 def fails(code: int, message: str, *arguments: str) -> None:
-    """The command ends with that exit code and one line of an error that holds ``message``, and writes nothing."""
+    """Run a command; check its exit code, its one-line error with ``message``, and that it writes nothing."""
     before = sorted(os.listdir())
     result = run(*arguments)
     assert result.exit_code == code, (result.stderr, result.exception)
@@ -40,7 +40,7 @@ def fails(code: int, message: str, *arguments: str) -> None:
 
 
 def converted(path: str | Path, *options: str) -> None:
-    """Write the file that `harmconvert convert SAMPLE` writes with these options; made once, then copied."""
+    """Write the output of `harmconvert convert SAMPLE` with these options; later calls copy it."""
     Path(path).write_bytes(_content(*options))
 
 

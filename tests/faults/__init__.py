@@ -1,4 +1,4 @@
-"""Faults put in on purpose: hostile files, full disks, killed processes, odd networks and numbers.
+"""Deliberate faults: malicious files, full disks, killed processes, unusual networks and numbers.
 
-The fast suite tries a seeded sample of each; ``make faults`` tries all of it and counts (README, SECURITY.md).
+The fast suite tries a seeded sample of each; ``make faults`` tries all of them and counts them (README, SECURITY.md).
 """

@@ -1,6 +1,6 @@
-"""Commands in processes of their own that fail or die at a chosen moment.
+"""Commands in child processes that fail or are killed at a chosen moment.
 
-A server that has imported everything forks them, so that each starts in milliseconds.
+They are forked from a server process that has imported everything, so each starts within milliseconds.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ PRELOADED = [
     "torch", "timm", "torchvision", "harmconvert.cli.convert", "harmconvert.cli.finetune", "harmconvert.cli.export",
     "harmconvert.sources.opening", "harmconvert.pipeline.finetuning", "harmconvert.report.page",
     "harmconvert.data.loading", "tests.faults.children",
-    "encodings.cp437",  # which zipfile wants, where another user may not read it
+    "encodings.cp437",  # zipfile imports it, but another user may lack the permission to read it
 ]  # fmt: skip
-# What Python tells of before it touches a file system; a process that is killed at each has been killed between all.
+# The audit events of Python before each change of a file system. Killing a process at each of them covers all moments
+# between two changes.
 STEPS = {
     "open",
     "os.rename",
@@ -38,10 +39,11 @@ STEPS = {
 
 @dataclass(frozen=True)
 class Fault:
-    """What befalls a child.
+    """A fault for a child process.
 
-    ``kill_at_step``: SIGKILL before so many touches of files in its folder (from 1); ``largest_file``: bytes after
-    which the disk is full; ``user``: whom it runs as; ``umask``; ``environment``: set before it starts.
+    ``kill_at_step``: SIGKILL before this access to a file in its folder (counted from 1). ``largest_file``: the number
+    of bytes after which the disk is full. ``user``: the user who runs the process. ``environment``: variables that are
+    set before it starts.
     """
 
     kill_at_step: int | None = None
@@ -52,7 +54,7 @@ class Fault:
 
 
 def child(work: Callable[..., Any], folder: Path, *arguments: Any, fault: Fault | None = None) -> ForkServerProcess:
-    """A started process that runs ``work`` in a folder; what it says goes to the folder's file ``said``."""
+    """Start a process that runs ``work`` in a folder; its output goes to the file ``said`` of the folder."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     process = context.Process(target=_run, args=(work, str(folder), arguments, fault or Fault()))
@@ -61,7 +63,7 @@ def child(work: Callable[..., Any], folder: Path, *arguments: Any, fault: Fault 
 
 
 def ended(process: ForkServerProcess) -> int:
-    """The exit code of a child, -9 for one that was killed."""
+    """Wait for a child process; return its exit code, or -9 if it was killed."""
     process.join(120)
     if process.exitcode is None:
         process.kill()
@@ -71,14 +73,14 @@ def ended(process: ForkServerProcess) -> int:
 
 
 def command(*arguments: str) -> None:
-    """Run the command line as the program does."""
+    """Run the command line like the program."""
     from harmconvert.cli import main
 
     main(list(arguments))
 
 
 def said(folder: Path) -> str:
-    """What the last child in a folder wrote to stdout and stderr."""
+    """Return what the last child process in a folder wrote to stdout and stderr."""
     return (folder.parent / f"{folder.name}.said").read_text()
 
 
@@ -88,7 +90,7 @@ def _run(work: Callable[..., Any], folder: str, arguments: tuple[Any, ...], faul
     os.chdir(folder)
     torch.set_num_threads(1)
     os.environ.update(fault.environment)
-    # What is said is a file, too, and would be cut off by the limit on files.
+    # The output is a file, too, so the limit on the size of files would truncate it.
     output = os.open(
         os.devnull if fault.largest_file is not None else f"{folder}.said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     )
@@ -109,7 +111,7 @@ def _run(work: Callable[..., Any], folder: str, arguments: tuple[Any, ...], faul
 
 
 class _Killer:
-    """Ends this process at a step that touches a folder."""
+    """Kills this process at a given access to a folder."""
 
     def __init__(self, folder: str, step: int) -> None:
         self.folder, self.left = os.path.realpath(folder), step

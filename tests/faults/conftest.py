@@ -10,7 +10,7 @@ from .tally import Counter, Tally
 
 @pytest.fixture
 def tally() -> Iterator[Counter]:
-    """Makes a test's lines of the table; they are checked, and written, when the test is over."""
+    """Yield a function that creates a line of the table; all lines are checked and written after the test."""
     made: list[Tally] = []
 
     def make(area: str, what: str) -> Tally:

@@ -1,11 +1,11 @@
-"""Coverage-guided fuzzing of the readers by atheris (`pip install atheris`; no part of what harmconvert needs).
+"""Coverage-guided fuzzing of the readers with atheris (`pip install atheris`; harmconvert does not depend on it).
 
-    python -m tests.faults.fuzz 600                 # seconds in all, shared out over the targets of readers.py
-    python -m tests.faults.fuzz 120 plan header     # these alone
+    python -m tests.faults.fuzz 600                 # total seconds, divided among the targets of readers.py
+    python -m tests.faults.fuzz 120 plan header     # only these targets
 
-Half of the inputs are bytes as libFuzzer makes them from valid files, half valid documents changed by mutating.py.
-Goes on after a finding: one input of each kind of complaint is kept in the folder that is named at the end, and belongs
-in corpus/ once its bug is mended. Exit code 1 where there is any.
+Half of the inputs are bytes that libFuzzer makes from valid files; the other half are valid documents changed by
+mutating.py. Fuzzing continues after a finding. One input for each kind of complaint is kept in the folder that is
+printed at the end; put it in corpus/ after the bug is fixed. The exit code is 1 if there are findings.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 
 def fuzz(name: str, seconds: int, findings: Path) -> None:
-    """Fuzz one target in this process, which ends with it."""
+    """Fuzz one target in this process; the process ends afterwards."""
     import atheris
 
     with atheris.instrument_imports(include=["harmconvert"], enable_loader_override=False):
@@ -55,7 +55,7 @@ def fuzz(name: str, seconds: int, findings: Path) -> None:
 
 
 def main(seconds: int, names: list[str]) -> int:
-    """Each target in a process of its own, one after the other; says what was executed and found."""
+    """Fuzz each target in its own process, one after the other; print the numbers of inputs and the findings."""
     try:
         import atheris  # noqa: F401
     except ImportError:

@@ -1,6 +1,6 @@
-"""Small networks drawn by hypothesis: every class of convolution, in every way in which networks hold them.
+"""Small random networks: every class of convolution, in every position that networks have.
 
-A drawn network runs on its input and has a convolution to convert; what cannot be converted is tried apart.
+A random network runs on its input and has a convolution that can be converted; others are tested separately.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NAMES = (
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-# What keeps the map's size as a 3x3 convolution of the same stride, padded by 1, does.
+# Settings with which the map has the size of the output of a padded 3x3 convolution with the same stride.
 PAIRABLE = (
     "plain", "strided, no bias", "dilated", "grouped", "same", "reflect", "replicate", "StdConv2d", "ScaledStdConv2d",
     "StdConv2dSame", "masked", "max norm", "weight norm", "spectral norm",
@@ -35,7 +35,7 @@ SIZES = {1: (40,), 2: (16, 14), 3: (6, 7, 6)}
 
 
 class Masked(nn.Conv2d):
-    """A class of a user's own, with a forward of its own that reads the weight twice."""
+    """A user-defined class whose forward method reads the weight twice."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
@@ -47,7 +47,7 @@ class Masked(nn.Conv2d):
 
 
 class MaxNorm(nn.Conv2d):
-    """As EEGNet's: the forward bounds the weight's norm in place."""
+    """A convolution that limits the norm of its weight in place in each forward pass, as in EEGNet."""
 
     def forward(self, input: Tensor) -> Tensor:
         self.weight.data = torch.renorm(self.weight.data, 2, 0, 5.0)
@@ -55,7 +55,7 @@ class MaxNorm(nn.Conv2d):
 
 
 Maker = Callable[[int, int, int], nn.Module]
-# Name -> (dimensions, maker of dimensions, in_channels, out_channels), channels even; all keep a map of 4 or more.
+# Name -> (dimensions, function of dimensions, in_channels, out_channels); channels are even, maps stay 4 or larger.
 MAKERS: dict[str, tuple[tuple[int, ...], Maker]] = {
     "plain": ((1, 2, 3), lambda d, i, o: CONVS[d](i, o, 3, padding=1)),
     "strided, no bias": ((1, 2, 3), lambda d, i, o: CONVS[d](i, o, 3, stride=2, padding=1, bias=False)),
@@ -85,7 +85,7 @@ MAKERS: dict[str, tuple[tuple[int, ...], Maker]] = {
 
 
 class Block(nn.Module):
-    """What a network does with convolutions: one, one used twice, the sum or the concatenation of two."""
+    """A way to use convolutions: one, one used twice, the sum of two, or the concatenation of two."""
 
     def __init__(self, kind: str, holder: str, names: list[str], convs: list[nn.Module], norm: nn.Module) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         first = next(p for p in self.parameters() if p.is_floating_point())
-        x = x.to(first.dtype)  # in a network of mixed dtypes
+        x = x.to(first.dtype)  # a network may have mixed dtypes
         one, *others = self.held._modules.values()
         if self.kind == "twice":
             x = one(one(x).relu())
@@ -116,7 +116,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Class logits: the mean over the map, and a linear layer."""
+    """A classifier: the mean over the map, and a linear layer."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class Head(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """A network, an input that it takes, the coarsest dtype of its weights, and what to call it."""
+    """A network, an input for it, the coarsest dtype of its weights, and its name."""
 
     network: nn.Module
     x: Tensor
@@ -137,7 +137,7 @@ class Case:
 
 
 def case(seed: int) -> Case:
-    """The network of a seed, and its input."""
+    """Return the network of a seed and its input."""
     rng = random.Random(seed)
     torch.manual_seed(rng.getrandbits(32))
     dimensions = rng.choice((2, 2, 2, 1, 3))
@@ -147,7 +147,7 @@ def case(seed: int) -> Case:
     labels = []
     h = x
     for number in range(rng.randint(1, 4)):
-        # The first convolution is one that converts, so that there is something to do.
+        # The first convolution can be converted, so that each network has at least one.
         usable = [kind for kind in kinds if number or kind not in ("1x1", "weight norm", "spectral norm")]
         block, label = _block(rng, dimensions, h.shape[1], usable)
         blocks.append(block.eval())
@@ -159,7 +159,7 @@ def case(seed: int) -> Case:
     if rng.random() < 0.5:
         blocks.append(Head(h.shape[1]))
     if len(blocks) == 1 and labels[0].startswith("one:") and rng.random() < 0.5:
-        network = next(iter(cast(Any, blocks[0]).held._modules.values()))  # a network that is a convolution
+        network = next(iter(cast(Any, blocks[0]).held._modules.values()))  # the network is a single convolution
         labels.append("root")
         blocks = [network]
     else:
@@ -169,7 +169,7 @@ def case(seed: int) -> Case:
     return Case(network, x, dtype, f"{', '.join(labels)} ({how}, seed {seed})")
 
 
-# A seed and not choices of hypothesis's own, whose variations leave most of a network as it was.
+# A seed, because hypothesis would vary only a small part of a network.
 cases = st.integers(0, 2**32 - 1).map(case)
 
 
@@ -177,7 +177,7 @@ def _block(rng: random.Random, dimensions: int, channels: int, kinds: list[str])
     how = rng.choice(("one", "one", "one", "twice", "sum", "tied", "cat"))
     out = rng.choice((4, 6, 8))
     name = rng.choice(kinds)
-    if how in ("twice", "tied"):  # of one shape
+    if how in ("twice", "tied"):  # both convolutions have one shape
         name, out = "plain", channels
     if how in ("sum", "cat") and name not in PAIRABLE:
         name = "plain"
@@ -198,7 +198,7 @@ def _block(rng: random.Random, dimensions: int, channels: int, kinds: list[str])
 
 
 def _together(rng: random.Random, blocks: list[nn.Module]) -> nn.Module:
-    """Blocks one after the other, under odd names, more or less deeply nested, with buffers of all kinds."""
+    """Return blocks in sequence, with unusual names, nested to a random depth, with buffers of all kinds."""
     network: nn.Module = nn.Sequential()
     for name, block in zip(rng.sample(NAMES, len(blocks)), blocks, strict=True):
         network.add_module(name, block)
@@ -215,7 +215,7 @@ def _together(rng: random.Random, blocks: list[nn.Module]) -> nn.Module:
 
 
 def _finished(rng: random.Random, network: nn.Module, blocks: list[nn.Module]) -> tuple[torch.dtype, str]:
-    """Dtypes, frozen parameters, training flags; the coarsest dtype."""
+    """Set dtypes, frozen parameters and training flags; return the coarsest dtype and a description."""
     how = rng.choice(("float32", "float32", "float64", "float16", "bfloat16", "mixed"))
     for block in blocks:
         _cast(block, rng.choice(DTYPES) if how == "mixed" else getattr(torch, how))

@@ -1,4 +1,4 @@
-"""Contents of files that nobody should have to read: damaged, lying, or made to run something."""
+"""Contents of malicious files: damaged, with false headers, or with code that runs when they are read."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ ANSI = "\x1b[31mred\x1b]0;title\x07"
 
 
 def built(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
-    """A safetensors file of a header (JSON, or a text taken as it is) and data."""
+    """Return a safetensors file from a header (JSON or a text) and data."""
     text = (header if isinstance(header, str) else json.dumps(header)).encode("utf-8", "surrogatepass")
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
 def taken_apart(content: bytes) -> tuple[Any, bytes]:
-    """The header (JSON) and the data of a safetensors file."""
+    """Return the header (JSON) and the data of a safetensors file."""
     size = struct.unpack("<Q", content[:8])[0]
     return json.loads(content[8 : 8 + size]), content[8 + size :]
 
@@ -36,7 +36,7 @@ def entry(shape: Any, begin: Any, end: Any, dtype: str = "F32") -> dict[str, Any
 
 
 def no_safetensors(good: bytes) -> Iterator[tuple[str, bytes]]:
-    """Files that break the container's rules, or stretch them."""
+    """Yield files that violate the rules of the container, or use them to the limit."""
     header, data = taken_apart(good)
     first = first_tensor(header)
     yield "empty", b""
@@ -80,7 +80,7 @@ def first_tensor(header: Any) -> str:
 
 
 def lying_headers(good: bytes) -> Iterator[tuple[str, bytes]]:
-    """Files in order whose entry ``harmconvert`` is not, or disagrees with the tensors."""
+    """Yield valid safetensors files whose entry ``harmconvert`` is invalid or contradicts the tensors."""
     header, data = taken_apart(good)
     known = header["__metadata__"]["harmconvert"]
 
@@ -158,7 +158,7 @@ def lying_headers(good: bytes) -> Iterator[tuple[str, bytes]]:
 
 
 class Payload:
-    """Makes a file where it is unpickled."""
+    """An object that writes a file when it is unpickled."""
 
     def __init__(self, call: Callable[..., Any], *arguments: Any) -> None:
         self.call, self.arguments = call, arguments
@@ -168,7 +168,7 @@ class Payload:
 
 
 def payloads(mark: Path) -> dict[str, Payload]:
-    """Ways to run something: each would make the file ``mark``."""
+    """Return objects that run code when they are unpickled: each would write the file ``mark``."""
     return {
         "os.system": Payload(os.system, f"touch {mark}"),
         "exec": Payload(exec, f"open({str(mark)!r}, 'w')"),
@@ -181,7 +181,7 @@ def payloads(mark: Path) -> dict[str, Payload]:
 
 
 def containers(evil: Payload) -> dict[str, bytes]:
-    """A pickle that runs something, in each container that torch.load reads, and beside honest weights."""
+    """Return a pickle with code in each container that torch.load reads, and together with ordinary weights."""
     contents = {"bare": pickle.dumps(evil), "bare, protocol 0": pickle.dumps(evil, 0)}
     for name, whole in {
         "zip": {"weight": evil},

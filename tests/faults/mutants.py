@@ -1,5 +1,4 @@
-"""The places that mutations.py breaks, one at a time: each has an expression that its function holds once, and another
-one that is plausible and wrong."""
+"""The mutants of mutations.py: each replaces one expression by another one that is plausible but wrong."""
 
 from __future__ import annotations
 
@@ -8,8 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mutant:
-    """``old``, an expression or a statement, is once in ``place``, a function or a constant of the package (see
-    places.py); with ``new`` instead of it, ``why`` goes wrong, and one of ``tests`` should fail."""
+    """A change that the tests must detect.
+
+    ``place`` is a function or a constant of the package (see places.py), which has the expression or statement ``old``
+    exactly once. ``why`` is the error if ``new`` replaces it; then one of ``tests`` must fail.
+    """
 
     place: str
     old: str

@@ -1,6 +1,6 @@
-"""Valid files and documents, changed where it hurts: what both fuzzing engines feed to the readers.
+"""Mutations of valid files and documents: the inputs that both fuzzing engines pass to the readers.
 
-An engine is a `Draw`, numbers below a bound: hypothesis draws them, atheris takes them from its bytes.
+An engine is a `Draw`, a function that returns numbers below a bound: random ones of hypothesis, or from atheris' bytes.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from typing import Any, TypeVar
 import torch
 
 T = TypeVar("T")
-Draw = Callable[[int], int]  # a number from 0 to below the one given
+Draw = Callable[[int], int]  # returns a number from 0 to below its argument
 
 
 def nested(depth: int) -> Any:
-    """A list in a list in a list."""
+    """Return a list nested to this depth."""
     value: Any = []
     for _ in range(depth):
         value = [value]
     return value
 
 
-# What no reader expects. Of all kinds, because a check of one kind lets another through.
+# Values that no reader expects, of all types, because a check for one type may accept another.
 PLAIN: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 7, 10**9, 2**31, 2**63, 10**400, 0.0, -1.5, 0.5, 1e308, math.nan, math.inf, "",
     "x", "0", "full", "progressive", "ortho", "dct", "klt", "\ud800", "\x1b[31mred\x1b[0m", "two\nlines", "nul\0",
     "../../up", "<b>", "{{ r }}", "é" * 300, [], {}, [[]], [None], [0], [0, 0], [[0, 0]], [1] * 2000, ["x", 1],
     {"": None}, {"a": {"b": []}}, {"name": "x"}, nested(50),
 )  # fmt: skip
-# What only a pickle holds besides.
+# More values, which only a pickle can have.
 PICKLED: tuple[Any, ...] = (
     b"", b"bytes", {1}, (1, 2), OrderedDict(), {1: 2}, {None: None}, {(1, 2): 3}, 1j, bytearray(3), torch.Size([2, 3]),
     torch.float16, torch.device("cpu"), torch.tensor(1), torch.tensor(math.nan), torch.zeros(0), torch.zeros(2, 3),
@@ -49,7 +49,7 @@ def chosen(draw: Draw, values: Sequence[T]) -> T:
 
 
 def places(document: Any, depth: int = 0) -> list[tuple[Any, Any]]:
-    """Every (container, key) of a document, outer ones first."""
+    """Return every (container, key) of a document, outer ones first."""
     if depth > 40:
         return []
     keys = list(document) if isinstance(document, dict) else range(len(document)) if isinstance(document, list) else ()
@@ -58,11 +58,11 @@ def places(document: Any, depth: int = 0) -> list[tuple[Any, Any]]:
 
 
 def changed(draw: Draw, document: Any, more: Sequence[Any] = ()) -> Any:
-    """A copy of a document with one to four parts put out of order; ``more`` values that may stand in their places."""
+    """Return a copy of a document with one to four changed parts; ``more`` are additional values to put in."""
     whole = [copy.deepcopy(document)]
     for _ in range(1 + draw(4)):
         found = places(whole)
-        # Half of the time anywhere, else near the top, where readers look first.
+        # Half of the time anywhere, otherwise near the top, which readers check first.
         container, key = found[draw(len(found)) if draw(2) else draw(min(len(found), 12))]
         step = draw(8)
         if step == 0 and len(found) > 1 and container is not whole:
@@ -84,12 +84,12 @@ def changed(draw: Draw, document: Any, more: Sequence[Any] = ()) -> Any:
 
 
 def as_text(draw: Draw, document: Any) -> bytes:
-    """A document as JSON, now and then with something in the text that no document can hold."""
+    """Return a document as JSON; sometimes the text has something that no document can represent."""
     text = json.dumps(document, ensure_ascii=bool(draw(2)))
     step = draw(12)
     if step == 0:  # the same key twice
         text = text.replace("{", '{"name": 3, "layers": 4, ', 1)
-    elif step == 1:  # more digits than Python reads
+    elif step == 1:  # more digits than Python parses
         text = text.replace("1", "1" * 5000, 1)
     elif step == 2:
         text = "[" * 100_000 + text
@@ -100,7 +100,7 @@ def as_text(draw: Draw, document: Any) -> bytes:
 
 
 def flipped(draw: Draw, data: bytes) -> bytes:
-    """Some bytes changed, or the end cut off, or something added."""
+    """Change some bytes, cut off the end, or append something."""
     bent = bytearray(data)
     for _ in range(1 + draw(4)):
         step, at = draw(4), draw(len(bent) + 1)
@@ -114,7 +114,7 @@ def flipped(draw: Draw, data: bytes) -> bytes:
 
 
 def as_safetensors(draw: Draw, header: Any, data: bytes) -> bytes:
-    """A safetensors file: ``header`` as its JSON, the entry ``harmconvert`` in it still a document, or text already."""
+    """Return a safetensors file; the entry ``harmconvert`` of ``header`` may be a document or a text."""
     metadata = header.get("__metadata__") if isinstance(header, dict) else None
     if isinstance(metadata, dict) and not isinstance(metadata.get("harmconvert", ""), str):
         metadata["harmconvert"] = as_text(draw, metadata["harmconvert"]).decode("utf-8", "replace")
@@ -126,19 +126,21 @@ def as_safetensors(draw: Draw, header: Any, data: bytes) -> bytes:
 
 
 def as_pickle(draw: Draw, document: Any) -> bytes:
-    """What torch.save makes of a document: a zip, or the one pickle after the other of before."""
+    """Return a document as written by torch.save: a zip archive, or the sequence of pickles of older versions."""
     buffer = io.BytesIO()
     try:
         torch.save(document, buffer, _use_new_zipfile_serialization=bool(draw(3)))
-    except Exception:  # not everything can be pickled: then what can
+    except Exception:  # some values cannot be pickled: leave them out
         torch.save({"x": 1}, buffer)
     whole = buffer.getvalue()
     return whole if draw(4) else flipped(draw, whole)
 
 
 def made(draw: Draw | None, kind: str, seeds: Sequence[Any]) -> bytes:
-    """A file of a kind (``json``, ``safetensors``, ``pickle``) from one of some valid documents; without ``draw``
-    unchanged."""
+    """Return a file of a kind (``json``, ``safetensors``, ``pickle``) from one of the valid documents.
+
+    Without ``draw``, the document is unchanged.
+    """
     pick = draw or (lambda below: below - 1)
     document = chosen(pick, seeds)
     if kind == "safetensors":

@@ -1,10 +1,10 @@
-"""Mutation check: does the suite notice where a line of the mathematics is wrong?
+"""Mutation testing: do the tests detect a wrong line of the mathematics?
 
     python -m tests.faults.mutations                  # all of mutants.py, about a quarter of an hour
-    python -m tests.faults.mutations knapsack ridge   # those whose place, expression or reason holds one of the words
+    python -m tests.faults.mutations knapsack ridge   # those with one of the words in place, expression or reason
 
-Each mutant is a copy of the package and its tests in a folder of its own, one expression replaced; the working tree is
-never touched. Exit code 1 where a mutant survives its tests, or where its expression is no longer in its function.
+Each mutant is a copy of the package and its tests in its own folder, with one expression replaced; the working tree is
+never changed. The exit code is 1 if a mutant survives its tests, or if its expression is not in its function.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from .mutants import MUTANTS, Mutant
 from .places import NotFoundError, edit
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT = 600  # a mutant that never comes to an end is noticed, too
+TIMEOUT = 600  # a mutant that never ends counts as detected
 
-# Part of every run: a suite that imported another harmconvert than the mutant would notice nothing.
+# Part of every run: tests that imported another copy of harmconvert than the mutant would detect nothing.
 _GUARD = """
 import sys
 from pathlib import Path
@@ -44,8 +44,11 @@ def pytest_collection_finish(session):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a mutant: ``caught``, ``survived``, or ``stale`` (its expression is not in its function
-    once) or ``broken`` (the tests did not run on it); ``by`` names the first test that noticed."""
+    """The result of a mutant: ``caught``, ``survived``, ``stale`` or ``broken``.
+
+    It is stale if its expression is not exactly once in its function, and broken if the tests did not run. ``by`` names
+    the first test that failed.
+    """
 
     mutant: Mutant
     verdict: str
@@ -54,7 +57,7 @@ class Outcome:
 
 
 def stale(mutant: Mutant, package: Path = ROOT / "harmconvert") -> str | None:
-    """Why a mutant cannot be made of the package as it is; None where it can."""
+    """Return why a mutant of the current package cannot be made; None if it can."""
     try:
         edited = edit(package, mutant.place, mutant.old, mutant.new)
         ast.parse(edited.text())
@@ -64,7 +67,7 @@ def stale(mutant: Mutant, package: Path = ROOT / "harmconvert") -> str | None:
 
 
 def outcome(mutant: Mutant) -> Outcome:
-    """Make a mutant and run its tests on it."""
+    """Make a mutant and run its tests."""
     if reason := stale(mutant):
         return Outcome(mutant, "stale", reason, 0.0)
     start = time.perf_counter()
@@ -76,7 +79,7 @@ def outcome(mutant: Mutant) -> Outcome:
 
 
 def run_tests(tests: Sequence[str], mutant: Mutant | None) -> tuple[int, str]:
-    """Exit code and output of the tests on a copy of the package, with one expression of it replaced."""
+    """Run the tests on a copy of the package with one expression replaced; return their exit code and output."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for part in ("harmconvert", "tests"):
@@ -89,7 +92,7 @@ def run_tests(tests: Sequence[str], mutant: Mutant | None) -> tuple[int, str]:
             edited.path.write_text(edited.text(), encoding="utf-8")
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "copied"]
         command += ["-p", "no:cacheprovider", *(f"tests/{test}" for test in tests)]
-        # Neither the workers of the suite that runs this nor its table are the mutant's.
+        # The mutant's tests must use neither the workers nor the table of the suite that runs this.
         own = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "HARMCONVERT_"))}
         own |= {"PYTHONPATH": name, "PYTHONDONTWRITEBYTECODE": "1"}
         try:
@@ -100,13 +103,13 @@ def run_tests(tests: Sequence[str], mutant: Mutant | None) -> tuple[int, str]:
 
 
 def baseline(mutants: Sequence[Mutant]) -> str | None:
-    """What fails without any mutant; None where nothing does."""
+    """Return what fails without any mutant; None if nothing does."""
     code, output = run_tests(tuple(dict.fromkeys(test for mutant in mutants for test in mutant.tests)), None)
     return None if code == 0 else output[-2000:]
 
 
 def main(words: Sequence[str]) -> int:
-    """Try the mutants that hold one of ``words`` (all where there is none) and say what became of each."""
+    """Try the mutants that contain one of ``words`` (without words: all of them); print the result of each."""
     chosen = [m for m in MUTANTS if not words or any(word in f"{m.place} {m.old} {m.why}" for word in words)]
     if failing := baseline(chosen):
         print(f"the tests fail without any mutant:\n{failing}")

@@ -16,8 +16,10 @@ class NotFoundError(Exception):
 
 @dataclass(frozen=True)
 class Definition:
-    """A function of the package, or a constant: ``name`` is dotted, from the package's root
-    (``kernels.basis.dct_vectors``, ``layers.block.HarmonicBlock2d.forward``)."""
+    """A function or a constant of the package, with its dotted name from the package's root.
+
+    Examples of names: ``kernels.basis.dct_vectors``, ``layers.block.HarmonicBlock2d.forward``.
+    """
 
     name: str
     path: Path
@@ -26,7 +28,7 @@ class Definition:
 
 @dataclass(frozen=True)
 class Edit:
-    """Put ``new`` in the place of the bytes from ``start`` to ``end`` of a file."""
+    """The replacement of the bytes from ``start`` to ``end`` of a file by ``new``."""
 
     path: Path
     start: int
@@ -34,18 +36,18 @@ class Edit:
     new: str
 
     def text(self) -> str:
-        """The whole file with the new text in it."""
+        """Return the content of the file with the new text."""
         content = self.path.read_bytes()
         return (content[: self.start] + self.new.encode() + content[self.end :]).decode()
 
 
 def edit(package: Path, place: str, old: str, new: str) -> Edit:
-    """The edit that puts ``new`` in the place of ``old``, an expression or a statement, in a function of the package.
+    """Return the edit that replaces ``old``, an expression or a statement, by ``new`` in a function of the package.
 
-    ``place`` is the dotted name of the function. Where it has no ``old``, because one of the two has moved, these are
-    searched in turn: functions whose last two parts are the same (a method that moved with its class), functions whose
-    last part is, all functions. ``old`` must be in exactly one place of the first of these that have it. Layout, quotes
-    and parentheses are not compared: the syntax tree is.
+    ``place`` is the dotted name of the function. If it has no ``old`` because one of the two has moved, these are
+    searched in turn: functions with the same last two parts of the name (a method that moved with its class), functions
+    with the same last part, and all functions. ``old`` must occur exactly once in the first group that contains it.
+    Syntax trees are compared, so layout, quotes and parentheses do not matter.
     """
     wanted = ast.dump(_parsed(old))
     found: list[tuple[Definition, ast.expr | ast.stmt]] = []
@@ -59,7 +61,7 @@ def edit(package: Path, place: str, old: str, new: str) -> Edit:
 
 
 def _candidates(package: Path, place: str) -> Iterator[list[Definition]]:
-    """Definitions that may be meant, those of the most similar names first."""
+    """Yield groups of definitions to search, the most similar names first."""
     parts = place.split(".")
     for shared in (len(parts), 2, 1):
         yield [d for d in _definitions(package) if d.name.split(".")[-shared:] == parts[-shared:]]
@@ -90,7 +92,7 @@ def _named(node: ast.AST, outer: list[str]) -> Iterator[tuple[list[str], ast.Fun
 
 
 def _nodes(definition: ast.FunctionDef | ast.Assign) -> Iterator[ast.expr | ast.stmt]:
-    """Expressions and statements, without those of functions inside: these have names of their own."""
+    """Yield the expressions and statements of a definition, except those of inner functions, which have own names."""
     ahead: list[ast.AST] = [definition]
     while ahead:
         node = ahead.pop()

@@ -1,6 +1,6 @@
-"""Everything that reads a file somebody else may have made, as functions that the fuzzing engines call.
+"""All code that reads untrusted files, as functions that the fuzzing engines call.
 
-Only a `HarmconvertError` may come out of a reader, soon, and without memory that the file could not fill.
+A reader may raise only a `HarmconvertError`. It must end soon and must not need more memory than the file can fill.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from harmconvert.training import RECIPES, Keeper, Learner, Machine, Position, Re
 from ..networks import random_input, seeded
 
 CORPUS = Path(__file__).parent / "corpus"
-SECONDS = 10.0  # of this process's time, which does not depend on what else runs
-BYTES = 3 << 30  # on top of what the process holds; no file here is over a megabyte
+SECONDS = 10.0  # processor time of this process, which does not depend on other processes
+BYTES = 3 << 30  # in addition to the memory that the process has; no file here is larger than a megabyte
 
 
 class Small(nn.Module):
-    """Two convolutions of one weight, one with a kernel in one direction, a batch norm, a classifier."""
+    """Two convolutions with a shared weight, one with a one-dimensional kernel, a batch norm, a classifier."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ def _network() -> nn.Module:
 
 @cache
 def _file(kind: str) -> bytes:
-    """A harmonic checkpoint: cut and calibrated, of a basis of its own, of a source that can be rebuilt, or trained."""
+    """Return a harmonic checkpoint: calibrated, with a fitted basis, with a source to rebuild, or trained."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "net.safetensors"
         images = [random_input((8, 1, 12, 12))]
@@ -95,7 +95,7 @@ _EPOCH = {"epoch": 1, "lr": 0.1, "loss": 1.0, "accuracy": 0.4, "images": 9, "sec
 
 
 def _parts(file: bytes) -> tuple[Any, bytes]:
-    """The header of a safetensors file as a document, and its data."""
+    """Return the header of a safetensors file as a document, and its data."""
     length = int.from_bytes(file[:8], "little")
     header = json.loads(file[8 : 8 + length])
     header["__metadata__"]["harmconvert"] = json.loads(header["__metadata__"]["harmconvert"])
@@ -108,7 +108,7 @@ def _header_of(kind: str) -> Any:
 
 @cache
 def _trained() -> nn.Module:
-    """The network of the checkpoint that has a history."""
+    """Return the network of the checkpoint that has a history."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "net.safetensors"
         path.write_bytes(_file("trained"))
@@ -120,7 +120,7 @@ def _trained() -> nn.Module:
 
 def _read_checkpoint(path: Path) -> None:
     read_header(path)
-    with warnings.catch_warnings():  # a header that was changed does not match its checksum
+    with warnings.catch_warnings():  # a changed header does not match its checksum
         warnings.simplefilter("ignore", DamageWarning)
         hc.load(path, model=_network(), form="dense")
 
@@ -169,7 +169,7 @@ def _read_state(path: Path) -> None:
 
 
 def learner() -> Learner:
-    """What a state is loaded into."""
+    """Return a learner into which a state is loaded."""
     return Learner(seeded(Small), Recipe(), Machine(channels_last=False), 4, None)
 
 
@@ -182,7 +182,7 @@ def _read_times(path: Path) -> None:
 
 
 def _of_document(read: Callable[[Any], None]) -> Callable[[Path], None]:
-    """A reader of what JSON holds; text that is no JSON is not its business."""
+    """Return a reader of files that gets the parsed JSON; it ignores text that is not JSON."""
 
     def reader(path: Path) -> None:
         try:
@@ -213,7 +213,7 @@ def _read_recipe(document: Any) -> None:
 
 
 def _read_history(document: Any) -> None:
-    """What was done to a network, as reports and further training take it up."""
+    """Use a history as reports and further training do."""
     header = Header.from_json({**_header_of("trained"), "history": document})
     FineTuning(_network(), (), (), Recipe()).history(header.history)
     report = report_of(_trained(), header, "net")
@@ -227,8 +227,7 @@ def _read_history(document: Any) -> None:
 
 @dataclass(frozen=True)
 class Target:
-    """A reader, the ending of its files, how valid documents become files (``json``, ``safetensors``, ``pickle``), and
-    valid documents."""
+    """A reader, the ending of its files, their kind (``json``, ``safetensors``, ``pickle``), and valid documents."""
 
     read: Callable[[Path], None]
     suffix: str
@@ -249,7 +248,7 @@ def _state_seed() -> Any:
 
 
 def _wide_resnet() -> dict[str, Tensor]:
-    """The smallest network of the reference implementation, plain and with a harmonic first layer, by its shapes."""
+    """Return tensors with the shapes of the reference implementation's smallest network with a harmonic first layer."""
     from ..test_reference import state_of
 
     return dict(state_of("harm_wrn10_1"))
@@ -291,7 +290,7 @@ TARGETS = {
 
 
 def complaint(target: Target, data: bytes) -> str | None:
-    """What is wrong with how a reader takes a file; None where it reads or refuses it."""
+    """Return what is wrong with a reader's reaction to a file; None if it reads or refuses the file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"file{target.suffix}"
         path.write_bytes(data)
@@ -313,7 +312,7 @@ def complaint(target: Target, data: bytes) -> str | None:
 
 @contextmanager
 def _bounded() -> Iterator[None]:
-    """Refuse memory beyond what a small file can need."""
+    """Limit the memory to what a small file can need."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + BYTES, before[1]))
@@ -324,5 +323,5 @@ def _bounded() -> Iterator[None]:
 
 
 def corpus(name: str) -> list[Path]:
-    """The inputs that are kept for a target: each found a bug once, or takes a path of its own."""
+    """Return the stored inputs of a target: each has revealed a bug, or covers a separate path of the code."""
     return sorted((CORPUS / name.replace(" ", "-")).glob("*"))

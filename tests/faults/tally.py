@@ -1,4 +1,4 @@
-"""What the fault suite tried, counted: a line of a table for each test.
+"""Counts of the inputs and faults that the fault suite tried: one line of a table for each test.
 
 HARMCONVERT_FAULTS=long HARMCONVERT_FAULTS_TABLE=faults.csv python -m pytest tests/faults
 python -m tests.faults.tally faults.csv           # the table, in Markdown
@@ -19,14 +19,17 @@ LONG = os.environ.get("HARMCONVERT_FAULTS") == "long"
 
 
 def size(sample: T, whole: T) -> T:
-    """What the fast suite tries of something, or what the long one does."""
+    """Return ``sample`` in the fast suite and ``whole`` in the long one."""
     return whole if LONG else sample
 
 
 @dataclass
 class Tally:
-    """One line of the table: ``lost`` counts targets that were neither the old file nor the whole new one, ``executed``
-    code of a file's that ran."""
+    """One line of the table.
+
+    ``lost`` counts targets that were neither the old file nor the complete new one; ``executed`` counts runs of code in
+    a file.
+    """
 
     area: str
     what: str
@@ -37,7 +40,7 @@ class Tally:
     complaints: list[str] = field(default_factory=list)
 
     def trial(self, complaint: str | None = None, *, lost: bool = False, executed: bool = False) -> None:
-        """Count one input or fault; ``complaint`` says what went wrong with it, None that it was survived."""
+        """Count one input or fault; ``complaint`` says what went wrong, None that nothing did."""
         self.tried += 1
         self.survived += complaint is None and not lost and not executed
         self.lost += lost
@@ -46,14 +49,14 @@ class Tally:
             self.complaints.append(complaint)
 
     def check(self) -> None:
-        """Fail where anything was not survived, or nothing was tried."""
+        """Fail if anything went wrong or nothing was tried."""
         assert self.tried, "nothing was tried"
         counts = f"{self.survived} of {self.tried} survived, {self.lost} lost, {self.executed} executed"
         fine = self.survived == self.tried and not self.lost and not self.executed
         assert fine, "\n".join([counts, *self.complaints[:5]])
 
     def write(self, path: str | Path) -> None:
-        """Append the line to a table, in one write: several processes may."""
+        """Append the line to a table in a single write, because several processes may do so."""
         values = [str(getattr(self, column)) for column in COLUMNS]
         line = ",".join(f'"{value}"' if "," in value else value for value in values) + "\n"
         with Path(path).open("a", encoding="utf-8") as file:
@@ -65,7 +68,7 @@ Counter = Callable[[str, str], Tally]
 
 
 def table(rows: list[dict[str, str]], areas: bool = False) -> str:
-    """The table in Markdown, lines of one kind (or of one area) together, and their sums."""
+    """Return the table in Markdown, with lines of one kind (or of one area) grouped, and their sums."""
     merged: dict[str, list[int]] = {}
     for row in sorted(rows, key=lambda row: row["area"]):
         counts = merged.setdefault(row["area"] if areas else f"{row['area']}: {row['what']}", [0] * 4)

@@ -1,4 +1,4 @@
-"""Hostile and damaged files: an error of one line or the network that was saved, and nothing of theirs runs."""
+"""Malicious and damaged files give a one-line error or the network that was saved, and none of their code runs."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from . import hostile
 from .tally import Counter, size
 
 GIBIBYTE = 2**30
-# A checkpoint of 100 MB is read in less than this; what wants more believes a number in a file.
+# Reading a checkpoint of 100 MB needs less than this; a reader that needs more has trusted a number in a file.
 MEMORY = 2 * GIBIBYTE
 
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A harmonic checkpoint with tied, grouped and cut layers."""
+    """Return a harmonic checkpoint with tied, grouped and truncated layers."""
     path = tmp_path_factory.mktemp("good") / "net.safetensors"
     hc.save(convert(seeded(Branches), {"*": 2}), path, history={"calibration": {"images": 3}})
     return path.read_bytes()
@@ -55,8 +55,10 @@ def bounded_memory() -> Iterator[None]:
 
 
 def complaint(path: Path, read: Callable[[Path], Any], wanted: Any = None) -> str | None:
-    """What is wrong with how a file was read: anything but an error of one line that names the file, a warning, or
-    the state that is wanted."""
+    """Return what is wrong with the reading of a file; None for the allowed results.
+
+    Allowed are a one-line error that names the file, a warning, or the expected state.
+    """
     with warnings.catch_warnings(record=True) as remarks, bounded_memory():
         warnings.simplefilter("always")
         try:
@@ -82,7 +84,9 @@ def opened(path: Path) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["no_safetensors", "lying_headers"])
-def test_hostile_checkpoints(good: bytes, tmp_path: Path, tally: Counter, kind: str) -> None:
+def test_hostile_checkpoints_are_refused_or_read_correctly(
+    good: bytes, tmp_path: Path, tally: Counter, kind: str
+) -> None:
     what = {"no_safetensors": "containers broken in a named way", "lying_headers": "headers that lie"}[kind]
     count = tally("files", f"{what}: header, load, rebuild, as weights, on the command line")
     mark = tmp_path / "ran"
@@ -98,14 +102,14 @@ def test_hostile_checkpoints(good: bytes, tmp_path: Path, tally: Counter, kind: 
 
 
 def command_complaint(path: str) -> str | None:
-    """What is wrong with how commands speak of a file that is no checkpoint."""
+    """Return what is wrong with the messages of commands about a file that is not a checkpoint."""
     result = run("inspect", path)
     lines = [line for line in result.stderr.splitlines() if line.startswith("harmconvert: error: ")]
     fine = result.exit_code in (2, 3) and len(lines) == 1 and printable(lines[0]) == lines[0]
     return None if fine or result.exit_code == 0 else f"{path}: exit code {result.exit_code}: {result.stderr[-300:]}"
 
 
-def test_files_cut_off(good: bytes, tmp_path: Path, tally: Counter) -> None:
+def test_truncated_files_are_refused(good: bytes, tmp_path: Path, tally: Counter) -> None:
     count = tally("files", "checkpoints cut off at every structural boundary and at random bytes")
     header, data = hostile.taken_apart(good)
     start = len(good) - len(data)
@@ -126,8 +130,8 @@ def reads(path: Path) -> bool:
     return True
 
 
-def test_flipped_bytes(good: bytes, tmp_path: Path, tally: Counter) -> None:
-    """Also in the tensors, where a container without checksums would not notice."""
+def test_flipped_bytes_are_detected(good: bytes, tmp_path: Path, tally: Counter) -> None:
+    """This includes the tensors, where a container without checksums would not detect it."""
     path = tmp_path / "flipped.safetensors"
     path.write_bytes(good)
     wanted = loaded(path).state_dict()
@@ -145,7 +149,7 @@ def test_flipped_bytes(good: bytes, tmp_path: Path, tally: Counter) -> None:
             count.trial(complaint(path, loaded, wanted))
 
 
-def test_a_header_of_a_hundred_megabytes(tmp_path: Path, tally: Counter) -> None:
+def test_a_header_of_a_hundred_megabytes_is_refused(tmp_path: Path, tally: Counter) -> None:
     count = tally("files", "headers of 50 to 101 MB")
     megabytes = size((50,), (50, 99, 101))
     for number in megabytes:
@@ -159,7 +163,7 @@ def test_a_header_of_a_hundred_megabytes(tmp_path: Path, tally: Counter) -> None
 
 
 @pytest.mark.parametrize("forced", [False, True], ids=["", "forced"])
-def test_pickles_that_run_something(
+def test_pickles_with_code_are_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tally: Counter, forced: bool
 ) -> None:
     if forced:
@@ -187,7 +191,7 @@ def test_pickles_that_run_something(
 
 
 def every_way_in(folder: Path) -> dict[str, tuple[Path, Callable[[], Any]]]:
-    """Where a file of somebody else's may be read: the file, and what reads it."""
+    """Return every place where an untrusted file is read: the file, and the function that reads it."""
     hub = folder / "hub"
     hub.mkdir()
     (hub / "config.json").write_text('{"architecture": "resnet10t"}')
@@ -222,8 +226,8 @@ def test_programs_are_refused(tmp_path: Path, tally: Counter) -> None:
             count.trial(None if words in str(caught.value) else str(caught.value))
 
 
-def test_damaged_archives(tmp_path: Path, tally: Counter) -> None:
-    """torch.load compares no checksum: a flipped bit would be another weight."""
+def test_damaged_archives_are_refused(tmp_path: Path, tally: Counter) -> None:
+    """torch.load does not compare checksums: a flipped bit would change a weight."""
     count = tally("files", ".pth files with one byte changed: refused, or read as they were written")
     state = seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))).state_dict()
     path = tmp_path / "net.pth"
@@ -243,7 +247,7 @@ def test_damaged_archives(tmp_path: Path, tally: Counter) -> None:
             count.trial(f"byte {place}: {type(error).__name__}: {error}")
 
 
-def test_shards(tmp_path: Path, tally: Counter) -> None:
+def test_hostile_indices_of_shards_are_refused(tmp_path: Path, tally: Counter) -> None:
     count = tally("files", "indices of several files: outside their folder, links, FIFOs, lies")
     state = timm.create_model("resnet10t").state_dict()
     keys = list(state)
@@ -292,7 +296,7 @@ def refusal(count: Any, name: str, read: Callable[[], Any]) -> None:
         count.trial(f"{name}: {type(error).__name__}: {error}")
 
 
-def test_hostile_plans(tmp_path: Path, tally: Counter) -> None:
+def test_hostile_plans_are_refused(tmp_path: Path, tally: Counter) -> None:
     count = tally("files", "hostile plans as JSON files")
     good = convert(seeded(Branches), 2, example_input=torch.zeros(1, 3, 16, 16)).plan.to_json()
     path = tmp_path / "plan.json"
@@ -311,8 +315,8 @@ def test_hostile_plans(tmp_path: Path, tally: Counter) -> None:
         count.trial(complaint(path, Plan.load))
 
 
-def test_what_is_no_file(tmp_path: Path, tally: Counter) -> None:
-    """A FIFO that nobody writes to would be waited for without end."""
+def test_paths_that_are_not_regular_files_are_refused(tmp_path: Path, tally: Counter) -> None:
+    """Reading a FIFO without a writer would wait forever."""
     count = tally("files", "FIFOs, devices, sockets, folders, links to them and to nothing, in the place of a file")
     os.mkfifo(tmp_path / "fifo")
     for name, target in {"fifo": "fifo", "zero": "/dev/zero", "folder": ".", "nothing": "none"}.items():

@@ -1,4 +1,4 @@
-"""What the fuzzing of readers found, each bug by its name; the inputs themselves lie in corpus/."""
+"""Bugs that fuzzing of readers has found, one test for each; the inputs are in corpus/."""
 
 from __future__ import annotations
 
@@ -49,20 +49,20 @@ def written(folder: Path, text: str) -> Path:
         ("[" * 100_000, "cannot read the plan .*nested too deeply"),
     ],
 )
-def test_plans_of_json_that_python_chokes_on_are_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_plans_with_json_that_python_cannot_parse_are_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         Plan.load(written(tmp_path, text))
 
 
 @pytest.mark.parametrize("size", [[256, 256, *[1] * 1000], [1, 1, 1, 3], [10**9, 10**9], [3, -3], [3.0, 3], [True]])
 @pytest.mark.parametrize("part", ["layers", "skipped"])
-def test_kernels_that_no_convolution_has_are_refused_before_their_frequencies_are_listed(size: Any, part: str) -> None:
+def test_impossible_kernel_sizes_are_refused_before_their_frequencies_are_listed(size: Any, part: str) -> None:
     entry = {**LAYER, "kernel_size": size, "kind": "Conv2d", "why": "?", "frequencies": [[0] * len(size)]}
     with pytest.raises(InputError, match="this is not a plan: "):
         Plan.from_json({"layers": [], part: [entry]})
 
 
-def test_whether_a_plan_is_whole_is_told_without_listing_all_frequencies() -> None:
+def test_a_plan_is_checked_for_being_whole_without_listing_all_frequencies() -> None:
     layers = [{**LAYER, "name": str(n), "kernel_size": [65536 - n], "frequencies": [[0]]} for n in range(500)]
     plan = Plan.from_json({"layers": layers})
     all_frequencies.__globals__["_all_frequencies"].cache_clear()
@@ -74,7 +74,7 @@ def test_whether_a_plan_is_whole_is_told_without_listing_all_frequencies() -> No
 # --- checkpoints ---
 
 
-def test_a_header_of_numbers_that_python_does_not_read_is_refused(tmp_path: Path) -> None:
+def test_a_header_with_numbers_that_python_cannot_parse_is_refused(tmp_path: Path) -> None:
     from harmconvert.storage import write_tensors
 
     path = tmp_path / "net.safetensors"
@@ -88,8 +88,8 @@ def test_a_header_of_numbers_that_python_does_not_read_is_refused(tmp_path: Path
     "history",
     [{"training": 3}, {"training": [1]}, {"calibration": [1]}, {"calibration": "x"}, {"conversion": {"layers": [1]}}],
 )
-def test_a_history_that_further_training_could_not_take_up_is_refused_when_read(history: Any) -> None:
-    """It came to light once the training was done, and cost it."""
+def test_a_history_that_further_training_cannot_use_is_refused_when_it_is_read(history: Any) -> None:
+    """Before, the error appeared only after the training, whose result was lost."""
     with pytest.raises(InputError, match="its header is unreadable: history: "):
         Header.from_json({**_header_of("trained"), "history": history})
 
@@ -97,13 +97,13 @@ def test_a_history_that_further_training_could_not_take_up_is_refused_when_read(
 @pytest.mark.parametrize(
     "changed",
     [
-        {"calibration": {"layers": [], "inputs": 3}},  # no word of how many were held back
+        {"calibration": {"layers": [], "inputs": 3}},  # the number of held-back inputs is missing
         {"conversion": {"search": {"unit": "params"}}},
         {"conversion": {"search": {**_header_of("trained")["history"]["conversion"]["search"], "whole": 0}}},
         {"training": [{"stages": [{"name": "cut"}]}]},
     ],
 )
-def test_a_history_that_lacks_what_a_page_tells_is_an_input_error(changed: Any) -> None:
+def test_a_history_without_the_entries_of_a_report_raises_input_error(changed: Any) -> None:
     history = _header_of("trained")["history"]
     header = Header.from_json({**_header_of("trained"), "history": {**history, **changed}})
     with pytest.raises(InputError, match="net: what its header says was done to it is unreadable"):
@@ -111,12 +111,12 @@ def test_a_history_that_lacks_what_a_page_tells_is_an_input_error(changed: Any) 
 
 
 @pytest.mark.parametrize("field", ["scheme", "name", "arguments", "sha256"])
-def test_a_source_of_odd_types_is_refused(field: str) -> None:
+def test_a_source_with_wrong_types_is_refused(field: str) -> None:
     with pytest.raises(InputError, match=f"the source recorded in the file is unreadable: .*{field}"):
         Source.from_json({**asdict(Source("timm", "resnet18")), field: [[1]]})
 
 
-def test_a_file_of_a_few_bytes_cannot_have_a_network_of_any_size_built(tmp_path: Path) -> None:
+def test_a_small_file_cannot_request_a_network_of_any_size(tmp_path: Path) -> None:
     import timm
 
     huge = Source("timm", "test_resnet", {"num_classes": 10**7})
@@ -141,14 +141,14 @@ def test_a_file_of_a_few_bytes_cannot_have_a_network_of_any_size_built(tmp_path:
         ({"a": torch.eye(2).to_sparse()}, "'a' is not a plain tensor"),
     ],
 )
-def test_weights_that_are_no_plain_tensors_are_refused(tmp_path: Path, content: Any, message: str) -> None:
+def test_weights_that_are_not_plain_tensors_are_refused(tmp_path: Path, content: Any, message: str) -> None:
     torch.save(content, tmp_path / "net.pth")
     with pytest.raises(InputError, match=message):
         read_weights(tmp_path / "net.pth")
 
 
-def test_weights_that_unpack_to_far_more_than_they_are_are_refused(tmp_path: Path) -> None:
-    """20 megabytes in 20 kilobytes: torch packs nothing, but unpacks what others packed."""
+def test_weights_that_unpack_to_many_times_their_size_are_refused(tmp_path: Path) -> None:
+    """20 kilobytes unpack to 20 megabytes: torch does not compress files, but it reads compressed ones."""
     torch.save({"a": torch.zeros(5_000_000)}, tmp_path / "net.pth")
     target = zipfile.ZipFile(tmp_path / "packed.pth", "w", zipfile.ZIP_DEFLATED)
     with zipfile.ZipFile(tmp_path / "net.pth") as plain, target as packed:
@@ -162,7 +162,7 @@ def test_weights_that_unpack_to_far_more_than_they_are_are_refused(tmp_path: Pat
 @pytest.mark.parametrize(
     "spoil", [{"fc.weight": torch.zeros(3)}, {"bn.bias": torch.zeros(2, 2)}, {"dct0": torch.zeros(3)}]
 )
-def test_reference_files_whose_shapes_do_not_go_together_are_refused(tmp_path: Path, spoil: Any) -> None:
+def test_reference_files_whose_shapes_do_not_fit_together_are_refused(tmp_path: Path, spoil: Any) -> None:
     from ..test_reference import state_of
 
     torch.save({**state_of("harm_wrn10_1"), **spoil}, tmp_path / "net.pt7")
@@ -174,7 +174,7 @@ def test_reference_files_whose_shapes_do_not_go_together_are_refused(tmp_path: P
 
 
 def kept(folder: Path, **changed: Any) -> Path:
-    """A state, with parts of another kind."""
+    """Write a state with changed parts; return its path."""
     path = folder / "net.state.pth"
     keeper = Keeper(path, identity={"recipe": Recipe().to_json()}, record={"stages": [], "calibration": None})
     keeper.save(Position(1, 2), learner().content)
@@ -194,15 +194,15 @@ def kept(folder: Path, **changed: Any) -> Path:
         ("version", None),
     ],
 )  # fmt: skip
-def test_a_state_with_parts_of_another_kind_is_not_readable(tmp_path: Path, part: str, value: Any) -> None:
+def test_a_state_with_parts_of_wrong_types_is_refused(tmp_path: Path, part: str, value: Any) -> None:
     path = kept(tmp_path, **{part: value})
     for read in (Keeper(path).load, identity_of):
         with pytest.raises(InputError, match="is not a readable training state: "):
             read(path)
 
 
-def test_one_bit_in_a_state_is_seen_and_the_state_before_is_taken(tmp_path: Path) -> None:
-    """torch.load does not look at checksums: the run would have gone on with another weight."""
+def test_one_flipped_bit_in_a_state_is_detected_and_the_state_before_it_used(tmp_path: Path) -> None:
+    """torch.load does not compare checksums: the run would continue with another weight."""
     path, said = kept(tmp_path), []
     Keeper(path, identity={"recipe": Recipe().to_json()}).save(Position(1, 3), learner().content)
     data, weights = bytearray(path.read_bytes()), learner().content()["model"]["fc.weight"].numpy().tobytes()
@@ -216,7 +216,7 @@ def test_one_bit_in_a_state_is_seen_and_the_state_before_is_taken(tmp_path: Path
         Keeper(path).load(path)
 
 
-def test_a_state_without_one_of_its_parts_is_not_readable(tmp_path: Path) -> None:
+def test_a_state_without_one_of_its_parts_is_refused(tmp_path: Path) -> None:
     path = kept(tmp_path)
     whole = torch.load(path, weights_only=True)
     for part in ("version", "identity", "record", "position", "random", "model"):
@@ -226,7 +226,7 @@ def test_a_state_without_one_of_its_parts_is_not_readable(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("random", [{}, {"torch": 3}, {"torch": torch.zeros(3)}])
-def test_random_numbers_that_are_none_are_refused(tmp_path: Path, random: Any) -> None:
+def test_invalid_random_states_are_refused(tmp_path: Path, random: Any) -> None:
     path = kept(tmp_path, random=[random])
     with pytest.raises(InputError, match="holds invalid random states: "):
         Keeper(path).load(path)
@@ -234,7 +234,7 @@ def test_random_numbers_that_are_none_are_refused(tmp_path: Path, random: Any) -
 
 @pytest.mark.parametrize("part", ["optimizer", "scaler", "updates", "model"])
 @pytest.mark.parametrize("value", [True, None, {}, {"a": 1}, [1]])
-def test_a_state_that_no_learner_can_take_up_is_refused(part: str, value: Any) -> None:
+def test_a_state_that_cannot_be_loaded_is_refused(part: str, value: Any) -> None:
     one = learner()
     content = {**one.content(), part: value}
     if part == "scaler" or (part, value) == ("updates", True):  # there is no scaler on a CPU; True is a number
@@ -244,7 +244,7 @@ def test_a_state_that_no_learner_can_take_up_is_refused(part: str, value: Any) -
         one.load(content)
 
 
-def test_the_record_of_another_kind_of_run_is_refused(tmp_path: Path) -> None:
+def test_the_record_of_another_command_is_refused(tmp_path: Path) -> None:
     for record in ({}, {"stages": [1], "calibration": None}, {"stages": [{"name": "x"}], "calibration": None}):
         with pytest.raises(InputError, match="is not the state of a fine-tuning"):
             recorded_stages(kept(tmp_path, record=record))
@@ -260,7 +260,7 @@ def test_the_record_of_another_kind_of_run_is_refused(tmp_path: Path) -> None:
         ({"batch_size": 10**400}, "a number of hundreds of digits should be a count"),
     ],
 )  # fmt: skip
-def test_recipes_of_odd_types_are_refused(data: Any, message: str) -> None:
+def test_recipes_with_wrong_types_are_refused(data: Any, message: str) -> None:
     with pytest.raises(InputError, match=f"cannot read the recipe: .*{message}"):
         Recipe.from_json(data)
 
@@ -271,8 +271,8 @@ def test_recipes_of_odd_types_are_refused(data: Any, message: str) -> None:
 @pytest.mark.parametrize(
     "times", [[0, 1], [-1.0, 1.0], [math.nan, 1], [1, math.inf], [10**400, 1], ["1", 1], [1], "ab"]
 )
-def test_cached_times_that_are_none_are_measured_again(tmp_path: Path, times: Any) -> None:
-    """A zero was divided by, and a number of 400 digits turned into a float."""
+def test_invalid_cached_times_are_measured_again(tmp_path: Path, times: Any) -> None:
+    """Before, a zero caused a division by zero, and a number of 400 digits could not be converted to a float."""
     path = written(tmp_path, json.dumps({"key": times}))
     assert read_times(path) == {}
     assert read_times(written(tmp_path, '{"key": [0.5, 2]}')) == {"key": (0.5, 2.0)}
@@ -287,7 +287,7 @@ def test_cached_times_that_are_none_are_measured_again(tmp_path: Path, times: An
         {"orders": {"a": {"frequencies": [[0]], "by": "energy"}}},
     ],
 )  # fmt: skip
-def test_probes_that_are_none_are_refused(tmp_path: Path, changed: Any) -> None:
+def test_invalid_probes_are_refused(tmp_path: Path, changed: Any) -> None:
     data = {"version": 1, "key": {}, "single": {}, "whole": {}, "orders": {}}
     assert Probes.opened(written(tmp_path, json.dumps(data)), {}).single == {}
     with pytest.raises(InputError, match="cannot read probes from"):
@@ -297,7 +297,7 @@ def test_probes_that_are_none_are_refused(tmp_path: Path, changed: Any) -> None:
 @pytest.mark.parametrize(
     "order", [lambda every: every[1:], lambda every: (*every[1:], (9, 9)), lambda every: every * 2]
 )
-def test_an_order_that_is_not_of_all_frequencies_is_refused(order: Callable[[Any], Any]) -> None:
+def test_an_order_that_lacks_frequencies_is_refused(order: Callable[[Any], Any]) -> None:
     every = all_frequencies((3, 3))
     item = Item(("a",), ((Frequencies((3, 3), every),),))
     assert len(with_order(item, every[::-1]).choices) == 9
@@ -305,8 +305,8 @@ def test_an_order_that_is_not_of_all_frequencies_is_refused(order: Callable[[Any
         with_order(item, order(every))
 
 
-def test_the_network_of_these_tests_is_read() -> None:
-    """So that what is refused above is refused for what was changed."""
+def test_the_unchanged_checkpoint_of_these_tests_is_read() -> None:
+    """This shows that the tests above fail only because of their changes."""
     header = Header.from_json(_header_of("trained"))
     assert "<!doctype html>" in page(report_of(_trained(), header, "net"))
     assert seeded(Small) is not None

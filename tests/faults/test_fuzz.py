@@ -1,4 +1,4 @@
-"""Only a HarmconvertError comes out of a reader: hypothesis' share of the fuzzing, and what fuzzing once found."""
+"""Readers raise only a HarmconvertError: fuzzing with hypothesis, and the inputs that fuzzing has found before."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from . import mutating, readers
 from .tally import Counter, size
 
 NAMES = list(readers.TARGETS)
-# Fuzzing has found nothing in these so far.
+# Fuzzing has found no bug in these targets so far.
 NOTHING_FOUND = {"source", "weights", "reference", "header"}
 
 
@@ -32,7 +32,7 @@ def test_each_folder_of_the_corpus_belongs_to_a_reader() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in NOTHING_FOUND])
-def test_what_was_found_once_is_refused_or_read(name: str, tally: Counter) -> None:
+def test_inputs_of_the_corpus_are_refused_or_read(name: str, tally: Counter) -> None:
     kept = readers.corpus(name)
     assert kept, f"no input of {name} is kept in {readers.CORPUS}"
     count = tally("fuzzing", "inputs that found a bug or a path of their own")
@@ -42,7 +42,7 @@ def test_what_was_found_once_is_refused_or_read(name: str, tally: Counter) -> No
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_valid_files_put_out_of_order_are_refused_or_read(name: str, tally: Counter) -> None:
+def test_mutated_valid_files_are_refused_or_read(name: str, tally: Counter) -> None:
     target = readers.TARGETS[name]
     seeds, count = target.seeds(), tally("fuzzing", "valid files and documents put out of order (hypothesis)")
 
@@ -50,7 +50,7 @@ def test_valid_files_put_out_of_order_are_refused_or_read(name: str, tally: Coun
     @given(st.data())
     def tried(data: st.DataObject) -> None:
         file = mutating.made(lambda below: data.draw(st.integers(0, below - 1)), target.kind, seeds)
-        # Counted, not raised: an example that fails would be tried again to be made smaller.
+        # Counted and not raised, because hypothesis would run a failing example again to shrink it.
         count.trial(readers.complaint(target, file))
 
     tried()

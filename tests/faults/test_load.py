@@ -1,4 +1,4 @@
-"""Large checkpoints: a command holds a few times their size, and not more."""
+"""Large checkpoints: a command needs at most a few times their size in memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..pictures import digit_folders
 from .children import child, command, ended, said
 from .tally import Counter
 
-# Three convolutions whose maps are 1x1: all weights and hardly any work.
+# Three convolutions with maps of 1x1: large weights, but few operations.
 NETWORK = """
 import torch
 from torch import nn
@@ -39,7 +39,7 @@ LIMIT = 3
 
 
 def measured(*arguments: str) -> None:
-    """Run a command, then write how much memory it had at its peak beyond what it started with."""
+    """Run a command, then write the peak of its memory minus the memory at its start."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     before = int(status.split("VmRSS:")[1].split()[0])
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
@@ -51,7 +51,7 @@ def measured(*arguments: str) -> None:
 
 
 @pytest.mark.slow
-def test_memory(tmp_path: Path, tally: Counter) -> None:
+def test_commands_need_only_a_few_times_the_size_of_a_large_checkpoint(tmp_path: Path, tally: Counter) -> None:
     count = tally(
         "load",
         f"commands on a network of {27 * WIDTH**2 * 4 / 1e9:.1f} GB: memory at most {LIMIT} times that (verify: 4)",
@@ -83,5 +83,5 @@ def test_memory(tmp_path: Path, tally: Counter) -> None:
         code = ended(child(measured, tmp_path, *arguments))
         peak = json.loads((tmp_path / "peak.json").read_text()) * 1024
         share = peak / (tmp_path / "net.safetensors").stat().st_size
-        fine = code == 0 and share <= (LIMIT + 1 if name == "verify" else LIMIT)  # which reads two networks
+        fine = code == 0 and share <= (LIMIT + 1 if name == "verify" else LIMIT)  # verify reads two networks
         count.trial(None if fine else f"{name}: exit code {code}, {share:.2f} times; {said(tmp_path)[-300:]}")

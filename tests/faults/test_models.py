@@ -1,4 +1,4 @@
-"""Odd networks: drawn ones go the whole way, and what cannot is refused in one line that names the layer."""
+"""Unusual networks: random ones pass through all steps; others are refused in one line that names the layer."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from .. import oracle
 from .generated import NAMES, Case, cases
 from .tally import Counter, size
 
-# Largest difference over largest output of the whole basis; of 16 bits what the rounding of coefficients allows.
+# Largest relative difference of outputs with the whole basis; for 16 bits it follows from the rounding of coefficients.
 BOUND = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 drawn = settings(max_examples=size(12, 150), suppress_health_check=list(HealthCheck), deadline=None)
 
 
 def complaint(trial: Callable[[], str | None], label: str) -> str | None:
-    """What a trial says, or what came out of it."""
+    """Return the complaint of a trial, or the exception that it raised."""
     try:
         found = trial()
     except Exception as error:
@@ -48,7 +48,7 @@ def complaint(trial: Callable[[], str | None], label: str) -> str | None:
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """All that must not change: values, identities, flags."""
+    """Return everything that must not change: values, identities, flags."""
     state = {f"{key} (tensor)": (id(t), t.dtype, bits(t)) for key, t in model.state_dict(keep_vars=True).items()}
     frozen = {f"{key} (grad)": p.requires_grad for key, p in model.named_parameters(remove_duplicate=False)}
     modules = {
@@ -72,7 +72,7 @@ def frozen(model: nn.Module) -> dict[str, bool]:
 
 
 def difference(ours: nn.Module, theirs: nn.Module, x: Tensor) -> float:
-    """Largest difference of outputs over the largest, in eval mode."""
+    """Return the largest difference of outputs, relative to the largest output, in eval mode."""
     with evaluating(ours, theirs):
         expected, found = (model(x.clone()).to(torch.float64) for model in (ours, theirs))
     if not (expected.isfinite().all() and found.isfinite().all()):
@@ -82,7 +82,7 @@ def difference(ours: nn.Module, theirs: nn.Module, x: Tensor) -> float:
 
 
 def whole(case: Case, path: Path) -> str | None:
-    """The whole basis, there and back: exact, and nothing else changed."""
+    """Check that converting with the whole basis and back is exact and changes nothing else."""
     network, bound = case.network, BOUND[case.dtype]
     conversion = hc.convert(network)
     hc.save(conversion, path)
@@ -113,7 +113,7 @@ def _kernels_are_near(network: nn.Module, dense: nn.Module, plan: hc.Plan) -> st
                 return f"{name!a} was not converted, and is another"
             continue
         exact, fused = conv.weight.detach().double().flatten(1), other.weight.detach().double().flatten(1)
-        # Two ulp, and what float64 products of so many positions leave.
+        # Two ulp, plus the rounding of float64 products over so many positions.
         positions = conv.weight[0, 0].numel()
         limit = exact.abs().amax(1) * (2 * torch.finfo(conv.weight.dtype).eps + positions * 1e-15)
         if not ((fused - exact).abs().amax(1) <= limit).all():
@@ -122,7 +122,7 @@ def _kernels_are_near(network: nn.Module, dense: nn.Module, plan: hc.Plan) -> st
 
 
 def random_plan(network: nn.Module, seed: int) -> hc.Plan:
-    """Any set of frequencies for each layer, the same for those that share a weight."""
+    """Return a plan with a random set of frequencies for each layer, the same for layers that share a weight."""
     rng = random.Random(seed)
     chosen: dict[str, tuple[tuple[int, ...], ...]] = {}
     layers = []
@@ -137,7 +137,7 @@ def random_plan(network: nn.Module, seed: int) -> hc.Plan:
 
 
 def random_lambdas(network: nn.Module, seed: int) -> dict[str, int]:
-    """Literal levels for some of the layers, by their names."""
+    """Return literal levels for some of the layers, by name."""
     rng = random.Random(seed)
     sites = [site for site in plannable(find_layers(network)) if not site.skip]
     some = rng.sample(sites, rng.randint(1, len(sites)))
@@ -145,7 +145,7 @@ def random_lambdas(network: nn.Module, seed: int) -> dict[str, int]:
 
 
 def cut(case: Case, lam: Any, path: Path) -> str | None:
-    """A cut: the file, the fused and the factored form hold the same network, whose kernels are the projections."""
+    """Check that file, fused and factored form of a cut are the same network, with the projected kernels."""
     network, bound = case.network, BOUND[case.dtype]
     conversion = hc.convert(network, lam)
     hc.save(conversion, path, force=True)
@@ -157,7 +157,7 @@ def cut(case: Case, lam: Any, path: Path) -> str | None:
         return f"not as planned: {check.verdict}"
     dense, factored = hc.fuse(loaded), hc.factor(loaded, layers="factored")
     for name, conv in convolutions(factored).items():
-        # What has no factored form is dense.
+        # Layers without a factored form are dense.
         twin = loaded if isinstance(conv, HarmonicMixin) else dense
         if state(conv) != state(twin.get_submodule(name)):
             return f"{name!a} of the factored form holds something else"
@@ -168,11 +168,11 @@ def cut(case: Case, lam: Any, path: Path) -> str | None:
 
 
 def _kernels_are_projections(network: nn.Module, dense: nn.Module, plan: hc.Plan) -> str | None:
-    """The first filter of each layer, by the paper's equations in loops."""
+    """Compare the first filter of each layer with the paper's equations in loops."""
     for layer in plan.layers:
         exact, fused = (model.get_submodule(layer.name).weight[0, 0].detach().double() for model in (network, dense))
         if exact.numel() > 30:
-            continue  # loops are slow
+            continue  # the loops are slow
         kernel = exact.numpy()
         expected = sum(oracle.coefficient(kernel, f) * oracle.dct_kernel(kernel.shape, f) for f in layer.frequencies)
         rounding = torch.finfo(network.get_submodule(layer.name).weight.dtype).eps
@@ -182,7 +182,7 @@ def _kernels_are_projections(network: nn.Module, dense: nn.Module, plan: hc.Plan
 
 
 def _exported(network: nn.Module, dense: nn.Module, path: Path) -> str | None:
-    """The dense file, which torch alone can read into the original's class."""
+    """Check the dense file: torch alone can load it into the original's class."""
     target = path.with_name("dense.safetensors")
     export(dense, target, force=True)
     twin = copy.deepcopy(network)
@@ -194,7 +194,7 @@ def _exported(network: nn.Module, dense: nn.Module, path: Path) -> str | None:
 
 
 def unchanged(case: Case, trial: Callable[[], str | None]) -> str | None:
-    """A trial that must also leave the original as it was."""
+    """Run a trial and check that it does not change the original."""
     before = fingerprint(case.network)
     found = trial()
     after = fingerprint(case.network)
@@ -207,7 +207,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "network.safetensors"
 
 
-def test_drawn_networks_go_the_whole_way_and_back(tally: Counter, path: Path) -> None:
+def test_random_networks_are_converted_saved_loaded_and_fused_exactly(tally: Counter, path: Path) -> None:
     count = tally("models", "random networks: convert, save, load, fuse, verify, whole basis")
 
     @drawn
@@ -220,7 +220,9 @@ def test_drawn_networks_go_the_whole_way_and_back(tally: Counter, path: Path) ->
 
 
 @pytest.mark.parametrize("choose", [random_plan, random_lambdas])
-def test_drawn_networks_survive_random_cuts(tally: Counter, path: Path, choose: Callable[..., Any]) -> None:
+def test_random_networks_with_random_cuts_are_consistent_in_every_form(
+    tally: Counter, path: Path, choose: Callable[..., Any]
+) -> None:
     count = tally("models", "random networks, cut at random: saved, loaded, fused, factored, exported")
 
     @drawn
@@ -233,7 +235,7 @@ def test_drawn_networks_survive_random_cuts(tally: Counter, path: Path, choose: 
 
 
 def on_meta(case: Case, path: Path) -> str | None:
-    """Without values the structure converts and fuses; what needs values says so."""
+    """Check that a network without values is converted and fused; steps that need values must say so."""
     network = copy.deepcopy(case.network).to("meta")
     conversion = hc.convert(network, random_plan(network, 1))
     shapes = {key: tensor.shape for key, tensor in network.state_dict().items()}
@@ -241,7 +243,7 @@ def on_meta(case: Case, path: Path) -> str | None:
         return "fused, it has other keys or shapes"
     found = refusal(lambda: hc.save(conversion, path), "meta device")
     found = found or refusal(lambda: hc.verify(network, conversion.model, case.x), "meta device")
-    # Where no layer has a factored form nothing is measured, and nothing is wrong.
+    # If no layer has a factored form, nothing is measured, which is correct.
     if any(
         isinstance(conv, HarmonicMixin) and reason_not_factorable(conv) is None
         for conv in convolutions(conversion.model).values()
@@ -251,7 +253,7 @@ def on_meta(case: Case, path: Path) -> str | None:
 
 
 def refusal(trial: Callable[[], Any], *words: str) -> str | None:
-    """What is wrong with a refusal: there is none, it is of another kind, or says too little."""
+    """Return what is wrong with a refusal: it is missing, has another type, or says too little."""
     try:
         trial()
     except HarmconvertError as error:
@@ -263,7 +265,7 @@ def refusal(trial: Callable[[], Any], *words: str) -> str | None:
     return "not refused"
 
 
-def test_drawn_networks_without_values_convert_and_are_not_written(tally: Counter, path: Path) -> None:
+def test_random_networks_without_values_are_converted_but_not_written(tally: Counter, path: Path) -> None:
     count = tally("models", "random networks on the meta device")
 
     @drawn
@@ -287,7 +289,7 @@ def _other_weight(weight: Tensor) -> nn.Module:
 
 
 class Named(nn.Conv2d):
-    """A class whose base has a method of the harmonic form's name."""
+    """A class whose base has a method with a name that the harmonic form uses."""
 
     def _merge(self, input: Tensor) -> Tensor:
         return input
@@ -320,7 +322,7 @@ def named(name: str, module: nn.Module) -> nn.Module:
     return network
 
 
-def test_what_cannot_be_converted_is_named_in_one_line_whatever_its_name(tally: Counter) -> None:
+def test_layers_that_cannot_be_converted_are_named_in_one_line(tally: Counter) -> None:
     count = tally("models", "layers that cannot be converted, under odd names")
     for name in NAMES:
         for what, make in size(sorted(UNCONVERTIBLE.items())[:: 1 + len(name) % 3], sorted(UNCONVERTIBLE.items())):
@@ -328,7 +330,7 @@ def test_what_cannot_be_converted_is_named_in_one_line_whatever_its_name(tally: 
             count.trial(complaint(trial, f"{name}: {what}"))
 
 
-def test_networks_without_a_convolution_or_a_way_in_are_refused(tally: Counter) -> None:
+def test_networks_without_a_convolution_or_an_input_are_refused(tally: Counter) -> None:
     count = tally("models", "networks with nothing to convert, or that cannot be gone through")
     deep: nn.Module = nn.Conv2d(1, 1, 3)
     for _ in range(300):
@@ -352,7 +354,7 @@ def test_networks_without_a_convolution_or_a_way_in_are_refused(tally: Counter) 
 
 
 class Extra(nn.Module):
-    """State that is no tensor."""
+    """A module with state that is not a tensor."""
 
     def get_extra_state(self) -> Any:
         return {"any": "thing"}
@@ -364,7 +366,7 @@ class Extra(nn.Module):
         return x
 
 
-def test_what_no_file_can_hold_is_refused_by_name_and_nothing_is_left(tally: Counter, path: Path) -> None:
+def test_values_that_a_file_cannot_hold_are_refused_and_no_file_is_left(tally: Counter, path: Path) -> None:
     count = tally("models", "tensors and names that no file can hold")
     values = {
         "sparse": torch.eye(3).to_sparse(),

@@ -1,4 +1,4 @@
-"""The suite notices a wrong line: mutations.py, a sample of it in the fast suite."""
+"""The tests detect a wrong line: all mutants of mutations.py, or a sample of them in the fast suite."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .mutants import MUTANTS
 from .places import NotFoundError, edit
 from .tally import LONG, Counter, size
 
-# Those whose tests take a second or two.
+# The mutants whose tests need a second or two.
 QUICK = [m for m in MUTANTS if set(m.tests) <= {"test_basis.py", "test_projection.py", "test_plan.py"}]
 
 
@@ -26,7 +26,7 @@ def test_every_mutant_can_be_made() -> None:
 
 
 @pytest.mark.slow
-def test_a_mutant_is_noticed(tally: Counter) -> None:
+def test_every_mutant_makes_a_test_fail(tally: Counter) -> None:
     count = tally("tests", "a line of the mathematics broken")
     if LONG:
         assert mutations.baseline(MUTANTS) is None
@@ -37,7 +37,7 @@ def test_a_mutant_is_noticed(tally: Counter) -> None:
 
 
 @pytest.mark.slow
-def test_one_that_changes_nothing_survives_and_an_expression_that_is_missing_is_told() -> None:
+def test_a_mutant_without_effect_survives_and_a_missing_expression_is_reported() -> None:
     harmless = replace(MUTANTS[0], new=MUTANTS[0].old)
     assert mutations.outcome(harmless).verdict == "survived"
     gone = replace(MUTANTS[0], old="no_such_name")
@@ -82,7 +82,7 @@ def test_a_place_is_found_by_its_function_and_an_expression(
     assert line in edit(a_package(tmp_path, FILES), place, old, new).text()
 
 
-def test_a_function_that_moved_is_told_from_another_of_its_name_by_the_expression(tmp_path: Path) -> None:
+def test_a_moved_function_is_distinguished_from_another_of_the_same_name_by_the_expression(tmp_path: Path) -> None:
     package = a_package(tmp_path, {**FILES, "c.py": "def twice(x):\n    return x + x\n"})
     assert edit(package, "old.twice", "x + x", "x").path == package / "c.py"
     assert edit(package, "old.twice", "2 * y", "y").path == package / "a" / "one.py"
@@ -98,6 +98,6 @@ def test_a_function_that_moved_is_told_from_another_of_its_name_by_the_expressio
         ("a.one.thrice", "z", "a.one.thrice has 'z' 0 times, not once"),
     ],
 )  # fmt: skip
-def test_a_place_that_is_missing_is_named(tmp_path: Path, place: str, old: str, message: str) -> None:
+def test_a_missing_place_is_reported(tmp_path: Path, place: str, old: str, message: str) -> None:
     with pytest.raises(NotFoundError, match=re.escape(message)):
         edit(a_package(tmp_path, FILES), place, old, "1")

@@ -1,4 +1,4 @@
-"""Numbers at the ends of their range, and images that say nothing: exact, or refused by name; no NaN without a word."""
+"""Numbers at the ends of their range and uninformative images: exact, or refused by name; NaN is never silent."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ drawn = settings(max_examples=size(60, 1500), suppress_health_check=list(HealthC
 
 @st.composite
 def convolutions(draw: st.DrawFn) -> Any:
-    """A convolution whose filters have magnitudes of their own, from the smallest subnormal to the largest number."""
+    """Draw a convolution whose filters have random magnitudes, from the smallest subnormal to the largest number."""
     dtype, shape = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(SHAPES))
     info = torch.finfo(dtype)
     least, most = np.log10(info.smallest_normal * info.eps), np.log10(info.max) - 1e-9
@@ -47,7 +47,7 @@ def convolutions(draw: st.DrawFn) -> Any:
         elif pattern in ("zero", "one"):
             filters[:] = 0.0
             filters.flat[0] = float(pattern == "one")
-        # Ends of the range more often than what lies between.
+        # The ends of the range are more frequent than its middle.
         exponent = draw(st.sampled_from((least, most, 0.0)) | st.floats(least, most))
         filters *= 10.0**exponent
     conv: Any = CLASSES[len(shape)](2, 3, shape).to(dtype)
@@ -57,7 +57,7 @@ def convolutions(draw: st.DrawFn) -> Any:
 
 
 def largest_number(conv: nn.Module, normalization: str) -> np.longdouble:
-    """That a coefficient or a sum of some of a kernel's terms may come to, in the longest floats that there are."""
+    """Return the largest possible coefficient or partial sum of a kernel's terms, in the widest float type."""
     kernel = conv.weight.detach().double().numpy().astype(np.longdouble)
     found, sums = np.longdouble(0), np.zeros_like(kernel)
     for f in all_frequencies(kernel.shape[2:]):
@@ -69,7 +69,7 @@ def largest_number(conv: nn.Module, normalization: str) -> np.longdouble:
 
 
 def there_and_back(conv: nn.Module, normalization: str) -> str | None:
-    """The whole basis gives every filter back to its own last bits, or a coefficient is out of range which is told."""
+    """Check that the whole basis restores every filter within rounding, or reports a coefficient out of range."""
     network, info = nn.Sequential(conv), torch.finfo(conv.weight.dtype)
     try:
         dense: Any = hc.fuse(hc.convert(network, normalization=normalization).model)
@@ -87,7 +87,7 @@ def there_and_back(conv: nn.Module, normalization: str) -> str | None:
 
 
 def cut(conv: nn.Module, basis: str) -> str | None:
-    """Half of the basis leaves finite kernels of no more energy, or a refusal that names the layer."""
+    """Check that half of the basis gives finite kernels of no more energy, or an error that names the layer."""
     kept = all_frequencies(conv.kernel_size)[: conv.weight[0, 0].numel() // 2]
     plan = hc.Plan.from_json(
         {"layers": [{"name": "0", "kernel_size": conv.kernel_size, "frequencies": kept}], "basis": basis}
@@ -109,7 +109,7 @@ def cut(conv: nn.Module, basis: str) -> str | None:
 
 
 @pytest.mark.parametrize("normalization", ["ortho", "l1"])
-def test_kernels_of_every_magnitude_come_back_or_are_refused(tally: Counter, normalization: str) -> None:
+def test_kernels_of_every_magnitude_are_reconstructed_or_refused(tally: Counter, normalization: str) -> None:
     count = tally("numbers", "kernels from subnormal to the largest number, there and back")
 
     @drawn
@@ -132,7 +132,7 @@ def test_cuts_of_kernels_of_every_magnitude_are_finite_or_refused(tally: Counter
     one()
 
 
-def test_a_number_that_is_none_is_refused_wherever_it_stands(tally: Counter) -> None:
+def test_nan_and_infinity_are_refused_in_any_tensor(tally: Counter) -> None:
     count = tally("numbers", "NaN and infinity in each tensor of a network")
     state = seeded(Branches).state_dict()
     keys = [key for key, tensor in state.items() if tensor.is_floating_point()]
@@ -140,13 +140,13 @@ def test_a_number_that_is_none_is_refused_wherever_it_stands(tally: Counter) -> 
         network = seeded(Branches)
         with torch.no_grad():
             network.state_dict()[key].flatten()[-1:].fill_(value)
-        # A tied weight goes by its first name.
+        # The message names a tied weight by its first key.
         name = key.replace("alias", "shared").replace("tied_b.weight", "tied_a.weight")
         count.trial(complaint(partial(refusal, partial(hc.convert, network), name), f"{key} {value}"))
 
 
 class Stack(nn.Module):
-    """Three convolutions, the last without a batch norm behind it; maps of any size."""
+    """Three convolutions, the last one not followed by a batch norm; maps may have any size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -224,7 +224,7 @@ def network_of(edit: Callable[[Any], None], dtype: torch.dtype = torch.float32) 
 
 
 def calibrated(network: nn.Module, x: Tensor) -> str | None:
-    """Nothing that is not finite, and on its own images no worse than the plain cut, or it says so."""
+    """Check that calibration gives finite values, and outputs no worse than the plain cut unless it says so."""
     plain = hc.convert(network, 2)
     conversion = hc.convert(network, 2, calibration=x.split(5))
     record = conversion.calibration
@@ -239,7 +239,7 @@ def calibrated(network: nn.Module, x: Tensor) -> str | None:
     if after == float("inf"):
         told = record.failed or record.incomparable
         return None if told else "the outputs are not finite, and nothing is said of it"
-    # Judged on the inputs that are held back, by squares; here by the largest difference, on all of them.
+    # Calibration compares squares on held-back inputs; this test compares the largest difference on all inputs.
     rounding = 4 * torch.finfo(next(network.parameters()).dtype).eps
     return None if after <= 1.5 * before + rounding else f"{after:.2e}, the plain cut {before:.2e}: {record.notes}"
 
@@ -248,7 +248,7 @@ METHODS: tuple[type[Problem], ...] = (NormalEquations, Samples, Operator)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_calibration_never_makes_things_worse_without_a_word(
+def test_calibration_never_silently_makes_outputs_worse(
     tally: Counter, monkeypatch: pytest.MonkeyPatch, method: type[Problem]
 ) -> None:
     replace_everywhere(monkeypatch, solver, lambda *sizes: method)
@@ -260,7 +260,7 @@ def test_calibration_never_makes_things_worse_without_a_word(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_calibration_in_other_dtypes(tally: Counter, dtype: torch.dtype) -> None:
+def test_calibration_in_other_dtypes_never_silently_makes_outputs_worse(tally: Counter, dtype: torch.dtype) -> None:
     count = tally("numbers", "calibration: odd images in 16 and 64 bits")
     x = random_input((14, 3, 8, 9))
     for images, change in size(list(IMAGES.items())[::4], list(IMAGES.items())):
@@ -270,7 +270,7 @@ def test_calibration_in_other_dtypes(tally: Counter, dtype: torch.dtype) -> None
 
 
 def budgeted(network: nn.Module, x: Tensor) -> str | None:
-    """Within its budget and finite, or a refusal that says what to do about the images."""
+    """Check that the network is finite and within its budget, or that an error says what to do about the images."""
     search = partial(hc.convert, network, budget={"params": 0.6}, calibration=x.split(5), example_input=x[:1])
     before = copy.deepcopy(network.state_dict())
     with torch.no_grad():
@@ -286,7 +286,7 @@ def budgeted(network: nn.Module, x: Tensor) -> str | None:
 
 
 @pytest.mark.slow
-def test_budgets_on_images_that_say_nothing(tally: Counter) -> None:
+def test_budgets_on_uninformative_images_give_a_finite_network_or_an_error(tally: Counter) -> None:
     count = tally("numbers", "budget search: odd networks on odd images")
     pairs = list(itertools.product(NETWORKS.items(), IMAGES.items()))
     x = random_input((14, 3, 8, 9))
@@ -295,7 +295,7 @@ def test_budgets_on_images_that_say_nothing(tally: Counter) -> None:
 
 
 def verified(network: nn.Module, x: Tensor) -> str | None:
-    """The whole basis is the same network, or the outputs are nowhere to be compared and the verdict says so."""
+    """Check that the whole basis gives the same network, or that the verdict says that no output can be compared."""
     converted = hc.convert(network).model
     for model in (converted, hc.fuse(converted)):
         check = hc.verify(network, model, x)
@@ -308,7 +308,7 @@ def verified(network: nn.Module, x: Tensor) -> str | None:
     return None
 
 
-def test_verify_on_images_that_say_nothing(tally: Counter) -> None:
+def test_verify_on_uninformative_images_passes_or_reports_them(tally: Counter) -> None:
     count = tally("numbers", "verify, whole basis: odd networks on odd images")
     x = random_input((14, 3, 8, 9))
     pairs = list(itertools.product(NETWORKS.items(), IMAGES.items()))

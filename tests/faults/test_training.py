@@ -1,4 +1,4 @@
-"""Training that is killed, interrupted or handed a spoilt state: it goes on to the same bits, or says why not."""
+"""Training that is killed, interrupted or resumed from a corrupt state gives equal bits or an error message."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from ..pictures import digit_folders
 from .children import Fault, child, command, ended, said
 from .tally import Counter, size
 
-pytestmark = pytest.mark.slow  # each test trains
+pytestmark = pytest.mark.slow  # each test trains a network
 
 SAMPLE = "sample:resnet_mnist5k"
 STATE, OUT = "out.state.pth", "out.safetensors"
-# What has a state of its own: a schedule, mixup's random numbers, a moving average, augmentation.
+# Everything with a state: a schedule, the random numbers of mixup, a moving average, augmentation.
 RUN = [
     *("finetune", "../cut.safetensors", "--data-dir", "../digits", "--hflip", "0", "--crop", "padded", "-b", "5"),
     *("--workers", "0", "--calibration-images", "0", "--epochs", "3", "--sched", "cosine", "--mixup", "0.3"),
@@ -47,7 +47,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(material: Path) -> dict[str, torch.Tensor]:
-    """The weights of the run that nothing interrupts."""
+    """Return the weights of the uninterrupted run."""
     folder = fresh(material, "whole")
     assert ended(child(command, folder, *RUN)) == 0, said(folder)
     return safetensors.torch.load_file(folder / OUT)
@@ -65,9 +65,9 @@ def resume(folder: Path) -> list[str]:
 
 
 def finished(folder: Path, whole: dict[str, torch.Tensor], every: list[str]) -> str | None:
-    """Let a run go on to its end; a complaint where it comes to other bits, or leaves more than it should."""
+    """Resume a run to its end; return a complaint if the weights differ or files are left over."""
     allowed = {OUT, "out.metrics.csv"}
-    if (folder / OUT).exists():  # killed between the output and the clearing up
+    if (folder / OUT).exists():  # the run was killed after its output and before the removal of its state
         allowed |= {STATE, f"{STATE}.previous"} | {path.name for path in folder.glob(f".{OUT}.*.staging")}
     else:
         code = ended(child(command, folder, *RUN, *every, *resume(folder)))
@@ -80,8 +80,10 @@ def finished(folder: Path, whole: dict[str, torch.Tensor], every: list[str]) -> 
 
 
 @pytest.mark.slow
-def test_killed_while_saving(material: Path, whole: dict[str, torch.Tensor], tally: Counter) -> None:
-    """At one step of the file system after the other, resumed after each."""
+def test_a_run_killed_at_any_step_of_saving_is_resumed_bit_for_bit(
+    material: Path, whole: dict[str, torch.Tensor], tally: Counter
+) -> None:
+    """The run is killed at each access to the file system in turn and then resumed."""
     count = tally("training", "SIGKILL before a step of saving, then --resume: bit-equal")
     for step in range(*size((3, 60, 20), (1, 140, 1))):
         folder, every = fresh(material, "saving"), ["--save-every", "1"]
@@ -90,7 +92,9 @@ def test_killed_while_saving(material: Path, whole: dict[str, torch.Tensor], tal
 
 
 @pytest.mark.slow
-def test_killed_again_and_again(material: Path, whole: dict[str, torch.Tensor], tally: Counter) -> None:
+def test_a_run_killed_several_times_is_resumed_bit_for_bit(
+    material: Path, whole: dict[str, torch.Tensor], tally: Counter
+) -> None:
     count = tally("training", "SIGKILL at random moments, several in one run, then --resume: bit-equal")
     chance = random.Random(0)
     start = time.monotonic()
@@ -110,7 +114,7 @@ def test_killed_again_and_again(material: Path, whole: dict[str, torch.Tensor], 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.slow
-def test_interrupted(
+def test_an_interrupted_run_is_resumed_bit_for_bit(
     material: Path, whole: dict[str, torch.Tensor], tally: Counter, number: signal.Signals, code: int
 ) -> None:
     count = tally("training", f"{number.name} at random moments, then --resume: bit-equal")
@@ -130,7 +134,7 @@ def test_interrupted(
 
 @pytest.fixture
 def stopped(material: Path) -> Path:
-    """A folder with the state of a run that was killed, and the one before it."""
+    """Return a folder with the state of a killed run and the state before it."""
     folder = fresh(material, "stopped")
     for step in range(20, 80):
         if {STATE, f"{STATE}.previous"} <= set(os.listdir(folder)) and not (folder / OUT).exists():
@@ -142,7 +146,9 @@ def stopped(material: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_spoilt_states(material: Path, stopped: Path, whole: dict[str, torch.Tensor], tally: Counter) -> None:
+def test_corrupt_states_are_detected_and_the_state_before_is_used(
+    material: Path, stopped: Path, whole: dict[str, torch.Tensor], tally: Counter
+) -> None:
     count = tally("training", "newest state cut off or changed by a byte: told, and resumed from the one before")
     good = (stopped / STATE).read_bytes()
     chance = random.Random(0)
@@ -166,7 +172,7 @@ def test_spoilt_states(material: Path, stopped: Path, whole: dict[str, torch.Ten
         (folder / STATE).write_bytes(content)
         complaint = finished(folder, whole, ["--save-every", "2"])
         told = "warning: " in said(folder) and "the one before" in said(folder)
-        # One byte in the padding between records changes nothing.
+        # A changed byte in the padding between records has no effect.
         count.trial(complaint or (None if told or same_state(stopped / STATE, content) else "not a word"))
 
 
@@ -182,7 +188,7 @@ def same_state(path: Path, content: bytes) -> bool:
         spoilt.unlink()
 
 
-def test_both_states_spoilt(stopped: Path, tally: Counter) -> None:
+def test_two_corrupt_states_are_refused(stopped: Path, tally: Counter) -> None:
     count = tally("training", "both states spoilt: refused, nothing overwritten")
     for name in (STATE, f"{STATE}.previous"):
         (stopped / name).write_bytes((stopped / name).read_bytes()[:1000])
@@ -192,8 +198,8 @@ def test_both_states_spoilt(stopped: Path, tally: Counter) -> None:
     count.trial(None if code == 3 and same else f"exit code {code}: {said(stopped)[-300:]}", lost=not same)
 
 
-def test_another_run(material: Path, stopped: Path, tally: Counter) -> None:
-    """Other settings, plan, weights or data are another run: going on would be neither the one nor the other."""
+def test_the_state_of_another_run_is_refused(material: Path, stopped: Path, tally: Counter) -> None:
+    """With other settings, plan, weights or data it is another run, which must not resume this state."""
     count = tally("training", "--resume with other settings, plan, weights or data: refused")
     digit_folders(material / "more" / "train", 2)
     digit_folders(material / "more" / "val", 1, first=3)
@@ -216,8 +222,10 @@ def test_another_run(material: Path, stopped: Path, tally: Counter) -> None:
     record_of(stopped / STATE)
 
 
-def test_a_full_disk_while_training(material: Path, whole: dict[str, torch.Tensor], tally: Counter) -> None:
-    """States of full size do not fit, then do: the run goes on from the last that did."""
+def test_a_run_on_a_full_disk_is_resumed_bit_for_bit(
+    material: Path, whole: dict[str, torch.Tensor], tally: Counter
+) -> None:
+    """States do not fit on the disk, then they do: the run continues from the last one that was written."""
     count = tally("training", "no space left for a state, then --resume: bit-equal")
     for limit in size((1000,), (0, 1000, 20_000, 300_000)):
         folder, every = fresh(material, "full"), ["--save-every", "2"]
@@ -226,7 +234,7 @@ def test_a_full_disk_while_training(material: Path, whole: dict[str, torch.Tenso
         count.trial(finished(folder, whole, every))
 
 
-def test_numbers_that_are_none(material: Path, tally: Counter) -> None:
+def test_weights_that_are_not_finite_are_never_saved(material: Path, tally: Counter) -> None:
     count = tally("training", "a loss that is no number: stopped, exit code 1, nothing of it kept")
     for lr in size(("1e20",), ("1e20", "1e30", "1e10", "1e38")):
         folder = fresh(material, "nan")
@@ -248,10 +256,10 @@ def torchrun(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_killed(material: Path, tally: Counter) -> None:
-    """The others end, too, and what was saved goes on in two processes to the same bits."""
+def test_a_killed_process_ends_the_others_and_the_run_is_resumed(material: Path, tally: Counter) -> None:
+    """The other process ends, too; two processes resume the saved state bit for bit."""
     count = tally("training", "SIGKILL to one of two processes at a random moment, then --resume: bit-equal")
-    folder, shared = fresh(material, "ranks"), [*RUN, "-b", "6"]  # of which each has three
+    folder, shared = fresh(material, "ranks"), [*RUN, "-b", "6"]  # each process has three images
     process = torchrun(folder, *shared)
     assert process.communicate(timeout=300)[0] is None
     assert process.returncode == 0

@@ -1,4 +1,4 @@
-"""`harmconvert verify` on files that are not quite right: each fault is found, and the layer named."""
+"""`harmconvert verify` on files with one fault: each fault is detected, and its layer is named."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from .tally import Counter, size
 Tensors = dict[str, Tensor]
 Fault = Callable[[Tensors, dict[str, Any]], None]
 
-# A file of each kind: what its plan cuts.
+# One file of each kind, with the lambda of its plan.
 KINDS = {"whole": "full", "cut": "progressive", "calibrated": {"stage3.*": 2}}
 SMALL = ("--input-size", "1,28,28")
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The sample network in files, as they are written."""
+    """Return files of the sample network, unchanged."""
     folder, network = tmp_path_factory.mktemp("files"), open_source(SAMPLE)
     images = mnist5k_held_back()[0][:32].split(8)
     for kind, lam in KINDS.items():
@@ -42,7 +42,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def changed(file: Path, folder: Path, fault: Fault) -> Path:
-    """A copy of a checkpoint with something wrong in its tensors or in its header."""
+    """Return a copy of a checkpoint with a fault in its tensors or its header."""
     with safetensors.safe_open(file, "pt") as opened:
         tensors, metadata = {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata()  # noqa: SIM118
     header = json.loads(metadata["harmconvert"])
@@ -53,7 +53,7 @@ def changed(file: Path, folder: Path, fault: Fault) -> Path:
 
 
 def complaint(path: Path, *named: str) -> str | None:
-    """What is wrong with how the command takes a file whose parts ``named`` are wrong; None where it names them."""
+    """Return what is wrong with the command's reaction to faults in the parts ``named``; None if it names them."""
     result = run("verify", SAMPLE, str(path), "--as-planned", "--json", *SMALL)
     if result.exit_code != 1:
         return f"{named}: exit code {result.exit_code}: {result.stderr[-200:]} {result.exception!r}"
@@ -77,14 +77,14 @@ def layers(file: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_files_as_they_were_written_pass(files: dict[str, Path], kind: str) -> None:
-    """So that what fails below fails for its fault."""
+def test_unchanged_files_pass(files: dict[str, Path], kind: str) -> None:
+    """This shows that the tests below fail only because of their faults."""
     ok("verify", SAMPLE, str(files[kind]), "--as-planned", *SMALL)
     assert (run("verify", SAMPLE, str(files[kind]), *SMALL).exit_code == 0) is (kind == "whole")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_coefficient_a_thousandth_off_in_any_layer(
+def test_a_coefficient_wrong_by_a_thousandth_is_detected_in_any_layer(
     files: dict[str, Path], tmp_path: Path, kind: str, tally: Counter
 ) -> None:
     count, draw = tally("verify", "one coefficient changed by 1e-3"), random.Random(kind)
@@ -100,7 +100,7 @@ def test_one_coefficient_a_thousandth_off_in_any_layer(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_layers_swapped(files: dict[str, Path], tmp_path: Path, kind: str, tally: Counter) -> None:
+def test_two_swapped_layers_are_detected(files: dict[str, Path], tmp_path: Path, kind: str, tally: Counter) -> None:
     count, draw = tally("verify", "two layers swapped"), random.Random(kind)
     shapes = {name: t.shape for name, t in safetensors.torch.load_file(files[kind]).items() if "coefficients" in name}
     pairs = [(a, b) for a in shapes for b in shapes if a < b and shapes[a] == shapes[b]]
@@ -115,7 +115,7 @@ def test_two_layers_swapped(files: dict[str, Path], tmp_path: Path, kind: str, t
 
 
 def first(name: str, change: Callable[[Tensor], Any]) -> Fault:
-    """A fault in one tensor."""
+    """Return a fault in one tensor."""
 
     def fault(tensors: Tensors, header: Any) -> None:
         tensors[name] = change(tensors[name])
@@ -124,14 +124,14 @@ def first(name: str, change: Callable[[Tensor], Any]) -> Fault:
 
 
 def next_up(tensor: Tensor) -> Tensor:
-    """The same but for the last bit of its first value."""
+    """Return the tensor with the last bit of its first value changed."""
     flat = tensor.clone().view(-1)
     flat[0] = torch.nextafter(flat[0], torch.tensor(9.0))
     return flat.view(tensor.shape)
 
 
 def another_frequency(tensors: Tensors, header: Any) -> None:
-    """Of a cut layer: the same number of frequencies, one of them another."""
+    """Replace one frequency of a truncated layer by another one."""
     layer = next(layer for layer in header["plan"]["layers"] if layer["name"] == "stage3.2.conv1")
     assert layer["space"]["frequencies"] == [[0, 0], [0, 1], [1, 0]]
     layer["space"]["frequencies"] = [[0, 0], [1, 0], [2, 0]]
@@ -181,7 +181,7 @@ FAULTS: dict[str, tuple[str, Fault]] = {
 
 
 def tried() -> Iterator[Any]:
-    """Every fault in every kind of file that it is possible in."""
+    """Yield every fault with every kind of file in which it is possible."""
     for what, (named, fault) in FAULTS.items():
         for kind in KINDS:
             if kind != "whole" or fault is not another_frequency:
@@ -192,7 +192,7 @@ ALL = list(tried())
 
 
 @pytest.mark.parametrize(("what", "named", "fault", "kind"), size(random.Random(0).sample(ALL, 12), ALL))
-def test_a_fault_in_a_file(
+def test_every_fault_in_a_file_is_detected_and_its_layer_named(
     files: dict[str, Path], tmp_path: Path, what: str, named: str, fault: Fault, kind: str, tally: Counter
 ) -> None:
     count = tally("verify", "other faults in files")
@@ -243,10 +243,10 @@ def with_another_activation(): return Net(act=nn.GELU)
         ("with_another_activation", "act: is a GELU"),
     ],
 )
-def test_a_network_that_is_built_otherwise(
+def test_a_network_with_another_structure_is_detected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factory: str, named: str, tally: Counter
 ) -> None:
-    """The dense export of a converted network in code that builds it otherwise than the original's."""
+    """The dense export of a converted network is loaded by code that builds another structure than the original's."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "net.py").write_text(NETWORK)
     sizes = ("--input-size", "3,16,16")

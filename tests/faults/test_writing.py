@@ -1,5 +1,4 @@
-"""Full disks, missing permissions, targets that are no files, rivals, SIGKILL: a target is the old file or the whole
-new one."""
+"""After full disks, missing permissions, rival writers or SIGKILL, a target is the old file or the complete new one."""
 
 from __future__ import annotations
 
@@ -40,7 +39,7 @@ NOBODY = 65534
 
 @dataclass(frozen=True)
 class Job:
-    """A command that writes ``target``; ``others`` are names of what it may leave besides, whole."""
+    """A command that writes ``target``; ``others`` are other files that it may leave, if they are complete."""
 
     arguments: tuple[str, ...]
     target: str
@@ -73,7 +72,7 @@ SAMPLED = size(("convert", "finetune", "export a folder"), tuple(JOBS))
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cut checkpoint and a few digits, and what each job writes where nothing befalls it."""
+    """Write a truncated checkpoint, a few digits, and the output of each job without any fault."""
     folder = tmp_path_factory.mktemp("writing")
     digit_folders(folder / "digits" / "train", 2)
     digit_folders(folder / "digits" / "val", 1, first=2)
@@ -83,7 +82,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(material: Path) -> dict[str, Path]:
-    """The target of each job, written in peace."""
+    """Return the target of each job, written without any fault."""
     found = {}
     for name, job in JOBS.items():
         folder = material / f"expected {name}"
@@ -94,7 +93,7 @@ def expected(material: Path) -> dict[str, Path]:
 
 
 def put_old(target: Path) -> None:
-    """Something that the job may replace by --force."""
+    """Write an old target that the job may replace with --force."""
     if "." in target.name:
         target.write_bytes(OLD)
     else:
@@ -108,7 +107,7 @@ def is_old(target: Path) -> bool:
 
 
 def is_whole(path: Path, wanted: Path) -> bool:
-    """Whether a target is all that the job writes in peace, but for the seconds that it took."""
+    """Return whether a target equals what the job writes without any fault, except for recorded times."""
     if path.is_dir():
         return sorted(os.listdir(path)) == sorted(os.listdir(wanted)) and all(
             is_whole(path / name, wanted / name) for name in os.listdir(wanted)
@@ -125,7 +124,7 @@ def is_whole(path: Path, wanted: Path) -> bool:
 
 
 def problem(folder: Path, job: Job, wanted: Path, code: int) -> tuple[str | None, bool]:
-    """What is wrong in a folder after a job ended so: a complaint, and whether the target is lost."""
+    """Return a complaint about a folder after a job ended with this exit code, and whether the target is lost."""
     target = folder / job.target
     if not target.exists() or not (is_old(target) or is_whole(target, wanted)):
         return f"{job.arguments[0]}: {job.target} is neither the old nor the whole new one ({os.listdir(folder)})", True
@@ -133,7 +132,7 @@ def problem(folder: Path, job: Job, wanted: Path, code: int) -> tuple[str | None
         return f"{job.arguments[0]}: exit code 0, and the old file is there", False
     staging = re.compile(r"\.(.+)\.\d+(-\d+)?\.(staging|old)|out\.state\.pth\.linking")
     left = {name for name in os.listdir(folder) if name != job.target and name not in job.others}
-    if code < 0:  # a lock goes with its process, the empty file that it was on with the next run
+    if code < 0:  # a lock ends with its process; the next run removes the empty file of the lock
         left.discard(".out.state.pth.lock")
     if code >= 0 and left:
         return f"{job.arguments[0]}: exit code {code} and left {left}", False
@@ -163,7 +162,7 @@ def readable(path: Path) -> bool:
 
 
 def cleaned(folder: Path, job: Job) -> str | None:
-    """A complaint where the next one who writes the target does not remove what a killed one left."""
+    """Return a complaint if the next writer of the target does not remove the leftovers of a killed one."""
     target = folder / job.target
     if target.is_dir():
         write_folder(
@@ -189,8 +188,10 @@ def fresh(material: Path, name: str) -> Path:
 
 @pytest.mark.parametrize("name", SAMPLED)
 @pytest.mark.slow
-def test_killed_at_every_step(material: Path, expected: dict[str, Path], tally: Counter, name: str) -> None:
-    """Before each touch of a file in its folder, one after the other, until it gets through."""
+def test_a_command_killed_at_any_step_leaves_a_complete_target(
+    material: Path, expected: dict[str, Path], tally: Counter, name: str
+) -> None:
+    """The command is killed before each access to a file in its folder in turn, until it completes."""
     count = tally("writing", f"SIGKILL before every step of the file system: {name}")
     job, folder = JOBS[name], material / f"steps {name}"
     step = 1
@@ -207,7 +208,9 @@ def test_killed_at_every_step(material: Path, expected: dict[str, Path], tally: 
 
 @pytest.mark.parametrize("name", SAMPLED)
 @pytest.mark.slow
-def test_killed_at_random_moments(material: Path, expected: dict[str, Path], tally: Counter, name: str) -> None:
+def test_a_command_killed_at_a_random_moment_leaves_a_complete_target(
+    material: Path, expected: dict[str, Path], tally: Counter, name: str
+) -> None:
     count = tally("writing", f"SIGKILL at random moments: {name}")
     job, folder = JOBS[name], material / f"moments {name}"
     start = time.monotonic()
@@ -225,8 +228,10 @@ def test_killed_at_random_moments(material: Path, expected: dict[str, Path], tal
 
 @pytest.mark.parametrize("name", SAMPLED)
 @pytest.mark.slow
-def test_a_disk_that_is_full(material: Path, expected: dict[str, Path], tally: Counter, name: str) -> None:
-    """No file may grow beyond a limit: 0 bytes, a part of the header, of the tensors, all but one byte."""
+def test_a_full_disk_leaves_a_complete_target(
+    material: Path, expected: dict[str, Path], tally: Counter, name: str
+) -> None:
+    """Files are limited to 0 bytes, a part of the header, a part of the tensors, or all except one byte."""
     count = tally("writing", f"no space left (RLIMIT_FSIZE): {name}")
     job, folder = JOBS[name], material / f"full {name}"
     files = sorted(expected[name].iterdir()) if expected[name].is_dir() else [expected[name]]
@@ -237,12 +242,14 @@ def test_a_disk_that_is_full(material: Path, expected: dict[str, Path], tally: C
         found, lost = problem(folder, job, expected[name], code)
         if code != 4 and not (code == 0 and name == "finetune"):
             found = found or f"{limit} bytes: exit code {code}"
-        elif not is_old(folder / job.target) and code != 0 and name != "plan":  # which is written before the network
+        elif not is_old(folder / job.target) and code != 0 and name != "plan":  # the plan is written before the network
             found = found or f"{limit} bytes: the old file is gone"
         count.trial(found, lost=lost)
 
 
-def test_a_small_disk(material: Path, expected: dict[str, Path], tmp_path: Path, tally: Counter) -> None:
+def test_a_small_disk_leaves_a_complete_target(
+    material: Path, expected: dict[str, Path], tmp_path: Path, tally: Counter
+) -> None:
     count = tally("writing", "no space left (a small tmpfs)")
     if (
         shutil.which("mount") is None
@@ -250,7 +257,7 @@ def test_a_small_disk(material: Path, expected: dict[str, Path], tmp_path: Path,
             ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)], capture_output=True
         ).returncode
     ):
-        count.trial()  # not counted as more than the attempt
+        count.trial()  # counts the attempt only
         pytest.skip("no right to mount a tmpfs here")
     try:
         for name in ("convert", "export", "export a folder"):
@@ -268,14 +275,16 @@ def test_a_small_disk(material: Path, expected: dict[str, Path], tmp_path: Path,
 
 @pytest.fixture
 def everybodys() -> Iterator[Path]:
-    """A folder that other users reach, too."""
+    """Yield a folder that other users can access."""
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o755)
     yield folder
     shutil.rmtree(folder)
 
 
-def test_no_permission(material: Path, everybodys: Path, expected: dict[str, Path], tally: Counter) -> None:
+def test_missing_permissions_are_reported(
+    material: Path, everybodys: Path, expected: dict[str, Path], tally: Counter
+) -> None:
     count = tally("writing", "folders that may not be written")
     user = NOBODY if os.geteuid() == 0 else None
     shutil.copy(material / "cut.safetensors", everybodys)
@@ -301,7 +310,7 @@ def make_device(path: Path) -> None:
 def make_socket(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as one:
         here = os.getcwd()
-        os.chdir(path.parent)  # a socket's path has to be short
+        os.chdir(path.parent)  # the path of a socket must be short
         try:
             one.bind(path.name)
         finally:
@@ -319,7 +328,7 @@ NO_FILES: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_targets_that_are_no_files(material: Path, tally: Counter, name: str) -> None:
+def test_targets_that_are_not_regular_files_are_refused(material: Path, tally: Counter, name: str) -> None:
     count = tally("writing", "targets that are FIFOs, devices, sockets, folders, links to nothing, despite --force")
     job = JOBS[name]
     for what, make in NO_FILES.items():
@@ -336,8 +345,8 @@ def test_targets_that_are_no_files(material: Path, tally: Counter, name: str) ->
 
 
 @pytest.mark.slow
-def test_rivals(material: Path, tally: Counter) -> None:
-    """With --force the last whole writer wins; without it the first one does, and the others say so."""
+def test_several_writers_of_one_target_leave_a_complete_target(material: Path, tally: Counter) -> None:
+    """With --force the last writer wins; without it the first one wins, and the others report an error."""
     count = tally("writing", "several processes that write one target")
     results = {}
     for lam in ("1", "2", "3", "full"):
@@ -359,7 +368,7 @@ def test_rivals(material: Path, tally: Counter) -> None:
 
 @pytest.mark.parametrize("mask", size((0o027,), (0o000, 0o022, 0o027, 0o077)))
 @pytest.mark.slow
-def test_the_umask_decides(material: Path, tally: Counter, mask: int) -> None:
+def test_the_permissions_of_outputs_follow_the_umask(material: Path, tally: Counter, mask: int) -> None:
     count = tally("writing", "files and folders under a umask of 000, 022, 027, 077")
     for name in ("convert", "export", "export a folder", "plan", "report"):
         job, folder = JOBS[name], fresh(material, "umask")
@@ -375,7 +384,7 @@ def test_the_umask_decides(material: Path, tally: Counter, mask: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_link_is_followed(material: Path, tally: Counter) -> None:
+def test_a_link_is_followed_to_its_target(material: Path, tally: Counter) -> None:
     count = tally("writing", "targets that are links to a file: the file is replaced, the link stays")
     for name in ("convert", "export", "plan", "report"):
         job, folder = JOBS[name], fresh(material, "linked")
@@ -387,6 +396,6 @@ def test_a_link_is_followed(material: Path, tally: Counter) -> None:
         count.trial(None if fine and os.listdir(folder / "real") == [job.target] else f"{name}: {code}")
 
 
-def test_a_header_is_whole(material: Path) -> None:
-    """What these tests call whole has a header that can be read."""
+def test_complete_targets_have_a_readable_header(material: Path) -> None:
+    """The files that these tests call complete have a readable header."""
     assert read_header(material / "cut.safetensors").plan.layers
