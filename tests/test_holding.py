@@ -200,8 +200,12 @@ def test_held_runs_equal_new_runs(make: Callable[[], nn.Module], room: int, monk
         whole, many = counted(lambda: calibrated(model))
     assert same(held, whole)
     fit = 3  # images of a batch that are used for the fit
+    fallbacks = held.calibration.fallbacks
     if make in ANEW:
         assert few[fit] == many[fit]
+        assert [text.split(":")[0] for text in fallbacks] == ["no run is held at the layer that is refitted"]
+    elif room < 1 << 30:
+        assert [text.split(": ")[1] for text in fallbacks] == ["memory or threads were short"]
     elif room == 1 << 30 and make is not Branches:
         # Three layers and three batches, and one more run of the first layer.
         assert few[fit] <= many[fit] - 5, (few, many)

@@ -74,12 +74,15 @@ def test_images_in_any_container_are_stored_channels_last() -> None:
 @pytest.mark.parametrize("model", [Views, Assumes])
 def test_networks_that_assume_contiguous_maps_get_contiguous_inputs(model: type[nn.Module]) -> None:
     network, data = seeded(model), calibration_set(X.split(4))
-    assert with_best_memory_format(network, data) is data
+    (fallback,) = (unchanged := with_best_memory_format(network, data)).fallbacks
+    assert fallback.startswith("inputs are not in channels_last: ")
+    assert (unchanged.fit, unchanged.held) == (data.fit, data.held)
     with torch.no_grad():
         before = network(X)
     found = convert(network, 2, include=["*"], example_input=X[:1], calibration=X.split(4))
     assert found.calibration is not None
     assert [layer.decision for layer in found.calibration.layers] == ["refit"]
+    assert fallback in found.calibration.fallbacks
     with torch.no_grad():
         assert torch.equal(network(X), before)
 
@@ -102,7 +105,9 @@ def test_with_nan_outputs_the_memory_format_stays_unchanged() -> None:
             return x.mean((1, 2, 3)) * torch.nan
 
     data = calibration_set(X.split(4))
-    assert with_best_memory_format(Undefined(), data) is data
+    unchanged = with_best_memory_format(Undefined(), data)
+    assert unchanged.fallbacks == ("inputs are not in channels_last: the outputs differ",)
+    assert (unchanged.fit, unchanged.held) == (data.fit, data.held)
 
 
 def test_the_refit_is_the_same_in_both_memory_formats(monkeypatch: pytest.MonkeyPatch) -> None:

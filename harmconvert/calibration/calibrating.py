@@ -123,7 +123,7 @@ def _calibrate(
 ) -> Calibration:
     """Calibrate and return the record, without digests of the changed tensors."""
     data, compare = context.data, context.compare
-    layers = _refit(original, converted, cut, context, settings, progress)
+    layers, fallbacks = _refit(original, converted, cut, context, settings, progress)
     after = _copied_tensors(converted)
     blend(converted, before, before, 0.0)
     plain, why = compare(converted)
@@ -152,7 +152,7 @@ def _calibrate(
         notes.append(f"only the first {read} (settings: inputs={settings.inputs})")
     return Calibration(
         tuple(layers), data.total, held, plain, refit, final, kept, norms, tuple(notes), settings, {}, incomparable,
-        agreements[0.0], agreement,
+        agreements[0.0], agreement, (*data.fallbacks, *fallbacks),
     )  # fmt: skip
 
 
@@ -179,15 +179,16 @@ def _refit(
     context: CalibrationContext,
     settings: CalibrationSettings,
     progress: Progress | None,
-) -> list[LayerCalibration]:
+) -> tuple[list[LayerCalibration], tuple[str, ...]]:
+    """Refit the layers named in ``cut``; return their records and the fallbacks of the runs."""
     data, layers = context.data, harmonic_layers(converted)
     harmonic = {name: layers[name] for name in cut}
     memory = memory_for(converted, settings)
     if not cut:
-        return []
+        return [], ()
     tied_layers, not_refittable = find_tied_layers(original, harmonic, data, memory)
     if not settings.refit:
-        return []
+        return [], ()
     targets = Targets(original, tied_layers, data, settings.seed, memory // 2)
     whole = context.whole if len(cut) == 1 else {}  # if two layers are cut, one of them changes the other's input
     records = []
@@ -204,7 +205,7 @@ def _refit(
         if not any(name in tied.names for tied in tied_layers):
             why = not_refittable.get(name, "it does not run on the calibration inputs")
             records.append(LayerCalibration(name, "projection", why=why))
-    return records
+    return records, forwards.fallbacks
 
 
 def never_worse(

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import first_line
+from ..errors import counted, first_line
 from ..network.running import evaluating
 from ..network.side_effects import RandomStates, Snapshot, random_states_kept
 from ..network.values import tensors_in
@@ -47,8 +47,9 @@ _MOMENT = 1.0  # seconds to wait for one thread to end before the others are ask
 class Forwards:
     """Run ``model`` up to one of ``layers`` after the other, in the order in which they run.
 
-    Use it as a context: its threads end with it. ``refusal`` says why no run is held (None: runs are held). Runs are
-    held on a CPU only, because on a GPU each thread would have a workspace and a stream of its own.
+    Use it as a context: its threads end with it. ``refusal`` says why no run is held (None: runs are held), and
+    ``repeated`` counts the runs that started from the input because memory or threads were short. Runs are held on a
+    CPU only, because on a GPU each thread would have a workspace and a stream of its own.
 
     Args:
         memory: the most bytes to hold; never more than `MOST_BYTES`.
@@ -71,6 +72,7 @@ class Forwards:
         self._memory = min(memory, MOST_BYTES)
         self._most = threads_free(MOST_THREADS) // torch.get_num_threads()
         self.refusal: str | None = None
+        self.repeated = 0
         self._bytes: dict[str, int] = {}  # bytes of one example held at each layer; empty: no run is held
         self._runs: list[_Run] = []  # in the order in which they started
         self._held: dict[int, _Run] = {}
@@ -85,13 +87,23 @@ class Forwards:
                 leaving.callback(layer.register_forward_hook(partial(self._ended, name)).remove)
             leaving.callback(lambda: self._end(self._runs))
             self._bytes = self._try_out()
-            if self.refusal is not None:
-                log.info("no run is held at the layer that is refitted: %s", self.refusal)
             self._leaving = leaving.pop_all()
         return self
 
     def __exit__(self, *raised: Any) -> None:
         self._leaving.__exit__(*raised)
+        for fallback in self.fallbacks:
+            log.info(fallback)
+
+    @property
+    def fallbacks(self) -> tuple[str, ...]:
+        """Return why runs were not held at the layer that is refitted, in a sentence; empty if all were."""
+        if self.refusal is not None:
+            return (f"no run is held at the layer that is refitted: {self.refusal}",)
+        if self.repeated:
+            runs = f"{counted(self.repeated, 'run')} started from the input again"
+            return (f"{runs}: memory or threads were short",)
+        return ()
 
     def watch(self, names: Sequence[str], batch: Batch, see: OnCall, calls: int) -> None:
         """Pass the ``calls`` calls of the layers ``names`` in a forward of ``batch`` to ``see``.
@@ -101,6 +113,7 @@ class Forwards:
         name, run = names[0], None
         if len(names) == 1 and calls == 1 and name in self._bytes:
             run = self._before(name, batch)
+            self.repeated += run is None
         if run is None:
             layers = {name: self._layers[name] for name in names}
             watch_convolutions(self._model, layers, batch.input, see, None if self._complete else calls)

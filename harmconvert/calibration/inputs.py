@@ -57,7 +57,7 @@ class CalibrationSet:
     ``fit``, ``held``: batches for the fit, and batches that are held back. ``total``, ``fit_total``: number of examples
     in all processes, and of those for the fit. ``more_available``: the iterable had more examples than were read.
     ``undivided``: batches were not divided, because the network depends on whole batches (for example, frames of a clip
-    along the batch axis).
+    along the batch axis). ``fallbacks``: each faster method that was not used, and why.
     """
 
     fit: tuple[Batch, ...]
@@ -67,6 +67,7 @@ class CalibrationSet:
     more_available: bool = False
     undivided: bool = False
     runs: Repeatability = Repeatability()
+    fallbacks: tuple[str, ...] = ()
 
     @property
     def why_nothing_held(self) -> str:

@@ -91,6 +91,7 @@ class Calibration:
     ``kept``: the share of the refit's change that was kept: 1 unless the whole change made the outputs worse than the
     plain cut. ``batch_norms``: number of re-estimated batch norms.
     ``changed``: the keys of the changed tensors, each with the sha256 of its new values.
+    ``fallbacks``: each faster method that was not used, and why; they change the time, not the result.
     ``plain_agreement``, ``agreement``: the share of held-back inputs with the same top-1 class as the original, for the
     plain cut and at the end; None if outputs are not logits.
     """
@@ -109,6 +110,7 @@ class Calibration:
     incomparable: str | None = None
     plain_agreement: float | None = None
     agreement: float | None = None
+    fallbacks: tuple[str, ...] = ()
 
     @property
     def failed(self) -> tuple[LayerCalibration, ...]:
