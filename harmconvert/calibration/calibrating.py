@@ -194,7 +194,7 @@ def _refit(
     records = []
     batches = (*data.fit, *data.held)
     with Forwards(converted, harmonic, memory // 4, batches, data.probes, data.runs.complete) as forwards:
-        refit = Refit(converted, harmonic, targets, data, settings, memory, forwards, whole)
+        refit = Refit(forwards, targets, data, settings, memory, whole)
         for done, tied in enumerate(tied_layers):
             if progress:
                 progress(done, len(tied_layers), tied.names[0])

@@ -67,7 +67,7 @@ class Forwards:
         probes: Sequence[Batch],
         complete: bool = False,
     ) -> None:
-        self._model, self._layers, self._probes, self._complete = model, dict(layers), probes, complete
+        self.model, self.layers, self._probes, self._complete = model, dict(layers), probes, complete
         self._alike = len({_shapes(batch) for batch in batches}) == 1 and not complete
         self._memory = min(memory, MOST_BYTES)
         self._most = threads_free(MOST_THREADS) // torch.get_num_threads()
@@ -80,8 +80,8 @@ class Forwards:
     def __enter__(self) -> Forwards:
         with ExitStack() as leaving:
             # Once for all runs: the end of one run would otherwise change the mode of another one.
-            leaving.enter_context(evaluating(self._model))
-            for name, layer in self._layers.items():
+            leaving.enter_context(evaluating(self.model))
+            for name, layer in self.layers.items():
                 before = layer.register_forward_pre_hook(self._begins, prepend=True, with_kwargs=True)
                 leaving.callback(before.remove)
                 leaving.callback(layer.register_forward_hook(partial(self._ended, name)).remove)
@@ -115,8 +115,8 @@ class Forwards:
             run = self._before(name, batch)
             self.repeated += run is None
         if run is None:
-            layers = {name: self._layers[name] for name in names}
-            watch_convolutions(self._model, layers, batch.input, see, None if self._complete else calls)
+            layers = {name: self.layers[name] for name in names}
+            watch_convolutions(self.model, layers, batch.input, see, None if self._complete else calls)
             return
         try:
             if self._go_on(run, {name}):
@@ -145,7 +145,7 @@ class Forwards:
         return run
 
     def _begun(self, batch: Batch, recorder: Recorder) -> _Run:
-        run = _Run(self._model, batch, recorder)
+        run = _Run(self.model, batch, recorder)
         self._runs.append(run)  # before it starts, so that it is ended in any case
         run.thread.start()
         return run
@@ -199,9 +199,9 @@ class Forwards:
             return "the batches have different shapes"
         if self._most <= 1:
             return "the machine has no threads left"
-        if any(parameter.device.type != "cpu" for parameter in self._model.parameters()):
+        if any(parameter.device.type != "cpu" for parameter in self.model.parameters()):
             return "the network is not on a CPU"
-        if len(self._layers) < 3:
+        if len(self.layers) < 3:
             return "fewer than three layers are refitted"
         if len(self._probes) < 2 or _same(*self._probes):
             return "there are no two different examples for a trial"
@@ -219,22 +219,22 @@ class Forwards:
             return {}
         self.refusal = "two runs in turns do not give the layers the inputs that two runs one after the other give"
         bytes: dict[str, int] = {}
-        state = Snapshot(self._model)
+        state = Snapshot(self.model)
         try:
             start, settings = time.perf_counter(), _settings()
-            plain = [iter(input_summaries(self._model, self._layers, probe)) for probe in self._probes]
+            plain = [iter(input_summaries(self.model, self.layers, probe)) for probe in self._probes]
             patience = _PATIENCE + 20 * (time.perf_counter() - start)
             runs = [self._begun(probe, kind()) for probe, kind in zip(self._probes, (_Alive, Recorder), strict=True)]
             while not all(run.done for run in runs):
                 for run, expected in zip(runs, plain, strict=True):
                     run.always_again = True
-                    if run.done or not self._go_on(run, set(self._layers), patience):
+                    if run.done or not self._go_on(run, set(self.layers), patience):
                         continue
                     if settings != _settings() or input_summary(run.at, run.shown) != next(expected, None):
                         return {}
                     run.shown = None
                     if isinstance(run.recorder, _Alive):
-                        held = -(-run.recorder.bytes(self._model) // len(run.batch))
+                        held = -(-run.recorder.bytes(self.model) // len(run.batch))
                         bytes[run.at] = max(bytes.get(run.at, 0), held)
             if any(next(expected, None) for expected in plain) or not state.intact:
                 return {}  # also a network that keeps something that no layer's input shows yet: a counter, a log

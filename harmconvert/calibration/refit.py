@@ -13,6 +13,7 @@ from torch import nn
 from ..errors import UsageError
 from ..layers.harmonic import HarmonicMixin
 from ..network.distributed import all_or_none
+from ..network.layers import harmonic_layers
 from .capture import ConvCall, explain_error
 from .cuts import WholeLayer
 from .equations import Layer, Problem
@@ -30,30 +31,26 @@ DAMPING_TIMES_POSITIONS = 1e-3
 
 
 class Refit:
-    """Refits layers of ``converted`` in place: call it for each of the tied layers, in the order in which they run.
+    """Refits truncated layers in place: call it for each of the tied layers, in the order in which they run.
 
     Args:
-        layers: the truncated layers of ``converted``.
+        forwards: runs the converted network up to one of the truncated layers.
         targets: the original's outputs.
         memory: bytes that one layer's equations may use.
-        forwards: runs ``converted`` up to a layer.
         whole: equations of uncut layers, which are used instead of new runs.
     """
 
     def __init__(
         self,
-        converted: nn.Module,
-        layers: dict[str, HarmonicMixin],
+        forwards: Forwards,
         targets: Targets,
         data: CalibrationSet,
         settings: CalibrationSettings,
         memory: int,
-        forwards: Forwards,
         whole: Mapping[str, WholeLayer],
     ) -> None:
-        self.converted, self.layers, self.targets = converted, layers, targets
-        self.data, self.settings, self.memory = data, settings, memory
-        self.forwards, self.whole, self.probe = forwards, whole, data.probe
+        self.forwards, self.targets, self.data = forwards, targets, data
+        self.settings, self.memory, self.whole = settings, memory, whole
 
     def __call__(self, tied: TiedLayers) -> LayerCalibration:
         """Refit layers that share coefficients. If this fails, they keep the projection, and the record says why."""
@@ -80,8 +77,9 @@ class Refit:
     def _refit(self, tied: TiedLayers, record: LayerCalibration) -> LayerCalibration:
         if self.data.fit_total == self.data.total:
             return replace(record, why=f"{self.data.why_nothing_held} to choose on")
-        modules = {name: self.layers[name] for name in tied.names}
-        bias = refittable_bias(self.converted, list(modules.values()))
+        layers = harmonic_layers(self.forwards.model)
+        modules = {name: layers[name] for name in tied.names}
+        bias = refittable_bias(self.forwards.model, list(modules.values()))
         kernel, layer = all_or_none(
             lambda: self._kernel_and_layer(tied, modules, bias), RuntimeError("another process could not run it")
         )
@@ -109,7 +107,7 @@ class Refit:
     ) -> tuple[Kernel, Layer]:
         """Find out, in a forward of one example, how the layers compute their kernel."""
         recorded: list[tuple[str, ConvCall | None]] = []
-        self.forwards.watch(tied.names, self.probe, lambda *call: recorded.append(call), len(tied.calls))
+        self.forwards.watch(tied.names, self.data.probe, lambda *call: recorded.append(call), len(tied.calls))
         calls = [(name, call) for name, call in recorded if call is not None]
         kernels = [Kernel.of(modules[name], call) for name, call in calls]
         kinds = {(call.groups, call.transposed, k.factor is None) for k, (_, call) in zip(kernels, calls, strict=True)}
@@ -120,7 +118,7 @@ class Refit:
     def _problems(self, tied: TiedLayers, layer: Layer) -> tuple[Problem, Problem]:
         """Return the equations over the inputs for the fit and over those that are held back."""
         if (whole := self.whole.get(tied.names[0])) is not None:
-            return whole.cut(layer, self.layers[tied.names[0]].frequencies)
+            return whole.cut(layer, harmonic_layers(self.forwards.model)[tied.names[0]].frequencies)
         fit, held = (self._problem(tied, layer, part) for part in (self.data.fit, self.data.held))
         return fit, held
 
