@@ -8,6 +8,7 @@ import math
 import struct
 import zlib
 from dataclasses import dataclass
+from decimal import Context, Decimal, localcontext
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,12 @@ def read(path: Path) -> Checkpoint:
     if version not in (1, 2):
         raise UnreadableError(f"format version {version}")
     plan = header if version == 1 else header["plan"]
-    if version == 2:
-        check_codecs(header["codecs"], entries)
+    coded = check_codecs(header["codecs"], entries) if version == 2 else {}
     stored = {key: data[slice(*entry["data_offsets"])] for key, entry in entries.items()}
-    tensors = {key: values(entry, stored[key]) for key, entry in entries.items()}
+    tensors = {
+        key: quantised(coded[key], stored[key]) if key in coded else values(entry, stored[key])
+        for key, entry in entries.items()
+    }
     tensors |= {key: tensors[other] for key, other in header["tied"].items()}
     merged: dict[str, Array] = {}
     for layer in plan["layers"]:
@@ -88,13 +91,133 @@ def values(entry: dict[str, Any], data: bytes) -> Array:
     return array.reshape(entry["shape"])
 
 
-def check_codecs(codecs: dict[str, Any], entries: dict[str, Any]) -> None:
-    """Section 3: raise UnreadableError for an unknown codec."""
+def quantised(entry: dict[str, Any], stream: bytes) -> Array:
+    """Section 3, the codec `quantised`: the values of a stream."""
+    shape, groups, transposed = entry["shape"], entry.get("groups", 1), entry.get("transposed", False)
+    first, second = shape[0], (shape[1:] or [1])[0]
+    count = math.prod(shape[2:])
+    rows, channels = (second, first // groups) if transposed else (first // groups, second)
+    columns = channels * count
+    at = 0
+
+    def number() -> int:
+        nonlocal at
+        value, bits = 0, 0
+        while True:
+            value += (stream[at] & 127) << bits
+            at, bits = at + 1, bits + 7
+            if stream[at - 1] < 128:
+                return value
+
+    def signed() -> int:
+        value = number()
+        return value // 2 if value % 2 == 0 else -((value + 1) // 2)
+
+    def part() -> tuple[int, int] | None:
+        return (scale - 1, number()) if (scale := number()) else None
+
+    largest, step_base = number(), signed()
+    step_parts = [part() for _ in range(4)]
+    scale_base, scale_parts, counts = 0, [], []
+    if shape_of_tables := number():
+        scale_base, scale_parts = signed(), [part() for _ in range(4)]
+    else:
+        counts = [number() for _ in range(2 * largest + 1)]
+    factors = None
+    if number():
+        factors = np.frombuffer(stream, "<f4", groups * rows, at).reshape(groups, rows)
+        at += 4 * groups * rows
+    words = [int(word) for word in np.frombuffer(stream, "<u4", offset=at)]
+    state = 0
+
+    def refill() -> None:
+        nonlocal state
+        if state < 1 << 32 and words:
+            state = (state << 32) + words.pop()
+
+    refill()
+    refill()
+
+    def take(weights: list[int]) -> int:
+        """Return one integer; ``weights`` are those of -m to m."""
+        nonlocal state
+        q, left = state % (1 << 24), 0
+        place = 0
+        while q >= left + weights[place]:
+            left += weights[place]
+            place += 1
+        weight = weights[place]
+        state = (state >> 24) * weight + q - left
+        refill()
+        return place - len(weights) // 2
+
+    def parts(descriptions: list[tuple[int, int] | None], base: int) -> tuple[Array, Array]:
+        own = []
+        lengths = (groups * rows, groups * channels, count, groups * columns)
+        for length, description in zip(lengths, descriptions, strict=True):
+            weights = [] if description is None else distribution(description[0], 4, description[1])
+            own.append([take(weights) if weights else 0 for _ in range(length)])
+        of_channels = np.array(own[1]).reshape(groups, channels, 1) + np.array(own[2])
+        return np.array(own[0]).reshape(groups, rows), of_channels.reshape(groups, columns) + base + np.array(
+            own[3]
+        ).reshape(groups, columns)
+
+    row_steps, column_steps = parts(step_parts, step_base)
+    integers = np.zeros((groups, rows, columns), int)
+    if shape_of_tables:
+        row_scales, column_scales = parts(scale_parts, scale_base)
+        row_scales, column_scales = row_scales - row_steps, column_scales - (column_steps - step_base)
+        indices = np.clip(row_scales[:, :, None] + column_scales[:, None], 0, 127)
+        for index in range(128):
+            weights = distribution(index, shape_of_tables, largest) if (indices == index).any() else []
+            for place in zip(*np.nonzero(indices == index), strict=True):
+                integers[place] = take(weights)
+    else:
+        free = (1 << 24) - len(counts)
+        weights = [1 + own * free // sum(counts) for own in counts]
+        weights[weights.index(max(weights))] += (1 << 24) - sum(weights)
+        for place in np.ndindex(integers.shape):
+            integers[place] = take(weights)
+    if state or words:
+        raise UnreadableError("the stream does not end with its last integer")
+    result = integers * steps(column_steps)[:, None]
+    if row_steps.any():
+        result = result * steps(row_steps)[..., None]
+    if factors is not None:
+        result = result * factors.astype(float)[..., None]
+    if transposed:
+        result = result.reshape(groups, rows, channels, count).swapaxes(1, 2)
+    return result.reshape(shape).astype(entry["dtype"])
+
+
+def steps(indices: Array) -> Array:
+    """Return the steps of indices."""
+    return np.array([2.0 ** ((i % 4) / 4) * 2.0 ** (i // 4) for i in indices.ravel().tolist()]).reshape(indices.shape)
+
+
+def distribution(index: int, shape: int, largest: int) -> list[int]:
+    """Return the weights of the integers from -largest to largest."""
+    with localcontext(Context(prec=50)):
+        scale = Decimal(2) ** (Decimal(index - 24) / 4)
+        powers = [(Decimal(v) / scale) ** (Decimal(shape) / 4) if v else Decimal(0) for v in range(largest + 1)]
+        ends = next((v for v, power in enumerate(powers) if power > 40), largest + 1)
+        g = [(-power).exp() if v < ends else Decimal(0) for v, power in enumerate(powers)]
+        whole = g[0] + 2 * sum(g[1:])
+        free = (1 << 24) - (2 * largest + 1)
+        above = [1 + int(one * free / whole) for one in g[1:]]
+    return [*reversed(above), (1 << 24) - 2 * sum(above), *above]
+
+
+def check_codecs(codecs: dict[str, Any], entries: dict[str, Any]) -> dict[str, Any]:
+    """Section 3: return the entries of the quantised tensors; raise UnreadableError for an unknown codec."""
     for name, codec in codecs.items():
-        if name not in (*PLAIN.values(), "raw") or codec["version"] != 1:
+        if name not in (*PLAIN.values(), "raw", "quantised") or codec["version"] != 1:
             raise UnreadableError(f"codec {name} version {codec['version']}")
-    if set(codecs) != {PLAIN.get(entry["dtype"], "raw") for entry in entries.values()}:
+    coded = codecs.get("quantised", {}).get("tensors", {})
+    used = {PLAIN.get(entry["dtype"], "raw") for key, entry in entries.items() if key not in coded}
+    if set(codecs) - {"quantised"} != used:
         raise UnreadableError("the codec table is not that of the tensors")
+    return dict(coded)
 
 
 def key_of(name: str, tensor: str) -> str:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from .codec import CODECS, Codec, Entry, codec_of, register
 from .digests import tensors_crc32, tensors_sha256
+from .integers import Layout, Quantised, step_indices, step_sizes
 from .plain import BFLOAT16, FLOAT16, FLOAT32, RAW, plain_codec, stored_bytes, tolerance_of
+from .quantised import QUANTISED, QuantisedCodec, layout_of, quantised_entry
+from .stream import pack, unpack
 from .table import CodecTable, Stored
 
-for _codec in (FLOAT32, FLOAT16, BFLOAT16, RAW):
+for _codec in (FLOAT32, FLOAT16, BFLOAT16, RAW, QUANTISED):
     register(_codec)
 
 __all__ = [
@@ -19,16 +22,26 @@ __all__ = [
     "CODECS",
     "FLOAT16",
     "FLOAT32",
+    "QUANTISED",
     "RAW",
     "Codec",
     "CodecTable",
     "Entry",
+    "Layout",
+    "Quantised",
+    "QuantisedCodec",
     "Stored",
     "codec_of",
+    "layout_of",
+    "pack",
     "plain_codec",
+    "quantised_entry",
     "register",
+    "step_indices",
+    "step_sizes",
     "stored_bytes",
     "tensors_crc32",
     "tensors_sha256",
     "tolerance_of",
+    "unpack",
 ]

@@ -16,7 +16,8 @@ from torch import Tensor
 class Entry:
     """The entry of one tensor in a codec table: its codec, and the shape and dtype of the decoded tensor.
 
-    ``parameters`` (JSON-able) are all other values that the codec needs to decode the tensor.
+    ``parameters`` (JSON-able) are all other values that the codec needs to decode the tensor. ``stream`` is the tensor
+    in the file, for a codec that cannot compute it from the values; it is not part of a codec table.
     """
 
     codec: str
@@ -24,6 +25,7 @@ class Entry:
     shape: tuple[int, ...]
     dtype: torch.dtype
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    stream: Tensor | None = field(default=None, compare=False, repr=False)
 
     @property
     def decoded_bytes(self) -> int:

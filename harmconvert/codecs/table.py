@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..documents import check, count, input_errors, json_value
 from ..errors import InputError, shortened
@@ -63,6 +64,10 @@ class CodecTable:
         """Return the table of a file that has plain tensors of some dtypes, and coded tensors."""
         codecs = {plain_codec(dtype) for dtype in dtypes}
         return cls(frozenset((codec.name, codec.version) for codec in codecs), dict(coded or {}))
+
+    def with_streams(self, stored: Mapping[str, Tensor]) -> CodecTable:
+        """Return the table with the tensors of its file as the streams of its entries (`Entry.stream`)."""
+        return replace(self, coded={key: replace(entry, stream=stored[key]) for key, entry in self.coded.items()})
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-able dict with the entries grouped by codec; inverse of `from_json`."""

@@ -236,6 +236,7 @@ def read_checkpoint(
     _check_coded(harmonic, header, path)
     with input_errors(str(path)):
         state = decode_tensors(stored, header.codecs.coded)
+    header = replace(header, codecs=header.codecs.with_streams(stored))
     del stored
     state |= {alias: state[key] for alias, key in header.tied.items() if key in state}
     load_exactly(harmonic, state, str(path))
