@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 def frequencies(kernel_size: Sequence[int], levels: int) -> list[tuple[int, ...]]:
@@ -297,3 +298,50 @@ def softened_kl(student: np.ndarray, teacher: np.ndarray, temperature: float) ->
         q, p = [value / sum(q) for value in q], [value / sum(p) for value in p]
         total += sum(b * math.log(b / a) for a, b in zip(q, p, strict=True))
     return total / len(student) * temperature**2
+
+
+def quantise_with_feedback(target: Tensor, factor: Tensor, steps: Tensor) -> Tensor:
+    """Round the columns of each row from the last to the first, each corrected by the errors so far."""
+    groups, rows, columns = target.shape
+    integers = torch.zeros_like(target)
+    for g in range(groups):
+        for o in range(rows):
+            error = [0.0] * columns
+            for i in reversed(range(columns)):
+                feedback = sum(float(factor[g, i, j]) * error[j] for j in range(i + 1, columns))
+                corrected = float(target[g, o, i]) + feedback / float(factor[g, i, i])
+                integers[g, o, i] = round(corrected / float(steps[g, i]))
+                error[i] = float(target[g, o, i]) - float(integers[g, o, i]) * float(steps[g, i])
+    return integers
+
+
+def quantise_with_survivors(target: Tensor, factor: Tensor, steps: Tensor, survivors: int) -> Tensor:
+    """Keep the best partial roundings of each row: two candidates for each column of each survivor."""
+    groups, rows, columns = target.shape
+    integers = torch.zeros_like(target)
+    for g in range(groups):
+        for o in range(rows):
+            states: list[tuple[float, dict[int, int]]] = [(0.0, {})]
+            for i in reversed(range(columns)):
+                step, length = float(steps[g, i]), float(factor[g, i, i])
+                following = []
+                for cost, chosen in states:
+                    error = {j: float(target[g, o, j]) - n * float(steps[g, j]) for j, n in chosen.items()}
+                    feedback = sum(float(factor[g, i, j]) * e for j, e in error.items()) / length
+                    x = (float(target[g, o, i]) + feedback) / step
+                    nearest = round(x)
+                    for n in (nearest, nearest + (1 if x >= nearest else -1)):
+                        following.append((cost + (length * step * (x - n)) ** 2, {**chosen, i: n}))
+                states = sorted(following, key=lambda state: state[0])[:survivors]
+            for i, n in states[0][1].items():
+                integers[g, o, i] = n
+    return integers
+
+
+def gaussian_rate(variances: Tensor, distortion: float) -> float:
+    """Return the fewest bits per component of a Gaussian vector at a total squared error: reverse water filling."""
+    low, high = 0.0, float(variances.max())
+    for _ in range(200):
+        level = (low + high) / 2
+        low, high = (level, high) if float(variances.clamp_max(level).sum()) < distortion else (low, level)
+    return float((variances / level).log2().clamp_min(0).mean()) / 2

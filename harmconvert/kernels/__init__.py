@@ -31,6 +31,7 @@ from .projection import (
     reconstruct,
     relative_error,
 )
+from .quantisation import Metric, metric_at, quantise, steps_at
 
 __all__ = [
     "BASES",
@@ -38,6 +39,7 @@ __all__ = [
     "Basis",
     "Elimination",
     "Frequency",
+    "Metric",
     "all_finite",
     "all_frequencies",
     "check_frequencies",
@@ -54,8 +56,11 @@ __all__ = [
     "level_count",
     "merge",
     "merge_channels_last",
+    "metric_at",
     "project",
+    "quantise",
     "reconstruct",
     "relative_error",
     "scaled_levels",
+    "steps_at",
 ]

@@ -53,8 +53,8 @@ def metric_at(gram_GNN: Tensor, cross_GON: Tensor, variances_GN: Tensor, level: 
     It is the form C M C^T - 2 C H^T with M = G + level diag(1 / variances), whose minimum is C = H M^-1.
 
     >>> metric = metric_at(torch.eye(2)[None].double(), torch.ones(1, 1, 2).double(), torch.ones(1, 2).double(), 0.25)
-    >>> metric.target_GON.tolist()
-    [[[0.8, 0.8]]]
+    >>> [round(value, 6) for value in metric.target_GON.flatten().tolist()]
+    [0.8, 0.8]
 
     Args:
         gram_GNN: second moments G of the responses, float64, (groups, N, N).

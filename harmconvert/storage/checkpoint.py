@@ -231,6 +231,8 @@ def read_checkpoint(
     del model  # a network that ``rebuild`` made is freed here
     stored = read_stored(path)
     if header.crc32 is not None and checksum(text, stored) != header.crc32:
+        if header.codecs.coded:  # one wrong bit changes all values that are decoded after it
+            raise InputError(f"{path} is damaged, or was changed after harmconvert wrote it: get the file again")
         remark = f"{path} is damaged, or was changed after harmconvert wrote it: verify it against its original"
         warnings.warn(remark, DamageWarning, stacklevel=2)
     _check_coded(harmonic, header, path)
