@@ -249,8 +249,8 @@ class _UserFunction:
         except Exception as error:
             raise InputError(f"{self.name} fails: {type(error).__name__}: {first_line(error)}") from error
         if not isinstance(result, Tensor) or not result.is_floating_point():
-            what = f"a tensor of {result.dtype}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
-            raise InputError(f"{self.name} returns {what}: it should return a tensor of floats (C, H, W)")
+            kind = f"a tensor of {result.dtype}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
+            raise InputError(f"{self.name} returns {kind}: it should return a tensor of floats (C, H, W)")
         if tuple(result.shape) != self.size:
             returned, expected = ("x".join(map(str, size)) for size in (result.shape, self.size))
             raise InputError(f"{self.name} returns a tensor of {returned}, but the network's input size is {expected}")

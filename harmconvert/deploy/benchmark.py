@@ -130,9 +130,9 @@ class BenchmarkSettings:
     repeats: int = 9
 
     def __post_init__(self) -> None:
-        for names, known, what in ((self.forms, FORMS, "form"), (self.layouts, LAYOUTS, "layout")):
+        for names, known, kind in ((self.forms, FORMS, "form"), (self.layouts, LAYOUTS, "layout")):
             if unknown := [name for name in names if name not in known]:
-                raise UsageError(f"unknown {what} {unknown[0]!r}: use {', '.join(known)}")
+                raise UsageError(f"unknown {kind} {unknown[0]!r}: use {', '.join(known)}")
 
 
 _DEFAULTS = BenchmarkSettings()

@@ -143,8 +143,8 @@ def _export_timm_folder(dense: nn.Module, path: Path, input: Any, force: bool) -
         else:
             problem = None if input is None else compare_outputs(dense, other, comparison_inputs(input)).problem
         if problem:
-            what = f"timm does not make this {type(dense).__name__} from the folder ({problem})"
-            raise CheckError(what, "; nothing was written: use ", Argument("format", "dense"))
+            message = f"timm does not make this {type(dense).__name__} from the folder ({problem})"
+            raise CheckError(message, "; nothing was written: use ", Argument("format", "dense"))
 
     with saving(path):
         write_folder(path, TIMM_FILES, fill, force)

@@ -216,8 +216,8 @@ def class_logits(output: Any) -> Tensor:
     if isinstance(output, tuple | list) and output:
         output = output[0]
     if not isinstance(output, Tensor) or output.dim() != 2:
-        what = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-        raise InputError(f"this network is not a classifier: its output has {what}, not (images, classes)")
+        kind = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise InputError(f"this network is not a classifier: its output has {kind}, not (images, classes)")
     return output
 
 
