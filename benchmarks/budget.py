@@ -45,7 +45,7 @@ from harmconvert.calibration import CalibrationSettings, reestimate_batch_norm
 from harmconvert.network import convolutions, find_layers, trace
 from harmconvert.plan import Plan, bases_of, make_plan
 from harmconvert.search import Item, Probes, SearchSettings, costs_of, items_of, key_of, name_of, plan_of, whole_plan
-from harmconvert.training import Machine, train
+from harmconvert.training import MachineSettings, train
 
 RESULTS = Path(__file__).parent / "results" / "budget.csv"
 KEYS = ["network", "size", "seed", "method", "epochs"]
@@ -158,7 +158,7 @@ class Study:
     def tuned(self, model: nn.Module) -> nn.Module:
         model = copy.deepcopy(model)
         data = finetune.training_data(self.name, self.model, self.seed)
-        train(model, data, replace(finetune.RECIPE, seed=self.seed, epochs=1), machine=Machine())
+        train(model, data, replace(finetune.RECIPE, seed=self.seed, epochs=1), machine=MachineSettings())
         return model
 
 

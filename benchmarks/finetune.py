@@ -37,7 +37,7 @@ from torch import Tensor, nn
 import harmconvert as hc
 from harmconvert.calibration import CalibrationSettings
 from harmconvert.data import NO_LABEL, Batch, calibration_images
-from harmconvert.training import Machine, recipe_named, train
+from harmconvert.training import Callbacks, MachineSettings, recipe_named, train
 
 RESULTS = Path(__file__).parent / "results" / "finetune.csv"
 KEYS = ["network", "lambda", "seed", "method"]
@@ -56,7 +56,7 @@ class Tensors:
     augment: Callable[[Tensor], Tensor]
     seed: int
     batch_size: int = RECIPE.batch_size
-    order: None = None
+    sampler: None = None
 
     @property
     def steps(self) -> int:
@@ -139,7 +139,14 @@ def followed(
             trained[len(epochs)] = copy.deepcopy(model)
 
     recipe = replace(RECIPE, seed=data.seed, distill=way.distill, freeze_bn=way.distill == 1, epochs=max(wanted))
-    train(model, data, recipe, teacher=teacher if way.distill else None, machine=Machine(), epoch_done=keep)
+    train(
+        model,
+        data,
+        recipe,
+        teacher=teacher if way.distill else None,
+        machine=MachineSettings(),
+        callbacks=Callbacks(epoch_done=keep),
+    )
     seconds = time.perf_counter() - start
     yield from ((wanted[number], trained[number], seconds * number / max(wanted)) for number in trained)
 

@@ -40,7 +40,7 @@ import harmconvert.models
 from harmconvert.models.wide_resnet import WideResNet
 from harmconvert.network import trace
 from harmconvert.plan import parameter_count
-from harmconvert.training import Machine, harmonize, recipe_named, train
+from harmconvert.training import MachineSettings, harmonize, recipe_named, train
 
 FOLDER = Path(__file__).parent / "results"
 FLOPS = 100e12
@@ -199,7 +199,7 @@ def scaled(name: str, form: str, samples: int, seed: int, data: networks.Data) -
     model = FORMS[form][0](network)
     recipe = recipe_named("cifar-wrn", epochs=EPOCHS[samples], batch_size=BATCH, lr=0.1 * BATCH / 128, seed=seed)
     start = time.perf_counter()
-    rows = train(model, some_of_each(data, samples, seed, of), recipe, machine=Machine())
+    rows = train(model, some_of_each(data, samples, seed, of), recipe, machine=MachineSettings())
     seconds = time.perf_counter() - start
     with torch.no_grad():
         guesses = torch.cat([model(x).argmax(1) for x in data.test_images.split(250)])

@@ -124,12 +124,12 @@ def onnx_ways(model: nn.Module, x: Tensor) -> Ways:
     """The dense network and, where it differs, the factored one in ONNX Runtime."""
     found: Ways = {}
     networks = {"ONNX Runtime, dense": fuse(model).eval()}
-    cut = graphs.factored_for_onnx(model, x, lambda what: None).model
+    cut = graphs.factor_for_onnx(model, x, lambda what: None).model
     if any(isinstance(module, FactoredMixin) for module in cut.modules()):
         networks["ONNX Runtime, factored"] = cut
     for way, network in networks.items():
-        session = graphs.session_of(graphs.onnx_bytes(network, x))
-        feed = graphs.feed_of(session, x)
+        session = graphs.open_session(graphs.onnx_bytes(network, x))
+        feed = graphs.session_inputs(session, x)
         found[way] = partial(session.run, None, feed)
     return found
 

@@ -246,8 +246,8 @@ def test_the_teacher_may_be_a_file_of_weights() -> None:
         (["cut.safetensors", "--data-dir", "digits", "-o", "cut.safetensors"], 2, "cut.safetensors exists"),
         (["cut.safetensors", "--data-dir", "digits", "--resume", "no.pth"], 3, "no.pth does not exist"),
         (["cut.safetensors", "--data-dir", "digits", "--device", "cuda:99"], 2, "--device cuda:99"),
-        (["cut.safetensors", "--data-dir", "digits", "--opt", "magic"], 2, "timm takes no such --opt"),
-        (["cut.safetensors", "--data-dir", "digits", "--grad-accum-steps", "3"], 2, "that 3 divides"),
+        (["cut.safetensors", "--data-dir", "digits", "--opt", "magic"], 2, "timm does not accept --opt"),
+        (["cut.safetensors", "--data-dir", "digits", "--grad-accum-steps", "3"], 2, "that is a multiple of 3"),
     ],
 )
 def test_finetune_refuses_invalid_options(arguments: list[str], code: int, message: str) -> None:

@@ -13,7 +13,7 @@ from . import options
 
 if TYPE_CHECKING:
     from ..pipeline.listener import TrainingProgress
-    from ..training import Told
+    from ..training import StepProgress
 
 
 @contextmanager
@@ -35,7 +35,7 @@ def progress(epochs: int) -> Iterator[TrainingProgress]:
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("training")
 
-        def told(at: Told) -> None:
+        def told(at: StepProgress) -> None:
             steps = at.steps or at.step
             text = f"{at.epoch + 1}/{epochs}  loss {at.loss:.3f}  {at.accuracy:.1%}  {at.images_per_second:,.0f} img/s"
             bar.update(task, completed=at.epoch * steps + at.step, total=epochs * steps, description=text)
@@ -64,10 +64,10 @@ def epoch_line(row: Mapping[str, Any], epochs: int) -> str:
     return f"epoch {row['epoch']}/{epochs}: loss {row['loss']:.4f}{tested}, lr {row['lr']:.3g}, {speed:,.0f} images/s"
 
 
-def _tell_now_and_then(epochs: int) -> Callable[[Told], None]:
+def _tell_now_and_then(epochs: int) -> Callable[[StepProgress], None]:
     last = time.monotonic()
 
-    def told(at: Told) -> None:
+    def told(at: StepProgress) -> None:
         nonlocal last
         if time.monotonic() - last > 30:
             last = time.monotonic()

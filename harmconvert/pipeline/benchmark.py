@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..deploy.benchmark import FORMS, LAYOUTS, Benchmark
-from ..deploy.benchmark import benchmark as time_forms
+from ..deploy.benchmark import FORMS, LAYOUTS, Benchmark, BenchmarkSettings, time_forms
 from .devices import place
 from .inputs import Sizes, random_of
 from .listener import SILENT, Listener
@@ -39,7 +38,11 @@ def benchmark(
         model: a source string, a request or a network; a given network is not changed.
         example_input: as for `convert`; default: one seeded random example of each of ``input_sizes``.
         input_sizes: of each input of one example, (C, H, W); default: the network's own.
-        batches, threads, forms, layouts, compiled, repeats: as for `harmconvert.deploy.benchmark`.
+        batches: batch sizes.
+        threads: numbers of threads of torch; default: the current number.
+        forms, layouts: ``"dense"``, ``"harmonic"``, ``"factored"``; ``"contiguous"``, ``"channels_last"``.
+        compiled: time each form also under torch.compile.
+        repeats: how often each form is timed; fewer times if a forward pass takes long.
         device: where to run; default: where a given network is, else the CPU.
         listener: is told what is timed.
 
@@ -47,6 +50,7 @@ def benchmark(
         UsageError: an unknown form or layout, no input size, or an input that the network does not take.
         CheckError: a form of the network computes something else.
     """
+    settings = BenchmarkSettings(batches, threads, forms, layouts, compiled, repeats)
     network = opened(model, listener)
     if device is not None:
         network = own(network, model)
@@ -54,15 +58,5 @@ def benchmark(
     if example_input is None:
         example_input = random_of(input_sizes, network.model)
     with listener.progress() as progress:
-        found = time_forms(
-            network.model,
-            example_input,
-            batches=batches,
-            threads=threads,
-            forms=forms,
-            layouts=layouts,
-            compiled=compiled,
-            repeats=repeats,
-            progress=progress,
-        )
+        found = time_forms(network.model, example_input, settings, progress)
     return replace(found, source=str(network.source))

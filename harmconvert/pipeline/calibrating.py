@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 
 from ..calibration import CalibrationSettings
-from ..data.calibration import Images, calibration_images
+from ..data.calibration import CalibrationImages, calibration_images
 from ..data.datasets import DataRequest
-from ..data.preprocessing import described
-from ..data.variety import remark_on
+from ..data.preprocessing import describe_preprocessing
+from ..data.variety import uniform_output_warning
 from ..errors import Argument, UsageError, counted, shortened
 from .inputs import Sizes
 from .listener import Listener
@@ -47,27 +47,27 @@ def calibration_batches(
         raise UsageError(
             Argument("calibrate", data), " feeds one image; for a network of several inputs give batches of your own"
         )
-    request = DataRequest.of(data)
-    name = request.dataset or str(request.data_dir)
+    request = DataRequest.parse(data)
+    name = request.name
     with listener.busy(f"reading images of {name}"):
         images = calibration_images(
-            name,
+            request,
             model,
             settings.inputs,
             batch_size,
             overrides={"input_size": sizes[0] if sizes else None, **preprocessing},
-            data_dir=request.data_dir,
-            split=request.train_split,
             seed=settings.seed,
         )
     _tell(name, images, model, listener)
     return images.batches
 
 
-def _tell(name: str, images: Images, model: nn.Module, listener: Listener) -> None:
+def _tell(name: str, images: CalibrationImages, model: nn.Module, listener: Listener) -> None:
     """Say what was read, and what may be wrong with it."""
-    listener.say(f"calibrating on {counted(len(images), 'image')} of {name}, {described(images.preprocessing)}")
-    warn_of(remark_on(model, images.batches), listener)
+    listener.say(
+        f"calibrating on {counted(len(images), 'image')} of {name}, {describe_preprocessing(images.preprocessing)}"
+    )
+    warn_of(uniform_output_warning(model, images.batches), listener)
     if images.unreadable:
         names = shortened(list(images.unreadable), 3)
         listener.say(f"note: {counted(len(images.unreadable), 'image')} could not be read: {names}")

@@ -12,7 +12,7 @@ from ..network.distributed import local_world_size
 from ..network.exchange import exchange, in_sixteen_bits
 from ..storage.checkpoint import Network
 from ..storage.precision import in_float32
-from ..training.learner import Machine
+from ..training.trainer import MachineSettings
 from .convert import Conversion
 from .networks import Openable, is_given
 
@@ -38,7 +38,7 @@ def place(model: nn.Module, device: str | None, gpu: bool = False) -> None:
 
 def machine_on(
     device: str | None = None, channels_last: bool = True, compile: bool = False, sync_bn: bool = True
-) -> Machine:
+) -> MachineSettings:
     """The machine that trains or tests on a device; where None is named on a GPU, if there is one.
 
     Raises:
@@ -55,10 +55,10 @@ def machine_on(
         raise UsageError(named, f": {first_line(error)}") from error
     if found.type not in ("cpu", "cuda"):
         raise UsageError(named, ": use cpu or cuda")
-    return Machine(found, channels_last, compile, sync_bn)
+    return MachineSettings(found, channels_last, compile, sync_bn)
 
 
-def machine_for(model: Openable, device: str | None) -> Machine:
+def machine_for(model: Openable, device: str | None) -> MachineSettings:
     """The machine that tests a network; where no device is named, the one that a given network is on."""
     if device is None and isinstance(model, Network | Conversion | nn.Module):
         network = model if isinstance(model, nn.Module) else model.model

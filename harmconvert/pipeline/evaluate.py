@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.datasets import DataRequest
-from ..data.loading import NO_LABEL, Batch, Loading
+from ..data.loading import NO_LABEL, Batch, BatchLoader
 from ..data.variety import Variety
 from ..errors import Argument, Message, UsageError
 from ..network.distributed import joined
@@ -21,7 +21,7 @@ from ..sources.request import SourceRequest
 from ..storage.checkpoint import Network
 from ..training import evaluation
 from ..training.evaluation import Evaluation, measure
-from ..training.learner import autocast
+from ..training.trainer import autocast
 from .calibrating import warn_of
 from .devices import machine_for, ready
 from .listener import SILENT, Listener
@@ -95,7 +95,7 @@ def evaluate(
             other = ready(_rival(compare, compare_weights, network, listener).model, compare, machine.device)
         loading, config = None, dict(preprocessing or {})
         if isinstance(data, str | Path | DataRequest):
-            request = DataRequest.of(data, holdout=0.0)
+            request = DataRequest.parse(data, holdout=0.0)
             many: dict[str, Any] = {
                 "batch_size": batch_size,
                 "workers": workers,
@@ -113,7 +113,7 @@ def evaluate(
                 found = Evaluated(
                     **asdict(evaluation.evaluate(tested, _labelled(data), other, variety=variety, progress=seen))
                 )
-        warn_of(variety.remark(), listener)
+        warn_of(variety.warning(), listener)
         if loading:
             note_unread(loading, found, listener)
     return replace(found, source=str(network.source), preprocessing=config)
@@ -140,7 +140,7 @@ def _rival(compare: Openable, weights: str | Path | None, network: Network, list
         )
 
 
-def _counter(progress: Callable[[int, int, str], None], loading: Loading | None) -> Callable[[int], None]:
+def _counter(progress: Callable[[int, int, str], None], loading: BatchLoader | None) -> Callable[[int], None]:
     """What counts batches; in all, where that is known."""
     done, steps = itertools.count(1), (loading.steps if loading else None) or 0
     return lambda images: progress(next(done), steps, "batches")

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..arguments import check_harmonic, check_run_outputs, not_harmonic
 from ..data.datasets import Data, DataRequest
-from ..data.preprocessing import record_of
+from ..data.preprocessing import preprocessing_record
 from ..errors import Argument, HarmconvertError, Message, UsageError, counted
 from ..network.distributed import joined, on_first_rank
 from ..network.exchange import exchange
@@ -23,14 +23,14 @@ from ..storage.checkpoint import Network, write_checkpoint
 from ..storage.header import Header
 from ..storage.precision import in_float32
 from ..storage.source import Source
-from ..training.learner import Machine, number_of_classes
 from ..training.recipe import Recipe
+from ..training.trainer import MachineSettings, number_of_classes
 from .devices import machine_on, workers_for
 from .finetuning import FineTuning, Setting, new_classifier, run_finetuning
 from .inputs import image_config
 from .listener import SILENT, Listener
 from .networks import Openable, is_given, known_source, opened, own, text_of
-from .runs import data_identity, keeper_for, kept, recipe_for, told
+from .runs import data_identity, kept, recipe_for, state_file_for, told
 from .testing import opened_data
 
 
@@ -44,7 +44,7 @@ def finetune(
     num_classes: int | None = None,
     calibration_images: int = 256,
     preprocessing: Mapping[str, Any] | None = None,
-    machine: Machine | None = None,
+    machine: MachineSettings | None = None,
     workers: int | None = None,
     save_every: int | None = None,
     resume: str | Path | None = None,
@@ -102,10 +102,10 @@ def finetune(
         config = image_config(cut.model, preprocessing or {}, listener)
         setting = Setting(
             config, machine or machine_on(), workers_for(workers, run.dataset),
-            keeper=keeper_for(target, resume, save_every, _identity(cut, run, config), force, listener),
+            state_file=state_file_for(target, resume, save_every, _identity(cut, run, config), force, listener),
             resume=None if resume is None else Path(resume), say=listener.say,
         )  # fmt: skip
-        held.enter_context(setting.keeper.alone())
+        held.enter_context(setting.state_file.lock())
         with told(setting, run.recipe.epochs, target, log, listener) as telling:
             done = run_finetuning(
                 cut.model,
@@ -120,7 +120,7 @@ def finetune(
         if target is None:
             return done
         made_by = None if command is None else {**command, "source": text_of(model)}
-        with kept(setting.keeper):
+        with kept(setting.state_file):
             header = on_first_rank(
                 lambda: write_checkpoint(
                     done.model,
@@ -128,11 +128,11 @@ def finetune(
                     header=cut.header,
                     source=cut.source,
                     history=done.history(cut.header.history, made_by),
-                    preprocessing=record_of(config),
+                    preprocessing=preprocessing_record(config),
                     force=force,
                 )
             )
-        setting.keeper.remove()
+        setting.state_file.remove()
         listener.wrote(target)
     return replace(done, output=target, header=header)
 
@@ -213,7 +213,7 @@ def _run(
 ) -> _Run:
     """Open the data and settle the recipe, which the listener is told, and what a user should know of them."""
     first = recipe_for(recipe, changes, resume)
-    request = replace(DataRequest.of(data), seed=first.seed)
+    request = replace(DataRequest.parse(data), seed=first.seed)
     found = opened_data(request, ("train", "test"), listener)
     if not found.labelled and changes.get("distill") is None and not first.distill and resume is None:
         uncut = "note: these images have no labels, so the uncut network teaches ("

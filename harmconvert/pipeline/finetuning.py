@@ -15,7 +15,7 @@ from torch import nn
 
 from ..calibration import CalibrationSettings, calibrate
 from ..data.datasets import Data
-from ..data.loading import NO_LABEL, Batch, evaluation_batches, some_images, training_batches
+from ..data.loading import NO_LABEL, Batch, choose_images, evaluation_batches, training_batches
 from ..data.preprocessing import color_mode, evaluation_transform
 from ..data.variety import Variety
 from ..documents import check
@@ -26,10 +26,10 @@ from ..storage.checkpoint import Header
 from ..storage.history import CALIBRATION, STAGES
 from ..storage.source import Source
 from ..training.evaluation import Evaluation, evaluate
-from ..training.learner import Machine, autocast, number_of_classes
-from ..training.loop import Told, train
+from ..training.loop import Callbacks, StepProgress, train
 from ..training.recipe import Recipe
-from ..training.state import Keeper, record_of
+from ..training.state import StateFile, read_record
+from ..training.trainer import MachineSettings, autocast, number_of_classes
 from .convert import convert
 
 
@@ -94,13 +94,13 @@ class Setting:
     each batch of test images, of so many, None: of a stream)."""
 
     preprocessing: Mapping[str, Any]
-    machine: Machine
+    machine: MachineSettings
     workers: int = 0
     evaluation_batch_size: int = 256
-    keeper: Keeper = field(default_factory=Keeper)
+    state_file: StateFile = field(default_factory=StateFile)
     resume: Path | None = None
     say: Callable[[str], None] = lambda message: None
-    told: Callable[[Told], None] = lambda told: None
+    told: Callable[[StepProgress], None] = lambda told: None
     tested: Callable[[int, int | None], None] = lambda done, steps: None
     epoch_done: Callable[[Sequence[Mapping[str, Any]]], None] = lambda rows: None
 
@@ -150,18 +150,15 @@ def run_finetuning(
         stages, calibration = first.stages(data, calibration_images, recipe.seed), first.calibration
     record = {"stages": [stage.to_json() for stage in stages], "calibration": calibration}
     record = json.loads(json.dumps(record))  # plain text: a state holds no object such as a `Message`
-    keeper = replace(setting.keeper, record=record)
+    state_file = replace(setting.state_file, record=record)
     rows = train(
         model,
         train_loading(data, recipe, setting),
         recipe,
-        test=worth,
         teacher=original if recipe.distill else None,
         machine=setting.machine,
-        keeper=keeper,
-        resume=setting.resume,
-        progress=setting.told,
-        epoch_done=setting.epoch_done,
+        state_file=state_file,
+        callbacks=Callbacks(worth, setting.told, setting.epoch_done),
     )
     stages.append(Stage("fine-tuned", worth(model)))
     return FineTuning(model, tuple(stages), rows, recipe, calibration)
@@ -173,7 +170,7 @@ def recorded_stages(path: Path) -> tuple[list[Stage], Mapping[str, Any] | None]:
     Raises:
         InputError: the state cannot be read, or is of something else.
     """
-    record = record_of(path)
+    record = read_record(path)
     try:
         check(record, {"stages": STAGES, "calibration": (CALIBRATION, None)}, "record")
         return [Stage.from_json(stage) for stage in record["stages"]], record["calibration"]
@@ -227,9 +224,9 @@ def evaluator(
             variety=variety,
             progress=lambda _: setting.tested(next(done), loading.steps),
         )
-        if network is original and (remark := variety.remark()):
+        if network is original and (remark := variety.warning()):
             setting.say(f"warning: uncut: {remark}")
-        if note := loading.unread(found.images + len(found.unreadable)):
+        if note := loading.unread_note(found.images + len(found.unreadable)):
             setting.say(note)
         return found
 
@@ -297,7 +294,7 @@ class _Stages:
             return Stage("calibrated", why=Message(Argument("calibration_images", 0)))
         assert data.train is not None
         config = self.setting.preprocessing
-        images = some_images(data.train, evaluation_transform(config), color_mode(config), count, seed)
+        images = choose_images(data.train, evaluation_transform(config), color_mode(config), count, seed)
         self.setting.say(f"calibrating on {counted(len(images), 'training image')}, without their labels")
         size = max(1, min(32, len(images) // (4 * world_size())))  # every process wants a share
         batches = tuple(batch.to(self.setting.machine.device) for batch in images.split(size))

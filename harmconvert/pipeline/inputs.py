@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.inputs import HELD_BACK
-from ..data.preprocessing import check_known, described, preprocessing, record_of
+from ..data.preprocessing import check_preprocessing, describe_preprocessing, preprocessing, preprocessing_record
 from ..errors import Argument, UsageError, counted
 from ..layers.block import HarmonicBlock2d
 from ..layers.harmonic import CONVOLUTIONS
@@ -68,8 +68,8 @@ def image_config(
         UsageError: neither the network nor the caller says it, or the network takes no images.
     """
     config = preprocessing(model, {**overrides, "input_size": size_of(model, {"input_size": size, **overrides})})
-    check_known(config)
-    listener.say(f"preprocessing: {described(config)}")
+    check_preprocessing(config)
+    listener.say(f"preprocessing: {describe_preprocessing(config)}")
     return config
 
 
@@ -87,8 +87,8 @@ def declare_inputs(model: nn.Module, overrides: Mapping[str, Any], sizes: Sizes)
                 " and ", Argument("preprocess"), " are of one image",
             )  # fmt: skip
         config = preprocessing(model, {"input_size": sizes[0] if sizes else None, **overrides})
-        check_known(config)
-        record |= record_of(config)
+        check_preprocessing(config)
+        record |= preprocessing_record(config)
     declare_preprocessing(model, record)
 
 

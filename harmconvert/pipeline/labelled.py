@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from ..data.datasets import DataRequest, Some, open_data
+from ..data.datasets import DataRequest, Subset, open_data
 from ..data.loading import evaluation_batches
 from ..data.pictures import Pictures
 from ..data.preprocessing import color_mode, evaluation_transform
@@ -55,7 +55,7 @@ def halves(
     Raises:
         UsageError, InputError: no such images, without labels, or of other classes than the network's.
     """
-    request = DataRequest.of(data, holdout=0.0)
+    request = DataRequest.parse(data, holdout=0.0)
     named = Argument("labelled", request.dataset or request.data_dir)
     found = open_data(request, ("test",))
     pictures = found.test
@@ -67,7 +67,7 @@ def halves(
     if len(pictures) < 2:
         raise InputError(named, f" holds {len(pictures)} image: give two or more, of which half choose")
     config = image_config(model, preprocessing, listener, sizes[0] if sizes else None)
-    parts = [Some(pictures, np.arange(start, len(pictures), 2)) for start in (0, 1)]
+    parts = [Subset(pictures, np.arange(start, len(pictures), 2)) for start in (0, 1)]
     check_classes(found, model, "give images of the network's classes")
 
     def on(part: int, network: nn.Module) -> Evaluation:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from ..training.loop import Told
+from ..training.loop import StepProgress
 
 
 def _nothing(*_: Any) -> None:
@@ -21,7 +21,7 @@ class TrainingProgress(NamedTuple):
     ``tested``: with (batches tested, batches), the latter None of a stream.
     """
 
-    step: Callable[[Told], None] = _nothing
+    step: Callable[[StepProgress], None] = _nothing
     epoch: Callable[[Mapping[str, Any]], None] = _nothing
     tested: Callable[[int, int | None], None] = _nothing
 

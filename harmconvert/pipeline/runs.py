@@ -15,7 +15,7 @@ from ..files import beside, check_output, metrics_path, state_path
 from ..network.distributed import any_rank, rank
 from ..training import metrics
 from ..training.recipe import Recipe, recipe_named
-from ..training.state import Keeper, identity_of
+from ..training.state import StateFile, read_identity
 from .finetuning import Setting
 from .listener import Listener
 
@@ -33,7 +33,7 @@ def recipe_for(recipe: str | Recipe, changes: Mapping[str, Any], resume: str | P
         raise UsageError(f"a recipe has no setting {unknown[0]!r}: use {', '.join(Recipe.__dataclass_fields__)}")
     if resume is None:
         return replace(recipe, **changes) if isinstance(recipe, Recipe) else recipe_named(recipe, **changes)
-    found = Recipe.from_json(identity_of(resume).get("recipe"))
+    found = Recipe.from_json(read_identity(resume).get("recipe"))
     for key, value in changes.items():
         if getattr(found, key) != value:
             raise UsageError(
@@ -48,14 +48,14 @@ def data_identity(data: Data, dataset: str, preprocessing: Mapping[str, Any]) ->
     return {**data.identity(), "dataset": dataset, "preprocessing": plain}
 
 
-def keeper_for(
+def state_file_for(
     output: str | None,
     resume: str | Path | None,
     every: int | None,
     identity: Mapping[str, Any],
     force: bool,
     listener: Listener,
-) -> Keeper:
+) -> StateFile:
     """Where and when the state of the run that makes ``output`` is saved: beside it, or nowhere without an output.
 
     Raises:
@@ -66,18 +66,18 @@ def keeper_for(
         if any_rank(resume is None and not force and path.exists()):
             raise interrupted(path)
         check_output(path, force=True)
-    return Keeper(path, every, identity, say=listener.say)
+    return StateFile(path, every, identity, resume=resume is not None, say=listener.say)
 
 
 @contextmanager
-def kept(keeper: Keeper) -> Iterator[None]:
+def kept(state_file: StateFile) -> Iterator[None]:
     """Errors while the result of a run is written say how to get it all the same."""
     try:
         yield
     except HarmconvertError as error:
-        if keeper.path is None:
+        if state_file.path is None:
             raise
-        how = Argument("resume", keeper.path)
+        how = Argument("resume", state_file.path)
         raise type(error)(error.message, "; the run is kept: go on with ", how) from error
 
 
@@ -99,7 +99,7 @@ def _recorder(output: str | None, log: str | None) -> Callable[[Rows], None]:
         return lambda rows: None
     path, events = metrics_path(output), None
     if log == "tensorboard":
-        events = metrics.Events(beside(output, ".tensorboard"))
+        events = metrics.TensorBoardEvents(beside(output, ".tensorboard"))
 
     def record(rows: Rows) -> None:
         metrics.write_metrics(path, rows)

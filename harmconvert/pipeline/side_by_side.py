@@ -19,7 +19,7 @@ from ..network.exchange import in_precision
 from ..network.faults import user_code_error
 from ..network.layers import weighted_layers
 from ..network.running import call, evaluating, unchanged
-from ..network.side_effects import seeded_sources
+from ..network.side_effects import fixed_random_seed
 from ..network.values import clone_tensors, match_dtype, tensors_in
 from ..plan.cost import parameter_count
 
@@ -157,7 +157,7 @@ def _outputs(
 ) -> list[Tensor]:
     tick(f"outputs in {str(precision).removeprefix('torch.')}")
     try:
-        with seeded_sources():
+        with fixed_random_seed():
             return tensors_in(call(model, clone_tensors(inputs)))
     except _NoRunError:
         raise

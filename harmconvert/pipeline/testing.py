@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from ..data.datasets import Data, DataRequest, open_data
-from ..data.loading import Loading, evaluation_batches
+from ..data.loading import BatchLoader, evaluation_batches
 from ..data.preprocessing import color_mode, evaluation_transform
 from ..training.evaluation import Evaluation
-from ..training.learner import Machine
+from ..training.trainer import MachineSettings
 from .devices import workers_for
 from .finetuning import check_classes
 from .inputs import image_config
@@ -29,13 +29,13 @@ def opened_data(request: DataRequest, parts: Sequence[str], listener: Listener) 
 def evaluation_loading(
     request: DataRequest,
     model: nn.Module,
-    machine: Machine,
+    machine: MachineSettings,
     *,
     batch_size: int,
     workers: int | None,
     preprocessing: Mapping[str, Any],
     listener: Listener,
-) -> tuple[Loading, dict[str, Any]]:
+) -> tuple[BatchLoader, dict[str, Any]]:
     """Batches of the test images, and what is done to each image.
 
     Raises:
@@ -58,7 +58,7 @@ def evaluation_loading(
     return loading, config
 
 
-def note_unread(loading: Loading, evaluation: Evaluation, listener: Listener) -> None:
+def note_unread(loading: BatchLoader, evaluation: Evaluation, listener: Listener) -> None:
     """Say it where fewer images came than there are."""
-    if note := loading.unread(evaluation.images + len(evaluation.unreadable)):
+    if note := loading.unread_note(evaluation.images + len(evaluation.unreadable)):
         listener.say(note)

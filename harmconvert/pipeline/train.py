@@ -14,7 +14,7 @@ from torch import nn
 
 from ..arguments import check_run_outputs
 from ..data.datasets import DataRequest
-from ..data.preprocessing import record_of
+from ..data.preprocessing import preprocessing_record
 from ..errors import Argument
 from ..network.distributed import joined, on_first_rank
 from ..plan.plan import Plan
@@ -22,15 +22,16 @@ from ..storage.checkpoint import Network
 from ..storage.weights import untied_state, write_tensors
 from ..training.evaluation import Evaluation
 from ..training.harmonize import harmonize
-from ..training.learner import Machine
+from ..training.loop import Callbacks
 from ..training.loop import train as run_training
 from ..training.recipe import Recipe
+from ..training.trainer import MachineSettings
 from .devices import machine_on, workers_for
 from .finetuning import Setting, check_classes, evaluator, train_loading
 from .inputs import image_config, size_of, zeros_of
 from .listener import SILENT, Listener
 from .networks import Openable, known_source, opened, own, text_of
-from .runs import data_identity, keeper_for, kept, recipe_for, told
+from .runs import data_identity, kept, recipe_for, state_file_for, told
 from .saving import save
 from .testing import opened_data
 
@@ -67,7 +68,7 @@ def train(
     basis: str = "dct",
     normalize_first: bool = True,
     preprocessing: Mapping[str, Any] | None = None,
-    machine: Machine | None = None,
+    machine: MachineSettings | None = None,
     workers: int | None = None,
     save_every: int | None = None,
     resume: str | Path | None = None,
@@ -110,7 +111,7 @@ def train(
             size = size_of(trained, preprocessing or {})
             example, normalize = zeros_of([size] if size else [], trained), normalize_first
             trained = harmonize(trained, harmonic, lam, normalize_first=normalize, basis=basis, example_input=example)
-        request = replace(DataRequest.of(data), seed=settled.seed)
+        request = replace(DataRequest.parse(data), seed=settled.seed)
         found = opened_data(request, ("train", "test"), listener)
         check_classes(found, trained, "make the network with ", Argument("arguments", {"num_classes": found.classes}))
         listener.say(str(settled))
@@ -121,27 +122,24 @@ def train(
             "network": [text_of(model), harmonic, _text(lam), basis, not normalize_first],
             "arguments": dict(network.source.arguments),
         }
-        keeper = keeper_for(target, resume, save_every, identity, force, listener)
-        held.enter_context(keeper.alone())
-        setting = Setting(config, machine or machine_on(), workers_for(workers, request.dataset), keeper=keeper)
+        state_file = state_file_for(target, resume, save_every, identity, force, listener)
+        held.enter_context(state_file.lock())
+        setting = Setting(config, machine or machine_on(), workers_for(workers, request.dataset), state_file=state_file)
         with told(setting, settled.epochs, target, log, listener) as telling:
             worth = evaluator(found, settled, telling)
             rows = run_training(
                 trained,
                 train_loading(found, settled, telling),
                 settled,
-                test=worth,
                 machine=telling.machine,
-                keeper=keeper,
-                resume=None if resume is None else Path(resume),
-                progress=telling.told,
-                epoch_done=telling.epoch_done,
+                state_file=state_file,
+                callbacks=Callbacks(worth, telling.told, telling.epoch_done),
             )
             done = Trained(trained, settled, rows, worth(trained), target)
         if target is not None:
-            with kept(keeper):
+            with kept(state_file):
                 on_first_rank(lambda: _write(done, network, target, harmonic, command, config, force))
-            keeper.remove()
+            state_file.remove()
             listener.wrote(target)
     return done
 
@@ -168,7 +166,7 @@ def _write(
     if source is not None:
         source = replace(source, sha256=None)  # it was not converted from weights
     history = {"training": [run]}
-    save(done.model, target, source=source, history=history, preprocessing=record_of(config), force=force)
+    save(done.model, target, source=source, history=history, preprocessing=preprocessing_record(config), force=force)
 
 
 def _text(lam: str | int | Mapping[str, int] | Plan) -> str:

@@ -158,7 +158,7 @@ def _tradeoff(network: Network, given: Openable, tested: TradeoffSettings, liste
     machine, preprocessing = machine_for(given, tested.device), tested.preprocessing or {}
     model = ready(network.model, given, machine.device)
     loading, config = evaluation_loading(
-        DataRequest.of(tested.data, holdout=0.0),
+        DataRequest.parse(tested.data, holdout=0.0),
         model,
         machine,
         batch_size=tested.batch_size,
@@ -187,6 +187,6 @@ def _tradeoff(network: Network, given: Openable, tested: TradeoffSettings, liste
             settings=settings,
             progress=progress,
         )
-    warn_of(variety.remark(), listener)
+    warn_of(variety.warning(), listener)
     note_unread(loading, found.uncut.evaluation, listener)
     return found

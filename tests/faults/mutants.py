@@ -195,8 +195,8 @@ MUTANTS = (
         "a plan of 1x9 kernels fits 3x3 ones", PLAN,
     ),
     Mutant(
-        "network.copying._Following._fill",
-        "new.cell_contents = self._like(value.cell_contents)",
+        "network.copying._FunctionReplacer._fill",
+        "new.cell_contents = self._counterpart(value.cell_contents)",
         "new.cell_contents = value.cell_contents",
         "a copy's functions work on the original", ("test_copying.py",),
     ),
