@@ -383,7 +383,7 @@ def test_a_figure_is_drawn_with_its_numbers() -> None:
     assert (drawn.output, drawn.numbers, len(drawn.rows)) == ("layers.svg", "layers.csv", 2)
     assert Path("layers.svg").read_text().startswith("<?xml")
     assert list(json.loads(json.dumps(drawn.to_json()))) == ["figure", "source", "output", "numbers", "rows"]
-    with pytest.raises(UsageError, match="a trade-off is tested on labelled images: give tested"):
+    with pytest.raises(UsageError, match="a trade-off needs labelled images for the test: give tested"):
         hc.figure(SAMPLE, "tradeoff")
     with pytest.raises(UsageError, match="unknown figure 'pie': use filters, "):
         hc.figure(SAMPLE, "pie")
@@ -409,7 +409,7 @@ def test_checkpoints_are_compared_by_their_names_or_in_memory() -> None:
     assert [column.name for column in found.columns] == ["cut", "WideResNet"]
     assert found.layers["stage1.0.conv1"] == ((3, 9), (9, 9))
     assert len(hc.compare("cut.safetensors", "cut.safetensors", all_layers=True).layers) == 19
-    with pytest.raises(UsageError, match="a comparison wants two checkpoints or more"):
+    with pytest.raises(UsageError, match="a comparison needs at least two checkpoints"):
         hc.compare("cut.safetensors")
     with pytest.raises(UsageError, match="is not a harmonic checkpoint"):
         hc.compare("cut.safetensors", SAMPLE)

@@ -75,7 +75,7 @@ REFUSED = [
     (["report", "resnet50", "--figure", "layers"], 2, "resnet50 is not a harmonic checkpoint"),
     (["report", "resnet50", "--figure", "filters", "-o", "there.png"], 2, "there.png exists: use --force"),
     (["compare", "resnet50", "resnet18"], 2, "resnet50 is not a harmonic checkpoint"),
-    (["compare", "resnet50"], 2, "a comparison wants two checkpoints or more"),
+    (["compare", "resnet50"], 2, "a comparison needs at least two checkpoints"),
 ]  # fmt: skip
 
 

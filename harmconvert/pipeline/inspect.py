@@ -8,13 +8,11 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..kernels.basis import dct_basis, frequencies_below, scaled_levels
-from ..kernels.projection import energy_kept
 from ..network.checks import check_network, check_weights
 from ..network.layers import convolutions
 from ..network.tracing import find_layers, trace_if_possible
 from ..network.values import default_input
-from ..plan import Cost, Skip, make_plan, network_cost
+from ..plan import Cost, Skip, energies_kept, make_plan, network_cost
 
 LAMBDAS = (1, 2, 3, 4)
 
@@ -89,8 +87,7 @@ def inspect(model: nn.Module, example_input: Any = None, *, energies: bool = Tru
         weight = cast(Tensor, convs[layer.name].weight)
         energy = None
         if energies and not weight.is_meta and weight.is_floating_point():
-            kept = [frequencies_below(layer.kernel_size, scaled_levels(layer.kernel_size, lam)) for lam in LAMBDAS]
-            energy = tuple(energy_kept(weight, dct_basis(layer.kernel_size, frequencies)) for frequencies in kept)
+            energy = energies_kept(weight, LAMBDAS)
         kind = type(convs[layer.name]).__name__
         layers.append(LayerInspection(layer.name, kind, layer.kernel_size, weight.numel(), size[layer.name], energy))
     ones = len(convs) - len(plan.layers) - sum(skip.name in convs for skip in plan.skipped)

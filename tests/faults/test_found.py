@@ -106,7 +106,7 @@ def test_a_history_that_further_training_cannot_use_is_refused_when_it_is_read(h
 def test_a_history_without_the_entries_of_a_report_raises_input_error(changed: Any) -> None:
     history = _header_of("trained")["history"]
     header = Header.from_json({**_header_of("trained"), "history": {**history, **changed}})
-    with pytest.raises(InputError, match="net: what its header says was done to it is unreadable"):
+    with pytest.raises(InputError, match="net: the history in its header is invalid"):
         page(report_of(_trained(), header, "net"))
 
 
