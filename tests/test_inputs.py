@@ -67,7 +67,7 @@ REFUSED = [
     (["export", "resnet50", "-o", "net.onnx"], 2, "net.onnx should end in .safetensors"),
     (["export", "resnet50", "-o", "a.onnx", "--format", "onnx", "--dtype", "float16"], 2, "--dtype float16 is for"),
     (["finetune", "resnet50", *DATA], 2, "resnet50 is not a harmonic checkpoint"),
-    (["finetune", "there.safetensors"], 2, "which images? give --data-dir FOLDER"),
+    (["finetune", "there.safetensors"], 2, "no images are named: give --data-dir FOLDER"),
     (["finetune", "a.safetensors", *DATA, "-o", "run.safetensors"], 2, "run.state.pth is the state of an interrupted"),
     (["evaluate", "resnet50", "--data-dir", "nowhere"], 2, "there is no folder nowhere"),
     (["train", "resnet50", *DATA, "--lambda", "half"], 2, "unknown lambda 'half'"),

@@ -168,7 +168,7 @@ def test_the_report_command_measures_latency(monkeypatch: pytest.MonkeyPatch) ->
     Path("net.py").write_text("from torch import nn\ndef net():\n    return nn.Sequential(nn.Conv2d(1, 2, 3))\n")
     save(convert(nn.Sequential(nn.Conv2d(1, 2, 3)), 2), "own.safetensors", source=Source("code", "net.py:net"))
     own = ["report", "own.safetensors", "--trust-code", "--latency", "1", "-o", "b.json"]
-    fails(2, "this network does not say what it takes: give --input-size C,H,W", *own)
+    fails(2, "this network does not declare its input size: give --input-size C,H,W", *own)
     ok(*own, "--input-size", "1,8,8")
 
 

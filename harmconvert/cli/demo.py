@@ -58,10 +58,10 @@ class _Telling(CommandLine):
                 self.tell(line)
 
     def _lines(self, step: Step) -> list[str]:
-        from ..pipeline.demo import PHOTOGRAPHS, REPAIR
+        from ..pipeline.demo import PHOTOGRAPHS, TRAINING_STEPS
 
         if step.why is not None:
-            return [f"{'  ' if step.name == REPAIR else 'sample:'}{step.name}: left out: {step.why}"]
+            return [f"{'  ' if step.name == TRAINING_STEPS else 'sample:'}{step.name}: left out: {step.why}"]
         if step.name == "uncut":
             self.uncut = step.accuracy or 0.0
             right = f"{step.accuracy:.1%} of {step.images:,} held-back images right"

@@ -130,7 +130,10 @@ def check_calibration(
         options.only_with(own, "--calibrate DATA", but=preprocessing_options)
         return
     if len(sizes) > 1:
-        raise UsageError("--calibrate feeds one image; for a network of several inputs use calibration= in Python")
+        raise UsageError(
+            "--calibrate names images, which are one input: for a network with several inputs, use calibration= in "
+            "Python"
+        )
     check_unlabelled(given["data"])
 
 

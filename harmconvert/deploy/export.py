@@ -77,7 +77,7 @@ def export(
     check_target(path, format, force, dtype, form)
     known = default_input(model) if example_input is None else example_input
     if known is None and (format in GRAPHS or dtype != "float32"):
-        raise UsageError("this network does not say what it takes: give ", Argument("example_input"))
+        raise UsageError("this network does not declare its input size: give ", Argument("example_input"))
     if format in GRAPHS:
         # 16 bits are for files: graphs compute as they are stored, and ONNX Runtime has no such convolutions on a CPU.
         model, known = make_runnable(in_float32(exchange(model, {})), known)

@@ -1,4 +1,4 @@
-"""Are two networks built of the same parts, and is every tensor outside their kernels the same, bit for bit?"""
+"""Check that two networks have the same structure, and the same tensors outside their kernels, bit for bit."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _ATTRIBUTES = ("stride", "padding", "dilation", "groups", "padding_mode", "outpu
 def pairs_of(
     original: nn.Module, converted: nn.Module, planned: Collection[str] = ()
 ) -> tuple[dict[str, tuple[nn.Module, nn.Module]], list[str]]:
-    """The layers of both to compare, by name, and what keeps the two networks from having the same structure.
+    """Return the pairs of layers to compare, by name, and the differences of the structure.
 
-    Compared are convolutions over 1x1, and the ``planned`` layers, which a plan says keep less.
+    The pairs are the convolutions over 1x1 and the ``planned`` layers, which the plan cuts.
     """
     ours, theirs = (
         {name: layer for name, layer in weighted_layers(model).items() if name in convs or name in planned}
@@ -52,8 +52,8 @@ def pairs_of(
     return pairs, problems
 
 
-def built_otherwise(original: nn.Module, converted: nn.Module, pairs: Mapping[str, Any]) -> list[str]:
-    """Parts without parts of their own, convolutions aside, that are of another class or have other settings."""
+def differing_modules(original: nn.Module, converted: nn.Module, pairs: Mapping[str, Any]) -> list[str]:
+    """Return the modules without children that differ in class or settings; convolutions are not compared."""
     theirs, problems = dict(converted.named_modules()), []
     for name, module in original.named_modules():
         other = theirs.get(name)
@@ -63,32 +63,35 @@ def built_otherwise(original: nn.Module, converted: nn.Module, pairs: Mapping[st
         if kinds[0] != kinds[1]:
             problems.append(f"{name}: is a {kinds[1]}, the original's a {kinds[0]}")
             continue
-        found = _settings(other)
+        other_settings = _settings(other)
         problems += [
-            f"{name}: {key} is {found[key]}, the original's {value}"
+            f"{name}: {key} is {other_settings[key]}, the original's {value}"
             for key, value in _settings(module).items()
-            if key in found and found[key] != value
+            if key in other_settings and other_settings[key] != value
         ]
     return problems
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
-    """What a module was made with, as far as it is plain values and changes what it computes."""
+    """Return the attributes of a module that are plain values and change its output."""
     plain = (int, float, str, tuple, type(None))
-    aside = ("training", "inplace", "momentum")
-    return {k: v for k, v in vars(module).items() if k[0] != "_" and k not in aside and isinstance(v, plain)}
+    without_effect = ("training", "inplace", "momentum")
+    return {k: v for k, v in vars(module).items() if k[0] != "_" and k not in without_effect and isinstance(v, plain)}
 
 
 def as_calibrated(converted: nn.Module, calibrated: Mapping[str, str]) -> dict[str, bool]:
-    """Whether each tensor that calibration wrote is what it wrote."""
-    found = digests(converted, calibrated)
-    return {key: found.get(key) == sha256 for key, sha256 in calibrated.items()}
+    """Return, for each tensor that calibration wrote, whether it is unchanged since then."""
+    actual = digests(converted, calibrated)
+    return {key: actual.get(key) == sha256 for key, sha256 in calibrated.items()}
 
 
 def altered_state(
     original: nn.Module, converted: nn.Module, pairs: Mapping[str, Any], written: Mapping[str, bool]
 ) -> list[str]:
-    """Parameters and buffers outside the paired kernels that differ in any bit, or from what calibration wrote."""
+    """Return the differences of tensors outside the kernels of ``pairs``.
+
+    Tensors that calibration wrote must be unchanged since then (``written``), all others equal to the original's.
+    """
     paired = {id(original.get_submodule(name)) for name in pairs}
     names = [name for name, module in original.named_modules(remove_duplicate=False) if id(module) in paired]
     kernels = {f"{name}.{key}".lstrip(".") for name in names for key in ("weight", "coefficients", "fitted_basis")}
@@ -109,10 +112,10 @@ def altered_state(
 
 
 def _equal(tensor: Tensor, other: Tensor) -> bool:
-    """Whether a tensor has the other's bits; where one is stored in fewer bits, rounded to those."""
+    """Return whether two tensors are equal bit for bit, after rounding to the smaller of their floating dtypes."""
     if is_lazy(tensor) or is_lazy(other):
         return is_lazy(tensor) and is_lazy(other)
-    if tensor.is_quantized or other.is_quantized:  # reading their storage ends the process
+    if tensor.is_quantized or other.is_quantized:  # torch crashes if their storage is read
         return tensor.dtype == other.dtype and torch.equal(tensor, other)
     if tensor.shape != other.shape:
         return False

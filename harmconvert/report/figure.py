@@ -14,7 +14,7 @@ from ..calibration import CalibrationSettings
 from ..data.datasets import DataRequest
 from ..data.variety import Variety
 from ..errors import Argument, UsageError
-from ..pipeline.calibrating import Calibrating, calibration_batches, warn_of
+from ..pipeline.calibrating import CalibrationData, calibration_batches, warn
 from ..pipeline.devices import machine_for, ready
 from ..pipeline.listener import SILENT, Listener
 from ..pipeline.networks import Openable, is_given, opened, text_of
@@ -59,7 +59,7 @@ class TradeoffSettings:
     """
 
     data: str | Path | DataRequest
-    calibration: Calibrating | None = None
+    calibration: CalibrationData | None = None
     settings: CalibrationSettings | None = None
     include: Sequence[str] = ()
     preprocessing: Mapping[str, Any] | None = None
@@ -187,6 +187,6 @@ def _tradeoff(network: Network, given: Openable, tested: TradeoffSettings, liste
             settings=settings,
             progress=progress,
         )
-    warn_of(variety.remark(), listener)
+    warn(variety.remark(), listener)
     note_unread(loading, found.uncut.evaluation, listener)
     return found
