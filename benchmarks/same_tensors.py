@@ -1,10 +1,10 @@
-"""Do two releases write the same tensors? Converts the samples with both, reads the files back, and compares every bit.
+"""Do two releases write the same tensors? Convert the samples with both, read the files, and compare every bit.
 
     python benchmarks/same_tensors.py /path/to/checkout-of-the-other-release
 
-Each release converts in a process of its own, with the features of format version 1: whole, lambda 2, progressive,
-calibrated, other bases, 16 bits, a budget, and both forms. The script prints a row for each file and ends with 1 where
-any tensor differs.
+Each release converts in a separate process, with the features of format version 1: the whole basis, lambda 2,
+progressive, calibration, other bases, a budget, and both forms. The script prints a row for each file; its exit code is
+1 if any tensor differs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Runs in each release: only what both have in common is used.
+# Runs in each release, so it uses only functions that both have.
 CONVERT = r"""
 import hashlib, json, sys, torch
 import harmconvert as hc

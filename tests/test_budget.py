@@ -404,8 +404,8 @@ def test_a_second_budget_reuses_the_scores_of_the_first(tmp_path: Path, monkeypa
     [
         (["--budget", "params=30%", "--lambda", "2"], "give one of them, once"),
         (["--budget", "params=30%", "--budget", "macs=30%"], "give one of them, once"),
-        (["--trials", "3"], "--trials is of use only with --budget"),
-        (["--frequencies", "best"], "--frequencies is of use only with --budget"),
+        (["--trials", "3"], "--trials works only with --budget"),
+        (["--frequencies", "best"], "--frequencies works only with --budget"),
         (["--budget", "params=30%", "--frequencies", "worst"], "'worst' is not one of 'lambda', 'best'"),
         (["--budget", "params=0%"], "is no share of the network"),
         (["--budget", "params=1%"], "cannot be met"),

@@ -21,7 +21,7 @@ import timm
 import torch
 
 from harmconvert.cli import COMMANDS, main
-from harmconvert.cli.loudness import loudness
+from harmconvert.cli.verbosity import verbosity
 from harmconvert.report import commands
 from harmconvert.samples import mnist5k_held_back
 from harmconvert.sources import open_source
@@ -248,7 +248,12 @@ def test_the_users_own_network_passes_through_all_commands() -> None:
     ok("convert", "net.py:make", *own, "--lambda", "2", "-o", "a.safetensors")
     ok("verify", "net.py:make", "a.safetensors", *own, "--as-planned")
     fails(
-        2, "made by user code (net.py:make), which is not run unasked", "export", "a.safetensors", "-o", "b.safetensors"
+        2,
+        "made by user code (net.py:make), which is not run without permission",
+        "export",
+        "a.safetensors",
+        "-o",
+        "b.safetensors",
     )
     ok("export", "a.safetensors", "-o", "b.safetensors", "--trust-code")
     assert set(safetensors.torch.load_file("b.safetensors")) == set(state)
@@ -287,7 +292,7 @@ def test_code_named_in_the_command_is_trusted_for_a_checkpoint_in_any_folder(tmp
     data = ["--dataset", "sample:mnist5k"]
     result = ok("evaluate", SAMPLE, "--compare", "a.safetensors", *own, *data)
     assert "agreement" in result.stdout
-    fails(3, "own/net.py:make makes a network of random weights, others each time: give them with --compare-checkpoint",
+    fails(3, "own/net.py:make builds a network with new random weights each time: give them with --compare-checkpoint",
           "evaluate", SAMPLE, "--compare", "own/net.py:make", *data)  # fmt: skip
     fails(3, "does not have the weights of own/net.py:make that were converted: give them with --compare-checkpoint",
           "evaluate", "a.safetensors", *own, "--compare", "own/net.py:make", *data)  # fmt: skip
@@ -703,7 +708,7 @@ def test_the_message_of_an_interruption_says_which_files_remain(monkeypatch: pyt
         patch.setattr("harmconvert.cli.pages.write_page", lambda *_, **__: signal.raise_signal(signal.SIGINT))
         result = run(*own, "-o", "a.safetensors", "--report", "a.html")
     assert result.exit_code == 130
-    assert "interrupted; a.safetensors was written, and is whole" in result.stderr
+    assert "interrupted; a.safetensors was written, and is complete" in result.stderr
     assert read_header("a.safetensors").plan.whole
     Path("kept.json").write_text("{}")
     monkeypatch.setattr(
@@ -733,7 +738,7 @@ def test_a_warning_about_a_hardly_smaller_network_is_printed_last() -> None:
 
 def test_verbose_commands_log_the_fallbacks_of_the_library() -> None:
     @click.command()
-    @loudness
+    @verbosity
     def command() -> None:
         logging.getLogger("harmconvert.storage.source").info("no source is recorded: %s", "why")
 

@@ -310,7 +310,9 @@ def test_a_user_function_preprocesses_images(tmp_path: Path) -> None:
 def test_a_function_that_a_checkpoint_names_is_not_run_without_permission() -> None:
     network = nn.Conv2d(1, 2, 3)
     network.pretrained_cfg = {"input_size": (1, 8, 8), "function": "evil.py:run"}
-    with pytest.raises(UsageError, match=r"preprocessed by user code \(evil.py:run\), which is not run unasked"):
+    with pytest.raises(
+        UsageError, match=r"preprocessed by user code \(evil.py:run\), which is not run without permission"
+    ):
         preprocessing(network, {})
     assert preprocessing(network, {"trust_code": True})["function"] == "evil.py:run"
     assert "function" not in preprocessing(network, {"mean": (0.5,), "std": (0.5,)})

@@ -409,7 +409,7 @@ def test_checkpoints_are_compared_by_their_names_or_in_memory() -> None:
     assert [column.name for column in found.columns] == ["cut", "WideResNet"]
     assert found.layers["stage1.0.conv1"] == ((3, 9), (9, 9))
     assert len(hc.compare("cut.safetensors", "cut.safetensors", all_layers=True).layers) == 19
-    with pytest.raises(UsageError, match="a comparison wants two checkpoints or more"):
+    with pytest.raises(UsageError, match="a comparison needs two checkpoints or more"):
         hc.compare("cut.safetensors")
     with pytest.raises(UsageError, match="is not a harmonic checkpoint"):
         hc.compare("cut.safetensors", SAMPLE)

@@ -47,8 +47,8 @@ REFUSED = [
     (["convert", "resnet50", "--budget", "weight=60%"], 2, "unknown budget 'weight'"),
     (["convert", "resnet50", "--budget", "params="], 2, "the budget params= is no share"),
     (["convert", "resnet50", "--budget", "params=60%", "--lambda", "2"], 2, "each say what to keep"),
-    (["convert", "resnet50", "--trials", "3"], 2, "--trials is of use only with --budget"),
-    (["convert", "resnet50", "--damping", "1"], 2, "--damping is of use only with --calibrate DATA"),
+    (["convert", "resnet50", "--trials", "3"], 2, "--trials works only with --budget"),
+    (["convert", "resnet50", "--damping", "1"], 2, "--damping works only with --calibrate DATA"),
     (["convert", "resnet50", "--calibrate", "nowhere"], 2, "there is no folder nowhere"),
     (["convert", "resnet50", "--max-drop", "1", "--labelled", "no/where"], 2, "there is no folder no/where"),
     (["convert", "resnet50", "--device", "gpu"], 2, "--device gpu: give cpu, cuda, or cuda:N"),
@@ -71,11 +71,11 @@ REFUSED = [
     (["finetune", "a.safetensors", *DATA, "-o", "run.safetensors"], 2, "run.state.pth is the state of an interrupted"),
     (["evaluate", "resnet50", "--data-dir", "nowhere"], 2, "there is no folder nowhere"),
     (["train", "resnet50", *DATA, "--lambda", "half"], 2, "unknown lambda 'half'"),
-    (["report", "resnet50"], 2, "which figure?"),
+    (["report", "resnet50"], 2, "no figure is named:"),
     (["report", "resnet50", "--figure", "layers"], 2, "resnet50 is not a harmonic checkpoint"),
     (["report", "resnet50", "--figure", "filters", "-o", "there.png"], 2, "there.png exists: use --force"),
     (["compare", "resnet50", "resnet18"], 2, "resnet50 is not a harmonic checkpoint"),
-    (["compare", "resnet50"], 2, "a comparison wants two checkpoints or more"),
+    (["compare", "resnet50"], 2, "a comparison needs two checkpoints or more"),
 ]  # fmt: skip
 
 

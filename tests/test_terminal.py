@@ -250,7 +250,7 @@ def test_in_a_pipe_the_output_is_plain_text(name: str, pipe: dict[str, tuple[int
     if name == "convert, quiet":
         assert (out, err) == ("", "")
     if name == "refusal":
-        assert err == "harmconvert: error: a comparison wants two checkpoints or more\n"
+        assert err == "harmconvert: error: a comparison needs two checkpoints or more\n"
         assert out == ""
 
 

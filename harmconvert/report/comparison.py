@@ -71,7 +71,7 @@ class Comparison:
 def check_enough(what: Sequence[Any]) -> None:
     """Raise UsageError where there are fewer than two checkpoints; call it before they are read."""
     if len(what) < 2:
-        raise UsageError("a comparison wants two checkpoints or more")
+        raise UsageError("a comparison needs two checkpoints or more")
 
 
 def comparison_of(reports: Sequence[Report], all_layers: bool = False) -> Comparison:

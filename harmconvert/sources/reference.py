@@ -214,7 +214,7 @@ def _read_resnet(tensors: _Tensors, pool: str) -> dict[str, Any]:
     if not any(".harm" in f".{key}" for key in state):
         raise InputError(
             f"{path} holds a plain ResNet, no layer of it is harmonic: open it as {RESNETS[counts]}_nomaxpool, or "
-            f"{RESNETS[counts]} where it pools maxima, with ", Argument("weights", path),
+            f"{RESNETS[counts]} if it has max pooling, with ", Argument("weights", path),
         )  # fmt: skip
     if tensors.has_any("harm1"):
         tensors.take_block("harm1.weight", "harm1.bn", "conv1", 7)
