@@ -209,27 +209,27 @@ def run(names: list[str], counts: list[int], seeds: list[int], threads: int) -> 
             append({**row, "parameters": parameters, "seconds": f"{seconds:.1f}", "torch": torch.__version__, **scores})
 
         subjects = {name: subject(name) for name in names}
-        uncut = {name: logits(it.model, it.images) for name, it in subjects.items()}
+        uncut = {name: logits(case.model, case.images) for name, case in subjects.items()}
         sizes: dict[tuple[str, str | int], int] = {}
-        for name, it in subjects.items():
+        for name, case in subjects.items():
             if (name, "full", "", "", "uncut") not in done:
-                size = sum(p.numel() for p in it.model.parameters())
-                write((name, "full", "", "", "uncut"), size, scores(it.model, it, uncut[name]), 0.0)
-            for lam in it.lambdas:
-                conversion = hc.convert(it.model, lam, include=it.include)
+                size = sum(p.numel() for p in case.model.parameters())
+                write((name, "full", "", "", "uncut"), size, scores(case.model, case, uncut[name]), 0.0)
+            for lam in case.lambdas:
+                conversion = hc.convert(case.model, lam, include=case.include)
                 sizes[name, lam] = conversion.cost.harmonic_parameters
-                missing = [way for way in OTHER_METHODS if (name, str(lam), "", "", way) not in done]
-                for way, model in other_methods(it.model, conversion, missing):
-                    write((name, lam, "", "", way), sizes[name, lam], scores(model, it, uncut[name]), 0.0)
+                missing = [method for method in OTHER_METHODS if (name, str(lam), "", "", method) not in done]
+                for method, model in other_methods(case.model, conversion, missing):
+                    write((name, lam, "", "", method), sizes[name, lam], scores(model, case, uncut[name]), 0.0)
         # The outer loop is over seeds, so that an interrupted run has complete tables for fewer seeds.
-        for seed, count, (name, it) in itertools.product(seeds, counts, subjects.items()):
-            for lam in it.lambdas:
+        for seed, count, (name, case) in itertools.product(seeds, counts, subjects.items()):
+            for lam in case.lambdas:
                 if (name, str(lam), str(count), str(seed), "convert --calibrate") in done:
                     continue
-                for way, model, seconds in methods(it, lam, count, seed):
-                    key = (name, lam, count, seed, way)
+                for method, model, seconds in methods(case, lam, count, seed):
+                    key = (name, lam, count, seed, method)
                     if tuple(map(str, key)) not in done:
-                        write(key, sizes[name, lam], scores(model, it, uncut[name]), seconds)
+                        write(key, sizes[name, lam], scores(model, case, uncut[name]), seconds)
 
 
 def summary() -> None:
@@ -254,10 +254,10 @@ def summary() -> None:
             print(f"  lambda {lam}, {int(here[-1]['parameters']):,} parameters")
             cut = mean([float(row[measure]) for row in here if row["method"] == "projection"] or [float("nan")])
             cut_kl = mean([float(row["kl"]) for row in here if row["method"] == "projection"] or [float("nan")])
-            for way in dict.fromkeys(row["method"] for row in here):
-                for count in dict.fromkeys(row["images"] for row in here if row["method"] == way):
-                    of_method = [row for row in here if row["method"] == way and row["images"] == count]
-                    if way == "projection" and count != "32":
+            for method in dict.fromkeys(row["method"] for row in here):
+                for count in dict.fromkeys(row["images"] for row in here if row["method"] == method):
+                    of_method = [row for row in here if row["method"] == method and row["images"] == count]
+                    if method == "projection" and count != "32":
                         continue
                     values = [100 * float(row[measure]) for row in of_method]
                     kls = [float(row["kl"]) for row in of_method]
@@ -265,7 +265,7 @@ def summary() -> None:
                     lost = 100 * (float(base[measure]) - cut)
                     if lost >= 1:
                         recovered += f"   {measure} recovered {100 * (mean(values) - 100 * cut) / lost:6.1f} %"
-                    print(f"    {way:20} {count:>4}  {spread(values):22} KL {mean(kls):.4f}  {recovered}")
+                    print(f"    {method:20} {count:>4}  {spread(values):22} KL {mean(kls):.4f}  {recovered}")
 
 
 def main() -> None:

@@ -69,14 +69,14 @@ def gemm_rate(rows: int, unknowns: int, device: str) -> float:
     return 2 * rows * unknowns**2 / best / 1e9
 
 
-def accumulation(channels: int, size: int, wanted: int, device: str) -> dict[str, float]:
+def accumulation(channels: int, size: int, positions: int, device: str) -> dict[str, float]:
     """Return the GFLOP/s of the accumulation of one batch of 32 for a 3x3 layer at lambda 2, all work included."""
     conv = to_harmonic(nn.Conv2d(channels, channels, 3, padding=1, bias=False), [(0, 0), (0, 1), (1, 0)]).to(device)
     x = torch.randn(32, channels, size, size, device=device).contiguous(memory_format=torch.channels_last)
     call = captured_call(conv, x)
-    layer = Kernel.of(conv, call).layer(call, False, wanted, 0)
+    layer = Kernel.of(conv, call).layer(call, False, positions, 0)
     problem = NormalEquations(layer)
-    target = outputs(call.output, pick_positions(range(32), (size, size), wanted, 0)).contiguous()
+    target = outputs(call.output, pick_positions(range(32), (size, size), positions, 0)).contiguous()
     best, rows = float("inf"), 0
     for _ in range(5):
         before = problem.count
@@ -182,8 +182,8 @@ def main() -> None:
                 ["what", "machine", "images or channels", "seconds", "peak_gb", "gflops", "gemm_gflops", "share"]
             )
             layer_rows.writerow(["machine", "images", "layer", "unknowns", "positions", "seconds"])
-        for channels, size, wanted in ((64, 56, 171), (128, 28, 171), (256, 14, 196), (512, 7, 49)):
-            result = accumulation(channels, size, wanted, args.device)
+        for channels, size, positions in ((64, 56, 171), (128, 28, 171), (256, 14, 196), (512, 7, 49)):
+            result = accumulation(channels, size, positions, args.device)
             figures = [f"{result[key]:.2f}" for key in ("gflops", "gemm_gflops", "share")]
             rows.writerow(["accumulate", machine, channels, "", "", *figures])
             print("accumulate", channels, *figures, flush=True)

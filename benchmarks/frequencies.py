@@ -4,8 +4,9 @@
     python benchmarks/frequencies.py --summary
 
 There is no search: every layer that a policy may cut keeps the same share of its frequencies, so that only the choice
-of frequencies differs. The lowest frequencies are those of a lambda if a lambda keeps that many. All plans are calibrated
-on the same 128 images. Measures top-1 and KL on images that selected nothing, for three random choices of images.
+of frequencies differs. The lowest frequencies are those of a lambda if a lambda keeps that many. All plans are
+calibrated on the same 128 images. Measures top-1 and KL on images that selected nothing, for three random choices of
+images.
 """
 
 from __future__ import annotations

@@ -169,16 +169,16 @@ def command(
     from ..arguments import stays_as_it_is
     from ..files import default_name
 
-    policy, parsed_budget = _what_to_keep(plan_file, lam, budget, max_drop, labelled)
+    policy, parsed_budget = _parse_policy(plan_file, lam, budget, max_drop, labelled)
     inputs.check()
     images.check_calibration(values, input_size)
     if labelled is not None:
         inputs.check_labelled(labelled, values["data_dir"])
     choices = (lam, plan_file, budget, labelled, include, exclude, values["data"])
-    named = default_name(source, _kept_text(lam, plan_file, parsed_budget, max_drop))
+    default_output = default_name(source, _kept_text(lam, plan_file, parsed_budget, max_drop))
     if stays_as_it_is(source, choices, basis, normalization, values["dtype"]):
-        named = named.replace("-harmonic-full", "-harmonic")
-    output = output or named
+        default_output = default_output.replace("-harmonic-full", "-harmonic")
+    output = output or default_output
     page, figure = outputs.check(source, output, save_plan, report, search_figure, force)
     probes = outputs.check_probes(probes, output, source, bool((parsed_budget or labelled) and values["data"]))
     options.begin(source)
@@ -307,7 +307,7 @@ def _kept_text(lam: str | None, plan_file: str | None, budget: Budget | None, ma
     return f"drop{max_drop:g}" if max_drop is not None else "plan" if plan_file else lam or "full"
 
 
-def _what_to_keep(
+def _parse_policy(
     plan_file: str | None, lam: str | None, budget: tuple[str, ...], max_drop: float | None, labelled: str | None
 ) -> tuple[Any, Budget | None]:
     """Return the lambda and the budget that the options name.

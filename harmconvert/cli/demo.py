@@ -37,9 +37,9 @@ def command(as_json: bool) -> None:
             waiting.enter_context(spinner())
 
         waiting.enter_context(spinner())
-        done = demo(_StepPrinter(say))
+        result = demo(_StepPrinter(say))
     if as_json:
-        options.print_json(done.to_json())
+        options.print_json(result.to_json())
 
 
 class _StepPrinter(CommandLine):

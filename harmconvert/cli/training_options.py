@@ -194,7 +194,7 @@ def data_request(values: Mapping[str, Any]) -> DataRequest:
 
 
 def image_overrides(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the pre-processing and the size of images, where the options override the network's own.
+    """Return the pre-processing and the size of images, if the options override the network's own.
 
     Raises:
         UsageError: --input-size and --img-size both give the size, or --input-size is repeated.

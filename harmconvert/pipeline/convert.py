@@ -88,8 +88,8 @@ class Conversion:
         if self.plan.policy == "full":
             return None
         if self.search is not None:
-            unused = f"the budget {self.search.budget} is met without a cut: give a smaller one"
-            return unused if self.plan.whole else None
+            advice = f"the budget {self.search.budget} is met without a cut: give a smaller one"
+            return advice if self.plan.whole else None
         removed = 1 - self.cost.harmonic_parameters / max(self.cost.parameters, 1)
         if not self.plan.whole and removed >= LEAST_CUT:
             return None

@@ -129,13 +129,13 @@ def _second_network(compare: Openable, weights: str | Path | None, network: Netw
             )
         return opened(compare, listener)
     request = compare if isinstance(compare, SourceRequest) else SourceRequest(compare)
-    known = network.source
-    if network.header is None and known.scheme != "code":  # other weights of the same architecture are allowed
-        known = replace(known, sha256=None)
+    source = network.source
+    if network.header is None and source.scheme != "code":  # other weights of the same architecture are allowed
+        source = replace(source, sha256=None)
     with listener.busy(f"loading {request.text}"):
         return open_for_comparison(
             str(request.text),
-            known,
+            source,
             Message("give them with ", Argument("compare_weights", "FILE")),
             weights=weights or request.weights,
             trust_code=request.trust_code,

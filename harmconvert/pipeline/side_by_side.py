@@ -35,7 +35,7 @@ class Comparison:
     layers were compared, ``outputs`` has the relative difference of the outputs of each layer, by name; both layers got
     the input of the original.
 
-    Sets of layer names: ``strays`` are layers of the caller's networks that ran although only copies were called.
+    Names of layers: ``uncopied`` layers belong to the caller's networks and ran although only copies were called.
     ``idle`` layers ran only in the original. ``constant`` layers got constant inputs. The original rewrites the weights
     of ``rewritten`` layers in its forward pass.
     """
@@ -43,7 +43,7 @@ class Comparison:
     error: float
     agreement: float | None
     outputs: dict[str, float] = field(default_factory=dict)
-    strays: set[str] = field(default_factory=set)
+    uncopied: set[str] = field(default_factory=set)
     idle: list[str] = field(default_factory=list)
     constant: set[str] = field(default_factory=set)
     rewritten: set[str] = field(default_factory=set)
@@ -108,19 +108,21 @@ class _SideBySide:
             shared = parameter_count(self.original) > MOST_IN_FLOAT64
             copies = [in_precision(model, precision, shared) for model in networks]
             inputs = match_dtype(self.inputs, copies[0])
-            ours, theirs = weighted_layers(copies[0]), weighted_layers(copies[1])
+            original_layers, converted_layers = weighted_layers(copies[0]), weighted_layers(copies[1])
             result = Comparison(float("inf"), 0.0)
             callers = [(n, layers[n]) for layers in map(weighted_layers, networks) for n in self.names if n in layers]
-            watched = {name: ours[name] for name in self.names if per_layer}
+            watched = {name: original_layers[name] for name in self.names if per_layer}
             # Hooks of the copies may change objects that the caller's networks share.
-            with unchanged(copies[0]), unchanged(copies[1]), evaluating(*copies), _calls(callers) as strays:
-                before = {name: weight_state(conv) for name, conv in ours.items()}
-                with self._comparing_layers(watched, theirs, result, precision), unchanged(copies[1]):
+            with unchanged(copies[0]), unchanged(copies[1]), evaluating(*copies), _calls(callers) as uncopied:
+                before = {name: weight_state(conv) for name, conv in original_layers.items()}
+                with self._comparing_layers(watched, converted_layers, result, precision), unchanged(copies[1]):
                     outputs = [self._outputs("original", copies[0], inputs, precision)]
-                result.rewritten = {name for name, conv in ours.items() if weight_state(conv) != before[name]}
-                with _calls([(n, theirs[n]) for n in self.names]) as ran:
+                result.rewritten = {
+                    name for name, conv in original_layers.items() if weight_state(conv) != before[name]
+                }
+                with _calls([(n, converted_layers[n]) for n in self.names]) as ran:
                     outputs.append(self._outputs("converted", copies[1], inputs, precision))
-        result.strays, result.idle = strays, [name for name in result.outputs if name not in ran]
+        result.uncopied, result.idle = uncopied, [name for name in result.outputs if name not in ran]
         if [t.shape for t in outputs[0]] == [t.shape for t in outputs[1]]:
             pairs = list(zip(*outputs, strict=True))
             result.error = max((relative_difference(b, a) for a, b in pairs), default=float("nan"))
@@ -130,8 +132,8 @@ class _SideBySide:
     @contextmanager
     def _comparing_layers(
         self,
-        ours: Mapping[str, nn.Module],
-        theirs: Mapping[str, nn.Module],
+        original_layers: Mapping[str, nn.Module],
+        converted_layers: Mapping[str, nn.Module],
         result: Comparison,
         precision: torch.dtype,
     ) -> Iterator[None]:
@@ -142,7 +144,7 @@ class _SideBySide:
                 self.tick(name)
                 expected = [tensor.clone() for tensor in tensors_in(output)]  # the layer may reuse its output tensor
                 try:
-                    actual = tensors_in(theirs[name](*args, **kwargs))
+                    actual = tensors_in(converted_layers[name](*args, **kwargs))
                 except Exception as failure:
                     raise _NoRunError(
                         f"layer {name or '(root)'} of the converted network does not run in {precision}: "
@@ -154,7 +156,9 @@ class _SideBySide:
 
             return hook
 
-        with _hooks([conv.register_forward_hook(watch(name), with_kwargs=True) for name, conv in ours.items()]):
+        with _hooks(
+            [conv.register_forward_hook(watch(name), with_kwargs=True) for name, conv in original_layers.items()]
+        ):
             yield
 
     def _outputs(self, which: str, model: nn.Module, inputs: Any, precision: torch.dtype) -> list[Tensor]:

@@ -25,17 +25,17 @@ def pairs_of(
 
     The pairs are the convolutions over 1x1 and the ``planned`` layers, which the plan cuts.
     """
-    ours, theirs = (
+    original_layers, converted_layers = (
         {name: layer for name, layer in weighted_layers(model).items() if name in convs or name in planned}
         for model, convs in ((original, convolutions(original)), (converted, convolutions(converted)))
     )
-    problems = [f"{name}: only in the original" for name in ours if name not in theirs]
-    problems += [f"{name}: only in the converted network" for name in theirs if name not in ours]
+    problems = [f"{name}: only in the original" for name in original_layers if name not in converted_layers]
+    problems += [f"{name}: only in the converted network" for name in converted_layers if name not in original_layers]
     pairs = {}
-    for name, conv in ours.items():
-        if name not in theirs:
+    for name, conv in original_layers.items():
+        if name not in converted_layers:
             continue
-        other = theirs[name]
+        other = converted_layers[name]
         if any(is_lazy(p) for p in conv.parameters(recurse=False)):
             continue
         shapes = [tuple(cast(Tensor, c.weight).shape) for c in (conv, other)]
@@ -54,9 +54,9 @@ def pairs_of(
 
 def differing_modules(original: nn.Module, converted: nn.Module, pairs: Mapping[str, Any]) -> list[str]:
     """Return the modules without children that differ in class or settings; convolutions are not compared."""
-    theirs, problems = dict(converted.named_modules()), []
+    converted_modules, problems = dict(converted.named_modules()), []
     for name, module in original.named_modules():
-        other = theirs.get(name)
+        other = converted_modules.get(name)
         if other is None or name in pairs or any(module.children()) or isinstance(module, CONVOLUTIONS):
             continue
         kinds = [type(one).__name__ for one in (module, other)]
@@ -95,19 +95,23 @@ def altered_state(
     paired = {id(original.get_submodule(name)) for name in pairs}
     names = [name for name, module in original.named_modules(remove_duplicate=False) if id(module) in paired]
     kernels = {f"{name}.{key}".lstrip(".") for name in names for key in ("weight", "coefficients", "fitted_basis")}
-    ours, theirs = tensors_of(original), tensors_of(converted)
+    original_tensors, converted_tensors = tensors_of(original), tensors_of(converted)
     problems = []
-    for key, tensor in ours.items():
+    for key, tensor in original_tensors.items():
         if key in kernels or written.get(key):
             continue
         if key in written:
             problems.append(f"{key}: is not what calibration wrote")
             continue
-        if key not in theirs:
+        if key not in converted_tensors:
             problems.append(f"{key}: only in the original")
-        elif not _equal(tensor, theirs[key]):
+        elif not _equal(tensor, converted_tensors[key]):
             problems.append(f"{key}: differs from the original's")
-    problems += [f"{key}: only in the converted network" for key in theirs if key not in ours and key not in kernels]
+    problems += [
+        f"{key}: only in the converted network"
+        for key in converted_tensors
+        if key not in original_tensors and key not in kernels
+    ]
     return problems
 
 

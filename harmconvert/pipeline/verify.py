@@ -32,7 +32,7 @@ from .side_by_side import Comparison, comparisons
 from .structure_check import altered_state, as_calibrated, differing_modules, pairs_of
 from .verification import LayerCheck, Verification
 
-_STRAY = (
+_UNCOPIED = (
     "a copy of the network still calls this layer of the network itself, through a function that refers to it: such a "
     "network cannot be compared"
 )
@@ -101,7 +101,7 @@ def verify(
     first = next(iter(results.values()))
     rewritten = {name for one in results.values() for name in one.rewritten}
     layers = _layer_checks(kernels, pairs, planned, first, rewritten)
-    structural = [*structural, *(f"{name or '(root)'}: {_STRAY}" for name in sorted(first.strays))]
+    structural = [*structural, *(f"{name or '(root)'}: {_UNCOPIED}" for name in sorted(first.uncopied))]
     problems = [*structural, *(f"{layer.name}: {layer.problem}" for layer in layers if layer.problem), *altered]
     worst, agreement = _worst(results.values())
     if isnan(worst):

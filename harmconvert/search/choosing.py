@@ -197,6 +197,6 @@ def _with_changes(chosen: tuple[int, ...], changed: Mapping[int, int]) -> tuple[
 
 def _frontier_points(front: Frontier, whole: int, points: int = 60) -> tuple[tuple[int, float], ...]:
     """Return some points of the frontier, evenly spaced in cost, from the smallest plan to the whole one."""
-    wanted = [front.costs[0] + (front.costs[-1] - front.costs[0]) * step / (points - 1) for step in range(points)]
-    indices = sorted({int(i) for i in front.costs.searchsorted(wanted).clip(0, len(front.costs) - 1)})
+    targets = [front.costs[0] + (front.costs[-1] - front.costs[0]) * step / (points - 1) for step in range(points)]
+    indices = sorted({int(i) for i in front.costs.searchsorted(targets).clip(0, len(front.costs) - 1)})
     return tuple((whole + int(front.costs[i]), float(front.scores[i])) for i in indices)

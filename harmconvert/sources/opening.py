@@ -233,16 +233,16 @@ def open_original(header: Header, teacher: str | None = None, trust_code: bool =
         ).model
     if teacher is not None and is_harmonic(teacher):
         return load(teacher, form="dense", trust_code=trust_code).eval()
-    source, named = header.source, Argument("teacher", "SOURCE")
+    source, teacher_argument = header.source, Argument("teacher", "SOURCE")
     if source is None:
-        raise UsageError("the checkpoint does not record its source: name the uncut network with ", named)
+        raise UsageError("the checkpoint does not record its source: name the uncut network with ", teacher_argument)
     if teacher is not None:
         model = rebuild(source, trust_code)
         load_weights(model, teacher, rename=renamed)
         return model.eval()
     if source.sha256 is None:
         what = f"the checkpoint does not record weights of {source} from which it was converted"
-        raise UsageError(what, ", so there is no uncut network to compare it with: name one with ", named)
+        raise UsageError(what, ", so there is no uncut network to compare with: name one with ", teacher_argument)
     rebuild(source, trust_code)  # refuses a source that a file must not name
     arguments = dict(source.arguments)
     if source.scheme != "reference":  # hubs and folders name the architecture; a reference file does not
@@ -251,8 +251,8 @@ def open_original(header: Header, teacher: str | None = None, trust_code: bool =
         arguments.pop("num_classes", None)
     model, opened = build(replace(source, arguments=arguments, sha256=None), pretrained=True)
     if (opened.sha256 or weights_sha256(model)) != source.sha256:
-        named = Argument("teacher")
-        raise InputError(f"the weights of {source} are not those that were converted: name them with ", named)
+        remedy = Argument("teacher")
+        raise InputError(f"the weights of {source} are not those that were converted: name them with ", remedy)
     return model.eval()
 
 
@@ -329,8 +329,8 @@ def rebuild(source: Source | str, trust_code: bool = False, limit: int | None = 
     except HarmconvertError as error:
         if source.scheme != "code":
             raise
-        named = Argument("code", "FILE.py:FACTORY")
-        raise type(error)(error.message, "; or name the code with ", named) from error
+        code = Argument("code", "FILE.py:FACTORY")
+        raise type(error)(error.message, "; or name the code with ", code) from error
     except Exception as error:
         raise InputError(f"the recorded source {source} cannot be built: {first_line(error)}; pass model=") from error
 

@@ -244,8 +244,8 @@ MUTANTS = (
     ),
     Mutant(
         "pipeline.structure_check.altered_state",
-        "not _equal(tensor, theirs[key])",
-        "not torch.allclose(tensor, theirs[key])",
+        "not _equal(tensor, converted_tensors[key])",
+        "not torch.allclose(tensor, converted_tensors[key])",
         "what was not to change may change a little", VERIFY,
     ),
     Mutant(
