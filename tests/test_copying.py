@@ -101,7 +101,7 @@ def test_a_forward_from_outside_the_network_is_reported() -> None:
     check = hc.verify(network, hc.convert(network, 1, example_input=X).model, X)
     assert not check.ok
     assert not check.as_planned
-    assert "conv: a copy of the network still runs the layer that it was copied from" in check.verdict
+    assert "conv: a copy of the network still calls this layer of the network itself" in check.verdict
 
 
 def test_a_layer_that_runs_only_in_the_original_is_noted() -> None:

@@ -154,7 +154,7 @@ def _write_page(
     if not may_be_harmonic(source):
         raise UsageError(
             f"no figure is named: give --figure {', '.join(NETWORK_FIGURES[:-1])} or {NETWORK_FIGURES[-1]}; the page "
-            f"needs a harmonic checkpoint, and {source} is none: make one with: harmconvert convert {source}"
+            f"needs a harmonic checkpoint, and {source} is not one: make one with: harmconvert convert {source}"
         )
     options.only_with(tradeoff_options, "--figure tradeoff")
     if kernel_size is not None:
