@@ -716,7 +716,7 @@ def test_the_message_of_an_interruption_says_which_files_remain(monkeypatch: pyt
     )
     result = run(*own, "--budget", "params=60%", "--probes", "kept.json")
     assert result.exit_code == 130
-    assert "scores of layers are kept in kept.json: the same command goes on from them" in result.stderr
+    assert "scores of layers are saved in kept.json: the same command continues from them" in result.stderr
 
 
 def test_a_warning_about_a_hardly_smaller_network_is_printed_last() -> None:

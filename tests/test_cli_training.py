@@ -227,7 +227,7 @@ def test_a_network_trained_from_scratch_has_no_uncut_network() -> None:
     quick = ["--data-dir", "digits", *DIGITS, "--epochs", "1"]
     ok("train", SAMPLE, "--recipe", "cifar-wrn", *quick, "-o", "scratch.safetensors")
     found = json.loads(ok("finetune", "scratch.safetensors", *quick, "--json").stdout)
-    assert "so there is no uncut network to compare it with" in found["stages"][0]["why"]
+    assert "so there is no uncut network to compare with" in found["stages"][0]["why"]
     message = failed("finetune", "scratch.safetensors", *quick, "--distill", "-o", "x.safetensors", code=2)
     assert "--distill needs the uncut network" in message
 

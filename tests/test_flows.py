@@ -144,7 +144,7 @@ def test_nothing_is_written_if_the_flow_fails(monkeypatch: pytest.MonkeyPatch) -
     network = hc.open_source(SAMPLE).model
     Path("digits/0").mkdir(parents=True)
     Image.new("L", (28, 28)).save("digits/0/a.png")
-    with pytest.raises(InputError, match="labelled=digits holds 1 image"):
+    with pytest.raises(InputError, match="labelled=digits has 1 image"):
         hc.convert_to_file(network, "a.safetensors", max_drop=1, labelled=DataRequest(data_dir="digits", holdout=0.0))
 
     def astray(*_: object, **__: object) -> object:
@@ -273,7 +273,7 @@ def test_a_network_in_memory_is_finetuned_and_stays_unchanged(digits: Path) -> N
     assert not any(Path().iterdir()), "no state is kept where nothing is written"
     alone = hc.finetune(conversion.model, digits, recipe=hc.Recipe(**DIGITS), workers=0)
     assert alone.stages[0].why is not None
-    assert alone.stages[0].why.endswith("name the uncut one with teacher=SOURCE")
+    assert alone.stages[0].why.endswith("name the uncut network with teacher=SOURCE")
     with pytest.raises(UsageError, match=r"distill needs the uncut network: .*; name it with teacher=SOURCE"):
         hc.finetune(conversion.model, digits, distill=1, **options)
     with pytest.raises(UsageError, match="Sequential: the uncut network has 3 classes, this one 10"):

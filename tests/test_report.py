@@ -592,14 +592,14 @@ def test_the_report_is_written_beside_the_checkpoint_and_replaces_no_file() -> N
         (
             ["report", SAMPLE],
             2,
-            "without it the page of a harmonic checkpoint is written, and sample:resnet_mnist5k is",
+            "the page needs a harmonic checkpoint, and sample:resnet_mnist5k is",
         ),
         (["report", "cut.safetensors", "-o", "a.pdf"], 2, "a.pdf should end in .html or .json"),
         (["report", "cut.safetensors", "--kernel-size", "3"], 2, "--kernel-size works only with --figure filters"),
         (["report", "cut.safetensors", "--include", "x"], 2, "--include works only with --figure tradeoff"),
         (["report", "cut.safetensors", "--figure", "filters", "--input-size", "1,9,9"], 2, "only without --figure"),
         (["report", "cut.safetensors", "--figure", "layers", "--latency", "1"], 2, "--latency works only without"),
-        (["report", "cut.safetensors", "-q", "-v"], 2, "--quiet and --verbose: give one of them"),
+        (["report", "cut.safetensors", "-q", "-v"], 2, "--quiet and --verbose contradict each other"),
         (["compare", "cut.safetensors"], 2, "a comparison needs two checkpoints or more"),
         (
             ["compare", "cut.safetensors", SAMPLE],
