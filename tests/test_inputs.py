@@ -65,7 +65,7 @@ REFUSED = [
     (["convert", ""], 2, "'' names no network"),
     (["export", "resnet50", "-o", "there.safetensors"], 2, "there.safetensors exists: use --force"),
     (["export", "resnet50", "-o", "net.onnx"], 2, "net.onnx should end in .safetensors"),
-    (["export", "resnet50", "-o", "a.onnx", "--format", "onnx", "--dtype", "float16"], 2, "--dtype float16 is for"),
+    (["export", "resnet50", "-o", "a.onnx", "--format", "onnx", "--dtype", "float16"], 2, "--dtype float16 is only"),
     (["finetune", "resnet50", *DATA], 2, "resnet50 is not a harmonic checkpoint"),
     (["finetune", "there.safetensors"], 2, "no images are named: give --data-dir FOLDER"),
     (["finetune", "a.safetensors", *DATA, "-o", "run.safetensors"], 2, "run.state.pth is the state of an interrupted"),
