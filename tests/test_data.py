@@ -315,7 +315,7 @@ def test_a_function_that_a_checkpoint_names_is_not_run_without_permission() -> N
     network = nn.Conv2d(1, 2, 3)
     network.pretrained_cfg = {"input_size": (1, 8, 8), "function": "evil.py:run"}
     with pytest.raises(
-        UsageError, match=r"preprocesses images by user code \(evil.py:run\), which needs your permission"
+        UsageError, match=r"preprocessed by user code \(evil.py:run\), which is not run without permission"
     ):
         preprocessing(network, {})
     assert preprocessing(network, {"trust_code": True})["function"] == "evil.py:run"

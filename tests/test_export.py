@@ -191,9 +191,9 @@ def test_the_message_for_a_missing_package_names_it(
     [
         ({"format": "pdf"}, "unknown format 'pdf'"),
         ({"format": "dense", "dtype": "int8"}, "unknown dtype 'int8'"),
-        ({"format": "onnx", "dtype": "bfloat16"}, "dtype=bfloat16 is for state dicts"),
-        ({"format": "torch-export", "dtype": "float16"}, "dtype=float16 is for state dicts"),
-        ({"format": "dense", "form": "factored"}, "factored is for onnx"),
+        ({"format": "onnx", "dtype": "bfloat16"}, "dtype=bfloat16 is only for state dicts"),
+        ({"format": "torch-export", "dtype": "float16"}, "dtype=float16 is only for state dicts"),
+        ({"format": "dense", "form": "factored"}, "only onnx and torch-export can be factored"),
         ({"format": "torch-export"}, "should end in .pt2"),
     ],
 )
@@ -314,7 +314,7 @@ def test_the_export_command_writes_files_and_prints_the_comparison(
     )
     fails(
         2,
-        "--dtype float16 is for state dicts",
+        "--dtype float16 is only for state dicts",
         "export",
         "a.safetensors",
         "--format",

@@ -318,7 +318,7 @@ def test_commands_accept_a_reference_checkpoint_as_a_harmonic_network(
     written(tmp_path, "harm_wrn22_1_progressive")
     source = "reference:model.pt7"
     text = ok("convert", source).stdout
-    assert f"{source} is harmonic already: written as it is" in text
+    assert f"{source} is already harmonic: written unchanged" in text
     assert "wrote model-harmonic.safetensors" in text
     plan = read_header("model-harmonic.safetensors").plan
     assert {layer.levels for layer in plan.layers} == {5, 3, 2}

@@ -30,7 +30,7 @@ def command(
     from ..errors import UsageError
 
     if len(sources) < 2:
-        raise UsageError("a comparison needs at least two checkpoints")
+        raise UsageError("a comparison needs two checkpoints or more")
     inputs.check()
     for source in sources:
         check_harmonic(source)

@@ -55,7 +55,8 @@ def preprocessing(model: nn.Module, overrides: Mapping[str, Any]) -> dict[str, A
         function = declared.get("function")
         if function and not trusted:
             raise UsageError(
-                f"this checkpoint preprocesses images by user code ({function}), which needs your permission: give ",
+                f"this checkpoint's images are preprocessed by user code ({function}), "
+                "which is not run without permission: ",
                 Argument("trust_code", True),
                 " if you trust the file, or name another preprocessing",
             )

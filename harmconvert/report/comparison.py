@@ -72,10 +72,10 @@ class Comparison:
         return {"checkpoints": columns, "layers": {k: list(v) for k, v in self.layers.items()}, "notes": self.notes}
 
 
-def check_enough(checkpoints: Sequence[Any]) -> None:
-    """Raise UsageError if there are fewer than two checkpoints; call this before they are read."""
-    if len(checkpoints) < 2:
-        raise UsageError("a comparison needs at least two checkpoints")
+def check_enough(what: Sequence[Any]) -> None:
+    """Raise UsageError where there are fewer than two checkpoints; call it before they are read."""
+    if len(what) < 2:
+        raise UsageError("a comparison needs two checkpoints or more")
 
 
 def comparison_of(reports: Sequence[Report], all_layers: bool = False) -> Comparison:

@@ -14,7 +14,7 @@ from ..calibration import CalibrationSettings
 from ..data.datasets import DataRequest
 from ..data.variety import Variety
 from ..errors import Argument, UsageError
-from ..pipeline.calibrating import Calibrating, calibration_batches, warn_of
+from ..pipeline.calibrating import CalibrationData, calibration_batches, warn
 from ..pipeline.devices import machine_for, ready
 from ..pipeline.listener import SILENT, Listener
 from ..pipeline.networks import Openable, is_given, opened, text_of
@@ -62,7 +62,7 @@ class TradeoffSettings:
     """
 
     data: str | Path | DataRequest
-    calibration: Calibrating | None = None
+    calibration: CalibrationData | None = None
     settings: CalibrationSettings | None = None
     include: Sequence[str] = ()
     preprocessing: Mapping[str, Any] | None = None
@@ -191,6 +191,6 @@ def _tradeoff(network: Network, request: Openable, tested: TradeoffSettings, lis
             settings=settings,
             progress=progress,
         )
-    warn_of(variety.warning(), listener)
+    warn(variety.warning(), listener)
     note_unread(loading, result.uncut.evaluation, listener)
     return result

@@ -201,10 +201,10 @@ MUTANTS = (
         "a copy's functions work on the original", ("test_copying.py",),
     ),
     Mutant(
-        "pipeline.side_by_side._compare",
-        "[name for name in found.outputs if name not in ran]",
-        "[name for name in found.outputs if not name]",
-        "what only the original runs is not told", ("test_copying.py",),
+        "pipeline.side_by_side._SideBySide.compare",
+        "[name for name in result.outputs if name not in ran]",
+        "[name for name in result.outputs if not name]",
+        "layers that only the original runs are not reported", ("test_copying.py",),
     ),
     Mutant(
         "plan.space.axis.SpaceAxis.cost",
@@ -244,8 +244,8 @@ MUTANTS = (
     ),
     Mutant(
         "pipeline.structure_check.altered_state",
-        "not _equal(tensor, theirs[key])",
-        "not torch.allclose(tensor, theirs[key])",
+        "not _equal(tensor, converted_tensors[key])",
+        "not torch.allclose(tensor, converted_tensors[key])",
         "what was not to change may change a little", VERIFY,
     ),
     Mutant(
@@ -256,7 +256,7 @@ MUTANTS = (
     ),
     Mutant(
         "pipeline.structure_check.as_calibrated",
-        "found.get(key) == sha256",
+        "actual.get(key) == sha256",
         "bool(sha256)",
         "whatever calibration may have written passes", (*VERIFY, *REFIT),
     ),
