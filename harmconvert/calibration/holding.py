@@ -100,10 +100,8 @@ class Forwards:
         """Return why runs were not held at the layer that is refitted, in a sentence; empty if all were."""
         if self.refusal is not None:
             return (f"no run is held at the layer that is refitted: {self.refusal}",)
-        if self.repeated:
-            runs = f"{counted(self.repeated, 'run')} started from the input again"
-            return (f"{runs}: memory or threads were short",)
-        return ()
+        runs = f"{counted(self.repeated, 'run')} started from the input again: memory or threads were short"
+        return (runs,) if self.repeated else ()
 
     def watch(self, names: Sequence[str], batch: Batch, see: OnCall, calls: int) -> None:
         """Pass the ``calls`` calls of the layers ``names`` in a forward of ``batch`` to ``see``.

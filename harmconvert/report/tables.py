@@ -78,7 +78,8 @@ def calibration_lines(calibration: Calibration) -> list[str]:
     inputs = f"{counted(calibration.inputs, 'input')}, {calibration.held_back} of them held back"
     lines = [f"calibrated on {inputs}: {counts or 'no layer is cut'}", *calibration.notes]
     too_few_positions = [
-        f"{layer.name} needs {ENOUGH_POSITIONS * layer.unknowns} positions ({counted(layer.inputs_enough, 'input')})"
+        f"{layer.name} needs {counted(ENOUGH_POSITIONS * layer.unknowns, 'position')} "
+        f"({counted(layer.inputs_enough, 'input')})"
         for layer in calibration.layers
         if layer.unknowns and layer.inputs < layer.inputs_enough
     ]

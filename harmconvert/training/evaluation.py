@@ -246,7 +246,7 @@ def _comparison(logits: Tensor, expected: Tensor | None) -> tuple[int, float]:
     if expected is None:
         return 0, 0.0
     if expected.shape != logits.shape:
-        classes = f"{logits.shape[1]} and {expected.shape[1]}"
-        raise InputError(f"the two networks have {classes} classes: they cannot be compared")
+        classes = f"{logits.shape[1]} and {counted(expected.shape[1], 'class')}"
+        raise InputError(f"the two networks have {classes}: they cannot be compared")
     divergence = functional.kl_div(logits.log_softmax(1), expected.log_softmax(1), None, None, "sum", True)
     return int((logits.argmax(1) == expected.argmax(1)).sum()), divergence.item()
