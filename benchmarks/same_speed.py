@@ -4,8 +4,8 @@
 
 Each release runs in its own process, which keeps its networks between the turns: a training step of ResNet-50 in
 harmonic form (as step_cost.py), conversion and saving of ResNet-50 (convert_cost.py), calibration of ResNet-18 on 32
-images (calibration_cost.py), and forwards of WRN-28-10 at lambda 2 in three forms (speed.py). The releases run in turns,
-and the order changes each time, so that other work on the machine affects both equally. `ratio` is the median of the
+images (calibration_cost.py), and forwards of WRN-28-10 at lambda 2 in three forms (speed.py). The releases take turns
+and change their order each time, so that other work on the machine affects both equally. `ratio` is the median of the
 ratios of neighbouring runs, this release over the other one; `low` and `high` are its quartiles.
 """
 
@@ -39,7 +39,8 @@ folder, made = sys.argv[1], {}
 
 def make(case):
     if case == "step":
-        model = hc.convert(timm.create_model("resnet50"), "progressive").model.to(memory_format=torch.channels_last).train()
+        model = hc.convert(timm.create_model("resnet50"), "progressive").model
+        model = model.to(memory_format=torch.channels_last).train()
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
         x, y = torch.randn(8, 3, 224, 224).to(memory_format=torch.channels_last), torch.randint(1000, (8,))
         def step():
@@ -50,7 +51,7 @@ def make(case):
     if case == "convert":
         model = timm.create_model("resnet50").eval()
         def convert():
-            hc.save(hc.convert(model, 2), f"{folder}/out.safetensors")
+            hc.save(hc.convert(model, 2), f"{folder}/out.safetensors", force=True)
         return convert
     if case == "calibrate":
         model, x = timm.create_model("resnet18").eval(), torch.randn(32, 3, 224, 224).split(16)
