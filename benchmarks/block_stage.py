@@ -1,10 +1,10 @@
-"""Which stage of `HarmonicBlock2d` is quicker, one two-dimensional pass or rows and then columns?
+"""Which stage of `HarmonicBlock2d` is faster: one two-dimensional pass, or rows and then columns?
 
     python benchmarks/block_stage.py                     # appends to results/block_stage.csv
     python benchmarks/block_stage.py --device cuda
 
-The DCT responses of layers as networks have them, whole and cut, forward and backward; both stages take turns in one
-run. The rule of ``stage="auto"`` is read off this table.
+Measures the DCT responses of layers from known networks, whole and cut, forward and backward. Both stages run in turns.
+The rule of ``stage="auto"`` comes from this table.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ LAYERS = {
 LAMBDAS: tuple[str | int, ...] = ("full", 3, 2)
 
 
-def turn(stage: Callable[[Tensor], Tensor], x: Tensor, backward: bool) -> float:
+def seconds_of(stage: Callable[[Tensor], Tensor], x: Tensor, backward: bool) -> float:
     x = x.clone().requires_grad_(backward)
     start = time.perf_counter()
     responses = stage(x)
@@ -60,7 +60,7 @@ def compare(name: str, lam: str | int, backward: bool, args: argparse.Namespace)
     with torch.set_grad_enabled(backward):
         for number in range(args.turns + 2):
             for stage in ("dense", "separable")[:: 1 if number % 2 else -1]:
-                seconds[stage].append(turn(getattr(block, f"_{stage}"), x, backward))
+                seconds[stage].append(seconds_of(getattr(block, f"_{stage}"), x, backward))
     dense, separable = (times[2:] for times in seconds.values())
     low, _, high = quantiles([b / a for a, b in zip(dense, separable, strict=True)], n=4)
     return {

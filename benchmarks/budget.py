@@ -1,23 +1,26 @@
-"""At equal size, is the searched plan better than a uniform lambda, progressive, and the ways of others?
+"""At equal size, is the searched plan better than a uniform lambda, progressive, and other methods?
 
-    python benchmarks/budget.py                          # appends to results/budget.csv; skips rows it has
+    python benchmarks/budget.py                          # appends to results/budget.csv; skips existing rows
     python benchmarks/budget.py --networks resnet_mnist5k --seeds 0
     python benchmarks/budget.py --methods "best frequencies" --sizes "50 %" "20 %"
     python benchmarks/budget.py --summary
 
-Sizes, as shares of the parameters: those of lambda 3, progressive, lambda 2 and lambda 1, where the uniform plans are
-compared, and 50, 40, 30, 20 and 15 %. Each way may use no more:
+The sizes are shares of the parameters: those of lambda 3, progressive, lambda 2 and lambda 1, and 50, 40, 30, 20 and
+15 %. No method may use more parameters. The methods:
 
-- search: `convert --budget`, 8 plans tried; scores alone: none tried (--trials 0); by energy: scores without images.
-- best frequencies: `convert --budget --frequencies best`, 8 plans tried; scores alone: none.
-- threshold: every layer is cut as far as its own score stays below one threshold, the same for all (AIMET's way of
-  taking layer scores), the highest that keeps the size.
-- uniform, progressive: where a lambda has that size. All of these are calibrated on the same 128 images.
-- Tucker-2 of every layer at the same share, and channel pruning by magnitude (Torch-Pruning), batch norms re-estimated
-  on the same images.
+- search: `convert --budget` with 8 trials; "scores alone" has no trials (--trials 0); "by energy" has scores without
+  images.
+- best frequencies: `convert --budget --frequencies best` with 8 trials; "scores alone" has none.
+- threshold: each layer is cut as far as its score stays below one threshold for all layers, as AIMET uses scores; the
+  lowest threshold that gives the size.
+- uniform or progressive: the plan of the lambda that has this size.
+- tucker-2: Tucker-2 of every layer at the same share.
+- channel pruning: by magnitude, with Torch-Pruning.
 
-Top-1 (or agreement) and KL on held-back images that nothing was chosen on; training-free, and after 1 epoch of the
-paper's fine-tuning, for three draws of the images. The search's own seconds are its cost.
+All plans are calibrated on the same 128 images. For the last two methods, batch norms are re-estimated on these images.
+
+Measures top-1 (or agreement) and KL on held-back images that selected nothing, before training and after 1 epoch of the
+paper's fine-tuning, for three random choices of images. `seconds` is the cost of each method.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ from harmconvert.calibration import CalibrationSettings, reestimate_batch_norm
 from harmconvert.network import convolutions, find_layers, trace
 from harmconvert.plan import Plan, bases_of, make_plan
 from harmconvert.search import Item, Probes, SearchSettings, costs_of, items_of, key_of, name_of, plan_of, whole_plan
-from harmconvert.training import Machine, train
+from harmconvert.training import MachineSettings, train
 
 RESULTS = Path(__file__).parent / "results" / "budget.csv"
 KEYS = ["network", "size", "seed", "method", "epochs"]
@@ -56,7 +59,7 @@ IMAGES = 128
 
 
 class Study:
-    """One network and one draw of calibration images: every way at every size, the layers probed once."""
+    """One network and one random choice of calibration images; all methods and sizes share the probes of the layers."""
 
     def __init__(self, name: str, seed: int, folder: Path) -> None:
         self.name, self.seed = name, seed
@@ -70,13 +73,13 @@ class Study:
         self.whole = hc.convert(self.model).cost.parameters
 
     def sizes(self) -> Iterator[tuple[str, float, Plan | None]]:
-        """Name of a size, its share of the parameters, and the plan of a lambda that has it."""
+        """Yield the name of each size, its share of the parameters, and the plan of the lambda with this size."""
         for lam in UNIFORM:
             conversion = hc.convert(self.model, lam, example_input=self.example, include=self.include)
             yield f"lambda {lam}", conversion.cost.harmonic_parameters / self.whole, conversion.plan
         yield from ((f"{100 * share:g} %", share, None) for share in SHARES)
 
-    def ways(self, share: float, uniform: Plan | None) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
+    def methods(self, share: float, uniform: Plan | None) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
         yield "search", lambda: self.searched(share, 8)
         yield "search, scores alone", lambda: self.searched(share, 0)
         yield "search, by energy", lambda: self.by_energy(share)
@@ -101,8 +104,8 @@ class Study:
         ).model  # fmt: skip
 
     def by_energy(self, share: float) -> nn.Module:
-        found = hc.convert(self.model, budget={"params": share}, example_input=self.example, include=self.include)
-        return self.calibrated(found.plan)
+        conversion = hc.convert(self.model, budget={"params": share}, example_input=self.example, include=self.include)
+        return self.calibrated(conversion.plan)
 
     def by_threshold(self, share: float) -> nn.Module:
         whole = whole_plan(self.sites, self.include)
@@ -116,18 +119,18 @@ class Study:
         return self.calibrated(plan_of(whole, items, chosen, "threshold"))
 
     def scores(self, whole: Plan, items: Sequence[Item]) -> list[list[float]]:
-        """Those that the search kept in its file."""
-        kept = Probes.opened(
+        """Return the scores in the probe file of the search."""
+        saved = Probes.opened(
             Path(self.probes), key_of(self.model, self.batches, self.settings, bases_of(whole)[0])
         ).single
-        return [[0.0, *(kept[name_of(item.names, c)] for c in item.choices[1:])] for item in items]
+        return [[0.0, *(saved[name_of(item.names, c)] for c in item.choices[1:])] for item in items]
 
     def tucker(self, share: float) -> nn.Module:
         other = copy.deepcopy(self.model)
-        convs, rest = convolutions(other), self.whole
+        convs, total = convolutions(other), self.whole
         layers = [p.name for p in make_plan(self.sites, 1, self.include).layers if not p.whole]
-        reach = sum(cast(Tensor, convs[name].weight).numel() for name in layers)
-        kept = (share * self.whole - (rest - reach)) / reach
+        reducible = sum(cast(Tensor, convs[name].weight).numel() for name in layers)
+        kept = (share * self.whole - (total - reducible)) / reducible
         for name in layers:
             weight = cast(Tensor, convs[name].weight)
             weight.data.copy_(common.tucker2(weight.data, int(weight.numel() * kept)))
@@ -158,7 +161,7 @@ class Study:
     def tuned(self, model: nn.Module) -> nn.Module:
         model = copy.deepcopy(model)
         data = finetune.training_data(self.name, self.model, self.seed)
-        train(model, data, replace(finetune.RECIPE, seed=self.seed, epochs=1), machine=Machine())
+        train(model, data, replace(finetune.RECIPE, seed=self.seed, epochs=1), machine=MachineSettings())
         return model
 
 
@@ -171,7 +174,7 @@ def rows(
     trained: Sequence[str],
 ) -> Iterator[dict[str, object]]:
     for size, share, uniform in study.sizes():
-        for method, make in study.ways(share, uniform):
+        for method, make in study.methods(share, uniform):
             if (sizes and size not in sizes) or (methods and method not in methods):
                 continue
             epochs = (0, 1) if not trained or size in trained else (0,)
@@ -181,13 +184,13 @@ def rows(
             start = time.perf_counter()
             model = make()
             seconds = time.perf_counter() - start
-            # A Tucker form is multiplied out here: it has the parameters that it was given.
+            # The Tucker form is multiplied out here, so its parameters cannot be counted.
             count = int(share * study.whole) if method == "tucker-2" else sum(p.numel() for p in model.parameters())
             for key in keys:
                 if key in done:
                     continue
                 if key[-1] == "1" and method == "tucker-2":
-                    continue  # trained multiplied out it would no longer be one
+                    continue  # after training in multiplied form it would not be a Tucker form any more
                 network = model if key[-1] == "0" else study.tuned(model)
                 yield {
                     **dict(zip(KEYS, key, strict=True)), "parameters": count, "share": f"{count / study.whole:.4f}",
@@ -215,15 +218,15 @@ def summary() -> None:
     for name, epochs in dict.fromkeys((row["network"], row["epochs"]) for row in table):
         here = [row for row in table if (row["network"], row["epochs"]) == (name, epochs)]
         measure = "top1" if here[0]["top1"] else "agreement"
-        print(f"\n{name}, {epochs} epochs: {measure} in %, mean (least-greatest) over seeds; KL")
+        print(f"\n{name}, {epochs} epochs: {measure} in %, mean (min-max) over seeds; KL")
         for size, method in dict.fromkeys((row["size"], row["method"]) for row in here):
-            found = [row for row in here if (row["size"], row["method"]) == (size, method)]
-            values = [100 * float(row[measure]) for row in found]
-            share = mean(float(row["share"]) for row in found)
-            kl, seconds = (mean(float(row[key]) for row in found) for key in ("kl", "seconds"))
+            rows = [row for row in here if (row["size"], row["method"]) == (size, method)]
+            values = [100 * float(row[measure]) for row in rows]
+            share = mean(float(row["share"]) for row in rows)
+            kl, seconds = (mean(float(row[key]) for row in rows) for key in ("kl", "seconds"))
             print(
                 f"  {size:18} {method:24} {share:6.1%}  {mean(values):6.2f} ({min(values):.1f}-{max(values):.1f})  "
-                f"KL {kl:.4f}  {seconds:6.1f} s  {len(found)} seeds"
+                f"KL {kl:.4f}  {seconds:6.1f} s  {len(rows)} seeds"
             )
 
 
@@ -234,7 +237,9 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--sizes", nargs="+", default=[], help="such as '50 %%'; default: all")
     parser.add_argument("--methods", nargs="+", default=[], help="such as 'best frequencies'; default: all")
-    parser.add_argument("--trained", nargs="+", default=[], help="sizes fine-tuned for an epoch, too; default: all")
+    parser.add_argument(
+        "--trained", nargs="+", default=[], help="sizes that are also fine-tuned for an epoch; default: all"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--summary", action="store_true")
     args = parser.parse_args()

@@ -1,15 +1,16 @@
-"""What does a budget search cost? ResNet-18 at 224 on 128 images, two threads: bars 25 minutes, a second budget 10 s.
+"""What does a budget search cost? ResNet-18 at 224 on 128 images, two threads. Limits: 25 minutes, 10 s for a second.
 
     python benchmarks/budget_cost.py                       # appends to results/budget_cost.csv; takes long
-    python benchmarks/budget_cost.py --frequencies best    # starts from nothing, too
-    python benchmarks/budget_cost.py --images 16 --size 64 --trials 1    # does it run?
-    python benchmarks/budget_cost.py --probes FILE         # can be stopped and started again
+    python benchmarks/budget_cost.py --frequencies best    # without saved probes
+    python benchmarks/budget_cost.py --images 16 --size 64 --trials 1    # a quick test
+    python benchmarks/budget_cost.py --probes FILE         # can be interrupted and continued
 
-Random weights (the cost does not depend on them) and random crops of the sample photographs. Rows: the whole search for
-60 % of the parameters, the network that it delivers included; then, from its probes, a second budget of 40 %: the
-search without trials. Its bar is on the search itself: ``seconds`` less those ``of that delivering``, refitting the
-network that is delivered. ``load`` is the machine's when it began, beside which the seconds are to be read; ``cpu s``
-is the processor time by threads, which other work on the machine lengthens less.
+Uses random weights, because the cost does not depend on them, and random crops of the sample photographs. The first row
+is the whole search for 60 % of the parameters, with the refit of the resulting network. The second row is a second
+budget of 40 % with the probes of the first search and without trials. The limits are for the search alone: ``seconds``
+minus ``of that delivering``, the seconds of the refit of the resulting network. ``load`` is the load of the machine at
+the start; a high load makes the seconds longer. ``cpu s`` is the processor time divided by the threads, which depends
+less on the load.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ FIELDS = ["what", "frequencies", "images", "size", "trials", "probes", "seconds"
           "peak_gb", "threads", "load", "torch"]  # fmt: skip
 
 
-class Delivering:
-    """Seconds spent on the network that is delivered: the conversions asked for outside of probes and trials."""
+class FinalConversion:
+    """Measure the seconds of the final conversion: the conversions outside of probes and trials."""
 
     def __init__(self) -> None:
         self.seconds, self.probes = 0.0, 0
@@ -46,7 +47,7 @@ class Delivering:
     def watch(self, searching: type[Searching]) -> None:
         made: Callable[..., Any] = searching.__call__
         measured: Callable[..., Any] = searching._divergence
-        told = self
+        timer = self
 
         def call(self: Searching, *arguments: Any) -> Any:
             convert = self._convert
@@ -54,18 +55,18 @@ class Delivering:
             def timed(plan: Any, known: Any, settings: CalibrationSettings) -> Any:
                 start = time.perf_counter()
                 converted = convert(plan, known, settings)
-                told.seconds += time.perf_counter() - start if known is not None else 0.0
+                timer.seconds += time.perf_counter() - start if known is not None else 0.0
                 return converted
 
             self._convert = timed  # type: ignore[method-assign]
             return made(self, *arguments)
 
         def divergence(self: Searching, *arguments: Any, **more: Any) -> Any:
-            before = told.seconds
-            found = measured(self, *arguments, **more)
-            told.seconds = before
-            told.probes += 1
-            return found
+            before = timer.seconds
+            value = measured(self, *arguments, **more)
+            timer.seconds = before
+            timer.probes += 1
+            return value
 
         searching.__call__, searching._divergence = call, divergence  # type: ignore[method-assign]
 
@@ -77,31 +78,33 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
-        "--probes", type=Path, help="kept there: a run that was stopped goes on, and its rows count that"
+        "--probes",
+        type=Path,
+        help="file for the probes; an interrupted run continues from it, and measures only the rest",
     )
     parser.add_argument("--frequencies", choices=["lambda", "best"], default="lambda")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    # With their last batch norms at zero, as timm draws them, no block would change anything.
+    # timm initialises the last batch norm of each block with zero, so that cuts in the block would have no effect.
     model = timm.create_model("resnet18", pretrained=False, zero_init_last=False).eval()
     size = {"input_size": (3, args.size, args.size)}
     batches = list(calibration_images("sample:photographs", model, args.images, 32, overrides=size).batches)
-    delivering = Delivering()
-    delivering.watch(Searching)
+    final = FinalConversion()
+    final.watch(Searching)
     with appended(RESULTS, FIELDS) as (_, write), tempfile.TemporaryDirectory() as folder:
         for what, share, trials in (("search", 0.6, args.trials), ("second budget", 0.4, 0)):
-            delivering.seconds, delivering.probes = 0.0, 0
-            kept = args.probes or Path(folder) / "probes.json"
-            search = SearchSettings(trials, str(kept), frequencies=args.frequencies)
+            final.seconds, final.probes = 0.0, 0
+            probes = args.probes or Path(folder) / "probes.json"
+            search = SearchSettings(trials, str(probes), frequencies=args.frequencies)
             start, busy, load = time.perf_counter(), time.process_time(), os.getloadavg()[0]
             hc.convert(model, budget={"params": share}, calibration=batches, search=search)
             seconds, cpu = time.perf_counter() - start, (time.process_time() - busy) / args.threads
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
             write({
                 "what": what, "frequencies": args.frequencies, "images": args.images, "size": args.size,
-                "trials": trials, "probes": delivering.probes, "seconds": f"{seconds:.1f}",
-                "of that delivering": f"{delivering.seconds:.1f}", "cpu s": f"{cpu:.1f}", "peak_gb": f"{peak:.1f}",
+                "trials": trials, "probes": final.probes, "seconds": f"{seconds:.1f}",
+                "of that delivering": f"{final.seconds:.1f}", "cpu s": f"{cpu:.1f}", "peak_gb": f"{peak:.1f}",
                 "threads": args.threads, "load": f"{load:.1f}", "torch": torch.__version__,
             })  # fmt: skip
 

@@ -1,20 +1,20 @@
-"""How much of what a cut lost does calibration win back, without labels or training, and is it the best way?
+"""How much of the loss of a cut does calibration recover, without labels or training, and is it the best method?
 
-    python benchmarks/calibration.py                        # appends to results/calibration.csv; skips rows it has
+    python benchmarks/calibration.py                        # appends to results/calibration.csv; skips existing rows
     python benchmarks/calibration.py --networks resnet_mnist5k --images 128 --seeds 0
     python benchmarks/calibration.py --summary
 
-For each network, lambda, number of calibration images and seed (which images): the uncut network, the plain cut, the
-plain cut with batch norms re-estimated, the refit, the refit with batch norms re-estimated, and what `convert
---calibrate` delivers (it keeps the re-estimation where that helps on inputs held back from the fit). Beside them, at
-the same number of parameters and as free of training: Tucker-2 of each kernel, a KLT basis per layer (eigenvectors of
-the layer's own filters) in place of the DCT, and the filters of least magnitude set to zero.
+For each network, lambda, number of calibration images and seed (which selects the images): the uncut network, the plain
+cut, the plain cut with re-estimated batch norms, the refit, the refit with re-estimated batch norms, and the result of
+`convert --calibrate`, which keeps the re-estimation if it improves the outputs on held-back inputs. Three other methods
+without training have the same number of parameters: Tucker-2 of each kernel, a KLT basis for each layer (eigenvectors
+of the layer's filters) instead of the DCT, and filter pruning (filters of least magnitude set to zero).
 
-Measured on test images that neither training nor calibration saw: top-1, agreement with the uncut network, and KL of
-the class probabilities from the uncut network's (nats). `won_back` is the share of the KL, and where the cut cost at
-least one point of top-1 of those points, that is gone. Networks: two samples, and two dense 3x3 networks that
-networks.py trains. efficientnet_lite0 has no labelled test set here: crops of photographs, agreement and KL only, its
-depthwise layers cut by name.
+Measures, on test images that neither training nor calibration used: top-1, agreement with the uncut network, and the KL
+divergence of the class probabilities from those of the uncut network (nats). The summary prints the share of the KL
+that a method removes, and the share of the lost top-1 that it recovers if the cut lost at least one point. Networks:
+two samples, and two dense 3x3 networks that networks.py trains. efficientnet_lite0 has no labelled test set here: it
+has agreement and KL on crops of photographs, and its depthwise layers are named, so that they are cut.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class Subject:
-    """A network, the images to calibrate on by (count, seed), and the test images with labels where there are any."""
+    """A network, a function from (count, seed) to calibration images, and test images with their labels or None."""
 
     model: nn.Module
     calibration: Callable[[int, int], list[Tensor]]
@@ -80,11 +80,11 @@ def subject(name: str) -> Subject:
     else:
         model, data = networks.trained(name), networks.RECIPES[name].data()
 
-    def drawn(count: int, seed: int) -> list[Tensor]:
+    def random_images(count: int, seed: int) -> list[Tensor]:
         order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(seed))
         return list(data.images[order[:count]].split(BATCH))
 
-    return Subject(model, drawn, data.test_images, data.test_labels)
+    return Subject(model, random_images, data.test_images, data.test_labels)
 
 
 def logits(model: nn.Module, images: Tensor) -> Tensor:
@@ -93,22 +93,25 @@ def logits(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def scores(model: nn.Module, subject: Subject, uncut: Tensor) -> dict[str, float | str]:
-    found = logits(model, subject.images)
-    p, q = uncut.log_softmax(1), found.log_softmax(1)
+    actual = logits(model, subject.images)
+    p, q = uncut.log_softmax(1), actual.log_softmax(1)
     kl = (p.exp() * (p - q)).sum(1).mean().item()
-    agreement = (found.argmax(1) == uncut.argmax(1)).double().mean().item()
+    agreement = (actual.argmax(1) == uncut.argmax(1)).double().mean().item()
     top1: float | str = ""
     if subject.labels is not None:
-        top1 = round((found.argmax(1) == subject.labels).double().mean().item(), 4)
+        top1 = round((actual.argmax(1) == subject.labels).double().mean().item(), 4)
     return {"top1": top1, "agreement": round(agreement, 4), "kl": float(f"{kl:.4g}")}
 
 
-# --- the other ways, each with the parameters that the cut leaves to a layer ---
+# --- the other methods, each with as many parameters as the cut keeps in a layer ---
 
 
 def tucker2(kernel: Tensor, budget: int) -> Tensor:
-    """Tucker-2 (higher-order orthogonal iteration) of a kernel (O, I, *K) over both channel axes: ranks in proportion
-    to the axes, the largest whose two factors and core together fit the budget."""
+    """Return the Tucker-2 approximation of a kernel (O, I, *K) over both channel axes.
+
+    It is computed by higher-order orthogonal iteration. The ranks are in proportion to the axes, and the largest for
+    which the factors and the core fit the budget.
+    """
     out, inside, size = kernel.shape[0], kernel.shape[1], kernel[0, 0].numel()
     share = next(
         s
@@ -129,14 +132,14 @@ def tucker2(kernel: Tensor, budget: int) -> Tensor:
 
 
 def klt(kernel: Tensor, kept: int) -> Tensor:
-    """Each filter projected onto the layer's own ``kept`` strongest eigenvectors (their values stored, too)."""
+    """Project each filter onto the ``kept`` strongest eigenvectors of the layer's filters."""
     filters = kernel.double().flatten(2).flatten(0, 1)
     vectors = torch.linalg.eigh(filters.T @ filters)[1][:, -kept:]
     return (filters @ vectors @ vectors.T).view_as(kernel).to(kernel)
 
 
 def pruned(kernel: Tensor, share: float) -> Tensor:
-    """Output filters of least norm set to zero, keeping the ``share`` of them that the cut keeps of the parameters."""
+    """Set the output filters of least norm to zero; keep the ``share`` of filters."""
     norms = kernel.flatten(1).norm(dim=1)
     keep = norms.topk(max(1, round(share * len(norms)))).indices
     mask = torch.zeros_like(norms)
@@ -144,11 +147,11 @@ def pruned(kernel: Tensor, share: float) -> Tensor:
     return kernel * mask.view(-1, *(1,) * (kernel.dim() - 1))
 
 
-OTHER_WAYS = ("tucker-2", "klt", "filter pruning")
+OTHER_METHODS = ("tucker-2", "klt", "filter pruning")
 
 
-def other_ways(
-    model: nn.Module, conversion: Conversion, names: Iterable[str] = OTHER_WAYS
+def other_methods(
+    model: nn.Module, conversion: Conversion, names: Iterable[str] = OTHER_METHODS
 ) -> Iterator[tuple[str, nn.Module]]:
     for name in names:
         other = copy.deepcopy(model)
@@ -172,7 +175,7 @@ def other_ways(
 
 
 def methods(subject: Subject, lam: str | int, count: int, seed: int) -> Iterator[tuple[str, nn.Module, float]]:
-    """Name, network and seconds of every way; the network is converted anew for each."""
+    """Yield the name, the network and the seconds of each method; each converts the network again."""
 
     def cut() -> Conversion:
         return hc.convert(subject.model, lam, include=subject.include)
@@ -189,44 +192,44 @@ def methods(subject: Subject, lam: str | int, count: int, seed: int) -> Iterator
     calibrate(subject.model, conversion.model, plan, batches, CalibrationSettings(batch_norm=False, seed=seed))
     seconds = time.perf_counter() - start
     yield "refit", conversion.model, seconds
-    delivered = copy.deepcopy(conversion.model)
+    result = copy.deepcopy(conversion.model)
     reestimate_batch_norm(conversion.model, batches)
     yield "refit + bn", conversion.model, time.perf_counter() - start
-    # What convert() does after its refit, on the same refit: keep the re-estimation where held-back outputs improve.
-    calibrate(subject.model, delivered, plan, batches, CalibrationSettings(refit=False, seed=seed))
-    yield "convert --calibrate", delivered, time.perf_counter() - start
+    # As convert() does after its refit: keep the re-estimation if it improves the outputs on held-back inputs.
+    calibrate(subject.model, result, plan, batches, CalibrationSettings(refit=False, seed=seed))
+    yield "convert --calibrate", result, time.perf_counter() - start
 
 
 def run(names: list[str], counts: list[int], seeds: list[int], threads: int) -> None:
     torch.set_num_threads(threads)
     with appended(RESULTS, FIELDS, KEYS) as (done, append):
 
-        def write(key: tuple[object, ...], parameters: int, found: dict[str, float | str], seconds: float) -> None:
+        def write(key: tuple[object, ...], parameters: int, scores: dict[str, float | str], seconds: float) -> None:
             row = dict(zip(KEYS, map(str, key), strict=True))
-            append({**row, "parameters": parameters, "seconds": f"{seconds:.1f}", "torch": torch.__version__, **found})
+            append({**row, "parameters": parameters, "seconds": f"{seconds:.1f}", "torch": torch.__version__, **scores})
 
         subjects = {name: subject(name) for name in names}
-        uncut = {name: logits(it.model, it.images) for name, it in subjects.items()}
+        uncut = {name: logits(case.model, case.images) for name, case in subjects.items()}
         sizes: dict[tuple[str, str | int], int] = {}
-        for name, it in subjects.items():
+        for name, case in subjects.items():
             if (name, "full", "", "", "uncut") not in done:
-                size = sum(p.numel() for p in it.model.parameters())
-                write((name, "full", "", "", "uncut"), size, scores(it.model, it, uncut[name]), 0.0)
-            for lam in it.lambdas:
-                conversion = hc.convert(it.model, lam, include=it.include)
+                size = sum(p.numel() for p in case.model.parameters())
+                write((name, "full", "", "", "uncut"), size, scores(case.model, case, uncut[name]), 0.0)
+            for lam in case.lambdas:
+                conversion = hc.convert(case.model, lam, include=case.include)
                 sizes[name, lam] = conversion.cost.harmonic_parameters
-                missing = [way for way in OTHER_WAYS if (name, str(lam), "", "", way) not in done]
-                for way, model in other_ways(it.model, conversion, missing):
-                    write((name, lam, "", "", way), sizes[name, lam], scores(model, it, uncut[name]), 0.0)
-        # Seeds outermost: a stop leaves whole tables of fewer seeds.
-        for seed, count, (name, it) in itertools.product(seeds, counts, subjects.items()):
-            for lam in it.lambdas:
+                missing = [method for method in OTHER_METHODS if (name, str(lam), "", "", method) not in done]
+                for method, model in other_methods(case.model, conversion, missing):
+                    write((name, lam, "", "", method), sizes[name, lam], scores(model, case, uncut[name]), 0.0)
+        # The outer loop is over seeds, so that an interrupted run has complete tables for fewer seeds.
+        for seed, count, (name, case) in itertools.product(seeds, counts, subjects.items()):
+            for lam in case.lambdas:
                 if (name, str(lam), str(count), str(seed), "convert --calibrate") in done:
                     continue
-                for way, model, seconds in methods(it, lam, count, seed):
-                    key = (name, lam, count, seed, way)
+                for method, model, seconds in methods(case, lam, count, seed):
+                    key = (name, lam, count, seed, method)
                     if tuple(map(str, key)) not in done:
-                        write(key, sizes[name, lam], scores(model, it, uncut[name]), seconds)
+                        write(key, sizes[name, lam], scores(model, case, uncut[name]), seconds)
 
 
 def summary() -> None:
@@ -251,18 +254,18 @@ def summary() -> None:
             print(f"  lambda {lam}, {int(here[-1]['parameters']):,} parameters")
             cut = mean([float(row[measure]) for row in here if row["method"] == "projection"] or [float("nan")])
             cut_kl = mean([float(row["kl"]) for row in here if row["method"] == "projection"] or [float("nan")])
-            for way in dict.fromkeys(row["method"] for row in here):
-                for count in dict.fromkeys(row["images"] for row in here if row["method"] == way):
-                    found = [row for row in here if row["method"] == way and row["images"] == count]
-                    if way == "projection" and count != "32":
+            for method in dict.fromkeys(row["method"] for row in here):
+                for count in dict.fromkeys(row["images"] for row in here if row["method"] == method):
+                    of_method = [row for row in here if row["method"] == method and row["images"] == count]
+                    if method == "projection" and count != "32":
                         continue
-                    values = [100 * float(row[measure]) for row in found]
-                    kls = [float(row["kl"]) for row in found]
-                    back = f"KL won back {100 * (1 - mean(kls) / cut_kl):6.1f} %"
+                    values = [100 * float(row[measure]) for row in of_method]
+                    kls = [float(row["kl"]) for row in of_method]
+                    recovered = f"KL recovered {100 * (1 - mean(kls) / cut_kl):6.1f} %"
                     lost = 100 * (float(base[measure]) - cut)
                     if lost >= 1:
-                        back += f"   {measure} won back {100 * (mean(values) - 100 * cut) / lost:6.1f} %"
-                    print(f"    {way:20} {count:>4}  {spread(values):22} KL {mean(kls):.4f}  {back}")
+                        recovered += f"   {measure} recovered {100 * (mean(values) - 100 * cut) / lost:6.1f} %"
+                    print(f"    {method:20} {count:>4}  {spread(values):22} KL {mean(kls):.4f}  {recovered}")
 
 
 def main() -> None:

@@ -1,12 +1,12 @@
-"""What does calibrating cost? ResNet-50 at 224 (random weights: the cost does not depend on them), lambda 2.
+"""What does calibration cost? ResNet-50 at 224, lambda 2, random weights, because the cost does not depend on them.
 
     python benchmarks/calibration_cost.py            # appends to results/calibration_cost.csv, about ten minutes
     python benchmarks/calibration_cost.py --device cuda
-    python benchmarks/calibration_cost.py --solvers  # which way to hold the equations when
+    python benchmarks/calibration_cost.py --solvers  # compare the three solvers
 
-Bars: peak memory under 6 GB with 256 images; time linear in the images; accumulating the normal equations at over 60 %
-of this machine's GEMM rate, measured in the same run, in float64 and at the same shape. Each number of images runs in a
-process of its own, so that its peak memory is its own; the GEMM rate is measured before and after.
+Limits: peak memory below 6 GB with 256 images; time linear in the number of images; accumulation of the normal
+equations at over 60 % of the GEMM rate of this machine, measured in the same run, in float64 and with the same shape.
+Each number of images runs in a separate process, so that its peak memory can be measured.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def captured(conv: nn.Module, x: torch.Tensor) -> ConvCall:
+def captured_call(conv: nn.Module, x: torch.Tensor) -> ConvCall:
     calls: list[ConvCall] = []
     watch_convolutions(conv, {"": conv}, x, lambda _, call: calls.extend([call] if call else []))
     return calls[0]
 
 
 def gemm_rate(rows: int, unknowns: int, device: str) -> float:
-    """GFLOP/s of one float64 product of that shape, the best of five."""
+    """Return the GFLOP/s of one float64 product of this shape, the best of five."""
     z = torch.randn(rows, unknowns, dtype=torch.float64, device=device)
     best = float("inf")
     for _ in range(5):
@@ -69,14 +69,14 @@ def gemm_rate(rows: int, unknowns: int, device: str) -> float:
     return 2 * rows * unknowns**2 / best / 1e9
 
 
-def accumulation(channels: int, size: int, wanted: int, device: str) -> dict[str, float]:
-    """Taking in one batch of 32 of a 3x3 layer at lambda 2: GFLOP/s of the two products, all work included."""
+def accumulation(channels: int, size: int, positions: int, device: str) -> dict[str, float]:
+    """Return the GFLOP/s of the accumulation of one batch of 32 for a 3x3 layer at lambda 2, all work included."""
     conv = to_harmonic(nn.Conv2d(channels, channels, 3, padding=1, bias=False), [(0, 0), (0, 1), (1, 0)]).to(device)
     x = torch.randn(32, channels, size, size, device=device).contiguous(memory_format=torch.channels_last)
-    call = captured(conv, x)
-    layer = Kernel.of(conv, call).layer(call, False, wanted, 0)
+    call = captured_call(conv, x)
+    layer = Kernel.of(conv, call).layer(call, False, positions, 0)
     problem = NormalEquations(layer)
-    target = outputs(call.output, pick_positions(range(32), (size, size), wanted, 0)).contiguous()
+    target = outputs(call.output, pick_positions(range(32), (size, size), positions, 0)).contiguous()
     best, rows = float("inf"), 0
     for _ in range(5):
         before = problem.count
@@ -87,14 +87,17 @@ def accumulation(channels: int, size: int, wanted: int, device: str) -> dict[str
         best = min(best, time.perf_counter() - start)
         rows = problem.count - before
     unknowns = layer.unknowns
-    done = 2 * rows * unknowns * (unknowns + channels) / best / 1e9
+    achieved = 2 * rows * unknowns * (unknowns + channels) / best / 1e9
     rate = gemm_rate(rows, unknowns, device)
-    return {"unknowns": unknowns, "rows": rows, "gflops": done, "gemm_gflops": rate, "share": done / rate}
+    return {"unknowns": unknowns, "rows": rows, "gflops": achieved, "gemm_gflops": rate, "share": achieved / rate}
 
 
 def solving(method: type[Problem], unknowns: int, positions: int, device: str) -> dict[str, float]:
-    """Seconds to take in and solve a layer of 256 outputs by one method, for all dampings, and its held-back error: a
-    1-d layer of kernel 8, half kept, on correlated inputs and a target of its own whole kernel plus noise."""
+    """Return the seconds to accumulate and solve a layer with one method, for all dampings, and the held-back error.
+
+    The layer is 1-d, with 256 outputs and kernels of size 8, half of whose frequencies are kept. Its inputs are
+    correlated; its target is the output of the whole kernel plus noise.
+    """
     generator = torch.Generator().manual_seed(0)
     channels = unknowns // 4
     torch.manual_seed(0)
@@ -105,7 +108,7 @@ def solving(method: type[Problem], unknowns: int, positions: int, device: str) -
     for count in (positions, positions // 3):
         x = torch.randn(8, channels, count // 8 + 7, generator=generator).to(device)
         x = x + 0.9 * x.roll(1, 2) + 0.6 * x.roll(1, 1)
-        call = captured(harmonic, x)
+        call = captured_call(harmonic, x)
         layer = Kernel.of(harmonic, call).layer(call, False, 1 << 30, 0)
         with torch.no_grad():
             target = dense(x)
@@ -118,14 +121,14 @@ def solving(method: type[Problem], unknowns: int, positions: int, device: str) -
         start += time.perf_counter()
         problems.append(problem)
     start -= time.perf_counter()
-    fit, held = problems
-    choice = choose(fit, held, DAMPINGS)
+    fit, held_back = problems
+    choice = choose(fit, held_back, DAMPINGS)
     synchronise(device)
     return {"seconds": start + time.perf_counter(), "before": choice.error_before, "after": choice.error_after}
 
 
 def solvers(device: str, machine: str) -> None:
-    """Every method on problems of several sizes, where it fits in memory."""
+    """Measure every solver on problems of several sizes, if it fits in memory."""
     with SOLVERS.open("a", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["machine", "method", "unknowns", "positions", "seconds", "error before", "error after"])
@@ -134,8 +137,8 @@ def solvers(device: str, machine: str) -> None:
                 for method in (NormalEquations, Samples, Operator):
                     if method is Samples and positions > 8192:
                         continue
-                    found = solving(method, unknowns, positions, device)
-                    figures = [f"{value:.3g}" for value in found.values()]
+                    result = solving(method, unknowns, positions, device)
+                    figures = [f"{value:.3g}" for value in result.values()]
                     rows.writerow([machine, method.name, unknowns, positions, *figures])
                     file.flush()
                     print(method.name, unknowns, positions, *figures, flush=True)
@@ -171,27 +174,27 @@ def main() -> None:
     if args.solvers:
         solvers(args.device, machine)
         return
-    fresh = not RESULTS.exists()
+    is_new = not RESULTS.exists()
     with RESULTS.open("a", newline="") as file, LAYERS.open("a", newline="") as layer_file:
         rows, layer_rows = csv.writer(file), csv.writer(layer_file)
-        if fresh:
+        if is_new:
             rows.writerow(
                 ["what", "machine", "images or channels", "seconds", "peak_gb", "gflops", "gemm_gflops", "share"]
             )
             layer_rows.writerow(["machine", "images", "layer", "unknowns", "positions", "seconds"])
-        for channels, size, wanted in ((64, 56, 171), (128, 28, 171), (256, 14, 196), (512, 7, 49)):
-            found = accumulation(channels, size, wanted, args.device)
-            figures = [f"{found[key]:.2f}" for key in ("gflops", "gemm_gflops", "share")]
+        for channels, size, positions in ((64, 56, 171), (128, 28, 171), (256, 14, 196), (512, 7, 49)):
+            result = accumulation(channels, size, positions, args.device)
+            figures = [f"{result[key]:.2f}" for key in ("gflops", "gemm_gflops", "share")]
             rows.writerow(["accumulate", machine, channels, "", "", *figures])
             print("accumulate", channels, *figures, flush=True)
         for images in args.images:
             command = [sys.executable, __file__, "--run", str(images), "--device", args.device]
-            found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-            rows.writerow(["resnet50, lambda 2", machine, images, found["seconds"], found["peak_gb"], "", "", ""])
-            layer_rows.writerows([machine, images, *layer] for layer in found["layers"])
+            result = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+            rows.writerow(["resnet50, lambda 2", machine, images, result["seconds"], result["peak_gb"], "", "", ""])
+            layer_rows.writerows([machine, images, *layer] for layer in result["layers"])
             file.flush()
             layer_file.flush()
-            print("resnet50", images, found["seconds"], "s", found["peak_gb"], "GB", flush=True)
+            print("resnet50", images, result["seconds"], "s", result["peak_gb"], "GB", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""What does converting cost, beside loading and saving the same file?
+"""What does a conversion cost, compared with loading and saving the same file?
 
     python benchmarks/convert_cost.py            # about three minutes; appends to results/convert_cost.csv
 
-For each ResNet a file of random weights is made; then, in turn and each time in a fresh process, the file is (a) loaded
-into a network and saved again, (b) loaded, converted with the whole basis, and saved as a harmonic checkpoint, both
-flushed to disk. Imports are left out. `time_ratio` is (b)/(a) with loading as a user means it, building the network
-included; `bare_ratio` leaves the building out on both sides. Peak memory is what the process grew by after building.
-Bars: (b) takes at most 1.5 times as long as (a), and at most 3 times the file in memory. Start-up is that of
-`harmconvert --help`, bar 0.5 s.
+The script writes a file of random weights for each ResNet. Then two jobs run in turns, each time in a new process: (a)
+load the file into a network and save it; (b) load the file, convert the network with the whole basis, and save a
+harmonic checkpoint. Both files are flushed to disk. Imports are not measured. `time_ratio` is (b)/(a) and includes
+building the network; `bare_ratio` does not include it. Peak memory is the growth of the process after building.
+Limits: (b) takes at most 1.5 times as long as (a), and at most 3 times the size of the file in memory. The last row is
+the start-up time of `harmconvert --help`, limit 0.5 s.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FIELDS = (
 NETWORKS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 
-def child(mode: str, name: str, weights: str, output: str) -> None:
+def run_job(mode: str, name: str, weights: str, output: str) -> None:
     import safetensors.torch
     import timm
     import torch
@@ -65,15 +65,15 @@ def child(mode: str, name: str, weights: str, output: str) -> None:
 
 
 def _resident() -> int:
-    """Resident memory now. The peak so far is no higher: building the network is the largest thing before."""
+    """Return the resident memory. It is also the peak so far, because building the network needed the most memory."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def measure(mode: str, name: str, weights: Path, output: Path) -> dict[str, float]:
     output.unlink(missing_ok=True)
     command = [sys.executable, __file__, "--child", mode, name, str(weights), str(output)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run(command, capture_output=True, text=True, check=True)
+    result: dict[str, float] = json.loads(process.stdout.splitlines()[-1])
     return result
 
 
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        child(*args.child)
+        run_job(*args.child)
         return
     import safetensors.torch
     import timm

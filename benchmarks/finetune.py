@@ -1,18 +1,19 @@
-"""What does fine-tuning gain after a conversion, beside fine-tuning the uncut network in the same way?
+"""What does fine-tuning gain after a conversion, compared with fine-tuning the uncut network in the same variant?
 
-    python benchmarks/finetune.py                         # appends to results/finetune.csv; skips rows it has
+    python benchmarks/finetune.py                         # appends to results/finetune.csv; skips existing rows
     python benchmarks/finetune.py --networks resnet_mnist5k --seeds 0
     python benchmarks/finetune.py --summary
 
-For each network and seed (of the calibration images and of the order and augmentation of training): the uncut network,
-the plain cut, the cut calibrated on 128 images, and each of these after the paper's fine-tuning of 5 epochs (SGD,
-momentum 0.9, learning rate 0.001, weight decay 1e-4); the calibrated one also after 1 epoch, and after 5 epochs that
-follow the uncut network's logits and see no label, batch norms frozen (rows called "distilled, no labels" are of a time
-when they were not). The honest control is the *uncut* network after the same 5 epochs.
+For each network and seed: the uncut network, the plain cut, the cut calibrated on 128 images, and each of these after
+the paper's fine-tuning of 5 epochs (SGD, momentum 0.9, learning rate 0.001, weight decay 1e-4). The calibrated network
+is also trained for 1 epoch, and for 5 epochs on the logits of the uncut network without labels, with frozen batch norms
+(in old rows called "distilled, no labels", batch norms were not frozen). The control is the *uncut* network after the
+same 5 epochs. The seed selects the calibration images, and the order and the augmentation of training.
 
-The batch is 64, not the paper's 256: these sets have 2,000 to 4,000 images, where ImageNet has 1.3 million. Nothing was
-chosen on the test images, which are those of calibration.py. efficientnet_lite0, its depthwise layers cut by name, has
-no labels here: 500 crops of photographs an epoch, the uncut network as teacher, agreement on 200 other crops.
+The batch size is 64, not 256 as in the paper, because these data sets have 2,000 to 4,000 images and ImageNet has 1.3
+million. The test images are those of calibration.py; they select nothing. efficientnet_lite0 has no labels here: it is
+trained on 500 crops of photographs in each epoch with the uncut network as teacher, and tested by agreement on 200
+other crops; its depthwise layers are named, so that they are cut.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from torch import Tensor, nn
 import harmconvert as hc
 from harmconvert.calibration import CalibrationSettings
 from harmconvert.data import NO_LABEL, Batch, calibration_images
-from harmconvert.training import Machine, recipe_named, train
+from harmconvert.training import Callbacks, MachineSettings, recipe_named, train
 
 RESULTS = Path(__file__).parent / "results" / "finetune.csv"
 KEYS = ["network", "lambda", "seed", "method"]
@@ -49,14 +50,14 @@ RECIPE = recipe_named("finetune", batch_size=64)
 
 @dataclass
 class Tensors:
-    """Images at hand, shuffled and augmented by seed and epoch: what `train` wants of a loader."""
+    """Images in memory, shuffled and augmented by seed and epoch, with the interface of a loader for `train`."""
 
     images: Tensor
     labels: Tensor
     augment: Callable[[Tensor], Tensor]
     seed: int
     batch_size: int = RECIPE.batch_size
-    order: None = None
+    sampler: None = None
 
     @property
     def steps(self) -> int:
@@ -85,8 +86,8 @@ def training_data(name: str, model: nn.Module, seed: int) -> Tensors:
 
 
 @dataclass(frozen=True)
-class Way:
-    """How a network is made, and the name that it has after so many epochs of fine-tuning."""
+class Variant:
+    """A function that makes a network, and the name of the method for each number of epochs of fine-tuning."""
 
     lam: str
     make: Callable[[], nn.Module]
@@ -94,11 +95,11 @@ class Way:
     distill: float = 0.0
 
 
-def ways(name: str, subject: common.Subject, seed: int) -> Iterator[Way]:
+def variants(name: str, subject: common.Subject, seed: int) -> Iterator[Variant]:
     labelled = subject.labels is not None
-    yield Way("full", lambda: subject.model, {0: "uncut", 5: "uncut + 5 epochs"} if labelled else {0: "uncut"})
+    yield Variant("full", lambda: subject.model, {0: "uncut", 5: "uncut + 5 epochs"} if labelled else {0: "uncut"})
     if labelled:
-        yield Way("full", lambda: hc.convert(subject.model).model, {5: "whole basis + 5 epochs"})
+        yield Variant("full", lambda: hc.convert(subject.model).model, {5: "whole basis + 5 epochs"})
     for lam in LAMBDAS.get(name, ["progressive", 2]):
         cut = partial(hc.convert, subject.model, lam, include=subject.include)
 
@@ -109,25 +110,25 @@ def ways(name: str, subject: common.Subject, seed: int) -> Iterator[Way]:
         def refit(cut: Callable[..., hc.Conversion] = cut) -> nn.Module:
             return cut(calibration=subject.calibration(128, seed), settings=CalibrationSettings(seed=seed)).model
 
-        yield Way(str(lam), projection, {0: "projection"})
+        yield Variant(str(lam), projection, {0: "projection"})
         after = {1: "refit + 1 epoch", 5: "refit + 5 epochs"} if labelled else {}
-        yield Way(str(lam), refit, {0: "refit", **after})
+        yield Variant(str(lam), refit, {0: "refit", **after})
         if labelled:
-            yield Way(str(lam), projection, {5: "projection + 5 epochs"})
+            yield Variant(str(lam), projection, {5: "projection + 5 epochs"})
         else:
-            yield Way(str(lam), projection, {5: "projection + 5 epochs distilled, frozen batch norms"}, 1.0)
-        yield Way(str(lam), refit, {5: "refit + 5 epochs distilled, frozen batch norms"}, 1.0)
+            yield Variant(str(lam), projection, {5: "projection + 5 epochs distilled, frozen batch norms"}, 1.0)
+        yield Variant(str(lam), refit, {5: "refit + 5 epochs distilled, frozen batch norms"}, 1.0)
 
 
-def followed(
-    way: Way, wanted: dict[int, str], data: Tensors, teacher: nn.Module
+def networks_of(
+    variant: Variant, wanted: dict[int, str], data: Tensors, teacher: nn.Module
 ) -> Iterator[tuple[str, nn.Module, float]]:
-    """Each method that is ``wanted``, its network, and the seconds of its calibration or of its training.
+    """Yield each ``wanted`` method, its network, and the seconds of its calibration or of its training.
 
-    The paper's rate is constant, so the first epoch of five is that of a run of one.
+    The learning rate is constant, so the first epoch of five is the same as a run of one epoch.
     """
     start = time.perf_counter()
-    model = way.make()
+    model = variant.make()
     if 0 in wanted:
         yield wanted[0], model, time.perf_counter() - start
     if not max(wanted):
@@ -138,8 +139,17 @@ def followed(
         if len(epochs) in wanted:
             trained[len(epochs)] = copy.deepcopy(model)
 
-    recipe = replace(RECIPE, seed=data.seed, distill=way.distill, freeze_bn=way.distill == 1, epochs=max(wanted))
-    train(model, data, recipe, teacher=teacher if way.distill else None, machine=Machine(), epoch_done=keep)
+    recipe = replace(
+        RECIPE, seed=data.seed, distill=variant.distill, freeze_bn=variant.distill == 1, epochs=max(wanted)
+    )
+    train(
+        model,
+        data,
+        recipe,
+        teacher=teacher if variant.distill else None,
+        machine=MachineSettings(),
+        callbacks=Callbacks(epoch_done=keep),
+    )
     seconds = time.perf_counter() - start
     yield from ((wanted[number], trained[number], seconds * number / max(wanted)) for number in trained)
 
@@ -150,11 +160,11 @@ def run(names: list[str], seeds: list[int], threads: int) -> None:
         for seed, name in itertools.product(seeds, names):
             subject = common.subject(name)
             uncut, data = common.logits(subject.model, subject.images), training_data(name, subject.model, seed)
-            for way in ways(name, subject, seed):
-                keys = {number: (name, way.lam, str(seed), method) for number, method in way.methods.items()}
-                wanted = {number: way.methods[number] for number, key in keys.items() if key not in done}
-                for method, model, seconds in followed(way, wanted, data, subject.model) if wanted else ():
-                    row = dict(zip(KEYS, (name, way.lam, str(seed), method), strict=True))
+            for variant in variants(name, subject, seed):
+                keys = {number: (name, variant.lam, str(seed), method) for number, method in variant.methods.items()}
+                wanted = {number: variant.methods[number] for number, key in keys.items() if key not in done}
+                for method, model, seconds in networks_of(variant, wanted, data, subject.model) if wanted else ():
+                    row = dict(zip(KEYS, (name, variant.lam, str(seed), method), strict=True))
                     row |= {"parameters": str(sum(p.numel() for p in model.parameters())), "seconds": f"{seconds:.1f}"}
                     write({**row, "torch": torch.__version__, **common.scores(model, subject, uncut)})
 
@@ -165,15 +175,15 @@ def summary() -> None:
     for name in dict.fromkeys(row["network"] for row in table):
         here = [row for row in table if row["network"] == name]
         measure = "top1" if here[0]["top1"] else "agreement"
-        print(f"\n{name}: {measure} in %, mean (least-greatest) over seeds")
+        print(f"\n{name}: {measure} in %, mean (min-max) over seeds")
         for lam, method in dict.fromkeys((row["lambda"], row["method"]) for row in here):
-            found = [row for row in here if (row["lambda"], row["method"]) == (lam, method)]
-            values = [100 * float(row[measure]) for row in found]
+            of_method = [row for row in here if (row["lambda"], row["method"]) == (lam, method)]
+            values = [100 * float(row[measure]) for row in of_method]
             spread = f" ({min(values):.1f}-{max(values):.1f})" if max(values) > min(values) else ""
-            seconds = mean(float(row["seconds"]) for row in found)
+            seconds = mean(float(row["seconds"]) for row in of_method)
             print(
-                f"  {lam:12} {method:38} {int(found[0]['parameters']):>10,}  {mean(values):5.2f}{spread:14} "
-                f"KL {mean(float(row['kl']) for row in found):.4f}  {len(found)} seeds  {seconds:6.1f} s"
+                f"  {lam:12} {method:38} {int(of_method[0]['parameters']):>10,}  {mean(values):5.2f}{spread:14} "
+                f"KL {mean(float(row['kl']) for row in of_method):.4f}  {len(of_method)} seeds  {seconds:6.1f} s"
             )
 
 

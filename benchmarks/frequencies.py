@@ -1,12 +1,12 @@
-"""With as many frequencies in every layer, which ones: the lowest, the strongest, or those that the output needs most?
+"""Which frequencies should a layer keep: the lowest, the strongest, or those that its output needs most?
 
-    python benchmarks/frequencies.py             # appends to results/frequencies.csv; skips rows it has; two minutes
+    python benchmarks/frequencies.py             # appends to results/frequencies.csv; skips existing rows
     python benchmarks/frequencies.py --summary
 
-No search: every layer that a policy may cut keeps the same share of its frequencies, so that nothing but the choice of
-frequencies differs (`--frequencies best` also has sizes between those of the lambdas to choose from). The lowest, in
-the house order, are a lambda's where a lambda keeps that many. All are calibrated on the same 128 images. Top-1 and KL
-on images that nothing was chosen on, three draws of the images.
+There is no search: every layer that a policy may cut keeps the same share of its frequencies, so that only the choice
+of frequencies differs. The lowest frequencies are those of a lambda if a lambda keeps that many. All plans are
+calibrated on the same 128 images. Measures top-1 and KL on images that selected nothing, for three random choices of
+images.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ IMAGES = 128
 
 
 def cut(layer: LayerPlan, order: tuple[Frequency, ...], share: float) -> LayerPlan:
-    """What is left of a layer once the first of ``order`` are cut."""
+    """Return the plan of a layer that keeps a share of its frequencies: the last ones of ``order``."""
     every = all_frequencies(layer.kernel_size)
     count = max(1, round(share * len(every)))
     return cut_layer(layer.name, layer.kernel_size, tuple(sorted(order[-count:], key=every.index)))
@@ -74,9 +74,9 @@ def summary() -> None:
     with RESULTS.open() as file:
         table = list(csv.DictReader(file))
     for name, kept, how in dict.fromkeys((row["network"], row["kept"], row["frequencies"]) for row in table):
-        found = [row for row in table if (row["network"], row["kept"], row["frequencies"]) == (name, kept, how)]
-        values = [100 * float(row["top1"]) for row in found]
-        kl = mean(float(row["kl"]) for row in found)
+        of_order = [row for row in table if (row["network"], row["kept"], row["frequencies"]) == (name, kept, how)]
+        values = [100 * float(row["top1"]) for row in of_order]
+        kl = mean(float(row["kl"]) for row in of_order)
         print(f"{name:16} {kept} {how:13} {mean(values):6.2f} ({min(values):.1f}-{max(values):.1f})  KL {kl:.5f}")
 
 

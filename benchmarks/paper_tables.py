@@ -1,20 +1,21 @@
-"""Tables 1 and 2 of the paper, line by line: what it published, our parameter count, how to rerun it, and a scaled run.
+"""Tables 1 and 2 of the paper: published errors, our parameter counts, commands to rerun them, and a scaled-down run.
 
     python benchmarks/paper_tables.py                    # results/paper_tables.csv, then results/paper_scaled.csv
     python benchmarks/paper_tables.py --seeds 0 --samples 100
     python benchmarks/paper_tables.py --summary
 
-paper_tables.csv: for each line the published errors, the printed and our own number of parameters (equal to the printed
-digit), the command that reruns it in full, the data that it takes, and the hours on one GPU that does 100 TFLOP/s
-without pause (forward and backward, 6 FLOPs for each multiply-add; an estimate, nothing that was run).
+paper_tables.csv has for each line: the published errors, the printed number of parameters and our number (they must be
+equal to the printed digit), the command that reruns the line in full, its data, and an estimate of the hours on one GPU
+with 100 TFLOP/s (forward and backward, 6 FLOPs for each multiply-add). These commands were not run.
 
-paper_scaled.csv: what was really run. *Scaled*: the same code (`harmonize`, `train`, the cifar-wrn recipe) on WRN-16-4
-with dropout 0.3, on MNIST-5k with 4,000 training images and with 100, 500, 1,000, where the follow-up work claims that
-harmonic networks are ahead (top-1 error on 1,000 held-back images), and on photographs of solar cells at 32 pixels with
-100, 500, 800 (pip install elpv-dataset; 30 % of the cells held back). Each seed draws the images, the weights and the
-order, the same for every network. Every run has 400 steps of 50 images (200 epochs of 100 images, as the recipe has),
-and the recipe's rate scaled with the batch (0.1 x 50 / 128). A first try with 120 steps left the training loss at 1.5
-for all networks and was thrown away; nothing else was chosen by looking.
+paper_scaled.csv has the results of scaled-down runs with the same code (`harmonize`, `train`, the cifar-wrn recipe).
+The network is WRN-16-4 with dropout 0.3. The data is MNIST-5k with 4,000 training images, and with 100, 500 and 1,000,
+because the follow-up work claims that harmonic networks are better with few images (top-1 error on 1,000 held-back
+images); and photographs of solar cells at 32 pixels with 100, 500 and 800 (pip install elpv-dataset; 30 % of the cells
+held back). The seed determines the images, the weights and the order, equally for all networks. Every run has 400 steps
+of 50 images (200 epochs for 100 images, as in the recipe), and the learning rate of the recipe is scaled with the batch
+size (0.1 x 50 / 128). A first attempt with 120 steps left a training loss of 1.5 for all networks and was discarded;
+no other setting was chosen after looking at results.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ import harmconvert.models
 from harmconvert.models.wide_resnet import WideResNet
 from harmconvert.network import trace
 from harmconvert.plan import parameter_count
-from harmconvert.training import Machine, harmonize, recipe_named, train
+from harmconvert.training import MachineSettings, harmonize, recipe_named, train
 
 FOLDER = Path(__file__).parent / "results"
 FLOPS = 100e12
@@ -62,9 +63,9 @@ class Line:
     options: str = ""
 
     def commands(self) -> str:
-        """What reruns it in full."""
+        """Return the commands that rerun the line in full."""
         if self.form is None:
-            return "other people's network: not in this package"
+            return "a network of other authors: not in this package"
         if "=>" in self.network:
             lam = "progressive" if "progressive" in self.network else "full"
             name = f"resnet50-harmonic-{lam}.safetensors"
@@ -80,7 +81,7 @@ class Line:
         )
 
     def hours(self, macs: int) -> float:
-        """Of one GPU, for all runs of the line."""
+        """Return the hours of one GPU for all runs of the line."""
         images = {1: 2 * 5 * 200 * 50_000, 2: (5 if "=>" in self.network else 90) * 1_281_167}[self.table]
         return 6 * macs * images / FLOPS / 3600
 
@@ -131,7 +132,7 @@ LINES = [
     Line(2, "ScatResNet-50", False, (25.5, 8.0), "27.8M"),
     Line(2, "JPEG-ResNet-50", False, (23.94, 6.98), "25.6M"),
 ]  # fmt: skip
-DATA = {1: "CIFAR-10 and CIFAR-100 (torchvision fetches them)", 2: "ImageNet-1k (ILSVRC 2012)"}
+DATA = {1: "CIFAR-10 and CIFAR-100 (torchvision downloads them)", 2: "ImageNet-1k (ILSVRC 2012)"}
 
 
 def write_tables() -> None:
@@ -144,9 +145,9 @@ def write_tables() -> None:
             size = 32 if entry.table == 1 else 224
             with torch.device("meta"):
                 network = entry.form(timm.create_model(entry.architecture))
-            found = f"{parameter_count(network) / 1e6:.1f}M"
-            if found != entry.printed:
-                raise SystemExit(f"{entry.network}: {found} parameters, printed {entry.printed}")
+            counted = f"{parameter_count(network) / 1e6:.1f}M"
+            if counted != entry.printed:
+                raise SystemExit(f"{entry.network}: {counted} parameters, printed {entry.printed}")
             macs = trace(timm.create_model(entry.architecture), torch.zeros(1, 3, size, size)).macs
             row |= {"parameters": parameter_count(network), "gpu_hours_estimated": f"{entry.hours(macs):.1f}"}
             row |= {"data": DATA[entry.table]}
@@ -169,10 +170,10 @@ FEW = ("plain", "Harm1", "Harm")
 
 @dataclass(frozen=True)
 class DataSet:
-    """Images of one channel, how they are varied in training, and how many are trained on."""
+    """Images of one channel, their augmentation, and the numbers of images to train on."""
 
     load: Callable[[], networks.Data]
-    varied: Callable[[torch.Tensor], torch.Tensor]
+    augment: Callable[[torch.Tensor], torch.Tensor]
     size: int
     classes: int
     samples: tuple[int, ...]
@@ -184,31 +185,31 @@ DATA_SETS = {
 }
 
 
-def some_of_each(data: networks.Data, count: int, seed: int, of: DataSet) -> finetune.Tensors:
-    """``count`` training images, as many of each class as of the others."""
+def balanced_subset(data: networks.Data, count: int, seed: int, data_set: DataSet) -> finetune.Tensors:
+    """Return ``count`` training images, equally many of each class."""
     order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(seed))
-    each = [order[data.labels[order] == label][: count // of.classes] for label in range(of.classes)]
+    each = [order[data.labels[order] == label][: count // data_set.classes] for label in range(data_set.classes)]
     chosen = torch.cat(each)
-    return finetune.Tensors(data.images[chosen], data.labels[chosen], of.varied, seed, BATCH)
+    return finetune.Tensors(data.images[chosen], data.labels[chosen], data_set.augment, seed, BATCH)
 
 
 def scaled(name: str, form: str, samples: int, seed: int, data: networks.Data) -> dict[str, object]:
-    of = DATA_SETS[name]
+    data_set = DATA_SETS[name]
     torch.manual_seed(seed)
-    network = WideResNet(16, 4, num_classes=of.classes, in_chans=1, img_size=of.size, drop_rate=0.3)
+    network = WideResNet(16, 4, num_classes=data_set.classes, in_chans=1, img_size=data_set.size, drop_rate=0.3)
     model = FORMS[form][0](network)
     recipe = recipe_named("cifar-wrn", epochs=EPOCHS[samples], batch_size=BATCH, lr=0.1 * BATCH / 128, seed=seed)
     start = time.perf_counter()
-    rows = train(model, some_of_each(data, samples, seed, of), recipe, machine=Machine())
+    rows = train(model, balanced_subset(data, samples, seed, data_set), recipe, machine=MachineSettings())
     seconds = time.perf_counter() - start
     with torch.no_grad():
-        guesses = torch.cat([model(x).argmax(1) for x in data.test_images.split(250)])
-    wrong = int((guesses != data.test_labels).sum())
+        predictions = torch.cat([model(x).argmax(1) for x in data.test_images.split(250)])
+    wrong = int((predictions != data.test_labels).sum())
     return {
         **dict(zip(KEYS, (name, samples, form, seed), strict=True)),
         "parameters": parameter_count(model),
         "epochs": recipe.epochs,
-        "error": f"{100 * wrong / len(guesses):.2f}",
+        "error": f"{100 * wrong / len(predictions):.2f}",
         "train_loss": f"{rows[-1]['loss']:.4f}",
         "seconds": f"{seconds:.0f}",
         "torch": torch.__version__,
@@ -229,14 +230,14 @@ def run_scaled(names: list[str], samples: list[int], seeds: list[int], threads: 
 def summary() -> None:
     with (FOLDER / "paper_scaled.csv").open() as file:
         rows = list(csv.DictReader(file))
-    print("Scaled: WRN-16-4; error in %, mean (least-greatest) over seeds; difference to plain, paired")
+    print("Scaled: WRN-16-4; error in %, mean (min-max) over seeds; paired difference to plain")
     for data, samples, form in dict.fromkeys((row["data"], row["samples"], row["form"]) for row in rows):
-        alike = [row for row in rows if (row["data"], row["samples"]) == (data, samples)]
-        errors = {row["seed"]: float(row["error"]) for row in alike if row["form"] == form}
-        twin = {row["seed"]: float(row["error"]) for row in alike if row["form"] == "plain"}
+        same_data = [row for row in rows if (row["data"], row["samples"]) == (data, samples)]
+        errors = {row["seed"]: float(row["error"]) for row in same_data if row["form"] == form}
+        twin = {row["seed"]: float(row["error"]) for row in same_data if row["form"] == "plain"}
         paired = [errors[seed] - twin[seed] for seed in errors if seed in twin]
         deviation = stdev(paired) / len(paired) ** 0.5 if len(paired) > 1 else float("nan")
-        size = next(int(row["parameters"]) for row in alike if row["form"] == form)
+        size = next(int(row["parameters"]) for row in same_data if row["form"] == form)
         print(
             f"  {data:8} {samples:>5} images  {form:18} {size:>9,}  {mean(errors.values()):6.2f} "
             f"({min(errors.values()):.2f}-{max(errors.values()):.2f})  {mean(paired):+6.2f} +- {deviation:.2f}  "

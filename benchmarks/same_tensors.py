@@ -1,10 +1,10 @@
-"""Do two releases write the same tensors? Converts the samples with both, reads the files back, and compares every bit.
+"""Do two releases write the same tensors? Convert the samples with both, read the files, and compare every bit.
 
     python benchmarks/same_tensors.py /path/to/checkout-of-the-other-release
 
-Each release converts in a process of its own, with the features of format version 1: whole, lambda 2, progressive,
-calibrated, other bases, 16 bits, a budget, and both forms. The script prints a row for each file and ends with 1 where
-any tensor differs.
+Each release converts in a separate process, with the features of format version 1: the whole basis, lambda 2,
+progressive, calibration, other bases, a budget, and both forms. The script prints a row for each file; its exit code is
+1 if any tensor differs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Runs in each release: only what both have in common is used.
+# Runs in each release, so it uses only functions that both have.
 CONVERT = r"""
 import hashlib, json, sys, torch
 import harmconvert as hc
@@ -36,7 +36,7 @@ cases = {
     "by pattern": {"lam": {"stage3.*": 2}}, "calibrated": {"lam": 2, "calibration": True},
     "budget by energy": {"budget": {"params": 0.5}}, "budget": {"budget": {"params": 0.5}, "calibration": True},
 }
-found = {}
+digests = {}
 for name, case in cases.items():
     network = hc.open_source("sample:resnet_mnist5k")
     images = torch.linspace(-1, 1, 64 * 784).sin().reshape(64, 1, 28, 28)
@@ -47,8 +47,8 @@ for name, case in cases.items():
     hc.save(conversion, path, source=network.source)
     for form in ("harmonic", "dense"):
         state = hc.load(path, form=form).state_dict()
-        found[f"{name}, {form}"] = {key: digest(tensor) for key, tensor in state.items()}
-print(json.dumps(found))
+        digests[f"{name}, {form}"] = {key: digest(tensor) for key, tensor in state.items()}
+print(json.dumps(digests))
 """
 
 
@@ -57,11 +57,11 @@ def tensors_of(checkout: Path) -> dict[str, dict[str, str]]:
     with TemporaryDirectory() as folder:
         environment = {**os.environ, "PYTHONPATH": str(checkout)}
         command = [sys.executable, "-c", CONVERT, folder]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, check=False)
-    if done.returncode:
-        raise SystemExit(f"{checkout}: {done.stderr}")
-    found: dict[str, dict[str, str]] = json.loads(done.stdout.splitlines()[-1])
-    return found
+        process = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, check=False)
+    if process.returncode:
+        raise SystemExit(f"{checkout}: {process.stderr}")
+    digests: dict[str, dict[str, str]] = json.loads(process.stdout.splitlines()[-1])
+    return digests
 
 
 def main() -> None:

@@ -1,19 +1,21 @@
-"""Does the cut pay on a clock? Forms of a network, eager and compiled, and what else one would deploy, in turns.
+"""Does a cut make a network faster? Measure forms of a network, eager and compiled, and other ways to deploy it.
 
     python benchmarks/speed.py                              # results/speed.csv and results/speed_layers.csv
     python benchmarks/speed.py --networks wrn28_10 --lambdas 2
     python benchmarks/speed.py --device cuda --batch 256 --amp bfloat16 --networks wrn28_10
     python benchmarks/speed.py --summary
 
-Networks with random weights (time does not depend on them), without gradients. In one interleaved run for each network
-and lambda: the dense original as it is loaded (contiguous), laid out channels_last, and that under torch.compile; the
-factored form that `factor` chooses, eager and compiled; kernels merged at each call, by our harmonic form and in the
-reference implementation's way; ONNX Runtime on the dense and on the factored export. `ratio` is the time of the
-original over that of the row, `ratio_dense` that of the faster eager dense form. Bars, on a CPU, at lambda 2, against
-the original: WRN-28-10 2.2, VGG16-BN 1.8, ResNet-18 1.5; never slower than dense.
+The networks have random weights, because time does not depend on them, and run without gradients. For each network and
+lambda, these forms run in turns: the dense original as loaded (contiguous), in channels_last, and in channels_last
+under torch.compile; the factored form that `factor` chooses, eager and compiled; two forms that merge the kernels at
+each call, our harmonic form and that of the reference implementation; ONNX Runtime on the dense and on the factored
+export. `ratio` is the time of the original divided by that of the row, `ratio_dense` the time of the faster eager dense
+form divided by that of the row. Limits, on a CPU, at lambda 2, for `ratio`: WRN-28-10 2.2, VGG16-BN 1.8, ResNet-18 1.5;
+never slower than dense.
 
-speed_layers.csv: each distinct layer of WRN-28-10 and ResNet-18 at lambda 2, dense and factored, beside the floor: the
-matrix product alone (a 1x1 convolution over responses that are there), and the bytes that a layer has to move.
+speed_layers.csv: each distinct layer of WRN-28-10 and ResNet-18 at lambda 2, dense and factored, compared with a lower
+bound: the matrix product alone (a 1x1 convolution on responses that are already computed). It also has the bytes that a
+layer must move.
 """
 
 from __future__ import annotations
@@ -61,8 +63,7 @@ Ways = dict[str, Callable[[], Any]]
 
 
 class MergedEachCall(nn.Module):
-    """A kernel merged at each call by writing the product of coefficients and basis out and summing it: the way of the
-    reference implementation."""
+    """Merge the kernel at each call as the reference implementation does: compute all products, then sum them."""
 
     def __init__(self, conv: HarmonicMixin) -> None:
         super().__init__()
@@ -85,7 +86,7 @@ def merged_each_call(model: nn.Module) -> nn.Module:
 
 
 def ways(name: str, lam: int | str, args: argparse.Namespace) -> tuple[Ways, int]:
-    """Functions that run one forward each, and how many layers were factored."""
+    """Return functions that run one forward pass each, by form, and the number of factored layers."""
     size, batch = NETWORKS[name]
     batch = args.batch or batch
     torch.manual_seed(0)
@@ -114,24 +115,24 @@ def ways(name: str, lam: int | str, args: argparse.Namespace) -> tuple[Ways, int
     }  # fmt: skip
     if args.no_compile:
         networks = {way: pair for way, pair in networks.items() if "compiled" not in way}
-    found: Ways = {way: runner(*pair) for way, pair in networks.items()}
+    functions: Ways = {way: runner(*pair) for way, pair in networks.items()}
     if args.device == "cpu" and not args.no_onnx:
-        found |= onnx_ways(model, x)
-    return found, len(chosen.factored)
+        functions |= onnx_ways(model, x)
+    return functions, len(chosen.factored)
 
 
 def onnx_ways(model: nn.Module, x: Tensor) -> Ways:
-    """The dense network and, where it differs, the factored one in ONNX Runtime."""
-    found: Ways = {}
+    """Return functions that run the dense network, and the factored one if it differs, in ONNX Runtime."""
+    functions: Ways = {}
     networks = {"ONNX Runtime, dense": fuse(model).eval()}
-    cut = graphs.factored_for_onnx(model, x, lambda what: None).model
+    cut = graphs.factor_for_onnx(model, x, lambda what: None).model
     if any(isinstance(module, FactoredMixin) for module in cut.modules()):
         networks["ONNX Runtime, factored"] = cut
     for way, network in networks.items():
-        session = graphs.session_of(graphs.onnx_bytes(network, x))
-        feed = graphs.feed_of(session, x)
-        found[way] = partial(session.run, None, feed)
-    return found
+        session = graphs.open_session(graphs.onnx_bytes(network, x))
+        feed = graphs.session_inputs(session, x)
+        functions[way] = partial(session.run, None, feed)
+    return functions
 
 
 def run(args: argparse.Namespace) -> None:
@@ -153,16 +154,16 @@ def run(args: argparse.Namespace) -> None:
             candidates, layers = ways(name, lam, args)
             times = in_turns(candidates, args.turns, 5, 240.0)
             dense = min(times[way].median for way in ("original", "dense, channels_last"))
-            for way, found in times.items():
+            for way, time in times.items():
                 write(
                     {
                         **{k: way if k == "way" else key[k] for k in KEYS},
                         "factored_layers": layers,
-                        "median_ms": f"{1e3 * found.median:.1f}",
-                        "spread": f"{found.spread:.3f}",
-                        "ratio": f"{times['original'].median / found.median:.2f}",
-                        "ratio_dense": f"{dense / found.median:.2f}",
-                        "turns": len(found.seconds),
+                        "median_ms": f"{1e3 * time.median:.1f}",
+                        "spread": f"{time.spread:.3f}",
+                        "ratio": f"{times['original'].median / time.median:.2f}",
+                        "ratio_dense": f"{dense / time.median:.2f}",
+                        "turns": len(time.seconds),
                         "torch": torch.__version__,
                     }
                 )
@@ -215,10 +216,10 @@ def one_layer(conv: Any, shape: tuple[int, ...]) -> dict[str, object]:
 def summary() -> None:
     with (FOLDER / "speed.csv").open() as file:
         rows = list(csv.DictReader(file))
-    print("Time of the original (contiguous, eager) over that of each way")
+    print("Time of the original (contiguous, eager) divided by that of each form")
     for network, lam in dict.fromkeys((row["network"], row["lambda"]) for row in rows):
-        mine = [row for row in rows if (row["network"], row["lambda"]) == (network, lam)]
-        print(f"  {network}, lambda {lam}: " + "; ".join(f"{row['way']} {row['ratio']}" for row in mine))
+        of_network = [row for row in rows if (row["network"], row["lambda"]) == (network, lam)]
+        print(f"  {network}, lambda {lam}: " + "; ".join(f"{row['way']} {row['ratio']}" for row in of_network))
 
 
 def main() -> None:

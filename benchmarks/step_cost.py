@@ -1,13 +1,14 @@
-"""What does a training step of the harmonic network cost beside the plain one's?
+"""What does a training step of the harmonic network cost, compared with the plain network?
 
     python benchmarks/step_cost.py                       # writes results/step_cost.csv
-    python benchmarks/step_cost.py --compile             # both compiled first
+    python benchmarks/step_cost.py --compile             # compile all forms first
     python benchmarks/step_cost.py --device cuda --batch 256 --amp bfloat16
 
 ResNet-50 at 224 and WRN-28-10 at 32, whole basis and progressive: forward, backward and an SGD step with momentum on
-one batch. All forms take turns, step by step, so that what disturbs the machine disturbs them alike; the ratio is that
-of the medians, the spread the quartiles of the ratios of neighbouring steps. Peak memory is of a process of its own for
-each form (on a GPU what the allocator counted). Bars: 1.03 times the time, 1.05 times the memory.
+one batch. All forms run in turns, step by step, so that other work on the machine affects them equally. `ratio` is the
+ratio of the medians; `ratio_low` and `ratio_high` are the quartiles of the ratios of neighbouring steps. Peak memory is
+measured in a separate process for each form (on a GPU by the allocator). Limits: 1.03 times the time, 1.05 times the
+memory.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def network(name: str, form: str) -> nn.Module:
 
 
 def step_of(name: str, form: str, args: argparse.Namespace) -> Callable[[], None]:
-    """A function that makes one training step and waits for it to end."""
+    """Return a function that runs one training step and waits for its end."""
     size, classes = NETWORKS[name]
     model = network(name, form).to(args.device).to(memory_format=torch.channels_last).train()
     coefficients_to_channels_last(model)  # as `train` does
@@ -70,15 +71,17 @@ def step_of(name: str, form: str, args: argparse.Namespace) -> Callable[[], None
 
 
 def peak_memory(name: str, form: str, args: argparse.Namespace) -> float:
-    """MB of 10^6 that three steps of one form take, in a process of their own, what an idle one takes left out."""
+    """Return the peak memory in MB of three steps of one form in a new process, minus that of an idle process."""
     own = [*sys.argv[1:], "--measure", name, form]
-    done = subprocess.run([sys.executable, __file__, *own], capture_output=True, text=True, check=True)
-    return float(json.loads(done.stdout.splitlines()[-1]))
+    process = subprocess.run([sys.executable, __file__, *own], capture_output=True, text=True, check=True)
+    return float(json.loads(process.stdout.splitlines()[-1]))
 
 
 def measure_memory(name: str, form: str, args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
-    functional.conv2d(torch.zeros(1, 3, 8, 8), torch.zeros(4, 3, 3, 3))  # what the library itself takes
+    functional.conv2d(
+        torch.zeros(1, 3, 8, 8), torch.zeros(4, 3, 3, 3)
+    )  # so that the memory of the library is in ``idle``
     idle = peak_resident()
     step = step_of(name, form, args)
     for _ in range(3):
@@ -90,7 +93,7 @@ def measure_memory(name: str, form: str, args: argparse.Namespace) -> None:
 
 
 def peak_resident() -> int:
-    """Bytes of this process at their most. Not getrusage's, which begins with those of the parent at the fork."""
+    """Return the peak memory of this process in bytes; getrusage would start at the memory of the parent process."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines["VmHWM"].split()[0]) * 1024
 
@@ -109,7 +112,9 @@ def compare(name: str, args: argparse.Namespace) -> list[dict[str, object]]:
             seconds[form].append(time.perf_counter() - start)
     rows = []
     for form in FORMS:
-        ratios = [own / plain for own, plain in zip(seconds[form], seconds["plain"], strict=True)]
+        ratios = [
+            seconds_of_form / plain for seconds_of_form, plain in zip(seconds[form], seconds["plain"], strict=True)
+        ]
         low, _, high = quantiles(ratios, n=4)
         ratio = median(seconds[form]) / median(seconds["plain"])
         rows.append(
@@ -150,14 +155,14 @@ def main() -> None:
         measure_memory(name, form, args)
         return
     torch.set_num_threads(args.threads)
-    fresh = not RESULTS.exists()
+    is_new = not RESULTS.exists()
     for name in args.networks:
         rows = compare(name, args)
         with RESULTS.open("a", newline="") as file:
             writer = csv.DictWriter(file, FIELDS)
-            if fresh:
+            if is_new:
                 writer.writeheader()
-                fresh = False
+                is_new = False
             writer.writerows(rows)
         for row in rows:
             print(*row.values(), flush=True)

@@ -1,4 +1,4 @@
-"""The rows of a result, appended as they come: a stop loses nothing, and another run skips what is there."""
+"""Append the rows of a result to a table, one by one, so that an interrupted run can be continued."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ Row = Mapping[str, object]
 def appended(
     path: Path, fields: Sequence[str], keys: Sequence[str] = ()
 ) -> Iterator[tuple[set[tuple[str, ...]], Callable[[Row], None]]]:
-    """The keys of the rows that ``path`` has, and a function that writes one more there and prints it."""
+    """Yield the keys of the rows that the table has, and a function that appends a row and prints it."""
     done: set[tuple[str, ...]] = set()
-    fresh = not path.exists()
-    if not fresh:
+    is_new = not path.exists()
+    if not is_new:
         with path.open() as file:
             done = {tuple(row[key] for key in keys) for row in csv.DictReader(file)}
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, fields)
-        if fresh:
+        if is_new:
             writer.writeheader()
 
         def write(row: Row) -> None:

@@ -1,16 +1,16 @@
-"""Does the whole basis convert every architecture exactly? Each timm and torchvision model, original against converted.
+"""Does the whole basis convert every architecture exactly? Compare each timm and torchvision model with the original.
 
-    python benchmarks/zoo.py                     # resumes: architectures already in results/zoo.csv are passed over
+    python benchmarks/zoo.py                     # skips architectures that are in results/zoo.csv
     python benchmarks/zoo.py --match 'resnet*' --output /tmp/zoo.csv
     python benchmarks/zoo.py --summary
 
-Random weights (no network is needed), with every constant parameter and batch-norm statistic drawn at random too, so
-that no branch is silent. Bounds: relative difference of logits (largest difference / largest logit) <= 1e-12 in float64
-and <= 1e-5 in float32, with the same top-1. `own32` is the original's own float32 error (float32 against float64), the
-scale to read `error32` on. Some deep networks with such statistics amplify any rounding, their own included, until
-nothing can be read off their logits; where a bound is missed the check is made once more with batch-norm statistics
-estimated on a random batch, as training leaves them, and the note keeps the first figures. `check` is `full` at
-the network's own input size, `shrunk` at a smaller one, `meta` where only the structure was checked (over 350M
+The weights are random, so that no downloads are needed. Constant parameters and batch-norm statistics are random, too,
+so that every branch has an effect. Limits: relative difference of the logits (largest difference / largest logit) <=
+1e-12 in float64 and <= 1e-5 in float32, and the same top-1. `own32` is the float32 error of the original (float32
+compared with float64); compare `error32` with it. With such statistics, some deep networks amplify every rounding so
+much that their logits have no meaning. If a limit is exceeded, the check therefore runs again with batch-norm
+statistics that are estimated on a random batch, as in training; the note has the first values. `check` is `full` at the
+network's own input size, `shrunk` at a smaller size, and `meta` if only the structure was checked (over 350M
 parameters: keys, shapes and a run on the meta device).
 """
 
@@ -48,10 +48,10 @@ SMALL = 128
 
 
 class DetectorHeads(nn.Module):
-    """A torchvision detector as a function of the image to its heads' raw outputs, on fixed boxes.
+    """A torchvision detector that returns the raw outputs of its heads on fixed boxes.
 
-    The boxes that a detector returns pass through thresholds and non-maximum suppression, where a last bit decides
-    whether there is anything to compare.
+    The boxes that a detector returns cannot be compared: thresholds and non-maximum suppression can remove a box
+    because of a difference in the last bit.
     """
 
     def __init__(self, detector: nn.Module) -> None:
@@ -76,7 +76,7 @@ class DetectorHeads(nn.Module):
 
 
 def randomise(model: nn.Module) -> None:
-    """Draw every constant parameter and batch-norm statistic, so that zero-initialised branches count."""
+    """Set constant parameters and batch-norm statistics to random values, so that zero-initialised branches count."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -93,8 +93,8 @@ def randomise(model: nn.Module) -> None:
                 variance.copy_(0.5 + torch.rand(variance.shape, generator=generator))
 
 
-def settle(model: nn.Module, inputs: Any) -> bool:
-    """Take batch-norm statistics from a batch, as training does; False where there are none to take."""
+def estimate_batch_norm(model: nn.Module, inputs: Any) -> bool:
+    """Estimate batch-norm statistics on a batch, as training does; return False if there are no batch norms."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     for norm in norms:
         norm.reset_running_stats()
@@ -107,7 +107,7 @@ def settle(model: nn.Module, inputs: Any) -> bool:
 
 
 def build_timm(name: str, device: str, shrink: bool) -> tuple[nn.Module, tuple[int, ...], tuple[int, ...]]:
-    """The network, the input size to use, and its own."""
+    """Return the network, the input size to use, and the network's own input size."""
     cfg = timm.get_pretrained_cfg(name)
     native = tuple(cfg.input_size)
     channels, side = native[0], native[-1]
@@ -154,9 +154,9 @@ def build_torchvision(name: str, device: str, shrink: bool) -> tuple[nn.Module, 
     return model, ((3, side, side) if "inception" in name else (3, SMALL, SMALL)), (3, side, side)
 
 
-def relative(found: list[Tensor], expected: list[Tensor]) -> float:
+def relative_error(actual: list[Tensor], expected: list[Tensor]) -> float:
     worst = 0.0
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         assert a.shape == b.shape, (a.shape, b.shape)
         if b.is_floating_point() and b.numel():
             worst = max(worst, ((a.double() - b.double()).abs().max() / b.double().abs().max()).item())
@@ -176,7 +176,7 @@ def build(library: str, name: str, device: str, shrink: bool) -> tuple[nn.Module
 
 
 def check(library: str, name: str) -> dict[str, Any]:
-    """One row of the table; at the network's own size where a smaller one does not do."""
+    """Return one row of the table; use the network's own input size if a smaller one fails."""
     try:
         return attempt(library, name, shrink=True)
     except HarmconvertError:
@@ -191,7 +191,7 @@ def attempt(library: str, name: str, shrink: bool) -> dict[str, Any]:
     row: dict[str, Any] = {"library": library, "architecture": name}
     try:
         model, size, native = build(library, name, "meta", shrink)
-    except (NotImplementedError, RuntimeError):  # reads values while it is built
+    except (NotImplementedError, RuntimeError):  # the builder reads values
         model, size, native = build(library, name, "cpu", shrink)
     row["parameters"] = sum(p.numel() for p in model.parameters())
     over = [c for c in convolutions(model).values() if max(kernel_size(c)) > 1]
@@ -214,14 +214,14 @@ def attempt(library: str, name: str, shrink: bool) -> dict[str, Any]:
     if row["status"] == "over bound" and "error64" in row:
         model, *_ = build(library, name, "cpu", shrink)
         randomise(model)
-        if settle(model, torch.cat([x, x.flip(-1)]) if len(x) == 1 else inputs):
+        if estimate_batch_norm(model, torch.cat([x, x.flip(-1)]) if len(x) == 1 else inputs):
             figures = ", ".join(f"{key} {row[key]}" for key in ("error64", "error32", "own32"))
-            row |= compare(model, inputs) | {"note": f"with drawn batch-norm statistics: {figures}"}
+            row |= compare(model, inputs) | {"note": f"with random batch-norm statistics: {figures}"}
     return row | {"seconds": f"{time.perf_counter() - start:.1f}"}
 
 
 def check_structure(model: nn.Module, inputs: Any) -> int:
-    """Keys and shapes of the fused network, and of a run on the meta device; returns how many layers were skipped."""
+    """Compare keys and shapes of the fused network and of a run on the meta device; return how many are skipped."""
     keys = {key: value.shape for key, value in model.state_dict().items()}
     conversion = convert(model)
     assert {key: value.shape for key, value in fuse(conversion.model).state_dict().items()} == keys, "keys or shapes"
@@ -231,13 +231,13 @@ def check_structure(model: nn.Module, inputs: Any) -> int:
 
 
 def compare(model: nn.Module, inputs: Any) -> dict[str, Any]:
-    """Errors in float32 and float64; ``model`` is cast to float64 on the way."""
+    """Return the errors in float32 and float64; ``model`` is converted to float64."""
     keys = {key: value.shape for key, value in model.state_dict().items()}
     conversion = convert(model)
     skipped = len(conversion.plan.skipped)
     assert {key: value.shape for key, value in fuse(conversion.model).state_dict().items()} == keys, "keys or shapes"
-    reference32, found32 = outputs(model, inputs), outputs(conversion.model, inputs)
-    error32 = relative(found32, reference32)
+    reference32, actual32 = outputs(model, inputs), outputs(conversion.model, inputs)
+    error32 = relative_error(actual32, reference32)
     del conversion
     torch.set_default_dtype(torch.float64)
     try:
@@ -246,19 +246,19 @@ def compare(model: nn.Module, inputs: Any) -> dict[str, Any]:
         reference64 = outputs(model, doubled)
         converted = convert(model).model
         del model
-        found64 = outputs(converted, doubled)
-    except RuntimeError as error:  # some forwards make float32 tensors of their own
+        actual64 = outputs(converted, doubled)
+    except RuntimeError as error:  # some networks create float32 tensors in their forward pass
         note = f"does not run in float64 itself: {str(error)[:120]}"
         status = "ok in float32" if error32 <= BOUND_32 else "over bound"
         return {"skipped": skipped, "error32": f"{error32:.2e}", "status": status, "note": note}
     finally:
         torch.set_default_dtype(torch.float32)
-    error64, own32 = relative(found64, reference64), relative(reference32, reference64)
+    error64, own32 = relative_error(actual64, reference64), relative_error(reference32, reference64)
     good = error64 <= BOUND_64 and error32 <= BOUND_32
     row: dict[str, Any] = {"skipped": skipped}
     row |= {"error64": f"{error64:.2e}", "error32": f"{error32:.2e}", "own32": f"{own32:.2e}"}
     if len(reference32) == 1 and reference32[0].dim() == 2:
-        pairs = ((found32, reference32), (found64, reference64))
+        pairs = ((actual32, reference32), (actual64, reference64))
         row["same_top1"] = all(torch.equal(a[0].argmax(1), b[0].argmax(1)) for a, b in pairs)
         good = good and row["same_top1"]
     return row | {"status": "ok" if good else "over bound"}
@@ -280,14 +280,15 @@ def worker(library: str, name: str, pipe: Any) -> None:
 def summary(path: Path) -> None:
     rows = list(csv.DictReader(path.open()))
     for library in ("timm", "torchvision"):
-        mine = [row for row in rows if row["library"] == library]
+        of_library = [row for row in rows if row["library"] == library]
         counts = {
-            s: sum(row["status"] == s for row in mine) for s in ("ok", "ok in float32", "over bound", "failed", "none")
+            s: sum(row["status"] == s for row in of_library)
+            for s in ("ok", "ok in float32", "over bound", "failed", "none")
         }
-        checks = {c: sum(row["check"] == c for row in mine) for c in ("full", "shrunk", "meta")}
+        checks = {c: sum(row["check"] == c for row in of_library) for c in ("full", "shrunk", "meta")}
         print(library, counts, checks)
         for column in ("error64", "error32", "own32"):
-            worst = sorted(((float(r[column]), r["architecture"]) for r in mine if r[column]), reverse=True)[:3]
+            worst = sorted(((float(r[column]), r["architecture"]) for r in of_library if r[column]), reverse=True)[:3]
             print(f"  worst {column}:", ", ".join(f"{value:.1e} {name}" for value, name in worst))
     for row in rows:
         if row["status"] in ("over bound", "failed"):
@@ -309,7 +310,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--limit-seconds", type=float, default=600, help="per architecture")
     parser.add_argument("--retry", action="store_true", help="try rows again that are not 'ok'")
-    parser.add_argument("--summary", action="store_true", help="print what the table says, run nothing")
+    parser.add_argument("--summary", action="store_true", help="print a summary of the table, run nothing")
     args = parser.parse_args()
     if args.summary:
         summary(args.output)

@@ -137,11 +137,11 @@ def check_format(path: str | Path, format: str, force: bool, dtype: str, form: s
     if format not in FORMATS:
         raise UsageError(f"unknown format {format!r}: use one of {', '.join(FORMATS)}")
     if form not in ("dense", "factored") or (form == "factored" and format not in GRAPHS):
-        what = f" does not go with {format}: factored is for onnx and torch-export"
+        what = f" is not possible with {format}: only onnx and torch-export can be factored"
         raise UsageError(Argument("form", form), what)
     if format in GRAPHS and dtype != "float32":
-        what = " is for state dicts (dense, timm), which are computed with in float32 again; a graph computes as it is"
-        raise UsageError(Argument("dtype", dtype), what, " stored: use float32")
+        what = " is only for state dicts (dense, timm), which are loaded in float32; a graph computes in its dtype"
+        raise UsageError(Argument("dtype", dtype), what, ": use float32")
     if format == "timm":
         check_folder(path, TIMM_FILES, force)
         return
@@ -149,9 +149,9 @@ def check_format(path: str | Path, format: str, force: bool, dtype: str, form: s
 
 
 def check_run_outputs(output: str, resume: str | Path | None, force: bool) -> None:
-    """Raise UsageError where a run would replace its ``output``, or the figures or the state of another run beside it.
+    """Raise UsageError if a run would replace its ``output``, or the metrics or the state of another run beside it.
 
-    The state comes first: an interrupted run left figures, too, and ``force`` would begin it anew.
+    The state is checked first: an interrupted run also left metrics, and ``force`` would delete its work.
     """
     if resume is None and not force and state_path(output).exists():
         raise interrupted(state_path(output))
@@ -160,9 +160,11 @@ def check_run_outputs(output: str, resume: str | Path | None, force: bool) -> No
 
 
 def interrupted(path: Path) -> UsageError:
-    """The error that says that a file is the state of an interrupted run."""
+    """Return the error for the state of an interrupted run that a new run would replace."""
     resume, force = Argument("resume", path), Argument("force", True)
-    return UsageError(f"{path} is the state of an interrupted run: go on with ", resume, ", or begin anew: ", force)
+    return UsageError(
+        f"{path} is the state of an interrupted run: go on with ", resume, ", or start a new run with ", force
+    )
 
 
 def check_labelled(dataset: str, data_dir: str | None) -> None:
@@ -175,7 +177,9 @@ def check_labelled(dataset: str, data_dir: str | None) -> None:
             "hfds/USER/NAME, or a folder with ", Argument("data_dir"),
         )  # fmt: skip
     if data_dir is None:
-        raise UsageError("which images? give ", Argument("data_dir", "FOLDER"), ", or ", Argument("dataset", "NAME"))
+        raise UsageError(
+            "no images are named: give ", Argument("data_dir", "FOLDER"), ", or ", Argument("dataset", "NAME")
+        )
     if not (Path(data_dir).is_dir() or (data_dir.endswith(".tar") and Path(data_dir).is_file())):
         folder = Argument("data_dir", "FOLDER")
         raise UsageError(f"there is no folder {data_dir}: give ", folder, " with a folder for each class")
@@ -240,8 +244,9 @@ def check_figure(source: str, figure: str, output: str | None, force: bool) -> t
 
 
 def may_be_harmonic(source: str) -> bool:
-    """Whether a source may be a harmonic checkpoint: False only where it certainly is none, as far as its name and the
-    metadata of its file say.
+    """Return whether a source may be a harmonic checkpoint, from its name and the metadata of its file.
+
+    False is certain; True is not.
 
     >>> may_be_harmonic("sample:resnet_mnist5k"), may_be_harmonic("reference:model_best.pth.tar")
     (False, True)
@@ -254,7 +259,7 @@ def may_be_harmonic(source: str) -> bool:
         with safetensors.safe_open(source, framework="np") as file:
             return "harmconvert" in (file.metadata() or {})
     except (safetensors.SafetensorError, OSError):
-        return True  # reading it says what is wrong
+        return True  # the error appears when the file is read
 
 
 def stays_as_it_is(
@@ -264,11 +269,11 @@ def stays_as_it_is(
     normalization: str = "ortho",
     dtype: str = "float32",
 ) -> bool:
-    """Whether a conversion writes a network that is harmonic already as it is: nothing is asked of it.
+    """Return whether a conversion writes its network unchanged: it is harmonic, and no option asks for a change.
 
     Args:
-        source: None of a network that is known to be harmonic.
-        choices: of what to keep and what to calibrate on, None or empty where nothing was chosen.
+        source: None if the network is known to be harmonic.
+        choices: the options for what to keep and for the calibration; None or empty if they are not given.
     """
     if any(choices) or (basis, normalization, dtype) != ("dct", "ortho", "float32"):
         return False
@@ -276,11 +281,11 @@ def stays_as_it_is(
 
 
 def check_harmonic(source: str) -> None:
-    """Raise UsageError where a source is certainly not a harmonic checkpoint."""
+    """Raise UsageError if a source is certainly not a harmonic checkpoint."""
     if not may_be_harmonic(source):
         raise not_harmonic(source)
 
 
 def not_harmonic(source: str) -> UsageError:
-    """The error that says that a source is not a harmonic checkpoint."""
+    """Return the error for a source that is not a harmonic checkpoint."""
     return UsageError(f"{source} is not a harmonic checkpoint: make one first with: harmconvert convert {source}")

@@ -41,7 +41,7 @@ class Message(str):
         return message
 
     def naming(self, name: Callable[[Argument], str]) -> str:
-        """The text with each argument as ``name`` gives it."""
+        """Return the text with the name that ``name`` returns for each argument."""
         return "".join(name(part) if isinstance(part, Argument) else part for part in self.parts)
 
 

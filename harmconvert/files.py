@@ -53,7 +53,7 @@ def check_output(path: str | Path, force: bool = False, suffix: str = "") -> Pat
         raise UsageError(f"the folder {path.parent} does not exist: make it first")
     target = path.resolve()
     if not os.access(target.parent, os.W_OK | os.X_OK):
-        raise outside(PermissionError(errno.EACCES, os.strerror(errno.EACCES)), f"cannot write {path}")
+        raise outside_error(PermissionError(errno.EACCES, os.strerror(errno.EACCES)), f"cannot write {path}")
     with suppress(OSError):  # if the folder has a problem, writing reports it
         _remove_leftovers(target)
     return target
@@ -91,7 +91,7 @@ def write_file(path: str | Path, write: Callable[[Path], None], force: bool = Fa
                 _rename_without_replacing(staging, target)
             _flush(target.parent)
     except OSError as error:
-        raise outside(error, f"cannot write {path}") from error
+        raise outside_error(error, f"cannot write {path}") from error
 
 
 def cache_folder() -> Path:
@@ -192,7 +192,7 @@ def check_folder(path: str | Path, own: Collection[str], force: bool = False) ->
     """
     path = Path(path)
     if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise UsageError(f"{path} is there and is no folder: name another output with -o")
+        raise UsageError(f"{path} exists and is no folder: name another ", Argument("output"))
     with suppress(OSError):  # if the folder has a problem, writing reports it
         _remove_leftovers(path.resolve())
     if path.exists() and not force:
@@ -231,7 +231,7 @@ def write_folder(path: str | Path, own: Collection[str], fill: Callable[[Path], 
                 staging.rename(target)
             _flush(target.parent)
     except OSError as error:
-        raise outside(error, f"cannot write {path}") from error
+        raise outside_error(error, f"cannot write {path}") from error
 
 
 @contextmanager
@@ -272,7 +272,7 @@ def _open_and_lock(path: Path, refused: OutsideError) -> int | None:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
-            raise outside(error, f"cannot lock {path}") from error
+            raise outside_error(error, f"cannot lock {path}") from error
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with suppress(FileNotFoundError):
@@ -287,7 +287,7 @@ def _open_and_lock(path: Path, refused: OutsideError) -> int | None:
         os.close(descriptor)  # the previous holder has removed the file between open and lock: try again
 
 
-def outside(error: OSError, what: str) -> OutsideError:
+def outside_error(error: OSError, what: str) -> OutsideError:
     """Return an OutsideError that says what the system refused and what may help."""
     remedy = {
         "ENOSPC": "free some space or name another disk",
@@ -329,7 +329,7 @@ def _rename_without_replacing(staging: Path, target: Path) -> None:
         if not target.exists():
             staging.replace(target)
             return
-    raise UsageError(f"{target} has come into being meanwhile: use ", Argument("force", True), " to replace it")
+    raise UsageError(f"{target} was created in the meantime: use ", Argument("force", True), " to replace it")
 
 
 def _swap_folders(staging: Path, target: Path) -> bool:

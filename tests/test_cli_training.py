@@ -116,7 +116,7 @@ def test_a_file_created_during_the_run_is_kept_and_so_is_the_run(monkeypatch: py
         replace_everywhere(busy, write_metrics, meanwhile)
         message = failed("finetune", "cut.safetensors", *quick, "--distill", code=2)
     assert "use --force" in message
-    assert "the run is kept: go on with --resume a.state.pth" in message
+    assert "the state of the run is saved: go on with --resume a.state.pth" in message
     assert Path("a.safetensors").read_bytes() == b"another's"
     resume = [*quick, "--resume", "a.state.pth", "--force"]
     ok("export", "cut.safetensors", "-o", "dense.safetensors")
@@ -202,7 +202,8 @@ def test_finetune_replaces_the_classifier_for_other_classes() -> None:
     assert "--num-classes 3" in message
     run = ["--data-dir", "three", *DIGITS, "--epochs", "2", "--lr", "0.05", "--num-classes", "3"]
     result = ok("finetune", "cut.safetensors", *run, "-o", "three.safetensors", "--json")
-    assert json.loads(result.stdout)["stages"][0]["why"].startswith("the uncut network has not the new classifier")
+    why = json.loads(result.stdout)["stages"][0]["why"]
+    assert why.startswith("the uncut network does not have the new classifier")
     assert open_source("three.safetensors").model(torch.zeros(1, 1, 28, 28)).shape == (1, 3)
     # Fine-tune again: the uncut network has ten classes, so there is nothing to compare with.
     result = ok("finetune", "three.safetensors", *run[:-2], "-o", "again.safetensors", "--json")
@@ -226,7 +227,7 @@ def test_a_network_trained_from_scratch_has_no_uncut_network() -> None:
     quick = ["--data-dir", "digits", *DIGITS, "--epochs", "1"]
     ok("train", SAMPLE, "--recipe", "cifar-wrn", *quick, "-o", "scratch.safetensors")
     found = json.loads(ok("finetune", "scratch.safetensors", *quick, "--json").stdout)
-    assert "so there is no uncut network to compare it with" in found["stages"][0]["why"]
+    assert "so there is no uncut network to compare with" in found["stages"][0]["why"]
     message = failed("finetune", "scratch.safetensors", *quick, "--distill", "-o", "x.safetensors", code=2)
     assert "--distill needs the uncut network" in message
 
@@ -241,13 +242,13 @@ def test_the_teacher_may_be_a_file_of_weights() -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["cut.safetensors"], 2, "which images? give --data-dir FOLDER, or --dataset NAME"),
+        (["cut.safetensors"], 2, "no images are named: give --data-dir FOLDER, or --dataset NAME"),
         ([SAMPLE, "--data-dir", "digits"], 2, "is not a harmonic checkpoint: make one first with: harmconvert convert"),
         (["cut.safetensors", "--data-dir", "digits", "-o", "cut.safetensors"], 2, "cut.safetensors exists"),
         (["cut.safetensors", "--data-dir", "digits", "--resume", "no.pth"], 3, "no.pth does not exist"),
         (["cut.safetensors", "--data-dir", "digits", "--device", "cuda:99"], 2, "--device cuda:99"),
-        (["cut.safetensors", "--data-dir", "digits", "--opt", "magic"], 2, "timm takes no such --opt"),
-        (["cut.safetensors", "--data-dir", "digits", "--grad-accum-steps", "3"], 2, "that 3 divides"),
+        (["cut.safetensors", "--data-dir", "digits", "--opt", "magic"], 2, "timm does not accept --opt"),
+        (["cut.safetensors", "--data-dir", "digits", "--grad-accum-steps", "3"], 2, "that is a multiple of 3"),
     ],
 )
 def test_finetune_refuses_invalid_options(arguments: list[str], code: int, message: str) -> None:
@@ -354,9 +355,9 @@ def test_a_signal_ends_the_run_after_its_state_is_saved(number: int, code: int, 
         return
     again, resume = [*RUN, "--epochs", "500"], ["--resume", "cut-finetuned.state.pth"]
     message = failed(*again, "--lr", "0.5", *resume, code=2)
-    assert "was begun with lr=0.001, not 0.5: leave it out" in message
+    assert "started with lr=0.001, not 0.5: leave it out" in message
     message = failed(*again, code=2)
-    assert "is the state of an interrupted run: go on with --resume cut-finetuned.state.pth, or begin" in message
+    assert "is the state of an interrupted run: go on with --resume cut-finetuned.state.pth, or start a" in message
     message = failed(*again, "--mean", "0.9", *resume, code=2)
     assert "is the state of another run: its data's preprocessing's mean was [0.1307]" in message
     ok("convert", SAMPLE, "--lambda", "2", "--calibrate", "digits/train", "-o", "other.safetensors")
@@ -493,7 +494,7 @@ def test_evaluate_prints_the_accuracy_with_its_confidence_interval() -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ([SAMPLE], 2, "which images?"),
+        ([SAMPLE], 2, "no images are named"),
         ([SAMPLE, "--data-dir", "nowhere"], 2, "there is no folder nowhere"),
         ([SAMPLE, "--dataset", "sample:mnist5k", "--compare", "nothing"], 2, "timm has no model 'nothing'"),
         (["sample:efficientnet_lite0", "--data-dir", "digits"], 3, "the data has 10 classes, the network 1000"),

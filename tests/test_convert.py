@@ -154,7 +154,7 @@ def test_the_advice_for_a_policy_that_cuts_nothing_names_one_that_does() -> None
     with torch.device("meta"):
         conversion = convert(timm.create_model("efficientnet_b0"), "progressive")
     assert conversion.advice is not None
-    assert "cuts nothing here" in conversion.advice
+    assert "cuts nothing in this network" in conversion.advice
     assert "lam='PATTERN=N' or include=PATTERN" in conversion.advice
     assert convert(seeded(Branches), "full").advice is None
     assert convert(seeded(Branches), 2).advice is None

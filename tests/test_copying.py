@@ -101,7 +101,7 @@ def test_a_forward_from_outside_the_network_is_reported() -> None:
     check = hc.verify(network, hc.convert(network, 1, example_input=X).model, X)
     assert not check.ok
     assert not check.as_planned
-    assert "conv: a copy of the network still runs the layer that it was copied from" in check.verdict
+    assert "conv: a copy of the network still calls this layer of the network itself" in check.verdict
 
 
 def test_a_layer_that_runs_only_in_the_original_is_noted() -> None:
@@ -121,7 +121,7 @@ def test_a_layer_that_runs_only_in_the_original_is_noted() -> None:
     converted = hc.convert(network, {"stem": 1}, example_input=X).model
     check = hc.verify(network, converted, X)
     assert (check.ok, check.as_planned) == (False, True)
-    assert check.notes == ("last runs in the original alone on these inputs",)
+    assert check.notes == ("last runs only in the original on these inputs",)
 
 
 def test_runs_of_another_thread_are_not_observed() -> None:
@@ -150,7 +150,7 @@ def test_a_converted_layer_that_another_layer_replaces_at_run_time_is_reported()
     converted.forward = lambda x: nn.functional.conv2d(converted[0](x), kernel, stem)
     check = hc.verify(network, converted, X)
     assert not check.ok
-    assert "1: it runs in the original alone, and yet nothing changes" in check.verdict
+    assert "1: it runs only in the original, but the outputs are equal" in check.verdict
 
 
 # --- what is not the network's own stays what it is ---

@@ -62,7 +62,7 @@ def test_equations_from_shared_moments_equal_those_of_a_separate_run(name: str, 
     with torch.no_grad():
         expected.add(call, outputs(conv(fitted_rows(x))), range(18))
     expected.reduce()
-    found, held = whole_layer(nn.Sequential(conv), "0", x.split(7), family).cut(layer, kept)
+    found, held = whole_layer(nn.Sequential(conv), "0", x.split(7), family).cut(layer, harmonic)
     assert (found.count, held.count) == (expected.count, expected.count // 3)
     scale = expected.channels[5].sum()  # rounding errors scale with this also if a cut loses nothing
     assert isinstance(found, NormalEquations)

@@ -15,15 +15,16 @@ from torch import nn
 
 import harmconvert as hc
 from harmconvert.data import (
+    DataRequest,
     Variety,
     calibration_images,
-    described,
+    convert_mode,
+    describe_preprocessing,
     evaluation_transform,
-    in_mode,
     padded_crop_transform,
     preprocessing,
-    remark_on,
     training_transform,
+    uniform_output_warning,
 )
 from harmconvert.errors import InputError, UsageError
 from harmconvert.samples import mnist5k, mnist5k_held_back
@@ -109,7 +110,7 @@ def test_too_many_unreadable_images_are_an_error(tmp_path: Path, network: nn.Mod
     [
         ("no/such/folder", "there is no folder no/such/folder: give a folder of images"),
         ("sample:cats", "there is no sample data set 'sample:cats'"),
-        ("torch/cifar10", "torch/cifar10: say where it lies with data_dir=DIR"),
+        ("torch/cifar10", "torch/cifar10 needs a folder: name it with data_dir=DIR"),
     ],
 )
 def test_unknown_data_sets_are_refused(data: str, message: str, network: nn.Module) -> None:
@@ -140,13 +141,13 @@ def test_a_file_is_refused_as_a_folder(folder: Path, network: nn.Module) -> None
 
 
 def test_a_folder_without_images_is_refused(tmp_path: Path, network: nn.Module) -> None:
-    with pytest.raises(InputError, match="holds no image"):
+    with pytest.raises(InputError, match="has no image"):
         calibration_images(str(tmp_path), network)
 
 
 def test_a_data_set_that_timm_does_not_have_is_refused(tmp_path: Path, network: nn.Module) -> None:
     with pytest.raises(UsageError, match="timm cannot open torch/nonsense"):
-        calibration_images("torch/nonsense", network, data_dir=str(tmp_path))
+        calibration_images(DataRequest("torch/nonsense", str(tmp_path)), network)
 
 
 def test_a_stream_is_read_in_its_own_order(monkeypatch: pytest.MonkeyPatch, network: nn.Module) -> None:
@@ -185,7 +186,7 @@ def test_broken_images_of_an_archive_are_skipped_and_deep_ones_scaled(tmp_path: 
 def test_a_timm_data_set_on_disk_is_read(tmp_path: Path, network: nn.Module) -> None:
     for number in range(4):
         picture(tmp_path / "validation" / "cats" / f"{number}.png", number)
-    images = calibration_images("torch/image_folder", network, 3, data_dir=str(tmp_path), split="validation")
+    images = calibration_images(DataRequest("torch/image_folder", str(tmp_path), "validation"), network, 3)
     assert len(images) == 3
 
 
@@ -234,10 +235,10 @@ def test_the_preprocessing_of_torchvision_weights_is_used(monkeypatch: pytest.Mo
 def test_a_network_of_unknown_preprocessing_does_not_get_that_of_imagenet(folder: Path) -> None:
     network, size = nn.Conv2d(3, 2, 3), {"input_size": (3, 16, 16)}
     for given in ({}, {"mean": (0.5,)}, {"std": (0.5,)}):
-        with pytest.raises(UsageError, match=r"does not say how its images are preprocessed.*mean and std, or"):
+        with pytest.raises(UsageError, match=r"does not declare its preprocessing.*mean and std, or"):
             calibration_images(str(folder), network, 1, overrides=size | given)
     for function in (training_transform, lambda config: padded_crop_transform(config, 4, 0, 0)):
-        with pytest.raises(UsageError, match="does not say how"):
+        with pytest.raises(UsageError, match="does not declare its preprocessing"):
             function(preprocessing(network, size))
 
 
@@ -256,7 +257,10 @@ def test_preprocessing_is_chosen_by_name(tmp_path: Path) -> None:
     squashed = torch.from_numpy(np.array(wide.resize((16, 16), Image.Resampling.BICUBIC))).permute(2, 0, 1) / 255
     assert torch.allclose(evaluation_transform(none)(wide), squashed, atol=1e-6), "whole, values from 0 to 1"
     imagenet = preprocessing(network, {"input_size": (3, 16, 16), "preprocess": "imagenet"})
-    assert described(imagenet) == "3x16x16, mean 0.485,0.456,0.406, std 0.229,0.224,0.225, bicubic, crop 0.875"
+    assert (
+        describe_preprocessing(imagenet)
+        == "3x16x16, mean 0.485,0.456,0.406, std 0.229,0.224,0.225, bicubic, crop 0.875"
+    )
     declared = timm.create_model("resnet18", pretrained=False)
     assert preprocessing(declared, {"preprocess": "none"})["mean"] == (0, 0, 0), "the user knows better"
 
@@ -282,7 +286,7 @@ def test_a_user_function_preprocesses_images(tmp_path: Path) -> None:
         way = f"{tmp_path}/prepare.py:{function}"
         return preprocessing(nn.Conv2d(1, 2, 3), {"input_size": (1, 8, 8), "preprocess": way})
 
-    assert described(config("halves")) == f"1x8x8, by {tmp_path}/prepare.py:halves"
+    assert describe_preprocessing(config("halves")) == f"1x8x8, by {tmp_path}/prepare.py:halves"
     given = {"input_size": (1, 8, 8), "preprocess": f"{tmp_path}/prepare.py:halves"}
     ((image,),) = calibration_images(str(tmp_path), nn.Conv2d(1, 2, 3), overrides=given).batches
     assert 0.2 < image.max() <= 0.5
@@ -310,7 +314,9 @@ def test_a_user_function_preprocesses_images(tmp_path: Path) -> None:
 def test_a_function_that_a_checkpoint_names_is_not_run_without_permission() -> None:
     network = nn.Conv2d(1, 2, 3)
     network.pretrained_cfg = {"input_size": (1, 8, 8), "function": "evil.py:run"}
-    with pytest.raises(UsageError, match=r"preprocessed by user code \(evil.py:run\), which is not run unasked"):
+    with pytest.raises(
+        UsageError, match=r"preprocessed by user code \(evil.py:run\), which is not run without permission"
+    ):
         preprocessing(network, {})
     assert preprocessing(network, {"trust_code": True})["function"] == "evil.py:run"
     assert "function" not in preprocessing(network, {"mean": (0.5,), "std": (0.5,)})
@@ -333,7 +339,7 @@ def test_pictures_of_every_mode_are_converted_to_the_channels_of_the_network(mod
     if mode.startswith("I") or mode == "F":
         deep = np.full((4, 4), 1.0 if mode == "F" else 65535)
         picture = Image.fromarray(deep.astype({"I": np.int32, "I;16": np.uint16, "F": np.float32}[mode]))
-    found = in_mode(picture, wanted)
+    found = convert_mode(picture, wanted)
     assert found.mode == wanted
     assert np.asarray(found).min() >= 254, "white stays white"
 
@@ -343,15 +349,15 @@ def test_transparency_is_dropped_as_in_timm_and_without_a_warning(tmp_path: Path
     palette.putpalette([0, 0, 0, 10, 20, 30])
     palette.save(tmp_path / "p.png", transparency=b"\0\0")
     with Image.open(tmp_path / "p.png") as image:
-        assert in_mode(image, "RGB").getpixel((0, 0)) == (10, 20, 30)
+        assert convert_mode(image, "RGB").getpixel((0, 0)) == (10, 20, 30)
 
 
 def test_float_pictures_are_scaled_by_their_range() -> None:
     def grey(value: float) -> int:
-        return int(in_mode(Image.fromarray(np.full((2, 2), value, dtype=np.float32)), "L").getpixel((0, 0)))
+        return int(convert_mode(Image.fromarray(np.full((2, 2), value, dtype=np.float32)), "L").getpixel((0, 0)))
 
     assert [grey(value) for value in (0.5, 1.0, 51.0, 200.0, 65535.0)] == [128, 255, 51, 200, 255]
-    with pytest.raises(ValueError, match="values go up to 1e"):
+    with pytest.raises(ValueError, match="has values up to 1e"):
         grey(1e6)
 
 
@@ -363,7 +369,7 @@ def test_satellite_images_are_refused_and_named(
     tmp_path: Path, network: nn.Module, channels: int, extra: tuple[int, ...], photometric: int, bits: int
 ) -> None:
     tiff(tmp_path / "scene.tif", channels, extra, photometric, bits)
-    with pytest.raises(InputError, match=rf"scene.tif is a TIFF of {channels} channels.*batches of your own in Python"):
+    with pytest.raises(InputError, match=rf"scene.tif is a TIFF with {channels} channels.*load it in Python"):
         calibration_images(str(tmp_path), network, 4)
 
 
@@ -380,14 +386,16 @@ def test_grey_and_colour_tiffs_are_read(tmp_path: Path, network: nn.Module) -> N
 def test_a_remark_says_when_outputs_hardly_vary() -> None:
     digits, _ = mnist5k_held_back()
     network, digits = hc.open_source("sample:resnet_mnist5k").model, digits[::25]
-    assert remark_on(network, [digits]) is None
-    assert "the network gives 100% of 40 images the same class" in (remark_on(network, [digits * 1e-3]) or "")
-    assert remark_on(network, [digits[:4] * 1e-3]) is None, "too few to tell"
+    assert uniform_output_warning(network, [digits]) is None
+    assert "the network gives 100% of 40 images the same class" in (
+        uniform_output_warning(network, [digits * 1e-3]) or ""
+    )
+    assert uniform_output_warning(network, [digits[:4] * 1e-3]) is None, "too few to tell"
     one_class = Variety()
     one_class.add(torch.eye(3)[torch.zeros(40, dtype=torch.long)], torch.zeros(40, dtype=torch.long))
-    assert one_class.remark() is None, "as the labels say"
+    assert one_class.warning() is None, "as the labels say"
     maps = nn.Conv2d(1, 2, 3)
-    assert remark_on(maps, [torch.randn(20, 1, 9, 9)]) is None
+    assert uniform_output_warning(maps, [torch.randn(20, 1, 9, 9)]) is None
     constant = nn.Sequential(maps, nn.Conv2d(2, 2, 1))
     nn.init.constant_(constant[1].weight, 1e-4)
-    assert "outputs that vary by" in (remark_on(constant, [torch.randn(20, 1, 9, 9)]) or "")
+    assert "outputs that vary by only" in (uniform_output_warning(constant, [torch.randn(20, 1, 9, 9)]) or "")

@@ -13,7 +13,15 @@ from PIL import Image
 from torch.utils.data import IterableDataset
 from torchvision import transforms
 
-from harmconvert.data import NO_LABEL, DataRequest, Stream, evaluation_batches, open_data, some_images, training_batches
+from harmconvert.data import (
+    NO_LABEL,
+    DataRequest,
+    Stream,
+    choose_images,
+    evaluation_batches,
+    open_data,
+    training_batches,
+)
 from harmconvert.errors import InputError, UsageError
 from harmconvert.network import rank, world_size
 
@@ -75,7 +83,7 @@ def test_a_folder_without_splits_is_split_by_the_seed(tmp_path: Path) -> None:
     assert names[1] == {again.test.name(i) for i in range(10)}
     other = open_data(DataRequest(data_dir=str(tmp_path), holdout=0.25, seed=4))
     assert names[1] != {other.test.name(i) for i in range(10)}
-    assert "10 of its 40 images (seed 3) are held back for testing" in data.notes[0]
+    assert "10 of its 40 images (seed 3) are used for testing only" in data.notes[0]
 
 
 def test_evaluation_without_a_holdout_uses_all_images(tmp_path: Path) -> None:
@@ -178,14 +186,14 @@ def test_if_most_images_are_outside_class_folders_none_has_a_label(tmp_path: Pat
     data = open_data(DataRequest(data_dir=str(tmp_path), holdout=0), ("test",))
     assert not data.labelled
     assert len(data.test) == 7
-    assert "itself holds 6 images" in data.notes[0]
+    assert "itself has 6 images" in data.notes[0]
 
 
 def test_the_message_names_an_inner_folder_with_splits(tmp_path: Path) -> None:
     digit_folders(tmp_path / "digits" / "train", 1)
     digit_folders(tmp_path / "digits" / "val", 1)
     (tmp_path / "__MACOSX").mkdir()
-    with pytest.raises(UsageError, match=r"holds one folder with splits: give data_dir=.*digits"):
+    with pytest.raises(UsageError, match=r"has one folder, which has the splits: give data_dir=.*digits"):
         open_data(DataRequest(data_dir=str(tmp_path)))
 
 
@@ -221,7 +229,7 @@ def test_a_class_without_test_images_does_not_shift_the_others(split_folder: Pat
         (DataRequest(data_dir="nowhere"), "there is no folder nowhere"),
         (DataRequest("cifar10"), "there is no data set 'cifar10': use sample:mnist5k, a timm data set"),
         (DataRequest("sample:cats"), "there is no sample data set 'sample:cats'"),
-        (DataRequest("torch/cifar10"), "say where it lies with data_dir=DIR"),
+        (DataRequest("torch/cifar10"), "needs a folder: name it with data_dir=DIR"),
         (DataRequest("torch/nothing", "."), "timm cannot open torch/nothing"),
     ],
 )
@@ -237,7 +245,7 @@ def test_training_on_one_split_without_a_holdout_is_refused(tmp_path: Path) -> N
 
 
 def test_a_data_folder_without_images_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="holds no image"):
+    with pytest.raises(InputError, match="has no image"):
         open_data(DataRequest(data_dir=str(tmp_path)))
 
 
@@ -319,11 +327,11 @@ def test_a_broken_picture_is_replaced_in_training_and_left_out_in_evaluation(tmp
     (batch,) = training_batches(pictures, TO_TENSOR, "L", 20).epoch(0)
     assert len(batch.images) == 20
     assert sorted(batch.labels.tolist()).count(4) == 2  # the next picture, which replaces it, is the other 4
-    assert len(batch.problems) == 1
-    assert "4/0.png (cannot identify image file" in batch.problems[0]
+    assert len(batch.unreadable) == 1
+    assert "4/0.png (cannot identify image file" in batch.unreadable[0]
     (batch,) = evaluation_batches(pictures, TO_TENSOR, "L", 20).epoch(0)
     assert len(batch.images) == 19
-    assert len(batch.problems) == 1
+    assert len(batch.unreadable) == 1
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -338,10 +346,10 @@ def test_many_broken_pictures_in_a_row_are_an_error(tmp_path: Path, workers: int
 
 def test_calibration_images_are_chosen_by_the_seed(tmp_path: Path) -> None:
     pictures = digits(tmp_path)
-    images = some_images(pictures, TO_TENSOR, "L", 12, seed=1)
+    images = choose_images(pictures, TO_TENSOR, "L", 12, seed=1)
     assert images.shape == (12, 1, 28, 28)
-    assert torch.equal(images, some_images(pictures, TO_TENSOR, "L", 12, seed=1))
-    assert not torch.equal(images, some_images(pictures, TO_TENSOR, "L", 12, seed=2))
+    assert torch.equal(images, choose_images(pictures, TO_TENSOR, "L", 12, seed=1))
+    assert not torch.equal(images, choose_images(pictures, TO_TENSOR, "L", 12, seed=2))
 
 
 class _Counted(IterableDataset):

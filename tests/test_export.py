@@ -125,7 +125,7 @@ class TwoInputs(nn.Module):
 def test_the_notes_of_an_export_name_a_fixed_batch_size(format: str, tmp_path: Path) -> None:
     path = tmp_path / ("a.onnx" if format == "onnx" else "a.pt2")
     found = export(hc.convert(seeded(FixedBatch), include=["conv"]).model, path, format, example_input=X)
-    assert "the batch is fixed" in found.notes[0]
+    assert "the batch size is fixed" in found.notes[0]
     assert path.exists()
 
 
@@ -148,7 +148,8 @@ def test_a_mismatch_leaves_existing_files_unchanged(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(graphs, "_session_outputs", off)
     with pytest.raises(
-        CheckError, match=r"outputs differ by 1.0e-03 of the largest, tolerance 1e-04.*nothing was written"
+        CheckError,
+        match=r"differ from those of the network by 1.0e-03 of the largest, tolerance 1e-04.*nothing was written",
     ):
         export(hc.convert(seeded(Branches)).model, path, "onnx", example_input=X, force=True)
     assert path.read_text() == "mine"
@@ -190,9 +191,9 @@ def test_the_message_for_a_missing_package_names_it(
     [
         ({"format": "pdf"}, "unknown format 'pdf'"),
         ({"format": "dense", "dtype": "int8"}, "unknown dtype 'int8'"),
-        ({"format": "onnx", "dtype": "bfloat16"}, "dtype=bfloat16 is for state dicts"),
-        ({"format": "torch-export", "dtype": "float16"}, "dtype=float16 is for state dicts"),
-        ({"format": "dense", "form": "factored"}, "factored is for onnx"),
+        ({"format": "onnx", "dtype": "bfloat16"}, "dtype=bfloat16 is only for state dicts"),
+        ({"format": "torch-export", "dtype": "float16"}, "dtype=float16 is only for state dicts"),
+        ({"format": "dense", "form": "factored"}, "only onnx and torch-export can be factored"),
         ({"format": "torch-export"}, "should end in .pt2"),
     ],
 )
@@ -212,8 +213,8 @@ def test_wrong_or_missing_example_inputs_are_refused(tmp_path: Path) -> None:
 
 
 def test_an_onnx_file_beyond_the_size_limit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "LARGEST", 1000)
-    with pytest.raises(InputError, match="more than one ONNX file holds"):
+    monkeypatch.setattr(graphs, "MAX_BYTES", 1000)
+    with pytest.raises(InputError, match="do not fit into one ONNX file"):
         export(hc.convert(seeded(Branches)).model, tmp_path / "a.onnx", "onnx", example_input=X)
 
 
@@ -313,7 +314,7 @@ def test_the_export_command_writes_files_and_prints_the_comparison(
     )
     fails(
         2,
-        "--dtype float16 is for state dicts",
+        "--dtype float16 is only for state dicts",
         "export",
         "a.safetensors",
         "--format",
@@ -369,7 +370,7 @@ def test_a_wrong_dense_form_is_not_written(tmp_path: Path, monkeypatch: pytest.M
         return dense
 
     replace_everywhere(monkeypatch, fuse, off)
-    with pytest.raises(CheckError, match="the exported file does not compute what the network does"):
+    with pytest.raises(CheckError, match="the outputs of the exported file differ from those of the network"):
         export(hc.convert(seeded(Branches)).model, tmp_path / "a.pt2", "torch-export", example_input=X)
     assert list(tmp_path.iterdir()) == []
 
@@ -403,7 +404,7 @@ def test_a_timm_folder_that_makes_another_network_is_not_written(tmp_path: Path)
     network = seeded(lambda: timm.create_model("resnet10t", num_classes=4))
     model = hc.convert(network, 2, example_input=torch.zeros(1, 3, 64, 64)).model
     model.act1 = nn.Tanh()
-    with pytest.raises(CheckError, match="timm makes another network than this ResNet of the folder"):
+    with pytest.raises(CheckError, match="timm does not make this ResNet from the folder"):
         export(model, tmp_path / "folder", "timm", example_input=torch.zeros(1, 3, 64, 64))
     assert not (tmp_path / "folder").exists()
 
@@ -426,7 +427,7 @@ def test_a_network_that_supports_only_some_batch_sizes_is_exported_with_a_fixed_
 ) -> None:
     path = tmp_path / ("a.onnx" if format == "onnx" else "a.pt2")
     found = export(hc.convert(seeded(Pairs)).model, path, format, example_input=random_input((4, 3, 8, 8)))
-    assert "the batch is fixed" in found.notes[0]
+    assert "the batch size is fixed" in found.notes[0]
     assert path.exists()
 
 
@@ -601,10 +602,10 @@ def test_outputs_that_are_not_tensors_are_named(tmp_path: Path) -> None:
     ):
         network = hc.convert(Extras(make).eval()).model
         found = export(network, tmp_path / f"{number}.pt2", "torch-export", example_input=example)
-        assert f"graphs compute tensors only: outputs of {kinds} are left out, or constant" in found.notes
+        assert f"graphs compute only tensors: outputs of {kinds} are left out, or constant" in found.notes
     for make, message in [
-        (lambda y: (y, y.numpy()), "its output holds NumPy arrays: let it return tensors"),
-        (lambda y: y.numpy(), "cannot be exported: its output is no tensor but ndarray"),
+        (lambda y: (y, y.numpy()), "its output has NumPy arrays: make it return tensors"),
+        (lambda y: y.numpy(), "cannot be exported: its output has no tensor, but ndarray"),
     ]:
         with pytest.raises(InputError, match=message):
             export(hc.convert(Extras(make).eval()).model, tmp_path / "a.pt2", "torch-export", example_input=example)

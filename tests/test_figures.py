@@ -184,7 +184,9 @@ def test_filters_of_the_most_common_kernel_size_are_the_default() -> None:
     assert filter_bank(net, (5,)).layers == 1
     with pytest.raises(UsageError, match=r"no layer has a kernel of 7x7 \(there are: 3x3, 5x5\)"):
         filter_bank(net, (7, 7))
-    with pytest.raises(UsageError, match="filters of 3x2x3 have more axes than a page: kind=spectrum shows them"):
+    with pytest.raises(
+        UsageError, match="filters of 3x2x3 have more than two axes and cannot be drawn: use kind=spectrum"
+    ):
         filter_bank(seeded(CONVOLUTIONS["Conv3d"][0]))
 
 
@@ -285,7 +287,9 @@ def test_the_tradeoff_reports_its_progress() -> None:
 
 def test_a_tradeoff_of_a_network_that_cannot_be_truncated_is_refused() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, groups=4), nn.Flatten())
-    with pytest.raises(InputError, match=r"no lambda cuts anything here: 0 \(.*1 \(depthwise.*include=PATTERN"):
+    with pytest.raises(
+        InputError, match=r"no lambda cuts a layer of this network: 0 \(.*1 \(depthwise.*include=PATTERN"
+    ):
         tradeoff(net, lambda model, uncut: pytest.fail("nothing to evaluate"), example_input=torch.zeros(1, 3, 8, 8))
 
 
@@ -337,7 +341,7 @@ def test_the_layer_strip_has_every_layer() -> None:
 @pytest.mark.parametrize(
     ("make", "lam", "message"),
     [
-        (error_sheet, "full", "nothing is cut in net: it makes no errors to draw"),
+        (error_sheet, "full", "no layer is cut in net: there are no errors to draw"),
         (training_sheet, 2, "net records no epochs of training: harmconvert finetune trains a checkpoint"),
     ],
 )
@@ -349,7 +353,7 @@ def test_steps_that_were_not_done_have_no_chart(make: Callable[[Report], Any], l
 def test_errors_that_were_not_recorded_have_no_chart() -> None:
     conversion = convert(test_report.small(), 2)
     report = report_of(conversion.model, save(conversion.model, "bare.safetensors"), "bare")
-    with pytest.raises(InputError, match="bare does not record what its cut broke"):
+    with pytest.raises(InputError, match="bare does not record the errors of its cut"):
         error_sheet(report)
     with pytest.raises(InputError, match="there are no layers to draw"):
         layer_strip(replace(report, layers=()))
@@ -556,7 +560,7 @@ def test_the_tradeoff_is_printed_as_a_table_that_explains_uncut() -> None:
     converted("cut.safetensors", "--lambda", "3")
     run = ["--figure", "tradeoff", "--data-dir", "digits", "--workers", "0", "--include", "stage3.2.*"]
     result = ok("report", "cut.safetensors", *run)
-    assert "note: this checkpoint is cut already: it is what 'uncut' means here" in result.stderr
+    assert "note: this checkpoint is cut already; here 'uncut' means this checkpoint" in result.stderr
     assert "other than uncut" in result.stdout
     assert result.stdout.splitlines()[1].startswith("uncut")
     assert result.stdout.splitlines()[-1] == "wrote cut-tradeoff.png and cut-tradeoff.csv"
@@ -584,33 +588,33 @@ def test_the_report_command_draws_the_charts_of_the_page() -> None:
     )
     converted("plain.safetensors", "--lambda", "2")
     result = ok("report", "plain.safetensors", "--figure", "errors")
-    assert "note: it was not calibrated: these are errors of the kernels alone" in result.stderr
+    assert "note: the checkpoint was not calibrated, so only the errors of the kernels are shown" in result.stderr
     assert result.stdout == "wrote plain-errors.png and plain-errors.csv\n"
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ([], 2, "which figure? give --figure filters, spectrum or tradeoff"),
+        ([], 2, "no figure is named: give --figure filters, spectrum or tradeoff"),
         (
             ["--figure", "pie"],
             2,
             "'pie' is not one of 'filters', 'spectrum', 'tradeoff', 'errors', 'training', 'layers'",
         ),
         (["--figure", "errors"], 2, "is not a harmonic checkpoint: make one first with: harmconvert convert"),
-        (["--figure", "layers", "--kernel-size", "3"], 2, "--kernel-size is of use only with --figure filters or"),
-        (["--figure", "training", "--include", "x"], 2, "--include is of use only with --figure tradeoff"),
-        (["--figure", "errors", "--device", "cpu"], 2, "--device is of use only with --figure tradeoff or --latency"),
+        (["--figure", "layers", "--kernel-size", "3"], 2, "--kernel-size works only with --figure filters or"),
+        (["--figure", "training", "--include", "x"], 2, "--include works only with --figure tradeoff"),
+        (["--figure", "errors", "--device", "cpu"], 2, "--device works only with --figure tradeoff or --latency"),
         (["--figure", "filters", "-o", "a.pdf"], 2, "a.pdf should end in .png or .svg"),
         (["--figure", "filters", "-o", "none/a.png"], 2, "the folder none does not exist"),
         (["--figure", "filters", "--kernel-size", "7"], 2, "no layer has a kernel of 7 (there are: 3x3)"),
         (["--figure", "filters", "--kernel-size", "big"], 2, "'big' is not a size such as 3 or 1x7"),
-        (["--figure", "filters", "--dataset", "x"], 2, "--dataset is of use only with --figure tradeoff"),
-        (["--figure", "spectrum", "--calibrate", "x"], 2, "--calibrate is of use only with --figure tradeoff"),
-        (["--figure", "spectrum", "--include", "x"], 2, "--include is of use only with --figure tradeoff"),
-        (["--figure", "tradeoff", "--kernel-size", "3"], 2, "--kernel-size is of use only with --figure filters or"),
-        (["--figure", "tradeoff"], 2, "which images? give --data-dir FOLDER, or --dataset NAME"),
-        (["--figure", "tradeoff", "--dataset", "sample:mnist5k", "--damping", "1"], 2, "--damping is of use only with"),
+        (["--figure", "filters", "--dataset", "x"], 2, "--dataset works only with --figure tradeoff"),
+        (["--figure", "spectrum", "--calibrate", "x"], 2, "--calibrate works only with --figure tradeoff"),
+        (["--figure", "spectrum", "--include", "x"], 2, "--include works only with --figure tradeoff"),
+        (["--figure", "tradeoff", "--kernel-size", "3"], 2, "--kernel-size works only with --figure filters or"),
+        (["--figure", "tradeoff"], 2, "no images are named: give --data-dir FOLDER, or --dataset NAME"),
+        (["--figure", "tradeoff", "--dataset", "sample:mnist5k", "--damping", "1"], 2, "--damping works only with"),
     ],
 )
 def test_report_refuses_invalid_options(arguments: list[str], code: int, message: str) -> None:

@@ -79,7 +79,7 @@ def test_a_file_created_by_another_writer_is_kept(tmp_path: Path) -> None:
         fill(path)
         (tmp_path / "a").write_bytes(b"another's")
 
-    with pytest.raises(UsageError, match="has come into being meanwhile: use force=True to replace it"):
+    with pytest.raises(UsageError, match="was created in the meantime: use force=True to replace it"):
         write_file(tmp_path / "a", slowly)
     assert (tmp_path / "a").read_bytes() == b"another's"
     assert names(tmp_path) == ["a"]

@@ -129,7 +129,7 @@ def test_calibration_images_are_named_or_passed_as_batches() -> None:
         assert done.conversion is not None
         assert done.conversion.calibration is not None
         assert done.header.history["calibration"]["inputs"] == 40
-    with pytest.raises(UsageError, match=r"calibrate=sample:mnist5k feeds one image"):
+    with pytest.raises(UsageError, match=r"calibrate=sample:mnist5k names images, which are one input"):
         hc.convert_to_file(small(), "c.safetensors", calibration="sample:mnist5k", input_sizes=[(3, 8, 8), (3, 8, 8)])
 
 
@@ -144,7 +144,7 @@ def test_nothing_is_written_if_the_flow_fails(monkeypatch: pytest.MonkeyPatch) -
     network = hc.open_source(SAMPLE).model
     Path("digits/0").mkdir(parents=True)
     Image.new("L", (28, 28)).save("digits/0/a.png")
-    with pytest.raises(InputError, match="labelled=digits holds 1 image"):
+    with pytest.raises(InputError, match="labelled=digits has 1 image"):
         hc.convert_to_file(network, "a.safetensors", max_drop=1, labelled=DataRequest(data_dir="digits", holdout=0.0))
 
     def astray(*_: object, **__: object) -> object:
@@ -218,7 +218,7 @@ def test_a_network_in_memory_is_evaluated_in_float32_and_stays_unchanged() -> No
     network = hc.open_source(SAMPLE).model.half()
     assert hc.evaluate(network, "sample:mnist5k").top1 == pytest.approx(0.994, abs=0.002)
     assert network.stem.weight.dtype == torch.float16
-    with pytest.raises(UsageError, match="compare_weights are for a network that is named"):
+    with pytest.raises(UsageError, match="compare_weights are for a source string"):
         hc.evaluate(network, "sample:mnist5k", compare=network, compare_weights="a.safetensors")
     with pytest.raises(UsageError, match="device=xpu"):
         hc.evaluate(network, "sample:mnist5k", device="xpu")
@@ -273,7 +273,7 @@ def test_a_network_in_memory_is_finetuned_and_stays_unchanged(digits: Path) -> N
     assert not any(Path().iterdir()), "no state is kept where nothing is written"
     alone = hc.finetune(conversion.model, digits, recipe=hc.Recipe(**DIGITS), workers=0)
     assert alone.stages[0].why is not None
-    assert alone.stages[0].why.endswith("name the uncut one with teacher=SOURCE")
+    assert alone.stages[0].why.endswith("name the uncut network with teacher=SOURCE")
     with pytest.raises(UsageError, match=r"distill needs the uncut network: .*; name it with teacher=SOURCE"):
         hc.finetune(conversion.model, digits, distill=1, **options)
     with pytest.raises(UsageError, match="Sequential: the uncut network has 3 classes, this one 10"):
@@ -288,7 +288,7 @@ def test_messages_of_finetune_name_arguments_and_not_options(digits: Path) -> No
     with pytest.raises(UsageError, match="a recipe has no setting 'learning_rate': use name, epochs, "):
         hc.finetune(hc.convert(hc.open_source(SAMPLE).model, 2), digits, learning_rate=1)
     Path("a.state.pth").write_bytes(b"")
-    remedy = r"a.state.pth is the state of an interrupted run: go on with resume=a.state.pth, or begin anew: force=True"
+    remedy = r"the state of an interrupted run: go on with resume=a.state.pth, or start a new run with force=True"
     for flow in (hc.finetune, hc.train):
         with pytest.raises(UsageError, match=remedy):
             flow("cut.safetensors", digits, "a.safetensors")
@@ -313,7 +313,7 @@ def test_a_network_is_trained_from_scratch(digits: Path, harmonic: str) -> None:
         header = read_header("net.safetensors")
         assert header.history["training"][0]["epochs"] == [dict(row) for row in done.rows]
         assert hc.load("net.safetensors", model=network)(torch.zeros(1, 1, 28, 28)).shape == (1, 10)
-    with pytest.raises(InputError, match=r"or make the network with arguments=\{'num_classes': 10\}"):
+    with pytest.raises(InputError, match=r"or build the network with arguments=\{'num_classes': 10\}"):
         hc.train(nn.Linear(4, 7), digits, harmonic="none", preprocessing=size, workers=0, **DIGITS)
 
 
@@ -337,7 +337,7 @@ def test_a_network_is_exported_by_its_name_or_from_memory(capfd: pytest.CaptureF
     assert program.check is not None
     with pytest.raises(UsageError, match=r"dense.safetensors exists"):
         hc.export("no_such_network", "dense.safetensors")
-    with pytest.raises(UsageError, match=r"this network does not say what it takes: give example_input$"):
+    with pytest.raises(UsageError, match=r"this network does not declare its input size: give example_input$"):
         hc.export(small(), "other.pt2", "torch-export")
     assert capfd.readouterr().out == ""
 
@@ -350,7 +350,7 @@ def test_a_network_is_timed_by_its_name_or_in_memory() -> None:
         assert (found.source, len(found.rows), found.rows[0].batch) == (source, 1, 2)
         assert next(iter(found.to_json())) == "source"
     assert hc.benchmark(small(), torch.randn(1, 3, 9, 9), **quick).rows[0].seconds
-    with pytest.raises(UsageError, match=r"this network does not say what it takes: give example_input$"):
+    with pytest.raises(UsageError, match=r"this network does not declare its input size: give example_input$"):
         hc.benchmark(small(), **quick)
 
 
@@ -383,7 +383,7 @@ def test_a_figure_is_drawn_with_its_numbers() -> None:
     assert (drawn.output, drawn.numbers, len(drawn.rows)) == ("layers.svg", "layers.csv", 2)
     assert Path("layers.svg").read_text().startswith("<?xml")
     assert list(json.loads(json.dumps(drawn.to_json()))) == ["figure", "source", "output", "numbers", "rows"]
-    with pytest.raises(UsageError, match="a trade-off is tested on labelled images: give tested"):
+    with pytest.raises(UsageError, match="a trade-off needs labelled images for the test: give tested"):
         hc.figure(SAMPLE, "tradeoff")
     with pytest.raises(UsageError, match="unknown figure 'pie': use filters, "):
         hc.figure(SAMPLE, "pie")
@@ -409,7 +409,7 @@ def test_checkpoints_are_compared_by_their_names_or_in_memory() -> None:
     assert [column.name for column in found.columns] == ["cut", "WideResNet"]
     assert found.layers["stage1.0.conv1"] == ((3, 9), (9, 9))
     assert len(hc.compare("cut.safetensors", "cut.safetensors", all_layers=True).layers) == 19
-    with pytest.raises(UsageError, match="a comparison wants two checkpoints or more"):
+    with pytest.raises(UsageError, match="a comparison needs two checkpoints or more"):
         hc.compare("cut.safetensors")
     with pytest.raises(UsageError, match="is not a harmonic checkpoint"):
         hc.compare("cut.safetensors", SAMPLE)

@@ -154,10 +154,8 @@ def test_forms_have_the_time_of_their_faster_memory_format() -> None:
 
 def test_the_report_command_measures_latency(monkeypatch: pytest.MonkeyPatch) -> None:
     converted("cut.safetensors", "--lambda", "2")
-    assert "--latency 1</code> measures it" in page(made(small(), 2))
-    fails(
-        2, "--device is of use only with --figure tradeoff or --latency", "report", "cut.safetensors", "--device", "cpu"
-    )
+    assert "latency=1</code> measures it" in page(made(small(), 2))
+    fails(2, "--device works only with --figure tradeoff or --latency", "report", "cut.safetensors", "--device", "cpu")
     replace_everywhere(monkeypatch, in_turns, lambda runs, *_, **__: {name: Times((0.2, 0.1, 0.4)) for name in runs})
     ok("report", "cut.safetensors", "--latency", "2", "--device", "cpu", "-o", "a.json")
     found = json.loads(Path("a.json").read_text())
@@ -168,7 +166,7 @@ def test_the_report_command_measures_latency(monkeypatch: pytest.MonkeyPatch) ->
     Path("net.py").write_text("from torch import nn\ndef net():\n    return nn.Sequential(nn.Conv2d(1, 2, 3))\n")
     save(convert(nn.Sequential(nn.Conv2d(1, 2, 3)), 2), "own.safetensors", source=Source("code", "net.py:net"))
     own = ["report", "own.safetensors", "--trust-code", "--latency", "1", "-o", "b.json"]
-    fails(2, "this network does not say what it takes: give --input-size C,H,W", *own)
+    fails(2, "this network does not declare its input size: give --input-size C,H,W", *own)
     ok(*own, "--input-size", "1,8,8")
 
 
@@ -253,7 +251,7 @@ def test_only_measured_stages_are_listed() -> None:
 )
 def test_an_invalid_history_is_reported_in_one_line(history: dict[str, Any]) -> None:
     conversion = convert(small(), 2)
-    with pytest.raises(InputError, match="net: what its header says was done to it is unreadable"):
+    with pytest.raises(InputError, match="net: the history in its header is invalid"):
         report_of(conversion.model, replace(save(conversion, "net.safetensors"), history=history), "net")
 
 
@@ -440,7 +438,7 @@ def test_empty_sections_are_left_out() -> None:
         "Size and cost of each form", "The network, layer by layer", "Frequencies that the layers use", "The plan",
         "Source of the network",
     ]  # fmt: skip
-    assert "Nothing is cut" in page(made(small(), "full"))
+    assert "No layer is cut" in page(made(small(), "full"))
     assert "the basis is haar" in page(made(small(), 2, basis="haar"))
 
 
@@ -594,15 +592,15 @@ def test_the_report_is_written_beside_the_checkpoint_and_replaces_no_file() -> N
         (
             ["report", SAMPLE],
             2,
-            "without it the page of a harmonic checkpoint is written, and sample:resnet_mnist5k is",
+            "the page needs a harmonic checkpoint, and sample:resnet_mnist5k is",
         ),
         (["report", "cut.safetensors", "-o", "a.pdf"], 2, "a.pdf should end in .html or .json"),
-        (["report", "cut.safetensors", "--kernel-size", "3"], 2, "--kernel-size is of use only with --figure filters"),
-        (["report", "cut.safetensors", "--include", "x"], 2, "--include is of use only with --figure tradeoff"),
+        (["report", "cut.safetensors", "--kernel-size", "3"], 2, "--kernel-size works only with --figure filters"),
+        (["report", "cut.safetensors", "--include", "x"], 2, "--include works only with --figure tradeoff"),
         (["report", "cut.safetensors", "--figure", "filters", "--input-size", "1,9,9"], 2, "only without --figure"),
-        (["report", "cut.safetensors", "--figure", "layers", "--latency", "1"], 2, "--latency is of use only without"),
-        (["report", "cut.safetensors", "-q", "-v"], 2, "--quiet and --verbose: give one of them"),
-        (["compare", "cut.safetensors"], 2, "a comparison wants two checkpoints or more"),
+        (["report", "cut.safetensors", "--figure", "layers", "--latency", "1"], 2, "--latency works only without"),
+        (["report", "cut.safetensors", "-q", "-v"], 2, "--quiet and --verbose contradict each other"),
+        (["compare", "cut.safetensors"], 2, "a comparison needs two checkpoints or more"),
         (
             ["compare", "cut.safetensors", SAMPLE],
             2,
@@ -667,15 +665,17 @@ def test_a_comparison_lists_what_cannot_be_compared() -> None:
     one = made(small(), 2, {"training": [training()]})
     other = replace(one, source=Source("timm", "other", {}, "00" * 32), layers=one.layers[:1])
     found = comparison_of([one, other])
-    assert found.notes == ("these are of different networks",)
+    assert found.notes == ("these checkpoints are of different networks",)
     assert found.layers["2"][1] is None
     assert (found.columns[0].top1, found.columns[0].stage) == (0.98, "fine-tuned")
     source = one.source
     assert source is not None
     found = comparison_of([one, replace(one, source=replace(source, sha256="00" * 32))])
-    assert found.notes == ("these were converted from different weights of the same network",)
+    assert found.notes == ("these checkpoints were converted from different weights of the same network",)
     few = replace(one.stages[-1], images=10)
-    assert comparison_of([one, replace(one, stages=(few,))]).notes == ("accuracies are of different numbers of images",)
+    assert comparison_of([one, replace(one, stages=(few,))]).notes == (
+        "the accuracies were measured on different numbers of images",
+    )
     with pytest.raises(UsageError, match="two checkpoints or more"):
         comparison_of([one])
 

@@ -188,7 +188,7 @@ def test_attributes_hooks_and_submodules_that_a_forward_pass_replaces_are_restor
 def test_values_of_parameters_and_excluded_modules_are_not_restored() -> None:
     network = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
     network.view = network[0].weight.detach()  # type: ignore[assignment]
-    before = Snapshot(network, but=[network[1]])
+    before = Snapshot(network, excluded=[network[1]])
     assert before.intact
     with torch.no_grad():
         network[0].weight.fill_(1)

@@ -321,7 +321,7 @@ def test_the_source_records_which_weights_were_loaded(tmp_path: Path) -> None:
     save(convert(network.model), tmp_path / "a.safetensors", source=network.source)
     again = open_source(str(tmp_path / "a.safetensors"))
     assert again.source.weights == taken
-    with pytest.raises(UsageError, match=r"a key or a prefix .* is of a file of weights"):
+    with pytest.raises(UsageError, match=r"a key or a prefix .* selects a part of a file of weights"):
         open_source("test_resnet", weights_key="ema")
 
 
@@ -441,7 +441,7 @@ def test_a_network_for_comparison_without_its_weights_is_refused(tmp_path: Path)
         with pytest.raises(InputError, match=r"does not have the weights of .*\(they came from w.pth\): give them"):
             open_for_comparison(code, known, "give them")
         assert same(open_for_comparison(code, known, "give them", weights=tmp_path / "w.pth").model, trained)
-    with pytest.raises(InputError, match="makes a network of random weights, others each time: give them"):
+    with pytest.raises(InputError, match="builds a network with new random weights each time: give them"):
         open_for_comparison(drawn, None, "give them")
     assert same(open_for_comparison(make, open_source(make).source, "give them").model, open_source(make).model)
 

@@ -226,7 +226,7 @@ def test_a_spinner_stops_when_other_output_begins(monkeypatch: pytest.MonkeyPatc
 def test_in_a_pipe_a_line_announces_each_long_step(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(waiting, "_SOON", 0.05)
+    monkeypatch.setattr(waiting, "_QUIET_SECONDS", 0.05)
     with busy("loading a small network"):
         pass
     with busy("loading a large network"):
@@ -250,7 +250,7 @@ def test_in_a_pipe_the_output_is_plain_text(name: str, pipe: dict[str, tuple[int
     if name == "convert, quiet":
         assert (out, err) == ("", "")
     if name == "refusal":
-        assert err == "harmconvert: error: a comparison wants two checkpoints or more\n"
+        assert err == "harmconvert: error: a comparison needs two checkpoints or more\n"
         assert out == ""
 
 

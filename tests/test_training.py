@@ -17,12 +17,21 @@ import harmconvert as hc
 from harmconvert.data import Batch
 from harmconvert.errors import CheckError, InputError, UsageError
 from harmconvert.layers import HarmonicMixin
-from harmconvert.training import RECIPES, Keeper, Machine, Recipe, distillation, recipe_named, train
+from harmconvert.training import (
+    RECIPES,
+    Callbacks,
+    MachineSettings,
+    Recipe,
+    StateFile,
+    distillation,
+    recipe_named,
+    train,
+)
 
 from . import oracle
 from .networks import seeded
 
-PLAIN = Machine(channels_last=False)
+PLAIN = MachineSettings(channels_last=False)
 RECIPE = Recipe(epochs=2, batch_size=8, lr=0.05)
 
 
@@ -30,7 +39,7 @@ class Given:
     """Fixed batches instead of a loader, the same in every epoch."""
 
     def __init__(self, batches: list[Batch], steps: int | None = -1) -> None:
-        self.batches, self.order = batches, None
+        self.batches, self.sampler = batches, None
         self.steps = len(batches) if steps == -1 else steps
 
     def epoch(self, number: int, first_step: int = 0) -> Iterator[Batch]:
@@ -99,7 +108,8 @@ def test_a_truncated_network_stays_truncated() -> None:
 
 def test_rows_have_the_metrics_of_each_epoch() -> None:
     model, told, done = small(), [], []
-    rows = train(model, noise(), RECIPE, machine=PLAIN, progress=told.append, epoch_done=lambda r: done.append(len(r)))
+    callbacks = Callbacks(progress=told.append, epoch_done=lambda rows: done.append(len(rows)))
+    rows = train(model, noise(), RECIPE, machine=PLAIN, callbacks=callbacks)
     assert [row["epoch"] for row in rows] == [1, 2]
     assert rows[1]["loss"] < rows[0]["loss"]
     assert rows[0]["images"] == 32
@@ -118,7 +128,7 @@ def test_a_step_in_several_parts_gives_the_same_result() -> None:
 def test_channels_last_changes_only_rounding() -> None:
     one, other = small(torch.float64), small(torch.float64)
     train(one, noise(dtype=torch.float64), RECIPE, machine=PLAIN)
-    train(other, noise(dtype=torch.float64), RECIPE, machine=Machine())
+    train(other, noise(dtype=torch.float64), RECIPE, machine=MachineSettings())
     assert torch.allclose(values(one), values(other), rtol=1e-9)
 
 
@@ -148,7 +158,7 @@ def test_the_moving_average_is_the_result() -> None:
     def seen(_: object) -> None:
         steps.append(values(plain))
 
-    train(plain, noise(dtype=torch.float64), RECIPE, machine=PLAIN, progress=seen)
+    train(plain, noise(dtype=torch.float64), RECIPE, machine=PLAIN, callbacks=Callbacks(progress=seen))
     train(average, noise(dtype=torch.float64), replace(RECIPE, ema=0.5), machine=PLAIN)
     expected = steps[0]  # timm's moving average starts with the first step
     for step in steps[1:]:
@@ -186,7 +196,7 @@ def test_a_stream_of_unknown_length_can_be_trained_on() -> None:
 def test_a_compiled_network_is_trained_equally() -> None:
     one, other = small(torch.float64), small(torch.float64)
     train(one, noise(dtype=torch.float64), RECIPE, machine=PLAIN)
-    train(other, noise(dtype=torch.float64), RECIPE, machine=Machine(channels_last=False, compile=True))
+    train(other, noise(dtype=torch.float64), RECIPE, machine=MachineSettings(channels_last=False, compile=True))
     assert torch.allclose(values(one), values(other), rtol=1e-8)
 
 
@@ -310,12 +320,12 @@ def test_unreadable_recipes_are_refused() -> None:
 def test_a_loss_that_is_not_finite_stops_the_run_and_the_message_says_where(tmp_path: Path) -> None:
     batches = noise()
     batches.batches[2].images[0, 0, 0, 0] = float("nan")
-    keeper = Keeper(tmp_path / "run.state.pth", every=1)
+    state_file = StateFile(tmp_path / "run.state.pth", every=1)
     with pytest.raises(
         CheckError,
         match=r"no longer finite in epoch 1, step 3 .*lower lr, or give clip_grad=1.*run.state",
     ):
-        train(small(), batches, RECIPE, machine=PLAIN, keeper=keeper)
+        train(small(), batches, RECIPE, machine=PLAIN, state_file=state_file)
     state = torch.load(tmp_path / "run.state.pth", weights_only=True)
     assert state["position"]["step"] == 2
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
@@ -323,12 +333,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_message_says_where(tmp_
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
     """The loss is computed before the step: here it is finite, but the step makes the weights infinite."""
-    keeper = Keeper(tmp_path / "run.state.pth", every=1)
+    state_file = StateFile(tmp_path / "run.state.pth", every=1)
     batches = noise(dtype=torch.float64)
     for batch in batches.batches:
         batch.images.mul_(1e3)
     with pytest.raises(CheckError, match=r"0.weight is no longer finite in epoch 1, step 1"):
-        train(bare(), batches, replace(RECIPE, lr=1e308), machine=PLAIN, keeper=keeper)
+        train(bare(), batches, replace(RECIPE, lr=1e308), machine=PLAIN, state_file=state_file)
     assert not (tmp_path / "run.state.pth").exists()
 
 
@@ -350,9 +360,9 @@ def test_images_without_labels_need_a_teacher() -> None:
     ("changes", "message"),
     [
         ({"distill": 0.5}, "distillation needs the uncut network: name it with teacher=SOURCE"),
-        ({"grad_accum_steps": 3}, "a batch of 8 images cannot be shared out evenly over 1 process x 3 parts"),
-        ({"opt": "nonsense"}, "timm takes no such opt or sched"),
-        ({"train_only": "coefficients"}, "is left to train: see train_only and freeze_bn"),
+        ({"grad_accum_steps": 3}, "a batch of 8 images cannot be divided evenly over 1 process x 3 parts"),
+        ({"opt": "nonsense"}, "timm does not accept opt or sched"),
+        ({"train_only": "coefficients"}, "has no parameter to train: change train_only or freeze_bn"),
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused(changes: dict[str, object], message: str) -> None:

@@ -178,7 +178,7 @@ def test_nan_outputs_do_not_pass() -> None:
     converted = convert(model).model
     check = verify(model, converted, X)
     assert not check.ok
-    assert check.notes == ("the outputs hold no finite value on these inputs: nothing to compare",)
+    assert check.notes == ("the outputs hold no finite value on these inputs: they cannot be compared",)
 
 
 class Bumped(nn.Module):
@@ -463,7 +463,7 @@ def test_a_cut_without_effect_on_the_inputs_matches_its_plan_but_is_not_verified
     model = seeded(Finder)
     check = verify(model, convert(model, {"*": 2}).model, X)
     assert (check.ok, check.as_planned) == (False, True)
-    assert any("these inputs show nothing of the cut" in note for note in check.notes)
+    assert any("these inputs do not show the effect of the cut" in note for note in check.notes)
     assert verify(model, convert(model, "full").model, X).ok
 
 

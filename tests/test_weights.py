@@ -25,7 +25,7 @@ from torch import nn
 from harmconvert.errors import HarmconvertError, InputError
 from harmconvert.network import weights_sha256
 from harmconvert.storage import load_state, load_weights, read_weights, untied_state, write_tensors
-from harmconvert.training import identity_of
+from harmconvert.training import read_identity
 
 from .networks import Branches, seeded
 
@@ -432,7 +432,7 @@ def test_the_message_for_a_file_of_another_format_names_the_format(
     with pytest.raises(InputError, match=re.escape(f"{path} is not a readable .pth file: {message}")):
         read_weights(path)
     with pytest.raises(InputError, match=re.escape(f"{path} is not a readable training state: {message}")):
-        identity_of(path)
+        read_identity(path)
 
 
 def test_truncated_old_files_and_other_archives_have_clear_messages(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from ..errors import Argument, Message, UsageError, first_line
 from ..network.faults import user_code_error
 from ..network.running import call, evaluating, unchanged
-from ..network.side_effects import seeded_sources
+from ..network.side_effects import fixed_random_seed
 from ..network.values import clone_tensors, describe_input, match_dtype
 
 _PLAIN = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -135,7 +135,7 @@ def forward(model: nn.Module, input: Any, mode: TorchFunctionMode | None = None,
     """
     input = match_dtype(clone_tensors(input), model)  # a forward may normalise its input in place
     try:
-        with unchanged(model) if undo else nullcontext(), evaluating(model), seeded_sources():
+        with unchanged(model) if undo else nullcontext(), evaluating(model), fixed_random_seed():
             if mode is None:
                 return call(model, input)
             with mode:

@@ -31,9 +31,9 @@ class WholeLayer:
     fit: Equations
     held: Equations
 
-    def cut(self, layer: Layer, frequencies: Sequence[Frequency]) -> tuple[Equations, Equations]:
-        """Return the equations for a cut of the layer that keeps ``frequencies``; ``layer`` describes the cut layer."""
-        kept = [self.frequencies.index(frequency) for frequency in frequencies]
+    def cut(self, layer: Layer, conv: HarmonicMixin) -> tuple[Equations, Equations]:
+        """Return the equations for a cut of the layer: ``conv`` is the cut layer, and ``layer`` describes it."""
+        kept = [self.frequencies.index(frequency) for frequency in conv.frequencies]
         return _equations_of_cut(self.fit, layer, kept), _equations_of_cut(self.held, layer, kept)
 
 

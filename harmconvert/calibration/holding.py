@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ..errors import counted, first_line
 from ..network.running import evaluating
-from ..network.side_effects import RandomStates, Snapshot, random_states_kept
+from ..network.side_effects import RandomStates, Snapshot, preserve_random_states
 from ..network.values import tensors_in
 from .capture import ConvCall, LayerReached, OnCall, Recorder, forward, watch_convolutions
 from .inputs import Batch
@@ -100,10 +100,8 @@ class Forwards:
         """Return why runs were not held at the layer that is refitted, in a sentence; empty if all were."""
         if self.refusal is not None:
             return (f"no run is held at the layer that is refitted: {self.refusal}",)
-        if self.repeated:
-            runs = f"{counted(self.repeated, 'run')} started from the input again"
-            return (f"{runs}: memory or threads were short",)
-        return ()
+        runs = f"{counted(self.repeated, 'run')} started from the input again: memory or threads were short"
+        return (runs,) if self.repeated else ()
 
     def watch(self, names: Sequence[str], batch: Batch, see: OnCall, calls: int) -> None:
         """Pass the ``calls`` calls of the layers ``names`` in a forward of ``batch`` to ``see``.
@@ -157,7 +155,7 @@ class Forwards:
 
     def _go_on(self, run: _Run, until: set[str], patience: float | None = None) -> bool:
         """Let a run continue; return whether it reached one of the layers."""
-        with random_states_kept():
+        with preserve_random_states():
             run.go_on(until, patience)
         if run.failure is not None:
             raise run.failure
@@ -168,7 +166,7 @@ class Forwards:
         started before it must find as they left it."""
         ending = list(reversed(runs))
         try:
-            with random_states_kept():
+            with preserve_random_states():
                 for run in ending:
                     run.end(_MOMENT)
                 for run in ending:  # one run may have waited for another one
@@ -294,13 +292,13 @@ class _Run:
         """
         self._until = until
         if self._random is not None:
-            self._random.set()
+            self._random.restore()
         self._turn.put(None)
         try:
             self._back.get(timeout=patience)
         except queue.Empty:
             raise TimeoutError(f"a forward has not gone on in {patience} s") from None
-        self._random = RandomStates.now()
+        self._random = RandomStates.current()
 
     def ask_to_end(self) -> None:
         """Ask the thread to end: at once where it waits, otherwise at the next layer."""

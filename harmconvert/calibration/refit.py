@@ -118,7 +118,7 @@ class Refit:
     def _problems(self, tied: TiedLayers, layer: Layer) -> tuple[Problem, Problem]:
         """Return the equations over the inputs for the fit and over those that are held back."""
         if (whole := self.whole.get(tied.names[0])) is not None:
-            return whole.cut(layer, harmonic_layers(self.forwards.model)[tied.names[0]].frequencies)
+            return whole.cut(layer, harmonic_layers(self.forwards.model)[tied.names[0]])
         fit, held = (self._problem(tied, layer, part) for part in (self.data.fit, self.data.held))
         return fit, held
 

@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from ..errors import HarmconvertError, HarmconvertWarning, one_line, printable
-from .loudness import NOTHING_WRITTEN, kept
+from .verbosity import NOTHING_WRITTEN, interruption_note
 
 COMMANDS = (
     "convert", "finetune", "evaluate", "train", "verify", "inspect", "report", "compare", "benchmark", "export", "demo",
@@ -31,7 +31,7 @@ _INTERRUPTED = "harmconvert.interrupted"
 
 
 class StopError(Exception):
-    """The user ended the command; the message says what is kept."""
+    """The user ended the command; the message says which files exist."""
 
 
 class Program(click.Group):
@@ -50,10 +50,10 @@ class Program(click.Group):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as stop:  # click would write an empty line first
-            raise StopError(kept(ctx)) from stop
+            raise StopError(interruption_note(ctx)) from stop
         except Exception as error:
             if ctx.meta.get(_INTERRUPTED):  # a library that was being imported raised its own error
-                raise StopError(kept(ctx)) from error
+                raise StopError(interruption_note(ctx)) from error
             raise
 
     def main(self, args: Any = None, *rest: Any, **extra: Any) -> Any:
@@ -121,13 +121,13 @@ def _say(message: str) -> None:
     click.echo("harmconvert: error: " + printable(" ".join(message.split())), err=True)
 
 
-def _warn(otherwise: Any, message: Any, category: type[Warning], *place: Any) -> None:
+def _warn(show_other: Any, message: Any, category: type[Warning], *place: Any) -> None:
     if issubclass(category, HarmconvertWarning):
         from .options import say
 
         say(f"warning: {message}", urgent=True)
     else:
-        otherwise(message, category, *place)
+        show_other(message, category, *place)
 
 
 def _interrupt(number: int, frame: Any) -> None:
@@ -137,7 +137,7 @@ def _interrupt(number: int, frame: Any) -> None:
 
 
 def _terminate(number: int, frame: Any) -> None:
-    _say(f"terminated; {kept(click.get_current_context(silent=True))}")
+    _say(f"terminated; {interruption_note(click.get_current_context(silent=True))}")
     sys.exit(143)
 
 

@@ -14,8 +14,8 @@ import click
 
 from ..errors import Argument, Message
 
-# The words for an argument, if they differ from its name as an option.
-WORDS = {
+# The option for an argument, if its name is not that of the argument.
+OPTION_NAMES = {
     "arguments": "--model-kwargs",
     "code": "--model",
     "compare_weights": "--compare-checkpoint",
@@ -33,7 +33,7 @@ WORDS = {
     "weights_key": "--checkpoint-key",
 }
 
-# Name the second option if a command has it and does not have the first.
+# Name the second option if a command does not have the first one.
 INSTEAD = {"--input-size C,H,W": "--img-size SIZE", "--input-size": "--img-size"}
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z]")
 
@@ -71,7 +71,7 @@ def option_of(argument: Argument) -> str:
     >>> option_of(Argument("force", True)), option_of(Argument("batch_size", 2)), option_of(Argument("output"))
     ('--force', '--batch-size 2', 'output with -o')
     """
-    words, value = WORDS.get(argument.name) or "--" + argument.name.replace("_", "-"), argument.value
+    words, value = OPTION_NAMES.get(argument.name) or "--" + argument.name.replace("_", "-"), argument.value
     if isinstance(value, Mapping):
         return f"{words} {' '.join(f'{key}={one}' for key, one in value.items())}"
     return words if value is None or value is True else f"{words} {value}"
@@ -89,5 +89,5 @@ def adapted(text: str, command: str | None = None) -> str:
     name = command or (context.command.name if context else None)
     if name not in COMMANDS or not OPTION.search(text):
         return text
-    found = {other: main.get_command(click.Context(main), other) for other in COMMANDS}
-    return fitting(text, name, {other: options_of(found_) for other, found_ in found.items() if found_ is not None})
+    commands = {other: main.get_command(click.Context(main), other) for other in COMMANDS}
+    return fitting(text, name, {other: options_of(one) for other, one in commands.items() if one is not None})

@@ -51,7 +51,7 @@ from .listening import CommandLine
 @options.input_size
 @options.device
 @options.network_options
-@options.loudness
+@options.verbosity
 @options.common
 def command(
     source: str,
@@ -79,7 +79,7 @@ def command(
     from ..pipeline.benchmark import benchmark
     from ..report import tables
 
-    found = benchmark(
+    result = benchmark(
         options.request(source, network_options),
         input_sizes=input_size,
         batches=batches,
@@ -92,12 +92,12 @@ def command(
         listener=CommandLine(),
     )
     if as_json:
-        options.print_json(found.to_json())
+        options.print_json(result.to_json())
         return
     console = options.console()
-    console.print(tables.benchmark_rows(found))
+    console.print(tables.benchmark_rows(result))
     if layers:
-        for (batch, count), chosen in found.factorings.items():
+        for (batch, count), chosen in result.factorings.items():
             console.print(tables.factored_layers(chosen, f"batch {batch}, {counted(count, 'thread')}"))
-    for line in found.advice():
+    for line in result.advice():
         console.print(line, markup=False)

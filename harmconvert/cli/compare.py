@@ -30,7 +30,7 @@ def command(
     from ..errors import UsageError
 
     if len(sources) < 2:
-        raise UsageError("a comparison wants two checkpoints or more")
+        raise UsageError("a comparison needs two checkpoints or more")
     inputs.check()
     for source in sources:
         check_harmonic(source)

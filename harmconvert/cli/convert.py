@@ -124,7 +124,7 @@ def budget_options(command: Any) -> Any:
 @options.input_size
 @options.device
 @options.network_options
-@options.loudness
+@options.verbosity
 @options.common
 def command(
     source: str,
@@ -149,7 +149,7 @@ def command(
     basis: str,
     normalization: str,
     device: str | None,
-    **more: Any,
+    **values: Any,
 ) -> int:
     """Convert the network SOURCE to harmonic form, verify it, and write one .safetensors file.
 
@@ -169,55 +169,55 @@ def command(
     from ..arguments import stays_as_it_is
     from ..files import default_name
 
-    policy, asked = _what_to_keep(plan_file, lam, budget, max_drop, labelled)
+    policy, parsed_budget = _parse_policy(plan_file, lam, budget, max_drop, labelled)
     inputs.check()
-    images.check_calibration(more, input_size)
+    images.check_calibration(values, input_size)
     if labelled is not None:
-        inputs.check_labelled(labelled, more["data_dir"])
-    choices = (lam, plan_file, budget, labelled, include, exclude, more["data"])
-    named = default_name(source, _kept(lam, plan_file, asked, max_drop))
-    if stays_as_it_is(source, choices, basis, normalization, more["dtype"]):
-        named = named.replace("-harmonic-full", "-harmonic")
-    output = output or named
+        inputs.check_labelled(labelled, values["data_dir"])
+    choices = (lam, plan_file, budget, labelled, include, exclude, values["data"])
+    default_output = default_name(source, _kept_text(lam, plan_file, parsed_budget, max_drop))
+    if stays_as_it_is(source, choices, basis, normalization, values["dtype"]):
+        default_output = default_output.replace("-harmonic-full", "-harmonic")
+    output = output or default_output
     page, figure = outputs.check(source, output, save_plan, report, search_figure, force)
-    probes = outputs.check_probes(probes, output, source, bool((asked or labelled) and more["data"]))
+    probes = outputs.check_probes(probes, output, source, bool((parsed_budget or labelled) and values["data"]))
     options.begin(source)
     from ..pipeline.convert_to_file import convert_to_file
     from ..search.records import SearchSettings
 
-    done = convert_to_file(
-        options.request(source, more),
+    file = convert_to_file(
+        options.request(source, values),
         output,
         policy,
         plan=plan_file,
         budget=budget[0] if budget else None,
         max_drop=max_drop,
-        labelled=images.labelled_request(labelled, more),
+        labelled=images.labelled_request(labelled, values),
         include=include,
         exclude=exclude,
         basis=basis,
         normalization=normalization,
-        dtype=more["dtype"],
-        calibration=images.calibration_request(more),
-        settings=images.calibration_settings(more),
-        batch_size=more["calibration_batch_size"],
+        dtype=values["dtype"],
+        calibration=images.calibration_request(values),
+        settings=images.calibration_settings(values),
+        batch_size=values["calibration_batch_size"],
         search=SearchSettings(trials, probes, options.say, frequencies),
         latency_batch=latency_batch,
         input_sizes=input_size,
-        preprocessing=images.preprocessing_overrides(more),
+        preprocessing=images.preprocessing_overrides(values),
         device=device,
         force=force,
         command=command_words(),
-        listener=_Telling(source, options.console(quiet=as_json)),
+        listener=_ResultPrinter(source, options.console(quiet=as_json)),
     )
-    _tell(done, page, force, input_size, as_json)
-    if done.conversion is None:
+    _report_files(file, page, force, input_size, as_json)
+    if file.conversion is None:
         return 0
-    _write_beside(done.conversion, figure, save_plan, force)
-    return images.verdict(done.conversion, output, more["allow_fallback"])
+    _write_figure_and_plan(file.conversion, figure, save_plan, force)
+    return images.verdict(file.conversion, output, values["allow_fallback"])
 
 
-class _Telling(listening.CommandLine):
+class _ResultPrinter(listening.CommandLine):
     """Print each result of a conversion as soon as it is known."""
 
     def __init__(self, source: str, console: Console) -> None:
@@ -239,7 +239,7 @@ class _Telling(listening.CommandLine):
             self.console.print(f"rounded to {result.dtype}: {difference}", markup=False)
 
     def wrote(self, path: str | Path) -> None:
-        options.keep(lambda: f"{path} was written, and is whole")
+        options.set_interruption_note(lambda: f"{path} was written, and is complete")
 
 
 def _parts(conversion: Conversion) -> Iterator[Any]:
@@ -255,39 +255,41 @@ def _parts(conversion: Conversion) -> Iterator[Any]:
     if (calibration := conversion.calibration) is not None:
         layers = tuple(replace(layer, why=layer.why and adapted(layer.why)) for layer in calibration.layers)
         why = calibration.incomparable and adapted(calibration.incomparable)
-        said = replace(calibration, layers=layers, incomparable=why)
-        yield tables.calibration_table(said)
-        yield from tables.calibration_lines(said)
+        adapted_calibration = replace(calibration, layers=layers, incomparable=why)
+        yield tables.calibration_table(adapted_calibration)
+        yield from tables.calibration_lines(adapted_calibration)
     yield from tables.cost_lines(conversion.cost)
 
 
-def _tell(done: ConvertedFile, page: Path | None, force: bool, sizes: Any, as_json: bool) -> None:
+def _report_files(file: ConvertedFile, page: Path | None, force: bool, sizes: Any, as_json: bool) -> None:
     """Write the page, and print which files were written."""
     from ..errors import Message
     from ..report import tables
 
     console = options.console(quiet=as_json)
-    wrote = f"wrote {done.output} ({tables.file_size(done.output)})"
-    if done.conversion is not None:
+    wrote = f"wrote {file.output} ({tables.file_size(file.output)})"
+    if file.conversion is not None:
         console.print(wrote, markup=False)
     if page:
-        pages.write_page(done.model, done.header, done.output, page, force, sizes)
-    if done.conversion is None:
-        console.print(f"{done.source} is harmonic already: written as it is; --lambda says what to cut", markup=False)
-        console.print(done.verification.verdict, markup=False)
+        pages.write_page(file.model, file.header, file.output, page, force, sizes)
+    if file.conversion is None:
+        console.print(f"{file.source} is already harmonic: written unchanged; to cut it, give --lambda", markup=False)
+        console.print(file.verification.verdict, markup=False)
         console.print(wrote, markup=False)
     elif page:
         console.print(f"wrote {page}", markup=False)
-    for name, found in (done.held_out or {}).items():
-        console.print(f"{name}, on the images that chose nothing: {found}", markup=False)
-    if done.conversion and done.conversion.advice:
-        options.say(Message("warning: ", done.conversion.advice), urgent=True)
+    for name, evaluation in (file.held_out or {}).items():
+        console.print(f"{name}, on held-out images: {evaluation}", markup=False)
+    if file.conversion and file.conversion.advice:
+        options.say(Message("warning: ", file.conversion.advice), urgent=True)
     if as_json:
-        written = {"report": str(page)} if page and done.conversion else {}
-        options.print_json(done.to_json() | written)
+        written = {"report": str(page)} if page and file.conversion else {}
+        options.print_json(file.to_json() | written)
 
 
-def _write_beside(conversion: Conversion, figure: tuple[Path, Path] | None, save_plan: str | None, force: bool) -> None:
+def _write_figure_and_plan(
+    conversion: Conversion, figure: tuple[Path, Path] | None, save_plan: str | None, force: bool
+) -> None:
     """Write the figure of the search and the plan, if the options ask for them."""
     from ..report.sheets import search_sheet
     from ..report.writing import write_figure
@@ -298,14 +300,14 @@ def _write_beside(conversion: Conversion, figure: tuple[Path, Path] | None, save
         conversion.plan.save(save_plan, force)
 
 
-def _kept(lam: str | None, plan_file: str | None, asked: Budget | None, max_drop: float | None) -> str:
+def _kept_text(lam: str | None, plan_file: str | None, budget: Budget | None, max_drop: float | None) -> str:
     """Return the part of the default file name that says what is kept."""
-    if asked is not None:
-        return str(asked).replace("=", "").replace("%", "")
+    if budget is not None:
+        return str(budget).replace("=", "").replace("%", "")
     return f"drop{max_drop:g}" if max_drop is not None else "plan" if plan_file else lam or "full"
 
 
-def _what_to_keep(
+def _parse_policy(
     plan_file: str | None, lam: str | None, budget: tuple[str, ...], max_drop: float | None, labelled: str | None
 ) -> tuple[Any, Budget | None]:
     """Return the lambda and the budget that the options name.

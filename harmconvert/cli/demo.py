@@ -37,17 +37,17 @@ def command(as_json: bool) -> None:
             waiting.enter_context(spinner())
 
         waiting.enter_context(spinner())
-        done = demo(_Telling(say))
+        result = demo(_StepPrinter(say))
     if as_json:
-        options.print_json(done.to_json())
+        options.print_json(result.to_json())
 
 
-class _Telling(CommandLine):
-    """Says in a line or two what each step measured."""
+class _StepPrinter(CommandLine):
+    """Print the measurements of each step in one or two lines."""
 
-    def __init__(self, tell: Callable[[str], None]) -> None:
+    def __init__(self, print_line: Callable[[str], None]) -> None:
         super().__init__()
-        self.tell = tell
+        self.print_line = print_line
         self.uncut = 0.0
 
     def result(self, result: object) -> None:
@@ -55,23 +55,23 @@ class _Telling(CommandLine):
 
         if isinstance(result, Step):
             for line in self._lines(result):
-                self.tell(line)
+                self.print_line(line)
 
     def _lines(self, step: Step) -> list[str]:
-        from ..pipeline.demo import PHOTOGRAPHS, REPAIR
+        from ..pipeline.demo import PHOTOGRAPHS, TRAINING_STEPS
 
         if step.why is not None:
-            return [f"{'  ' if step.name == REPAIR else 'sample:'}{step.name}: left out: {step.why}"]
+            return [f"{'  ' if step.name == TRAINING_STEPS else 'sample:'}{step.name}: left out: {step.why}"]
         if step.name == "uncut":
             self.uncut = step.accuracy or 0.0
             right = f"{step.accuracy:.1%} of {step.images:,} held-back images right"
-            return [f"sample:resnet_mnist5k, trained on real handwriting: {right}"]
+            return [f"sample:resnet_mnist5k, trained on handwritten digits: {right}"]
         if step.name == PHOTOGRAPHS:
-            return _of_photographs(step)
-        return _of_a_cut(step, self.uncut) if step.cost is not None else _of_a_repair(step)
+            return _photograph_lines(step)
+        return _cut_lines(step, self.uncut) if step.cost is not None else _refined_lines(step)
 
 
-def _of_a_cut(step: Step, uncut: float) -> list[str]:
+def _cut_lines(step: Step, uncut: float) -> list[str]:
     from ..report.tables import megabytes, millions
 
     assert step.cost is not None
@@ -81,18 +81,18 @@ def _of_a_cut(step: Step, uncut: float) -> list[str]:
         same = f"the same prediction on {step.agreement:.1%} of the images,"
         return [f"  whole basis: {size}; {same}", f"    {_exactness(step.check)}"]
     points = ((step.accuracy or 0.0) - uncut) * 100
-    plain = f"{step.accuracy:.1%} right ({points:+.1f} points), {step.agreement:.1%} predicted as before"
-    return [f"  lambda {step.name}: {size} ({kept / whole:.0%});", f"    a plain cut, nothing repaired: {plain}"]
+    plain = f"{step.accuracy:.1%} right ({points:+.1f} points), the same prediction on {step.agreement:.1%}"
+    return [f"  lambda {step.name}: {size} ({kept / whole:.0%});", f"    the plain cut: {plain}"]
 
 
-def _of_a_repair(step: Step) -> list[str]:
+def _refined_lines(step: Step) -> list[str]:
     from ..errors import counted
     from ..report.tables import megabytes
 
     if step.name == "calibrated":
         what = f"calibrated on {step.images} other images, no labels, no training"
         return [
-            f"    the same cut {what}: {step.accuracy:.1%} right,", f"    {step.agreement:.1%} predicted as before",
+            f"    the same cut {what}: {step.accuracy:.1%} right,", f"    the same prediction on {step.agreement:.1%}",
         ]  # fmt: skip
     if step.name == "fine-tuned":
         trained = f"{counted(step.epochs or 0, 'epoch')} on 4,000 images, {step.seconds:.0f} s"
@@ -101,7 +101,7 @@ def _of_a_repair(step: Step) -> list[str]:
     return [f"    exported as plain convolutions, {size}: the same prediction on {step.agreement:.1%}"]
 
 
-def _of_photographs(step: Step) -> list[str]:
+def _photograph_lines(step: Step) -> list[str]:
     from ..report.tables import millions
 
     assert step.cost is not None

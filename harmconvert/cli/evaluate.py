@@ -19,7 +19,7 @@ from .listening import CommandLine
     type=inputs.SourceText(),
     help="A second network, such as the uncut one; measure the agreement with it.",
 )
-@click.option("--compare-checkpoint", "rival_weights", type=inputs.InputFile(), help="Weights of the second network.")
+@click.option("--compare-checkpoint", "compare_weights", type=inputs.InputFile(), help="Weights of the second network.")
 @click.option(
     "--amp",
     type=click.Choice(["float32", "bfloat16", "float16"]),
@@ -31,7 +31,9 @@ from .listening import CommandLine
 @options.device
 @options.network_options
 @options.common
-def command(source: str, compare: str | None, rival_weights: str | None, amp: str, as_json: bool, **given: Any) -> None:
+def command(
+    source: str, compare: str | None, compare_weights: str | None, amp: str, as_json: bool, **values: Any
+) -> None:
     """Measure the network SOURCE on labelled images: top-1 with its 95 % interval, top-5, loss, images/s.
 
     \b
@@ -39,32 +41,34 @@ def command(source: str, compare: str | None, rival_weights: str | None, amp: st
       harmconvert evaluate resnet50-harmonic-progressive.safetensors --data-dir imagenet/val
       harmconvert evaluate sample:resnet_mnist5k --dataset sample:mnist5k
     """
-    inputs.check_run(given)
+    inputs.check_run(values)
     from ..errors import UsageError
     from ..pipeline.evaluate import evaluate
     from ..report import tables
     from ..sources.opening import made_by_code
 
-    if rival_weights and not compare:
-        raise UsageError("--compare-checkpoint is of use only with --compare SOURCE")
+    if compare_weights and not compare:
+        raise UsageError("--compare-checkpoint works only with --compare SOURCE")
     other = None
     if compare:
-        other = options.request(compare, {"trust_code": given["trust_code"], "code": given["code"]})
-        given["code"] = given["code"] if made_by_code(source) else None  # else it is for the other one
-    found = evaluate(
-        options.request(source, given),
-        training_options.data_request(given),
+        other = options.request(compare, {"trust_code": values["trust_code"], "code": values["code"]})
+        values["code"] = (
+            values["code"] if made_by_code(source) else None
+        )  # for a source without user code, it is for the second network
+    result = evaluate(
+        options.request(source, values),
+        training_options.data_request(values),
         compare=other,
-        compare_weights=rival_weights,
-        batch_size=given["batch_size"],
-        workers=given["workers"],
+        compare_weights=compare_weights,
+        batch_size=values["batch_size"],
+        workers=values["workers"],
         amp=amp,
-        preprocessing=training_options.image_overrides(given),
-        device=given["device"],
+        preprocessing=training_options.image_overrides(values),
+        device=values["device"],
         listener=CommandLine(),
     )
     if as_json:
-        options.print_json(found.to_json())
+        options.print_json(result.to_json())
         return
-    for line in tables.evaluation_lines(found):
+    for line in tables.evaluation_lines(result):
         options.console().print(line, markup=False)

@@ -33,7 +33,7 @@ from .listening import CommandLine
 @options.force
 @options.input_size
 @options.network_options
-@options.loudness
+@options.verbosity
 @options.common
 def command(
     source: str,
@@ -62,7 +62,7 @@ def command(
     from ..pipeline.export import export
     from ..report import tables
 
-    done = export(
+    exported = export(
         options.request(source, network_options),
         output,
         format,
@@ -73,9 +73,9 @@ def command(
         listener=CommandLine(source),
     )
     if as_json:
-        options.print_json(done.to_json())
+        options.print_json(exported.to_json())
         return
     console = options.console()
-    for line in tables.export_lines(done.check, dtype) if done.check else ():
+    for line in tables.export_lines(exported.check, dtype) if exported.check else ():
         console.print(line, markup=False)
     console.print(f"wrote {output} ({tables.file_size(output)})", markup=False)

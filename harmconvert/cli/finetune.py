@@ -62,7 +62,7 @@ from .recording import command_words
 @options.force
 @training_options.run_options
 @options.trust_code
-@options.loudness
+@options.verbosity
 @options.common
 def command(
     source: str,
@@ -75,7 +75,7 @@ def command(
     trust_code: bool,
     code: str | None,
     as_json: bool,
-    **given: Any,
+    **values: Any,
 ) -> None:
     """Fine-tune the harmonic checkpoint SOURCE: the paper's 5 epochs, unless options say otherwise.
 
@@ -91,36 +91,36 @@ def command(
     from ..arguments import check_harmonic, check_run_outputs
 
     output = output or default_output(source)
-    check_run_outputs(output, given["resume"], force)
+    check_run_outputs(output, values["resume"], force)
     page = pages.checked(output, report, force)
-    inputs.check_run(given)
+    inputs.check_run(values)
     check_harmonic(source)
     from ..pipeline.finetune import finetune
     from ..report import tables
 
-    done = finetune(
+    result = finetune(
         options.request(source, {"trust_code": trust_code, "code": code}),
-        training_options.data_request(given),
+        training_options.data_request(values),
         output,
         teacher=teacher,
         num_classes=num_classes,
         calibration_images=calibration_images,
-        preprocessing=training_options.image_overrides({**given, "trust_code": trust_code}),
+        preprocessing=training_options.image_overrides({**values, "trust_code": trust_code}),
         force=force,
         command=command_words(leave_out=training_options.recipe_fields()),
         listener=CommandLine(),
-        **training_options.run_arguments(given),
-        **training_options.changes(given),
+        **training_options.run_arguments(values),
+        **training_options.changes(values),
     )
     console = options.console(quiet=as_json)
-    console.print(tables.stages_table([replace(stage, why=adapted(stage.why or "")) for stage in done.stages]))
+    console.print(tables.stages_table([replace(stage, why=adapted(stage.why or "")) for stage in result.stages]))
     console.print(f"wrote {output} ({tables.file_size(output)})", markup=False)
     if page:
-        assert done.header is not None
-        pages.write_page(done.model, done.header, output, page, force)
+        assert result.header is not None
+        pages.write_page(result.model, result.header, output, page, force)
         console.print(f"wrote {page}", markup=False)
     if as_json:
-        options.print_json(done.to_json() | ({"report": str(page)} if page else {}))
+        options.print_json(result.to_json() | ({"report": str(page)} if page else {}))
 
 
 def default_output(source: str) -> str:

@@ -45,10 +45,10 @@ def preprocessing_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def preprocessing_overrides(given: Mapping[str, Any]) -> dict[str, Any]:
+def preprocessing_overrides(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of `preprocessing_options`, as `harmconvert.data.preprocessing` expects them."""
     chosen = ("preprocess", "mean", "std", "interpolation", "crop_pct")
-    return {**{key: given[key] for key in chosen}, "trust_code": given["trust_code"]}
+    return {**{key: values[key] for key in chosen}, "trust_code": values["trust_code"]}
 
 
 def calibration_data_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -116,7 +116,7 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check_calibration(
-    given: dict[str, Any], sizes: Sequence[tuple[int, ...]], own: options.Decorator = calibration_options
+    values: dict[str, Any], sizes: Sequence[tuple[int, ...]], own: options.Decorator = calibration_options
 ) -> None:
     """Check the options ``own`` of a calibration, before torch is imported.
 
@@ -126,38 +126,41 @@ def check_calibration(
     from ..arguments import check_unlabelled
     from ..errors import UsageError
 
-    if given["data"] is None:
+    if values["data"] is None:
         options.only_with(own, "--calibrate DATA", but=preprocessing_options)
         return
     if len(sizes) > 1:
-        raise UsageError("--calibrate feeds one image; for a network of several inputs use calibration= in Python")
-    check_unlabelled(given["data"])
+        raise UsageError(
+            "--calibrate names images, which are one input: for a network with several inputs, use calibration= in "
+            "Python"
+        )
+    check_unlabelled(values["data"])
 
 
-def calibration_request(given: Mapping[str, Any]) -> DataRequest | None:
+def calibration_request(values: Mapping[str, Any]) -> DataRequest | None:
     """Return the images that --calibrate names; None without it."""
     from ..data.datasets import DataRequest
 
-    if given["data"] is None:
+    if values["data"] is None:
         return None
-    return DataRequest(given["data"], given["data_dir"], given["calibration_split"])
+    return DataRequest(values["data"], values["data_dir"], values["calibration_split"])
 
 
-def calibration_settings(given: Mapping[str, Any]) -> CalibrationSettings:
+def calibration_settings(values: Mapping[str, Any]) -> CalibrationSettings:
     """Return the settings from the options of a calibration."""
     from ..calibration import CalibrationSettings
 
-    memory, count = given["calibration_memory"], given["calibration_images"]
-    return CalibrationSettings(given["damping"], memory, seed=given["seed"], inputs=count)
+    memory, count = values["calibration_memory"], values["calibration_images"]
+    return CalibrationSettings(values["damping"], memory, seed=values["seed"], inputs=count)
 
 
-def labelled_request(data: str | None, given: Mapping[str, Any]) -> DataRequest | None:
+def labelled_request(data: str | None, values: Mapping[str, Any]) -> DataRequest | None:
     """Return the images that --labelled names; None without it."""
     from ..data.datasets import DataRequest
 
     if data is None or Path(data).is_dir() or data.endswith(".tar"):
         return None if data is None else DataRequest(data_dir=data, holdout=0.0)
-    return DataRequest(data, given["data_dir"], holdout=0.0)
+    return DataRequest(data, values["data_dir"], holdout=0.0)
 
 
 def verdict(conversion: Conversion, output: str, allow_fallback: bool) -> int:

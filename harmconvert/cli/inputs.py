@@ -30,7 +30,7 @@ class InputFile(click.ParamType):
             InputError: the file does not exist, or is a folder. OutsideError: there is no permission to read it.
         """
         from ..errors import InputError
-        from ..files import outside
+        from ..files import outside_error
 
         path = Path(text)
         if not text or not os.path.lexists(path):
@@ -42,7 +42,7 @@ class InputFile(click.ParamType):
         if not path.is_file():
             raise InputError(f"{text} is not a regular file")
         if not os.access(path, os.R_OK):
-            raise outside(PermissionError(13, os.strerror(13)), f"cannot read {text}")
+            raise outside_error(PermissionError(13, os.strerror(13)), f"cannot read {text}")
 
 
 class SourceText(InputFile):
@@ -115,12 +115,12 @@ def check() -> None:
     context = click.get_current_context()
     typed = click.core.ParameterSource.COMMANDLINE
     for parameter in context.command.params:
-        given = context.params.get(parameter.name or "")
+        value = context.params.get(parameter.name or "")
         optional = isinstance(parameter, click.Option)
-        if optional and given in ("", ("",)) and context.get_parameter_source(parameter.name or "") is typed:
+        if optional and value in ("", ("",)) and context.get_parameter_source(parameter.name or "") is typed:
             raise UsageError(f"{parameter.opts[0]} has an empty value: give one, or leave the option out")
-        if isinstance(parameter.type, InputFile) and given is not None:
-            for text in given if isinstance(given, tuple) else (given,):
+        if isinstance(parameter.type, InputFile) and value is not None:
+            for text in value if isinstance(value, tuple) else (value,):
                 parameter.type.check(text)
 
 
@@ -136,7 +136,7 @@ def check_labelled(data: str, data_dir: str | None) -> None:
     check_labelled(data, data_dir)
 
 
-def check_run(given: Mapping[str, Any]) -> None:
+def check_run(values: Mapping[str, Any]) -> None:
     """Check the data and the files of a run.
 
     Raises:
@@ -144,5 +144,5 @@ def check_run(given: Mapping[str, Any]) -> None:
     """
     from ..arguments import check_labelled
 
-    check_labelled(given["dataset"], given["data_dir"])
+    check_labelled(values["dataset"], values["data_dir"])
     check()

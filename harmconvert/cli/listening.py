@@ -20,13 +20,13 @@ class CommandLine:
     """
 
     def __init__(self, source: str = "") -> None:
-        self.said = f"loading {source}"
+        self.loading_message = f"loading {source}"
 
     def say(self, message: str, *, urgent: bool = False) -> None:
         options.say(message, urgent=urgent)
 
     def busy(self, what: str) -> AbstractContextManager[Callable[[str], None]]:
-        return options.busy(what, said=what == self.said)
+        return options.busy(what, printed=what == self.loading_message)
 
     def progress(self, what: str = "") -> AbstractContextManager[Callable[[int, int, str], None]]:
         return options.progress(what)

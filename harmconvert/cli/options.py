@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import inputs, types
-from .loudness import NOTHING_WRITTEN as NOTHING_WRITTEN
-from .loudness import keep as keep
-from .loudness import loud as loud
-from .loudness import loudness as loudness
-from .loudness import say as say
 from .printing import console as console
 from .printing import print_json as print_json
+from .verbosity import NOTHING_WRITTEN as NOTHING_WRITTEN
+from .verbosity import has_verbosity as has_verbosity
+from .verbosity import say as say
+from .verbosity import set_interruption_note as set_interruption_note
+from .verbosity import verbosity as verbosity
 from .waiting import busy as busy
 from .waiting import progress as progress
 
@@ -92,9 +92,9 @@ def only_with(own: Decorator, what: str, but: Decorator = lambda command: comman
     context = click.get_current_context()
     others = {p.name for p in getattr(but(lambda: None), "__click_params__", [])}
     names = [p for p in own(lambda: None).__click_params__ if p.name not in others]  # type: ignore[attr-defined]
-    given = [p for p in names if context.get_parameter_source(p.name) is click.core.ParameterSource.COMMANDLINE]
-    if given:
-        raise UsageError(f"{given[0].opts[0]} is of use only with {what}")
+    typed = [p for p in names if context.get_parameter_source(p.name) is click.core.ParameterSource.COMMANDLINE]
+    if typed:
+        raise UsageError(f"{typed[0].opts[0]} works only with {what}")
 
 
 input_size = click.option(
@@ -133,27 +133,27 @@ def begin(source: str) -> None:
         import_module("harmconvert.pipeline.networks")
 
 
-def request(source: str, given: Mapping[str, Any]) -> SourceRequest:
+def request(source: str, values: Mapping[str, Any]) -> SourceRequest:
     """Return the request for a network from the values of `network_options`, or of a part of them."""
     from ..sources.request import SourceRequest
 
     return SourceRequest(
         source,
-        given.get("weights"),
-        given.get("weights_key"),
-        given.get("strip_prefix"),
-        dict(given.get("arguments", ())),
-        given["trust_code"],
-        given.get("code"),
+        values.get("weights"),
+        values.get("weights_key"),
+        values.get("strip_prefix"),
+        dict(values.get("arguments", ())),
+        values["trust_code"],
+        values.get("code"),
     )
 
 
-def opened(source: str, given: Mapping[str, Any], *, begun: bool = False, **more: Any) -> Network:
+def opened(source: str, values: Mapping[str, Any], *, announced: bool = False, **more: Any) -> Network:
     """Return the network of a source, from the values of `network_options` or of a part of them.
 
-    ``begun`` says that `begin` was called before. Raises the errors of `harmconvert.pipeline.networks.opened`.
+    ``announced`` says that `begin` was called before. Raises the errors of `harmconvert.pipeline.networks.opened`.
     """
     from ..pipeline.networks import opened
     from .listening import CommandLine
 
-    return opened(request(source, given), CommandLine(source if begun else ""), **more)
+    return opened(request(source, values), CommandLine(source if announced else ""), **more)

@@ -21,23 +21,25 @@ def check(
     return page, check_figure(source, "search", search_figure, force) if search_figure else None
 
 
-def check_probes(probes: str | None, output: str, source: str, wanted: bool) -> str | None:
-    """Return the file for the scores, which an interruption names; None if there are no scores."""
+def check_probes(probes: str | None, output: str, source: str, needed: bool) -> str | None:
+    """Return the file for the scores, and name it in the message of an interruption; None if there are no scores."""
     from ..files import check_output
 
-    if wanted and probes is None:
+    if needed and probes is None:
         probes = _probes_beside(output, source)
     if probes:
         check_output(probes, force=True)
-        options.keep(lambda: _scores_kept(probes))
+        options.set_interruption_note(lambda: _saved_scores_note(probes))
     return probes
 
 
-def _scores_kept(probes: str) -> str:
-    """Return what is kept if a search is interrupted."""
+def _saved_scores_note(probes: str) -> str:
+    """Return which files exist if a search is interrupted."""
     if not Path(probes).exists():
         return options.NOTHING_WRITTEN
-    return f"{options.NOTHING_WRITTEN}, but scores of layers are kept in {probes}: the same command goes on from them"
+    return (
+        f"{options.NOTHING_WRITTEN}, but scores of layers are saved in {probes}: the same command continues from them"
+    )
 
 
 def _probes_beside(output: str, source: str) -> str:

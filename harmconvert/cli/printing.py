@@ -12,7 +12,7 @@ import click
 from ..documents import json_text
 from ..errors import Message, printable
 from .advice import adapted
-from .loudness import silent
+from .verbosity import silent
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,18 +25,18 @@ def console(quiet: bool = False) -> Console:
     """
     from rich.console import Console
 
-    class Patient(Console):
+    class PipeSafeConsole(Console):
         def print(self, *objects: Any, **how: Any) -> None:
             super().print(*(printable(adapted(one)) if isinstance(one, str) else one for one in objects), **how)
 
         def on_broken_pipe(self) -> None:
-            """The reader of the output has gone: continue the work without output."""
+            """Continue the work without output: the reader of the pipe has gone."""
             self.quiet = True
-            nobody_reads(sys.stdout)
+            discard_output(sys.stdout)
 
     terminal = sys.stdout.isatty()
     quiet = quiet or silent()
-    return Patient(width=None if terminal else 1000, highlight=False, soft_wrap=not terminal, quiet=quiet)
+    return PipeSafeConsole(width=None if terminal else 1000, highlight=False, soft_wrap=not terminal, quiet=quiet)
 
 
 def print_json(data: Any) -> None:
@@ -47,7 +47,7 @@ def print_json(data: Any) -> None:
     try:
         click.echo(json_text(_named(data)), file=stream)
     except BrokenPipeError:
-        nobody_reads(stream)
+        discard_output(stream)
 
 
 def _named(data: Any) -> Any:
@@ -59,6 +59,6 @@ def _named(data: Any) -> Any:
     return adapted(data) if isinstance(data, Message) else data
 
 
-def nobody_reads(stream: TextIO) -> None:
-    """Discard all further output of a stream whose reader has gone."""
+def discard_output(stream: TextIO) -> None:
+    """Discard all further output of a stream that nobody reads."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

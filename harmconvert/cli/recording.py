@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 # Options for the place of the output, the messages and the machine: they do not change the result.
-_ASIDE = (
+_NOT_RECORDED = (
     *("output", "report", "force", "as_json", "quiet", "verbose", "debug", "save_plan", "search_figure", "probes"),
     *("device", "workers", "resume", "save_every", "log", "calibration_memory"),
 )
@@ -21,8 +21,8 @@ def command_words(leave_out: Collection[str] = ()) -> dict[str, Any]:
     words: list[str] = []
     for parameter in context.command.params:
         name = parameter.name or ""
-        given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
-        if isinstance(parameter, click.Option) and given and name not in (*_ASIDE, *leave_out):
+        typed = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+        if isinstance(parameter, click.Option) and typed and name not in (*_NOT_RECORDED, *leave_out):
             words += _words(parameter, context.params[name])
     return {"name": context.command.name, "words": words}
 

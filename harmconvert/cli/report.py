@@ -62,7 +62,7 @@ def tradeoff_options(command: Any) -> Any:
 @options.device
 @options.input_size
 @options.network_options
-@options.loudness
+@options.verbosity
 @options.common
 def command(
     source: str,
@@ -73,7 +73,7 @@ def command(
     latency: int | None,
     input_size: Any,
     as_json: bool,
-    **given: Any,
+    **values: Any,
 ) -> None:
     """Write a page about the harmonic checkpoint SOURCE, or with --figure one figure.
 
@@ -94,24 +94,24 @@ def command(
     from ..arguments import check_figure, check_harmonic
     from ..errors import UsageError
 
-    if figure != "tradeoff" and latency is None and given["device"] is not None:
-        raise UsageError("--device is of use only with --figure tradeoff or --latency")
+    if figure != "tradeoff" and latency is None and values["device"] is not None:
+        raise UsageError("--device works only with --figure tradeoff or --latency")
+    values["input_size"] = input_size
     if figure is None:
-        _page(source, given, output, force, kernel_size, latency, input_size, as_json)
+        _write_page(source, values, output, force, kernel_size, latency, as_json)
         return
     if latency:
-        raise UsageError("--latency is of use only without --figure")
+        raise UsageError("--latency works only without --figure")
     if input_size and figure != "tradeoff":
-        raise UsageError("--input-size is of use only without --figure, or with --figure tradeoff")
-    given["input_size"] = input_size
+        raise UsageError("--input-size works only without --figure, or with --figure tradeoff")
     if figure != "tradeoff":
         options.only_with(tradeoff_options, "--figure tradeoff")
     if figure not in ("filters", "spectrum") and kernel_size is not None:
-        raise UsageError("--kernel-size is of use only with --figure filters or spectrum")
+        raise UsageError("--kernel-size works only with --figure filters or spectrum")
     check_figure(source, figure, output, force)
     if figure == "tradeoff":
-        inputs.check_run(given)
-        images.check_calibration(given, (), images.calibration_data_options)
+        inputs.check_run(values)
+        images.check_calibration(values, (), images.calibration_data_options)
     inputs.check()
     if figure in CHECKPOINT_FIGURES:
         check_harmonic(source)
@@ -119,32 +119,31 @@ def command(
     from ..report import tables
     from ..report.tradeoff import Tradeoff
 
-    drawn = draw(
-        options.request(source, given),
+    result = draw(
+        options.request(source, values),
         figure,
         output,
         kernel_size=kernel_size,
-        tested=_tested(given) if figure == "tradeoff" else None,
+        tested=_tradeoff_settings(values) if figure == "tradeoff" else None,
         force=force,
         listener=CommandLine(),
     )
     if as_json:
-        options.print_json(drawn.to_json())
+        options.print_json(result.to_json())
         return
     console = options.console()
-    if isinstance(drawn.shown, Tradeoff):
-        console.print(tables.tradeoff_table(drawn.shown))
-    console.print(f"wrote {drawn.output} and {drawn.numbers}", markup=False)
+    if isinstance(result.shown, Tradeoff):
+        console.print(tables.tradeoff_table(result.shown))
+    console.print(f"wrote {result.output} and {result.numbers}", markup=False)
 
 
-def _page(
+def _write_page(
     source: str,
-    given: dict[str, Any],
+    values: dict[str, Any],
     output: str | None,
     force: bool,
     kernel_size: tuple[int, ...] | None,
     latency: int | None,
-    input_size: Any,
     as_json: bool,
 ) -> None:
     """Write the page or its data."""
@@ -154,43 +153,42 @@ def _page(
     inputs.check()
     if not may_be_harmonic(source):
         raise UsageError(
-            f"which figure? give --figure {', '.join(NETWORK_FIGURES[:-1])} or {NETWORK_FIGURES[-1]}; without it the "
-            f"page of a harmonic checkpoint is written, and {source} is none: make one with: harmconvert convert "
-            f"{source}"
+            f"no figure is named: give --figure {', '.join(NETWORK_FIGURES[:-1])} or {NETWORK_FIGURES[-1]}; the page "
+            f"needs a harmonic checkpoint, and {source} is not one: make one with: harmconvert convert {source}"
         )
     options.only_with(tradeoff_options, "--figure tradeoff")
     if kernel_size is not None:
-        raise UsageError("--kernel-size is of use only with --figure filters or spectrum")
+        raise UsageError("--kernel-size works only with --figure filters or spectrum")
     path = check_report(source, output, force)
     from ..report import report
 
-    done = report(
-        options.request(source, given),
+    result = report(
+        options.request(source, values),
         path,
         latency=latency,
-        input_sizes=input_size,
-        device=given["device"],
+        input_sizes=values["input_size"],
+        device=values["device"],
         force=force,
         listener=CommandLine(),
     )
     if as_json:
-        options.print_json(done.to_json())
+        options.print_json(result.to_json())
         return
     options.console().print(f"wrote {path}", markup=False)
 
 
-def _tested(given: dict[str, Any]) -> TradeoffSettings:
+def _tradeoff_settings(values: dict[str, Any]) -> TradeoffSettings:
     """Return the settings of a trade-off from the options."""
     from ..report import TradeoffSettings
 
     return TradeoffSettings(
-        training_options.data_request(given),
-        images.calibration_request(given),
-        images.calibration_settings(given),
-        given["include"],
-        training_options.image_overrides(given),
-        given["batch_size"],
-        given["calibration_batch_size"],
-        given["workers"],
-        given["device"],
+        training_options.data_request(values),
+        images.calibration_request(values),
+        images.calibration_settings(values),
+        values["include"],
+        training_options.image_overrides(values),
+        values["batch_size"],
+        values["calibration_batch_size"],
+        values["workers"],
+        values["device"],
     )

@@ -49,7 +49,7 @@ from .recording import command_words
 @options.force
 @training_options.run_options
 @options.network_options
-@options.loudness
+@options.verbosity
 @options.common
 def command(
     source: str,
@@ -61,7 +61,7 @@ def command(
     output: str | None,
     force: bool,
     as_json: bool,
-    **given: Any,
+    **values: Any,
 ) -> None:
     """Train the network SOURCE from scratch, plain or harmonic.
 
@@ -77,31 +77,31 @@ def command(
     from ..arguments import check_run_outputs, parse_lambda
 
     output = output or default_output(source)
-    check_run_outputs(output, given["resume"], force)
-    kept = parse_lambda(lam)
-    inputs.check_run(given)
+    check_run_outputs(output, values["resume"], force)
+    parsed_lambda = parse_lambda(lam)
+    inputs.check_run(values)
     from ..pipeline.train import train
 
-    done = train(
-        options.request(source, given),
-        training_options.data_request(given),
+    result = train(
+        options.request(source, values),
+        training_options.data_request(values),
         output,
         recipe=recipe_name,
         harmonic=harmonic,
-        lam=kept,
+        lam=parsed_lambda,
         basis=basis,
         normalize_first=not no_normalize_first,
-        preprocessing=training_options.image_overrides(given),
+        preprocessing=training_options.image_overrides(values),
         force=force,
         command=command_words(leave_out={"recipe_name", *training_options.recipe_fields()}),
         listener=CommandLine(),
-        **training_options.run_arguments(given),
-        **training_options.changes(given),
+        **training_options.run_arguments(values),
+        **training_options.changes(values),
     )
     if as_json:
-        options.print_json(done.to_json())
+        options.print_json(result.to_json())
         return
-    options.console().print(f"{done.evaluation}\nwrote {output}", markup=False)
+    options.console().print(f"{result.evaluation}\nwrote {output}", markup=False)
 
 
 def default_output(source: str) -> str:

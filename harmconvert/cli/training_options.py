@@ -168,42 +168,42 @@ def recipe_fields() -> set[str]:
     return {field.name for field in fields(Recipe)}
 
 
-def changes(given: Mapping[str, Any]) -> dict[str, Any]:
+def changes(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a recipe that the options change."""
-    found = {key: given[key] for key in recipe_fields() & given.keys() if given[key] is not None}
-    if "decay_milestones" in found:
-        found["decay_milestones"] = tuple(round(epoch) for epoch in found["decay_milestones"])
-    return found
+    changed = {key: values[key] for key in recipe_fields() & values.keys() if values[key] is not None}
+    if "decay_milestones" in changed:
+        changed["decay_milestones"] = tuple(round(epoch) for epoch in changed["decay_milestones"])
+    return changed
 
 
-def run_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments that say where a training runs, and where its state and log are kept."""
+def run_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments that say where a training runs, and where its state and log are saved."""
     from ..pipeline.devices import machine_on
 
-    layout, compiled, shared = not given["no_channels_last"], given["torchcompile"], not given["no_sync_bn"]
-    kept = {key: given[key] for key in ("workers", "save_every", "resume", "log")}
-    return {"machine": machine_on(given["device"], layout, compiled, shared), **kept}
+    channels_last, compiled, sync_bn = not values["no_channels_last"], values["torchcompile"], not values["no_sync_bn"]
+    others = {key: values[key] for key in ("workers", "save_every", "resume", "log")}
+    return {"machine": machine_on(values["device"], channels_last, compiled, sync_bn), **others}
 
 
-def data_request(given: Mapping[str, Any]) -> DataRequest:
+def data_request(values: Mapping[str, Any]) -> DataRequest:
     """Return the data that the options name."""
     from ..data.datasets import DataRequest
 
-    splits = given["train_split"], given["val_split"]
-    return DataRequest(given["dataset"], given["data_dir"], *splits, given["holdout"], given["seed"] or 0)
+    splits = values["train_split"], values["val_split"]
+    return DataRequest(values["dataset"], values["data_dir"], *splits, values["holdout"], values["seed"] or 0)
 
 
-def image_overrides(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the pre-processing and the size of images, where the options override the network's own.
+def image_overrides(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the pre-processing and the size of images, if the options override the network's own.
 
     Raises:
         UsageError: --input-size and --img-size both give the size, or --input-size is repeated.
     """
     from ..errors import UsageError
 
-    sizes, side = given["input_size"], given["img_size"]
+    sizes, side = values["input_size"], values["img_size"]
     if len(sizes) > 1:
         raise UsageError("images are one input: give --input-size once")
     if sizes and side:
         raise UsageError("--input-size and --img-size both give the size of the images: give one of them")
-    return {**images.preprocessing_overrides(given), "input_size": sizes[0] if sizes else side}
+    return {**images.preprocessing_overrides(values), "input_size": sizes[0] if sizes else side}

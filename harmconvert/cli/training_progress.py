@@ -13,7 +13,7 @@ from . import options
 
 if TYPE_CHECKING:
     from ..pipeline.listener import TrainingProgress
-    from ..training import Told
+    from ..training import StepProgress
 
 
 @contextmanager
@@ -25,17 +25,17 @@ def progress(epochs: int) -> Iterator[TrainingProgress]:
     from ..pipeline.listener import TrainingProgress
 
     console = Console(stderr=True, force_terminal=sys.stderr.isatty())
-    if os.environ.get("RANK", "0") != "0" or options.loud("quiet"):
+    if os.environ.get("RANK", "0") != "0" or options.has_verbosity("quiet"):
         yield TrainingProgress()
         return
     if not console.is_terminal:
-        yield TrainingProgress(_tell_now_and_then(epochs), lambda row: options.say(epoch_line(row, epochs)))
+        yield TrainingProgress(_print_now_and_then(epochs), lambda row: options.say(epoch_line(row, epochs)))
         return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("training")
 
-        def told(at: Told) -> None:
+        def step_done(at: StepProgress) -> None:
             steps = at.steps or at.step
             text = f"{at.epoch + 1}/{epochs}  loss {at.loss:.3f}  {at.accuracy:.1%}  {at.images_per_second:,.0f} img/s"
             bar.update(task, completed=at.epoch * steps + at.step, total=epochs * steps, description=text)
@@ -50,7 +50,7 @@ def progress(epochs: int) -> Iterator[TrainingProgress]:
         def epoch_done(row: Mapping[str, Any]) -> None:
             bar.console.print(epoch_line(row, epochs), markup=False, highlight=False)
 
-        yield TrainingProgress(told, epoch_done, tested)
+        yield TrainingProgress(step_done, epoch_done, tested)
 
 
 def epoch_line(row: Mapping[str, Any], epochs: int) -> str:
@@ -64,10 +64,10 @@ def epoch_line(row: Mapping[str, Any], epochs: int) -> str:
     return f"epoch {row['epoch']}/{epochs}: loss {row['loss']:.4f}{tested}, lr {row['lr']:.3g}, {speed:,.0f} images/s"
 
 
-def _tell_now_and_then(epochs: int) -> Callable[[Told], None]:
+def _print_now_and_then(epochs: int) -> Callable[[StepProgress], None]:
     last = time.monotonic()
 
-    def told(at: Told) -> None:
+    def step_done(at: StepProgress) -> None:
         nonlocal last
         if time.monotonic() - last > 30:
             last = time.monotonic()
@@ -76,4 +76,4 @@ def _tell_now_and_then(epochs: int) -> Callable[[Told], None]:
                 f"{at.images_per_second:,.0f} images/s"
             )
 
-    return told
+    return step_done

@@ -24,7 +24,7 @@ from . import inputs, options, types
 )
 @options.input_size
 @options.network_options
-@options.loudness
+@options.verbosity
 @options.common
 def command(
     original: str,

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 from ..errors import printable
-from .loudness import loud, say, silent
+from .verbosity import has_verbosity, say, silent
 
-_SOON = 2.0  # seconds without a message
-_WIDEST = 60  # columns of a description, so that it fits on its line
+_QUIET_SECONDS = 2.0  # short work prints no message
+_MOST_COLUMNS = 60  # of a description, so that it fits on its line
 
 
 @contextmanager
@@ -31,8 +31,8 @@ def progress(what: str = "") -> Iterator[Callable[[int, int, str], None]]:
         yield lambda done, total, what: None
         return
     if not console.is_terminal:
-        with _late(what):
-            yield _in_tenths()
+        with _print_if_slow(what):
+            yield _print_tenths()
         return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
@@ -41,10 +41,10 @@ def progress(what: str = "") -> Iterator[Callable[[int, int, str], None]]:
 
 
 @contextmanager
-def busy(what: str, *, at_once: bool = False, said: bool = False) -> Iterator[Callable[[str], None]]:
+def busy(what: str, *, at_once: bool = False, printed: bool = False) -> Iterator[Callable[[str], None]]:
     """Show a spinner on stderr with the elapsed time; yield the function that changes the description.
 
-    If stderr is no terminal, print a line after two seconds, or ``at_once``. Print no line if it was ``said`` before.
+    If stderr is no terminal, print a line after two seconds, or ``at_once``, unless it was ``printed`` before.
     """
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -55,23 +55,23 @@ def busy(what: str, *, at_once: bool = False, said: bool = False) -> Iterator[Ca
         yield lambda what: None
         return
     if not console.is_terminal:
-        now = at_once or loud("verbose")
-        if now and not said:
+        now = at_once or has_verbosity("verbose")
+        if now and not printed:
             say(what)
-        with _late("" if now or said else what):
+        with _print_if_slow("" if now or printed else what):
             yield say
         return
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, redirect_stderr=False) as spinner:
-        task = spinner.add_task(printable(what[-_WIDEST:]), total=None)
-        sys.stderr = _StepsAside(stderr, spinner.stop)
+        task = spinner.add_task(printable(what[-_MOST_COLUMNS:]), total=None)
+        sys.stderr = _SpinnerStopper(stderr, spinner.stop)
         try:
-            yield lambda what: spinner.update(task, description=printable(what[-_WIDEST:]))
+            yield lambda what: spinner.update(task, description=printable(what[-_MOST_COLUMNS:]))
         finally:
             sys.stderr = stderr
 
 
-class _StepsAside:
+class _SpinnerStopper:
     """A stream that stops a spinner as soon as other code writes to it, such as the progress bar of a download."""
 
     def __init__(self, stream: TextIO, stop: Callable[[], None]) -> None:
@@ -86,9 +86,9 @@ class _StepsAside:
 
 
 @contextmanager
-def _late(what: str) -> Iterator[None]:
-    """Print what is done after it has taken some seconds."""
-    timer = threading.Timer(_SOON, say, [f"  {what}"])
+def _print_if_slow(what: str) -> Iterator[None]:
+    """Print the name of the work inside if it takes more than some seconds."""
+    timer = threading.Timer(_QUIET_SECONDS, say, [f"  {what}"])
     timer.daemon = True
     if what:
         timer.start()
@@ -98,15 +98,15 @@ def _late(what: str) -> Iterator[None]:
         timer.cancel()
 
 
-def _in_tenths() -> Callable[[int, int, str], None]:
-    told, start = -1, time.monotonic()
+def _print_tenths() -> Callable[[int, int, str], None]:
+    last, start = -1, time.monotonic()
 
-    def tell(done: int, total: int, what: str) -> None:
-        nonlocal told
-        steps = total if loud("verbose") else min(10, total)
-        late = loud("verbose") or time.monotonic() - start > _SOON
-        if total and late and done * steps // total > told:
-            told = done * steps // total
+    def report(done: int, total: int, what: str) -> None:
+        nonlocal last
+        steps = total if has_verbosity("verbose") else min(10, total)
+        late = has_verbosity("verbose") or time.monotonic() - start > _QUIET_SECONDS
+        if total and late and done * steps // total > last:
+            last = done * steps // total
             say(f"  {done}/{total} {what}")
 
-    return tell
+    return report

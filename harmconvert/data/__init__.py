@@ -4,49 +4,49 @@ What belongs here: opening, pre-processing and batching, with the same result fo
 the use of the batches (`calibration`, `training`).
 """
 
-from .calibration import Images, calibration_images
-from .datasets import Data, DataRequest, Some, Stream, open_data
-from .loading import NO_LABEL, Batch, Batches, Loading, evaluation_batches, some_images, training_batches
-from .pictures import Pictures, in_mode
+from .calibration import CalibrationImages, calibration_images
+from .datasets import Data, DataRequest, Stream, Subset, open_data
+from .loading import NO_LABEL, Batch, Batches, BatchLoader, choose_images, evaluation_batches, training_batches
+from .pictures import Pictures, convert_mode
 from .preprocessing import (
     Transform,
-    check_known,
+    check_preprocessing,
     color_mode,
-    described,
+    describe_preprocessing,
     evaluation_transform,
     padded_crop_transform,
     preprocessing,
-    record_of,
+    preprocessing_record,
     training_transform,
 )
-from .variety import Variety, remark_on
+from .variety import Variety, uniform_output_warning
 
 __all__ = [
     "NO_LABEL",
     "Batch",
+    "BatchLoader",
     "Batches",
+    "CalibrationImages",
     "Data",
     "DataRequest",
-    "Images",
-    "Loading",
     "Pictures",
-    "Some",
     "Stream",
+    "Subset",
     "Transform",
     "Variety",
     "calibration_images",
-    "check_known",
+    "check_preprocessing",
+    "choose_images",
     "color_mode",
-    "described",
+    "convert_mode",
+    "describe_preprocessing",
     "evaluation_batches",
     "evaluation_transform",
-    "in_mode",
     "open_data",
     "padded_crop_transform",
     "preprocessing",
-    "record_of",
-    "remark_on",
-    "some_images",
+    "preprocessing_record",
     "training_batches",
     "training_transform",
+    "uniform_output_warning",
 ]

@@ -1,4 +1,4 @@
-"""Labelled pictures for training and testing, from folders, timm's data sets or the samples."""
+"""Open labelled pictures for training and testing, from folders, timm's data sets or the samples."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from ..arguments import PACKAGES, check_labelled
 from ..errors import Argument, InputError, OutsideError, UsageError, counted, first_line
 from ..samples import mnist5k, mnist5k_held_back_pixels
-from .folders import class_folders, folder_of_pictures
+from .folders import class_folders, open_labelled_folder
 from .pictures import Pictures, open_picture, photographs, random_crop
 
 _SYNONYMS = {
@@ -38,7 +38,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Data:
-    """The pictures for training and for testing (None where not requested), and notes for the user about them."""
+    """The pictures for training and for testing (None: not requested), and notes for the user."""
 
     train: Pictures | Stream | None
     test: Pictures | Stream | None
@@ -51,21 +51,22 @@ class Data:
 
     @property
     def classes(self) -> int | None:
-        """Return the number of classes; None where there are no labels or the data set does not name its classes."""
+        """Return the number of classes; None without labels, or if the data set does not name its classes."""
         counts = [len(p.classes) for p in (self.train, self.test) if p is not None and p.labelled and p.classes]
         return max(counts) if counts else None
 
     def identity(self) -> dict[str, Any]:
-        """Return the numbers of images and classes, which must be the same when a run is resumed."""
+        """Return the numbers of images and classes. They must be the same when a run is resumed."""
         parts = (self.train, self.test)
         return {"images": [len(p) if isinstance(p, Pictures) else None for p in parts], "classes": self.classes}
 
 
 @dataclass(frozen=True)
 class DataRequest:
-    """Which data to open: timm's name of a data set or ``sample:NAME`` (empty: a folder), its folder, and its splits.
+    """The data to open: ``dataset`` (timm's name or ``sample:NAME``; empty: a folder), its folder, and its splits.
 
-    If there is only one split, the share ``holdout`` (0 to 1) of it, chosen by ``seed``, is held back for testing.
+    If the data has only one split, the share ``holdout`` (0 to 1) of its images is used for testing. ``seed`` chooses
+    these images.
     """
 
     dataset: str = ""
@@ -76,24 +77,29 @@ class DataRequest:
     seed: int = 0
 
     @classmethod
-    def of(cls, data: str | Path | DataRequest, **more: Any) -> DataRequest:
-        """The request for a folder, a .tar file or a data set by its name; a request is returned as it is.
+    def parse(cls, data: str | Path | DataRequest, **settings: Any) -> DataRequest:
+        """Return the request for a folder, a .tar file or the name of a data set; return a request unchanged.
 
-        >>> str(DataRequest.of("sample:mnist5k")), DataRequest.of("digits.tar").data_dir
+        >>> str(DataRequest.parse("sample:mnist5k")), DataRequest.parse("digits.tar").data_dir
         ('sample:mnist5k', 'digits.tar')
         """
         if isinstance(data, DataRequest):
             return data
         text = str(data)
-        folder = Path(text).is_dir() or text.endswith(".tar")
-        return cls("" if folder else text, text if folder else None, **more)
+        is_path = Path(text).is_dir() or text.endswith(".tar")
+        return cls("" if is_path else text, text if is_path else None, **settings)
+
+    @property
+    def name(self) -> str:
+        """Return the name of the data set, or the path of the folder if the data is a folder."""
+        return self.dataset or str(self.data_dir)
 
     def __str__(self) -> str:
         return " ".join(filter(None, (self.dataset, self.data_dir)))
 
 
 def open_data(request: DataRequest, parts: Sequence[str] = ("train", "test")) -> Data:
-    """Return the pictures that a request names; they are decoded later, one by one.
+    """Return the pictures that a request names. Each picture is decoded only when it is read.
 
     Raises:
         UsageError: there is no such data set or split.
@@ -110,30 +116,30 @@ def open_data(request: DataRequest, parts: Sequence[str] = ("train", "test")) ->
     check_labelled(name, root)
     assert root is not None
     if not Path(root).is_dir():
-        return _split_by_holdout(_FromReader(open_timm("", root).reader), request, parts)
+        return _split_by_holdout(_ReaderPictures(open_timm("", root).reader), request, parts)
     return _open_folders(Path(root), request, parts)
 
 
-def open_timm(name: str, root: str | None, **more: Any) -> Any:
-    """Call timm's `create_dataset`; turn its exceptions into errors that say what to do."""
+def open_timm(name: str, root: str | None, **options: Any) -> Any:
+    """Call timm's `create_dataset`; turn its exceptions into errors with a remedy."""
     if root is None and name.startswith("torch/"):
-        raise UsageError(f"{name}: say where it lies with ", Argument("data_dir", "DIR"))
+        raise UsageError(f"{name} needs a folder: name it with ", Argument("data_dir", "DIR"))
     try:
-        return create_dataset(name, root=root, **more)
+        return create_dataset(name, root=root, **options)
     except (AssertionError, ValueError, RuntimeError, LookupError, TypeError, FileNotFoundError, ImportError) as error:
         raise UsageError(
-            f"timm cannot open {name or root} (split {more.get('split')!r}, in {root or 'no folder'}): "
+            f"timm cannot open {name or root} (split {options.get('split')!r}, in {root or 'no folder'}): "
             f"{first_line(error) or type(error).__name__}; see ", Argument("data_dir"), " and the split options",
         ) from error  # fmt: skip
     except OSError as error:
-        raise OutsideError(f"{name} cannot be fetched: {first_line(error)}; give a folder of images") from error
+        raise OutsideError(f"{name} cannot be downloaded: {first_line(error)}; give a folder of images") from error
 
 
 # --- kinds of pictures ---
 
 
 @dataclass(frozen=True)
-class _FromArrays(Pictures):
+class _ArrayPictures(Pictures):
     images: np.ndarray  # (N, H, W) uint8
     labels: np.ndarray
     classes: Sequence[str]
@@ -146,7 +152,7 @@ class _FromArrays(Pictures):
 
 
 @dataclass(frozen=True)
-class _FromPhotographs(Pictures):
+class _PhotographCrops(Pictures):
     pictures: list[Image.Image]
     count: int
     seed: int
@@ -159,12 +165,12 @@ class _FromPhotographs(Pictures):
         return random_crop(self.pictures, np.random.default_rng([self.seed, index])), None
 
 
-class _FromReader(Pictures):
-    """Pictures of timm's tar files and Hugging Face data sets: timm's reader returns files or bytes, and labels."""
+class _ReaderPictures(Pictures):
+    """Pictures of timm's tar files and Hugging Face data sets, which timm reads as files or bytes with labels."""
 
     def __init__(self, reader: Any) -> None:
         self.reader = reader
-        # timm's tar reader has another name for the classes.
+        # The attribute of timm's tar reader has another name.
         names = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {}
         self.classes = sorted(names, key=names.__getitem__) or None
 
@@ -184,7 +190,7 @@ class _FromReader(Pictures):
             return super().name(index)
 
 
-class _FromTorch(Pictures):
+class _TorchvisionPictures(Pictures):
     """Pictures of torchvision's data sets."""
 
     def __init__(self, dataset: Any) -> None:
@@ -200,8 +206,8 @@ class _FromTorch(Pictures):
 
 
 @dataclass(frozen=True)
-class Some(Pictures):
-    """Some pictures of another set, chosen by their indices."""
+class Subset(Pictures):
+    """The pictures of another set that have the given indices."""
 
     whole: Pictures
     indices: np.ndarray
@@ -232,25 +238,25 @@ def _open_sample(name: str, parts: Sequence[str]) -> Data:
         opened: dict[str, Pictures] = {}
         for part in parts:
             images, labels = makers[part]()
-            opened[part] = _FromArrays(images.numpy(), labels.numpy(), digits)
+            opened[part] = _ArrayPictures(images.numpy(), labels.numpy(), digits)
     elif name == "sample:photographs":
         pictures = photographs()
         lengths = {"train": PHOTOGRAPH_CROPS["train"], "test": PHOTOGRAPH_CROPS["validation"]}
-        opened = {part: _FromPhotographs(pictures, lengths[part], int(part == "test")) for part in parts}
+        opened = {part: _PhotographCrops(pictures, lengths[part], int(part == "test")) for part in parts}
     else:
         raise UsageError(f"there is no sample data set {name!r}: use sample:mnist5k or sample:photographs")
     return Data(opened.get("train"), opened.get("test"))
 
 
 def _open_package(name: str, root: str | None, split: str, training: bool, seed: int) -> Pictures | Stream:
-    return pictures_of(open_timm(name, root, split=split, is_training=training, seed=seed))
+    return pictures_from_timm(open_timm(name, root, split=split, is_training=training, seed=seed))
 
 
-def pictures_of(dataset: Any) -> Pictures | Stream:
+def pictures_from_timm(dataset: Any) -> Pictures | Stream:
     """Return the pictures of a data set that timm opened."""
     if isinstance(dataset, IterableDataset):
         return Stream(dataset)
-    return _FromReader(dataset.reader) if hasattr(dataset, "reader") else _FromTorch(dataset)
+    return _ReaderPictures(dataset.reader) if hasattr(dataset, "reader") else _TorchvisionPictures(dataset)
 
 
 def _open_folders(root: Path, request: DataRequest, parts: Sequence[str]) -> Data:
@@ -258,22 +264,22 @@ def _open_folders(root: Path, request: DataRequest, parts: Sequence[str]) -> Dat
     test = _split_folder(root, request.val_split, "validation")
     if train is None and test is None:
         if inner := _only_folder(root, request):
-            raise UsageError(f"{root} holds one folder with splits: give ", Argument("data_dir", inner))
-        pictures, notes = folder_of_pictures(root)
+            raise UsageError(f"{root} has one folder, which has the splits: give ", Argument("data_dir", inner))
+        pictures, notes = open_labelled_folder(root)
         return _split_by_holdout(pictures, request, parts, notes)
     if train is None and "train" in parts:
-        what = f"{root} has a folder {test.name if test else ''} but none to train on: see "
-        raise UsageError(what, Argument("train_split"))
-    train_files, notes = folder_of_pictures(train) if train is not None else (None, ())
+        problem = f"{root} has a folder {test.name if test else ''} but no folder of training images: name it with "
+        raise UsageError(problem, Argument("train_split"))
+    train_files, notes = open_labelled_folder(train) if train is not None else (None, ())
     if test is None:
         assert train_files is not None
         return _split_by_holdout(train_files, request, parts, notes)
-    test_files, more = folder_of_pictures(test, train_files) if "test" in parts else (None, ())
+    test_files, more = open_labelled_folder(test, train_files) if "test" in parts else (None, ())
     return Data(train_files if "train" in parts else None, test_files, (*(notes if "train" in parts else ()), *more))
 
 
 def _only_folder(root: Path, request: DataRequest) -> Path | None:
-    """Return the folder with splits if it is the only entry of ``root``, as in an unpacked archive; else None."""
+    """Return the folder with the splits if ``root`` has no other folder and no image, as an unpacked archive."""
     folders = [root / name for name in class_folders(root)]
     if len(folders) != 1 or any(entry.suffix.lower() in IMG_EXTENSIONS for entry in root.iterdir() if entry.is_file()):
         return None
@@ -289,22 +295,22 @@ def _split_folder(root: Path, split: str, kind: str) -> Path | None:
 def _split_by_holdout(
     pictures: Pictures, request: DataRequest, parts: Sequence[str], notes: tuple[str, ...] = ()
 ) -> Data:
-    """Divide one set of pictures into training and test pictures by a seed; keep it whole if ``holdout`` is 0."""
+    """Divide one set of pictures into training and test pictures by a seed; do not divide it if ``holdout`` is 0."""
     if not 0 <= request.holdout < 1:
-        named = Argument("holdout", request.holdout)
-        raise UsageError(named, ": give the share of the images to test on, from 0 to below 1")
+        holdout = Argument("holdout", request.holdout)
+        raise UsageError(holdout, ": give the share of the images for testing, at least 0 and below 1")
     if request.holdout == 0:
         if "train" in parts and "test" in parts:
-            named = Argument("holdout")
-            raise UsageError(f"{request} has one split: give ", named, " above 0, or a folder of images to test on")
+            holdout = Argument("holdout")
+            raise UsageError(f"{request} has one split: give ", holdout, " above 0, or a folder of test images")
         return Data(pictures if "train" in parts else None, pictures if "test" in parts else None, notes)
     order = np.random.default_rng(request.seed).permutation(len(pictures))
     held_back = max(1, round(request.holdout * len(pictures)))
     if held_back == len(pictures):
-        raise InputError(f"{request} holds {len(pictures)} image: training and testing need at least one image each")
-    test, train = Some(pictures, np.sort(order[:held_back])), Some(pictures, np.sort(order[held_back:]))
+        raise InputError(f"{request} has {len(pictures)} image: training and testing need at least one image each")
+    test, train = Subset(pictures, np.sort(order[:held_back])), Subset(pictures, np.sort(order[held_back:]))
     note = (
         f"{request} has one split: {len(test)} of its {counted(len(pictures), 'image')} (seed "
-        f"{request.seed}) are held back for testing"
+        f"{request.seed}) are used for testing only"
     )
     return Data(train if "train" in parts else None, test if "test" in parts else None, (*notes, note))

@@ -1,4 +1,4 @@
-"""Folders of pictures: which folders are classes, and which files and folders are not."""
+"""Folders of pictures: find the class folders and the images in them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ..errors import Argument, InputError, counted, shortened
 from .pictures import Pictures, open_picture
 
 # Folders that archives, file servers and notebooks create; they are never classes.
-_NO_CLASSES = ("__MACOSX", "@eaDir", "lost+found", "System Volume Information", "$RECYCLE.BIN", "__pycache__")
-# Formats of images and arrays that this package cannot read: a folder of them is a class with its images missing.
+_NEVER_CLASSES = ("__MACOSX", "@eaDir", "lost+found", "System Volume Information", "$RECYCLE.BIN", "__pycache__")
+# Formats of images and arrays that this package cannot read. A folder with such files is a class without images.
 _UNSUPPORTED = (".heic", ".heif", ".avif", ".jxl", ".dcm", ".npy", ".npz", ".nii", ".gz")
 
 
 class Files(Pictures):
     """All images below a folder.
 
-    With ``classes``, an image below a folder of that name has this class as its label; other images are left out.
+    With ``classes``, the label of an image is the class whose folder contains the image; other images are left out.
     Without ``classes``, no image has a label.
     """
 
@@ -49,13 +49,13 @@ class Files(Pictures):
 def class_folders(root: Path) -> list[str]:
     """Return the names of the folders that may be classes, in timm's order (numbers are sorted by value)."""
     names = [entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
-    return sorted((name for name in names if name not in _NO_CLASSES), key=natural_key)
+    return sorted((name for name in names if name not in _NEVER_CLASSES), key=natural_key)
 
 
 def image_files(folder: Path) -> Iterator[str]:
     """Yield the paths of all images below a folder, in a fixed order; skip hidden files and folders."""
     for root, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in _NO_CLASSES)
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in _NEVER_CLASSES)
         for name in sorted(names):
             if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith("."):
                 yield os.path.join(root, name)
@@ -66,11 +66,11 @@ def _top_folder(path: str, root: Path) -> str:
     return os.path.relpath(path, root).rpartition(os.sep)[0].partition(os.sep)[0]
 
 
-def folder_of_pictures(root: Path, train: Pictures | None = None) -> tuple[Files, tuple[str, ...]]:
+def open_labelled_folder(root: Path, train: Pictures | None = None) -> tuple[Files, tuple[str, ...]]:
     """Return the pictures of a folder, labelled by its class folders as in torchvision, and notes for the user.
 
-    A few images beside the class folders (an overview, a logo) are left out. If most images are in the folder itself,
-    or if there is only one other folder and it is no class of ``train``, no image has a label.
+    A few images beside the class folders (an overview, a logo) are left out. No image has a label if most images are in
+    the folder itself. The same holds if there is only one other folder and ``train`` does not have it as a class.
 
     Raises:
         InputError: there is no image, a class has no image, or ``train`` lacks a class.
@@ -81,16 +81,16 @@ def folder_of_pictures(root: Path, train: Pictures | None = None) -> tuple[Files
     inside, known = len(paths) - len(beside), train.classes if train is not None else None
     if not paths:
         folder = Argument("data_dir")
-        raise InputError(f"{root} holds no image: give ", folder, " a folder with a folder of images for each class")
+        raise InputError(f"{root} has no image: give ", folder, " a folder with a folder of images for each class")
     filled = [name for name in folders if counts[name]]
     if beside and (len(beside) > inside or (len(filled) < 2 and not set(filled) <= set(known or ()))):
         below = f", and {inside} in its folders ({shortened(filled, 3)})" if inside else ""
-        note = f"{root} itself holds {counted(len(beside), 'image')}{below}: no image has a label"
+        note = f"{root} itself has {counted(len(beside), 'image')}{below}: no image has a label"
         return Files(root, None, paths), (note,) if inside else ()
     notes: tuple[str, ...] = ()
     if beside:
         notes += (f"{root} has images beside its class folders, which are left out: {shortened(beside, 3)}",)
-    no_classes = [name for name in folders if not counts[name] and _is_no_class(root / name, known)]
+    no_classes = [name for name in folders if not counts[name] and _is_not_a_class(root / name, known)]
     if no_classes:
         notes += (f"{root} has folders without an image, which are left out: {shortened(no_classes, 3)}",)
     classes = [name for name in folders if name not in no_classes]
@@ -107,8 +107,8 @@ def folder_of_pictures(root: Path, train: Pictures | None = None) -> tuple[Files
     return Files(root, known or classes, paths), notes
 
 
-def _is_no_class(folder: Path, known: Sequence[str] | None) -> bool:
-    """Return whether a folder without a readable image is no class: it has files, and none of them is an image.
+def _is_not_a_class(folder: Path, known: Sequence[str] | None) -> bool:
+    """Return whether a folder without a readable image is not a class: it has only files that are not images.
 
     If the classes are ``known``, such a folder is never a class.
     """

@@ -1,8 +1,8 @@
-"""Batches of pre-processed pictures, the same ones for any number of processes, workers and interruptions.
+"""Batches of pre-processed pictures; they are the same for any number of processes, workers and interruptions.
 
 The augmentation of a picture (crop, flip) depends only on the seed, the epoch and the picture. The pictures of a batch
-depend only on the seed, the epoch and the batch. So two processes read the same pictures as one, and a run that was
-interrupted after batch 17 continues with batch 18.
+depend only on the seed, the epoch and the batch. So two processes together read the same pictures as one process, and a
+run that was interrupted after batch 17 continues with batch 18.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from ..errors import Argument, HarmconvertError, InputError, Message, OutsideError, counted, first_line, shortened
 from ..network.distributed import gathered, rank, world_size
+from ..network.side_effects import preserve_random_states
 from .datasets import Stream
-from .pictures import UNREADABLE, Pictures, in_mode
+from .pictures import UNREADABLE, Pictures, convert_mode
 from .preprocessing import Transform
 
 # A broken picture is replaced by the next readable one; this many broken pictures in a row are an error.
@@ -32,53 +33,55 @@ NO_LABEL = -1
 
 
 class Batch(NamedTuple):
-    """Images (N, C, H, W), labels (N,; -1 where there are none), and the names of pictures that could not be read.
+    """Images (N, C, H, W), labels (N,; -1: no label), and the names of pictures that could not be read.
 
-    ``broken``: a picture could not be replaced, because all the next ones are broken, too.
+    ``too_many_unreadable``: `REPLACEMENTS` pictures in a row could not be read.
     """
 
     images: Tensor
     labels: Tensor
-    problems: list[str]
-    broken: bool = False
+    unreadable: list[str]
+    too_many_unreadable: bool = False
 
 
 class Batches(Protocol):
-    """The interface that training needs: ``steps`` batches in an epoch (None: unknown), from any step on.
+    """The interface that training needs: the batches of an epoch, from any step on.
 
-    ``order`` is None for a stream, which may end earlier in one process than in another.
+    ``steps`` is the number of batches in an epoch (None: unknown). ``sampler`` is None for a stream, which may end
+    earlier in one process than in another.
     """
 
     @property
     def steps(self) -> int | None: ...
 
     @property
-    def order(self) -> object: ...
+    def sampler(self) -> object: ...
 
     def epoch(self, number: int, first_step: int = 0) -> Iterator[Batch]: ...
 
 
 @dataclass
-class Loading:
-    """This process's batches of one part of a data set, epoch by epoch.
+class BatchLoader:
+    """Loads the batches of one process, for one part of a data set.
 
-    ``steps`` is the number of batches in an epoch, ``images`` the number of images over all processes (both None for a
-    stream of unknown length). Training leaves out the last, incomplete batch.
+    ``steps`` is the number of batches in an epoch; ``images`` is the number of images over all processes. Both are None
+    for a stream of unknown length. Training leaves out the last, incomplete batch.
     """
 
     loader: DataLoader[Any]
-    order: _Order | None
+    sampler: _BatchSampler | None
     steps: int | None
     images: int | None
     set_epoch: Callable[[int], None]
 
-    def unread(self, read: int) -> Message | None:
-        """Return a note if fewer images were read than the set has: a stream is divided by whole shards."""
+    def unread_note(self, read: int) -> Message | None:
+        """Return a note if fewer images were read than the set has: each worker reads whole shards of a stream."""
         if self.images is None or read >= self.images:
             return None
-        what = f"{read} of {counted(self.images, 'image')}"
         return Message(
-            f"note: {what} were read: a stream wants as many shards as there are processes times ", Argument("workers")
+            f"note: only {read} of {counted(self.images, 'image')} were read: a stream needs at least as many shards "
+            "as processes times ",
+            Argument("workers"),
         )
 
     def epoch(self, number: int, first_step: int = 0) -> Iterator[Batch]:
@@ -89,21 +92,21 @@ class Loading:
             OutsideError: a worker process died.
         """
         self.set_epoch(number)
-        if self.order is not None:
-            self.order.epoch, self.order.first_step = number, first_step
-        skipped = 0 if self.order is not None else first_step  # a stream cannot start later: read and skip
+        if self.sampler is not None:
+            self.sampler.epoch, self.sampler.first_step = number, first_step
+        skipped = 0 if self.sampler is not None else first_step  # a stream cannot start later: read and skip
         try:
             for batch in islice(self.loader, skipped, None):
                 # Raised here, because the message of an exception from a worker contains its whole traceback.
-                if batch.broken:
-                    what = shortened(batch.problems[-REPLACEMENTS:], 2)
-                    raise InputError(f"{REPLACEMENTS} images in a row cannot be read: {what}: repair the data")
+                if batch.too_many_unreadable:
+                    names = shortened(batch.unreadable[-REPLACEMENTS:], 2)
+                    raise InputError(f"{REPLACEMENTS} images in a row cannot be read: {names}: repair the data")
                 yield batch
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            fewer = Argument("workers")
-            raise OutsideError(f"{first_line(error)}: give fewer ", fewer, ", or more shared memory") from error
+            workers = Argument("workers")
+            raise OutsideError(f"{first_line(error)}: give fewer ", workers, ", or more shared memory") from error
         except HarmconvertError as error:
             text = str(error.args[0])
             if not text.startswith("Caught "):
@@ -121,21 +124,22 @@ def training_batches(
     seed: int = 0,
     workers: int = 0,
     pin_memory: bool = False,
-) -> Loading:
+) -> BatchLoader:
     """Return shuffled batches for training, without the incomplete last one; a set smaller than a batch is one batch.
 
     Raises:
         InputError: there are fewer images than processes.
     """
     if isinstance(pictures, Stream):
-        return _load_stream(pictures, transform, mode, batch_size, seed, workers, pin_memory, drop_last=True)
+        stream = _TransformedStream(pictures.dataset, transform, mode, seed)
+        return _load_stream(stream, batch_size, workers, pin_memory, drop_last=True)
     batch_size = min(batch_size, len(pictures) // world_size() * world_size())
     if batch_size == 0:
         raise InputError(
             f"{counted(len(pictures), 'image')} for {counted(world_size(), 'process')}: use fewer processes"
         )
-    order = _Order(len(pictures), batch_size, seed, shuffle=True)
-    return _load_by_index(_Items(pictures, transform, mode, seed, replace=True), order, workers, pin_memory)
+    items = _TransformedPictures(pictures, transform, mode, seed, replace=True)
+    return _load_by_index(items, _BatchSampler(len(pictures), batch_size, seed, shuffle=True), workers, pin_memory)
 
 
 def evaluation_batches(
@@ -146,38 +150,39 @@ def evaluation_batches(
     *,
     workers: int = 0,
     pin_memory: bool = False,
-) -> Loading:
-    """Return batches with every picture once, in order; `Batch.problems` names broken pictures, which are left out."""
+) -> BatchLoader:
+    """Return batches with every picture once, in order; leave out broken pictures, which `Batch.unreadable` names."""
     if isinstance(pictures, Stream):
-        return _load_stream(pictures, transform, mode, batch_size, 0, workers, pin_memory, drop_last=False)
-    order = _Order(len(pictures), batch_size, 0, shuffle=False)
-    return _load_by_index(_Items(pictures, transform, mode, 0, replace=False), order, workers, pin_memory)
+        stream = _TransformedStream(pictures.dataset, transform, mode, 0)
+        return _load_stream(stream, batch_size, workers, pin_memory, drop_last=False)
+    items = _TransformedPictures(pictures, transform, mode, 0, replace=False)
+    return _load_by_index(items, _BatchSampler(len(pictures), batch_size, 0, shuffle=False), workers, pin_memory)
 
 
-def some_images(pictures: Pictures | Stream, transform: Transform, mode: str | None, count: int, seed: int) -> Tensor:
-    """Return up to ``count`` pre-processed images (N, C, H, W), the same ones in every process; skip broken ones.
+def choose_images(pictures: Pictures | Stream, transform: Transform, mode: str | None, count: int, seed: int) -> Tensor:
+    """Return up to ``count`` pre-processed images (N, C, H, W), the same ones in every process; skip broken pictures.
 
-    The images are chosen by ``seed``; of a stream they are the first ones of each process's part.
+    ``seed`` chooses the images. From a stream, each process takes the first images of its part.
 
     Raises:
         InputError: no image can be read.
     """
     if isinstance(pictures, Stream):
         share = islice(pictures.dataset, -(-count // world_size()))
-        own = [transform(in_mode(item[0], mode)) for item in share]
+        own = [transform(convert_mode(item[0], mode)) for item in share]
         images = list(chain.from_iterable(gathered(own)))[:count]
     else:
-        items = _Items(pictures, transform, mode, seed, replace=False)
+        items = _TransformedPictures(pictures, transform, mode, seed, replace=False)
         order = np.random.default_rng(seed).permutation(len(pictures))
         read = (items[0, int(index)][0] for index in order)
         images = list(islice((image for image in read if image is not None), count))
     if not images:
-        raise InputError("none of the training images can be read")
+        raise InputError("no training image can be read: repair the data")
     return torch.stack(images)
 
 
-class _Order:
-    """The pictures that this process reads, batch by batch, as (epoch, index)."""
+class _BatchSampler:
+    """Yields the pictures of each batch that this process reads, as (epoch, index)."""
 
     def __init__(self, length: int, batch_size: int, seed: int, shuffle: bool) -> None:
         self.length, self.batch_size, self.seed, self.shuffle = length, batch_size, seed, shuffle
@@ -195,40 +200,40 @@ class _Order:
             yield [(self.epoch, int(index)) for index in np.array_split(batch, world_size())[rank()]]
 
 
-class _Items(Dataset[Any]):
+class _TransformedPictures(Dataset[Any]):
     """Pre-processed pictures by (epoch, index)."""
 
     def __init__(self, pictures: Pictures, transform: Transform, mode: str | None, seed: int, replace: bool) -> None:
         self.pictures, self.transform, self.mode, self.seed, self.replace = pictures, transform, mode, seed, replace
 
-    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor | None, int, list[str]]:
-        epoch, index = place
-        problems: list[str] = []
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor | None, int, list[str]]:
+        epoch, index = key
+        unreadable: list[str] = []
         for attempt in range(REPLACEMENTS if self.replace else 1):
             replacement = (index + attempt) % len(self.pictures)
             try:
                 image, label = self.pictures.read(replacement)
-                image = in_mode(image, self.mode)
+                image = convert_mode(image, self.mode)
             except HarmconvertError:
                 raise
             except UNREADABLE as error:
-                problems.append(f"{self.pictures.name(replacement)} ({first_line(error) or type(error).__name__})")
+                unreadable.append(f"{self.pictures.name(replacement)} ({first_line(error) or type(error).__name__})")
                 continue
             with _fixed_seed(self.seed, epoch, index):
-                return self.transform(image), NO_LABEL if label is None else label, problems
-        return None, NO_LABEL, problems
+                return self.transform(image), NO_LABEL if label is None else label, unreadable
+        return None, NO_LABEL, unreadable
 
 
-class _StreamItems(IterableDataset[Any]):
+class _TransformedStream(IterableDataset[Any]):
     def __init__(self, dataset: Any, transform: Transform, mode: str | None, seed: int) -> None:
         self.dataset, self.transform, self.mode, self.seed, self.epoch = dataset, transform, mode, seed, 0
 
     def __iter__(self) -> Iterator[tuple[Tensor, int, list[str]]]:
         worker = get_worker_info()
-        place = rank() * 1000 + (worker.id if worker else 0)
+        reader = rank() * 1000 + (worker.id if worker else 0)
         for number, (image, label, *_) in enumerate(self.dataset):
-            with _fixed_seed(self.seed, self.epoch, place, number):
-                yield self.transform(in_mode(image, self.mode)), int(label), []
+            with _fixed_seed(self.seed, self.epoch, reader, number):
+                yield self.transform(convert_mode(image, self.mode)), int(label), []
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -236,85 +241,67 @@ class _StreamItems(IterableDataset[Any]):
             self.dataset.set_epoch(epoch)
 
 
-def _load_by_index(items: _Items, order: _Order, workers: int, pin_memory: bool) -> Loading:
-    loader: DataLoader[Any] = DataLoader(
-        items,
-        batch_sampler=order,
-        collate_fn=_collate,
-        num_workers=workers,
-        worker_init_fn=_ignore_first_signal,
-        pin_memory=pin_memory,
-        persistent_workers=workers > 0,
-        # The loader uses random numbers; with its own generator, those of dropout stay the same when a run is resumed.
-        generator=torch.Generator(),
-    )
-    return Loading(loader, order, len(order), order.length, lambda epoch: None)
+def _load_by_index(items: _TransformedPictures, sampler: _BatchSampler, workers: int, pin_memory: bool) -> BatchLoader:
+    loader = _data_loader(items, workers, pin_memory, batch_sampler=sampler, persistent_workers=workers > 0)
+    return BatchLoader(loader, sampler, len(sampler), sampler.length, lambda epoch: None)
 
 
 def _load_stream(
-    stream: Stream,
-    transform: Transform,
-    mode: str | None,
-    batch_size: int,
-    seed: int,
-    workers: int,
-    pin_memory: bool,
-    drop_last: bool,
-) -> Loading:
-    items = _StreamItems(stream.dataset, transform, mode, seed)
-    loader: DataLoader[Any] = DataLoader(
-        items,
-        batch_size=max(1, batch_size // world_size()),
-        collate_fn=_collate,
-        num_workers=workers,
-        worker_init_fn=_ignore_first_signal,
-        pin_memory=pin_memory,
-        drop_last=drop_last,
-        generator=torch.Generator(),
-    )
+    stream: _TransformedStream, batch_size: int, workers: int, pin_memory: bool, drop_last: bool
+) -> BatchLoader:
+    own_batch_size = max(1, batch_size // world_size())
+    loader = _data_loader(stream, workers, pin_memory, batch_size=own_batch_size, drop_last=drop_last)
     try:
         images: int | None = len(stream.dataset)
     except TypeError:
         images = None
     steps = None if images is None else images // batch_size
-    return Loading(loader, None, steps, images, items.set_epoch)
+    return BatchLoader(loader, None, steps, images, stream.set_epoch)
+
+
+def _data_loader(items: Dataset[Any], workers: int, pin_memory: bool, **batching: Any) -> DataLoader[Any]:
+    return DataLoader(
+        items,
+        collate_fn=_collate,
+        num_workers=workers,
+        worker_init_fn=_ignore_first_signal,
+        pin_memory=pin_memory,
+        # The loader draws random numbers. Its own generator keeps those of dropout the same when a run is resumed.
+        generator=torch.Generator(),
+        **batching,
+    )
 
 
 def _ignore_first_signal(worker: int) -> None:
     """Make a worker process survive Ctrl-C and the first SIGTERM.
 
-    Ctrl-C and schedulers signal the whole process group, but the main process needs its workers until it has saved its
-    state. A second SIGTERM, which the main process sends to a stuck worker, ends the worker.
+    Ctrl-C and schedulers send signals to the whole process group, but the main process needs its workers until it has
+    saved its state. A second SIGTERM ends the worker: the main process sends it to a worker that does not stop.
     """
 
-    def wait_for_another(number: int, frame: Any) -> None:
+    def end_on_next_signal(number: int, frame: Any) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, wait_for_another)
+    signal.signal(signal.SIGTERM, end_on_next_signal)
 
 
 def _collate(items: Sequence[tuple[Tensor | None, int, list[str]]]) -> Batch:
-    problems = [problem for _, _, problems in items for problem in problems]
+    unreadable = [name for _, _, names in items for name in names]
     readable = [(image, label) for image, label, _ in items if image is not None]
-    broken = any(image is None and len(tried) >= REPLACEMENTS for image, _, tried in items)
+    too_many = any(image is None and len(names) >= REPLACEMENTS for image, _, names in items)
     if not readable:
-        return Batch(torch.empty(0), torch.empty(0, dtype=torch.long), problems, broken)
+        return Batch(torch.empty(0), torch.empty(0, dtype=torch.long), unreadable, too_many)
     images = torch.stack([image for image, _ in readable])
-    return Batch(images, torch.tensor([label for _, label in readable]), problems, broken)
+    return Batch(images, torch.tensor([label for _, label in readable]), unreadable, too_many)
 
 
 @contextmanager
 def _fixed_seed(*key: int) -> Iterator[None]:
-    """Seed the random numbers of torch, numpy and Python from a key; restore their states afterwards."""
-    before = torch.random.get_rng_state(), np.random.get_state(), random.getstate()
+    """Seed the random numbers of torch, NumPy and Python from a key; restore their states afterwards."""
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
-    torch.default_generator.manual_seed(seed)  # only the CPU's generator: torch.manual_seed also seeds the GPU's
-    np.random.seed(seed)
-    random.seed(seed)
-    try:
+    with preserve_random_states():
+        torch.default_generator.manual_seed(seed)  # only the CPU's generator: torch.manual_seed also seeds the GPU's
+        np.random.seed(seed)
+        random.seed(seed)
         yield
-    finally:
-        torch.random.set_rng_state(before[0])
-        np.random.set_state(before[1])
-        random.setstate(before[2])

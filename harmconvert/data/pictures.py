@@ -21,7 +21,7 @@ _CMYK = 5
 
 
 class Pictures(ABC):
-    """A set of pictures: by index, a Pillow image and its label (None where there are no labels)."""
+    """A set of pictures; each index has a Pillow image and its label (None: no label)."""
 
     classes: Sequence[str] | None = None
     labelled: bool = True
@@ -31,7 +31,7 @@ class Pictures(ABC):
 
     @abstractmethod
     def read(self, index: int) -> tuple[Image.Image, int | None]:
-        """Return the picture and its label; for a broken file, raise one of `UNREADABLE`."""
+        """Return the picture and its label; raise one of `UNREADABLE` for a broken file."""
 
     def name(self, index: int) -> str:
         """Return the name of a picture for messages."""
@@ -44,7 +44,7 @@ def open_picture(file: IO[bytes], name: str) -> Image.Image:
     timm and torchvision ignore the EXIF orientation, too. For a broken file, one of `UNREADABLE` is raised.
 
     Raises:
-        InputError: the file has other channels than a picture; Pillow would read only some of them.
+        InputError: the file has channels that a picture does not have; Pillow would read only some of the channels.
     """
     _check_channels(file, name)
     image = Image.open(file)
@@ -53,7 +53,7 @@ def open_picture(file: IO[bytes], name: str) -> Image.Image:
 
 
 def _check_channels(file: IO[bytes], name: str) -> None:
-    """Raise InputError for a TIFF whose channels are not grey, colours and alpha, such as a satellite image."""
+    """Raise InputError for a TIFF with other channels than grey or colours and alpha, such as a satellite image."""
     start = file.tell()
     head = file.read(16)
     if head[:4] in _TIFF:
@@ -64,14 +64,14 @@ def _check_channels(file: IO[bytes], name: str) -> None:
         channels = samples - sum(kind != 0 for kind in extra) if isinstance(samples, int) else 1  # without alpha
         if channels not in (1, colours) or 0 in extra:
             raise InputError(
-                f"{name} is a TIFF of {samples} channels, not a grey or colour picture: pass batches of your own in "
-                "Python"
+                f"{name} is a TIFF with {samples} channels, not a grey or colour picture: load it in Python and pass "
+                "batches of tensors"
             )
     file.seek(start)
 
 
 def _tags(file: IO[bytes], head: bytes) -> TiffImagePlugin.ImageFileDirectory_v2:
-    """Return the tags of a TIFF; none for a broken file."""
+    """Return the tags of a TIFF; no tags for a broken file."""
     try:
         tags = TiffImagePlugin.ImageFileDirectory_v2(head if head[2] in b"+" or head[3] in b"+" else head[:8])
         file.seek(tags.next)
@@ -82,35 +82,35 @@ def _tags(file: IO[bytes], head: bytes) -> TiffImagePlugin.ImageFileDirectory_v2
     return tags
 
 
-def in_mode(image: Image.Image, mode: str | None) -> Image.Image:
-    """Return a picture in a Pillow mode (None: its own), scaled to 8 bits, without transparency as in timm.
+def convert_mode(image: Image.Image, mode: str | None) -> Image.Image:
+    """Convert a picture to 8 bits and to a Pillow mode (None: keep its mode), without transparency, as timm does.
 
     Raises:
         ValueError: Pillow cannot convert the picture.
     """
-    image = eight_bit(image)
+    image = to_eight_bits(image)
     if mode is None or image.mode == mode:
         return image
-    if "transparency" in image.info:  # the conversion drops this colour anyway, and Pillow would warn
+    if "transparency" in image.info:  # the conversion drops this colour, and Pillow would warn
         image = image.copy()
         del image.info["transparency"]
     return image.convert(mode)
 
 
-def eight_bit(image: Image.Image) -> Image.Image:
-    """Return an image with 8 bits a channel; deeper ones are scaled, because Pillow would clip them at 255.
+def to_eight_bits(image: Image.Image) -> Image.Image:
+    """Convert an image to 8 bits per channel; scale images with more bits, because Pillow would clip them at 255.
 
-    Integers have the range of 16 bits. Floats have the range 1, 255 or 65535: the smallest one that holds all values.
+    The range of integers is 65535. The range of floats is the smallest of 1, 255 and 65535 that covers all values.
 
     Raises:
-        ValueError: a value is beyond 16 bits, so its range is unknown.
+        ValueError: a value is above 65535, so the range is unknown.
     """
     if image.mode[:1] not in ("I", "F"):
         return image
     values = np.nan_to_num(np.asarray(image, dtype=np.float64))
     highest = float(values.max(initial=0.0))
     if highest > 65535:
-        raise ValueError(f"its values go up to {highest:g}, beyond 16 bits")
+        raise ValueError(f"it has values up to {highest:g}, more than 16 bits hold")
     scales = (65535.0,) if image.mode.startswith("I") else (1.0, 255.0, 65535.0)
     largest = next(scale for scale in scales if highest <= scale)
     return Image.fromarray((values.clip(0, largest) * (255 / largest)).round().astype(np.uint8))

@@ -1,4 +1,4 @@
-"""Pre-processing of images for a network: as the network declares it, or as the user says."""
+"""Pre-process images for a network, with the settings that the network declares or the user gives."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "imagenet": {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD},
     "none": {"mean": (0.0,), "std": (1.0,), "crop_pct": 1.0, "crop_mode": "squash"},
 }
-# Most pixels on a side after resizing: Pillow opens no larger images, and a larger size is a mistake.
+# The most pixels on a side after resizing. Pillow does not open larger images, so a larger size is a mistake.
 _LARGEST_SIDE = 2**14
 _TIMM_KEYS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 
@@ -31,7 +31,8 @@ _TIMM_KEYS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mo
 def preprocessing(model: nn.Module, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Return timm's data config: the values that the network declares in its ``pretrained_cfg``, with overrides.
 
-    Where mean and std are unknown, the config has those of ImageNet and the key ``assumed``; `check_known` refuses it.
+    If mean and std are unknown, the config has those of ImageNet and the key ``assumed``; `check_preprocessing` refuses
+    such a config.
 
     Args:
         overrides: timm's ``input_size``, ``mean``, ``std``, ``interpolation`` and ``crop_pct``; ``preprocess``:
@@ -54,9 +55,10 @@ def preprocessing(model: nn.Module, overrides: Mapping[str, Any]) -> dict[str, A
         function = declared.get("function")
         if function and not trusted:
             raise UsageError(
-                f"this checkpoint's images are preprocessed by user code ({function}), which is not run unasked: ",
+                f"this checkpoint's images are preprocessed by user code ({function}), "
+                "which is not run without permission: ",
                 Argument("trust_code", True),
-                " if you know the file, or name another preprocessing",
+                " if you trust the file, or name another preprocessing",
             )
     if function and (refused := [key for key in ("mean", "std", "interpolation", "crop_pct") if key in options]):
         raise UsageError(f"{function} does the whole preprocessing: leave out {refused[0]} or the function")
@@ -67,9 +69,9 @@ def preprocessing(model: nn.Module, overrides: Mapping[str, Any]) -> dict[str, A
     }
     known = bool(function) or all(base.get(key) or key in options for key in ("mean", "std"))
     if known and not (base.get("mean") or base.get("std")):
-        base = {"crop_pct": 1.0, **base}  # the crop of ImageNet would be a guess
+        base = {"crop_pct": 1.0, **base}  # whether the crop of ImageNet fits is unknown
     config = dict(resolve_data_config({**options, "input_size": size}, pretrained_cfg={"input_size": size, **base}))
-    for key in ("mean", "std"):  # timm declares three channels, also for a network built with other channels
+    for key in ("mean", "std"):  # timm declares three values, also for a network with another number of channels
         if len(config[key]) != size[0]:
             config[key] = (sum(config[key]) / len(config[key]),) * size[0]
     if not function:
@@ -81,44 +83,44 @@ def _image_size(model: nn.Module, options: Mapping[str, Any]) -> tuple[int, ...]
     sizes = [tuple(options["input_size"])] if options.get("input_size") else input_sizes(model)
     if not sizes:
         size = Argument("input_size", "C,H,W")
-        raise UsageError("this network does not say what size of image it takes: give ", size)
+        raise UsageError("this network does not declare its input size: give ", size)
     if len(sizes) > 1:
-        raise UsageError(f"this network takes {len(sizes)} inputs, not one image: pass batches of your own in Python")
+        raise UsageError(f"this network takes {len(sizes)} inputs, not one image: pass batches of tensors in Python")
     if len(sizes[0]) != 3:
         raise UsageError(
-            f"this network takes inputs of {counted(len(sizes[0]), 'axis')}, not images: pass batches of your own in "
+            f"this network takes inputs of {counted(len(sizes[0]), 'axis')}, not images: pass batches of tensors in "
             "Python"
         )
     return sizes[0]
 
 
-def _check_normalisation(given: Mapping[str, Any], channels: int) -> None:
+def _check_normalisation(options: Mapping[str, Any], channels: int) -> None:
     for key in ("mean", "std"):
-        if key in given and len(given[key]) not in (1, channels):
-            what = f" has {counted(len(given[key]), 'number')} for {counted(channels, 'channel')}"
-            raise UsageError(Argument(key), what, ": give one, or one for each")
-        if key == "std" and key in given and not all(number > 0 for number in given[key]):
-            raise UsageError(Argument("std"), " is divided by: it cannot be zero or less")
+        if key in options and len(options[key]) not in (1, channels):
+            problem = f" has {counted(len(options[key]), 'number')} for {counted(channels, 'channel')}"
+            raise UsageError(Argument(key), problem, ": give one number, or one for each channel")
+    if not all(number > 0 for number in options.get("std", ())):
+        raise UsageError(Argument("std"), " is a divisor: give numbers above 0")
 
 
 def _check_resize(config: Mapping[str, Any]) -> None:
-    """Raise UsageError where images would be resized to too few or too many pixels."""
+    """Raise UsageError if images would be resized to too few or too many pixels."""
     (height, width), share = config["input_size"][1:], config["crop_pct"]
     if max(height, width) > _LARGEST_SIDE:
         raise UsageError(f"images of {height}x{width} are too large: at most {_LARGEST_SIDE:,} pixels on a side")
     least, most = max(height, width) / _LARGEST_SIDE, min(height, width)
     if not least <= share <= most:
-        what = f" resizes images to {'more' if share < least else 'fewer'} pixels than can be for an input of"
-        remedy = f"give a share from {least:.2g} to {most}, 1 for the whole image"
-        raise UsageError(Argument("crop_pct", f"{share:g}"), f"{what} {height}x{width}: {remedy}")
+        problem = f" resizes images to too {'many' if share < least else 'few'} pixels for an input of {height}x{width}"
+        remedy = f"give a share from {least:.2g} to {most}; 1 keeps the whole image"
+        raise UsageError(Argument("crop_pct", f"{share:g}"), f"{problem}: {remedy}")
 
 
-def check_known(config: Mapping[str, Any]) -> None:
+def check_preprocessing(config: Mapping[str, Any]) -> None:
     """Raise UsageError if the pre-processing is unknown, or if the network's channels are not those of an image."""
     color_mode(config)
     if config.get("assumed"):
         raise UsageError(
-            "this network does not say how its images are preprocessed, and a wrong guess would cost accuracy: give ",
+            "this network does not declare its preprocessing, and wrong preprocessing would reduce its accuracy: give ",
             Argument("mean"),
             " and ",
             Argument("std"),
@@ -128,16 +130,16 @@ def check_known(config: Mapping[str, Any]) -> None:
         )
 
 
-def record_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the part of a config that a checkpoint records; an argument of `harmconvert.save`."""
-    kept = ("function",) if "function" in config else ("mean", "std", "interpolation", "crop_pct", "crop_mode")
-    return {"input_sizes": [config["input_size"]], **{key: config[key] for key in kept if key in config}}
+def preprocessing_record(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of a config that a checkpoint records, for the argument of `harmconvert.save`."""
+    recorded = ("function",) if "function" in config else ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+    return {"input_sizes": [config["input_size"]], **{key: config[key] for key in recorded if key in config}}
 
 
-def described(config: Mapping[str, Any]) -> str:
-    """Return a config as one line of text.
+def describe_preprocessing(config: Mapping[str, Any]) -> str:
+    """Describe a config in one line of text.
 
-    >>> described(preprocessing(nn.Conv2d(1, 2, 3), {"input_size": (1, 28, 28), "preprocess": "none"}))
+    >>> describe_preprocessing(preprocessing(nn.Conv2d(1, 2, 3), {"input_size": (1, 28, 28), "preprocess": "none"}))
     '1x28x28, mean 0, std 1, bicubic, squashed'
     """
     size = "x".join(map(str, config["input_size"]))
@@ -156,41 +158,41 @@ def evaluation_transform(config: Mapping[str, Any]) -> Transform:
         config: a config from `preprocessing`.
 
     Raises:
-        UsageError: see `check_known`.
+        UsageError: see `check_preprocessing`.
         InputError: the user's function fails on a black image.
     """
-    check_known(config)
+    check_preprocessing(config)
     if "function" in config:
         return _user_function(config)
     return _timm_transform(config, is_training=False)
 
 
-def training_transform(config: Mapping[str, Any], **more: Any) -> Transform:
+def training_transform(config: Mapping[str, Any], **options: Any) -> Transform:
     """Return the transform for training: timm's augmentation, then the network's pre-processing.
 
     Args:
         config: a config from `preprocessing`.
-        more: arguments of `timm.data.create_transform`.
+        options: arguments of `timm.data.create_transform`.
 
     Raises:
-        UsageError: see `check_known`; also if timm does not have the augmentation.
+        UsageError: see `check_preprocessing`; or timm does not have the augmentation.
         InputError: the user's function fails on a black image.
     """
-    check_known(config)
+    check_preprocessing(config)
     if "function" not in config:
-        return _timm_transform(config, is_training=True, **more)
+        return _timm_transform(config, is_training=True, **options)
     function = _user_function(config)
-    if more.get("no_aug"):
+    if options.get("no_aug"):
         return function
-    first, second, final = cast(Any, _timm_transform(config, is_training=True, separate=True, **more))
+    first, second, final = cast(Any, _timm_transform(config, is_training=True, separate=True, **options))
     # The first two of the final transforms are timm's conversion and normalisation; random erasing follows.
     composed: Transform = transforms.Compose([first, second, function, *final.transforms[2:]])
     return composed
 
 
 def padded_crop_transform(config: Mapping[str, Any], padding: int, hflip: float, vflip: float) -> Transform:
-    """Return the augmentation for small images: reflection padding, random crop, flips; then the pre-processing."""
-    check_known(config)
+    """Return the augmentation for small images (reflection padding, random crop, flips), then the pre-processing."""
+    check_preprocessing(config)
     size = tuple(config["input_size"][1:])
     steps = [
         transforms.Resize(size, transforms.InterpolationMode(config["interpolation"])),
@@ -206,16 +208,16 @@ def padded_crop_transform(config: Mapping[str, Any], padding: int, hflip: float,
     return composed
 
 
-def _timm_transform(config: Mapping[str, Any], **more: Any) -> Transform:
+def _timm_transform(config: Mapping[str, Any], **options: Any) -> Transform:
     try:
-        transform: Transform = create_transform(**{key: config[key] for key in _TIMM_KEYS if key in config}, **more)
+        transform: Transform = create_transform(**{key: config[key] for key in _TIMM_KEYS if key in config}, **options)
     except (KeyError, ValueError, AssertionError, TypeError) as error:
         raise UsageError(f"timm does not have this pre-processing: {first_line(error)}") from error
     return transform
 
 
 def color_mode(config: Mapping[str, Any]) -> str | None:
-    """Return Pillow's mode for a network's channels; None where the user's function makes other channels.
+    """Return Pillow's mode for a network's channels; None if the user's function makes other channels.
 
     Raises:
         UsageError: the channels are not those of an image.
@@ -225,7 +227,7 @@ def color_mode(config: Mapping[str, Any]) -> str | None:
         return None
     if channels not in (1, 3):
         raise UsageError(
-            f"the network reads {counted(channels, 'channel')}, images have 1 or 3: pass batches of your own in Python"
+            f"the network reads {counted(channels, 'channel')}, images have 1 or 3: pass batches of tensors in Python"
         )
     return "L" if channels == 1 else "RGB"
 
@@ -248,8 +250,8 @@ class _UserFunction:
         except Exception as error:
             raise InputError(f"{self.name} fails: {type(error).__name__}: {first_line(error)}") from error
         if not isinstance(result, Tensor) or not result.is_floating_point():
-            what = f"a tensor of {result.dtype}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
-            raise InputError(f"{self.name} returns {what}: it should return a tensor of floats (C, H, W)")
+            kind = f"a tensor of {result.dtype}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
+            raise InputError(f"{self.name} returns {kind}: it should return a tensor of floats (C, H, W)")
         if tuple(result.shape) != self.size:
             returned, expected = ("x".join(map(str, size)) for size in (result.shape, self.size))
             raise InputError(f"{self.name} returns a tensor of {returned}, but the network's input size is {expected}")
@@ -257,7 +259,7 @@ class _UserFunction:
 
 
 def _user_function(config: Mapping[str, Any]) -> _UserFunction:
-    """Return the function that a config names; try it on a black image before any work begins."""
+    """Return the function that a config names, after a test on a black image, so that errors appear early."""
     function = _UserFunction(config["function"], tuple(config["input_size"]))
     height, width = function.size[1:]
     function(Image.new(color_mode(config) or "RGB", (width, height)))

@@ -1,4 +1,4 @@
-"""How fast is each form of a network here, and which one should be deployed?"""
+"""Time each form of a network on this machine, and advise which form to deploy."""
 
 from __future__ import annotations
 
@@ -37,10 +37,12 @@ LAYOUTS = ("contiguous", "channels_last")
 
 @dataclass(frozen=True)
 class Row:
-    """One way to run a network: median seconds of a forward, half the distance of the quartiles as a share of it,
-    examples per second, and bytes in use at most beyond what was in use before (None where that cannot be told).
+    """The measurements of one form of a network in one layout, for one batch size and number of threads.
 
-    ``error``: greatest difference from the outputs of the network as it was given, relative to the greatest of these.
+    ``seconds``: median of a forward pass. ``spread``: half the distance of the quartiles, as a share of the median.
+    ``peak_bytes``: the most memory in use, minus the memory in use before (None: the system does not report it).
+    ``error``: greatest difference from the outputs of the original network, relative to the largest output. ``note``:
+    why there are no measurements.
     """
 
     form: str
@@ -48,18 +50,20 @@ class Row:
     layout: str
     batch: int
     threads: int
-    seconds: float | None
-    spread: float | None
-    examples_per_second: float | None
-    peak_bytes: int | None
-    error: float | None
+    seconds: float | None = None
+    spread: float | None = None
+    examples_per_second: float | None = None
+    peak_bytes: int | None = None
+    error: float | None = None
     note: str | None = None
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """All rows, what `factor` chose for each (batch, threads), the machine, and the source of the network where it is
-    known."""
+    """All rows, the result of `factor` for each (batch, threads), the machine, and the source of the network.
+
+    ``source`` is None if it is unknown.
+    """
 
     rows: tuple[Row, ...]
     factorings: dict[tuple[int, int], Factoring]
@@ -67,38 +71,41 @@ class Benchmark:
     source: str | None = None
 
     def fastest(self, batch: int, threads: int) -> Row:
-        """The row to deploy by.
+        """Return the row of the fastest form.
 
         Raises:
-            UsageError: nothing could be timed for that batch size and number of threads.
+            UsageError: there is no time for this batch size and number of threads.
         """
-        timed = [row for row in self.rows if row.seconds is not None and (row.batch, row.threads) == (batch, threads)]
+        timed = [row for row in self._rows(batch, threads) if row.seconds is not None]
         if not timed:
             raise UsageError(f"nothing was timed at batch {batch} with {counted(threads, 'thread')}")
         return min(timed, key=lambda row: row.seconds or 0.0)
 
+    def _rows(self, batch: int, threads: int) -> list[Row]:
+        return [row for row in self.rows if (row.batch, row.threads) == (batch, threads)]
+
     def advice(self) -> list[str]:
-        """A sentence for each batch size and number of threads."""
-        said = []
-        for batch, threads in dict.fromkeys((row.batch, row.threads) for row in self.rows):
-            alike = [row for row in self.rows if (row.batch, row.threads) == (batch, threads)]
-            if not any(row.seconds for row in alike):
-                said.append(f"batch {batch}, {counted(threads, 'thread')}: {alike[0].note}")
-                continue
-            best = self.fastest(batch, threads)
-            eager = [row.seconds for row in alike if row.form == "dense" and row.seconds and not row.compiled]
-            gain = ""
-            if eager and best.seconds:
-                gain = f": {min(eager) / best.seconds:.2f} times as fast as the dense form, eager"
-            how = f"{best.form} form, {best.layout}, {'compiled' if best.compiled else 'eager'}"
-            said.append(f"batch {batch}, {counted(threads, 'thread')}: deploy the {how}{gain}")
-        return said
+        """Return a sentence for each batch size and number of threads."""
+        return [self._advice(*key) for key in dict.fromkeys((row.batch, row.threads) for row in self.rows)]
+
+    def _advice(self, batch: int, threads: int) -> str:
+        rows = self._rows(batch, threads)
+        condition = f"batch {batch}, {counted(threads, 'thread')}"
+        if not any(row.seconds for row in rows):
+            return f"{condition}: {rows[0].note}"
+        best = self.fastest(batch, threads)
+        dense = [row.seconds for row in rows if row.form == "dense" and row.seconds and not row.compiled]
+        speedup = ""
+        if dense and best.seconds:
+            speedup = f": {min(dense) / best.seconds:.2f} times as fast as the dense form, eager"
+        form = f"{best.form} form, {best.layout}, {'compiled' if best.compiled else 'eager'}"
+        return f"{condition}: deploy the {form}{speedup}"
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, JSON-able."""
+        """Return a JSON-able dict."""
         factorings = [
-            {"batch": batch, "threads": threads, **found.to_json()}
-            for (batch, threads), found in self.factorings.items()
+            {"batch": batch, "threads": threads, **factoring.to_json()}
+            for (batch, threads), factoring in self.factorings.items()
         ]
         source = {} if self.source is None else {"source": self.source}
         return {
@@ -107,72 +114,86 @@ class Benchmark:
         }  # fmt: skip
 
 
-def benchmark(
+@dataclass(frozen=True)
+class BenchmarkSettings:
+    """Which forms of a network to time, and how.
+
+    ``threads``: numbers of threads of torch; empty: the current number. ``compiled``: time each form also under
+    torch.compile. ``repeats``: how often each form is timed; fewer times if a forward pass takes long.
+    """
+
+    batches: Sequence[int] = (1, 16)
+    threads: Sequence[int] = ()
+    forms: Sequence[str] = FORMS
+    layouts: Sequence[str] = LAYOUTS
+    compiled: bool = False
+    repeats: int = 9
+
+    def __post_init__(self) -> None:
+        for names, known, kind in ((self.forms, FORMS, "form"), (self.layouts, LAYOUTS, "layout")):
+            if unknown := [name for name in names if name not in known]:
+                raise UsageError(f"unknown {kind} {unknown[0]!r}: use {', '.join(known)}")
+
+
+_DEFAULTS = BenchmarkSettings()
+
+
+def time_forms(
     model: nn.Module,
     example_input: Any,
-    *,
-    batches: Sequence[int] = (1, 16),
-    threads: Sequence[int] = (),
-    forms: Sequence[str] = FORMS,
-    layouts: Sequence[str] = LAYOUTS,
-    compiled: bool = False,
-    repeats: int = 9,
-    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    settings: BenchmarkSettings = _DEFAULTS,
+    progress: Callable[[int, int, str], None] = lambda done, total, description: None,
 ) -> Benchmark:
     """Time the forms of a network in turns, without gradients, for each batch size and number of threads.
 
-    A network with no harmonic convolutions has its dense form only. The factored form has its layout from `factor`.
+    A network without harmonic convolutions has only its dense form. `factor` chooses the layout of the factored form.
+    If a form does not compile, or does not run at a batch size or in a layout, the note of its row gives the reason.
 
     Args:
-        example_input: one example or more, as for `convert`; repeated to each batch size. On a CPU, networks stored in
-            16 bits are timed in float32.
-        threads: of torch; default: as many as it has now.
-        compiled: time each also under torch.compile. What does not compile, or run at a batch size or in a layout, says
-            so in its row's note.
-        repeats: of each; fewer where they take long.
-        progress: called with (repeats done, repeats in all, what is timed).
+        example_input: one or more examples, as for `convert`; they are repeated to each batch size. On a CPU, networks
+            stored in 16 bits are timed in float32.
+        progress: called with the number of repeats done, the total number, and a description.
 
     Raises:
-        UsageError: an unknown form or layout, an input that the network does not take, or no batch size that it takes.
-        CheckError: a form of the network computes something else.
+        UsageError: the network does not run on the input, or not at any of the batch sizes.
+        CheckError: the outputs of a form differ from those of the network.
     """
     check_network(model)
-    for given, known, what in ((forms, FORMS, "form"), (layouts, LAYOUTS, "layout")):
-        if unknown := [name for name in given if name not in known]:
-            raise UsageError(f"unknown {what} {unknown[0]!r}: use {', '.join(known)}")
     if not harmonic_layers(model):
-        forms = [form for form in forms if form == "dense"] or ["dense"]
+        settings = replace(settings, forms=["dense"])
     example_input = default_input(model) if example_input is None else example_input
     if not tensors_in(example_input):
-        raise UsageError("this network is timed on an input: give ", Argument("example_input"))
-    if tensors_in(example_input)[0].device.type == "cpu":
-        model = in_float32(exchange(model, {}))  # 16 bits are for files
+        raise UsageError("timing needs an example input: give ", Argument("example_input"))
+    device = tensors_in(example_input)[0].device
+    if device.type == "cpu":
+        model = in_float32(exchange(model, {}))  # 16 bits are a storage format; CPUs compute slowly in them
     model, example_input = make_runnable(model, example_input)
-    groups = list(itertools.product(batches, threads or [torch.get_num_threads()]))
+    conditions = list(itertools.product(settings.batches, settings.threads or [torch.get_num_threads()]))
+    total = len(conditions) * settings.repeats
     rows: list[Row] = []
     factorings: dict[tuple[int, int], Factoring] = {}
-    for index, (batch, count) in enumerate(groups):
-        begun, total, what = index * repeats, len(groups) * repeats, f"batch {batch}, {counted(count, 'thread')}"
-        progress(begun, total, what)
-
-        def told(done: int, begun: int = begun, total: int = total, what: str = what) -> None:
-            progress(begun + done, total, what)
-
-        with _threads(count):
-            input = map_tensors(partial(_repeated, batch=batch), example_input)
-            found, chosen = _group(model, input, batch, count, forms, layouts, compiled, repeats, told)
-        rows += found
+    for index, (batch, threads) in enumerate(conditions):
+        description = f"batch {batch}, {counted(threads, 'thread')}"
+        report = partial(_report, progress, index * settings.repeats, total, description)
+        report(0)
+        with _torch_threads(threads):
+            input = map_tensors(partial(_repeat_examples, batch=batch), example_input)
+            new_rows, chosen = _time_input(model, input, batch, settings, report)
+        rows += new_rows
         if chosen is not None:
-            factorings[batch, count] = chosen
-    progress(len(groups) * repeats, len(groups) * repeats, "done")
+            factorings[batch, threads] = chosen
+    progress(total, total, "done")
     if rows and not any(row.seconds for row in rows):
-        raise UsageError(f"the network does not run at batch {', '.join(map(str, batches))}: {rows[0].note}")
-    device = tensors_in(example_input)[0].device
-    return Benchmark(tuple(rows), factorings, {"device": str(device), **machine()})
+        raise UsageError(f"the network does not run at batch {', '.join(map(str, settings.batches))}: {rows[0].note}")
+    return Benchmark(tuple(rows), factorings, {"device": str(device), **describe_machine()})
 
 
-def machine() -> dict[str, Any]:
-    """What the times were taken on."""
+def _report(progress: Callable[[int, int, str], None], before: int, total: int, description: str, done: int) -> None:
+    progress(before + done, total, description)
+
+
+def describe_machine() -> dict[str, Any]:
+    """Return the hardware and the versions on which the times depend, JSON-able."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "processor": platform.processor() or platform.machine(), "capability": torch.backends.cpu.get_cpu_capability(),
@@ -182,7 +203,7 @@ def machine() -> dict[str, Any]:
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
-    """Bytes in use at most while ``run`` runs, beyond those before; None where the system does not tell."""
+    """Return the most bytes in use while ``run`` runs, minus those before; None if the system does not report them."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -191,8 +212,8 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
     if not sys.platform.startswith("linux"):
         return None
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed would be used again without a trace
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        ctypes.CDLL(None).malloc_trim(0)  # else the run could use freed memory that the process still holds
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak (VmHWM)
         before = _status("VmRSS")
         run()
         return max(0, _status("VmHWM") - before)
@@ -205,26 +226,50 @@ def _status(key: str) -> int:
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith(f"{key}:")))
 
 
-def _group(
-    model: nn.Module, input: Any, batch: int, threads: int, forms: Sequence[str], layouts: Sequence[str],
-    compiled: bool, repeats: int, progress: Callable[[int], None],
-) -> tuple[list[Row], Factoring | None]:  # fmt: skip
-    """All ways to run the network on one input."""
-    networks: dict[tuple[str, str], nn.Module] = {}
-    chosen = None
+def _time_input(
+    model: nn.Module, input: Any, batch: int, settings: BenchmarkSettings, report: Callable[[int], None]
+) -> tuple[list[Row], Factoring | None]:
+    """Return a row for each form in each layout, and the result of `factor` if the factored form is timed."""
+    threads = torch.get_num_threads()
     try:
         with evaluating(model), unchanged(model):
-            truth = [
-                tensor.double()
-                for tensor in tensors_in(call(model, clone_tensors(input)))
-                if tensor.is_floating_point()
-            ]
-    except Exception as error:  # some networks take some batch sizes only
-        why = _note("does not run", error)
-        ways = itertools.product(forms, layouts)
-        rows = [Row(form, False, layout, batch, threads, None, None, None, None, None, why) for form, layout in ways]
-        return rows, None
-    for form, layout in itertools.product(forms, layouts):
+            expected = _float64_tensors(call(model, clone_tensors(input)))
+    except Exception as error:  # some networks accept only some batch sizes
+        reason = _note("does not run", error)
+        forms = itertools.product(settings.forms, settings.layouts)
+        return [Row(form, False, layout, batch, threads, note=reason) for form, layout in forms], None
+    networks, chosen = _networks(model, input, settings)
+    inputs = {"contiguous": input, "channels_last": images_to_channels_last(input)}
+    rows: list[Row] = []
+    runs: dict[str, Callable[[], Any]] = {}  # by the index of the row
+    with evaluating(*networks.values()):
+        for ((form, layout), network), compiled in itertools.product(
+            networks.items(), (False, True) if settings.compiled else (False,)
+        ):
+            row = Row(form, compiled, layout, batch, threads)
+            run, note = _warm_run(network, inputs[layout], compiled)
+            if run is not None:
+                device = tensors_in(input)[0].device
+                difference = greatest_difference(_float64_tensors(run()), expected)
+                row = replace(row, error=difference, peak_bytes=peak_bytes(run, device))
+                runs[str(len(rows))] = run
+            rows.append(replace(row, note=note))
+        times = in_turns(runs, settings.repeats, 3, 20.0, warm=1, progress=report)
+    for index, result in times.items():
+        speed = batch / result.median
+        rows[int(index)] = replace(
+            rows[int(index)], seconds=result.median, spread=result.spread, examples_per_second=speed
+        )
+    return rows, chosen
+
+
+def _networks(
+    model: nn.Module, input: Any, settings: BenchmarkSettings
+) -> tuple[dict[tuple[str, str], nn.Module], Factoring | None]:
+    """Return the network in each (form, layout), and the result of `factor` if the factored form is among them."""
+    networks: dict[tuple[str, str], nn.Module] = {}
+    chosen = None
+    for form, layout in itertools.product(settings.forms, settings.layouts):
         if form == "factored":
             if chosen is None:
                 chosen = factoring(model, input)
@@ -232,32 +277,11 @@ def _group(
             continue
         network = fuse(model, input) if form == "dense" else exchange(model, {})
         networks[form, layout] = kernels_to_channels_last(network) if layout == "channels_last" else network
-    rows = []
-    runs: dict[int, Callable[[], Any]] = {}
-    with evaluating(*networks.values()):
-        told = {"contiguous": input, "channels_last": images_to_channels_last(input)}
-        for (form, layout), network in networks.items():
-            for under_compiler in (False, True) if compiled else (False,):
-                row = Row(form, under_compiler, layout, batch, threads, None, None, None, None, None)
-                run, note = _runnable(network, told[layout], under_compiler)
-                if run is not None:
-                    device = tensors_in(input)[0].device
-                    row = replace(
-                        row, error=greatest_difference(_outputs(run), truth), peak_bytes=peak_bytes(run, device)
-                    )
-                    runs[len(rows)] = run
-                rows.append(replace(row, note=note))
-        times = in_turns({str(index): run for index, run in runs.items()}, repeats, 3, 20.0, warm=1, progress=progress)
-    for name, found in times.items():
-        timed = replace(
-            rows[int(name)], seconds=found.median, spread=found.spread, examples_per_second=batch / found.median
-        )
-        rows[int(name)] = timed
-    return rows, chosen
+    return networks, chosen
 
 
-def _runnable(network: nn.Module, input: Any, compiled: bool) -> tuple[Callable[[], Any] | None, str | None]:
-    """What to time, warmed up; or why there is nothing."""
+def _warm_run(network: nn.Module, input: Any, compiled: bool) -> tuple[Callable[[], Any] | None, str | None]:
+    """Return a function that has run the network once; or None, and a note with the reason why it does not run."""
     try:
         run = partial(_run, torch.compile(network) if compiled else network, input)
         run()
@@ -266,8 +290,8 @@ def _runnable(network: nn.Module, input: Any, compiled: bool) -> tuple[Callable[
         return None, _note("does not compile" if compiled else "does not run", error)
 
 
-def _note(what: str, error: Exception) -> str:
-    return f"{what} ({type(error).__name__}: {first_line(error)})"
+def _note(problem: str, error: Exception) -> str:
+    return f"{problem} ({type(error).__name__}: {first_line(error)})"
 
 
 def _run(network: Any, input: Any) -> Any:
@@ -275,13 +299,12 @@ def _run(network: Any, input: Any) -> Any:
         return call(network, input)
 
 
-def _outputs(run: Callable[[], Any]) -> list[torch.Tensor]:
-    with torch.no_grad():
-        return [tensor.double() for tensor in tensors_in(run()) if tensor.is_floating_point()]
+def _float64_tensors(output: Any) -> list[torch.Tensor]:
+    return [tensor.double() for tensor in tensors_in(output) if tensor.is_floating_point()]
 
 
-def _repeated(tensor: torch.Tensor, batch: int) -> torch.Tensor:
-    """A tensor's examples repeated and cut to ``batch``; a scalar as it is."""
+def _repeat_examples(tensor: torch.Tensor, batch: int) -> torch.Tensor:
+    """Repeat the examples in a tensor up to ``batch``; return a scalar unchanged."""
     if not tensor.dim():
         return tensor
     times = -(-batch // max(len(tensor), 1))
@@ -289,7 +312,7 @@ def _repeated(tensor: torch.Tensor, batch: int) -> torch.Tensor:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def _torch_threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -1,4 +1,4 @@
-"""Hand a network over to others: plain state dicts, timm folders, ONNX, torch.export; never from the harmonic form."""
+"""Export a network without its harmonic form: as a plain state dict, a timm folder, ONNX or torch.export."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ __all__ = ["FORMATS", "Exported", "check_target", "export"]
 def check_target(
     path: str | Path, format: str, force: bool = False, dtype: str = "float32", form: str = "dense"
 ) -> None:
-    """Raise what `export` would raise before it begins; call it before long work.
+    """Check the arguments of `export`, so that errors appear before long work.
 
     Raises:
-        UsageError: the output exists, or the format does not go with its suffix, the dtype or the form.
+        UsageError: the output exists, or the format does not fit its suffix, the dtype or the form.
         OutsideError: a package is missing.
     """
     dtype_named(dtype)
@@ -51,64 +51,67 @@ def export(
     dtype: str = "float32",
     example_input: Any = None,
     force: bool = False,
-    progress: Callable[[str], None] = lambda what: None,
+    progress: Callable[[str], None] = lambda description: None,
 ) -> Exported | None:
-    """Write ``model`` for use without this package, and say how exact the file is (None where nothing was run).
+    """Write ``model`` for use without this package; return the accuracy of the file (None: no input was available).
 
-    ``dense``: a .safetensors state dict with the original network's keys and shapes, which stock timm or torchvision
-    loads strictly. ``timm``: a folder for ``timm.create_model("local-dir:PATH", pretrained=True)``. ``onnx``: one
-    .onnx file of standard operators, any batch size. ``torch-export``: a .pt2 program of torch's operators. Every file
-    is loaded again (ONNX: in ONNX Runtime) and compared with the harmonic network before it is kept, on the example
-    input where that is not all zeros, else on seeded random ones; where no input is known, layer by layer.
+    ``dense``: a .safetensors state dict with the original network's keys and shapes, which timm and torchvision load
+    strictly. ``timm``: a folder for ``timm.create_model("local-dir:PATH", pretrained=True)``. ``onnx``: one .onnx file
+    of standard operators, for any batch size. ``torch-export``: a .pt2 program of torch's operators.
+
+    Each file is loaded again (ONNX: in ONNX Runtime) and compared with the harmonic network before it is written. The
+    comparison uses the example input, or seeded random inputs if the example is all zeros. Without an input, layers are
+    compared one by one.
 
     Args:
-        form: ``"dense"``, or (onnx, torch-export) ``"factored"``: truncated convolutions as depthwise ones and a 1x1,
-            where that is faster: of onnx as ONNX Runtime runs it here, else as `factor` finds.
-        dtype: (dense, timm) ``"float16"`` or ``"bfloat16"`` store weights in 16 bits, within a tolerance of the
-            outputs; ``"float32"`` leaves them as they are. Graphs are float32.
-        example_input: as for `convert`; by default of the network's own size. Needed for graphs and for 16 bits.
+        form: ``"dense"``, or (onnx, torch-export) ``"factored"``: a truncated convolution becomes a depthwise one and a
+            1x1 if that is faster. For onnx, layers are timed in ONNX Runtime on this machine; else `factor` decides.
+        dtype: (dense, timm) ``"float16"`` or ``"bfloat16"`` store weights in 16 bits, if the outputs stay within a
+            tolerance; ``"float32"`` does not change them. Graphs are float32.
+        example_input: as for `convert`; by default of the network's own input size. Graphs and 16 bits need it.
 
     Raises:
-        UsageError: unknown format, an output that exists, no example input, or a timm folder of another's network.
+        UsageError: unknown format, an output that exists, no example input, or a timm folder of a network that is not
+            from timm.
         InputError: the network cannot be exported.
-        CheckError: the file does not compute what the network does; nothing was written.
+        CheckError: the outputs of the file differ from those of the network; nothing was written.
         OutsideError: the disk is full, permission or a package is missing.
     """
     check_target(path, format, force, dtype, form)
-    known = default_input(model) if example_input is None else example_input
-    if known is None and (format in GRAPHS or dtype != "float32"):
-        raise UsageError("this network does not say what it takes: give ", Argument("example_input"))
+    input = default_input(model) if example_input is None else example_input
+    if input is None and (format in GRAPHS or dtype != "float32"):
+        raise UsageError("this network does not declare its input size: give ", Argument("example_input"))
     if format in GRAPHS:
-        # 16 bits are for files: graphs compute as they are stored, and ONNX Runtime has no such convolutions on a CPU.
-        model, known = make_runnable(in_float32(exchange(model, {})), known)
+        # A graph computes in the dtype of its weights, and ONNX Runtime has no 16-bit convolutions on a CPU.
+        model, input = make_runnable(in_float32(exchange(model, {})), input)
         export_graph = export_onnx if format == "onnx" else export_program
-        return export_graph(model, Path(path), form, known, force, progress)
+        return export_graph(model, Path(path), form, input, force, progress)
     dense = dense_form(model)
-    difference = check_form(model, _strictly_loaded(dense), "dense", example_input)
+    difference = check_form(model, _load_strictly(dense), "dense", example_input)
     if dtype != "float32":
-        model, known = make_runnable(model, known)
+        model, input = make_runnable(model, input)
         small = rounded(dense, dtype_named(dtype))
-        difference = check_rounding(dense, _strictly_loaded(small), comparison_inputs(known))
+        difference = check_rounding(dense, _load_strictly(small), comparison_inputs(input))
         dense = small
     if format == "dense":
         write_tensors(_full_state(dense), path, {"format": "pt"}, force)
     else:
-        _export_timm_folder(dense, Path(path), known, force)
+        _export_timm_folder(dense, Path(path), input, force)
     return None if difference is None else Exported(difference, None, ())
 
 
-def _strictly_loaded(dense: nn.Module) -> nn.Module:
-    """A copy of a network whose parameters are all from a strict load of what its file will hold.
+def _load_strictly(dense: nn.Module) -> nn.Module:
+    """Return a copy of a network that has loaded the state dict of the file strictly.
 
     Raises:
-        CheckError: that does not load.
+        CheckError: the network does not load its own state dict.
     """
     blank = deep_copy(dense)
     for parameter in blank.parameters():
         if parameter.is_floating_point():
             parameter.data = torch.full_like(parameter, torch.nan)
     try:
-        blank.load_state_dict(_full_state(dense))  # strict by default, also where the network has its own
+        blank.load_state_dict(_full_state(dense))  # strict by default, also if the network overrides the method
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         raise CheckError(
             f"the state dict of this {type(dense).__name__} does not load into it again: {first_line(error)}; "
@@ -118,16 +121,16 @@ def _strictly_loaded(dense: nn.Module) -> nn.Module:
 
 
 def _full_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict with tied tensors under each of their keys, as a strict load wants them."""
+    """Return the state dict with tied tensors under each of their keys, as a strict load needs it."""
     tensors, tied = untied_state(model)
     return tensors | {alias: tensors[key].clone() for alias, key in tied.items()}
 
 
-def _export_timm_folder(dense: nn.Module, path: Path, known: Any, force: bool) -> None:
+def _export_timm_folder(dense: nn.Module, path: Path, input: Any, force: bool) -> None:
     architecture = pretrained_config(dense).get("architecture")
     if not architecture or not timm.is_model(architecture):
-        what = f"a timm folder needs a timm network, and this is a {type(dense).__name__}"
-        raise UsageError(what, ": use ", Argument("format", "dense"))
+        problem = f"a timm folder needs a timm network, and this is a {type(dense).__name__}"
+        raise UsageError(problem, ": use ", Argument("format", "dense"))
     arguments = {"in_chans": dense.in_chans} if isinstance(getattr(dense, "in_chans", None), int) else {}
 
     def fill(folder: Path) -> None:
@@ -135,13 +138,13 @@ def _export_timm_folder(dense: nn.Module, path: Path, known: Any, force: bool) -
         try:
             other = timm.create_model(f"local-dir:{folder}", pretrained=False)
             other.load_state_dict(load_file(folder / "model.safetensors"))
-        except Exception as error:  # what timm raises has no common base
+        except Exception as error:  # timm's exceptions have no common base class
             problem: str | None = f"{type(error).__name__}: {first_line(error)}"
         else:
-            problem = None if known is None else compare_outputs(dense, other, comparison_inputs(known)).problem
+            problem = None if input is None else compare_outputs(dense, other, comparison_inputs(input)).problem
         if problem:
-            what = f"timm makes another network than this {type(dense).__name__} of the folder ({problem})"
-            raise CheckError(what, "; nothing was written: use ", Argument("format", "dense"))
+            message = f"timm does not make this {type(dense).__name__} from the folder ({problem})"
+            raise CheckError(message, "; nothing was written: use ", Argument("format", "dense"))
 
     with saving(path):
         write_folder(path, TIMM_FILES, fill, force)

@@ -1,4 +1,4 @@
-"""Networks as graphs of standard operators: ONNX, and programs of torch.export. Compared before they are kept."""
+"""Export networks as graphs of standard operators (ONNX, torch.export); check each file before writing it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from glob import escape
 from importlib import import_module
 from math import inf
@@ -34,23 +34,24 @@ from ..network.state import tensors_of
 from ..network.values import clone_tensors, tensors_in
 from ..plan.axes import kept_by
 
-# Relative to the largest output: what ONNX Runtime's own order of sums comes to, and torch's with itself.
+# Relative to the largest output. ONNX Runtime adds in another order than torch; torch.export changes the order little.
 TOLERANCE = {"onnx": 1e-4, "torch-export": 1e-5}
-LARGEST = 2**31 - 1  # bytes of one ONNX file, by its encoding
-ANY = 2  # examples in the input that a file for any batch size is traced with: torch takes 0 and 1 for fixed
+MAX_BYTES = 2**31 - 1  # the format (protobuf) does not allow larger ONNX files
+# The batch size in the trace of a file for any batch size. torch.export treats sizes 0 and 1 as constants.
+TRACED_BATCH = 2
 
-_KNOWN = (list, tuple, dict, OrderedDict, int, float, bool, str, type(None))
+_SUPPORTED = (list, tuple, dict, OrderedDict, int, float, bool, str, type(None))
 
-ToBytes = Callable[[nn.Module, Any, bool], bytes]  # of a network, an input, and whether its batch size may vary
-Run = Callable[[Any], Sequence[Tensor]]
+ToBytes = Callable[[nn.Module, Any, bool], bytes]  # arguments: network, input, whether the batch size is dynamic
+Run = Callable[[Any], Sequence[Tensor]]  # runs an exported file on an input
 
 
 @dataclass(frozen=True)
 class Exported:
-    """How exact an exported file is: relative difference of outputs and share of the same top-1 (None: no logits).
+    """The accuracy of an exported file: relative difference of the outputs, share of the same top-1 (None: no logits).
 
-    ``factored``: names of layers that it holds in factored form; ``speedup``: of that over the dense form in ONNX
-    Runtime here (None where not measured); ``notes``: what is not as one would expect.
+    ``factored``: names of the layers in factored form. ``speedup``: speed of the file relative to the dense form, in
+    ONNX Runtime on this machine (None: not measured). ``notes``: restrictions of the file, for the user.
     """
 
     difference: float
@@ -61,7 +62,7 @@ class Exported:
 
 
 def check_packages() -> None:
-    """Raise OutsideError where a package that ONNX takes is missing."""
+    """Raise OutsideError if a package for ONNX is missing."""
     for name in ("onnx", "onnxscript", "onnxruntime"):
         try:
             import_module(name)
@@ -72,60 +73,57 @@ def check_packages() -> None:
 def export_onnx(
     model: nn.Module, path: Path, form: str, example_input: Any, force: bool, progress: Callable[[str], None]
 ) -> Exported:
-    """One .onnx file; see `harmconvert.deploy.export.export`."""
+    """Write a .onnx file; see `harmconvert.deploy.export.export`."""
     dense = fuse(model, example_input).eval()
     size = sum(stored_bytes(tensor) for tensor in tensors_of(dense).values())
-    if size > LARGEST:
-        raise InputError(
-            f"{size / 2**30:.1f} GiB of weights are more than one ONNX file holds (2 GiB): use torch-export"
-        )
+    if size > MAX_BYTES:
+        raise InputError(f"{size / 2**30:.1f} GiB of weights do not fit into one ONNX file (2 GiB): use torch-export")
     network, names = dense, tuple[str, ...]()
     if form == "factored":
-        chosen = factored_for_onnx(model, example_input, progress)
+        chosen = factor_for_onnx(model, example_input, progress)
         network, names = chosen.model.eval(), chosen.factored
     progress("exporting to ONNX")
-    found = _kept(_to_onnx, _session_outputs, "onnx", network, model, example_input, progress)
-    content, difference, agreement, notes = found
-    speedup = None
+    content, exported = _export_and_check("onnx", network, model, example_input, progress)
     if names:
         speedup = _speedup(onnx_bytes(dense, example_input), content, example_input)
+        exported = replace(exported, factored=names, speedup=speedup)
     elif form == "factored":
-        notes = (*notes, "no layer is faster in factored form in ONNX Runtime here: all are dense")
-    write_file(path, lambda staging: _write(staging, content), force)
-    return Exported(difference, agreement, names, speedup, notes)
+        note = "in ONNX Runtime on this machine, no layer is faster in factored form: all layers are dense"
+        exported = replace(exported, notes=(*exported.notes, note))
+    _write(path, content, force)
+    return exported
 
 
 def export_program(
     model: nn.Module, path: Path, form: str, example_input: Any, force: bool, progress: Callable[[str], None]
 ) -> Exported:
-    """One .pt2 file; see `harmconvert.deploy.export.export`."""
+    """Write a .pt2 file; see `harmconvert.deploy.export.export`."""
     if form == "factored":
         chosen = factoring(model, example_input)
         network, names = chosen.model.eval(), chosen.factored
     else:
         network, names = fuse(model, example_input).eval(), ()
     progress("exporting")
-    found = _kept(_to_program, _program_outputs, "torch-export", network, model, example_input, progress)
-    content, difference, agreement, notes = found
-    write_file(path, lambda staging: _write(staging, content), force)
-    return Exported(difference, agreement, names, None, notes)
+    content, exported = _export_and_check("torch-export", network, model, example_input, progress)
+    _write(path, content, force)
+    return replace(exported, factored=names)
 
 
 def onnx_bytes(network: nn.Module, example_input: Any) -> bytes:
-    """An ONNX file of a network for any batch size, or for that of the example where there is no such file.
+    """Return an ONNX file of a network for any batch size; if that is impossible, for the batch size of the example.
 
     Raises:
         InputError: the network cannot be exported.
     """
     try:
-        return _exported(_to_onnx, network, example_input, ANY)
+        return _export(_to_onnx, network, example_input, TRACED_BATCH)
     except InputError:
-        return _exported(_to_onnx, network, example_input, None)
+        return _export(_to_onnx, network, example_input, None)
 
 
 def _to_onnx(network: nn.Module, inputs: Any, dynamic: bool) -> bytes:
     args, kwargs = _arguments(inputs)
-    shapes = _dynamic(args, kwargs) if dynamic else None
+    shapes = _dynamic_shapes(args, kwargs) if dynamic else None
     program = torch.onnx.export(
         network, args, kwargs=kwargs, input_names=list(_by_name(inputs)), dynamic_shapes=shapes, dynamo=True,
         verbose=False,
@@ -136,7 +134,7 @@ def _to_onnx(network: nn.Module, inputs: Any, dynamic: bool) -> bytes:
 
 def _to_program(network: nn.Module, inputs: Any, dynamic: bool) -> bytes:
     args, kwargs = _arguments(inputs)
-    shapes = _dynamic(args, kwargs) if dynamic else None
+    shapes = _dynamic_shapes(args, kwargs) if dynamic else None
     buffer = io.BytesIO()
     torch.export.save(torch.export.export(network, args, kwargs, dynamic_shapes=shapes), buffer)
     return buffer.getvalue()
@@ -147,7 +145,7 @@ def _program_outputs(content: bytes) -> Run:
     return lambda inputs: tensors_in(call(program, inputs))
 
 
-def _exported(to_bytes: ToBytes, network: nn.Module, example_input: Any, batch: int | None) -> bytes:
+def _export(to_bytes: ToBytes, network: nn.Module, example_input: Any, batch: int | None) -> bytes:
     try:
         with evaluating(network), _plain_outputs(network), _quiet():
             return to_bytes(network, comparison_inputs(example_input, batch), batch is not None)
@@ -157,11 +155,13 @@ def _exported(to_bytes: ToBytes, network: nn.Module, example_input: Any, batch: 
 
 @contextmanager
 def _plain_outputs(network: nn.Module) -> Iterator[None]:
-    """Let a network return a tuple of its tensors instead of records of classes that exporters do not know (named
-    tuples, dataclasses, mappings of other classes)."""
+    """Make a network return a tuple of its tensors if exporters do not support the class of its output.
+
+    Such classes are named tuples, dataclasses and mappings of other packages.
+    """
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        return tuple(tensors_in(output)) if _unknown(output) else None
+        return tuple(tensors_in(output)) if _unsupported_classes(output) else None
 
     handle = network.register_forward_hook(hook)
     try:
@@ -170,14 +170,14 @@ def _plain_outputs(network: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
-def _unknown(output: Any) -> list[str]:
-    """Names of the classes in an output that exporters do not know."""
+def _unsupported_classes(output: Any) -> list[str]:
+    """Return the names of the classes in an output that exporters do not support."""
     parts = [part for part in _parts(output) if not isinstance(part, Tensor)]  # exporters trace with their own tensors
-    return sorted({type(part).__name__ for part in parts if type(part) not in _KNOWN})
+    return sorted({type(part).__name__ for part in parts if type(part) not in _SUPPORTED})
 
 
-def _remarks(network: nn.Module, example_input: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What a user should know of the outputs of a graph, and the classes of those outputs that are no tensors.
+def _output_notes(network: nn.Module, example_input: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return notes for the user about the outputs of a graph, and the classes of outputs that are not tensors.
 
     Raises:
         InputError: no output is a tensor.
@@ -187,146 +187,155 @@ def _remarks(network: nn.Module, example_input: Any) -> tuple[tuple[str, ...], t
     others = {type(part).__name__ for part in _parts(output) if part is not None and not tensors_in(part)}
     values = tuple(sorted(others - {"list", "tuple", "dict", "OrderedDict"}))
     if not tensors_in(output):
-        raise InputError(
-            f"this {type(network).__name__} cannot be exported: its output is no tensor but {', '.join(values) or None}"
-        )
-    notes = [f"its outputs are a tuple of tensors, because exporters do not know {kind}" for kind in _unknown(output)]
+        kind = ", ".join(values) or "None"
+        raise InputError(f"this {type(network).__name__} cannot be exported: its output has no tensor, but {kind}")
+    notes = [
+        f"its outputs are a tuple of tensors, because exporters do not support {name}"
+        for name in _unsupported_classes(output)
+    ]
     if values:
-        notes.append(f"graphs compute tensors only: outputs of {', '.join(values)} are left out, or constant")
+        notes.append(f"graphs compute only tensors: outputs of {', '.join(values)} are left out, or constant")
     return tuple(notes), values
 
 
 def _parts(output: Any) -> Iterator[Any]:
-    """A nest of lists, tuples and dicts: itself, and all that it holds."""
+    """Yield an output and, if it is a list, tuple or dict, all values in it at any depth."""
     yield output
-    held = output.values() if type(output) in (dict, OrderedDict) else output if type(output) in (list, tuple) else ()
-    for part in held:
-        yield from _parts(part)
+    items = output.values() if type(output) in (dict, OrderedDict) else output if type(output) in (list, tuple) else ()
+    for item in items:
+        yield from _parts(item)
 
 
-def _kept(
-    to_bytes: ToBytes, opened: Callable[[bytes], Run], format: str, network: nn.Module, model: nn.Module,
-    example_input: Any, progress: Callable[[str], None],
-) -> tuple[bytes, float, float | None, tuple[str, ...]]:  # fmt: skip
-    """A file of ``network`` that computes what ``model`` does, how exactly, its top-1 agreement, and notes: for any
-    batch size, or for that of the example where anything goes wrong with another.
+def _export_and_check(
+    format: str, network: nn.Module, model: nn.Module, example_input: Any, progress: Callable[[str], None]
+) -> tuple[bytes, Exported]:
+    """Export ``network`` for any batch size; if that fails, for the batch size of the example.
+
+    Args:
+        network: the dense or factored form of ``model``.
+        model: the harmonic network with which the file is compared.
 
     Raises:
         InputError: the network cannot be exported, or the file does not run.
-        CheckError: the file computes something else.
+        CheckError: the outputs of the file differ from those of the network.
     """
-    returned, values = _remarks(network, example_input)
+    to_bytes, load = (_to_onnx, _session_outputs) if format == "onnx" else (_to_program, _program_outputs)
+    output_notes, other_classes = _output_notes(network, example_input)
     notes: tuple[str, ...] = ()
-    for batch, compared in ((ANY, (None, ANY, ANY + 1)), (None, (None,))):
+    for batch, compared in ((TRACED_BATCH, (None, TRACED_BATCH, TRACED_BATCH + 1)), (None, (None,))):
         try:
-            content = _exported(to_bytes, network, example_input, batch)
+            content = _export(to_bytes, network, example_input, batch)
             progress("comparing")
-            difference, agreement = _compared(format, opened(content), network, model, example_input, compared)
-            return content, difference, agreement, (*notes, *returned)
+            difference, agreement = _compare(format, load(content), network, model, example_input, compared)
+            return content, Exported(difference, agreement, (), None, (*notes, *output_notes))
         except Exception as error:
-            if batch is None and "ndarray" in values and isinstance(error, InputError):
-                raise InputError(f"{error}; its output holds NumPy arrays: let it return tensors") from error
+            if batch is None and "ndarray" in other_classes and isinstance(error, InputError):
+                raise InputError(f"{error}; its output has NumPy arrays: make it return tensors") from error
             if batch is None:
                 raise
-            why = error.__cause__ if isinstance(error, InputError) and error.__cause__ else error
-            notes = (f"the batch is fixed, because with another one something goes wrong: {_cause(why)}",)
+            cause = error.__cause__ if isinstance(error, InputError) and error.__cause__ else error
+            notes = (f"the batch size is fixed, because an export for any batch size fails: {_cause(cause)}",)
     raise AssertionError("the last attempt returns or raises")
 
 
-def _compared(
+def _compare(
     format: str, run: Run, network: nn.Module, model: nn.Module, example_input: Any, batches: Sequence[int | None]
 ) -> tuple[float, float | None]:
-    """Greatest relative difference from the harmonic network and least top-1 agreement over those batch sizes.
+    """Return the largest difference from the harmonic network and the lowest top-1 agreement, over the batch sizes.
 
     Raises:
         InputError: the file does not run.
-        CheckError: it differs from the network that was exported, or that from the harmonic one, by more than the
-            tolerance, or has another top-1.
+        CheckError: the outputs of the file differ from those of ``network`` or ``model`` by more than the tolerance, or
+            have another top-1.
     """
-    worst, agreement, tolerance = 0.0, None, TOLERANCE[format]
+    largest, agreement, tolerance = 0.0, None, TOLERANCE[format]
     for batch in batches:
         inputs = comparison_inputs(example_input, batch)
         with evaluating(network, model), unchanged(network), unchanged(model), _quiet():
             expected, harmonic = (_cpu(tensors_in(call(each, clone_tensors(inputs)))) for each in (network, model))
             try:
-                found = _cpu(run(clone_tensors(inputs)))
+                outputs = _cpu(run(clone_tensors(inputs)))
             except Exception as error:
-                raise InputError(f"what was exported does not run: {_cause(error)}") from error
-        off, difference = greatest_difference(found, expected), greatest_difference(found, harmonic)
-        same = top1_agreement(list(zip(harmonic, found, strict=True)), tolerance) if off < inf else None
-        # Between two forms of a network float64 decides what is rounding.
+                raise InputError(f"the exported file does not run: {_cause(error)}") from error
+        export_error, difference = greatest_difference(outputs, expected), greatest_difference(outputs, harmonic)
+        same = top1_agreement(list(zip(harmonic, outputs, strict=True)), tolerance) if export_error < inf else None
+        # Two forms of a network may differ by rounding: compare_outputs decides in float64 whether they do.
         problem = None if difference <= tolerance else compare_outputs(model, network, inputs).problem
-        if not off <= tolerance or problem or same not in (None, 1.0):
+        if not export_error <= tolerance or problem or same not in (None, 1.0):
             top1 = "" if same is None else f", the same top-1 on {same:.0%}"
             raise CheckError(
-                "the exported file does not compute what the network does: outputs differ by "
-                f"{max(off, difference):.1e} of the largest, tolerance {tolerance:.0e}{top1}; nothing was written"
+                "the outputs of the exported file differ from those of the network by "
+                f"{max(export_error, difference):.1e} of the largest, tolerance {tolerance:.0e}{top1}; "
+                "nothing was written"
             )
-        worst = max(worst, difference)
+        largest = max(largest, difference)
         agreement = same if agreement is None or same is None else min(agreement, same)
-    return worst, agreement
+    return largest, agreement
 
 
 def _cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.detach().cpu() for tensor in tensors]
 
 
-def session_of(content: bytes) -> Any:
-    """ONNX Runtime's session for a file, on as many threads as torch has.
+def open_session(content: bytes) -> Any:
+    """Return ONNX Runtime's session for a file, with the number of threads of torch.
 
     Raises:
-        InputError: it refuses the file.
+        InputError: ONNX Runtime refuses the file.
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 4  # what goes wrong is raised, too
+    options.log_severity_level = 4  # errors are also raised as exceptions
     try:
         return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its exceptions have no common base
-        raise InputError(f"ONNX Runtime refuses what was exported: {_cause(error)}") from error
+    except Exception as error:  # the exceptions of ONNX Runtime have no common base class
+        raise InputError(f"ONNX Runtime refuses the exported file: {_cause(error)}") from error
 
 
-def feed_of(session: Any, inputs: Any) -> dict[str, Any]:
-    """Arrays by the names of a session's inputs."""
-    named = _by_name(inputs)
-    return {one.name: named[one.name].detach().cpu().numpy() for one in session.get_inputs()}
+def session_inputs(session: Any, inputs: Any) -> dict[str, Any]:
+    """Return the arrays of an input by the names of a session's inputs."""
+    tensors = _by_name(inputs)
+    return {node.name: tensors[node.name].detach().cpu().numpy() for node in session.get_inputs()}
 
 
 def _by_name(inputs: Any) -> dict[str, Tensor]:
-    """The tensors of an input by the names that they have in a graph: input or input_0, input_1, ..., and keywords."""
+    """Return the tensors of an input by their names in a graph: input or input_0, input_1, ..., and keywords."""
     args, kwargs = _arguments(inputs)
     tensors = tensors_in(args)
     named = {f"input_{i}" if len(tensors) > 1 else "input": tensor for i, tensor in enumerate(tensors)}
     for key, value in kwargs.items():
-        several = tensors_in(value)
-        named |= {f"{key}_{i}" if len(several) > 1 else key: tensor for i, tensor in enumerate(several)}
+        tensors = tensors_in(value)
+        named |= {f"{key}_{i}" if len(tensors) > 1 else key: tensor for i, tensor in enumerate(tensors)}
     return named
 
 
 def _session_outputs(content: bytes) -> Run:
-    session = session_of(content)
-    return lambda inputs: [torch.from_numpy(array) for array in session.run(None, feed_of(session, inputs))]
+    session = open_session(content)
+    return lambda inputs: [torch.from_numpy(array) for array in session.run(None, session_inputs(session, inputs))]
 
 
 def _speedup(before: bytes, after: bytes, example_input: Any) -> float:
     inputs = comparison_inputs(example_input)
-    sessions = {"before": session_of(before), "after": session_of(after)}
-    feeds = {name: feed_of(session, inputs) for name, session in sessions.items()}
+    sessions = {"before": open_session(before), "after": open_session(after)}
+    feeds = {name: session_inputs(session, inputs) for name, session in sessions.items()}
     runs = {name: lambda s=session, f=feeds[name]: s.run(None, f) for name, session in sessions.items()}
     times = in_turns(runs, 7, 3, 10.0)
     return times["before"].median / times["after"].median
 
 
-def factored_for_onnx(model: nn.Module, example_input: Any, progress: Callable[[str], None]) -> Factoring:
-    """Factored where ONNX Runtime runs that faster here, layer by layer; one measurement for each shape."""
-    open_ones = {name: conv for name, conv in harmonic_layers(model).items() if not reason_not_factorable(conv)}
-    chosen: dict[str, str] = dict.fromkeys(open_ones, "dense")
+def factor_for_onnx(model: nn.Module, example_input: Any, progress: Callable[[str], None]) -> Factoring:
+    """Return the network with the layers factored that are then faster in ONNX Runtime on this machine.
+
+    Layers of the same shape are timed once.
+    """
+    factorable = {name: conv for name, conv in harmonic_layers(model).items() if not reason_not_factorable(conv)}
+    chosen: dict[str, str] = dict.fromkeys(factorable, "dense")
     known: dict[Any, str] = {}
-    inputs_by_name = layer_inputs(model, open_ones, example_input)
+    inputs_by_name = layer_inputs(model, factorable, example_input)
     for number, (name, layer_input) in enumerate(inputs_by_name.items()):
-        conv = open_ones[name]
+        conv = factorable[name]
         key = (layer_input, conv.extra_repr(), kept_by(conv))
         if key not in known:
             progress(f"timing {name} in ONNX Runtime ({number + 1}/{len(inputs_by_name)})")
@@ -344,8 +353,8 @@ def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
 
 
-def _dynamic(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """The first axis of every input is the batch."""
+def _dynamic_shapes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return the dynamic shapes for torch.export: the first axis of every input is the batch."""
     batch = torch.export.Dim("batch")
 
     def shape(value: Any) -> Any:
@@ -358,13 +367,16 @@ def _dynamic(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return {key: shape(value) for key, value in kwargs.items()} if kwargs else shape(args)
 
 
-def _write(staging: Path, content: bytes) -> None:
-    staging.write_bytes(content)
+def _write(path: Path, content: bytes, force: bool) -> None:
+    def fill(staging: Path) -> None:
+        staging.write_bytes(content)
+
+    write_file(path, fill, force)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Exporters write reports for their makers to stdout, stderr and the log."""
+    """Suppress the reports that exporters write to stdout, stderr and the log; only their developers need them."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -376,7 +388,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> str:
-    """The innermost reason of an exporter's error, in one line without the colours of a terminal."""
+    """Return the innermost cause of an exporter's error, in one line without terminal colours."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = re.sub(r"\x1b\[[0-9;]*m", "", first_line(error)).strip()

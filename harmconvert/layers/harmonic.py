@@ -145,6 +145,11 @@ def base_class(harmonic: nn.Module) -> type[nn.Module]:
     return cast(Any, type(harmonic)).convolution
 
 
+def basis_key(conv: HarmonicMixin) -> list[Any]:
+    """Return the facts about the basis on which the time of a forward depends, for JSON."""
+    return [[*map(list, conv.frequencies)], conv.basis_spec.fitted]
+
+
 def reason_not_convertible(conv: nn.Module) -> str | None:
     """Return why a convolution with a kernel larger than 1x1 cannot be converted, or None if it can be."""
     if isinstance(conv, HarmonicMixin):

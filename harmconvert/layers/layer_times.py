@@ -25,7 +25,7 @@ from ..errors import OutsideError
 from ..files import cache_folder, read_json, write_text
 from . import native
 from .factored import to_factored
-from .harmonic import HarmonicMixin, base_class, to_dense
+from .harmonic import HarmonicMixin, base_class, basis_key, to_dense
 from .timing import in_turns
 
 _MEMORY_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -79,7 +79,7 @@ def _cache_key(conv: HarmonicMixin, layer_input: LayerInput) -> str:
     ]
     parts = (
         base_class(conv).__name__, cast(int, conv.in_channels), cast(int, conv.out_channels), cast(int, conv.groups),
-        *geometry, conv.bias is not None, [*map(list, conv.frequencies)], conv.basis_spec.fitted,
+        *geometry, conv.bias is not None, *basis_key(conv),
         list(layer_input.shape), str(layer_input.dtype), str(conv.coefficients.dtype), str(layer_input.device.type),
     )  # fmt: skip
     return json.dumps(parts)

@@ -41,7 +41,7 @@ from .layers import (
 )
 from .other_convolutions import other_convolutions
 from .running import call, evaluating, unchanged
-from .side_effects import RandomStates, Snapshot, random_states_kept, seeded_sources
+from .side_effects import RandomStates, Snapshot, fixed_random_seed, preserve_random_states
 from .state import (
     fill,
     loads_by_itself,
@@ -97,6 +97,7 @@ __all__ = [
     "factoring",
     "fill",
     "find_layers",
+    "fixed_random_seed",
     "fold_blocks",
     "from_first_rank",
     "fuse",
@@ -119,8 +120,8 @@ __all__ = [
     "match_dtype",
     "other_convolutions",
     "preprocessing_record",
+    "preserve_random_states",
     "pretrained_config",
-    "random_states_kept",
     "rank",
     "rebuild_sequence",
     "relative_difference",
@@ -128,7 +129,6 @@ __all__ = [
     "replace_module",
     "run_times",
     "seeded_inputs",
-    "seeded_sources",
     "state_key",
     "state_of",
     "sum_over_ranks",

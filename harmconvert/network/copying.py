@@ -1,8 +1,8 @@
-"""Deep copies of networks, the functions that they keep included.
+"""Deep copies of networks, including the functions that the networks hold.
 
-`copy.deepcopy` gives a function back as it is, and what it closed over with it: the copy of a network that keeps
-``lambda x: self.conv(x)`` would go on running the original's layer. Followed are functions in attributes and hooks of
-modules, at any depth of containers, bound methods, partials and what other functions close over.
+`copy.deepcopy` does not copy functions. If a network has an attribute ``lambda x: self.conv(x)``, the attribute of its
+copy would still run the layer of the original. `deep_copy` also copies functions: in attributes and hooks of modules,
+inside containers at any depth, in bound methods and partials, and in the closures of other functions.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from ..errors import first_line
 
 Module = TypeVar("Module", bound=nn.Module)
 
-_CARRIED = ("__module__", "__qualname__", "__doc__", "__annotations__", "__type_params__")
-_NOTHING = (type(None), bool, int, float, complex, str, bytes, type)
-_OWN = ("_parameters", "_buffers", "_modules")
+_COPIED_ATTRIBUTES = ("__module__", "__qualname__", "__doc__", "__annotations__", "__type_params__")
+_ATOMIC = (type(None), bool, int, float, complex, str, bytes, type)
+_TORCH_ATTRIBUTES = ("_parameters", "_buffers", "_modules")
 
 
 def deep_copy(model: Module, memo: dict[int, Any] | None = None, strict: bool = False) -> Module:
-    """A deep copy of a network, whose functions work on the copy where the network's own work on the network.
+    """Return a deep copy of a network. The functions in the copy use the parts of the copy, not those of the network.
 
-    ``memo`` is `copy.deepcopy`'s, and raises what that does. What a function reaches beside the network stays what it
-    is. Members that cannot be copied are treated as `uncopyable_members` says, unless ``strict``.
+    ``memo`` is `copy.deepcopy`'s, and the exceptions are those of `copy.deepcopy`. Objects outside the network that a
+    function uses are not copied. Members that cannot be copied are treated as in `uncopyable_members`; with ``strict``,
+    they are an error.
     """
     memo = {} if memo is None else memo
     before = dict(memo)
@@ -41,105 +42,110 @@ def deep_copy(model: Module, memo: dict[int, Any] | None = None, strict: bool = 
         if strict or not uncopyable_members(model, memo):
             raise
         copied = copy.deepcopy(model, memo)
-    if astray := _reaching(model):
-        _Following(memo, astray).follow(copied)
+    if mismatched := _values_that_use_the_network(model):
+        _FunctionReplacer(memo, mismatched).replace_in(copied)
     return copied
 
 
 def uncopyable_members(model: nn.Module, memo: dict[int, Any]) -> dict[str, str]:
-    """Find the members of a network's modules that `copy.deepcopy` refuses: their names, and why each is refused.
+    """Return the members of a network's modules that `copy.deepcopy` cannot copy: the name and the reason of each.
 
-    ``memo`` is `copy.deepcopy`'s. It gets what a copy of the network holds instead: of a tensor with a gradient history
-    the values, without the history; of anything else (a lock, an open file) the member itself, which both share.
+    ``memo`` is `copy.deepcopy`'s. The function adds a substitute for each such member to it. The substitute of a tensor
+    with a gradient history is a tensor with the same values. The substitute of any other member (a lock, an open file)
+    is the member itself, so the network and its copy share it.
     """
-    found: dict[str, str] = {}
-    inner: dict[int, Any] = {id(module): module for module in model.modules()}
-    inner |= {id(tensor): tensor for tensor in model.parameters()}
+    members: dict[str, str] = {}
+    registered: dict[int, Any] = {id(module): module for module in model.modules()}
+    registered |= {id(tensor): tensor for tensor in model.parameters()}
     for name, module in model.named_modules():
         for key, value in vars(module).items():
-            if key not in ("_parameters", "_modules") and not isinstance(value, _NOTHING):
-                why = _settled(value, memo, inner, set())
-                if why is not None:
-                    found[f"{name}.{key}" if name else key] = why
-    return found
+            if key not in ("_parameters", "_modules") and not isinstance(value, _ATOMIC):
+                reason = _substitute_uncopyable(value, memo, registered, set())
+                if reason is not None:
+                    members[f"{name}.{key}" if name else key] = reason
+    return members
 
 
 def uncopyable_member(conv: nn.Module) -> str | None:
-    """Say which member of a single layer cannot be copied and why; None where all of them can."""
+    """Describe a member of a single layer that cannot be copied; None if all members can be copied."""
     members = uncopyable_members(conv, {})
     name = next((key for key in members if "." not in key), None)
     return None if name is None else f"its member {name!r} cannot be copied ({members[name]})"
 
 
-def _settled(value: Any, memo: dict[int, Any], inner: Mapping[int, Any], seen: set[int]) -> str | None:
-    """Why a value cannot be copied, None where it can; ``memo`` gets what stands for it, or for parts of it."""
-    if id(value) in memo or id(value) in seen or id(value) in inner:
+def _substitute_uncopyable(
+    value: Any, memo: dict[int, Any], registered: Mapping[int, Any], seen: set[int]
+) -> str | None:
+    """Add substitutes for a value, or for its parts, to ``memo``; return why it cannot be copied (None: it can)."""
+    if id(value) in memo or id(value) in seen or id(value) in registered:
         return None
     seen.add(id(value))
     if isinstance(value, Tensor) and not value.is_leaf:
         memo[id(value)] = value.detach().clone()
         return "it has a gradient history"
     try:
-        copy.deepcopy(value, {**inner, **memo})
+        copy.deepcopy(value, {**registered, **memo})
         return None
     except Exception as error:
-        why = f"{type(error).__name__}: {first_line(error)}"
-    for part in _members(value):
-        why = _settled(part, memo, inner, seen) or why
-    if not isinstance(value, dict | list | tuple | set | deque):  # of a container the copy has its own
+        reason = f"{type(error).__name__}: {first_line(error)}"
+    for part in _contents(value):
+        reason = _substitute_uncopyable(part, memo, registered, seen) or reason
+    if not isinstance(value, dict | list | tuple | set | deque):  # a container is copied, with substitutes inside
         try:
-            copy.deepcopy(value, {**inner, **memo})
+            copy.deepcopy(value, {**registered, **memo})
         except Exception:
             memo[id(value)] = value
-    return why
+    return reason
 
 
-def _members(value: Any) -> list[Any]:
-    """What a container or a plain object holds."""
+def _contents(value: Any) -> list[Any]:
+    """Return the items of a container, and the attributes of an object."""
     try:
-        own = object.__getattribute__(value, "__dict__")
+        attributes = object.__getattribute__(value, "__dict__")
     except (AttributeError, TypeError):
-        own = {}
-    return [*parts_of(value), *(own.values() if isinstance(own, dict) else ())]
+        attributes = {}
+    return [*direct_references(value), *(attributes.values() if isinstance(attributes, dict) else ())]
 
 
-def _reaching(model: nn.Module) -> dict[int, Any]:
-    """Functions, methods, partials, containers and cells, by identity, from which a part of the network can be come to;
-    empty where no function can."""
-    own: set[int] = set()
+def _values_that_use_the_network(model: nn.Module) -> dict[int, Any]:
+    """Return, by id, the functions, methods, partials, containers and cells that lead to a part of the network.
+
+    The result is empty if there is no function among them, because `copy.deepcopy` copies the others correctly.
+    """
+    part_ids: set[int] = set()
     todo: list[Any] = []
     for module in model.modules():
-        own.add(id(module))
+        part_ids.add(id(module))
         for key, value in vars(module).items():
-            if key in _OWN:
-                own.update(id(tensor) for tensor in value.values() if isinstance(tensor, Tensor))
-            elif not isinstance(value, _NOTHING):
+            if key in _TORCH_ATTRIBUTES:
+                part_ids.update(id(tensor) for tensor in value.values() if isinstance(tensor, Tensor))
+            elif not isinstance(value, _ATOMIC):
                 todo.append(value)
     seen: dict[int, Any] = {}
-    comes_from: dict[int, list[int]] = {}
+    holders: dict[int, list[int]] = {}  # for each value, the values that refer to it
     reached: list[int] = []
     while todo:
         value = todo.pop()
         if id(value) in seen:
             continue
         seen[id(value)] = value
-        for part in parts_of(value):
-            comes_from.setdefault(id(part), []).append(id(value))
-            if id(part) in own:
+        for part in direct_references(value):
+            holders.setdefault(id(part), []).append(id(value))
+            if id(part) in part_ids:
                 reached.append(id(part))
-            elif not isinstance(part, _NOTHING):
+            elif not isinstance(part, _ATOMIC):
                 todo.append(part)
-    found: dict[int, Any] = {}
+    users: dict[int, Any] = {}
     while reached:
-        for holder in comes_from.get(reached.pop(), ()):
-            if holder not in found:
-                found[holder] = seen[holder]
+        for holder in holders.get(reached.pop(), ()):
+            if holder not in users:
+                users[holder] = seen[holder]
                 reached.append(holder)
-    return found if any(isinstance(value, FunctionType) for value in found.values()) else {}
+    return users if any(isinstance(value, FunctionType) for value in users.values()) else {}
 
 
-def parts_of(value: Any) -> Iterator[Any]:
-    """What a function or a container refers to directly."""
+def direct_references(value: Any) -> Iterator[Any]:
+    """Yield the objects to which a function or a container refers directly."""
     if isinstance(value, FunctionType):
         yield from value.__closure__ or ()
         yield from value.__defaults__ or ()
@@ -148,7 +154,7 @@ def parts_of(value: Any) -> Iterator[Any]:
     elif isinstance(value, CellType):
         try:
             yield value.cell_contents
-        except ValueError:  # nothing is in it yet
+        except ValueError:  # the cell is empty
             return
     elif isinstance(value, partial):
         yield from (value.func, *value.args, *value.keywords.values())
@@ -160,103 +166,109 @@ def parts_of(value: Any) -> Iterator[Any]:
         yield from value
 
 
-class _Following:
-    """Puts functions that reach the copy in the place of those that reach the network that it was copied from.
+class _FunctionReplacer:
+    """Replaces the functions in a copy that use the original network by functions that use the copy.
 
-    ``memo`` has the copies of that network's parts, ``astray`` what reaches them, both by identity.
+    Args:
+        memo: the copies of the original's parts, by the id of the original part.
+        mismatched: the values that lead to the original, by id; see `_values_that_use_the_network`.
     """
 
-    def __init__(self, memo: dict[int, Any], astray: Mapping[int, Any]) -> None:
-        self.memo, self.astray = memo, astray
-        self.made: dict[int, Any] = {}
-        self.todo: list[FunctionType | CellType] = []  # made, and yet to be filled
+    def __init__(self, memo: dict[int, Any], mismatched: Mapping[int, Any]) -> None:
+        self.memo, self.mismatched = memo, mismatched
+        self.counterparts: dict[int, Any] = {}  # the new values, by the id of the original value
+        self.unfilled: list[FunctionType | CellType] = []  # originals whose counterparts do not have their contents yet
 
-    def follow(self, copied: nn.Module) -> None:
-        """Exchange them wherever a module of the copy holds one."""
+    def replace_in(self, copied: nn.Module) -> None:
+        """Replace the functions in the attributes of all modules of the copy."""
         seen: set[int] = set()
         for module in copied.modules():
             for key, value in list(vars(module).items()):
-                if key not in _OWN and (new := self._in_place(value, seen)) is not value:
+                if key not in _TORCH_ATTRIBUTES and (new := self._replace(value, seen)) is not value:
                     vars(module)[key] = new
-        while self.todo:
-            self._fill(self.todo.pop())
+        while self.unfilled:
+            self._fill(self.unfilled.pop())
 
-    def _in_place(self, value: Any, seen: set[int]) -> Any:
-        """A value of the copy's with its functions exchanged; its containers, which are copies, stay themselves."""
+    def _replace(self, value: Any, seen: set[int]) -> Any:
+        """Return a value of the copy with its functions replaced; change lists and dicts in place."""
         if isinstance(value, FunctionType | MethodType | partial):
-            return self._like(value, of_the_copy=True)
+            return self._counterpart(value, of_the_copy=True)
         if id(value) in seen:
             return value
         seen.add(id(value))
         if isinstance(value, dict):
             for key, item in list(value.items()):
-                if (new := self._in_place(item, seen)) is not item:
+                if (new := self._replace(item, seen)) is not item:
                     value[key] = new
         elif isinstance(value, list):
-            value[:] = [self._in_place(item, seen) for item in value]
+            value[:] = [self._replace(item, seen) for item in value]
         elif type(value) is tuple:
-            items = tuple(self._in_place(item, seen) for item in value)
+            items = tuple(self._replace(item, seen) for item in value)
             return value if all(a is b for a, b in zip(items, value, strict=True)) else items
         return value
 
-    def _like(self, value: Any, of_the_copy: bool = False) -> Any:
-        """What stands for a value in the copy: its copy, another function, or itself where it does not reach the
-        network. deepcopy has made new partials and methods already (``of_the_copy``), of the old functions."""
-        if id(value) in self.made:
-            return self.made[id(value)]
-        if of_the_copy and isinstance(value, MethodType) and id(value.__func__) in self.astray:
-            return MethodType(self._like(value.__func__), value.__self__)
-        if of_the_copy and isinstance(value, partial) and id(value.func) in self.astray:
-            return partial(self._like(value.func), *value.args, **value.keywords)
-        if id(value) not in self.astray:
+    def _counterpart(self, value: Any, of_the_copy: bool = False) -> Any:
+        """Return the value that the copy has instead of ``value``; ``value`` itself if it does not use the network.
+
+        ``of_the_copy``: `copy.deepcopy` has already made a new partial or method, but with the original's function.
+        """
+        if id(value) in self.counterparts:
+            return self.counterparts[id(value)]
+        if of_the_copy and isinstance(value, MethodType) and id(value.__func__) in self.mismatched:
+            return MethodType(self._counterpart(value.__func__), value.__self__)
+        if of_the_copy and isinstance(value, partial) and id(value.func) in self.mismatched:
+            return partial(self._counterpart(value.func), *value.args, **value.keywords)
+        if id(value) not in self.mismatched:
             return self.memo.get(id(value), value) if isinstance(value, nn.Module | Tensor) else value
         if isinstance(value, FunctionType):
             return self._function(value)
         if isinstance(value, CellType):
-            self.todo.append(value)
-            return self.made.setdefault(id(value), CellType())
+            self.unfilled.append(value)
+            return self.counterparts.setdefault(id(value), CellType())
         if not isinstance(value, MethodType | partial):
             return self._container(value)
         new: Any
         if isinstance(value, MethodType):
-            new = MethodType(self._like(value.__func__), self._like(value.__self__))
+            new = MethodType(self._counterpart(value.__func__), self._counterpart(value.__self__))
         else:
-            keywords = {key: self._like(item) for key, item in value.keywords.items()}
-            new = partial(self._like(value.func), *map(self._like, value.args), **keywords)
-        self.made[id(value)] = new
+            keywords = {key: self._counterpart(item) for key, item in value.keywords.items()}
+            new = partial(self._counterpart(value.func), *map(self._counterpart, value.args), **keywords)
+        self.counterparts[id(value)] = new
         return new
 
     def _function(self, function: FunctionType) -> FunctionType:
-        cells = tuple(map(self._like, function.__closure__ or ()))
+        cells = tuple(map(self._counterpart, function.__closure__ or ()))
         new = FunctionType(function.__code__, function.__globals__, function.__name__, None, cells or None)
-        for name in _CARRIED:
+        for name in _COPIED_ATTRIBUTES:
             if hasattr(function, name):
                 setattr(new, name, getattr(function, name))
-        self.made[id(function)] = new
-        self.todo.append(function)
+        self.counterparts[id(function)] = new
+        self.unfilled.append(function)
         return new
 
     def _fill(self, value: FunctionType | CellType) -> None:
-        """Give what was made for it its contents, which may lead back to it, or deep down."""
-        new = self.made[id(value)]
+        """Give the counterpart of a value its contents. This is a separate step because contents can be cyclic."""
+        new = self.counterparts[id(value)]
         if isinstance(value, CellType):
-            new.cell_contents = self._like(value.cell_contents)
+            new.cell_contents = self._counterpart(value.cell_contents)
             return
-        new.__defaults__ = None if value.__defaults__ is None else tuple(map(self._like, value.__defaults__))
-        new.__kwdefaults__ = {key: self._like(item) for key, item in (value.__kwdefaults__ or {}).items()} or None
-        vars(new).update({key: self._like(item) for key, item in vars(value).items()})
+        new.__defaults__ = None if value.__defaults__ is None else tuple(map(self._counterpart, value.__defaults__))
+        keyword_defaults = {key: self._counterpart(item) for key, item in (value.__kwdefaults__ or {}).items()}
+        new.__kwdefaults__ = keyword_defaults or None
+        vars(new).update({key: self._counterpart(item) for key, item in vars(value).items()})
 
     def _container(self, value: Any) -> Any:
-        """A container that reaches the network, its other items the same; one of a class of its own is left."""
+        """Return the counterpart of a container; containers of other classes than Python's stay the same."""
+        new: Any
         if type(value) in (list, set, deque):
-            self.made[id(value)] = new = type(value)()
-            (new.update if isinstance(new, set) else new.extend)(map(self._like, value))
+            self.counterparts[id(value)] = new = type(value)()
+            (new.update if isinstance(new, set) else new.extend)(map(self._counterpart, value))
             return new
         if isinstance(value, dict):
-            self.made[id(value)] = new = copy.copy(value)
-            new.update({key: self._like(item) for key, item in value.items()})
+            self.counterparts[id(value)] = new = copy.copy(value)
+            new.update({key: self._counterpart(item) for key, item in value.items()})
             return new
         if type(value) in (tuple, frozenset):
-            self.made[id(value)] = new = type(value)(map(self._like, value))
+            self.counterparts[id(value)] = new = type(value)(map(self._counterpart, value))
             return new
         return value

@@ -19,7 +19,7 @@ from ..errors import HarmconvertError, first_line
 from ..layers.block import HarmonicBlock2d
 from ..layers.harmonic import CONVOLUTIONS
 from .copying import deep_copy
-from .side_effects import writes
+from .side_effects import changes_first_argument
 
 REWRITTEN = "its weight is rewritten in the network's forward, so coefficients would not be used"
 STALE = "it computes with a copy of its weight that was made before the run, so a change of the weight has no effect"
@@ -181,7 +181,7 @@ class Dataflow(TorchFunctionMode):
         if not arguments:
             return
         results = list(_tensors(output))
-        if writes(name, func):
+        if changes_first_argument(name, func):
             self._note_write(arguments[0])
             results += [arguments[0]] if arguments[0]._base is None else [arguments[0], arguments[0]._base]
         if isinstance(kwargs.get("out"), Tensor):

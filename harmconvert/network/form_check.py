@@ -18,7 +18,7 @@ from .comparison import greatest_difference
 from .exchange import in_precision, in_sixteen_bits
 from .layers import harmonic_layers
 from .running import call, evaluating, unchanged, usage_errors
-from .side_effects import seeded_sources
+from .side_effects import fixed_random_seed
 from .values import clone_tensors, default_input, map_tensors, match_dtype, tensors_in
 
 # Largest relative difference of outputs at which two forms count as the same, by the dtype of the weights. Sums in
@@ -223,7 +223,7 @@ def make_runnable(model: nn.Module, example_input: Any) -> tuple[nn.Module, Any]
     for attempt in attempts:
         network, inputs = attempt()
         try:
-            with unchanged(network), evaluating(network), seeded_sources():
+            with unchanged(network), evaluating(network), fixed_random_seed():
                 call(network, clone_tensors(inputs))
             return network, inputs
         except Exception as error:
@@ -254,7 +254,7 @@ def _in_each_precision(
 
 
 def _outputs(network: nn.Module, inputs: Any, seed: int = 0) -> list[Tensor]:
-    with unchanged(network), evaluating(network), seeded_sources(seed):
+    with unchanged(network), evaluating(network), fixed_random_seed(seed):
         return [tensor.clone() for tensor in tensors_in(call(network, clone_tensors(inputs)))]
 
 

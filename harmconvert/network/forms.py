@@ -20,7 +20,7 @@ from ..layers.layer_times import LayerInput, kernels_to_channels_last, layer_tim
 from ..layers.timing import in_turns
 from .exchange import exchange, replace_module
 from .form_check import check_form, compare_forms, make_runnable
-from .layers import harmonic_layers
+from .layers import harmonic_layers, is_harmonic_layer
 from .running import call, evaluating, unchanged, usage_errors
 from .values import clone_tensors, default_input, tensors_in
 
@@ -184,7 +184,7 @@ def _apply_and_check(
 def _check_kernels(dense: nn.Module, harmonic: Mapping[str, HarmonicMixin]) -> None:
     """Raise InputError if a merged kernel is out of its dtype's range although its coefficients are in range."""
     for name, conv in harmonic.items():
-        if not isinstance(merged := dense.get_submodule(name), HarmonicMixin) and all_finite(conv.coefficients):
+        if not is_harmonic_layer(merged := dense.get_submodule(name)) and all_finite(conv.coefficients):
             check_range(cast(Tensor, merged.weight), name, "merged kernels")
 
 

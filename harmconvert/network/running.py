@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from ..errors import Argument, UsageError, first_line
 from .faults import user_code_error
-from .side_effects import Snapshot, WeightsKept
+from .side_effects import ParameterBackup, Snapshot
 from .values import describe_input
 
 
@@ -68,7 +68,7 @@ def unchanged(model: nn.Module, but: Collection[nn.Module] = (), weights: bool =
         but: modules that are not restored.
         weights: also restore weights that a forward overwrites. This makes each call of a torch function slower.
     """
-    before, written = Snapshot(model, but), WeightsKept(model)
+    before, written = Snapshot(model, but), ParameterBackup(model)
     data_before = [(parameter, parameter.data) for parameter in model.parameters() if not is_lazy(parameter)]
     try:
         with written if weights else nullcontext():

@@ -21,7 +21,7 @@ from .exchange import in_precision, in_sixteen_bits
 from .layers import LayerInfo, convolutions, is_harmonic_layer, kernel_size, state_key, weighted_layers
 from .other_convolutions import other_convolutions
 from .running import call, evaluating, unchanged, usage_errors
-from .side_effects import random_states_kept
+from .side_effects import preserve_random_states
 from .values import batch_size, clone_tensors, default_input, describe_input, first_tensor, match_dtype, tensors_in
 
 
@@ -163,7 +163,7 @@ def _trace(model: nn.Module, example_input: Any) -> Trace:
         with ExitStack() as stack:
             for context in (unchanged(model), usage_errors(example_input), evaluating(model), counter, flow.watching()):
                 stack.enter_context(context)
-            stack.enter_context(random_states_kept())
+            stack.enter_context(preserve_random_states())
             call(model, example_input)
     finally:
         for handle in handles:

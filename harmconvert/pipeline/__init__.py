@@ -1,7 +1,8 @@
 """The flows that commands and Python users call: convert, verify, save, inspect, fine-tune.
 
 What belongs here: one public function for each flow, which returns its result as a dataclass. Parsing of arguments and
-printing belong to `cli`; what a flow is made of belongs to the folders before this one."""
+printing belong to `cli`; the steps of a flow belong to the folders that this one imports.
+"""
 
 from .benchmark import benchmark
 from .convert import RECORD_KEY, Conversion, LayerRecord, convert
@@ -11,9 +12,10 @@ from .evaluate import Evaluated, evaluate
 from .export import ExportedFile, export
 from .finetune import finetune
 from .finetuning import (
+    CutNetwork,
     FineTuning,
-    Setting,
     Stage,
+    TrainingSetup,
     check_classes,
     evaluator,
     new_classifier,
@@ -34,6 +36,7 @@ __all__ = [
     "RECORD_KEY",
     "Conversion",
     "ConvertedFile",
+    "CutNetwork",
     "Demo",
     "Evaluated",
     "ExportedFile",
@@ -42,11 +45,11 @@ __all__ = [
     "LayerRecord",
     "Listener",
     "Rounding",
-    "Setting",
     "Stage",
     "Step",
     "Trained",
     "TrainingProgress",
+    "TrainingSetup",
     "Verification",
     "benchmark",
     "check_classes",

@@ -1,4 +1,4 @@
-"""benchmark(): how fast each form of a network is on this machine, and which one to deploy."""
+"""benchmark(): measure how fast each form of a network is on this machine, and advise which one to deploy."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..deploy.benchmark import FORMS, LAYOUTS, Benchmark
-from ..deploy.benchmark import benchmark as time_forms
+from ..deploy.benchmark import FORMS, LAYOUTS, Benchmark, BenchmarkSettings, time_forms
 from .devices import place
 from .inputs import Sizes, random_of
 from .listener import SILENT, Listener
@@ -28,25 +27,30 @@ def benchmark(
     device: str | None = None,
     listener: Listener = SILENT,
 ) -> Benchmark:
-    """Time the forms of a network in turns, for each batch size and number of threads.
+    """Measure the forms of a network in turns, for each batch size and number of threads.
 
     >>> from torch import nn
-    >>> found = benchmark(nn.Conv2d(3, 4, 3), input_sizes=[(3, 8, 8)], batches=[2], repeats=3)
-    >>> [(row.form, row.layout, row.batch) for row in found.rows]
+    >>> result = benchmark(nn.Conv2d(3, 4, 3), input_sizes=[(3, 8, 8)], batches=[2], repeats=3)
+    >>> [(row.form, row.layout, row.batch) for row in result.rows]
     [('dense', 'contiguous', 2), ('dense', 'channels_last', 2)]
 
     Args:
-        model: a source string, a request or a network; a given network is not changed.
+        model: a source string, a request, or a network object, which is not changed.
         example_input: as for `convert`; default: one seeded random example of each of ``input_sizes``.
-        input_sizes: of each input of one example, (C, H, W); default: the network's own.
-        batches, threads, forms, layouts, compiled, repeats: as for `harmconvert.deploy.benchmark`.
-        device: where to run; default: where a given network is, else the CPU.
-        listener: is told what is timed.
+        input_sizes: size of each input of one example, (C, H, W); default: the network's own.
+        batches: batch sizes.
+        threads: numbers of threads of torch; default: the current number.
+        forms, layouts: ``"dense"``, ``"harmonic"``, ``"factored"``; ``"contiguous"``, ``"channels_last"``.
+        compiled: time each form also under torch.compile.
+        repeats: how often each form is timed; fewer times if a forward pass takes long.
+        device: where to run; default: the device of a network object, else the CPU.
+        listener: receives messages and progress.
 
     Raises:
-        UsageError: an unknown form or layout, no input size, or an input that the network does not take.
-        CheckError: a form of the network computes something else.
+        UsageError: a form or a layout is unknown, no input size is known, or the network does not accept the input.
+        CheckError: the outputs of a form differ from those of the network.
     """
+    settings = BenchmarkSettings(batches, threads, forms, layouts, compiled, repeats)
     network = opened(model, listener)
     if device is not None:
         network = own(network, model)
@@ -54,15 +58,5 @@ def benchmark(
     if example_input is None:
         example_input = random_of(input_sizes, network.model)
     with listener.progress() as progress:
-        found = time_forms(
-            network.model,
-            example_input,
-            batches=batches,
-            threads=threads,
-            forms=forms,
-            layouts=layouts,
-            compiled=compiled,
-            repeats=repeats,
-            progress=progress,
-        )
-    return replace(found, source=str(network.source))
+        result = time_forms(network.model, example_input, settings, progress)
+    return replace(result, source=str(network.source))

@@ -1,4 +1,4 @@
-"""Inputs without labels for a flow to calibrate on: named images, or batches that the caller gave."""
+"""Inputs for the calibration of a flow: images that a name stands for, or batches of the caller."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 from torch import nn
 
 from ..calibration import CalibrationSettings
-from ..data.calibration import Images, calibration_images
+from ..data.calibration import CalibrationImages, calibration_images
 from ..data.datasets import DataRequest
-from ..data.preprocessing import described
-from ..data.variety import remark_on
+from ..data.preprocessing import describe_preprocessing
+from ..data.variety import uniform_output_warning
 from ..errors import Argument, UsageError, counted, shortened
 from .inputs import Sizes
 from .listener import Listener
 
-# What a flow takes to calibrate on.
-Calibrating = str | Path | DataRequest | Iterable[Any]
+# The data on which a flow calibrates.
+CalibrationData = str | Path | DataRequest | Iterable[Any]
 
 
 def calibration_batches(
-    data: Calibrating | None,
+    data: CalibrationData | None,
     model: nn.Module,
     settings: CalibrationSettings,
     *,
@@ -31,49 +31,49 @@ def calibration_batches(
     preprocessing: Mapping[str, Any],
     listener: Listener,
 ) -> Iterable[Any] | None:
-    """The batches to calibrate on: read from named images, or as they were given (None where nothing was).
+    """Return the batches for a calibration: read from the images that ``data`` names, else ``data`` itself.
 
     Args:
-        data: a folder, ``sample:NAME`` or a timm data set, its ``train_split``; or an iterable of batches.
-        settings: how many images to read, and the seed that chooses them.
-        sizes: of the network's inputs, where they were given.
+        data: a folder, ``sample:NAME`` or a timm data set (its ``train_split``); or an iterable of batches; or None.
+        settings: the number of images, and the seed that selects them.
+        sizes: the sizes of the network's inputs, if the caller gives them.
 
     Raises:
-        UsageError: no such images, or a network of several inputs; InputError, OutsideError: as `calibration_images`.
+        UsageError: the images do not exist, or the network has several inputs.
+        InputError, OutsideError: see `calibration_images`.
     """
     if not isinstance(data, str | Path | DataRequest):
         return data
     if len(sizes) > 1:
         raise UsageError(
-            Argument("calibrate", data), " feeds one image; for a network of several inputs give batches of your own"
+            Argument("calibrate", data),
+            " names images, which are one input: for a network with several inputs, give batches of your own",
         )
-    request = DataRequest.of(data)
-    name = request.dataset or str(request.data_dir)
+    request = DataRequest.parse(data)
+    name = request.name
     with listener.busy(f"reading images of {name}"):
         images = calibration_images(
-            name,
+            request,
             model,
             settings.inputs,
             batch_size,
             overrides={"input_size": sizes[0] if sizes else None, **preprocessing},
-            data_dir=request.data_dir,
-            split=request.train_split,
             seed=settings.seed,
         )
-    _tell(name, images, model, listener)
+    _report_images(name, images, model, listener)
     return images.batches
 
 
-def _tell(name: str, images: Images, model: nn.Module, listener: Listener) -> None:
-    """Say what was read, and what may be wrong with it."""
-    listener.say(f"calibrating on {counted(len(images), 'image')} of {name}, {described(images.preprocessing)}")
-    warn_of(remark_on(model, images.batches), listener)
+def _report_images(name: str, images: CalibrationImages, model: nn.Module, listener: Listener) -> None:
+    how = describe_preprocessing(images.preprocessing)
+    listener.say(f"calibrating on {counted(len(images), 'image')} of {name}, {how}")
+    warn(uniform_output_warning(model, images.batches), listener)
     if images.unreadable:
         names = shortened(list(images.unreadable), 3)
         listener.say(f"note: {counted(len(images.unreadable), 'image')} could not be read: {names}")
 
 
-def warn_of(remark: str | None, listener: Listener) -> None:
-    """Say that the outputs of a network hardly vary, where they do not."""
+def warn(remark: str | None, listener: Listener) -> None:
+    """Send a remark to the listener as a warning, if there is one."""
     if remark:
         listener.say(f"warning: {remark}", urgent=True)

@@ -1,4 +1,4 @@
-"""convert(): a pretrained network in, its harmonic counterpart out (paper sec. 5.2)."""
+"""convert(): make the harmonic counterpart of a pretrained network (paper sec. 5.2)."""
 
 from __future__ import annotations
 
@@ -31,17 +31,18 @@ from ..search.records import Search, SearchSettings
 from ..search.searching import Converted, Scope, Searching
 from ..storage.checkpoint import Header
 
-RECORD_KEY = "conversion"  # of a checkpoint's history
+RECORD_KEY = "conversion"  # the key in a checkpoint's history
 
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """What became of one convolution over 1x1.
+    """The result for one convolution over 1x1.
 
-    ``kept`` of ``total`` frequencies (0 of total: skipped); ``energy`` is the share of the kernel's squared norm that
-    they hold, ``error`` the relative Frobenius error of the new kernel (both None where skipped or on the meta device);
-    ``why`` says why it was skipped, or kept whole by a policy that cuts others. ``spectrum`` is the mean |coefficient|
-    of each DCT frequency of the uncut kernel, which no one can tell afterwards (None unless it is cut, in that basis).
+    ``kept`` of ``total`` frequencies remain; 0 if the layer is skipped. ``energy`` is their share of the kernel's
+    squared norm. ``error`` is the relative Frobenius error of the new kernel. Both are None if the layer is skipped or
+    on the meta device. ``why`` is the reason why the layer is skipped, or why the policy keeps it whole. ``spectrum``
+    is the mean |coefficient| of each DCT frequency of the uncut kernel; it cannot be computed from the cut one. It is
+    None for a layer that is not cut in this basis. ``keeps`` describes the axes other than space.
     """
 
     name: str
@@ -57,18 +58,19 @@ class LayerRecord:
 
     @property
     def skipped(self) -> bool:
-        """Whether the convolution was left as it is."""
+        """Whether the convolution is not converted."""
         return self.kept == 0
 
 
-LEAST_CUT = 0.01  # of the parameters: a smaller cut gains nobody anything
+LEAST_CUT = 0.01  # share of the parameters; a smaller cut is not useful, so `Conversion.advice` says so
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """A converted network, the plan it follows, what became of each layer, what it costs, and how it was calibrated.
+    """A converted network, its plan, the result for each layer, the cost, and the record of the calibration.
 
-    ``coded`` says how a file is to hold those tensors that it does not hold as they are.
+    ``drops`` are the steps of a search with ``max_drop``. ``coded`` has the codec entries of the tensors that a file
+    does not store as plain values.
     """
 
     model: nn.Module
@@ -82,26 +84,27 @@ class Conversion:
 
     @property
     def advice(self) -> str | None:
-        """Why nothing, or next to nothing, was cut where something was to be, and what to do; else None."""
+        """Why the cut is empty or almost empty, and what to do; None if the cut is large enough."""
         if self.plan.policy == "full":
             return None
         if self.search is not None:
-            return f"the budget {self.search.budget} is met without a cut: ask for less" if self.plan.whole else None
+            advice = f"the budget {self.search.budget} is met without a cut: give a smaller one"
+            return advice if self.plan.whole else None
         removed = 1 - self.cost.harmonic_parameters / max(self.cost.parameters, 1)
         if not self.plan.whole and removed >= LEAST_CUT:
             return None
         whole = shortened([f"{name} ({why.removeprefix('whole: ')})" for name, why in self.plan.notes.items()], 2)
-        what, why = "nothing here", whole or "every layer stays whole"
+        what, why = "nothing in this network", whole or "every layer stays whole"
         if not self.plan.whole:
-            what = f"{max(removed, 0):.1%} of the parameters only"
-            why = f"convolutions over 1x1 hold {self.cost.parameter_share:.1%} of them"
+            what = f"only {max(removed, 0):.1%} of the parameters"
+            why = f"convolutions over 1x1 have {self.cost.parameter_share:.1%} of them"
             why += f", and {whole} stay whole" if whole else ""
         name, include = Argument("lam", "'PATTERN=N'"), Argument("include", "PATTERN")
-        remedy = "to cut a layer all the same, name it: "
+        remedy = "to cut such a layer, name it: "
         return Message(f"lambda {self.plan.policy} cuts {what}: {why}; ", remedy, name, " or ", include)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the network, JSON-able."""
+        """Return everything except the network as JSON values."""
         layers = [asdict(layer) for layer in self.layers]
         calibration = self.calibration.to_json() if self.calibration else None
         search = self.search.to_json() if self.search else None
@@ -112,25 +115,27 @@ class Conversion:
         }  # fmt: skip
 
     def header(self) -> Header:
-        """What a checkpoint of it says, apart from its source: the plan and the history."""
+        """Return the header of a checkpoint of this network, without the source."""
         calibration = {"calibration": self.calibration.to_json()} if self.calibration else {}
         return Header(self.plan, history=self.history() | calibration, codecs=CodecTable(coded=self.coded))
 
     def history(self) -> dict[str, Any]:
-        """What `harmconvert.save` keeps of it beside the plan and the calibration, for a report when the uncut network
-        is gone: energy, error and uncut spectrum of each layer, costs, and the search for a budget.
+        """Return the record that `harmconvert.save` writes in addition to the plan and the calibration.
+
+        It has the energy, the error and the uncut spectrum of each layer, the cost, and the search for a budget. A
+        report uses it when the uncut network is not available.
 
         >>> sorted(convert(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3)), 2).history()["conversion"])
         ['cost', 'drops', 'layers', 'search']
         """
-        told = self.to_json()
+        record = self.to_json()
         layers = {
             layer.name: {"energy": layer.energy, "error": layer.error}
             | ({"spectrum": list(layer.spectrum)} if layer.spectrum else {})
             for layer in self.layers
             if not layer.skipped
         }
-        return {RECORD_KEY: {key: told[key] for key in ("cost", "search", "drops")} | {"layers": layers}}
+        return {RECORD_KEY: {key: record[key] for key in ("cost", "search", "drops")} | {"layers": layers}}
 
 
 def convert(
@@ -152,38 +157,41 @@ def convert(
 ) -> Conversion:
     """Convert a network's convolutions over 1x1 to harmonic form; ``model`` itself is never changed.
 
-    Each kernel becomes the best matching combination of the basis kernels that its plan keeps; nothing else changes.
-    With ``calibration`` what a cut broke is then repaired in closed form, on inputs without labels.
+    Each kernel becomes the nearest combination of the basis kernels that its plan keeps; nothing else changes. With
+    ``calibration``, a refit in closed form on inputs without labels then reduces the error of the cut.
 
     >>> conversion = convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)), lam=2)
     >>> [(layer.name, layer.kept) for layer in conversion.layers]
     [('0', 9), ('1', 3)]
 
     Args:
-        model: any network; not wrapped in DistributedDataParallel or torch.compile.
-        lam: ``"full"`` (exact), an integer meant for 3x3 and scaled with the kernel, ``"progressive"``, a dict from
-            shell-style layer pattern to literal levels, or a `Plan`.
-        example_input: a tensor, a tuple of arguments, a dict of keywords, or a list (one argument). Needed by
-            ``"progressive"``; defaults to the size in the model's own ``pretrained_cfg``.
-        include: patterns; only convolutions that match one are converted, and count as named.
-        exclude: patterns of convolutions to leave as they are.
-        basis: ``"dct"``, ``"haar"``, ``"gaussian"``, or ``"klt"``, which is fitted to each layer (`Basis`); a `Plan`
-            has its own.
-        normalization: of the basis: ``"ortho"``, or ``"l1"`` as in the paper's ImageNet networks.
-        budget: instead of ``lam``: a share of the whole network's parameters, bytes, MACs or time on this machine (at
-            ``example_input``, as `factor` will have it), ``{"params": 0.6}`` or ``"latency=50%"``, or an amount,
-            ``"bytes=10MB"``; the plan of least harm within it is searched for (`harmconvert.search.choosing`).
-        max_drop: instead of ``lam``: the fewest parameters at which ``metric`` (of a network, in points, as top-1 in
-            %) falls by no more than this; by bisection over budgets, all of them in ``drops`` of what is returned.
-        metric: a function that says how good a network is, in points; more is better.
-        calibration: batches of inputs to refit on (32 inputs or more): tensors, (input, target) pairs whose target is
-            not looked at, or dicts of keywords; read once.
-        settings: of the calibration. search: of the search for a budget.
-        progress: called with (layers done, layers, layer) while calibrating.
+        model: any network that is not wrapped in DistributedDataParallel or torch.compile.
+        lam: ``"full"`` (exact), a number of levels for 3x3 kernels that is scaled for other kernels,
+            ``"progressive"``, a dict from shell-style layer pattern to an unscaled number of levels, or a `Plan`.
+        example_input: a tensor, a tuple of arguments, a dict of keywords, or a list (one argument); default: zeros of
+            the size in the model's ``pretrained_cfg``. ``"progressive"`` needs it.
+        include: patterns; only convolutions that match one are converted, also those that a policy keeps whole.
+        exclude: patterns of convolutions that are not converted.
+        basis: ``"dct"``, ``"haar"``, ``"gaussian"``, or ``"klt"``, which is fitted to each layer (`Basis`). Not used
+            with a `Plan`, which has its own.
+        normalization: scale of the basis: ``"ortho"``, or ``"l1"`` as in the paper's ImageNet networks.
+        budget: instead of ``lam``: a share of the parameters, bytes, MACs or time on this machine of the whole network,
+            such as ``{"params": 0.6}`` or ``"latency=50%"``, or an amount, such as ``"bytes=10MB"``. Time is that of
+            the factored form on ``example_input``. A search finds the plan with the smallest error within the budget
+            (`harmconvert.search.choosing`).
+        max_drop: instead of ``lam``: find the fewest parameters at which ``metric`` falls by at most this many points.
+            The search bisects over budgets; `Conversion.drops` has its steps.
+        metric: a function that measures the quality of a network in points, such as top-1 in %; higher is better.
+        calibration: batches of 32 inputs or more in total for the refit: tensors, (input, target) pairs whose target is
+            ignored, or dicts of keywords. They are read once.
+        settings: settings of the calibration.
+        search: settings of the search for a budget.
+        progress: called with (layers done, layers, layer) during the calibration.
 
     Raises:
-        UsageError: unknown lambda, a pattern without a match, an input that the network does not take.
-        InputError: nothing to convert, weights or calibration inputs that are not finite, or none of them.
+        UsageError: the lambda is unknown, a pattern matches no layer, or the network does not accept the input.
+        InputError: the network has no layer to convert, weights or calibration inputs are not finite, or there are no
+            calibration inputs.
     """
     check_network(model)
     check_weights(model)
@@ -192,21 +200,21 @@ def convert(
         settings or CalibrationSettings(), progress,
     )  # fmt: skip
     if (max_drop is None) != (metric is None):
-        raise UsageError("max_drop needs metric, a function that says how good a network is, and metric max_drop")
+        raise UsageError("max_drop and metric (a function that measures a network) need each other: give both")
     if max_drop is not None and metric is not None:
         if budget is not None or lam != "full":
-            raise UsageError("max_drop finds the size itself: leave out lam and budget")
-        return _within_drop(job, max_drop, metric, search or SearchSettings())
+            raise UsageError("max_drop finds the size of the network: leave out lam and budget")
+        return _convert_within_drop(job, max_drop, metric, search or SearchSettings())
     if budget is not None:
         if lam != "full":
-            raise UsageError(f"lam (={lam!r}) and budget (={budget!r}) both say what to keep: give one of them")
-        return _within_budget(job, Budget.parse(budget), search or SearchSettings())
-    return _by_policy(job, lam)
+            raise UsageError(f"lam (={lam!r}) and budget (={budget!r}) both say what to keep: give only one")
+        return _convert_within_budget(job, Budget.parse(budget), search or SearchSettings())
+    return _convert_by_policy(job, lam)
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What to convert, on which inputs, and which of its layers."""
+    """The arguments that all ways of converting share."""
 
     model: nn.Module
     example_input: Any
@@ -216,8 +224,7 @@ class _Job:
     progress: Progress | None
 
 
-def _by_policy(job: _Job, lam: str | int | Mapping[str, int] | Plan) -> Conversion:
-    """Convert by a policy or a given plan."""
+def _convert_by_policy(job: _Job, lam: str | int | Mapping[str, int] | Plan) -> Conversion:
     model, calibration = job.model, job.calibration
     if calibration is not None and job.example_input is None:
         calibration, run = _run_on_calibration(model, lam, calibration)
@@ -228,18 +235,17 @@ def _by_policy(job: _Job, lam: str | int | Mapping[str, int] | Plan) -> Conversi
         reasons = shortened([f"{skip.name}: {skip.why}" for skip in plan.skipped], 3) or "it has none"
         raise InputError(f"this {type(model).__name__} has no convolution over 1x1 to convert ({reasons})")
     converted = Converted(plan, apply_plan(model, plan))
-    conversion = _conversion(model, converted, run)
+    conversion = _conversion_of(model, converted, run)
     if calibration is None:
         return conversion
     calibrated = calibrate(model, converted.model, plan, calibration, job.settings, job.progress)
     return replace(conversion, calibration=calibrated)
 
 
-def _within_budget(job: _Job, budget: Budget, search: SearchSettings) -> Conversion:
-    """Convert by the best plan within a budget."""
+def _convert_within_budget(job: _Job, budget: Budget, search: SearchSettings) -> Conversion:
     searching = _searching(job, budget, search)
-    uncalibrated, record = searching()
-    return replace(_conversion(job.model, uncalibrated, searching.trace), search=record)
+    converted, record = searching()
+    return replace(_conversion_of(job.model, converted, searching.trace), search=record)
 
 
 def _searching(job: _Job, budget: Budget, search: SearchSettings) -> Searching:
@@ -254,28 +260,27 @@ def _searching(job: _Job, budget: Budget, search: SearchSettings) -> Searching:
     return searching
 
 
-def _within_drop(
+def _convert_within_drop(
     job: _Job, max_drop: float, metric: Callable[[nn.Module], float], search: SearchSettings
 ) -> Conversion:
-    """The smallest conversion that is no more than so many points worse than the uncut network."""
+    """Return the smallest conversion whose metric is at most ``max_drop`` points below that of the uncut network."""
     images = None if job.calibration is None else tuple(job.calibration)
     job = replace(job, calibration=images)
-    least = _searching(job, Budget("params", 1.0), SearchSettings()).least_share()
-    uncut = metric(job.model)
-    with TemporaryDirectory() as folder:  # the layers are probed once for all budgets
-        kept = search if search.probes else replace(search, probes=str(Path(folder) / "probes.json"))
+    least_share = _searching(job, Budget("params", 1.0), SearchSettings()).least_share()
+    uncut_metric = metric(job.model)
+    with TemporaryDirectory() as folder:  # one file of probes for all budgets, so that each layer is probed once
+        settings = search if search.probes else replace(search, probes=str(Path(folder) / "probes.json"))
 
         def attempt(share: float) -> tuple[Conversion, float]:
             budget = Budget.parse({"params": share})
-            conversion = _within_budget(job, budget, kept) if share < 1 else _by_policy(job, "full")
-            return conversion, uncut - metric(conversion.model)
+            conversion = _convert_within_budget(job, budget, settings) if share < 1 else _convert_by_policy(job, "full")
+            return conversion, uncut_metric - metric(conversion.model)
 
-        conversion, steps = smallest_within(attempt, least, max_drop)
+        conversion, steps = smallest_within(attempt, least_share, max_drop)
     return replace(conversion, drops=steps)
 
 
-def _conversion(model: nn.Module, converted: Converted, run: Trace | None) -> Conversion:
-    """The record of a network that was converted by a plan."""
+def _conversion_of(model: nn.Module, converted: Converted, run: Trace | None) -> Conversion:
     plan = converted.plan
     records = _records(model, converted.model, plan)
     cost = network_cost(model, plan, run)
@@ -283,19 +288,19 @@ def _conversion(model: nn.Module, converted: Converted, run: Trace | None) -> Co
 
 
 def _run_on_calibration(model: nn.Module, lam: Any, calibration: Iterable[Any]) -> tuple[Iterable[Any], Trace | None]:
-    """All calibration batches, and a run of the network on its own input or else on the first of them."""
+    """Return all calibration batches, and a trace on the network's default input, else on the first batch."""
     if lam == "full" or default_input(model) is not None or not isinstance(calibration, Iterable):
         return calibration, trace_if_possible(model, lam, None)
     batches = items(calibration)
     first = list(itertools.islice(batches, 1))
-    with suppress(UsageError, UserCodeError):  # calibration says what is wrong with its inputs
+    with suppress(UsageError, UserCodeError):  # the calibration reports the error in its inputs
         run = trace(model, Reader(model)(first[0])) if first else None
         return itertools.chain(first, batches), run
     return itertools.chain(first, batches), None
 
 
 def _records(model: nn.Module, converted: nn.Module, plan: Plan) -> tuple[LayerRecord, ...]:
-    """What became of each layer that a plan names, in the order of the network."""
+    """Return the record of each layer of a plan, in the order of the network."""
     before, after = weighted_layers(model), weighted_layers(converted)
     records = [
         _record(layer, before[layer.name], after[layer.name], plan.notes.get(layer.name)) for layer in plan.layers
@@ -308,8 +313,8 @@ def _records(model: nn.Module, converted: nn.Module, plan: Plan) -> tuple[LayerR
     return tuple(sorted(records, key=lambda record: order[record.name]))
 
 
-def _other_text(planned: LayerPlan, total: int) -> str:
-    """What a layer keeps on axes that the number of positions kept does not show."""
+def _other_axes_text(planned: LayerPlan, total: int) -> str:
+    """Return what a layer keeps on the axes that do not reduce the number of kept frequencies."""
     return ", ".join(str(kept) for kept in planned.keeps if not kept.whole and kept.part_of(total) == total)
 
 
@@ -325,7 +330,7 @@ def _record(planned: LayerPlan, layer: nn.Module, converted: nn.Module, why: str
         None,
         None,
         why,
-        keeps=_other_text(planned, total),
+        keeps=_other_axes_text(planned, total),
     )
     if weight.is_meta:
         return record
@@ -336,5 +341,5 @@ def _record(planned: LayerPlan, layer: nn.Module, converted: nn.Module, why: str
             check_range(parameter, planned.name, name)
         check_range(merged, planned.name, "merged kernels")
     facts = {key: value for one in planned.keeps for key, value in AXES[one.axis].facts(weight, one).items()}
-    # With an orthonormal basis the energy of what was cut is exactly the squared error.
+    # In an orthonormal basis, the energy of the removed frequencies is exactly the squared error.
     return replace(record, energy=1.0 if planned.whole else max(0.0, 1 - error**2), error=error, **facts)

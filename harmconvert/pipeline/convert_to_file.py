@@ -1,8 +1,8 @@
-"""convert_to_file(): a network in, a verified harmonic checkpoint out."""
+"""convert_to_file(): convert a network, verify it, and write a harmonic checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -21,11 +21,11 @@ from ..search.records import SearchSettings
 from ..storage.checkpoint import Header, Network, is_harmonic, read_checkpoint, read_header
 from ..storage.precision import dtype_named
 from ..training.evaluation import Evaluation
-from .calibrating import Calibrating, calibration_batches
+from .calibrating import CalibrationData, calibration_batches
 from .convert import Conversion, convert
 from .devices import place
 from .inputs import Sizes, declare_inputs, verification_inputs, zeros_of
-from .labelled import halves
+from .labelled import Halves, halves
 from .listener import SILENT, Listener
 from .networks import Openable, is_given, known_source, opened, text_of
 from .precision import in_fewer_bits
@@ -36,7 +36,7 @@ from .verify import verify
 
 @dataclass(frozen=True)
 class Rounding:
-    """The dtype that the weights of a file have, and the relative difference that this makes to the outputs."""
+    """The dtype of the weights in a file, and the relative difference of the outputs that it causes."""
 
     dtype: str
     difference: float
@@ -44,12 +44,12 @@ class Rounding:
 
 @dataclass(frozen=True)
 class ConvertedFile:
-    """A harmonic checkpoint that was written and verified.
+    """A harmonic checkpoint that is written and verified.
 
-    ``source`` is where the network came from, ``model`` the harmonic network in the file, ``header`` what the file says
-    of itself. ``conversion`` is None where the network
-    was harmonic already and was written as it is; ``rounding`` is None of a file in float32. ``held_out`` says how the
-    uncut and the converted network do on labelled images that chose nothing.
+    ``source`` is the source of the network, ``model`` the harmonic network in the file, ``header`` the header of the
+    file. ``conversion`` is None if the network was already harmonic and was written unchanged. ``rounding`` is None for
+    a file in float32. ``held_out`` has the evaluations of the uncut and the converted network on labelled images that
+    did not choose the size.
     """
 
     output: str
@@ -62,12 +62,12 @@ class ConvertedFile:
     held_out: Mapping[str, Evaluation] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict of all but the network."""
+        """Return everything except the network as JSON values."""
         verification = self.verification.to_json()
         if self.conversion is None:
             return {"output": self.output, "plan": self.header.plan.to_json(), "verification": verification}
-        told = {"output": self.output, **self.conversion.to_json(), "verification": verification}
-        return {**told, "held_out": _judged(self.held_out)}
+        result = {"output": self.output, **self.conversion.to_json(), "verification": verification}
+        return {**result, "held_out": _held_out_json(self.held_out)}
 
 
 def convert_to_file(
@@ -84,7 +84,7 @@ def convert_to_file(
     basis: str = "dct",
     normalization: str = "ortho",
     dtype: str = "float32",
-    calibration: Calibrating | None = None,
+    calibration: CalibrationData | None = None,
     settings: CalibrationSettings | None = None,
     batch_size: int = 32,
     search: SearchSettings | None = None,
@@ -101,82 +101,102 @@ def convert_to_file(
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     done = convert_to_file("sample:resnet_mnist5k", f"{folder}/cut.safetensors", "progressive")
-    >>> done.verification.as_planned, len(done.header.plan.layers)
+    ...     file = convert_to_file("sample:resnet_mnist5k", f"{folder}/cut.safetensors", "progressive")
+    >>> file.verification.as_planned, len(file.header.plan.layers)
     (True, 19)
 
     Args:
-        source: a source string, a request or a network; a given network is not changed.
+        source: a source string, a request, or a network object, which is not changed.
         output: the .safetensors file to write.
-        lam: as for `convert`; None is ``"full"``, and of a network that is harmonic already what it has.
-        plan: a plan file to follow instead: JSON, or a harmonic checkpoint.
+        lam: as for `convert`; None means ``"full"``, or no change if the network is already harmonic.
+        plan: a file with a plan, instead of ``lam``: JSON, or a harmonic checkpoint.
         budget, max_drop, include, exclude, basis, normalization, settings, search: as for `convert`.
-        labelled: images for ``max_drop``; every second test image chooses, the others say what was lost.
-        dtype: of the weights in the file: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
+        labelled: images for ``max_drop``: every second test image chooses the size, the others measure the loss.
+        dtype: type of the weights in the file: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
         calibration: a folder of images, ``sample:NAME``, a timm data set, or batches of your own.
-        batch_size: calibration images in one forward.
-        latency_batch: examples in the forward that is timed for a budget of latency.
-        input_sizes: of each input of one example, (C, H, W); default: the network's own.
+        batch_size: calibration images in one forward pass.
+        latency_batch: examples in the forward pass that is measured for a budget of latency.
+        input_sizes: size of each input of one example, (C, H, W); default: the network's own.
         example_input: instead of ``input_sizes``, as for `convert`.
-        preprocessing: of images, in timm's words, where it is not the network's own (`harmconvert.data.preprocessing`).
-        device: where to run; default: a GPU where there is one and images are given, else where the network is.
-        force: replace a file that is there.
-        command: name and words of the command that runs this, for the file to record.
-        listener: is told what happens; `Conversion`, `Verification` and `Rounding` are its results on the way.
+        preprocessing: of images, with timm's names, if it is not the network's own (`harmconvert.data.preprocessing`).
+        device: where to run; default: a GPU if there is one and images are used, else the CPU; a network object stays
+            on its device.
+        force: replace an existing file.
+        command: name and options of the running command, for the history of the file.
+        listener: receives messages and progress, and the results `Conversion`, `Verification` and `Rounding`.
 
     Raises:
-        UsageError: the output exists, or arguments that do not go together; and as `convert`.
-        InputError: the network, or its images, cannot be used. OutsideError: a disk, a network or a package fails.
-        CheckError: the converted network is not what its plan says; nothing was written.
+        UsageError: the output exists, arguments contradict each other, or as in `convert`.
+        InputError: the network or the images are unusable.
+        OutsideError: the disk, the internet or a package is not available.
+        CheckError: the converted network is not what its plan says; no file was written.
     """
     check_output(output, force, ".safetensors")
     dtype_named(dtype)
-    preprocessing, settings = preprocessing or {}, settings or CalibrationSettings(inputs=256)
+    settings = settings or CalibrationSettings(inputs=256)
+    data = _Data(calibration, labelled, settings, batch_size, input_sizes, preprocessing or {}, listener)
     target = _Target(source, str(output), dtype, input_sizes, force, command, listener)
     choices = (*(one is not None for one in (lam, plan, budget, labelled, calibration)), include, exclude)
-    as_it_is = stays_as_it_is(None if is_given(source) else text_of(source), choices, basis, normalization, dtype)
+    unchanged = stays_as_it_is(None if is_given(source) else text_of(source), choices, basis, normalization, dtype)
+    options: dict[str, Any] = {
+        "include": include, "exclude": exclude, "basis": basis, "normalization": normalization, "budget": budget,
+        "max_drop": max_drop, "search": search or SearchSettings(say=listener.say), "settings": settings,
+        "lam": _plan_in(plan) if plan is not None else "full" if lam is None else lam,
+    }  # fmt: skip
     with joined():
-        network = opened(source, listener, intact=True, form="harmonic" if as_it_is else "dense")
-        if as_it_is and network.header:
-            return _written_as_it_is(network, target)
-        if is_given(source):
-            network = replace(network, model=dense_form(network.model))  # a copy, which may be changed
-        declare_inputs(network.model, preprocessing, input_sizes)
-        if device is not None or not is_given(source):
-            place(network.model, device, gpu=calibration is not None or labelled is not None)
-        images: dict[str, Any] = {"sizes": input_sizes, "preprocessing": preprocessing, "listener": listener}
-        parts = halves(labelled, network.model, **images) if labelled is not None else None
-        batches = calibration_batches(calibration, network.model, settings, batch_size=batch_size, **images)
-        if example_input is None:
-            example_input = zeros_of(input_sizes, network.model, latency_batch)
-        else:
+        network = opened(source, listener, intact=True, form="harmonic" if unchanged else "dense")
+        if unchanged and network.header:
+            return _write_unchanged(network, target)
+        network = _prepared(network, source, data, device)
+        if example_input is not None:
             target = replace(target, inputs=example_input)
-        with listener.progress("converting") as progress:
-            conversion = convert(
-                network.model,
-                _plan(plan) if plan is not None else "full" if lam is None else lam,
-                example_input=example_input,
-                include=include,
-                exclude=exclude,
-                basis=basis,
-                normalization=normalization,
-                budget=budget,
-                max_drop=max_drop,
-                metric=parts.metric if parts else None,
-                search=search or SearchSettings(say=listener.say),
-                calibration=batches,
-                settings=settings,
-                progress=progress,
-            )
-        with listener.busy("testing on the images that chose nothing"):
-            held_out = parts.held_out(network.model, conversion.model) if parts else None  # by all processes
-        seen = cast("Sequence[Tensor]", batches) if isinstance(calibration, str | Path | DataRequest) else ()
-        return _written(network, conversion, target, held_out, seen)
+        example = zeros_of(input_sizes, network.model, latency_batch) if example_input is None else example_input
+        return _write(network, _convert(network.model, data, example, options), target)
+
+
+@dataclass(frozen=True)
+class _Data:
+    """The images of a conversion, for the calibration and for ``max_drop``, and how to read them."""
+
+    calibration: CalibrationData | None
+    labelled: str | Path | DataRequest | None
+    settings: CalibrationSettings
+    batch_size: int
+    sizes: Sizes
+    preprocessing: Mapping[str, Any]
+    listener: Listener
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the network runs on images, for which a GPU is faster."""
+        return self.calibration is not None or self.labelled is not None
+
+    def batches(self, model: nn.Module) -> Iterable[Any] | None:
+        """Return the batches for the calibration."""
+        return calibration_batches(
+            self.calibration, model, self.settings, batch_size=self.batch_size, sizes=self.sizes,
+            preprocessing=self.preprocessing, listener=self.listener,
+        )  # fmt: skip
+
+    def halves(self, model: nn.Module) -> Halves | None:
+        """Return the halves of the labelled images; None without labelled images."""
+        if self.labelled is None:
+            return None
+        return halves(self.labelled, model, sizes=self.sizes, preprocessing=self.preprocessing, listener=self.listener)
+
+
+@dataclass(frozen=True)
+class _Converted:
+    """A conversion, the evaluations on held-out images, and the calibration images if they were read from a name."""
+
+    conversion: Conversion
+    held_out: Mapping[str, Evaluation] | None
+    images: Sequence[Tensor]
 
 
 @dataclass(frozen=True)
 class _Target:
-    """What is to be written, from what, and how it is verified: on ``inputs`` or on inputs of these ``sizes``."""
+    """The file to write, and how to verify it: on ``inputs``, or else on inputs of these ``sizes``."""
 
     source: Openable
     output: str
@@ -192,31 +212,55 @@ class _Target:
             return {"inputs": self.inputs}
         return verification_inputs(self.sizes, network.source, images)
 
-    def made_by(self, network: Network) -> dict[str, Any]:
-        """The entry of the history that says which command ran, where one did."""
+    def command_record(self, network: Network) -> dict[str, Any]:
+        """Return the history entry of the command that runs; empty if no command runs."""
         if self.command is None:
             return {}
         text = text_of(self.source) if network.header else str(network.source)
         return {"command": {**self.command, "source": text}}
 
 
-def _plan(file: str | Path) -> Plan:
-    """The plan of a JSON file, or of a harmonic checkpoint."""
+def _prepared(network: Network, source: Openable, data: _Data, device: str | None) -> Network:
+    """Return the network, or a copy of the caller's, in dense form, with its inputs declared and on its device."""
+    if is_given(source):
+        network = replace(network, model=dense_form(network.model))
+    declare_inputs(network.model, data.preprocessing, data.sizes)
+    if device is not None or not is_given(source):
+        place(network.model, device, gpu=data.on_gpu)
+    return network
+
+
+def _convert(model: nn.Module, data: _Data, example_input: Any, options: Mapping[str, Any]) -> _Converted:
+    """Convert a network with the ``options`` of `convert`, and evaluate it on held-out images."""
+    parts, batches = data.halves(model), data.batches(model)
+    with data.listener.progress("converting") as progress:
+        conversion = convert(
+            model, example_input=example_input, calibration=batches, progress=progress,
+            metric=parts.metric if parts else None, **options,
+        )  # fmt: skip
+    with data.listener.busy("testing on held-out images"):
+        held_out = parts.held_out(model, conversion.model) if parts else None  # in every process
+    images = cast("Sequence[Tensor]", batches) if isinstance(data.calibration, str | Path | DataRequest) else ()
+    return _Converted(conversion, held_out, images)
+
+
+def _plan_in(file: str | Path) -> Plan:
+    """Return the plan in a JSON file or in a harmonic checkpoint."""
     return read_header(file).plan if is_harmonic(file) else Plan.load(file)
 
 
-def _written_as_it_is(network: Network, target: _Target) -> ConvertedFile:
-    """Write a network that is harmonic already; the file takes its place once it is compared with the network."""
+def _write_unchanged(network: Network, target: _Target) -> ConvertedFile:
+    """Write a network that is already harmonic; compare the file with the network before it gets its name."""
     output = target.output
 
-    def work() -> tuple[Header, Verification]:
+    def write_and_verify() -> tuple[Header, Verification]:
         inputs = target.verification_inputs(network)
         recorded = network.header.history if network.header else {}
         written: list[tuple[Header, Verification]] = []
 
         def write(staging: Path) -> None:
-            file = staging.with_name("network.safetensors")  # the target may be called otherwise, behind a link
-            header = save(network, file, history=None if recorded else target.made_by(network), force=True)
+            file = staging.with_name("network.safetensors")  # behind a link, the target may have another suffix
+            header = save(network, file, history=None if recorded else target.command_record(network), force=True)
             loaded = read_checkpoint(file, model=dense_form(network.model))
             check = verify(network.model, loaded, **inputs)
             if not check.ok:
@@ -227,39 +271,34 @@ def _written_as_it_is(network: Network, target: _Target) -> ConvertedFile:
         write_file(output, write, target.force)
         return written[0]
 
-    header, check = on_first_rank(work)
+    header, check = on_first_rank(write_and_verify)
     target.listener.wrote(output)
     return ConvertedFile(output, str(network.source), network.model, header, check)
 
 
-def _written(
-    network: Network,
-    conversion: Conversion,
-    target: _Target,
-    held_out: Mapping[str, Evaluation] | None,
-    images: Sequence[Tensor],
-) -> ConvertedFile:
-    """Verify a conversion, store it in the dtype asked for, write it."""
+def _write(network: Network, converted: _Converted, target: _Target) -> ConvertedFile:
+    """Verify a conversion, round it to the dtype of the file, and write it."""
+    conversion, held_out = converted.conversion, converted.held_out
     listener, rounding = target.listener, None
     listener.result(conversion)
     listener.say("verifying")
-    inputs = target.verification_inputs(network, images)
+    inputs = target.verification_inputs(network, converted.images)
     with listener.progress() as progress:
         check = on_first_rank(lambda: verify(network.model, conversion, **inputs, progress=progress))
     if not (check.ok or (check.as_planned and not conversion.plan.whole)):
         raise CheckError(f"{check.verdict}; nothing was written")
     listener.result(check)
-    small = conversion
     if target.dtype != "float32":
-        small, difference = in_fewer_bits(conversion, target.dtype, inputs["inputs"])
+        conversion, difference = in_fewer_bits(conversion, target.dtype, inputs["inputs"])
         rounding = Rounding(target.dtype, difference)
         listener.result(rounding)
-    history = target.made_by(network) | ({"held_out": _judged(held_out)} if held_out else {})
+    history = target.command_record(network) | ({"held_out": _held_out_json(held_out)} if held_out else {})
     source = known_source(network)
-    header = on_first_rank(lambda: save(small, target.output, source=source, history=history, force=target.force))
+    header = on_first_rank(lambda: save(conversion, target.output, source=source, history=history, force=target.force))
     listener.wrote(target.output)
-    return ConvertedFile(target.output, str(network.source), small.model, header, check, small, rounding, held_out)
+    model = conversion.model
+    return ConvertedFile(target.output, str(network.source), model, header, check, conversion, rounding, held_out)
 
 
-def _judged(held_out: Mapping[str, Evaluation] | None) -> dict[str, Any] | None:
-    return {name: found.to_json() for name, found in held_out.items()} if held_out else None
+def _held_out_json(held_out: Mapping[str, Evaluation] | None) -> dict[str, Any] | None:
+    return {name: evaluation.to_json() for name, evaluation in held_out.items()} if held_out else None

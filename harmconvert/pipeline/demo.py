@@ -1,4 +1,4 @@
-"""demo(): two real networks converted without the hub, every number measured now."""
+"""demo(): convert two sample networks without the internet, and measure the results."""
 
 from __future__ import annotations
 
@@ -29,15 +29,16 @@ from .saving import save
 from .verification import Verification
 from .verify import verify
 
-REPAIR, PHOTOGRAPHS = "calibration and fine-tuning", "efficientnet_lite0"
+TRAINING_STEPS, PHOTOGRAPHS = "calibration and fine-tuning", "efficientnet_lite0"
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the demo, and what was measured in it; None is what does not belong to the step.
+    """One step of the demo and its measurements; None for a measurement that the step does not have.
 
-    ``accuracy`` is the share of held-back images that are right, ``agreement`` the share predicted as by the uncut
-    network; ``images`` were tested or calibrated on; ``bytes`` are of the file; ``why`` says why the step was left out.
+    ``accuracy`` is the share of held-back images that are classified correctly, ``agreement`` the share with the same
+    prediction as the uncut network, ``images`` the number of images for the test or the calibration, ``bytes`` the size
+    of the file. ``why`` is the reason why a step was left out.
     """
 
     name: str
@@ -52,12 +53,12 @@ class Step:
     why: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict of what was measured."""
+        """Return the measurements as JSON values."""
         if self.name == PHOTOGRAPHS and self.check is not None:
             agreement = self.check.top1_agreement
             error = self.check.max_relative_error
             return {"max_relative_error": error, "top1_agreement": agreement, "ok": self.check.ok}
-        found = {
+        measurements = {
             "accuracy": self.accuracy,
             "agreement": self.agreement,
             "parameters": self.cost.harmonic_parameters if self.cost else None,
@@ -67,7 +68,7 @@ class Step:
             "seconds": self.seconds,
             "max_relative_error": self.check.max_relative_error if self.check else None,
         }
-        return {key: value for key, value in found.items() if value is not None}
+        return {key: value for key, value in measurements.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -77,16 +78,18 @@ class Demo:
     steps: tuple[Step, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict: the accuracy of the uncut network, and what each later step measured, by its name."""
+        """Return the accuracy of the uncut network and the measurements of each later step, by name, as JSON values."""
         uncut, *others = self.steps
         return {"accuracy": uncut.accuracy} | {step.name: step.to_json() for step in others if step.why is None}
 
 
 def demo(listener: Listener = SILENT) -> Demo:
-    """Convert two sample networks, and say what that costs and what repairs it; `Step` is the listener's result.
+    """Convert two sample networks; measure the accuracy after the cut, the calibration and the fine-tuning.
+
+    The listener receives each `Step` as a result.
 
     Raises:
-        OutsideError: a package with a sample is missing that the first steps need.
+        OutsideError: a package with a sample that the first steps need is not installed.
     """
     steps = []
     for step in _steps():
@@ -114,23 +117,23 @@ def _steps() -> Iterator[Step]:
                 check=verify(original, converted, images[::10]) if lam == "full" else None,
             )
     try:
-        yield from _repaired(original, images, labels)
+        yield from _calibrate_and_train(original, images, labels)
     except OutsideError as error:
-        yield Step(REPAIR, why=str(error))
+        yield Step(TRAINING_STEPS, why=str(error))
     try:
         yield _photographs()
     except OutsideError as error:
         yield Step(PHOTOGRAPHS, why=str(error))
 
 
-def _repaired(original: nn.Module, images: Tensor, labels: Tensor) -> Iterator[Step]:
-    """The cut of lambda 2 calibrated, fine-tuned, exported."""
-    seen = calibration_images("sample:mnist5k", original, 128)
-    model = convert(original, 2, calibration=seen.batches).model
-    yield Step("calibrated", _accuracy(model, images, labels), _agreement(original, model, images), len(seen))
+def _calibrate_and_train(original: nn.Module, images: Tensor, labels: Tensor) -> Iterator[Step]:
+    """Cut with lambda 2, calibrate, fine-tune and export."""
+    inputs = calibration_images("sample:mnist5k", original, 128)
+    model = convert(original, 2, calibration=inputs.batches).model
+    yield Step("calibrated", _accuracy(model, images, labels), _agreement(original, model, images), len(inputs))
 
     data = open_data(DataRequest("sample:mnist5k"), ("train",))
-    recipe = recipe_named("finetune", batch_size=64, crop="padded", hflip=0.0)  # digits have no mirror images
+    recipe = recipe_named("finetune", batch_size=64, crop="padded", hflip=0.0)  # a mirrored digit is not a digit
     config = preprocessing(original, {})
     assert data.train is not None
     batches = training_batches(data.train, recipe.transform(config), color_mode(config), recipe.batch_size)
@@ -141,8 +144,8 @@ def _repaired(original: nn.Module, images: Tensor, labels: Tensor) -> Iterator[S
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "dense.safetensors"
         export(model, path)
-        plain = open_source("sample:resnet_mnist5k", weights=path).model
-        yield Step("exported", agreement=_agreement(model, plain, images), bytes=path.stat().st_size)
+        exported = open_source("sample:resnet_mnist5k", weights=path).model
+        yield Step("exported", agreement=_agreement(model, exported, images), bytes=path.stat().st_size)
 
 
 def _photographs() -> Step:

@@ -1,4 +1,4 @@
-"""evaluate(): how right a network is on labelled images, or how good by a metric of the caller's."""
+"""evaluate(): measure a network on labelled images, or with a metric of the caller."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.datasets import DataRequest
-from ..data.loading import NO_LABEL, Batch, Loading
+from ..data.loading import NO_LABEL, Batch, BatchLoader
 from ..data.variety import Variety
 from ..errors import Argument, Message, UsageError
 from ..network.distributed import joined
@@ -21,8 +21,8 @@ from ..sources.request import SourceRequest
 from ..storage.checkpoint import Network
 from ..training import evaluation
 from ..training.evaluation import Evaluation, measure
-from ..training.learner import autocast
-from .calibrating import warn_of
+from ..training.trainer import autocast
+from .calibrating import warn
 from .devices import machine_for, ready
 from .listener import SILENT, Listener
 from .networks import Openable, opened
@@ -31,19 +31,21 @@ from .testing import evaluation_loading, note_unread
 
 @dataclass(frozen=True)
 class Evaluated(Evaluation):
-    """An `Evaluation` with the network that it is of, what was done to each image, and the mean of the caller's metric
-    (None without one)."""
+    """An `Evaluation` with the source of the network and the pre-processing of the images.
+
+    ``metric`` is the mean of the caller's metric; None without one.
+    """
 
     source: str = ""
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
     metric: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict, the interval included."""
-        found = super().to_json()
-        metric = found.pop("metric")
-        first = {"source": found.pop("source"), "preprocessing": dict(found.pop("preprocessing"))}
-        return {**first, **found, **({} if metric is None else {"metric": metric})}
+        """Return the evaluation and its interval as JSON values."""
+        result = super().to_json()
+        metric = result.pop("metric")
+        first = {"source": result.pop("source"), "preprocessing": dict(result.pop("preprocessing"))}
+        return {**first, **result, **({} if metric is None else {"metric": metric})}
 
 
 def evaluate(
@@ -60,79 +62,80 @@ def evaluate(
     device: str | None = None,
     listener: Listener = SILENT,
 ) -> Evaluated:
-    """Top-1 with its 95 % interval, top-5, loss and speed of a classifier; or the mean of a metric of any network.
+    """Measure top-1 with its 95 % interval, top-5, loss and speed of a classifier; or the mean of a metric.
 
-    >>> found = evaluate("sample:resnet_mnist5k", "sample:mnist5k")
-    >>> found.images, found.top1
+    >>> result = evaluate("sample:resnet_mnist5k", "sample:mnist5k")
+    >>> result.images, result.top1
     (1000, 0.994)
     >>> squares = lambda outputs, targets: (outputs - targets).square().flatten(1).mean(1)
     >>> evaluate(nn.Identity(), [(torch.ones(4, 3), torch.zeros(4, 3))], metric=squares).metric
     1.0
 
     Args:
-        model: a source string, a request or a network; a given network is not changed.
+        model: a source string, a request, or a network object, which is not changed.
         data: a folder with a folder for each class, ``sample:NAME``, a timm data set, or batches of your own: (images,
             labels) pairs, or images alone.
-        metric: of the outputs and the targets of a batch: a number for each example, or their mean. The network may
-            then be anything, and the inputs of a batch of your own whatever it takes.
-        compare: a second network to agree with, such as the uncut one. compare_weights: weights for it.
-        batch_size: images at once. workers: processes that load images; default: one for each core.
-        amp: precision of the forward: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
-        preprocessing: of images, in timm's words, where it is not the network's own (`harmconvert.data.preprocessing`).
-        device: ``"cpu"`` or ``"cuda"``; default: where a given network is, else a GPU where there is one.
-        listener: is told what happens.
+        metric: a function of the outputs and the targets of a batch: it returns a number for each example, or their
+            mean. With a metric, the network need not be a classifier, and your own batches may hold any inputs.
+        compare: a second network, such as the uncut one, to measure the agreement with.
+        compare_weights: weights for the second network.
+        batch_size: images in one forward pass.
+        workers: processes that load images; default: one for each core.
+        amp: precision of the forward pass: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        preprocessing: of images, with timm's names, if it is not the network's own (`harmconvert.data.preprocessing`).
+        device: ``"cpu"`` or ``"cuda"``; default: the device of a network object, else a GPU if there is one.
+        listener: receives messages and progress.
 
     Raises:
-        UsageError: no such data, or the network does not run on images of this size.
-        InputError: no images, labels beyond the network's classes, a network that is no classifier.
-        OutsideError: something has to be downloaded and cannot be.
+        UsageError: the data does not exist, or the network does not run on images of this size.
+        InputError: there are no images, labels are beyond the network's classes, or the network is no classifier.
+        OutsideError: a download fails.
     """
     with joined():
         machine = machine_for(model, device)
         network = opened(model, listener, form="dense")
         other = None
         if compare is not None:
-            other = ready(_rival(compare, compare_weights, network, listener).model, compare, machine.device)
+            other = ready(_second_network(compare, compare_weights, network, listener).model, compare, machine.device)
         loading, config = None, dict(preprocessing or {})
         if isinstance(data, str | Path | DataRequest):
-            request = DataRequest.of(data, holdout=0.0)
-            many: dict[str, Any] = {
-                "batch_size": batch_size,
-                "workers": workers,
-                "preprocessing": config,
-                "listener": listener,
-            }
-            loading, config = evaluation_loading(request, network.model, machine, **many)
+            request = DataRequest.parse(data, holdout=0.0)
+            loading, config = evaluation_loading(
+                request, network.model, machine,
+                batch_size=batch_size, workers=workers, preprocessing=config, listener=listener,
+            )  # fmt: skip
             data = loading.epoch(0)
         tested, variety = ready(network.model, model, machine.device), Variety()
         with listener.progress() as progress, autocast(amp, machine.device):
-            seen = _counter(progress, loading)
+            count_batch = _batch_counter(progress, loading)
             if metric is not None:
-                found = _measured(tested, data, metric, seen)
+                result = _measured(tested, data, metric, count_batch)
             else:
-                found = Evaluated(
-                    **asdict(evaluation.evaluate(tested, _labelled(data), other, variety=variety, progress=seen))
+                result = Evaluated(
+                    **asdict(evaluation.evaluate(tested, _labelled(data), other, variety=variety, progress=count_batch))
                 )
-        warn_of(variety.remark(), listener)
+        warn(variety.warning(), listener)
         if loading:
-            note_unread(loading, found, listener)
-    return replace(found, source=str(network.source), preprocessing=config)
+            note_unread(loading, result, listener)
+    return replace(result, source=str(network.source), preprocessing=config)
 
 
-def _rival(compare: Openable, weights: str | Path | None, network: Network, listener: Listener) -> Network:
-    """The second network; of the network that it is compared with it may be the uncut form."""
+def _second_network(compare: Openable, weights: str | Path | None, network: Network, listener: Listener) -> Network:
+    """Open the network to compare with ``network``; it may be the uncut form of ``network``."""
     if not isinstance(compare, str | Path | SourceRequest):
         if weights is not None:
-            raise UsageError(Argument("compare_weights"), " are for a network that is named, not for one that is given")
+            raise UsageError(
+                Argument("compare_weights"), " are for a source string, not for a network object: leave them out"
+            )
         return opened(compare, listener)
     request = compare if isinstance(compare, SourceRequest) else SourceRequest(compare)
-    known = network.source
-    if network.header is None and known.scheme != "code":  # other weights of one architecture may be compared
-        known = replace(known, sha256=None)
+    source = network.source
+    if network.header is None and source.scheme != "code":  # other weights of the same architecture are allowed
+        source = replace(source, sha256=None)
     with listener.busy(f"loading {request.text}"):
         return open_for_comparison(
             str(request.text),
-            known,
+            source,
             Message("give them with ", Argument("compare_weights", "FILE")),
             weights=weights or request.weights,
             trust_code=request.trust_code,
@@ -140,14 +143,14 @@ def _rival(compare: Openable, weights: str | Path | None, network: Network, list
         )
 
 
-def _counter(progress: Callable[[int, int, str], None], loading: Loading | None) -> Callable[[int], None]:
-    """What counts batches; in all, where that is known."""
+def _batch_counter(progress: Callable[[int, int, str], None], loading: BatchLoader | None) -> Callable[[int], None]:
+    """Return a function that reports one more batch, and the number of all batches if that is known."""
     done, steps = itertools.count(1), (loading.steps if loading else None) or 0
     return lambda images: progress(next(done), steps, "batches")
 
 
 def _labelled(batches: Iterable[Any]) -> Iterator[Batch]:
-    """Batches of the caller's as `Batch`: (images, labels) pairs, or images alone."""
+    """Yield the caller's batches as `Batch`; they are (images, labels) pairs, or images alone."""
     for batch in batches:
         if isinstance(batch, Batch):
             yield batch
@@ -161,7 +164,6 @@ def _labelled(batches: Iterable[Any]) -> Iterator[Batch]:
 def _measured(
     model: nn.Module, batches: Iterable[Any], metric: Callable[[Any, Any], Any], progress: Callable[[int], None]
 ) -> Evaluated:
-    """The mean of a metric over batches of inputs and targets."""
     pairs = ((batch[0], batch[1]) for batch in batches)
     count, value, seconds = measure(model, pairs, metric, progress)
     return Evaluated(count, 0, None, None, None, None, None, count / max(seconds, 1e-9), metric=value)

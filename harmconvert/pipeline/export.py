@@ -1,4 +1,4 @@
-"""export(): a network in, a file or folder out that is used without this package."""
+"""export(): write a network to a file or a folder that other packages can read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .networks import Openable, opened
 
 @dataclass(frozen=True)
 class ExportedFile:
-    """What was written, from what, and how exact it is: ``check`` is None where the network was not run."""
+    """An exported file: its format, its source, and its exactness (``check``: None if the network was not run)."""
 
     output: str
     format: str
@@ -26,7 +26,7 @@ class ExportedFile:
     check: Exported | None
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict."""
+        """Return the fields as JSON values."""
         return asdict(self)
 
 
@@ -46,27 +46,28 @@ def export(
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     done = export("sample:resnet_mnist5k", f"{folder}/dense.safetensors")
-    >>> done.format, done.source
+    ...     file = export("sample:resnet_mnist5k", f"{folder}/dense.safetensors")
+    >>> file.format, file.source
     ('dense', 'sample:resnet_mnist5k')
 
     Args:
-        model: a source string, a request or a network; a given network is not changed.
+        model: a source string, a request, or a network object, which is not changed.
         output: the file or, for ``"timm"``, the folder to write.
         format: ``"dense"`` (a state dict for stock timm or torchvision), ``"timm"`` (a folder for ``local-dir:``),
             ``"onnx"`` (one file for any batch size) or ``"torch-export"`` (a .pt2 program).
-        form: ``"dense"``, or of ``"onnx"`` and ``"torch-export"`` also ``"factored"``: truncated convolutions as
-            depthwise ones and a 1x1, where that is faster.
-        dtype: of the weights of ``"dense"`` and ``"timm"``: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
-        input_sizes: of each input of one example, (C, H, W); default: the network's own.
+        form: ``"dense"``, or for ``"onnx"`` and ``"torch-export"`` also ``"factored"``: cut convolutions become
+            depthwise and 1x1 convolutions if that is faster.
+        dtype: type of the weights for ``"dense"`` and ``"timm"``: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
+        input_sizes: size of each input of one example, (C, H, W); default: the network's own.
         example_input: instead of ``input_sizes``, as for `convert`.
-        force: replace what is there.
-        listener: is told what happens.
+        force: replace an existing output.
+        listener: receives messages and progress.
 
     Raises:
-        UsageError: an output that exists, a format that does not go with the form or the dtype, no input size.
-        InputError: the network cannot be exported. CheckError: the file does not compute what the network does.
-        OutsideError: a disk, a permission or a package is missing.
+        UsageError: the output exists, the format does not support the form or the dtype, or no input size is known.
+        InputError: the network cannot be exported.
+        CheckError: the outputs of the file differ from those of the network.
+        OutsideError: the disk is full, or a permission or a package is missing.
     """
     check_target(output, format, force, dtype, form)
     network = opened(model, listener, intact=True)

@@ -1,9 +1,8 @@
-"""finetune(): a harmonic checkpoint in, a fine-tuned one out, with what the network does at every stage."""
+"""finetune(): fine-tune a harmonic checkpoint, and evaluate it at each stage."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from torch import nn
 
 from ..arguments import check_harmonic, check_run_outputs, not_harmonic
 from ..data.datasets import Data, DataRequest
-from ..data.preprocessing import record_of
+from ..data.preprocessing import preprocessing_record
 from ..errors import Argument, HarmconvertError, Message, UsageError, counted
 from ..network.distributed import joined, on_first_rank
 from ..network.exchange import exchange
@@ -20,17 +19,15 @@ from ..network.state import weights_sha256
 from ..sources.opening import check_rebuilds, open_original
 from ..sources.request import SourceRequest
 from ..storage.checkpoint import Network, write_checkpoint
-from ..storage.header import Header
 from ..storage.precision import in_float32
-from ..storage.source import Source
-from ..training.learner import Machine, number_of_classes
 from ..training.recipe import Recipe
+from ..training.trainer import MachineSettings, number_of_classes
 from .devices import machine_on, workers_for
-from .finetuning import FineTuning, Setting, new_classifier, run_finetuning
+from .finetuning import CutNetwork, FineTuning, TrainingSetup, new_classifier, run_finetuning
 from .inputs import image_config
 from .listener import SILENT, Listener
 from .networks import Openable, is_given, known_source, opened, own, text_of
-from .runs import data_identity, keeper_for, kept, recipe_for, told
+from .runs import data_identity, recipe_for, reporting, resume_hint, state_file_for
 from .testing import opened_data
 
 
@@ -44,7 +41,7 @@ def finetune(
     num_classes: int | None = None,
     calibration_images: int = 256,
     preprocessing: Mapping[str, Any] | None = None,
-    machine: Machine | None = None,
+    machine: MachineSettings | None = None,
     workers: int | None = None,
     save_every: int | None = None,
     resume: str | Path | None = None,
@@ -54,9 +51,10 @@ def finetune(
     listener: Listener = SILENT,
     **changes: Any,
 ) -> FineTuning:
-    """Fine-tune a harmonic network: the paper's 5 epochs, unless a recipe or changes to it say otherwise.
+    """Fine-tune a harmonic network for the paper's 5 epochs, or as another recipe says.
 
-    Says what the network does uncut, cut, calibrated and fine-tuned. A cut that was not calibrated is calibrated first.
+    The result has the accuracy of the network uncut, cut, calibrated and fine-tuned. A cut that was not calibrated is
+    calibrated first.
 
     >>> import harmconvert as hc
     >>> layers = nn.Conv2d(1, 8, 7, stride=4), nn.ReLU(), nn.Conv2d(8, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
@@ -68,91 +66,85 @@ def finetune(
     ['before', 'fine-tuned']
 
     Args:
-        model: the path of a harmonic checkpoint, a request or a harmonic network; a given network is not changed.
+        model: the path of a harmonic checkpoint, a request, or a harmonic network object, which is not changed.
         data: a folder with a folder for each class, ``sample:NAME`` or a timm data set.
-        output: the .safetensors file to write; None writes nothing, and keeps no state to resume from.
-        recipe: the name of a recipe, or a `Recipe`. changes: its fields, such as ``epochs`` or ``lr``.
-        teacher: the uncut network, its source or a file of its weights; default: what the checkpoint was converted
-            from.
-        num_classes: gives the network a new classifier, for data of other classes.
-        calibration_images: training images, labels unseen, to calibrate on; 0 leaves calibration out.
-        preprocessing: of images, in timm's words, where it is not the network's own (`harmconvert.data.preprocessing`).
-        machine: where and how to run; default: a GPU where there is one.
+        output: the .safetensors file to write; None: write no file, and save no state.
+        recipe: the name of a recipe, or a `Recipe`.
+        changes: fields of the recipe with other values, such as ``epochs`` or ``lr``.
+        teacher: the uncut network, its source or a file of its weights; default: the source of the checkpoint.
+        num_classes: give the network a new classifier, for data with other classes.
+        calibration_images: number of training images, without labels, for the calibration; 0: do not calibrate.
+        preprocessing: of images, with timm's names, if it is not the network's own (`harmconvert.data.preprocessing`).
+        machine: where and how to run; default: a GPU if there is one.
         workers: processes that load images; default: one for each core.
-        save_every: steps after which the state is saved, beside after each epoch.
-        resume: a saved state to go on from; all else as when the run was begun.
+        save_every: save the state after this many steps, too, not only after each epoch.
+        resume: a saved state to continue from; all other arguments must be the same as in the first run.
         log: ``"tensorboard"`` writes events beside the output.
-        force: replace files that are there.
-        command: name and words of the command that runs this, for the file to record.
-        listener: is told what happens.
+        force: replace existing files.
+        command: name and options of the running command, for the history of the file.
+        listener: receives messages and progress.
 
     Raises:
-        UsageError: no harmonic network, outputs that exist, settings that do not fit together.
-        InputError: images or a network that cannot be used. CheckError: the loss is no longer finite.
-        OutsideError: a disk, a network or a package fails. SignalError: the user ended the run; its state is saved.
+        UsageError: the network is not harmonic, an output exists, or settings contradict each other.
+        InputError: the images or the network are unusable.
+        CheckError: the loss is no longer finite.
+        OutsideError: the disk, the internet or a package is not available.
+        SignalError: the user stopped the run; its state is saved.
     """
     target = None if output is None else str(output)
     if target is not None:
         check_run_outputs(target, resume, force)
     if not is_given(model):
         check_harmonic(text_of(model))
-    with joined(), ExitStack() as held:
-        cut = _opened(model, num_classes, teacher, listener)
-        run = _run(cut, data, recipe, changes, resume, listener)
+    with joined():
+        cut = _open_cut(model, num_classes, teacher, listener)
+        run = _prepare_run(cut, data, recipe, changes, resume, listener)
         config = image_config(cut.model, preprocessing or {}, listener)
-        setting = Setting(
+        setup = TrainingSetup(
             config, machine or machine_on(), workers_for(workers, run.dataset),
-            keeper=keeper_for(target, resume, save_every, _identity(cut, run, config), force, listener),
-            resume=None if resume is None else Path(resume), say=listener.say,
+            state_file=state_file_for(target, resume, save_every, _identity(cut, run, config), force, listener),
+            say=listener.say,
         )  # fmt: skip
-        held.enter_context(setting.keeper.alone())
-        with told(setting, run.recipe.epochs, target, log, listener) as telling:
-            done = run_finetuning(
-                cut.model,
-                cut.header,
-                run.data,
-                run.recipe,
-                telling,
-                original=cut.original,
-                why_no_original=cut.why,
-                calibration_images=calibration_images,
-            )
-        if target is None:
-            return done
-        made_by = None if command is None else {**command, "source": text_of(model)}
-        with kept(setting.keeper):
-            header = on_first_rank(
-                lambda: write_checkpoint(
-                    done.model,
-                    target,
-                    header=cut.header,
-                    source=cut.source,
-                    history=done.history(cut.header.history, made_by),
-                    preprocessing=record_of(config),
-                    force=force,
-                )
-            )
-        setting.keeper.remove()
+        with setup.state_file.lock():
+            with reporting(setup, run.recipe.epochs, target, log, listener) as reported:
+                result = run_finetuning(cut, run.data, run.recipe, reported, calibration_images)
+            if target is None:
+                return result
+            made_by = None if command is None else {**command, "source": text_of(model)}
+            result = _write(result, cut, target, setup, made_by, force)
         listener.wrote(target)
-    return replace(done, output=target, header=header)
+    return result
 
 
-@dataclass(frozen=True)
-class _Cut:
-    """A harmonic network, and its uncut one where that is known, or ``why`` it is not."""
+def _write(
+    result: FineTuning,
+    cut: CutNetwork,
+    target: str,
+    setup: TrainingSetup,
+    command: Mapping[str, Any] | None,
+    force: bool,
+) -> FineTuning:
+    """Write the fine-tuned network, then remove the state of the run."""
+    with resume_hint(setup.state_file):
+        header = on_first_rank(
+            lambda: write_checkpoint(
+                result.model,
+                target,
+                header=cut.header,
+                source=cut.source,
+                history=result.history(cut.header.history, command),
+                preprocessing=preprocessing_record(setup.preprocessing),
+                force=force,
+            )
+        )
+    setup.state_file.remove()
+    return replace(result, output=target, header=header)
 
-    model: nn.Module
-    header: Header
-    source: Source | None
-    original: nn.Module | None
-    why: Message
-    new_classes: bool = False
 
-
-def _opened(
+def _open_cut(
     model: Openable, num_classes: int | None, teacher: str | Path | nn.Module | None, listener: Listener
-) -> _Cut:
-    """The network to fine-tune, in float32, with a new classifier where one is asked for."""
+) -> CutNetwork:
+    """Open the network to fine-tune, in float32, and give it a new classifier if ``num_classes`` is set."""
     network = own(opened(model, listener, intact=True), model)
     if network.header is None:
         raise not_harmonic(text_of(model))
@@ -160,19 +152,19 @@ def _opened(
     source, trusted = known_source(network), isinstance(model, SourceRequest) and (model.trust_code or bool(model.code))
     if num_classes is None:
         original, why = _uncut(network, teacher, trusted, listener)
-        return _Cut(network.model, network.header, source, original, why)
-    made = new_classifier(network.model, num_classes, network.source)
+        return CutNetwork(network.model, network.header, source, original, why)
+    new_source = new_classifier(network.model, num_classes, network.source)
     if source is not None:
-        check_rebuilds(made, network.model, trusted)
-        source = made
-    lacks = f"the uncut network has not the new classifier of {counted(num_classes, 'class')}"
-    return _Cut(network.model, network.header, source, None, Message(lacks), new_classes=True)
+        check_rebuilds(new_source, network.model, trusted)
+        source = new_source
+    why = Message(f"the uncut network does not have the new classifier of {counted(num_classes, 'class')}")
+    return CutNetwork(network.model, network.header, source, None, why, new_classes=True)
 
 
 def _uncut(
     network: Network, teacher: str | Path | nn.Module | None, trust_code: bool, listener: Listener
 ) -> tuple[nn.Module | None, Message]:
-    """The uncut network of a checkpoint, or None and why it is not known."""
+    """Return the uncut network of a checkpoint, or None and the reason why it is not known."""
     assert network.header is not None
     if isinstance(teacher, nn.Module):
         original = exchange(teacher, {})
@@ -184,57 +176,57 @@ def _uncut(
             if teacher is not None:
                 raise
             return None, error.message
-    theirs, ours = number_of_classes(original), number_of_classes(network.model)
-    if theirs == ours:
+    original_classes, classes = number_of_classes(original), number_of_classes(network.model)
+    if original_classes == classes:
         return original, Message()
-    why = f"the uncut network has {counted(theirs or 0, 'class')}, this one {ours}"
+    why = f"the uncut network has {counted(original_classes or 0, 'class')}, this one {classes}"
     if teacher is not None:
-        named = type(teacher).__name__ if isinstance(teacher, nn.Module) else teacher
-        raise UsageError(Argument("teacher", named), f": {why}")
+        name = type(teacher).__name__ if isinstance(teacher, nn.Module) else teacher
+        raise UsageError(Argument("teacher", name), f": {why}")
     return None, Message(why)
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What to train on, and how; ``dataset`` is the name of the data."""
+    """The data, its name, and the recipe of a run."""
 
     dataset: str
     data: Data
     recipe: Recipe
 
 
-def _run(
-    cut: _Cut,
+def _prepare_run(
+    cut: CutNetwork,
     data: str | Path | DataRequest,
     recipe: str | Recipe,
     changes: Mapping[str, Any],
     resume: str | Path | None,
     listener: Listener,
 ) -> _Run:
-    """Open the data and settle the recipe, which the listener is told, and what a user should know of them."""
-    first = recipe_for(recipe, changes, resume)
-    request = replace(DataRequest.of(data), seed=first.seed)
-    found = opened_data(request, ("train", "test"), listener)
-    if not found.labelled and changes.get("distill") is None and not first.distill and resume is None:
-        uncut = "note: these images have no labels, so the uncut network teaches ("
-        listener.say(Message(uncut, Argument("distill"), ")"))
+    """Open the data and determine the recipe; send both, and notes about them, to the listener."""
+    requested = recipe_for(recipe, changes, resume)
+    request = replace(DataRequest.parse(data), seed=requested.seed)
+    images = opened_data(request, ("train", "test"), listener)
+    if not images.labelled and changes.get("distill") is None and not requested.distill and resume is None:
+        note = "note: these images have no labels, so the uncut network teaches ("
+        listener.say(Message(note, Argument("distill"), ")"))
         changes = {**changes, "distill": 1.0}
-    settled = recipe_for(recipe, changes, resume)
-    name = (Argument("teacher", "SOURCE"),)
-    if settled.distill and cut.original is None:
+    final = recipe_for(recipe, changes, resume)
+    teacher = Argument("teacher", "SOURCE")
+    if final.distill and cut.original is None:
         why = cut.why or "there is none"
-        raise UsageError(Argument("distill"), " needs the uncut network: ", why, "; name it with ", *name)
+        raise UsageError(Argument("distill"), " needs the uncut network: ", why, "; name it with ", teacher)
     if cut.original is None:
-        known = any(isinstance(part, Argument) and part.name == "teacher" for part in cut.why.parts)
-        remedy = () if known or cut.new_classes else ("; name it with ", *name)
-        unknown = "): neither are its accuracy and that of a cut"
-        listener.say(Message("note: the uncut network is not known (", cut.why, unknown, *remedy))
-    listener.say(str(settled))
-    return _Run(request.dataset, found, settled)
+        named = any(isinstance(part, Argument) and part.name == "teacher" for part in cut.why.parts)
+        remedy = () if named or cut.new_classes else ("; name it with ", teacher)
+        effect = "), so its accuracy and that of a cut are not known"
+        listener.say(Message("note: the uncut network is not known (", cut.why, effect, *remedy))
+    listener.say(str(final))
+    return _Run(request.dataset, images, final)
 
 
-def _identity(cut: _Cut, run: _Run, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What must be the same for a run to go on."""
+def _identity(cut: CutNetwork, run: _Run, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what must be the same when a run is resumed."""
     identity = {
         "recipe": run.recipe.to_json(),
         "data": data_identity(run.data, run.dataset, config),

@@ -1,4 +1,4 @@
-"""Fine-tuning a converted network, with what every stage of it is worth: uncut, cut, calibrated, fine-tuned."""
+"""Fine-tune a converted network, and evaluate it at each stage: uncut, cut, calibrated, fine-tuned."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from ..calibration import CalibrationSettings, calibrate
 from ..data.datasets import Data
-from ..data.loading import NO_LABEL, Batch, evaluation_batches, some_images, training_batches
+from ..data.loading import NO_LABEL, Batch, choose_images, evaluation_batches, training_batches
 from ..data.preprocessing import color_mode, evaluation_transform
 from ..data.variety import Variety
 from ..documents import check
@@ -26,37 +26,39 @@ from ..storage.checkpoint import Header
 from ..storage.history import CALIBRATION, STAGES
 from ..storage.source import Source
 from ..training.evaluation import Evaluation, evaluate
-from ..training.learner import Machine, autocast, number_of_classes
-from ..training.loop import Told, train
+from ..training.loop import Callbacks, StepProgress, train
 from ..training.recipe import Recipe
-from ..training.state import Keeper, record_of
+from ..training.state import StateFile, read_record
+from ..training.trainer import MachineSettings, autocast, number_of_classes
 from .convert import convert
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What the network was worth at one stage, or why that is not known."""
+    """The evaluation of the network at one stage, or the reason why there is none."""
 
     name: str
     evaluation: Evaluation | None = None
     why: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict; inverse of `from_json`."""
+        """Return the stage as JSON values; `from_json` is the inverse."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Stage:
-        """Read what `to_json` wrote."""
-        found = dict(data["evaluation"]) if data["evaluation"] else None
-        evaluation = Evaluation(**{**found, "unreadable": tuple(found["unreadable"])}) if found else None
+        """Return the stage that `to_json` wrote."""
+        fields = dict(data["evaluation"]) if data["evaluation"] else None
+        evaluation = Evaluation(**{**fields, "unreadable": tuple(fields["unreadable"])}) if fields else None
         return cls(data["name"], evaluation, data["why"])
 
 
 @dataclass(frozen=True)
 class FineTuning:
-    """A fine-tuned network, its stages, a row of figures for each epoch, the recipe, and how it was calibrated; where
-    it was written, the file, and the header of that."""
+    """A fine-tuned network, its stages, a row of metrics for each epoch, the recipe, and the calibration record.
+
+    ``output`` is the file and ``header`` its header, if the network was written.
+    """
 
     model: nn.Module
     stages: tuple[Stage, ...]
@@ -67,20 +69,24 @@ class FineTuning:
     header: Header | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict: where it was written (None: nowhere), and what the checkpoint says of the run."""
+        """Return the output and the record of this run as JSON values."""
         return {"output": self.output, **self.record()}
 
-    def history(self, before: Mapping[str, Any], command: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """The history that the checkpoint is to record, from what was recorded before this run, with the command that
-        ran it."""
-        calibration = self.calibration or before.get("calibration")
+    def history(self, previous: Mapping[str, Any], command: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return the history for the new checkpoint.
+
+        Args:
+            previous: the history of the checkpoint that this run started from.
+            command: the record of the command that made this run.
+        """
+        calibration = self.calibration or previous.get("calibration")
         run = self.record() | ({"command": dict(command)} if command else {})
-        # Training changed what calibration wrote: the record keeps what was done, not what came of each tensor.
-        kept = {"calibration": {**calibration, "changed": {}}} if calibration else {}
-        return {**before, **kept, "training": [*before.get("training", []), run]}
+        # Training changed the tensors that calibration wrote, so their digests are not valid any more.
+        calibrated = {"calibration": {**calibration, "changed": {}}} if calibration else {}
+        return {**previous, **calibrated, "training": [*previous.get("training", []), run]}
 
     def record(self) -> dict[str, Any]:
-        """What the checkpoint says of this run."""
+        """Return the part of a checkpoint's history that describes this run."""
         return {
             "recipe": self.recipe.to_json(),
             "stages": [stage.to_json() for stage in self.stages],
@@ -89,91 +95,92 @@ class FineTuning:
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What a run works with: pre-processing, machine, loading, where state is kept, whom to tell (``tested``: after
-    each batch of test images, of so many, None: of a stream)."""
+class TrainingSetup:
+    """Pre-processing, machine, loading and state of a training, and the functions that receive its messages.
+
+    ``on_step`` receives the running means, ``on_test_batch`` the number of tested batches and of all batches (None for
+    a stream), ``epoch_done`` the rows of metrics so far.
+    """
 
     preprocessing: Mapping[str, Any]
-    machine: Machine
+    machine: MachineSettings
     workers: int = 0
     evaluation_batch_size: int = 256
-    keeper: Keeper = field(default_factory=Keeper)
-    resume: Path | None = None
+    state_file: StateFile = field(default_factory=StateFile)
     say: Callable[[str], None] = lambda message: None
-    told: Callable[[Told], None] = lambda told: None
-    tested: Callable[[int, int | None], None] = lambda done, steps: None
+    on_step: Callable[[StepProgress], None] = lambda progress: None
+    on_test_batch: Callable[[int, int | None], None] = lambda done, steps: None
     epoch_done: Callable[[Sequence[Mapping[str, Any]]], None] = lambda rows: None
 
     @property
     def pin_memory(self) -> bool:
-        """Whether batches travel to a GPU."""
+        """Whether batches are copied to a GPU."""
         return self.machine.device.type == "cuda"
 
 
+@dataclass(frozen=True)
+class CutNetwork:
+    """A harmonic network to fine-tune, and the uncut network: None if it is not known, ``why`` has the reason.
+
+    ``new_classes`` says that the network has a new classifier, which no uncut network has.
+    """
+
+    model: nn.Module
+    header: Header
+    source: Source | None
+    original: nn.Module | None
+    why: Message
+    new_classes: bool = False
+
+
 def run_finetuning(
-    model: nn.Module,
-    header: Header,
-    data: Data,
-    recipe: Recipe,
-    setting: Setting,
-    *,
-    original: nn.Module | None = None,
-    why_no_original: str = "",
-    calibration_images: int = 256,
+    cut: CutNetwork, data: Data, recipe: Recipe, setup: TrainingSetup, calibration_images: int = 256
 ) -> FineTuning:
-    """Fine-tune a harmonic network in place, after calibrating it where that has not been done and can be.
+    """Fine-tune a harmonic network in place; calibrate it first if it needs calibration and the uncut one is known.
 
     Args:
-        model, header: a harmonic checkpoint, loaded.
-        original: the uncut network: compared with, calibrated to, and learnt from where the recipe distills.
-        why_no_original: what to say of stages that need it where it is None.
-        calibration_images: of the training set, without their labels; 0 leaves calibration out.
+        calibration_images: number of training images, without labels, for the calibration; 0: do not calibrate.
 
-    Raises: as `harmconvert.training.train`; InputError also where the data's classes are not the network's.
+    Raises:
+        UsageError: there are no images to train on or to test on.
+        InputError: the classes of the data are not those of the network.
+        HarmconvertError: see `harmconvert.training.train`.
     """
     if data.train is None or data.test is None:
         raise UsageError("fine-tuning needs images to train on and images to test on")
+    model, original = cut.model, cut.original
     if recipe.distill < 1:
         classifier, distill = Argument("num_classes", data.classes), Argument("distill")
         check_classes(
-            data, model, "give it a new classifier with ", classifier, ", or leave labels aside with ", distill
+            data, model, "give it a new classifier with ", classifier, ", or train without labels with ", distill
         )
-    device = setting.machine.device
     for network in (model, original):
         if network is not None:
-            network.float().to(device)
-    worth = evaluator(data, recipe, setting, original)
-    if setting.resume is not None:
-        stages, calibration = recorded_stages(setting.resume)
+            network.float().to(setup.machine.device)
+    evaluation_of = evaluator(data, recipe, setup, original)
+    if setup.state_file.resume and setup.state_file.path is not None:
+        stages, calibration = recorded_stages(setup.state_file.path)
     else:
-        first = _Stages(model, header, original, why_no_original, worth, setting)
+        first = _FirstStages(cut, evaluation_of, setup)
         stages, calibration = first.stages(data, calibration_images, recipe.seed), first.calibration
     record = {"stages": [stage.to_json() for stage in stages], "calibration": calibration}
-    record = json.loads(json.dumps(record))  # plain text: a state holds no object such as a `Message`
-    keeper = replace(setting.keeper, record=record)
+    record = json.loads(json.dumps(record))  # plain values: a state must not hold objects such as a `Message`
     rows = train(
-        model,
-        train_loading(data, recipe, setting),
-        recipe,
-        test=worth,
-        teacher=original if recipe.distill else None,
-        machine=setting.machine,
-        keeper=keeper,
-        resume=setting.resume,
-        progress=setting.told,
-        epoch_done=setting.epoch_done,
-    )
-    stages.append(Stage("fine-tuned", worth(model)))
+        model, train_loading(data, recipe, setup), recipe, teacher=original if recipe.distill else None,
+        machine=setup.machine, state_file=replace(setup.state_file, record=record),
+        callbacks=Callbacks(evaluation_of, setup.on_step, setup.epoch_done),
+    )  # fmt: skip
+    stages.append(Stage("fine-tuned", evaluation_of(model)))
     return FineTuning(model, tuple(stages), rows, recipe, calibration)
 
 
 def recorded_stages(path: Path) -> tuple[list[Stage], Mapping[str, Any] | None]:
-    """The stages and the calibration of a fine-tuning that are kept with its state.
+    """Return the stages and the calibration record in the saved state of a fine-tuning.
 
     Raises:
-        InputError: the state cannot be read, or is of something else.
+        InputError: the state is unreadable, or is not that of a fine-tuning.
     """
-    record = record_of(path)
+    record = read_record(path)
     try:
         check(record, {"stages": STAGES, "calibration": (CALIBRATION, None)}, "record")
         return [Stage.from_json(stage) for stage in record["stages"]], record["calibration"]
@@ -181,136 +188,131 @@ def recorded_stages(path: Path) -> tuple[list[Stage], Mapping[str, Any] | None]:
         raise InputError(f"{path} is not the state of a fine-tuning: {first_line(error)}") from error
 
 
-def train_loading(data: Data, recipe: Recipe, setting: Setting) -> Any:
-    """Batches to train on, by a recipe."""
+def train_loading(data: Data, recipe: Recipe, setup: TrainingSetup) -> Any:
+    """Return the batches to train on, as the recipe says."""
     assert data.train is not None
     return training_batches(
         data.train,
-        recipe.transform(setting.preprocessing),
-        color_mode(setting.preprocessing),
+        recipe.transform(setup.preprocessing),
+        color_mode(setup.preprocessing),
         recipe.batch_size,
         seed=recipe.seed,
-        workers=setting.workers,
-        pin_memory=setting.pin_memory,
+        workers=setup.workers,
+        pin_memory=setup.pin_memory,
     )
 
 
 def evaluator(
-    data: Data, recipe: Recipe, setting: Setting, original: nn.Module | None = None
+    data: Data, recipe: Recipe, setup: TrainingSetup, original: nn.Module | None = None
 ) -> Callable[[nn.Module], Evaluation]:
-    """A function that evaluates a network on the test images, beside the original where there is one."""
+    """Return a function that evaluates a network on the test images, and compares it with the original if given."""
     assert data.test is not None
-    config = setting.preprocessing
+    config = setup.preprocessing
     loading = evaluation_batches(
         data.test,
         evaluation_transform(config),
         color_mode(config),
-        setting.evaluation_batch_size,
-        workers=setting.workers,
-        pin_memory=setting.pin_memory,
+        setup.evaluation_batch_size,
+        workers=setup.workers,
+        pin_memory=setup.pin_memory,
     )
 
-    def worth(network: nn.Module) -> Evaluation:
+    def evaluation_of(network: nn.Module) -> Evaluation:
         other = None if network is original else original
-        precision = partial(autocast, recipe.amp, setting.machine.device)
+        precision = partial(autocast, recipe.amp, setup.machine.device)
         batches: Iterable[Batch] = loading.epoch(0)
         if recipe.distill == 1 and data.classes not in (None, number_of_classes(network)):
-            # Labels that are not looked at in training may be of anything.
+            # Training uses no labels, so the labels may be of other classes than the network's.
             batches = (batch._replace(labels=torch.full_like(batch.labels, NO_LABEL)) for batch in batches)
         done = itertools.count(1)
         variety = Variety()
-        found = evaluate(
+        evaluation = evaluate(
             network,
             batches,
             other,
             autocast=precision,
             variety=variety,
-            progress=lambda _: setting.tested(next(done), loading.steps),
+            progress=lambda _: setup.on_test_batch(next(done), loading.steps),
         )
-        if network is original and (remark := variety.remark()):
-            setting.say(f"warning: uncut: {remark}")
-        if note := loading.unread(found.images + len(found.unreadable)):
-            setting.say(note)
-        return found
+        if network is original and (remark := variety.warning()):
+            setup.say(f"warning: uncut: {remark}")
+        if note := loading.unread_note(evaluation.images + len(evaluation.unreadable)):
+            setup.say(note)
+        return evaluation
 
-    return worth
+    return evaluation_of
 
 
-def check_classes(data: Data, model: nn.Module, *instead: str | Argument) -> None:
-    """Raise InputError where the data's classes cannot be the network's, saying what to do ``instead``."""
+def check_classes(data: Data, model: nn.Module, *remedy: str | Argument) -> None:
+    """Raise InputError if the data has another number of classes than the network; ``remedy`` ends the message."""
     classes = number_of_classes(model)
     if data.classes is not None and classes is not None and data.classes != classes:
         what = f"the data has {counted(data.classes, 'class')}, the network {classes}"
-        raise InputError(f"{what}: name its own data (", Argument("data"), "), or ", *instead)
+        raise InputError(f"{what}: name data of the network's classes (", Argument("data"), "), or ", *remedy)
 
 
 def new_classifier(model: nn.Module, classes: int, source: Source) -> Source:
-    """Give a network another classifier, untrained; returns the source that makes it with that.
+    """Replace the classifier of a network by an untrained one; return the source that builds this network.
 
     Raises:
         UsageError: the network has no classifier that can be replaced.
     """
     replace_classifier(model, classes)
-    if source.scheme in ("torchvision", "code"):  # their makers need not know, or refuse it beside their weights
+    # The functions of these schemes have no argument for the classes, or refuse it together with their weights.
+    if source.scheme in ("torchvision", "code"):
         return replace(source, classes=classes)
     return replace(source, arguments={**source.arguments, "num_classes": classes})
 
 
-class _Stages:
+class _FirstStages:
     """The stages before training."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        header: Header,
-        original: nn.Module | None,
-        why_no_original: str,
-        worth: Callable[[nn.Module], Evaluation],
-        setting: Setting,
-    ) -> None:
-        self.model, self.header, self.original, self.worth, self.setting = model, header, original, worth, setting
-        self.why_no_original = why_no_original
+    def __init__(self, cut: CutNetwork, evaluation_of: Callable[[nn.Module], Evaluation], setup: TrainingSetup) -> None:
+        self.cut, self.evaluation_of, self.setup = cut, evaluation_of, setup
         self.calibration: Mapping[str, Any] | None = None
 
     def stages(self, data: Data, calibration_images: int, seed: int) -> list[Stage]:
-        """The uncut network, the file that was given, and what calibration comes to. ``before`` is always the file; a
-        file that is calibrated already is called that, and its plain cut is made again to compare it with."""
-        uncut = Stage("uncut", why=self.why_no_original)
-        if self.original is not None:
-            uncut = self._stage("uncut", self.original)
-        if "training" in self.header.history:  # trained before: what it is now is where this run starts
-            return [uncut, self._stage("before", self.model)]
-        if self.header.plan.whole:
-            return [uncut, self._stage("before", self.model), Stage("calibrated", why="nothing is cut")]
-        if self.header.calibrated:
-            cut = Stage("cut", why=self.why_no_original)
-            if self.original is not None:
-                cut = self._stage("cut", convert(self.original, self.header.plan).model)
-            return [uncut, cut, self._stage("before", self.model)]  # the file as it was given, as everywhere
-        before = self._stage("before", self.model)
+        """Evaluate the uncut network, the network of the file, and the calibrated network.
+
+        The stage ``before`` is always the network of the file. If that is calibrated, its plain cut is made again for
+        the stage ``cut``.
+        """
+        model, original, header = self.cut.model, self.cut.original, self.cut.header
+        uncut = Stage("uncut", why=self.cut.why) if original is None else self._stage("uncut", original)
+        if "training" in header.history:
+            return [uncut, self._stage("before", model)]
+        if header.plan.whole:
+            return [uncut, self._stage("before", model), Stage("calibrated", why="nothing is cut")]
+        if header.calibrated:
+            cut = Stage("cut", why=self.cut.why)
+            if original is not None:
+                cut = self._stage("cut", convert(original, header.plan).model)
+            return [uncut, cut, self._stage("before", model)]
+        before = self._stage("before", model)
         return [uncut, before, self._calibrated(data, calibration_images, seed)]
 
     def _calibrated(self, data: Data, count: int, seed: int) -> Stage:
-        if self.original is None:
-            return Stage("calibrated", why=self.why_no_original)
+        model, original = self.cut.model, self.cut.original
+        if original is None:
+            return Stage("calibrated", why=self.cut.why)
         if count == 0:
             return Stage("calibrated", why=Message(Argument("calibration_images", 0)))
         assert data.train is not None
-        config = self.setting.preprocessing
-        images = some_images(data.train, evaluation_transform(config), color_mode(config), count, seed)
-        self.setting.say(f"calibrating on {counted(len(images), 'training image')}, without their labels")
-        size = max(1, min(32, len(images) // (4 * world_size())))  # every process wants a share
-        batches = tuple(batch.to(self.setting.machine.device) for batch in images.split(size))
+        config = self.setup.preprocessing
+        images = choose_images(data.train, evaluation_transform(config), color_mode(config), count, seed)
+        self.setup.say(f"calibrating on {counted(len(images), 'training image')}, without their labels")
+        size = max(1, min(32, len(images) // (4 * world_size())))  # small enough that every process gets batches
+        batches = tuple(batch.to(self.setup.machine.device) for batch in images.split(size))
         try:
             settings = CalibrationSettings(seed=seed, inputs=len(images))
-            done = calibrate(self.original, self.model, self.header.plan, batches, settings)
+            calibration = calibrate(original, model, self.cut.header.plan, batches, settings)
         except HarmconvertError as error:
             return Stage("calibrated", why=error.message)
-        self.calibration = done.to_json()
-        return self._stage("calibrated", self.model)
+        self.calibration = calibration.to_json()
+        return self._stage("calibrated", model)
 
     def _stage(self, name: str, network: nn.Module) -> Stage:
         with torch.no_grad():
-            stage = Stage(name, self.worth(network))
-        self.setting.say(f"{name}: {stage.evaluation}")
+            stage = Stage(name, self.evaluation_of(network))
+        self.setup.say(f"{name}: {stage.evaluation}")
         return stage

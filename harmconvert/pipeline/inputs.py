@@ -1,4 +1,4 @@
-"""Inputs that a flow runs a network on, made from sizes or found in what is known of the network."""
+"""Make the inputs on which a flow runs a network, from sizes or from what the network declares."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.inputs import HELD_BACK
-from ..data.preprocessing import check_known, described, preprocessing, record_of
+from ..data.preprocessing import check_preprocessing, describe_preprocessing, preprocessing, preprocessing_record
 from ..errors import Argument, UsageError, counted
 from ..layers.block import HarmonicBlock2d
 from ..layers.harmonic import CONVOLUTIONS
@@ -23,31 +23,33 @@ Sizes = Sequence[tuple[int, ...]]
 
 
 def zeros_of(sizes: Sizes, model: nn.Module, batch: int = 1) -> Any:
-    """``batch`` examples of zeros of each size, or of the network's own size (None where it names none), in its dtype
-    and on its device."""
+    """Return ``batch`` examples of zeros for each size, in the dtype and on the device of the network.
+
+    Without sizes, the size that the network declares is used; return None if it declares none.
+    """
     if not sizes:
         return default_input(model, batch)
     return _one_or_all([match_dtype(torch.zeros(batch, *size), model) for size in sizes])
 
 
 def random_of(sizes: Sizes, model: nn.Module) -> Any:
-    """One seeded random example of each size, or of the network's own size.
+    """Return one seeded random example of each size; without sizes, of the size that the network declares.
 
     Raises:
-        UsageError: no size is given and the network names none.
+        UsageError: there are no sizes, and the network declares none.
     """
     sizes = sizes or [tuple(t.shape[1:]) for t in tensors_in(zeros_of((), model))]
     if not sizes:
-        raise UsageError("this network does not say what it takes: give ", Argument("example_input"))
+        raise UsageError("this network does not declare its input size: give ", Argument("example_input"))
     generator = torch.Generator().manual_seed(0)
     return _one_or_all([match_dtype(torch.randn(1, *size, generator=generator), model) for size in sizes])
 
 
 def verification_inputs(sizes: Sizes, source: Source, images: Sequence[Tensor] = ()) -> dict[str, Any]:
-    """Arguments of `verify`: the inputs to compare two networks on, and whether they are random.
+    """Return arguments for `verify`: the inputs, and whether they are random.
 
-    The inputs are some of the held-back calibration images; or two random inputs of each size; or images that belong to
-    a sample network; or None, for which `verify` makes two random inputs of the network's own size.
+    The inputs are the first of these that is available: some of the held-back calibration ``images``, two random inputs
+    of each size, the images of a sample network, or None. For None, `verify` makes two random inputs.
     """
     if images:
         return {"inputs": torch.cat(list(images))[HELD_BACK - 1 :: HELD_BACK][:16]}
@@ -61,45 +63,46 @@ def verification_inputs(sizes: Sizes, source: Source, images: Sequence[Tensor] =
 def image_config(
     model: nn.Module, overrides: Mapping[str, Any], listener: Listener, size: Sequence[int] | None = None
 ) -> dict[str, Any]:
-    """What is done to each image, which the listener is told; ``size`` replaces the network's own. An ``input_size`` of
-    one number is that of a square image.
+    """Return the pre-processing of images, and send it to the listener.
+
+    ``size`` replaces the network's own size. An ``input_size`` of one number is the side of a square image.
 
     Raises:
-        UsageError: neither the network nor the caller says it, or the network takes no images.
+        UsageError: neither the network nor the caller defines the pre-processing, or the inputs are not images.
     """
     config = preprocessing(model, {**overrides, "input_size": size_of(model, {"input_size": size, **overrides})})
-    check_known(config)
-    listener.say(f"preprocessing: {described(config)}")
+    check_preprocessing(config)
+    listener.say(f"preprocessing: {describe_preprocessing(config)}")
     return config
 
 
 def declare_inputs(model: nn.Module, overrides: Mapping[str, Any], sizes: Sizes) -> None:
-    """Make a network declare the given sizes and pre-processing, for its checkpoint to record.
+    """Write sizes and pre-processing into a network's declaration, so that its checkpoint records them.
 
     Raises:
-        UsageError: pre-processing of what is no image.
+        UsageError: pre-processing is set, but the inputs are not images.
     """
     record: dict[str, Any] = {"input_sizes": sizes} if sizes else {}
     if any(value is not None for key, value in overrides.items() if key != "trust_code"):
         if len(sizes) > 1:
             raise UsageError(
-                f"this network takes {counted(len(sizes), 'input')}: ", Argument("mean"), ", ", Argument("std"),
-                " and ", Argument("preprocess"), " are of one image",
+                f"this network has {counted(len(sizes), 'input')}: ", Argument("mean"), ", ", Argument("std"),
+                " and ", Argument("preprocess"), " are for networks with one input, an image: leave them out",
             )  # fmt: skip
         config = preprocessing(model, {"input_size": sizes[0] if sizes else None, **overrides})
-        check_known(config)
-        record |= record_of(config)
+        check_preprocessing(config)
+        record |= preprocessing_record(config)
     declare_preprocessing(model, record)
 
 
 def size_of(model: nn.Module, overrides: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """The input size that overrides of the pre-processing give; one number is the side of a square image."""
+    """Return the input size in overrides of the pre-processing; one number is the side of a square image."""
     size = overrides.get("input_size")
     return (_input_channels(model), size, size) if isinstance(size, int) else size
 
 
 def _input_channels(model: nn.Module) -> int:
-    """What the network's first convolution reads, else what its configuration says, else 3."""
+    """Return the input channels of the first convolution, else those that the network declares, else 3."""
     size = pretrained_config(model).get("input_size")
     first = next((module for module in model.modules() if isinstance(module, (HarmonicBlock2d, *CONVOLUTIONS))), None)
     return int(getattr(first, "in_channels", size[0] if size else 3))

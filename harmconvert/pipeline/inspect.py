@@ -1,4 +1,4 @@
-"""inspect(): what converting a network could gain, before doing it."""
+"""inspect(): compute what a conversion could gain, without converting."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..kernels.basis import dct_basis, frequencies_below, scaled_levels
-from ..kernels.projection import energy_kept
 from ..network.checks import check_network, check_weights
 from ..network.layers import convolutions
 from ..network.tracing import find_layers, trace_if_possible
 from ..network.values import default_input
-from ..plan import Cost, Skip, make_plan, network_cost
+from ..plan import Cost, Skip, energies_kept, make_plan, network_cost
 
 LAMBDAS = (1, 2, 3, 4)
 
 
 @dataclass(frozen=True)
 class LayerInspection:
-    """A convolution over 1x1: parameters of its kernel, output size, and the energy that each lambda of 1 to 4 would
-    keep (scaled with the kernel; None where the weights have no values)."""
+    """A convolution over 1x1: the parameters of its kernel, its output size, and the energy that lambdas keep.
+
+    The lambdas are `LAMBDAS`, scaled with the kernel. ``energy`` is None if the weights have no values.
+    """
 
     name: str
     kind: str
@@ -34,7 +34,10 @@ class LayerInspection:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a network is made of and what each policy would make of it; ``policies`` maps lambda to cost."""
+    """The layers of a network, and its cost after a conversion; ``policies`` maps each lambda to a cost.
+
+    ``one_by_one`` is the number of 1x1 convolutions.
+    """
 
     layers: tuple[LayerInspection, ...]
     skipped: tuple[Skip, ...]
@@ -44,53 +47,53 @@ class Inspection:
 
     @property
     def parameter_share(self) -> float:
-        """Share of the network's parameters in convolutions over 1x1: the most that any cut can reach."""
+        """Share of the network's parameters in convolutions over 1x1: an upper limit for what a cut can remove."""
         return self.policies["full"].parameter_share
 
     @property
     def mac_share(self) -> float | None:
-        """Share of the network's MACs in convolutions over 1x1; None where it was not run."""
+        """Share of the network's MACs in convolutions over 1x1; None if the network was not run."""
         return self.policies["full"].mac_share
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict."""
+        """Return the inspection as JSON values."""
         return asdict(self) | {"parameter_share": self.parameter_share, "mac_share": self.mac_share}
 
 
 def inspect(model: nn.Module, example_input: Any = None, *, energies: bool = True) -> Inspection:
-    """What could be gained by converting ``model``; nothing is changed.
+    """Compute what a conversion of ``model`` could gain; ``model`` is not changed.
 
     >>> inspect(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))).policies["2"].harmonic_parameters
     424
 
     Args:
-        example_input: as for `convert`; MACs and ``progressive`` need one, or the model's own ``pretrained_cfg``.
-        energies: False leaves them out, for weights that mean nothing.
+        example_input: as for `convert`; without it and a size in ``pretrained_cfg``, there are no MACs and no cost of
+            ``progressive``.
+        energies: False leaves the energies out, for example for random weights.
 
     Raises:
-        UsageError: an input that the network does not take, or a wrapped network.
+        UsageError: the network does not accept the input, or is wrapped.
     """
     check_network(model)
     if energies:
         check_weights(model)
-    wanted = "full" if example_input is None and default_input(model) is None else "any"
-    run = trace_if_possible(model, wanted, example_input)
-    found = find_layers(model, run)
-    plan = make_plan(found, "full")
+    policy_to_trace = "full" if example_input is None and default_input(model) is None else "any"
+    run = trace_if_possible(model, policy_to_trace, example_input)
+    found_layers = find_layers(model, run)
+    plan = make_plan(found_layers, "full")
     policies = {}
     for policy in ("full", 3, "progressive", 2, 1):
         try:
-            policies[str(policy)] = network_cost(model, make_plan(found, policy), run)
+            policies[str(policy)] = network_cost(model, make_plan(found_layers, policy), run)
         except UsageError:
-            continue  # progressive without map sizes
-    convs, size = convolutions(model), {layer.name: layer.output_size for layer in found}
+            continue  # progressive needs feature map sizes
+    convs, size = convolutions(model), {layer.name: layer.output_size for layer in found_layers}
     layers = []
     for layer in plan.layers:
         weight = cast(Tensor, convs[layer.name].weight)
         energy = None
         if energies and not weight.is_meta and weight.is_floating_point():
-            kept = [frequencies_below(layer.kernel_size, scaled_levels(layer.kernel_size, lam)) for lam in LAMBDAS]
-            energy = tuple(energy_kept(weight, dct_basis(layer.kernel_size, frequencies)) for frequencies in kept)
+            energy = energies_kept(weight, LAMBDAS)
         kind = type(convs[layer.name]).__name__
         layers.append(LayerInspection(layer.name, kind, layer.kernel_size, weight.numel(), size[layer.name], energy))
     ones = len(convs) - len(plan.layers) - sum(skip.name in convs for skip in plan.skipped)

@@ -1,4 +1,4 @@
-"""Labelled images in two halves: one to choose a network by, the other to say what the choice cost."""
+"""Divide labelled images into two halves: one chooses the size of a network, the other measures the loss."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from ..data.datasets import DataRequest, Some, open_data
+from ..data.datasets import DataRequest, Subset, open_data
 from ..data.loading import evaluation_batches
 from ..data.pictures import Pictures
 from ..data.preprocessing import color_mode, evaluation_transform
@@ -20,21 +20,21 @@ from .finetuning import check_classes
 from .inputs import Sizes, image_config
 from .listener import Listener
 
-BATCH = 256  # images at once
+BATCH_SIZE = 256
 
 
 @dataclass(frozen=True)
 class Halves:
-    """Test images in two halves: every second one chooses, the others judge."""
+    """Test images in two halves: ``evaluate`` uses half 0, which chooses, or half 1, which is held out."""
 
     evaluate: Callable[[int, nn.Module], Evaluation]
 
     def metric(self, network: nn.Module) -> float:
-        """Top-1 in % of a network on the half that chooses."""
+        """Return the top-1 in % of a network on the half that chooses."""
         return 100 * (self.evaluate(0, network).top1 or 0.0)
 
     def held_out(self, uncut: nn.Module, converted: nn.Module) -> dict[str, Evaluation]:
-        """How two networks do on the half that judges, by name."""
+        """Evaluate both networks on the held-out half; return the evaluations by name."""
         return {"uncut": self.evaluate(1, uncut), "converted": self.evaluate(1, converted)}
 
 
@@ -46,35 +46,37 @@ def halves(
     preprocessing: Mapping[str, Any],
     listener: Listener,
 ) -> Halves:
-    """The two halves of labelled test images.
+    """Divide labelled test images into two halves.
 
     Args:
         data: a folder with a folder for each class, ``sample:mnist5k`` or a timm data set.
-        sizes: of the network's inputs (C, H, W), where they were given.
+        sizes: the sizes (C, H, W) of the network's inputs, if the caller gives them.
 
     Raises:
-        UsageError, InputError: no such images, without labels, or of other classes than the network's.
+        UsageError: the images do not exist, or are a stream.
+        InputError: the images have no labels or other classes than the network, or there are fewer than two.
     """
-    request = DataRequest.of(data, holdout=0.0)
-    named = Argument("labelled", request.dataset or request.data_dir)
-    found = open_data(request, ("test",))
-    pictures = found.test
+    request = DataRequest.parse(data, holdout=0.0)
+    argument = Argument("labelled", request.dataset or request.data_dir)
+    opened = open_data(request, ("test",))
+    pictures = opened.test
     if not isinstance(pictures, Pictures):
-        raise UsageError(named, " is a stream, which cannot be halved: give a folder or another data set")
-    unlabelled = InputError(named, " has no labels: give a folder with a folder for each class")
+        raise UsageError(argument, " is a stream, which cannot be divided: give a folder or another data set")
+    unlabelled = InputError(argument, " has no labels: give a folder with a folder for each class")
     if not pictures.labelled:
         raise unlabelled
     if len(pictures) < 2:
-        raise InputError(named, f" holds {len(pictures)} image: give two or more, of which half choose")
+        raise InputError(argument, f" has {len(pictures)} image: give two or more")
     config = image_config(model, preprocessing, listener, sizes[0] if sizes else None)
-    parts = [Some(pictures, np.arange(start, len(pictures), 2)) for start in (0, 1)]
-    check_classes(found, model, "give images of the network's classes")
+    image_halves = [Subset(pictures, np.arange(start, len(pictures), 2)) for start in (0, 1)]
+    check_classes(opened, model, "convert a network of the data's classes")
 
-    def on(part: int, network: nn.Module) -> Evaluation:
-        loading = evaluation_batches(parts[part], evaluation_transform(config), color_mode(config), BATCH)
+    def evaluate_on(half: int, network: nn.Module) -> Evaluation:
+        transform = evaluation_transform(config)
+        loading = evaluation_batches(image_halves[half], transform, color_mode(config), BATCH_SIZE)
         evaluation = evaluate(network, loading.epoch(0))
         if evaluation.top1 is None:
             raise unlabelled
         return evaluation
 
-    return Halves(on)
+    return Halves(evaluate_on)

@@ -1,4 +1,4 @@
-"""How a flow tells its caller what it does: the library prints nothing."""
+"""The interface that receives the messages and the progress of a flow. The library itself prints nothing."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from ..training.loop import Told
+from ..training.loop import StepProgress
 
 
-def _nothing(*_: Any) -> None:
+def _ignore(*_: Any) -> None:
     return
 
 
 class TrainingProgress(NamedTuple):
-    """What a training calls.
+    """Functions that a training calls.
 
-    ``step``: with running means of the epoch, after a look at the losses; ``epoch``: with the epoch's row of figures;
-    ``tested``: with (batches tested, batches), the latter None of a stream.
+    ``step`` receives the running means of the epoch, ``epoch`` the row of metrics of an epoch, ``tested`` the number of
+    tested batches and the number of all batches (None for a stream).
     """
 
-    step: Callable[[Told], None] = _nothing
-    epoch: Callable[[Mapping[str, Any]], None] = _nothing
-    tested: Callable[[int, int | None], None] = _nothing
+    step: Callable[[StepProgress], None] = _ignore
+    epoch: Callable[[Mapping[str, Any]], None] = _ignore
+    tested: Callable[[int, int | None], None] = _ignore
 
 
 class Listener(Protocol):
-    """Receives what a flow says while it works. A subclass overrides what it wants to hear; the rest stays silent.
+    """Receive the messages of a flow while it works. A subclass overrides the methods that it needs.
 
     >>> class Printing(Listener):
     ...     def say(self, message, *, urgent=False):
@@ -37,19 +37,19 @@ class Listener(Protocol):
     """
 
     def say(self, message: str, *, urgent: bool = False) -> None:
-        """Receive a note; an ``urgent`` one is a warning."""
+        """Receive a message; an ``urgent`` one is a warning."""
         return
 
     def busy(self, what: str) -> AbstractContextManager[Callable[[str], None]]:
-        """Surround work of unknown length; gives a function to call with the name of the next step."""
+        """Surround work of unknown length; yield a function that receives the name of the next step."""
         return nullcontext(lambda what: None)
 
     def progress(self, what: str = "") -> AbstractContextManager[Callable[[int, int, str], None]]:
-        """Surround work of known length; gives a function to call with (steps done, steps, name of the step)."""
+        """Surround work of known length; yield a function that receives (steps done, steps, name of the step)."""
         return nullcontext(lambda done, total, what: None)
 
     def training(self, epochs: int) -> AbstractContextManager[TrainingProgress]:
-        """Surround a training; gives the functions to call while it goes on."""
+        """Surround a training; yield the functions that receive its progress."""
         return nullcontext(TrainingProgress())
 
     def result(self, result: object) -> None:
@@ -62,7 +62,7 @@ class Listener(Protocol):
 
 
 class Silent(Listener):
-    """Hears nothing."""
+    """Ignore all messages."""
 
 
 SILENT = Silent()

@@ -1,4 +1,4 @@
-"""The network that a flow works on: opened from a source, or given by the caller."""
+"""Open the network of a flow from a source, or use the network object that the caller gives."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from ..storage.source import Source
 from .convert import Conversion
 from .listener import Listener
 
-# What a flow takes as its network.
+# The types of the network argument of a flow.
 Openable = str | Path | SourceRequest | Network | Conversion | nn.Module
 
 
 def opened(
     model: Openable, listener: Listener, *, form: str = "harmonic", intact: bool = False, pretrained: bool = True
 ) -> Network:
-    """The network of a source, or the given one with what is known of it.
+    """Return the network of a source, or the caller's network object with the source and header that are known.
 
     Args:
-        form: of a checkpoint, as for `open_source`.
-        intact: refuse a damaged checkpoint, because something will be made from it.
+        form: form of a checkpoint's network, as for `open_source`.
+        intact: refuse a damaged checkpoint, because the flow writes a file from it.
 
     Raises:
-        InputError: the checkpoint is damaged; and as `open_source`.
+        InputError: the checkpoint is damaged, or as in `open_source`.
     """
     if isinstance(model, Network):
         return model
@@ -39,7 +39,7 @@ def opened(
         return Network(model.model, _unknown(model.model), model.header())
     if isinstance(model, nn.Module):
         header = None
-        with suppress(UsageError):  # nothing in it is harmonic
+        with suppress(UsageError):  # no layer is harmonic
             header = Header(plan_in(model))
         return Network(model, _unknown(model), header)
     request = model if isinstance(model, SourceRequest) else SourceRequest(model)
@@ -59,26 +59,26 @@ def opened(
                 code=request.code,
             )
         except DamageWarning as warning:
-            raise InputError(f"{warning} (in Python, hc.load and hc.save take it as it is)") from warning
-    if request.weights and (taken := network.source.weights):
-        left_out = f"; left out: {taken['left_out']}" if "left_out" in taken else ""
-        parts = ", ".join(taken[what] for what in ("file", "key", "prefix") if what in taken)
+            raise InputError(f"{warning} (in Python, hc.load and hc.save accept it)") from warning
+    if request.weights and (record := network.source.weights):
+        left_out = f"; left out: {record['left_out']}" if "left_out" in record else ""
+        parts = ", ".join(record[key] for key in ("file", "key", "prefix") if key in record)
         listener.say(f"weights: {parts}{left_out}")
     return network
 
 
 def is_given(model: Openable) -> bool:
-    """Whether the caller gave the network itself, which a flow must not change."""
+    """Return whether the caller gave a network object, which a flow must not change."""
     return isinstance(model, Network | Conversion | nn.Module)
 
 
 def own(network: Network, model: Openable) -> Network:
-    """The network, or a copy of one that the caller gave: what may be changed."""
+    """Return a network that the flow may change: a copy if the caller gave a network object."""
     return Network(exchange(network.model, {}), network.source, network.header) if is_given(model) else network
 
 
 def text_of(model: Openable) -> str:
-    """The source string of a network, or the name of its class."""
+    """Return the source string of a network, or the name of its class."""
     if isinstance(model, str | Path):
         return str(model)
     if isinstance(model, SourceRequest):
@@ -87,7 +87,7 @@ def text_of(model: Openable) -> str:
 
 
 def known_source(network: Network) -> Source | None:
-    """The source for a checkpoint to record; None of a module that the caller gave, of which `save` finds out."""
+    """Return the source that a checkpoint records; None for a module of the caller, whose source `save` finds."""
     return None if network.source.scheme == "unknown" and network.header is None else network.source
 
 

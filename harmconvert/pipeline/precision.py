@@ -1,4 +1,4 @@
-"""Store a conversion in 16 bits."""
+"""Round the weights of a conversion to 16 bits."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ..storage.precision import check_rounding, dtype_named, rounded
 
 
 def in_fewer_bits(conversion: Conversion, dtype: str, inputs: Any = None) -> tuple[Conversion, float]:
-    """The conversion with its network stored in ``dtype``, and the relative difference that this makes to the outputs.
+    """Return the conversion with weights in ``dtype``, and the relative difference of the outputs that this causes.
 
     Raises:
-        UsageError: an unknown dtype, no ``inputs`` and none known of the network; InputError, CheckError: as `rounded`,
-            `check_rounding`.
+        UsageError: the dtype is unknown, or ``inputs`` is None and the network declares no input size.
+        InputError, CheckError: see `rounded` and `check_rounding`.
     """
     inputs = seeded_inputs(conversion.model) if inputs is None else inputs
-    small = rounded(conversion.model, dtype_named(dtype))
-    if (calibration := conversion.calibration) is not None:  # what calibration wrote is rounded, too
-        calibration = replace(calibration, changed=digests(small, calibration.changed))
-    rounding = check_rounding(conversion.model, small, inputs)
-    return replace(conversion, model=small, calibration=calibration), rounding
+    rounded_model = rounded(conversion.model, dtype_named(dtype))
+    if (calibration := conversion.calibration) is not None:  # the digests are of the rounded tensors
+        calibration = replace(calibration, changed=digests(rounded_model, calibration.changed))
+    difference = check_rounding(conversion.model, rounded_model, inputs)
+    return replace(conversion, model=rounded_model, calibration=calibration), difference

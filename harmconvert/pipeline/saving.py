@@ -1,4 +1,4 @@
-"""save(): a conversion, or any harmonic network, to one file."""
+"""save(): write a conversion, or any harmonic network, to one file."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ def save(
     preprocessing: Mapping[str, Any] | None = None,
     force: bool = False,
 ) -> Header:
-    """Write a harmonic network to one .safetensors file; returns the header written.
+    """Write a harmonic network to one .safetensors file; return the header of the file.
 
     Args:
-        conversion: what `convert` returned, whose `Conversion.history` is recorded; what `open_source` returned, whose
-            source and history are recorded; or a network with harmonic convolutions, of which only what can be read
-            from it is recorded: its plan, its source where timm made it, and its pre-processing.
-        source: where the network came from, or its source string.
-        history: what to add to the record of what was done to it.
-        preprocessing: what is done to its images, in timm's words (input_size, mean, std, crop_pct, ...);
-            default: what the network declares in its ``pretrained_cfg``. `load` makes the network declare it again.
-        force: replace a file that is there.
+        conversion: the result of `convert`, whose `Conversion.history` is recorded; the result of `open_source`, whose
+            source and history are recorded; or a network with harmonic convolutions. For the last, only its plan, its
+            pre-processing, and its source if timm built it are recorded.
+        source: the source of the network, or its source string.
+        history: entries to add to the history.
+        preprocessing: of images, with timm's names (input_size, mean, std, crop_pct, ...); default: the network's
+            ``pretrained_cfg``. `load` writes it into the ``pretrained_cfg`` of the loaded network.
+        force: replace an existing file.
 
     Raises:
-        UsageError: the output exists or cannot be a file, or nothing in the network is harmonic.
-        InputError: weights that are not finite, or without values (meta device), or what could not be loaded again.
-        OutsideError: the disk is full, permission is missing.
+        UsageError: the output exists or cannot be a file, or no layer of the network is harmonic.
+        InputError: weights are not finite or have no values (meta device), or the file could not be loaded again.
+        OutsideError: the disk is full or permission is missing.
     """
     header, model = None, conversion
     if isinstance(conversion, Conversion):
         header, model = conversion.header(), conversion.model
     elif isinstance(conversion, Network):
         header, model = conversion.header, conversion.model
-        # It may have been changed since it was read.
+        # The network may have changed since it was read.
         header = replace(header, plan=plan_in(model, header.plan)) if header else None
         source = conversion.source if source is None and header is None else source
     assert isinstance(model, nn.Module)

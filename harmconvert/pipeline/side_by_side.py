@@ -1,4 +1,4 @@
-"""Run an original and a converted network side by side and compare their outputs, layer by layer and at the end."""
+"""Run an original and a converted network side by side; compare the outputs of the layers and of the networks."""
 
 from __future__ import annotations
 
@@ -19,27 +19,31 @@ from ..network.exchange import in_precision
 from ..network.faults import user_code_error
 from ..network.layers import weighted_layers
 from ..network.running import call, evaluating, unchanged
-from ..network.side_effects import seeded_sources
+from ..network.side_effects import fixed_random_seed
 from ..network.values import clone_tensors, match_dtype, tensors_in
 from ..plan.cost import parameter_count
 
-# Weights above which copies of two networks are no longer made, in float64 or at all: 4 to 8 GB would go into them.
+# Networks with more weights are not compared in float64, and not copied at all: the copies would need 4 to 8 GB.
 MOST_IN_FLOAT64 = 2**28
 
 
 @dataclass
 class Comparison:
-    """Two networks side by side in one precision: relative difference of the outputs, top-1 agreement, and by layer the
-    relative difference of its outputs, both on the original's input (only where asked for).
+    """The result of a comparison in one precision.
 
-    Layers by name: ``strays`` of the given networks ran although copies were called; ``idle`` ran in the original
-    alone; ``constant`` read constant inputs; the original rewrites the weight of ``rewritten`` in its forward.
+    ``error`` is the relative difference of the outputs, ``agreement`` the share of inputs with the same top-1. If the
+    layers were compared, ``outputs`` has the relative difference of the outputs of each layer, by name; both layers got
+    the input of the original.
+
+    Names of layers: ``uncopied`` layers belong to the caller's networks and ran although only copies were called.
+    ``idle`` layers ran only in the original. ``constant`` layers got constant inputs. The original rewrites the weights
+    of ``rewritten`` layers in its forward pass.
     """
 
     error: float
     agreement: float | None
     outputs: dict[str, float] = field(default_factory=dict)
-    strays: set[str] = field(default_factory=set)
+    uncopied: set[str] = field(default_factory=set)
     idle: list[str] = field(default_factory=list)
     constant: set[str] = field(default_factory=set)
     rewritten: set[str] = field(default_factory=set)
@@ -54,13 +58,15 @@ def comparisons(
     notes: list[str],
     tick: Callable[[str], None],
 ) -> dict[torch.dtype, Comparison]:
-    """Compare in float64 where that can be done, and in float32 unless the weights have more; the first comparison
-    looks at the layers, because float64 shows a wrong layer and not the arithmetic.
+    """Compare in float64 if possible, and in float32 unless the weights are float64.
+
+    Only the first comparison compares the layers: in float64, differences come from wrong layers and not from rounding.
 
     Raises:
         UsageError: the networks do not run on the inputs.
     """
-    found: dict[torch.dtype, Comparison] = {}
+    comparison = _SideBySide(original, converted, inputs, dtype, names, tick)
+    results: dict[torch.dtype, Comparison] = {}
     for precision in (torch.float64, torch.float32):
         if precision == torch.float32 and dtype == torch.float64:
             continue
@@ -69,108 +75,113 @@ def comparisons(
             notes.append(f"not compared in float64: copies of {count / 1e6:,.0f}M weights are too large")
             continue
         try:
-            found[precision] = _compare(original, converted, inputs, precision, dtype, names, not found, tick)
+            results[precision] = comparison.compare(precision, per_layer=not results)
         except _NoRunError as problem:
             if precision != torch.float64 or dtype == torch.float64:
                 raise user_code_error(problem.__cause__ or problem) or UsageError(str(problem)) from problem
             notes.append(f"not compared in float64: {problem}")
-    return found
+    return results
 
 
 class _NoRunError(Exception):
     """The network does not run on the inputs in this precision."""
 
 
-def _compare(
-    original: nn.Module,
-    converted: nn.Module,
-    inputs: Any,
-    precision: torch.dtype,
-    dtype: torch.dtype,
-    names: list[str],
-    per_layer: bool,
-    tick: Callable[[str], None],
-) -> Comparison:
-    """Compare copies of both networks in one precision; top-1 is compared to the rounding of
-    ``dtype``, that of the weights."""
-    with _default_dtype(precision):
-        shared = parameter_count(original) > MOST_IN_FLOAT64
-        models = [in_precision(model, precision, shared) for model in (original, converted)]
-        inputs = match_dtype(inputs, models[0])
-        ours, theirs = weighted_layers(models[0]), weighted_layers(models[1])
-        found = Comparison(float("inf"), 0.0)
-        given = [(n, convs[n]) for convs in map(weighted_layers, (original, converted)) for n in names if n in convs]
-        watched = {name: ours[name] for name in names if per_layer}
-        # Hooks of the copies may keep what they see in places that the given networks share.
-        with unchanged(models[0]), unchanged(models[1]), evaluating(*models), _calls(given) as strays:
-            before = {name: weight_state(conv) for name, conv in ours.items()}
-            with _compared(watched, theirs, found, precision, tick), unchanged(models[1]):
-                results = [_outputs("original", models[0], inputs, precision, tick)]
-            found.rewritten = {name for name, conv in ours.items() if weight_state(conv) != before[name]}
-            with _calls([(n, theirs[n]) for n in names]) as ran:
-                results.append(_outputs("converted", models[1], inputs, precision, tick))
-    found.strays, found.idle = strays, [name for name in found.outputs if name not in ran]
-    if [t.shape for t in results[0]] == [t.shape for t in results[1]]:
-        pairs = list(zip(*results, strict=True))
-        found.error = max((relative_difference(b, a) for a, b in pairs), default=float("nan"))
-        found.agreement = top1_agreement(pairs, torch.finfo(dtype).eps)
-    return found
+@dataclass(frozen=True)
+class _SideBySide:
+    """Two networks, their inputs, the dtype of their weights, and the names of the layers to compare."""
 
+    original: nn.Module
+    converted: nn.Module
+    inputs: Any
+    dtype: torch.dtype
+    names: list[str]
+    tick: Callable[[str], None]
 
-@contextmanager
-def _compared(
-    ours: Mapping[str, nn.Module],
-    theirs: Mapping[str, nn.Module],
-    found: Comparison,
-    precision: torch.dtype,
-    tick: Callable[[str], None],
-) -> Iterator[None]:
-    """Compare each layer with its counterpart when it has run, on the same input."""
+    def compare(self, precision: torch.dtype, per_layer: bool) -> Comparison:
+        """Compare copies of both networks in one precision.
 
-    def watch(name: str) -> Callable[..., None]:
-        def hook(conv: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            tick(name)
-            expected = [tensor.clone() for tensor in tensors_in(output)]  # the layer may keep its map and change it
-            try:
-                answer = tensors_in(theirs[name](*args, **kwargs))
-            except Exception as failure:
-                raise _NoRunError(
-                    f"layer {name or '(root)'} of the converted network does not run in {precision}: "
-                    f"{type(failure).__name__}: {first_line(failure)}"
-                ) from failure
-            found.outputs[name] = max(greatest_difference(answer, expected), found.outputs.get(name, 0.0))
-            if all(map(_constant, tensors_in((args, kwargs)))):
-                found.constant.add(name)
+        Logits whose difference is below the rounding of ``dtype`` are ties in the top-1.
+        """
+        networks = (self.original, self.converted)
+        with _default_dtype(precision):
+            shared = parameter_count(self.original) > MOST_IN_FLOAT64
+            copies = [in_precision(model, precision, shared) for model in networks]
+            inputs = match_dtype(self.inputs, copies[0])
+            original_layers, converted_layers = weighted_layers(copies[0]), weighted_layers(copies[1])
+            result = Comparison(float("inf"), 0.0)
+            callers = [(n, layers[n]) for layers in map(weighted_layers, networks) for n in self.names if n in layers]
+            watched = {name: original_layers[name] for name in self.names if per_layer}
+            # Hooks of the copies may change objects that the caller's networks share.
+            with unchanged(copies[0]), unchanged(copies[1]), evaluating(*copies), _calls(callers) as uncopied:
+                before = {name: weight_state(conv) for name, conv in original_layers.items()}
+                with self._comparing_layers(watched, converted_layers, result, precision), unchanged(copies[1]):
+                    outputs = [self._outputs("original", copies[0], inputs, precision)]
+                result.rewritten = {
+                    name for name, conv in original_layers.items() if weight_state(conv) != before[name]
+                }
+                with _calls([(n, converted_layers[n]) for n in self.names]) as ran:
+                    outputs.append(self._outputs("converted", copies[1], inputs, precision))
+        result.uncopied, result.idle = uncopied, [name for name in result.outputs if name not in ran]
+        if [t.shape for t in outputs[0]] == [t.shape for t in outputs[1]]:
+            pairs = list(zip(*outputs, strict=True))
+            result.error = max((relative_difference(b, a) for a, b in pairs), default=float("nan"))
+            result.agreement = top1_agreement(pairs, torch.finfo(self.dtype).eps)
+        return result
 
-        return hook
+    @contextmanager
+    def _comparing_layers(
+        self,
+        original_layers: Mapping[str, nn.Module],
+        converted_layers: Mapping[str, nn.Module],
+        result: Comparison,
+        precision: torch.dtype,
+    ) -> Iterator[None]:
+        """After each call of a layer inside, call its counterpart on the same input and compare the outputs."""
 
-    with _hooks([conv.register_forward_hook(watch(name), with_kwargs=True) for name, conv in ours.items()]):
-        yield
+        def watch(name: str) -> Callable[..., None]:
+            def hook(conv: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+                self.tick(name)
+                expected = [tensor.clone() for tensor in tensors_in(output)]  # the layer may reuse its output tensor
+                try:
+                    actual = tensors_in(converted_layers[name](*args, **kwargs))
+                except Exception as failure:
+                    raise _NoRunError(
+                        f"layer {name or '(root)'} of the converted network does not run in {precision}: "
+                        f"{type(failure).__name__}: {first_line(failure)}"
+                    ) from failure
+                result.outputs[name] = max(greatest_difference(actual, expected), result.outputs.get(name, 0.0))
+                if all(map(_constant, tensors_in((args, kwargs)))):
+                    result.constant.add(name)
+
+            return hook
+
+        with _hooks(
+            [conv.register_forward_hook(watch(name), with_kwargs=True) for name, conv in original_layers.items()]
+        ):
+            yield
+
+    def _outputs(self, which: str, model: nn.Module, inputs: Any, precision: torch.dtype) -> list[Tensor]:
+        self.tick(f"outputs in {str(precision).removeprefix('torch.')}")
+        try:
+            with fixed_random_seed():
+                return tensors_in(call(model, clone_tensors(inputs)))
+        except _NoRunError:
+            raise
+        except Exception as failure:
+            raise _NoRunError(
+                f"the {which} network does not run on these inputs in {precision}: "
+                f"{type(failure).__name__}: {first_line(failure)}"
+            ) from failure
 
 
 def _constant(tensor: Tensor) -> bool:
     return not tensor.numel() or bool((tensor == tensor.flatten()[0]).all())
 
 
-def _outputs(
-    which: str, model: nn.Module, inputs: Any, precision: torch.dtype, tick: Callable[[str], None]
-) -> list[Tensor]:
-    tick(f"outputs in {str(precision).removeprefix('torch.')}")
-    try:
-        with seeded_sources():
-            return tensors_in(call(model, clone_tensors(inputs)))
-    except _NoRunError:
-        raise
-    except Exception as failure:
-        raise _NoRunError(
-            f"the {which} network does not run on these inputs in {precision}: "
-            f"{type(failure).__name__}: {first_line(failure)}"
-        ) from failure
-
-
 @contextmanager
 def _calls(layers: Iterable[tuple[str, nn.Module]]) -> Iterator[set[str]]:
-    """The names of those layers that this thread runs meanwhile."""
+    """Yield the set of the names of layers that this thread runs inside."""
     ran: set[str] = set()
     here = get_ident()
 
@@ -192,7 +203,7 @@ def _hooks(handles: Sequence[RemovableHandle]) -> Iterator[None]:
 
 @contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Networks that make tensors in their forward make them in this dtype."""
+    """Set the default dtype inside, which networks use for tensors that they create in their forward pass."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -1,4 +1,4 @@
-"""Are two networks built of the same parts, and is every tensor outside their kernels the same, bit for bit?"""
+"""Check that two networks have the same structure, and the same tensors outside their kernels, bit for bit."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ _ATTRIBUTES = ("stride", "padding", "dilation", "groups", "padding_mode", "outpu
 def pairs_of(
     original: nn.Module, converted: nn.Module, planned: Collection[str] = ()
 ) -> tuple[dict[str, tuple[nn.Module, nn.Module]], list[str]]:
-    """The layers of both to compare, by name, and what keeps the two networks from having the same structure.
+    """Return the pairs of layers to compare, by name, and the differences of the structure.
 
-    Compared are convolutions over 1x1, and the ``planned`` layers, which a plan says keep less.
+    The pairs are the convolutions over 1x1 and the ``planned`` layers, which the plan cuts.
     """
-    ours, theirs = (
+    original_layers, converted_layers = (
         {name: layer for name, layer in weighted_layers(model).items() if name in convs or name in planned}
         for model, convs in ((original, convolutions(original)), (converted, convolutions(converted)))
     )
-    problems = [f"{name}: only in the original" for name in ours if name not in theirs]
-    problems += [f"{name}: only in the converted network" for name in theirs if name not in ours]
+    problems = [f"{name}: only in the original" for name in original_layers if name not in converted_layers]
+    problems += [f"{name}: only in the converted network" for name in converted_layers if name not in original_layers]
     pairs = {}
-    for name, conv in ours.items():
-        if name not in theirs:
+    for name, conv in original_layers.items():
+        if name not in converted_layers:
             continue
-        other = theirs[name]
+        other = converted_layers[name]
         if any(is_lazy(p) for p in conv.parameters(recurse=False)):
             continue
         shapes = [tuple(cast(Tensor, c.weight).shape) for c in (conv, other)]
@@ -52,67 +52,74 @@ def pairs_of(
     return pairs, problems
 
 
-def built_otherwise(original: nn.Module, converted: nn.Module, pairs: Mapping[str, Any]) -> list[str]:
-    """Parts without parts of their own, convolutions aside, that are of another class or have other settings."""
-    theirs, problems = dict(converted.named_modules()), []
+def differing_modules(original: nn.Module, converted: nn.Module, pairs: Mapping[str, Any]) -> list[str]:
+    """Return the modules without children that differ in class or settings; convolutions are not compared."""
+    converted_modules, problems = dict(converted.named_modules()), []
     for name, module in original.named_modules():
-        other = theirs.get(name)
+        other = converted_modules.get(name)
         if other is None or name in pairs or any(module.children()) or isinstance(module, CONVOLUTIONS):
             continue
         kinds = [type(one).__name__ for one in (module, other)]
         if kinds[0] != kinds[1]:
             problems.append(f"{name}: is a {kinds[1]}, the original's a {kinds[0]}")
             continue
-        found = _settings(other)
+        other_settings = _settings(other)
         problems += [
-            f"{name}: {key} is {found[key]}, the original's {value}"
+            f"{name}: {key} is {other_settings[key]}, the original's {value}"
             for key, value in _settings(module).items()
-            if key in found and found[key] != value
+            if key in other_settings and other_settings[key] != value
         ]
     return problems
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
-    """What a module was made with, as far as it is plain values and changes what it computes."""
+    """Return the attributes of a module that are plain values and change its output."""
     plain = (int, float, str, tuple, type(None))
-    aside = ("training", "inplace", "momentum")
-    return {k: v for k, v in vars(module).items() if k[0] != "_" and k not in aside and isinstance(v, plain)}
+    without_effect = ("training", "inplace", "momentum")
+    return {k: v for k, v in vars(module).items() if k[0] != "_" and k not in without_effect and isinstance(v, plain)}
 
 
 def as_calibrated(converted: nn.Module, calibrated: Mapping[str, str]) -> dict[str, bool]:
-    """Whether each tensor that calibration wrote is what it wrote."""
-    found = digests(converted, calibrated)
-    return {key: found.get(key) == sha256 for key, sha256 in calibrated.items()}
+    """Return, for each tensor that calibration wrote, whether it is unchanged since then."""
+    actual = digests(converted, calibrated)
+    return {key: actual.get(key) == sha256 for key, sha256 in calibrated.items()}
 
 
 def altered_state(
     original: nn.Module, converted: nn.Module, pairs: Mapping[str, Any], written: Mapping[str, bool]
 ) -> list[str]:
-    """Parameters and buffers outside the paired kernels that differ in any bit, or from what calibration wrote."""
+    """Return the differences of tensors outside the kernels of ``pairs``.
+
+    Tensors that calibration wrote must be unchanged since then (``written``), all others equal to the original's.
+    """
     paired = {id(original.get_submodule(name)) for name in pairs}
     names = [name for name, module in original.named_modules(remove_duplicate=False) if id(module) in paired]
     kernels = {f"{name}.{key}".lstrip(".") for name in names for key in ("weight", "coefficients", "fitted_basis")}
-    ours, theirs = tensors_of(original), tensors_of(converted)
+    original_tensors, converted_tensors = tensors_of(original), tensors_of(converted)
     problems = []
-    for key, tensor in ours.items():
+    for key, tensor in original_tensors.items():
         if key in kernels or written.get(key):
             continue
         if key in written:
             problems.append(f"{key}: is not what calibration wrote")
             continue
-        if key not in theirs:
+        if key not in converted_tensors:
             problems.append(f"{key}: only in the original")
-        elif not _equal(tensor, theirs[key]):
+        elif not _equal(tensor, converted_tensors[key]):
             problems.append(f"{key}: differs from the original's")
-    problems += [f"{key}: only in the converted network" for key in theirs if key not in ours and key not in kernels]
+    problems += [
+        f"{key}: only in the converted network"
+        for key in converted_tensors
+        if key not in original_tensors and key not in kernels
+    ]
     return problems
 
 
 def _equal(tensor: Tensor, other: Tensor) -> bool:
-    """Whether a tensor has the other's bits; where one is stored in fewer bits, rounded to those."""
+    """Return whether two tensors are equal bit for bit, after rounding to the smaller of their floating dtypes."""
     if is_lazy(tensor) or is_lazy(other):
         return is_lazy(tensor) and is_lazy(other)
-    if tensor.is_quantized or other.is_quantized:  # reading their storage ends the process
+    if tensor.is_quantized or other.is_quantized:  # torch crashes if their storage is read
         return tensor.dtype == other.dtype and torch.equal(tensor, other)
     if tensor.shape != other.shape:
         return False

@@ -1,4 +1,4 @@
-"""The images that a flow tests a network on."""
+"""Load the images on which a flow tests a network."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from ..data.datasets import Data, DataRequest, open_data
-from ..data.loading import Loading, evaluation_batches
+from ..data.loading import BatchLoader, evaluation_batches
 from ..data.preprocessing import color_mode, evaluation_transform
 from ..training.evaluation import Evaluation
-from ..training.learner import Machine
+from ..training.trainer import MachineSettings
 from .devices import workers_for
 from .finetuning import check_classes
 from .inputs import image_config
@@ -19,7 +19,7 @@ from .listener import Listener
 
 
 def opened_data(request: DataRequest, parts: Sequence[str], listener: Listener) -> Data:
-    """The data of a request; the listener is told what a user should know about it."""
+    """Return the data of a request; send its notes to the listener."""
     data = open_data(request, parts)
     for note in data.notes:
         listener.say(f"note: {note}")
@@ -29,18 +29,18 @@ def opened_data(request: DataRequest, parts: Sequence[str], listener: Listener) 
 def evaluation_loading(
     request: DataRequest,
     model: nn.Module,
-    machine: Machine,
+    machine: MachineSettings,
     *,
     batch_size: int,
     workers: int | None,
     preprocessing: Mapping[str, Any],
     listener: Listener,
-) -> tuple[Loading, dict[str, Any]]:
-    """Batches of the test images, and what is done to each image.
+) -> tuple[BatchLoader, dict[str, Any]]:
+    """Return batches of the test images, and the pre-processing of the images.
 
     Raises:
-        UsageError, InputError: no such images, of other classes than the network's, or nobody says how to pre-process
-            them.
+        UsageError: the images do not exist, or their pre-processing is not known.
+        InputError: the images have other classes than the network.
     """
     data = opened_data(request, ("test",), listener)
     assert data.test is not None
@@ -58,7 +58,7 @@ def evaluation_loading(
     return loading, config
 
 
-def note_unread(loading: Loading, evaluation: Evaluation, listener: Listener) -> None:
-    """Say it where fewer images came than there are."""
-    if note := loading.unread(evaluation.images + len(evaluation.unreadable)):
+def note_unread(loading: BatchLoader, evaluation: Evaluation, listener: Listener) -> None:
+    """Send a note to the listener if the evaluation saw fewer images than there are."""
+    if note := loading.unread_note(evaluation.images + len(evaluation.unreadable)):
         listener.say(note)

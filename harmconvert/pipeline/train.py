@@ -1,10 +1,9 @@
-"""train(): a network trained from scratch, plain or harmonic as the paper's networks are (sec. 4)."""
+"""train(): train a network from scratch, plain or harmonic (paper sec. 4)."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ import torch
 from torch import nn
 
 from ..arguments import check_run_outputs
-from ..data.datasets import DataRequest
-from ..data.preprocessing import record_of
+from ..data.datasets import Data, DataRequest
+from ..data.preprocessing import preprocessing_record
 from ..errors import Argument
 from ..network.distributed import joined, on_first_rank
 from ..plan.plan import Plan
@@ -22,23 +21,26 @@ from ..storage.checkpoint import Network
 from ..storage.weights import untied_state, write_tensors
 from ..training.evaluation import Evaluation
 from ..training.harmonize import harmonize
-from ..training.learner import Machine
+from ..training.loop import Callbacks
 from ..training.loop import train as run_training
 from ..training.recipe import Recipe
+from ..training.trainer import MachineSettings
 from .devices import machine_on, workers_for
-from .finetuning import Setting, check_classes, evaluator, train_loading
+from .finetuning import TrainingSetup, check_classes, evaluator, train_loading
 from .inputs import image_config, size_of, zeros_of
 from .listener import SILENT, Listener
 from .networks import Openable, known_source, opened, own, text_of
-from .runs import data_identity, keeper_for, kept, recipe_for, told
+from .runs import data_identity, recipe_for, reporting, resume_hint, state_file_for
 from .saving import save
 from .testing import opened_data
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained network, its recipe, a row of figures for each epoch, and what it does on the test images; where it was
-    written, the file."""
+    """A trained network, its recipe, a row of metrics for each epoch, and its evaluation on the test images.
+
+    ``output`` is the file, if the network was written.
+    """
 
     model: nn.Module
     recipe: Recipe
@@ -47,11 +49,11 @@ class Trained:
     output: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict: where it was written (None: nowhere), and what the checkpoint says of the run."""
+        """Return the output and the record of this run as JSON values."""
         return {"output": self.output, **self.record()}
 
     def record(self) -> dict[str, Any]:
-        """What the checkpoint says of this run."""
+        """Return the part of a checkpoint's history that describes this run."""
         epochs = [dict(row) for row in self.rows]
         return {"recipe": self.recipe.to_json(), "epochs": epochs, "evaluation": self.evaluation.to_json()}
 
@@ -67,7 +69,7 @@ def train(
     basis: str = "dct",
     normalize_first: bool = True,
     preprocessing: Mapping[str, Any] | None = None,
-    machine: Machine | None = None,
+    machine: MachineSettings | None = None,
     workers: int | None = None,
     save_every: int | None = None,
     resume: str | Path | None = None,
@@ -77,7 +79,7 @@ def train(
     listener: Listener = SILENT,
     **changes: Any,
 ) -> Trained:
-    """Train a network from scratch, plain or harmonic, by one of the paper's recipes or one of your own.
+    """Train a network from scratch, plain or harmonic, by one of the paper's recipes or your own.
 
     >>> layers = nn.Conv2d(1, 8, 7, stride=4), nn.ReLU(), nn.Conv2d(8, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     >>> digits = {"input_size": (1, 28, 28), "preprocess": "none"}
@@ -86,93 +88,121 @@ def train(
     (1, 'HarmonicBlock2d')
 
     Args:
-        model: a source string, a request or a network. A source's pretrained weights are not used; a network that is
-            given is not changed, and its weights are kept where they do not become harmonic.
-        output: the .safetensors file to write: a harmonic checkpoint, or plain weights where nothing is harmonic; None
-            writes nothing, and keeps no state to resume from.
-        harmonic: ``"none"`` (the plain network), ``"first"`` (Harm1, its input layer alone) or ``"all"`` (Harm).
-        lam: what the layers behind the first keep, as for `convert`; basis: of these layers.
-        normalize_first: False leaves the spectrum normalisation of the first layer out.
+        model: a source string, a request, or a network object, which is not changed. Pretrained weights of a source are
+            not loaded. A network object keeps the weights of layers that do not become harmonic.
+        output: the .safetensors file to write: a harmonic checkpoint, or plain weights if no layer is harmonic; None:
+            write no file, and save no state.
+        harmonic: ``"none"`` (the plain network), ``"first"`` (Harm1: only the input layer) or ``"all"`` (Harm).
+        lam: what the layers after the first keep, as for `convert`.
+        basis: basis of the layers after the first.
+        normalize_first: False leaves out the normalisation of the spectrum in the first layer.
         data, recipe, changes, preprocessing, machine, workers, save_every, resume, log, force, command, listener: as
             for `finetune`.
 
-    Raises: as `finetune` and `harmonize`.
+    Raises the errors of `finetune` and `harmonize`.
     """
-    target = None if output is None else str(output)
+    target, preprocessing = None if output is None else str(output), preprocessing or {}
     if target is not None:
         check_run_outputs(target, resume, force)
-    with joined(), ExitStack() as held:
-        settled = recipe_for(recipe, changes, resume)
-        torch.manual_seed(settled.seed)
+    with joined():
+        final = recipe_for(recipe, changes, resume)
+        torch.manual_seed(final.seed)
         network = own(opened(model, listener, pretrained=False), model)
-        trained = network.model
-        if harmonic != "none":
-            size = size_of(trained, preprocessing or {})
-            example, normalize = zeros_of([size] if size else [], trained), normalize_first
-            trained = harmonize(trained, harmonic, lam, normalize_first=normalize, basis=basis, example_input=example)
-        request = replace(DataRequest.of(data), seed=settled.seed)
-        found = opened_data(request, ("train", "test"), listener)
-        check_classes(found, trained, "make the network with ", Argument("arguments", {"num_classes": found.classes}))
-        listener.say(str(settled))
-        config = image_config(trained, preprocessing or {}, listener)
+        to_train = _harmonized(network.model, harmonic, lam, basis, normalize_first, preprocessing)
+        request = replace(DataRequest.parse(data), seed=final.seed)
+        images = _open_data(request, to_train, listener)
+        listener.say(str(final))
+        config = image_config(to_train, preprocessing, listener)
         identity = {
-            "recipe": settled.to_json(),
-            "data": data_identity(found, request.dataset, config),
-            "network": [text_of(model), harmonic, _text(lam), basis, not normalize_first],
+            "recipe": final.to_json(), "data": data_identity(images, request.dataset, config),
+            "network": [text_of(model), harmonic, _lambda_text(lam), basis, not normalize_first],
             "arguments": dict(network.source.arguments),
-        }
-        keeper = keeper_for(target, resume, save_every, identity, force, listener)
-        held.enter_context(keeper.alone())
-        setting = Setting(config, machine or machine_on(), workers_for(workers, request.dataset), keeper=keeper)
-        with told(setting, settled.epochs, target, log, listener) as telling:
-            worth = evaluator(found, settled, telling)
-            rows = run_training(
-                trained,
-                train_loading(found, settled, telling),
-                settled,
-                test=worth,
-                machine=telling.machine,
-                keeper=keeper,
-                resume=None if resume is None else Path(resume),
-                progress=telling.told,
-                epoch_done=telling.epoch_done,
-            )
-            done = Trained(trained, settled, rows, worth(trained), target)
-        if target is not None:
-            with kept(keeper):
-                on_first_rank(lambda: _write(done, network, target, harmonic, command, config, force))
-            keeper.remove()
-            listener.wrote(target)
-    return done
+        }  # fmt: skip
+        setup = TrainingSetup(
+            config, machine or machine_on(), workers_for(workers, request.dataset),
+            state_file=state_file_for(target, resume, save_every, identity, force, listener),
+        )  # fmt: skip
+        with setup.state_file.lock():
+            with reporting(setup, final.epochs, target, log, listener) as reported:
+                trained = replace(_train(to_train, images, final, reported), output=target)
+            if target is not None:
+                _write(trained, network, harmonic, command, setup, force)
+                listener.wrote(target)
+    return trained
+
+
+def _harmonized(
+    model: nn.Module,
+    harmonic: str,
+    lam: str | int | Mapping[str, int] | Plan,
+    basis: str,
+    normalize_first: bool,
+    preprocessing: Mapping[str, Any],
+) -> nn.Module:
+    """Return the network with the harmonic layers that ``harmonic`` names."""
+    if harmonic == "none":
+        return model
+    size = size_of(model, preprocessing)
+    example = zeros_of([size] if size else [], model)
+    return harmonize(model, harmonic, lam, normalize_first=normalize_first, basis=basis, example_input=example)
+
+
+def _open_data(request: DataRequest, model: nn.Module, listener: Listener) -> Data:
+    """Open the data, and check that the network has its classes."""
+    images = opened_data(request, ("train", "test"), listener)
+    check_classes(images, model, "build the network with ", Argument("arguments", {"num_classes": images.classes}))
+    return images
+
+
+def _train(model: nn.Module, data: Data, recipe: Recipe, setup: TrainingSetup) -> Trained:
+    evaluation_of = evaluator(data, recipe, setup)
+    rows = run_training(
+        model, train_loading(data, recipe, setup), recipe, machine=setup.machine, state_file=setup.state_file,
+        callbacks=Callbacks(evaluation_of, setup.on_step, setup.epoch_done),
+    )  # fmt: skip
+    return Trained(model, recipe, rows, evaluation_of(model))
 
 
 def _write(
-    done: Trained,
+    trained: Trained,
     network: Network,
-    target: str,
     harmonic: str,
     command: Mapping[str, Any] | None,
-    config: Mapping[str, Any],
+    setup: TrainingSetup,
     force: bool,
 ) -> None:
-    """A harmonic checkpoint, or the plain weights."""
-    run, source = done.record(), known_source(network)
-    if harmonic == "none":
-        # The epochs are in the .metrics.csv beside it.
-        kept = {"recipe": run["recipe"], "evaluation": run["evaluation"]}
-        metadata = {"format": "pt", "harmconvert_training": json.dumps(kept, separators=(",", ":"))}
-        write_tensors(untied_state(done.model)[0], target, metadata, force)
-        return
+    """Write the file of a run, then remove the state of the run."""
+    with resume_hint(setup.state_file):
+        if harmonic == "none":
+            on_first_rank(lambda: _write_weights(trained, force))
+        else:
+            on_first_rank(lambda: _write_checkpoint(trained, network, command, setup.preprocessing, force))
+    setup.state_file.remove()
+
+
+def _write_weights(trained: Trained, force: bool) -> None:
+    assert trained.output is not None
+    run = trained.record()
+    record = {"recipe": run["recipe"], "evaluation": run["evaluation"]}  # the epochs are in the .metrics.csv beside it
+    metadata = {"format": "pt", "harmconvert_training": json.dumps(record, separators=(",", ":"))}
+    write_tensors(untied_state(trained.model)[0], trained.output, metadata, force)
+
+
+def _write_checkpoint(
+    trained: Trained, network: Network, command: Mapping[str, Any] | None, config: Mapping[str, Any], force: bool
+) -> None:
+    assert trained.output is not None
+    run, source = trained.record(), known_source(network)
     if command is not None:
         run["command"] = {**command, "source": str(network.source)}
     if source is not None:
-        source = replace(source, sha256=None)  # it was not converted from weights
-    history = {"training": [run]}
-    save(done.model, target, source=source, history=history, preprocessing=record_of(config), force=force)
+        source = replace(source, sha256=None)  # the network was not converted from weights
+    history, preprocessing = {"training": [run]}, preprocessing_record(config)
+    save(trained.model, trained.output, source=source, history=history, preprocessing=preprocessing, force=force)
 
 
-def _text(lam: str | int | Mapping[str, int] | Plan) -> str:
-    """A lambda as text, for a run to be recognised by."""
+def _lambda_text(lam: str | int | Mapping[str, int] | Plan) -> str:
+    """Return a lambda as text, for the comparison of runs."""
     if isinstance(lam, Plan):
         return json.dumps(lam.to_json(), sort_keys=True)
     return ",".join(f"{name}={count}" for name, count in lam.items()) if isinstance(lam, Mapping) else str(lam)

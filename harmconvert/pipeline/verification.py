@@ -1,4 +1,4 @@
-"""What a verification says: its verdict, and the figures behind it."""
+"""The result of a verification: its verdict and its measurements."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from ..errors import counted, one_line, shortened
 
 @dataclass(frozen=True)
 class LayerCheck:
-    """One convolution over 1x1, original against converted.
+    """The comparison of one convolution over 1x1 with the original.
 
-    ``kernel_error``: largest difference over the largest weight of the same filter. ``output_error``: relative
-    difference of the layer's outputs in float64, both fed the original's input (None where it did not run). ``problem``
-    says what is not as the plan has it, or is None. ``cut``: the layer keeps less than all on some axis.
+    ``kernel_error`` is the largest difference divided by the largest weight of the same filter. ``output_error`` is the
+    relative difference of the layer's outputs in float64 on the input of the original; None if the layer did not run.
+    ``problem`` describes a difference from the plan, or is None. ``cut`` says that the layer keeps less than the whole
+    on some axis.
     """
 
     name: str
@@ -30,15 +31,16 @@ class LayerCheck:
 
 @dataclass(frozen=True)
 class Verification:
-    """The verdict and the figures behind it.
+    """The verdict of a verification and its measurements.
 
-    ``ok``: the converted network computes what the original does, within ``tolerance``. A cut network does not, and
-    says so; ``as_planned`` tells that it is, kernel by kernel, the projection that its plan asks for. Relative errors
-    are largest difference over largest output; ``float64_error`` isolates the rounding of the coefficients,
-    ``float32_error`` adds that of float32 arithmetic (each None where that pass was not run; the notes say why).
-    ``top1_agreement`` is the share of inputs with the same top-1 class, logits that the weights' dtype cannot tell
-    apart being tied (None where outputs are no logits). ``random_inputs``: the inputs were noise, of which the top-1
-    says nothing about a network that is cut.
+    ``ok`` says that the outputs of both networks are equal within ``tolerance``. For a cut network it is False;
+    ``as_planned`` then says that each kernel is the projection that the plan describes.
+
+    A relative error is the largest difference divided by the largest output. ``float64_error`` shows the rounding of
+    the coefficients; ``float32_error`` also has the rounding of float32 arithmetic. Each is None if there was no run in
+    that precision; ``notes`` has the reason. ``top1_agreement`` is the share of inputs with the same top-1 class;
+    logits are ties if their difference is below the rounding of the weights' dtype. It is None if the outputs are no
+    logits. ``random_inputs`` says that the inputs were noise, on which the top-1 of a cut network has no meaning.
     """
 
     ok: bool
@@ -55,12 +57,12 @@ class Verification:
     random_inputs: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict."""
+        """Return the verification as JSON values."""
         return asdict(self)
 
     @property
     def verdict(self) -> str:
-        """One line: what holds, or what does not and where."""
+        """One line with the result: verified, cut as planned, or the first differences."""
         return one_line(self._verdict)
 
     @property
@@ -72,7 +74,7 @@ class Verification:
         elif self.top1_agreement is not None:
             outputs += f", same top-1 on {round(self.top1_agreement * self.inputs)} of {counted(self.inputs, 'input')}"
         if isnan(self.max_relative_error) and not self.problems:
-            return "not verified: the outputs hold no finite value on these inputs, so there is nothing to compare"
+            return "not verified: the outputs hold no finite value on these inputs, so they cannot be compared"
         if cut and self.as_planned and not self.ok:
             if self.tolerance not in {codec.tolerance for codec in CODECS.values()}:  # the user asked for one
                 outputs += f", tolerance {self.tolerance:.0e}"

@@ -1,7 +1,7 @@
-"""verify(): an original and a converted network side by side, per layer and end to end.
+"""verify(): compare an original and a converted network, layer by layer and at the outputs.
 
-Three questions, answered apart: is every part that was not to change the same, bit for bit? Is every kernel the
-projection of the original's onto the frequencies kept? And how far are the outputs from the original's?
+There are three separate checks. First, all parts that a conversion does not change are equal bit for bit. Second, each
+kernel is the projection of the original's kernel. Third, the difference of the outputs is measured.
 """
 
 from __future__ import annotations
@@ -29,17 +29,20 @@ from ..storage.checkpoint import Network
 from .convert import Conversion
 from .layer_check import check_layer
 from .side_by_side import Comparison, comparisons
-from .structure_check import altered_state, as_calibrated, built_otherwise, pairs_of
+from .structure_check import altered_state, as_calibrated, differing_modules, pairs_of
 from .verification import LayerCheck, Verification
 
-_STRAY = "a copy of the network still runs the layer that it was copied from, by a function that copies do not follow"
-
-_LOST = (
-    "the network rewrites its weight in each forward, which a harmonic layer does not follow: convert with an example "
-    "input, so that it is skipped"
+_UNCOPIED = (
+    "a copy of the network still calls this layer of the network itself, through a function that refers to it: such a "
+    "network cannot be compared"
 )
 
-# A kernel is a different one where it differs by more than this of its filter's largest weight.
+_REWRITTEN = (
+    "the network rewrites its weight in each forward pass, and a harmonic layer does not: convert with an example "
+    "input, so that the layer is skipped"
+)
+
+# A kernel is different if it differs by more than this, relative to the largest weight of its filter.
 CHANGED_KERNEL = 1e-3
 
 
@@ -53,7 +56,7 @@ def verify(
     random_inputs: bool = False,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> Verification:
-    """Compare ``converted`` with the ``original`` it was made from; neither is changed.
+    """Compare ``converted`` with the ``original`` from which it was made; neither is changed.
 
     >>> import harmconvert
     >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten()).double()
@@ -62,20 +65,20 @@ def verify(
     (True, True)
 
     Args:
-        converted: a network, or what `convert` or `open_source` returned, which also says what calibration wrote.
-        inputs: a tensor, a tuple of arguments, a dict of keywords, or a list (one argument); two seeded random inputs
-            of the model's own size where None.
-        tolerance: the relative difference of outputs to accept. Where given, it alone decides (structure aside);
-            otherwise it follows the weights' dtype (1e-12 for float64, 1e-5 for float32), top-1 must be the same on
-            every input, and nothing may differ that was not converted.
-        calibrated: keys of the tensors that calibration wrote, with their sha256 (`Calibration.changed`); known of a
-            `Conversion` and a checkpoint. Those are as planned where they are what calibration wrote.
-        random_inputs: ``inputs`` are noise, as they are where None is given; the verdict then names no top-1.
-        progress: called with (steps done, steps, what is looked at).
+        converted: a network, or the result of `convert` or `open_source`, which also has the digests of calibration.
+        inputs: a tensor, a tuple of arguments, a dict of keywords, or a list (one argument); default: two seeded random
+            inputs of the model's own size.
+        tolerance: the relative difference of outputs to accept. If it is given, only the structure and the outputs
+            decide. By default it depends on the weights' dtype (1e-12 for float64, 1e-5 for float32), top-1 must be the
+            same on every input, and tensors that a conversion does not change must be equal.
+        calibrated: keys of the tensors that calibration wrote, with their sha256 (`Calibration.changed`); default: read
+            from a `Conversion` or a checkpoint. These tensors must be unchanged since the calibration.
+        random_inputs: ``inputs`` are noise, so the verdict does not mention the top-1. Always so if ``inputs`` is None.
+        progress: called with (steps done, steps, name of the step).
 
     Raises:
         UsageError: no input size is known, or the original does not run on the inputs.
-        InputError: a network without values (meta device).
+        InputError: a network has no values (meta device).
     """
     coded = _coded(converted)
     planned = {layer.name: layer for layer in _plan_of(converted).layers if not layer.whole}
@@ -84,34 +87,34 @@ def verify(
     _check_values(original, converted)
     if inputs is None:
         inputs, random_inputs = seeded_inputs(original, converted), True
-    if _blocks(original) != _blocks(converted):  # what a block computes is compared with a convolution as one
+    if _blocks(original) != _blocks(converted):  # a block is compared with a convolution in the form of a convolution
         original, converted = fold_blocks(original), fold_blocks(converted)
     dtype = max((_weight_dtype(original), _weight_dtype(converted)), key=tolerance_of)
-    with evaluating(original, converted):  # reading a spectrally normalised weight in training mode would change it
+    with evaluating(original, converted):  # in training mode, reading a weight with spectral normalisation changes it
         pairs, structural = pairs_of(original, converted, planned)
     written = as_calibrated(converted, calibrated)
     altered = [] if structural else altered_state(original, converted, pairs, written)
     tick = _ticker(progress, 2 * len(pairs) + 2 * (1 if dtype == torch.float64 else 2))
     kernels = _kernel_checks(pairs, planned, written, tick)
     notes: list[str] = []
-    found = comparisons(original, converted, inputs, dtype, list(pairs), notes, tick)
-    first = next(iter(found.values()))
-    rewritten = {name for one in found.values() for name in one.rewritten}
+    results = comparisons(original, converted, inputs, dtype, list(pairs), notes, tick)
+    first = next(iter(results.values()))
+    rewritten = {name for one in results.values() for name in one.rewritten}
     layers = _layer_checks(kernels, pairs, planned, first, rewritten)
-    structural = [*structural, *(f"{name or '(root)'}: {_STRAY}" for name in sorted(first.strays))]
+    structural = [*structural, *(f"{name or '(root)'}: {_UNCOPIED}" for name in sorted(first.uncopied))]
     problems = [*structural, *(f"{layer.name}: {layer.problem}" for layer in layers if layer.problem), *altered]
-    worst, agreement = _worst(found.values())
+    worst, agreement = _worst(results.values())
     if isnan(worst):
-        notes.append("the outputs hold no finite value on these inputs: nothing to compare")
-    hidden = _without_effect(layers, worst, problems, notes)
+        notes.append("the outputs hold no finite value on these inputs: they cannot be compared")
+    without_effect = _cuts_without_effect(layers, worst, problems, notes)
     limit = tolerance_of(dtype, coded) if tolerance is None else tolerance
     within = worst <= limit  # False for NaN
-    if not within:  # else it comes to the same, however it is built
-        problems += built_otherwise(original, converted, pairs)
-    _passed_over(first.idle, any(layer.cut for layer in layers), within, problems, notes)
+    if not within:  # with equal outputs, other modules are allowed
+        problems += differing_modules(original, converted, pairs)
+    _report_idle(first.idle, any(layer.cut for layer in layers), within, problems, notes)
     same = not structural if tolerance is not None else not problems and agreement in (None, 1.0)
-    ok = within and same and not hidden
-    float64, float32 = (found[p].error if p in found else None for p in (torch.float64, torch.float32))
+    ok = within and same and not without_effect
+    float64, float32 = (results[p].error if p in results else None for p in (torch.float64, torch.float32))
     return Verification(
         ok, not problems, limit, worst, float64, float32, agreement, batch_size(inputs), layers,
         tuple(problems), tuple(notes), random_inputs,
@@ -119,7 +122,7 @@ def verify(
 
 
 def _worst(comparisons: Collection[Comparison]) -> tuple[float, float | None]:
-    """The largest error of some comparisons (NaN where any is), and their least top-1 agreement (None: not known)."""
+    """Return the largest error (NaN if any is NaN) and the lowest top-1 agreement (None if any is not known)."""
     errors = [one.error for one in comparisons]
     agreements = [one.agreement for one in comparisons]
     agreement = None if None in agreements else min(cast("list[float]", agreements))
@@ -132,7 +135,6 @@ def _kernel_checks(
     written: Mapping[str, bool],
     tick: Callable[[str], None],
 ) -> dict[str, Check]:
-    """The check of each layer's kernel, by name."""
     checks = {}
     for name, pair in pairs.items():
         tick(name)
@@ -148,45 +150,43 @@ def _layer_checks(
     outputs: Comparison,
     rewritten: Collection[str],
 ) -> tuple[LayerCheck, ...]:
-    """The check of each layer's kernel, with what the run of both networks showed of the layer."""
+    """Combine the check of each kernel with the comparison of the outputs of its layer."""
     layers = (
         LayerCheck(
             name, check.kept, check.total, check.error, outputs.outputs.get(name),
-            _LOST if name in rewritten else check.problem, check.kept < check.total or name in planned,
+            _REWRITTEN if name in rewritten else check.problem, check.kept < check.total or name in planned,
         )
         for name, check in kernels.items()
-        # A plain layer whose weight the network rewrites holds what the last forward left: that says nothing.
+        # If the network rewrites the weight of a plain layer, its value from the last forward pass has no meaning.
         if name not in rewritten or is_harmonic_layer(pairs[name][1])
     )  # fmt: skip
-    return tuple(layer if layer.name in outputs.constant else _stale(layer) for layer in layers)
+    return tuple(layer if layer.name in outputs.constant else _check_weight_is_used(layer) for layer in layers)
 
 
-def _changed(layer: LayerCheck) -> bool:
-    """Whether the kernel of a layer is another one, beyond rounding."""
+def _kernel_changed(layer: LayerCheck) -> bool:
     return layer.cut and layer.kernel_error > CHANGED_KERNEL
 
 
-def _stale(layer: LayerCheck) -> LayerCheck:
-    """The layer, with a problem where it computes the same with another kernel."""
-    if layer.problem is None and _changed(layer) and layer.output_error == 0:
+def _check_weight_is_used(layer: LayerCheck) -> LayerCheck:
+    """Return the check, with a problem if the kernel has changed but the output has not."""
+    if layer.problem is None and _kernel_changed(layer) and layer.output_error == 0:
         return replace(
             layer, problem="its kernel is cut and its output is exactly the same: it does not use its weight"
         )
     return layer
 
 
-def _without_effect(layers: Sequence[LayerCheck], worst: float, problems: list[str], notes: list[str]) -> bool:
-    """Whether kernels are cut and the outputs are exactly the same; says why that may be, and which cut layers did not
-    run."""
-    changed = [layer for layer in layers if _changed(layer)]
+def _cuts_without_effect(layers: Sequence[LayerCheck], worst: float, problems: list[str], notes: list[str]) -> bool:
+    """Return whether kernels are cut although the outputs are exactly the same; add notes or a problem about it."""
+    changed = [layer for layer in layers if _kernel_changed(layer)]
     if idle := [layer.name or "(root)" for layer in changed if layer.output_error is None]:
         notes.append(f"cut, but not run on these inputs: {shortened(idle, 5)}")
     if not changed or worst != 0:
         return False
     if any(layer.output_error for layer in changed):
         notes.append(
-            "the outputs are exactly the same although the outputs of layers differ: these inputs show nothing of the "
-            "cut (a detector that finds nothing, say); give others"
+            "the outputs are exactly the same although the outputs of layers differ: these inputs do not show the "
+            "effect of the cut (for example, a detector finds no object in them); give other inputs"
         )
     elif not problems:
         problems.append(
@@ -196,18 +196,20 @@ def _without_effect(layers: Sequence[LayerCheck], worst: float, problems: list[s
     return True
 
 
-def _passed_over(idle: Sequence[str], cut: bool, within: bool, problems: list[str], notes: list[str]) -> None:
-    """Tell of layers that the original runs and the converted network does not: what is cut may take another branch,
-    but nothing that is cut comes to the same."""
+def _report_idle(idle: Sequence[str], cut: bool, within: bool, problems: list[str], notes: list[str]) -> None:
+    """Report layers that only the original runs.
+
+    A cut network may take another branch. But if the outputs of a cut network are equal, an idle layer is a problem.
+    """
     for name in (name or "(root)" for name in idle):
         if not within:
-            notes.append(f"{name} runs in the original alone on these inputs")
+            notes.append(f"{name} runs only in the original on these inputs")
         elif cut:
-            problems.append(f"{name}: it runs in the original alone, and yet nothing changes")
+            problems.append(f"{name}: it runs only in the original, but the outputs are equal")
 
 
 def _plan_of(converted: nn.Module | Conversion | Network) -> Plan:
-    """The plan that a converted network follows, as far as it is known."""
+    """Return the plan of a converted network; an empty plan if it is not known."""
     if isinstance(converted, Conversion):
         return converted.plan
     header = converted.header if isinstance(converted, Network) else None
@@ -215,7 +217,7 @@ def _plan_of(converted: nn.Module | Conversion | Network) -> Plan:
 
 
 def _written_by_calibration(converted: nn.Module | Conversion | Network) -> Mapping[str, str]:
-    """Keys of the tensors that calibration wrote, with their sha256; none are known of a bare network."""
+    """Return the keys of the tensors that calibration wrote, with their sha256; empty if they are not known."""
     if isinstance(converted, Conversion):
         return converted.calibration.changed if converted.calibration else {}
     header = converted.header if isinstance(converted, Network) else None
@@ -223,7 +225,7 @@ def _written_by_calibration(converted: nn.Module | Conversion | Network) -> Mapp
 
 
 def _coded(converted: nn.Module | Conversion | Network) -> Mapping[str, Entry]:
-    """How a file holds those tensors of a network that it does not hold as they are."""
+    """Return the codec entries of the tensors that a file does not store as plain values."""
     if isinstance(converted, Conversion):
         return converted.coded
     return converted.header.codecs.coded if isinstance(converted, Network) and converted.header else {}
@@ -247,5 +249,5 @@ def _weight_dtype(model: nn.Module) -> torch.dtype:
 
 def _ticker(progress: Callable[[int, int, str], None], total: int) -> Callable[[str], None]:
     done = itertools.count()
-    # A layer may run twice, and is then looked at twice.
+    # A layer that runs twice calls this twice.
     return lambda what: progress(min(next(done), total), total, what)

@@ -9,7 +9,7 @@ from .axes import AXES, Axis, Check, Kept, LayerCost, WeightShape, register
 from .cost import Cost, layer_costs, network_cost, parameter_count, tensor_bytes
 from .making import make_plan, plannable
 from .plan import LayerPlan, Plan, Skip
-from .space import Frequencies, SpaceAxis, bases_of, bases_text, cut_layer, normalizations_text
+from .space import Frequencies, SpaceAxis, bases_of, bases_text, cut_layer, energies_kept, normalizations_text
 
 __all__ = [
     "AXES",
@@ -28,6 +28,7 @@ __all__ = [
     "bases_of",
     "bases_text",
     "cut_layer",
+    "energies_kept",
     "layer_costs",
     "make_plan",
     "network_cost",

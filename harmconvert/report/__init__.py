@@ -1,20 +1,22 @@
-"""What a person reads: tables for the terminal, figures, the page.
+"""Show results: tables for the terminal, figures, and the page.
 
-What belongs here: showing results that are given as data. Measuring anything does not. Figures need matplotlib, which
-is an extra: `figures` is imported when the first one is drawn."""
+What belongs here: showing results that exist as data. What does not: measurements. `space` contains everything about
+frequencies. Figures need matplotlib, an optional dependency, so `figures` is imported only when a figure is drawn.
+"""
 
 from .charts import axis, counted
 from .compare import compare
 from .comparison import Column, Comparison, comparison_of
+from .facts import Report
 from .figure import Figure, TradeoffSettings, figure
-from .filters import filter_bank
-from .page import page, shortened_name, write_report
+from .page import page, write_report
 from .report import Reported, report
 from .reproduce import OPTION_NAMES, commands
 from .sheets import Sheet, Strip, error_sheet, layer_strip, search_sheet, training_sheet
-from .spectrum import Spectrum, spectrum
-from .summary import Report, report_of
+from .space import Spectrum, filter_bank, spectrum
+from .summary import report_of
 from .tables import calibration_lines, comparison_table, differences_table, tradeoff_table
+from .text import shortened_name
 from .tradeoff import Point, Tradeoff, tradeoff
 from .writing import drawing, write_figure
 

@@ -1,4 +1,7 @@
-"""The charts of the page as geometry: places in percent of the plot, so that it stretches and its words do not."""
+"""The charts of the page as geometry.
+
+Positions are in percent of the plot, so a browser can scale the plot without its text.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..arguments import UNITS
-from .summary import LayerFacts, Report
+from .facts import LayerFacts, Report
+from .text import layer_name
 
-_DECADES = 1e6  # that a logarithmic axis spans at most: what is less lies at its end
+# The largest ratio of values on a logarithmic axis; smaller values are drawn at its lower end.
+_LARGEST_RATIO = 1e6
 
 
 @dataclass(frozen=True)
 class Axis:
-    """From ``low`` to ``high``, evenly or by powers of ten; ``ticks`` are what is written beside it."""
+    """A linear or logarithmic axis from ``low`` to ``high``; ``ticks``: the values that are written beside it."""
 
     label: str
     low: float
@@ -24,21 +29,24 @@ class Axis:
     ticks: tuple[float, ...] = ()
 
     def place(self, value: float) -> float:
-        """Where a value lies, from 0 to 100; what is beyond lies at the end."""
+        """Return the position of a value, from 0 to 100; a value outside the axis is moved to the nearer end."""
         low, high = self.low, self.high
         if self.log:
             low, high, value = math.log10(low), math.log10(high), math.log10(max(value, low))
         return 100 * min(max((value - low) / ((high - low) or 1), 0.0), 1.0)
 
     def words(self) -> list[tuple[float, str]]:
-        """The places of the ticks, and what is written there: without powers of ten with as many digits each."""
+        """Return the positions of the ticks with their labels; on a linear axis all labels have as many decimals."""
         digits = max((len(f"{tick:.10g}".partition(".")[2]) for tick in self.ticks), default=0)
         return [(self.place(tick), f"{tick:g}" if self.log else f"{tick:.{digits}f}") for tick in self.ticks]
 
 
 @dataclass(frozen=True)
 class Series:
-    """Points (x, y, what they are) under one name: a ``line``, ``dots`` or ``rings``, in one of the page's colours."""
+    """Points (x, y, text) under one name.
+
+    ``look``: ``line``, ``dots``, ``rings`` or ``halo``. ``colour``: the name of a colour of the page.
+    """
 
     name: str
     look: str
@@ -48,7 +56,10 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """Series on two axes; ``stems`` are thin lines between pairs of points, ``limit`` a line across at a place of x."""
+    """Series on two axes.
+
+    ``stems``: thin vertical lines (x, y, y) between pairs of points. ``limit``: the x of a vertical line, and its name.
+    """
 
     name: str
     title: str
@@ -59,33 +70,39 @@ class Chart:
     limit: tuple[float, str] | None = None
 
     def path(self, series: Series) -> str:
-        """The series as an SVG path in a square of 1000: a line, or a point for each dot, which its cap makes round."""
-        places = [(10 * self.x.place(x), 1000 - 10 * self.y.place(y)) for x, y, _ in series.points]
+        """Return the series as an SVG path in a square of 1000.
+
+        A dot is a very short line, which becomes a dot by its round line cap.
+        """
+        positions = [(10 * self.x.place(x), 1000 - 10 * self.y.place(y)) for x, y, _ in series.points]
         if series.look == "line":
-            return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places) if places else ""
-        return "".join(f"M{x:.1f} {y:.1f}h.01" for x, y in places)
+            return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in positions) if positions else ""
+        return "".join(f"M{x:.1f} {y:.1f}h.01" for x, y in positions)
 
     def stem_path(self) -> str:
-        """The stems as an SVG path."""
+        """Return the stems as an SVG path."""
         lines = (
             (10 * self.x.place(x), 1000 - 10 * self.y.place(a), 1000 - 10 * self.y.place(b)) for x, a, b in self.stems
         )
         return "".join(f"M{x:.1f} {a:.1f}V{b:.1f}" for x, a, b in lines)
 
     def hover(self) -> list[tuple[float, float, str]]:
-        """Every point that tells something: places in percent from the left and the top, and the text."""
+        """Return every point that has a text: its position in percent from the left and the top, and the text."""
         return [
-            (round(self.x.place(x), 2), round(100 - self.y.place(y), 2), tip)
+            (round(self.x.place(x), 2), round(100 - self.y.place(y), 2), text)
             for series in self.series
-            for x, y, tip in series.points
-            if tip
+            for x, y, text in series.points
+            if text
         ]
 
 
 def axis(label: str, values: Iterable[float], *, log: bool = False, zero: bool = False) -> Axis:
-    """An axis that holds the values, between round numbers; by powers of ten where ``log`` and they differ in order."""
+    """Return an axis that contains the values and ends at round numbers.
+
+    ``log``: use a logarithmic axis if the values differ by a factor of more than 8. ``zero``: the axis includes 0.
+    """
     values = [value for value in values if math.isfinite(value)]
-    positive = [value for value in values if value > max(values) / _DECADES]
+    positive = [value for value in values if value > max(values) / _LARGEST_RATIO]
     if log and positive and max(positive) / min(positive) > 8:
         least, most = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))
         decades = range(least, most + 1, max(1, math.ceil((most - least) / 6)))
@@ -106,25 +123,27 @@ def _round_step(step: float) -> float:
 
 
 def counted(label: str, count: int) -> Axis:
-    """An axis of 1 to ``count`` with half a place to spare, and whole numbers beside it."""
+    """Return an axis for the numbers 1 to ``count``, with whole numbers as ticks and a margin of 0.5 at both ends."""
     step = max(1, int(_round_step(max(count - 1, 1) / 5)))
     ticks = [1, *range(step if step > 1 else 2, count + 1, step)] if count > 1 else [1]
     return Axis(label, 0.5, count + 0.5, False, tuple(map(float, ticks)))
 
 
 def error_chart(layers: Sequence[LayerFacts], plain: bool) -> Chart | None:
-    """Errors of the cut layers in the order of the network: of the kernel, or (not ``plain``) of what the layer puts
-    out, before and after calibration."""
+    """Return a chart of the errors of the cut layers, in the order of the network; None if no errors are recorded.
+
+    ``plain``: show the errors of the kernels; else those of the outputs, before and after calibration.
+    """
     numbered = [(number, layer) for number, layer in enumerate(layers, 1) if layer.cut]
     x = counted("layer, in the order of the network", len(layers))
     if plain:
-        found = [(number, 100 * e, f"{_called(layer)}\nkernel error {100 * e:.3g} %")
-                 for number, layer in numbered if (e := layer.kernel_error) is not None]  # fmt: skip
-        if not found:
+        points = [(number, 100 * e, f"{layer_name(layer.name)}\nkernel error {100 * e:.3g} %")
+                  for number, layer in numbered if (e := layer.kernel_error) is not None]  # fmt: skip
+        if not points:
             return None
-        y = axis("relative error of the kernel, %", (value for _, value, _ in found), zero=True)
+        y = axis("relative error of the kernel, %", (value for _, value, _ in points), zero=True)
         return Chart(
-            "kernels", "Error of each kernel after the cut", x, y, (Series("plain cut", "dots", "b", tuple(found)),)
+            "kernels", "Error of each kernel after the cut", x, y, (Series("plain cut", "dots", "b", tuple(points)),)
         )
     pairs = [
         (number, layer, 100 * layer.output_error_before, 100 * layer.output_error_after)
@@ -133,12 +152,13 @@ def error_chart(layers: Sequence[LayerFacts], plain: bool) -> Chart | None:
     ]
     if not pairs:
         return None
-    tips = [
-        f"{_called(layer)}\noutput error {a:.3g} % -> {b:.3g} %\n{layer.decision or ''}" for _, layer, a, b in pairs
+    texts = [
+        f"{layer_name(layer.name)}\noutput error {a:.3g} % -> {b:.3g} %\n{layer.decision or ''}"
+        for _, layer, a, b in pairs
     ]
     y = axis("relative error of the output, %", [v for _, _, *both in pairs for v in both], zero=True)
-    before = tuple((number, a, tip) for (number, _, a, _), tip in zip(pairs, tips, strict=True))
-    after = tuple((number, b, tip) for (number, _, _, b), tip in zip(pairs, tips, strict=True))
+    before = tuple((number, a, text) for (number, _, a, _), text in zip(pairs, texts, strict=True))
+    after = tuple((number, b, text) for (number, _, _, b), text in zip(pairs, texts, strict=True))
     series = (Series("plain cut", "rings", "b", before), Series("calibrated", "dots", "a", after))
     return Chart(
         "outputs", "Output error of each layer, before and after calibration", x, y, series,
@@ -147,37 +167,39 @@ def error_chart(layers: Sequence[LayerFacts], plain: bool) -> Chart | None:
 
 
 def search_chart(search: Mapping[str, Any] | None) -> Chart | None:
-    """Every plan that a budget search saw (`Search.to_json`): harm against size."""
+    """Return a chart of the plans of a search (`Search.to_json`): error against size. None without a search."""
     if not search:
         return None
     whole, scored = search["whole"], search["scored_by"]
     front = [(100 * cost / whole, score, f"best by scores\n{100 * cost / whole:.1f} %: {score:.3g}")
              for cost, score in search["frontier"]]  # fmt: skip
-    groups: dict[bool, list[tuple[float, float, str]]] = {True: [], False: []}
-    best: list[tuple[float, float, str]] = []
+    uniform: list[tuple[float, float, str]] = []
+    searched: list[tuple[float, float, str]] = []
+    taken: list[tuple[float, float, str]] = []
     for number, plan in enumerate(search["tried"]):
-        seen = plan["measured"] if plan["measured"] is not None else plan["expected"]
-        point = (100 * plan["cost"] / whole, seen, f"{plan['origin']}\n{100 * plan['cost'] / whole:.1f} %: {seen:.3g}")
-        groups[plan["origin"].startswith("lambda")].append(point)
+        error = plan["measured"] if plan["measured"] is not None else plan["expected"]
+        size = 100 * plan["cost"] / whole
+        point = (size, error, f"{plan['origin']}\n{size:.1f} %: {error:.3g}")
+        (uniform if plan["origin"].startswith("lambda") else searched).append(point)
         if number == search["taken"]:
-            best.append((*point[:2], f"taken: {point[2]}"))
+            taken.append((*point[:2], f"taken: {point[2]}"))
     unit = "KL from the uncut network, nats" if scored == "divergence" else "energy cut, layers summed"
     series = [
         Series("best by the scores of single layers", "line", "grey", tuple(front)),
-        Series("uniform and progressive, tried", "dots", "a", tuple(groups[True])),
-        Series("searched, tried", "dots", "b", tuple(groups[False])),
-        Series("taken", "halo", "b", tuple(best)),
+        Series("uniform and progressive, tried", "dots", "a", tuple(uniform)),
+        Series("searched, tried", "dots", "b", tuple(searched)),
+        Series("taken", "halo", "b", tuple(taken)),
     ]
     points = [point for one in series for point in one.points]
     limit = 100 * search["limit"] / whole
-    size = f"{UNITS.get(search['unit'], search['unit'])}, % of the uncut network's"
-    x, y = axis(size, (limit, *(x for x, _, _ in points))), axis(unit, (y for _, y, _ in points), log=True)
-    shown = tuple(one for one in series if one.points)
-    return Chart("search", "Size and error of the plans", x, y, shown, limit=(limit, f"budget {search['budget']}"))
+    size_label = f"{UNITS.get(search['unit'], search['unit'])}, % of the uncut network's"
+    x, y = axis(size_label, (limit, *(x for x, _, _ in points))), axis(unit, (y for _, y, _ in points), log=True)
+    not_empty = tuple(one for one in series if one.points)
+    return Chart("search", "Size and error of the plans", x, y, not_empty, limit=(limit, f"budget {search['budget']}"))
 
 
 def training_charts(report: Report) -> list[Chart]:
-    """Loss and top-1 by epoch, over all runs; what was not measured has no line."""
+    """Return charts of the loss and top-1 of each epoch, over all runs. Values that were not measured have no line."""
     rows = [row for run in report.training for row in run.get("epochs") or []]
     charts = []
     for name, title, label, keys, scale in (
@@ -185,20 +207,20 @@ def training_charts(report: Report) -> list[Chart]:
         ("top1", "Top-1 by epoch", "top-1, %", ("accuracy", "test_top1"), 100.0),
     ):
         series = []
-        for key, words, colour in zip(keys, ("training images", "test images"), ("b", "a"), strict=True):
+        for key, images, colour in zip(keys, ("training images", "test images"), ("b", "a"), strict=True):
             points = tuple(
-                (number, scale * row[key], f"epoch {number}, {words}\n{label.partition(',')[0]} {scale * row[key]:.4g}")
+                (
+                    number,
+                    scale * row[key],
+                    f"epoch {number}, {images}\n{label.partition(',')[0]} {scale * row[key]:.4g}",
+                )
                 for number, row in enumerate(rows, 1)
                 if row.get(key) is not None and math.isfinite(row[key])
             )
             if points:
-                bare = tuple((x, y, "") for x, y, _ in points)
-                series += [Series("", "line", colour, bare), Series(words, "dots", colour, points)]
+                without_text = tuple((x, y, "") for x, y, _ in points)
+                series += [Series("", "line", colour, without_text), Series(images, "dots", colour, points)]
         if series:
             values = [y for one in series for _, y, _ in one.points]
             charts.append(Chart(name, title, counted("epoch", len(rows)), axis(label, values), tuple(series)))
     return charts
-
-
-def _called(layer: LayerFacts) -> str:
-    return layer.name or "(root)"

@@ -13,22 +13,23 @@ from .report import report
 def compare(
     *models: Openable, all_layers: bool = False, input_sizes: Sizes = (), listener: Listener = SILENT
 ) -> Comparison:
-    """Compare two harmonic checkpoints or more: sizes, accuracies as they are recorded, and where the plans differ.
+    """Compare two or more harmonic checkpoints: sizes, recorded accuracies, and differences between the plans.
 
     >>> import harmconvert as hc
     >>> network = hc.open_source("sample:resnet_mnist5k").model
-    >>> found = compare(hc.convert(network, 2), hc.convert(network, {"stage3.*": 2}))
-    >>> [f"{column.share:.0%}" for column in found.columns], found.layers["stage1.0.conv1"]
+    >>> comparison = compare(hc.convert(network, 2), hc.convert(network, {"stage3.*": 2}))
+    >>> [f"{column.share:.0%}" for column in comparison.columns], comparison.layers["stage1.0.conv1"]
     (['34%', '50%'], ((3, 9), (9, 9)))
 
     Args:
         models: paths of harmonic checkpoints, requests or harmonic networks.
-        all_layers: show layers of which all keep as much, too.
-        input_sizes: of each input of one example, (C, H, W), to count MACs on; default: the networks' own.
-        listener: is told what is read.
+        all_layers: also list the layers that keep the same number of parts in all checkpoints.
+        input_sizes: the size (C, H, W) of each input of one example, on which MACs are counted; default: the sizes that
+            the networks declare.
+        listener: receives a message for each checkpoint that is read.
 
     Raises:
-        UsageError: fewer than two, or one that is not harmonic.
+        UsageError: there are fewer than two checkpoints, or one is not harmonic.
     """
     check_enough(models)
     for model in models:

@@ -1,4 +1,4 @@
-"""Checkpoints side by side: what they hold, what they cost, what they are worth, and where they differ."""
+"""Checkpoints side by side: their sizes, costs and accuracies, and the layers in which they differ."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 from ..errors import UsageError
 from ..plan import bases_text
-from .summary import Report, StageFacts
+from .facts import Report, StageFacts
 
 
 @dataclass(frozen=True)
 class Column:
-    """One checkpoint: sizes, MACs per example in factored form, and its last known accuracy. None: not known."""
+    """One checkpoint: sizes, MACs per example in factored form, and its last known accuracy. None means not known."""
 
     name: str
     source: str | None
@@ -39,31 +39,35 @@ class Column:
 
     @property
     def share(self) -> float:
-        """Parameters over those of the uncut network."""
+        """Return the number of parameters, divided by that of the uncut network."""
         return self.parameters / max(self.uncut_parameters, 1)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Checkpoints, and their layers: by name, what each keeps of how many (None: it has no such layer)."""
+    """Checkpoints and their layers.
+
+    ``layers``: by layer name, for each checkpoint how many parts are kept, and of how many; None if the checkpoint has
+    no layer of this name.
+    """
 
     columns: tuple[Column, ...]
     layers: dict[str, tuple[tuple[int, int] | None, ...]]
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What makes the columns hard to compare."""
+        """Return the reasons why the columns are hard to compare."""
         notes = []
         if len({column.source for column in self.columns}) > 1:
-            notes.append("these are of different networks")
+            notes.append("these checkpoints are of different networks")
         elif len({column.weights for column in self.columns} - {None}) > 1:
-            notes.append("these were converted from different weights of the same network")
+            notes.append("these checkpoints were converted from different weights of the same network")
         if len({column.images for column in self.columns if column.top1 is not None}) > 1:
-            notes.append("accuracies are of different numbers of images")
+            notes.append("the accuracies were measured on different numbers of images")
         return tuple(notes)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict."""
+        """Return a dict for JSON."""
         columns = [{**asdict(column), "share": column.share} for column in self.columns]
         return {"checkpoints": columns, "layers": {k: list(v) for k, v in self.layers.items()}, "notes": self.notes}
 
@@ -71,22 +75,24 @@ class Comparison:
 def check_enough(what: Sequence[Any]) -> None:
     """Raise UsageError where there are fewer than two checkpoints; call it before they are read."""
     if len(what) < 2:
-        raise UsageError("a comparison wants two checkpoints or more")
+        raise UsageError("a comparison needs two checkpoints or more")
 
 
 def comparison_of(reports: Sequence[Report], all_layers: bool = False) -> Comparison:
-    """The reports of two checkpoints or more, side by side; of their layers those of which they do not all keep as
-    much, or all.
+    """Compare the reports of two or more checkpoints.
+
+    Args:
+        all_layers: list all layers, and not only those of which the checkpoints keep different numbers of parts.
 
     Raises:
-        UsageError: fewer than two.
+        UsageError: there are fewer than two reports.
     """
     check_enough(reports)
     kept = [{layer.name: (layer.kept, layer.total) for layer in report.layers} for report in reports]
     names = dict.fromkeys(layer.name for report in reports for layer in report.layers)
-    rows = {name: tuple(one.get(name) for one in kept) for name in names}
-    shown = {name: row for name, row in rows.items() if all_layers or len(set(row)) > 1}
-    return Comparison(tuple(map(_column, reports)), shown)
+    rows = {name: tuple(by_name.get(name) for by_name in kept) for name in names}
+    listed = {name: row for name, row in rows.items() if all_layers or len(set(row)) > 1}
+    return Comparison(tuple(map(_column, reports)), listed)
 
 
 def _column(report: Report) -> Column:

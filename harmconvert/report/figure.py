@@ -1,4 +1,4 @@
-"""figure(): the paper's figures of any network, and the page's charts of a harmonic checkpoint."""
+"""figure(): the paper's figures for any network, and the page's charts for a harmonic checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..calibration import CalibrationSettings
 from ..data.datasets import DataRequest
 from ..data.variety import Variety
 from ..errors import Argument, UsageError
-from ..pipeline.calibrating import Calibrating, calibration_batches, warn_of
+from ..pipeline.calibrating import CalibrationData, calibration_batches, warn
 from ..pipeline.devices import machine_for, ready
 from ..pipeline.listener import SILENT, Listener
 from ..pipeline.networks import Openable, is_given, opened, text_of
@@ -22,44 +22,47 @@ from ..pipeline.testing import evaluation_loading, note_unread
 from ..storage.checkpoint import Network
 from ..training.evaluation import evaluate
 from . import sheets
-from .filters import FilterBank, filter_bank
 from .report import report
-from .spectrum import Spectrum, spectrum
+from .space import FilterBank, Spectrum, filter_bank, spectrum
 from .tradeoff import Tradeoff, tradeoff
 from .writing import drawing, write_figure
 
-# What a figure shows.
-Shown = FilterBank | Spectrum | Tradeoff | sheets.Sheet | sheets.Strip
+# The data that a figure can show.
+Content = FilterBank | Spectrum | Tradeoff | sheets.Sheet | sheets.Strip
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure that was drawn: its image, the .csv beside it with the ``rows`` of its numbers, and what is shown."""
+    """A figure that was drawn.
+
+    ``output``: the image. ``numbers``: the .csv file. ``rows``: the rows of the .csv file. ``shown``: the data of the
+    figure.
+    """
 
     figure: str
     source: str
     output: str
     numbers: str
     rows: tuple[Mapping[str, Any], ...]
-    shown: Shown
+    shown: Content
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict of all but what the rows are made from."""
+        """Return a dict for JSON, without ``shown``: ``rows`` has the same numbers."""
         written = {"output": self.output, "numbers": self.numbers}
         return {"figure": self.figure, "source": self.source, **written, "rows": [dict(row) for row in self.rows]}
 
 
 @dataclass(frozen=True)
 class TradeoffSettings:
-    """What a trade-off tests on and calibrates on.
+    """The images and the settings of a trade-off.
 
-    ``data`` are labelled images, ``calibration`` images without labels or batches (None: plain cuts alone), as for
-    `harmconvert.evaluate` and `harmconvert.convert_to_file`; of both, ``preprocessing`` where it is not the network's
-    own. ``include`` are patterns of layers, as for `convert`.
+    ``data``: labelled images for the test, as for `harmconvert.evaluate`. ``calibration``: images without labels, or
+    batches, as for `harmconvert.convert_to_file`; None: no calibrated cuts. ``preprocessing``: replaces that of the
+    network, for both. ``include``: patterns of layer names, as for `convert`.
     """
 
     data: str | Path | DataRequest
-    calibration: Calibrating | None = None
+    calibration: CalibrationData | None = None
     settings: CalibrationSettings | None = None
     include: Sequence[str] = ()
     preprocessing: Mapping[str, Any] | None = None
@@ -79,7 +82,7 @@ def figure(
     force: bool = False,
     listener: Listener = SILENT,
 ) -> Figure:
-    """Draw one figure, and write its numbers beside it.
+    """Draw one figure, and write its numbers to a .csv file beside it.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -89,16 +92,17 @@ def figure(
 
     Args:
         model: a source string, a request or a network.
-        kind: of any network ``"filters"``, ``"spectrum"`` or ``"tradeoff"`` (the paper's figures 2, 3 and 4); of a
-            harmonic checkpoint ``"errors"``, ``"training"`` or ``"layers"``.
+        kind: ``"filters"``, ``"spectrum"`` or ``"tradeoff"`` (the paper's figures 2, 3 and 4) for any network;
+            ``"errors"``, ``"training"`` or ``"layers"`` for a harmonic checkpoint.
         output: the .png or .svg file to write; default: NAME-FIGURE.png.
-        kernel_size: of filters and spectrum: of this kernel only.
-        tested: what a trade-off is tested on.
-        force: replace files that are there.
-        listener: is told what happens.
+        kernel_size: for filters and spectrum: show only this kernel size.
+        tested: for a trade-off: its images and settings.
+        force: replace existing files.
+        listener: receives messages about the progress.
 
     Raises:
-        UsageError: an unknown figure, outputs that exist, no harmonic checkpoint, no images for a trade-off.
+        UsageError: the figure is unknown, an output exists, the checkpoint is not harmonic, or a trade-off has no
+            images.
         InputError: there is nothing to draw. OutsideError: matplotlib is not installed.
     """
     if kind not in (*NETWORK_FIGURES, *CHECKPOINT_FIGURES):
@@ -109,35 +113,35 @@ def figure(
         check_harmonic(text)
     drawing()
     if kind in CHECKPOINT_FIGURES:
-        source, shown = _of_a_checkpoint(model, kind, listener)
+        source, content = _from_checkpoint(model, kind, listener)
     else:
-        source, shown = _of_a_network(model, kind, kernel_size, tested, listener)
-    rows = write_figure(shown, image, numbers, force)
-    return Figure(kind, source, str(image), str(numbers), tuple(rows), shown)
+        source, content = _from_network(model, kind, kernel_size, tested, listener)
+    rows = write_figure(content, image, numbers, force)
+    return Figure(kind, source, str(image), str(numbers), tuple(rows), content)
 
 
-def _of_a_checkpoint(model: Openable, kind: str, listener: Listener) -> tuple[str, Shown]:
-    """The source of a harmonic checkpoint, and what a figure of it shows."""
-    found = report(model, listener=listener).report
-    if kind == "errors" and found.calibration is None:
-        listener.say("note: it was not calibrated: these are errors of the kernels alone")
-    source = str(found.source or text_of(model))
+def _from_checkpoint(model: Openable, kind: str, listener: Listener) -> tuple[str, Content]:
+    """Return the source of a harmonic checkpoint, and the data of a figure of it."""
+    facts = report(model, listener=listener).report
+    if kind == "errors" and facts.calibration is None:
+        listener.say("note: the checkpoint was not calibrated, so only the errors of the kernels are shown")
+    source = str(facts.source or text_of(model))
     if kind == "layers":
-        return source, sheets.layer_strip(found)
-    return source, sheets.error_sheet(found) if kind == "errors" else sheets.training_sheet(found)
+        return source, sheets.layer_strip(facts)
+    return source, sheets.error_sheet(facts) if kind == "errors" else sheets.training_sheet(facts)
 
 
-def _of_a_network(
+def _from_network(
     model: Openable,
     kind: str,
     kernel_size: tuple[int, ...] | None,
     tested: TradeoffSettings | None,
     listener: Listener,
-) -> tuple[str, Shown]:
-    """The source of a network, and what a figure of it shows."""
+) -> tuple[str, Content]:
+    """Return the source of a network, and the data of a figure of it."""
     if kind == "tradeoff" and tested is None:
-        raise UsageError("a trade-off is tested on labelled images: give ", Argument("tested"))
-    # Filters are those of a kernel size, whatever the weights: there is nothing to fetch.
+        raise UsageError("a trade-off needs labelled images for the test: give ", Argument("tested"))
+    # The filters of a kernel size do not depend on the weights, so pretrained weights need not be downloaded.
     form = "dense" if kind == "tradeoff" else "harmonic"
     network = opened(model, listener, pretrained=kind != "filters", form=form)
     source = str(network.source)
@@ -145,20 +149,20 @@ def _of_a_network(
         return source, filter_bank(network.model, kernel_size)
     if tested is not None and kind == "tradeoff":
         return source, _tradeoff(network, model, tested, listener)
-    found = spectrum(network.model, kernel_size)
-    for skip in found.skipped:
-        listener.say(f"note: left out {skip.name} ({skip.kind}): {skip.why}")
-    return source, found
+    content = spectrum(network.model, kernel_size)
+    for skip in content.skipped:
+        listener.say(f"note: skipped {skip.name} ({skip.kind}): {skip.why}")
+    return source, content
 
 
-def _tradeoff(network: Network, given: Openable, tested: TradeoffSettings, listener: Listener) -> Tradeoff:
-    """Read the images, and test every cut on them."""
+def _tradeoff(network: Network, request: Openable, tested: TradeoffSettings, listener: Listener) -> Tradeoff:
+    """Read the images, and test the uncut network and every cut on them."""
     if network.header is not None and not network.header.plan.whole:
-        listener.say("note: this checkpoint is cut already: it is what 'uncut' means here")
-    machine, preprocessing = machine_for(given, tested.device), tested.preprocessing or {}
-    model = ready(network.model, given, machine.device)
+        listener.say("note: this checkpoint is cut already; here 'uncut' means this checkpoint")
+    machine, preprocessing = machine_for(request, tested.device), tested.preprocessing or {}
+    model = ready(network.model, request, machine.device)
     loading, config = evaluation_loading(
-        DataRequest.of(tested.data, holdout=0.0),
+        DataRequest.parse(tested.data, holdout=0.0),
         model,
         machine,
         batch_size=tested.batch_size,
@@ -178,7 +182,7 @@ def _tradeoff(network: Network, given: Openable, tested: TradeoffSettings, liste
     )
     variety = Variety()
     with listener.progress() as progress:
-        found = tradeoff(
+        result = tradeoff(
             model,
             lambda converted, uncut: evaluate(converted, loading.epoch(0), uncut, variety=None if uncut else variety),
             example_input=torch.zeros(1, *config["input_size"], device=machine.device),
@@ -187,6 +191,6 @@ def _tradeoff(network: Network, given: Openable, tested: TradeoffSettings, liste
             settings=settings,
             progress=progress,
         )
-    warn_of(variety.remark(), listener)
-    note_unread(loading, found.uncut.evaluation, listener)
-    return found
+    warn(variety.warning(), listener)
+    note_unread(loading, result.uncut.evaluation, listener)
+    return result

@@ -1,4 +1,4 @@
-"""A grid of numbers as a small image: colours that are even to the eye, and the lines round what is cut."""
+"""A grid of numbers as a small image, and the lines between kept and cut cells."""
 
 from __future__ import annotations
 
@@ -6,41 +6,42 @@ import struct
 import zlib
 from collections.abc import Sequence
 
-# Every 15th part of viridis (van der Walt and Smith, CC0): even in lightness, and told apart by people who see fewer
-# colours. Between them a straight line is within 7 of 255 of it.
+# 16 colours of viridis (van der Walt and Smith, CC0), at equal distances. Its lightness increases evenly, and people
+# with colour vision deficiency can distinguish its colours. Linear interpolation between these 16 colours differs from
+# viridis by at most 7 of 255.
 _VIRIDIS = (
     "440154 481a6c 472f7d 414487 39568c 31688e 2a788e 23888e 1f988b 22a884 35b779 54c568 7ad151 a5db36 d2e21b fde725"
 )
 _ANCHORS = tuple(tuple(bytes.fromhex(colour)) for colour in _VIRIDIS.split())
-STEPS = 200  # of a share, in a byte; what is beyond stands for nothing known
-NOTHING = 255
+STEPS = 200  # the byte for the share 1
+NOTHING = 255  # the byte for a share that is not known
 
 
 def colour(share: float) -> tuple[int, int, int]:
-    """The colour of a share from 0 (dark) to 1 (bright).
+    """Return the colour (red, green, blue) of a share from 0 (dark) to 1 (bright).
 
     >>> colour(0.0), colour(1.0)
     ((68, 1, 84), (253, 231, 37))
     """
-    place = min(max(share, 0.0), 1.0) * (len(_ANCHORS) - 1)
-    index = min(int(place), len(_ANCHORS) - 2)
+    position = min(max(share, 0.0), 1.0) * (len(_ANCHORS) - 1)
+    index = min(int(position), len(_ANCHORS) - 2)
     low, high = _ANCHORS[index], _ANCHORS[index + 1]
-    red, green, blue = (round(a + (b - a) * (place - index)) for a, b in zip(low, high, strict=True))
+    red, green, blue = (round(a + (b - a) * (position - index)) for a, b in zip(low, high, strict=True))
     return red, green, blue
 
 
 def hexadecimal(share: float) -> str:
-    """The same as #rrggbb."""
+    """Return the colour of a share as #rrggbb."""
     return "#" + bytes(colour(share)).hex()
 
 
 def steps(share: float | None) -> int:
-    """A share as a byte, `NOTHING` for None."""
+    """Return a share as a byte; `NOTHING` for None."""
     return NOTHING if share is None else round(min(max(share, 0.0), 1.0) * STEPS)
 
 
 def png(rows: Sequence[bytes]) -> bytes:
-    """An image with a pixel for each byte of `steps`, coloured, and clear where that is `NOTHING`."""
+    """Return a PNG image with a coloured pixel for each byte of `steps`; pixels for `NOTHING` are transparent."""
     palette = bytes(value for step in range(NOTHING) for value in colour(step / STEPS)) + b"\0\0\0"
     size = struct.pack(">IIBBBBB", len(rows[0]), len(rows), 8, 3, 0, 0, 0)
     parts = (
@@ -57,7 +58,7 @@ def png(rows: Sequence[bytes]) -> bytes:
 
 
 def edges(kept: Sequence[Sequence[bool]]) -> list[list[tuple[int, int]]]:
-    """Lines between the kept and the cut cells of a grid, each cell one wide and one high.
+    """Return the lines between the kept and the cut cells of a grid, in which each cell has width and height 1.
 
     >>> edges([[True, False]])
     [[(1, 0), (1, 1)]]

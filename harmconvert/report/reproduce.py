@@ -1,4 +1,4 @@
-"""The commands that make a checkpoint again, from what its header says."""
+"""The commands that make a checkpoint again, computed from its header."""
 
 from __future__ import annotations
 
@@ -16,39 +16,42 @@ from ..storage.checkpoint import Header
 from ..storage.source import Source
 from ..training.recipe import RECIPES, Recipe
 
-# Options that are not called as their field of the recipe.
+# Options whose name differs from the field of the recipe.
 OPTION_NAMES = {"ema": "model-ema-decay", "temperature": "distill-temperature"}
 
-_LONGEST = 200  # letters of a lambda that is still a thing to read
+_LONGEST = 200  # letters of a lambda; the plan of a longer lambda is read from the checkpoint
 
 
 @dataclass(frozen=True)
 class Reproduction:
-    """Shell lines that make a checkpoint again, each of which runs as it is, and in words what no line can say."""
+    """Shell lines that make a checkpoint again.
+
+    Each line can be run without changes. ``notes``: the steps that no command can repeat.
+    """
 
     lines: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
 def reproduction(header: Header, name: str, layers: Sequence[LayerInfo]) -> Reproduction:
-    """A line for each step that the command line did, or that follows from the plan."""
+    """Return a line for each step that a command did or that follows from the plan."""
     output = f"{short_name(name)}.safetensors"
     runs = header.history.get("training", [])
-    tuned = [run for run in runs if run.get("stages")]
-    names = [_input_of(run, number) for number, run in enumerate(tuned)] + [output]
-    names = [f"cut-{name}" if name == output and number < len(tuned) else name for number, name in enumerate(names)]
-    if runs and runs[0] not in tuned:
-        line, notes = _of_training(runs[0], header, names[0])
+    finetunings = [run for run in runs if run.get("stages")]
+    inputs = [_input_of(run, number) for number, run in enumerate(finetunings)]
+    files = [*(f"cut-{file}" if file == output else file for file in inputs), output]
+    if runs and runs[0] not in finetunings:
+        line, notes = _training(runs[0], header, files[0])
     else:
-        line, notes = _of_conversion(header, names[0], output, layers)
+        line, notes = _conversion(header, files[0], output, layers)
     lines = [line] if line else []
-    for run, first, then in zip(tuned, names, names[1:], strict=False):
+    for run, before, after in zip(finetunings, files, files[1:], strict=False):
         if run.get("command"):
-            lines.append(_line("finetune", first, [*run["command"]["words"], *_recipe(run["recipe"])], then))
+            lines.append(_line("finetune", before, [*run["command"]["words"], *_recipe(run["recipe"])], after))
         else:
             words = " ".join(_recipe(run["recipe"]))
             notes.append(
-                f"{first} was fine-tuned to {then} on images that the file does not name: give them to harmconvert "
+                f"{before} was fine-tuned to {after} on images that the file does not name: give them to harmconvert "
                 f"finetune with --data-dir" + (f", and {words}" if words else "")
             )
     if lines:
@@ -57,72 +60,72 @@ def reproduction(header: Header, name: str, layers: Sequence[LayerInfo]) -> Repr
 
 
 def commands(header: Header, name: str, layers: Sequence[LayerInfo]) -> tuple[str, ...]:
-    """The lines of `reproduction`."""
+    """Return the lines of `reproduction`."""
     return reproduction(header, name, layers).lines
 
 
 def _input_of(run: Mapping[str, Any], number: int) -> str:
-    """What the checkpoint was called that a fine-tuning began with."""
+    """Return the file name of the checkpoint with which a fine-tuning began."""
     if run.get("command"):
         return str(run["command"]["source"])
     return f"finetuned-{number}.safetensors" if number else "cut.safetensors"
 
 
-def _of_conversion(
-    header: Header, first: str, output: str, layers: Sequence[LayerInfo]
-) -> tuple[str | None, list[str]]:
+def _conversion(header: Header, file: str, output: str, layers: Sequence[LayerInfo]) -> tuple[str | None, list[str]]:
+    """Return the line and the notes of the conversion that wrote ``file``; ``output``: the checkpoint of the report."""
     command, source, calibration = header.history.get("command"), header.source, header.history.get("calibration")
     if command is not None:
         words = list(command["words"])
-        if "--plan" in words:  # that file may have changed: this one holds the plan
+        if "--plan" in words:  # the plan file may have changed, but the checkpoint contains the plan
             words[words.index("--plan") + 1] = output
-            first = f"again-{output}" if first == output else first
-        given, key = command["source"], (source.weights or {}).get("key") if source else None
-        if key and "--checkpoint" in words and "--checkpoint-key" not in words:  # which weights were taken unasked
-            place = words.index("--checkpoint") + 2
-            words[place:place] = ["--checkpoint-key", key]
-        return _line("convert", _source_text(source) if source and given == str(source) else given, words, first), []
+            file = f"again-{output}" if file == output else file
+        key = (source.weights or {}).get("key") if source else None
+        if key and "--checkpoint" in words and "--checkpoint-key" not in words:  # make the default key explicit
+            position = words.index("--checkpoint") + 2
+            words[position:position] = ["--checkpoint-key", key]
+        text = command["source"]
+        return _line("convert", _source_text(source) if source and text == str(source) else text, words, file), []
     if source is None or source.sha256 is None:
-        return None, ["It was converted in Python from a network whose weights the file does not name."]
-    words = _from_source(source)
+        return None, ["The network was converted in Python. The file does not name the weights of the original."]
+    words = _source_options(source)
     plan = header.plan
-    if len(plan.policy) <= _LONGEST and _gives(plan, layers):
+    if len(plan.policy) <= _LONGEST and _is_policy_plan(plan, layers):
         words += ["--lambda", plan.policy]
         basis = bases_of(plan)[0]
         words += ["--basis", basis.name] if basis.name != "dct" else []
         words += ["--normalization", basis.normalization] if basis.normalization != "ortho" else []
     else:
         words += ["--plan", output]
-        first = f"again-{output}" if first == output else first
+        file = f"again-{output}" if file == output else file
     notes = []
-    if calibration and not _by_finetuning(header):
+    if calibration and not _calibrated_by_finetuning(header):
         settings = calibration.get("settings") or {}
         options = ["--calibration-images", str(calibration["inputs"])]
         options += ["--seed", str(settings["seed"])] if settings.get("seed") else []
         options += ["--damping", str(settings["damping"])] if settings.get("damping") is not None else []
         notes.append(
-            f"It was calibrated on {counted(calibration['inputs'], 'input')} that the file does not name: give images "
-            f"with --calibrate, and {' '.join(options)}."
+            f"The network was calibrated on {counted(calibration['inputs'], 'input')} that the file does not name: "
+            f"give images with --calibrate, and {' '.join(options)}."
         )
-    return _line("convert", _source_text(source), words, first), notes
+    return _line("convert", _source_text(source), words, file), notes
 
 
-def _by_finetuning(header: Header) -> bool:
-    """Whether the first fine-tuning calibrated, which it does again."""
+def _calibrated_by_finetuning(header: Header) -> bool:
+    """Return whether the first fine-tuning did the calibration, so that its command repeats it."""
     runs = [run for run in header.history.get("training", []) if run.get("stages")]
     return bool(runs) and any(stage["name"] == "calibrated" and stage["evaluation"] for stage in runs[0]["stages"])
 
 
 def _source_text(source: Source) -> str:
-    """The source with the tag of its pretrained weights: timm's defaults change."""
+    """Return the source with the tag of its pretrained weights, because timm's default weights change."""
     weights = source.weights or {}
     tagged = source.scheme == "timm" and "tag" in weights and "." not in source.name
     return f"{source}.{weights['tag']}" if tagged else str(source)
 
 
-def _from_source(source: Source) -> list[str]:
+def _source_options(source: Source) -> list[str]:
     words, weights = [], source.weights or {}
-    if "architecture" not in source.arguments:  # hubs and folders say theirs themselves
+    if "architecture" not in source.arguments:  # sources on a hub and folders contain their own arguments
         for key, value in source.arguments.items():
             words += ["--model-kwargs", f"{key}={value}"]
     if "file" in weights and source.scheme != "local-dir":
@@ -135,8 +138,8 @@ def _line(command: str, source: str, words: Sequence[str], output: str) -> str:
     return shlex.join(["harmconvert", command, source, *words, "-o", output])
 
 
-def _gives(plan: Plan, layers: Sequence[LayerInfo]) -> bool:
-    """Whether the plan's policy is a lambda, and gives this plan."""
+def _is_policy_plan(plan: Plan, layers: Sequence[LayerInfo]) -> bool:
+    """Return whether the plan's policy is a lambda that gives exactly this plan."""
     try:
         return make_plan(layers, parse_lambda(plan.policy), basis=bases_of(plan)[0]).layers == plan.layers
     except HarmconvertError:
@@ -144,13 +147,13 @@ def _gives(plan: Plan, layers: Sequence[LayerInfo]) -> bool:
 
 
 def _recipe(recipe: Mapping[str, Any], default: Recipe | None = None) -> list[str]:
-    """Options of what differs from the recipe that `finetune` has unasked."""
+    """Return options for the values that differ from ``default``; None: the default recipe of `finetune`."""
     default, words = default or Recipe(), []
-    default = replace(default, freeze_bn=default.freeze_bn or recipe.get("distill") == 1)  # as `recipe_named` has it
+    default = replace(default, freeze_bn=default.freeze_bn or recipe.get("distill") == 1)  # the rule of `recipe_named`
     for field in fields(Recipe):
-        value, usual = recipe.get(field.name), getattr(default, field.name)
+        value, default_value = recipe.get(field.name), getattr(default, field.name)
         value = tuple(value) if isinstance(value, list) else value
-        if field.name == "name" or value is None or value == usual:
+        if field.name == "name" or value is None or value == default_value:
             continue
         option = f"--{OPTION_NAMES.get(field.name, field.name).replace('_', '-')}"
         if isinstance(value, bool):
@@ -162,10 +165,10 @@ def _recipe(recipe: Mapping[str, Any], default: Recipe | None = None) -> list[st
     return words
 
 
-def _of_training(run: Mapping[str, Any], header: Header, output: str) -> tuple[str | None, list[str]]:
-    """A network that `train` made from scratch."""
-    named = str(run["recipe"].get("name"))
-    words = ["--recipe", named if named in RECIPES else "finetune", *_recipe(run["recipe"], RECIPES.get(named))]
+def _training(run: Mapping[str, Any], header: Header, output: str) -> tuple[str | None, list[str]]:
+    """Return the line and the notes of a training from scratch."""
+    name = str(run["recipe"].get("name"))
+    words = ["--recipe", name if name in RECIPES else "finetune", *_recipe(run["recipe"], RECIPES.get(name))]
     if run.get("command"):
         line = _line("train", run["command"]["source"], [*run["command"]["words"], *words], output)
         return line, []

@@ -1,4 +1,4 @@
-"""The page's charts one by one, as figures: charts with the numbers behind them, and the network as a strip."""
+"""The data of figures that show one thing of the page: charts with their numbers, and the strip of layers."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from typing import Any
 from ..errors import InputError
 from ..search.records import Search
 from .charts import Chart, error_chart, search_chart, training_charts
-from .kernels import size_text
-from .summary import LayerFacts, Report
+from .facts import LayerFacts, Report
+from .text import layer_name, size_text
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """Charts of one thing and the rows of its .csv; ``names`` are those of 1, 2, ... along x where these are layers."""
+    """Charts, and ``numbers``, the rows of their .csv. ``names``: if x counts layers, the names of the layers."""
 
     charts: tuple[Chart, ...]
     numbers: tuple[dict[str, Any], ...]
     names: tuple[str, ...] = ()
 
     def rows(self) -> list[dict[str, Any]]:
-        """The numbers."""
+        """Return the rows of the .csv."""
         return list(self.numbers)
 
 
 @dataclass(frozen=True)
 class Strip:
-    """The convolutions over 1x1 in the order of the network."""
+    """The layers with kernels larger than 1x1, in the order of the network."""
 
     layers: tuple[LayerFacts, ...]
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row for each layer; ``share`` of its frequencies that stays, from 0 to 1."""
+        """Return a row for each layer; ``share``: the share of its kernel that is kept, from 0 to 1."""
         return [
             {
-                **_place(number, layer),
+                **_layer_cells(number, layer),
                 "kernel": size_text(layer.kernel),
                 "kept": layer.kept,
                 "total": layer.total,
@@ -49,10 +49,10 @@ class Strip:
 
 
 def layer_strip(report: Report) -> Strip:
-    """The network as a strip of layers.
+    """Return the strip of layers of a network.
 
     Raises:
-        InputError: it has none.
+        InputError: no layer has a kernel larger than 1x1.
     """
     if not report.layers:
         raise InputError(f"{report.name} has no convolution over 1x1: there are no layers to draw")
@@ -60,19 +60,19 @@ def layer_strip(report: Report) -> Strip:
 
 
 def error_sheet(report: Report) -> Sheet:
-    """Relative errors of the cut layers: of the kernel, and of the output before and after calibration.
+    """Return charts of the relative errors of the kernels and outputs of cut layers, before and after calibration.
 
     Raises:
-        InputError: nothing is cut, or the file records no errors.
+        InputError: no layer is cut, or the file records no errors.
     """
     if not report.cut:
-        raise InputError(f"nothing is cut in {report.name}: it makes no errors to draw")
+        raise InputError(f"no layer is cut in {report.name}: there are no errors to draw")
     charts = [chart for plain in (True, False) if (chart := error_chart(report.layers, plain))]
     if not charts:
-        raise InputError(f"{report.name} does not record what its cut broke: write it with harmconvert convert")
+        raise InputError(f"{report.name} does not record the errors of its cut: write it with harmconvert convert")
     numbers = [
         {
-            **_place(number, layer),
+            **_layer_cells(number, layer),
             "kernel_error": layer.kernel_error,
             "output_error_before": layer.output_error_before,
             "output_error_after": layer.output_error_after,
@@ -81,11 +81,11 @@ def error_sheet(report: Report) -> Sheet:
         for number, layer in enumerate(report.layers, 1)
         if layer.cut
     ]
-    return Sheet(tuple(charts), tuple(numbers), tuple(layer.name or "(root)" for layer in report.layers))
+    return Sheet(tuple(charts), tuple(numbers), tuple(layer_name(layer.name) for layer in report.layers))
 
 
 def training_sheet(report: Report) -> Sheet:
-    """Loss (nats) and top-1 by epoch, over all runs of training.
+    """Return charts of the loss (nats) and top-1 of each epoch, over all training runs.
 
     Raises:
         InputError: the file records no epochs.
@@ -93,7 +93,7 @@ def training_sheet(report: Report) -> Sheet:
     charts = training_charts(report)
     if not charts:
         raise InputError(f"{report.name} records no epochs of training: harmconvert finetune trains a checkpoint")
-    epochs = [(run, row) for run, each in enumerate(report.training, 1) for row in each.get("epochs") or []]
+    epochs = [(number, row) for number, run in enumerate(report.training, 1) for row in run.get("epochs") or []]
     keys = ("loss", "accuracy", "test_loss", "test_top1", "lr")
     numbers = [
         {"epoch": number, "run": run, **{key: row.get(key) for key in keys}}
@@ -103,10 +103,10 @@ def training_sheet(report: Report) -> Sheet:
 
 
 def search_sheet(search: Search) -> Sheet:
-    """Every plan that a budget search saw."""
+    """Return the chart of all plans that a search under a budget evaluated."""
     chart = search_chart(search.to_json())
     return Sheet((chart,) if chart else (), tuple(search.rows()))
 
 
-def _place(number: int, layer: LayerFacts) -> dict[str, Any]:
+def _layer_cells(number: int, layer: LayerFacts) -> dict[str, Any]:
     return {"number": number, "layer": layer.name}

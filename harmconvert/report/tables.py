@@ -1,4 +1,4 @@
-"""Conversions, verifications and inspections as tables for a terminal, plain where there is none."""
+"""Results of the commands as tables and lines for a terminal; without a terminal, as plain text."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from ..search.dropping import Step
 from ..search.records import Search
 from ..training.evaluation import Evaluation
 from .comparison import Column, Comparison
-from .kernels import size_text
+from .text import layer_name, megabytes, millions, size_text
 from .tradeoff import Tradeoff
 
-LONGEST_WORD = 14  # of a name that is folded, where there is no room for more
+LONGEST_WORD = 14  # columns that a long name keeps at least when a table is narrowed
 
 
 def conversion_table(conversion: Conversion) -> Table:
-    """One row per convolution over 1x1: kernel, kept, energy, error, or why it was skipped."""
+    """Return a row for each kernel larger than 1x1: size, kept parts, energy, error, or why it was skipped."""
     rows = []
     for layer in conversion.layers:
         energy = "" if layer.energy is None else f"{layer.energy:.2%}"
         error = "" if layer.error is None else f"{layer.error:.1e}"
-        rows.append([layer.name or "(root)", size_text(layer.kernel), _kept(layer), energy, error, layer.why or ""])
+        rows.append([layer_name(layer.name), size_text(layer.kernel), _kept(layer), energy, error, layer.why or ""])
     return _table(["layer", "kernel", "kept", "energy kept", "kernel error", "note"], rows, left={0, 5})
 
 
 def search_table(search: Search) -> Table:
-    """One row per plan that was tried for a budget, the one taken marked."""
+    """Return a row for each plan that a search under a budget evaluated; the plan that it took is marked."""
     rows = []
     for number, plan in enumerate(search.tried):
         measured = "" if plan.measured is None else f"{plan.measured:.3g}"
@@ -52,13 +52,13 @@ def search_table(search: Search) -> Table:
 
 
 def drops_table(drops: Sequence[Step]) -> Table:
-    """One row per budget tried for a largest drop, in the order in which they were tried."""
+    """Return a row for each budget that a search for the largest allowed drop evaluated, in the order of the search."""
     rows = [[f"{step.share:.1%}", f"{step.drop:+.2f}"] for step in drops]
     return _table(["parameters", "points lost, on the choosing half"], rows, left=set())
 
 
 def calibration_table(calibration: Calibration) -> Table:
-    """One row per truncated convolution: output error on held-back inputs before and after, and how it was got."""
+    """Return a row for each cut layer: its output error on held-back inputs, and details of the refit."""
     rows = []
     for layer in calibration.layers:
         before, after = ("" if e is None else f"{e:.3f}" for e in (layer.error_before, layer.error_after))
@@ -72,18 +72,19 @@ def calibration_table(calibration: Calibration) -> Table:
 
 
 def calibration_lines(calibration: Calibration) -> list[str]:
-    """What calibration came to, in a line or a few."""
+    """Return the result of the calibration in a few lines."""
     decisions = [layer.decision for layer in calibration.layers]
     counts = ", ".join(f"{decisions.count(d)} {d}" for d in sorted(set(decisions), key=decisions.index))
-    seen = f"{counted(calibration.inputs, 'input')}, {calibration.held_back} of them held back"
-    lines = [f"calibrated on {seen}: {counts or 'nothing cut'}", *calibration.notes]
-    starved = [
-        f"{layer.name} wants {ENOUGH_POSITIONS * layer.unknowns} ({counted(layer.inputs_enough, 'input')})"
+    inputs = f"{counted(calibration.inputs, 'input')}, {calibration.held_back} of them held back"
+    lines = [f"calibrated on {inputs}: {counts or 'no layer is cut'}", *calibration.notes]
+    too_few_positions = [
+        f"{layer.name} needs {counted(ENOUGH_POSITIONS * layer.unknowns, 'position')} "
+        f"({counted(layer.inputs_enough, 'input')})"
         for layer in calibration.layers
         if layer.unknowns and layer.inputs < layer.inputs_enough
     ]
-    if starved:
-        lines.append(f"few positions, so damped the more: {shortened(starved, 3)}")
+    if too_few_positions:
+        lines.append(f"there are few positions, so the damping is stronger: {shortened(too_few_positions, 3)}")
     if calibration.plain_divergence is not None and calibration.divergence is not None:
         plain, after = calibration.plain_divergence, calibration.divergence
         lines.append(
@@ -101,48 +102,48 @@ def calibration_lines(calibration: Calibration) -> list[str]:
     return lines
 
 
-def benchmark_rows(found: Benchmark) -> Table:
-    """One row for each way to run the network."""
+def benchmark_rows(benchmark: Benchmark) -> Table:
+    """Return a row for each way in which the network was run."""
     rows = []
-    for row in found.rows:
+    for row in benchmark.rows:
         layout = row.layout.replace("channels_last", "ch. last")
-        how = [row.form, "compiled" if row.compiled else "eager", layout, str(row.batch), str(row.threads)]
+        settings = [row.form, "compiled" if row.compiled else "eager", layout, str(row.batch), str(row.threads)]
         if row.seconds is None or row.examples_per_second is None:
-            rows.append([*how, "", "", "", "", row.note or ""])
+            rows.append([*settings, "", "", "", "", row.note or ""])
             continue
         peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.0f}"
         speed = f"{row.examples_per_second:,.1f}"
         error = "" if row.error is None else f"{row.error:.0e}"
-        rows.append([*how, f"{1e3 * row.seconds:,.1f}", f"{row.spread or 0:.0%}", speed, peak, error])
+        rows.append([*settings, f"{1e3 * row.seconds:,.1f}", f"{row.spread or 0:.0%}", speed, peak, error])
     headings = ["form", "mode", "layout", "batch", "thr", "ms", "+-", "per s", "MiB", "error"]
     return _table(headings, rows, left={0, 1, 2, 9})
 
 
-def factored_layers(found: Factoring, title: str) -> Table:
-    """One row for each harmonic convolution: the form it got, milliseconds of both, and why."""
+def factored_layers(factoring: Factoring, title: str) -> Table:
+    """Return a row for each harmonic convolution: its form, the time of both forms, and the reason for the choice."""
     rows = []
-    for layer in found.layers:
+    for layer in factoring.layers:
         dense, factored = (
             "" if seconds is None else f"{1e3 * seconds:.3g}"
             for seconds in (layer.dense_seconds, layer.factored_seconds)
         )
-        rows.append([layer.name or "(root)", layer.form, dense, factored, layer.why])
+        rows.append([layer_name(layer.name), layer.form, dense, factored, layer.why])
     return _table([f"layer ({title})", "form", "dense ms", "factored ms", "why"], rows, left={0, 1, 4})
 
 
-def export_lines(found: Exported, dtype: str) -> list[str]:
-    """How exact an exported file is, and what it holds, in a line or a few."""
-    what = "compared" if dtype == "float32" else f"rounded to {dtype}"
-    top1 = "" if found.top1_agreement is None else f"; same top-1 on {found.top1_agreement:.0%}"
-    lines = [f"{what}: outputs differ by {found.difference:.1e} of the largest{top1}"]
-    if found.factored:
-        times = "" if found.speedup is None else f", {found.speedup:.2f} times as fast as dense in ONNX Runtime"
-        lines.append(f"{counted(len(found.factored), 'layer')} factored{times}")
-    return [*lines, *(f"note: {note}" for note in found.notes)]
+def export_lines(exported: Exported, dtype: str) -> list[str]:
+    """Return the accuracy and the content of an exported file in a few lines."""
+    compared = "compared" if dtype == "float32" else f"rounded to {dtype}"
+    top1 = "" if exported.top1_agreement is None else f"; same top-1 on {exported.top1_agreement:.0%}"
+    lines = [f"{compared}: outputs differ by {exported.difference:.1e} of the largest{top1}"]
+    if exported.factored:
+        times = "" if exported.speedup is None else f", {exported.speedup:.2f} times as fast as dense in ONNX Runtime"
+        lines.append(f"{counted(len(exported.factored), 'layer')} factored{times}")
+    return [*lines, *(f"note: {note}" for note in exported.notes)]
 
 
 def evaluation_lines(evaluation: Evaluation) -> list[str]:
-    """What a network did on a set of images, in a line or a few."""
+    """Return the evaluation of a network on a set of images in a few lines."""
     lines = [str(evaluation)]
     if evaluation.top5 is not None and evaluation.loss is not None:
         lines.append(f"top-5 {evaluation.top5:.2%}, loss {evaluation.loss:.4f}")
@@ -156,23 +157,25 @@ def evaluation_lines(evaluation: Evaluation) -> list[str]:
 
 
 def stages_table(stages: Sequence[Stage]) -> Table:
-    """One row per stage of a fine-tuning: top-1 with its interval, loss, agreement with the uncut network."""
+    """Return a row for each stage of a fine-tuning: top-1 with its interval, loss, agreement with the uncut network."""
     rows = []
     for stage in stages:
-        found = stage.evaluation
-        if found is None:
+        evaluation = stage.evaluation
+        if evaluation is None:
             rows.append([stage.name, "not known", "", "", "", stage.why or ""])
             continue
-        top1 = "" if found.top1 is None else f"{found.top1:.2%}"
-        interval = "" if found.interval is None else f"{found.interval[0]:.2%} to {found.interval[1]:.2%}"
-        loss = "" if found.loss is None else f"{found.loss:.4f}"
-        agreement = "" if found.agreement is None else f"{found.agreement:.2%}"
+        top1 = "" if evaluation.top1 is None else f"{evaluation.top1:.2%}"
+        interval = (
+            "" if evaluation.interval is None else f"{evaluation.interval[0]:.2%} to {evaluation.interval[1]:.2%}"
+        )
+        loss = "" if evaluation.loss is None else f"{evaluation.loss:.4f}"
+        agreement = "" if evaluation.agreement is None else f"{evaluation.agreement:.2%}"
         rows.append([stage.name, top1, interval, loss, agreement, ""])
     return _table(["stage", "top-1", "95 %", "loss", "agreement with uncut", "note"], rows, left={0, 5})
 
 
 def tradeoff_table(tradeoff: Tradeoff) -> Table:
-    """One row per network: lambda, parameters, error with its interval, disagreement with the uncut network, KL."""
+    """Return a row for each network: lambda, size, error with its interval, disagreement with the uncut network, KL."""
     rows = []
     for point in (tradeoff.uncut, *tradeoff.points):
         error = "" if point.error is None else f"{point.error:.2f}"
@@ -180,14 +183,14 @@ def tradeoff_table(tradeoff: Tradeoff) -> Table:
         macs = "" if point.mac_share is None else f"{point.mac_share:.1%}"
         size = [millions(point.parameters), f"{point.parameter_share:.1%}", macs]
         name = (", ".join(point.lambdas) or "uncut") + (", calibrated" if point.calibrated else "")
-        against = [f"{point.disagreement:.2f}", f"{point.divergence:.2g}"] if point.lambdas else ["", ""]
-        rows.append([name, *size, error, interval, *against, point.note or ""])
+        difference = [f"{point.disagreement:.2f}", f"{point.divergence:.2g}"] if point.lambdas else ["", ""]
+        rows.append([name, *size, error, interval, *difference, point.note or ""])
     headings = ["lambda", "params", "of the whole", "MACs, factored"]
     return _table([*headings, "top-1 error, %", "95 %", "other than uncut, %", "KL", "note"], rows, left={0, 8})
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """A row for each fact, a column for each checkpoint."""
+    """Return a row for each fact, with a column for each checkpoint."""
     columns = comparison.columns
     facts: list[tuple[str, list[str]]] = [
         ("network", [column.source or "not recorded" for column in columns]),
@@ -213,12 +216,16 @@ def comparison_table(comparison: Comparison) -> Table:
 
 
 def differences_table(comparison: Comparison) -> Table:
-    """A row for each layer shown."""
-    rows = [
-        [name or "(root)", *("-" if one is None else "skipped" if not one[0] else f"{one[0]}/{one[1]}" for one in row)]
-        for name, row in comparison.layers.items()
-    ]
+    """Return a row for each layer of the comparison, with a column for each checkpoint."""
+    rows = [[layer_name(name), *map(_kept_of_total, row)] for name, row in comparison.layers.items()]
     return _table(["layer", *(column.name for column in comparison.columns)], rows, left={0})
+
+
+def _kept_of_total(counts: tuple[int, int] | None) -> str:
+    if counts is None:
+        return "-"
+    kept, total = counts
+    return f"{kept}/{total}" if kept else "skipped"
 
 
 def _factored(column: Column) -> str:
@@ -228,13 +235,13 @@ def _factored(column: Column) -> str:
 
 
 def cost_lines(cost: Cost) -> list[str]:
-    """Totals: parameters, bytes, MACs by form, and the share that convolutions over 1x1 hold."""
-    reach = f"convolutions over 1x1 hold {cost.parameter_share:.1%} of {millions(cost.parameters)} parameters"
+    """Return the totals: parameters, bytes, MACs of each form, and the share of the kernels larger than 1x1."""
+    share = f"convolutions over 1x1 hold {cost.parameter_share:.1%} of {millions(cost.parameters)} parameters"
     if cost.mac_share is not None:
-        reach += f" and {cost.mac_share:.1%} of the MACs"
+        share += f" and {cost.mac_share:.1%} of the MACs"
     kept = cost.harmonic_parameters / max(cost.parameters, 1)
     return [
-        reach,
+        share,
         f"parameters  {millions(cost.parameters)} -> {millions(cost.harmonic_parameters)} ({kept:.1%})",
         f"tensors     {megabytes(cost.bytes)} -> {megabytes(cost.harmonic_bytes)}",
         Message("MACs        ", _macs(cost)),
@@ -246,16 +253,16 @@ def _macs(cost: Cost) -> str:
         return Message("unknown without an example input (", Argument("example_input"), ")")
     share = cost.factored_macs / max(cost.dense_macs, 1)
     return (
-        f"dense {millions(cost.dense_macs)}; harmonic the same, and {millions(cost.merge_macs)} a forward to merge "
+        f"dense {millions(cost.dense_macs)}; harmonic the same plus {millions(cost.merge_macs)} per forward to merge "
         f"kernels; factored {millions(cost.factored_macs)} ({share:.1%})"
     )
 
 
 def verification_table(verification: Verification) -> Table:
-    """One row per convolution: kept, kernel error, output error, problem."""
+    """Return a row for each convolution: kept parts, kernel error, output error, problem."""
     rows = [
         [
-            layer.name or "(root)",
+            layer_name(layer.name),
             f"{layer.kept}/{layer.total}",
             f"{layer.kernel_error:.1e}",
             "did not run" if layer.output_error is None else f"{layer.output_error:.1e}",
@@ -267,19 +274,19 @@ def verification_table(verification: Verification) -> Table:
 
 
 def inspection_layers(inspection: Inspection) -> Table:
-    """One row per convolution over 1x1: share of the parameters and the energy each lambda would keep."""
+    """Return a row for each kernel larger than 1x1: share of the parameters, and energy that each lambda keeps."""
     rows = []
     for layer in inspection.layers:
         size = "" if layer.output_size is None else size_text(layer.output_size)
         energies = [""] * len(LAMBDAS) if layer.energy is None else [f"{e:.1%}" for e in layer.energy]
         share = f"{layer.parameters / max(inspection.parameters, 1):.1%}"
-        rows.append([layer.name or "(root)", size_text(layer.kernel), size, share, *energies])
+        rows.append([layer_name(layer.name), size_text(layer.kernel), size, share, *energies])
     headings = ["layer", "kernel", "output", "parameters", *(f"energy, {lam}" for lam in LAMBDAS)]
     return _table(headings, rows, left={0})
 
 
 def inspection_policies(inspection: Inspection) -> Table:
-    """One row per lambda policy: what the network would hold and cost."""
+    """Return a row for each lambda policy: the size and cost that the network would have."""
     rows = []
     for policy, cost in inspection.policies.items():
         share = f"{cost.harmonic_parameters / max(cost.parameters, 1):.1%}"
@@ -291,7 +298,7 @@ def inspection_policies(inspection: Inspection) -> Table:
 
 
 def inspection_lines(inspection: Inspection) -> list[str]:
-    """What a cut can reach at most, and what was passed over."""
+    """Return the most that a cut can save, and the skipped layers."""
     share = f"{inspection.parameter_share:.1%} of {millions(inspection.parameters)} parameters"
     macs = inspection.mac_share
     lines = [
@@ -308,23 +315,9 @@ def inspection_lines(inspection: Inspection) -> list[str]:
 
 
 def file_size(path: str | Path) -> str:
-    """Size of a file, or of the files in a folder."""
+    """Return the size of a file, or of all files in a folder."""
     path = Path(path)
     return megabytes(sum(f.stat().st_size for f in path.rglob("*")) if path.is_dir() else path.stat().st_size)
-
-
-def millions(count: int | None) -> str:
-    """A count with a unit: 19.66M, 4.09G."""
-    count = count or 0
-    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
-        if count >= size:
-            return f"{count / size:.2f}{unit}"
-    return str(count)
-
-
-def megabytes(count: int) -> str:
-    """Bytes in MB of 10^6."""
-    return f"{count / 1e6:.2f} MB"
 
 
 def _kept(layer: LayerRecord) -> str:
@@ -332,9 +325,11 @@ def _kept(layer: LayerRecord) -> str:
     return "skipped" if layer.skipped else text
 
 
-class _Fitted(Table):
-    """A table that gives way where it must: words of headings and notes go to the next line, then long names are
-    folded. Rich alone would break numbers, too."""
+class _FittedTable(Table):
+    """A table that fits the terminal: headings and notes are wrapped at words, then long names are folded.
+
+    Rich alone would also break numbers.
+    """
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         widths, words = [], []
@@ -355,16 +350,16 @@ class _Fitted(Table):
 
 
 def _table(headings: list[str], rows: list[list[str]], left: set[int]) -> Table:
-    table = _Fitted(box=None, pad_edge=False, header_style="bold")
-    for index, heading in enumerate(headings):
-        if any(row[index] for row in rows):
-            table.add_column(heading, justify="left" if index in left else "right", overflow="fold")
+    """Return a table without empty columns. ``left``: the columns that are aligned to the left."""
+    table = _FittedTable(box=None, pad_edge=False, header_style="bold")
     used = [index for index in range(len(headings)) if any(row[index] for row in rows)]
+    for index in used:
+        table.add_column(headings[index], justify="left" if index in left else "right", overflow="fold")
     for row in rows:
         table.add_row(*(_plain(row[index]) for index in used))
     return table
 
 
 def _plain(text: str) -> str:
-    """Names come from files: neither console markup nor control characters in them may do anything."""
+    """Escape console markup and control characters, because names come from files."""
     return one_line(text).replace("[", "\\[")

@@ -1,4 +1,4 @@
-"""Where reports and figures are written. A figure is an image, and the numbers that it shows as a .csv beside it."""
+"""Write figures: an image, and a .csv file with the numbers that it shows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..files import write_csv, write_file
 
 
 def drawing() -> ModuleType:
-    """The room that draws, `harmconvert.report.figures`.
+    """Import `harmconvert.report.figures`, which needs matplotlib.
 
     Raises:
         OutsideError: matplotlib is not installed.
@@ -23,13 +23,15 @@ def drawing() -> ModuleType:
         raise OutsideError("figures are drawn by matplotlib: pip install 'harmconvert[report]'") from error
 
 
-def write_figure(found: Any, image: Path, numbers: Path, force: bool = False) -> list[dict[str, Any]]:
-    """Draw a `FilterBank`, `Spectrum`, `Tradeoff`, `Sheet` or `Strip`, write both files, and give back the .csv's rows.
+def write_figure(content: Any, image: Path, numbers: Path, force: bool = False) -> list[dict[str, Any]]:
+    """Draw a figure, write its image and its .csv file, and return the rows of the .csv file.
 
-    Raises: as `drawing`, and as `harmconvert.files.write_file`.
+    ``content``: a `FilterBank`, `Spectrum`, `Tradeoff`, `Sheet` or `Strip`.
+
+    Raises: the errors of `drawing` and `harmconvert.files.write_file`.
     """
-    figures, rows = drawing(), found.rows()
-    figure = figures.draw(found)
+    figures, rows = drawing(), content.rows()
+    figure = figures.draw(content)
     write_csv(numbers, rows, force)
     write_file(image, lambda staging: figures.save(figure, staging, image.suffix.lower()), force)
     return list(rows)

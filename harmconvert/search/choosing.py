@@ -1,7 +1,7 @@
 """Choose the plan within a budget that changes the network's outputs least.
 
 Each layer is cut alone, to several sizes. Its score is the change in the network's outputs. Dynamic programming then
-chooses one size for each layer within the budget. At last, whole plans are tried on the network, because the scores of
+chooses one size for each layer within the budget. Finally, whole plans are tried on the network, because the scores of
 single layers do not add up when the cuts are deep.
 
 The parts: searching.py runs the search on a network; `choose` here chooses among plans; choices.py lists the choices
@@ -35,15 +35,18 @@ def limit_of(budget: Budget, whole: int, changes: Sequence[Sequence[int]]) -> tu
         raise UsageError(
             f"the budget {budget} cannot be met: cutting can bring the {whole:,} {UNITS[budget.unit]} of this network "
             f"to {smallest:,} at least, so ask for {math.ceil(1000 * smallest / whole) / 10:g}% or more; the layer "
-            "that reads the input is cut where ", Argument("include"), " names it",
+            "that reads the input is cut only if it is named: ", Argument("include", "PATTERN"),
         )  # fmt: skip
     return limit, smallest
 
 
 @dataclass(frozen=True)
-class Offer:
-    """What a search chooses from: the ``whole`` plan, its cost and, for each choice of each item, the change of the
-    cost and the score (0 for the whole). ``scored_by`` says what the scores are."""
+class SearchSpace:
+    """The items of a search with their choices.
+
+    ``whole`` is the uncut plan and ``cost`` its cost. For each choice of each item, ``changes`` has the change of the
+    cost, and ``scores`` the score (0 for the uncut choice). ``scored_by`` names the kind of the scores.
+    """
 
     whole: Plan
     items: Sequence[Item]
@@ -53,15 +56,15 @@ class Offer:
     scored_by: str
 
     def cost_of(self, chosen: Sequence[int]) -> int:
-        """The cost of the plan with these choices."""
+        """Return the cost of the plan with these choices."""
         return self.cost + sum(row[choice] for row, choice in zip(self.changes, chosen, strict=True))
 
     def score_of(self, chosen: Sequence[int]) -> float:
-        """The sum of the scores of these choices."""
+        """Return the sum of the scores of these choices."""
         return sum(row[choice] for row, choice in zip(self.scores, chosen, strict=True))
 
     def choices_in(self, plan: Plan) -> tuple[int, ...] | None:
-        """The choices that make a plan; None where it is made of something else."""
+        """Return the choices that make a plan; None if the plan is not made of these choices."""
         index = {name: number for number, item in enumerate(self.items) for name in item.names}
         numbers = [{choice: number for number, choice in enumerate(item.choices)} for item in self.items]
         planned = {index[p.name]: numbers[index[p.name]].get(p.keeps) for p in plan.layers if p.name in index}
@@ -71,7 +74,7 @@ class Offer:
 
 def choose(
     budget: Budget,
-    offer: Offer,
+    search_space: SearchSpace,
     others: Mapping[str, Plan],
     measure: Callable[[Plan], float | None] | None,
     trials: int,
@@ -79,23 +82,23 @@ def choose(
     """Return the plan of least divergence within the budget, and a record of the search.
 
     Args:
-        others: more plans to try, by name, where they are within the budget.
-        measure: returns the divergence of a whole plan, or None where it cannot be measured. If ``measure`` is None,
+        others: more plans to try, by name, if they are within the budget.
+        measure: returns the divergence of a whole plan, or None if it cannot be measured. If ``measure`` is None,
             the scores alone decide.
         trials: number of whole plans to measure.
 
     Raises:
         UsageError: the budget cannot be met.
     """
-    limit, smallest = limit_of(budget, offer.cost, offer.changes)
-    front = frontier(offer.changes, offer.scores)
-    starts = _starts(offer, front, others, limit)
+    limit, smallest = limit_of(budget, search_space.cost, search_space.changes)
+    front = frontier(search_space.changes, search_space.scores)
+    starts = _starts(search_space, front, others, limit)
     tried: dict[tuple[int, ...], Tried] = {}
 
     def attempt(chosen: tuple[int, ...], origin: str) -> float:
-        plan = plan_of(offer.whole, offer.items, chosen, str(budget))
+        plan = plan_of(search_space.whole, search_space.items, chosen, str(budget))
         value = measure(plan) if measure and trials else None
-        tried[chosen] = Tried(origin, offer.cost_of(chosen), offer.score_of(chosen), value)
+        tried[chosen] = Tried(origin, search_space.cost_of(chosen), search_space.score_of(chosen), value)
         return math.inf if value is None else value
 
     (best, origin), *rest = starts.items()
@@ -106,31 +109,41 @@ def choose(
                 best, least = chosen, value
         while len(tried) < trials:
             swap = next(
-                (s for s in swaps(best, offer.changes, offer.scores, limit - offer.cost) if s not in tried), None
+                (
+                    s
+                    for s in swaps(best, search_space.changes, search_space.scores, limit - search_space.cost)
+                    if s not in tried
+                ),
+                None,
             )
             if swap is None:
                 break
             if (value := attempt(swap, "swap")) < least:
                 best, least = swap, value
-    return plan_of(offer.whole, offer.items, best, str(budget)), Search(
-        str(budget), budget.unit, offer.cost, limit, smallest, offer.scored_by, tuple(tried.values()),
-        list(tried).index(best), _frontier_points(front, offer.cost), front.exact,
+    return plan_of(search_space.whole, search_space.items, best, str(budget)), Search(
+        str(budget), budget.unit, search_space.cost, limit, smallest, search_space.scored_by, tuple(tried.values()),
+        list(tried).index(best), _frontier_points(front, search_space.cost), front.exact,
     )  # fmt: skip
 
 
-def _starts(offer: Offer, front: Frontier, others: Mapping[str, Plan], limit: int) -> dict[tuple[int, ...], str]:
-    """The choices to try first, with where they come from: the best by scores, the best by the roots of the scores, and
-    the two largest of the ``others`` within the limit (smaller ones are worse)."""
-    first = front.best(limit - offer.cost)
+def _starts(
+    search_space: SearchSpace, front: Frontier, others: Mapping[str, Plan], limit: int
+) -> dict[tuple[int, ...], str]:
+    """Return the choices to try first, with their origins.
+
+    They are the best by scores, the best by square roots of the scores, and the two largest of ``others`` within the
+    limit, because smaller plans are worse.
+    """
+    first = front.best(limit - search_space.cost)
     assert first is not None
     starts = {first: "search"}
-    roots = [[math.sqrt(max(score, 0.0)) for score in row] for row in offer.scores]
-    if (rooted := frontier(offer.changes, roots).best(limit - offer.cost)) is not None:
+    roots = [[math.sqrt(max(score, 0.0)) for score in row] for row in search_space.scores]
+    if (rooted := frontier(search_space.changes, roots).best(limit - search_space.cost)) is not None:
         starts.setdefault(rooted, "search, by roots")
     fitting = [
-        (offer.cost_of(chosen), chosen, name)
+        (search_space.cost_of(chosen), chosen, name)
         for name, plan in others.items()
-        if (chosen := offer.choices_in(plan)) is not None and offer.cost_of(chosen) <= limit
+        if (chosen := search_space.choices_in(plan)) is not None and search_space.cost_of(chosen) <= limit
     ]
     for _, chosen, name in sorted(fitting, reverse=True)[:2]:
         starts.setdefault(chosen, name)
@@ -184,6 +197,6 @@ def _with_changes(chosen: tuple[int, ...], changed: Mapping[int, int]) -> tuple[
 
 def _frontier_points(front: Frontier, whole: int, points: int = 60) -> tuple[tuple[int, float], ...]:
     """Return some points of the frontier, evenly spaced in cost, from the smallest plan to the whole one."""
-    wanted = [front.costs[0] + (front.costs[-1] - front.costs[0]) * step / (points - 1) for step in range(points)]
-    indices = sorted({int(i) for i in front.costs.searchsorted(wanted).clip(0, len(front.costs) - 1)})
+    targets = [front.costs[0] + (front.costs[-1] - front.costs[0]) * step / (points - 1) for step in range(points)]
+    indices = sorted({int(i) for i in front.costs.searchsorted(targets).clip(0, len(front.costs) - 1)})
     return tuple((whole + int(front.costs[i]), float(front.scores[i])) for i in indices)

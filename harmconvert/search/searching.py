@@ -24,7 +24,7 @@ from ..network.running import unchanged
 from ..network.tracing import Trace
 from ..plan import Plan, apply_plan, make_plan
 from .choices import Choice, Item, costs_of, items_of, whole_plan
-from .choosing import Offer, choose, limit_of
+from .choosing import SearchSpace, choose, limit_of
 from .energy import energy_scores
 from .latency import latency_costs
 from .orders import BY_ERROR, Order, orders_by_energy, orders_by_error, whole_of, with_order
@@ -102,12 +102,12 @@ class Searching:
             costs = self._costs(whole, items)
         if probes is None:
             scores = [energy_scores(self.model, item.names, item.choices) for item in items]
-            offer = Offer(whole, items, *costs, scores, "energy")
-            plan, record = choose(self.budget, offer, self._policies(), None, 0)
+            search_space = SearchSpace(whole, items, *costs, scores, "energy")
+            plan, record = choose(self.budget, search_space, self._policies(), None, 0)
             converted = self._convert(plan, None, self.settings)
         else:
             scores = self._measured_scores(whole, items, probes)
-            converted, record = self._try_plans(Offer(whole, items, *costs, scores, "divergence"), probes)
+            converted, record = self._try_plans(SearchSpace(whole, items, *costs, scores, "divergence"), probes)
         return converted, replace(record, frequencies=self.search.frequencies, notes=notes)
 
     def least_share(self) -> float:
@@ -218,7 +218,7 @@ class Searching:
             yield left.pop(name), replace(self._known, whole={name: layer})
         yield from ((item, self._known) for item in left.values())
 
-    def _try_plans(self, offer: Offer, probes: Probes) -> tuple[Converted, Search]:
+    def _try_plans(self, search_space: SearchSpace, probes: Probes) -> tuple[Converted, Search]:
         """Return the network converted by the best of the plans that are measured as a whole, and a record of it."""
         best: tuple[float, Converted | None] = (math.inf, None)
         done = 0
@@ -236,7 +236,7 @@ class Searching:
                 probes.keep()
             return probes.whole[name]
 
-        plan, record = choose(self.budget, offer, self._policies(), measure, self.search.trials)
+        plan, record = choose(self.budget, search_space, self._policies(), measure, self.search.trials)
         self.progress(self.search.trials, self.search.trials, "plan found")
         converted = best[1]
         if converted is None or converted.plan.layers != plan.layers:

@@ -24,7 +24,7 @@ _NOT_FOR_META = ("generator", "pin_memory")
 
 
 class _TooLargeError(Exception):
-    """A network needs more memory than its limit; a class of its own, so that no builder of networks catches it."""
+    """A network needs more memory than its limit; no builder of networks catches this class."""
 
 
 def built_within(make: Callable[[], nn.Module], limit: int, what: str) -> nn.Module:

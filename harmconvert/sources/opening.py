@@ -73,7 +73,14 @@ def open_source(
         raise UsageError(f"{text!r} is not UTF-8, and a checkpoint would have to name it: rename it")
     if weights is None and (weights_key is not None or strip_prefix is not None):
         key, prefix = Argument("weights_key"), Argument("strip_prefix")
-        raise UsageError("a key or a prefix (", key, ", ", prefix, ") is of a file of weights: name that, too")
+        raise UsageError(
+            "a key or a prefix (",
+            key,
+            ", ",
+            prefix,
+            ") selects a part of a file of weights: give ",
+            Argument("weights", "FILE"),
+        )
     if text.startswith("reference:"):
         reference = parse_source(text, arguments)
         if weights is not None or {*reference.arguments} - {"pool"}:
@@ -194,7 +201,7 @@ def open_for_comparison(
         file = f" (they came from {known.weights['file']})" if known.weights and "file" in known.weights else ""
         raise InputError(f"{text} does not have the weights of {known} that were converted{file}: ", remedy)
     if requested.scheme == "code" and weights_sha256(build_structure(network.source)) != network.source.sha256:
-        raise InputError(f"{text} makes a network of random weights, others each time: ", remedy)
+        raise InputError(f"{text} builds a network with new random weights each time: ", remedy)
     return network
 
 
@@ -226,16 +233,16 @@ def open_original(header: Header, teacher: str | None = None, trust_code: bool =
         ).model
     if teacher is not None and is_harmonic(teacher):
         return load(teacher, form="dense", trust_code=trust_code).eval()
-    source, named = header.source, Argument("teacher", "SOURCE")
+    source, teacher_argument = header.source, Argument("teacher", "SOURCE")
     if source is None:
-        raise UsageError("the checkpoint does not say what network it was: name the uncut one with ", named)
+        raise UsageError("the checkpoint does not record its source: name the uncut network with ", teacher_argument)
     if teacher is not None:
         model = rebuild(source, trust_code)
         load_weights(model, teacher, rename=renamed)
         return model.eval()
     if source.sha256 is None:
-        what = f"the checkpoint was not converted from weights of {source} that it knows"
-        raise UsageError(what, ", so there is no uncut network to compare it with: name one with ", named)
+        what = f"the checkpoint does not record weights of {source} from which it was converted"
+        raise UsageError(what, ", so there is no uncut network to compare with: name one with ", teacher_argument)
     rebuild(source, trust_code)  # refuses a source that a file must not name
     arguments = dict(source.arguments)
     if source.scheme != "reference":  # hubs and folders name the architecture; a reference file does not
@@ -244,8 +251,8 @@ def open_original(header: Header, teacher: str | None = None, trust_code: bool =
         arguments.pop("num_classes", None)
     model, opened = build(replace(source, arguments=arguments, sha256=None), pretrained=True)
     if (opened.sha256 or weights_sha256(model)) != source.sha256:
-        named = Argument("teacher")
-        raise InputError(f"the weights of {source} are not those that were converted: name them with ", named)
+        remedy = Argument("teacher")
+        raise InputError(f"the weights of {source} are not those that were converted: name them with ", remedy)
     return model.eval()
 
 
@@ -301,7 +308,7 @@ def rebuild(source: Source | str, trust_code: bool = False, limit: int | None = 
     source = cast(Source, as_source(source))
     if source.scheme == "code" and not trust_code:
         raise UsageError(
-            f"this checkpoint's network is made by user code ({source.name}), which is not run unasked: "
+            f"this checkpoint's network is made by user code ({source.name}), which is not run without permission: "
             "pass the plain network as model=, or ",
             Argument("trust_code", True), " if you know the file, or ", Argument("code", "FILE.py:FACTORY"),
         )  # fmt: skip
@@ -309,10 +316,10 @@ def rebuild(source: Source | str, trust_code: bool = False, limit: int | None = 
         if "architecture" in source.arguments:  # recorded from the config of a hub or a folder
             arguments = dict(source.arguments)
             if not timm.is_model(str(arguments["architecture"])) or {*arguments} & _NOT_FOR_REBUILDING:
-                raise InputError(f"the recorded source {source} asks for more than a timm architecture: refused")
+                raise InputError(f"the recorded source {source} sets arguments that load files or weights: refused")
             make = partial(timm.create_model, arguments.pop("architecture"), pretrained=False, **arguments)
         elif {*source.arguments} & _NOT_FOR_REBUILDING or source.scheme not in _REBUILT:
-            raise InputError(f"the recorded source {source} asks for more than its structure: refused; pass model=")
+            raise InputError(f"the recorded source {source} cannot be rebuilt safely: refused; pass model=")
         else:
             make = partial(build_structure, source)
         limited = limit is not None and source.scheme != "code"  # trusted code has no limit
@@ -322,8 +329,8 @@ def rebuild(source: Source | str, trust_code: bool = False, limit: int | None = 
     except HarmconvertError as error:
         if source.scheme != "code":
             raise
-        named = Argument("code", "FILE.py:FACTORY")
-        raise type(error)(error.message, "; or name the code with ", named) from error
+        code = Argument("code", "FILE.py:FACTORY")
+        raise type(error)(error.message, "; or name the code with ", code) from error
     except Exception as error:
         raise InputError(f"the recorded source {source} cannot be built: {first_line(error)}; pass model=") from error
 

@@ -79,7 +79,7 @@ def _open_state(
             f"{path} is no ResNet and no wide ResNet of the reference implementation (there are: "
             f"{shortened(list(state), 3)}): name its network and give the weights with ", Argument("weights", path),
         )  # fmt: skip
-    tensors.check_all_taken()
+    tensors.check_all_used()
     source = Source("reference", path, dict(network), tensors_sha256(state))
     plain = timm.create_model(network.pop("architecture"), **network)
     # Older files lack the counters of batch norms, which have no effect here.
@@ -88,7 +88,7 @@ def _open_state(
     # Recorded as trained: it was never an uncut network, so there is nothing to calibrate it to.
     header = Header(plan, source, history={"training": [{"by": "the reference implementation"}]}, blocks=tensors.blocks)
     harmonic = harmonic_like(plain, plan, path, tensors.blocks)
-    load_state(harmonic, counters | tensors.taken, path)
+    load_state(harmonic, counters | tensors.renamed, path)
     model = in_form(harmonic, form)
     return model, source, header if tensors.layers or tensors.blocks else None
 
@@ -97,21 +97,21 @@ def _open_state(
 class _Tensors:
     """The tensors of a file while they are renamed.
 
-    ``taken`` has the tensors under this package's names, ``seen`` their names in the file. ``layers`` and ``blocks``
-    describe the harmonic layers.
+    ``renamed`` has the tensors under this package's names, ``used_keys`` their names in the file. ``layers`` and
+    ``blocks`` describe the harmonic layers.
     """
 
     path: str
     state: Mapping[str, Tensor]
-    taken: dict[str, Tensor] = field(default_factory=dict)
+    renamed: dict[str, Tensor] = field(default_factory=dict)
     layers: list[LayerPlan] = field(default_factory=list)
     blocks: dict[str, BlockRecord] = field(default_factory=dict)
-    seen: set[str] = field(default_factory=set)
+    used_keys: set[str] = field(default_factory=set)
 
     def take(self, key: str, name: str, convert: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
         """Take the tensor ``key`` of the file under ``name``; raise InputError if it is missing."""
-        self.taken[name] = convert(self.get(key)).contiguous()
-        self.seen.add(key)
+        self.renamed[name] = convert(self.get(key)).contiguous()
+        self.used_keys.add(key)
 
     def get(self, key: str) -> Tensor:
         """Return a tensor of the file; raise InputError if it is missing."""
@@ -156,7 +156,7 @@ class _Tensors:
         for key in ("running_mean", "running_var") if normalize else ():
             self.take(f"{norm}.{key}", f"{name}.norm.{key}", partial(reorder, axis=0))
         if normalize:
-            self.taken[f"{name}.norm.num_batches_tracked"] = torch.tensor(0)
+            self.renamed[f"{name}.norm.num_batches_tracked"] = torch.tensor(0)
             self._take_counter(norm, f"{name}.norm")
         self.blocks[name] = BlockRecord(normalize, "l1")
 
@@ -167,7 +167,7 @@ class _Tensors:
         """
         if key not in self.state:
             return
-        self.seen.add(key)
+        self.used_keys.add(key)
         basis = self.state[key]
         frequencies = _frequencies(size, count)
         rows = basis.flatten() if each_channel else basis.flatten(1)
@@ -183,9 +183,9 @@ class _Tensors:
                 f"{error:.1e}): networks with another basis are not supported"
             )
 
-    def check_all_taken(self) -> None:
-        """Raise InputError if the file has tensors that were not taken."""
-        if rest := [key for key in self.state if key not in self.seen]:
+    def check_all_used(self) -> None:
+        """Raise InputError if the file has tensors that were not used."""
+        if rest := [key for key in self.state if key not in self.used_keys]:
             raise InputError(
                 f"{self.path} has tensors that no such network of the reference implementation has: {shortened(rest)}"
             )
@@ -214,7 +214,7 @@ def _read_resnet(tensors: _Tensors, pool: str) -> dict[str, Any]:
     if not any(".harm" in f".{key}" for key in state):
         raise InputError(
             f"{path} holds a plain ResNet, no layer of it is harmonic: open it as {RESNETS[counts]}_nomaxpool, or "
-            f"{RESNETS[counts]} where it pools maxima, with ", Argument("weights", path),
+            f"{RESNETS[counts]} if it has max pooling, with ", Argument("weights", path),
         )  # fmt: skip
     if tensors.has_any("harm1"):
         tensors.take_block("harm1.weight", "harm1.bn", "conv1", 7)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import Argument, InputError, Message, OutsideError, UsageError, first_line, shortened
-from ..files import outside, read_json, write_file
+from ..files import outside_error, read_json, write_file
 from ..network.state import fill, loads_by_itself, state_of, take_dtypes, tensors_of
 from ..network.state import weights_sha256 as weights_sha256
 from .containers import Names, StateDict, names_in, state_dicts, with_key, without_wrapper
@@ -193,7 +193,7 @@ def open_safetensors(path: str | Path) -> Any:
     except safetensors.SafetensorError as error:
         raise InputError(f"{path} is not a whole safetensors file: {error}; get the file again") from error
     except OSError as error:
-        raise outside(error, f"cannot read {path}") from error
+        raise outside_error(error, f"cannot read {path}") from error
 
 
 def why_unreadable(path: str | Path) -> str | None:
@@ -207,7 +207,7 @@ def why_unreadable(path: str | Path) -> str | None:
         with path.open("rb") as file:
             start = file.read(512)
     except OSError as error:
-        raise outside(error, f"cannot read {path}") from error
+        raise outside_error(error, f"cannot read {path}") from error
     text = start.lstrip().lower()
     if not start:
         return "is empty: get the file again"

@@ -6,34 +6,35 @@ What belongs here: training and evaluation of any network. What does not: the st
 
 from .evaluation import Evaluation, evaluate, wilson_interval
 from .harmonize import harmonize
-from .interrupts import Request, SignalError
-from .learner import Learner, Machine, autocast, number_of_classes
-from .loop import Told, train
-from .metrics import Events, write_metrics
+from .interrupts import SignalError, StopRequest
+from .loop import Callbacks, StepProgress, train
+from .metrics import TensorBoardEvents, write_metrics
 from .objective import distillation
 from .recipe import RECIPES, Recipe, recipe_named
-from .state import Keeper, Position, identity_of, record_of
+from .state import Position, StateFile, read_identity, read_record
+from .trainer import MachineSettings, Trainer, autocast, number_of_classes
 
 __all__ = [
     "RECIPES",
+    "Callbacks",
     "Evaluation",
-    "Events",
-    "Keeper",
-    "Learner",
-    "Machine",
+    "MachineSettings",
     "Position",
     "Recipe",
-    "Request",
     "SignalError",
-    "Told",
+    "StateFile",
+    "StepProgress",
+    "StopRequest",
+    "TensorBoardEvents",
+    "Trainer",
     "autocast",
     "distillation",
     "evaluate",
     "harmonize",
-    "identity_of",
     "number_of_classes",
+    "read_identity",
+    "read_record",
     "recipe_named",
-    "record_of",
     "train",
     "wilson_interval",
     "write_metrics",

@@ -22,17 +22,20 @@ from ..network.running import call, evaluating
 from ..network.values import batch_size, match_dtype
 
 # Two-sided 95 % of the normal distribution.
-Z = 1.959963984540054
+Z_95 = 1.959963984540054
+# Sums over images that `evaluate` collects.
+_SUMS = ("images", "labelled", "top1", "top5", "loss", "agreement", "divergence")
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """The result of a network on a set of images, over all processes.
 
-    ``images`` is the number of images read; ``labelled`` is the number of those with a label, on which ``top1``,
-    ``top5`` (shares) and ``loss`` (mean cross-entropy in nats) are measured (None without labels). ``agreement`` (share
-    of images with the same top-1) and ``divergence`` (mean KL of the class probabilities, in nats) compare with a
-    second network. ``images_per_second`` measures only the forward passes. ``unreadable`` images were left out.
+    ``images``: number of images read. ``labelled``: number of images with a label. ``top1``, ``top5`` (shares) and
+    ``loss`` (mean cross-entropy in nats) are measured on the labelled images; they are None without labels.
+    ``agreement`` (share of images with the same top-1) and ``divergence`` (mean KL of the class probabilities, in nats)
+    compare with a second network; they are None without one. ``images_per_second``: speed of the forward passes alone.
+    ``unreadable``: names of images that could not be read and were left out.
     """
 
     images: int
@@ -64,13 +67,13 @@ class Evaluation:
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:
-    """Return the 95 % confidence interval of a share seen in ``count`` trials (Wilson 1927), within 0 and 1.
+    """Return the 95 % confidence interval of a share measured in ``count`` trials (Wilson 1927), within 0 and 1.
 
     >>> tuple(round(bound, 4) for bound in wilson_interval(0.99, 1000))
     (0.9817, 0.9946)
     """
-    spread = Z * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
-    middle, scale = share + Z**2 / (2 * count), 1 + Z**2 / count
+    spread = Z_95 * math.sqrt(share * (1 - share) / count + Z_95**2 / (4 * count**2))
+    middle, scale = share + Z_95**2 / (2 * count), 1 + Z_95**2 / count
     return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
 
 
@@ -98,51 +101,49 @@ def evaluate(
         InputError: there are no images, a label is beyond the network's classes, or the output is not one row of logits
             for each image.
     """
-    names = ("images", "labelled", "top1", "top5", "loss", "agree", "kl")
     seconds = 0.0
-    sums = torch.zeros(len(names), dtype=torch.float64)
+    sums = torch.zeros(len(_SUMS), dtype=torch.float64)
     unreadable: list[str] = []
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with evaluating(*(network for network in (model, other) if network is not None)), autocast():
-        for images, labels, problems, _ in batches:
-            unreadable += problems
+        for images, labels, names, _ in batches:
+            unreadable += names
             if not len(images):
                 continue
             images = images.to(device, non_blocking=True)
             start = time.perf_counter()
-            logits = class_logits(output_on(model, images)).double().cpu()  # waits for a GPU to finish
+            logits = class_logits(run_on_images(model, images)).double().cpu()  # waits for a GPU to finish
             seconds += time.perf_counter() - start
             if variety is not None:
                 variety.add(logits, labels)
-            sums[:5] += torch.tensor([len(images), *_scores(logits, labels)], dtype=torch.float64)
-            if other is not None:
-                expected = class_logits(output_on(other, images)).double().cpu()
-                if expected.shape != logits.shape:
-                    shapes = f"{logits.shape[1]} and {expected.shape[1]}"
-                    raise InputError(f"the two networks have {shapes} classes: they cannot be compared")
-                sums[5] += (logits.argmax(1) == expected.argmax(1)).sum()
-                sums[6] += functional.kl_div(logits.log_softmax(1), expected.log_softmax(1), None, None, "sum", True)
+            expected = None if other is None else class_logits(run_on_images(other, images)).double().cpu()
+            scores = (len(images), *_scores(logits, labels), *_comparison(logits, expected))
+            sums += torch.tensor(scores, dtype=torch.float64)
             progress(len(images))
+    return _evaluation(sums, seconds, unreadable, compared=other is not None)
+
+
+def _evaluation(sums: Tensor, seconds: float, unreadable: list[str], compared: bool) -> Evaluation:
+    """Return the means over the images of all processes; the arguments are those of this process."""
     unreadable = [name for names in gathered(unreadable) for name in names]
     slowest = max(gathered(seconds))
     sum_over_ranks([sums])
-    total = dict(zip(names, sums.tolist(), strict=True))
+    total = dict(zip(_SUMS, sums.tolist(), strict=True))
     if not total["images"]:
-        why = f": none could be read ({shortened(unreadable, 2)})" if unreadable else ""
-        raise InputError(f"no image to evaluate on{why}")
+        reason = f": none could be read ({shortened(unreadable, 2)})" if unreadable else ""
+        raise InputError(f"there are no images to evaluate on{reason}")
 
-    def share(name: str, of: str) -> float | None:
-        return total[name] / total[of] if total[of] else None
+    def mean(name: str, count: str) -> float | None:
+        return total[name] / total[count] if total[count] else None
 
-    compared = other is not None
     return Evaluation(
         int(total["images"]),
         int(total["labelled"]),
-        share("top1", "labelled"),
-        share("top5", "labelled"),
-        share("loss", "labelled"),
-        share("agree", "images") if compared else None,
-        share("kl", "images") if compared else None,
+        mean("top1", "labelled"),
+        mean("top5", "labelled"),
+        mean("loss", "labelled"),
+        mean("agreement", "images") if compared else None,
+        mean("divergence", "images") if compared else None,
         total["images"] / max(slowest, 1e-9),
         tuple(unreadable),
     )
@@ -155,15 +156,15 @@ def measure(
     metric: Callable[[Any, Any], Any],
     progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[int, float, float]:
-    """Examples, the mean of a metric over them, and seconds of the forwards, over all processes' batches.
+    """Return the number of examples, the mean of a metric, and the seconds of the forward passes, over all processes.
 
     Args:
-        batches: inputs, as `harmconvert.network.call` takes them, and targets.
-        metric: of a batch's outputs and targets: one number for each example, or their mean.
+        batches: pairs of inputs, in the form that `harmconvert.network.call` takes, and targets.
+        metric: a function of the outputs and targets of a batch; returns one number for each example, or their mean.
         progress: called with the number of examples of each batch.
 
     Raises:
-        InputError: no batch.
+        InputError: there is no batch.
     """
     sums = torch.zeros(3, dtype=torch.float64)
     with evaluating(model):
@@ -178,14 +179,14 @@ def measure(
     slowest = max(gathered(sums[2].item()))
     sum_over_ranks([sums])
     if not sums[0]:
-        raise InputError("no batch to evaluate on")
+        raise InputError("there is no batch to evaluate on")
     return int(sums[0]), (sums[1] / sums[0]).item(), slowest
 
 
-def output_on(model: nn.Module, images: Tensor) -> Any:
+def run_on_images(model: nn.Module, images: Tensor) -> Any:
     """Return the output of a network on a batch of images.
 
-    If memory runs out, torch's own exception is raised.
+    If the memory is full, the function raises torch's own exception.
 
     Raises:
         UsageError: the network does not run on images of this size.
@@ -200,12 +201,12 @@ def output_on(model: nn.Module, images: Tensor) -> Any:
         if (bug := user_code_error(error)) is not None:
             raise bug from error
         size = "x".join(map(str, images.shape[1:]))
-        what = f"the network does not run on images of {size}: {type(error).__name__}: {first_line(error)}"
-        raise UsageError(what, "; give the size that it takes (", Argument("input_size", "C,H,W"), ")") from error
+        problem = f"the network does not run on images of {size}: {type(error).__name__}: {first_line(error)}"
+        raise UsageError(problem, "; give its own input size (", Argument("input_size", "C,H,W"), ")") from error
 
 
 def class_logits(output: Any) -> Tensor:
-    """Return the logits (N, classes) in a classifier's output; if it has auxiliary heads, those of the main head.
+    """Return the logits (N, classes) in a classifier's output; with auxiliary heads, those of the main head.
 
     Raises:
         InputError: the network is not a classifier.
@@ -215,17 +216,17 @@ def class_logits(output: Any) -> Tensor:
     if isinstance(output, tuple | list) and output:
         output = output[0]
     if not isinstance(output, Tensor) or output.dim() != 2:
-        what = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-        raise InputError(f"this network is not a classifier: its output has {what}, not (images, classes)")
+        kind = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise InputError(f"this network is not a classifier: its output has {kind}, not (images, classes)")
     return output
 
 
 def check_labels(labels: Tensor, classes: int) -> None:
     """Raise InputError if a label is beyond the network's classes."""
     if len(labels) and (largest := int(labels.max())) >= classes:
-        what = f"label {largest} is beyond the {counted(classes, 'class')} of this network"
+        problem = f"label {largest} is beyond the {counted(classes, 'class')} of this network"
         data, new = Argument("data"), Argument("num_classes", "N")
-        raise InputError(what, ": are these its data (", data, ")? finetune ", new, " gives it another classifier")
+        raise InputError(problem, ": check the data set (", data, "), or give a new classifier with finetune ", new)
 
 
 def _scores(logits: Tensor, labels: Tensor) -> tuple[int, int, int, float]:
@@ -238,3 +239,14 @@ def _scores(logits: Tensor, labels: Tensor) -> tuple[int, int, int, float]:
     top = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
     loss = functional.cross_entropy(logits, labels, reduction="sum").item()
     return len(labels), int((logits.argmax(1) == labels).sum()), int(top.any(1).sum()), loss
+
+
+def _comparison(logits: Tensor, expected: Tensor | None) -> tuple[int, float]:
+    """Return the number of images with the same top-1, and the sum of their divergences; zeros without ``expected``."""
+    if expected is None:
+        return 0, 0.0
+    if expected.shape != logits.shape:
+        classes = f"{logits.shape[1]} and {counted(expected.shape[1], 'class')}"
+        raise InputError(f"the two networks have {classes}: they cannot be compared")
+    divergence = functional.kl_div(logits.log_softmax(1), expected.log_softmax(1), None, None, "sum", True)
+    return int((logits.argmax(1) == expected.argmax(1)).sum()), divergence.item()

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM in training: finish the step, save the state, say how to resume, exit."""
+"""SIGINT and SIGTERM in training: finish the step, save the state, explain how to resume, exit."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ class SignalError(HarmconvertError):
         self.exit_code = 128 + number
 
 
-class Request:
-    """The number of the signal that arrived, or 0."""
+class StopRequest:
+    """The number of the signal that arrived; 0 before any signal."""
 
     signal: int = 0
 
 
 @contextmanager
-def asked_to_stop() -> Iterator[Request]:
-    """Record the first signal inside; a second one is handled as it was before."""
-    request = Request()
-    before: dict[signal.Signals, object] = {}
+def watch_signals() -> Iterator[StopRequest]:
+    """Record the first signal inside; a second signal is handled by the previous handler."""
+    request = StopRequest()
+    previous: dict[signal.Signals, object] = {}
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def record(number: int, frame: FrameType | None) -> None:
         request.signal = number
         restore()
 
     def restore() -> None:
-        for which, handler in before.items():
-            signal.signal(which, handler)  # type: ignore[arg-type]
+        for number, handler in previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
 
     try:
-        for which in SIGNALS:
-            before[which] = signal.signal(which, note)
-    except ValueError:  # not the main thread: the caller handles signals
+        for number in SIGNALS:
+            previous[number] = signal.signal(number, record)
+    except ValueError:  # only the main thread can set handlers: in another thread, the caller handles signals
         pass
     try:
         yield request

@@ -1,4 +1,4 @@
-"""The metrics of a run, epoch by epoch: a .csv file and, on request, TensorBoard's events."""
+"""Write the metrics of a run after each epoch: to a .csv file and, on request, to TensorBoard."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from ..files import write_csv
 
 
 def write_metrics(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Replace the file by all rows, atomically; raise OutsideError if it cannot be written."""
+    """Write all rows to the file, atomically; raise OutsideError if the file cannot be written."""
     write_csv(path, rows, force=True)
 
 
-class Events:
-    """TensorBoard's events of a run, in a folder."""
+class TensorBoardEvents:
+    """Writes the metrics of a run to a folder, as events for TensorBoard."""
 
     def __init__(self, folder: Path) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise OutsideError(
-                Argument("log", "tensorboard"), " needs it: pip install 'harmconvert[tensorboard]'"
+                Argument("log", "tensorboard"), " needs TensorBoard: pip install 'harmconvert[tensorboard]'"
             ) from error
         self.writer = SummaryWriter(str(folder))
 

@@ -14,7 +14,7 @@ from .recipe import Recipe
 
 
 class Objective:
-    """The loss of a recipe; a teacher is needed if the recipe distills."""
+    """The loss of a recipe. If the recipe distills, a teacher is needed."""
 
     def __init__(self, recipe: Recipe, teacher: nn.Module | None, classes: int) -> None:
         self.recipe, self.teacher, self.classes = recipe, teacher, classes
@@ -22,8 +22,8 @@ class Objective:
         if recipe.mixup or recipe.cutmix:
             self.mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=classes)
 
-    def prepared(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the images and targets of a batch after checks of the labels, mixup and cutmix.
+    def prepare(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Check the labels of a batch, apply mixup and cutmix; return the images and targets.
 
         Raises:
             InputError: labels are missing or beyond the network's classes.
@@ -31,7 +31,7 @@ class Objective:
         if self.recipe.distill == 1:
             return images, labels
         if (labels == NO_LABEL).any():
-            remedy = "give a folder for each class, or learn from the uncut network ("
+            remedy = "give a folder for each class, or distill from the uncut network ("
             raise InputError("these images have no labels: ", remedy, Argument("distill"), ")")
         check_labels(labels, self.classes)
         if self.mixup is None or len(images) % 2:

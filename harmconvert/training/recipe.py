@@ -1,4 +1,4 @@
-"""A recipe: all settings that determine the result of a training, as one value that prints, saves and reloads."""
+"""The recipe: all settings that determine the result of a training."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ..errors import InputError, UsageError, counted
 
 CROPS = ("resized", "padded", "none")
 PRECISIONS = ("float32", "bfloat16", "float16")
-PARTS = ("all", "coefficients")
+TRAINABLE = ("all", "coefficients")
 
-# What a file may contain for a field of each type.
+# The values that a file may contain for a field of each type.
 _SHAPES: dict[str, Any] = {
     "str": str, "int": count, "float": finite, "bool": bool, "str | None": (str, None), "float | None": (finite, None),
     "tuple[int, ...]": [count], "tuple[float, float]": pair,
@@ -29,9 +29,10 @@ class Recipe:
     (timm's ``sgd`` has Nesterov momentum, ``momentum`` does not). ``crop``: ``resized`` (random area and aspect, as for
     ImageNet), ``padded`` (by ``padding`` pixels, then a random crop, as for CIFAR) or ``none``. ``amp``: precision of
     the forward pass. ``distill``: share (0 to 1) of the loss that compares with the teacher's logits, softened by
-    ``temperature``; 1 needs no labels. ``ema``: decay of a moving average of the weights, which then is the result
-    (0: none). ``grad_accum_steps``: number of parts in which the images of a step are run. ``freeze_bn``: batch norms
-    keep their statistics and weights. ``train_only``: ``coefficients`` trains only harmonic coefficients.
+    ``temperature``; 1 needs no labels. ``ema``: decay of a moving average of the weights (0: no average); the average
+    is then the result. ``grad_accum_steps``: number of parts into which the images of a step are divided.
+    ``freeze_bn``: batch norms keep their statistics and weights. ``train_only``: ``coefficients`` trains only harmonic
+    coefficients.
     """
 
     name: str = "finetune"
@@ -73,7 +74,7 @@ class Recipe:
         for name in ("epochs", "batch_size", "grad_accum_steps"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} (={getattr(self, name)}) must be at least 1")
-        for name, known in (("crop", CROPS), ("amp", PRECISIONS), ("train_only", PARTS)):
+        for name, known in (("crop", CROPS), ("amp", PRECISIONS), ("train_only", TRAINABLE)):
             if getattr(self, name) not in known:
                 raise UsageError(f"{name} (={getattr(self, name)!r}) must be one of {', '.join(known)}")
         for name in ("distill", "hflip", "vflip", "reprob", "smoothing", "ema"):
@@ -100,7 +101,7 @@ class Recipe:
 
     @property
     def keeps_batch_norm(self) -> bool:
-        """Return whether batch norms keep their statistics and weights; with ``train_only="coefficients"`` they do."""
+        """Return whether batch norms keep their statistics; with ``train_only="coefficients"`` they do, too."""
         return self.freeze_bn or self.train_only == "coefficients"
 
     def _differs(self, other: Recipe, name: str) -> bool:
@@ -121,13 +122,13 @@ class Recipe:
         """
         try:
             if not isinstance(data, Mapping):
-                raise ValueError("it has no settings")
+                raise ValueError("it must be a mapping of settings")
             check(data, {field.name: _SHAPES[str(field.type)] for field in fields(cls)}, "its settings")
             if unknown := set(data) - {field.name for field in fields(cls)}:
                 raise ValueError(f"unknown settings: {', '.join(sorted(unknown))}: update harmconvert")
             settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
             return cls(**settings)
-        except ValueError as error:  # a UsageError among them
+        except ValueError as error:  # UsageError is a ValueError
             raise InputError(f"cannot read the recipe: {error}") from error
 
     def transform(self, config: Mapping[str, Any]) -> Transform:
@@ -170,10 +171,10 @@ RECIPES = {
 
 
 def recipe_named(name: str, **changes: Any) -> Recipe:
-    """Return the recipe of a name, with changes (None changes nothing); its schedule scales with the epochs.
+    """Return a recipe by its name, with changes (None changes nothing); the schedule scales with the epochs.
 
-    With ``distill=1`` (no labels), batch norms are frozen unless ``freeze_bn`` is given: those of the teacher are
-    frozen, too, and the statistics of a few images are far from those that the teacher learnt.
+    With ``distill=1`` (no labels), batch norms are frozen unless ``freeze_bn`` is given. The teacher's batch norms are
+    frozen, too, and the statistics of a few images differ much from those in the teacher.
 
     >>> recipe_named("cifar-wrn", epochs=20).decay_milestones
     (6, 12, 16)

@@ -1,4 +1,4 @@
-"""The state of a run on disk: written atomically; on a CPU, a resumed run is equal bit for bit."""
+"""The state of a training run in a file, written atomically. On a CPU, a resumed run is equal bit for bit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _SHAPE = {
 
 @dataclass(frozen=True)
 class Position:
-    """The position of a run: steps done in the current epoch, their sums, and a row for each epoch before."""
+    """The position of a run: finished epochs and steps, sums over these steps, a row of metrics for each epoch."""
 
     epoch: int = 0
     step: int = 0
@@ -43,22 +43,24 @@ class Position:
 
 
 @dataclass
-class Keeper:
+class StateFile:
     """The file with a run's state: ``path`` (None: nothing is saved), written every epoch and every ``every`` steps.
 
-    ``identity`` (recipe, plan, data) must be the same when a run is resumed. ``record`` is stored in the file, too. The
-    state before the newest one is kept as ``PATH.previous``, in case the disk corrupts the newest.
+    ``resume``: the run continues from the state in the file. ``identity`` (recipe, plan, data) must be the same when a
+    run is resumed. ``record`` is stored in the file, too. The state before the newest one is kept as ``PATH.previous``,
+    in case the disk corrupts the newest.
     """
 
     path: Path | None = None
     every: int | None = None
     identity: Mapping[str, Any] = field(default_factory=dict)
     record: Mapping[str, Any] = field(default_factory=dict)
+    resume: bool = False
     say: Callable[[str], None] = lambda message: None
     _corrupt: bool = field(default=False, init=False)
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def lock(self) -> Iterator[None]:
         """Lock the file against other runs inside. Every process must enter this context.
 
         Raises:
@@ -71,12 +73,12 @@ class Keeper:
                 all_or_none(lambda: stack.enter_context(lock) if rank() == 0 else None, refused)
             yield
 
-    def due(self, step: int) -> bool:
+    def is_due(self, step: int) -> bool:
         """Return whether to save after this step of an epoch."""
         return self.path is not None and self.every is not None and step % self.every == 0
 
-    def save(self, position: Position, content: Callable[[], Mapping[str, Any]]) -> None:
-        """Write the state; if that fails, the old one stays. Every process must call this.
+    def save(self, position: Position, state_dict: Callable[[], Mapping[str, Any]]) -> None:
+        """Write the state; if writing fails, the old state stays. Every process must call this method.
 
         Raises:
             OutsideError: the disk is full or permission is missing (raised in every process).
@@ -86,79 +88,81 @@ class Keeper:
         random_states = gathered(_random_state())
         problem: HarmconvertError | None = None
         if rank() == 0:
-            whole = {
+            state = {
                 "version": STATE_VERSION,
                 "identity": dict(self.identity),
                 "record": dict(self.record),
                 "position": asdict(position),
                 "random": random_states,
-                **content(),
+                **state_dict(),
             }
             try:
-                if not self._corrupt:  # a corrupt state must not replace the readable one before it
+                if not self._corrupt:  # a corrupt state must not replace the readable previous one
                     _keep_previous(self.path)
-                write_file(self.path, lambda staging: _save(whole, staging), force=True)
+                write_file(self.path, lambda staging: _save(state, staging), force=True)
                 self._corrupt = False
             except HarmconvertError as error:
                 problem = error
         if any_rank(problem is not None):
             raise problem or OutsideError(f"the first process could not write {self.path}")
 
-    def load(self, path: Path) -> tuple[Position, Mapping[str, Any]]:
-        """Return the position and the content of a state, and restore this process's random numbers.
+    def load(self) -> tuple[Position, Mapping[str, Any]]:
+        """Return the position and the saved state of a run, and restore this process's random numbers.
 
         Raises:
-            InputError: neither the state nor the one before it can be read.
-            UsageError: it is the state of another run.
+            InputError: neither the newest nor the previous state can be read.
+            UsageError: the file has the state of another run.
         """
-        whole, self._corrupt = _read_either(path, self.say)
+        path = self.path
+        assert path is not None
+        state, self._corrupt = _read_or_previous(path, self.say)
         for key, value in self.identity.items():
-            if (stored := whole["identity"].get(key)) != value:
+            if (stored := state["identity"].get(key)) != value:
                 raise UsageError(f"{path} is the state of another run: {_difference(key, stored, value)}")
-        if rank() < len(whole["random"]):
+        if rank() < len(state["random"]):
             try:
-                _set_random_state(whole["random"][rank()])
+                _set_random_state(state["random"][rank()])
             except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
                 raise InputError(f"{path} holds invalid random states: {first_line(error)}") from error
-        if len(whole["random"]) != world_size():
+        if len(state["random"]) != world_size():
             self.say(
-                f"note: {path} was written by {counted(len(whole['random']), 'process')}, so random numbers will differ"
+                f"note: {path} was written by {counted(len(state['random']), 'process')}, so random numbers will differ"
             )
-        position = Position(**whole["position"])
-        return replace(position, sums=tuple(position.sums), rows=tuple(position.rows)), whole
+        position = Position(**state["position"])
+        return replace(position, sums=tuple(position.sums), rows=tuple(position.rows)), state
 
     def remove(self) -> None:
-        """Delete the state and the one before it, at the end of a run."""
+        """Delete the newest and the previous state, at the end of a run."""
         if self.path is not None and rank() == 0:
             for path in (self.path, _previous(self.path)):
                 with suppress(OSError):
                     path.unlink(missing_ok=True)
 
 
-def identity_of(path: str | Path) -> Mapping[str, Any]:
-    """Return the identity (recipe and more) in a state; raise InputError if it cannot be read."""
-    return dict(_read_either(Path(path))[0]["identity"])
+def read_identity(path: str | Path) -> Mapping[str, Any]:
+    """Return the identity (recipe, plan, data) in a state file; raise InputError if the file cannot be read."""
+    return dict(_read_or_previous(Path(path))[0]["identity"])
 
 
-def record_of(path: str | Path) -> Mapping[str, Any]:
-    """Return the record in a state; raise InputError if it cannot be read."""
-    return dict(_read_either(Path(path))[0]["record"])
+def read_record(path: str | Path) -> Mapping[str, Any]:
+    """Return the record in a state file; raise InputError if the file cannot be read."""
+    return dict(_read_or_previous(Path(path))[0]["record"])
 
 
-def _read_either(path: Path, say: Callable[[str], None] = lambda message: None) -> tuple[Any, bool]:
-    """Return a state, and whether it is the one before the newest because the newest is corrupt."""
+def _read_or_previous(path: Path, say: Callable[[str], None] = lambda message: None) -> tuple[Any, bool]:
+    """Return the newest state that can be read, and whether the newest one is corrupt."""
     previous = _previous(path)
     try:
         return _read(path), False
     except InputError as error:
         if not previous.exists():
             raise
-        say(f"warning: {error}; resuming from the state before it, {previous}")
+        say(f"warning: {error}; resuming from the previous state, {previous}")
         return _read(previous), True
 
 
 def _difference(key: str, stored: Any, value: Any) -> str:
-    """Return a short text that says which entry of an identity differs."""
+    """Describe which entry of an identity differs."""
     if isinstance(stored, Mapping) and isinstance(value, Mapping):
         differing = [name for name in {**stored, **value} if stored.get(name) != value.get(name)]
         first = stored.get(differing[0])
@@ -168,12 +172,12 @@ def _difference(key: str, stored: Any, value: Any) -> str:
     return f"its {key} was {stored}, here it is {value}"
 
 
-def _save(whole: Mapping[str, Any], staging: Path) -> None:
+def _save(state: Mapping[str, Any], staging: Path) -> None:
     try:
-        torch.save(dict(whole), staging)
+        torch.save(dict(state), staging)
     except RuntimeError as error:  # torch's zip writer raises it if the disk is full
         raise OutsideError(
-            f"cannot save the training state: {first_line(error)}; free some space (the last state is unchanged)"
+            f"cannot save the training state: {first_line(error)}; free some space (the last saved state is unchanged)"
         ) from error
 
 
@@ -181,31 +185,31 @@ def _read(path: Path) -> Any:
     if reason := why_unreadable(path):
         raise InputError(f"{path} {reason}")
     try:
-        whole = read_pickle(path)
+        state = read_pickle(path)
     except UNREADABLE as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path} is not a readable training state: {why_pickle_unreadable(path, error)}") from error
     try:
-        check(whole, _SHAPE, "it")
-        _check_tensors(whole, "it")
-        if missing := [key for key in _SHAPE if key not in whole]:
+        check(state, _SHAPE, "it")
+        _check_tensors(state, "it")
+        if missing := [key for key in _SHAPE if key not in state]:
             raise ValueError(f"it has no {missing[0]}")
-        if whole["version"] != STATE_VERSION:
-            raise InputError(f"{path} has version {whole['version']!r}, this harmconvert reads version {STATE_VERSION}")
-        if len(Position(**whole["position"]).sums) != len(Position.sums):
-            raise ValueError("its sums are not three")
+        if state["version"] != STATE_VERSION:
+            raise InputError(f"{path} has version {state['version']!r}, this harmconvert reads version {STATE_VERSION}")
+        if len(Position(**state["position"]).sums) != len(Position.sums):
+            raise ValueError("it does not have three sums")
     except InputError:
         raise
     except UNREADABLE as error:
         raise InputError(
             f"{path} is not a readable training state: {first_line(error) or type(error).__name__}"
         ) from error
-    return whole
+    return state
 
 
 def _check_tensors(value: Any, where: str) -> None:
-    """Raise ValueError if a tensor, at any depth, cannot be part of a run's state."""
+    """Raise ValueError if a tensor at any depth is of a kind that a training state does not have."""
     if isinstance(value, torch.Tensor) and (reason := why_tensor_refused(value)):
         raise ValueError(f"{where} {reason}")
     if isinstance(value, Mapping | list | tuple):

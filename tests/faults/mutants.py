@@ -195,16 +195,16 @@ MUTANTS = (
         "a plan of 1x9 kernels fits 3x3 ones", PLAN,
     ),
     Mutant(
-        "network.copying._Following._fill",
-        "new.cell_contents = self._like(value.cell_contents)",
+        "network.copying._FunctionReplacer._fill",
+        "new.cell_contents = self._counterpart(value.cell_contents)",
         "new.cell_contents = value.cell_contents",
         "a copy's functions work on the original", ("test_copying.py",),
     ),
     Mutant(
-        "pipeline.side_by_side._compare",
-        "[name for name in found.outputs if name not in ran]",
-        "[name for name in found.outputs if not name]",
-        "what only the original runs is not told", ("test_copying.py",),
+        "pipeline.side_by_side._SideBySide.compare",
+        "[name for name in result.outputs if name not in ran]",
+        "[name for name in result.outputs if not name]",
+        "layers that only the original runs are not reported", ("test_copying.py",),
     ),
     Mutant(
         "plan.space.axis.SpaceAxis.cost",
@@ -244,8 +244,8 @@ MUTANTS = (
     ),
     Mutant(
         "pipeline.structure_check.altered_state",
-        "not _equal(tensor, theirs[key])",
-        "not torch.allclose(tensor, theirs[key])",
+        "not _equal(tensor, converted_tensors[key])",
+        "not torch.allclose(tensor, converted_tensors[key])",
         "what was not to change may change a little", VERIFY,
     ),
     Mutant(
@@ -256,7 +256,7 @@ MUTANTS = (
     ),
     Mutant(
         "pipeline.structure_check.as_calibrated",
-        "found.get(key) == sha256",
+        "actual.get(key) == sha256",
         "bool(sha256)",
         "whatever calibration may have written passes", (*VERIFY, *REFIT),
     ),

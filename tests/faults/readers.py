@@ -29,7 +29,7 @@ from harmconvert.calibration import CalibrationSettings
 from harmconvert.errors import DamageWarning, HarmconvertError
 from harmconvert.kernels import all_frequencies
 from harmconvert.layers import read_times
-from harmconvert.network import random_states_kept
+from harmconvert.network import preserve_random_states
 from harmconvert.pipeline import FineTuning, Stage, convert, recorded_stages
 from harmconvert.plan import Frequencies, Plan
 from harmconvert.report import comparison_of, comparison_table, differences_table, page, report_of, write_report
@@ -37,7 +37,7 @@ from harmconvert.search import Item, Probes, SearchSettings, with_order
 from harmconvert.sources import open_reference
 from harmconvert.sources import opening as sources
 from harmconvert.storage import Header, Source, load_state, read_header, read_weights
-from harmconvert.training import RECIPES, Keeper, Learner, Machine, Position, Recipe, identity_of
+from harmconvert.training import RECIPES, MachineSettings, Position, Recipe, StateFile, Trainer, read_identity
 
 from ..networks import random_input, seeded
 
@@ -157,20 +157,20 @@ def _read_probes(path: Path) -> None:
 
 
 def _read_state(path: Path) -> None:
-    with random_states_kept():
-        position, content = Keeper(path, identity={"data": [4]}).load(path)
+    with preserve_random_states():
+        position, content = StateFile(path, identity={"data": [4]}).load()
         assert position.epoch >= 0
         assert position.step >= 0
         assert sum(position.sums) is not None
-        learner().load(content)
-        recipe = Recipe.from_json(identity_of(path).get("recipe"))
+        trainer().load_state_dict(content)
+        recipe = Recipe.from_json(read_identity(path).get("recipe"))
         str(recipe)
         recorded_stages(path)
 
 
-def learner() -> Learner:
-    """Return a learner into which a state is loaded."""
-    return Learner(seeded(Small), Recipe(), Machine(channels_last=False), 4, None)
+def trainer() -> Trainer:
+    """Return a trainer into which a state is loaded."""
+    return Trainer(seeded(Small), Recipe(), MachineSettings(channels_last=False), 4, None)
 
 
 def _read_times(path: Path) -> None:
@@ -241,8 +241,8 @@ def _state_seed() -> Any:
         path = Path(folder) / "net.state.pth"
         stage = Stage("cut").to_json()
         identity = {"recipe": Recipe().to_json(), "data": [4]}
-        keeper = Keeper(path, identity=identity, record={"stages": [stage], "calibration": None})
-        keeper.save(Position(1, 2, rows=(_EPOCH,)), learner().content)
+        state_file = StateFile(path, identity=identity, record={"stages": [stage], "calibration": None})
+        state_file.save(Position(1, 2, rows=(_EPOCH,)), trainer().state_dict)
         kept.append(torch.load(path, weights_only=True))
     return {**kept[0], "position": {**kept[0]["position"], "sums": [0.0] * 3, "rows": [_EPOCH]}}
 

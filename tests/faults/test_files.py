@@ -23,7 +23,7 @@ from harmconvert.pipeline import convert
 from harmconvert.plan import Plan
 from harmconvert.sources import open_source
 from harmconvert.storage import read_header, read_weights
-from harmconvert.training import record_of
+from harmconvert.training import read_record
 
 from ..commands import run
 from ..networks import Branches, seeded
@@ -206,7 +206,7 @@ def every_way_in(folder: Path) -> dict[str, tuple[Path, Callable[[], Any]]]:
         "a folder's": (hub / "pytorch_model.bin", lambda: open_source(f"local-dir:{hub}")),
         "a shard": (folder / "shard.bin", lambda: read_weights(index)),
         "the reference implementation's": (weights, lambda: open_source(f"reference:{weights}")),
-        "state of a run": (state, lambda: record_of(state)),
+        "state of a run": (state, lambda: read_record(state)),
     }
 
 
@@ -323,5 +323,5 @@ def test_paths_that_are_not_regular_files_are_refused(tmp_path: Path, tally: Cou
         for ending in (".safetensors", ".pth", ".index.json", ".json"):
             path = tmp_path / f"{name}{ending}"
             path.symlink_to(target)
-            for read in (read_header, loaded, read_weights, Plan.load, lambda path: record_of(path)):
+            for read in (read_header, loaded, read_weights, Plan.load, lambda path: read_record(path)):
                 count.trial(complaint(path, read))

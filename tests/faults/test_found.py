@@ -23,10 +23,10 @@ from harmconvert.report import page, report_of
 from harmconvert.search import Item, Probes, with_order
 from harmconvert.sources import load, open_reference, rebuild
 from harmconvert.storage import Header, Source, read_header, read_weights
-from harmconvert.training import Keeper, Position, Recipe, identity_of
+from harmconvert.training import Position, Recipe, StateFile, read_identity
 
 from ..networks import seeded
-from .readers import Small, _header_of, _trained, learner
+from .readers import Small, _header_of, _trained, trainer
 
 LAYER = {"name": "a", "kernel_size": [3, 3], "frequencies": [[0, 0]]}
 
@@ -106,7 +106,7 @@ def test_a_history_that_further_training_cannot_use_is_refused_when_it_is_read(h
 def test_a_history_without_the_entries_of_a_report_raises_input_error(changed: Any) -> None:
     history = _header_of("trained")["history"]
     header = Header.from_json({**_header_of("trained"), "history": {**history, **changed}})
-    with pytest.raises(InputError, match="net: what its header says was done to it is unreadable"):
+    with pytest.raises(InputError, match="net: the history in its header is invalid"):
         page(report_of(_trained(), header, "net"))
 
 
@@ -176,8 +176,8 @@ def test_reference_files_whose_shapes_do_not_fit_together_are_refused(tmp_path: 
 def kept(folder: Path, **changed: Any) -> Path:
     """Write a state with changed parts; return its path."""
     path = folder / "net.state.pth"
-    keeper = Keeper(path, identity={"recipe": Recipe().to_json()}, record={"stages": [], "calibration": None})
-    keeper.save(Position(1, 2), learner().content)
+    state_file = StateFile(path, identity={"recipe": Recipe().to_json()}, record={"stages": [], "calibration": None})
+    state_file.save(Position(1, 2), trainer().state_dict)
     torch.save({**torch.load(path, weights_only=True), **changed}, path)
     return path
 
@@ -196,24 +196,24 @@ def kept(folder: Path, **changed: Any) -> Path:
 )  # fmt: skip
 def test_a_state_with_parts_of_wrong_types_is_refused(tmp_path: Path, part: str, value: Any) -> None:
     path = kept(tmp_path, **{part: value})
-    for read in (Keeper(path).load, identity_of):
+    for read in (StateFile(path).load, lambda: read_identity(path)):
         with pytest.raises(InputError, match="is not a readable training state: "):
-            read(path)
+            read()
 
 
 def test_one_flipped_bit_in_a_state_is_detected_and_the_state_before_it_used(tmp_path: Path) -> None:
     """torch.load does not compare checksums: the run would continue with another weight."""
     path, said = kept(tmp_path), []
-    Keeper(path, identity={"recipe": Recipe().to_json()}).save(Position(1, 3), learner().content)
-    data, weights = bytearray(path.read_bytes()), learner().content()["model"]["fc.weight"].numpy().tobytes()
+    StateFile(path, identity={"recipe": Recipe().to_json()}).save(Position(1, 3), trainer().state_dict)
+    data, weights = bytearray(path.read_bytes()), trainer().state_dict()["model"]["fc.weight"].numpy().tobytes()
     data[data.index(weights) + 5] ^= 1
     path.write_bytes(data)
-    position, _ = Keeper(path, say=said.append).load(path)
+    position, _ = StateFile(path, say=said.append).load()
     assert (position.epoch, position.step) == (1, 2)
     assert "is damaged (net.state/" in said[0]
     path.with_name(f"{path.name}.previous").unlink()
     with pytest.raises(InputError, match="is not what was written"):
-        Keeper(path).load(path)
+        StateFile(path).load()
 
 
 def test_a_state_without_one_of_its_parts_is_refused(tmp_path: Path) -> None:
@@ -222,26 +222,26 @@ def test_a_state_without_one_of_its_parts_is_refused(tmp_path: Path) -> None:
     for part in ("version", "identity", "record", "position", "random", "model"):
         torch.save({key: value for key, value in whole.items() if key != part}, path)
         with pytest.raises(InputError, match="not a readable training state"):
-            Keeper(path).load(path)
+            StateFile(path).load()
 
 
 @pytest.mark.parametrize("random", [{}, {"torch": 3}, {"torch": torch.zeros(3)}])
 def test_invalid_random_states_are_refused(tmp_path: Path, random: Any) -> None:
     path = kept(tmp_path, random=[random])
     with pytest.raises(InputError, match="holds invalid random states: "):
-        Keeper(path).load(path)
+        StateFile(path).load()
 
 
 @pytest.mark.parametrize("part", ["optimizer", "scaler", "updates", "model"])
 @pytest.mark.parametrize("value", [True, None, {}, {"a": 1}, [1]])
 def test_a_state_that_cannot_be_loaded_is_refused(part: str, value: Any) -> None:
-    one = learner()
-    content = {**one.content(), part: value}
+    one = trainer()
+    content = {**one.state_dict(), part: value}
     if part == "scaler" or (part, value) == ("updates", True):  # there is no scaler on a CPU; True is a number
-        one.load(content)
+        one.load_state_dict(content)
         return
     with pytest.raises(InputError, match="the training state does not fit this network"):
-        one.load(content)
+        one.load_state_dict(content)
 
 
 def test_the_record_of_another_command_is_refused(tmp_path: Path) -> None:
@@ -253,7 +253,7 @@ def test_the_record_of_another_command_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (5, "it has no settings"), (torch.zeros(3), "it has no settings"), ([], "it has no settings"),
+        (5, "it must be a mapping"), (torch.zeros(3), "it must be a mapping"), ([], "it must be a mapping"),
         ({"epochs": math.nan}, "epochs: nan should be a count"), ({"epochs": "5"}, "epochs: '5' should be a count"),
         ({"lr": math.inf}, "lr: inf should be a finite"), ({"name": {}}, "name: a dict of 0 items should be text"),
         ({"scale": [1]}, "scale: a list of 1 item should be"), ({"clip_grad": "x"}, "clip_grad: 'x' should be"),

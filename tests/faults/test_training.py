@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from harmconvert.training import record_of
+from harmconvert.training import read_record
 
 from ..pictures import digit_folders
 from .children import Fault, child, command, ended, said
@@ -141,7 +141,7 @@ def stopped(material: Path) -> Path:
             break
         folder = fresh(material, "stopped")
         ended(child(command, folder, *RUN, "--save-every", "2", fault=Fault(kill_at_step=step)))
-    assert record_of(folder / STATE)
+    assert read_record(folder / STATE)
     return folder
 
 
@@ -219,7 +219,7 @@ def test_the_state_of_another_run_is_refused(material: Path, stopped: Path, tall
     other = [argument.replace("cut", "other") for argument in RUN]
     code = ended(child(command, stopped, *other, "--resume", STATE))
     count.trial(None if code == 2 else f"plan: exit code {code}: {said(stopped)[-300:]}")
-    record_of(stopped / STATE)
+    read_record(stopped / STATE)
 
 
 def test_a_run_on_a_full_disk_is_resumed_bit_for_bit(

@@ -26,7 +26,7 @@ from harmconvert.errors import HarmconvertError
 from harmconvert.files import write_file, write_folder
 from harmconvert.samples import SAMPLES
 from harmconvert.storage import read_header
-from harmconvert.training import record_of
+from harmconvert.training import read_record
 
 from ..pictures import digit_folders
 from .children import Fault, child, command, ended, said
@@ -151,7 +151,7 @@ def readable(path: Path) -> bool:
                 warnings.simplefilter("error")
                 load(path, model=SAMPLES["resnet_mnist5k"].build())
         elif path.suffix in (".pth", ".previous"):
-            record_of(path)
+            read_record(path)
         elif path.suffix == ".html":
             return path.read_text(encoding="utf-8").rstrip().endswith("</html>")
         else:

@@ -6,7 +6,7 @@ not: mathematics on tensors (`kernels`) and modules (`layers`).
 
 from .axis import SpaceAxis
 from .frequencies import Frequencies, bases_of, bases_text, cut_layer, normalizations_text
-from .policies import Lambda, stays_whole
+from .policies import Lambda, energies_kept, stays_whole
 
 __all__ = [
     "Frequencies",
@@ -15,6 +15,7 @@ __all__ = [
     "bases_of",
     "bases_text",
     "cut_layer",
+    "energies_kept",
     "normalizations_text",
     "stays_whole",
 ]

@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+from torch import Tensor
+
 from ...errors import Argument, UsageError, shortened
-from ...kernels.basis import Basis, all_frequencies, scaled_levels
+from ...kernels.basis import Basis, all_frequencies, dct_basis, frequencies_below, scaled_levels
+from ...kernels.projection import energy_kept
 from ...network.layers import LayerInfo
 from .frequencies import Frequencies
 
@@ -23,6 +26,18 @@ class Lambda:
 
     def __str__(self) -> str:
         return ",".join(f"{k}={v}" for k, v in self.lam.items()) if isinstance(self.lam, Mapping) else str(self.lam)
+
+
+def energies_kept(weight: Tensor, lambdas: Sequence[int]) -> tuple[float, ...]:
+    """Return the share of a kernel's energy that each lambda (scaled with the kernel) keeps with the DCT.
+
+    >>> import torch
+    >>> [round(energy, 6) for energy in energies_kept(torch.ones(1, 1, 3, 3), [1, 2])]
+    [1.0, 1.0]
+    """
+    size = tuple(weight.shape[2:])
+    kept = [frequencies_below(size, scaled_levels(size, lam)) for lam in lambdas]
+    return tuple(energy_kept(weight, dct_basis(size, frequencies)) for frequencies in kept)
 
 
 def planned(

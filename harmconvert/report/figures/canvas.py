@@ -1,4 +1,4 @@
-"""What all figures share: colours, style, an empty canvas."""
+"""Code that all figures share: colours, style, an empty canvas."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from ...errors import printable
 
 COLOURS = colormaps["viridis"]
-# Okabe and Ito's colours, told apart by people who see fewer of them.
+# Colours of Okabe and Ito, which people with colour vision deficiency can distinguish.
 BLUE, VERMILION, GREY, PALE = "#0072B2", "#D55E00", "#555555", "#e4e4e4"
 _STYLE: dict[Any, Any] = {
     "font.size": 9.0,
@@ -27,9 +27,9 @@ _STYLE: dict[Any, Any] = {
     "axes.labelsize": 9.0,
     "axes.linewidth": 0.6,
     "legend.frameon": False,
-    # Names of layers are data: a $ in one is a $.
+    # Names of layers are data: a $ in a name must not begin a formula.
     "text.parse_math": False,
-    # As outlines: a reader who lacks the font sees what was drawn; and the same names for the same things.
+    # Outlines need no font on the reader's machine. A fixed salt gives the same ids in every run.
     "svg.fonttype": "path",
     "svg.hashsalt": "harmconvert",
 }
@@ -37,23 +37,23 @@ _STYLE: dict[Any, Any] = {
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Our settings alone, whatever the user's matplotlibrc says; put back afterwards."""
+    """Use the settings of this module only, not the user's matplotlibrc, and restore the user's settings at the end."""
     with matplotlib.rc_context(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands for it
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box is drawn instead
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)
         yield
 
 
 def canvas(width: float, height: float) -> Figure:
-    """An empty figure of that many inches, off any screen."""
+    """Return an empty figure of this size in inches, without a window."""
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
     return figure
 
 
 def share_bar(figure: Figure, axes: Sequence[Axes], title: str, of: ScalarMappable | None = None) -> None:
-    """A thin scale of `COLOURS` from 0 to 100 % above the axes."""
+    """Draw a thin scale of `COLOURS` from 0 to 100 % above the axes."""
     thickness, length, pad = 0.12, 0.5 * (figure.get_figwidth() - 1.5), 0.2 / figure.get_figheight()
     bar = figure.colorbar(
         of or ScalarMappable(Normalize(0, 100), COLOURS),
@@ -71,6 +71,6 @@ def share_bar(figure: Figure, axes: Sequence[Axes], title: str, of: ScalarMappab
 
 
 def label(name: str, limit: int = 48) -> str:
-    """A name from a file: no control characters, and the middle left out where it is long."""
+    """Return a name from a file with control characters escaped; a long name is shortened in the middle."""
     text = printable(name.replace("\n", "?"))
     return text if len(text) <= limit else f"{text[: limit // 2 - 1]}…{text[-limit // 2 :]}"

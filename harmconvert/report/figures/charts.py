@@ -1,4 +1,4 @@
-"""The page's charts on paper: the same places, marks and colours, and names where a pointer cannot ask for them."""
+"""The charts of the page as images: the same positions, marks and colours, with layer names instead of hover texts."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ..charts import Axis, Chart, Series
 from ..sheets import Sheet
 from .canvas import BLUE, GREY, PALE, VERMILION, canvas, label
 
-NAMED = 64  # layers that have room for a name each
-_LONGEST = 32  # letters of a name
+NAMED = 64  # the largest number of layers whose names are written
+_LONGEST = 32  # letters of a name; longer names are shortened
 _COLOURS = {"a": BLUE, "b": VERMILION, "grey": GREY}
 
 
 def draw_sheet(sheet: Sheet) -> Figure:
-    """The charts below one another, those of layers on one axis with their names below the last."""
+    """Draw the charts below each other. If x counts layers, their names are below the last chart."""
     named = 0 < len(sheet.names) <= NAMED
     figure = canvas(6.8, 3.1 * len(sheet.charts) + 0.3 + (names_height(sheet.names) if named else 0.0))
     figure.set_layout_engine("constrained", h_pad=0.1)
@@ -35,12 +35,12 @@ def draw_sheet(sheet: Sheet) -> Figure:
 
 
 def names_height(names: Sequence[str]) -> float:
-    """Inches that `layer_names` need."""
+    """Return the height in inches that `layer_names` needs."""
     return 0.085 * max(len(label(name, _LONGEST)) for name in names)
 
 
 def layer_names(ax: Axes, names: Sequence[str], first: float) -> None:
-    """A name below each place of x from ``first`` on, read upwards."""
+    """Write a name, rotated upwards, below each whole number of x; the first name is at ``first``."""
     ax.set_xticks([first + index for index in range(len(names))], [label(name, _LONGEST) for name in names])
     ax.tick_params(axis="x", length=0, labelsize=min(8.0, 340 / len(names)), labelrotation=90)
 
@@ -60,7 +60,7 @@ def _chart(ax: Axes, chart: Chart) -> None:
     ax.grid(axis="y", color=PALE, linewidth=0.6)
     ax.set_axisbelow(True)
     ax.spines[["top", "right", "left"]].set_visible(False)
-    # Above the plot, where it hides nothing.
+    # Above the plot, so that the legend covers no points.
     ax.legend(
         loc="lower left", bbox_to_anchor=(0, 1.02), ncols=columns, borderaxespad=0, borderpad=0, handlelength=1.0,
         handletextpad=0.4, columnspacing=1.4,
@@ -68,27 +68,27 @@ def _chart(ax: Axes, chart: Chart) -> None:
 
 
 def _axis(ax: Axes, axis: Axis, which: Literal["x", "y"]) -> None:
-    one = getattr(ax, f"{which}axis")
+    matplotlib_axis = getattr(ax, f"{which}axis")
     if axis.log:
         ax.set(**{f"{which}scale": "log"})
-        one.set_minor_locator(NullLocator())
-        one.set_minor_formatter(NullFormatter())
+        matplotlib_axis.set_minor_locator(NullLocator())
+        matplotlib_axis.set_minor_formatter(NullFormatter())
     ax.set(**{f"{which}lim": (axis.low, axis.high), f"{which}label": axis.label})
-    one.set_ticks(axis.ticks, [words for _, words in axis.words()])
+    matplotlib_axis.set_ticks(axis.ticks, [words for _, words in axis.words()])
     ax.tick_params(axis=which, length=0 if which == "y" else 2, labelsize=8.0)
 
 
 def _series(ax: Axes, series: Series, y: Axis) -> None:
     colour = _COLOURS[series.colour]
-    # What is beyond the axis lies at its end, as a 0 on a logarithmic one.
-    xs, ys = [x for x, _, _ in series.points], [min(max(at, y.low), y.high) for _, at, _ in series.points]
-    shown = series.name or "_"  # matplotlib's word for: not in the legend
+    # A value outside the axis, such as 0 on a logarithmic axis, is drawn at the end of the axis.
+    xs, ys = [x for x, _, _ in series.points], [min(max(value, y.low), y.high) for _, value, _ in series.points]
+    legend = series.name or "_"  # matplotlib omits names that begin with _ from the legend
     if series.look == "line":
-        ax.plot(xs, ys, color=colour, linewidth=1.2, label=shown, clip_on=False)
+        ax.plot(xs, ys, color=colour, linewidth=1.2, label=legend, clip_on=False)
         return
     size = 11.0 if series.look == "halo" else 4.5 if len(xs) <= 200 else 2.5
     hollow = {"markerfacecolor": "white" if series.look == "rings" else "none", "markeredgewidth": 1.3}
     ax.plot(
-        xs, ys, "o", color=colour, markersize=size, label=shown, clip_on=False, zorder=3,
+        xs, ys, "o", color=colour, markersize=size, label=legend, clip_on=False, zorder=3,
         **(hollow if series.look in ("rings", "halo") else {"markeredgewidth": 0}),
     )  # fmt: skip

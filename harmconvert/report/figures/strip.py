@@ -1,4 +1,4 @@
-"""The network as a strip of layers, coloured by what share of its frequencies each keeps."""
+"""The strip of layers: the colour of a layer shows the share of its kernel that is kept."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from ..sheets import Strip
+from ..text import layer_name
 from .canvas import COLOURS, GREY, PALE, canvas, share_bar
 from .charts import NAMED, layer_names, names_height
 
-_IN_A_ROW = 50  # of layers too many for names
+_PER_ROW = 50  # layers in a row, if there are too many for names
 _HATCH = "////"
 
 
 def draw_strip(strip: Strip) -> Figure:
-    """One row with names and counts where there is room, else rows of fifty with the number of the first."""
+    """Draw one row with names and counts if there is room; else rows of 50, each with its first layer's number."""
     count = len(strip.layers)
     named = count <= NAMED
-    columns = count if named else _IN_A_ROW
+    columns = count if named else _PER_ROW
     rows = math.ceil(count / columns)
     width = min(6.8, 1.6 + 0.35 * count) if named else 6.8
-    names = [layer.name or "(root)" for layer in strip.layers]
+    names = [layer_name(layer.name) for layer in strip.layers]
     figure = canvas(max(width, 4.2), 0.5 + 1.4 + names_height(names) if named else 0.17 * rows + 1.4)
     figure.set_layout_engine("constrained", h_pad=0.1)
     ax = figure.subplots()
@@ -33,7 +34,7 @@ def draw_strip(strip: Strip) -> Figure:
         look = {"facecolor": colour} if layer.kept else {"facecolor": PALE, "edgecolor": GREY, "hatch": _HATCH}
         ax.add_patch(Rectangle((column + 0.05, row + 0.04), 0.9, 0.92, linewidth=0, **look))
         if named and layer.kept:
-            _count(ax, (column, row), f"{layer.kept}/{layer.total}", layer.share, count)
+            _write_count(ax, (column, row), f"{layer.kept}/{layer.total}", layer.share, count)
     ax.set(xlim=(0, columns), ylim=(rows, 0))
     ax.spines[:].set_visible(False)
     if named:
@@ -41,11 +42,11 @@ def draw_strip(strip: Strip) -> Figure:
         layer_names(ax, names, 0.5)
     else:
         step = math.ceil(rows / 25)
-        shown = range(0, rows, step)
-        ax.set_yticks([row + 0.5 for row in shown], [str(row * columns + 1) for row in shown])
+        numbered = range(0, rows, step)
+        ax.set_yticks([row + 0.5 for row in numbered], [str(row * columns + 1) for row in numbered])
         ax.set_xticks([])
         ax.tick_params(axis="y", length=0, labelsize=8.0)
-        ax.set_ylabel("number of the first")
+        ax.set_ylabel("number of the first layer")
     ax.set_xlabel("layer, in the order of the network")
     share_bar(figure, [ax], "share of its frequencies that each layer keeps")
     if not all(layer.kept for layer in strip.layers):
@@ -54,9 +55,9 @@ def draw_strip(strip: Strip) -> Figure:
     return figure
 
 
-def _count(ax: Axes, place: tuple[int, int], text: str, share: float, count: int) -> None:
-    """How many it keeps, read upwards, dark on the bright end of the scale."""
+def _write_count(ax: Axes, cell: tuple[int, int], text: str, share: float, count: int) -> None:
+    """Write how many parts a layer keeps, rotated upwards; the text is black on bright colours, else white."""
     ax.text(
-        place[0] + 0.5, place[1] + 0.5, text, ha="center", va="center", rotation=90, fontsize=min(8.0, 300 / count),
+        cell[0] + 0.5, cell[1] + 0.5, text, ha="center", va="center", rotation=90, fontsize=min(8.0, 300 / count),
         color="black" if share > 0.6 else "white",
     )  # fmt: skip

@@ -15,21 +15,21 @@ from ..tradeoff import Point, Tradeoff
 from .canvas import BLUE, GREY, PALE, VERMILION, canvas
 
 
-def draw_tradeoff(found: Tradeoff) -> Figure:
-    """Error against parameters; without labels disagreement with the uncut network, and KL below it."""
+def draw_tradeoff(tradeoff: Tradeoff) -> Figure:
+    """Draw the error against the parameters; without labels, the disagreement with the uncut network and the KL."""
     units = ((1e9, "thousand million"), (1e6, "million"), (1e3, "thousand"), (1.0, ""))
-    size, unit = next(one for one in units if found.uncut.parameters >= one[0] or one[0] == 1)
-    panels = 1 if found.labelled else 2
+    size, unit = next(one for one in units if tradeoff.uncut.parameters >= one[0] or one[0] == 1)
+    panels = 1 if tradeoff.labelled else 2
     figure = canvas(6.8, 0.8 + 3.4 * panels)
     figure.set_layout_engine("constrained", h_pad=0.1)
     axes = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
-    if found.labelled:
-        _curves(axes[0], found, size, _ERROR)
+    if tradeoff.labelled:
+        _curves(axes[0], tradeoff, size, _ERROR)
     else:
-        _curves(axes[0], found, size, _DISAGREEMENT)
-        _curves(axes[1], found, size, _DIVERGENCE)
+        _curves(axes[0], tradeoff, size, _DISAGREEMENT)
+        _curves(axes[1], tradeoff, size, _DIVERGENCE)
     axes[-1].set_xlabel(f"parameters, {unit}" if unit else "parameters")
-    whole = found.uncut.parameters / size
+    whole = tradeoff.uncut.parameters / size
     above = axes[0].secondary_xaxis("top", functions=(lambda x: 100 * x / whole, lambda x: x * whole / 100))
     above.set_xlabel("of the uncut network's parameters, %")
     axes[0].legend(loc="best")
@@ -38,7 +38,7 @@ def draw_tradeoff(found: Tradeoff) -> Figure:
 
 @dataclass(frozen=True)
 class _Quantity:
-    """What is drawn upwards: its label, its value of a point, and its interval."""
+    """A quantity on the y axis: its label, its value for a point, and its interval for a point."""
 
     label: str
     value: Callable[[Point], float]
@@ -54,32 +54,34 @@ _DIVERGENCE = _Quantity(
 )
 
 
-def _curves(ax: Axes, found: Tradeoff, size: float, what: _Quantity) -> None:
-    """The plain and the calibrated cuts with their intervals, and the uncut network as a line."""
-    ax.axhline(what.value(found.uncut), color=GREY, linewidth=1.0, linestyle=(0, (5, 3)), label="uncut", zorder=1)
-    ax.axhspan(*what.interval(found.uncut), color=GREY, alpha=0.12, linewidth=0, zorder=0)
-    plain = [point for point in found.points if not point.calibrated]
-    calibrated = [point for point in found.points if point.calibrated]
-    _curve(ax, plain, size, what, ("plain cut", BLUE, "o"))
-    _labels(ax, plain, size, what, (BLUE, 1))
+def _curves(ax: Axes, tradeoff: Tradeoff, size: float, quantity: _Quantity) -> None:
+    """Draw the plain and the calibrated cuts with their intervals, and the uncut network as a line."""
+    ax.axhline(
+        quantity.value(tradeoff.uncut), color=GREY, linewidth=1.0, linestyle=(0, (5, 3)), label="uncut", zorder=1
+    )
+    ax.axhspan(*quantity.interval(tradeoff.uncut), color=GREY, alpha=0.12, linewidth=0, zorder=0)
+    plain = [point for point in tradeoff.points if not point.calibrated]
+    calibrated = [point for point in tradeoff.points if point.calibrated]
+    _curve(ax, plain, size, quantity, ("plain cut", BLUE, "o"))
+    _labels(ax, plain, size, quantity, (BLUE, 1))
     if calibrated:
-        # Nothing is cut at the right end: both curves begin there, and one of them names it.
+        # The uncut network is the right end of both curves, but only one of them has its label.
         whole = [point for point in plain if "full" in point.lambdas]
-        _curve(ax, [*whole, *calibrated], size, what, ("calibrated", VERMILION, "s"))
-        _labels(ax, calibrated, size, what, (VERMILION, -1))
-    _scale(ax, [what.value(point) for point in (found.uncut, *found.points)])
-    ax.set_ylabel(what.label)
+        _curve(ax, [*whole, *calibrated], size, quantity, ("calibrated", VERMILION, "s"))
+        _labels(ax, calibrated, size, quantity, (VERMILION, -1))
+    _scale(ax, [quantity.value(point) for point in (tradeoff.uncut, *tradeoff.points)])
+    ax.set_ylabel(quantity.label)
     ax.grid(axis="y", color=PALE, linewidth=0.6)
     ax.set_axisbelow(True)
     ax.margins(x=0.12)
     ax.spines[["right"]].set_visible(False)
 
 
-def _curve(ax: Axes, points: Sequence[Point], size: float, what: _Quantity, look: tuple[str, str, str]) -> None:
+def _curve(ax: Axes, points: Sequence[Point], size: float, quantity: _Quantity, look: tuple[str, str, str]) -> None:
     name, colour, marker = look
-    ys = [what.value(point) for point in points]
-    bounds = [what.interval(point) for point in points]
-    # Rounding may leave the value a hair outside.
+    ys = [quantity.value(point) for point in points]
+    bounds = [quantity.interval(point) for point in points]
+    # Rounding may put the value slightly outside its interval.
     reach = [
         [max(0.0, y - low) for y, (low, _) in zip(ys, bounds, strict=True)],
         [max(0.0, high - y) for y, (_, high) in zip(ys, bounds, strict=True)],
@@ -90,13 +92,13 @@ def _curve(ax: Axes, points: Sequence[Point], size: float, what: _Quantity, look
     )
 
 
-def _labels(ax: Axes, points: Sequence[Point], size: float, what: _Quantity, look: tuple[str, int]) -> None:
-    """The lambdas, up and to the right of the upper curve's points, or down and to the left of the lower one's."""
+def _labels(ax: Axes, points: Sequence[Point], size: float, quantity: _Quantity, look: tuple[str, int]) -> None:
+    """Write the lambdas beside the points: above and to the right, or below and to the left."""
     colour, side = look
     for point in points:
         ax.annotate(
             ", ".join(f"λ = {lam}" if lam.isdecimal() else lam for lam in point.lambdas),
-            (point.parameters / size, what.value(point)),
+            (point.parameters / size, quantity.value(point)),
             (5 * side, 4 * side),
             textcoords="offset points",
             ha="left" if side > 0 else "right",
@@ -108,7 +110,7 @@ def _labels(ax: Axes, points: Sequence[Point], size: float, what: _Quantity, loo
 
 
 def _scale(ax: Axes, values: Sequence[float]) -> None:
-    """From zero on; logarithmic but for the stretch next to it where values are of different orders."""
+    """Begin the y axis at 0. If the largest value is at least 10 times the smallest, use a symlog scale."""
     most, least = max(values), min((value for value in values if value > 1e-6), default=1.0)
     if most < 10 * least:
         ax.set_ylim(bottom=0)

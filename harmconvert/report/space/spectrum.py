@@ -1,4 +1,4 @@
-"""Which frequencies the layers of a network live on (paper fig. 3), as numbers."""
+"""The frequencies that the layers of a network use (paper fig. 3), as numbers."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ from typing import Any
 
 from torch import nn
 
-from ..kernels.basis import Frequency, all_frequencies
-from ..network.checks import check_network, check_weights
-from ..plan.plan import Skip
-from .kernels import Layer, layers_of, level, size_text, strangers_in, with_kernel
+from ...kernels.basis import Frequency, all_frequencies
+from ...network.checks import check_network, check_weights
+from ...plan import Skip
+from ..text import size_text
+from .kernels import Layer, layers_of, layers_without_spectrum, level, with_kernel
 
 
 @dataclass(frozen=True)
 class LayerSpectrum:
-    """Mean |coefficient| of one layer over its filters and channels, for each of ``frequencies`` (all those of its
-    kernel, in the house order); ``kept`` says which it has, the others are 0."""
+    """The mean |coefficient| of one layer over its filters and channels, for each frequency of its kernel.
+
+    ``frequencies``: in the order of `all_frequencies`. ``kept``: for each frequency whether the layer keeps it.
+    ``magnitudes``: the means, 0 for cut frequencies.
+    """
 
     name: str
     kernel_size: tuple[int, ...]
@@ -27,32 +31,31 @@ class LayerSpectrum:
 
     @property
     def relative(self) -> tuple[float, ...]:
-        """The magnitudes over the largest of them, so that layers of large and small weights, and cut and whole ones
-        compare (0 where all are 0)."""
+        """Return the magnitudes divided by the largest one, so that layers can be compared; 0 if all are 0."""
         largest = max(self.magnitudes)
         return tuple(value / largest if largest else 0.0 for value in self.magnitudes)
 
     @property
     def levels(self) -> tuple[int, ...]:
-        """The level of each frequency."""
+        """Return the level of each frequency."""
         return tuple(map(level, self.frequencies))
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """The layers with kernels over 1x1 in the order of the network, and what was left out."""
+    """The spectra of the layers with kernels larger than 1x1, in the order of the network, and the skipped layers."""
 
     layers: tuple[LayerSpectrum, ...]
     skipped: tuple[Skip, ...] = ()
 
     @property
     def panels(self) -> dict[tuple[int, ...], tuple[LayerSpectrum, ...]]:
-        """The layers by kernel size, sizes in the order in which they come."""
+        """Return the layers by kernel size, in the order in which the sizes first appear in the network."""
         sizes = dict.fromkeys(layer.kernel_size for layer in self.layers)
         return {size: tuple(layer for layer in self.layers if layer.kernel_size == size) for size in sizes}
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row for each frequency of each layer."""
+        """Return a row for each frequency of each layer."""
         return [
             {
                 "layer": layer.name,
@@ -71,7 +74,7 @@ class Spectrum:
 
 
 def spectrum(model: nn.Module, kernel_size: Sequence[int] | None = None) -> Spectrum:
-    """Mean |coefficient| of every frequency, layer by layer; plain kernels are projected first.
+    """Compute the mean |coefficient| of every frequency in each layer; plain kernels are projected first.
 
     >>> conv = nn.Conv2d(1, 1, 2)
     >>> _ = nn.init.ones_(conv.weight)
@@ -79,16 +82,16 @@ def spectrum(model: nn.Module, kernel_size: Sequence[int] | None = None) -> Spec
     [2.0, 0.0, 0.0, 0.0]
 
     Args:
-        kernel_size: only layers with that kernel.
+        kernel_size: use only layers with this kernel size; None: all layers.
 
     Raises:
-        InputError: weights that are not finite or have no values, or no kernel over 1x1.
-        UsageError: no layer has that kernel.
+        InputError: the weights are not finite or have no values, or no kernel is larger than 1x1.
+        UsageError: no layer has this kernel size.
     """
     check_network(model)
     check_weights(model)
     layers = with_kernel(layers_of(model), kernel_size)
-    return Spectrum(tuple(map(_spectrum_of, layers)), strangers_in(model))
+    return Spectrum(tuple(map(_spectrum_of, layers)), layers_without_spectrum(model))
 
 
 def _spectrum_of(layer: Layer) -> LayerSpectrum:

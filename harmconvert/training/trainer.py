@@ -1,4 +1,4 @@
-"""The network in training, with its optimiser, schedule, scaler and moving average."""
+"""One training step: forward, loss, backward, optimiser, schedule, moving average."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from ..network.layers import harmonic_layers
 from ..network.state import fill, tensors_of
 from ..network.values import images_to_channels_last
 from ..storage.weights import load_exactly
-from .evaluation import class_logits, output_on
-from .interrupts import SIGNALS, Request
+from .evaluation import class_logits, run_on_images
+from .interrupts import SIGNALS, StopRequest
 from .objective import Objective
 from .recipe import Recipe
 
-# Reading the losses makes a GPU wait, so there it is done only after this many steps; NaN and signals are noticed then.
-STEPS_BETWEEN_LOOKS = 10
+# Reading the losses makes a GPU wait. So on a GPU, losses and signals are read only after this many steps.
+STEPS_BETWEEN_READS = 10
 
 
 @dataclass(frozen=True)
-class Machine:
-    """Settings of a run that do not change its result beyond rounding."""
+class MachineSettings:
+    """Settings for the machine. They change the result of a run only by rounding."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     channels_last: bool = True
@@ -41,11 +41,11 @@ class Machine:
     sync_bn: bool = True
 
 
-class Learner:
-    """The network in training, with everything that changes with it: optimiser, schedule, scaler, moving average."""
+class Trainer:
+    """The network in training, and all that has state in training: optimiser, schedule, scaler, moving average."""
 
     def __init__(
-        self, model: nn.Module, recipe: Recipe, machine: Machine, steps: int | None, teacher: nn.Module | None
+        self, model: nn.Module, recipe: Recipe, machine: MachineSettings, steps: int | None, teacher: nn.Module | None
     ) -> None:
         self.model, self.recipe, self.machine = model, recipe, machine
         model.to(machine.device)
@@ -54,49 +54,22 @@ class Learner:
             coefficients_to_channels_last(model)
         choose_parameters(model, recipe)
         self.objective = Objective(recipe, teacher, number_of_classes(model) or 1 << 31)
-        # timm's "none" has no warm-up, and before timm 1.0.31 there is no "constant": a step schedule without decay is
-        # the same.
-        constant = recipe.sched == "constant" or (recipe.sched == "none" and recipe.warmup_epochs > 0)
-        try:
-            self.optimizer = create_optimizer_v2(
-                [p for p in model.parameters() if p.requires_grad],
-                recipe.opt,
-                lr=recipe.lr,
-                weight_decay=recipe.weight_decay,
-                momentum=recipe.momentum,
-            )
-            self.scheduler, _ = create_scheduler_v2(
-                self.optimizer,
-                "step" if constant else recipe.sched,
-                num_epochs=recipe.epochs,
-                warmup_epochs=recipe.warmup_epochs,
-                decay_epochs=recipe.decay_epochs,
-                decay_milestones=list(recipe.decay_milestones),
-                decay_rate=1.0 if constant else recipe.decay_rate,
-                min_lr=recipe.min_lr,
-                step_on_epochs=steps is None,
-                updates_per_epoch=steps or 0,
-            )
-            if self.scheduler is None and recipe.sched != "none":  # before timm 1.0.31, create_scheduler_v2 ignores it
-                raise ValueError(f"Unknown scheduler {recipe.sched!r}.")
-        except (AssertionError, ValueError, KeyError, TypeError, ImportError) as error:
-            opt, sched = Argument("opt"), Argument("sched")
-            raise UsageError("timm takes no such ", opt, " or ", sched, f": {first_line(error)}") from error
+        self.optimizer, self.scheduler = _optimizer_and_scheduler(model, recipe, steps)
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=recipe.amp == "float16")
         self.ema = ModelEmaV3(model, recipe.ema) if recipe.ema else None
         self.updates = 0
         self.steps = steps
         self.sums = torch.zeros(3, dtype=torch.float64, device=machine.device)
-        self.network = self._wrapped()
+        self.network = self._compiled_and_distributed()
 
-    def _wrapped(self) -> nn.Module:
+    def _compiled_and_distributed(self) -> nn.Module:
         network = cast(nn.Module, torch.compile(self.model)) if self.machine.compile else self.model
         if world_size() == 1:
             return network
         ids = [self.machine.device.index or 0] if self.machine.device.type == "cuda" else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # newer versions of torch deprecate broadcast_buffers
-            # A network may have parts that never run; buffers are equal already, or averaged after the epoch.
+            # A network may have parts that never run. Buffers are already equal, or they are averaged after the epoch.
             return nn.parallel.DistributedDataParallel(
                 network, device_ids=ids, broadcast_buffers=False, find_unused_parameters=True
             )
@@ -107,11 +80,11 @@ class Learner:
 
     def step(self, batch: Batch, epoch: int, step: int) -> None:
         """Do one optimiser step on a batch, divided into ``grad_accum_steps`` parts."""
-        self._schedule(epoch, step)
+        self._set_learning_rate(epoch, step)
         images = batch.images.to(self.machine.device, non_blocking=True)
         if self.machine.channels_last:
             images = images_to_channels_last(images)
-        images, targets = self.objective.prepared(images, batch.labels.to(self.machine.device, non_blocking=True))
+        images, targets = self.objective.prepare(images, batch.labels.to(self.machine.device, non_blocking=True))
         count = self.recipe.grad_accum_steps
         parts = list(zip(images.chunk(count), targets.chunk(count), strict=True))
         self.optimizer.zero_grad(set_to_none=True)
@@ -120,10 +93,10 @@ class Learner:
             network = cast(Any, self.network)
             with network.no_sync() if world_size() > 1 and not last else nullcontext():
                 with self.autocast():
-                    output = output_on(network, part)
+                    output = run_on_images(network, part)
                     loss = self.objective(output, part, target)
                 self.scaler.scale(loss * (len(part) / len(images))).backward()
-            self._count(loss, output, target)
+            self._add_to_sums(loss, output, target)
         if self.recipe.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
@@ -134,14 +107,14 @@ class Learner:
             self.ema.update(self.model, step=self.updates)
 
     @torch.no_grad()
-    def _count(self, loss: Tensor, output: object, targets: Tensor) -> None:
+    def _add_to_sums(self, loss: Tensor, output: object, targets: Tensor) -> None:
         labels = targets if targets.dim() == 1 else targets.argmax(1)
         correct = (class_logits(output).argmax(1) == labels).sum()
         self.sums += torch.stack(
             [loss.detach().double() * len(targets), correct.double(), loss.new_tensor(len(targets)).double()]
         )
 
-    def _schedule(self, epoch: int, step: int) -> None:
+    def _set_learning_rate(self, epoch: int, step: int) -> None:
         if self.scheduler is None:
             return
         if self.steps is None:
@@ -149,12 +122,15 @@ class Learner:
         else:
             self.scheduler.step_update(epoch * self.steps + step)
 
-    def look_now(self, step: int) -> bool:
-        """Return whether to read the losses after this step."""
-        return self.machine.device.type == "cpu" or (step + 1) % STEPS_BETWEEN_LOOKS == 0
+    def should_read_sums(self, step: int) -> bool:
+        """Return whether to call `read_sums` after this step."""
+        return self.machine.device.type == "cpu" or (step + 1) % STEPS_BETWEEN_READS == 0
 
-    def look(self, request: Request) -> tuple[tuple[float, ...], int]:
-        """Return the sums over all processes since the last call, and the signal that one received (0: none)."""
+    def read_sums(self, request: StopRequest) -> tuple[tuple[float, ...], int]:
+        """Return the sums since the last call (loss x images, correct images, images), and the signal that arrived.
+
+        Both are over all processes. The signal is 0 if no process received one.
+        """
         received = torch.tensor([request.signal == number for number in SIGNALS], dtype=torch.float64)
         shared = torch.cat([self.sums.cpu(), received])
         sum_over_ranks([shared])
@@ -162,8 +138,8 @@ class Learner:
         *sums, _, _ = shared.tolist()
         return tuple(sums), max(number * int(count > 0) for number, count in zip(SIGNALS, shared[-2:], strict=True))
 
-    def evaluated(self) -> nn.Module:
-        """Return the network that the training delivers: the moving average if there is one."""
+    def result_network(self) -> nn.Module:
+        """Return the network that is the result of the training: the moving average if there is one."""
         return self.ema.module if self.ema is not None else self.model
 
     def lr(self) -> float:
@@ -171,13 +147,13 @@ class Learner:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def finish(self) -> None:
-        """Copy the moving average, if there is one, into the network."""
+        """Copy the moving average, if there is one, into the network; put it in eval mode."""
         if self.ema is not None:
             fill(self.model, tensors_of(self.ema.module))
         self.model.eval()
 
-    def content(self) -> dict[str, Any]:
-        """Return the state that `load` restores."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state that `load_state_dict` restores."""
         return {
             "model": tensors_of(self.model),
             "optimizer": self.optimizer.state_dict(),
@@ -186,19 +162,19 @@ class Learner:
             "updates": self.updates,
         }
 
-    def load(self, content: Mapping[str, Any]) -> None:
-        """Restore the state that `content` returned.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the state that `state_dict` returned.
 
         Raises:
             InputError: the state does not fit this network.
         """
         try:
-            load_exactly(self.model, content["model"], "it")
-            self.optimizer.load_state_dict(content["optimizer"])
-            self.scaler.load_state_dict(content["scaler"])
+            load_exactly(self.model, state["model"], "it")
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
             if self.ema is not None:
-                load_exactly(self.ema.module, content["ema"], "its moving average")
-            self.updates = int(content["updates"])
+                load_exactly(self.ema.module, state["ema"], "its moving average")
+            self.updates = int(state["updates"])
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
             raise InputError(f"the training state does not fit this network: {first_line(error)}") from error
 
@@ -208,11 +184,42 @@ def autocast(amp: str, device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext() if amp == "float32" else torch.autocast(device.type, getattr(torch, amp))
 
 
+def _optimizer_and_scheduler(model: nn.Module, recipe: Recipe, steps: int | None) -> tuple[torch.optim.Optimizer, Any]:
+    # timm's "none" has no warm-up, and timm before 1.0.31 has no "constant". A step schedule without decay is the same.
+    constant = recipe.sched == "constant" or (recipe.sched == "none" and recipe.warmup_epochs > 0)
+    try:
+        optimizer = create_optimizer_v2(
+            [p for p in model.parameters() if p.requires_grad],
+            recipe.opt,
+            lr=recipe.lr,
+            weight_decay=recipe.weight_decay,
+            momentum=recipe.momentum,
+        )
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            "step" if constant else recipe.sched,
+            num_epochs=recipe.epochs,
+            warmup_epochs=recipe.warmup_epochs,
+            decay_epochs=recipe.decay_epochs,
+            decay_milestones=list(recipe.decay_milestones),
+            decay_rate=1.0 if constant else recipe.decay_rate,
+            min_lr=recipe.min_lr,
+            step_on_epochs=steps is None,
+            updates_per_epoch=steps or 0,
+        )
+        if scheduler is None and recipe.sched != "none":  # timm before 1.0.31 ignores an unknown schedule
+            raise ValueError(f"Unknown scheduler {recipe.sched!r}.")
+    except (AssertionError, ValueError, KeyError, TypeError, ImportError) as error:
+        opt, sched = Argument("opt"), Argument("sched")
+        raise UsageError("timm does not accept ", opt, " or ", sched, f": {first_line(error)}") from error
+    return optimizer, scheduler
+
+
 def choose_parameters(model: nn.Module, recipe: Recipe) -> None:
     """Turn off the gradients of all parameters that the recipe does not train.
 
     Raises:
-        UsageError: no parameter is left to train.
+        UsageError: the recipe trains no parameter of this network.
     """
     if recipe.train_only == "coefficients":
         chosen = {id(layer.coefficients) for layer in harmonic_layers(model).values()}
@@ -223,8 +230,8 @@ def choose_parameters(model: nn.Module, recipe: Recipe) -> None:
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        what = f"nothing in this {type(model).__name__} is left to train"
-        raise UsageError(what, ": see ", Argument("train_only"), " and ", Argument("freeze_bn"))
+        problem = f"this {type(model).__name__} has no parameter to train"
+        raise UsageError(problem, ": change ", Argument("train_only"), " or ", Argument("freeze_bn"))
 
 
 def number_of_classes(model: nn.Module) -> int | None:

@@ -17,35 +17,35 @@ from ..errors import printable
 from .advice import adapted
 
 NOTHING_WRITTEN = "no output was written"
-_KEPT = "harmconvert.kept"
-_LOUDNESS, _START = "harmconvert.loudness", "harmconvert.start"
+_INTERRUPTION_NOTE = "harmconvert.interruption_note"
+_VERBOSITY, _START = "harmconvert.verbosity", "harmconvert.start"
 
 
-def loudness(command: Callable[..., Any]) -> Callable[..., Any]:
+def verbosity(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add --quiet and --verbose, for commands whose result is a file or an exit code."""
     for name, letter, text in (
         ("verbose", "-v", "Print the time of each message, and every step if no progress bar is shown."),
         ("quiet", "-q", "Print only errors, failed checks, and the document of --json."),
     ):
-        command = click.option(f"--{name}", letter, is_flag=True, expose_value=False, callback=_remember, help=text)(
-            command
-        )
+        command = click.option(
+            f"--{name}", letter, is_flag=True, expose_value=False, callback=_set_verbosity, help=text
+        )(command)
     return command
 
 
-def _remember(context: click.Context, option: click.Parameter, given: bool) -> None:
-    if given and context.meta.get(_LOUDNESS, option.name) != option.name:
-        raise click.UsageError("--quiet and --verbose: give one of them", context)
-    if given:
-        context.meta[_LOUDNESS] = option.name
+def _set_verbosity(context: click.Context, option: click.Parameter, typed: bool) -> None:
+    if typed and context.meta.get(_VERBOSITY, option.name) != option.name:
+        raise click.UsageError("--quiet and --verbose contradict each other: give only one", context)
+    if typed:
+        context.meta[_VERBOSITY] = option.name
         context.meta[_START] = time.monotonic()
         if option.name == "verbose":
-            _say_what_is_logged(context)
+            _print_log(context)
 
 
-def _say_what_is_logged(context: click.Context) -> None:
-    """Print what the library logs until the command ends: where it uses a second method, and why."""
-    log, handler = logging.getLogger("harmconvert"), _Said()
+def _print_log(context: click.Context) -> None:
+    """Print the log records of the library until the command ends: they say when and why it uses a second method."""
+    log, handler = logging.getLogger("harmconvert"), _LogPrinter()
     level = log.level
     log.addHandler(handler)
     log.setLevel(logging.INFO)
@@ -57,38 +57,36 @@ def _say_what_is_logged(context: click.Context) -> None:
     context.call_on_close(stop)
 
 
-class _Said(logging.Handler):
-    """Print log records as messages of the command."""
-
+class _LogPrinter(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         say(record.getMessage())
 
 
-def keep(what: Callable[[], str]) -> None:
-    """Set the text that says what is kept if the command is interrupted from now on."""
-    click.get_current_context().meta[_KEPT] = what
+def set_interruption_note(note: Callable[[], str]) -> None:
+    """Set the function that returns which files exist if the command is interrupted from now on."""
+    click.get_current_context().meta[_INTERRUPTION_NOTE] = note
 
 
-def kept(context: click.Context | None) -> str:
-    """Return what is kept if the command is interrupted now."""
-    what = context.meta.get(_KEPT) if context else None
-    return str(what()) if what else NOTHING_WRITTEN
+def interruption_note(context: click.Context | None) -> str:
+    """Return which files exist if the command is interrupted now."""
+    note = context.meta.get(_INTERRUPTION_NOTE) if context else None
+    return str(note()) if note else NOTHING_WRITTEN
 
 
-def loud(name: str) -> bool:
+def has_verbosity(name: str) -> bool:
     """Return whether the running command has the option ``name``, quiet or verbose."""
     context = click.get_current_context(silent=True)
-    return context is not None and context.meta.get(_LOUDNESS) == name
+    return context is not None and context.meta.get(_VERBOSITY) == name
 
 
-def stamp() -> str:
+def elapsed() -> str:
     """Return the running time of the command."""
     return f"[{time.monotonic() - click.get_current_context().meta[_START]:6.1f} s]"
 
 
 def silent() -> bool:
     """Return whether this process prints only urgent messages: with --quiet, and in all processes but the first."""
-    return os.environ.get("RANK", "0") != "0" or loud("quiet")
+    return os.environ.get("RANK", "0") != "0" or has_verbosity("quiet")
 
 
 def say(message: str, *, urgent: bool = False) -> None:
@@ -96,8 +94,8 @@ def say(message: str, *, urgent: bool = False) -> None:
     if silent() and not (urgent and os.environ.get("RANK", "0") == "0"):
         return
     message = adapted(message)
-    if loud("verbose"):
-        message = f"{stamp()} {message}"
+    if has_verbosity("verbose"):
+        message = f"{elapsed()} {message}"
     if sys.stderr.isatty():  # wrap between words; a long word, such as a path, is not broken
         width = max(shutil.get_terminal_size().columns, 20)
         message = textwrap.fill(message, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)

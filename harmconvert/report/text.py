@@ -1,0 +1,47 @@
+"""Names and numbers as short texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def layer_name(name: str) -> str:
+    """Return the name of a layer, or ``(root)`` if the network itself is the layer."""
+    return name or "(root)"
+
+
+def shortened_name(name: str, limit: int = 24) -> str:
+    """Return the name of a layer; the middle of a long name is replaced by an ellipsis.
+
+    >>> shortened_name("stages.3.blocks.26.conv_dw.weight")
+    'stages.3.blo…v_dw.weight'
+    """
+    name = layer_name(name)
+    return name if len(name) <= limit else f"{name[: limit // 2]}…{name[-(limit // 2 - 1) :]}"
+
+
+def size_text(size: Sequence[int]) -> str:
+    """Return a kernel size as text.
+
+    >>> size_text((3, 3)), size_text((64,))
+    ('3x3', '64')
+    """
+    return "x".join(map(str, size))
+
+
+def millions(count: int | None) -> str:
+    """Return a count with a unit.
+
+    >>> millions(19_660_000), millions(4_090_000_000)
+    ('19.66M', '4.09G')
+    """
+    count = count or 0
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= size:
+            return f"{count / size:.2f}{unit}"
+    return str(count)
+
+
+def megabytes(count: int) -> str:
+    """Return a number of bytes in megabytes (10^6 bytes)."""
+    return f"{count / 1e6:.2f} MB"
