@@ -1168,3 +1168,54 @@ def test_a_16_bit_network_that_only_runs_in_float32_is_calibrated_in_float32(dty
     assert {p.dtype for p in network.parameters()} == {dtype, torch.float32}
     searched = hc.convert(network, budget="params=70%", example_input=batches[0][:1], calibration=batches)
     assert searched.calibration.layers
+
+
+# --- plain layers ---
+
+PLAIN_LAYERS = {
+    "linear": (lambda: nn.Linear(5, 4), (6, 5)),
+    "linear over tokens": (lambda: nn.Linear(5, 4), (6, 3, 2, 5)),
+    "linear over one example": (lambda: nn.Linear(5, 4), (5,)),
+    "linear without bias": (lambda: nn.Linear(5, 4, bias=False), (6, 5)),
+    "1x1": (lambda: nn.Conv2d(5, 4, 1), (6, 5, 3, 2)),
+    "1x1, grouped, strided": (lambda: nn.Conv2d(6, 4, 1, 2, groups=2), (6, 6, 5, 4)),
+    "3x3": (lambda: nn.Conv2d(5, 4, 3, padding=1), (6, 5, 4, 4)),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, 2, groups=2), (6, 4, 4, 4)),
+    "1-d": (lambda: nn.Conv1d(5, 4, 3), (6, 5, 9)),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN_LAYERS)
+def test_a_plain_layer_is_observed_and_written_as_a_convolution(name: str) -> None:
+    make, shape = PLAIN_LAYERS[name]
+    layer = seeded(make, torch.float64)
+    calls: list[ConvCall] = []
+    x = random_input(shape).double()
+    watch_convolutions(layer, {"": layer}, x, lambda _, call: calls.append(call))  # type: ignore[arg-type]
+    (call,) = calls
+    kernel = Kernel.of(layer, call)
+    facts = kernel.layer(call, layer.bias is not None, 1 << 30, 0)
+    z_RGN = responses(call, facts.basis)
+    output_RGO = torch.einsum("rgn,gon->rgo", z_RGN, facts.coefficients)
+    bias = 0 if call.bias is None else call.bias
+    assert torch.allclose(output_RGO.flatten(1) + bias, outputs(call.output).flatten(0, 1))
+    kernel.write(facts.kernel(2 * facts.coefficients))
+    with torch.no_grad():
+        assert torch.allclose(layer(x) - bias_map(layer), 2 * (outputs_of(call, x) - bias_map(layer)))
+
+
+def bias_map(layer: nn.Module) -> Tensor:
+    """Return the bias in a shape that broadcasts to the output."""
+    if layer.bias is None:
+        return torch.zeros(1)
+    axes = 0 if isinstance(layer, nn.Linear) else layer.weight.dim() - 2  # type: ignore[operator]
+    return layer.bias.reshape(-1, *[1] * axes)  # type: ignore[operator]
+
+
+def outputs_of(call: ConvCall, x: Tensor) -> Tensor:
+    """Return the recorded output in the shape that the layer returned."""
+    return (
+        call.output
+        if x.dim() == call.input.dim() and call.input.shape == x.shape
+        else call.output.transpose(1, 2).reshape(*x.shape[:-1], -1)
+    )

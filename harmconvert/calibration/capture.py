@@ -1,4 +1,7 @@
-"""Run a network up to one layer, and record the arguments of each convolution as torch receives them."""
+"""Run a network up to one layer, and record the arguments of each convolution as torch receives them.
+
+A linear layer is a convolution of kernel size 1 here: all axes of its input but the first and the last are positions.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ _PLAIN = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 _SIGNATURES: dict[str, tuple[str, ...]] = {f"conv{axes}d": _PLAIN for axes in (1, 2, 3)}
 _SIGNATURES |= {f"conv_transpose{axes}d": _TRANSPOSED for axes in (1, 2, 3)}
+_LINEAR = ("input", "weight", "bias")
 
 
 @dataclass(frozen=True)
@@ -160,14 +164,15 @@ def explain_error(error: Exception) -> str:
 
 
 class Recorder(TorchFunctionMode):
-    """Records the calls of convolution functions between `start` and `stop`."""
+    """Records the calls of convolution functions, or of ``linear`` by a linear layer, between `start` and `stop`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[ConvCall] | None = None
+        self._linear = False
 
-    def start(self, *_: Any) -> None:
-        self.calls = []
+    def start(self, layer: nn.Module, *_: Any) -> None:
+        self.calls, self._linear = [], isinstance(layer, nn.Linear)
 
     def stop(self) -> list[ConvCall]:
         calls, self.calls = self.calls or [], None
@@ -180,6 +185,9 @@ class Recorder(TorchFunctionMode):
             values = {**dict(zip(_SIGNATURES[name], args, strict=False)), **(kwargs or {})}
             with suppress(Exception):  # unusual arguments: the call is not recorded, and the layer is not refitted
                 self.calls.append(_conv_call(values, output, "transpose" in name))
+        elif self.calls is not None and self._linear and name == "linear":
+            values = {**dict(zip(_LINEAR, args, strict=False)), **(kwargs or {})}
+            self.calls.append(_linear_call(values, output))
         return output
 
 
@@ -201,6 +209,19 @@ def _conv_call(values: dict[str, Any], output: Tensor, transposed: bool) -> Conv
         transposed,
         output.detach(),
     )
+
+
+def _linear_call(values: dict[str, Any], output: Tensor) -> ConvCall:
+    bias = None if values.get("bias") is None else values["bias"].detach()
+    input, output = (_as_map(tensor.detach()) for tensor in (values["input"], output))
+    weight_OI1 = values["weight"].detach()[..., None]
+    return ConvCall(input, weight_OI1, bias, (1,), (0,), (1,), 1, (0,), False, output)
+
+
+def _as_map(features: Tensor) -> Tensor:
+    """Return features (N, ..., C) as a map (N, C, P)."""
+    rows = len(features) if features.dim() > 1 else 1
+    return features.reshape(rows, -1, features.shape[-1]).transpose(1, 2)
 
 
 def _per_axis(value: int | tuple[int, ...], axes: int) -> tuple[int, ...]:

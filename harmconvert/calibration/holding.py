@@ -180,7 +180,7 @@ class Forwards:
 
     def _begins(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
         if (run := self._here()) is not None:
-            run.begins(args, kwargs)
+            run.begins(layer, args, kwargs)
 
     def _ended(self, name: str, layer: nn.Module, args: Any, output: Any) -> Any:
         return run.ended(name, layer, output) if (run := self._here()) is not None else None
@@ -311,11 +311,11 @@ class _Run:
         with suppress(RuntimeError):  # the thread has not started
             self.thread.join(patience)
 
-    def begins(self, args: Any, kwargs: Any) -> None:
+    def begins(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
         """Note that a layer is called. Runs in the thread."""
         if not self._again:
             self._arguments = (args, kwargs)
-            self.recorder.start()
+            self.recorder.start(layer)
 
     def ended(self, name: str, layer: nn.Module, output: Any) -> Any:
         """Wait here if this layer is asked for, and run it again if it has changed meanwhile. Runs in the thread."""

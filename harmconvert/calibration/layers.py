@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels.projection import all_finite, project
-from ..layers.harmonic import HarmonicMixin
 from ..network.layers import is_harmonic_layer, kernel_size
 from .capture import ConvCall
 from .equations import Change, Layer, Problem
@@ -61,6 +62,24 @@ def choose(fit: Problem, held: Problem, dampings: Sequence[float]) -> Choice:
     return best
 
 
+def parameter_of(module: nn.Module) -> nn.Parameter:
+    """Return the parameter that holds a layer's kernels: the coefficients of a harmonic layer, or else the weight."""
+    return module.coefficients if is_harmonic_layer(module) else cast(nn.Parameter, module.weight)
+
+
+def coefficients_of(module: nn.Module) -> Tensor:
+    """Return the coefficients (O, I, F) of a layer in the basis `basis_of`."""
+    parameter = parameter_of(module).detach()
+    return parameter.flatten(2) if parameter.dim() > 2 else parameter[..., None]
+
+
+def basis_of(module: nn.Module) -> Tensor:
+    """Return the basis kernels (F, K) of a layer, float64; those of a plain layer are single positions."""
+    if is_harmonic_layer(module):
+        return module.kernels
+    return torch.eye(prod(kernel_size(module)), dtype=torch.float64)
+
+
 @dataclass(frozen=True)
 class Kernel:
     """How a module computes its effective kernel from the merged kernel.
@@ -69,7 +88,7 @@ class Kernel:
     channel and multiplies the channel by ``factor``, to a fixed norm. A parameter ``gain`` may scale this norm.
     """
 
-    module: HarmonicMixin
+    module: nn.Module
     effective: Tensor
     factor: Tensor | None = None
     gain: nn.Parameter | None = None
@@ -81,8 +100,9 @@ class Kernel:
         Raises:
             RefitError: the effective kernel is another function of the merged kernel.
         """
-        assert is_harmonic_layer(module)
-        merged, effective = module.weight.detach().to(torch.float64), call.weight.to(torch.float64)
+        merged, effective = cast(Tensor, module.weight).detach().to(torch.float64), call.weight.to(torch.float64)
+        if isinstance(module, nn.Linear):
+            merged = merged[..., None]
         if merged.shape == effective.shape and _equal_in_half_precision(merged, effective):
             return cls(module, effective)
         if merged.shape == effective.shape and not call.transposed:
@@ -96,12 +116,12 @@ class Kernel:
 
     def layer(self, call: ConvCall, fits_bias: bool, sample_count: int, seed: int) -> Layer:
         """Return the facts for the equations; the unknowns are the coefficients of the effective kernel."""
-        basis_FK = self.module.kernels.to(self.effective.device)
+        basis_FK = basis_of(self.module).to(self.effective.device)
         basis_FK = basis_FK / basis_FK.norm(dim=1, keepdim=True)
         coefficients = to_groups(project(self.effective, basis_FK), call.groups, call.transposed)
         direction = None if self.factor is None else _mean_direction(basis_FK, coefficients.shape[2])
         fixed_norm = self.factor is not None and self.gain is None
-        size = kernel_size(self.module)
+        size = tuple(self.effective.shape[2:])
         return Layer(
             coefficients, basis_FK, size, call.transposed, fits_bias, sample_count, seed, direction, fixed_norm
         )
@@ -121,11 +141,12 @@ class Kernel:
             scale = torch.where((norm > 0) & (present > 0), present / norm.clamp_min(1e-300), 1.0)
             # Keep the norm of the merged kernel: then the class computes the same factor again, including its eps.
             target = target * scale / torch.where(self.factor == 0, 1.0, self.factor)
-        coefficients = in_range(project(target, self.module.kernels), self.module.coefficients)
+        parameter = parameter_of(self.module)
+        coefficients = in_range(project(target, basis_of(self.module)), parameter)
         in_range(target, coefficients)
         if scale is not None and self.gain is not None:
             self.gain.div_(scale.view_as(self.gain).to(self.gain))
-        self.module.coefficients.copy_(coefficients)
+        parameter.copy_(coefficients.reshape(parameter.shape))
 
 
 def _mean_direction(basis_FK: Tensor, unknowns: int) -> Tensor | None:

@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 from ..errors import UsageError
-from ..layers.harmonic import HarmonicMixin
 from ..network.distributed import all_or_none
-from ..network.layers import harmonic_layers
+from ..network.layers import harmonic_layers, weighted_layers
 from .capture import ConvCall, explain_error
 from .cuts import WholeLayer
 from .equations import Layer, Problem
@@ -77,7 +76,7 @@ class Refit:
     def _refit(self, tied: TiedLayers, record: LayerCalibration) -> LayerCalibration:
         if self.data.fit_total == self.data.total:
             return replace(record, why=f"{self.data.why_nothing_held} to choose on")
-        layers = harmonic_layers(self.forwards.model)
+        layers = weighted_layers(self.forwards.model)
         modules = {name: layers[name] for name in tied.names}
         bias = refittable_bias(self.forwards.model, list(modules.values()))
         kernel, layer = all_or_none(
@@ -103,7 +102,7 @@ class Refit:
         )
 
     def _kernel_and_layer(
-        self, tied: TiedLayers, modules: dict[str, HarmonicMixin], bias: nn.Parameter | None
+        self, tied: TiedLayers, modules: dict[str, nn.Module], bias: nn.Parameter | None
     ) -> tuple[Kernel, Layer]:
         """Find out, in a forward of one example, how the layers compute their kernel."""
         recorded: list[tuple[str, ConvCall | None]] = []

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from ..layers.harmonic import HarmonicMixin
 from ..network.distributed import from_first_rank, world_size
-from ..network.layers import convolutions
+from ..network.layers import weighted_layers
 from .capture import NOT_ONE_CONVOLUTION, ConvCall, watch_convolutions
 from .equations import Problem
 from .inputs import Batch, CalibrationSet
+from .layers import coefficients_of, parameter_of
 from .responses import outputs, pick_positions
 from .solvers import Operator, solver
 
@@ -56,7 +55,7 @@ class TiedLayers:
 
 
 def find_tied_layers(
-    original: nn.Module, converted: dict[str, HarmonicMixin], data: CalibrationSet, memory: int
+    original: nn.Module, converted: Mapping[str, nn.Module], data: CalibrationSet, memory: int
 ) -> tuple[list[TiedLayers], dict[str, str]]:
     """Run the original on one example and group the ``converted`` layers that run by their coefficients.
 
@@ -66,7 +65,7 @@ def find_tied_layers(
     Raises:
         UsageError: the network does not run on the inputs.
     """
-    originals = convolutions(original)
+    originals = weighted_layers(original)
     calls_by_coefficients: dict[int, list[tuple[str, tuple[int, ...]]]] = {}
     varying = data.runs.varying & converted.keys()
     not_refittable = dict.fromkeys(varying, "its input differs from run to run on the same example")
@@ -77,7 +76,7 @@ def find_tied_layers(
         else:
             rows, *rest = call.output.shape
             shape = (-(-rows // len(data.probe)), *rest)
-            calls_by_coefficients.setdefault(id(converted[name].coefficients), []).append((name, shape))
+            calls_by_coefficients.setdefault(id(parameter_of(converted[name])), []).append((name, shape))
 
     watch_convolutions(original, {name: originals[name] for name in converted}, data.probe.input, on_call)
     groups = calls_by_coefficients.values()
@@ -100,7 +99,7 @@ class Targets:
     ) -> None:
         self._original, self._tied_layers, self._data = original, tied_layers, data
         self._seed, self._memory = seed, memory
-        self._layers = convolutions(original)
+        self._layers = weighted_layers(original)
         self._stored: dict[tuple[str, ...], dict[int, list[Target]]] = {}
 
     def of(self, tied: TiedLayers, batch: Batch) -> list[Target]:
@@ -159,10 +158,10 @@ def rows_of(batch: Batch, rows: int) -> list[int]:
 
 
 def _tied_layers(
-    conv: HarmonicMixin, calls: list[tuple[str, tuple[int, ...]]], data: CalibrationSet, memory: int
+    layer: nn.Module, calls: list[tuple[str, tuple[int, ...]]], data: CalibrationSet, memory: int
 ) -> TiedLayers:
-    groups, transposed = cast(int, conv.groups), cast(bool, conv.transposed)
-    first, second, kept = conv.coefficients.shape
+    groups, transposed = getattr(layer, "groups", 1), getattr(layer, "transposed", False)
+    first, second, kept = coefficients_of(layer).shape
     out, inside = (second, first // groups) if transposed else (first // groups, second)
     unknowns = inside * kept
     rows = sum(shape[0] for _, shape in calls)
