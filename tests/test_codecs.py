@@ -115,7 +115,7 @@ def test_a_plain_codec_stores_a_tensor_of_its_dtype_unchanged(dtype: torch.dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", ["float32", "float16", "bfloat16", "raw", "int8"])
+@pytest.mark.parametrize("name", ["float32", "float16", "bfloat16", "raw", "quantised", "int8"])
 def test_every_codec_fulfils_its_interface(name: str, dtype: torch.dtype) -> None:
     codec, tensor = CODECS[name, 1], torch.randn(5, 2, 3, dtype=dtype)
     entry = codec.entry(tensor)

@@ -39,13 +39,14 @@ class Codec(ABC):
     A ``plain`` codec stores a tensor of its dtype unchanged, and the file needs no entry for it. Any other codec stores
     a tensor of another shape or dtype under the same key, and the file's codec table has an `Entry` for it.
     ``tolerance`` is the largest difference that this codec may make to a network's outputs, relative to the largest
-    output.
+    output. ``entropy_coded``: one wrong bit changes all values after it, so a file with a wrong checksum is refused.
     """
 
     name: str
     version: int
     tolerance: float
     plain: bool = False
+    entropy_coded: bool = False
 
     def entry(self, tensor: Tensor) -> Entry:
         """Return the entry for a tensor, with the parameters chosen for it."""

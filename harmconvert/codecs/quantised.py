@@ -32,6 +32,7 @@ class QuantisedCodec(Codec):
     version = 1
     # What the steps change is decided before a tensor gets an entry; the codec itself changes nothing.
     tolerance = 0.0
+    entropy_coded = True
 
     def entry(self, tensor: Tensor) -> Entry:
         """Return an entry that rounds every value to one of about 255 multiples of a step for its row."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..codecs.codec import codec_of
 from ..codecs.table import CodecTable
 from ..documents import input_errors, parse_json
 from ..errors import Argument, DamageWarning, InputError, OutsideError, UsageError, first_line, shortened
@@ -231,7 +232,7 @@ def read_checkpoint(
     del model  # a network that ``rebuild`` made is freed here
     stored = read_stored(path)
     if header.crc32 is not None and checksum(text, stored) != header.crc32:
-        if header.codecs.coded:  # one wrong bit changes all values that are decoded after it
+        if any(codec_of(entry).entropy_coded for entry in header.codecs.coded.values()):
             raise InputError(f"{path} is damaged, or was changed after harmconvert wrote it: get the file again")
         remark = f"{path} is damaged, or was changed after harmconvert wrote it: verify it against its original"
         warnings.warn(remark, DamageWarning, stacklevel=2)
