@@ -24,7 +24,7 @@ from typing import IO
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results" / "same_speed.csv"
-CASES = {"step": 11, "convert": 11, "calibrate": 5, "dense": 21, "harmonic": 21, "factored": 21}  # name -> turns
+CASES = {"step": 21, "convert": 31, "calibrate": 9, "dense": 61, "harmonic": 61, "factored": 61}  # name -> turns
 
 # Runs in each release, so it uses only functions that both have.
 WORKER = r"""

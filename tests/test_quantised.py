@@ -18,6 +18,7 @@ from torch import nn
 import harmconvert as hc
 from harmconvert.codecs import QUANTISED, CodecTable, Entry, Layout, Quantised, pack, quantised_entry, unpack
 from harmconvert.codecs.entropy import LAPLACE, SHAPES, TOTAL, Decoder, Encoder, both_signs, table, table_of_counts
+from harmconvert.codecs.stream import too_many_tables
 from harmconvert.errors import InputError
 from harmconvert.storage import as_stored, read_checkpoint
 
@@ -175,6 +176,9 @@ def test_integers_and_steps_out_of_range_are_refused() -> None:
         pack(Quantised(np.full((1, 1, 1), 8192, np.int32), steps), layout)
     with pytest.raises(ValueError, match="a step is out of range"):
         pack(Quantised(np.ones((1, 1, 1), np.int32), steps + 5000), layout)
+    apart = np.array([[0, 1100]], np.int32)
+    with pytest.raises(ValueError, match="its steps differ too much"):
+        pack(Quantised(np.ones((1, 1, 2), np.int32), apart), Layout((1, 2)))
 
 
 def test_damaged_streams_are_refused_or_decode_to_other_values() -> None:
@@ -194,6 +198,17 @@ def test_damaged_streams_are_refused_or_decode_to_other_values() -> None:
         else:
             assert quantised.integers_GON.shape == (1, 4, 27)
     assert refused > 200
+
+
+def test_a_small_stream_with_many_large_tables_is_refused_quickly() -> None:
+    """Each table of 8,191 weights takes a tenth of a second: a file of many such streams would take hours."""
+    layout = Layout((100, 1))
+    integers = np.full((1, 100, 1), 8191, np.int32)
+    steps = Quantised(integers, np.zeros((1, 1), np.int32), (np.arange(100, dtype=np.int32) - 50).reshape(1, 100))
+    stream = pack(steps, layout)
+    assert same(unpack(stream, layout), steps), "few integers are coded by their counts instead"
+    assert not too_many_tables(20, 30, 288)
+    assert too_many_tables(100, 8191, 100)
 
 
 # --- files ---

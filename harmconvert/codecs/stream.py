@@ -23,6 +23,17 @@ from .entropy import (
 from .integers import MOST_INDEX, Layout, Quantised
 from .scales import Parts, ScaleModel, fit_scales, fitted_scale, split
 
+# The largest magnitude of an integer of a part. It also bounds the time that a hostile stream can cost.
+MOST_PART = 1023
+
+
+def too_many_tables(scales: int, largest: int, integers: int) -> bool:
+    """Return whether a tensor of so few integers may not have so many tables of this size.
+
+    The weights of a table are slow to compute, so a small file could otherwise cost a reader hours.
+    """
+    return scales * largest > 64 * integers + 4096
+
 
 def pack(quantised: Quantised, layout: Layout) -> bytes:
     """Return the stream of a quantised tensor; inverse of `unpack`.
@@ -46,12 +57,15 @@ def pack(quantised: Quantised, layout: Layout) -> bytes:
     for part in (row_steps_GO, *steps.parts):
         _add_part(part, prefix, encoder)
     model = fit_scales(q_GON, steps_GN, row_steps_GO, layout)
+    scales_GON = None if model is None else model.scales(steps_GN, row_steps_GO, layout)
+    if scales_GON is not None and too_many_tables(len(np.unique(scales_GON)), largest, q_GON.size):
+        model = None
     _append(prefix, model.shape if model else 0)
-    if model:
+    if model and scales_GON is not None:
         _append(prefix, _zigzag(model.columns.base))
         for part in (model.rows_GO, *model.columns.parts):
             _add_part(part, prefix, encoder)
-        for scale, places in _by_scale(model.scales(steps_GN, row_steps_GO, layout)):
+        for scale, places in _by_scale(scales_GON):
             encoder.add(q_GON.ravel()[places], both_signs(table(scale, model.shape, largest)))
     else:
         counts = np.bincount(q_GON.ravel() + largest, minlength=2 * largest + 1)
@@ -93,6 +107,8 @@ def unpack(data: bytes, layout: Layout) -> Quantised:
         rows_GO, columns_GN = _take_parts(decoder, scale_tables, scale_base, layout)
         scales_GON = ScaleModel.scales_of(rows_GO - row_steps_GO, columns_GN - (steps_GN - base))
         flat = np.empty(groups * rows * columns, np.int32)
+        if too_many_tables(len(np.unique(scales_GON)), largest, flat.size):
+            raise ValueError("it has more tables than a tensor of its size may have")
         for scale, places in _by_scale(scales_GON):
             flat[places] = decoder.take(len(places), both_signs(table(scale, shape, largest)))
     else:
@@ -131,6 +147,8 @@ def _add_part(part: Integers, prefix: bytearray, encoder: Encoder) -> None:
         _append(prefix, 0)
         return
     largest, scale = int(np.abs(part).max()), fitted_scale(part)
+    if largest > MOST_PART:
+        raise ValueError("its steps differ too much: a step is out of range")
     _append(prefix, scale + 1)
     _append(prefix, largest)
     encoder.add(part, both_signs(table(scale, LAPLACE, largest)))
@@ -190,7 +208,7 @@ class _Prefix:
 
     def part(self) -> _Part:
         scale = self.number(SCALES)
-        return _Part(scale - 1, self.number(MOST_MAGNITUDE)) if scale else _Part(None)
+        return _Part(scale - 1, self.number(MOST_PART)) if scale else _Part(None)
 
     def floats(self, groups: int, rows: int) -> npt.NDArray[np.float32]:
         end = self._at + 4 * groups * rows
