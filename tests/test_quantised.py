@@ -13,7 +13,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 import harmconvert as hc
 from harmconvert.codecs import QUANTISED, CodecTable, Entry, Layout, Quantised, pack, quantised_entry, unpack
@@ -200,15 +199,27 @@ def test_damaged_streams_are_refused_or_decode_to_other_values() -> None:
     assert refused > 200
 
 
-def test_a_small_stream_with_many_large_tables_is_refused_quickly() -> None:
+def test_few_integers_do_not_get_many_large_tables() -> None:
     """Each table of 8,191 weights takes a tenth of a second: a file of many such streams would take hours."""
-    layout = Layout((100, 1))
-    integers = np.full((1, 100, 1), 8191, np.int32)
-    steps = Quantised(integers, np.zeros((1, 1), np.int32), (np.arange(100, dtype=np.int32) - 50).reshape(1, 100))
+    layout = Layout((4, 1))
+    integers = np.full((1, 4, 1), 8191, np.int32)
+    steps = Quantised(integers, np.zeros((1, 1), np.int32), np.array([[-40, -10, 10, 40]], np.int32))
     stream = pack(steps, layout)
     assert same(unpack(stream, layout), steps), "few integers are coded by their counts instead"
     assert not too_many_tables(20, 30, 288)
     assert too_many_tables(100, 8191, 100)
+
+
+def test_a_stream_with_too_many_tables_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = Layout((4, 1))
+    integers = np.full((1, 4, 1), 8191, np.int32)
+    row_steps = np.array([[-40, -10, 10, 40]], np.int32)
+    with monkeypatch.context() as patch:
+        patch.setattr("harmconvert.codecs.stream.too_many_tables", lambda *sizes: False)
+        stream = pack(Quantised(integers, np.zeros((1, 1), np.int32), row_steps), layout)
+        assert np.array_equal(unpack(stream, layout).integers_GON, integers), "a valid stream but for its tables"
+    with pytest.raises(ValueError, match="it has more tables than a tensor of its size may have"):
+        unpack(stream, layout)
 
 
 # --- files ---
@@ -277,4 +288,3 @@ def test_an_invalid_entry_is_refused(changes: dict[str, Any], message: str) -> N
 def test_an_entry_for_integers_is_refused() -> None:
     with pytest.raises(ValueError, match="not a floating-point"):
         QUANTISED.check(Entry("quantised", 1, (4, 3), torch.int64, {"bytes": 10}))
-    assert isinstance(seeded(Branches), nn.Module)

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harmconvert.errors import InputError, OutsideError, UsageError
 from harmconvert.files import state_path
@@ -41,12 +41,16 @@ class KilledError(Exception):
     """Simulates SIGKILL: the run ends without cleaning up."""
 
 
-def killed_at(epoch: int, step: int) -> object:
+def train_until(epoch: int, step: int, model: nn.Module, state_file: StateFile) -> None:
+    """Train, and interrupt the run at this step."""
+
     def progress(at: StepProgress) -> None:
         if (at.epoch, at.step) == (epoch, step):
             raise KilledError
 
-    return progress
+    callbacks = Callbacks(progress=progress)
+    with pytest.raises(KilledError):
+        train(model, noise(), RECIPE, machine=PLAIN, state_file=state_file, callbacks=callbacks)
 
 
 def uninterrupted() -> dict[str, Tensor]:
@@ -68,15 +72,7 @@ def test_a_resumed_run_equals_the_uninterrupted_run_bit_for_bit(
 ) -> None:
     path = tmp_path / "run.state.pth"
     state_file = StateFile(path, every, {"recipe": RECIPE.to_json()})
-    with pytest.raises(KilledError):
-        train(
-            small(dropout=0.3),
-            noise(),
-            RECIPE,
-            machine=PLAIN,
-            state_file=state_file,
-            callbacks=Callbacks(progress=killed_at(epoch, step)),
-        )
+    train_until(epoch, step, small(dropout=0.3), state_file)
     torch.manual_seed(12345)  # any other random state before the resume
     model = small(dropout=0.3)
     rows = train(model, noise(), RECIPE, machine=PLAIN, state_file=replace(state_file, resume=True))
@@ -86,15 +82,7 @@ def test_a_resumed_run_equals_the_uninterrupted_run_bit_for_bit(
 
 def test_the_metrics_of_an_interrupted_epoch_cover_the_whole_epoch(tmp_path: Path) -> None:
     state_file = StateFile(tmp_path / "run.state.pth", 1)
-    with pytest.raises(KilledError):
-        train(
-            small(),
-            noise(),
-            RECIPE,
-            machine=PLAIN,
-            state_file=state_file,
-            callbacks=Callbacks(progress=killed_at(1, 3)),
-        )
+    train_until(1, 3, small(), state_file)
     resumed = train(small(), noise(), RECIPE, machine=PLAIN, state_file=replace(state_file, resume=True))
     whole = train(small(), noise(), RECIPE, machine=PLAIN)
     for row, expected in zip(resumed, whole, strict=True):
@@ -104,15 +92,7 @@ def test_the_metrics_of_an_interrupted_epoch_cover_the_whole_epoch(tmp_path: Pat
 def test_if_the_state_is_corrupt_the_state_before_it_is_used_with_a_warning(tmp_path: Path) -> None:
     said: list[str] = []
     state_file = StateFile(tmp_path / "run.state.pth", 1, say=said.append)
-    with pytest.raises(KilledError):
-        train(
-            small(dropout=0.3),
-            noise(),
-            RECIPE,
-            machine=PLAIN,
-            state_file=state_file,
-            callbacks=Callbacks(progress=killed_at(1, 3)),
-        )
+    train_until(1, 3, small(dropout=0.3), state_file)
     content = state_file.path.read_bytes()
     state_file.path.write_bytes(content[: len(content) // 2])
     model = small(dropout=0.3)

@@ -24,7 +24,7 @@ _PLAIN = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 _SIGNATURES: dict[str, tuple[str, ...]] = {f"conv{axes}d": _PLAIN for axes in (1, 2, 3)}
 _SIGNATURES |= {f"conv_transpose{axes}d": _TRANSPOSED for axes in (1, 2, 3)}
-_LINEAR = ("input", "weight", "bias")
+_SIGNATURES["linear"] = ("input", "weight", "bias")
 
 
 @dataclass(frozen=True)
@@ -181,13 +181,13 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
-        if self.calls is not None and name in _SIGNATURES:
+        if self.calls is not None and name in _SIGNATURES and (name != "linear" or self._linear):
             values = {**dict(zip(_SIGNATURES[name], args, strict=False)), **(kwargs or {})}
             with suppress(Exception):  # unusual arguments: the call is not recorded, and the layer is not refitted
-                self.calls.append(_conv_call(values, output, "transpose" in name))
-        elif self.calls is not None and self._linear and name == "linear":
-            values = {**dict(zip(_LINEAR, args, strict=False)), **(kwargs or {})}
-            self.calls.append(_linear_call(values, output))
+                linear = name == "linear"
+                self.calls.append(
+                    _linear_call(values, output) if linear else _conv_call(values, output, "transpose" in name)
+                )
         return output
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import UsageError
 from ..network.distributed import all_or_none
-from ..network.layers import harmonic_layers, weighted_layers
+from ..network.layers import harmonic_layers
 from .capture import ConvCall, explain_error
 from .cuts import WholeLayer
 from .equations import Layer, Problem
@@ -76,8 +76,7 @@ class Refit:
     def _refit(self, tied: TiedLayers, record: LayerCalibration) -> LayerCalibration:
         if self.data.fit_total == self.data.total:
             return replace(record, why=f"{self.data.why_nothing_held} to choose on")
-        layers = weighted_layers(self.forwards.model)
-        modules = {name: layers[name] for name in tied.names}
+        modules = {name: self.forwards.layers[name] for name in tied.names}
         bias = refittable_bias(self.forwards.model, list(modules.values()))
         kernel, layer = all_or_none(
             lambda: self._kernel_and_layer(tied, modules, bias), RuntimeError("another process could not run it")

@@ -24,8 +24,8 @@ _STEPS = 127
 class QuantisedCodec(Codec):
     """Stores a floating-point tensor as integers times steps, see `Quantised`, in one entropy coded stream.
 
-    The values cannot tell their integers and steps, so an entry brings its stream along (`Entry.stream`): `encode`
-    returns it if it still decodes to the tensor.
+    Integers and steps cannot be computed from the values, so an entry contains its stream (`Entry.stream`), and
+    `encode` returns this stream. The writer of a file must check that the stream still decodes to the tensor.
     """
 
     name = "quantised"
@@ -52,7 +52,7 @@ class QuantisedCodec(Codec):
         """Return the stream of the entry.
 
         Raises:
-            ValueError: the tensor no longer has the values of the stream.
+            ValueError: the entry has no stream.
         """
         if entry.stream is None:
             raise ValueError("the entry has no stream")

@@ -7,7 +7,7 @@ only the difference is stored.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -89,10 +89,9 @@ class ScaleModel:
     rows_GO: Integers
     columns: Parts
 
-    def scales(self, steps_GN: Integers, row_steps_GO: Integers, layout: Layout) -> npt.NDArray[np.uint8]:
-        """Return the scale index of each integer (groups, rows, columns)."""
-        base = split(steps_GN, layout).base
-        return self.scales_of(self.rows_GO - row_steps_GO, self.columns.sums() - (steps_GN - base))
+    def scales(self, steps_GN: Integers, row_steps_GO: Integers) -> npt.NDArray[np.uint8]:
+        """Return the scale index of each integer (groups, rows, columns); ``steps_GN`` are without their base."""
+        return self.scales_of(self.rows_GO - row_steps_GO, self.columns.sums() - steps_GN)
 
     @staticmethod
     def scales_of(rows_GO: Integers, columns_GN: Integers) -> npt.NDArray[np.uint8]:
@@ -101,26 +100,26 @@ class ScaleModel:
 
 
 def fit_scales(q_GON: Integers, steps_GN: Integers, row_steps_GO: Integers, layout: Layout) -> ScaleModel | None:
-    """Return the model that codes the integers in the fewest bits; None if their plain counts do so."""
+    """Return the model that codes the integers in the fewest bits; None if their plain counts do so.
+
+    ``steps_GN`` are without their base.
+    """
     magnitudes_GON = np.abs(q_GON)
     largest = int(magnitudes_GON.max(initial=0))
-    shift_GN = split(steps_GN, layout).base - steps_GN
     best, fewest = None, _bits_by_counts(q_GON)
-    fits = []
-    for shape in SHAPES:
-        costs = _code_lengths(shape, largest)
-        by_column = _column_costs(magnitudes_GON, -row_steps_GO, costs)
-        fits.append((by_column.min(-1).sum(), shape))
+    counts = _counts(magnitudes_GON, -row_steps_GO, largest)
+    fits = [(_column_costs(counts, _code_lengths(shape, largest)).min(-1).sum(), shape) for shape in SHAPES]
     for _, shape in sorted(fits)[:2]:
         costs = _code_lengths(shape, largest)
-        rows_GO = np.zeros_like(row_steps_GO)
-        for _ in range(2):
-            by_column = _column_costs(magnitudes_GON, rows_GO - row_steps_GO, costs)
-            columns, bits = _fit_columns(by_column, shift_GN, layout)
+        rows_GO, counts_with_rows = np.zeros_like(row_steps_GO), counts
+        for attempt in range(2):
+            columns, bits = _fit_columns(_column_costs(counts_with_rows, costs), -steps_GN, layout)
             total = bits + columns.bits + _part_bits(rows_GO)
             if total < fewest:
                 best, fewest = ScaleModel(shape, rows_GO, columns), total
-            rows_GO = _fit_rows(magnitudes_GON, columns.sums() + shift_GN, row_steps_GO, costs)
+            if attempt == 0:
+                rows_GO = _fit_rows(magnitudes_GON, columns.sums() - steps_GN, row_steps_GO, costs)
+                counts_with_rows = _counts(magnitudes_GON, rows_GO - row_steps_GO, largest)
     return best
 
 
@@ -177,20 +176,26 @@ def _fit_rows(magnitudes_GON: Integers, scales_GN: Integers, row_steps_GO: Integ
     return _ROW_OFFSETS[np.stack(lengths).argmin(0)].astype(np.int32)
 
 
-def _column_costs(magnitudes_GON: Integers, rows_GO: Integers, costs: Costs) -> Costs:
-    """Return the bits of each column's integers for each scale index of the column, (groups, columns, scales)."""
+def _counts(magnitudes_GON: Integers, rows_GO: Integers, largest: int) -> dict[int, Costs]:
+    """Return how often each column has each magnitude, (groups, columns, magnitudes), by the scale of the row."""
     groups, _, columns = magnitudes_GON.shape
-    symbols = costs.shape[1]
-    total = np.zeros((groups, columns, len(costs)))
+    places_GON = magnitudes_GON + (largest + 1) * np.arange(groups * columns).reshape(groups, 1, columns)
+    length = groups * columns * (largest + 1)
+    return {
+        int(offset): np.bincount(places_GON[rows_GO == offset].ravel(), minlength=length)
+        .reshape(groups, columns, largest + 1)
+        .astype(np.float64)
+        for offset in np.unique(rows_GO)
+    }
+
+
+def _column_costs(counts: Mapping[int, Costs], costs: Costs) -> Costs:
+    """Return the bits of each column's integers for each scale index of the column, (groups, columns, scales)."""
     indices = np.arange(len(costs))
-    for offset in np.unique(rows_GO):
-        for group in range(groups):
-            rows = magnitudes_GON[group, rows_GO[group] == offset]
-            if not len(rows):
-                continue
-            places = rows.astype(np.int64) + symbols * np.arange(columns)
-            counts = np.bincount(places.ravel(), minlength=symbols * columns).reshape(columns, symbols)
-            total[group] += counts @ costs[np.clip(indices + offset, 0, len(costs) - 1)].T
+    total: Costs = sum(
+        (of_rows @ costs[np.clip(indices + offset, 0, len(costs) - 1)].T for offset, of_rows in counts.items()),
+        np.zeros(()),
+    )
     return total
 
 

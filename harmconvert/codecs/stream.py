@@ -56,8 +56,8 @@ def pack(quantised: Quantised, layout: Layout) -> bytes:
         _append(prefix, number)
     for part in (row_steps_GO, *steps.parts):
         _add_part(part, prefix, encoder)
-    model = fit_scales(q_GON, steps_GN, row_steps_GO, layout)
-    scales_GON = None if model is None else model.scales(steps_GN, row_steps_GO, layout)
+    model = fit_scales(q_GON, steps_GN - steps.base, row_steps_GO, layout)
+    scales_GON = None if model is None else model.scales(steps_GN - steps.base, row_steps_GO)
     if scales_GON is not None and too_many_tables(len(np.unique(scales_GON)), largest, q_GON.size):
         model = None
     _append(prefix, model.shape if model else 0)
@@ -168,7 +168,7 @@ def _zigzag(number: int) -> int:
 
 @dataclass(frozen=True)
 class _Part:
-    """The scale and the largest magnitude of a part; both are None if all its integers are zero."""
+    """The scale index (None: all integers are zero) and the largest magnitude of the integers of a part."""
 
     scale: int | None
     largest: int = 0
