@@ -9,7 +9,7 @@ keeps the plain cut. No labels and no training are needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from ..codecs.digests import tensors_sha256
 from ..errors import counted, first_line
 from ..network.exchange import in_precision, in_sixteen_bits
-from ..network.layers import convolutions, harmonic_layers, state_key
+from ..network.layers import convolutions, state_key, weighted_layers
 from ..network.running import unchanged
 from ..network.state import tensors_of
-from ..plan import AXES, Plan
+from ..plan import AXES, Bits, Plan, coded_weights, round_weights
 from .batch_norm import batch_norms, reestimate
+from .coding import Coder
 from .cuts import WholeLayer
 from .divergence import Divergence
 from .holding import Forwards
@@ -99,6 +100,8 @@ def calibrate(
     settings = settings or CalibrationSettings()
     context = batches if isinstance(batches, CalibrationContext) else CalibrationContext.of(original, batches, settings)
     cut = [layer.name for layer in plan.layers if any(AXES[k.axis].refits and not k.whole for k in layer.keeps)]
+    if plan.on(Bits.axis):
+        return _calibrate_and_code(context, converted, plan, settings, progress)
     if plan.whole:
         return Calibration((), context.data.total, 0, notes=("nothing was cut, so there is nothing to repair",))
     before = _copied_tensors(converted)
@@ -112,6 +115,41 @@ def calibrate(
     return replace(record, changed=digests(converted, changed))
 
 
+def _calibrate_and_code(
+    context: CalibrationContext,
+    converted: nn.Module,
+    plan: Plan,
+    settings: CalibrationSettings,
+    progress: Progress | None,
+) -> Calibration:
+    """Refit the layers that are cut, then refit and code all layers with bits, one after the other."""
+    float_plan = plan.map_layers(lambda layer: replace(layer, keeps=tuple(k for k in layer.keeps if k.axis != Bits.axis)))
+    first = calibrate(context.original, converted, float_plan, context, settings, progress) if not float_plan.whole else None
+    before = _copied_tensors(converted)
+    runnable = context.runnable(converted)
+    uncoded = _copied_tensors(runnable)
+    entries = round_weights(runnable, plan)
+    rounded = _copied_tensors(runnable)
+    blend(runnable, uncoded, uncoded, 0.0)
+    names = [layer.name for layer in plan.layers if layer.on(Bits.axis)]
+    with unchanged(context.original), unchanged(runnable, set(batch_norms(runnable).values()), weights=False):
+        coder = Coder.measured(
+            runnable, plan, context.data, settings.seed, memory_for(runnable, settings),
+            progress or (lambda done, total, what: None),
+        )  # fmt: skip
+        record = _calibrate(context.original, runnable, names, rounded, context, settings, progress, coder)
+    if record.kept > 0:
+        entries = coder.entries
+    if runnable is not converted:
+        blend(converted, _copied_tensors(runnable), before, 0.0)
+    entries = {weight.key: weight.restore(entries[weight.key]) for weight in coded_weights(converted, plan)}
+    state = tensors_of(converted)
+    changed = {key for key, tensor in before.items() if not torch.equal(state[key], tensor)}
+    changed |= set(first.changed if first else ()) | set(entries)
+    notes = (*record.notes, *coder.notes)
+    return replace(record, changed=digests(converted, sorted(changed)), coded=entries, notes=notes)
+
+
 def _calibrate(
     original: nn.Module,
     converted: nn.Module,
@@ -120,10 +158,15 @@ def _calibrate(
     context: CalibrationContext,
     settings: CalibrationSettings,
     progress: Progress | None,
+    coder: Coder | None = None,
 ) -> Calibration:
-    """Calibrate and return the record, without digests of the changed tensors."""
+    """Calibrate and return the record, without digests of the changed tensors.
+
+    Args:
+        before: the tensors of the plain cut; with a coder, those of plain rounding.
+    """
     data, compare = context.data, context.compare
-    layers, fallbacks = _refit(original, converted, cut, context, settings, progress)
+    layers, fallbacks = _refit(original, converted, cut, context, settings, progress, coder)
     after = _copied_tensors(converted)
     blend(converted, before, before, 0.0)
     plain, why = compare(converted)
@@ -131,7 +174,7 @@ def _calibrate(
     blend(converted, after, after, 0.0)
     refit, why_refit = compare(converted) if settings.refit else (plain, why)
     agreements[1.0] = compare.agreement
-    kept, final = never_worse(compare, converted, before, plain, refit)
+    kept, final = never_worse(compare, converted, before, plain, refit, () if coder else (0.5, 0.25))
     agreement = agreements.get(kept, compare.agreement)
     norms = 0
     notes: list[str] = []
@@ -179,22 +222,23 @@ def _refit(
     context: CalibrationContext,
     settings: CalibrationSettings,
     progress: Progress | None,
+    coder: Coder | None,
 ) -> tuple[list[LayerCalibration], tuple[str, ...]]:
     """Refit the layers named in ``cut``; return their records and the fallbacks of the runs."""
-    data, layers = context.data, harmonic_layers(converted)
+    data, layers = context.data, weighted_layers(converted)
     harmonic = {name: layers[name] for name in cut}
     memory = memory_for(converted, settings)
     if not cut:
         return [], ()
     tied_layers, not_refittable = find_tied_layers(original, harmonic, data, memory)
-    if not settings.refit:
+    if not settings.refit and coder is None:
         return [], ()
     targets = Targets(original, tied_layers, data, settings.seed, memory // 2)
     whole = context.whole if len(cut) == 1 else {}  # if two layers are cut, one of them changes the other's input
     records = []
     batches = (*data.fit, *data.held)
     with Forwards(converted, harmonic, memory // 4, batches, data.probes, data.runs.complete) as forwards:
-        refit = Refit(forwards, targets, data, settings, memory, whole)
+        refit = Refit(forwards, targets, data, settings, memory, whole, coder)
         for done, tied in enumerate(tied_layers):
             if progress:
                 progress(done, len(tied_layers), tied.names[0])
@@ -204,7 +248,8 @@ def _refit(
     for name in cut:
         if not any(name in tied.names for tied in tied_layers):
             why = not_refittable.get(name, "it does not run on the calibration inputs")
-            records.append(LayerCalibration(name, "projection", why=why))
+            record = LayerCalibration(name, "projection", why=why)
+            records.append(coder.finished([name], record) if coder else record)
     return records, forwards.fallbacks
 
 
@@ -214,6 +259,7 @@ def never_worse(
     before: Mapping[str, Tensor],
     plain: float | None,
     refit: float | None,
+    shares: Sequence[float] = (0.5, 0.25),
 ) -> tuple[float, float | None]:
     """Reduce the refit's change to a half, a quarter or nothing if the network's outputs are worse than before it.
 
@@ -223,6 +269,7 @@ def never_worse(
         before: the tensors of the plain cut.
         plain: the divergence of the plain cut.
         refit: the divergence after the refit.
+        shares: the shares of the change that are tried; coded weights have none between 0 and 1.
 
     Returns:
         The share of the change that is kept, and the divergence with it.
@@ -230,7 +277,7 @@ def never_worse(
     if plain is None or (refit is not None and refit <= plain):
         return 1.0, refit
     after = _copied_tensors(converted)
-    for kept in (0.5, 0.25):
+    for kept in shares:
         blend(converted, before, after, kept)
         divergence, _ = compare(converted)
         if divergence is not None and divergence < plain:

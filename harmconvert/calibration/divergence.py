@@ -56,7 +56,7 @@ class Divergence:
             try:
                 expected = self._original_outputs(index)
                 actual = _floats(forward(converted, batch.input, undo=self._undo))
-                sums[:2] += _distance(expected, actual, _class_count(self._original))
+                sums[:2] += _distance(expected, actual, class_count(self._original))
                 sums[2:4] += _same_top1(expected, actual)
             except Exception as error:  # every process must reach the sum below
                 sums[4] += 1
@@ -109,7 +109,7 @@ def _same_top1(expected: list[Tensor], actual: list[Tensor]) -> Tensor:
     return torch.tensor([(share or 0.0) * count, count], dtype=torch.float64)
 
 
-def _class_count(model: nn.Module) -> int | None:
+def class_count(model: nn.Module) -> int | None:
     """Return the number of classes that a network or its ``pretrained_cfg`` names, as timm's do; else None."""
     classes = getattr(model, "num_classes", pretrained_config(model).get("num_classes"))
     return classes if isinstance(classes, int) and classes > 1 else None

@@ -159,6 +159,18 @@ class Problem:
         bias = (u - factor * a) / self.count if self.layer.fits_bias else None
         return Change(self.layer.coefficients * factor[..., None], bias)
 
+    def with_best_bias(self, coefficients_GON: Tensor) -> Change:
+        """Return a change of the coefficients, with the change of the bias that is best for it."""
+        if not self.layer.fits_bias:
+            return Change(coefficients_GON, None)
+        means_GO = (coefficients_GON @ self.response_sums_GN[..., None])[..., 0]
+        return Change(coefficients_GON, (self.channels[0] - means_GO) / self.count)
+
+    @property
+    def response_sums_GN(self) -> Tensor:
+        """Return the sums of the responses."""
+        raise NotImplementedError
+
     def candidates(self, dampings: Sequence[float]) -> Iterator[Change]:
         """Yield the solutions for the given dampings (relative to the mean square of the responses).
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.projection import all_finite, project
-from ..network.layers import is_harmonic_layer, kernel_size
+from ..network.layers import is_harmonic_layer, kernel_size, parameter_of
 from .capture import ConvCall
 from .equations import Change, Layer, Problem
 from .responses import to_groups
@@ -60,11 +60,6 @@ def choose(fit: Problem, held: Problem, dampings: Sequence[float]) -> Choice:
         if worse_in_a_row == _PATIENCE:
             break
     return best
-
-
-def parameter_of(module: nn.Module) -> nn.Parameter:
-    """Return the parameter that holds a layer's kernels: the coefficients of a harmonic layer, or else the weight."""
-    return module.coefficients if is_harmonic_layer(module) else cast(nn.Parameter, module.weight)
 
 
 def coefficients_of(module: nn.Module) -> Tensor:
@@ -125,6 +120,10 @@ class Kernel:
         return Layer(
             coefficients, basis_FK, size, call.transposed, fits_bias, sample_count, seed, direction, fixed_norm
         )
+
+    def layer_coefficients(self, layer: Layer) -> Tensor:
+        """Return the coefficients of the effective kernel, as in ``layer`` (G, O, I F)."""
+        return to_groups(project(self.effective, layer.basis), len(layer.coefficients), layer.transposed)
 
     @torch.no_grad()
     def write(self, target: Tensor) -> None:

@@ -20,7 +20,7 @@ from .equations import Layer, Problem
 from .inputs import CalibrationSet
 from .refit import DAMPINGS, weakest_damping
 from .responses import responses
-from .solvers import NormalEquations
+from .solvers import ChannelEquations, NormalEquations
 from .tied_layers import LEAST_POSITIONS, TiedLayers, find_tied_layers
 
 # Layers with more unknowns are measured channel by channel. At the limit the equations of all channels together take
@@ -40,27 +40,6 @@ class Moments:
     gram: Tensor
     coefficients: Tensor
     apart: bool
-
-
-class ChannelEquations(NormalEquations):
-    """Second moments within each input channel only: their size is linear in the number of channels, not quadratic."""
-
-    name = "channels apart"
-
-    def __init__(self, layer: Layer) -> None:
-        # Always centred: the means are what channels have in common, and a bias or a later batch norm corrects these.
-        Problem.__init__(self, replace(layer, fits_bias=True))
-        count = len(layer.basis)
-        groups = layer.coefficients.shape[0] * layer.unknowns // count
-        self.gram_GNN = layer.coefficients.new_zeros(groups, count, count)
-        self.sum_GN = layer.coefficients.new_zeros(groups, count)
-        self.cross_GON = layer.coefficients.new_zeros(0)  # not needed, because no equations are solved
-
-    def _accumulate(self, call: ConvCall, residual_RGO: Tensor, picks: Tensor | None) -> None:
-        z_RGN = responses(call, self.layer.basis, picks).to(self.gram_GNN.device)
-        z_GRN = z_RGN.reshape(len(z_RGN), *self.sum_GN.shape).transpose(0, 1)
-        self.gram_GNN.baddbmm_(z_GRN.mT, z_GRN)
-        self.sum_GN += z_GRN.sum(1)
 
 
 def response_moments(

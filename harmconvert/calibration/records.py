@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from ..codecs.codec import Entry
 from ..errors import UsageError, counted
 
 # With ten positions per unknown, the error of a fitted linear model is about a tenth higher than the smallest possible.
@@ -56,7 +57,9 @@ class LayerCalibration:
     ``error_before``, ``error_after``: relative output errors (Frobenius norms) on held-back inputs. ``damping``:
     relative to the mean square of the responses. ``condition``: condition number of their second moments.
     ``positions``: number of positions in the fit. ``unknowns``: per output channel. ``inputs_enough``: the number of
-    inputs that would give ten positions per unknown. ``why``: why the layer was not refitted.
+    inputs that would give ten positions per unknown. ``why``: why the layer was not refitted. ``bits``: per weight, if
+    the weights were coded; then ``error_after`` includes their rounding. ``shrinkage``: the share of the metric of the
+    rounding that was replaced by the same power in every direction.
     """
 
     name: str
@@ -72,6 +75,8 @@ class LayerCalibration:
     inputs_enough: int = 0
     seconds: float = 0.0
     why: str | None = None
+    bits: float | None = None
+    shrinkage: float | None = None
 
     @property
     def positions_per_unknown(self) -> float:
@@ -94,6 +99,7 @@ class Calibration:
     ``fallbacks``: each faster method that was not used, and why; they change the time, not the result.
     ``plain_agreement``, ``agreement``: the share of held-back inputs with the same top-1 class as the original, for the
     plain cut and at the end; None if outputs are not logits.
+    ``coded``: the entries of the coded weights, by key; they are not part of the JSON.
     """
 
     layers: tuple[LayerCalibration, ...]
@@ -111,6 +117,7 @@ class Calibration:
     plain_agreement: float | None = None
     agreement: float | None = None
     fallbacks: tuple[str, ...] = ()
+    coded: Mapping[str, Entry] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def failed(self) -> tuple[LayerCalibration, ...]:
@@ -120,4 +127,6 @@ class Calibration:
     def to_json(self) -> dict[str, Any]:
         """Return a dict for JSON."""
         layers = [{**asdict(r), "positions_per_unknown": r.positions_per_unknown} for r in self.layers]
-        return {**asdict(self), "layers": layers}
+        record = asdict(replace(self, coded={}))
+        del record["coded"]
+        return {**record, "layers": layers}

@@ -8,17 +8,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..network.distributed import all_or_none
 from ..network.layers import harmonic_layers
 from .capture import ConvCall, explain_error
+from .coding import Coder
 from .cuts import WholeLayer
-from .equations import Layer, Problem
+from .equations import Change, Layer, Problem
 from .holding import Forwards
 from .inputs import Batch, CalibrationSet
-from .layers import Choice, Kernel, RefitError, choose, in_range, refittable_bias
+from .layers import Choice, Kernel, RefitError, basis_of, choose, in_range, refittable_bias
 from .records import ENOUGH_POSITIONS, CalibrationSettings, LayerCalibration
 from .solvers import Operator
 from .tied_layers import Targets, TiedLayers, rows_of
@@ -37,6 +38,7 @@ class Refit:
         targets: the original's outputs.
         memory: bytes that one layer's equations may use.
         whole: equations of uncut layers, which are used instead of new runs.
+        coder: codes the weights of the layers after their refit; None: they are not coded.
     """
 
     def __init__(
@@ -47,9 +49,10 @@ class Refit:
         settings: CalibrationSettings,
         memory: int,
         whole: Mapping[str, WholeLayer],
+        coder: Coder | None = None,
     ) -> None:
         self.forwards, self.targets, self.data = forwards, targets, data
-        self.settings, self.memory, self.whole = settings, memory, whole
+        self.settings, self.memory, self.whole, self.coder = settings, memory, whole, coder
 
     def __call__(self, tied: TiedLayers) -> LayerCalibration:
         """Refit layers that share coefficients. If this fails, they keep the projection, and the record says why."""
@@ -71,6 +74,8 @@ class Refit:
             record = replace(record, decision="failed", why=explain_error(error))
         finally:
             self.targets.forget(tied)
+        if self.coder is not None:
+            record = self.coder.finished(tied.names, record)
         return replace(record, seconds=time.perf_counter() - start)
 
     def _refit(self, tied: TiedLayers, record: LayerCalibration) -> LayerCalibration:
@@ -85,8 +90,16 @@ class Refit:
         if not (fit.finite and held.finite):
             raise UsageError("its activations are NaN or infinite on the calibration inputs")
         choice = choose(fit, held, dampings(self.settings, fit.count / layer.unknowns))
+        bias_before = None if bias is None else bias.detach().clone()
         if choice.change is not None:
             _write(kernel, layer, choice, bias)
+        if self.coder is not None and (key := self.coder.key_of(tied.names)) is not None:
+            with torch.no_grad():
+                self.coder.code_layer(key, fit, held, basis_of(kernel.module).norm(dim=1))
+            new, _ = self._kernel_and_layer(tied, modules, bias)
+            change = fit.with_best_bias(new.layer_coefficients(layer) - layer.coefficients)
+            choice = replace(choice, change=change, error_after=held.error(change))
+            _write_bias(bias, bias_before, change)
         return replace(
             record,
             decision=choice.decision,
@@ -161,6 +174,12 @@ def dampings(settings: CalibrationSettings, positions_per_unknown: float) -> tup
 def weakest_damping(positions_per_unknown: float) -> float:
     """Return the weakest damping that this number of positions per unknown allows."""
     return min(DAMPING_TIMES_POSITIONS / max(positions_per_unknown, 1e-9), DAMPINGS[0])
+
+
+@torch.no_grad()
+def _write_bias(bias: nn.Parameter | None, before: Tensor | None, change: Change) -> None:
+    if bias is not None and before is not None and change.bias is not None:
+        bias.copy_(in_range(before + change.bias.flatten().to(bias), bias))
 
 
 @torch.no_grad()

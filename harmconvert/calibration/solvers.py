@@ -67,6 +67,10 @@ class NormalEquations(Problem):
             return self.gram_GNN
         return self.gram_GNN - self.sum_GN[:, :, None] * self.sum_GN[:, None] / self.count
 
+    @property
+    def response_sums_GN(self) -> Tensor:
+        return self.sum_GN
+
     def candidates(self, dampings: Sequence[float]) -> Iterator[Change]:
         gram, cross, residual_GO = self.centred_gram, self.cross_GON, self.channels[0]
         if self.layer.fits_bias:
@@ -95,6 +99,27 @@ class NormalEquations(Problem):
         return float(squares)
 
 
+class ChannelEquations(NormalEquations):
+    """Second moments within each input channel only: their size is linear in the number of channels, not quadratic."""
+
+    name = "channels apart"
+
+    def __init__(self, layer: Layer) -> None:
+        # Always centred: the means are what channels have in common, and a bias or a later batch norm corrects these.
+        Problem.__init__(self, replace(layer, fits_bias=True))
+        count = len(layer.basis)
+        groups = layer.coefficients.shape[0] * layer.unknowns // count
+        self.gram_GNN = layer.coefficients.new_zeros(groups, count, count)
+        self.sum_GN = layer.coefficients.new_zeros(groups, count)
+        self.cross_GON = layer.coefficients.new_zeros(0)  # not needed, because no equations are solved
+
+    def _accumulate(self, call: ConvCall, residual_RGO: Tensor, picks: Tensor | None) -> None:
+        z_RGN = responses(call, self.layer.basis, picks).to(self.gram_GNN.device)
+        z_GRN = z_RGN.reshape(len(z_RGN), *self.sum_GN.shape).transpose(0, 1)
+        self.gram_GNN.baddbmm_(z_GRN.mT, z_GRN)
+        self.sum_GN += z_GRN.sum(1)
+
+
 class Samples(Problem):
     """Stores every response and residual, float64; solves the dual problem, whose size is the number of positions."""
 
@@ -117,6 +142,10 @@ class Samples(Problem):
         """Return all responses (G, R, I F) and residuals (G, R, O)."""
         self._z, self._u = [torch.cat(self._z)], [torch.cat(self._u)]
         return self._z[0].transpose(0, 1), self._u[0].transpose(0, 1)
+
+    @property
+    def response_sums_GN(self) -> Tensor:
+        return self.all_samples()[0].sum(1)
 
     def candidates(self, dampings: Sequence[float]) -> Iterator[Change]:
         z_GRN, u_GRO = self.all_samples()
@@ -198,6 +227,10 @@ class Operator(Problem):
         """Return the memory of the stored maps."""
         tensors = (t for call, residual in self._calls for t in (call.input, residual))
         return sum(t.numel() * t.element_size() for t in tensors)
+
+    @property
+    def response_sums_GN(self) -> Tensor:
+        return self._sum
 
     def candidates(self, dampings: Sequence[float]) -> Iterator[Change]:
         power = self._power - (self._sum.square().sum(1) / self.count if self.layer.fits_bias else 0)

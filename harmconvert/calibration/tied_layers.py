@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..network.distributed import from_first_rank, world_size
-from ..network.layers import weighted_layers
+from ..network.layers import parameter_of, weighted_layers
 from .capture import NOT_ONE_CONVOLUTION, ConvCall, watch_convolutions
 from .equations import Problem
 from .inputs import Batch, CalibrationSet
-from .layers import coefficients_of, parameter_of
+from .layers import coefficients_of
 from .responses import outputs, pick_positions
 from .solvers import Operator, solver
 

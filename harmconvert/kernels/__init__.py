@@ -31,7 +31,7 @@ from .projection import (
     reconstruct,
     relative_error,
 )
-from .quantisation import Metric, metric_at, quantise, steps_at
+from .quantisation import Metric, metric_at, quantise, row_bits, shrunk, steps_at
 
 __all__ = [
     "BASES",
@@ -61,6 +61,8 @@ __all__ = [
     "quantise",
     "reconstruct",
     "relative_error",
+    "row_bits",
     "scaled_levels",
+    "shrunk",
     "steps_at",
 ]

@@ -18,7 +18,7 @@ Two things bring it nearer to the bound:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +70,34 @@ def metric_at(gram_GNN: Tensor, cross_GON: Tensor, variances_GN: Tensor, level: 
     factor_GNN = torch.linalg.cholesky(form_GNN, upper=True)
     target_GON = torch.cholesky_solve(cross_GON.mT, factor_GNN, upper=True).mT
     return Metric(target_GON, factor_GNN)
+
+
+def shrunk(gram_GNN: Tensor, share: float) -> Tensor:
+    """Return the second moments, of which a share is replaced by the same power in every direction.
+
+    >>> shrunk(torch.diag(torch.tensor([1.0, 3.0]))[None], 0.5).diagonal(dim1=1, dim2=2).tolist()
+    [[1.5, 2.5]]
+    """
+    power_G1 = gram_GNN.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
+    return (1 - share) * gram_GNN + torch.diag_embed((share * power_G1).expand(gram_GNN.shape[:2]))
+
+
+def row_bits(gram_GNN: Tensor, variances_GN: Tensor, levels: Sequence[float]) -> Tensor:
+    """Return the bits of one row of Gaussian coefficients at each level, (levels, groups).
+
+    This is half the logarithm of det(I + V G / level) with V = diag(variances), the rate of a code that has the squared
+    output error ``level`` in each direction that is coded.
+
+    >>> row_bits(torch.eye(3)[None], torch.ones(1, 3), [1 / 3, 1 / 15]).tolist()
+    [[3.0], [6.0]]
+    """
+    root_GN = variances_GN.sqrt()
+    form_GNN = root_GN[..., None] * gram_GNN * root_GN[:, None]
+    bits = []
+    for level in levels:
+        factor_GNN = torch.linalg.cholesky(form_GNN / level + torch.eye(form_GNN.shape[1]).to(form_GNN))
+        bits.append(factor_GNN.diagonal(dim1=1, dim2=2).log2().sum(1))
+    return torch.stack(bits)
 
 
 def steps_at(metric: Metric, level: float) -> Tensor:

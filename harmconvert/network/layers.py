@@ -31,6 +31,11 @@ def is_harmonic_layer(module: nn.Module) -> TypeGuard[HarmonicMixin]:
     return isinstance(module, HarmonicMixin)
 
 
+def parameter_of(layer: nn.Module) -> nn.Parameter:
+    """Return the parameter that holds a layer's kernels: the coefficients of a harmonic layer, or else the weight."""
+    return layer.coefficients if is_harmonic_layer(layer) else cast(nn.Parameter, layer.weight)
+
+
 def kernel_size(layer: nn.Module) -> tuple[int, ...]:
     """Return the kernel size of a convolution as a tuple of ints; () for a linear layer."""
     return tuple(cast("tuple[int, ...]", getattr(layer, "kernel_size", ())))

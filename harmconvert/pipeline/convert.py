@@ -25,7 +25,20 @@ from ..network.checks import check_network, check_weights
 from ..network.layers import weighted_layers
 from ..network.tracing import Trace, find_layers, trace, trace_if_possible
 from ..network.values import default_input
-from ..plan import AXES, Cost, LayerPlan, Plan, apply_plan, make_plan, network_cost
+from ..plan import (
+    AXES,
+    Bits,
+    BitsSetting,
+    Cost,
+    LayerPlan,
+    Plan,
+    apply_plan,
+    coded_weights,
+    make_plan,
+    network_cost,
+    round_weights,
+    with_coded_bits,
+)
 from ..search.dropping import Step, smallest_within
 from ..search.records import Search, SearchSettings
 from ..search.searching import Converted, Scope, Searching
@@ -147,6 +160,7 @@ def convert(
     exclude: Sequence[str] = (),
     basis: str = "dct",
     normalization: str = "ortho",
+    bits: float | Mapping[str, float] | None = None,
     budget: str | Mapping[str, Any] | None = None,
     max_drop: float | None = None,
     metric: Callable[[nn.Module], float] | None = None,
@@ -175,6 +189,8 @@ def convert(
         basis: ``"dct"``, ``"haar"``, ``"gaussian"``, or ``"klt"``, which is fitted to each layer (`Basis`). Not used
             with a `Plan`, which has its own.
         normalization: scale of the basis: ``"ortho"``, or ``"l1"`` as in the paper's ImageNet networks.
+        bits: quantise the weights of convolutions and linear layers to this many bits per weight on average, for an
+            entropy coded file; or a dict from pattern to bits of layers. Without it nothing is quantised.
         budget: instead of ``lam``: a share of the parameters, bytes, MACs or time on this machine of the whole network,
             such as ``{"params": 0.6}`` or ``"latency=50%"``, or an amount, such as ``"bytes=10MB"``. Time is that of
             the factored form on ``example_input``. A search finds the plan with the smallest error within the budget
@@ -197,7 +213,7 @@ def convert(
     check_weights(model)
     job = _Job(
         model, example_input, Scope(include, exclude, Basis(basis, normalization)), calibration,
-        settings or CalibrationSettings(), progress,
+        settings or CalibrationSettings(), progress, None if bits is None else BitsSetting.of(bits),
     )  # fmt: skip
     if (max_drop is None) != (metric is None):
         raise UsageError("max_drop and metric (a function that measures a network) need each other: give both")
@@ -222,6 +238,7 @@ class _Job:
     calibration: Iterable[Any] | None
     settings: CalibrationSettings
     progress: Progress | None
+    bits: BitsSetting | None = None
 
 
 def _convert_by_policy(job: _Job, lam: str | int | Mapping[str, int] | Plan) -> Conversion:
@@ -230,16 +247,33 @@ def _convert_by_policy(job: _Job, lam: str | int | Mapping[str, int] | Plan) -> 
         calibration, run = _run_on_calibration(model, lam, calibration)
     else:
         run = trace_if_possible(model, lam, job.example_input)
-    plan = make_plan(find_layers(model, run), lam, job.scope.include, job.scope.exclude, job.scope.basis)
+    plan = make_plan(find_layers(model, run), lam, job.scope.include, job.scope.exclude, job.scope.basis, job.bits)
     if not plan.layers:
         reasons = shortened([f"{skip.name}: {skip.why}" for skip in plan.skipped], 3) or "it has none"
-        raise InputError(f"this {type(model).__name__} has no convolution over 1x1 to convert ({reasons})")
+        what = "convolution over 1x1" if job.bits is None else "convolution and no linear layer"
+        raise InputError(f"this {type(model).__name__} has no {what} to convert ({reasons})")
     converted = Converted(plan, apply_plan(model, plan))
+    if plan.on(Bits.axis):
+        return _coded(job, converted, calibration, run)
     conversion = _conversion_of(model, converted, run)
     if calibration is None:
         return conversion
     calibrated = calibrate(model, converted.model, plan, calibration, job.settings, job.progress)
     return replace(conversion, calibration=calibrated)
+
+
+def _coded(job: _Job, converted: Converted, calibration: Iterable[Any] | None, run: Trace | None) -> Conversion:
+    """Return the conversion with its weights coded: on the calibration inputs, or without any."""
+    plan, model = converted.plan, converted.model
+    record = None
+    if calibration is None:
+        entries = round_weights(model, plan)
+    else:
+        record = calibrate(job.model, model, plan, calibration, job.settings, job.progress)
+        entries = dict(record.coded)
+    plan = with_coded_bits(plan, coded_weights(model, plan), entries)
+    conversion = _conversion_of(job.model, Converted(plan, model, record), run)
+    return replace(conversion, coded=entries)
 
 
 def _convert_within_budget(job: _Job, budget: Budget, search: SearchSettings) -> Conversion:

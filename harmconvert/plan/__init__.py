@@ -1,6 +1,6 @@
 """Plans: what each layer of a network keeps on each axis; making a plan by a policy, its cost, and applying it.
 
-What belongs here: the axes (`space`), plans as data, and cost computed from shapes. What does not: everything that
+What belongs here: the axes (`space`, `precision`), plans as data, and cost computed from shapes. What does not: everything that
 needs data (`calibration`), searches (`search`) and files (`storage`).
 """
 
@@ -9,22 +9,28 @@ from .axes import AXES, Axis, Check, Kept, LayerCost, WeightShape, register
 from .cost import Cost, layer_costs, network_cost, parameter_count, tensor_bytes
 from .making import make_plan, plannable
 from .plan import LayerPlan, Plan, Skip
+from .precision import Bits, BitsSetting, CodedWeight, PrecisionAxis, coded_weights, round_weights, with_coded_bits
 from .space import Frequencies, SpaceAxis, bases_of, bases_text, cut_layer, energies_kept, normalizations_text
 
 __all__ = [
     "AXES",
     "Axis",
+    "Bits",
+    "BitsSetting",
     "Check",
+    "CodedWeight",
     "Cost",
     "Frequencies",
     "Kept",
     "LayerCost",
     "LayerPlan",
     "Plan",
+    "PrecisionAxis",
     "Skip",
     "SpaceAxis",
     "WeightShape",
     "apply_plan",
+    "coded_weights",
     "bases_of",
     "bases_text",
     "cut_layer",
@@ -37,7 +43,10 @@ __all__ = [
     "plan_of_model",
     "plannable",
     "register",
+    "round_weights",
     "tensor_bytes",
+    "with_coded_bits",
 ]
 
 register(SpaceAxis())
+register(PrecisionAxis())

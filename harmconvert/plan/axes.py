@@ -127,12 +127,14 @@ class Axis(ABC):
 
     ``budget_units``: the units of a budget that this axis can reduce. ``refits``: whether calibration refits a layer
     that keeps less on this axis. ``readable``: whether `read` can tell from a converted module what it keeps.
+    ``needs_setting``: layers have this axis only if the user gives a setting for it.
     """
 
     name: ClassVar[str]
     budget_units: ClassVar[frozenset[str]]
     refits: ClassVar[bool] = False
     readable: ClassVar[bool] = False
+    needs_setting: ClassVar[bool] = False
 
     @abstractmethod
     def applies(self, layer: LayerInfo) -> bool:

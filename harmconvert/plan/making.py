@@ -15,6 +15,7 @@ from ..kernels.basis import Basis
 from ..network.layers import LayerInfo
 from .axes import AXES
 from .plan import LayerPlan, Plan, Skip
+from .precision.bits import BitsSetting
 from .space.policies import Lambda, no_match
 
 
@@ -24,6 +25,7 @@ def make_plan(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     basis: Basis | None = None,
+    bits: BitsSetting | None = None,
 ) -> Plan:
     """Make a plan by a lambda policy.
 
@@ -35,12 +37,14 @@ def make_plan(
             it would leave whole otherwise (the input layer, depthwise layers).
         exclude: patterns of layers that are not converted.
         basis: the basis of the kernels; the DCT if None. A Plan has its own bases.
+        bits: bits per weight, also of layers without a kernel larger than 1x1; None: nothing is quantised.
 
     Raises:
         UsageError: the lambda is unknown, a pattern matches nothing, a kernel has fewer levels, or the plan does not
             fit the network.
     """
-    all_layers, layers = layers, plannable(layers)
+    settings: dict[str, Any] = {"space": Lambda(lam, basis or Basis()), "precision": bits}
+    all_layers, layers = layers, plannable(layers, settings)
     names = [layer.name for layer in layers]
     for pattern in (*include, *exclude):
         if not fnmatch.filter(names, pattern):
@@ -59,9 +63,9 @@ def make_plan(
         cannot_convert = {layer.tied_to or layer.name for layer in layers if layer.skip}
         others = [layer for layer in all_layers if layer not in layers]
         not_convertible = {layer.name for layer in layers if (layer.tied_to or layer.name) in cannot_convert}
-        return _follow(lam, [*chosen, *others], skipped, not_convertible)
+        followed = _follow(lam, [*chosen, *others], skipped, not_convertible)
+        return followed if bits is None else _with_bits(followed, chosen, bits)
     notes: dict[str, str] = {}
-    settings: dict[str, Any] = {"space": Lambda(lam, basis or Basis())}
     keeps = {axis.name: axis.plan(chosen, settings.get(axis.name), named, notes) for axis in AXES.values()}
     planned = [
         LayerPlan(layer.name, layer.kernel_size, own)
@@ -71,9 +75,27 @@ def make_plan(
     return Plan(tuple(_same_for_tied_layers(planned, chosen)), tuple(skipped), str(settings["space"]), notes)
 
 
-def plannable(layers: Sequence[LayerInfo]) -> list[LayerInfo]:
-    """Return the layers that have at least one axis."""
-    return [layer for layer in layers if any(axis.applies(layer) for axis in AXES.values())]
+def plannable(layers: Sequence[LayerInfo], settings: Mapping[str, Any] | None = None) -> list[LayerInfo]:
+    """Return the layers that have at least one axis, with the settings of the axes by name."""
+    given = {name for name, setting in (settings or {}).items() if setting is not None}
+    axes = [axis for axis in AXES.values() if not axis.needs_setting or axis.name in given]
+    return [layer for layer in layers if any(axis.applies(layer) for axis in axes)]
+
+
+def _with_bits(plan: Plan, layers: Sequence[LayerInfo], bits: BitsSetting) -> Plan:
+    """Return the plan with bits for its layers and for the other ``layers``."""
+    planned = {layer.name: layer for layer in plan.layers}
+    changed = [
+        planned.get(layer.name, LayerPlan(layer.name, layer.kernel_size)).keeping(*kept)
+        for layer in layers
+        if (kept := [one] if (one := bits.planned(layers).get(layer.name)) else []) or layer.name in planned
+    ]
+    names = {layer.name for layer in changed}
+    return replace(
+        plan,
+        layers=tuple(_same_for_tied_layers(changed, layers)),
+        skipped=tuple(skip for skip in plan.skipped if skip.name not in names),
+    )
 
 
 def _other_basis(plan: Plan, basis: Basis) -> Basis | None:

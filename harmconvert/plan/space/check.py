@@ -60,6 +60,23 @@ def check_kernel(conv: nn.Module, other: nn.Module, as_calibrated: bool | None) 
     return Check(kept, total, largest_error, problem)
 
 
+def kernel_difference(layer: nn.Module, other: nn.Module) -> tuple[int, int, float]:
+    """Return how many frequencies ``other`` keeps, of how many, and the largest difference of its kernel.
+
+    The difference is relative to the largest weight of each filter. Both may be linear layers.
+    """
+    total = prod(kernel_size(layer))
+    kept = len(other.frequencies) if is_harmonic_layer(other) else total
+    largest = 0.0
+    for rows in torch.arange(len(_values(layer))).split(max(1, _WEIGHTS_AT_ONCE // prod(_values(layer).shape[1:]))):
+        part = slice(int(rows[0]), int(rows[-1]) + 1)
+        exact = _kernel_of(layer, part).flatten(1)
+        scale = exact.abs().amax(1).clamp_min(torch.finfo(torch.float64).tiny)
+        error = ((_kernel_of(other, part).flatten(1) - exact).abs().amax(1) / scale).max().item()
+        largest = error if isnan(error) else max(largest, error)
+    return kept, total, largest
+
+
 def _wrong_coefficients(conv: nn.Module, other: HarmonicMixin, exact: Tensor, part: slice) -> int:
     """Return how many coefficients of some filters are not the projection of the original kernel ``exact``."""
     coefficients = other.coefficients.detach()[part].to(torch.float64)

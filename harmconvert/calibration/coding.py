@@ -1,0 +1,317 @@
+"""Code the weights of a network on calibration inputs: choose the distortion of each weight, and round with feedback.
+
+All weights get the same distortion of the network's outputs for each bit: the level of a weight's rows is one number
+for the whole network, divided by the measured effect of their errors (`sensitivity`). The number follows from the bits
+that are wanted. It is corrected after each weight, because the bits of a weight are known only when it is coded.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..codecs.codec import Entry
+from ..codecs.integers import Quantised, step_indices, step_sizes
+from ..errors import first_line
+from ..kernels.quantisation import metric_at, quantise, row_bits, shrunk, steps_at
+from ..plan import CodedWeight, Plan, coded_weights
+from .coding_metrics import Moments, identity, measured_moments, moments_of
+from .equations import Problem
+from .inputs import CalibrationSet
+from .records import LayerCalibration
+from .sensitivity import squared_changes
+
+log = logging.getLogger(__name__)
+
+# Partial roundings of each row that are kept.
+SURVIVORS = 4
+# The shares of the metric that may be replaced by the same power in every direction, in the order in which they are
+# tried.
+SHRINKAGES = (1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
+# The share if no inputs are held back.
+DEFAULT_SHRINKAGE = 0.1
+# A weight has about this many bits more than a Gaussian one at the bound; corrected by those that are coded already.
+_EXCESS = 0.2
+# The correction changes the level by at most this factor: a quarter of a bit.
+_MOST_CHANGE = 2**0.5
+# Levels at which the bits of a row are computed, relative to the mean power of its outputs.
+_GRID = tuple(4.0**-k for k in range(-2, 10))
+# Number of random errors of each weight, and the level at which they are drawn.
+_ERRORS, _ERROR_LEVEL = 3, 2.0**-6
+# The measured effects of the rows of one weight are brought nearer to their mean, and limited to this factor.
+_ROW_EXPONENT, _ROW_LIMIT = 0.8, 16.0
+# A number of bits for a single weight is met within this share.
+_NEAR = 0.02
+
+
+@dataclass
+class _State:
+    """What is known about a weight before it is coded.
+
+    ``effects_GO``: squared change of the outputs for a unit of squared error in each direction of a row. ``levels``,
+    ``bits_LG``: levels, and the bits of one row at each of them.
+    """
+
+    weight: CodedWeight
+    moments: Moments
+    levels: Tensor
+    bits_LG: Tensor
+    effects_GO: Tensor
+    why: str | None = None
+
+    def bits_at(self, level: float) -> float:
+        """Return the bits of the whole weight if the outputs have ``level`` squared error for each direction."""
+        x_GO = (level / self.effects_GO).log()
+        grid = self.levels.log().flip(0)
+        place = torch.searchsorted(grid, x_GO).clamp(1, len(grid) - 1)
+        low, high = grid[place - 1], grid[place]
+        share = (x_GO - low) / (high - low)  # outside the grid this extrapolates
+        bits_GL = self.bits_LG.flip(0).T
+        left, right = bits_GL.gather(1, place - 1), bits_GL.gather(1, place)
+        return float((left + share * (right - left)).clamp_min(0).sum())
+
+
+@dataclass(frozen=True)
+class Coded:
+    """The result for one weight.
+
+    ``bits``: per weight. ``shrinkage``: share of the metric that was replaced by the same power in every direction.
+    """
+
+    quantised: Quantised
+    entry: Entry
+    bits: float
+    shrinkage: float | None
+
+
+@dataclass
+class Coder:
+    """Codes the weights of a network one after the other. Make it with `Coder.measured`."""
+
+    states: dict[str, _State]
+    results: dict[str, Coded] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    _first_level: float = 0.0
+    _excess: tuple[float, float] = (0.0, 0.0)  # bits above the prediction, and the weights for which it was seen
+
+    @property
+    def entries(self) -> dict[str, Entry]:
+        """Return the entries of the weights that are coded, by key."""
+        return {key: coded.entry for key, coded in self.results.items()}
+
+    @classmethod
+    def measured(
+        cls,
+        network: nn.Module,
+        plan: Plan,
+        data: CalibrationSet,
+        seed: int,
+        memory: int,
+        progress: Callable[[int, int, str], None],
+    ) -> Coder:
+        """Measure the metric and the effect of every weight that the plan codes."""
+        weights = coded_weights(network, plan)
+        states, errors = {}, {}
+        for number, (weight, moments) in enumerate(measured_moments(network, weights, data, seed, memory)):
+            progress(number, len(weights), f"measuring {weight.names[0]}")
+            why = moments if isinstance(moments, str) else None
+            own = identity(weight) if isinstance(moments, str) else moments
+            states[weight.key], errors[weight.key] = _state(weight, own, seed + number, why)
+        coder = cls(states)
+        coder._measure_effects(network, data, errors, seed, progress)
+        return coder
+
+    def _measure_effects(
+        self, network: nn.Module, data: CalibrationSet, errors: Mapping[str, Tensor], seed: int, progress: Callable[[int, int, str], None],
+    ) -> None:
+        def changes(key: str, gradient: Tensor) -> Tensor:
+            state = self.states[key]
+            layout = state.weight.layout
+            values = np.ascontiguousarray(layout.to_matrices(gradient.to("cpu", torch.float32).numpy()))
+            projected_DBO = (state.moments.blocks(torch.from_numpy(values)) * errors[key]).sum(-1)
+            projected_DGO = projected_DBO.unflatten(1, (layout.groups, -1)).sum(2)
+            return projected_DGO.square().mean(0).double()
+
+        parameters = {key: state.weight.parameter for key, state in self.states.items()}
+        try:
+            effects = squared_changes(
+                network, parameters, data.fit, changes, seed, lambda done, total: progress(done, total, "measuring effects"),
+            )
+        except Exception as error:  # such as a network that runs without gradients
+            self.notes.append(f"the effect of errors on the outputs could not be measured ({first_line(error)}): all layers get the same relative error")
+            effects = {}
+        for key, state in self.states.items():
+            own = effects.get(key)
+            if own is None or not bool(own.isfinite().all()) or not float(own.sum()) > 0:
+                state.effects_GO = _relative_effects(state)
+            else:
+                state.effects_GO = _smoothed(own)
+
+    def level_for(self, keys: Sequence[str], bits: float) -> float:
+        """Return the level at which these weights together have this number of bits; see `_State.bits_at`."""
+        count = sum(self.states[key].weight.count for key in keys)
+        seen_bits, seen = self._excess
+        excess = (seen_bits + _EXCESS * 1e5) / (seen + 1e5)
+        low, high = -200.0, 200.0
+        for _ in range(80):
+            middle = (low + high) / 2
+            more = sum(self.states[key].bits_at(math.exp(middle)) for key in keys) + excess * count > bits
+            low, high = (middle, high) if more else (low, middle)
+        return math.exp((low + high) / 2)
+
+    def level_of(self, key: str) -> float:
+        """Return the level for the weight that is coded next."""
+        state = self.states[key]
+        if not state.weight.bits.shared:
+            return self.level_for([key], state.weight.bits.bits * state.weight.count)
+        shared = [k for k, s in self.states.items() if s.weight.bits.shared]
+        left = [k for k in shared if k not in self.results]
+        total = sum(self.states[k].weight.count for k in shared) * state.weight.bits.bits
+        used = sum(self.results[k].bits * self.states[k].weight.count for k in shared if k in self.results)
+        level = self.level_for(left, max(total - used, 0.0))
+        # Few weights are left at the end: they must not get all bits that the others needed less, or more.
+        self._first_level = self._first_level or level
+        return min(max(level, self._first_level / _MOST_CHANGE), self._first_level * _MOST_CHANGE)
+
+    def code(self, key: str, target_GON: Tensor, fit: Moments | None = None, held: Moments | None = None) -> Coded:
+        """Code coefficients in the metric ``fit``; choose its shrinkage on ``held``. The result is recorded.
+
+        Args:
+            target_GON: the coefficients with the smallest error.
+            fit: the metric; default: the metric that was measured before.
+        """
+        state = self.states[key]
+        weight = state.weight
+        level = self.level_of(key)
+        moments = fit or state.moments
+        coded = self._at(state, target_GON, moments, held, level)
+        if not weight.bits.shared:
+            for _ in range(3):
+                off = coded.bits - weight.bits.bits
+                if abs(off) <= _NEAR * max(weight.bits.bits, 0.5):
+                    break
+                level *= 4.0 ** min(max(off, -1), 1)
+                coded = self._at(state, target_GON, moments, held, level)
+        predicted = state.bits_at(level)
+        self._excess = (self._excess[0] + coded.bits * weight.count - predicted, self._excess[1] + weight.count)
+        self.results[key] = coded
+        return coded
+
+    def key_of(self, names: Sequence[str]) -> str | None:
+        """Return the key of the weight of these layers; None if it is not coded."""
+        return next((key for key, state in self.states.items() if set(names) & set(state.weight.names)), None)
+
+    def code_layer(self, key: str, fit: Problem, held: Problem, scales_F: Tensor) -> Coded:
+        """Code the present coefficients of a weight on the equations of its layer, and write the coded values."""
+        weight = self.states[key].weight
+        coded = self.code(key, weight.matrices(), moments_of(fit, scales_F), moments_of(held, scales_F))
+        weight.write(coded.quantised)
+        return coded
+
+    def finished(self, names: Sequence[str], record: LayerCalibration) -> LayerCalibration:
+        """Return the record of a layer with its bits; code the weight without equations if that was not done yet."""
+        if (key := self.key_of(names)) is None:
+            return record
+        if key not in self.entries:
+            self.code_alone(key)
+        coded = self.results[key]
+        return replace(record, bits=coded.bits, shrinkage=coded.shrinkage)
+
+    def code_alone(self, key: str) -> None:
+        """Code the present coefficients of a weight in the metric that was measured before, or without any metric."""
+        state = self.states[key]
+        try:
+            coded = self.code(key, state.weight.matrices())
+        except (RuntimeError, ValueError) as error:
+            log.info("%s is coded without a metric: %s", key, first_line(error))
+            coded = self.code(key, state.weight.matrices(), identity(state.weight))
+        state.weight.write(coded.quantised)
+
+    def _at(self, state: _State, target_GON: Tensor, moments: Moments, held: Moments | None, level: float) -> Coded:
+        weight, effects_GO = state.weight, state.effects_GO
+        mean = float(effects_GO.log().mean().exp())
+        row_steps_GO = step_indices((mean / effects_GO).sqrt().numpy())
+        scaled_GON = target_GON / torch.from_numpy(step_sizes(row_steps_GO))[..., None]
+        target_BON = moments.blocks(scaled_GON)
+        variances_BN = _variances(target_BON)
+        level = level / mean
+        shrinkage = DEFAULT_SHRINKAGE if held is None else best_shrinkage(moments, held, variances_BN, level)
+        gram_BNN = shrunk(moments.gram_BNN, shrinkage)
+        metric = metric_at(gram_BNN, target_BON @ gram_BNN, variances_BN, level)
+        columns_BN = step_indices(steps_at(metric, level).numpy())
+        steps_BN = torch.from_numpy(step_sizes(columns_BN))
+        integers_BON = quantise(metric, steps_BN, SURVIVORS)
+        integers_GON = moments.from_blocks(integers_BON, weight.layout.groups).numpy().astype(np.int32)
+        columns_GN = columns_BN.reshape(weight.layout.groups, weight.layout.columns)
+        quantised = Quantised(integers_GON, columns_GN, row_steps_GO)
+        entry = weight.entry(quantised)
+        return Coded(quantised, entry, 8 * int(entry.parameters["bytes"]) / weight.count, shrinkage)
+
+
+def best_shrinkage(fit: Moments, held: Moments, variances_BN: Tensor, level: float) -> float:
+    """Return the shrinkage with the smallest cost on other inputs: squared error, plus ``level`` for each nat."""
+    penalty_BNN = torch.diag_embed(level / variances_BN)
+    best, least, worse = SHRINKAGES[-1], math.inf, 0
+    for share in SHRINKAGES:
+        factor, info = torch.linalg.cholesky_ex(shrunk(fit.gram_BNN, share) + penalty_BNN, upper=True)
+        if bool(info.any()):
+            continue
+        inverse = torch.cholesky_inverse(factor, upper=True)
+        cost = float(((held.gram_BNN + penalty_BNN) * inverse).sum())
+        cost += 2 * float(factor.diagonal(dim1=1, dim2=2).log().sum())
+        if cost < least:
+            best, least, worse = share, cost, 0
+        else:
+            worse += 1
+            if worse == 2:
+                break
+    return best
+
+
+def _state(weight: CodedWeight, moments: Moments, seed: int, why: str | None) -> tuple[_State, Tensor]:
+    """Return the state of a weight, without its effects, and random errors (draws, blocks, rows, columns)."""
+    blocks_BON = moments.blocks(weight.matrices())
+    variances_BN = _variances(blocks_BON)
+    gram_BNN = shrunk(moments.gram_BNN, DEFAULT_SHRINKAGE / 4)
+    power = float((gram_BNN.diagonal(dim1=1, dim2=2) * variances_BN).mean()) or 1.0
+    levels = torch.tensor(_GRID, dtype=torch.float64) * power
+    bits_LB = row_bits(gram_BNN.float(), variances_BN.float(), levels.tolist()).double()
+    bits_LG = bits_LB.unflatten(1, (weight.layout.groups, -1)).sum(2)
+    form = gram_BNN + torch.diag_embed(_ERROR_LEVEL * power / variances_BN)
+    factor = torch.linalg.cholesky(form, upper=True).float()
+    generator = torch.Generator().manual_seed(seed)
+    white = torch.randn(_ERRORS, *blocks_BON.shape, generator=generator)
+    flat_BNO = white.permute(1, 3, 0, 2).flatten(2)
+    errors = torch.linalg.solve_triangular(factor, flat_BNO, upper=True)
+    errors_DBON = errors.unflatten(2, (_ERRORS, -1)).permute(2, 0, 3, 1)
+    effects = torch.ones(weight.layout.groups, weight.layout.rows, dtype=torch.float64)
+    return _State(weight, moments, levels, bits_LG, effects, why), errors_DBON
+
+
+def _variances(blocks_BON: Tensor) -> Tensor:
+    """Return the mean square of each column; columns near zero get a small share of the mean."""
+    variances_BN = blocks_BON.square().mean(1)
+    mean = float(variances_BN.mean())
+    return variances_BN.clamp_min(1e-4 * mean if mean > 0 else 1.0)
+
+
+def _relative_effects(state: _State) -> Tensor:
+    """Return the effects with which all layers get the same relative output error."""
+    blocks_BON = state.moments.blocks(state.weight.matrices())
+    power_BO = (blocks_BON @ state.moments.gram_BNN * blocks_BON).sum(-1)
+    power = float(power_BO.sum()) or 1.0
+    return torch.full_like(state.effects_GO, state.effects_GO.numel() / power)
+
+
+def _smoothed(effects_GO: Tensor) -> Tensor:
+    logs = effects_GO.clamp_min(float(effects_GO.mean()) * 1e-6).log()
+    mean = float(logs.mean())
+    limit = math.log(_ROW_LIMIT)
+    smooth = (mean + (_ROW_EXPONENT * (logs - mean)).clamp(-limit, limit)).exp()
+    return smooth * (effects_GO.mean() / smooth.mean())

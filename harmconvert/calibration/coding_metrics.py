@@ -1,0 +1,130 @@
+"""The metric in which the error of a coded weight is measured: second moments of the responses of its layer.
+
+A weight is coded as it is stored, so its metric is that of the stored coefficients: the scale of the basis and the
+standardisation of the kernel are part of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..network.layers import harmonic_layers, weighted_layers
+from ..plan import CodedWeight
+from .collecting import EquationCollector, collect_together
+from .equations import Problem
+from .inputs import CalibrationSet
+from .solvers import ChannelEquations, NormalEquations, Operator, Samples
+from .tied_layers import LEAST_POSITIONS, TiedLayers, find_tied_layers
+
+# Weights with more columns are coded with the correlations within each input channel alone: a Cholesky factor of this
+# size takes about half a minute on two cores.
+MOST_COLUMNS = 8192
+# For the choice of the levels, a metric over this many positions for each column is enough.
+_POSITIONS_PER_COLUMN = 8
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of responses, float64 (blocks, columns, columns).
+
+    A block is a group of the convolution, or one input channel of a group (``apart``). ``positions``: over how many
+    positions they are the mean.
+    """
+
+    gram_BNN: Tensor
+    apart: bool = False
+    positions: int = 0
+
+    def blocks(self, matrices_GON: Tensor) -> Tensor:
+        """Return coefficients (groups, rows, columns) as (blocks, rows, columns of a block)."""
+        if not self.apart:
+            return matrices_GON
+        return matrices_GON.unflatten(2, (-1, self.gram_BNN.shape[1])).transpose(1, 2).flatten(0, 1)
+
+    def from_blocks(self, blocks_BON: Tensor, groups: int) -> Tensor:
+        """Return (groups, rows, columns); inverse of `blocks`."""
+        if not self.apart:
+            return blocks_BON
+        return blocks_BON.unflatten(0, (groups, -1)).transpose(1, 2).flatten(2)
+
+
+def identity(weight: CodedWeight) -> Moments:
+    """Return the metric of a weight whose inputs are not known: all coefficients count the same."""
+    size = weight.layout.frequencies
+    blocks = weight.layout.groups * weight.layout.channels
+    return Moments(torch.eye(size, dtype=torch.float64).expand(blocks, size, size), apart=True)
+
+
+def moments_of(problem: Problem, scales_F: Tensor) -> Moments | None:
+    """Return the moments in the metric of the stored coefficients; None if the problem does not have them.
+
+    Args:
+        scales_F: the norm of each basis kernel.
+    """
+    layer = problem.layer
+    if isinstance(problem, Operator) or layer.unknowns > MOST_COLUMNS:
+        return None
+    if isinstance(problem, Samples):
+        z_GRN, _ = problem.all_samples()
+        if layer.fits_bias:
+            z_GRN = z_GRN - z_GRN.mean(1, keepdim=True)
+        gram_GNN = z_GRN.mT @ z_GRN
+    else:
+        assert isinstance(problem, NormalEquations)
+        gram_GNN = problem.centred_gram
+    gram_GNN = layer.restricted(layer.restricted(gram_GNN / problem.count).mT)
+    scales_N = scales_F.repeat(gram_GNN.shape[1] // len(scales_F)).to(gram_GNN)
+    scaled = scales_N[:, None] * gram_GNN * scales_N
+    return Moments(scaled.cpu(), isinstance(problem, ChannelEquations), problem.count)
+
+
+def measured_moments(
+    network: nn.Module, weights: Sequence[CodedWeight], data: CalibrationSet, seed: int, memory: int
+) -> Iterator[tuple[CodedWeight, Moments | str]]:
+    """Yield each weight with its moments on the inputs for the fit, or with the reason why there are none.
+
+    Raises:
+        UsageError: the network does not run on the inputs.
+    """
+    layers = weighted_layers(network)
+    modules = {name: layers[name] for weight in weights for name in weight.names}
+    weight_of = {name: weight for weight in weights for name in weight.names}
+    tied_layers, why = find_tied_layers(network, modules, data, memory)
+    collectors = [_collector(tied, network, modules, data, seed, memory) for tied in tied_layers]
+    measured = set()
+    for collector, result in collect_together(network, collectors, [data.fit], memory, data.runs.complete):
+        weight = weight_of[collector.tied.names[0]]
+        measured.add(weight.key)
+        if isinstance(result, str):
+            yield weight, result
+            continue
+        moments = moments_of(result[0], basis_norms(network, weight))
+        assert moments is not None
+        yield weight, moments
+    for weight in weights:
+        if weight.key not in measured:
+            reasons = [why[name] for name in weight.names if name in why]
+            yield weight, reasons[0] if reasons else "it does not run on the calibration inputs"
+
+
+def basis_norms(network: nn.Module, weight: CodedWeight) -> Tensor:
+    """Return the norm of each basis kernel of a weight's layer, (frequencies,)."""
+    layer = harmonic_layers(network).get(weight.names[0])
+    return torch.ones(1, dtype=torch.float64) if layer is None else layer.kernels.norm(dim=1).cpu()
+
+
+def _collector(
+    tied: TiedLayers, network: nn.Module, modules: Mapping[str, nn.Module], data: CalibrationSet, seed: int, memory: int
+) -> EquationCollector:
+    bytes = 32 * tied.groups * tied.unknowns**2
+    whole = bytes <= memory and tied.unknowns <= MOST_COLUMNS
+    rows = sum(shape[0] for _, shape in tied.calls)
+    wanted = max(_POSITIONS_PER_COLUMN * tied.unknowns, LEAST_POSITIONS // 4) if whole else LEAST_POSITIONS // 4
+    count = min(tied.sample_count, math.ceil(wanted / max(data.fit_total, 1) / rows))
+    method: type[NormalEquations] = NormalEquations if whole else ChannelEquations
+    return EquationCollector(tied, network, modules, seed, count, method, bytes if whole else 0)

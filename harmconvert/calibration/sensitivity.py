@@ -1,0 +1,111 @@
+"""Measure how much errors of the weights change the network's outputs.
+
+Errors of a coded weight are spread over all directions in proportion to the inverse of the layer's metric. The mean
+squared change of the outputs by such errors, to first order, is a quadratic form of the gradients of the outputs.
+It is estimated with random errors and random directions of the outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..network.running import call, unchanged
+from ..network.side_effects import fixed_random_seed
+from ..network.values import clone_tensors, match_dtype, tensors_in
+from .divergence import class_count
+from .inputs import Batch
+
+# Forwards with gradients, and examples in each; random directions of the outputs of each forward.
+_FORWARDS, _EXAMPLES, _DIRECTIONS = 16, 4, 2
+
+
+def squared_changes(
+    network: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    batches: Sequence[Batch],
+    changes: Callable[[str, Tensor], Tensor],
+    seed: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Tensor]:
+    """Return, by key, the mean of squared changes of the outputs, in the unit of the network's divergence.
+
+    Args:
+        changes: for a key and the gradient of one direction of the outputs with respect to this parameter, the squared
+            changes in this direction, one for each row of the weight.
+
+    Raises:
+        RuntimeError: the outputs have no gradients.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    classes = class_count(network)
+    sums: dict[str, Tensor] = {}
+    power = examples = 0.0
+    picked = list(_examples(batches))
+    with _with_gradients(network, parameters.values()), unchanged(network):
+        for number, batch in enumerate(picked):
+            progress(number, len(picked))
+            with torch.enable_grad(), fixed_random_seed():
+                output = call(network, match_dtype(clone_tensors(batch.input), network))
+            outputs = [tensor for tensor in tensors_in(output) if tensor.is_floating_point() and tensor.requires_grad]
+            if not outputs:
+                raise RuntimeError("the outputs have no gradients")
+            logits = len(outputs) == 1 and outputs[0].dim() == 2 and outputs[0].shape[1] == classes
+            power += len(batch) if logits else sum(float(o.detach().double().square().sum()) for o in outputs)
+            examples += len(batch)
+            for last in range(_DIRECTIONS - 1, -1, -1):
+                directions = [_direction(one.detach(), logits, generator) for one in outputs]
+                gradients = torch.autograd.grad(
+                    outputs, list(parameters.values()), directions, retain_graph=last > 0, allow_unused=True
+                )
+                for key, gradient in zip(parameters, gradients, strict=True):
+                    if gradient is not None:
+                        change = changes(key, gradient.detach())
+                        sums[key] = sums[key] + change if key in sums else change
+    return {key: total / (_DIRECTIONS * max(power, 1e-300)) for key, total in sums.items()}
+
+
+def _examples(batches: Sequence[Batch]) -> Iterator[Batch]:
+    """Yield small batches with examples from the whole set."""
+    total = sum(map(len, batches))
+    step = max(1, total // (_FORWARDS * _EXAMPLES))
+    left = _FORWARDS
+    for batch in batches:
+        rows = list(range(0, len(batch), step))
+        for start in range(0, len(rows), _EXAMPLES):
+            if left == 0:
+                return
+            left -= 1
+            some = rows[start : start + _EXAMPLES]
+            yield batch if len(some) == len(batch) else batch.rows(some)
+
+
+def _direction(output: Tensor, logits: bool, generator: torch.Generator) -> Tensor:
+    """Return a random direction whose mean square is the divergence: the Fisher metric of logits, else all the same."""
+    noise = torch.randn(output.shape, generator=generator).to(output)
+    if not logits:
+        return noise
+    p = output.softmax(1)
+    return (p.sqrt() * noise - p * (p.sqrt() * noise).sum(1, keepdim=True)) * 0.5**0.5
+
+
+@contextmanager
+def _with_gradients(network: nn.Module, parameters: Any) -> Iterator[None]:
+    """Let all ``parameters`` have gradients inside, and switch the network to eval mode."""
+    needs = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
+    own = {id(parameter) for parameter in parameters}
+    flags = [(module, module.training) for module in network.modules()]
+    try:
+        for parameter, _ in needs:
+            parameter.requires_grad_(id(parameter) in own)
+        network.eval()
+        yield
+    finally:
+        for parameter, value in needs:
+            parameter.requires_grad_(value)
+        for module, training in flags:
+            module.training = training

@@ -1,0 +1,101 @@
+"""Code weights without inputs: every coefficient is rounded to a multiple of the step of its row.
+
+Without inputs the errors of all coefficients of a row count the same, and the step of a row is in proportion to the
+row's root mean square: the outputs of all channels then have about the same relative error, which is what a later batch
+norm makes of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...codecs.codec import Entry
+from ...codecs.integers import Quantised, step_indices, step_sizes
+from ..plan import Plan
+from .weights import CodedWeight, coded_weights
+
+# The search for the steps ends when the bits per weight are this near.
+_NEAR = 0.005
+_STEPS = 40
+# Largest distortion relative to the mean square of a row: all integers are zero above it.
+_LARGEST = 64.0
+_SMALLEST = 2.0**-30
+
+
+def round_weights(model: nn.Module, plan: Plan, wanted: Mapping[str, float] | None = None) -> dict[str, Entry]:
+    """Code the weights of a converted network, in place; return their entries by key.
+
+    Args:
+        wanted: bits per weight by key, instead of those of the plan.
+    """
+    weights = coded_weights(model, plan)
+    entries: dict[str, Entry] = {}
+    for together, bits in _sets(weights, wanted or {}):
+        for weight, quantised in zip(together, rounded_to(together, bits), strict=True):
+            weight.write(quantised)
+            entries[weight.key] = weight.entry(quantised)
+    return entries
+
+
+def _sets(
+    weights: Sequence[CodedWeight], wanted: Mapping[str, float]
+) -> list[tuple[list[CodedWeight], float]]:
+    """Return sets of weights whose average number of bits is given, with this number."""
+    shared = [weight for weight in weights if weight.bits.shared and weight.key not in wanted]
+    alone = [([weight], wanted.get(weight.key, weight.bits.bits)) for weight in weights if weight not in shared]
+    return [*([(shared, shared[0].bits.bits)] if shared else []), *alone]
+
+
+def rounded_to(weights: Sequence[CodedWeight], bits: float) -> list[Quantised]:
+    """Return the weights, rounded with one relative distortion for all, that have this number of bits on average."""
+    count = sum(weight.count for weight in weights)
+    target = bits
+    for _ in range(3):
+        distortion = _distortion_for(weights, target)
+        quantised = [_rounded(weight, distortion) for weight in weights]
+        lengths = [8 * len(weight.entry(one).stream) for weight, one in zip(weights, quantised, strict=True)]
+        excess = sum(lengths) / count - bits
+        if abs(excess) < _NEAR * max(bits, 1):
+            break
+        target = max(target - excess, 0.01)
+    return quantised
+
+
+def _distortion_for(weights: Sequence[CodedWeight], bits: float) -> float:
+    """Return the relative distortion at which the entropy of the integers is this number of bits, by bisection."""
+    total = sum(weight.count for weight in weights)
+    low, high = math.log(_SMALLEST), math.log(_LARGEST)
+    for _ in range(_STEPS):
+        middle = (low + high) / 2
+        entropy = sum(_entropy(_rounded(w, math.exp(middle)).integers_GON) * w.count for w in weights) / total
+        if abs(entropy - bits) < _NEAR / 4:
+            return math.exp(middle)
+        low, high = (middle, high) if entropy > bits else (low, middle)
+    return math.exp((low + high) / 2)
+
+
+def _rounded(weight: CodedWeight, distortion: float) -> Quantised:
+    """Round a weight; ``distortion``: the squared error of a coefficient, relative to the mean square of its row.
+
+    The distortion also shrinks the coefficients, as in `kernels.quantisation`.
+    """
+    values_GON = weight.matrices()
+    mean_squares_GO = values_GON.square().mean(-1)
+    steps_GO = (12 * distortion / (1 + distortion) * mean_squares_GO).sqrt()
+    indices_GO = step_indices(torch.where(steps_GO > 0, steps_GO, 1.0).numpy())
+    grid_GO: Tensor = torch.from_numpy(step_sizes(indices_GO))
+    integers_GON = (values_GON / (1 + distortion) / grid_GO[..., None]).round().numpy().astype(np.int32)
+    zeros_GN = np.zeros((len(integers_GON), integers_GON.shape[2]), np.int32)
+    return Quantised(integers_GON, zeros_GN, indices_GO)
+
+
+def _entropy(integers: np.ndarray) -> float:
+    """Return the empirical entropy of integers, in bits."""
+    counts = np.bincount((integers - integers.min()).ravel())
+    shares = counts[counts > 0] / integers.size
+    return float(-(shares * np.log2(shares)).sum())
