@@ -125,6 +125,29 @@ def parse_lambda(text: str) -> str | int | dict[str, int]:
     return patterns
 
 
+def parse_bits(text: str) -> float | dict[str, float]:
+    """Parse bits per weight: a number, or ``PATTERN=N,PATTERN=N``.
+
+    >>> parse_bits("3"), parse_bits("layer4.*=2.5,fc=4")
+    (3.0, {'layer4.*': 2.5, 'fc': 4.0})
+
+    Raises:
+        UsageError: the text is neither.
+    """
+    patterns: dict[str, float] = {}
+    for part in text.split(","):
+        pattern, equals, number = part.strip().rpartition("=")
+        match = _NUMBER.fullmatch(number.strip().lower())
+        if match is None or match[2] or bool(equals) != bool(pattern) or (not equals and "," in text):
+            raise UsageError(f"unknown bits {text!r}: use a number such as 3, or PATTERN=N,PATTERN=N")
+        if not equals:
+            return float(match[1])
+        if pattern in patterns:
+            raise UsageError(f"bits names the pattern {pattern!r} twice")
+        patterns[pattern] = float(match[1])
+    return patterns
+
+
 def _is_decimal(text: str) -> bool:
     return text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS
 

@@ -129,13 +129,17 @@ def metrics_path(output: str | Path) -> Path:
     return beside(output, ".metrics.csv")
 
 
-def default_name(source: str, lam: str) -> str:
-    """Return the default output of `harmconvert convert`: NAME-harmonic-LAMBDA.safetensors.
+def default_name(source: str, lam: str, bits: str | None = None) -> str:
+    """Return the default output of `harmconvert convert`: NAME-harmonic-LAMBDA.safetensors, with -Bbit for bits.
 
     >>> default_name("hf-hub:timm/resnet18.a1_in1k", "progressive"), default_name("resnet50", "layer4.*=2")
     ('resnet18.a1_in1k-harmonic-progressive.safetensors', 'resnet50-harmonic-custom.safetensors')
+    >>> default_name("resnet50", "full", "2.5")
+    'resnet50-harmonic-full-2.5bit.safetensors'
     """
-    return f"{short_name(source)}-harmonic-{'custom' if '=' in lam else lam.strip()}.safetensors"
+    kept = "custom" if "=" in lam else lam.strip()
+    coded = "" if bits is None else "-custombit" if "=" in bits else f"-{bits.strip()}bit"
+    return f"{short_name(source)}-harmonic-{kept}{coded}.safetensors"
 
 
 def short_name(source: str) -> str:

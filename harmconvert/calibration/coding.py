@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +27,8 @@ from .equations import Problem
 from .inputs import CalibrationSet
 from .records import LayerCalibration
 from .sensitivity import squared_changes
+
+Floats = npt.NDArray[np.float64]
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +45,8 @@ _EXCESS = 0.2
 _MOST_CHANGE = 2**0.5
 # Levels at which the bits of a row are computed, relative to the mean power of its outputs.
 _GRID = tuple(4.0**-k for k in range(-2, 10))
+# The largest integers, and the most bits of a weight that follow.
+_LARGEST_INTEGER, _MOST_BITS = 500, 9.0
 # Number of random errors of each weight, and the level at which they are drawn.
 _ERRORS, _ERROR_LEVEL = 3, 2.0**-6
 # The measured effects of the rows of one weight are brought nearer to their mean, and limited to this factor.
@@ -54,27 +59,25 @@ _NEAR = 0.02
 class _State:
     """What is known about a weight before it is coded.
 
-    ``effects_GO``: squared change of the outputs for a unit of squared error in each direction of a row. ``levels``,
-    ``bits_LG``: levels, and the bits of one row at each of them.
+    ``log_effects_GO``: logarithm of the squared change of the outputs for a unit of squared error in each direction of
+    a row. ``log_levels``, ``bits_GL``: logarithms of levels, ascending, and the bits of one row at each of them.
     """
 
     weight: CodedWeight
     moments: Moments
-    levels: Tensor
-    bits_LG: Tensor
-    effects_GO: Tensor
+    log_levels: Floats
+    bits_GL: Floats
+    log_effects_GO: Floats
     why: str | None = None
 
-    def bits_at(self, level: float) -> float:
-        """Return the bits of the whole weight if the outputs have ``level`` squared error for each direction."""
-        x_GO = (level / self.effects_GO).log()
-        grid = self.levels.log().flip(0)
-        place = torch.searchsorted(grid, x_GO).clamp(1, len(grid) - 1)
-        low, high = grid[place - 1], grid[place]
-        share = (x_GO - low) / (high - low)  # outside the grid this extrapolates
-        bits_GL = self.bits_LG.flip(0).T
-        left, right = bits_GL.gather(1, place - 1), bits_GL.gather(1, place)
-        return float((left + share * (right - left)).clamp_min(0).sum())
+    def bits_at(self, log_level: float) -> float:
+        """Return the bits of the whole weight if the outputs have this squared error for each direction."""
+        grid, bits_GL = self.log_levels, self.bits_GL
+        x_GO = log_level - self.log_effects_GO
+        place_GO = np.clip(np.searchsorted(grid, x_GO), 1, len(grid) - 1)
+        share_GO = (x_GO - grid[place_GO - 1]) / (grid[place_GO] - grid[place_GO - 1])  # outside the grid this extrapolates
+        left, right = (np.take_along_axis(bits_GL, place_GO - side, 1) for side in (1, 0))
+        return float(np.maximum(left + share_GO * (right - left), 0).sum())
 
 
 @dataclass(frozen=True)
@@ -149,19 +152,19 @@ class Coder:
         for key, state in self.states.items():
             own = effects.get(key)
             if own is None or not bool(own.isfinite().all()) or not float(own.sum()) > 0:
-                state.effects_GO = _relative_effects(state)
+                state.log_effects_GO = _relative_effects(state)
             else:
-                state.effects_GO = _smoothed(own)
+                state.log_effects_GO = _smoothed(own.numpy())
 
     def level_for(self, keys: Sequence[str], bits: float) -> float:
         """Return the level at which these weights together have this number of bits; see `_State.bits_at`."""
         count = sum(self.states[key].weight.count for key in keys)
         seen_bits, seen = self._excess
         excess = (seen_bits + _EXCESS * 1e5) / (seen + 1e5)
-        low, high = -200.0, 200.0
-        for _ in range(80):
+        low, high = -100.0, 100.0
+        for _ in range(40):
             middle = (low + high) / 2
-            more = sum(self.states[key].bits_at(math.exp(middle)) for key in keys) + excess * count > bits
+            more = sum(self.states[key].bits_at(middle) for key in keys) + excess * count > bits
             low, high = (middle, high) if more else (low, middle)
         return math.exp((low + high) / 2)
 
@@ -198,7 +201,7 @@ class Coder:
                     break
                 level *= 4.0 ** min(max(off, -1), 1)
                 coded = self._at(state, target_GON, moments, held, level)
-        predicted = state.bits_at(level)
+        predicted = state.bits_at(math.log(level))
         self._excess = (self._excess[0] + coded.bits * weight.count - predicted, self._excess[1] + weight.count)
         self.results[key] = coded
         return coded
@@ -234,17 +237,19 @@ class Coder:
         state.weight.write(coded.quantised)
 
     def _at(self, state: _State, target_GON: Tensor, moments: Moments, held: Moments | None, level: float) -> Coded:
-        weight, effects_GO = state.weight, state.effects_GO
-        mean = float(effects_GO.log().mean().exp())
-        row_steps_GO = step_indices((mean / effects_GO).sqrt().numpy())
+        weight, log_effects_GO = state.weight, state.log_effects_GO
+        mean = float(log_effects_GO.mean())
+        row_steps_GO = step_indices(np.exp((mean - log_effects_GO) / 2))
         scaled_GON = target_GON / torch.from_numpy(step_sizes(row_steps_GO))[..., None]
         target_BON = moments.blocks(scaled_GON)
         variances_BN = _variances(target_BON)
-        level = level / mean
+        level = level / math.exp(mean)
         shrinkage = DEFAULT_SHRINKAGE if held is None else best_shrinkage(moments, held, variances_BN, level)
         gram_BNN = shrunk(moments.gram_BNN, shrinkage)
         metric = metric_at(gram_BNN, target_BON @ gram_BNN, variances_BN, level)
-        columns_BN = step_indices(steps_at(metric, level).numpy())
+        # Larger integers gain nothing: the tables of the entropy coder would need more bytes than they save.
+        least_BN = metric.target_GON.abs().amax(1) / _LARGEST_INTEGER
+        columns_BN = step_indices(torch.maximum(steps_at(metric, level), least_BN).numpy())
         steps_BN = torch.from_numpy(step_sizes(columns_BN))
         integers_BON = quantise(metric, steps_BN, SURVIVORS)
         integers_GON = moments.from_blocks(integers_BON, weight.layout.groups).numpy().astype(np.int32)
@@ -282,7 +287,8 @@ def _state(weight: CodedWeight, moments: Moments, seed: int, why: str | None) ->
     power = float((gram_BNN.diagonal(dim1=1, dim2=2) * variances_BN).mean()) or 1.0
     levels = torch.tensor(_GRID, dtype=torch.float64) * power
     bits_LB = row_bits(gram_BNN.float(), variances_BN.float(), levels.tolist()).double()
-    bits_LG = bits_LB.unflatten(1, (weight.layout.groups, -1)).sum(2)
+    bits_GL = bits_LB.unflatten(1, (weight.layout.groups, -1)).sum(2).flip(0).T.contiguous().numpy()
+    bits_GL = np.minimum(bits_GL, _MOST_BITS * weight.layout.columns)
     form = gram_BNN + torch.diag_embed(_ERROR_LEVEL * power / variances_BN)
     factor = torch.linalg.cholesky(form, upper=True).float()
     generator = torch.Generator().manual_seed(seed)
@@ -290,8 +296,8 @@ def _state(weight: CodedWeight, moments: Moments, seed: int, why: str | None) ->
     flat_BNO = white.permute(1, 3, 0, 2).flatten(2)
     errors = torch.linalg.solve_triangular(factor, flat_BNO, upper=True)
     errors_DBON = errors.unflatten(2, (_ERRORS, -1)).permute(2, 0, 3, 1)
-    effects = torch.ones(weight.layout.groups, weight.layout.rows, dtype=torch.float64)
-    return _State(weight, moments, levels, bits_LG, effects, why), errors_DBON
+    log_effects = np.zeros((weight.layout.groups, weight.layout.rows))
+    return _State(weight, moments, levels.log().flip(0).numpy(), bits_GL, log_effects, why), errors_DBON
 
 
 def _variances(blocks_BON: Tensor) -> Tensor:
@@ -301,17 +307,16 @@ def _variances(blocks_BON: Tensor) -> Tensor:
     return variances_BN.clamp_min(1e-4 * mean if mean > 0 else 1.0)
 
 
-def _relative_effects(state: _State) -> Tensor:
+def _relative_effects(state: _State) -> Floats:
     """Return the effects with which all layers get the same relative output error."""
     blocks_BON = state.moments.blocks(state.weight.matrices())
-    power_BO = (blocks_BON @ state.moments.gram_BNN * blocks_BON).sum(-1)
-    power = float(power_BO.sum()) or 1.0
-    return torch.full_like(state.effects_GO, state.effects_GO.numel() / power)
+    power = float((blocks_BON @ state.moments.gram_BNN * blocks_BON).sum()) or 1.0
+    return np.full_like(state.log_effects_GO, math.log(state.log_effects_GO.size / power))
 
 
-def _smoothed(effects_GO: Tensor) -> Tensor:
-    logs = effects_GO.clamp_min(float(effects_GO.mean()) * 1e-6).log()
-    mean = float(logs.mean())
+def _smoothed(effects_GO: Floats) -> Floats:
+    """Return the logarithms of effects, nearer to their mean and within limits; the mean effect stays the same."""
+    logs = np.log(np.maximum(effects_GO, effects_GO.mean() * 1e-6))
     limit = math.log(_ROW_LIMIT)
-    smooth = (mean + (_ROW_EXPONENT * (logs - mean)).clamp(-limit, limit)).exp()
-    return smooth * (effects_GO.mean() / smooth.mean())
+    smooth = logs.mean() + np.clip(_ROW_EXPONENT * (logs - logs.mean()), -limit, limit)
+    return smooth + math.log(effects_GO.mean() / np.exp(smooth).mean())

@@ -71,6 +71,13 @@ def budget_options(command: Any) -> Any:
     "that is already harmonic: what it has.",
 )
 @click.option(
+    "--bits",
+    metavar="N",
+    help="Quantise the weights of convolutions and linear layers to N bits per weight on average, for a small entropy "
+    "coded file: 2 to 4 are common. Or 'PATTERN=N,PATTERN=N': only these layers, each with N bits. Give --calibrate as "
+    "well: without images, the same quality needs about twice as many bits.",
+)
+@click.option(
     "--budget",
     multiple=True,
     metavar="UNIT=SIZE",
@@ -129,6 +136,7 @@ def budget_options(command: Any) -> Any:
 def command(
     source: str,
     lam: str | None,
+    bits: str | None,
     plan_file: str | None,
     budget: tuple[str, ...],
     max_drop: float | None,
@@ -162,11 +170,12 @@ def command(
     Example:
       harmconvert convert resnet50 --lambda progressive
       harmconvert convert resnet50 --lambda 2 --calibrate photographs/
+      harmconvert convert resnet50 --bits 3 --calibrate photographs/
       harmconvert convert resnet50 --budget params=60% --calibrate photographs/
       harmconvert convert sample:resnet_mnist5k --lambda 'stage3.*=2' -o cut.safetensors
       harmconvert convert reference:model_best.pth.tar
     """
-    from ..arguments import stays_as_it_is
+    from ..arguments import parse_bits, stays_as_it_is
     from ..files import default_name
 
     policy, parsed_budget = _parse_policy(plan_file, lam, budget, max_drop, labelled)
@@ -174,8 +183,9 @@ def command(
     images.check_calibration(values, input_size)
     if labelled is not None:
         inputs.check_labelled(labelled, values["data_dir"])
-    choices = (lam, plan_file, budget, labelled, include, exclude, values["data"])
-    default_output = default_name(source, _kept_text(lam, plan_file, parsed_budget, max_drop))
+    parsed_bits = None if bits is None else parse_bits(bits)
+    choices = (lam, bits, plan_file, budget, labelled, include, exclude, values["data"])
+    default_output = default_name(source, _kept_text(lam, plan_file, parsed_budget, max_drop), bits)
     if stays_as_it_is(source, choices, basis, normalization, values["dtype"]):
         default_output = default_output.replace("-harmonic-full", "-harmonic")
     output = output or default_output
@@ -197,6 +207,7 @@ def command(
         exclude=exclude,
         basis=basis,
         normalization=normalization,
+        bits=parsed_bits,
         dtype=values["dtype"],
         calibration=images.calibration_request(values),
         settings=images.calibration_settings(values),
@@ -258,6 +269,9 @@ def _parts(conversion: Conversion) -> Iterator[Any]:
         adapted_calibration = replace(calibration, layers=layers, incomparable=why)
         yield tables.calibration_table(adapted_calibration)
         yield from tables.calibration_lines(adapted_calibration)
+    if conversion.coded:
+        yield tables.coding_table(conversion)
+        yield from tables.coding_lines(conversion)
     yield from tables.cost_lines(conversion.cost)
 
 

@@ -10,7 +10,7 @@ from .codec import CODECS, Codec, Entry, codec_of, register
 from .digests import tensors_crc32, tensors_sha256
 from .integers import Layout, Quantised, step_indices, step_sizes
 from .plain import BFLOAT16, FLOAT16, FLOAT32, RAW, plain_codec, stored_bytes, tolerance_of
-from .quantised import QUANTISED, QuantisedCodec, layout_of, quantised_entry
+from .quantised import QUANTISED, QuantisedCodec, layout_of, quantised_entry, zero_share
 from .stream import pack, unpack
 from .table import CodecTable, Stored
 
@@ -44,4 +44,5 @@ __all__ = [
     "tensors_sha256",
     "tolerance_of",
     "unpack",
+    "zero_share",
 ]

@@ -96,3 +96,9 @@ def quantised_entry(quantised: Quantised, layout: Layout, dtype: torch.dtype) ->
         if value != _DEFAULTS[key]:
             parameters[key] = value
     return Entry(QUANTISED.name, QUANTISED.version, layout.shape, dtype, parameters, stream)
+
+
+def zero_share(entry: Entry) -> float:
+    """Return the share of the integers of an entry, with its stream, that are zero."""
+    assert entry.stream is not None
+    return float((unpack(entry.stream.numpy().tobytes(), layout_of(entry)).integers_GON == 0).mean())

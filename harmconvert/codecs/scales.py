@@ -107,19 +107,19 @@ def fit_scales(q_GON: Integers, steps_GN: Integers, row_steps_GO: Integers, layo
     magnitudes_GON = np.abs(q_GON)
     largest = int(magnitudes_GON.max(initial=0))
     best, fewest = None, _bits_by_counts(q_GON)
-    counts = _counts(magnitudes_GON, -row_steps_GO, largest)
-    fits = [(_column_costs(counts, _code_lengths(shape, largest)).min(-1).sum(), shape) for shape in SHAPES]
+    by_column = _Columns.of(magnitudes_GON, -row_steps_GO, largest)
+    fits = [(by_column.costs(_code_lengths(shape, largest)).min(-1).sum(), shape) for shape in SHAPES]
     for _, shape in sorted(fits)[:2]:
         costs = _code_lengths(shape, largest)
-        rows_GO, counts_with_rows = np.zeros_like(row_steps_GO), counts
+        rows_GO, with_rows = np.zeros_like(row_steps_GO), by_column
         for attempt in range(2):
-            columns, bits = _fit_columns(_column_costs(counts_with_rows, costs), -steps_GN, layout)
+            columns, bits = _fit_columns(with_rows.costs(costs), -steps_GN, layout)
             total = bits + columns.bits + _part_bits(rows_GO)
             if total < fewest:
                 best, fewest = ScaleModel(shape, rows_GO, columns), total
             if attempt == 0:
                 rows_GO = _fit_rows(magnitudes_GON, columns.sums() - steps_GN, row_steps_GO, costs)
-                counts_with_rows = _counts(magnitudes_GON, rows_GO - row_steps_GO, largest)
+                with_rows = _Columns.of(magnitudes_GON, rows_GO - row_steps_GO, largest)
     return best
 
 
@@ -189,14 +189,43 @@ def _counts(magnitudes_GON: Integers, rows_GO: Integers, largest: int) -> dict[i
     }
 
 
-def _column_costs(counts: Mapping[int, Costs], costs: Costs) -> Costs:
-    """Return the bits of each column's integers for each scale index of the column, (groups, columns, scales)."""
-    indices = np.arange(len(costs))
-    total: Costs = sum(
-        (of_rows @ costs[np.clip(indices + offset, 0, len(costs) - 1)].T for offset, of_rows in counts.items()),
-        np.zeros(()),
-    )
-    return total
+@dataclass(frozen=True)
+class _Columns:
+    """The magnitudes of a tensor and the scale of each row, for the cost of each column at each scale."""
+
+    magnitudes_GON: Integers
+    rows_GO: Integers
+    counts: dict[int, Costs] | None
+
+    @classmethod
+    def of(cls, magnitudes_GON: Integers, rows_GO: Integers, largest: int) -> _Columns:
+        # With fewer rows than magnitudes, the counts would be mostly zeros: depthwise layers have one row.
+        few = magnitudes_GON.shape[1] <= largest
+        return cls(magnitudes_GON, rows_GO, None if few else _counts(magnitudes_GON, rows_GO, largest))
+
+    def costs(self, lengths: Costs) -> Costs:
+        """Return the bits of each column's integers for each scale index of the column, (groups, columns, scales).
+
+        ``lengths``: of the code of each magnitude, (scales, magnitudes).
+        """
+        indices = np.arange(len(lengths))
+        if self.counts is not None:
+            total: Costs = sum(
+                (of_rows @ lengths[np.clip(indices + offset, 0, len(lengths) - 1)].T
+                 for offset, of_rows in self.counts.items()),
+                np.zeros(()),
+            )  # fmt: skip
+            return total
+        groups, rows, columns = self.magnitudes_GON.shape
+        by_magnitude = np.ascontiguousarray(lengths.T)
+        total = np.zeros((groups, columns, len(lengths)))
+        for row in range(rows):
+            of_row = by_magnitude[self.magnitudes_GON[:, row]]
+            if self.rows_GO[:, row].any():
+                places_GS = np.clip(indices + self.rows_GO[:, row, None], 0, len(lengths) - 1)
+                of_row = np.take_along_axis(of_row, np.broadcast_to(places_GS[:, None], of_row.shape), -1)
+            total += of_row
+        return total
 
 
 def fitted_scale(values: Integers) -> int:

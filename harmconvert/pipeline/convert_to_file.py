@@ -83,6 +83,7 @@ def convert_to_file(
     exclude: Sequence[str] = (),
     basis: str = "dct",
     normalization: str = "ortho",
+    bits: float | Mapping[str, float] | None = None,
     dtype: str = "float32",
     calibration: CalibrationData | None = None,
     settings: CalibrationSettings | None = None,
@@ -110,7 +111,7 @@ def convert_to_file(
         output: the .safetensors file to write.
         lam: as for `convert`; None means ``"full"``, or no change if the network is already harmonic.
         plan: a file with a plan, instead of ``lam``: JSON, or a harmonic checkpoint.
-        budget, max_drop, include, exclude, basis, normalization, settings, search: as for `convert`.
+        bits, budget, max_drop, include, exclude, basis, normalization, settings, search: as for `convert`.
         labelled: images for ``max_drop``: every second test image chooses the size, the others measure the loss.
         dtype: type of the weights in the file: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
         calibration: a folder of images, ``sample:NAME``, a timm data set, or batches of your own.
@@ -136,11 +137,12 @@ def convert_to_file(
     settings = settings or CalibrationSettings(inputs=256)
     data = _Data(calibration, labelled, settings, batch_size, input_sizes, preprocessing or {}, listener)
     target = _Target(source, str(output), dtype, input_sizes, force, command, listener)
-    choices = (*(one is not None for one in (lam, plan, budget, labelled, calibration)), include, exclude)
+    choices = (*(one is not None for one in (lam, bits, plan, budget, labelled, calibration)), include, exclude)
     unchanged = stays_as_it_is(None if is_given(source) else text_of(source), choices, basis, normalization, dtype)
     options: dict[str, Any] = {
-        "include": include, "exclude": exclude, "basis": basis, "normalization": normalization, "budget": budget,
-        "max_drop": max_drop, "search": search or SearchSettings(say=listener.say), "settings": settings,
+        "include": include, "exclude": exclude, "basis": basis, "normalization": normalization, "bits": bits,
+        "budget": budget, "max_drop": max_drop, "search": search or SearchSettings(say=listener.say),
+        "settings": settings,
         "lam": _plan_in(plan) if plan is not None else "full" if lam is None else lam,
     }  # fmt: skip
     with joined():

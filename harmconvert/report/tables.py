@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 
 from rich.cells import cell_len
@@ -10,6 +11,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from ..calibration import ENOUGH_POSITIONS, Calibration
+from ..codecs import codec_of, zero_share
 from ..deploy.benchmark import Benchmark
 from ..deploy.export import Exported
 from ..errors import Argument, Message, counted, one_line, shortened
@@ -69,6 +71,31 @@ def calibration_table(calibration: Calibration) -> Table:
         )
     headings = ["layer", "decision", "error before", "after", "damping", "positions/unknown", "s", "note"]
     return _table(headings, rows, left={0, 1, 7})
+
+
+def coding_table(conversion: Conversion) -> Table:
+    """Return a row for each coded tensor: its weights, bits per weight, share of zeros, and bytes in a file."""
+    rows = []
+    for key, entry in conversion.coded.items():
+        count, size = prod(entry.shape), codec_of(entry).bytes(entry)
+        zeros = f"{zero_share(entry):.0%}"
+        rows.append([layer_name(key), f"{count:,}", f"{8 * size / count:.2f}", zeros, f"{size:,}"])
+    return _table(["coded tensor", "weights", "bits per weight", "zeros", "bytes"], rows, left={0})
+
+
+def coding_lines(conversion: Conversion) -> list[str]:
+    """Return the size of the coded weights and of what stays in floating point, in one line."""
+    entries = conversion.coded
+    if not entries:
+        return []
+    size = sum(codec_of(entry).bytes(entry) for entry in entries.values())
+    count = sum(prod(entry.shape) for entry in entries.values())
+    rest = conversion.cost.harmonic_bytes - size
+    share = rest / max(conversion.cost.harmonic_bytes, 1)
+    return [
+        f"coded: {counted(len(entries), 'tensor')} with {count:,} weights in {megabytes(size)}, "
+        f"{8 * size / max(count, 1):.2f} bits per weight; not coded: {megabytes(rest)}, {share:.1%} of the tensors"
+    ]
 
 
 def calibration_lines(calibration: Calibration) -> list[str]:

@@ -22,6 +22,8 @@ from .weights import CodedWeight, coded_weights
 # The search for the steps ends when the bits per weight are this near.
 _NEAR = 0.005
 _STEPS = 40
+# About this many weights of a layer are enough to estimate their entropy.
+_SAMPLE = 1 << 16
 # Largest distortion relative to the mean square of a row: all integers are zero above it.
 _LARGEST = 64.0
 _SMALLEST = 2.0**-30
@@ -57,7 +59,7 @@ def rounded_to(weights: Sequence[CodedWeight], bits: float) -> list[Quantised]:
     target = bits
     for _ in range(3):
         distortion = _distortion_for(weights, target)
-        quantised = [_rounded(weight, distortion) for weight in weights]
+        quantised = [_rounded(weight.matrices(), distortion) for weight in weights]
         lengths = [8 * len(weight.entry(one).stream) for weight, one in zip(weights, quantised, strict=True)]
         excess = sum(lengths) / count - bits
         if abs(excess) < _NEAR * max(bits, 1):
@@ -69,22 +71,31 @@ def rounded_to(weights: Sequence[CodedWeight], bits: float) -> list[Quantised]:
 def _distortion_for(weights: Sequence[CodedWeight], bits: float) -> float:
     """Return the relative distortion at which the entropy of the integers is this number of bits, by bisection."""
     total = sum(weight.count for weight in weights)
+    samples = [_sample(weight) for weight in weights]
     low, high = math.log(_SMALLEST), math.log(_LARGEST)
     for _ in range(_STEPS):
         middle = (low + high) / 2
-        entropy = sum(_entropy(_rounded(w, math.exp(middle)).integers_GON) * w.count for w in weights) / total
+        entropies = (_entropy(_rounded(sample, math.exp(middle)).integers_GON) for sample in samples)
+        entropy = sum(e * weight.count for e, weight in zip(entropies, weights, strict=True)) / total
         if abs(entropy - bits) < _NEAR / 4:
             return math.exp(middle)
         low, high = (middle, high) if entropy > bits else (low, middle)
     return math.exp((low + high) / 2)
 
 
-def _rounded(weight: CodedWeight, distortion: float) -> Quantised:
-    """Round a weight; ``distortion``: the squared error of a coefficient, relative to the mean square of its row.
+def _sample(weight: CodedWeight) -> Tensor:
+    """Return some rows of a weight, evenly spread: enough to estimate the entropy."""
+    values_GON = weight.matrices()
+    groups, rows, columns = values_GON.shape
+    step = max(1, min(groups * rows, groups * rows * columns // _SAMPLE))
+    return values_GON.flatten(0, 1)[None, ::step]
+
+
+def _rounded(values_GON: Tensor, distortion: float) -> Quantised:
+    """Round coefficients; ``distortion``: the squared error of a coefficient, relative to the mean square of its row.
 
     The distortion also shrinks the coefficients, as in `kernels.quantisation`.
     """
-    values_GON = weight.matrices()
     mean_squares_GO = values_GON.square().mean(-1)
     steps_GO = (12 * distortion / (1 + distortion) * mean_squares_GO).sqrt()
     indices_GO = step_indices(torch.where(steps_GO > 0, steps_GO, 1.0).numpy())

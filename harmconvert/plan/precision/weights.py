@@ -95,7 +95,7 @@ def _layout(layer: nn.Module) -> Layout:
 def with_coded_bits(plan: Plan, weights: tuple[CodedWeight, ...], entries: Mapping[str, Entry]) -> Plan:
     """Return the plan with the bits that the coded weights have; weights without an entry lose this axis."""
     actual = {
-        name: Bits(round(8 * stored_bytes(weight.parameter, entries[weight.key]) / weight.count, 3))
+        name: Bits(round(8 * stored_bytes(weight.parameter, entries[weight.key]) / weight.count, 4))
         for weight in weights
         if weight.key in entries
         for name in weight.names
