@@ -123,8 +123,14 @@ def _calibrate_and_code(
     progress: Progress | None,
 ) -> Calibration:
     """Refit the layers that are cut, then refit and code all layers with bits, one after the other."""
-    float_plan = plan.map_layers(lambda layer: replace(layer, keeps=tuple(k for k in layer.keeps if k.axis != Bits.axis)))
-    first = calibrate(context.original, converted, float_plan, context, settings, progress) if not float_plan.whole else None
+    float_plan = plan.map_layers(
+        lambda layer: replace(layer, keeps=tuple(k for k in layer.keeps if k.axis != Bits.axis))
+    )
+    first = (
+        calibrate(context.original, converted, float_plan, context, settings, progress)
+        if not float_plan.whole
+        else None
+    )
     before = _copied_tensors(converted)
     runnable = context.runnable(converted)
     uncoded = _copied_tensors(runnable)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -22,10 +22,10 @@ from ..codecs.integers import Quantised, step_indices, step_sizes
 from ..errors import first_line
 from ..kernels.quantisation import metric_at, quantise, row_bits, shrunk, steps_at
 from ..plan import CodedWeight, Plan, coded_weights
-from .coding_metrics import Moments, identity, measured_moments, moments_of
+from .coding_metrics import Moments, identity, measured_moments, moments_of, pooled
 from .equations import Problem
 from .inputs import CalibrationSet
-from .records import LayerCalibration
+from .records import LayerCalibration, Progress
 from .sensitivity import squared_changes
 
 Floats = npt.NDArray[np.float64]
@@ -34,11 +34,10 @@ log = logging.getLogger(__name__)
 
 # Partial roundings of each row that are kept.
 SURVIVORS = 4
-# The shares of the metric that may be replaced by the same power in every direction, in the order in which they are
-# tried.
-SHRINKAGES = (1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
-# The share if no inputs are held back.
-DEFAULT_SHRINKAGE = 0.1
+# The shares of the metric that may be replaced, in the order in which they are tried (`shrunk`).
+SHARES = (1e-3, 1e-2, 3e-2, 0.1, 0.2, 0.4, 0.7, 1.0)
+# This share is replaced by the same power in every direction in any case: no response may count nothing.
+_FLOOR = 1e-3
 # A weight has about this many bits more than a Gaussian one at the bound; corrected by those that are coded already.
 _EXCESS = 0.2
 # The correction changes the level by at most this factor: a quarter of a bit.
@@ -55,6 +54,18 @@ _ROW_EXPONENT, _ROW_LIMIT = 0.8, 16.0
 _NEAR = 0.02
 
 
+@dataclass(frozen=True)
+class Shrinkage:
+    """How much of a metric is not trusted, because it differs on other inputs; see `shrunk`."""
+
+    share: float = 0.1
+    even: bool = False
+
+    def of(self, gram_BNN: Tensor) -> Tensor:
+        """Return the metric after shrinkage."""
+        return shrunk(shrunk(gram_BNN, self.share, self.even), _FLOOR, even=True)
+
+
 @dataclass
 class _State:
     """What is known about a weight before it is coded.
@@ -68,14 +79,16 @@ class _State:
     log_levels: Floats
     bits_GL: Floats
     log_effects_GO: Floats
-    why: str | None = None
+    shrinkage: Shrinkage
 
     def bits_at(self, log_level: float) -> float:
         """Return the bits of the whole weight if the outputs have this squared error for each direction."""
         grid, bits_GL = self.log_levels, self.bits_GL
         x_GO = log_level - self.log_effects_GO
         place_GO = np.clip(np.searchsorted(grid, x_GO), 1, len(grid) - 1)
-        share_GO = (x_GO - grid[place_GO - 1]) / (grid[place_GO] - grid[place_GO - 1])  # outside the grid this extrapolates
+        share_GO = (x_GO - grid[place_GO - 1]) / (
+            grid[place_GO] - grid[place_GO - 1]
+        )  # outside the grid this extrapolates
         left, right = (np.take_along_axis(bits_GL, place_GO - side, 1) for side in (1, 0))
         return float(np.maximum(left + share_GO * (right - left), 0).sum())
 
@@ -116,22 +129,21 @@ class Coder:
         data: CalibrationSet,
         seed: int,
         memory: int,
-        progress: Callable[[int, int, str], None],
+        progress: Progress,
     ) -> Coder:
         """Measure the metric and the effect of every weight that the plan codes."""
         weights = coded_weights(network, plan)
         states, errors = {}, {}
         for number, (weight, moments) in enumerate(measured_moments(network, weights, data, seed, memory)):
             progress(number, len(weights), f"measuring {weight.names[0]}")
-            why = moments if isinstance(moments, str) else None
-            own = identity(weight) if isinstance(moments, str) else moments
-            states[weight.key], errors[weight.key] = _state(weight, own, seed + number, why)
+            fit, held = (identity(weight), None) if isinstance(moments, str) else moments
+            states[weight.key], errors[weight.key] = _state(weight, fit, held, seed + number)
         coder = cls(states)
         coder._measure_effects(network, data, errors, seed, progress)
         return coder
 
     def _measure_effects(
-        self, network: nn.Module, data: CalibrationSet, errors: Mapping[str, Tensor], seed: int, progress: Callable[[int, int, str], None],
+        self, network: nn.Module, data: CalibrationSet, errors: Mapping[str, Tensor], seed: int, progress: Progress
     ) -> None:
         def changes(key: str, gradient: Tensor) -> Tensor:
             state = self.states[key]
@@ -141,13 +153,17 @@ class Coder:
             projected_DGO = projected_DBO.unflatten(1, (layout.groups, -1)).sum(2)
             return projected_DGO.square().mean(0).double()
 
+        def tick(done: int, total: int) -> None:
+            progress(done, total, "measuring the effect of errors")
+
         parameters = {key: state.weight.parameter for key, state in self.states.items()}
         try:
-            effects = squared_changes(
-                network, parameters, data.fit, changes, seed, lambda done, total: progress(done, total, "measuring effects"),
-            )
+            effects = squared_changes(network, parameters, data.fit, changes, seed, tick)
         except Exception as error:  # such as a network that runs without gradients
-            self.notes.append(f"the effect of errors on the outputs could not be measured ({first_line(error)}): all layers get the same relative error")
+            self.notes.append(
+                f"the effect of errors on the outputs could not be measured ({first_line(error)}): all layers get the "
+                "same relative error"
+            )
             effects = {}
         for key, state in self.states.items():
             own = effects.get(key)
@@ -182,25 +198,25 @@ class Coder:
         self._first_level = self._first_level or level
         return min(max(level, self._first_level / _MOST_CHANGE), self._first_level * _MOST_CHANGE)
 
-    def code(self, key: str, target_GON: Tensor, fit: Moments | None = None, held: Moments | None = None) -> Coded:
-        """Code coefficients in the metric ``fit``; choose its shrinkage on ``held``. The result is recorded.
+    def code(self, key: str, target_GON: Tensor, moments: Moments | None = None) -> Coded:
+        """Code coefficients, and record the result.
 
         Args:
             target_GON: the coefficients with the smallest error.
-            fit: the metric; default: the metric that was measured before.
+            moments: the metric; default: the metric that was measured before.
         """
         state = self.states[key]
         weight = state.weight
         level = self.level_of(key)
-        moments = fit or state.moments
-        coded = self._at(state, target_GON, moments, held, level)
+        moments = moments or state.moments
+        coded = _coded(state, target_GON, moments, level)
         if not weight.bits.shared:
             for _ in range(3):
                 off = coded.bits - weight.bits.bits
                 if abs(off) <= _NEAR * max(weight.bits.bits, 0.5):
                     break
                 level *= 4.0 ** min(max(off, -1), 1)
-                coded = self._at(state, target_GON, moments, held, level)
+                coded = _coded(state, target_GON, moments, level)
         predicted = state.bits_at(math.log(level))
         self._excess = (self._excess[0] + coded.bits * weight.count - predicted, self._excess[1] + weight.count)
         self.results[key] = coded
@@ -213,7 +229,8 @@ class Coder:
     def code_layer(self, key: str, fit: Problem, held: Problem, scales_F: Tensor) -> Coded:
         """Code the present coefficients of a weight on the equations of its layer, and write the coded values."""
         weight = self.states[key].weight
-        coded = self.code(key, weight.matrices(), moments_of(fit, scales_F), moments_of(held, scales_F))
+        parts = [one for part in (fit, held) if (one := moments_of(part, scales_F)) is not None]
+        coded = self.code(key, weight.matrices(), pooled(*parts) if len(parts) == 2 else None)
         weight.write(coded.quantised)
         return coded
 
@@ -236,68 +253,81 @@ class Coder:
             coded = self.code(key, state.weight.matrices(), identity(state.weight))
         state.weight.write(coded.quantised)
 
-    def _at(self, state: _State, target_GON: Tensor, moments: Moments, held: Moments | None, level: float) -> Coded:
-        weight, log_effects_GO = state.weight, state.log_effects_GO
-        mean = float(log_effects_GO.mean())
-        row_steps_GO = step_indices(np.exp((mean - log_effects_GO) / 2))
-        scaled_GON = target_GON / torch.from_numpy(step_sizes(row_steps_GO))[..., None]
-        target_BON = moments.blocks(scaled_GON)
-        variances_BN = _variances(target_BON)
-        level = level / math.exp(mean)
-        shrinkage = DEFAULT_SHRINKAGE if held is None else best_shrinkage(moments, held, variances_BN, level)
-        gram_BNN = shrunk(moments.gram_BNN, shrinkage)
-        metric = metric_at(gram_BNN, target_BON @ gram_BNN, variances_BN, level)
-        # Larger integers gain nothing: the tables of the entropy coder would need more bytes than they save.
-        least_BN = metric.target_GON.abs().amax(1) / _LARGEST_INTEGER
-        columns_BN = step_indices(torch.maximum(steps_at(metric, level), least_BN).numpy())
-        steps_BN = torch.from_numpy(step_sizes(columns_BN))
-        integers_BON = quantise(metric, steps_BN, SURVIVORS)
-        integers_GON = moments.from_blocks(integers_BON, weight.layout.groups).numpy().astype(np.int32)
-        columns_GN = columns_BN.reshape(weight.layout.groups, weight.layout.columns)
-        quantised = Quantised(integers_GON, columns_GN, row_steps_GO)
-        entry = weight.entry(quantised)
-        return Coded(quantised, entry, 8 * int(entry.parameters["bytes"]) / weight.count, shrinkage)
+
+def _coded(state: _State, target_GON: Tensor, moments: Moments, level: float) -> Coded:
+    """Code coefficients at a level of the outputs."""
+    weight, log_effects_GO = state.weight, state.log_effects_GO
+    mean = float(log_effects_GO.mean())
+    row_steps_GO = step_indices(np.exp((mean - log_effects_GO) / 2))
+    scaled_GON = target_GON / torch.from_numpy(step_sizes(row_steps_GO))[..., None]
+    target_BON = moments.blocks(scaled_GON)
+    variances_BN = _variances(target_BON)
+    level = level / math.exp(mean)
+    gram_BNN = state.shrinkage.of(moments.gram_BNN)
+    metric = metric_at(gram_BNN, target_BON @ gram_BNN, variances_BN, level)
+    # Larger integers gain nothing: the tables of the entropy coder would need more bytes than they save.
+    least_BN = metric.target_GON.abs().amax(1) / _LARGEST_INTEGER
+    columns_BN = step_indices(torch.maximum(steps_at(metric, level), least_BN).numpy())
+    steps_BN = torch.from_numpy(step_sizes(columns_BN))
+    integers_BON = quantise(metric, steps_BN, SURVIVORS)
+    integers_GON = moments.from_blocks(integers_BON, weight.layout.groups).numpy().astype(np.int32)
+    columns_GN = columns_BN.reshape(weight.layout.groups, weight.layout.columns)
+    quantised = Quantised(integers_GON, columns_GN, row_steps_GO)
+    entry = weight.entry(quantised)
+    return Coded(quantised, entry, 8 * int(entry.parameters["bytes"]) / weight.count, state.shrinkage.share)
 
 
-def best_shrinkage(fit: Moments, held: Moments, variances_BN: Tensor, level: float) -> float:
-    """Return the shrinkage with the smallest cost on other inputs: squared error, plus ``level`` for each nat."""
-    penalty_BNN = torch.diag_embed(level / variances_BN)
-    best, least, worse = SHRINKAGES[-1], math.inf, 0
-    for share in SHRINKAGES:
-        factor, info = torch.linalg.cholesky_ex(shrunk(fit.gram_BNN, share) + penalty_BNN, upper=True)
-        if bool(info.any()):
-            continue
-        inverse = torch.cholesky_inverse(factor, upper=True)
-        cost = float(((held.gram_BNN + penalty_BNN) * inverse).sum())
-        cost += 2 * float(factor.diagonal(dim1=1, dim2=2).log().sum())
-        if cost < least:
-            best, least, worse = share, cost, 0
-        else:
-            worse += 1
+def best_shrinkage(fit: Moments, held: Moments, penalty_BN: Tensor) -> Shrinkage:
+    """Return the shrinkage with which the metric is most likely on other inputs.
+
+    At a fixed level this is the smallest sum of squared error on the other inputs, and of ``level`` for each nat of the
+    code: both are the same function of the metric as the likelihood of a Gaussian distribution.
+
+    Args:
+        penalty_BN: what the level adds to the diagonal of the metric, see `metric_at`.
+    """
+    best, least = Shrinkage(), math.inf
+    for even in (False, True):
+        worse, before = 0, math.inf
+        for share in SHARES:
+            shrinkage = Shrinkage(share, even)
+            form_BNN = shrinkage.of(fit.gram_BNN) + torch.diag_embed(penalty_BN)
+            factor, info = torch.linalg.cholesky_ex(form_BNN, upper=True)
+            if bool(info.any()):
+                continue
+            inverse = torch.cholesky_inverse(factor, upper=True)
+            cost = float((held.gram_BNN * inverse).sum() + (penalty_BN * inverse.diagonal(dim1=1, dim2=2)).sum())
+            cost += 2 * float(factor.diagonal(dim1=1, dim2=2).log().sum())
+            if cost < least:
+                best, least = shrinkage, cost
+            worse = worse + 1 if cost > before else 0
+            before = min(cost, before)
             if worse == 2:
                 break
     return best
 
 
-def _state(weight: CodedWeight, moments: Moments, seed: int, why: str | None) -> tuple[_State, Tensor]:
+def _state(weight: CodedWeight, fit: Moments, held: Moments | None, seed: int) -> tuple[_State, Tensor]:
     """Return the state of a weight, without its effects, and random errors (draws, blocks, rows, columns)."""
-    blocks_BON = moments.blocks(weight.matrices())
+    blocks_BON = fit.blocks(weight.matrices())
     variances_BN = _variances(blocks_BON)
-    gram_BNN = shrunk(moments.gram_BNN, DEFAULT_SHRINKAGE / 4)
-    power = float((gram_BNN.diagonal(dim1=1, dim2=2) * variances_BN).mean()) or 1.0
+    power = float((fit.gram_BNN.diagonal(dim1=1, dim2=2) * variances_BN).mean()) or 1.0
+    penalty_BN = _ERROR_LEVEL * power / variances_BN
+    shrinkage = Shrinkage() if held is None else best_shrinkage(fit, held, penalty_BN)
+    moments = fit if held is None else pooled(fit, held)
+    gram_BNN = shrinkage.of(moments.gram_BNN)
     levels = torch.tensor(_GRID, dtype=torch.float64) * power
     bits_LB = row_bits(gram_BNN.float(), variances_BN.float(), levels.tolist()).double()
     bits_GL = bits_LB.unflatten(1, (weight.layout.groups, -1)).sum(2).flip(0).T.contiguous().numpy()
     bits_GL = np.minimum(bits_GL, _MOST_BITS * weight.layout.columns)
-    form = gram_BNN + torch.diag_embed(_ERROR_LEVEL * power / variances_BN)
-    factor = torch.linalg.cholesky(form, upper=True).float()
+    factor = torch.linalg.cholesky(gram_BNN + torch.diag_embed(penalty_BN), upper=True).float()
     generator = torch.Generator().manual_seed(seed)
     white = torch.randn(_ERRORS, *blocks_BON.shape, generator=generator)
-    flat_BNO = white.permute(1, 3, 0, 2).flatten(2)
-    errors = torch.linalg.solve_triangular(factor, flat_BNO, upper=True)
+    errors = torch.linalg.solve_triangular(factor, white.permute(1, 3, 0, 2).flatten(2), upper=True)
     errors_DBON = errors.unflatten(2, (_ERRORS, -1)).permute(2, 0, 3, 1)
     log_effects = np.zeros((weight.layout.groups, weight.layout.rows))
-    return _State(weight, moments, levels.log().flip(0).numpy(), bits_GL, log_effects, why), errors_DBON
+    state = _State(weight, moments, levels.log().flip(0).numpy(), bits_GL, log_effects, shrinkage)
+    return state, errors_DBON
 
 
 def _variances(blocks_BON: Tensor) -> Tensor:

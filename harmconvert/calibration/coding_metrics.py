@@ -53,6 +53,13 @@ class Moments:
         return blocks_BON.unflatten(0, (groups, -1)).transpose(1, 2).flatten(2)
 
 
+def pooled(first: Moments, second: Moments) -> Moments:
+    """Return the moments over the positions of both."""
+    positions = first.positions + second.positions
+    share = first.positions / max(positions, 1)
+    return Moments(share * first.gram_BNN + (1 - share) * second.gram_BNN, first.apart, positions)
+
+
 def identity(weight: CodedWeight) -> Moments:
     """Return the metric of a weight whose inputs are not known: all coefficients count the same."""
     size = weight.layout.frequencies
@@ -85,8 +92,8 @@ def moments_of(problem: Problem, scales_F: Tensor) -> Moments | None:
 
 def measured_moments(
     network: nn.Module, weights: Sequence[CodedWeight], data: CalibrationSet, seed: int, memory: int
-) -> Iterator[tuple[CodedWeight, Moments | str]]:
-    """Yield each weight with its moments on the inputs for the fit, or with the reason why there are none.
+) -> Iterator[tuple[CodedWeight, tuple[Moments, Moments | None] | str]]:
+    """Yield each weight with its moments on the inputs for the fit and on the others, or the reason why there are none.
 
     Raises:
         UsageError: the network does not run on the inputs.
@@ -97,15 +104,16 @@ def measured_moments(
     tied_layers, why = find_tied_layers(network, modules, data, memory)
     collectors = [_collector(tied, network, modules, data, seed, memory) for tied in tied_layers]
     measured = set()
-    for collector, result in collect_together(network, collectors, [data.fit], memory, data.runs.complete):
+    parts = [data.fit, data.held] if data.total > data.fit_total else [data.fit]
+    for collector, result in collect_together(network, collectors, parts, memory, data.runs.complete):
         weight = weight_of[collector.tied.names[0]]
         measured.add(weight.key)
         if isinstance(result, str):
             yield weight, result
             continue
-        moments = moments_of(result[0], basis_norms(network, weight))
-        assert moments is not None
-        yield weight, moments
+        norms = basis_norms(network, weight)
+        moments = [one for part in result if (one := moments_of(part, norms)) is not None]
+        yield weight, (moments[0], moments[1] if len(moments) > 1 else None)
     for weight in weights:
         if weight.key not in measured:
             reasons = [why[name] for name in weight.names if name in why]
@@ -121,7 +129,7 @@ def basis_norms(network: nn.Module, weight: CodedWeight) -> Tensor:
 def _collector(
     tied: TiedLayers, network: nn.Module, modules: Mapping[str, nn.Module], data: CalibrationSet, seed: int, memory: int
 ) -> EquationCollector:
-    bytes = 32 * tied.groups * tied.unknowns**2
+    bytes = 64 * tied.groups * tied.unknowns**2
     whole = bytes <= memory and tied.unknowns <= MOST_COLUMNS
     rows = sum(shape[0] for _, shape in tied.calls)
     wanted = max(_POSITIONS_PER_COLUMN * tied.unknowns, LEAST_POSITIONS // 4) if whole else LEAST_POSITIONS // 4

@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ..layers.harmonic import HarmonicMixin
-from .capture import ConvCall
 from .collecting import EquationCollector, collect_together
-from .equations import Layer, Problem
 from .inputs import CalibrationSet
 from .refit import DAMPINGS, weakest_damping
-from .responses import responses
 from .solvers import ChannelEquations, NormalEquations
 from .tied_layers import LEAST_POSITIONS, TiedLayers, find_tied_layers
 

@@ -72,14 +72,19 @@ def metric_at(gram_GNN: Tensor, cross_GON: Tensor, variances_GN: Tensor, level: 
     return Metric(target_GON, factor_GNN)
 
 
-def shrunk(gram_GNN: Tensor, share: float) -> Tensor:
-    """Return the second moments, of which a share is replaced by the same power in every direction.
+def shrunk(gram_GNN: Tensor, share: float, even: bool = False) -> Tensor:
+    """Return the second moments with a share of all products of different responses set to zero.
 
-    >>> shrunk(torch.diag(torch.tensor([1.0, 3.0]))[None], 0.5).diagonal(dim1=1, dim2=2).tolist()
-    [[1.5, 2.5]]
+    ``even``: instead, replace this share of the moments by the same power in every direction.
+
+    >>> gram = torch.tensor([[[1.0, 1.0], [1.0, 3.0]]])
+    >>> shrunk(gram, 0.5).tolist(), shrunk(gram, 0.5, even=True).tolist()
+    ([[[1.0, 0.5], [0.5, 3.0]]], [[[1.5, 0.5], [0.5, 2.5]]])
     """
-    power_G1 = gram_GNN.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
-    return (1 - share) * gram_GNN + torch.diag_embed((share * power_G1).expand(gram_GNN.shape[:2]))
+    powers_GN = gram_GNN.diagonal(dim1=1, dim2=2)
+    if even:
+        powers_GN = powers_GN.mean(1, keepdim=True).expand(powers_GN.shape)
+    return (1 - share) * gram_GNN + torch.diag_embed(share * powers_GN)
 
 
 def row_bits(gram_GNN: Tensor, variances_GN: Tensor, levels: Sequence[float]) -> Tensor:

@@ -3,152 +3,36 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
-from math import isfinite, prod
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..arguments import Budget
-from ..calibration import Calibration, CalibrationSettings, Progress, calibrate
+from ..calibration import CalibrationSettings, Progress, calibrate
 from ..calibration.reading import Reader, items
-from ..codecs.codec import Entry
-from ..codecs.table import CodecTable
-from ..errors import Argument, InputError, Message, UsageError, UserCodeError, shortened
+from ..errors import InputError, UsageError, UserCodeError, shortened
 from ..kernels.basis import Basis
-from ..kernels.projection import check_range, relative_error
 from ..network.checks import check_network, check_weights
-from ..network.layers import weighted_layers
 from ..network.tracing import Trace, find_layers, trace, trace_if_possible
 from ..network.values import default_input
-from ..plan import (
-    AXES,
-    Bits,
-    BitsSetting,
-    Cost,
-    LayerPlan,
-    Plan,
-    apply_plan,
-    coded_weights,
-    make_plan,
-    network_cost,
-    round_weights,
-    with_coded_bits,
-)
+from ..plan import Bits, BitsSetting, Plan, apply_plan, make_plan
+from ..plan.precision import MOST_BITS
 from ..search.dropping import Step, smallest_within
-from ..search.records import Search, SearchSettings
+from ..search.records import SearchSettings
 from ..search.searching import Converted, Scope, Searching
-from ..storage.checkpoint import Header
+from .coding import code, code_within, coded_conversion
+from .conversion import LEAST_CUT, RECORD_KEY, Conversion, LayerRecord, conversion_of
 
-RECORD_KEY = "conversion"  # the key in a checkpoint's history
+__all__ = ["LEAST_CUT", "RECORD_KEY", "Conversion", "LayerRecord", "convert"]
 
-
-@dataclass(frozen=True)
-class LayerRecord:
-    """The result for one convolution over 1x1.
-
-    ``kept`` of ``total`` frequencies remain; 0 if the layer is skipped. ``energy`` is their share of the kernel's
-    squared norm. ``error`` is the relative Frobenius error of the new kernel. Both are None if the layer is skipped or
-    on the meta device. ``why`` is the reason why the layer is skipped, or why the policy keeps it whole. ``spectrum``
-    is the mean |coefficient| of each DCT frequency of the uncut kernel; it cannot be computed from the cut one. It is
-    None for a layer that is not cut in this basis. ``keeps`` describes the axes other than space.
-    """
-
-    name: str
-    kind: str
-    kernel: tuple[int, ...]
-    kept: int
-    total: int
-    energy: float | None
-    error: float | None
-    why: str | None
-    spectrum: tuple[float, ...] | None = None
-    keeps: str = ""
-
-    @property
-    def skipped(self) -> bool:
-        """Whether the convolution is not converted."""
-        return self.kept == 0
-
-
-LEAST_CUT = 0.01  # share of the parameters; a smaller cut is not useful, so `Conversion.advice` says so
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """A converted network, its plan, the result for each layer, the cost, and the record of the calibration.
-
-    ``drops`` are the steps of a search with ``max_drop``. ``coded`` has the codec entries of the tensors that a file
-    does not store as plain values.
-    """
-
-    model: nn.Module
-    plan: Plan
-    layers: tuple[LayerRecord, ...]
-    cost: Cost
-    calibration: Calibration | None = None
-    search: Search | None = None
-    drops: tuple[Step, ...] = ()
-    coded: Mapping[str, Entry] = field(default_factory=dict)
-
-    @property
-    def advice(self) -> str | None:
-        """Why the cut is empty or almost empty, and what to do; None if the cut is large enough."""
-        if self.plan.policy == "full":
-            return None
-        if self.search is not None:
-            advice = f"the budget {self.search.budget} is met without a cut: give a smaller one"
-            return advice if self.plan.whole else None
-        removed = 1 - self.cost.harmonic_parameters / max(self.cost.parameters, 1)
-        if not self.plan.whole and removed >= LEAST_CUT:
-            return None
-        whole = shortened([f"{name} ({why.removeprefix('whole: ')})" for name, why in self.plan.notes.items()], 2)
-        what, why = "nothing in this network", whole or "every layer stays whole"
-        if not self.plan.whole:
-            what = f"only {max(removed, 0):.1%} of the parameters"
-            why = f"convolutions over 1x1 have {self.cost.parameter_share:.1%} of them"
-            why += f", and {whole} stay whole" if whole else ""
-        name, include = Argument("lam", "'PATTERN=N'"), Argument("include", "PATTERN")
-        remedy = "to cut such a layer, name it: "
-        return Message(f"lambda {self.plan.policy} cuts {what}: {why}; ", remedy, name, " or ", include)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return everything except the network as JSON values."""
-        layers = [asdict(layer) for layer in self.layers]
-        calibration = self.calibration.to_json() if self.calibration else None
-        search = self.search.to_json() if self.search else None
-        cost = asdict(self.cost)
-        return {
-            "plan": self.plan.to_json(), "layers": layers, "cost": cost, "calibration": calibration, "search": search,
-            "drops": [asdict(step) for step in self.drops], "advice": self.advice,
-        }  # fmt: skip
-
-    def header(self) -> Header:
-        """Return the header of a checkpoint of this network, without the source."""
-        calibration = {"calibration": self.calibration.to_json()} if self.calibration else {}
-        return Header(self.plan, history=self.history() | calibration, codecs=CodecTable(coded=self.coded))
-
-    def history(self) -> dict[str, Any]:
-        """Return the record that `harmconvert.save` writes in addition to the plan and the calibration.
-
-        It has the energy, the error and the uncut spectrum of each layer, the cost, and the search for a budget. A
-        report uses it when the uncut network is not available.
-
-        >>> sorted(convert(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3)), 2).history()["conversion"])
-        ['cost', 'drops', 'layers', 'search']
-        """
-        record = self.to_json()
-        layers = {
-            layer.name: {"energy": layer.energy, "error": layer.error}
-            | ({"spectrum": list(layer.spectrum)} if layer.spectrum else {})
-            for layer in self.layers
-            if not layer.skipped
-        }
-        return {RECORD_KEY: {key: record[key] for key in ("cost", "search", "drops")} | {"layers": layers}}
+# The bits per weight from which and to which a search for the largest allowed drop looks, and its steps.
+_DROP_BITS, _DROP_STEPS = (0.5, 8.0), 6
 
 
 def convert(
@@ -160,7 +44,7 @@ def convert(
     exclude: Sequence[str] = (),
     basis: str = "dct",
     normalization: str = "ortho",
-    bits: float | Mapping[str, float] | None = None,
+    bits: float | str | Mapping[str, float] | None = None,
     budget: str | Mapping[str, Any] | None = None,
     max_drop: float | None = None,
     metric: Callable[[nn.Module], float] | None = None,
@@ -190,13 +74,16 @@ def convert(
             with a `Plan`, which has its own.
         normalization: scale of the basis: ``"ortho"``, or ``"l1"`` as in the paper's ImageNet networks.
         bits: quantise the weights of convolutions and linear layers to this many bits per weight on average, for an
-            entropy coded file; or a dict from pattern to bits of layers. Without it nothing is quantised.
+            entropy coded file; or a dict from pattern to bits of layers. Without it nothing is quantised. ``"auto"``
+            with ``max_drop``: find the fewest bits.
         budget: instead of ``lam``: a share of the parameters, bytes, MACs or time on this machine of the whole network,
             such as ``{"params": 0.6}`` or ``"latency=50%"``, or an amount, such as ``"bytes=10MB"``. Time is that of
             the factored form on ``example_input``. A search finds the plan with the smallest error within the budget
-            (`harmconvert.search.choosing`).
+            (`harmconvert.search.choosing`). Bytes are those of the tensors in the file: all weights are quantised to
+            the bits per weight that the budget allows, and ``lam`` may be given as well.
         max_drop: instead of ``lam``: find the fewest parameters at which ``metric`` falls by at most this many points.
-            The search bisects over budgets; `Conversion.drops` has its steps.
+            The search bisects over budgets; `Conversion.drops` has its steps. With ``bits="auto"`` it finds the fewest
+            bits per weight instead.
         metric: a function that measures the quality of a network in points, such as top-1 in %; higher is better.
         calibration: batches of 32 inputs or more in total for the refit: tensors, (input, target) pairs whose target is
             ignored, or dicts of keywords. They are read once.
@@ -213,18 +100,27 @@ def convert(
     check_weights(model)
     job = _Job(
         model, example_input, Scope(include, exclude, Basis(basis, normalization)), calibration,
-        settings or CalibrationSettings(), progress, None if bits is None else BitsSetting.of(bits),
+        settings or CalibrationSettings(), progress, None if bits in (None, "auto") else BitsSetting.of(bits),
     )  # fmt: skip
+    if bits == "auto" and max_drop is None:
+        raise UsageError(
+            "bits='auto' finds the fewest bits within max_drop: give max_drop and metric, or a number of bits"
+        )
     if (max_drop is None) != (metric is None):
         raise UsageError("max_drop and metric (a function that measures a network) need each other: give both")
     if max_drop is not None and metric is not None:
         if budget is not None or lam != "full":
             raise UsageError("max_drop finds the size of the network: leave out lam and budget")
+        if bits == "auto":
+            return _fewest_bits_within_drop(job, max_drop, metric)
         return _convert_within_drop(job, max_drop, metric, search or SearchSettings())
     if budget is not None:
+        parsed = Budget.parse(budget)
+        if parsed.unit == "bytes":
+            return _convert_within_bytes(job, lam, parsed)
         if lam != "full":
             raise UsageError(f"lam (={lam!r}) and budget (={budget!r}) both say what to keep: give only one")
-        return _convert_within_budget(job, Budget.parse(budget), search or SearchSettings())
+        return _convert_within_budget(job, parsed, search or SearchSettings())
     return _convert_by_policy(job, lam)
 
 
@@ -241,7 +137,8 @@ class _Job:
     bits: BitsSetting | None = None
 
 
-def _convert_by_policy(job: _Job, lam: str | int | Mapping[str, int] | Plan) -> Conversion:
+def _planned(job: _Job, lam: str | int | Mapping[str, int] | Plan) -> tuple[Plan, Iterable[Any] | None, Trace | None]:
+    """Return the plan by a policy, all calibration batches, and the trace."""
     model, calibration = job.model, job.calibration
     if calibration is not None and job.example_input is None:
         calibration, run = _run_on_calibration(model, lam, calibration)
@@ -252,34 +149,62 @@ def _convert_by_policy(job: _Job, lam: str | int | Mapping[str, int] | Plan) -> 
         reasons = shortened([f"{skip.name}: {skip.why}" for skip in plan.skipped], 3) or "it has none"
         what = "convolution over 1x1" if job.bits is None else "convolution and no linear layer"
         raise InputError(f"this {type(model).__name__} has no {what} to convert ({reasons})")
+    return plan, calibration, run
+
+
+def _convert_by_policy(job: _Job, lam: str | int | Mapping[str, int] | Plan) -> Conversion:
+    model = job.model
+    plan, calibration, run = _planned(job, lam)
     converted = Converted(plan, apply_plan(model, plan))
     if plan.on(Bits.axis):
-        return _coded(job, converted, calibration, run)
-    conversion = _conversion_of(model, converted, run)
+        record, entries = code(job.model, converted, calibration, job.settings, job.progress)
+        return coded_conversion(job.model, converted, record, entries, run)
+    conversion = conversion_of(model, converted, run)
     if calibration is None:
         return conversion
     calibrated = calibrate(model, converted.model, plan, calibration, job.settings, job.progress)
     return replace(conversion, calibration=calibrated)
 
 
-def _coded(job: _Job, converted: Converted, calibration: Iterable[Any] | None, run: Trace | None) -> Conversion:
-    """Return the conversion with its weights coded: on the calibration inputs, or without any."""
-    plan, model = converted.plan, converted.model
-    record = None
-    if calibration is None:
-        entries = round_weights(model, plan)
-    else:
-        record = calibrate(job.model, model, plan, calibration, job.settings, job.progress)
-        entries = dict(record.coded)
-    plan = with_coded_bits(plan, coded_weights(model, plan), entries)
-    conversion = _conversion_of(job.model, Converted(plan, model, record), run)
-    return replace(conversion, coded=entries)
+def _convert_within_bytes(job: _Job, lam: str | int | Mapping[str, int] | Plan, budget: Budget) -> Conversion:
+    if job.bits is not None:
+        raise UsageError(f"bits and the budget {budget} both say how many bits weights have: give only one")
+    plan, calibration, run = _planned(replace(job, bits=BitsSetting(MOST_BITS)), lam)
+    return code_within(job.model, plan, budget, calibration, job.settings, job.progress, run)
+
+
+def _fewest_bits_within_drop(job: _Job, max_drop: float, metric: Callable[[nn.Module], float]) -> Conversion:
+    """Return the conversion with the fewest bits whose metric is at most ``max_drop`` points below the original's."""
+    uncut_metric = metric(job.model)
+    job = replace(job, calibration=None if job.calibration is None else tuple(job.calibration))
+    low, high = (math.log2(bits) for bits in _DROP_BITS)
+    steps: list[Step] = []
+    best: Conversion | None = None
+    for number in range(_DROP_STEPS + 1):
+        bits = 2 ** ((low + high) / 2 if number else high)
+        conversion = _convert_by_policy(replace(job, bits=BitsSetting(bits)), "full")
+        drop = uncut_metric - metric(conversion.model)
+        steps.append(Step(conversion.cost.harmonic_bytes / max(conversion.cost.bytes, 1), drop))
+        if drop <= max_drop:
+            high, best = math.log2(bits), conversion
+        elif best is None:
+            raise UsageError(
+                f"with {bits:g} bits per weight the metric falls by {drop:.2f} points, more than {max_drop:g}: allow a "
+                "larger drop, or give calibration inputs"
+            )
+        else:
+            low = math.log2(bits)
+    assert best is not None
+    return replace(best, drops=tuple(steps))
 
 
 def _convert_within_budget(job: _Job, budget: Budget, search: SearchSettings) -> Conversion:
     searching = _searching(job, budget, search)
     converted, record = searching()
-    return replace(_conversion_of(job.model, converted, searching.trace), search=record)
+    if job.bits is not None:
+        job = replace(job, calibration=searching.images)
+        return replace(_convert_by_policy(job, converted.plan), search=record)
+    return replace(conversion_of(job.model, converted, searching.trace), search=record)
 
 
 def _searching(job: _Job, budget: Budget, search: SearchSettings) -> Searching:
@@ -314,13 +239,6 @@ def _convert_within_drop(
     return replace(conversion, drops=steps)
 
 
-def _conversion_of(model: nn.Module, converted: Converted, run: Trace | None) -> Conversion:
-    plan = converted.plan
-    records = _records(model, converted.model, plan)
-    cost = network_cost(model, plan, run)
-    return Conversion(converted.model, plan, records, cost, converted.calibration)
-
-
 def _run_on_calibration(model: nn.Module, lam: Any, calibration: Iterable[Any]) -> tuple[Iterable[Any], Trace | None]:
     """Return all calibration batches, and a trace on the network's default input, else on the first batch."""
     if lam == "full" or default_input(model) is not None or not isinstance(calibration, Iterable):
@@ -331,49 +249,3 @@ def _run_on_calibration(model: nn.Module, lam: Any, calibration: Iterable[Any]) 
         run = trace(model, Reader(model)(first[0])) if first else None
         return itertools.chain(first, batches), run
     return itertools.chain(first, batches), None
-
-
-def _records(model: nn.Module, converted: nn.Module, plan: Plan) -> tuple[LayerRecord, ...]:
-    """Return the record of each layer of a plan, in the order of the network."""
-    before, after = weighted_layers(model), weighted_layers(converted)
-    records = [
-        _record(layer, before[layer.name], after[layer.name], plan.notes.get(layer.name)) for layer in plan.layers
-    ]
-    records += [
-        LayerRecord(skip.name, skip.kind, skip.kernel_size, 0, prod(skip.kernel_size), None, None, skip.why)
-        for skip in plan.skipped
-    ]
-    order = {name: index for index, (name, _) in enumerate(model.named_modules())}
-    return tuple(sorted(records, key=lambda record: order[record.name]))
-
-
-def _other_axes_text(planned: LayerPlan, total: int) -> str:
-    """Return what a layer keeps on the axes that do not reduce the number of kept frequencies."""
-    return ", ".join(str(kept) for kept in planned.keeps if not kept.whole and kept.part_of(total) == total)
-
-
-def _record(planned: LayerPlan, layer: nn.Module, converted: nn.Module, why: str | None) -> LayerRecord:
-    weight, total = cast(Tensor, layer.weight).detach(), prod(planned.kernel_size)
-    kept = planned.kept_share(total)
-    record = LayerRecord(
-        planned.name,
-        type(layer).__name__,
-        planned.kernel_size,
-        kept,
-        total,
-        None,
-        None,
-        why,
-        keeps=_other_axes_text(planned, total),
-    )
-    if weight.is_meta:
-        return record
-    merged = cast(Tensor, converted.weight).detach()
-    error = relative_error(merged, weight)
-    if not isfinite(error):
-        for name, parameter in converted.named_parameters(recurse=False):
-            check_range(parameter, planned.name, name)
-        check_range(merged, planned.name, "merged kernels")
-    facts = {key: value for one in planned.keeps for key, value in AXES[one.axis].facts(weight, one).items()}
-    # In an orthonormal basis, the energy of the removed frequencies is exactly the squared error.
-    return replace(record, energy=1.0 if planned.whole else max(0.0, 1 - error**2), error=error, **facts)

@@ -1,7 +1,7 @@
 """Plans: what each layer of a network keeps on each axis; making a plan by a policy, its cost, and applying it.
 
-What belongs here: the axes (`space`, `precision`), plans as data, and cost computed from shapes. What does not: everything that
-needs data (`calibration`), searches (`search`) and files (`storage`).
+What belongs here: the axes (`space`, `precision`), plans as data, and cost computed from shapes. What does not:
+everything that needs data (`calibration`), searches (`search`) and files (`storage`).
 """
 
 from .applying import apply_plan, plan_of_model
@@ -30,9 +30,9 @@ __all__ = [
     "SpaceAxis",
     "WeightShape",
     "apply_plan",
-    "coded_weights",
     "bases_of",
     "bases_text",
+    "coded_weights",
     "cut_layer",
     "energies_kept",
     "layer_costs",
@@ -46,6 +46,7 @@ __all__ = [
     "round_weights",
     "tensor_bytes",
     "with_coded_bits",
+    "without_bits",
 ]
 
 register(SpaceAxis())

@@ -44,9 +44,7 @@ def round_weights(model: nn.Module, plan: Plan, wanted: Mapping[str, float] | No
     return entries
 
 
-def _sets(
-    weights: Sequence[CodedWeight], wanted: Mapping[str, float]
-) -> list[tuple[list[CodedWeight], float]]:
+def _sets(weights: Sequence[CodedWeight], wanted: Mapping[str, float]) -> list[tuple[list[CodedWeight], float]]:
     """Return sets of weights whose average number of bits is given, with this number."""
     shared = [weight for weight in weights if weight.bits.shared and weight.key not in wanted]
     alone = [([weight], wanted.get(weight.key, weight.bits.bits)) for weight in weights if weight not in shared]

@@ -101,10 +101,18 @@ def with_coded_bits(plan: Plan, weights: tuple[CodedWeight, ...], entries: Mappi
         for name in weight.names
     }
 
+    return _with_bits(plan, actual)
+
+
+def without_bits(plan: Plan) -> Plan:
+    """Return the plan without this axis; layers that have no other axis are left out."""
+    return _with_bits(plan, {})
+
+
+def _with_bits(plan: Plan, bits: Mapping[str, Bits]) -> Plan:
     def changed(layer: LayerPlan) -> LayerPlan:
         others = tuple(kept for kept in layer.keeps if kept.axis != Bits.axis)
-        bits = actual.get(layer.name)
-        return LayerPlan(layer.name, layer.kernel_size, (*others, *([bits] if bits else [])))
+        own = (bits[layer.name],) if layer.name in bits else ()
+        return replace(layer, keeps=(*others, *own))
 
-    layers = tuple(layer for layer in map(changed, plan.layers) if layer.keeps)
-    return Plan(layers, plan.skipped, plan.policy, plan.notes)
+    return replace(plan, layers=tuple(layer for layer in map(changed, plan.layers) if layer.keeps))
