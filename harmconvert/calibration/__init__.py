@@ -15,6 +15,8 @@ The files, from the whole network to its parts:
 - capture.py, holding.py: run a network up to a layer, and continue from there
 - repeatability.py: whether repeated runs give the same results
 - reading.py, inputs.py, memory_format.py: batches of a loader, the calibration set, its memory format
+- coding.py: rounding of each weight with feedback, and the distribution of bits over the weights
+- coding_metrics.py, sensitivity.py: the metric of each weight's errors, and their effect on the network's outputs
 - batch_norm.py: batch-norm statistics
 - divergence.py: how far outputs are from those of the original
 - limits.py: free memory and threads of this machine
@@ -23,6 +25,8 @@ The files, from the whole network to its parts:
 from .batch_norm import reestimate_batch_norm
 from .calibrating import CalibrationContext, blend, calibrate, digests, never_worse
 from .capture import ConvCall, watch_convolutions
+from .coding import Coder, Shrinkage, best_shrinkage
+from .coding_metrics import ErrorMetric
 from .cuts import WholeLayer, whole_layers
 from .divergence import Divergence
 from .equations import Change, Problem
@@ -36,6 +40,7 @@ from .reading import Reader, items
 from .records import ENOUGH_POSITIONS, Calibration, CalibrationSettings, LayerCalibration, Progress
 from .refit import DAMPINGS, Refit, dampings
 from .responses import from_groups, outputs, pick_positions, to_groups
+from .sensitivity import squared_changes
 from .solvers import NormalEquations, Operator, Samples, solver
 
 __all__ = [
@@ -48,8 +53,10 @@ __all__ = [
     "CalibrationSet",
     "CalibrationSettings",
     "Change",
+    "Coder",
     "ConvCall",
     "Divergence",
+    "ErrorMetric",
     "Forwards",
     "Kernel",
     "LayerCalibration",
@@ -62,7 +69,9 @@ __all__ = [
     "Refit",
     "RefitError",
     "Samples",
+    "Shrinkage",
     "WholeLayer",
+    "best_shrinkage",
     "blend",
     "calibrate",
     "calibration_set",
@@ -78,6 +87,7 @@ __all__ = [
     "reestimate_batch_norm",
     "response_moments",
     "solver",
+    "squared_changes",
     "to_groups",
     "watch_convolutions",
     "whole_layers",

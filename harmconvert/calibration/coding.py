@@ -18,11 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from ..codecs.codec import Entry
+from ..codecs.entropy import PER_OCTAVE, Integers
 from ..codecs.integers import Quantised, step_indices, step_sizes
+from ..codecs.scales import affordable_steps
 from ..errors import first_line
-from ..kernels.quantisation import metric_at, quantise, row_bits, shrunk, steps_at
+from ..kernels.quantisation import Metric, metric_at, quantise, row_bits, shrunk, steps_at
 from ..plan import CodedWeight, Plan, coded_weights
-from .coding_metrics import Moments, identity, measured_moments, moments_of, pooled
+from .coding_metrics import ErrorMetric, identity, measured_moments, moments_of, pooled
 from .equations import Problem
 from .inputs import CalibrationSet
 from .records import LayerCalibration, Progress
@@ -38,14 +40,20 @@ SURVIVORS = 4
 SHARES = (1e-3, 1e-2, 3e-2, 0.1, 0.2, 0.4, 0.7, 1.0)
 # This share is replaced by the same power in every direction in any case: no response may count nothing.
 _FLOOR = 1e-3
-# A weight has about this many bits more than a Gaussian one at the bound; corrected by those that are coded already.
-_EXCESS = 0.2
+# Rounding needs up to this many bits per weight more than the bound: all of them from 2.8 bits up, none below 0.8.
+_EXCESS, _EXCESS_FROM, _EXCESS_OVER = 0.27, 0.8, 2.0
+# Bits of the steps and scales of each column and each row, and the most of them per weight.
+_SIDE_BITS, _MOST_SIDE_BITS = (1.5, 3.0), 0.5
+# The prediction is corrected by the weights that are coded already: fully if they are more than this share of all.
+_TRUST_AFTER = 0.1
 # The correction changes the level by at most this factor: a quarter of a bit.
 _MOST_CHANGE = 2**0.5
 # Levels at which the bits of a row are computed, relative to the mean power of its outputs.
 _GRID = tuple(4.0**-k for k in range(-2, 10))
 # The largest integers, and the most bits of a weight that follow.
 _LARGEST_INTEGER, _MOST_BITS = 500, 9.0
+# Attempts to round with larger steps, before feedback is left out.
+_MOST_ATTEMPTS = 4
 # Number of random errors of each weight, and the level at which they are drawn.
 _ERRORS, _ERROR_LEVEL = 3, 2.0**-6
 # The measured effects of the rows of one weight are brought nearer to their mean, and limited to this factor.
@@ -75,7 +83,7 @@ class _State:
     """
 
     weight: CodedWeight
-    moments: Moments
+    moments: ErrorMetric
     log_levels: Floats
     bits_GL: Floats
     log_effects_GO: Floats
@@ -90,7 +98,16 @@ class _State:
             grid[place_GO] - grid[place_GO - 1]
         )  # outside the grid this extrapolates
         left, right = (np.take_along_axis(bits_GL, place_GO - side, 1) for side in (1, 0))
-        return float(np.maximum(left + share_GO * (right - left), 0).sum())
+        bits_GO = np.maximum(left + share_GO * (right - left), 0) / self.weight.layout.columns
+        excess_GO = _EXCESS * np.clip((bits_GO - _EXCESS_FROM) / _EXCESS_OVER, 0, 1)
+        return float((bits_GO + excess_GO).sum()) * self.weight.layout.columns + self.side_bits
+
+    @property
+    def side_bits(self) -> float:
+        """Return about how many bits the steps and scales of the weight need."""
+        layout = self.weight.layout
+        side = layout.groups * (_SIDE_BITS[0] * layout.columns + _SIDE_BITS[1] * layout.rows)
+        return min(side, _MOST_SIDE_BITS * self.weight.count)
 
 
 @dataclass(frozen=True)
@@ -170,13 +187,13 @@ class Coder:
             if own is None or not bool(own.isfinite().all()) or not float(own.sum()) > 0:
                 state.log_effects_GO = _relative_effects(state)
             else:
-                state.log_effects_GO = _smoothed(own.numpy())
+                state.log_effects_GO = _smoothed(own.numpy() / state.weight.layout.columns)
 
     def level_for(self, keys: Sequence[str], bits: float) -> float:
         """Return the level at which these weights together have this number of bits; see `_State.bits_at`."""
         count = sum(self.states[key].weight.count for key in keys)
         seen_bits, seen = self._excess
-        excess = (seen_bits + _EXCESS * 1e5) / (seen + 1e5)
+        excess = seen_bits / (seen + _TRUST_AFTER * sum(state.weight.count for state in self.states.values()))
         low, high = -100.0, 100.0
         for _ in range(40):
             middle = (low + high) / 2
@@ -198,7 +215,7 @@ class Coder:
         self._first_level = self._first_level or level
         return min(max(level, self._first_level / _MOST_CHANGE), self._first_level * _MOST_CHANGE)
 
-    def code(self, key: str, target_GON: Tensor, moments: Moments | None = None) -> Coded:
+    def code(self, key: str, target_GON: Tensor, moments: ErrorMetric | None = None) -> Coded:
         """Code coefficients, and record the result.
 
         Args:
@@ -254,7 +271,7 @@ class Coder:
         state.weight.write(coded.quantised)
 
 
-def _coded(state: _State, target_GON: Tensor, moments: Moments, level: float) -> Coded:
+def _coded(state: _State, target_GON: Tensor, moments: ErrorMetric, level: float) -> Coded:
     """Code coefficients at a level of the outputs."""
     weight, log_effects_GO = state.weight, state.log_effects_GO
     mean = float(log_effects_GO.mean())
@@ -267,17 +284,36 @@ def _coded(state: _State, target_GON: Tensor, moments: Moments, level: float) ->
     metric = metric_at(gram_BNN, target_BON @ gram_BNN, variances_BN, level)
     # Larger integers gain nothing: the tables of the entropy coder would need more bytes than they save.
     least_BN = metric.target_GON.abs().amax(1) / _LARGEST_INTEGER
-    columns_BN = step_indices(torch.maximum(steps_at(metric, level), least_BN).numpy())
-    steps_BN = torch.from_numpy(step_sizes(columns_BN))
-    integers_BON = quantise(metric, steps_BN, SURVIVORS)
-    integers_GON = moments.from_blocks(integers_BON, weight.layout.groups).numpy().astype(np.int32)
-    columns_GN = columns_BN.reshape(weight.layout.groups, weight.layout.columns)
-    quantised = Quantised(integers_GON, columns_GN, row_steps_GO)
+    layout = weight.layout
+    columns_GN = step_indices(torch.maximum(steps_at(metric, level), least_BN).numpy()).reshape(layout.groups, -1)
+    # The steps of a single row are part of those of its columns.
+    single_G1 = row_steps_GO if layout.rows == 1 else np.zeros_like(row_steps_GO[:, :1])
+    columns_GN = affordable_steps(columns_GN + single_G1, layout) - single_G1
+    integers_GON, columns_GN = _integers(metric, columns_GN, moments, layout.groups)
+    quantised = Quantised(integers_GON, columns_GN + single_G1, row_steps_GO if layout.rows > 1 else None)
     entry = weight.entry(quantised)
     return Coded(quantised, entry, 8 * int(entry.parameters["bytes"]) / weight.count, state.shrinkage.share)
 
 
-def best_shrinkage(fit: Moments, held: Moments, penalty_BN: Tensor) -> Shrinkage:
+def _integers(metric: Metric, columns_GN: Integers, moments: ErrorMetric, groups: int) -> tuple[Integers, Integers]:
+    """Return the rounded coefficients, and the indices of the steps: larger ones where integers would be too large.
+
+    Feedback can move a coefficient far if its own error hardly counts.
+    """
+    for _ in range(_MOST_ATTEMPTS):
+        steps_BN = torch.from_numpy(step_sizes(columns_GN).reshape(metric.factor_GNN.shape[:2]))
+        integers_GON = moments.from_blocks(quantise(metric, steps_BN, SURVIVORS), groups).numpy()
+        largest_GN = np.abs(integers_GON).max(1)
+        if not (largest_GN > 2 * _LARGEST_INTEGER).any():
+            return integers_GON.astype(np.int32), columns_GN
+        columns_GN = columns_GN + np.ceil(PER_OCTAVE * np.log2(np.maximum(largest_GN / _LARGEST_INTEGER, 1))).astype(
+            np.int32
+        )
+    target_GON = moments.from_blocks(metric.target_GON, groups).numpy()
+    return np.rint(target_GON / step_sizes(columns_GN)[:, None]).astype(np.int32), columns_GN
+
+
+def best_shrinkage(fit: ErrorMetric, held: ErrorMetric, penalty_BN: Tensor) -> Shrinkage:
     """Return the shrinkage with which the metric is most likely on other inputs.
 
     At a fixed level this is the smallest sum of squared error on the other inputs, and of ``level`` for each nat of the
@@ -307,7 +343,7 @@ def best_shrinkage(fit: Moments, held: Moments, penalty_BN: Tensor) -> Shrinkage
     return best
 
 
-def _state(weight: CodedWeight, fit: Moments, held: Moments | None, seed: int) -> tuple[_State, Tensor]:
+def _state(weight: CodedWeight, fit: ErrorMetric, held: ErrorMetric | None, seed: int) -> tuple[_State, Tensor]:
     """Return the state of a weight, without its effects, and random errors (draws, blocks, rows, columns)."""
     blocks_BON = fit.blocks(weight.matrices())
     variances_BN = _variances(blocks_BON)
@@ -341,7 +377,7 @@ def _relative_effects(state: _State) -> Floats:
     """Return the effects with which all layers get the same relative output error."""
     blocks_BON = state.moments.blocks(state.weight.matrices())
     power = float((blocks_BON @ state.moments.gram_BNN * blocks_BON).sum()) or 1.0
-    return np.full_like(state.log_effects_GO, math.log(state.log_effects_GO.size / power))
+    return np.full_like(state.log_effects_GO, math.log(state.weight.count / power))
 
 
 def _smoothed(effects_GO: Floats) -> Floats:

@@ -29,7 +29,7 @@ _POSITIONS_PER_COLUMN = 8
 
 
 @dataclass(frozen=True)
-class Moments:
+class ErrorMetric:
     """Second moments of responses, float64 (blocks, columns, columns).
 
     A block is a group of the convolution, or one input channel of a group (``apart``). ``positions``: over how many
@@ -53,21 +53,21 @@ class Moments:
         return blocks_BON.unflatten(0, (groups, -1)).transpose(1, 2).flatten(2)
 
 
-def pooled(first: Moments, second: Moments) -> Moments:
+def pooled(first: ErrorMetric, second: ErrorMetric) -> ErrorMetric:
     """Return the moments over the positions of both."""
     positions = first.positions + second.positions
     share = first.positions / max(positions, 1)
-    return Moments(share * first.gram_BNN + (1 - share) * second.gram_BNN, first.apart, positions)
+    return ErrorMetric(share * first.gram_BNN + (1 - share) * second.gram_BNN, first.apart, positions)
 
 
-def identity(weight: CodedWeight) -> Moments:
+def identity(weight: CodedWeight) -> ErrorMetric:
     """Return the metric of a weight whose inputs are not known: all coefficients count the same."""
     size = weight.layout.frequencies
     blocks = weight.layout.groups * weight.layout.channels
-    return Moments(torch.eye(size, dtype=torch.float64).expand(blocks, size, size), apart=True)
+    return ErrorMetric(torch.eye(size, dtype=torch.float64).expand(blocks, size, size), apart=True)
 
 
-def moments_of(problem: Problem, scales_F: Tensor) -> Moments | None:
+def moments_of(problem: Problem, scales_F: Tensor) -> ErrorMetric | None:
     """Return the moments in the metric of the stored coefficients; None if the problem does not have them.
 
     Args:
@@ -87,12 +87,12 @@ def moments_of(problem: Problem, scales_F: Tensor) -> Moments | None:
     gram_GNN = layer.restricted(layer.restricted(gram_GNN / problem.count).mT)
     scales_N = scales_F.repeat(gram_GNN.shape[1] // len(scales_F)).to(gram_GNN)
     scaled = scales_N[:, None] * gram_GNN * scales_N
-    return Moments(scaled.cpu(), isinstance(problem, ChannelEquations), problem.count)
+    return ErrorMetric(scaled.cpu(), isinstance(problem, ChannelEquations), problem.count)
 
 
 def measured_moments(
     network: nn.Module, weights: Sequence[CodedWeight], data: CalibrationSet, seed: int, memory: int
-) -> Iterator[tuple[CodedWeight, tuple[Moments, Moments | None] | str]]:
+) -> Iterator[tuple[CodedWeight, tuple[ErrorMetric, ErrorMetric | None] | str]]:
     """Yield each weight with its moments on the inputs for the fit and on the others, or the reason why there are none.
 
     Raises:

@@ -7,7 +7,6 @@ from functools import partial
 
 from torch import nn
 
-from ..layers.harmonic import HarmonicMixin
 from ..network.distributed import all_or_none, any_rank
 from .capture import NOT_ONE_CONVOLUTION, ConvCall, explain_error, watch_convolutions
 from .equations import Layer
@@ -35,7 +34,7 @@ class EquationCollector:
         self,
         tied: TiedLayers,
         converted: nn.Module,
-        layers: Mapping[str, HarmonicMixin],
+        layers: Mapping[str, nn.Module],
         seed: int,
         sample_count: int,
         method: Callable[[Layer], Equations],

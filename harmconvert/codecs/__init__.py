@@ -11,6 +11,7 @@ from .digests import tensors_crc32, tensors_sha256
 from .integers import Layout, Quantised, step_indices, step_sizes
 from .plain import BFLOAT16, FLOAT16, FLOAT32, RAW, plain_codec, stored_bytes, tolerance_of
 from .quantised import QUANTISED, QuantisedCodec, layout_of, quantised_entry, zero_share
+from .scales import affordable_steps
 from .stream import pack, unpack
 from .table import CodecTable, Stored
 
@@ -31,6 +32,7 @@ __all__ = [
     "Quantised",
     "QuantisedCodec",
     "Stored",
+    "affordable_steps",
     "codec_of",
     "layout_of",
     "pack",

@@ -31,7 +31,8 @@ def tensors_crc32(tensors: Mapping[str, Tensor], before: bytes = b"") -> str:
 
 
 def _parts(tensors: Mapping[str, Tensor]) -> Iterator[Any]:
-    for key, tensor in sorted(tensors.items()):
+    for key in sorted(tensors):  # one by one, because the mapping may read them from a file
+        tensor = tensors[key]
         # A file cannot hold a name with lone surrogates, but a network can have one.
         yield f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode("utf-8", "surrogatepass")
         plain = tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()

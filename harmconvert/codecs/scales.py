@@ -7,8 +7,9 @@ only the difference is stored.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -53,6 +54,25 @@ class Parts:
 def split(values_GN: Integers, layout: Layout) -> Parts:
     """Return integers of columns as the sum of parts that needs the fewest bits."""
     return min(_splits(values_GN.astype(np.int32), layout), key=lambda parts: parts.bits)
+
+
+def affordable_steps(steps_GN: Integers, layout: Layout) -> Integers:
+    """Return the indices of steps, simplified where their description needs more bits than they save.
+
+    A step for each column is a large part of a tensor with few rows, such as the kernels of a depthwise convolution.
+    Steps that differ from the best ones by factors r need (log2 mean r^2) / 2 - mean log2 r more bits for the same
+    error.
+    """
+    count = layout.groups * layout.rows * layout.columns
+    best, fewest = steps_GN, math.inf
+    for parts in _splits(steps_GN.astype(np.int32), layout):
+        for without_rest in (False, True):
+            used = replace(parts, rest_GN=np.zeros_like(parts.rest_GN)) if without_rest else parts
+            off = (used.sums() - steps_GN) / PER_OCTAVE
+            lost = float(np.log2(np.mean(4.0**off)) / 2 - off.mean())
+            if used.bits + lost * count < fewest:
+                best, fewest = used.sums(), used.bits + lost * count
+    return best
 
 
 def _splits(values_GN: Integers, layout: Layout) -> Iterator[Parts]:

@@ -11,7 +11,7 @@ from torch import nn
 from ..arguments import Budget
 from ..calibration import Calibration, CalibrationContext, CalibrationSettings, Progress, calibrate
 from ..codecs.codec import Entry
-from ..errors import UsageError
+from ..errors import UsageError, counted
 from ..network.tracing import Trace
 from ..plan import Bits, Plan, apply_plan, coded_weights, round_weights, tensor_bytes, with_coded_bits
 from ..plan.precision import MOST_BITS
@@ -49,7 +49,8 @@ def coded_conversion(
     """Return the conversion of a coded network; its plan has the bits that each layer has."""
     plan = with_coded_bits(converted.plan, coded_weights(converted.model, converted.plan), entries)
     conversion = conversion_of(model, Converted(plan, converted.model, calibration), run)
-    return replace(conversion, coded=dict(entries))
+    cost = replace(conversion.cost, harmonic_bytes=tensor_bytes(converted.model, entries))
+    return replace(conversion, cost=cost, coded=dict(entries))
 
 
 def code_within(
@@ -95,7 +96,9 @@ def code_within(
             break
         bits *= 0.99 * (limit - uncoded) / max(size - uncoded, 1)
     else:
-        raise UsageError(f"the budget {budget} was not met: the smallest of {ATTEMPTS} files has {size:,} bytes")
+        raise UsageError(
+            f"the budget {budget} was not met in {counted(ATTEMPTS, 'attempt')}: the last has {size:,} bytes"
+        )
     search = Search(
         str(budget), budget.unit, whole, limit, smallest, "bits per weight", tuple(tried), len(tried) - 1, (), False,
     )  # fmt: skip

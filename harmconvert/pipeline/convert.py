@@ -98,11 +98,12 @@ def convert(
     """
     check_network(model)
     check_weights(model)
+    setting = None if bits is None or isinstance(bits, str) else BitsSetting.of(bits)
     job = _Job(
         model, example_input, Scope(include, exclude, Basis(basis, normalization)), calibration,
-        settings or CalibrationSettings(), progress, None if bits in (None, "auto") else BitsSetting.of(bits),
+        settings or CalibrationSettings(), progress, setting,
     )  # fmt: skip
-    if bits == "auto" and max_drop is None:
+    if isinstance(bits, str) and (bits != "auto" or max_drop is None):
         raise UsageError(
             "bits='auto' finds the fewest bits within max_drop: give max_drop and metric, or a number of bits"
         )

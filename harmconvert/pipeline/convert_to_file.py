@@ -16,7 +16,7 @@ from ..errors import CheckError
 from ..files import check_output, write_file
 from ..network.distributed import joined, on_first_rank
 from ..network.forms import dense_form
-from ..plan.plan import Plan
+from ..plan import Plan, without_bits
 from ..search.records import SearchSettings
 from ..storage.checkpoint import Header, Network, is_harmonic, read_checkpoint, read_header
 from ..storage.precision import dtype_named
@@ -109,7 +109,8 @@ def convert_to_file(
     Args:
         source: a source string, a request, or a network object, which is not changed.
         output: the .safetensors file to write.
-        lam: as for `convert`; None means ``"full"``, or no change if the network is already harmonic.
+        lam: as for `convert`; None means ``"full"``, or no change if the network is already harmonic. If the weights of
+            a harmonic network are to be coded, None keeps its cut.
         plan: a file with a plan, instead of ``lam``: JSON, or a harmonic checkpoint.
         bits, budget, max_drop, include, exclude, basis, normalization, settings, search: as for `convert`.
         labelled: images for ``max_drop``: every second test image chooses the size, the others measure the loss.
@@ -149,6 +150,8 @@ def convert_to_file(
         network = opened(source, listener, intact=True, form="harmonic" if unchanged else "dense")
         if unchanged and network.header:
             return _write_unchanged(network, target)
+        if network.header and lam is None and plan is None and (bits is not None or "bytes" in str(budget)):
+            options["lam"] = without_bits(network.header.plan)  # coding keeps the cut of a harmonic network
         network = _prepared(network, source, data, device)
         if example_input is not None:
             target = replace(target, inputs=example_input)

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..calibration import digests
+from ..codecs.codec import Entry, codec_of
 from ..layers.harmonic import CONVOLUTIONS
 from ..network.layers import convolutions, is_harmonic_layer, kernel_size, weighted_layers
 from ..network.state import tensors_of
+from ..storage.tensors import equal
 
 _ATTRIBUTES = ("stride", "padding", "dilation", "groups", "padding_mode", "output_padding", "transposed", "eps")
 
@@ -83,6 +85,16 @@ def as_calibrated(converted: nn.Module, calibrated: Mapping[str, str]) -> dict[s
     """Return, for each tensor that calibration wrote, whether it is unchanged since then."""
     actual = digests(converted, calibrated)
     return {key: actual.get(key) == sha256 for key, sha256 in calibrated.items()}
+
+
+def as_coded(converted: nn.Module, coded: Mapping[str, Entry]) -> dict[str, bool]:
+    """Return, for each tensor that is coded, whether it has the values of its stream."""
+    tensors = tensors_of(converted)
+    return {
+        key: key in tensors and equal(codec_of(entry).decode(entry.stream, entry), tensors[key])
+        for key, entry in coded.items()
+        if entry.stream is not None
+    }
 
 
 def altered_state(

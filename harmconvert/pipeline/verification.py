@@ -41,6 +41,7 @@ class Verification:
     that precision; ``notes`` has the reason. ``top1_agreement`` is the share of inputs with the same top-1 class;
     logits are ties if their difference is below the rounding of the weights' dtype. It is None if the outputs are no
     logits. ``random_inputs`` says that the inputs were noise, on which the top-1 of a cut network has no meaning.
+    ``coded``: weights are quantised; each must be the one that its stream in the file has.
     """
 
     ok: bool
@@ -55,6 +56,7 @@ class Verification:
     problems: tuple[str, ...]
     notes: tuple[str, ...] = ()
     random_inputs: bool = False
+    coded: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return the verification as JSON values."""
@@ -78,7 +80,8 @@ class Verification:
         if cut and self.as_planned and not self.ok:
             if self.tolerance not in {codec.tolerance for codec in CODECS.values()}:  # the user asked for one
                 outputs += f", tolerance {self.tolerance:.0e}"
-            return f"cut as planned in {len(cut)} of {counted(len(self.layers), 'layer')}: {outputs}"
+            what = "coded" if self.coded else "cut"
+            return f"{what} as planned in {len(cut)} of {counted(len(self.layers), 'layer')}: {outputs}"
         outputs += f", tolerance {self.tolerance:.0e}"
         if self.ok:
             return f"verified: {outputs}"

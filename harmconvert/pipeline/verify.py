@@ -29,7 +29,7 @@ from ..storage.checkpoint import Network
 from .convert import Conversion
 from .layer_check import check_layer
 from .side_by_side import Comparison, comparisons
-from .structure_check import altered_state, as_calibrated, differing_modules, pairs_of
+from .structure_check import altered_state, as_calibrated, as_coded, differing_modules, pairs_of
 from .verification import LayerCheck, Verification
 
 _UNCOPIED = (
@@ -92,7 +92,7 @@ def verify(
     dtype = max((_weight_dtype(original), _weight_dtype(converted)), key=tolerance_of)
     with evaluating(original, converted):  # in training mode, reading a weight with spectral normalisation changes it
         pairs, structural = pairs_of(original, converted, planned)
-    written = as_calibrated(converted, calibrated)
+    written = as_calibrated(converted, calibrated) | as_coded(converted, coded)
     altered = [] if structural else altered_state(original, converted, pairs, written)
     tick = _ticker(progress, 2 * len(pairs) + 2 * (1 if dtype == torch.float64 else 2))
     kernels = _kernel_checks(pairs, planned, written, tick)
@@ -117,7 +117,7 @@ def verify(
     float64, float32 = (results[p].error if p in results else None for p in (torch.float64, torch.float32))
     return Verification(
         ok, not problems, limit, worst, float64, float32, agreement, batch_size(inputs), layers,
-        tuple(problems), tuple(notes), random_inputs,
+        tuple(problems), tuple(notes), random_inputs, bool(coded),
     )  # fmt: skip
 
 
@@ -139,7 +139,8 @@ def _kernel_checks(
     for name, pair in pairs.items():
         tick(name)
         with evaluating(*pair):
-            checks[name] = check_layer(*pair, planned.get(name), written.get(state_key(name, "coefficients")))
+            key = state_key(name, "coefficients" if is_harmonic_layer(pair[1]) else "weight")
+            checks[name] = check_layer(*pair, planned.get(name), written.get(key))
     return checks
 
 

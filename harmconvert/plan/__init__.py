@@ -9,7 +9,16 @@ from .axes import AXES, Axis, Check, Kept, LayerCost, WeightShape, register
 from .cost import Cost, layer_costs, network_cost, parameter_count, tensor_bytes
 from .making import make_plan, plannable
 from .plan import LayerPlan, Plan, Skip
-from .precision import Bits, BitsSetting, CodedWeight, PrecisionAxis, coded_weights, round_weights, with_coded_bits
+from .precision import (
+    Bits,
+    BitsSetting,
+    CodedWeight,
+    PrecisionAxis,
+    coded_weights,
+    round_weights,
+    with_coded_bits,
+    without_bits,
+)
 from .space import Frequencies, SpaceAxis, bases_of, bases_text, cut_layer, energies_kept, normalizations_text
 
 __all__ = [

@@ -36,7 +36,15 @@ from ..network.state import tensors_of
 from ..plan import AXES, Plan, apply_plan, plan_of_model
 from .header import METADATA_KEY, BlockRecord, Header, checksum, header_text
 from .source import Source, as_source, timm_source
-from .tensors import decode_tensors, encode_tensors, equal, memory_limit, read_stored, stored_tensors
+from .tensors import (
+    StoredTensors,
+    decode_tensors,
+    encode_tensors,
+    equal,
+    memory_limit,
+    read_stored,
+    stored_tensors,
+)
 from .weights import load_exactly, open_safetensors, untied_state, why_unreadable, write_tensors
 
 log = logging.getLogger(__name__)
@@ -111,7 +119,7 @@ def _check_written(staging: Path, model: nn.Module, header: Header, tensors: Map
             "network that its plan makes; convert the network again"
         )
     header_read, text = _header_of(staging)
-    stored = read_stored(staging)
+    stored = StoredTensors(staging)
     if checksum(text, stored) == header.crc32:
         coded = header_read.codecs.coded
         again = decode_tensors({key: stored[key] for key in coded}, coded)

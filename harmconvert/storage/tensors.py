@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -35,6 +36,25 @@ def read_stored(path: str | Path) -> dict[str, Tensor]:
     """Return all tensors of a safetensors file, without decoding them."""
     with open_safetensors(path) as file:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of a safetensors file, without decoding them; each is read when it is used, and not kept."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._path, self._keys = path, tuple(stored_tensors(path))
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key not in self._keys:
+            raise KeyError(key)
+        with open_safetensors(self._path) as file:
+            return cast(Tensor, file.get_tensor(key))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
 
 
 def encode_tensors(

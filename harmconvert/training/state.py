@@ -134,7 +134,7 @@ class StateFile:
     def remove(self) -> None:
         """Delete the newest and the previous state, at the end of a run."""
         if self.path is not None and rank() == 0:
-            for path in (self.path, _previous(self.path)):
+            for path in (self.path, _previous(self.path), _linking(self.path)):
                 with suppress(OSError):
                     path.unlink(missing_ok=True)
 
@@ -221,11 +221,16 @@ def _previous(path: Path) -> Path:
     return path.with_name(path.name + ".previous")
 
 
+def _linking(path: Path) -> Path:
+    """Return the name that the previous state has for a moment; a process that is killed then leaves it behind."""
+    return _previous(path).with_suffix(".linking")
+
+
 def _keep_previous(path: Path) -> None:
     if not path.exists():
         return
     with suppress(OSError):  # a file system without hard links keeps only the newest state
-        staging = _previous(path).with_suffix(".linking")
+        staging = _linking(path)
         staging.unlink(missing_ok=True)
         os.link(path, staging)
         staging.replace(_previous(path))

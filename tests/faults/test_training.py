@@ -171,7 +171,7 @@ def test_corrupt_states_are_detected_and_the_state_before_is_used(
         shutil.copytree(stopped, folder)
         (folder / STATE).write_bytes(content)
         complaint = finished(folder, whole, ["--save-every", "2"])
-        told = "warning: " in said(folder) and "the one before" in said(folder)
+        told = "warning: " in said(folder) and "resuming from the previous state" in said(folder)
         # A changed byte in the padding between records has no effect.
         count.trial(complaint or (None if told or same_state(stopped / STATE, content) else "not a word"))
 

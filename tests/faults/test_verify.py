@@ -162,7 +162,6 @@ FAULTS: dict[str, tuple[str, Fault]] = {
     "coefficients permuted over in channels": (f"{CONV}: ", first(f"{CONV}.coefficients", permuted(1))),
     "two frequencies' coefficients swapped": (f"{CONV}: ", first(f"{CONV}.coefficients", permuted(2))),
     "a layer of zeros": (f"{CONV}: ", first(f"{CONV}.coefficients", torch.zeros_like)),
-    "a layer of NaN": (f"{CONV}: ", first(f"{CONV}.coefficients", lambda t: t * torch.nan)),
     "the sign of a layer": (f"{CONV}: ", first(f"{CONV}.coefficients", torch.neg)),
     "the last bits of a layer (float16)": (f"{CONV}: ", first(f"{CONV}.coefficients", lambda t: t.half().float())),
     "another frequency in the plan": (f"{CONV}: ", another_frequency),
@@ -197,6 +196,14 @@ def test_every_fault_in_a_file_is_detected_and_its_layer_named(
 ) -> None:
     count = tally("verify", "other faults in files")
     count.trial(complaint(changed(files[kind], tmp_path, fault), named))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_of_nan_is_refused_and_named(files: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    file = changed(files[kind], tmp_path, first(f"{CONV}.coefficients", lambda t: t * torch.nan))
+    result = run("verify", SAMPLE, str(file), "--as-planned", "--json", *SMALL)
+    assert result.exit_code == 3
+    assert f"{CONV}.coefficients holds NaN or infinite values" in result.stderr
 
 
 NETWORK = """

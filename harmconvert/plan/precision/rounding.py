@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...codecs.codec import Entry
 from ...codecs.integers import Quantised, step_indices, step_sizes
+from ...codecs.plain import stored_bytes
 from ..plan import Plan
 from .weights import CodedWeight, coded_weights
 
@@ -26,7 +27,7 @@ _STEPS = 40
 _SAMPLE = 1 << 16
 # Largest distortion relative to the mean square of a row: all integers are zero above it.
 _LARGEST = 64.0
-_SMALLEST = 2.0**-30
+_SMALLEST = 2.0**-20
 
 
 def round_weights(model: nn.Module, plan: Plan, wanted: Mapping[str, float] | None = None) -> dict[str, Entry]:
@@ -58,7 +59,7 @@ def rounded_to(weights: Sequence[CodedWeight], bits: float) -> list[Quantised]:
     for _ in range(3):
         distortion = _distortion_for(weights, target)
         quantised = [_rounded(weight.matrices(), distortion) for weight in weights]
-        lengths = [8 * len(weight.entry(one).stream) for weight, one in zip(weights, quantised, strict=True)]
+        lengths = [8 * stored_bytes(w.parameter, w.entry(one)) for w, one in zip(weights, quantised, strict=True)]
         excess = sum(lengths) / count - bits
         if abs(excess) < _NEAR * max(bits, 1):
             break
