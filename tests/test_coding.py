@@ -382,3 +382,78 @@ def test_a_coded_checkpoint_can_be_coded_again(tmp_path: Path) -> None:
     plan = hc.open_source(str(second)).header.plan
     assert {len(layer.frequencies) for layer in plan.layers if layer.on("space")} == {3, 9}, "it keeps its plan"
     assert isinstance(plan.layers[0].on("precision"), Bits)
+
+
+# --- training ---
+
+
+DIGITS = {"input_size": (1, 28, 28), "preprocess": "none"}
+
+
+class Digits(nn.Module):
+    num_classes = 10
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 8, 5, stride=3), nn.Conv2d(8, 12, 3, stride=2)
+        self.head = nn.Linear(12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.first(x).relu()).relu().mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def coded_digits() -> hc.Conversion:
+    return hc.convert(seeded(Digits), bits=4)
+
+
+def test_finetuning_a_coded_network_keeps_its_integers_and_the_size_of_the_file(
+    coded_digits: hc.Conversion, tmp_path: Path
+) -> None:
+    before, after = tmp_path / "before.safetensors", tmp_path / "after.safetensors"
+    header = hc.save(coded_digits, before)
+    tuned = hc.finetune(
+        coded_digits, "sample:mnist5k", after, preprocessing=DIGITS, epochs=1, lr=0.05, crop="none", ema=0.9,
+        calibration_images=0,
+    )  # fmt: skip
+    losses = {stage.name: stage.evaluation.loss for stage in tuned.stages if stage.evaluation}
+    assert losses["fine-tuned"] < losses["before"]
+    assert tuned.header is not None
+    for key, entry in header.codecs.coded.items():
+        old, new = (
+            unpack(one.stream.numpy().tobytes(), layout_of(one)) for one in (entry, tuned.header.codecs.coded[key])
+        )
+        assert np.array_equal(old.integers_GON, new.integers_GON), key
+        assert np.array_equal(old.column_steps_GN, new.column_steps_GN)
+        assert new.scales_GO is not None
+        assert new.scales_GO.std() > 0, "a scale for each row was trained"
+    rows = sum(entry.shape[0] for entry in header.codecs.coded.values())
+    with safetensors.safe_open(before, "pt") as one, safetensors.safe_open(after, "pt") as two:
+        sizes = [sum(file.get_tensor(key).nbytes for key in file.keys()) for file in (one, two)]  # noqa: SIM118
+    assert sizes[1] <= sizes[0] + 4 * rows + 4 * len(header.codecs.coded)
+    loaded = hc.load(after, model=seeded(Digits))
+    expected = tensors_of(tuned.model)
+    assert all(torch.equal(expected[key], tensor) for key, tensor in tensors_of(loaded).items())
+
+
+def test_recode_trains_all_weights_and_codes_them_again(coded_digits: hc.Conversion, tmp_path: Path) -> None:
+    after = tmp_path / "after.safetensors"
+    tuned = hc.finetune(
+        coded_digits, "sample:mnist5k", after, preprocessing=DIGITS, epochs=1, lr=0.05, crop="none", recode=True
+    )
+    assert [stage.name for stage in tuned.stages][-2:] == ["fine-tuned", "coded again"]
+    assert tuned.header is not None
+    changed = 0
+    for key, entry in coded_digits.coded.items():
+        old, new = (
+            unpack(one.stream.numpy().tobytes(), layout_of(one)) for one in (entry, tuned.header.codecs.coded[key])
+        )
+        changed += not np.array_equal(old.integers_GON, new.integers_GON)
+    assert changed == len(coded_digits.coded)
+    loaded = hc.load(after, model=seeded(Digits))
+    assert all(torch.equal(tensors_of(tuned.model)[key], tensor) for key, tensor in tensors_of(loaded).items())
+
+
+def test_recode_needs_a_coded_network() -> None:
+    with pytest.raises(UsageError, match="codes the weights again, but those of this network are not coded"):
+        hc.finetune(hc.convert(seeded(Digits)), "sample:mnist5k", preprocessing=DIGITS, recode=True)

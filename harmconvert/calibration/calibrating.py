@@ -134,7 +134,7 @@ def _calibrate_and_code(
     before = _copied_tensors(converted)
     runnable = context.runnable(converted)
     uncoded = _copied_tensors(runnable)
-    entries = round_weights(runnable, plan)
+    entries = round_weights(runnable, plan, attempts=1)
     rounded = _copied_tensors(runnable)
     blend(runnable, uncoded, uncoded, 0.0)
     names = [layer.name for layer in plan.layers if layer.on(Bits.axis)]
@@ -151,7 +151,8 @@ def _calibrate_and_code(
     entries = {weight.key: weight.restore(entries[weight.key]) for weight in coded_weights(converted, plan)}
     state = tensors_of(converted)
     changed = {key for key, tensor in before.items() if not torch.equal(state[key], tensor)}
-    changed |= set(first.changed if first else ()) | set(entries)
+    # The streams of coded tensors have their values, so these need no digests.
+    changed = (changed | set(first.changed if first else ())) - set(entries)
     notes = (*record.notes, *coder.notes)
     return replace(record, changed=digests(converted, sorted(changed)), coded=entries, notes=notes)
 

@@ -283,19 +283,31 @@ def _coded(state: _State, target_GON: Tensor, moments: ErrorMetric, level: float
     gram_BNN = state.shrinkage.of(moments.gram_BNN)
     metric = metric_at(gram_BNN, target_BON @ gram_BNN, variances_BN, level)
     # Larger integers gain nothing: the tables of the entropy coder would need more bytes than they save.
-    least_BN = metric.target_GON.abs().amax(1) / _LARGEST_INTEGER
+    largest = largest_integer(weight.count)
+    least_BN = metric.target_GON.abs().amax(1) / largest
     layout = weight.layout
     columns_GN = step_indices(torch.maximum(steps_at(metric, level), least_BN).numpy()).reshape(layout.groups, -1)
     # The steps of a single row are part of those of its columns.
     single_G1 = row_steps_GO if layout.rows == 1 else np.zeros_like(row_steps_GO[:, :1])
     columns_GN = affordable_steps(columns_GN + single_G1, layout) - single_G1
-    integers_GON, columns_GN = _integers(metric, columns_GN, moments, layout.groups)
+    integers_GON, columns_GN = _integers(metric, columns_GN, moments, layout.groups, largest)
     quantised = Quantised(integers_GON, columns_GN + single_G1, row_steps_GO if layout.rows > 1 else None)
     entry = weight.entry(quantised)
     return Coded(quantised, entry, 8 * int(entry.parameters["bytes"]) / weight.count, state.shrinkage.share)
 
 
-def _integers(metric: Metric, columns_GN: Integers, moments: ErrorMetric, groups: int) -> tuple[Integers, Integers]:
+def largest_integer(count: int) -> int:
+    """Return the largest integer that a weight of so many coefficients should have.
+
+    The tables of the entropy coder have an entry for each integer, and small weights may have few of them
+    (`codecs.stream.too_many_tables`).
+    """
+    return min(_LARGEST_INTEGER, count // 2 + 32)
+
+
+def _integers(
+    metric: Metric, columns_GN: Integers, moments: ErrorMetric, groups: int, largest: int
+) -> tuple[Integers, Integers]:
     """Return the rounded coefficients, and the indices of the steps: larger ones where integers would be too large.
 
     Feedback can move a coefficient far if its own error hardly counts.
@@ -304,11 +316,9 @@ def _integers(metric: Metric, columns_GN: Integers, moments: ErrorMetric, groups
         steps_BN = torch.from_numpy(step_sizes(columns_GN).reshape(metric.factor_GNN.shape[:2]))
         integers_GON = moments.from_blocks(quantise(metric, steps_BN, SURVIVORS), groups).numpy()
         largest_GN = np.abs(integers_GON).max(1)
-        if not (largest_GN > 2 * _LARGEST_INTEGER).any():
+        if not (largest_GN > 2 * largest).any():
             return integers_GON.astype(np.int32), columns_GN
-        columns_GN = columns_GN + np.ceil(PER_OCTAVE * np.log2(np.maximum(largest_GN / _LARGEST_INTEGER, 1))).astype(
-            np.int32
-        )
+        columns_GN = columns_GN + np.ceil(PER_OCTAVE * np.log2(np.maximum(largest_GN / largest, 1))).astype(np.int32)
     target_GON = moments.from_blocks(metric.target_GON, groups).numpy()
     return np.rint(target_GON / step_sizes(columns_GN)[:, None]).astype(np.int32), columns_GN
 

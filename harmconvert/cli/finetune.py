@@ -57,6 +57,12 @@ from .recording import command_words
     help="Number of training images for calibration, without their labels, if convert did not calibrate the cut; 0: do "
     "not calibrate.",
 )
+@click.option(
+    "--recode",
+    is_flag=True,
+    help="For a file whose weights are coded: train all weights and code them again. Without it, coded weights keep "
+    "their integers; biases, norms and one scale for each output channel are trained, and the file keeps its size.",
+)
 @click.option("-o", "--output", metavar="FILE", help="Default: NAME-finetuned.safetensors.")
 @pages.option
 @options.force
@@ -72,6 +78,7 @@ def command(
     teacher: str | None,
     num_classes: int | None,
     calibration_images: int,
+    recode: bool,
     trust_code: bool,
     code: str | None,
     as_json: bool,
@@ -105,6 +112,7 @@ def command(
         teacher=teacher,
         num_classes=num_classes,
         calibration_images=calibration_images,
+        recode=recode,
         preprocessing=training_options.image_overrides({**values, "trust_code": trust_code}),
         force=force,
         command=command_words(leave_out=training_options.recipe_fields()),

@@ -53,6 +53,7 @@ class LayerRecord:
         return self.kept == 0
 
 
+_DIGITS = 4  # significant digits of the numbers in the history of a coded file
 LEAST_CUT = 0.01  # share of the parameters; a smaller cut is not useful, so `Conversion.advice` says so
 
 
@@ -107,8 +108,10 @@ class Conversion:
 
     def header(self) -> Header:
         """Return the header of a checkpoint of this network, without the source."""
-        calibration = {"calibration": self.calibration.to_json()} if self.calibration else {}
-        return Header(self.plan, history=self.history() | calibration, codecs=CodecTable(coded=self.coded))
+        history = self.history() | ({"calibration": self.calibration.to_json()} if self.calibration else {})
+        if self.coded:  # digits that nobody reads would be a large part of a small file
+            history = cast("dict[str, Any]", _rounded(history))
+        return Header(self.plan, history=history, codecs=CodecTable(coded=self.coded))
 
     def history(self) -> dict[str, Any]:
         """Return the record that `harmconvert.save` writes in addition to the plan and the calibration.
@@ -183,3 +186,12 @@ def _record(planned: LayerPlan, layer: nn.Module, converted: nn.Module, why: str
     facts = {key: value for one in planned.keeps for key, value in AXES[one.axis].facts(weight, one).items()}
     # In an orthonormal basis, the energy of the removed frequencies is exactly the squared error.
     return replace(record, energy=1.0 if planned.whole else max(0.0, 1 - error**2), error=error, **facts)
+
+
+def _rounded(value: Any) -> Any:
+    """Return a JSON value with its fractions rounded to a few significant digits."""
+    if isinstance(value, float):
+        return float(f"{value:.{_DIGITS}g}")
+    if isinstance(value, Mapping):
+        return {key: _rounded(one) for key, one in value.items()}
+    return [_rounded(one) for one in value] if isinstance(value, list | tuple) else value

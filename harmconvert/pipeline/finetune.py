@@ -10,15 +10,17 @@ from typing import Any
 from torch import nn
 
 from ..arguments import check_harmonic, check_run_outputs, not_harmonic
+from ..codecs.table import CodecTable
 from ..data.datasets import Data, DataRequest
 from ..data.preprocessing import preprocessing_record
 from ..errors import Argument, HarmconvertError, Message, UsageError, counted
 from ..network.distributed import joined, on_first_rank
 from ..network.exchange import exchange
 from ..network.state import weights_sha256
+from ..plan import coded_weights, with_coded_bits
 from ..sources.opening import check_rebuilds, open_original
 from ..sources.request import SourceRequest
-from ..storage.checkpoint import Network, write_checkpoint
+from ..storage.checkpoint import Header, Network, write_checkpoint
 from ..storage.precision import in_float32
 from ..training.recipe import Recipe
 from ..training.trainer import MachineSettings, number_of_classes
@@ -40,6 +42,7 @@ def finetune(
     teacher: str | Path | nn.Module | None = None,
     num_classes: int | None = None,
     calibration_images: int = 256,
+    recode: bool = False,
     preprocessing: Mapping[str, Any] | None = None,
     machine: MachineSettings | None = None,
     workers: int | None = None,
@@ -74,6 +77,8 @@ def finetune(
         teacher: the uncut network, its source or a file of its weights; default: the source of the checkpoint.
         num_classes: give the network a new classifier, for data with other classes.
         calibration_images: number of training images, without labels, for the calibration; 0: do not calibrate.
+        recode: code the weights again after training. Otherwise the coded weights of a network keep their integers,
+            and only biases, norms and a scale for each output channel are trained.
         preprocessing: of images, with timm's names, if it is not the network's own (`harmconvert.data.preprocessing`).
         machine: where and how to run; default: a GPU if there is one.
         workers: processes that load images; default: one for each core.
@@ -98,6 +103,9 @@ def finetune(
         check_harmonic(text_of(model))
     with joined():
         cut = _open_cut(model, num_classes, teacher, listener)
+        if recode and not cut.header.codecs.coded:
+            what = " codes the weights again, but those of this network are not coded: code them with "
+            raise UsageError(Argument("recode"), what, Argument("bits", "N"), " of a conversion")
         run = _prepare_run(cut, data, recipe, changes, resume, listener)
         config = image_config(cut.model, preprocessing or {}, listener)
         setup = TrainingSetup(
@@ -107,7 +115,7 @@ def finetune(
         )  # fmt: skip
         with setup.state_file.lock():
             with reporting(setup, run.recipe.epochs, target, log, listener) as reported:
-                result = run_finetuning(cut, run.data, run.recipe, reported, calibration_images)
+                result = run_finetuning(cut, run.data, run.recipe, reported, calibration_images, recode)
             if target is None:
                 return result
             made_by = None if command is None else {**command, "source": text_of(model)}
@@ -130,7 +138,7 @@ def _write(
             lambda: write_checkpoint(
                 result.model,
                 target,
-                header=cut.header,
+                header=_header_of(result, cut),
                 source=cut.source,
                 history=result.history(cut.header.history, command),
                 preprocessing=preprocessing_record(setup.preprocessing),
@@ -139,6 +147,14 @@ def _write(
         )
     setup.state_file.remove()
     return replace(result, output=target, header=header)
+
+
+def _header_of(result: FineTuning, cut: CutNetwork) -> Header:
+    """Return the header for the fine-tuned network: its plan has the bits of its weights."""
+    if not cut.header.codecs.coded:
+        return cut.header
+    plan = with_coded_bits(cut.header.plan, coded_weights(result.model, cut.header.plan), result.coded)
+    return replace(cut.header, plan=plan, codecs=CodecTable(coded=result.coded))
 
 
 def _open_cut(

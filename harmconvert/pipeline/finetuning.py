@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from ..calibration import CalibrationSettings, calibrate
+from ..codecs.codec import Entry, codec_of
 from ..data.datasets import Data
 from ..data.loading import NO_LABEL, Batch, choose_images, evaluation_batches, training_batches
 from ..data.preprocessing import color_mode, evaluation_transform
@@ -22,9 +24,12 @@ from ..documents import check
 from ..errors import Argument, HarmconvertError, InputError, Message, UsageError, counted, first_line
 from ..network.classifier import replace_classifier
 from ..network.distributed import world_size
+from ..network.forms import dense_form
+from ..plan import without_bits
 from ..storage.checkpoint import Header
 from ..storage.history import CALIBRATION, STAGES
 from ..storage.source import Source
+from ..training.coded_rows import CodedRows
 from ..training.evaluation import Evaluation, evaluate
 from ..training.loop import Callbacks, StepProgress, train
 from ..training.recipe import Recipe
@@ -57,7 +62,8 @@ class Stage:
 class FineTuning:
     """A fine-tuned network, its stages, a row of metrics for each epoch, the recipe, and the calibration record.
 
-    ``output`` is the file and ``header`` its header, if the network was written.
+    ``output`` is the file and ``header`` its header, if the network was written. ``coded`` has the entries of coded
+    weights.
     """
 
     model: nn.Module
@@ -67,6 +73,7 @@ class FineTuning:
     calibration: Mapping[str, Any] | None = None
     output: str | None = None
     header: Header | None = None
+    coded: Mapping[str, Entry] = field(default_factory=dict, repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """Return the output and the record of this run as JSON values."""
@@ -134,12 +141,19 @@ class CutNetwork:
 
 
 def run_finetuning(
-    cut: CutNetwork, data: Data, recipe: Recipe, setup: TrainingSetup, calibration_images: int = 256
+    cut: CutNetwork,
+    data: Data,
+    recipe: Recipe,
+    setup: TrainingSetup,
+    calibration_images: int = 256,
+    recode: bool = False,
 ) -> FineTuning:
     """Fine-tune a harmonic network in place; calibrate it first if it needs calibration and the uncut one is known.
 
     Args:
         calibration_images: number of training images, without labels, for the calibration; 0: do not calibrate.
+        recode: train all values of coded weights and code them again, on as many training images. Otherwise coded
+            weights keep their integers, and only get a scale for each row.
 
     Raises:
         UsageError: there are no images to train on or to test on.
@@ -165,13 +179,43 @@ def run_finetuning(
         stages, calibration = first.stages(data, calibration_images, recipe.seed), first.calibration
     record = {"stages": [stage.to_json() for stage in stages], "calibration": calibration}
     record = json.loads(json.dumps(record))  # plain values: a state must not hold objects such as a `Message`
+    entries = cut.header.codecs.coded
+    coded = CodedRows(model, entries) if entries and not recode else None
     rows = train(
         model, train_loading(data, recipe, setup), recipe, teacher=original if recipe.distill else None,
         machine=setup.machine, state_file=replace(setup.state_file, record=record),
-        callbacks=Callbacks(evaluation_of, setup.on_step, setup.epoch_done),
+        callbacks=Callbacks(evaluation_of, setup.on_step, setup.epoch_done), coded=coded,
     )  # fmt: skip
+    entries = coded.entries() if coded else {}
     stages.append(Stage("fine-tuned", evaluation_of(model)))
-    return FineTuning(model, tuple(stages), rows, recipe, calibration)
+    if cut.header.codecs.coded and recode:
+        model, entries, calibration = _coded_again(cut, data, recipe, setup, max(calibration_images, 64))
+        stages.append(Stage("coded again", evaluation_of(model)))
+    return FineTuning(model, tuple(stages), rows, recipe, calibration, coded=entries)
+
+
+def _coded_again(
+    cut: CutNetwork, data: Data, recipe: Recipe, setup: TrainingSetup, count: int
+) -> tuple[nn.Module, Mapping[str, Entry], Mapping[str, Any]]:
+    """Code the weights of the trained network with as many bits as before, on training images without labels."""
+    entries = cut.header.codecs.coded
+    bits = 8 * sum(codec_of(one).bytes(one) for one in entries.values()) / sum(prod(o.shape) for o in entries.values())
+    batches = _calibration_batches(data, setup, count, recipe.seed)
+    settings = CalibrationSettings(seed=recipe.seed, inputs=count)
+    trained = dense_form(cut.model)
+    conversion = convert(trained, without_bits(cut.header.plan), bits=bits, calibration=batches, settings=settings)
+    assert conversion.calibration is not None
+    return conversion.model, conversion.coded, conversion.calibration.to_json()
+
+
+def _calibration_batches(data: Data, setup: TrainingSetup, count: int, seed: int) -> tuple[torch.Tensor, ...]:
+    """Return batches of training images, without their labels."""
+    assert data.train is not None
+    config = setup.preprocessing
+    images = choose_images(data.train, evaluation_transform(config), color_mode(config), count, seed)
+    setup.say(f"calibrating on {counted(len(images), 'training image')}, without their labels")
+    size = max(1, min(32, len(images) // (4 * world_size())))  # small enough that every process gets batches
+    return tuple(batch.to(setup.machine.device) for batch in images.split(size))
 
 
 def recorded_stages(path: Path) -> tuple[list[Stage], Mapping[str, Any] | None]:
@@ -279,7 +323,7 @@ class _FirstStages:
         """
         model, original, header = self.cut.model, self.cut.original, self.cut.header
         uncut = Stage("uncut", why=self.cut.why) if original is None else self._stage("uncut", original)
-        if "training" in header.history:
+        if "training" in header.history or header.codecs.coded:
             return [uncut, self._stage("before", model)]
         if header.plan.whole:
             return [uncut, self._stage("before", model), Stage("calibrated", why="nothing is cut")]
@@ -297,14 +341,9 @@ class _FirstStages:
             return Stage("calibrated", why=self.cut.why)
         if count == 0:
             return Stage("calibrated", why=Message(Argument("calibration_images", 0)))
-        assert data.train is not None
-        config = self.setup.preprocessing
-        images = choose_images(data.train, evaluation_transform(config), color_mode(config), count, seed)
-        self.setup.say(f"calibrating on {counted(len(images), 'training image')}, without their labels")
-        size = max(1, min(32, len(images) // (4 * world_size())))  # small enough that every process gets batches
-        batches = tuple(batch.to(self.setup.machine.device) for batch in images.split(size))
+        batches = _calibration_batches(data, self.setup, count, seed)
         try:
-            settings = CalibrationSettings(seed=seed, inputs=len(images))
+            settings = CalibrationSettings(seed=seed, inputs=sum(map(len, batches)))
             calibration = calibrate(original, model, self.cut.header.plan, batches, settings)
         except HarmconvertError as error:
             return Stage("calibrated", why=error.message)

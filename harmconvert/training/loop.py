@@ -19,6 +19,7 @@ from ..errors import Argument, CheckError, InputError, Message, UsageError, coun
 from ..network.distributed import any_rank, gathered, rank, world_size
 from ..network.state import tensors_of
 from .batch_norm import global_batch_norm, train_mode
+from .coded_rows import CodedRows
 from .evaluation import Evaluation
 from .interrupts import SignalError, StopRequest, watch_signals
 from .recipe import Recipe
@@ -64,6 +65,7 @@ def train(
     machine: MachineSettings | None = None,
     state_file: StateFile | None = None,
     callbacks: Callbacks = _NO_CALLBACKS,
+    coded: CodedRows | None = None,
 ) -> tuple[Mapping[str, Any], ...]:
     """Train ``model`` in place by a recipe; return a row of metrics for each epoch.
 
@@ -71,6 +73,7 @@ def train(
         model: a classifier in the form to train. After training, it is on ``machine.device``, in eval mode.
         teacher: the network for the recipe's ``distill``, on the same device.
         state_file: saves the state of the run; if its ``resume`` is set, the run continues from the saved state.
+        coded: coded weights that keep their integers.
 
     Raises:
         CheckError: the loss or a weight is no longer finite. The state that was saved before is kept.
@@ -82,7 +85,7 @@ def train(
     machine, state_file = machine or MachineSettings(), state_file or StateFile()
     _check(recipe, batches, teacher)
     _seed(recipe.seed + rank())
-    trainer = Trainer(model, recipe, machine, batches.steps, teacher)
+    trainer = Trainer(model, recipe, machine, batches.steps, teacher, coded)
     position = Position()
     if state_file.resume:
         position, state = state_file.load()

@@ -22,6 +22,7 @@ from ..network.layers import harmonic_layers
 from ..network.state import fill, tensors_of
 from ..network.values import images_to_channels_last
 from ..storage.weights import load_exactly
+from .coded_rows import CodedRows
 from .evaluation import class_logits, run_on_images
 from .interrupts import SIGNALS, StopRequest
 from .objective import Objective
@@ -45,9 +46,15 @@ class Trainer:
     """The network in training, and all that has state in training: optimiser, schedule, scaler, moving average."""
 
     def __init__(
-        self, model: nn.Module, recipe: Recipe, machine: MachineSettings, steps: int | None, teacher: nn.Module | None
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        machine: MachineSettings,
+        steps: int | None,
+        teacher: nn.Module | None,
+        coded: CodedRows | None = None,
     ) -> None:
-        self.model, self.recipe, self.machine = model, recipe, machine
+        self.model, self.recipe, self.machine, self.coded = model, recipe, machine, coded
         model.to(machine.device)
         if machine.channels_last:
             model.to(memory_format=torch.channels_last)
@@ -102,6 +109,8 @@ class Trainer:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.coded is not None:
+            self.coded.project()
         self.updates += 1
         if self.ema is not None:
             self.ema.update(self.model, step=self.updates)

@@ -17,7 +17,7 @@ from ...kernels.projection import project, reconstruct
 from ...layers.harmonic import to_harmonic
 from ...network.exchange import exchange
 from ...network.layers import LayerInfo, convolutions, is_harmonic_layer, kernel_size
-from ..axes import Axis, Check, Expected, Kept, LayerCost, WeightShape
+from ..axes import AXES, Axis, Check, Expected, Kept, LayerCost, WeightShape
 from .check import check_kernel
 from .cost import response_macs
 from .frequencies import Frequencies, from_version_1
@@ -77,7 +77,7 @@ class SpaceAxis(Axis):
 
     def upgrade_json(self, layer: Mapping[str, Any], plan: Mapping[str, Any]) -> Mapping[str, Any]:
         """Convert a layer of a plan of format version 1 to the current version."""
-        old = "space" not in layer and math.prod(layer["kernel_size"]) > 1
+        old = not layer.keys() & AXES.keys() and math.prod(layer["kernel_size"]) > 1
         return from_version_1(layer, plan) if old else layer
 
     def cost(self, shape: WeightShape, kept: Kept, cost: LayerCost) -> LayerCost:
