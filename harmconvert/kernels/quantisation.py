@@ -93,7 +93,7 @@ def row_bits(gram_GNN: Tensor, variances_GN: Tensor, levels: Sequence[float]) ->
     This is half the logarithm of det(I + V G / level) with V = diag(variances), the rate of a code that has the squared
     output error ``level`` in each direction that is coded.
 
-    >>> row_bits(torch.eye(3)[None], torch.ones(1, 3), [1 / 3, 1 / 15]).tolist()
+    >>> row_bits(torch.eye(3)[None].double(), torch.ones(1, 3).double(), [1 / 3, 1 / 15]).round(decimals=6).tolist()
     [[3.0], [6.0]]
     """
     root_GN = variances_GN.sqrt()
