@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from ..codecs import stored_bytes
 from ..errors import UsageError
 from ..network.checks import check_network, check_weights
-from ..network.layers import convolutions
+from ..network.layers import LayerInfo, convolutions, weighted_layers
 from ..network.tracing import find_layers, trace_if_possible
 from ..network.values import default_input
-from ..plan import Cost, Skip, energies_kept, make_plan, network_cost
+from ..plan import Bits, BitsSetting, Cost, Skip, energies_kept, make_plan, network_cost
+from ..plan.precision import MOST_BITS
 
 LAMBDAS = (1, 2, 3, 4)
 
@@ -36,7 +40,8 @@ class LayerInspection:
 class Inspection:
     """The layers of a network, and its cost after a conversion; ``policies`` maps each lambda to a cost.
 
-    ``one_by_one`` is the number of 1x1 convolutions.
+    ``one_by_one`` is the number of 1x1 convolutions. ``codable_parameters``: number of weights that can be coded with
+    fewer bits. ``other_bytes``: bytes of all other tensors.
     """
 
     layers: tuple[LayerInspection, ...]
@@ -44,6 +49,12 @@ class Inspection:
     parameters: int
     policies: dict[str, Cost]
     one_by_one: int
+    codable_parameters: int = 0
+    other_bytes: int = 0
+
+    def coded_bytes(self, bits: float) -> int:
+        """Return the bytes of the tensors in a file with this number of bits per coded weight."""
+        return round(self.codable_parameters * bits / 8) + self.other_bytes
 
     @property
     def parameter_share(self) -> float:
@@ -97,4 +108,18 @@ def inspect(model: nn.Module, example_input: Any = None, *, energies: bool = Tru
         kind = type(convs[layer.name]).__name__
         layers.append(LayerInspection(layer.name, kind, layer.kernel_size, weight.numel(), size[layer.name], energy))
     ones = len(convs) - len(plan.layers) - sum(skip.name in convs for skip in plan.skipped)
-    return Inspection(tuple(layers), plan.skipped, policies["full"].parameters, policies, ones)
+    coded = _codable(model, found_layers)
+    total, own = policies["full"].bytes, sum(stored_bytes(parameter) for parameter in coded)
+    return Inspection(
+        tuple(layers), plan.skipped, policies["full"].parameters, policies, ones,
+        sum(parameter.numel() for parameter in coded), total - own,
+    )  # fmt: skip
+
+
+def _codable(model: nn.Module, found_layers: Sequence[LayerInfo]) -> list[Tensor]:
+    """Return the weights that a conversion with bits would code; tied ones once."""
+    modules = weighted_layers(model)
+    plan = make_plan(found_layers, "full", bits=BitsSetting.of(MOST_BITS))
+    weights = [modules[name]._parameters.get("weight") for name in plan.on(Bits.axis)]
+    unique = {id(weight): weight for weight in weights if weight is not None and not is_lazy(weight)}
+    return [weight for weight in unique.values() if weight.is_floating_point()]

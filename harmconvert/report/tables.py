@@ -28,6 +28,8 @@ from .comparison import Column, Comparison
 from .text import layer_name, megabytes, millions, size_text
 from .tradeoff import Tradeoff
 
+# The numbers of bits per weight for which an inspection shows the size.
+CODED_BITS = (2, 3, 4)
 LONGEST_WORD = 14  # columns that a long name keeps at least when a table is narrowed
 
 
@@ -337,6 +339,17 @@ def inspection_lines(inspection: Inspection) -> list[str]:
     if inspection.one_by_one:
         has = "has" if inspection.one_by_one == 1 else "have"
         lines.append(f"{counted(inspection.one_by_one, 'convolution')} of 1x1 {has} nothing to cut")
+    if inspection.codable_parameters:
+        whole = inspection.policies["full"].bytes
+        sizes = ", ".join(
+            f"{bits}: {megabytes(size)} ({size / max(whole, 1):.1%})"
+            for bits in CODED_BITS
+            if (size := inspection.coded_bytes(bits))
+        )
+        lines.append(
+            f"{millions(inspection.codable_parameters)} weights can be coded; size of all tensors by bits per weight: "
+            + sizes
+        )
     lines += [f"skipped {skip.name or '(root)'} ({skip.kind}): {skip.why}" for skip in inspection.skipped]
     return lines
 
