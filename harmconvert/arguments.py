@@ -125,21 +125,23 @@ def parse_lambda(text: str) -> str | int | dict[str, int]:
     return patterns
 
 
-def parse_bits(text: str) -> float | dict[str, float]:
-    """Parse bits per weight: a number, or ``PATTERN=N,PATTERN=N``.
+def parse_bits(text: str) -> float | str | dict[str, float]:
+    """Parse bits per weight: a number, ``PATTERN=N,PATTERN=N``, or ``auto``.
 
     >>> parse_bits("3"), parse_bits("layer4.*=2.5,fc=4")
     (3.0, {'layer4.*': 2.5, 'fc': 4.0})
 
     Raises:
-        UsageError: the text is neither.
+        UsageError: the text is none of these.
     """
+    if text.strip() == "auto":
+        return "auto"
     patterns: dict[str, float] = {}
     for part in text.split(","):
         pattern, equals, number = part.strip().rpartition("=")
         match = _NUMBER.fullmatch(number.strip().lower())
         if match is None or match[2] or bool(equals) != bool(pattern) or (not equals and "," in text):
-            raise UsageError(f"unknown bits {text!r}: use a number such as 3, or PATTERN=N,PATTERN=N")
+            raise UsageError(f"unknown bits {text!r}: use a number such as 3, PATTERN=N,PATTERN=N, or auto")
         if not equals:
             return float(match[1])
         if pattern in patterns:

@@ -367,7 +367,7 @@ def test_the_command_line_is_frozen() -> None:
     ]  # fmt: skip
     assert found == {
         "convert": sorted(
-            ["--basis", "--budget", "--dtype", "--max-drop", "--labelled", "--search-figure",
+            ["--basis", "--bits", "--budget", "--dtype", "--max-drop", "--labelled", "--search-figure",
              "--trials", "--frequencies", "--probes", "--save-plan", "--latency-batch",
              "--exclude",
              "--force", "--include", "--lambda", "--normalization", "--output", "--plan", "-o",
@@ -377,7 +377,7 @@ def test_the_command_line_is_frozen() -> None:
              *network, *common, *size, *loudness]
         ),
         "finetune": sorted(
-            ["--train-only", "--num-classes", "--distill", "--distill-temperature", "--teacher", "--calibration-images",
+            ["--recode", "--train-only", "--num-classes", "--distill", "--distill-temperature", "--teacher", "--calibration-images",
              "--trust-code", "--model", "--report", *data, *training, *common, *size, *loudness]
         ),
         "evaluate": sorted(

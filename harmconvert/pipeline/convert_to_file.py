@@ -83,7 +83,7 @@ def convert_to_file(
     exclude: Sequence[str] = (),
     basis: str = "dct",
     normalization: str = "ortho",
-    bits: float | Mapping[str, float] | None = None,
+    bits: float | str | Mapping[str, float] | None = None,
     dtype: str = "float32",
     calibration: CalibrationData | None = None,
     settings: CalibrationSettings | None = None,
