@@ -377,7 +377,8 @@ def test_the_command_line_is_frozen() -> None:
              *network, *common, *size, *loudness]
         ),
         "finetune": sorted(
-            ["--recode", "--train-only", "--num-classes", "--distill", "--distill-temperature", "--teacher", "--calibration-images",
+            ["--recode", "--train-only",
+             "--num-classes", "--distill", "--distill-temperature", "--teacher", "--calibration-images",
              "--trust-code", "--model", "--report", *data, *training, *common, *size, *loudness]
         ),
         "evaluate": sorted(

@@ -286,6 +286,19 @@ def test_a_network_without_gradients_is_coded_with_the_same_relative_error_and_s
     assert any("all layers get the same relative error" in note for note in conversion.calibration.notes)
 
 
+def test_inputs_without_variety_are_reported() -> None:
+    """The inputs for the fit are constant images; every fourth one, which is held back, is noise."""
+    images = torch.cat(IMAGES)
+    levels = torch.linspace(-1, 1, len(images))[:, None, None, None].expand(images.shape)
+    held = (torch.arange(len(images)) % 4 == 3)[:, None, None, None]
+    conversion = hc.convert(seeded(Small), bits=4, calibration=torch.where(held, images, levels).split(16))
+    assert conversion.calibration is not None
+    assert any("the calibration inputs lack variety" in note for note in conversion.calibration.notes)
+    varied = hc.convert(seeded(Small), bits=4, calibration=IMAGES).calibration
+    assert varied is not None
+    assert not any("lack variety" in note for note in varied.notes)
+
+
 def test_networks_in_16_bits_keep_their_dtype(tmp_path: Path) -> None:
     model = seeded(Small).bfloat16()
     conversion = hc.convert(model, bits=4, calibration=[x.bfloat16() for x in IMAGES])

@@ -23,6 +23,7 @@ from ..codecs.integers import Quantised, step_indices, step_sizes
 from ..codecs.scales import affordable_steps
 from ..errors import first_line
 from ..kernels.quantisation import Metric, metric_at, quantise, row_bits, shrunk, steps_at
+from ..network.distributed import from_first_rank
 from ..plan import CodedWeight, Plan, coded_weights
 from .coding_metrics import ErrorMetric, identity, measured_moments, moments_of, pooled
 from .equations import Problem
@@ -40,6 +41,8 @@ SURVIVORS = 4
 SHARES = (1e-3, 1e-2, 3e-2, 0.1, 0.2, 0.4, 0.7, 1.0)
 # This share is replaced by the same power in every direction in any case: no response may count nothing.
 _FLOOR = 1e-3
+# If more of the metric is replaced on average, the inputs lack variety.
+MOST_SHRINKAGE = 0.25
 # Rounding needs up to this many bits per weight more than the bound: all of them from 2.8 bits up, none below 0.8.
 _EXCESS, _EXCESS_FROM, _EXCESS_OVER = 0.27, 0.8, 2.0
 # Bits of the steps and scales of each column and each row, and the most of them per weight.
@@ -78,6 +81,7 @@ class Shrinkage:
 class _State:
     """What is known about a weight before it is coded.
 
+    ``measured``: the moments are measured on inputs.
     ``log_effects_GO``: logarithm of the squared change of the outputs for a unit of squared error in each direction of
     a row. ``log_levels``, ``bits_GL``: logarithms of levels, ascending, and the bits of one row at each of them.
     """
@@ -88,6 +92,7 @@ class _State:
     bits_GL: Floats
     log_effects_GO: Floats
     shrinkage: Shrinkage
+    measured: bool = True
 
     def bits_at(self, log_level: float) -> float:
         """Return the bits of the whole weight if the outputs have this squared error for each direction."""
@@ -155,9 +160,23 @@ class Coder:
             progress(number, len(weights), f"measuring {weight.names[0]}")
             fit, held = (identity(weight), None) if isinstance(moments, str) else moments
             states[weight.key], errors[weight.key] = _state(weight, fit, held, seed + number)
+            states[weight.key].measured = held is not None
         coder = cls(states)
+        coder._check_variety()
         coder._measure_effects(network, data, errors, seed, progress)
         return coder
+
+    def _check_variety(self) -> None:
+        """Note if the metrics of most weights differ on the inputs that are held back."""
+        measured = [state for state in self.states.values() if state.measured]
+        count = sum(state.weight.count for state in measured)
+        share = sum(state.weight.count * state.shrinkage.share for state in measured) / max(count, 1)
+        if share > MOST_SHRINKAGE:
+            self.notes.append(
+                "the calibration inputs lack variety: those for the fit say little about those held back, so "
+                f"{share:.0%} of the metric is not used, and the same quality needs more bits; give more inputs that show "
+                "other things"
+            )
 
     def _measure_effects(
         self, network: nn.Module, data: CalibrationSet, errors: Mapping[str, Tensor], seed: int, progress: Progress
@@ -234,6 +253,7 @@ class Coder:
                     break
                 level *= 4.0 ** min(max(off, -1), 1)
                 coded = _coded(state, target_GON, moments, level)
+        coded = from_first_rank(coded)  # rounding may differ between processes
         predicted = state.bits_at(math.log(level))
         self._excess = (self._excess[0] + coded.bits * weight.count - predicted, self._excess[1] + weight.count)
         self.results[key] = coded

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..network.distributed import all_or_none, rank, sum_over_ranks
 from ..network.running import call, unchanged
 from ..network.side_effects import fixed_random_seed
 from ..network.values import clone_tensors, match_dtype, tensors_in
@@ -34,17 +35,38 @@ def squared_changes(
 ) -> dict[str, Tensor]:
     """Return, by key, the mean of squared changes of the outputs, in the unit of the network's divergence.
 
+    With torch.distributed, the mean is over the inputs of all processes.
+
     Args:
         changes: for a key and the gradient of one direction of the outputs with respect to this parameter, the squared
             changes in this direction, one for each row of the weight.
 
     Raises:
-        RuntimeError: the outputs have no gradients.
+        RuntimeError: the outputs have no gradients, here or in another process.
     """
-    generator = torch.Generator().manual_seed(seed)
+
+    def own() -> tuple[dict[str, Tensor], float]:
+        return _own_sums(network, parameters, batches, changes, seed, progress)
+
+    sums, power = all_or_none(own, RuntimeError("another process could not compute gradients"))
+    total = torch.tensor([power], dtype=torch.float64)
+    sum_over_ranks([total, *sums.values()])
+    return {key: changed / (_DIRECTIONS * max(float(total), 1e-300)) for key, changed in sums.items()}
+
+
+def _own_sums(
+    network: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    batches: Sequence[Batch],
+    changes: Callable[[str, Tensor], Tensor],
+    seed: int,
+    progress: Callable[[int, int], None],
+) -> tuple[dict[str, Tensor], float]:
+    """Return the sums of squared changes on this process's inputs, and by what they are divided."""
+    generator = torch.Generator().manual_seed(seed + rank())
     classes = class_count(network)
     sums: dict[str, Tensor] = {}
-    power = examples = 0.0
+    power = 0.0
     picked = list(_examples(batches))
     with _with_gradients(network, parameters.values()), unchanged(network):
         for number, batch in enumerate(picked):
@@ -56,7 +78,6 @@ def squared_changes(
                 raise RuntimeError("the outputs have no gradients")
             logits = len(outputs) == 1 and outputs[0].dim() == 2 and outputs[0].shape[1] == classes
             power += len(batch) if logits else sum(float(o.detach().double().square().sum()) for o in outputs)
-            examples += len(batch)
             for last in range(_DIRECTIONS - 1, -1, -1):
                 directions = [_direction(one.detach(), logits, generator) for one in outputs]
                 gradients = torch.autograd.grad(
@@ -66,7 +87,7 @@ def squared_changes(
                     if gradient is not None:
                         change = changes(key, gradient.detach())
                         sums[key] = sums[key] + change if key in sums else change
-    return {key: total / (_DIRECTIONS * max(power, 1e-300)) for key, total in sums.items()}
+    return sums, power
 
 
 def _examples(batches: Sequence[Batch]) -> Iterator[Batch]:

@@ -64,15 +64,17 @@ def drops_table(drops: Sequence[Step]) -> Table:
 def calibration_table(calibration: Calibration) -> Table:
     """Return a row for each cut layer: its output error on held-back inputs, and details of the refit."""
     rows = []
+    coded = any(layer.bits is not None for layer in calibration.layers)
     for layer in calibration.layers:
         before, after = ("" if e is None else f"{e:.3f}" for e in (layer.error_before, layer.error_after))
         damping = "" if layer.damping is None else f"{layer.damping:.0e}"
         ratio = f"{layer.positions_per_unknown:.3g}" if layer.positions else ""
-        rows.append(
-            [layer.name, layer.decision, before, after, damping, ratio, f"{layer.seconds:.1f}", layer.why or ""]
-        )
-    headings = ["layer", "decision", "error before", "after", "damping", "positions/unknown", "s", "note"]
-    return _table(headings, rows, left={0, 1, 7})
+        bits = ["" if layer.bits is None else f"{layer.bits:.2f}"] if coded else []
+        seconds = f"{layer.seconds:.1f}"
+        rows.append([layer.name, layer.decision, before, after, *bits, damping, ratio, seconds, layer.why or ""])
+    bits = ["bits"] if coded else []
+    headings = ["layer", "decision", "error before", "after", *bits, "damping", "positions/unknown", "s", "note"]
+    return _table(headings, rows, left={0, 1, len(headings) - 1})
 
 
 def coding_table(conversion: Conversion) -> Table:
@@ -116,9 +118,8 @@ def calibration_lines(calibration: Calibration) -> list[str]:
         lines.append(f"there are few positions, so the damping is stronger: {shortened(too_few_positions, 3)}")
     if calibration.plain_divergence is not None and calibration.divergence is not None:
         plain, after = calibration.plain_divergence, calibration.divergence
-        lines.append(
-            f"divergence from the original's outputs, held-back inputs: plain cut {plain:.3g}, now {after:.3g}"
-        )
+        what = "plain rounding" if any(layer.bits is not None for layer in calibration.layers) else "plain cut"
+        lines.append(f"divergence from the original's outputs, held-back inputs: {what} {plain:.3g}, now {after:.3g}")
     if calibration.agreement is not None:
         plain_agreement = calibration.plain_agreement
         before = "" if plain_agreement is None else f" (plain cut: {plain_agreement:.1%})"
