@@ -32,7 +32,6 @@ import itertools
 import os
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -56,7 +55,7 @@ from harmconvert.plan import Plan, coded_weights, make_plan, tensor_bytes, witho
 
 RESULTS = Path(__file__).parent / "results" / "coding.csv"
 KEYS = ["network", "method", "setting", "draw"]
-FIELDS = [*KEYS, "bits", "bytes", "kl", "agreement", "top1", "psnr", "seconds"]
+FIELDS = [*KEYS, "bits", "bytes", "kl", "agreement", "top1", "psnr"]
 NETWORKS = ["resnet_mnist5k", "super_resolution", "efficientnet_lite0", "wrn16_4_mnist5k", "resnet18_elpv"]
 BITS = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0)
 INPUTS, BATCH = 128, 32
@@ -144,14 +143,14 @@ def in_pixels(subject: Subject, bits: float, draw: int) -> Coded:
 
 def equal_steps(subject: Subject, bits: float, draw: int) -> Coded:
     """Rounding with feedback and equal steps (GPTQ): the steps of a layer are set to their geometric mean."""
-    from harmconvert.calibration import coding
+    from harmconvert.calibration import weight_coding
 
-    before = coding.affordable_steps
-    coding.affordable_steps = lambda steps, layout: np.full_like(steps, round(float(steps.mean())))
+    before = weight_coding.affordable_steps
+    weight_coding.affordable_steps = lambda steps, layout: np.full_like(steps, round(float(steps.mean())))
     try:
         return ours(subject, bits, draw)
     finally:
-        coding.affordable_steps = before
+        weight_coding.affordable_steps = before
 
 
 def plain_rounding(subject: Subject, bits: float) -> Coded:
@@ -258,20 +257,20 @@ def methods(name: str, subject: Subject, draw: int) -> Iterator[tuple[str, str, 
             yield f"ours, lambda {lam}", str(bits), partial(ours, subject, bits, draw, lam)
 
 
-def run(names: list[str], draws: int) -> None:
+def run(names: list[str], draws: int, only: list[str]) -> None:
     with appended(RESULTS, FIELDS, KEYS) as (done, write):
         for draw in range(draws):
             for name in names:
                 own = subject(name)
                 original = outputs(own.model, own.test)
                 for method, setting, make in methods(name, own, draw):
+                    if only and method not in only:
+                        continue
                     key = {"network": name, "method": method, "setting": setting, "draw": draw}
                     if tuple(map(str, key.values())) in done:
                         continue
-                    start = time.perf_counter()
                     coded = make()
-                    seconds = time.perf_counter() - start
-                    row = {**key, "bits": f"{coded.bits:.3f}", "bytes": coded.bytes, "seconds": f"{seconds:.1f}"}
+                    row = {**key, "bits": f"{coded.bits:.3f}", "bytes": coded.bytes}
                     row |= scores(coded.model, own, original)
                     write(row)
 
@@ -318,10 +317,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="*", default=NETWORKS, metavar="NETWORK")
     parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--methods", default="", help="only these, separated by commas")
     parser.add_argument("--summary", action="store_true", help="print the results only")
     args = parser.parse_args()
     if not args.summary:
-        run(args.networks, args.draws)
+        run(args.networks, args.draws, args.methods.split(",") if args.methods else [])
     summary()
 
 

@@ -15,7 +15,7 @@ The files, from the whole network to its parts:
 - capture.py, holding.py: run a network up to a layer, and continue from there
 - repeatability.py: whether repeated runs give the same results
 - reading.py, inputs.py, memory_format.py: batches of a loader, the calibration set, its memory format
-- coding.py: rounding of each weight with feedback, and the distribution of bits over the weights
+- coding.py: the distribution of bits over the weights; weight_coding.py: rounding of one weight with feedback
 - coding_metrics.py, sensitivity.py: the metric of each weight's errors, and their effect on the network's outputs
 - batch_norm.py: batch-norm statistics
 - divergence.py: how far outputs are from those of the original
@@ -25,7 +25,7 @@ The files, from the whole network to its parts:
 from .batch_norm import reestimate_batch_norm
 from .calibrating import CalibrationContext, blend, calibrate, digests, never_worse
 from .capture import ConvCall, watch_convolutions
-from .coding import Coder, Shrinkage, best_shrinkage
+from .coding import Coder
 from .coding_metrics import ErrorMetric
 from .cuts import WholeLayer, whole_layers
 from .divergence import Divergence
@@ -42,6 +42,7 @@ from .refit import DAMPINGS, Refit, dampings
 from .responses import from_groups, outputs, pick_positions, to_groups
 from .sensitivity import squared_changes
 from .solvers import NormalEquations, Operator, Samples, solver
+from .weight_coding import Shrinkage, best_shrinkage
 
 __all__ = [
     "DAMPINGS",

@@ -13,16 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from ..codecs.codec import Entry
-from ..codecs.entropy import PER_OCTAVE, Integers
-from ..codecs.integers import Quantised, step_indices, step_sizes
-from ..codecs.scales import affordable_steps
 from ..errors import first_line
-from ..kernels.quantisation import Metric, metric_at, quantise, row_bits, shrunk, steps_at
+from ..kernels.quantisation import row_bits
 from ..network.distributed import from_first_rank
 from ..plan import CodedWeight, Plan, coded_weights
 from .coding_metrics import ErrorMetric, identity, measured_moments, moments_of, pooled
@@ -30,19 +26,20 @@ from .equations import Problem
 from .inputs import CalibrationSet
 from .records import LayerCalibration, Progress
 from .sensitivity import squared_changes
-
-Floats = npt.NDArray[np.float64]
+from .weight_coding import (
+    MOST_WEIGHT_BITS,
+    Coded,
+    Floats,
+    Shrinkage,
+    best_shrinkage,
+    code_weight,
+    column_variances,
+)
 
 log = logging.getLogger(__name__)
 
-# Partial roundings of each row that are kept.
-SURVIVORS = 4
-# The shares of the metric that may be replaced, in the order in which they are tried (`shrunk`).
-SHARES = (1e-3, 1e-2, 3e-2, 0.1, 0.2, 0.4, 0.7, 1.0)
-# This share is replaced by the same power in every direction in any case: no response may count nothing.
-_FLOOR = 1e-3
-# If more of the metric is replaced on average, the inputs lack variety.
-MOST_SHRINKAGE = 0.25
+# If errors on the inputs that are held back are larger by more than this on average, the inputs lack variety.
+MOST_SURPRISE = 1.5
 # Rounding needs up to this many bits per weight more than the bound: all of them from 2.8 bits up, none below 0.8.
 _EXCESS, _EXCESS_FROM, _EXCESS_OVER = 0.27, 0.8, 2.0
 # Bits of the steps and scales of each column and each row, and the most of them per weight.
@@ -53,28 +50,12 @@ _TRUST_AFTER = 0.1
 _MOST_CHANGE = 2**0.5
 # Levels at which the bits of a row are computed, relative to the mean power of its outputs.
 _GRID = tuple(4.0**-k for k in range(-2, 10))
-# The largest integers, and the most bits of a weight that follow.
-_LARGEST_INTEGER, _MOST_BITS = 500, 9.0
-# Attempts to round with larger steps, before feedback is left out.
-_MOST_ATTEMPTS = 4
 # Number of random errors of each weight, and the level at which they are drawn.
 _ERRORS, _ERROR_LEVEL = 3, 2.0**-6
 # The measured effects of the rows of one weight are brought nearer to their mean, and limited to this factor.
 _ROW_EXPONENT, _ROW_LIMIT = 0.8, 16.0
 # A number of bits for a single weight is met within this share.
 _NEAR = 0.02
-
-
-@dataclass(frozen=True)
-class Shrinkage:
-    """How much of a metric is not trusted, because it differs on other inputs; see `shrunk`."""
-
-    share: float = 0.1
-    even: bool = False
-
-    def of(self, gram_BNN: Tensor) -> Tensor:
-        """Return the metric after shrinkage."""
-        return shrunk(shrunk(gram_BNN, self.share, self.even), _FLOOR, even=True)
 
 
 @dataclass
@@ -113,19 +94,6 @@ class _State:
         layout = self.weight.layout
         side = layout.groups * (_SIDE_BITS[0] * layout.columns + _SIDE_BITS[1] * layout.rows)
         return min(side, _MOST_SIDE_BITS * self.weight.count)
-
-
-@dataclass(frozen=True)
-class Coded:
-    """The result for one weight.
-
-    ``bits``: per weight. ``shrinkage``: share of the metric that was replaced by the same power in every direction.
-    """
-
-    quantised: Quantised
-    entry: Entry
-    bits: float
-    shrinkage: float | None
 
 
 @dataclass
@@ -167,15 +135,15 @@ class Coder:
         return coder
 
     def _check_variety(self) -> None:
-        """Note if the metrics of most weights differ on the inputs that are held back."""
+        """Note if the metrics do not hold on the inputs that are held back."""
         measured = [state for state in self.states.values() if state.measured]
         count = sum(state.weight.count for state in measured)
-        share = sum(state.weight.count * state.shrinkage.share for state in measured) / max(count, 1)
-        if share > MOST_SHRINKAGE:
+        surprise = sum(state.weight.count * math.log(state.shrinkage.surprise) for state in measured) / max(count, 1)
+        if surprise > math.log(MOST_SURPRISE):
             self.notes.append(
-                "the calibration inputs lack variety: those for the fit say little about those held back, so "
-                f"{share:.0%} of the metric is not used, and the same quality needs more bits; give more inputs that show "
-                "other things"
+                "the calibration inputs lack variety: rounding errors are "
+                f"{math.exp(surprise):.1f} times as large on the inputs held back as on those for the fit; give more "
+                "inputs that show other things, or more bits"
             )
 
     def _measure_effects(
@@ -245,14 +213,14 @@ class Coder:
         weight = state.weight
         level = self.level_of(key)
         moments = moments or state.moments
-        coded = _coded(state, target_GON, moments, level)
+        coded = code_weight(weight, target_GON, moments, state.shrinkage, state.log_effects_GO, level)
         if not weight.bits.shared:
             for _ in range(3):
                 off = coded.bits - weight.bits.bits
                 if abs(off) <= _NEAR * max(weight.bits.bits, 0.5):
                     break
                 level *= 4.0 ** min(max(off, -1), 1)
-                coded = _coded(state, target_GON, moments, level)
+                coded = code_weight(weight, target_GON, moments, state.shrinkage, state.log_effects_GO, level)
         coded = from_first_rank(coded)  # rounding may differ between processes
         predicted = state.bits_at(math.log(level))
         self._excess = (self._excess[0] + coded.bits * weight.count - predicted, self._excess[1] + weight.count)
@@ -291,92 +259,10 @@ class Coder:
         state.weight.write(coded.quantised)
 
 
-def _coded(state: _State, target_GON: Tensor, moments: ErrorMetric, level: float) -> Coded:
-    """Code coefficients at a level of the outputs."""
-    weight, log_effects_GO = state.weight, state.log_effects_GO
-    mean = float(log_effects_GO.mean())
-    row_steps_GO = step_indices(np.exp((mean - log_effects_GO) / 2))
-    scaled_GON = target_GON / torch.from_numpy(step_sizes(row_steps_GO))[..., None]
-    target_BON = moments.blocks(scaled_GON)
-    variances_BN = _variances(target_BON)
-    level = level / math.exp(mean)
-    gram_BNN = state.shrinkage.of(moments.gram_BNN)
-    metric = metric_at(gram_BNN, target_BON @ gram_BNN, variances_BN, level)
-    # Larger integers gain nothing: the tables of the entropy coder would need more bytes than they save.
-    largest = largest_integer(weight.count)
-    least_BN = metric.target_GON.abs().amax(1) / largest
-    layout = weight.layout
-    columns_GN = step_indices(torch.maximum(steps_at(metric, level), least_BN).numpy()).reshape(layout.groups, -1)
-    # The steps of a single row are part of those of its columns.
-    single_G1 = row_steps_GO if layout.rows == 1 else np.zeros_like(row_steps_GO[:, :1])
-    columns_GN = affordable_steps(columns_GN + single_G1, layout) - single_G1
-    integers_GON, columns_GN = _integers(metric, columns_GN, moments, layout.groups, largest)
-    quantised = Quantised(integers_GON, columns_GN + single_G1, row_steps_GO if layout.rows > 1 else None)
-    entry = weight.entry(quantised)
-    return Coded(quantised, entry, 8 * int(entry.parameters["bytes"]) / weight.count, state.shrinkage.share)
-
-
-def largest_integer(count: int) -> int:
-    """Return the largest integer that a weight of so many coefficients should have.
-
-    The tables of the entropy coder have an entry for each integer, and small weights may have few of them
-    (`codecs.stream.too_many_tables`).
-    """
-    return min(_LARGEST_INTEGER, count // 2 + 32)
-
-
-def _integers(
-    metric: Metric, columns_GN: Integers, moments: ErrorMetric, groups: int, largest: int
-) -> tuple[Integers, Integers]:
-    """Return the rounded coefficients, and the indices of the steps: larger ones where integers would be too large.
-
-    Feedback can move a coefficient far if its own error hardly counts.
-    """
-    for _ in range(_MOST_ATTEMPTS):
-        steps_BN = torch.from_numpy(step_sizes(columns_GN).reshape(metric.factor_GNN.shape[:2]))
-        integers_GON = moments.from_blocks(quantise(metric, steps_BN, SURVIVORS), groups).numpy()
-        largest_GN = np.abs(integers_GON).max(1)
-        if not (largest_GN > 2 * largest).any():
-            return integers_GON.astype(np.int32), columns_GN
-        columns_GN = columns_GN + np.ceil(PER_OCTAVE * np.log2(np.maximum(largest_GN / largest, 1))).astype(np.int32)
-    target_GON = moments.from_blocks(metric.target_GON, groups).numpy()
-    return np.rint(target_GON / step_sizes(columns_GN)[:, None]).astype(np.int32), columns_GN
-
-
-def best_shrinkage(fit: ErrorMetric, held: ErrorMetric, penalty_BN: Tensor) -> Shrinkage:
-    """Return the shrinkage with which the metric is most likely on other inputs.
-
-    At a fixed level this is the smallest sum of squared error on the other inputs, and of ``level`` for each nat of the
-    code: both are the same function of the metric as the likelihood of a Gaussian distribution.
-
-    Args:
-        penalty_BN: what the level adds to the diagonal of the metric, see `metric_at`.
-    """
-    best, least = Shrinkage(), math.inf
-    for even in (False, True):
-        worse, before = 0, math.inf
-        for share in SHARES:
-            shrinkage = Shrinkage(share, even)
-            form_BNN = shrinkage.of(fit.gram_BNN) + torch.diag_embed(penalty_BN)
-            factor, info = torch.linalg.cholesky_ex(form_BNN, upper=True)
-            if bool(info.any()):
-                continue
-            inverse = torch.cholesky_inverse(factor, upper=True)
-            cost = float((held.gram_BNN * inverse).sum() + (penalty_BN * inverse.diagonal(dim1=1, dim2=2)).sum())
-            cost += 2 * float(factor.diagonal(dim1=1, dim2=2).log().sum())
-            if cost < least:
-                best, least = shrinkage, cost
-            worse = worse + 1 if cost > before else 0
-            before = min(cost, before)
-            if worse == 2:
-                break
-    return best
-
-
 def _state(weight: CodedWeight, fit: ErrorMetric, held: ErrorMetric | None, seed: int) -> tuple[_State, Tensor]:
     """Return the state of a weight, without its effects, and random errors (draws, blocks, rows, columns)."""
     blocks_BON = fit.blocks(weight.matrices())
-    variances_BN = _variances(blocks_BON)
+    variances_BN = column_variances(blocks_BON)
     power = float((fit.gram_BNN.diagonal(dim1=1, dim2=2) * variances_BN).mean()) or 1.0
     penalty_BN = _ERROR_LEVEL * power / variances_BN
     shrinkage = Shrinkage() if held is None else best_shrinkage(fit, held, penalty_BN)
@@ -385,7 +271,7 @@ def _state(weight: CodedWeight, fit: ErrorMetric, held: ErrorMetric | None, seed
     levels = torch.tensor(_GRID, dtype=torch.float64) * power
     bits_LB = row_bits(gram_BNN.float(), variances_BN.float(), levels.tolist()).double()
     bits_GL = bits_LB.unflatten(1, (weight.layout.groups, -1)).sum(2).flip(0).T.contiguous().numpy()
-    bits_GL = np.minimum(bits_GL, _MOST_BITS * weight.layout.columns)
+    bits_GL = np.minimum(bits_GL, MOST_WEIGHT_BITS * weight.layout.columns)
     factor = torch.linalg.cholesky(gram_BNN + torch.diag_embed(penalty_BN), upper=True).float()
     generator = torch.Generator().manual_seed(seed)
     white = torch.randn(_ERRORS, *blocks_BON.shape, generator=generator)
@@ -394,13 +280,6 @@ def _state(weight: CodedWeight, fit: ErrorMetric, held: ErrorMetric | None, seed
     log_effects = np.zeros((weight.layout.groups, weight.layout.rows))
     state = _State(weight, moments, levels.log().flip(0).numpy(), bits_GL, log_effects, shrinkage)
     return state, errors_DBON
-
-
-def _variances(blocks_BON: Tensor) -> Tensor:
-    """Return the mean square of each column; columns near zero get a small share of the mean."""
-    variances_BN = blocks_BON.square().mean(1)
-    mean = float(variances_BN.mean())
-    return variances_BN.clamp_min(1e-4 * mean if mean > 0 else 1.0)
 
 
 def _relative_effects(state: _State) -> Floats:

@@ -256,7 +256,7 @@ class _ResultPrinter(listening.CommandLine):
 
 def _parts(conversion: Conversion) -> Iterator[Any]:
     """Return the tables and lines that describe the conversion."""
-    from ..report import tables
+    from ..report import coding_tables, tables
 
     if conversion.search:
         yield tables.search_table(conversion.search)
@@ -271,8 +271,8 @@ def _parts(conversion: Conversion) -> Iterator[Any]:
         yield tables.calibration_table(adapted_calibration)
         yield from tables.calibration_lines(adapted_calibration)
     if conversion.coded:
-        yield tables.coding_table(conversion)
-        yield from tables.coding_lines(conversion)
+        yield coding_tables.coding_table(conversion)
+        yield from coding_tables.coding_lines(conversion)
     yield from tables.cost_lines(conversion.cost)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 from pathlib import Path
 
 from rich.cells import cell_len
@@ -11,7 +10,6 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from ..calibration import ENOUGH_POSITIONS, Calibration
-from ..codecs import codec_of, zero_share
 from ..deploy.benchmark import Benchmark
 from ..deploy.export import Exported
 from ..errors import Argument, Message, counted, one_line, shortened
@@ -40,7 +38,7 @@ def conversion_table(conversion: Conversion) -> Table:
         energy = "" if layer.energy is None else f"{layer.energy:.2%}"
         error = "" if layer.error is None else f"{layer.error:.1e}"
         rows.append([layer_name(layer.name), size_text(layer.kernel), _kept(layer), energy, error, layer.why or ""])
-    return _table(["layer", "kernel", "kept", "energy kept", "kernel error", "note"], rows, left={0, 5})
+    return fitted_table(["layer", "kernel", "kept", "energy kept", "kernel error", "note"], rows, left={0, 5})
 
 
 def search_table(search: Search) -> Table:
@@ -52,13 +50,13 @@ def search_table(search: Search) -> Table:
         share = f"{plan.cost / search.whole:.1%}"
         rows.append([plan.origin, f"{plan.cost:,}", share, f"{plan.expected:.3g}", measured, taken])
     headings = ["plan", search.unit, "of the whole", f"{search.scored_by}, summed", "divergence seen", ""]
-    return _table(headings, rows, left={0, 5})
+    return fitted_table(headings, rows, left={0, 5})
 
 
 def drops_table(drops: Sequence[Step]) -> Table:
     """Return a row for each budget that a search for the largest allowed drop evaluated, in the order of the search."""
     rows = [[f"{step.share:.1%}", f"{step.drop:+.2f}"] for step in drops]
-    return _table(["parameters", "points lost, on the choosing half"], rows, left=set())
+    return fitted_table(["parameters", "points lost, on the choosing half"], rows, left=set())
 
 
 def calibration_table(calibration: Calibration) -> Table:
@@ -74,32 +72,7 @@ def calibration_table(calibration: Calibration) -> Table:
         rows.append([layer.name, layer.decision, before, after, *bits, damping, ratio, seconds, layer.why or ""])
     bits = ["bits"] if coded else []
     headings = ["layer", "decision", "error before", "after", *bits, "damping", "positions/unknown", "s", "note"]
-    return _table(headings, rows, left={0, 1, len(headings) - 1})
-
-
-def coding_table(conversion: Conversion) -> Table:
-    """Return a row for each coded tensor: its weights, bits per weight, share of zeros, and bytes in a file."""
-    rows = []
-    for key, entry in conversion.coded.items():
-        count, size = prod(entry.shape), codec_of(entry).bytes(entry)
-        zeros = f"{zero_share(entry):.0%}"
-        rows.append([layer_name(key), f"{count:,}", f"{8 * size / count:.2f}", zeros, f"{size:,}"])
-    return _table(["coded tensor", "weights", "bits per weight", "zeros", "bytes"], rows, left={0})
-
-
-def coding_lines(conversion: Conversion) -> list[str]:
-    """Return the size of the coded weights and of what stays in floating point, in one line."""
-    entries = conversion.coded
-    if not entries:
-        return []
-    size = sum(codec_of(entry).bytes(entry) for entry in entries.values())
-    count = sum(prod(entry.shape) for entry in entries.values())
-    rest = conversion.cost.harmonic_bytes - size
-    share = rest / max(conversion.cost.harmonic_bytes, 1)
-    return [
-        f"coded: {counted(len(entries), 'tensor')} with {count:,} weights in {megabytes(size)}, "
-        f"{8 * size / max(count, 1):.2f} bits per weight; not coded: {megabytes(rest)}, {share:.1%} of the tensors"
-    ]
+    return fitted_table(headings, rows, left={0, 1, len(headings) - 1})
 
 
 def calibration_lines(calibration: Calibration) -> list[str]:
@@ -146,7 +119,7 @@ def benchmark_rows(benchmark: Benchmark) -> Table:
         error = "" if row.error is None else f"{row.error:.0e}"
         rows.append([*settings, f"{1e3 * row.seconds:,.1f}", f"{row.spread or 0:.0%}", speed, peak, error])
     headings = ["form", "mode", "layout", "batch", "thr", "ms", "+-", "per s", "MiB", "error"]
-    return _table(headings, rows, left={0, 1, 2, 9})
+    return fitted_table(headings, rows, left={0, 1, 2, 9})
 
 
 def factored_layers(factoring: Factoring, title: str) -> Table:
@@ -158,7 +131,7 @@ def factored_layers(factoring: Factoring, title: str) -> Table:
             for seconds in (layer.dense_seconds, layer.factored_seconds)
         )
         rows.append([layer_name(layer.name), layer.form, dense, factored, layer.why])
-    return _table([f"layer ({title})", "form", "dense ms", "factored ms", "why"], rows, left={0, 1, 4})
+    return fitted_table([f"layer ({title})", "form", "dense ms", "factored ms", "why"], rows, left={0, 1, 4})
 
 
 def export_lines(exported: Exported, dtype: str) -> list[str]:
@@ -201,7 +174,7 @@ def stages_table(stages: Sequence[Stage]) -> Table:
         loss = "" if evaluation.loss is None else f"{evaluation.loss:.4f}"
         agreement = "" if evaluation.agreement is None else f"{evaluation.agreement:.2%}"
         rows.append([stage.name, top1, interval, loss, agreement, ""])
-    return _table(["stage", "top-1", "95 %", "loss", "agreement with uncut", "note"], rows, left={0, 5})
+    return fitted_table(["stage", "top-1", "95 %", "loss", "agreement with uncut", "note"], rows, left={0, 5})
 
 
 def tradeoff_table(tradeoff: Tradeoff) -> Table:
@@ -216,7 +189,7 @@ def tradeoff_table(tradeoff: Tradeoff) -> Table:
         difference = [f"{point.disagreement:.2f}", f"{point.divergence:.2g}"] if point.lambdas else ["", ""]
         rows.append([name, *size, error, interval, *difference, point.note or ""])
     headings = ["lambda", "params", "of the whole", "MACs, factored"]
-    return _table([*headings, "top-1 error, %", "95 %", "other than uncut, %", "KL", "note"], rows, left={0, 8})
+    return fitted_table([*headings, "top-1 error, %", "95 %", "other than uncut, %", "KL", "note"], rows, left={0, 8})
 
 
 def comparison_table(comparison: Comparison) -> Table:
@@ -242,13 +215,13 @@ def comparison_table(comparison: Comparison) -> Table:
         ("as uncut", ["" if column.agreement is None else f"{column.agreement:.2%}" for column in columns]),
     ]
     rows = [[fact, *values] for fact, values in facts if any(values)]
-    return _table(["", *(column.name for column in columns)], rows, left={0})
+    return fitted_table(["", *(column.name for column in columns)], rows, left={0})
 
 
 def differences_table(comparison: Comparison) -> Table:
     """Return a row for each layer of the comparison, with a column for each checkpoint."""
     rows = [[layer_name(name), *map(_kept_of_total, row)] for name, row in comparison.layers.items()]
-    return _table(["layer", *(column.name for column in comparison.columns)], rows, left={0})
+    return fitted_table(["layer", *(column.name for column in comparison.columns)], rows, left={0})
 
 
 def _kept_of_total(counts: tuple[int, int] | None) -> str:
@@ -300,7 +273,7 @@ def verification_table(verification: Verification) -> Table:
         ]
         for layer in verification.layers
     ]
-    return _table(["layer", "kept", "kernel error", "output error", "problem"], rows, left={0, 4})
+    return fitted_table(["layer", "kept", "kernel error", "output error", "problem"], rows, left={0, 4})
 
 
 def inspection_layers(inspection: Inspection) -> Table:
@@ -312,7 +285,7 @@ def inspection_layers(inspection: Inspection) -> Table:
         share = f"{layer.parameters / max(inspection.parameters, 1):.1%}"
         rows.append([layer_name(layer.name), size_text(layer.kernel), size, share, *energies])
     headings = ["layer", "kernel", "output", "parameters", *(f"energy, {lam}" for lam in LAMBDAS)]
-    return _table(headings, rows, left={0})
+    return fitted_table(headings, rows, left={0})
 
 
 def inspection_policies(inspection: Inspection) -> Table:
@@ -324,7 +297,7 @@ def inspection_policies(inspection: Inspection) -> Table:
         if cost.dense_macs and cost.factored_macs is not None:
             macs = f"{millions(cost.factored_macs)} ({cost.factored_macs / cost.dense_macs:.1%})"
         rows.append([policy, millions(cost.harmonic_parameters), share, megabytes(cost.harmonic_bytes), macs])
-    return _table(["lambda", "parameters", "of the whole", "tensors", "MACs, factored"], rows, left={0})
+    return fitted_table(["lambda", "parameters", "of the whole", "tensors", "MACs, factored"], rows, left={0})
 
 
 def inspection_lines(inspection: Inspection) -> list[str]:
@@ -390,7 +363,7 @@ class _FittedTable(Table):
         return super().__rich_console__(console, options)
 
 
-def _table(headings: list[str], rows: list[list[str]], left: set[int]) -> Table:
+def fitted_table(headings: list[str], rows: list[list[str]], left: set[int]) -> Table:
     """Return a table without empty columns. ``left``: the columns that are aligned to the left."""
     table = _FittedTable(box=None, pad_edge=False, header_style="bold")
     used = [index for index in range(len(headings)) if any(row[index] for row in rows)]

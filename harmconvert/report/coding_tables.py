@@ -1,0 +1,38 @@
+"""The coded weights of a network, as a table and as a line for a terminal."""
+
+from __future__ import annotations
+
+from math import prod
+
+from rich.table import Table
+
+from ..codecs import codec_of, zero_share
+from ..errors import counted
+from ..pipeline.convert import Conversion
+from .tables import fitted_table
+from .text import layer_name, megabytes
+
+
+def coding_table(conversion: Conversion) -> Table:
+    """Return a row for each coded tensor: its weights, bits per weight, share of zeros, and bytes in a file."""
+    rows = []
+    for key, entry in conversion.coded.items():
+        count, size = prod(entry.shape), codec_of(entry).bytes(entry)
+        zeros = f"{zero_share(entry):.0%}"
+        rows.append([layer_name(key), f"{count:,}", f"{8 * size / count:.2f}", zeros, f"{size:,}"])
+    return fitted_table(["coded tensor", "weights", "bits per weight", "zeros", "bytes"], rows, left={0})
+
+
+def coding_lines(conversion: Conversion) -> list[str]:
+    """Return the size of the coded weights and of what stays in floating point, in one line."""
+    entries = conversion.coded
+    if not entries:
+        return []
+    size = sum(codec_of(entry).bytes(entry) for entry in entries.values())
+    count = sum(prod(entry.shape) for entry in entries.values())
+    rest = conversion.cost.harmonic_bytes - size
+    share = rest / max(conversion.cost.harmonic_bytes, 1)
+    return [
+        f"coded: {counted(len(entries), 'tensor')} with {count:,} weights in {megabytes(size)}, "
+        f"{8 * size / max(count, 1):.2f} bits per weight; not coded: {megabytes(rest)}, {share:.1%} of the tensors"
+    ]
