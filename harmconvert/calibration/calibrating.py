@@ -37,6 +37,8 @@ from .refit import Refit
 from .repeatability import check_repeatability
 from .tied_layers import Targets, find_tied_layers
 
+# Outputs of the original are stored up to this size: more saves little time and much memory.
+MOST_TARGETS = 3 << 29
 # Re-estimated batch norms are kept only if they reduce the divergence to this share: with few held-back inputs, smaller
 # differences are chance.
 BATCH_NORM_GAIN = 0.9
@@ -240,7 +242,7 @@ def _refit(
     tied_layers, not_refittable = find_tied_layers(original, harmonic, data, memory)
     if not settings.refit and coder is None:
         return [], ()
-    targets = Targets(original, tied_layers, data, settings.seed, memory // 2)
+    targets = Targets(original, tied_layers, data, settings.seed, min(memory // 2, MOST_TARGETS))
     whole = context.whole if len(cut) == 1 else {}  # if two layers are cut, one of them changes the other's input
     records = []
     batches = (*data.fit, *data.held)

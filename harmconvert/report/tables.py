@@ -89,13 +89,13 @@ def calibration_lines(calibration: Calibration) -> list[str]:
     ]
     if too_few_positions:
         lines.append(f"there are few positions, so the damping is stronger: {shortened(too_few_positions, 3)}")
+    what = "plain rounding" if any(layer.bits is not None for layer in calibration.layers) else "plain cut"
     if calibration.plain_divergence is not None and calibration.divergence is not None:
         plain, after = calibration.plain_divergence, calibration.divergence
-        what = "plain rounding" if any(layer.bits is not None for layer in calibration.layers) else "plain cut"
         lines.append(f"divergence from the original's outputs, held-back inputs: {what} {plain:.3g}, now {after:.3g}")
     if calibration.agreement is not None:
         plain_agreement = calibration.plain_agreement
-        before = "" if plain_agreement is None else f" (plain cut: {plain_agreement:.1%})"
+        before = "" if plain_agreement is None else f" ({what}: {plain_agreement:.1%})"
         same = f"{calibration.agreement:.1%} of {calibration.held_back} held-back inputs"
         lines.append(f"same top-1 as the uncut network on {same}{before}")
     if calibration.kept < 1 and calibration.layers:
