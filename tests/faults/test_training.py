@@ -68,7 +68,8 @@ def finished(folder: Path, whole: dict[str, torch.Tensor], every: list[str]) -> 
     """Resume a run to its end; return a complaint if the weights differ or files are left over."""
     allowed = {OUT, "out.metrics.csv"}
     if (folder / OUT).exists():  # the run was killed after its output and before the removal of its state
-        allowed |= {STATE, f"{STATE}.previous"} | {path.name for path in folder.glob(f".{OUT}.*.staging")}
+        allowed |= {STATE, f"{STATE}.previous", "out.state.pth.linking", f".{STATE}.lock"}
+        allowed |= {path.name for path in folder.glob(f".{OUT}.*.staging")}
     else:
         code = ended(child(command, folder, *RUN, *every, *resume(folder)))
         if code != 0:
