@@ -454,7 +454,7 @@ MUTANTS = (
     ),
     Mutant(
         "calibration.calibrating._refit",
-        "targets = Targets(original, tied_layers, data, settings.seed, memory // 2)",
+        "targets = Targets(original, tied_layers, data, settings.seed, min(memory // 2, MOST_TARGETS))",
         "targets = Targets(converted, tied_layers, data, settings.seed, memory // 2)",
         "layers are fitted to what the cut network answers", REFIT,
     ),
