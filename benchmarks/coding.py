@@ -41,6 +41,7 @@ from statistics import mean
 import calibration as common
 import networks
 import numpy as np
+import numpy.typing as npt
 import photographs
 import torch
 from table import appended
@@ -48,10 +49,12 @@ from torch import Tensor, nn
 
 import harmconvert as hc
 from harmconvert.calibration import CalibrationSettings
-from harmconvert.codecs import Quantised, codec_of, step_indices
+from harmconvert.codecs import Layout, Quantised, codec_of, step_indices
 from harmconvert.network import find_layers, tensors_of
 from harmconvert.plan import BitsSetting as Setting
 from harmconvert.plan import Plan, coded_weights, make_plan, tensor_bytes, without_bits
+
+Integers = npt.NDArray[np.int32]
 
 RESULTS = Path(__file__).parent / "results" / "coding.csv"
 KEYS = ["network", "method", "setting", "draw"]
@@ -101,7 +104,10 @@ def scores(model: nn.Module, subject: Subject, original: Tensor) -> dict[str, ob
         return {"kl": f"{error / original.square().mean():.4g}", "psnr": f"{-10 * error.log10():.2f}"}
     p, q = original.log_softmax(1), actual.log_softmax(1)
     kl = (p.exp() * (p - q)).sum(1).mean().item()
-    result = {"kl": f"{kl:.4g}", "agreement": f"{(actual.argmax(1) == original.argmax(1)).double().mean():.4f}"}
+    result: dict[str, object] = {
+        "kl": f"{kl:.4g}",
+        "agreement": f"{(actual.argmax(1) == original.argmax(1)).double().mean():.4f}",
+    }
     if subject.labels is not None:
         result["top1"] = f"{(actual.argmax(1) == subject.labels).double().mean():.4f}"
     return result
@@ -146,7 +152,11 @@ def equal_steps(subject: Subject, bits: float, draw: int) -> Coded:
     from harmconvert.calibration import weight_coding
 
     before = weight_coding.affordable_steps
-    weight_coding.affordable_steps = lambda steps, layout: np.full_like(steps, round(float(steps.mean())))
+
+    def equal(steps_GN: Integers, layout: Layout) -> Integers:
+        return np.full_like(steps_GN, round(float(steps_GN.mean())))
+
+    weight_coding.affordable_steps = equal
     try:
         return ours(subject, bits, draw)
     finally:
