@@ -262,7 +262,7 @@ def _parts(conversion: Conversion) -> Iterator[Any]:
         yield tables.search_table(conversion.search)
         yield from conversion.search.notes
     if conversion.drops:
-        yield tables.drops_table(conversion.drops)
+        yield tables.drops_table(conversion.drops, "bytes" if conversion.coded else "parameters")
     yield tables.conversion_table(conversion)
     if (calibration := conversion.calibration) is not None:
         layers = tuple(replace(layer, why=layer.why and adapted(layer.why)) for layer in calibration.layers)

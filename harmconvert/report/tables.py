@@ -53,10 +53,10 @@ def search_table(search: Search) -> Table:
     return fitted_table(headings, rows, left={0, 5})
 
 
-def drops_table(drops: Sequence[Step]) -> Table:
+def drops_table(drops: Sequence[Step], unit: str = "parameters") -> Table:
     """Return a row for each budget that a search for the largest allowed drop evaluated, in the order of the search."""
     rows = [[f"{step.share:.1%}", f"{step.drop:+.2f}"] for step in drops]
-    return fitted_table(["parameters", "points lost, on the choosing half"], rows, left=set())
+    return fitted_table([unit, "points lost, on the choosing half"], rows, left=set())
 
 
 def calibration_table(calibration: Calibration) -> Table:
