@@ -22,6 +22,7 @@ from harmconvert.errors import HarmconvertWarning, InputError, UsageError
 from harmconvert.kernels import row_bits, shrunk
 from harmconvert.network import tensors_of
 from harmconvert.plan import Bits, Plan
+from harmconvert.report.coding_tables import coding_lines
 
 from .commands import fails, ok
 from .networks import CONVOLUTIONS, Branches, random_input, seeded
@@ -297,6 +298,21 @@ def test_inputs_without_variety_are_reported() -> None:
     varied = hc.convert(seeded(Small), bits=4, calibration=IMAGES).calibration
     assert varied is not None
     assert not any("lack variety" in note for note in varied.notes)
+
+
+def test_large_tensors_that_are_not_coded_are_named() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.lstm = nn.Conv1d(4, 32, 3), nn.LSTM(32, 32, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.lstm(self.conv(x).mT)[0]
+
+    conversion = hc.convert(seeded(Recurrent), bits=4, calibration=random_input((16, 4, 20)).split(4))
+    lines = coding_lines(conversion)
+    assert len(lines) == 2
+    assert lines[1].startswith("large tensors that are not coded: lstm.weight_ih_l0 (0.02 MB), lstm.weight_hh_l0")
 
 
 def test_networks_in_16_bits_keep_their_dtype(tmp_path: Path) -> None:

@@ -6,11 +6,15 @@ from math import prod
 
 from rich.table import Table
 
-from ..codecs import codec_of, zero_share
-from ..errors import counted
+from ..codecs import codec_of, stored_bytes, zero_share
+from ..errors import counted, shortened
+from ..network.state import tensors_of
 from ..pipeline.convert import Conversion
 from .tables import fitted_table
 from .text import layer_name, megabytes
+
+# Tensors that are not coded are named if they have more than this share of the bytes.
+LARGE = 0.02
 
 
 def coding_table(conversion: Conversion) -> Table:
@@ -24,7 +28,7 @@ def coding_table(conversion: Conversion) -> Table:
 
 
 def coding_lines(conversion: Conversion) -> list[str]:
-    """Return the size of the coded weights and of what stays in floating point, in one line."""
+    """Return the size of the coded weights and of what stays in floating point; name the large tensors of the latter."""
     entries = conversion.coded
     if not entries:
         return []
@@ -32,7 +36,15 @@ def coding_lines(conversion: Conversion) -> list[str]:
     count = sum(prod(entry.shape) for entry in entries.values())
     rest = conversion.cost.harmonic_bytes - size
     share = rest / max(conversion.cost.harmonic_bytes, 1)
-    return [
+    large = [
+        f"{key} ({megabytes(stored_bytes(tensor))})"
+        for key, tensor in tensors_of(conversion.model).items()
+        if key not in entries and stored_bytes(tensor) > LARGE * conversion.cost.harmonic_bytes
+    ]
+    lines = [
         f"coded: {counted(len(entries), 'tensor')} with {count:,} weights in {megabytes(size)}, "
         f"{8 * size / max(count, 1):.2f} bits per weight; not coded: {megabytes(rest)}, {share:.1%} of the tensors"
     ]
+    if large:
+        lines.append(f"large tensors that are not coded: {shortened(large, 5)}")
+    return lines
