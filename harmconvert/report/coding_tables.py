@@ -28,7 +28,7 @@ def coding_table(conversion: Conversion) -> Table:
 
 
 def coding_lines(conversion: Conversion) -> list[str]:
-    """Return the size of the coded weights and of what stays in floating point; name the large tensors of the latter."""
+    """Return the size of the coded weights and of the other tensors, and the names of large ones among these."""
     entries = conversion.coded
     if not entries:
         return []
