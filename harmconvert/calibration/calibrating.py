@@ -22,7 +22,7 @@ from ..network.exchange import in_precision, in_sixteen_bits
 from ..network.layers import convolutions, state_key, weighted_layers
 from ..network.running import unchanged
 from ..network.state import tensors_of
-from ..plan import AXES, Bits, Plan, coded_weights, round_weights
+from ..plan import AXES, Bits, Plan, coded_weights, round_weights, without_bits
 from .batch_norm import batch_norms, reestimate
 from .coding import Coder
 from .cuts import WholeLayer
@@ -125,14 +125,9 @@ def _calibrate_and_code(
     progress: Progress | None,
 ) -> Calibration:
     """Refit the layers that are cut, then refit and code all layers with bits, one after the other."""
-    float_plan = plan.map_layers(
-        lambda layer: replace(layer, keeps=tuple(k for k in layer.keeps if k.axis != Bits.axis))
-    )
-    first = (
-        calibrate(context.original, converted, float_plan, context, settings, progress)
-        if not float_plan.whole
-        else None
-    )
+    cut, first = without_bits(plan), None
+    if not cut.whole:
+        first = calibrate(context.original, converted, cut, context, settings, progress)
     before = _copied_tensors(converted)
     runnable = context.runnable(converted)
     uncoded = _copied_tensors(runnable)

@@ -1,8 +1,8 @@
 """Code the weights of a network on calibration inputs: choose the distortion of each weight, and round with feedback.
 
-All weights get the same distortion of the network's outputs for each bit: the level of a weight's rows is one number
-for the whole network, divided by the measured effect of their errors (`sensitivity`). The number follows from the bits
-that are wanted. It is corrected after each weight, because the bits of a weight are known only when it is coded.
+The level of a row is the squared error of its output in each direction. It is one number for the whole network, divided
+by the measured effect of the row's errors on the network's outputs (`sensitivity`). The number follows from the wanted
+bits. It is corrected after each weight, because the bits of a weight are known only when it is coded.
 """
 
 from __future__ import annotations
@@ -80,9 +80,8 @@ class _State:
         grid, bits_GL = self.log_levels, self.bits_GL
         x_GO = log_level - self.log_effects_GO
         place_GO = np.clip(np.searchsorted(grid, x_GO), 1, len(grid) - 1)
-        share_GO = (x_GO - grid[place_GO - 1]) / (
-            grid[place_GO] - grid[place_GO - 1]
-        )  # outside the grid this extrapolates
+        # Outside the grid this extrapolates.
+        share_GO = (x_GO - grid[place_GO - 1]) / (grid[place_GO] - grid[place_GO - 1])
         left, right = (np.take_along_axis(bits_GL, place_GO - side, 1) for side in (1, 0))
         bits_GO = np.maximum(left + share_GO * (right - left), 0) / self.weight.layout.columns
         excess_GO = _EXCESS * np.clip((bits_GO - _EXCESS_FROM) / _EXCESS_OVER, 0, 1)
@@ -126,6 +125,8 @@ class Coder:
         states, errors = {}, {}
         for number, (weight, moments) in enumerate(measured_moments(network, weights, data, seed, memory)):
             progress(number, len(weights), f"measuring {weight.names[0]}")
+            if isinstance(moments, str):
+                log.info("%s is coded without a metric: %s", weight.key, moments)
             fit, held = (identity(weight), None) if isinstance(moments, str) else moments
             states[weight.key], errors[weight.key] = _state(weight, fit, held, seed + number)
             states[weight.key].measured = held is not None

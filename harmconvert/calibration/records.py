@@ -59,7 +59,7 @@ class LayerCalibration:
     ``positions``: number of positions in the fit. ``unknowns``: per output channel. ``inputs_enough``: the number of
     inputs that would give ten positions per unknown. ``why``: why the layer was not refitted. ``bits``: per weight, if
     the weights were coded; then ``error_after`` includes their rounding. ``shrinkage``: the share of the metric of the
-    rounding that was replaced by the same power in every direction.
+    rounding that was not trusted, because it differs on held-back inputs.
     """
 
     name: str

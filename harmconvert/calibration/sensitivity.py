@@ -7,15 +7,14 @@ It is estimated with random errors and random directions of the outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..network.distributed import all_or_none, rank, sum_over_ranks
-from ..network.running import call, unchanged
+from ..network.running import call, evaluating, unchanged
 from ..network.side_effects import fixed_random_seed
 from ..network.values import clone_tensors, match_dtype, tensors_in
 from .divergence import class_count
@@ -68,7 +67,7 @@ def _own_sums(
     sums: dict[str, Tensor] = {}
     power = 0.0
     picked = list(_examples(batches))
-    with _with_gradients(network, parameters.values()), unchanged(network):
+    with evaluating(network), _with_gradients(network, parameters.values()), unchanged(network):
         for number, batch in enumerate(picked):
             progress(number, len(picked))
             with torch.enable_grad(), fixed_random_seed():
@@ -115,18 +114,14 @@ def _direction(output: Tensor, logits: bool, generator: torch.Generator) -> Tens
 
 
 @contextmanager
-def _with_gradients(network: nn.Module, parameters: Any) -> Iterator[None]:
-    """Let all ``parameters`` have gradients inside, and switch the network to eval mode."""
+def _with_gradients(network: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Let ``parameters``, and no others of the network, have gradients inside."""
     needs = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
     own = {id(parameter) for parameter in parameters}
-    flags = [(module, module.training) for module in network.modules()]
     try:
         for parameter, _ in needs:
             parameter.requires_grad_(id(parameter) in own)
-        network.eval()
         yield
     finally:
         for parameter, value in needs:
             parameter.requires_grad_(value)
-        for module, training in flags:
-            module.training = training

@@ -52,7 +52,7 @@ class Shrinkage:
 class Coded:
     """The result for one weight.
 
-    ``bits``: per weight. ``shrinkage``: share of the metric that was replaced by the same power in every direction.
+    ``bits``: per weight. ``shrinkage``: share of the metric that was not trusted (`Shrinkage`).
     """
 
     quantised: Quantised

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from ..arguments import stays_as_it_is
+from ..arguments import Budget, stays_as_it_is
 from ..calibration import CalibrationSettings
 from ..data.datasets import DataRequest
 from ..errors import CheckError
@@ -150,7 +150,8 @@ def convert_to_file(
         network = opened(source, listener, intact=True, form="harmonic" if unchanged else "dense")
         if unchanged and network.header:
             return _write_unchanged(network, target)
-        if network.header and lam is None and plan is None and (bits is not None or "bytes" in str(budget)):
+        coded = bits is not None or (budget is not None and Budget.parse(budget).unit == "bytes")
+        if network.header and lam is None and plan is None and coded:
             options["lam"] = without_bits(network.header.plan)  # coding keeps the cut of a harmonic network
         network = _prepared(network, source, data, device)
         if example_input is not None:
