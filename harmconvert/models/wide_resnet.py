@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import Any, cast
 
@@ -112,7 +112,12 @@ def _stage(in_channels: int, out_channels: int, stride: int, blocks: int, dropou
 def _wide_resnet(pretrained: bool, **kwargs: Any) -> WideResNet:
     if pretrained:
         raise RuntimeError("no pretrained weights are published for wide residual networks of this size")
-    # timm's factory also passes arguments of its own (pretrained_cfg, cache_dir and others).
+    # timm's factory also passes arguments of its own (pretrained_cfg, cache_dir and others). In older releases of timm, the
+    # number of classes of a folder is only in pretrained_cfg.
+    declared = kwargs.get("pretrained_cfg")
+    classes = declared.get("num_classes") if isinstance(declared, Mapping) else getattr(declared, "num_classes", None)
+    if classes is not None:
+        kwargs.setdefault("num_classes", classes)
     own = {key: value for key, value in kwargs.items() if key in signature(WideResNet).parameters and value is not None}
     return WideResNet(**own)
 
