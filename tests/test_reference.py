@@ -243,7 +243,7 @@ def test_messages_about_wrong_files_say_what_is_wrong_where_and_what_to_do(tmp_p
         (resnet, {"layer1.0.harm2.dct": _without_dc()}, r"has shape \(1, 8, 3, 3\), which is not the 3x3 DCT"),
         (resnet, {"layer4.2.bn3.running_var": None}, "lacks layer4.2.bn3.running_var"),
         (resnet, {"layer4.2.harm2.weight": None}, "lacks layer4.2.harm2.weight"),
-        (resnet, {"layer1.3.bn1.weight": torch.ones(64)}, "has 4-4-6-3 blocks: only ResNets of 50, 101 and 152 are"),
+        (resnet, {"layer1.3.bn1.weight": torch.ones(64)}, "has 4-4-6-3 blocks: only ResNets of 50, 101 and 152 layers"),
         (resnet, {"harm1.weight": torch.ones(64, 144, 1, 1)}, r"not \(out, 147, 1, 1\): the first layer must keep"),
         (resnet, {"layer1.0.conv3.weight": None}, "basic blocks .18 or 34 layers., which the reference implementation"),
     ]:  # fmt: skip

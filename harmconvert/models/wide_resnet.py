@@ -112,8 +112,8 @@ def _stage(in_channels: int, out_channels: int, stride: int, blocks: int, dropou
 def _wide_resnet(pretrained: bool, **kwargs: Any) -> WideResNet:
     if pretrained:
         raise RuntimeError("no pretrained weights are published for wide residual networks of this size")
-    # timm's factory also passes arguments of its own (pretrained_cfg, cache_dir and others). In older releases of timm, the
-    # number of classes of a folder is only in pretrained_cfg.
+    # timm's factory also passes arguments of its own (pretrained_cfg, cache_dir and others). In older releases of timm,
+    # the number of classes of a folder is only in pretrained_cfg.
     declared = kwargs.get("pretrained_cfg")
     classes = declared.get("num_classes") if isinstance(declared, Mapping) else getattr(declared, "num_classes", None)
     if classes is not None:
