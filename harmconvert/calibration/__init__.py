@@ -39,7 +39,7 @@ from .moments import Moments, response_moments
 from .reading import Reader, items
 from .records import ENOUGH_POSITIONS, Calibration, CalibrationSettings, LayerCalibration, Progress
 from .refit import DAMPINGS, Refit, dampings
-from .responses import from_groups, outputs, pick_positions, to_groups
+from .responses import outputs, pick_positions
 from .sensitivity import squared_changes
 from .solvers import NormalEquations, Operator, Samples, solver
 from .weight_coding import Shrinkage, best_shrinkage
@@ -79,7 +79,6 @@ __all__ = [
     "choose",
     "dampings",
     "digests",
-    "from_groups",
     "items",
     "memory_for",
     "never_worse",
@@ -89,7 +88,6 @@ __all__ = [
     "response_moments",
     "solver",
     "squared_changes",
-    "to_groups",
     "watch_convolutions",
     "whole_layers",
     "with_best_memory_format",

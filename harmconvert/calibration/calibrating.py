@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..codecs.digests import tensors_sha256
 from ..errors import counted, first_line
 from ..network.exchange import in_precision, in_sixteen_bits
-from ..network.layers import convolutions, state_key, weighted_layers
+from ..network.layers import convolutions, state_key, stored_names, weighted_layers
 from ..network.running import unchanged
 from ..network.state import tensors_of
 from ..plan import AXES, Bits, Plan, coded_weights, round_weights, without_bits
@@ -209,13 +209,12 @@ def digests(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
     The digest of coefficients includes their frequencies and basis (`Kept.contexts`).
     """
     state = tensors_of(model)
-    contexts = {
-        state_key(name, tensor): text
-        for name, module in model.named_modules(remove_duplicate=False)
-        for axis in AXES.values()
-        if (kept := axis.read(module)) is not None
-        for tensor, text in kept.contexts.items()
-    }
+    contexts: dict[str, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for axis in AXES.values():
+            for tensor, text in () if (kept := axis.read(module)) is None else kept.contexts.items():
+                stored = stored_names(module) if tensor == "coefficients" else (tensor,)
+                contexts |= {state_key(name, one): text for one in stored}
     return {key: tensors_sha256({key + contexts.get(key, ""): state[key]}) for key in keys if key in state}
 
 

@@ -18,10 +18,10 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..kernels.projection import merge
+from ..kernels.projection import from_groups, merge
 from ..network.distributed import sum_over_ranks
 from .capture import ConvCall
-from .responses import from_groups, outputs, pick_positions
+from .responses import outputs, pick_positions
 
 _ROWS = 1024  # positions that are processed at a time: their responses fit into the processor's caches
 _CHUNK = 1 << 25  # values of input windows that are processed at a time: 256 MB in float64

@@ -10,11 +10,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..kernels.projection import all_finite, project
+from ..kernels.projection import all_finite, project, to_groups
 from ..network.layers import is_harmonic_layer, kernel_size, parameter_of
 from .capture import ConvCall
 from .equations import Change, Layer, Problem
-from .responses import to_groups
 
 # Smaller improvements are rounding errors.
 _LEAST_GAIN = 1e-9

@@ -16,8 +16,8 @@ from .capture import ConvCall
 def responses(call: ConvCall, basis_FK: Tensor, picks_NP: Tensor | None = None) -> Tensor:
     """Return the responses of each input channel to each basis kernel (eq. 2), shape (R, G, I F), float64.
 
-    The rows R are the examples times the positions. With coefficients_GON from `to_groups`, the convolution's output at
-    these positions is ``responses @ coefficients`` in each group.
+    The rows R are the examples times the positions. With coefficients_GON from `kernels.to_groups`, the convolution's
+    output at these positions is ``responses @ coefficients`` in each group.
 
     Args:
         basis_FK: basis kernels (F, K) with K = prod(kernel size).
@@ -69,18 +69,6 @@ def pick_positions(examples: Sequence[int], size: Sequence[int], count: int, see
 @lru_cache(maxsize=16)
 def _permutation(size: int, seed: int) -> Tensor:
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed))
-
-
-def to_groups(coefficients_OIF: Tensor, groups: int, transposed: bool) -> Tensor:
-    """Reshape coefficients (O, I per group, F), or (I, O per group, F) if transposed, to (G, O per group, I F)."""
-    blocks = coefficients_OIF.unflatten(0, (groups, -1))
-    return (blocks.transpose(1, 2) if transposed else blocks).flatten(2)
-
-
-def from_groups(coefficients_GON: Tensor, kernels: int, transposed: bool) -> Tensor:
-    """Reshape coefficients (G, O per group, I F) back; inverse of `to_groups`."""
-    blocks = coefficients_GON.unflatten(2, (-1, kernels))
-    return (blocks.transpose(1, 2) if transposed else blocks).flatten(0, 1)
 
 
 def _all_windows(call: ConvCall) -> Tensor:

@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..kernels.projection import to_groups
 from ..network.distributed import sum_over_ranks
 from .capture import ConvCall
 from .equations import Change, Layer, Problem
-from .responses import responses, to_groups
+from .responses import responses
 
 _LARGEST_EIGENPROBLEM = 12288  # about five minutes on two cores; conjugate gradients are faster for larger problems
 _STRIP = 512  # second moments are summed in strips of rows up to the diagonal: half the work from 2,000 unknowns on

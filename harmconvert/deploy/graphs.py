@@ -22,13 +22,12 @@ from torch import Tensor, nn
 from ..codecs.plain import stored_bytes
 from ..errors import CheckError, HarmconvertError, InputError, OutsideError, first_line
 from ..files import write_file
-from ..layers.factored import reason_not_factorable, to_factored
-from ..layers.harmonic import to_dense
+from ..layers.low_rank import fast_form, plain_form, reason_without_fast_form
 from ..layers.timing import in_turns
 from ..network.comparison import greatest_difference, top1_agreement
 from ..network.form_check import compare_outputs, comparison_inputs
 from ..network.forms import MARGIN, Factoring, factoring, fuse, layer_inputs
-from ..network.layers import harmonic_layers
+from ..network.layers import converted_layers
 from ..network.running import call, evaluating, unchanged
 from ..network.state import tensors_of
 from ..network.values import clone_tensors, tensors_in
@@ -330,7 +329,7 @@ def factor_for_onnx(model: nn.Module, example_input: Any, progress: Callable[[st
 
     Layers of the same shape are timed once.
     """
-    factorable = {name: conv for name, conv in harmonic_layers(model).items() if not reason_not_factorable(conv)}
+    factorable = {n: layer for n, layer in converted_layers(model).items() if not reason_without_fast_form(layer)}
     chosen: dict[str, str] = dict.fromkeys(factorable, "dense")
     known: dict[Any, str] = {}
     inputs_by_name = layer_inputs(model, factorable, example_input)
@@ -340,7 +339,7 @@ def factor_for_onnx(model: nn.Module, example_input: Any, progress: Callable[[st
         if key not in known:
             progress(f"timing {name} in ONNX Runtime ({number + 1}/{len(inputs_by_name)})")
             input = torch.zeros(layer_input.shape)
-            dense, factored = (onnx_bytes(nn.Sequential(form(conv)).eval(), input) for form in (to_dense, to_factored))
+            dense, factored = (onnx_bytes(nn.Sequential(form(conv)).eval(), input) for form in (plain_form, fast_form))
             known[key] = "factored" if _speedup(dense, factored, input) > 1 + MARGIN else "dense"
         chosen[name] = known[key]
     patterns = {escape(name): form for name, form in chosen.items()}

@@ -25,13 +25,16 @@ from .projection import (
     all_finite,
     check_range,
     energy_kept,
+    from_groups,
     merge,
     merge_channels_last,
     project,
     reconstruct,
     relative_error,
+    to_groups,
 )
 from .quantisation import Metric, metric_at, quantise, row_bits, shrunk, steps_at
+from .ranks import Pair, full_rank, low_rank, low_rank_of_channels, product
 
 __all__ = [
     "BASES",
@@ -40,6 +43,7 @@ __all__ = [
     "Elimination",
     "Frequency",
     "Metric",
+    "Pair",
     "all_finite",
     "all_frequencies",
     "check_frequencies",
@@ -49,14 +53,19 @@ __all__ = [
     "eliminate",
     "energy_kept",
     "frequencies_below",
+    "from_groups",
+    "full_rank",
     "gaussian_vectors",
     "haar_vectors",
     "klt_vectors",
     "largest_of",
     "level_count",
+    "low_rank",
+    "low_rank_of_channels",
     "merge",
     "merge_channels_last",
     "metric_at",
+    "product",
     "project",
     "quantise",
     "reconstruct",
@@ -65,4 +74,5 @@ __all__ = [
     "scaled_levels",
     "shrunk",
     "steps_at",
+    "to_groups",
 ]

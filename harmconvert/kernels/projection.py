@@ -61,6 +61,18 @@ def merge_channels_last(coefficients_OFI: Tensor, basis_FK: Tensor) -> Tensor:
     return torch.bmm(basis_OKF, coefficients_OFI)
 
 
+def to_groups(coefficients_OIF: Tensor, groups: int, transposed: bool) -> Tensor:
+    """Reshape coefficients (O, I per group, F), or (I, O per group, F) if transposed, to (G, O per group, I F)."""
+    blocks = coefficients_OIF.unflatten(0, (groups, -1))
+    return (blocks.transpose(1, 2) if transposed else blocks).flatten(2)
+
+
+def from_groups(coefficients_GON: Tensor, kernels: int, transposed: bool) -> Tensor:
+    """Reshape coefficients (G, O per group, I F) back; inverse of `to_groups`."""
+    blocks = coefficients_GON.unflatten(2, (-1, kernels))
+    return (blocks.transpose(1, 2) if transposed else blocks).flatten(0, 1)
+
+
 def energy_kept(kernel: Tensor, basis_FK: Tensor) -> float:
     """Return the share (0 to 1) of the kernel's squared norm that orthonormal basis kernels hold; 1 if it is zero."""
     total = kept = 0.0

@@ -35,7 +35,7 @@ def reason_not_factorable(conv: HarmonicMixin) -> str | None:
     convolution = base_class(conv)
     if convolution not in FACTORABLE:
         return f"{convolution.__name__} computes more than one convolution with its kernel, or another one"
-    if replaced := _replaced_method(conv, convolution):
+    if replaced := replaced_method(conv, convolution):
         return f"its method {replaced} is not the one of {convolution.__name__}"
     if len(conv.frequencies) == len(all_frequencies(_sizes(conv, "kernel_size"))):
         return "it keeps the whole basis"
@@ -44,7 +44,7 @@ def reason_not_factorable(conv: HarmonicMixin) -> str | None:
     return None
 
 
-def _replaced_method(conv: nn.Module, convolution: type[nn.Module]) -> str | None:
+def replaced_method(conv: nn.Module, convolution: type[nn.Module]) -> str | None:
     """Return the name of a method that was replaced on this convolution or on its class, or None."""
     for name in vars(conv):
         if callable(getattr(convolution, name, None)):

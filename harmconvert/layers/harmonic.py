@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cache
 from typing import Any, cast
@@ -36,7 +36,18 @@ CONVOLUTIONS: tuple[type[nn.Module], ...] = (
 
 # Attributes that the mixin defines. A convolution class must not use these names itself.
 _RESERVED_NAMES = frozenset(
-    {"coefficients", "basis", "fitted_basis", "frequencies", "basis_spec", "kernels", "_merged", "_merge", "_set_basis"}
+    {
+        "coefficients",
+        "basis",
+        "fitted_basis",
+        "frequencies",
+        "basis_spec",
+        "kernels",
+        "_merged",
+        "_merge",
+        "_set_basis",
+        "_stored",
+    }
 )
 
 
@@ -107,15 +118,20 @@ class HarmonicMixin(nn.Module):
         super()._apply(fn, recurse)
         # .half(), .to_empty() and the like must not change the basis, which is a constant: restore it afterwards.
         if fitted is not None:
-            device = self.coefficients.device
+            device = self._stored().device
             moved = torch.empty_like(fitted, device=device) if fitted.is_meta else fitted.to(device)
             self._buffers["fitted_basis"] = moved
         self._set_basis()
         return self
 
     def _set_basis(self) -> None:
-        dtype = torch.promote_types(self.coefficients.dtype, torch.float32)
-        self._buffers["basis"] = self.kernels.to(self.coefficients.device, dtype)
+        stored = self._stored()
+        dtype = torch.promote_types(stored.dtype, torch.float32)
+        self._buffers["basis"] = self.kernels.to(stored.device, dtype)
+
+    def _stored(self) -> Tensor:
+        """Return a parameter that has the device and the dtype of the coefficients."""
+        return self.coefficients
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is created at run time, so pickle and copy need a function that creates it again.
@@ -136,7 +152,7 @@ def coefficients_to_channels_last(model: nn.Module) -> None:
     WRN-28-10 this halves the extra time of a training step in harmonic form.
     """
     for module in model.modules():
-        if isinstance(module, HarmonicMixin):
+        if isinstance(module, HarmonicMixin) and "coefficients" in module._parameters:
             module.coefficients.data = module.coefficients.data.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -219,13 +235,13 @@ def to_harmonic(
     tie = hash(("coefficients", id(weight), frequencies, basis))
     if tie not in memo and values:
         kernels_FK = basis.kernels_for(weight, frequencies)
-        memo[tie] = _parameter_like(weight, project(weight, kernels_FK)), kernels_FK if basis.fitted else None
+        memo[tie] = parameter_like(weight, project(weight, kernels_FK)), kernels_FK if basis.fitted else None
     elif tie not in memo:
         empty_OIF = weight.detach().new_empty(*weight.shape[:2], len(frequencies))
         fitted_FK = torch.zeros(len(frequencies), math.prod(kernel_size), dtype=torch.float64, device=weight.device)
-        memo[tie] = _parameter_like(weight, empty_OIF), fitted_FK if basis.fitted else None
+        memo[tie] = parameter_like(weight, empty_OIF), fitted_FK if basis.fitted else None
     coefficients, fitted_basis = memo[tie]
-    _copy_state(conv, harmonic, "weight", "coefficients", coefficients, memo)
+    copy_state(conv, harmonic, ["weight"], {"coefficients": coefficients}, memo)
     harmonic.frequencies, harmonic.basis_spec, harmonic._merged = frequencies, basis, None
     harmonic._non_persistent_buffers_set.add("basis")
     harmonic._buffers["fitted_basis"] = fitted_basis
@@ -250,8 +266,8 @@ def to_dense(harmonic: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modu
     tie = hash(("weight", id(harmonic.coefficients), harmonic.frequencies, harmonic.basis_spec))
     if tie not in memo:
         kernel = reconstruct(harmonic.coefficients.detach(), harmonic.kernels, _kernel_size(harmonic))
-        memo[tie] = _parameter_like(harmonic.coefficients, kernel)
-    _copy_state(harmonic, conv, "coefficients", "weight", memo[tie], memo)
+        memo[tie] = parameter_like(harmonic.coefficients, kernel)
+    copy_state(harmonic, conv, ["coefficients"], {"weight": memo[tie]}, memo)
     for name in ("frequencies", "basis_spec", "_merged", "_packed"):
         conv.__dict__.pop(name, None)
     for name in ("basis", "fitted_basis"):
@@ -281,11 +297,7 @@ def _merged_kernel(
         # The coefficients were replaced by others of another dtype or device: compute a basis that fits them.
         kernels_FK = _basis_kernels(kernel_size, frequencies, basis_name, normalization, fitted_basis)
         basis = kernels_FK.to(coefficients.device, dtype)
-    # Autocast would compute the product in half precision, and the kernel would no longer be exact.
-    device = coefficients.device.type
-    # A device without autocast (meta) is not compiled for; torch.compile of torch 2.10 cannot trace the question.
-    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
-    with torch.autocast(device, enabled=False) if available else nullcontext():
+    with without_autocast(coefficients.device.type):
         precise_OIF = coefficients.to(basis.dtype)
         channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(len(kernel_size) + 2)
         if not _is_channels_last(input, channels_last, len(kernel_size)):
@@ -295,6 +307,13 @@ def _merged_kernel(
             return kernel.contiguous(memory_format=cast(torch.memory_format, channels_last))
         kernel_OKI = merge_channels_last(precise_OIF.transpose(1, 2), basis).to(coefficients.dtype)
         return kernel_OKI.unflatten(1, kernel_size).movedim(-1, 1)
+
+
+def without_autocast(device: str) -> Any:
+    """Return a context in which products are computed in the precision of their factors."""
+    # A device without autocast (meta) is not compiled for; torch.compile of torch 2.10 cannot trace the question.
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if available else nullcontext()
 
 
 def _is_channels_last(input: Any, channels_last: torch.memory_format | None, dimensions: int) -> bool:
@@ -328,22 +347,26 @@ def _empty_dense(harmonic: nn.Module) -> Any:
     return cls.__new__(cls)
 
 
-def _parameter_like(parameter: nn.Parameter, value: Tensor) -> nn.Parameter:
+def parameter_like(parameter: nn.Parameter, value: Tensor) -> nn.Parameter:
     """Return a parameter with a new value and the requires_grad and attributes of another (such as optimiser hints)."""
     like = nn.Parameter(value, requires_grad=parameter.requires_grad)
     like.__dict__.update(parameter.__dict__)
     return like
 
 
-def _copy_state(
-    source: nn.Module, target: nn.Module, old: str, new: str, parameter: nn.Parameter, memo: dict[int, Any]
+def copy_state(
+    source: nn.Module,
+    target: nn.Module,
+    old: Collection[str],
+    new: Mapping[str, nn.Parameter],
+    memo: dict[int, Any],
 ) -> None:
-    """Deep-copy the state of a module, except that the parameter ``old`` is replaced by ``parameter`` under ``new``."""
+    """Deep-copy the state of a module, except that the parameters ``old`` are replaced by the parameters ``new``."""
     parameters = dict(source._parameters)
     # __getstate__ leaves out what torch.compile stores in the module: a copy of that would run the original.
     rest = {key: value for key, value in cast(Any, source).__getstate__().items() if key != "_parameters"}
     target.__dict__.update(copy.deepcopy(rest, memo))
-    target.__dict__["_parameters"] = {
-        (new if name == old else name): (parameter if name == old else copy.deepcopy(value, memo))
-        for name, value in parameters.items()
-    }
+    copied: dict[str, Any] = {}
+    for name, value in parameters.items():
+        copied.update(new if name in old else {name: copy.deepcopy(value, memo)})
+    target.__dict__["_parameters"] = copied

@@ -24,8 +24,9 @@ from ..documents import check, finite
 from ..errors import OutsideError
 from ..files import cache_folder, read_json, write_text
 from . import native
-from .factored import to_factored
-from .harmonic import HarmonicMixin, base_class, basis_key, to_dense
+from .harmonic import HarmonicMixin, basis_key
+from .low_rank import fast_form, plain_form
+from .ranked import base_of, is_ranked, sizes_of
 from .timing import in_turns
 
 _MEMORY_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -40,7 +41,7 @@ class LayerInput:
     device: torch.device
 
 
-def layer_times(conv: HarmonicMixin, layer_input: LayerInput) -> tuple[float, float]:
+def layer_times(conv: nn.Module, layer_input: LayerInput) -> tuple[float, float]:
     """Return the seconds that a forward takes in dense and in factored form, with channels_last, without gradients.
 
     The two forms are timed in turns. The times of an earlier measurement are reused.
@@ -62,8 +63,8 @@ def kernels_to_channels_last(model: nn.Module) -> nn.Module:
     return model
 
 
-def _measure(conv: HarmonicMixin, layer_input: LayerInput) -> tuple[float, float]:
-    dense, factored = kernels_to_channels_last(to_dense(conv)).eval(), to_factored(conv).eval()
+def _measure(conv: nn.Module, layer_input: LayerInput) -> tuple[float, float]:
+    dense, factored = (kernels_to_channels_last(form(conv)).eval() for form in (plain_form, fast_form))
     generator = torch.Generator().manual_seed(0)
     input = torch.randn(layer_input.shape, generator=generator).to(layer_input.device, layer_input.dtype)
     if memory_format := _MEMORY_FORMATS.get(input.dim()):
@@ -73,14 +74,18 @@ def _measure(conv: HarmonicMixin, layer_input: LayerInput) -> tuple[float, float
     return times["dense"].median, times["factored"].median
 
 
-def _cache_key(conv: HarmonicMixin, layer_input: LayerInput) -> str:
+def _cache_key(conv: nn.Module, layer_input: LayerInput) -> str:
     geometry = [
-        cast(Any, getattr(conv, name)) for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+        cast(Any, getattr(conv, name, None))
+        for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode")
     ]
+    groups, rows, channels, _ = sizes_of(conv)
+    ranks = (conv.rank, conv.kernel_second) if is_ranked(conv) else ()
     parts = (
-        base_class(conv).__name__, cast(int, conv.in_channels), cast(int, conv.out_channels), cast(int, conv.groups),
-        *geometry, conv.bias is not None, *basis_key(conv),
-        list(layer_input.shape), str(layer_input.dtype), str(conv.coefficients.dtype), str(layer_input.device.type),
+        base_of(conv).__name__, groups * channels, groups * rows, groups,
+        *geometry, conv.bias is not None, *(basis_key(conv) if isinstance(conv, HarmonicMixin) else ()), *ranks,
+        list(layer_input.shape), str(layer_input.dtype), str(next(conv.parameters()).dtype),
+        str(layer_input.device.type),
     )  # fmt: skip
     return json.dumps(parts)
 

@@ -1,7 +1,8 @@
-"""Replace the classifier of a network."""
+"""Find and replace the classifier of a network."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, cast
 
 from torch import nn
@@ -30,7 +31,7 @@ def replace_classifier(model: nn.Module, classes: int) -> None:
         except Exception as error:
             raise UsageError(f"this {kind}'s reset_classifier({classes}) fails: {first_line(error)}") from error
         return
-    last = _classifier(model)
+    last = _last_layer(model)
     if last is None:
         raise UsageError(
             f"this {kind} has no classifier to replace: it has neither the method reset_classifier() of timm's "
@@ -42,7 +43,18 @@ def replace_classifier(model: nn.Module, classes: int) -> None:
         cast(Any, model).num_classes = classes
 
 
-def _classifier(model: nn.Module) -> nn.Module | None:
+def classifier_of(model: nn.Module) -> nn.Module | None:
+    """Return the layer that computes the logits of a network, as far as its methods or names say; else None."""
+    get = getattr(model, "get_classifier", None)
+    if callable(get):
+        with suppress(Exception):  # some heads have several layers, or none
+            found = get()
+            if isinstance(found, nn.Module) and not any(found.children()):
+                return found
+    return _last_layer(model)
+
+
+def _last_layer(model: nn.Module) -> nn.Module | None:
     """Return the last linear layer or plain convolution of the classifier, or None."""
     for name in _NAMES:
         part = getattr(model, name, None)

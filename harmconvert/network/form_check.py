@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from ..errors import CheckError, HarmconvertError, first_line, shortened
 from ..layers.block import HarmonicBlock2d
-from ..layers.harmonic import HarmonicMixin
 from .comparison import greatest_difference
 from .exchange import in_precision, in_sixteen_bits
-from .layers import harmonic_layers
+from .layers import channels_of, converted_layers, kernel_size
 from .running import call, evaluating, unchanged, usage_errors
 from .side_effects import fixed_random_seed
 from .values import clone_tensors, default_input, map_tensors, match_dtype, tensors_in
@@ -51,7 +50,7 @@ def check_form(model: nn.Module, form: nn.Module, what: str, example_input: Any 
         UsageError: the network does not run on ``example_input``.
         CheckError: the form does not compute the same as the network.
     """
-    result, layers = compare_forms(model, form, list(harmonic_layers(model)), example_input)
+    result, layers = compare_forms(model, form, list(converted_layers(model)), example_input)
     if result.problem is None and not layers:
         return result.difference
     problem = result.problem or "one of its layers computes something else"
@@ -168,7 +167,7 @@ def differing_layers_alone(model: nn.Module, form: nn.Module, names: list[str]) 
     """
     problems: dict[str, str] = {}
     for name in names:
-        layer = cast(HarmonicMixin, model.get_submodule(name))
+        layer = model.get_submodule(name)
         inputs = _random_input(layer)
         for (one, its_form), layer_inputs in _in_each_precision((layer, form.get_submodule(name)), inputs):
             try:
@@ -278,12 +277,12 @@ def _problem(expected: list[Tensor], run: Callable[[], Any], tolerance: float) -
     return f"outputs differ by {difference:.1e} of the largest"
 
 
-def _random_input(conv: HarmonicMixin) -> Tensor:
-    kernel = cast("tuple[int, ...]", conv.kernel_size)
-    dilation, padding = _per_axis(conv.dilation, len(kernel)), _per_axis(conv.padding, len(kernel))
+def _random_input(conv: nn.Module) -> Tensor:
+    kernel = kernel_size(conv)
+    dilation, padding = (_per_axis(getattr(conv, name, 1), len(kernel)) for name in ("dilation", "padding"))
     size = [max(d * (k - 1) + 1, p + 1) + 1 for k, d, p in zip(kernel, dilation, padding, strict=True)]
     generator = torch.Generator().manual_seed(0)
-    return match_dtype(torch.randn(2, cast(int, conv.in_channels), *size, generator=generator), conv)
+    return match_dtype(torch.randn(2, channels_of(conv)[0], *size, generator=generator), conv)
 
 
 def _per_axis(value: Any, axes: int) -> tuple[int, ...]:

@@ -14,13 +14,16 @@ from torch import Tensor, nn
 from ..errors import InputError, UsageError, first_line
 from ..kernels.projection import all_finite, check_range
 from ..layers.block import HarmonicBlock2d, absorb_bias, fold_block
-from ..layers.factored import empty_factored, reason_not_factorable, to_factored
-from ..layers.harmonic import HarmonicMixin, empty_counterpart, to_dense
+from ..layers.factored import empty_factored, to_factored
+from ..layers.harmonic import empty_counterpart, to_dense
 from ..layers.layer_times import LayerInput, kernels_to_channels_last, layer_times
+from ..layers.low_rank import LowRank, reason_without_fast_form
+from ..layers.ranked import is_ranked
 from ..layers.timing import in_turns
 from .exchange import exchange, replace_module
 from .form_check import check_form, compare_forms, make_runnable
-from .layers import harmonic_layers, is_harmonic_layer
+from .layers import converted_layers, harmonic_layers, is_harmonic_layer
+from .low_rank import at_full_rank, in_two_layers, joined
 from .running import call, evaluating, unchanged, usage_errors
 from .values import clone_tensors, default_input, tensors_in
 
@@ -31,7 +34,10 @@ MARGIN = 0.02
 
 @dataclass(frozen=True)
 class LayerForm:
-    """The form chosen for one harmonic convolution, the reason, and the median seconds of both forms if measured."""
+    """The form chosen for one converted layer, the reason, and the median seconds of both forms if measured.
+
+    The factored form of a layer of low rank is two plain layers.
+    """
 
     name: str
     form: Choice
@@ -94,9 +100,10 @@ def dense_form(model: nn.Module) -> nn.Module:
     Raises:
         InputError: the network cannot be copied, or a merged kernel is out of its dtype's range.
     """
-    harmonic = harmonic_layers(model)
-    dense = exchange(model, {conv: partial(to_dense, conv) for conv in harmonic.values()})
-    _check_kernels(dense, harmonic)
+    full = at_full_rank(joined(model))
+    harmonic = harmonic_layers(full)
+    dense = exchange(full, {conv: partial(to_dense, conv) for conv in harmonic.values()})
+    _check_kernels(dense, converted_layers(full))
     return _folded(dense)
 
 
@@ -108,7 +115,8 @@ def fold_blocks(model: nn.Module) -> nn.Module:
 def factor(model: nn.Module, example_input: Any = None, *, layers: str | Mapping[str, str] = "measured") -> nn.Module:
     """Return the factored form: a copy with its truncated convolutions factored (eq. 2) where that is faster.
 
-    A factored convolution filters its input with the kept basis kernels and mixes the responses. Each layer is
+    A factored convolution filters its input with the kept basis kernels and mixes the responses. A layer of low rank
+    becomes two plain layers. Each layer is
     *measured* on this machine and stays dense if the factored form is not faster. If the whole network is not faster
     than the dense one, all layers are dense. The copy uses channels_last if that is faster; `factoring` also returns
     what was chosen. The copy can be trained, saved and fused like the harmonic form. Measured times are stored in the
@@ -133,11 +141,11 @@ def factoring(
     model: nn.Module, example_input: Any = None, *, layers: str | Mapping[str, str] = "measured"
 ) -> Factoring:
     """Return the factored form like `factor`, with the form chosen for each layer and the reason."""
-    harmonic = harmonic_layers(model)
+    harmonic = converted_layers(model)
     requested = _requested_forms(harmonic, layers)
     fixed = {name: _form_without_measuring(name, conv, requested[name]) for name, conv in harmonic.items()}
     measured = {name: harmonic[name] for name, choice in fixed.items() if choice is None}
-    if valueless := [name for name, conv in measured.items() if conv.coefficients.is_meta]:
+    if valueless := [name for name, conv in measured.items() if any(p.is_meta for p in conv.parameters())]:
         raise InputError(f"layer {valueless[0] or '(root)'} has no values to measure with (meta device): load weights")
     if not measured:
         return _apply_and_check(model, harmonic, list(cast("dict[str, LayerForm]", fixed).values()), example_input)
@@ -145,7 +153,7 @@ def factoring(
         raise UsageError("an input is needed to measure which form is faster: give example_input or layers='factored'")
     network, inputs = make_runnable(model, inputs)
     inputs_by_name = layer_inputs(network, {name: network.get_submodule(name) for name in measured}, inputs)
-    timed = harmonic_layers(network)
+    timed = converted_layers(network)
     forms = [fixed[name] or _faster_form(name, timed[name], inputs_by_name.get(name)) for name in harmonic]
     chosen = _apply_and_check(model, harmonic, forms, example_input)
     if network is model:
@@ -157,7 +165,7 @@ def factoring(
 
 
 def _apply_and_check(
-    model: nn.Module, harmonic: Mapping[str, HarmonicMixin], chosen: list[LayerForm], example_input: Any
+    model: nn.Module, harmonic: Mapping[str, nn.Module], chosen: list[LayerForm], example_input: Any
 ) -> Factoring:
     """Return the network with the chosen forms, after comparing it with ``model``.
 
@@ -181,14 +189,16 @@ def _apply_and_check(
     return Factoring(form, tuple(chosen))
 
 
-def _check_kernels(dense: nn.Module, harmonic: Mapping[str, HarmonicMixin]) -> None:
+def _check_kernels(dense: nn.Module, harmonic: Mapping[str, nn.Module]) -> None:
     """Raise InputError if a merged kernel is out of its dtype's range although its coefficients are in range."""
     for name, conv in harmonic.items():
-        if not is_harmonic_layer(merged := dense.get_submodule(name)) and all_finite(conv.coefficients):
+        merged = dense.get_submodule(name)
+        in_range = all(all_finite(parameter) for parameter in conv.parameters(recurse=False))
+        if in_range and not is_harmonic_layer(merged) and not isinstance(merged, LowRank):
             check_range(cast(Tensor, merged.weight), name, "merged kernels")
 
 
-def _requested_forms(harmonic: Mapping[str, HarmonicMixin], layers: str | Mapping[str, str]) -> dict[str, str]:
+def _requested_forms(harmonic: Mapping[str, nn.Module], layers: str | Mapping[str, str]) -> dict[str, str]:
     patterns = {"*": layers} if isinstance(layers, str) else layers
     requested = dict.fromkeys(harmonic, "measured")
     for pattern, form in patterns.items():
@@ -201,9 +211,9 @@ def _requested_forms(harmonic: Mapping[str, HarmonicMixin], layers: str | Mappin
     return requested
 
 
-def _form_without_measuring(name: str, conv: HarmonicMixin, requested: str) -> LayerForm | None:
+def _form_without_measuring(name: str, conv: nn.Module, requested: str) -> LayerForm | None:
     """Return the form of a layer that is requested or the only possible one; None if the layer must be measured."""
-    if requested != "dense" and (reason := reason_not_factorable(conv)):
+    if requested != "dense" and (reason := reason_without_fast_form(conv)):
         return LayerForm(name, "dense", reason)
     return None if requested == "measured" else LayerForm(name, cast(Choice, requested), "as asked for")
 
@@ -233,7 +243,7 @@ def layer_inputs(model: nn.Module, convs: Mapping[str, nn.Module], example_input
     return inputs
 
 
-def _faster_form(name: str, conv: HarmonicMixin, layer_input: LayerInput | None) -> LayerForm:
+def _faster_form(name: str, conv: nn.Module, layer_input: LayerInput | None) -> LayerForm:
     if layer_input is None:
         return LayerForm(name, "dense", "it does not run on this input")
     try:
@@ -245,10 +255,13 @@ def _faster_form(name: str, conv: HarmonicMixin, layer_input: LayerInput | None)
     return LayerForm(name, "dense", f"factored it takes {factored / dense:.2f} times as long", dense, factored)
 
 
-def _with_forms(model: nn.Module, harmonic: Mapping[str, HarmonicMixin], forms: list[LayerForm]) -> nn.Module:
-    factored = {harmonic[layer.name] for layer in forms if layer.form == "factored"}
+def _with_forms(model: nn.Module, harmonic: Mapping[str, nn.Module], forms: list[LayerForm]) -> nn.Module:
+    chosen = {layer.name for layer in forms if layer.form == "factored"}
+    model = in_two_layers(model, {name for name in chosen if is_ranked(harmonic[name])})
+    left = harmonic_layers(model)
+    factored = {conv for name, conv in left.items() if name in chosen}
     fill: dict[nn.Module, Any] = {
-        conv: partial(to_factored if conv in factored else to_dense, conv) for conv in harmonic.values()
+        conv: partial(to_factored if conv in factored else to_dense, conv) for conv in left.values()
     }
     copied = exchange(model, fill, lambda conv: empty_factored(conv) if conv in factored else empty_counterpart(conv))
     _check_kernels(copied, harmonic)

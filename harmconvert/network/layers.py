@@ -8,6 +8,7 @@ from typing import TypeGuard, cast
 from torch import nn
 
 from ..layers.harmonic import CONVOLUTIONS, HarmonicMixin
+from ..layers.ranked import is_ranked
 
 
 def convolutions(model: nn.Module) -> dict[str, nn.Module]:
@@ -26,6 +27,11 @@ def harmonic_layers(model: nn.Module) -> dict[str, HarmonicMixin]:
     return {name: module for name, module in model.named_modules() if is_harmonic_layer(module)}
 
 
+def converted_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the harmonic convolutions and the layers of low rank of a network by name; see `convolutions`."""
+    return {name: module for name, module in model.named_modules() if is_harmonic_layer(module) or is_ranked(module)}
+
+
 def is_harmonic_layer(module: nn.Module) -> TypeGuard[HarmonicMixin]:
     """Return whether a module is a harmonic convolution."""
     return isinstance(module, HarmonicMixin)
@@ -36,9 +42,23 @@ def parameter_of(layer: nn.Module) -> nn.Parameter:
     return layer.coefficients if is_harmonic_layer(layer) else cast(nn.Parameter, layer.weight)
 
 
+def stored_names(layer: nn.Module) -> tuple[str, ...]:
+    """Return the names of the parameters from which a layer's kernels are computed."""
+    if is_ranked(layer):
+        return ("coefficients_in", "coefficients_out")
+    return ("coefficients",) if is_harmonic_layer(layer) else ("weight",)
+
+
 def kernel_size(layer: nn.Module) -> tuple[int, ...]:
     """Return the kernel size of a convolution as a tuple of ints; () for a linear layer."""
     return tuple(cast("tuple[int, ...]", getattr(layer, "kernel_size", ())))
+
+
+def channels_of(layer: nn.Module) -> tuple[int, int]:
+    """Return the numbers of input and output channels of a convolution or linear layer."""
+    names = ("in_features", "out_features") if isinstance(layer, nn.Linear) else ("in_channels", "out_channels")
+    inputs, outputs = (cast(int, getattr(layer, name)) for name in names)
+    return inputs, outputs
 
 
 def state_key(layer: str, tensor: str) -> str:
@@ -52,7 +72,9 @@ class LayerInfo:
 
     ``reads_input``: the layer reads the network's input or a fixed transform of it. ``fixed``: the layer is itself a
     transform that is not trained. ``output_size``: the size of its output map (H, W), known after a run of the network.
-    ``tied_to``: the first layer that has the same weight. ``skip``: why the layer cannot be converted.
+    ``tied_to``: the first layer that has the same weight. ``skip``: why the layer cannot be converted. ``inputs``,
+    ``outputs``: its channels. ``classifier``: it computes the network's logits. ``kept_positions``: how many positions
+    of its kernel the axes before the present one keep; None: all.
     """
 
     name: str
@@ -64,3 +86,9 @@ class LayerInfo:
     output_size: tuple[int, ...] | None = None
     tied_to: str | None = None
     skip: str | None = None
+    groups: int = 1
+    inputs: int = 1
+    outputs: int = 1
+    transposed: bool = False
+    classifier: bool = False
+    kept_positions: int | None = None

@@ -15,10 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import UsageError, UserCodeError
 from ..layers.harmonic import CONVOLUTIONS, reason_not_convertible
+from .classifier import classifier_of
 from .copying import deep_copy, uncopyable_member
 from .dataflow import Dataflow, Findings, fixed_parameters
 from .exchange import in_precision, in_sixteen_bits
-from .layers import LayerInfo, convolutions, is_harmonic_layer, kernel_size, state_key, weighted_layers
+from .layers import LayerInfo, channels_of, convolutions, is_harmonic_layer, kernel_size, state_key, weighted_layers
 from .other_convolutions import other_convolutions
 from .running import call, evaluating, unchanged, usage_errors
 from .side_effects import preserve_random_states
@@ -75,7 +76,7 @@ def find_layers(model: nn.Module, trace: Trace | None = None) -> list[LayerInfo]
     layers: list[LayerInfo] = []
     other_users, fixed = _weights_used_elsewhere(model), fixed_parameters(model)
     first_with: dict[int, str] = {}
-    first_convolution = next(iter(convolutions(model)), None)
+    first_convolution, classifier = next(iter(convolutions(model)), None), classifier_of(model)
     for name, layer in weighted_layers(model).items():
         run = trace.layers.get(name) if trace else None
         weight = layer._parameters.get("weight")
@@ -92,6 +93,11 @@ def find_layers(model: nn.Module, trace: Trace | None = None) -> list[LayerInfo]
                 output_size=run.output_size if run else None,
                 tied_to=tied_to if tied_to != name else None,
                 skip=_reason_to_skip(name, layer, other_users, trace),
+                groups=groups,
+                inputs=channels_of(layer)[0],
+                outputs=channels_of(layer)[1],
+                transposed=bool(getattr(layer, "transposed", False)),
+                classifier=layer is classifier,
             )
         )
     others = other_convolutions(model, trace.findings.others if trace else None)

@@ -21,7 +21,7 @@ from ..kernels.basis import Basis
 from ..network.checks import check_network, check_weights
 from ..network.tracing import Trace, find_layers, trace, trace_if_possible
 from ..network.values import default_input
-from ..plan import Bits, BitsSetting, Plan, apply_plan, make_plan
+from ..plan import Bits, BitsSetting, Plan, RankSetting, apply_plan, make_plan
 from ..plan.precision import MOST_BITS
 from ..search.dropping import Step, smallest_within
 from ..search.records import SearchSettings
@@ -44,6 +44,7 @@ def convert(
     exclude: Sequence[str] = (),
     basis: str = "dct",
     normalization: str = "ortho",
+    rank: float | int | Mapping[str, float | int] | None = None,
     bits: float | str | Mapping[str, float] | None = None,
     budget: str | Mapping[str, Any] | None = None,
     max_drop: float | None = None,
@@ -73,6 +74,10 @@ def convert(
         basis: ``"dct"``, ``"haar"``, ``"gaussian"``, or ``"klt"``, which is fitted to each layer (`Basis`). Not used
             with a `Plan`, which has its own.
         normalization: scale of the basis: ``"ortho"``, or ``"l1"`` as in the paper's ImageNet networks.
+        rank: give the weights of convolutions and linear layers a low rank: a share of the full rank (a float above 0
+            and at most 1.0), or the rank (an integer); or a dict from pattern to ranks of layers. Without patterns, the
+            layer that reads the input, depthwise layers and the classifier stay whole, and so does every layer that
+            would not become smaller.
         bits: quantise the weights of convolutions and linear layers to this many bits per weight on average, for an
             entropy coded file; or a dict from pattern to bits of layers. Without it nothing is quantised. ``"auto"``
             with ``max_drop``: find the fewest bits.
@@ -101,7 +106,7 @@ def convert(
     setting = None if bits is None or isinstance(bits, str) else BitsSetting.of(bits)
     job = _Job(
         model, example_input, Scope(include, exclude, Basis(basis, normalization)), calibration,
-        settings or CalibrationSettings(), progress, setting,
+        settings or CalibrationSettings(), progress, setting, None if rank is None else RankSetting.of(rank),
     )  # fmt: skip
     if isinstance(bits, str) and (bits != "auto" or max_drop is None):
         raise UsageError(
@@ -136,6 +141,7 @@ class _Job:
     settings: CalibrationSettings
     progress: Progress | None
     bits: BitsSetting | None = None
+    rank: RankSetting | None = None
 
 
 def _planned(job: _Job, lam: str | int | Mapping[str, int] | Plan) -> tuple[Plan, Iterable[Any] | None, Trace | None]:
@@ -145,10 +151,13 @@ def _planned(job: _Job, lam: str | int | Mapping[str, int] | Plan) -> tuple[Plan
         calibration, run = _run_on_calibration(model, lam, calibration)
     else:
         run = trace_if_possible(model, lam, job.example_input)
-    plan = make_plan(find_layers(model, run), lam, job.scope.include, job.scope.exclude, job.scope.basis, job.bits)
+    plan = make_plan(
+        find_layers(model, run), lam, job.scope.include, job.scope.exclude, job.scope.basis, job.bits, job.rank
+    )
     if not plan.layers:
         reasons = shortened([f"{skip.name}: {skip.why}" for skip in plan.skipped], 3) or "it has none"
-        what = "convolution over 1x1" if job.bits is None else "convolution and no linear layer"
+        every = job.bits is not None or job.rank is not None
+        what = "convolution and no linear layer" if every else "convolution over 1x1"
         raise InputError(f"this {type(model).__name__} has no {what} to convert ({reasons})")
     return plan, calibration, run
 

@@ -17,6 +17,7 @@ from ..network.layers import convolutions, is_harmonic_layer, kernel_size, weigh
 from ..network.state import tensors_of
 from ..storage.tensors import equal
 
+_KERNELS = ("weight", "coefficients", "coefficients_in", "coefficients_out", "fitted_basis")
 _ATTRIBUTES = ("stride", "padding", "dilation", "groups", "padding_mode", "output_padding", "transposed", "eps")
 
 
@@ -106,7 +107,7 @@ def altered_state(
     """
     paired = {id(original.get_submodule(name)) for name in pairs}
     names = [name for name, module in original.named_modules(remove_duplicate=False) if id(module) in paired]
-    kernels = {f"{name}.{key}".lstrip(".") for name in names for key in ("weight", "coefficients", "fitted_basis")}
+    kernels = {f"{name}.{key}".lstrip(".") for name in names for key in _KERNELS}
     original_tensors, converted_tensors = tensors_of(original), tensors_of(converted)
     problems = []
     for key, tensor in original_tensors.items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from math import isnan
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from ..codecs.plain import WEIGHT_DTYPES, tolerance_of
 from ..errors import InputError, shortened
 from ..layers.block import HarmonicBlock2d
 from ..network.forms import fold_blocks
-from ..network.layers import is_harmonic_layer, state_key
+from ..network.layers import is_harmonic_layer, state_key, stored_names
 from ..network.running import evaluating
 from ..network.state import tensors_of
 from ..network.values import batch_size, seeded_inputs
@@ -139,8 +140,8 @@ def _kernel_checks(
     for name, pair in pairs.items():
         tick(name)
         with evaluating(*pair):
-            key = state_key(name, "coefficients" if is_harmonic_layer(pair[1]) else "weight")
-            checks[name] = check_layer(*pair, planned.get(name), written.get(key))
+            known = [written[key] for key in map(partial(state_key, name), stored_names(pair[1])) if key in written]
+            checks[name] = check_layer(*pair, planned.get(name), all(known) if known else None)
     return checks
 
 

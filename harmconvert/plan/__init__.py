@@ -1,11 +1,12 @@
 """Plans: what each layer of a network keeps on each axis; making a plan by a policy, its cost, and applying it.
 
-What belongs here: the axes (`space`, `precision`), plans as data, and cost computed from shapes. What does not:
-everything that needs data (`calibration`), searches (`search`) and files (`storage`).
+What belongs here: the axes (`space`, `channels`, `precision`), plans as data, and cost computed from shapes. What does
+not: everything that needs data (`calibration`), searches (`search`) and files (`storage`).
 """
 
 from .applying import apply_plan, plan_of_model
 from .axes import AXES, Axis, Check, Kept, LayerCost, WeightShape, register
+from .channels import ChannelAxis, Rank, RankSetting
 from .cost import Cost, layer_costs, network_cost, parameter_count, tensor_bytes
 from .making import make_plan, plannable
 from .plan import LayerPlan, Plan, Skip
@@ -26,6 +27,7 @@ __all__ = [
     "Axis",
     "Bits",
     "BitsSetting",
+    "ChannelAxis",
     "Check",
     "CodedWeight",
     "Cost",
@@ -35,6 +37,8 @@ __all__ = [
     "LayerPlan",
     "Plan",
     "PrecisionAxis",
+    "Rank",
+    "RankSetting",
     "Skip",
     "SpaceAxis",
     "WeightShape",
@@ -59,4 +63,5 @@ __all__ = [
 ]
 
 register(SpaceAxis())
+register(ChannelAxis())
 register(PrecisionAxis())

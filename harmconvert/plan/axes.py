@@ -56,7 +56,7 @@ class WeightShape:
     """The facts about a layer's weight from which costs are computed.
 
     ``positions``: at how many positions the layer is computed, None if not known. ``factorable``: whether the class of
-    the layer has a factored form.
+    the layer has a factored form. ``stride``: the product of its strides.
     """
 
     weights: int
@@ -64,6 +64,7 @@ class WeightShape:
     in_channels: int
     positions: int | None
     factorable: bool
+    stride: int = 1
 
     @property
     def kernel_positions(self) -> int:
@@ -191,8 +192,11 @@ class Axis(ABC):
         """Return what a converted layer keeps; None if this cannot be read from the module."""
         return None
 
-    def tensors(self, kept: Kept, kernel_size: tuple[int, ...]) -> Mapping[str, Expected]:
-        """Return the shapes of the tensors that a file holds for a layer that keeps this, by tensor name."""
+    def tensors(self, kept: Kept, kernel_size: tuple[int, ...]) -> Mapping[str, Expected | None]:
+        """Return the shapes of the tensors that a file holds for a layer that keeps this, by tensor name.
+
+        None: the file does not have this tensor of an earlier axis.
+        """
         return {}
 
     @abstractmethod

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from ..codecs.codec import Entry
 from ..codecs.plain import stored_bytes
 from ..layers.factored import FACTORABLE
-from ..network.layers import convolutions, kernel_size, weighted_layers
+from ..network.layers import channels_of, convolutions, kernel_size, weighted_layers
 from ..network.other_convolutions import other_convolutions
 from ..network.running import evaluating
 from ..network.state import tensors_of
@@ -82,8 +82,9 @@ def layer_costs(model: nn.Module, plan: Plan, trace: Trace | None = None) -> dic
         run = trace.layers.get(planned.name) if trace else None
         macs = None if trace is None else run.macs // trace.batch if run else 0
         positions = None if macs is None else macs // max(weight.numel(), 1)
-        inputs = cast(int, getattr(layer, "in_channels", 0) or getattr(layer, "in_features", 0))
-        shape = WeightShape(weight.numel(), planned.kernel_size, inputs, positions, type(layer) in FACTORABLE)
+        inputs = channels_of(layer)[0]
+        stride = prod(cast("tuple[int, ...]", getattr(layer, "stride", ())))
+        shape = WeightShape(weight.numel(), planned.kernel_size, inputs, positions, type(layer) in FACTORABLE, stride)
         size = stored_bytes(weight)
         cost = LayerCost(weight.numel(), weight.numel(), size, size, macs=macs, factored_macs=macs)
         for kept in planned.keeps:

@@ -6,14 +6,16 @@ A plan is made from facts about the layers (`LayerInfo`), not from the network i
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 from ..errors import UsageError
 from ..kernels.basis import Basis
 from ..network.layers import LayerInfo
 from .axes import AXES
+from .channels.ranks import RankSetting
 from .plan import LayerPlan, Plan, Skip
 from .precision.bits import BitsSetting
 from .space.policies import Lambda, no_match
@@ -26,6 +28,7 @@ def make_plan(
     exclude: Sequence[str] = (),
     basis: Basis | None = None,
     bits: BitsSetting | None = None,
+    rank: RankSetting | None = None,
 ) -> Plan:
     """Make a plan by a lambda policy.
 
@@ -38,12 +41,13 @@ def make_plan(
         exclude: patterns of layers that are not converted.
         basis: the basis of the kernels; the DCT if None. A Plan has its own bases.
         bits: bits per weight, also of layers without a kernel larger than 1x1; None: nothing is quantised.
+        rank: ranks, also of layers without a kernel larger than 1x1; None: no rank is reduced.
 
     Raises:
         UsageError: the lambda is unknown, a pattern matches nothing, a kernel has fewer levels, or the plan does not
             fit the network.
     """
-    settings: dict[str, Any] = {"space": Lambda(lam, basis or Basis()), "precision": bits}
+    settings: dict[str, Any] = {"space": Lambda(lam, basis or Basis()), "channels": rank, "precision": bits}
     all_layers, layers = layers, plannable(layers, settings)
     names = [layer.name for layer in layers]
     for pattern in (*include, *exclude):
@@ -64,15 +68,35 @@ def make_plan(
         others = [layer for layer in all_layers if layer not in layers]
         not_convertible = {layer.name for layer in layers if (layer.tied_to or layer.name) in cannot_convert}
         followed = _follow(lam, [*chosen, *others], skipped, not_convertible)
-        return followed if bits is None else _with_bits(followed, chosen, bits)
+        return _with_settings(followed, chosen, {"channels": rank, "precision": bits}, named)
     notes: dict[str, str] = {}
-    keeps = {axis.name: axis.plan(chosen, settings.get(axis.name), named, notes) for axis in AXES.values()}
-    planned = [
-        LayerPlan(layer.name, layer.kernel_size, own)
-        for layer in chosen
-        if (own := tuple(kept[layer.name] for kept in keeps.values() if layer.name in kept))
-    ]
-    return Plan(tuple(_same_for_tied_layers(planned, chosen)), tuple(skipped), str(settings["space"]), notes)
+    planned = [LayerPlan(layer.name, layer.kernel_size) for layer in chosen]
+    planned = _planned(chosen, planned, settings, AXES, named, notes)
+    planned = [layer for layer in planned if layer.keeps]
+    policy = str(settings["space"]) + (f", rank {rank}" if rank is not None else "")
+    return Plan(tuple(_same_for_tied_layers(planned, chosen)), tuple(skipped), policy, notes)
+
+
+def _planned(
+    layers: Sequence[LayerInfo],
+    planned: Sequence[LayerPlan],
+    settings: Mapping[str, Any],
+    axes: Iterable[str],
+    named: Collection[str],
+    notes: dict[str, str],
+) -> list[LayerPlan]:
+    """Return the plans of the layers with what they keep on these axes.
+
+    The axes follow one after the other, and each is told how many positions of the kernel the earlier ones keep.
+    """
+    plans = {layer.name: layer for layer in planned}
+    for axis in axes:
+        infos = [
+            replace(layer, kept_positions=plans[layer.name].kept_share(prod(layer.kernel_size))) for layer in layers
+        ]
+        for name, kept in AXES[axis].plan(infos, settings.get(axis), named, notes).items():
+            plans[name] = plans[name].keeping(kept)
+    return list(plans.values())
 
 
 def plannable(layers: Sequence[LayerInfo], settings: Mapping[str, Any] | None = None) -> list[LayerInfo]:
@@ -82,19 +106,23 @@ def plannable(layers: Sequence[LayerInfo], settings: Mapping[str, Any] | None = 
     return [layer for layer in layers if any(axis.applies(layer) for axis in axes)]
 
 
-def _with_bits(plan: Plan, layers: Sequence[LayerInfo], bits: BitsSetting) -> Plan:
-    """Return the plan with bits for its layers and for the other ``layers``."""
-    planned = {layer.name: layer for layer in plan.layers}
-    changed = [
-        planned.get(layer.name, LayerPlan(layer.name, layer.kernel_size)).keeping(*kept)
-        for layer in layers
-        if (kept := [one] if (one := bits.planned(layers).get(layer.name)) else []) or layer.name in planned
-    ]
+def _with_settings(
+    plan: Plan, layers: Sequence[LayerInfo], settings: Mapping[str, Any], named: Collection[str]
+) -> Plan:
+    """Return the plan with ranks and bits for its layers and for the other ``layers``."""
+    given = {name: setting for name, setting in settings.items() if setting is not None}
+    if not given:
+        return plan
+    before, notes = {layer.name: layer for layer in plan.layers}, dict(plan.notes)
+    plans = [before.get(layer.name, LayerPlan(layer.name, layer.kernel_size)) for layer in layers]
+    plans = _planned(layers, plans, given, given, named, notes)
+    changed = [layer for layer in plans if layer.keeps or layer.name in before]
     names = {layer.name for layer in changed}
     return replace(
         plan,
         layers=tuple(_same_for_tied_layers(changed, layers)),
         skipped=tuple(skip for skip in plan.skipped if skip.name not in names),
+        notes=notes,
     )
 
 

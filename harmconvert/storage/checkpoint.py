@@ -32,6 +32,7 @@ from ..network.declared import declare_preprocessing, preprocessing_record
 from ..network.exchange import replace_module
 from ..network.forms import dense_form, factor, fuse
 from ..network.layers import convolutions, harmonic_layers, is_harmonic_layer, kernel_size, state_key, weighted_layers
+from ..network.low_rank import joined
 from ..network.state import tensors_of
 from ..plan import AXES, Plan, apply_plan, plan_of_model
 from .header import METADATA_KEY, BlockRecord, Header, checksum, header_text
@@ -79,6 +80,7 @@ def write_checkpoint(
         OutsideError: the disk is full or permission is missing.
     """
     check_output(path, force, ".safetensors")
+    model = joined(model)
     check_finite(model)
     plan = header.plan if header else plan_in(model)
     tensors, tied = untied_state(model)
@@ -189,6 +191,8 @@ def _check_shapes(path: str | Path, header: Header, shapes: Mapping[str, list[in
         for tensor, expected in AXES[kept.axis].tensors(kept, layer.kernel_size).items()
     }
     for key, expected in expected_shapes.items():
+        if expected is None:
+            continue
         shape = shapes.get(key)
         if (shape is None and key in header.tied) or (shape is not None and expected.fits(shape)):
             continue

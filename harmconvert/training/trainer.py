@@ -18,7 +18,7 @@ from ..data.loading import Batch
 from ..errors import Argument, InputError, UsageError, first_line
 from ..layers.harmonic import coefficients_to_channels_last
 from ..network.distributed import sum_over_ranks, world_size
-from ..network.layers import harmonic_layers
+from ..network.layers import converted_layers, stored_names
 from ..network.state import fill, tensors_of
 from ..network.values import images_to_channels_last
 from ..storage.weights import load_exactly
@@ -231,7 +231,9 @@ def choose_parameters(model: nn.Module, recipe: Recipe) -> None:
         UsageError: the recipe trains no parameter of this network.
     """
     if recipe.train_only == "coefficients":
-        chosen = {id(layer.coefficients) for layer in harmonic_layers(model).values()}
+        chosen = {
+            id(layer._parameters[name]) for layer in converted_layers(model).values() for name in stored_names(layer)
+        }
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in chosen)
     if recipe.freeze_bn:

@@ -141,7 +141,7 @@ MUTANTS = (
         "height and width are swapped where kernels are laid out channels_last", CONV,
     ),
     Mutant(
-        "layers.harmonic._parameter_like",
+        "layers.harmonic.parameter_like",
         "parameter.requires_grad",
         "True",
         "frozen kernels thaw", CONV,
@@ -393,7 +393,7 @@ MUTANTS = (
         "examples share most of their positions", REFIT,
     ),
     Mutant(
-        "calibration.responses.to_groups",
+        "kernels.projection.to_groups",
         "return (blocks.transpose(1, 2) if transposed else blocks).flatten(2)",
         "return blocks.flatten(2)",
         "channels in and out of transposed convolutions are mixed up", REFIT,

@@ -123,7 +123,7 @@ class SpaceAxis(Axis):
             return None
         return Frequencies(kernel_size(layer), layer.frequencies, layer.basis_spec)
 
-    def tensors(self, kept: Kept, kernel_size: tuple[int, ...]) -> Mapping[str, Expected]:
+    def tensors(self, kept: Kept, kernel_size: tuple[int, ...]) -> Mapping[str, Expected | None]:
         """Return the shapes of the coefficients (O, I, F) and, if the basis is fitted, of its kernels (F, K)."""
         own = cast(Frequencies, kept)
         count = len(own.frequencies)
