@@ -52,7 +52,7 @@ from harmconvert.calibration import CalibrationSettings
 from harmconvert.codecs import Layout, Quantised, codec_of, step_indices
 from harmconvert.network import find_layers, tensors_of
 from harmconvert.plan import BitsSetting as Setting
-from harmconvert.plan import Plan, coded_weights, make_plan, tensor_bytes, without_bits
+from harmconvert.plan import Plan, coded_weights, make_plan, tensor_bytes
 
 Integers = npt.NDArray[np.int32]
 
@@ -192,7 +192,7 @@ def integers(subject: Subject, bits: int) -> Coded:
     """Integers with one scale for each output channel, as int8 and int4 kernels hold them."""
     conversion = hc.convert(subject.model, bits=8)
     plan = conversion.plan
-    converted = hc.convert(subject.model, without_bits(plan)).model
+    converted = hc.convert(subject.model, plan.without("precision")).model
     size = tensor_bytes(converted)
     for weight in coded_weights(converted, plan):
         matrices = weight.matrices()

@@ -150,6 +150,30 @@ def parse_bits(text: str) -> float | str | dict[str, float]:
     return patterns
 
 
+def parse_rank(text: str) -> float | int | dict[str, float | int]:
+    """Parse ranks: a share of the full rank, a whole number, or ``PATTERN=R,PATTERN=R``.
+
+    >>> parse_rank("0.5"), parse_rank("16"), parse_rank("layer4.*=0.25,fc=32")
+    (0.5, 16, {'layer4.*': 0.25, 'fc': 32})
+
+    Raises:
+        UsageError: the text is none of these.
+    """
+    patterns: dict[str, float | int] = {}
+    for part in text.split(","):
+        pattern, equals, number = part.strip().rpartition("=")
+        match = _NUMBER.fullmatch(number.strip().lower())
+        if match is None or match[2] or bool(equals) != bool(pattern) or (not equals and "," in text):
+            raise UsageError(f"unknown rank {text!r}: use a share such as 0.5, a whole number, or PATTERN=R,PATTERN=R")
+        rank = int(match[1]) if _is_decimal(match[1]) else float(match[1])
+        if not equals:
+            return rank
+        if pattern in patterns:
+            raise UsageError(f"rank names the pattern {pattern!r} twice")
+        patterns[pattern] = rank
+    return patterns
+
+
 def _is_decimal(text: str) -> bool:
     return text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS
 

@@ -129,17 +129,18 @@ def metrics_path(output: str | Path) -> Path:
     return beside(output, ".metrics.csv")
 
 
-def default_name(source: str, lam: str, bits: str | None = None) -> str:
-    """Return the default output of `harmconvert convert`: NAME-harmonic-LAMBDA.safetensors, with -Bbit for bits.
+def default_name(source: str, lam: str, bits: str | None = None, rank: str | None = None) -> str:
+    """Return the default output of `harmconvert convert`: NAME-harmonic-LAMBDA.safetensors, with -rankR and -Bbit.
 
     >>> default_name("hf-hub:timm/resnet18.a1_in1k", "progressive"), default_name("resnet50", "layer4.*=2")
     ('resnet18.a1_in1k-harmonic-progressive.safetensors', 'resnet50-harmonic-custom.safetensors')
-    >>> default_name("resnet50", "full", "2.5")
-    'resnet50-harmonic-full-2.5bit.safetensors'
+    >>> default_name("resnet50", "full", "2.5"), default_name("resnet50", "2", rank="0.5")
+    ('resnet50-harmonic-full-2.5bit.safetensors', 'resnet50-harmonic-2-rank0.5.safetensors')
     """
     kept = "custom" if "=" in lam else lam.strip()
     coded = "" if bits is None else "-custombit" if "=" in bits else f"-{bits.strip()}bit"
-    return f"{short_name(source)}-harmonic-{kept}{coded}.safetensors"
+    ranked = "" if rank is None else "-rankcustom" if "=" in rank else f"-rank{rank.strip()}"
+    return f"{short_name(source)}-harmonic-{kept}{ranked}{coded}.safetensors"
 
 
 def short_name(source: str) -> str:

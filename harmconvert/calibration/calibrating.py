@@ -9,20 +9,24 @@ keeps the plain cut. No labels and no training are needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..codecs.codec import Entry
 from ..codecs.digests import tensors_sha256
 from ..errors import counted, first_line
+from ..layers.low_rank import reason_not_splittable
+from ..layers.ranked import pair_for
 from ..network.exchange import in_precision, in_sixteen_bits
-from ..network.layers import convolutions, state_key, stored_names, weighted_layers
+from ..network.layers import convolutions, kernel_size, state_key, stored_names, weighted_layers
+from ..network.low_rank import at_full_rank, in_two_layers, joined, ranked_layers
 from ..network.running import unchanged
 from ..network.state import tensors_of
-from ..plan import AXES, Bits, Plan, coded_weights, round_weights, without_bits
+from ..plan import AXES, Bits, CodedWeight, LayerPlan, Plan, Rank, apply_plan, coded_weights, round_weights
 from .batch_norm import batch_norms, reestimate
 from .coding import Coder
 from .cuts import WholeLayer
@@ -42,6 +46,8 @@ MOST_TARGETS = 3 << 29
 # Re-estimated batch norms are kept only if they reduce the divergence to this share: with few held-back inputs, smaller
 # differences are chance.
 BATCH_NORM_GAIN = 0.9
+# The layers of `LowRank` that have the two matrices of a layer of low rank.
+_PARTS = {"coefficients_in": "first", "coefficients_out": "second"}
 
 
 @dataclass(frozen=True)
@@ -108,8 +114,14 @@ def calibrate(
         return Calibration((), context.data.total, 0, notes=("nothing was cut, so there is nothing to repair",))
     before = _copied_tensors(converted)
     runnable = context.runnable(converted)
-    with unchanged(context.original), unchanged(runnable, set(batch_norms(runnable).values()), weights=False):
-        record = _calibrate(context.original, runnable, cut, _copied_tensors(runnable), context, settings, progress)
+    ranks = {name: kept for name, kept in plan.on(Rank.axis).items() if not kept.whole}
+    # Ranks are reduced after the refit, in a network with whole weights; their matrices follow from the result.
+    whole = apply_plan(context.original, plan.without(Rank.axis)) if ranks else runnable
+    plain = _copied_tensors(at_full_rank(runnable))
+    with unchanged(context.original), unchanged(whole, set(batch_norms(whole).values()), weights=False):
+        record = _calibrate(context.original, whole, cut, plain, context, settings, progress, ranks=ranks)
+    if ranks:
+        _write_ranks(runnable, whole)
     if runnable is not converted:
         blend(converted, _copied_tensors(runnable), before, 0.0)
     state = tensors_of(converted)
@@ -125,33 +137,72 @@ def _calibrate_and_code(
     progress: Progress | None,
 ) -> Calibration:
     """Refit the layers that are cut, then refit and code all layers with bits, one after the other."""
-    cut, first = without_bits(plan), None
+    cut, first = plan.without(Bits.axis), None
     if not cut.whole:
         first = calibrate(context.original, converted, cut, context, settings, progress)
     before = _copied_tensors(converted)
     runnable = context.runnable(converted)
-    uncoded = _copied_tensors(runnable)
-    entries = round_weights(runnable, plan, attempts=1)
-    rounded = _copied_tensors(runnable)
-    blend(runnable, uncoded, uncoded, 0.0)
-    names = [layer.name for layer in plan.layers if layer.on(Bits.axis)]
-    with unchanged(context.original), unchanged(runnable, set(batch_norms(runnable).values()), weights=False):
+    # The two matrices of a layer of low rank are coded as two layers: the second one then repairs errors of the first.
+    split = [name for name, layer in ranked_layers(runnable).items() if not reason_not_splittable(layer)]
+    working, original = runnable, context.original
+    if split:
+        working, original = (in_two_layers(runnable, split, harmonic=True) for _ in range(2))
+    parts = _in_parts(plan, working, split)
+    uncoded = _copied_tensors(working)
+    entries = round_weights(working, parts, attempts=1)
+    rounded = _copied_tensors(working)
+    blend(working, uncoded, uncoded, 0.0)
+    names = [layer.name for layer in parts.layers if layer.on(Bits.axis)]
+    with unchanged(original), unchanged(working, set(batch_norms(working).values()), weights=False):
         coder = Coder.measured(
-            runnable, plan, context.data, settings.seed, memory_for(runnable, settings),
+            working, parts, context.data, settings.seed, memory_for(working, settings),
             progress or (lambda done, total, what: None),
         )  # fmt: skip
-        record = _calibrate(context.original, runnable, names, rounded, context, settings, progress, coder)
+        record = _calibrate(original, working, names, rounded, context, settings, progress, coder)
     if record.kept > 0:
         entries = coder.entries
+    if split:
+        entries = _joined_entries(coded_weights(working, parts), coded_weights(runnable, plan), entries)
+        blend(runnable, _copied_tensors(joined(working)), {}, 0.0)
     if runnable is not converted:
         blend(converted, _copied_tensors(runnable), before, 0.0)
-    entries = {weight.key: weight.restore(entries[weight.key]) for weight in coded_weights(converted, plan)}
+    entries = {w.key: w.restore(entries[w.key]) for w in coded_weights(converted, plan) if w.key in entries}
     state = tensors_of(converted)
     changed = {key for key, tensor in before.items() if not torch.equal(state[key], tensor)}
     # The streams of coded tensors have their values, so these need no digests.
     changed = (changed | set(first.changed if first else ())) - set(entries)
     notes = (*record.notes, *coder.notes)
     return replace(record, changed=digests(converted, sorted(changed)), coded=entries, notes=notes)
+
+
+def _in_parts(plan: Plan, network: nn.Module, split: Collection[str]) -> Plan:
+    """Return the plan of a network in which the layers of low rank named in ``split`` are two layers.
+
+    Other layers of low rank are not coded.
+    """
+    ranked, layers = set(plan.on(Rank.axis)), weighted_layers(network)
+    parts: list[LayerPlan] = []
+    for layer in plan.layers:
+        if layer.name not in ranked:
+            parts.append(layer)
+        elif layer.name in split and (bits := layer.on(Bits.axis)) is not None:
+            for name in (state_key(layer.name, part) for part in _PARTS.values()):
+                parts.append(LayerPlan(name, kernel_size(layers[name]), (bits,)))
+    return replace(plan, layers=tuple(parts))
+
+
+def _joined_entries(
+    parts: Sequence[CodedWeight], weights: Sequence[CodedWeight], entries: Mapping[str, Entry]
+) -> dict[str, Entry]:
+    """Return the entries of the weights of a network, from those of a network whose layers of low rank are split."""
+    part_of = {name: part for part in parts for name in part.names}
+    joined_entries = {}
+    for weight in weights:
+        stored = _PARTS.get(weight.key.rpartition(".")[2])
+        name = weight.names[0] if stored is None else state_key(weight.names[0], stored)
+        if (part := part_of.get(name)) is not None and part.key in entries:
+            joined_entries[weight.key] = weight.adopted(entries[part.key])
+    return joined_entries
 
 
 def _calibrate(
@@ -163,14 +214,16 @@ def _calibrate(
     settings: CalibrationSettings,
     progress: Progress | None,
     coder: Coder | None = None,
+    ranks: Mapping[str, Rank] | None = None,
 ) -> Calibration:
     """Calibrate and return the record, without digests of the changed tensors.
 
     Args:
         before: the tensors of the plain cut; with a coder, those of plain rounding.
+        ranks: the ranks to which weights are reduced, by layer; ``converted`` has them whole.
     """
     data, compare = context.data, context.compare
-    layers, fallbacks = _refit(original, converted, cut, context, settings, progress, coder)
+    layers, fallbacks = _refit(original, converted, cut, context, settings, progress, coder, ranks)
     after = _copied_tensors(converted)
     blend(converted, before, before, 0.0)
     plain, why = compare(converted)
@@ -178,7 +231,9 @@ def _calibrate(
     blend(converted, after, after, 0.0)
     refit, why_refit = compare(converted) if settings.refit else (plain, why)
     agreements[1.0] = compare.agreement
-    kept, final = never_worse(compare, converted, before, plain, refit, () if coder else (0.5, 0.25))
+    # Neither coded weights nor weights of a low rank have values between two of their kind.
+    shares = () if coder or ranks else (0.5, 0.25)
+    kept, final = never_worse(compare, converted, before, plain, refit, shares)
     agreement = agreements.get(kept, compare.agreement)
     norms = 0
     notes: list[str] = []
@@ -226,6 +281,7 @@ def _refit(
     settings: CalibrationSettings,
     progress: Progress | None,
     coder: Coder | None,
+    ranks: Mapping[str, Rank] | None,
 ) -> tuple[list[LayerCalibration], tuple[str, ...]]:
     """Refit the layers named in ``cut``; return their records and the fallbacks of the runs."""
     data, layers = context.data, weighted_layers(converted)
@@ -241,7 +297,7 @@ def _refit(
     records = []
     batches = (*data.fit, *data.held)
     with Forwards(converted, harmonic, memory // 4, batches, data.probes, data.runs.complete) as forwards:
-        refit = Refit(forwards, targets, data, settings, memory, whole, coder)
+        refit = Refit(forwards, targets, data, settings, memory, whole, coder, ranks)
         for done, tied in enumerate(tied_layers):
             if progress:
                 progress(done, len(tied_layers), tied.names[0])
@@ -308,6 +364,17 @@ def _batch_norms(
         blend(converted, before, before, 0.0)
         return 0, divergence_before, notes
     return norms, divergence, notes
+
+
+@torch.no_grad()
+def _write_ranks(ranked: nn.Module, whole: nn.Module) -> None:
+    """Set a network's tensors to those of one with whole weights, whose ranks are reduced already."""
+    state, layers = tensors_of(whole), weighted_layers(whole)
+    for key, tensor in tensors_of(ranked).items():
+        if key in state:
+            tensor.copy_(state[key])
+    for name, layer in ranked_layers(ranked).items():
+        layer.write(pair_for(layers[name], layer.rank, layer.kernel_second))
 
 
 def _copied_tensors(model: nn.Module) -> dict[str, Tensor]:

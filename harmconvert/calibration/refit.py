@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..network.distributed import all_or_none
 from ..network.layers import harmonic_layers
+from ..plan import Rank
 from .capture import ConvCall, explain_error
 from .coding import Coder
 from .cuts import WholeLayer
@@ -20,6 +21,7 @@ from .equations import Change, Layer, Problem
 from .holding import Forwards
 from .inputs import Batch, CalibrationSet
 from .layers import Choice, Kernel, RefitError, basis_of, choose, in_range, refittable_bias
+from .ranks import reduced
 from .records import ENOUGH_POSITIONS, CalibrationSettings, LayerCalibration
 from .solvers import Operator
 from .tied_layers import Targets, TiedLayers, rows_of
@@ -39,6 +41,7 @@ class Refit:
         memory: bytes that one layer's equations may use.
         whole: equations of uncut layers, which are used instead of new runs.
         coder: codes the weights of the layers after their refit; None: they are not coded.
+        ranks: what layers keep on the channel axis, by name; the weights of these layers get a low rank.
     """
 
     def __init__(
@@ -50,9 +53,11 @@ class Refit:
         memory: int,
         whole: Mapping[str, WholeLayer],
         coder: Coder | None = None,
+        ranks: Mapping[str, Rank] | None = None,
     ) -> None:
         self.forwards, self.targets, self.data = forwards, targets, data
         self.settings, self.memory, self.whole, self.coder = settings, memory, whole, coder
+        self.ranks = ranks or {}
 
     def __call__(self, tied: TiedLayers) -> LayerCalibration:
         """Refit layers that share coefficients. If this fails, they keep the projection, and the record says why."""
@@ -90,6 +95,8 @@ class Refit:
         if not (fit.finite and held.finite):
             raise UsageError("its activations are NaN or infinite on the calibration inputs")
         choice = choose(fit, held, dampings(self.settings, fit.count / layer.unknowns))
+        if (rank := self.ranks.get(tied.names[0])) is not None:
+            choice = reduced(choice, fit, held, rank)
         bias_before = None if bias is None else bias.detach().clone()
         if choice.change is not None:
             _write(kernel, layer, choice, bias)

@@ -233,6 +233,24 @@ class Operator(Problem):
     def response_sums_GN(self) -> Tensor:
         return self._sum
 
+    def output_moments(self, coefficients_GON: Tensor) -> tuple[Tensor, Tensor]:
+        """Return second moments of the outputs of given coefficients (G, O, O), and the mean power of a response (G,).
+
+        Both are sums over all positions, centred if a bias is fitted.
+        """
+        groups, out, _ = coefficients_GON.shape
+        moments_GOO = coefficients_GON.new_zeros(groups, out, out)
+        for one_map in self._outputs(coefficients_GON, None):
+            y_GRO = one_map.flatten(2).transpose(0, 1).flatten(1).to(moments_GOO).unflatten(0, (groups, out)).mT
+            moments_GOO += y_GRO.mT @ y_GRO
+        power_G = self._power.clone()
+        sum_over_ranks([moments_GOO])
+        if self.layer.fits_bias:
+            mean_GO1 = coefficients_GON @ self._sum[..., None]
+            moments_GOO -= mean_GO1 @ mean_GO1.mT / self.count
+            power_G -= self._sum.square().sum(1) / self.count
+        return moments_GOO, power_G / self.layer.unknowns
+
     def candidates(self, dampings: Sequence[float]) -> Iterator[Change]:
         power = self._power - (self._sum.square().sum(1) / self.count if self.layer.fits_bias else 0)
         scale_G11 = (power / self.layer.unknowns).view(-1, 1, 1)

@@ -16,7 +16,7 @@ from torch import nn
 from ..arguments import Budget
 from ..calibration import CalibrationSettings, Progress, calibrate
 from ..calibration.reading import Reader, items
-from ..errors import InputError, UsageError, UserCodeError, shortened
+from ..errors import Argument, InputError, UsageError, UserCodeError, shortened
 from ..kernels.basis import Basis
 from ..network.checks import check_network, check_weights
 from ..network.tracing import Trace, find_layers, trace, trace_if_possible
@@ -114,6 +114,11 @@ def convert(
         )
     if (max_drop is None) != (metric is None):
         raise UsageError("max_drop and metric (a function that measures a network) need each other: give both")
+    if rank is not None and bits != "auto" and (max_drop is not None or _counts(budget)):
+        raise UsageError(
+            Argument("rank", rank), " and ", Argument("budget"), " or ", Argument("max_drop"),
+            " both say what to keep: give only one",
+        )  # fmt: skip
     if max_drop is not None and metric is not None:
         if budget is not None or lam != "full":
             raise UsageError("max_drop finds the size of the network: leave out lam and budget")
@@ -128,6 +133,11 @@ def convert(
             raise UsageError(f"lam (={lam!r}) and budget (={budget!r}) both say what to keep: give only one")
         return _convert_within_budget(job, parsed, search or SearchSettings())
     return _convert_by_policy(job, lam)
+
+
+def _counts(budget: str | Mapping[str, Any] | None) -> bool:
+    """Return whether a budget limits something other than bytes."""
+    return budget is not None and Budget.parse(budget).unit != "bytes"
 
 
 @dataclass(frozen=True)
@@ -148,9 +158,9 @@ def _planned(job: _Job, lam: str | int | Mapping[str, int] | Plan) -> tuple[Plan
     """Return the plan by a policy, all calibration batches, and the trace."""
     model, calibration = job.model, job.calibration
     if calibration is not None and job.example_input is None:
-        calibration, run = _run_on_calibration(model, lam, calibration)
+        calibration, run = _run_on_calibration(model, lam if job.rank is None else "any", calibration)
     else:
-        run = trace_if_possible(model, lam, job.example_input)
+        run = trace_if_possible(model, lam if job.rank is None else "any", job.example_input)
     plan = make_plan(
         find_layers(model, run), lam, job.scope.include, job.scope.exclude, job.scope.basis, job.bits, job.rank
     )

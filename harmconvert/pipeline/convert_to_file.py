@@ -16,7 +16,7 @@ from ..errors import CheckError
 from ..files import check_output, write_file
 from ..network.distributed import joined, on_first_rank
 from ..network.forms import dense_form
-from ..plan import Plan, without_bits
+from ..plan import Bits, Plan, Rank
 from ..search.records import SearchSettings
 from ..storage.checkpoint import Header, Network, is_harmonic, read_checkpoint, read_header
 from ..storage.precision import dtype_named
@@ -83,6 +83,7 @@ def convert_to_file(
     exclude: Sequence[str] = (),
     basis: str = "dct",
     normalization: str = "ortho",
+    rank: float | int | Mapping[str, float | int] | None = None,
     bits: float | str | Mapping[str, float] | None = None,
     dtype: str = "float32",
     calibration: CalibrationData | None = None,
@@ -112,7 +113,7 @@ def convert_to_file(
         lam: as for `convert`; None means ``"full"``, or no change if the network is already harmonic. If the weights of
             a harmonic network are to be coded, None keeps its cut.
         plan: a file with a plan, instead of ``lam``: JSON, or a harmonic checkpoint.
-        bits, budget, max_drop, include, exclude, basis, normalization, settings, search: as for `convert`.
+        rank, bits, budget, max_drop, include, exclude, basis, normalization, settings, search: as for `convert`.
         labelled: images for ``max_drop``: every second test image chooses the size, the others measure the loss.
         dtype: type of the weights in the file: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
         calibration: a folder of images, ``sample:NAME``, a timm data set, or batches of your own.
@@ -138,11 +139,11 @@ def convert_to_file(
     settings = settings or CalibrationSettings(inputs=256)
     data = _Data(calibration, labelled, settings, batch_size, input_sizes, preprocessing or {}, listener)
     target = _Target(source, str(output), dtype, input_sizes, force, command, listener)
-    choices = (*(one is not None for one in (lam, bits, plan, budget, labelled, calibration)), include, exclude)
+    choices = (*(one is not None for one in (lam, rank, bits, plan, budget, labelled, calibration)), include, exclude)
     unchanged = stays_as_it_is(None if is_given(source) else text_of(source), choices, basis, normalization, dtype)
     options: dict[str, Any] = {
-        "include": include, "exclude": exclude, "basis": basis, "normalization": normalization, "bits": bits,
-        "budget": budget, "max_drop": max_drop, "search": search or SearchSettings(say=listener.say),
+        "include": include, "exclude": exclude, "basis": basis, "normalization": normalization, "rank": rank,
+        "bits": bits, "budget": budget, "max_drop": max_drop, "search": search or SearchSettings(say=listener.say),
         "settings": settings,
         "lam": _plan_in(plan) if plan is not None else "full" if lam is None else lam,
     }  # fmt: skip
@@ -151,8 +152,10 @@ def convert_to_file(
         if unchanged and network.header:
             return _write_unchanged(network, target)
         coded = bits is not None or (budget is not None and Budget.parse(budget).unit == "bytes")
-        if network.header and lam is None and plan is None and coded:
-            options["lam"] = without_bits(network.header.plan)  # coding keeps the cut of a harmonic network
+        if network.header and lam is None and plan is None and (coded or rank is not None):
+            # Coding and a lower rank keep the cut of a harmonic network.
+            kept = network.header.plan.without(Bits.axis)
+            options["lam"] = kept if rank is None else kept.without(Rank.axis)
         network = _prepared(network, source, data, device)
         if example_input is not None:
             target = replace(target, inputs=example_input)

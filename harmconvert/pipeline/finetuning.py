@@ -25,7 +25,7 @@ from ..errors import Argument, HarmconvertError, InputError, Message, UsageError
 from ..network.classifier import replace_classifier
 from ..network.distributed import world_size
 from ..network.forms import dense_form
-from ..plan import without_bits
+from ..plan import Bits
 from ..storage.checkpoint import Header
 from ..storage.history import CALIBRATION, STAGES
 from ..storage.source import Source
@@ -203,7 +203,7 @@ def _coded_again(
     batches = _calibration_batches(data, setup, count, recipe.seed)
     settings = CalibrationSettings(seed=recipe.seed, inputs=count)
     trained = dense_form(cut.model)
-    conversion = convert(trained, without_bits(cut.header.plan), bits=bits, calibration=batches, settings=settings)
+    conversion = convert(trained, cut.header.plan.without(Bits.axis), bits=bits, calibration=batches, settings=settings)
     assert conversion.calibration is not None
     return conversion.model, conversion.coded, conversion.calibration.to_json()
 

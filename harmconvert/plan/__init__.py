@@ -18,7 +18,6 @@ from .precision import (
     coded_weights,
     round_weights,
     with_coded_bits,
-    without_bits,
 )
 from .space import Frequencies, SpaceAxis, bases_of, bases_text, cut_layer, energies_kept, normalizations_text
 
@@ -59,7 +58,6 @@ __all__ = [
     "round_weights",
     "tensor_bytes",
     "with_coded_bits",
-    "without_bits",
 ]
 
 register(SpaceAxis())

@@ -97,6 +97,11 @@ class Plan:
         """Return, by layer name, what the layers that have an axis keep on it."""
         return {layer.name: kept for layer in self.layers if (kept := layer.on(axis)) is not None}
 
+    def without(self, axis: str) -> Plan:
+        """Return the plan without an axis; layers that have no other axis are left out."""
+        layers = (replace(one, keeps=tuple(k for k in one.keeps if k.axis != axis)) for one in self.layers)
+        return replace(self, layers=tuple(layer for layer in layers if layer.keeps))
+
     def map_layers(self, change: Callable[[LayerPlan], LayerPlan]) -> Plan:
         """Return the plan with ``change`` applied to every layer."""
         return replace(self, layers=tuple(map(change, self.layers)))

@@ -8,7 +8,7 @@ inputs. What does not: rounding with feedback (`kernels`), entropy coding (`code
 from .axis import PrecisionAxis
 from .bits import MOST_BITS, Bits, BitsSetting
 from .rounding import round_weights
-from .weights import CodedWeight, coded_weights, with_coded_bits, without_bits
+from .weights import CodedWeight, coded_weights, with_coded_bits
 
 __all__ = [
     "MOST_BITS",
@@ -19,5 +19,4 @@ __all__ = [
     "coded_weights",
     "round_weights",
     "with_coded_bits",
-    "without_bits",
 ]

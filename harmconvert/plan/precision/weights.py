@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from ...codecs.codec import Entry
 from ...codecs.integers import Layout, Quantised
 from ...codecs.plain import stored_bytes
-from ...codecs.quantised import QUANTISED, quantised_entry
-from ...network.layers import parameter_of, weighted_layers
+from ...codecs.quantised import QUANTISED, layout_of, quantised_entry
+from ...codecs.stream import unpack
+from ...layers.ranked import is_ranked
+from ...network.layers import stored_names, weighted_layers
 from ...network.state import tensors_of
 from ..plan import LayerPlan, Plan
 from .bits import Bits
@@ -58,6 +60,11 @@ class CodedWeight:
         """
         return quantised_entry(quantised, self.layout, self.parameter.dtype)
 
+    def adopted(self, entry: Entry) -> Entry:
+        """Return the entry for this weight of another tensor that holds the same integers, in another arrangement."""
+        assert entry.stream is not None
+        return self.entry(unpack(entry.stream.numpy().tobytes(), layout_of(entry)))
+
     @torch.no_grad()
     def restore(self, entry: Entry) -> Entry:
         """Set the coefficients to the values of an entry; return the entry for the dtype of the parameter."""
@@ -76,37 +83,37 @@ def coded_weights(model: nn.Module, plan: Plan) -> tuple[CodedWeight, ...]:
     for key, tensor in tensors_of(model, keep_vars=True).items():
         keys.setdefault(id(tensor), key)
     layers, planned = weighted_layers(model), cast("Mapping[str, Bits]", plan.on("precision"))
-    names: dict[int, list[str]] = {}
-    for name in planned:
-        parameter = parameter_of(layers[name])
-        if isinstance(parameter, nn.Parameter) and id(parameter) in keys and parameter.is_floating_point():
-            names.setdefault(id(parameter), []).append(name)
-    return tuple(
-        CodedWeight(tuple(tied), keys[which], parameter_of(layers[tied[0]]), _layout(layers[tied[0]]), planned[tied[0]])
-        for which, tied in names.items()
-    )
+    weights: dict[int, CodedWeight] = {}
+    for name, bits in planned.items():
+        layer = layers[name]
+        for stored in stored_names(layer):
+            parameter = layer._parameters.get(stored)
+            if parameter is None or id(parameter) not in keys or not parameter.is_floating_point():
+                continue
+            before = weights.get(id(parameter))
+            if before is not None:
+                weights[id(parameter)] = replace(before, names=(*before.names, name))
+                continue
+            key = keys[id(parameter)]
+            weights[id(parameter)] = CodedWeight((name,), key, parameter, _layout(layer, parameter), bits)
+    return tuple(weights.values())
 
 
-def _layout(layer: nn.Module) -> Layout:
-    shape = tuple(parameter_of(layer).shape)
-    return Layout(shape, cast(int, getattr(layer, "groups", 1)), bool(getattr(layer, "transposed", False)))
+def _layout(layer: nn.Module, parameter: nn.Parameter) -> Layout:
+    # The matrices of a low rank have outputs before inputs, also those of a transposed convolution.
+    transposed = bool(getattr(layer, "transposed", False)) and not is_ranked(layer)
+    return Layout(tuple(parameter.shape), cast(int, getattr(layer, "groups", 1)), transposed)
 
 
 def with_coded_bits(plan: Plan, weights: tuple[CodedWeight, ...], entries: Mapping[str, Entry]) -> Plan:
     """Return the plan with the bits that the coded weights have; weights without an entry lose this axis."""
-    actual = {
-        name: Bits(round(8 * stored_bytes(weight.parameter, entries[weight.key]) / weight.count, 4))
-        for weight in weights
-        if weight.key in entries
-        for name in weight.names
-    }
-
+    sizes: dict[str, tuple[int, int]] = {}
+    for weight in weights:
+        for name in weight.names if weight.key in entries else ():
+            size, count = sizes.get(name, (0, 0))
+            sizes[name] = size + stored_bytes(weight.parameter, entries[weight.key]), count + weight.count
+    actual = {name: Bits(round(8 * size / count, 4)) for name, (size, count) in sizes.items()}
     return _with_bits(plan, actual)
-
-
-def without_bits(plan: Plan) -> Plan:
-    """Return the plan without this axis; layers that have no other axis are left out."""
-    return _with_bits(plan, {})
 
 
 def _with_bits(plan: Plan, bits: Mapping[str, Bits]) -> Plan:
