@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..kernels.basis import Frequency
-from ..layers.harmonic import HarmonicMixin
+from ..kernels.basis import Frequency, all_frequencies
+from ..network.layers import is_harmonic_layer, kernel_size, parameter_of
 from .collecting import EquationCollector, Equations, collect_together
 from .equations import Layer
 from .inputs import CalibrationSet
@@ -31,14 +31,14 @@ class WholeLayer:
     fit: Equations
     held: Equations
 
-    def cut(self, layer: Layer, conv: HarmonicMixin) -> tuple[Equations, Equations]:
+    def cut(self, layer: Layer, conv: nn.Module) -> tuple[Equations, Equations]:
         """Return the equations for a cut of the layer: ``conv`` is the cut layer, and ``layer`` describes it."""
-        kept = [self.frequencies.index(frequency) for frequency in conv.frequencies]
+        kept = [self.frequencies.index(frequency) for frequency in _frequencies_of(conv)]
         return _equations_of_cut(self.fit, layer, kept), _equations_of_cut(self.held, layer, kept)
 
 
 def whole_layers(
-    converted: nn.Module, layers: Mapping[str, HarmonicMixin], data: CalibrationSet, seed: int, memory: int
+    converted: nn.Module, layers: Mapping[str, nn.Module], data: CalibrationSet, seed: int, memory: int
 ) -> Iterator[tuple[str, WholeLayer]]:
     """Yield the equations of each uncut layer by name, in the order in which the layers run.
 
@@ -65,12 +65,17 @@ def whole_layers(
     for collector, result in collect_together(converted, collectors, parts, memory, data.runs.complete):
         if not isinstance(result, str):
             (name,) = collector.tied.names
-            yield name, WholeLayer(layers[name].frequencies, *result)
+            yield name, WholeLayer(_frequencies_of(layers[name]), *result)
 
 
-def _bytes_needed(tied: TiedLayers, conv: HarmonicMixin, data: CalibrationSet) -> int:
+def _frequencies_of(layer: nn.Module) -> tuple[Frequency, ...]:
+    """Return the frequencies of a layer; the positions of its kernel if it is not harmonic."""
+    return layer.frequencies if is_harmonic_layer(layer) else all_frequencies(kernel_size(layer) or (1,))
+
+
+def _bytes_needed(tied: TiedLayers, conv: nn.Module, data: CalibrationSet) -> int:
     """Return the memory for both sets of equations of the whole layer, and for the equations of one cut."""
-    out = conv.coefficients.numel() // (tied.groups * tied.unknowns)
+    out = parameter_of(conv).numel() // (tied.groups * tied.unknowns)
     fit = tied.sampled_per_input * data.fit_total
     held = tied.sampled_per_input * (data.total - data.fit_total)
     whole = 2 * tied.unknowns if tied.method is NormalEquations else fit + held

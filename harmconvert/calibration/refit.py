@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..network.distributed import all_or_none
-from ..network.layers import harmonic_layers
 from ..plan import Rank
 from .capture import ConvCall, explain_error
 from .coding import Coder
@@ -30,6 +29,10 @@ from .tied_layers import Targets, TiedLayers, rows_of
 DAMPINGS = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 # The weakest damping is this number divided by the positions per unknown: with fewer positions a fit is less reliable.
 DAMPING_TIMES_POSITIONS = 1e-3
+
+
+# A layer whose outputs differ by less than this, relative to their size, needs no refit before its rank is reduced.
+_NOTHING_TO_REFIT = 1e-6
 
 
 class Refit:
@@ -94,7 +97,10 @@ class Refit:
         fit, held = self._problems(tied, layer)
         if not (fit.finite and held.finite):
             raise UsageError("its activations are NaN or infinite on the calibration inputs")
-        choice = choose(fit, held, dampings(self.settings, fit.count / layer.unknowns))
+        if fit.error(None) < _NOTHING_TO_REFIT and tied.names[0] in self.ranks:
+            choice = Choice("projection", None, 0.0, 0.0)
+        else:
+            choice = choose(fit, held, dampings(self.settings, fit.count / layer.unknowns))
         if (rank := self.ranks.get(tied.names[0])) is not None:
             choice = reduced(choice, fit, held, rank)
         bias_before = None if bias is None else bias.detach().clone()
@@ -136,7 +142,7 @@ class Refit:
     def _problems(self, tied: TiedLayers, layer: Layer) -> tuple[Problem, Problem]:
         """Return the equations over the inputs for the fit and over those that are held back."""
         if (whole := self.whole.get(tied.names[0])) is not None:
-            return whole.cut(layer, harmonic_layers(self.forwards.model)[tied.names[0]])
+            return whole.cut(layer, self.forwards.layers[tied.names[0]])
         fit, held = (self._problem(tied, layer, part) for part in (self.data.fit, self.data.held))
         return fit, held
 

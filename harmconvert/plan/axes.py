@@ -43,6 +43,11 @@ class Kept(ABC):
         return total
 
     @property
+    def share(self) -> float | None:
+        """Return about which share of the parameters is kept; None: a search tries all combinations with others."""
+        return None
+
+    @property
     def contexts(self) -> Mapping[str, str]:
         """Return texts, by tensor name, that digests must include: values alone do not determine the kernel."""
         return {}
@@ -160,6 +165,10 @@ class Axis(ABC):
     @abstractmethod
     def choices(self, whole: Kept) -> tuple[Kept, ...]:
         """Return the values among which a search may choose for a layer; the first is ``whole``."""
+
+    def allows(self, kept: Kept, others: Sequence[Kept]) -> bool:
+        """Return whether a layer may keep this together with what it keeps on the other axes."""
+        return True
 
     @abstractmethod
     def shared(self, kept: Sequence[Kept]) -> Kept:

@@ -65,11 +65,15 @@ class SearchSpace:
 
     def choices_in(self, plan: Plan) -> tuple[int, ...] | None:
         """Return the choices that make a plan; None if the plan is not made of these choices."""
-        index = {name: number for number, item in enumerate(self.items) for name in item.names}
-        numbers = [{choice: number for number, choice in enumerate(item.choices)} for item in self.items]
-        planned = {index[p.name]: numbers[index[p.name]].get(p.keeps) for p in plan.layers if p.name in index}
-        choices = [planned.get(number) for number in range(len(self.items))]
-        return tuple(choice for choice in choices if choice is not None) if None not in choices else None
+        planned = {layer.name: layer for layer in plan.layers}
+        choices = []
+        for item in self.items:
+            own = {kept.axis: kept for kept in planned[item.names[0]].keeps} if item.names[0] in planned else {}
+            wanted = tuple(own.get(whole.axis, whole) for whole in item.choices[0])
+            if wanted not in item.choices or set(own) > {whole.axis for whole in item.choices[0]}:
+                return None
+            choices.append(item.choices.index(wanted))
+        return tuple(choices)
 
 
 def choose(

@@ -8,15 +8,15 @@ from typing import Any
 from torch import nn
 
 from ..calibration import Progress
-from ..layers.factored import reason_not_factorable
 from ..layers.layer_times import LayerInput, layer_times
+from ..layers.low_rank import reason_without_fast_form
 from ..network.forms import layer_inputs
-from ..network.layers import convolutions, is_harmonic_layer, kernel_size
+from ..network.layers import converted_layers, kernel_size, weighted_layers
 from ..network.tracing import Trace
 from ..plan import LayerPlan, Plan, apply_plan
 from .choices import Choice, Item
 
-# Convolutions with kernels larger than 1x1 are taken to need at most this share of a network's time.
+# Convolutions and linear layers are taken to need at most this share of a network's time.
 LARGEST_SHARE = 0.95
 
 
@@ -36,7 +36,7 @@ def latency_costs(
     Args:
         whole: seconds of a forward pass of the uncut network in its dense form.
     """
-    convs = convolutions(model)
+    convs = weighted_layers(model)
     inputs_by_name = layer_inputs(model, {name: convs[name] for item in items for name in item.names}, example_input)
     total, done = sum(len(item.choices) - 1 for item in items), 0
     gains: list[list[float]] = []  # seconds saved by each choice except the first, which keeps everything
@@ -65,6 +65,6 @@ def _times_of_both_forms(conv: nn.Module, layer_input: LayerInput, choice: Choic
     """Return the seconds of a call in the dense and the factored form; 0 for both where it cannot be factored."""
     layer = LayerPlan("", kernel_size(conv), choice)
     converted = apply_plan(conv, Plan((layer,)))
-    if not is_harmonic_layer(converted) or reason_not_factorable(converted):
+    if not converted_layers(converted) or reason_without_fast_form(converted):
         return 0.0, 0.0
     return layer_times(converted, layer_input)

@@ -79,7 +79,9 @@ def with_order(item: Item, order: Sequence[Frequency]) -> Item:
         {round(1 + (count - 1) * step / (MOST_SIZES - 1)) for step in steps} if count > MOST_SIZES else range(1, count)
     )
     chain = [replace(whole, frequencies=tuple(sorted(order[count - size :], key=every.index))) for size in sizes]
-    choices = [_with_frequencies(choice, kept) for kept in chain for choice in item.choices]
+    # Where the share of another axis is known, these sets are tried only with everything of that axis.
+    others = [c for c in item.choices if all(k.whole or k.share is None for k in c if k.axis != whole.axis)]
+    choices = [_with_frequencies(choice, kept) for kept in chain for choice in others]
     # The sort is stable, so the choice that keeps everything stays the first.
     distinct = dict.fromkeys([*item.choices, *choices])
     return replace(item, choices=tuple(sorted(distinct, key=_frequency_count, reverse=True)))

@@ -19,7 +19,7 @@ from ..kernels.basis import Basis
 from ..network.distributed import from_first_rank, rank
 from ..network.state import weights_sha256
 from ..network.values import tensors_in
-from ..plan.plan import Plan
+from ..plan import AXES, Plan
 from .choices import Choice
 from .orders import Order
 
@@ -90,9 +90,11 @@ def key_of(model: nn.Module, batches: Iterable[Any], settings: CalibrationSettin
 def name_of(names: Sequence[str], choice: Choice) -> str:
     """Return the name of a single cut in the file: the layers and what they keep.
 
-    The space axis is not named, because files from before the other axes existed do not name it.
+    The space axis is not named, because files from before the other axes existed do not name it. An axis that needs a
+    setting is left out if everything is kept.
     """
-    kept = [one.key if one.axis == "space" else f"{one.axis}={one.key}" for one in choice]
+    named = [one for one in choice if not (one.whole and AXES[one.axis].needs_setting)]
+    kept = [one.key if one.axis == "space" else f"{one.axis}={one.key}" for one in named]
     return f"{','.join(names)}: {' '.join(kept)}"
 
 

@@ -23,12 +23,14 @@ class SearchSettings:
         say: called with a message about the reachable range before the work begins.
         frequencies: ``"lambda"`` keeps each layer's lowest frequencies; ``"best"`` also tries, for each size, the set
             of frequencies that the layer's output needs most.
+        axes: names of the axes on which the search chooses, such as ``("space",)``; None: all that save the unit.
     """
 
     trials: int = 8
     probes: str | None = None
     say: Callable[[str], None] = field(default=lambda message: None, compare=False)
     frequencies: str = "lambda"
+    axes: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.trials < 0:

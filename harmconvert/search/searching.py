@@ -19,11 +19,11 @@ from ..errors import Argument, InputError, UsageError, shortened
 from ..kernels.basis import Basis
 from ..network.distributed import from_first_rank
 from ..network.forms import run_times
-from ..network.layers import LayerInfo, harmonic_layers
+from ..network.layers import LayerInfo, weighted_layers
 from ..network.running import unchanged
 from ..network.tracing import Trace
 from ..plan import Plan, apply_plan, make_plan
-from .choices import Choice, Item, costs_of, items_of, whole_plan
+from .choices import Choice, Item, costs_of, items_of, whole_plan, without_unused_axes
 from .choosing import SearchSpace, choose, limit_of
 from .energy import energy_scores
 from .latency import latency_costs
@@ -133,9 +133,10 @@ class Searching:
         return plans
 
     def _choices(self) -> tuple[Plan, tuple[Item, ...]]:
-        whole = whole_plan(self.layers, self.scope.include, self.scope.exclude, self.scope.basis)
+        axes = self.search.axes
+        whole = whole_plan(self.layers, self.scope.include, self.scope.exclude, self.scope.basis, axes)
         ties = {layer.name: layer.tied_to for layer in self.layers if layer.tied_to}
-        items = items_of(whole, ties, self.budget.unit)
+        items = items_of(whole, ties, self.budget.unit, axes)
         if not items:
             what = f"no layer of this {type(self.model).__name__} may be cut: "
             raise InputError(what, Argument("include"), " names those that should")
@@ -212,7 +213,7 @@ class Searching:
         uncut = self._known.runnable(apply_plan(self.model, whole))
         left = {item.names[0]: item for item in items}
         alone = {name for name, item in left.items() if len(item.names) == 1}
-        layers = {name: layer for name, layer in harmonic_layers(uncut).items() if name in alone}
+        layers = {name: layer for name, layer in weighted_layers(uncut).items() if name in alone}
         memory = memory_for(uncut, self.settings)
         for name, layer in whole_layers(uncut, layers, self._known.data, self.settings.seed, memory):
             yield left.pop(name), replace(self._known, whole={name: layer})
@@ -261,7 +262,7 @@ class Searching:
 def _plan_of_item(whole: Plan, item: Item, choice: Choice) -> Plan:
     """Return a plan that has only the layers of one item."""
     layers = tuple(layer.keeping(*choice) for layer in whole.layers if layer.name in item.names)
-    return replace(whole, layers=layers)
+    return without_unused_axes(replace(whole, layers=layers))
 
 
 def _order_notes(items: Sequence[Item], orders: Mapping[str, Order]) -> tuple[str, ...]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from math import prod
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from ...kernels.projection import from_groups, to_groups
-from ...kernels.ranks import low_rank, low_rank_of_channels
+from ...kernels.ranks import full_rank, low_rank, low_rank_of_channels
 from ...layers.harmonic import HarmonicMixin, to_harmonic
 from ...layers.ranked import empty_ranked, is_ranked, matrices_of, pair_for, to_ranked
 from ...network.exchange import exchange
@@ -23,13 +24,15 @@ from .ranks import Rank, RankSetting, pair_size, rank_of
 # The product may be this much farther from the weight than the nearest one, relative to the weight: rounding errors of
 # the matrices, in units of their dtype's epsilon.
 _ROUNDING = 16.0
+# A search tries ranks with which the two matrices have these shares of the values of the weight.
+_SHARES = (0.8, 0.6, 0.45, 0.33, 0.24, 0.16)
 
 
 class ChannelAxis(Axis):
     """The ranks of all convolutions and linear layers; used only with a setting."""
 
     name: ClassVar[str] = "channels"
-    budget_units: ClassVar[frozenset[str]] = frozenset()
+    budget_units: ClassVar[frozenset[str]] = frozenset({"params", "macs", "latency"})
     refits: ClassVar[bool] = True
     readable: ClassVar[bool] = True
     needs_setting: ClassVar[bool] = True
@@ -49,8 +52,24 @@ class ChannelAxis(Axis):
         return {**cast(RankSetting, setting).planned(layers, named, notes)} if setting is not None else {}
 
     def choices(self, whole: Kept) -> tuple[Kept, ...]:
-        """Return the value itself: budgets do not choose ranks yet."""
-        return (whole,)
+        """Return the full rank, and the ranks with which the matrices have some shares of the weight's values."""
+        own = cast(Rank, whole)
+        if own.matrix is None:
+            return (whole,)
+        one = pair_size(*own.matrix, 1, own.kernel_second)
+        most = full_rank(*own.matrix, own.kernel_second)
+        ranks = (int(share * prod(own.matrix) / one) for share in _SHARES)
+        return (whole, *(replace(own, rank=rank) for rank in dict.fromkeys(ranks) if 1 <= rank < most))
+
+    def allows(self, kept: Kept, others: Sequence[Kept]) -> bool:
+        """Return whether two matrices of this rank are smaller than the weight with the kept frequencies."""
+        own = cast(Rank, kept)
+        if own.rank is None or own.matrix is None:
+            return True
+        rows, channels, frequencies = own.matrix
+        for other in others:
+            frequencies = other.part_of(frequencies)
+        return pair_size(rows, channels, frequencies, own.rank, own.kernel_second) < rows * channels * frequencies
 
     def shared(self, kept: Sequence[Kept]) -> Rank:
         """Return the largest rank."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite, prod
 from typing import Any, ClassVar
 
@@ -19,7 +19,8 @@ class Rank(Kept):
     """The rank of a layer's weight in each group of channels; None: the weight is not divided.
 
     ``kernel_second``: the second of the two matrices has the kernel (`kernels.ranks`). ``groups``, ``transposed``:
-    facts about the layer, with which its weight becomes a matrix.
+    facts about the layer, with which its weight becomes a matrix. ``matrix``: its rows, channels and frequencies, if a
+    search needs them.
     """
 
     axis: ClassVar[str] = "channels"
@@ -27,6 +28,7 @@ class Rank(Kept):
     kernel_second: bool = False
     groups: int = 1
     transposed: bool = False
+    matrix: tuple[int, int, int] | None = field(default=None, compare=False)
 
     @property
     def whole(self) -> bool:
@@ -37,6 +39,12 @@ class Rank(Kept):
         if self.rank is None:
             return "full rank"
         return f"rank {self.rank}{', kernel second' if self.kernel_second else ''}"
+
+    @property
+    def share(self) -> float | None:
+        if self.rank is None or self.matrix is None:
+            return None if self.rank is not None else 1.0
+        return pair_size(*self.matrix, self.rank, self.kernel_second) / prod(self.matrix)
 
     def to_json(self) -> dict[str, Any]:
         facts = {"kernel_second": self.kernel_second, "transposed": self.transposed}
@@ -51,14 +59,16 @@ class Rank(Kept):
 class RankSetting:
     """The setting of the channel axis: a rank for all layers, or ranks by pattern (the last match decides).
 
-    A float is a share of the full rank, an integer is the rank itself.
+    A float is a share of the full rank, an integer is the rank itself. ``whole``: all layers keep their full rank, and
+    say so in the plan; a search starts from this.
 
     >>> RankSetting.of(0.5), RankSetting.of({"layer4.*": 16})
-    (RankSetting(rank=0.5, patterns={}), RankSetting(rank=None, patterns={'layer4.*': 16}))
+    (RankSetting(rank=0.5, patterns={}, whole=False), RankSetting(rank=None, patterns={'layer4.*': 16}, whole=False))
     """
 
     rank: float | int | None = None
     patterns: Mapping[str, float | int] = field(default_factory=dict)
+    whole: bool = False
 
     @classmethod
     def of(cls, rank: float | int | Mapping[str, float | int]) -> RankSetting:
@@ -82,6 +92,8 @@ class RankSetting:
         Raises:
             UsageError: a pattern matches no layer, or an integer is above the full rank of a layer that it names.
         """
+        if self.whole:
+            return {layer.name: replace(rank_of(layer, None), matrix=matrix_of(layer)) for layer in layers}
         if self.rank is not None:
             asked = {
                 layer.name: self.rank

@@ -59,6 +59,10 @@ class Frequencies(Kept):
         return len(self.frequencies)
 
     @property
+    def share(self) -> float:
+        return len(self.frequencies) / prod(self.kernel_size)
+
+    @property
     def contexts(self) -> Mapping[str, str]:
         """Return the context of the coefficients: with other frequencies or another basis they make another kernel."""
         return {"coefficients": f" of {self.basis}, {self.frequencies}"}
