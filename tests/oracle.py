@@ -345,3 +345,33 @@ def gaussian_rate(variances: Tensor, distortion: float) -> float:
         level = (low + high) / 2
         low, high = (level, high) if float(variances.clamp_max(level).sum()) < distortion else (low, level)
     return float((variances / level).log2().clamp_min(0).mean()) / 2
+
+
+def best_low_rank(coefficients: np.ndarray, moments: np.ndarray, rank: int) -> np.ndarray:
+    """Return the map of a rank with the least error E|(C - X) z|^2, by the singular values of C times a root of G.
+
+    ``coefficients``: (rows, columns). ``moments``: G, positive definite.
+    """
+    values, vectors = np.linalg.eigh(moments)
+    root = vectors @ np.diag(np.sqrt(values)) @ vectors.T
+    left, sizes, right = np.linalg.svd(coefficients @ root, full_matrices=False)
+    total = np.zeros_like(coefficients)
+    for index in range(rank):
+        total = total + sizes[index] * np.outer(left[:, index], right[index])
+    return total @ np.linalg.inv(root)
+
+
+def product_of_pair(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return the map (rows, channels, frequencies) of first (rank, channels, F) and second (rows, rank, F), by loops.
+
+    One of the two has a single frequency, which serves for all of the other.
+    """
+    rows, rank, own = second.shape
+    channels, other = first.shape[1:]
+    result = np.zeros((rows, channels, max(own, other)))
+    for o in range(rows):
+        for i in range(channels):
+            for f in range(max(own, other)):
+                for r in range(rank):
+                    result[o, i, f] += second[o, r, min(f, own - 1)] * first[r, i, min(f, other - 1)]
+    return result

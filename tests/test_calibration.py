@@ -39,21 +39,19 @@ from harmconvert.calibration import (
     calibration_set,
     choose,
     dampings,
-    from_groups,
     never_worse,
     outputs,
     pick_positions,
     reestimate_batch_norm,
     solver,
     solvers,
-    to_groups,
     watch_convolutions,
 )
 from harmconvert.calibration import divergence as divergence_room
 from harmconvert.calibration.divergence import divergence
 from harmconvert.calibration.responses import responses
 from harmconvert.errors import InputError, UsageError
-from harmconvert.kernels import Basis, project
+from harmconvert.kernels import Basis, from_groups, project, to_groups
 from harmconvert.layers import to_harmonic
 from harmconvert.plan import Plan, cut_layer
 from harmconvert.report import calibration_lines

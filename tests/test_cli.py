@@ -367,7 +367,8 @@ def test_the_command_line_is_frozen() -> None:
     ]  # fmt: skip
     assert found == {
         "convert": sorted(
-            ["--basis", "--bits", "--budget", "--dtype", "--max-drop", "--labelled", "--search-figure",
+            ["--axes", "--basis", "--bits", "--budget", "--dtype", "--max-drop", "--labelled", "--rank",
+             "--search-figure",
              "--trials", "--frequencies", "--probes", "--save-plan", "--latency-batch",
              "--exclude",
              "--force", "--include", "--lambda", "--normalization", "--output", "--plan", "-o",

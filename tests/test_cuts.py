@@ -23,10 +23,9 @@ from harmconvert.calibration import (
     calibrate,
     calibration_set,
     outputs,
-    to_groups,
     whole_layers,
 )
-from harmconvert.kernels import Basis, frequencies_below
+from harmconvert.kernels import Basis, frequencies_below, to_groups
 from harmconvert.layers import to_harmonic
 from harmconvert.network import find_layers
 from harmconvert.plan import Plan, cut_layer, plannable

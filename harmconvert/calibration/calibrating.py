@@ -23,7 +23,7 @@ from ..layers.low_rank import reason_not_splittable
 from ..layers.ranked import pair_for
 from ..network.exchange import in_precision, in_sixteen_bits
 from ..network.layers import convolutions, kernel_size, state_key, stored_names, weighted_layers
-from ..network.low_rank import at_full_rank, in_two_layers, joined, ranked_layers
+from ..network.low_rank import at_full_rank, in_one_layer, in_two_layers, ranked_layers
 from ..network.running import unchanged
 from ..network.state import tensors_of
 from ..plan import AXES, Bits, CodedWeight, LayerPlan, Plan, Rank, apply_plan, coded_weights, round_weights
@@ -163,7 +163,7 @@ def _calibrate_and_code(
         entries = coder.entries
     if split:
         entries = _joined_entries(coded_weights(working, parts), coded_weights(runnable, plan), entries)
-        blend(runnable, _copied_tensors(joined(working)), {}, 0.0)
+        blend(runnable, _copied_tensors(in_one_layer(working)), {}, 0.0)
     if runnable is not converted:
         blend(converted, _copied_tensors(runnable), before, 0.0)
     entries = {w.key: w.restore(entries[w.key]) for w in coded_weights(converted, plan) if w.key in entries}

@@ -25,7 +25,9 @@ def reduced(choice: Choice, fit: Problem, held: Problem, rank: Rank) -> Choice:
     The nearest coefficients without the metric are taken instead if their error on the held-back inputs is smaller.
     """
     coefficients_GON = fit.layer.coefficients
-    plain = fit.layer.reachable(fit.with_best_bias(_nearest(coefficients_GON, fit, rank) - coefficients_GON))
+    nearest = _nearest(coefficients_GON, fit, rank)
+    assert nearest is not None
+    plain = fit.layer.reachable(fit.with_best_bias(nearest - coefficients_GON))
     best = replace(choice, decision="projection", change=plain, error_before=held.error(plain))
     best = replace(best, error_after=best.error_before)
     targets = [coefficients_GON]

@@ -51,6 +51,13 @@ def budget_options(command: Any) -> Any:
         show_default=True,
         help="budget latency=: images in the forward pass that is measured.",
     )(command)
+    command = click.option(
+        "--axes",
+        multiple=True,
+        type=click.Choice(["space", "channels"]),
+        help="budget: on what the search chooses: space (the frequencies of kernels), channels (the ranks of weights); "
+        "repeatable. Default: both.",
+    )(command)
     return click.option(
         "--trials",
         type=types.Count(min=0),
@@ -153,6 +160,7 @@ def command(
     labelled: str | None,
     search_figure: str | None,
     trials: int,
+    axes: tuple[str, ...],
     frequencies: str,
     probes: str | None,
     latency_batch: int,
@@ -225,7 +233,7 @@ def command(
         calibration=images.calibration_request(values),
         settings=images.calibration_settings(values),
         batch_size=values["calibration_batch_size"],
-        search=SearchSettings(trials, probes, options.say, frequencies),
+        search=SearchSettings(trials, probes, options.say, frequencies, axes or None),
         latency_batch=latency_batch,
         input_sizes=input_size,
         preprocessing=images.preprocessing_overrides(values),

@@ -17,6 +17,8 @@ from .harmonic import (
     to_harmonic,
 )
 from .layer_times import LayerInput, kernels_to_channels_last, layer_times, read_times
+from .low_rank import LowRank, from_low_rank, reason_not_splittable, to_low_rank
+from .ranked import RankedMixin, is_ranked, pair_for, reason_not_rankable, to_full_rank, to_ranked
 from .timing import Times, in_turns
 
 __all__ = [
@@ -27,6 +29,8 @@ __all__ = [
     "HarmonicBlock2d",
     "HarmonicMixin",
     "LayerInput",
+    "LowRank",
+    "RankedMixin",
     "Times",
     "absorb_bias",
     "base_class",
@@ -34,15 +38,23 @@ __all__ = [
     "empty_counterpart",
     "empty_factored",
     "fold_block",
+    "from_low_rank",
     "harmonic_class",
     "in_turns",
+    "is_ranked",
     "kernels_to_channels_last",
     "layer_times",
+    "pair_for",
     "read_times",
     "reason_not_convertible",
     "reason_not_factorable",
+    "reason_not_rankable",
+    "reason_not_splittable",
     "to_block",
     "to_dense",
     "to_factored",
+    "to_full_rank",
     "to_harmonic",
+    "to_low_rank",
+    "to_ranked",
 ]

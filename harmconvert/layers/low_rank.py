@@ -13,7 +13,7 @@ from ..kernels.projection import from_groups, project, reconstruct, to_groups
 from ..kernels.ranks import product
 from .factored import FACTORABLE, reason_not_factorable, replaced_method, to_factored
 from .harmonic import HarmonicMixin, harmonic_class, parameter_like, to_dense
-from .ranked import RankedMixin, base_of, empty_ranked_of, groups_of, is_ranked, is_transposed, to_full_rank
+from .ranked import RankedMixin, as_kernel, base_of, empty_ranked_of, groups_of, is_ranked, is_transposed, to_full_rank
 
 # Classes whose forward is known to be one product with `weight`, so that two layers can compute it.
 _SPLITTABLE: tuple[type[nn.Module], ...] = (
@@ -98,7 +98,7 @@ def to_low_rank(ranked: RankedMixin, memo: dict[int, Any] | None = None, harmoni
     coefficients = from_groups(kernel_GRN, kernel_part.shape[2] if kernel_part.dim() > 2 else 1, is_transposed(ranked))
     kernel = _kernel_layer(ranked, coefficients.detach(), kernel_part, memo, harmonic)
     mixing = _mixing_layer(ranked, mixing_part, memo)
-    bias = cast(nn.Module, kernel if second else mixing)
+    bias = kernel if second else mixing
     if (own := ranked._parameters.get("bias")) is not None:
         bias._parameters["bias"] = copy.deepcopy(own, memo)
     low.first, low.second = (mixing, kernel) if second else (kernel, mixing)
@@ -138,7 +138,7 @@ def from_low_rank(low: LowRank, memo: dict[int, Any] | None = None) -> nn.Module
         ranked._non_persistent_buffers_set.add("basis")
         ranked._buffers["fitted_basis"] = fitted
         ranked._set_basis()
-    return cast(nn.Module, ranked)
+    return ranked
 
 
 def empty_low_rank() -> LowRank:
@@ -152,9 +152,8 @@ def _kernel_layer(
     """Return the layer with the kernel: a copy of the original with other channels, without a bias."""
     own = isinstance(ranked, HarmonicMixin)
     base = cast(Any, base_of(ranked))
-    layer = (harmonic_class(base) if own and harmonic else base).__new__(
-        harmonic_class(base) if own and harmonic else base
-    )
+    cls = harmonic_class(base) if own and harmonic else base
+    layer = cls.__new__(cls)
     left_out = ("_parameters",) if own and harmonic else ("_parameters", *_HARMONIC_STATE)
     state = {key: value for key, value in cast(Any, ranked).__getstate__().items() if key not in left_out}
     layer.__dict__.update(copy.deepcopy(state, memo))
@@ -166,10 +165,12 @@ def _kernel_layer(
         for buffer in ("basis", "fitted_basis"):
             layer._buffers.pop(buffer, None)
         layer._non_persistent_buffers_set.discard("basis")
-        coefficients = reconstruct(coefficients, ranked.kernels, cast("tuple[int, ...]", ranked.kernel_size))
+        coefficients = reconstruct(
+            coefficients, cast(Tensor, ranked.kernels), cast("tuple[int, ...]", ranked.kernel_size)
+        )
     elif not own:
         size = cast("tuple[int, ...]", getattr(ranked, "kernel_size", ()))
-        coefficients = coefficients.flatten(1)[(..., *(None,) * len(size))]
+        coefficients = as_kernel(coefficients.flatten(1), len(size))
     layer._parameters = {name: _shared(part, coefficients, memo), "bias": None}
     return cast(nn.Module, layer)
 
@@ -184,7 +185,7 @@ def _mixing_layer(ranked: RankedMixin, part: nn.Parameter, memo: dict[int, Any])
         layer: Any = nn.Linear(*channels, bias=False, device="meta")
     else:
         layer = cast(Any, _POINTWISE[dimensions])(*channels, 1, groups=groups, bias=False, device="meta")
-        matrix = matrix[(..., *(None,) * dimensions)]
+        matrix = as_kernel(matrix, dimensions)
     layer.weight = _shared(part, matrix, memo)
     return cast(nn.Module, layer)
 

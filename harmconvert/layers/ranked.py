@@ -54,8 +54,8 @@ class RankedMixin(nn.Module):
     def pair(self) -> Pair:
         """Return the two matrices, with one block for each group."""
         groups, out = groups_of(self), self.coefficients_out
-        out = out if out.dim() == 3 else out[..., None]
-        return Pair(self.coefficients_in.unflatten(0, (groups, -1)), out.unflatten(0, (groups, -1)))
+        out_ORF = out if out.dim() == 3 else out[..., None]
+        return Pair(self.coefficients_in.unflatten(0, (groups, -1)), out_ORF.unflatten(0, (groups, -1)))
 
     @torch.no_grad()
     def write(self, pair: Pair) -> None:
@@ -72,7 +72,7 @@ class RankedMixin(nn.Module):
         product_OIF = from_groups(product_GON, frequencies, is_transposed(self)).to(self.coefficients_in.dtype)
         if isinstance(self, HarmonicMixin):
             return product_OIF
-        return product_OIF.flatten(1)[(...,) + (None,) * _dimensions(self)]
+        return as_kernel(product_OIF.flatten(1), _dimensions(self))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -223,6 +223,11 @@ def sizes_of(layer: nn.Module) -> tuple[int, int, int, int]:
     frequencies = len(layer.frequencies) if isinstance(layer, HarmonicMixin) else 1
     out, channels = cast(int, layer.out_channels), cast(int, layer.in_channels)
     return groups, out // groups, channels // groups, frequencies
+
+
+def as_kernel(matrix: Tensor, dimensions: int) -> Tensor:
+    """Return a matrix as the weight of a 1x1 convolution with this number of dimensions, or of a linear layer (0)."""
+    return matrix.reshape(*matrix.shape, *((1,) * dimensions))
 
 
 def groups_of(layer: nn.Module) -> int:

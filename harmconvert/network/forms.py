@@ -23,7 +23,7 @@ from ..layers.timing import in_turns
 from .exchange import exchange, replace_module
 from .form_check import check_form, compare_forms, make_runnable
 from .layers import converted_layers, harmonic_layers, is_harmonic_layer
-from .low_rank import at_full_rank, in_two_layers, joined
+from .low_rank import at_full_rank, in_one_layer, in_two_layers
 from .running import call, evaluating, unchanged, usage_errors
 from .values import clone_tensors, default_input, tensors_in
 
@@ -100,7 +100,7 @@ def dense_form(model: nn.Module) -> nn.Module:
     Raises:
         InputError: the network cannot be copied, or a merged kernel is out of its dtype's range.
     """
-    full = at_full_rank(joined(model))
+    full = at_full_rank(in_one_layer(model))
     harmonic = harmonic_layers(full)
     dense = exchange(full, {conv: partial(to_dense, conv) for conv in harmonic.values()})
     _check_kernels(dense, converted_layers(full))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from functools import partial
+from typing import Any, cast
 
 from torch import nn
 
@@ -36,19 +37,23 @@ def in_two_layers(model: nn.Module, names: Collection[str], harmonic: bool = Fal
     if not (ranked := ranked_layers(model)):
         return model
     split = {layer for name, layer in ranked.items() if name in names}
-    fill = {
+    fill: dict[nn.Module, Any] = {
         layer: partial(to_low_rank, layer, harmonic=harmonic) if layer in split else partial(to_full_rank, layer)
         for layer in ranked.values()
     }
     return exchange(model, fill, lambda layer: empty_low_rank() if layer in split else empty_full_rank(layer))
 
 
-def joined(model: nn.Module) -> nn.Module:
+def in_one_layer(model: nn.Module) -> nn.Module:
     """Return a copy of a network in which layers of low rank that were split into two layers are one layer again.
 
     The network itself is returned if it has no such layers.
     """
-    fill = {module: partial(from_low_rank, module) for module in model.modules() if isinstance(module, LowRank)}
+    fill: dict[nn.Module, Any] = {
+        module: partial(from_low_rank, module) for module in model.modules() if isinstance(module, LowRank)
+    }
     if not fill:
         return model
-    return exchange(model, fill, lambda low: empty_ranked_of(low.base, low.spectrum is not None))
+    return exchange(
+        model, fill, lambda low: empty_ranked_of(cast(LowRank, low).base, cast(LowRank, low).spectrum is not None)
+    )

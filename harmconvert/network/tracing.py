@@ -1,4 +1,4 @@
-"""Run a network once and record its convolutions: order, input, output size, cost, and why some cannot be converted."""
+"""Run a network once and record its convolutions and linear layers: order, input, output size, cost, and problems."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _reason_to_skip(name: str, layer: nn.Module, other_users: Mapping[int, str],
 
 
 def trace(model: nn.Module, example_input: Any) -> Trace:
-    """Run the network once, in eval mode and without gradients, and record its convolutions.
+    """Run the network once, in eval mode and without gradients, and record its convolutions and linear layers.
 
     If tensors of the network are stored in 16 bits and it does not run, a float32 copy is run instead.
 
@@ -151,7 +151,10 @@ def _trace(model: nn.Module, example_input: Any) -> Trace:
             if input is None or result is None:
                 return
             run = runs.get(name) or LayerRun(len(runs), (), False, 0, 0)
-            size = tuple(result.shape[2:]) if result.dim() > len(kernel_size(conv)) + 1 else tuple(result.shape[1:])
+            if isinstance(conv, nn.Linear):
+                size = tuple(result.shape[1:-1])
+            else:
+                size = tuple(result.shape[2:]) if result.dim() > len(kernel_size(conv)) + 1 else tuple(result.shape[1:])
             runs[name] = LayerRun(
                 run.order,
                 max(size, run.output_size, key=lambda s: (len(s), prod(s))),
@@ -162,7 +165,7 @@ def _trace(model: nn.Module, example_input: Any) -> Trace:
 
         return hook
 
-    handles = [c.register_forward_hook(watch(n), with_kwargs=True) for n, c in convolutions(model).items()]
+    handles = [c.register_forward_hook(watch(n), with_kwargs=True) for n, c in weighted_layers(model).items()]
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = cast(Any, _NoModules())
     try:
@@ -196,6 +199,8 @@ def _weights_used_elsewhere(model: nn.Module) -> dict[int, str]:
 
 def _macs(conv: nn.Module, input: Tensor, output: Tensor) -> int:
     """Return the multiply-adds of one call: one per weight and output position (input position if transposed)."""
+    if isinstance(conv, nn.Linear):
+        return output.numel() * conv.in_features
     per_position = prod(kernel_size(conv)) * cast(int, conv.in_channels) // cast(int, conv.groups)
     if cast(bool, conv.transposed):
         per_position = prod(kernel_size(conv)) * cast(int, conv.out_channels) // cast(int, conv.groups)

@@ -32,7 +32,7 @@ from ..network.declared import declare_preprocessing, preprocessing_record
 from ..network.exchange import replace_module
 from ..network.forms import dense_form, factor, fuse
 from ..network.layers import convolutions, harmonic_layers, is_harmonic_layer, kernel_size, state_key, weighted_layers
-from ..network.low_rank import joined
+from ..network.low_rank import in_one_layer
 from ..network.state import tensors_of
 from ..plan import AXES, Plan, apply_plan, plan_of_model
 from .header import METADATA_KEY, BlockRecord, Header, checksum, header_text
@@ -80,7 +80,7 @@ def write_checkpoint(
         OutsideError: the disk is full or permission is missing.
     """
     check_output(path, force, ".safetensors")
-    model = joined(model)
+    model = in_one_layer(model)
     check_finite(model)
     plan = header.plan if header else plan_in(model)
     tensors, tied = untied_state(model)

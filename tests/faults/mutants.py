@@ -129,7 +129,7 @@ MUTANTS = (
         "half-precision kernels are merged in half precision", CONV,
     ),
     Mutant(
-        "layers.harmonic._merged_kernel",
+        "layers.harmonic.without_autocast",
         "torch.autocast(device, enabled=False)",
         "torch.autocast(device)",
         "kernels are merged in autocast's precision", CONV,
