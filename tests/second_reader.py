@@ -65,9 +65,11 @@ def read(path: Path) -> Checkpoint:
     tensors |= {key: tensors[other] for key, other in header["tied"].items()}
     merged: dict[str, Array] = {}
     for layer in plan["layers"]:
-        merged[key_of(layer["name"], "weight")] = kernel(layer, space_of(layer, plan, version), tensors)
+        space = space_of(layer, plan, version)
+        if space is not None or "channels" in layer:
+            merged[key_of(layer["name"], "weight")] = kernel(layer, space, tensors)
     for key, other in header["tied"].items():  # section 5: other names for layers of the plan
-        if other.endswith("coefficients"):
+        if other.endswith(("coefficients", "coefficients_in")):
             merged.setdefault(as_weight(key), merged[as_weight(other)])
     for name, block in header["blocks"].items():
         if version == 2:
@@ -225,22 +227,48 @@ def key_of(name: str, tensor: str) -> str:
 
 
 def as_weight(key: str) -> str:
-    return key.removesuffix("coefficients") + "weight"
+    return key.removesuffix("_in").removesuffix("coefficients") + "weight"
 
 
-def space_of(layer: dict[str, Any], plan: dict[str, Any], version: int) -> dict[str, Any]:
-    """Section 4: return what a layer keeps on the space axis, the only known axis."""
+def space_of(layer: dict[str, Any], plan: dict[str, Any], version: int) -> dict[str, Any] | None:
+    """Section 4: return what a layer keeps on the space axis; None if it does not have this axis."""
     if version == 1:
         return {**plan, **layer}
-    if unknown := layer.keys() - {"name", "kernel_size", "space"}:
+    if unknown := layer.keys() - {"name", "kernel_size", "space", "channels", "precision"}:
         raise UnreadableError(f"axis {unknown}")
-    return dict(layer["space"])
+    return dict(layer["space"]) if "space" in layer else None
 
 
-def kernel(layer: dict[str, Any], space: dict[str, Any], tensors: dict[str, Array]) -> Array:
+def low_rank(layer: dict[str, Any], tensors: dict[str, Array]) -> Array:
+    """Section 4: return the coefficients (A, B, F) of a layer of low rank."""
+    channels = layer["channels"]
+    first, second = (tensors[key_of(layer["name"], f"coefficients_{part}")].astype("f8") for part in ("in", "out"))
+    rank, groups = channels["rank"], channels.get("groups", 1)
+    if not channels.get("kernel_second"):
+        second = second[:, :, None]
+    outputs, inputs, frequencies = len(second) // groups, first.shape[1], max(first.shape[2], second.shape[2])
+    transposed = channels.get("transposed", False)
+    shape = (groups * inputs, outputs) if transposed else (groups * outputs, inputs)
+    result = np.zeros((*shape, frequencies))
+    for g in range(groups):
+        for o in range(outputs):
+            for i in range(inputs):
+                rows = first[g * rank : (g + 1) * rank, i]
+                value = (second[g * outputs + o] * rows).sum(0)
+                result[(g * inputs + i, o) if transposed else (g * outputs + o, i)] = value
+    return result
+
+
+def kernel(layer: dict[str, Any], space: dict[str, Any] | None, tensors: dict[str, Array]) -> Array:
     """Section 4: return the merged kernel of a layer."""
     size = layer["kernel_size"]
-    coefficients = tensors[key_of(layer["name"], "coefficients")]
+    if "channels" in layer:
+        coefficients = low_rank(layer, tensors)
+        coefficients = coefficients.astype(tensors[key_of(layer["name"], "coefficients_in")].dtype)
+    else:
+        coefficients = tensors[key_of(layer["name"], "coefficients")]
+    if space is None:
+        return coefficients.reshape(*coefficients.shape[:2], *size)
     if space["basis"] == "klt":
         basis = tensors[key_of(layer["name"], "fitted_basis")]
     else:

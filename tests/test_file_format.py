@@ -37,6 +37,10 @@ def _of_three_axes() -> nn.Module:
     return nn.Sequential(nn.Conv3d(2, 4, (1, 3, 2)), nn.ConvTranspose2d(4, 3, (2, 5)))
 
 
+def _with_linear_layers() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(8, 12, 1, groups=2), nn.ConvTranspose2d(12, 8, 1, groups=2), nn.Linear(6, 7))
+
+
 def _with_convolutions(bias: bool) -> nn.Module:
     return nn.Sequential(nn.Conv2d(4, 6, 3, groups=2, bias=bias), nn.ReLU(), nn.Conv2d(6, 8, 3))
 
@@ -75,6 +79,11 @@ KINDS: dict[str, Callable[[], Any]] = {
     "bfloat16": _rounded(torch.bfloat16),
     "one axis": _cut(_of_one_axis, {"0": 3, "1": 2}),
     "three axes": _cut(_of_three_axes, {"0": 2, "1": 3}),
+    "coded": _cut(bits=4),
+    "ranked": _cut(rank=0.4),
+    "ranked, one axis": _cut(_of_one_axis, {"0": 3, "1": 2}, rank={"*": 1}),
+    "ranked, linear and 1x1": _cut(_with_linear_layers, rank={"*": 2}),
+    "ranked and coded": _cut(rank=0.4, bits=4),
     "a layer alone": _cut(lambda: nn.Conv2d(3, 4, 5), {"*": 4}),
     "normalizing blocks": lambda: _of_blocks(True),
     "plain blocks": lambda: _of_blocks(False),
@@ -83,6 +92,8 @@ KINDS: dict[str, Callable[[], Any]] = {
 PLAIN: dict[str, Callable[[], nn.Module]] = {
     "float64": lambda: seeded(Branches, torch.float64),
     "one axis": _of_one_axis,
+    "ranked, one axis": _of_one_axis,
+    "ranked, linear and 1x1": lambda: _with_linear_layers(),
     "three axes": _of_three_axes,
     "a layer alone": lambda: nn.Conv2d(3, 4, 5),
     "normalizing blocks": lambda: _with_convolutions(bias=True),

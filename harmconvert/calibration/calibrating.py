@@ -42,7 +42,7 @@ from .repeatability import check_repeatability
 from .tied_layers import Targets, find_tied_layers
 
 # Outputs of the original are stored up to this size: more saves little time and much memory.
-MOST_TARGETS = 3 << 29
+MOST_TARGETS = 1 << 30
 # Re-estimated batch norms are kept only if they reduce the divergence to this share: with few held-back inputs, smaller
 # differences are chance.
 BATCH_NORM_GAIN = 0.9

@@ -21,7 +21,7 @@ from ..errors import first_line
 from ..kernels.quantisation import row_bits
 from ..network.distributed import from_first_rank
 from ..plan import CodedWeight, Plan, coded_weights
-from .coding_metrics import ErrorMetric, identity, measured_moments, moments_of, pooled
+from .coding_metrics import ErrorMetric, identity, measured_moments, moments_of, pooled, spread_columns
 from .equations import Problem
 from .inputs import CalibrationSet
 from .records import LayerCalibration, Progress
@@ -56,13 +56,15 @@ _ERRORS, _ERROR_LEVEL = 3, 2.0**-6
 _ROW_EXPONENT, _ROW_LIMIT = 0.8, 16.0
 # A number of bits for a single weight is met within this share.
 _NEAR = 0.02
+# The shrinkage is chosen on at most about so many columns of a weight.
+_MOST_COLUMNS = 1024
 
 
 @dataclass
 class _State:
     """What is known about a weight before it is coded.
 
-    ``measured``: the moments are measured on inputs.
+    ``moments``: in float32, because those of all weights are in memory. ``measured``: they are measured on inputs.
     ``log_effects_GO``: logarithm of the squared change of the outputs for a unit of squared error in each direction of
     a row. ``log_levels``, ``bits_GL``: logarithms of levels, ascending, and the bits of one row at each of them.
     """
@@ -213,7 +215,7 @@ class Coder:
         state = self.states[key]
         weight = state.weight
         level = self.level_of(key)
-        moments = moments or state.moments
+        moments = moments or state.moments.to(torch.float64)
         coded = code_weight(weight, target_GON, moments, state.shrinkage, state.log_effects_GO, level)
         if not weight.bits.shared:
             for _ in range(3):
@@ -226,6 +228,7 @@ class Coder:
         predicted = state.bits_at(math.log(level))
         self._excess = (self._excess[0] + coded.bits * weight.count - predicted, self._excess[1] + weight.count)
         self.results[key] = coded
+        state.moments = state.moments.of_columns(torch.empty(0, dtype=torch.long))  # not needed any more
         return coded
 
     def key_of(self, names: Sequence[str]) -> str | None:
@@ -236,7 +239,9 @@ class Coder:
         """Code the present coefficients of a weight on the equations of its layer, and write the coded values."""
         weight = self.states[key].weight
         parts = [one for part in (fit, held) if (one := moments_of(part, scales_F)) is not None]
-        coded = self.code(key, weight.matrices(), pooled(*parts) if len(parts) == 2 else None)
+        both = pooled(*parts) if len(parts) == 2 else None
+        del parts  # two of the largest tensors of a large layer
+        coded = self.code(key, weight.matrices(), both)
         weight.write(coded.quantised)
         return coded
 
@@ -266,20 +271,24 @@ def _state(weight: CodedWeight, fit: ErrorMetric, held: ErrorMetric | None, seed
     variances_BN = column_variances(blocks_BON)
     power = float((fit.gram_BNN.diagonal(dim1=1, dim2=2) * variances_BN).mean()) or 1.0
     penalty_BN = _ERROR_LEVEL * power / variances_BN
-    shrinkage = Shrinkage() if held is None else best_shrinkage(fit, held, penalty_BN)
+    shrinkage = Shrinkage()
+    if held is not None:
+        columns = spread_columns(variances_BN.shape[1], _MOST_COLUMNS, weight.layout.frequencies)
+        shrinkage = best_shrinkage(fit.of_columns(columns), held.of_columns(columns), penalty_BN[:, columns])
     moments = fit if held is None else pooled(fit, held)
     gram_BNN = shrinkage.of(moments.gram_BNN)
     levels = torch.tensor(_GRID, dtype=torch.float64) * power
     bits_LB = row_bits(gram_BNN.float(), variances_BN.float(), levels.tolist()).double()
     bits_GL = bits_LB.unflatten(1, (weight.layout.groups, -1)).sum(2).flip(0).T.contiguous().numpy()
     bits_GL = np.minimum(bits_GL, MOST_WEIGHT_BITS * weight.layout.columns)
-    factor = torch.linalg.cholesky(gram_BNN + torch.diag_embed(penalty_BN), upper=True).float()
+    gram_BNN.diagonal(dim1=1, dim2=2).add_(penalty_BN)
+    factor = torch.linalg.cholesky(gram_BNN, upper=True).float()
     generator = torch.Generator().manual_seed(seed)
     white = torch.randn(_ERRORS, *blocks_BON.shape, generator=generator)
     errors = torch.linalg.solve_triangular(factor, white.permute(1, 3, 0, 2).flatten(2), upper=True)
     errors_DBON = errors.unflatten(2, (_ERRORS, -1)).permute(2, 0, 3, 1)
     log_effects = np.zeros((weight.layout.groups, weight.layout.rows))
-    state = _State(weight, moments, levels.log().flip(0).numpy(), bits_GL, log_effects, shrinkage)
+    state = _State(weight, moments.to(torch.float32), levels.log().flip(0).numpy(), bits_GL, log_effects, shrinkage)
     return state, errors_DBON
 
 

@@ -18,7 +18,7 @@ from ..plan import CodedWeight
 from .collecting import EquationCollector, collect_together
 from .equations import Problem
 from .inputs import CalibrationSet
-from .solvers import ChannelEquations, NormalEquations, Operator, Samples
+from .solvers import STRIP, ChannelEquations, NormalEquations, Operator, Samples
 from .tied_layers import LEAST_POSITIONS, TiedLayers, find_tied_layers
 
 # Weights with more columns are coded with the correlations within each input channel alone: a Cholesky factor of this
@@ -30,7 +30,7 @@ _POSITIONS_PER_COLUMN = 8
 
 @dataclass(frozen=True)
 class ErrorMetric:
-    """Second moments of responses, float64 (blocks, columns, columns).
+    """Second moments of responses (blocks, columns, columns), float64 where they are used for rounding.
 
     A block is a group of the convolution, or one input channel of a group (``apart``). ``positions``: over how many
     positions they are the mean.
@@ -46,6 +46,14 @@ class ErrorMetric:
             return matrices_GON
         return matrices_GON.unflatten(2, (-1, self.gram_BNN.shape[1])).transpose(1, 2).flatten(0, 1)
 
+    def to(self, dtype: torch.dtype) -> ErrorMetric:
+        """Return the moments in another dtype."""
+        return ErrorMetric(self.gram_BNN.to(dtype), self.apart, self.positions)
+
+    def of_columns(self, columns: Tensor) -> ErrorMetric:
+        """Return the moments of some columns of each block, by their indices."""
+        return ErrorMetric(self.gram_BNN[:, columns][:, :, columns], self.apart, self.positions)
+
     def from_blocks(self, blocks_BON: Tensor, groups: int) -> Tensor:
         """Return (groups, rows, columns); inverse of `blocks`."""
         if not self.apart:
@@ -53,11 +61,26 @@ class ErrorMetric:
         return blocks_BON.unflatten(0, (groups, -1)).transpose(1, 2).flatten(2)
 
 
+def spread_columns(size: int, most: int, frequencies: int) -> Tensor:
+    """Return the indices of at most about ``most`` of ``size`` columns: those of channels at equal distances.
+
+    >>> spread_columns(12, 6, 2).tolist()
+    [0, 1, 4, 5, 10, 11]
+
+    Args:
+        frequencies: columns of each channel.
+    """
+    channels = size // frequencies
+    count = min(channels, max(1, most // frequencies))
+    chosen = torch.linspace(0, channels - 1, count).long()
+    return (chosen[:, None] * frequencies + torch.arange(frequencies)).flatten()
+
+
 def pooled(first: ErrorMetric, second: ErrorMetric) -> ErrorMetric:
     """Return the moments over the positions of both."""
     positions = first.positions + second.positions
     share = first.positions / max(positions, 1)
-    return ErrorMetric(share * first.gram_BNN + (1 - share) * second.gram_BNN, first.apart, positions)
+    return ErrorMetric(second.gram_BNN.lerp(first.gram_BNN, share), first.apart, positions)
 
 
 def identity(weight: CodedWeight) -> ErrorMetric:
@@ -84,10 +107,12 @@ def moments_of(problem: Problem, scales_F: Tensor) -> ErrorMetric | None:
     else:
         assert isinstance(problem, NormalEquations)
         gram_GNN = problem.centred_gram
+    # The moments of a large layer are a large part of the memory in use, so the new copy is changed in place.
     gram_GNN = layer.restricted(layer.restricted(gram_GNN / problem.count).mT)
     scales_N = scales_F.repeat(gram_GNN.shape[1] // len(scales_F)).to(gram_GNN)
-    scaled = scales_N[:, None] * gram_GNN * scales_N
-    return ErrorMetric(scaled.cpu(), isinstance(problem, ChannelEquations), problem.count)
+    gram_GNN *= scales_N
+    gram_GNN *= scales_N[:, None]
+    return ErrorMetric(gram_GNN.cpu(), isinstance(problem, ChannelEquations), problem.count)
 
 
 def measured_moments(
@@ -126,6 +151,18 @@ def basis_norms(network: nn.Module, weight: CodedWeight) -> Tensor:
     return torch.ones(1, dtype=torch.float64) if layer is None else layer.kernels.norm(dim=1).cpu()
 
 
+class _QuickEquations(NormalEquations):
+    """Second moments whose products are computed in float32: exact enough for the choice of the levels."""
+
+    def accumulate(self, z_RGN: Tensor, residual_RGO: Tensor) -> None:
+        """Add responses to the sums; the residuals are zero."""
+        z_GRN = z_RGN.transpose(0, 1).float()
+        for start in range(0, self.layer.unknowns, STRIP):
+            rows = slice(start, start + STRIP)
+            self.gram_GNN[:, rows, start:] += z_GRN[:, :, rows].mT @ z_GRN[:, :, start:]
+        self.sum_GN += z_RGN.sum(0)
+
+
 def _collector(
     tied: TiedLayers, network: nn.Module, modules: Mapping[str, nn.Module], data: CalibrationSet, seed: int, memory: int
 ) -> EquationCollector:
@@ -134,5 +171,5 @@ def _collector(
     rows = sum(shape[0] for _, shape in tied.calls)
     wanted = max(_POSITIONS_PER_COLUMN * tied.unknowns, LEAST_POSITIONS // 4) if whole else LEAST_POSITIONS // 4
     count = min(tied.sample_count, math.ceil(wanted / max(data.fit_total, 1) / rows))
-    method: type[NormalEquations] = NormalEquations if whole else ChannelEquations
+    method: type[NormalEquations] = _QuickEquations if whole else ChannelEquations
     return EquationCollector(tied, network, modules, seed, count, method, bytes if whole else 0)

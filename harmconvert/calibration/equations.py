@@ -159,12 +159,12 @@ class Problem:
         bias = (u - factor * a) / self.count if self.layer.fits_bias else None
         return Change(self.layer.coefficients * factor[..., None], bias)
 
-    def with_best_bias(self, coefficients_GON: Tensor) -> Change:
+    def with_best_bias(self, coefficients_GON: Tensor, damping: float | None = None) -> Change:
         """Return a change of the coefficients, with the change of the bias that is best for it."""
         if not self.layer.fits_bias:
-            return Change(coefficients_GON, None)
+            return Change(coefficients_GON, None, damping)
         means_GO = (coefficients_GON @ self.response_sums_GN[..., None])[..., 0]
-        return Change(coefficients_GON, (self.channels[0] - means_GO) / self.count)
+        return Change(coefficients_GON, (self.channels[0] - means_GO) / self.count, damping)
 
     @property
     def response_sums_GN(self) -> Tensor:

@@ -20,7 +20,9 @@ from .equations import Change, Layer, Problem
 from .responses import responses
 
 _LARGEST_EIGENPROBLEM = 12288  # about five minutes on two cores; conjugate gradients are faster for larger problems
-_STRIP = 512  # second moments are summed in strips of rows up to the diagonal: half the work from 2,000 unknowns on
+STRIP = 512  # second moments are summed in strips of rows up to the diagonal: half the work from 2,000 unknowns on
+# Above this, a Cholesky factorisation for each damping is faster than one eigendecomposition.
+_LARGEST_QUICK_EIGENPROBLEM = 2048
 _STEPS = 60  # steps of conjugate gradients for a single damping; with several dampings, each has a quarter of them
 
 
@@ -42,8 +44,8 @@ class NormalEquations(Problem):
     def accumulate(self, z_RGN: Tensor, residual_RGO: Tensor) -> None:
         """Add responses and residuals to the sums."""
         z_GRN = z_RGN.transpose(0, 1)
-        for start in range(0, self.layer.unknowns, _STRIP):
-            rows, left = slice(start, start + _STRIP), slice(start + _STRIP)
+        for start in range(0, self.layer.unknowns, STRIP):
+            rows, left = slice(start, start + STRIP), slice(start + STRIP)
             if len(z_GRN) == 1:
                 self.gram_GNN[0, rows, left].addmm_(z_RGN[:, 0, rows].T, z_RGN[:, 0, left])
             else:
@@ -57,8 +59,8 @@ class NormalEquations(Problem):
     def reduce(self) -> None:
         """Sum over all processes, then copy the part below the diagonal to the part above it."""
         super().reduce()
-        for start in range(_STRIP, self.gram_GNN.shape[1], _STRIP):
-            rows, left = slice(start, start + _STRIP), slice(start)
+        for start in range(STRIP, self.gram_GNN.shape[1], STRIP):
+            rows, left = slice(start, start + STRIP), slice(start)
             self.gram_GNN[:, left, rows] = self.gram_GNN[:, rows, left].mT
 
     @property
@@ -77,6 +79,9 @@ class NormalEquations(Problem):
         if self.layer.fits_bias:
             cross = cross - residual_GO[..., None] * self.sum_GN[:, None] / self.count
         gram = self.layer.restricted(self.layer.restricted(gram).mT)
+        if self.layer.unknowns > _LARGEST_QUICK_EIGENPROBLEM and self.layer.direction is None and len(dampings) > 1:
+            yield from self._by_cholesky(gram, cross, dampings)
+            return
         values_GN, vectors_GNN = torch.linalg.eigh(gram)
         usable = _usable(values_GN)
         self.condition = _condition(values_GN, usable)
@@ -89,6 +94,21 @@ class NormalEquations(Problem):
             if self.layer.fits_bias:
                 bias = (residual_GO - (change_GON @ self.sum_GN[..., None])[..., 0]) / self.count
             yield Change(change_GON, bias, damping)
+
+    def _by_cholesky(self, gram_GNN: Tensor, cross_GON: Tensor, dampings: Sequence[float]) -> Iterator[Change]:
+        """Yield the same as `candidates`, with one factorisation for each damping: faster for many unknowns.
+
+        It ends at a damping with which the moments are singular. The condition number stays unknown.
+        """
+        scale_G1 = gram_GNN.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
+        for damping in dampings:
+            form_GNN = gram_GNN.clone()
+            form_GNN.diagonal(dim1=1, dim2=2).add_(damping * scale_G1)
+            factor_GNN, info = torch.linalg.cholesky_ex(form_GNN)
+            if bool(info.any()):
+                return
+            change_GON = torch.cholesky_solve(cross_GON.mT, factor_GNN).mT
+            yield self.with_best_bias(change_GON, damping)
 
     def _change_of_squares(self, change: Change) -> float:
         D = change.coefficients

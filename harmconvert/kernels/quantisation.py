@@ -66,8 +66,10 @@ def metric_at(gram_GNN: Tensor, cross_GON: Tensor, variances_GN: Tensor, level: 
         torch.linalg.LinAlgError: G is not positive semidefinite, or the level is 0 and G is singular.
     """
     penalty_GN = level / variances_GN.clamp_min(torch.finfo(variances_GN.dtype).tiny)
-    form_GNN = gram_GNN + torch.diag_embed(penalty_GN)
+    form_GNN = gram_GNN.clone()
+    form_GNN.diagonal(dim1=1, dim2=2).add_(penalty_GN)
     factor_GNN = torch.linalg.cholesky(form_GNN, upper=True)
+    del form_GNN
     target_GON = torch.cholesky_solve(cross_GON.mT, factor_GNN, upper=True).mT
     return Metric(target_GON, factor_GNN)
 
@@ -84,7 +86,9 @@ def shrunk(gram_GNN: Tensor, share: float, even: bool = False) -> Tensor:
     powers_GN = gram_GNN.diagonal(dim1=1, dim2=2)
     if even:
         powers_GN = powers_GN.mean(1, keepdim=True).expand(powers_GN.shape)
-    return (1 - share) * gram_GNN + torch.diag_embed(share * powers_GN)
+    shrunk_GNN = gram_GNN * (1 - share)
+    shrunk_GNN.diagonal(dim1=1, dim2=2).add_(share * powers_GN)
+    return shrunk_GNN
 
 
 def row_bits(gram_GNN: Tensor, variances_GN: Tensor, levels: Sequence[float]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from math import prod
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,8 @@ _SPLITTABLE: tuple[type[nn.Module], ...] = (
     *FACTORABLE, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear,
 )  # fmt: skip
 _POINTWISE: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+# A convolution to few channels is factored if it keeps at most one in so many frequencies.
+SPARSE = 2
 _HARMONIC_STATE = ("frequencies", "basis_spec", "_merged")
 
 
@@ -243,7 +246,19 @@ def reason_without_fast_form(layer: nn.Module) -> str | None:
 
 def fast_form(layer: nn.Module) -> nn.Module:
     """Return the form for speed of one converted layer; see `reason_without_fast_form`."""
-    return to_low_rank(layer) if is_ranked(layer) else to_factored(cast(HarmonicMixin, layer))
+    if not is_ranked(layer):
+        return to_factored(cast(HarmonicMixin, layer))
+    low = to_low_rank(layer, harmonic=factors_first(layer))
+    if factors_first(layer):
+        low.first = to_factored(cast(HarmonicMixin, low.first))
+    return low
+
+
+def factors_first(ranked: RankedMixin) -> bool:
+    """Return whether the first of the two layers is fastest as a factored convolution: it has few frequencies."""
+    if ranked.kernel_second or not isinstance(ranked, HarmonicMixin) or reason_not_factorable(ranked):
+        return False
+    return SPARSE * len(ranked.frequencies) <= prod(cast("tuple[int, ...]", ranked.kernel_size))
 
 
 def plain_form(layer: nn.Module) -> nn.Module:

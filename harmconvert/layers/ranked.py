@@ -63,9 +63,9 @@ class RankedMixin(nn.Module):
         self.coefficients_in.copy_(pair.first_GRIF.flatten(0, 1))
         self.coefficients_out.copy_(pair.second_GORF.flatten(0, 1).view_as(self.coefficients_out))
 
-    def _product(self) -> Tensor:
-        """Return the product in the shape of the parameter that it replaces."""
-        pair, dtype = self.pair, torch.promote_types(self.coefficients_in.dtype, torch.float32)
+    def _product(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the product in the shape of the parameter that it replaces, computed in this dtype or a better one."""
+        pair, dtype = self.pair, torch.promote_types(self.coefficients_in.dtype, dtype)
         frequencies = max(pair.first_GRIF.shape[3], pair.second_GORF.shape[3])
         with without_autocast(self.coefficients_in.device.type):
             product_GON = product(pair.first_GRIF.to(dtype), pair.second_GORF.to(dtype))
@@ -195,7 +195,7 @@ def to_full_rank(ranked: nn.Module, memo: dict[int, Any] | None = None) -> nn.Mo
     tie = hash(("product", id(ranked.coefficients_in), id(ranked.coefficients_out)))
     if tie not in memo:
         with torch.no_grad():
-            memo[tie] = parameter_like(ranked.coefficients_in, ranked._product().detach().contiguous())
+            memo[tie] = parameter_like(ranked.coefficients_in, ranked._product(torch.float64).detach().contiguous())
     name = "coefficients" if isinstance(ranked, HarmonicMixin) else "weight"
     copy_state(ranked, full, _OWN_NAMES, {name: memo[tie]}, memo)
     return full

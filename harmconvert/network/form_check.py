@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckError, HarmconvertError, first_line, shortened
 from ..layers.block import HarmonicBlock2d
+from ..layers.low_rank import LowRank
 from .comparison import greatest_difference
 from .exchange import in_precision, in_sixteen_bits
 from .layers import channels_of, converted_layers, kernel_size
@@ -278,11 +279,14 @@ def _problem(expected: list[Tensor], run: Callable[[], Any], tolerance: float) -
 
 
 def _random_input(conv: nn.Module) -> Tensor:
+    first = conv.first if isinstance(conv, LowRank) else conv
+    if isinstance(conv, LowRank):
+        conv = conv.second if conv.kernel_second else conv.first
     kernel = kernel_size(conv)
     dilation, padding = (_per_axis(getattr(conv, name, 1), len(kernel)) for name in ("dilation", "padding"))
     size = [max(d * (k - 1) + 1, p + 1) + 1 for k, d, p in zip(kernel, dilation, padding, strict=True)]
     generator = torch.Generator().manual_seed(0)
-    return match_dtype(torch.randn(2, channels_of(conv)[0], *size, generator=generator), conv)
+    return match_dtype(torch.randn(2, channels_of(first)[0], *size, generator=generator), conv)
 
 
 def _per_axis(value: Any, axes: int) -> tuple[int, ...]:

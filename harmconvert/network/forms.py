@@ -17,12 +17,12 @@ from ..layers.block import HarmonicBlock2d, absorb_bias, fold_block
 from ..layers.factored import empty_factored, to_factored
 from ..layers.harmonic import empty_counterpart, to_dense
 from ..layers.layer_times import LayerInput, kernels_to_channels_last, layer_times
-from ..layers.low_rank import LowRank, reason_without_fast_form
+from ..layers.low_rank import LowRank, factors_first, reason_without_fast_form
 from ..layers.ranked import is_ranked
 from ..layers.timing import in_turns
 from .exchange import exchange, replace_module
 from .form_check import check_form, compare_forms, make_runnable
-from .layers import converted_layers, harmonic_layers, is_harmonic_layer
+from .layers import converted_layers, harmonic_layers, is_harmonic_layer, state_key
 from .low_rank import at_full_rank, in_one_layer, in_two_layers
 from .running import call, evaluating, unchanged, usage_errors
 from .values import clone_tensors, default_input, tensors_in
@@ -141,6 +141,7 @@ def factoring(
     model: nn.Module, example_input: Any = None, *, layers: str | Mapping[str, str] = "measured"
 ) -> Factoring:
     """Return the factored form like `factor`, with the form chosen for each layer and the reason."""
+    model = in_one_layer(model)
     harmonic = converted_layers(model)
     requested = _requested_forms(harmonic, layers)
     fixed = {name: _form_without_measuring(name, conv, requested[name]) for name, conv in harmonic.items()}
@@ -257,7 +258,9 @@ def _faster_form(name: str, conv: nn.Module, layer_input: LayerInput | None) -> 
 
 def _with_forms(model: nn.Module, harmonic: Mapping[str, nn.Module], forms: list[LayerForm]) -> nn.Module:
     chosen = {layer.name for layer in forms if layer.form == "factored"}
-    model = in_two_layers(model, {name for name in chosen if is_ranked(harmonic[name])})
+    ranked = {name: layer for name in chosen if is_ranked(layer := harmonic[name])}
+    model = in_two_layers(model, ranked, harmonic=True)
+    chosen |= {state_key(name, "first") for name, layer in ranked.items() if factors_first(layer)}
     left = harmonic_layers(model)
     factored = {conv for name, conv in left.items() if name in chosen}
     fill: dict[nn.Module, Any] = {

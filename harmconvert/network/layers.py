@@ -8,6 +8,7 @@ from typing import TypeGuard, cast
 from torch import nn
 
 from ..layers.harmonic import CONVOLUTIONS, HarmonicMixin
+from ..layers.low_rank import LowRank
 from ..layers.ranked import is_ranked
 
 
@@ -28,8 +29,16 @@ def harmonic_layers(model: nn.Module) -> dict[str, HarmonicMixin]:
 
 
 def converted_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the harmonic convolutions and the layers of low rank of a network by name; see `convolutions`."""
-    return {name: module for name, module in model.named_modules() if is_harmonic_layer(module) or is_ranked(module)}
+    """Return the harmonic convolutions and the layers of low rank of a network by name; see `convolutions`.
+
+    A layer of low rank that was split into two layers is one layer here.
+    """
+    parts = {id(part) for module in model.modules() if isinstance(module, LowRank) for part in module.children()}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if (is_harmonic_layer(module) or is_ranked(module) or isinstance(module, LowRank)) and id(module) not in parts
+    }
 
 
 def is_harmonic_layer(module: nn.Module) -> TypeGuard[HarmonicMixin]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...kernels.projection import from_groups, to_groups
 from ...kernels.ranks import full_rank, low_rank, low_rank_of_channels
 from ...layers.harmonic import HarmonicMixin, to_harmonic
+from ...layers.low_rank import SPARSE
 from ...layers.ranked import empty_ranked, is_ranked, matrices_of, pair_for, to_ranked
 from ...network.exchange import exchange
 from ...network.layers import LayerInfo, weighted_layers
@@ -106,6 +107,10 @@ class ChannelAxis(Axis):
                 before, after = shape.positions, shape.positions * shape.stride
             both = (before, shape.positions) if own.kernel_second else (shape.positions, after)
             factored = both[0] * first_macs + both[1] * second_macs
+            if shape.factorable and not own.kernel_second and SPARSE * frequencies <= shape.kernel_positions:
+                # The first layer is a factored convolution: fixed filters, then a product with the first matrix.
+                filters = (cost.factored_macs or 0) - shape.positions * cost.kept_parameters
+                factored = shape.positions * parameters + filters
         return replace(
             cost,
             kept_parameters=parameters,
