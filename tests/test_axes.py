@@ -20,6 +20,7 @@ from harmconvert.network import LayerInfo, find_layers, weighted_layers
 from harmconvert.plan import AXES, Axis, Check, Kept, LayerCost, LayerPlan, Plan, WeightShape, cut_layer, make_plan
 from harmconvert.report import page, report_of
 from harmconvert.report.tables import conversion_table
+from harmconvert.search import SearchSettings
 from harmconvert.storage import read_header
 
 from .networks import seeded
@@ -209,7 +210,10 @@ def test_verify_names_a_weight_that_does_not_match_the_plan() -> None:
 @pytest.mark.parametrize("calibration", [None, X.repeat(8, 1, 1, 1).split(8)])
 def test_a_search_for_macs_uses_the_new_axis_and_a_search_for_parameters_does_not(calibration: Any) -> None:
     model = network()
-    settings: dict[str, Any] = {"include": ["1", "2", "5"], "calibration": calibration, "example_input": X}
+    settings: dict[str, Any] = {
+        "include": ["1", "2", "5"], "calibration": calibration, "example_input": X,
+        "search": SearchSettings(axes=("space", "digits")),
+    }  # fmt: skip
     small = hc.convert(model, budget="macs=35%", **settings)
     assert small.cost.factored_macs is not None
     assert small.cost.dense_macs is not None

@@ -24,6 +24,7 @@ from harmconvert.layers import HarmonicMixin, to_harmonic
 from harmconvert.network import fuse, trace
 from harmconvert.pipeline import convert, inspect, verify
 from harmconvert.plan import Plan, cut_layer, parameter_count
+from harmconvert.search import SearchSettings
 
 from .networks import CONVOLUTIONS, Branches, random_input, seeded
 
@@ -276,8 +277,12 @@ def test_a_layer_without_a_factored_form_saves_no_macs() -> None:
     net = nn.Sequential(ScaledStdConv2d(3, 8, 3, padding=1), nn.ConvTranspose2d(8, 4, 3))
     cost = convert(net, {"*": 2}, example_input=torch.zeros(2, 3, 8, 8)).cost
     assert cost.factored_macs == cost.dense_macs
+    search = SearchSettings(axes=("space",))
     with pytest.raises(UsageError, match="cannot be met"):
-        convert(net, budget={"macs": 0.9}, include=["*"], example_input=torch.zeros(2, 3, 8, 8))
+        convert(net, budget={"macs": 0.9}, include=["*"], example_input=torch.zeros(2, 3, 8, 8), search=search)
+    ranked = convert(net, rank={"*": 1}, example_input=torch.zeros(2, 3, 8, 8)).cost
+    one = convert(net, rank={"1": 1}, example_input=torch.zeros(2, 3, 8, 8)).cost
+    assert ranked.factored_macs == one.factored_macs, "a standardised weight of low rank is not two layers"
 
 
 def test_calls_of_a_shared_layer_add_up() -> None:

@@ -37,6 +37,7 @@ from harmconvert.search import SearchSettings
 from . import oracle
 from .commands import SAMPLE, fails, ok
 from .networks import CONVOLUTIONS, Branches, random_input, seeded
+from .pictures import digit_folders
 
 POINTWISE: dict[str, tuple[Any, tuple[int, ...]]] = {
     "1x1": (lambda: nn.Conv2d(6, 8, 1), (2, 6, 5, 5)),
@@ -464,6 +465,23 @@ def test_the_command_converts_verifies_exports_and_finetunes_ranks(
     fails(2, "--rank 9999 of layer stem is out of range: its full rank is 9", "convert", SAMPLE, "--rank", "stem=9999")
     ok("convert", SAMPLE, "--rank", "stage3.*=0.25")
     assert Path("resnet_mnist5k-harmonic-full-rankcustom.safetensors").exists()
+
+
+def test_finetuning_of_ranks_learns_from_the_uncut_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    digit_folders(tmp_path / "digits" / "train", 4)
+    digit_folders(tmp_path / "digits" / "val", 2, first=4)
+    ok("convert", SAMPLE, "--rank", "0.3", "-o", "cut.safetensors")
+    quick = ["--data-dir", "digits", "--epochs", "1", "--calibration-images", "0", "--hflip", "0", "--crop", "padded",
+             "-b", "10", "--workers", "0"]  # fmt: skip
+    result = ok("finetune", "cut.safetensors", *quick, "-o", "tuned.safetensors", "--json")
+    assert "for weights of low rank, the uncut network teaches (--distill 0 trains on the labels)" in result.stderr
+    recipe = json.loads(result.stdout)["recipe"]
+    assert (recipe["distill"], recipe["clip_grad"], recipe["freeze_bn"]) == (1.0, 1.0, True)
+    before, after = (hc.load(path) for path in ("cut.safetensors", "tuned.safetensors"))
+    changed = {key for key, tensor in tensors_of(before).items() if not torch.equal(tensor, tensors_of(after)[key])}
+    assert {"stage3.0.conv2.coefficients_in", "stage3.0.conv2.coefficients_out"} <= changed
+    assert hc.load("tuned.safetensors").stage3[0].conv2.rank == before.stage3[0].conv2.rank
 
 
 def test_a_layer_that_cannot_have_a_rank_is_named() -> None:

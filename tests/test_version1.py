@@ -187,7 +187,8 @@ def test_probes_of_the_release_are_reused(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(FOLDER)
     target = tmp_path / "searched.safetensors"
     command = ["convert", "digits_network.py:make", "--checkpoint", "weights.safetensors", "-o", str(target)]
-    search = ["--budget", "params=80%", "--calibrate", "sample:mnist5k", "--calibration-images", "64", "--trials", "2"]
+    search = ["--budget", "params=80%", "--calibrate", "sample:mnist5k", "--calibration-images", "64", "--trials", "2",
+              "--axes", "space"]  # fmt: skip
     result = run(*command, *search, "--probes", str(probes))
     assert result.exit_code == 0, result.stderr
     assert read_header(target).plan == read_header(FOLDER / "searched.safetensors").plan

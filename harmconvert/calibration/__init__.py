@@ -26,7 +26,7 @@ from .batch_norm import reestimate_batch_norm
 from .calibrating import CalibrationContext, blend, calibrate, digests, never_worse
 from .capture import ConvCall, watch_convolutions
 from .coding import Coder
-from .coding_metrics import ErrorMetric
+from .coding_metrics import ErrorMetric, moments_of
 from .cuts import WholeLayer, whole_layers
 from .divergence import Divergence
 from .equations import Change, Problem
@@ -81,6 +81,7 @@ __all__ = [
     "digests",
     "items",
     "memory_for",
+    "moments_of",
     "never_worse",
     "outputs",
     "pick_positions",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,32 +18,42 @@ from .solvers import ChannelEquations, NormalEquations, Operator, Samples
 # The share of the mean power of the responses that is added to every response, so that directions that the calibration
 # inputs hardly show count a little. The damping of the refit is used instead if it is larger.
 _DAMPING = 1e-3
+# A layer whose outputs differ by less than this, relative to their size, needs no refit before its rank is reduced.
+_NOTHING_TO_REFIT = 1e-6
 
 
-def reduced(choice: Choice, fit: Problem, held: Problem, rank: Rank) -> Choice:
-    """Return the choice of a refit with its coefficients reduced to a rank.
+def reduced(fit: Problem, held: Problem, dampings: Sequence[float], rank: Rank) -> Choice:
+    """Return the coefficients of a rank whose error on the held-back inputs is the smallest.
 
-    The nearest coefficients without the metric are taken instead if their error on the held-back inputs is smaller.
+    Each candidate is a solution of the refit, reduced to the rank in the metric of the inputs. The candidate without
+    the metric is the nearest map to the weight.
+
+    Args:
+        dampings: of the refit, the strongest first.
     """
     coefficients_GON = fit.layer.coefficients
-    nearest = _nearest(coefficients_GON, fit, rank)
-    assert nearest is not None
-    plain = fit.layer.reachable(fit.with_best_bias(nearest - coefficients_GON))
-    best = replace(choice, decision="projection", change=plain, error_before=held.error(plain))
-    best = replace(best, error_after=best.error_before)
-    targets = [coefficients_GON]
-    damping = _DAMPING
-    if choice.change is not None:
-        targets.append(coefficients_GON + choice.change.coefficients)
-        damping = max(damping, choice.change.damping or 0.0)
-    for target_GON, decision in zip(targets, ("rank", choice.decision), strict=False):
-        if (near := _nearest(target_GON, fit, rank, damping)) is None:
-            continue
-        change = fit.layer.reachable(fit.with_best_bias(near - coefficients_GON))
-        change = replace(change, damping=damping)
-        if (error := held.error(change)) < best.error_after:
-            best = replace(best, decision=decision, change=change, error_after=error)
-    return best
+    plain = _nearest(coefficients_GON, fit, rank)
+    assert plain is not None
+    candidates = [("projection", plain, None)]
+    for damping, target_GON in _targets(fit, dampings):
+        if (near := _nearest(target_GON, fit, rank, max(damping, _DAMPING))) is not None:
+            candidates.append(("refit" if target_GON is not coefficients_GON else "rank", near, damping))
+    changes = []
+    for decision, near_GON, used in candidates:
+        change = fit.layer.reachable(fit.with_best_bias(near_GON - coefficients_GON, used))
+        changes.append((held.error(change), decision, change))
+    before = changes[0][0]
+    error, decision, change = min(changes, key=lambda one: one[0])
+    return Choice(decision, change, before, error)
+
+
+def _targets(fit: Problem, dampings: Sequence[float]) -> Iterator[tuple[float, Tensor]]:
+    """Yield dampings and the coefficients to reduce: without a refit first, then those of the refit."""
+    yield 0.0, fit.layer.coefficients
+    if fit.error(None) < _NOTHING_TO_REFIT:
+        return
+    for change in fit.candidates(dampings):
+        yield cast(float, change.damping), fit.layer.coefficients + change.coefficients
 
 
 def _nearest(target_GON: Tensor, problem: Problem, rank: Rank, damping: float | None = None) -> Tensor | None:

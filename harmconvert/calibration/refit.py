@@ -31,10 +31,6 @@ DAMPINGS = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 DAMPING_TIMES_POSITIONS = 1e-3
 
 
-# A layer whose outputs differ by less than this, relative to their size, needs no refit before its rank is reduced.
-_NOTHING_TO_REFIT = 1e-6
-
-
 class Refit:
     """Refits truncated layers in place: call it for each of the tied layers, in the order in which they run.
 
@@ -97,12 +93,9 @@ class Refit:
         fit, held = self._problems(tied, layer)
         if not (fit.finite and held.finite):
             raise UsageError("its activations are NaN or infinite on the calibration inputs")
-        if fit.error(None) < _NOTHING_TO_REFIT and tied.names[0] in self.ranks:
-            choice = Choice("projection", None, 0.0, 0.0)
-        else:
-            choice = choose(fit, held, dampings(self.settings, fit.count / layer.unknowns))
-        if (rank := self.ranks.get(tied.names[0])) is not None:
-            choice = reduced(choice, fit, held, rank)
+        own_dampings = dampings(self.settings, fit.count / layer.unknowns)
+        rank = self.ranks.get(tied.names[0])
+        choice = choose(fit, held, own_dampings) if rank is None else reduced(fit, held, own_dampings, rank)
         bias_before = None if bias is None else bias.detach().clone()
         if choice.change is not None:
             _write(kernel, layer, choice, bias)

@@ -17,7 +17,7 @@ from .harmonic import HarmonicMixin, harmonic_class, parameter_like, to_dense
 from .ranked import RankedMixin, as_kernel, base_of, empty_ranked_of, groups_of, is_ranked, is_transposed, to_full_rank
 
 # Classes whose forward is known to be one product with `weight`, so that two layers can compute it.
-_SPLITTABLE: tuple[type[nn.Module], ...] = (
+SPLITTABLE: tuple[type[nn.Module], ...] = (
     *FACTORABLE, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear,
 )  # fmt: skip
 _POINTWISE: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -69,7 +69,7 @@ class LowRank(nn.Module):
 def reason_not_splittable(ranked: RankedMixin) -> str | None:
     """Return why a layer of low rank cannot become two plain layers, or None if it can."""
     base = base_of(ranked)
-    if base not in _SPLITTABLE:
+    if base not in SPLITTABLE:
         return f"{base.__name__} computes something else with its weight than one product"
     if replaced := replaced_method(ranked, base):
         return f"its method {replaced} is not the one of {base.__name__}"

@@ -17,7 +17,7 @@ from ..errors import Argument, HarmconvertError, Message, UsageError, counted
 from ..network.distributed import joined, on_first_rank
 from ..network.exchange import exchange
 from ..network.state import weights_sha256
-from ..plan import coded_weights, with_coded_bits
+from ..plan import Rank, coded_weights, with_coded_bits
 from ..sources.opening import check_rebuilds, open_original
 from ..sources.request import SourceRequest
 from ..storage.checkpoint import Header, Network, write_checkpoint
@@ -110,7 +110,7 @@ def finetune(
         config = image_config(cut.model, preprocessing or {}, listener)
         setup = TrainingSetup(
             config, machine or machine_on(), workers_for(workers, run.dataset),
-            state_file=state_file_for(target, resume, save_every, _identity(cut, run, config), force, listener),
+            state_file=state_file_for(target, resume, save_every, _identity(cut, run, config, recode), force, listener),
             say=listener.say,
         )  # fmt: skip
         with setup.state_file.lock():
@@ -202,6 +202,10 @@ def _uncut(
     return None, Message(why)
 
 
+# The largest norm of the gradients in training weights of low rank, unless the recipe says another one.
+RANKED_CLIP = 1.0
+
+
 @dataclass(frozen=True)
 class _Run:
     """The data, its name, and the recipe of a run."""
@@ -227,6 +231,8 @@ def _prepare_run(
         note = "note: these images have no labels, so the uncut network teaches ("
         listener.say(Message(note, Argument("distill"), ")"))
         changes = {**changes, "distill": 1.0}
+    if resume is None and cut.header.plan.on(Rank.axis):
+        changes = _changes_for_ranks(cut, requested, changes, listener)
     final = recipe_for(recipe, changes, resume)
     teacher = Argument("teacher", "SOURCE")
     if final.distill and cut.original is None:
@@ -241,9 +247,25 @@ def _prepare_run(
     return _Run(request.dataset, images, final)
 
 
-def _identity(cut: CutNetwork, run: _Run, config: Mapping[str, Any]) -> dict[str, Any]:
+def _changes_for_ranks(
+    cut: CutNetwork, requested: Recipe, changes: Mapping[str, Any], listener: Listener
+) -> Mapping[str, Any]:
+    """Return the changes of the recipe with the defaults for weights of low rank.
+
+    The uncut network teaches. The two matrices of a weight amplify each other's gradients, so these are clipped.
+    """
+    if changes.get("clip_grad") is None and requested.clip_grad is None:
+        changes = {**changes, "clip_grad": RANKED_CLIP}
+    if changes.get("distill") is None and not requested.distill and cut.original is not None:
+        note = "note: for weights of low rank, the uncut network teaches ("
+        listener.say(Message(note, Argument("distill"), " 0 trains on the labels)"))
+        changes = {**changes, "distill": 1.0}
+    return changes
+
+
+def _identity(cut: CutNetwork, run: _Run, config: Mapping[str, Any], recode: bool) -> dict[str, Any]:
     """Return what must be the same when a run is resumed."""
-    identity = {
+    identity: dict[str, Any] = {
         "recipe": run.recipe.to_json(),
         "data": data_identity(run.data, run.dataset, config),
         "plan": cut.header.plan.to_json(),
@@ -251,4 +273,6 @@ def _identity(cut: CutNetwork, run: _Run, config: Mapping[str, Any]) -> dict[str
     }
     if run.recipe.distill and cut.original is not None:
         identity["teacher"] = weights_sha256(cut.original)
+    if cut.header.codecs.coded:
+        identity["recode"] = recode  # it says which parameters are trained
     return identity

@@ -61,7 +61,8 @@ class WeightShape:
     """The facts about a layer's weight from which costs are computed.
 
     ``positions``: at how many positions the layer is computed, None if not known. ``factorable``: whether the class of
-    the layer has a factored form. ``stride``: the product of its strides.
+    the layer has a factored form. ``splittable``: whether a layer of low rank of this class can become two layers.
+    ``stride``: the product of its strides.
     """
 
     weights: int
@@ -70,6 +71,7 @@ class WeightShape:
     positions: int | None
     factorable: bool
     stride: int = 1
+    splittable: bool = True
 
     @property
     def kernel_positions(self) -> int:

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from ..codecs.codec import Entry
 from ..codecs.plain import stored_bytes
 from ..layers.factored import FACTORABLE
+from ..layers.low_rank import SPLITTABLE
 from ..network.layers import channels_of, convolutions, kernel_size, weighted_layers
 from ..network.other_convolutions import other_convolutions
 from ..network.running import evaluating
@@ -84,7 +85,10 @@ def layer_costs(model: nn.Module, plan: Plan, trace: Trace | None = None) -> dic
         positions = None if macs is None else macs // max(weight.numel(), 1)
         inputs = channels_of(layer)[0]
         stride = prod(cast("tuple[int, ...]", getattr(layer, "stride", ())))
-        shape = WeightShape(weight.numel(), planned.kernel_size, inputs, positions, type(layer) in FACTORABLE, stride)
+        shape = WeightShape(
+            weight.numel(), planned.kernel_size, inputs, positions, type(layer) in FACTORABLE, stride,
+            type(layer) in SPLITTABLE,
+        )  # fmt: skip
         size = stored_bytes(weight)
         cost = LayerCost(weight.numel(), weight.numel(), size, size, macs=macs, factored_macs=macs)
         for kept in planned.keeps:

@@ -32,17 +32,17 @@ def whole_plan(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     basis: Basis | None = None,
-    axes: Collection[str] | None = None,
+    axes: Collection[str] = ("space",),
 ) -> Plan:
     """Return the plan that cuts nothing, with a note for each layer that the search must leave whole.
 
     These are the layers that a policy leaves whole, except depthwise layers: the search scores cuts of those.
 
     Args:
-        axes: names of the axes on which the search chooses; None: all.
+        axes: names of the axes on which the search chooses.
     """
     never_cut = {layer.name for layer in layers if layer.reads_input or layer.fixed}
-    ranks = RankSetting(whole=True) if axes is None or "channels" in axes else None
+    ranks = RankSetting(whole=True) if "channels" in axes else None
     notes = make_plan(layers, 1, include, exclude, basis, rank=RankSetting(1) if ranks else None).notes
     whole = make_plan(layers, "full", include, exclude, basis, rank=ranks)
     return replace(whole, notes={name: why for name, why in notes.items() if name in never_cut})

@@ -22,7 +22,7 @@ from ..network.forms import run_times
 from ..network.layers import LayerInfo, weighted_layers
 from ..network.running import unchanged
 from ..network.tracing import Trace
-from ..plan import Plan, apply_plan, make_plan
+from ..plan import AXES, Plan, apply_plan, make_plan
 from .choices import Choice, Item, costs_of, items_of, whole_plan, without_unused_axes
 from .choosing import SearchSpace, choose, limit_of
 from .energy import energy_scores
@@ -133,7 +133,7 @@ class Searching:
         return plans
 
     def _choices(self) -> tuple[Plan, tuple[Item, ...]]:
-        axes = self.search.axes
+        axes = tuple(AXES) if self.search.axes is None else self.search.axes
         whole = whole_plan(self.layers, self.scope.include, self.scope.exclude, self.scope.basis, axes)
         ties = {layer.name: layer.tied_to for layer in self.layers if layer.tied_to}
         items = items_of(whole, ties, self.budget.unit, axes)

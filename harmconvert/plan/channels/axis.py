@@ -98,7 +98,7 @@ class ChannelAxis(Axis):
         frequencies = cost.kept_parameters // (rows * own.groups * channels)
         parameters = own.groups * pair_size(rows, channels, frequencies, own.rank, own.kernel_second)
         factored = cost.factored_macs
-        if shape.positions is not None:
+        if shape.positions is not None and shape.splittable:
             first, second = (1, shape.kernel_positions) if own.kernel_second else (shape.kernel_positions, 1)
             first_macs = own.groups * own.rank * channels * first
             second_macs = own.groups * own.rank * rows * second
