@@ -3,6 +3,7 @@
     python benchmarks/zoo.py                     # skips architectures that are in results/zoo.csv
     python benchmarks/zoo.py --match 'resnet*' --output /tmp/zoo.csv
     python benchmarks/zoo.py --summary
+    python benchmarks/zoo.py --ranks             # half of the full rank instead; writes results/zoo_ranks.csv
 
 The weights are random, so that no downloads are needed. Constant parameters and batch-norm statistics are random, too,
 so that every branch has an effect. Limits: relative difference of the logits (largest difference / largest logit) <=
@@ -12,6 +13,10 @@ much that their logits have no meaning. If a limit is exceeded, the check theref
 statistics that are estimated on a random batch, as in training; the note has the first values. `check` is `full` at the
 network's own input size, `shrunk` at a smaller size, and `meta` if only the structure was checked (over 350M
 parameters: keys, shapes and a run on the meta device).
+
+With --ranks, each network is converted with half of the full rank, without data. `error32` is then the difference
+between the dense form and the form of two layers, in float32; `kept` is the share of the parameters, counted in the
+converted network, which must be the cost that the conversion reports.
 """
 
 from __future__ import annotations
@@ -34,13 +39,18 @@ import torchvision
 from torch import Tensor, nn
 
 from harmconvert.errors import HarmconvertError
-from harmconvert.network import call, convolutions, evaluating, fuse, kernel_size, tensors_in
+from harmconvert.network import call, convolutions, evaluating, factor, fuse, kernel_size, tensors_in
 from harmconvert.pipeline import convert
+from harmconvert.plan import parameter_count
 
 RESULTS = Path(__file__).parent / "results" / "zoo.csv"
 FIELDS = [
     "library", "architecture", "status", "check", "input", "native_input", "parameters", "convs_over_1x1", "skipped",
     "classes", "error64", "error32", "own32", "same_top1", "seconds", "note",
+]  # fmt: skip
+RANKS = RESULTS.with_name("zoo_ranks.csv")
+RANK_FIELDS = [
+    "library", "architecture", "status", "input", "parameters", "kept", "layers", "error32", "seconds", "note",
 ]  # fmt: skip
 BOUND_64, BOUND_32 = 1e-12, 1e-5
 META_OVER = 350e6
@@ -175,15 +185,16 @@ def build(library: str, name: str, device: str, shrink: bool) -> tuple[nn.Module
     return make(name, device, shrink)
 
 
-def check(library: str, name: str) -> dict[str, Any]:
+def check(library: str, name: str, ranks: bool = False) -> dict[str, Any]:
     """Return one row of the table; use the network's own input size if a smaller one fails."""
+    one = attempt_ranks if ranks else attempt
     try:
-        return attempt(library, name, shrink=True)
+        return one(library, name, shrink=True)
     except HarmconvertError:
         raise
     except Exception:
         torch.set_default_dtype(torch.float32)
-        return attempt(library, name, shrink=False)
+        return one(library, name, shrink=False)
 
 
 def attempt(library: str, name: str, shrink: bool) -> dict[str, Any]:
@@ -218,6 +229,38 @@ def attempt(library: str, name: str, shrink: bool) -> dict[str, Any]:
             figures = ", ".join(f"{key} {row[key]}" for key in ("error64", "error32", "own32"))
             row |= compare(model, inputs) | {"note": f"with random batch-norm statistics: {figures}"}
     return row | {"seconds": f"{time.perf_counter() - start:.1f}"}
+
+
+def attempt_ranks(library: str, name: str, shrink: bool) -> dict[str, Any]:
+    """Return a row for half of the full rank: the dense form compared with the form of two layers."""
+    start = time.perf_counter()
+    row: dict[str, Any] = {"library": library, "architecture": name}
+    model, size, _ = build(library, name, "cpu", shrink)
+    row["parameters"] = sum(p.numel() for p in model.parameters())
+    if row["parameters"] > META_OVER / 4:
+        return row | {"status": "none", "note": "too large for a decomposition of every layer here"}
+    randomise(model)
+    keys = {key: value.shape for key, value in model.state_dict().items()}
+    x = torch.randn(2, *size, generator=torch.Generator().manual_seed(2))
+    inputs: Any = (x, x.flip(-1)) if name.startswith("raft") else x
+    row["input"] = "x".join(map(str, x.shape))
+    conversion = convert(model, rank=0.5)
+    ranked = conversion.plan.on("channels")
+    del model
+    if not ranked:
+        return row | {"status": "none", "note": "no layer becomes smaller"}
+    stored = parameter_count(conversion.model)
+    dense = fuse(conversion.model, inputs)
+    assert {key: value.shape for key, value in dense.state_dict().items()} == keys, "keys or shapes"
+    fast = factor(conversion.model, inputs, layers="factored")
+    error = relative_error(outputs(fast, inputs), outputs(dense, inputs))
+    right = stored == conversion.cost.harmonic_parameters
+    row |= {"kept": f"{stored / row['parameters']:.3f}", "layers": len(ranked), "error32": f"{error:.2e}"}
+    note = "" if right else f"the cost says {conversion.cost.harmonic_parameters} parameters, there are {stored}"
+    return row | {
+        "status": "ok" if error <= BOUND_32 and right else "over bound", "note": note,
+        "seconds": f"{time.perf_counter() - start:.1f}",
+    }  # fmt: skip
 
 
 def check_structure(model: nn.Module, inputs: Any) -> int:
@@ -264,10 +307,10 @@ def compare(model: nn.Module, inputs: Any) -> dict[str, Any]:
     return row | {"status": "ok" if good else "over bound"}
 
 
-def worker(library: str, name: str, pipe: Any) -> None:
+def worker(library: str, name: str, ranks: bool, pipe: Any) -> None:
     torch.set_num_threads(1)
     try:
-        row = check(library, name)
+        row = check(library, name, ranks)
     except HarmconvertError as error:
         row = {"library": library, "architecture": name, "status": "failed", "note": str(error)[:300]}
     except Exception as error:
@@ -285,20 +328,21 @@ def summary(path: Path) -> None:
             s: sum(row["status"] == s for row in of_library)
             for s in ("ok", "ok in float32", "over bound", "failed", "none")
         }
-        checks = {c: sum(row["check"] == c for row in of_library) for c in ("full", "shrunk", "meta")}
-        print(library, counts, checks)
+        checks = {c: sum(row.get("check") == c for row in of_library) for c in ("full", "shrunk", "meta")}
+        print(library, counts, checks if "check" in rows[0] else "")
         for column in ("error64", "error32", "own32"):
-            worst = sorted(((float(r[column]), r["architecture"]) for r in of_library if r[column]), reverse=True)[:3]
+            errors = ((float(row[column]), row["architecture"]) for row in of_library if row.get(column))
+            worst = sorted(errors, reverse=True)[:3]
             print(f"  worst {column}:", ", ".join(f"{value:.1e} {name}" for value, name in worst))
     for row in rows:
         if row["status"] in ("over bound", "failed"):
             print(
                 row["status"],
                 row["architecture"],
-                row["error64"],
+                row.get("error64", ""),
                 row["error32"],
-                row["own32"],
-                row["same_top1"],
+                row.get("own32", ""),
+                row.get("same_top1", ""),
                 row["note"],
             )
 
@@ -306,12 +350,14 @@ def summary(path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--match", default="*", help="shell-style pattern of architecture names")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, help="default: results/zoo.csv, or results/zoo_ranks.csv")
+    parser.add_argument("--ranks", action="store_true", help="check half of the full rank instead of the whole basis")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--limit-seconds", type=float, default=600, help="per architecture")
     parser.add_argument("--retry", action="store_true", help="try rows again that are not 'ok'")
     parser.add_argument("--summary", action="store_true", help="print a summary of the table, run nothing")
     args = parser.parse_args()
+    args.output = args.output or (RANKS if args.ranks else RESULTS)
     if args.summary:
         summary(args.output)
         return
@@ -326,7 +372,8 @@ def main() -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("fork")
     with args.output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        fields = RANK_FIELDS if args.ranks else FIELDS
+        writer = csv.DictWriter(file, fields, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         running: dict[tuple[str, str], tuple[BaseProcess, Any, float]] = {}
@@ -334,7 +381,7 @@ def main() -> None:
             while todo and len(running) < args.jobs:
                 job = todo.pop(0)
                 ours, theirs = context.Pipe(duplex=False)
-                started = context.Process(target=worker, args=(*job, theirs))
+                started = context.Process(target=worker, args=(*job, args.ranks, theirs))
                 started.start()
                 theirs.close()
                 running[job] = (started, ours, time.monotonic())

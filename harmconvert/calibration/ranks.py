@@ -34,7 +34,7 @@ def reduced(fit: Problem, held: Problem, dampings: Sequence[float], rank: Rank) 
     coefficients_GON = fit.layer.coefficients
     plain = _nearest(coefficients_GON, fit, rank)
     assert plain is not None
-    candidates = [("projection", plain, None)]
+    candidates: list[tuple[str, Tensor, float | None]] = [("projection", plain, None)]
     for damping, target_GON in _targets(fit, dampings):
         if (near := _nearest(target_GON, fit, rank, max(damping, _DAMPING))) is not None:
             candidates.append(("refit" if target_GON is not coefficients_GON else "rank", near, damping))

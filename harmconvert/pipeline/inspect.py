@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -15,10 +15,12 @@ from ..network.checks import check_network, check_weights
 from ..network.layers import LayerInfo, convolutions, weighted_layers
 from ..network.tracing import find_layers, trace_if_possible
 from ..network.values import default_input
-from ..plan import Bits, BitsSetting, Cost, Skip, energies_kept, make_plan, network_cost
+from ..plan import Bits, BitsSetting, Cost, RankSetting, Skip, energies_kept, make_plan, network_cost
 from ..plan.precision import MOST_BITS
 
 LAMBDAS = (1, 2, 3, 4)
+# The shares of the full rank of which an inspection shows the cost.
+RANKS = (0.5, 0.25)
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,11 @@ class LayerInspection:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The layers of a network, and its cost after a conversion; ``policies`` maps each lambda to a cost.
+    """The layers of a network, and its cost after a conversion.
 
-    ``one_by_one`` is the number of 1x1 convolutions. ``codable_parameters``: number of weights that can be coded with
-    fewer bits. ``other_bytes``: bytes of all other tensors.
+    ``policies`` maps each lambda to a cost, ``ranks`` each share of the full rank. ``one_by_one`` is the number of 1x1
+    convolutions. ``codable_parameters``: number of weights that can be coded with fewer bits. ``other_bytes``: bytes of
+    all other tensors.
     """
 
     layers: tuple[LayerInspection, ...]
@@ -51,6 +54,7 @@ class Inspection:
     one_by_one: int
     codable_parameters: int = 0
     other_bytes: int = 0
+    ranks: dict[str, Cost] = field(default_factory=dict)
 
     def coded_bytes(self, bits: float) -> int:
         """Return the bytes of the tensors in a file with this number of bits per coded weight."""
@@ -98,6 +102,10 @@ def inspect(model: nn.Module, example_input: Any = None, *, energies: bool = Tru
             policies[str(policy)] = network_cost(model, make_plan(found_layers, policy), run)
         except UsageError:
             continue  # progressive needs feature map sizes
+    ranks = {
+        f"{share:g}": network_cost(model, make_plan(found_layers, "full", rank=RankSetting.of(share)), run)
+        for share in RANKS
+    }
     convs, size = convolutions(model), {layer.name: layer.output_size for layer in found_layers}
     layers = []
     for layer in plan.layers:
@@ -112,7 +120,7 @@ def inspect(model: nn.Module, example_input: Any = None, *, energies: bool = Tru
     total, own = policies["full"].bytes, sum(stored_bytes(parameter) for parameter in coded)
     return Inspection(
         tuple(layers), plan.skipped, policies["full"].parameters, policies, ones,
-        sum(parameter.numel() for parameter in coded), total - own,
+        sum(parameter.numel() for parameter in coded), total - own, ranks,
     )  # fmt: skip
 
 

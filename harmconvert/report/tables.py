@@ -300,6 +300,17 @@ def inspection_policies(inspection: Inspection) -> Table:
     return fitted_table(["lambda", "parameters", "of the whole", "tensors", "MACs, factored"], rows, left={0})
 
 
+def _rank_texts(inspection: Inspection) -> list[str]:
+    """Return the parameters and MACs that are left with each share of the full rank."""
+    texts = []
+    for share, cost in inspection.ranks.items():
+        left = f"{cost.harmonic_parameters / max(cost.parameters, 1):.1%}"
+        if cost.dense_macs and cost.factored_macs is not None:
+            left += f" (MACs {cost.factored_macs / cost.dense_macs:.1%})"
+        texts.append(f"{share}: {left}")
+    return texts
+
+
 def inspection_lines(inspection: Inspection) -> list[str]:
     """Return the most that a cut can save, and the skipped layers."""
     share = f"{inspection.parameter_share:.1%} of {millions(inspection.parameters)} parameters"
@@ -312,7 +323,9 @@ def inspection_lines(inspection: Inspection) -> list[str]:
     ]
     if inspection.one_by_one:
         has = "has" if inspection.one_by_one == 1 else "have"
-        lines.append(f"{counted(inspection.one_by_one, 'convolution')} of 1x1 {has} nothing to cut")
+        lines.append(f"{counted(inspection.one_by_one, 'convolution')} of 1x1 {has} no frequencies to cut")
+    if inspection.ranks:
+        lines.append("parameters by share of the full rank: " + ", ".join(_rank_texts(inspection)))
     if inspection.codable_parameters:
         whole = inspection.policies["full"].bytes
         sizes = ", ".join(
