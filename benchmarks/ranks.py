@@ -49,7 +49,7 @@ RESULTS = Path(__file__).parent / "results" / "ranks.csv"
 KEYS = ["network", "method", "budget", "draw"]
 FIELDS = [*KEYS, "parameters", "macs", "kl", "agreement", "top1"]
 NETWORKS = ["resnet_mnist5k", "efficientnet_lite0", "wrn16_4_mnist5k", "resnet18_elpv"]
-BUDGETS = [f"{unit}={share}%" for unit in ("params", "macs") for share in (80, 60, 50, 40)]
+BUDGETS = [f"{unit}={share}%" for unit in ("params", "macs") for share in (80, 70, 60, 50, 40)]
 MEMORY = 4 << 30
 
 

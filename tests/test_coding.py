@@ -339,12 +339,15 @@ def test_a_changed_weight_is_reported_and_stored_uncoded(tmp_path: Path) -> None
 # --- bytes and drops ---
 
 
-@pytest.mark.parametrize("budget", ["bytes=30%", "bytes=9%", "bytes=60kB", "bytes=100%"])
-@pytest.mark.parametrize("calibrated", [False, True])
-def test_a_budget_of_bytes_is_never_exceeded(budget: str, calibrated: bool, tmp_path: Path) -> None:
-    model = hc.open_source(SAMPLE, form="dense").model
-    images = random_input((32, 1, 28, 28)).split(16) if calibrated else None
-    conversion = hc.convert(model, budget=budget, calibration=images)
+@pytest.mark.parametrize(
+    ("network", "budget", "calibrated"),
+    [("sample", "bytes=9%", True), ("sample", "bytes=60kB", False), ("small", "bytes=60%", True),
+     ("small", "bytes=100%", True), ("small", "bytes=60%", False), ("small", "bytes=100%", False)],
+)  # fmt: skip
+def test_a_budget_of_bytes_is_never_exceeded(network: str, budget: str, calibrated: bool, tmp_path: Path) -> None:
+    model = hc.open_source(SAMPLE, form="dense").model if network == "sample" else seeded(Small)
+    shape = (32, 1, 28, 28) if network == "sample" else (32, 3, 10, 10)
+    conversion = hc.convert(model, budget=budget, calibration=random_input(shape).split(16) if calibrated else None)
     hc.save(conversion, tmp_path / "coded.safetensors")
     with safetensors.safe_open(tmp_path / "coded.safetensors", "pt") as file:
         tensors = [file.get_tensor(key) for key in file.keys()]  # noqa: SIM118  not a dict

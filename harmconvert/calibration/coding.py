@@ -295,7 +295,7 @@ def _state(weight: CodedWeight, fit: ErrorMetric, held: ErrorMetric | None, seed
 def _relative_effects(state: _State) -> Floats:
     """Return the effects with which all layers get the same relative output error."""
     blocks_BON = state.moments.blocks(state.weight.matrices())
-    power = float((blocks_BON @ state.moments.gram_BNN * blocks_BON).sum()) or 1.0
+    power = float((blocks_BON @ state.moments.to(torch.float64).gram_BNN * blocks_BON).sum()) or 1.0
     return np.full_like(state.log_effects_GO, math.log(state.weight.count / power))
 
 

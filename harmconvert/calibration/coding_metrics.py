@@ -18,7 +18,7 @@ from ..plan import CodedWeight
 from .collecting import EquationCollector, collect_together
 from .equations import Problem
 from .inputs import CalibrationSet
-from .solvers import STRIP, ChannelEquations, NormalEquations, Operator, Samples
+from .solvers import ChannelEquations, NormalEquations, Operator, Samples
 from .tied_layers import LEAST_POSITIONS, TiedLayers, find_tied_layers
 
 # Weights with more columns are coded with the correlations within each input channel alone: a Cholesky factor of this
@@ -26,6 +26,7 @@ from .tied_layers import LEAST_POSITIONS, TiedLayers, find_tied_layers
 MOST_COLUMNS = 8192
 # For the choice of the levels, a metric over this many positions for each column is enough.
 _POSITIONS_PER_COLUMN = 8
+_STRIP = 512  # rows of the moments that are summed at a time
 
 
 @dataclass(frozen=True)
@@ -157,8 +158,8 @@ class _QuickEquations(NormalEquations):
     def accumulate(self, z_RGN: Tensor, residual_RGO: Tensor) -> None:
         """Add responses to the sums; the residuals are zero."""
         z_GRN = z_RGN.transpose(0, 1).float()
-        for start in range(0, self.layer.unknowns, STRIP):
-            rows = slice(start, start + STRIP)
+        for start in range(0, self.layer.unknowns, _STRIP):
+            rows = slice(start, start + _STRIP)
             self.gram_GNN[:, rows, start:] += z_GRN[:, :, rows].mT @ z_GRN[:, :, start:]
         self.sum_GN += z_RGN.sum(0)
 

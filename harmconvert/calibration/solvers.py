@@ -20,7 +20,7 @@ from .equations import Change, Layer, Problem
 from .responses import responses
 
 _LARGEST_EIGENPROBLEM = 12288  # about five minutes on two cores; conjugate gradients are faster for larger problems
-STRIP = 512  # second moments are summed in strips of rows up to the diagonal: half the work from 2,000 unknowns on
+_STRIP = 512  # second moments are summed in strips of rows up to the diagonal: half the work from 2,000 unknowns on
 # Above this, a Cholesky factorisation for each damping is faster than one eigendecomposition.
 _LARGEST_QUICK_EIGENPROBLEM = 2048
 _STEPS = 60  # steps of conjugate gradients for a single damping; with several dampings, each has a quarter of them
@@ -44,8 +44,8 @@ class NormalEquations(Problem):
     def accumulate(self, z_RGN: Tensor, residual_RGO: Tensor) -> None:
         """Add responses and residuals to the sums."""
         z_GRN = z_RGN.transpose(0, 1)
-        for start in range(0, self.layer.unknowns, STRIP):
-            rows, left = slice(start, start + STRIP), slice(start + STRIP)
+        for start in range(0, self.layer.unknowns, _STRIP):
+            rows, left = slice(start, start + _STRIP), slice(start + _STRIP)
             if len(z_GRN) == 1:
                 self.gram_GNN[0, rows, left].addmm_(z_RGN[:, 0, rows].T, z_RGN[:, 0, left])
             else:
@@ -59,8 +59,8 @@ class NormalEquations(Problem):
     def reduce(self) -> None:
         """Sum over all processes, then copy the part below the diagonal to the part above it."""
         super().reduce()
-        for start in range(STRIP, self.gram_GNN.shape[1], STRIP):
-            rows, left = slice(start, start + STRIP), slice(start)
+        for start in range(_STRIP, self.gram_GNN.shape[1], _STRIP):
+            rows, left = slice(start, start + _STRIP), slice(start)
             self.gram_GNN[:, left, rows] = self.gram_GNN[:, rows, left].mT
 
     @property

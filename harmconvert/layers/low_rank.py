@@ -23,7 +23,7 @@ SPLITTABLE: tuple[type[nn.Module], ...] = (
 _POINTWISE: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 # A convolution to few channels is factored if it keeps at most one in so many frequencies.
 SPARSE = 2
-_HARMONIC_STATE = ("frequencies", "basis_spec", "_merged")
+_HARMONIC_STATE = ("frequencies", "basis_spec", "_merged", "_packed")
 
 
 class LowRank(nn.Module):
@@ -121,20 +121,17 @@ def from_low_rank(low: LowRank, memo: dict[int, Any] | None = None) -> nn.Module
     for buffer in ("basis", "fitted_basis"):
         ranked._buffers.pop(buffer, None)
     _set_channels(ranked, _inputs(low.first), _outputs(low.second))
-    stored = _stored(kernel, low.spectrum)
-    first, second = (
-        to_groups(values, groups_of(kernel), is_transposed(layer)).unflatten(2, (-1, values.shape[2])).flatten(0, 1)
-        for layer, values in ((low.first, stored if not low.kernel_second else _stored(mixing, None)),
-                              (low.second, stored if low.kernel_second else _stored(mixing, None)))
-    )  # fmt: skip
-    like = cast(nn.Parameter, _parameter(mixing))
-    ranked._parameters = {
-        "coefficients_in": parameter_like(like, first.detach().contiguous()),
-        "coefficients_out": parameter_like(
-            like, (second if low.kernel_second else second[..., 0]).detach().contiguous()
-        ),
-        "bias": copy.deepcopy(low.second._parameters.get("bias"), memo),
-    }
+    matrices = []
+    for layer in (low.first, low.second):
+        values = _stored(layer, low.spectrum if layer is kernel else None)
+        matrix_GON = to_groups(values, groups_of(kernel), is_transposed(layer))
+        matrices.append(matrix_GON.unflatten(2, (-1, values.shape[2])).flatten(0, 1).contiguous())
+    if not low.kernel_second:
+        matrices[1] = matrices[1][..., 0]
+    like = cast(nn.Parameter, mixing.weight)
+    names = ("coefficients_in", "coefficients_out")
+    ranked._parameters = {name: parameter_like(like, matrix) for name, matrix in zip(names, matrices, strict=True)}
+    ranked._parameters["bias"] = copy.deepcopy(low.second._parameters.get("bias"), memo)
     if low.spectrum is not None:
         ranked.frequencies, ranked.basis_spec, fitted = low.spectrum
         ranked._merged = None
@@ -211,10 +208,6 @@ def _stored(layer: nn.Module, spectrum: Any) -> Tensor:
     frequencies, basis, fitted = spectrum
     size = cast("tuple[int, ...]", layer.kernel_size)
     return project(weight, basis.kernels(size, frequencies) if fitted is None else fitted)
-
-
-def _parameter(layer: nn.Module) -> Any:
-    return layer._parameters["coefficients" if isinstance(layer, HarmonicMixin) else "weight"]
 
 
 def _matrices(layer: nn.Module, groups: int, transposed: bool) -> Tensor:
