@@ -493,6 +493,16 @@ def test_a_layer_that_cannot_have_a_rank_is_named() -> None:
         hc.convert(model, rank={"0": 2})
 
 
+def test_inspect_says_what_ranks_save() -> None:
+    model = seeded(Mixed)
+    inspection = hc.inspect(model, example_input=IMAGES[0])
+    for share, cost in inspection.ranks.items():
+        conversion = hc.convert(model, rank=float(share), example_input=IMAGES[0])
+        assert conversion.cost == cost
+    result = ok("inspect", SAMPLE)
+    assert "parameters by share of the full rank: 0.5: 56.6% (MACs 56.4%), 0.25: 28.7% (MACs 28.3%)" in result.stdout
+
+
 def test_setting_and_value_print() -> None:
     assert str(RankSetting.of(0.5)) == "0.5"
     assert str(RankSetting.of({"a*": 4, "b": 0.25})) == "a*=4,b=0.25"

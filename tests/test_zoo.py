@@ -79,6 +79,13 @@ def test_the_whole_basis_is_exact_on_architectures_of_timm_and_torchvision(libra
     assert row.get("same_top1", True)
 
 
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050", "regnetx_002", "tf_efficientnet_b0"])
+def test_ranks_are_the_same_network_in_both_forms_on_architectures_of_timm(name: str) -> None:
+    row = zoo.check("timm", name, ranks=True)
+    assert row["status"] == "ok", row
+    assert float(row["kept"]) < 1
+
+
 def test_the_sample_covers_every_class_of_convolution_in_the_table() -> None:
     rows = list(csv.DictReader(zoo.RESULTS.read_text().splitlines()))
     everywhere = {kind for row in rows for kind in row["classes"].split()}
