@@ -16,6 +16,7 @@ The files, from the whole network to its parts:
 - repeatability.py: whether repeated runs give the same results
 - reading.py, inputs.py, memory_format.py: batches of a loader, the calibration set, its memory format
 - coding.py: the distribution of bits over the weights; weight_coding.py: rounding of one weight with feedback
+- ranks.py: reduce the rank of a weight in the metric of its inputs
 - coding_metrics.py, sensitivity.py: the metric of each weight's errors, and their effect on the network's outputs
 - batch_norm.py: batch-norm statistics
 - divergence.py: how far outputs are from those of the original

@@ -1,4 +1,4 @@
-"""The mathematics of kernels, on tensors: bases, the order of frequencies, projection and reconstruction.
+"""The mathematics of kernels, on tensors: bases, frequencies, projection, low ranks, and quantisation with feedback.
 
 What belongs here: functions of tensors that a paper could state as a formula. What does not: modules (`layers`) and
 networks (`network`). No function here needs to know that a kernel belongs to a convolution."""

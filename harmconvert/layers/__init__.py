@@ -1,4 +1,4 @@
-"""Single layers in their other forms (harmonic, factored, the paper's block), and measuring how long one layer takes.
+"""Single layers in their other forms (harmonic, factored, low rank, the paper's block), and timing one layer.
 
 What belongs here: modules that replace one convolution, and the functions that make them or turn them back. What does
 not: finding the layers of a network and replacing many at once (`network`)."""
