@@ -271,6 +271,8 @@ def test_conversion_verification_files_and_forms(name: str, tmp_path: Path) -> N
     conversion = hc.convert(model, lam=2, rank=0.4, example_input=x)
     verification = hc.verify(model, conversion, inputs=x)
     assert verification.as_planned, verification.problems
+    bare = hc.verify(model, conversion.model, inputs=x)
+    assert bare.as_planned, bare.problems
     expected = conversion.model(x)
     path = tmp_path / "ranked.safetensors"
     hc.save(conversion, path)

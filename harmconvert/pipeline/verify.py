@@ -21,11 +21,11 @@ from ..codecs.plain import WEIGHT_DTYPES, tolerance_of
 from ..errors import InputError, shortened
 from ..layers.block import HarmonicBlock2d
 from ..network.forms import fold_blocks
-from ..network.layers import is_harmonic_layer, state_key, stored_names
+from ..network.layers import converted_layers, is_harmonic_layer, state_key, stored_names
 from ..network.running import evaluating
 from ..network.state import tensors_of
 from ..network.values import batch_size, seeded_inputs
-from ..plan import Check, LayerPlan, Plan
+from ..plan import Check, LayerPlan, Plan, plan_of_model
 from ..storage.checkpoint import Network
 from .convert import Conversion
 from .layer_check import check_layer
@@ -211,11 +211,13 @@ def _report_idle(idle: Sequence[str], cut: bool, within: bool, problems: list[st
 
 
 def _plan_of(converted: nn.Module | Conversion | Network) -> Plan:
-    """Return the plan of a converted network; an empty plan if it is not known."""
+    """Return the plan of a converted network, read from its layers if there is no record; empty if there are none."""
     if isinstance(converted, Conversion):
         return converted.plan
-    header = converted.header if isinstance(converted, Network) else None
-    return header.plan if header else Plan(())
+    if isinstance(converted, Network) and converted.header:
+        return converted.header.plan
+    model = converted if isinstance(converted, nn.Module) else converted.model
+    return plan_of_model(model) if converted_layers(model) else Plan(())
 
 
 def _written_by_calibration(converted: nn.Module | Conversion | Network) -> Mapping[str, str]:
