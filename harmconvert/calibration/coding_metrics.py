@@ -100,14 +100,8 @@ def moments_of(problem: Problem, scales_F: Tensor) -> ErrorMetric | None:
     layer = problem.layer
     if isinstance(problem, Operator) or layer.unknowns > MOST_COLUMNS:
         return None
-    if isinstance(problem, Samples):
-        z_GRN, _ = problem.all_samples()
-        if layer.fits_bias:
-            z_GRN = z_GRN - z_GRN.mean(1, keepdim=True)
-        gram_GNN = z_GRN.mT @ z_GRN
-    else:
-        assert isinstance(problem, NormalEquations)
-        gram_GNN = problem.centred_gram
+    assert isinstance(problem, NormalEquations | Samples)
+    gram_GNN = problem.centred_gram
     # The moments of a large layer are a large part of the memory in use, so the new copy is changed in place.
     gram_GNN = layer.restricted(layer.restricted(gram_GNN / problem.count).mT)
     scales_N = scales_F.repeat(gram_GNN.shape[1] // len(scales_F)).to(gram_GNN)

@@ -80,7 +80,7 @@ def _outputs(target_GON: Tensor, problem: Problem, damping: float) -> Tensor | N
         moments_GOO = target_GON @ gram_GNN @ target_GON.mT
         power_G = gram_GNN.diagonal(dim1=1, dim2=2).mean(1)
     elif isinstance(problem, Samples):
-        z_GRN = _centred(problem)
+        z_GRN = problem.centred_samples
         y_GRO = z_GRN @ target_GON.mT
         moments_GOO, power_G = y_GRO.mT @ y_GRO, z_GRN.square().sum(1).mean(1)
     else:
@@ -93,16 +93,7 @@ def _gram(problem: Problem, damping: float) -> Tensor | None:
     """Return the second moments of the responses, damped; None if they are too large or not stored."""
     if problem.layer.unknowns > MOST_COLUMNS or isinstance(problem, Operator | ChannelEquations):
         return None
-    if isinstance(problem, Samples):
-        z_GRN = _centred(problem)
-        gram_GNN = z_GRN.mT @ z_GRN
-    else:
-        assert isinstance(problem, NormalEquations)
-        gram_GNN = problem.centred_gram
+    assert isinstance(problem, NormalEquations | Samples)
+    gram_GNN = problem.centred_gram
     powers_GN = gram_GNN.diagonal(dim1=1, dim2=2)
     return gram_GNN + torch.diag_embed(damping * powers_GN.mean(1, keepdim=True).expand(powers_GN.shape))
-
-
-def _centred(problem: Samples) -> Tensor:
-    z_GRN, _ = problem.all_samples()
-    return z_GRN - z_GRN.mean(1, keepdim=True) if problem.layer.fits_bias else z_GRN

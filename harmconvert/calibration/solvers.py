@@ -165,6 +165,18 @@ class Samples(Problem):
         return self._z[0].transpose(0, 1), self._u[0].transpose(0, 1)
 
     @property
+    def centred_samples(self) -> Tensor:
+        """Return the responses (G, R, I F), centred if a bias is fitted."""
+        z_GRN, _ = self.all_samples()
+        return z_GRN - z_GRN.mean(1, keepdim=True) if self.layer.fits_bias else z_GRN
+
+    @property
+    def centred_gram(self) -> Tensor:
+        """Return the sums of products of responses; see `NormalEquations.centred_gram`."""
+        z_GRN = self.centred_samples
+        return z_GRN.mT @ z_GRN
+
+    @property
     def response_sums_GN(self) -> Tensor:
         return self.all_samples()[0].sum(1)
 

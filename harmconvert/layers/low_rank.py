@@ -14,7 +14,18 @@ from ..kernels.projection import from_groups, project, reconstruct, to_groups
 from ..kernels.ranks import product
 from .factored import FACTORABLE, reason_not_factorable, replaced_method, to_factored
 from .harmonic import HarmonicMixin, harmonic_class, parameter_like, to_dense
-from .ranked import RankedMixin, as_kernel, base_of, empty_ranked_of, groups_of, is_ranked, is_transposed, to_full_rank
+from .ranked import (
+    RankedMixin,
+    as_kernel,
+    base_of,
+    channels_of,
+    empty_ranked_of,
+    groups_of,
+    is_ranked,
+    is_transposed,
+    sizes_of,
+    to_full_rank,
+)
 
 # Classes whose forward is known to be one product with `weight`, so that two layers can compute it.
 SPLITTABLE: tuple[type[nn.Module], ...] = (
@@ -52,7 +63,7 @@ class LowRank(nn.Module):
         merged_GON = product(
             *(
                 factor.unflatten(2, (channels, -1))
-                for factor, channels in zip(factors, (_channels(self.first), _channels(self.second)), strict=True)
+                for factor, channels in zip(factors, (sizes_of(self.first)[2], sizes_of(self.second)[2]), strict=True)
             )
         )
         kernel = self.second if self.kernel_second else self.first
@@ -120,7 +131,7 @@ def from_low_rank(low: LowRank, memo: dict[int, Any] | None = None) -> nn.Module
     ranked.__dict__.update(copy.deepcopy(state, memo))
     for buffer in ("basis", "fitted_basis"):
         ranked._buffers.pop(buffer, None)
-    _set_channels(ranked, _inputs(low.first), _outputs(low.second))
+    _set_channels(ranked, channels_of(low.first)[0], channels_of(low.second)[1])
     matrices = []
     for layer in (low.first, low.second):
         values = _stored(layer, low.spectrum if layer is kernel else None)
@@ -158,7 +169,7 @@ def _kernel_layer(
     state = {key: value for key, value in cast(Any, ranked).__getstate__().items() if key not in left_out}
     layer.__dict__.update(copy.deepcopy(state, memo))
     inner = groups_of(ranked) * ranked.rank
-    inputs, outputs = _inputs(ranked), _outputs(ranked)
+    inputs, outputs = channels_of(ranked)
     _set_channels(layer, *((inner, outputs) if ranked.kernel_second else (inputs, inner)))
     name = "coefficients" if own and harmonic else "weight"
     if own and not harmonic:
@@ -178,7 +189,8 @@ def _kernel_layer(
 def _mixing_layer(ranked: RankedMixin, part: nn.Parameter, memo: dict[int, Any]) -> nn.Module:
     """Return the layer without a kernel: linear, or a 1x1 convolution."""
     inner, groups = groups_of(ranked) * ranked.rank, groups_of(ranked)
-    channels = (_inputs(ranked), inner) if ranked.kernel_second else (inner, _outputs(ranked))
+    inputs, outputs = channels_of(ranked)
+    channels = (inputs, inner) if ranked.kernel_second else (inner, outputs)
     dimensions = len(cast("tuple[int, ...]", getattr(ranked, "kernel_size", ())))
     matrix = part.detach().flatten(1)
     if not dimensions:
@@ -215,18 +227,6 @@ def _matrices(layer: nn.Module, groups: int, transposed: bool) -> Tensor:
     return to_groups(weight.flatten(2) if weight.dim() > 2 else weight[..., None], groups, transposed)
 
 
-def _channels(layer: nn.Module) -> int:
-    return _inputs(layer) // groups_of(layer)
-
-
-def _inputs(layer: nn.Module) -> int:
-    return cast(int, getattr(layer, "in_channels", None) or getattr(layer, "in_features", 0))
-
-
-def _outputs(layer: nn.Module) -> int:
-    return cast(int, getattr(layer, "out_channels", None) or getattr(layer, "out_features", 0))
-
-
 def _set_channels(layer: nn.Module, inputs: int, outputs: int) -> None:
     names = ("in_features", "out_features") if isinstance(layer, nn.Linear) else ("in_channels", "out_channels")
     layer.__dict__.update(zip(names, (inputs, outputs), strict=True))
@@ -241,8 +241,8 @@ def fast_form(layer: nn.Module) -> nn.Module:
     """Return the form for speed of one converted layer; see `reason_without_fast_form`."""
     if not is_ranked(layer):
         return to_factored(cast(HarmonicMixin, layer))
-    low = to_low_rank(layer, harmonic=factors_first(layer))
-    if factors_first(layer):
+    low = to_low_rank(layer, harmonic=(first := factors_first(layer)))
+    if first:
         low.first = to_factored(cast(HarmonicMixin, low.first))
     return low
 

@@ -218,16 +218,21 @@ def matrices_of(layer: nn.Module) -> Tensor:
 def sizes_of(layer: nn.Module) -> tuple[int, int, int, int]:
     """Return the groups, and the rows, channels and frequencies of each group of a layer's coefficients."""
     groups = groups_of(layer)
-    if isinstance(layer, nn.Linear):
-        return 1, layer.out_features, layer.in_features, 1
     frequencies = len(layer.frequencies) if isinstance(layer, HarmonicMixin) else 1
-    out, channels = cast(int, layer.out_channels), cast(int, layer.in_channels)
-    return groups, out // groups, channels // groups, frequencies
+    inputs, outputs = channels_of(layer)
+    return groups, outputs // groups, inputs // groups, frequencies
 
 
 def as_kernel(matrix: Tensor, dimensions: int) -> Tensor:
     """Return a matrix as the weight of a 1x1 convolution with this number of dimensions, or of a linear layer (0)."""
     return matrix.reshape(*matrix.shape, *((1,) * dimensions))
+
+
+def channels_of(layer: nn.Module) -> tuple[int, int]:
+    """Return the numbers of input and output channels of a convolution or linear layer."""
+    names = ("in_features", "out_features") if isinstance(layer, nn.Linear) else ("in_channels", "out_channels")
+    inputs, outputs = (cast(int, getattr(layer, name)) for name in names)
+    return inputs, outputs
 
 
 def groups_of(layer: nn.Module) -> int:

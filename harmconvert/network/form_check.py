@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from ..errors import CheckError, HarmconvertError, first_line, shortened
 from ..layers.block import HarmonicBlock2d
 from ..layers.low_rank import LowRank
+from ..layers.ranked import channels_of
 from .comparison import greatest_difference
 from .exchange import in_precision, in_sixteen_bits
-from .layers import channels_of, converted_layers, kernel_size
+from .layers import converted_layers, kernel_size
 from .running import call, evaluating, unchanged, usage_errors
 from .side_effects import fixed_random_seed
 from .values import clone_tensors, default_input, map_tensors, match_dtype, tensors_in

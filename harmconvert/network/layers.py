@@ -63,13 +63,6 @@ def kernel_size(layer: nn.Module) -> tuple[int, ...]:
     return tuple(cast("tuple[int, ...]", getattr(layer, "kernel_size", ())))
 
 
-def channels_of(layer: nn.Module) -> tuple[int, int]:
-    """Return the numbers of input and output channels of a convolution or linear layer."""
-    names = ("in_features", "out_features") if isinstance(layer, nn.Linear) else ("in_channels", "out_channels")
-    inputs, outputs = (cast(int, getattr(layer, name)) for name in names)
-    return inputs, outputs
-
-
 def state_key(layer: str, tensor: str) -> str:
     """Return the key of a layer's tensor in the network's state dict. ``layer`` is "" if the network is the layer."""
     return f"{layer}.{tensor}" if layer else tensor

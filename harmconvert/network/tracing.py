@@ -15,11 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import UsageError, UserCodeError
 from ..layers.harmonic import CONVOLUTIONS, reason_not_convertible
+from ..layers.ranked import channels_of, groups_of, is_transposed
 from .classifier import classifier_of
 from .copying import deep_copy, uncopyable_member
 from .dataflow import Dataflow, Findings, fixed_parameters
 from .exchange import in_precision, in_sixteen_bits
-from .layers import LayerInfo, channels_of, convolutions, is_harmonic_layer, kernel_size, state_key, weighted_layers
+from .layers import LayerInfo, convolutions, is_harmonic_layer, kernel_size, state_key, weighted_layers
 from .other_convolutions import other_convolutions
 from .running import call, evaluating, unchanged, usage_errors
 from .side_effects import preserve_random_states
@@ -80,7 +81,7 @@ def find_layers(model: nn.Module, trace: Trace | None = None) -> list[LayerInfo]
     for name, layer in weighted_layers(model).items():
         run = trace.layers.get(name) if trace else None
         weight = layer._parameters.get("weight")
-        groups = cast(int, getattr(layer, "groups", 1))
+        groups, (inputs, outputs) = groups_of(layer), channels_of(layer)
         tied_to = first_with.setdefault(id(weight), name) if weight is not None else name
         layers.append(
             LayerInfo(
@@ -94,9 +95,9 @@ def find_layers(model: nn.Module, trace: Trace | None = None) -> list[LayerInfo]
                 tied_to=tied_to if tied_to != name else None,
                 skip=_reason_to_skip(name, layer, other_users, trace),
                 groups=groups,
-                inputs=channels_of(layer)[0],
-                outputs=channels_of(layer)[1],
-                transposed=bool(getattr(layer, "transposed", False)),
+                inputs=inputs,
+                outputs=outputs,
+                transposed=is_transposed(layer),
                 classifier=layer is classifier,
             )
         )

@@ -15,7 +15,8 @@ from ..codecs.codec import Entry
 from ..codecs.plain import stored_bytes
 from ..layers.factored import FACTORABLE
 from ..layers.low_rank import SPLITTABLE
-from ..network.layers import channels_of, convolutions, kernel_size, weighted_layers
+from ..layers.ranked import channels_of
+from ..network.layers import convolutions, kernel_size, weighted_layers
 from ..network.other_convolutions import other_convolutions
 from ..network.running import evaluating
 from ..network.state import tensors_of

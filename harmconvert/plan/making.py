@@ -87,7 +87,7 @@ def _planned(
 ) -> list[LayerPlan]:
     """Return the plans of the layers with what they keep on these axes.
 
-    The axes follow one after the other, and each is told how many positions of the kernel the earlier ones keep.
+    The axes are applied in turn. The facts of a layer say how many positions of its kernel the earlier axes keep.
     """
     plans = {layer.name: layer for layer in planned}
     for axis in axes:

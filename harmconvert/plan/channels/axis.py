@@ -15,7 +15,7 @@ from ...kernels.projection import from_groups, to_groups
 from ...kernels.ranks import full_rank, low_rank, low_rank_of_channels
 from ...layers.harmonic import HarmonicMixin, to_harmonic
 from ...layers.low_rank import SPARSE
-from ...layers.ranked import empty_ranked, is_ranked, matrices_of, pair_for, to_ranked
+from ...layers.ranked import empty_ranked, groups_of, is_ranked, is_transposed, matrices_of, pair_for, to_ranked
 from ...network.exchange import exchange
 from ...network.layers import LayerInfo, weighted_layers
 from ..axes import Axis, Check, Expected, Kept, LayerCost, WeightShape
@@ -144,8 +144,7 @@ class ChannelAxis(Axis):
         """Return the rank of a layer of low rank; None for any other layer."""
         if not is_ranked(layer):
             return None
-        groups, transposed = getattr(layer, "groups", 1), bool(getattr(layer, "transposed", False))
-        return Rank(layer.rank, layer.kernel_second, groups, transposed)
+        return Rank(layer.rank, layer.kernel_second, groups_of(layer), is_transposed(layer))
 
     def tensors(self, kept: Kept, kernel_size: tuple[int, ...]) -> Mapping[str, Expected | None]:
         """Return the shapes of the two matrices; they replace the coefficients."""

@@ -15,7 +15,7 @@ from ...codecs.integers import Layout, Quantised
 from ...codecs.plain import stored_bytes
 from ...codecs.quantised import QUANTISED, layout_of, quantised_entry
 from ...codecs.stream import unpack
-from ...layers.ranked import is_ranked
+from ...layers.ranked import groups_of, is_ranked, is_transposed
 from ...network.layers import stored_names, weighted_layers
 from ...network.state import tensors_of
 from ..plan import LayerPlan, Plan
@@ -101,8 +101,7 @@ def coded_weights(model: nn.Module, plan: Plan) -> tuple[CodedWeight, ...]:
 
 def _layout(layer: nn.Module, parameter: nn.Parameter) -> Layout:
     # The matrices of a low rank have outputs before inputs, also those of a transposed convolution.
-    transposed = bool(getattr(layer, "transposed", False)) and not is_ranked(layer)
-    return Layout(tuple(parameter.shape), cast(int, getattr(layer, "groups", 1)), transposed)
+    return Layout(tuple(parameter.shape), groups_of(layer), is_transposed(layer) and not is_ranked(layer))
 
 
 def with_coded_bits(plan: Plan, weights: tuple[CodedWeight, ...], entries: Mapping[str, Entry]) -> Plan:
