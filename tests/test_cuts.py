@@ -108,7 +108,7 @@ def probed(model: nn.Module, images: Sequence[Tensor], file: Path, shared: bool)
     return scores
 
 
-@pytest.mark.parametrize("network", [None, Branches, Backwards, Silent])
+@pytest.mark.parametrize("network", [None, pytest.param(Branches, marks=pytest.mark.slow), Backwards, Silent])
 def test_probes_from_shared_moments_equal_those_of_separate_refits(
     network: type[nn.Module] | None, tmp_path: Path
 ) -> None:

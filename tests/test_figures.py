@@ -426,7 +426,9 @@ DRAWN: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", DRAWN)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "errors, 1000 layers")) for name in DRAWN]
+)
 def test_image_files_are_valid_and_have_a_readable_size(name: str) -> None:
     found = DRAWN[name]()
     write_figure(found, Path("a.png"), Path("a.csv"))

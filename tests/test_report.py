@@ -703,7 +703,9 @@ SHOWN: dict[str, Callable[[], Report]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SHOWN)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "1000 layers")) for name in SHOWN]
+)
 def test_pages_are_readable_in_a_browser(browser: Any, name: str) -> None:
     report = SHOWN[name]()
     path = Path("page.html")

@@ -72,10 +72,16 @@ def low_rank(coefficients_GON: Tensor, frequencies: int, rank: int, outputs_GOO:
         rank: from 1 to the number of rows.
         outputs_GOO: second moments C G C^T of the outputs, the metric; None: those for the identity as G.
     """
-    if outputs_GOO is None:
-        outputs_GOO = coefficients_GON @ coefficients_GON.mT
-    _, vectors_GOO = torch.linalg.eigh(outputs_GOO)
-    second_GOR = vectors_GOO[..., -rank:].flip(-1)
+    rows, columns = coefficients_GON.shape[1:]
+    if columns < rows:  # the outputs span at most `columns` directions: find the eigenvectors among these
+        directions_GOQ, triangle_GQN = torch.linalg.qr(coefficients_GON)
+        if outputs_GOO is None:
+            moments_GQQ = triangle_GQN @ triangle_GQN.mT
+        else:
+            moments_GQQ = directions_GOQ.mT @ outputs_GOO @ directions_GOQ
+        second_GOR = directions_GOQ @ _leading(moments_GQQ, rank)
+    else:
+        second_GOR = _leading(coefficients_GON @ coefficients_GON.mT if outputs_GOO is None else outputs_GOO, rank)
     first_GRIF = (second_GOR.mT @ coefficients_GON).unflatten(2, (-1, frequencies))
     return Pair(first_GRIF, second_GOR[..., None].contiguous())
 
@@ -98,14 +104,13 @@ def low_rank_of_channels(coefficients_GON: Tensor, frequencies: int, rank: int, 
     C_GOIF = coefficients_GON.unflatten(2, (-1, frequencies))
     unfolded_GMI = C_GOIF.transpose(2, 3).flatten(1, 2)
     if gram_GNN is None:
-        vectors_GII = torch.linalg.eigh(unfolded_GMI.mT @ unfolded_GMI)[1]
-        first_GRI = vectors_GII[..., -rank:].flip(-1).mT.contiguous()
+        first_GRI = _leading(unfolded_GMI.mT @ unfolded_GMI, rank).mT.contiguous()
         return Pair(first_GRI[..., None], torch.einsum("goif,gri->gorf", C_GOIF, first_GRI))
     gram_GIFJH = gram_GNN.unflatten(2, (-1, frequencies)).unflatten(1, (-1, frequencies))
     channels_GII = _damped(gram_GIFJH.diagonal(dim1=2, dim2=4).sum(-1))
     root_GII = torch.linalg.cholesky(channels_GII, upper=True)
     scaled_GMI = unfolded_GMI @ root_GII.mT
-    vectors_GIR = torch.linalg.eigh(scaled_GMI.mT @ scaled_GMI)[1][..., -rank:].flip(-1)
+    vectors_GIR = _leading(scaled_GMI.mT @ scaled_GMI, rank)
     first_GRI = torch.linalg.solve_triangular(root_GII, vectors_GIR, upper=True).mT.contiguous()
     # The moments of what the first matrix passes on: one response for each of its rows and each frequency.
     half_GRFN = torch.einsum("gri,gifn->grfn", first_GRI, gram_GNN.unflatten(1, (-1, frequencies)))
@@ -114,6 +119,11 @@ def low_rank_of_channels(coefficients_GON: Tensor, frequencies: int, rank: int, 
     factor_GMM = torch.linalg.cholesky(_damped(passed_GRFSH.flatten(3).flatten(1, 2)))
     second_GOM = torch.cholesky_solve(cross_GOM.mT, factor_GMM).mT
     return Pair(first_GRI[..., None], second_GOM.unflatten(2, (-1, frequencies)))
+
+
+def _leading(moments_GNN: Tensor, rank: int) -> Tensor:
+    """Return the eigenvectors of the largest eigenvalues, the largest first."""
+    return torch.linalg.eigh(moments_GNN)[1][..., -rank:].flip(-1)
 
 
 def _damped(gram_GNN: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
-from functools import partial
+from functools import cache, partial
 from operator import is_
 from types import BuiltinFunctionType, CellType, FunctionType, MappingProxyType, ModuleType
 from typing import Any, cast
@@ -240,8 +240,10 @@ class ParameterBackup(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         target = args[0] if args and changes_first_argument(getattr(func, "__name__", ""), func) else kwargs.get("out")
-        if isinstance(target, Tensor) and (memory := _memory(target)) in self._parameters.keys() - self._before.keys():
-            self._before[memory] = self._parameters[memory].detach().clone()
+        if isinstance(target, Tensor):
+            memory = _memory(target)
+            if memory in self._parameters and memory not in self._before:
+                self._before[memory] = self._parameters[memory].detach().clone()
         return func(*args, **kwargs)
 
     def restore(self) -> None:
@@ -252,11 +254,17 @@ class ParameterBackup(TorchFunctionMode):
 
 def changes_first_argument(name: str, func: Any) -> bool:
     """Return whether a function of torch changes its first argument."""
+    if name == "__set__":
+        setter: Callable[..., Any] = Tensor.data.__set__  # type: ignore[attr-defined]
+        return func == setter
+    return _is_in_place(name)
+
+
+@cache
+def _is_in_place(name: str) -> bool:
     if name.startswith("__i") and name.endswith("__"):
         return name not in ("__index__", "__int__", "__invert__")
-    in_place = name.endswith("_") and not name.endswith("__") and name not in _NOT_WRITING
-    setter: Callable[..., Any] = Tensor.data.__set__  # type: ignore[attr-defined]
-    return in_place or name == "__setitem__" or func == setter
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__") and name not in _NOT_WRITING)
 
 
 @dataclass(frozen=True)
@@ -286,7 +294,10 @@ def fixed_random_seed(seed: int = 0) -> Iterator[None]:
     Afterwards, the random states are restored.
     """
     with preserve_random_states():
-        torch.manual_seed(seed)
+        if torch.accelerator.is_available():
+            torch.manual_seed(seed)
+        else:  # much faster: `torch.manual_seed` formats a traceback for each kind of device that is not there
+            torch.default_generator.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed)
         yield

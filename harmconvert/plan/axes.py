@@ -8,8 +8,9 @@ does not depend on the number of axes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any, ClassVar
 
@@ -192,6 +193,10 @@ class Axis(ABC):
     def project(self, kernel: Tensor, kept: Kept) -> Tensor:
         """Return the kernel (O, I, *kernel_size) that is nearest to ``kernel`` among those that ``kept`` allows."""
 
+    def projector(self, kernel: Tensor) -> Callable[[Kept], Tensor]:
+        """Return `project` as a function of ``kept`` that computes once what several values share."""
+        return partial(self.project, kernel)
+
     @abstractmethod
     def convert(self, model: nn.Module, kept: Mapping[str, Kept], values: bool = True) -> nn.Module:
         """Return a copy of a network in which each named layer keeps the given value.
@@ -242,9 +247,30 @@ def last_cut(keeps: Sequence[Kept]) -> Kept | None:
     return max(cut, key=lambda kept: list(AXES).index(kept.axis), default=None)
 
 
-def projected(weight: Tensor, keeps: Sequence[Kept]) -> Tensor:
-    """Return the weight, float64, that is nearest to ``weight`` among those that all the values in ``keeps`` allow."""
-    weight = weight.detach().to(torch.float64)
-    for kept in sorted(keeps, key=lambda kept: list(AXES).index(kept.axis)):
-        weight = AXES[kept.axis].project(weight, kept)
-    return weight
+def projections(weight: Tensor, choices: Iterable[Sequence[Kept]]) -> Iterator[Tensor]:
+    """Yield for each choice the weight, float64, that is nearest to ``weight`` among those that all its values allow.
+
+    What a choice shares with the one before it is computed once.
+    """
+    root = _Projected(weight.detach().to(torch.float64))
+    for choice in choices:
+        node = root
+        for kept in sorted(choice, key=lambda kept: list(AXES).index(kept.axis)):
+            node = node.with_kept(kept)
+        yield node.weight
+
+
+class _Projected:
+    """A weight, and the last of its projections along the next axis."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+        self._projectors: dict[str, Callable[[Kept], Tensor]] = {}
+        self._last: tuple[Kept, _Projected] | None = None
+
+    def with_kept(self, kept: Kept) -> _Projected:
+        if self._last is None or self._last[0] != kept:
+            if kept.axis not in self._projectors:
+                self._projectors[kept.axis] = AXES[kept.axis].projector(self.weight)
+            self._last = kept, _Projected(self._projectors[kept.axis](kept))
+        return self._last[1]

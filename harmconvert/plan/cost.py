@@ -101,7 +101,7 @@ def layer_costs(model: nn.Module, plan: Plan, trace: Trace | None = None) -> dic
 def network_cost(model: nn.Module, plan: Plan, trace: Trace | None = None) -> Cost:
     """Return the cost of the original ``model`` before and after ``plan``."""
     layers = layer_costs(model, plan, trace)
-    weighted = weighted_layers(model)
+    weighted, larger = weighted_layers(model), _over_1x1(model)
     # A tied weight counts once, and so do its coefficients: its id is the key, so the last layer's entry remains.
     saved = {
         id(weighted[name].weight): (cost.parameters - cost.kept_parameters, cost.bytes - cost.kept_bytes)
@@ -112,7 +112,7 @@ def network_cost(model: nn.Module, plan: Plan, trace: Trace | None = None) -> Co
     with evaluating(model):  # in training mode, reading a weight with spectral norm would change the network
         over_1x1 = {
             id(c._parameters.get("weight", c)): cast(Tensor, c.weight).numel()
-            for c in _over_1x1(model).values()
+            for c in larger.values()
             if not any(is_lazy(p) for p in c.parameters(recurse=False))
         }
         others = other_convolutions(model, trace.findings.others if trace else None)
@@ -122,7 +122,7 @@ def network_cost(model: nn.Module, plan: Plan, trace: Trace | None = None) -> Co
     if trace:
         total = trace.macs // trace.batch
         change = sum((c.factored_macs or 0) - (c.macs or 0) for c in layers.values())
-        over_1x1_macs = sum(run.macs for name, run in trace.layers.items() if name in _over_1x1(model))
+        over_1x1_macs = sum(run.macs for name, run in trace.layers.items() if name in larger)
         over_1x1_macs = (over_1x1_macs + sum(run.macs for run in trace.findings.others.values())) // trace.batch
         macs = {"dense_macs": total, "factored_macs": total + change, "over_1x1_macs": over_1x1_macs}
     return Cost(

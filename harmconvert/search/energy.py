@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..kernels.basis import largest_of
 from ..network.layers import weighted_layers
-from ..plan.axes import projected
+from ..plan.axes import projections
 from .choices import Choice
 
 
@@ -34,8 +34,8 @@ def energy_scores(model: nn.Module, names: Sequence[str], choices: Sequence[Choi
         filters = weight.transpose(0, 1) if transposed else weight
         scale_O = filters.flatten(1).square().sum(1)
     scores = []
-    for choice in choices:
-        cut = weight - projected(weight, choice)
+    for nearest in projections(weight, choices):
+        cut = weight - nearest
         cut_O = (cut.transpose(0, 1) if transposed else cut).flatten(1).square().sum(1)
         scores.append(float((cut_O / scale_O.to(cut_O).clamp_min(1e-12)).mean()))
     return scores

@@ -34,6 +34,7 @@ from .tally import Counter, Tally, size
 
 SAMPLE = "sample:resnet_mnist5k"
 OLD = b"what was there before"
+ONE_PROCESS = pytest.mark.xdist_group("writing")  # the fast tests, so that the files without faults are written once
 NOBODY = 65534
 
 
@@ -80,16 +81,23 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def expected(material: Path) -> dict[str, Path]:
-    """Return the target of each job, written without any fault."""
-    found = {}
-    for name, job in JOBS.items():
-        folder = material / f"expected {name}"
+class Expected(dict[str, Path]):
+    """The target of each job, written without any fault when it is first asked for."""
+
+    def __init__(self, material: Path) -> None:
+        self.material = material
+
+    def __missing__(self, name: str) -> Path:
+        folder = self.material / f"expected {name}"
         folder.mkdir()
-        assert ended(child(command, folder, *job.arguments)) == 0, said(folder)
-        found[name] = folder / job.target
-    return found
+        assert ended(child(command, folder, *JOBS[name].arguments)) == 0, said(folder)
+        self[name] = folder / JOBS[name].target
+        return self[name]
+
+
+@pytest.fixture(scope="module")
+def expected(material: Path) -> Expected:
+    return Expected(material)
 
 
 def put_old(target: Path) -> None:
@@ -189,7 +197,7 @@ def fresh(material: Path, name: str) -> Path:
 @pytest.mark.parametrize("name", SAMPLED)
 @pytest.mark.slow
 def test_a_command_killed_at_any_step_leaves_a_complete_target(
-    material: Path, expected: dict[str, Path], tally: Counter, name: str
+    material: Path, expected: Expected, tally: Counter, name: str
 ) -> None:
     """The command is killed before each access to a file in its folder in turn, until it completes."""
     count = tally("writing", f"SIGKILL before every step of the file system: {name}")
@@ -209,7 +217,7 @@ def test_a_command_killed_at_any_step_leaves_a_complete_target(
 @pytest.mark.parametrize("name", SAMPLED)
 @pytest.mark.slow
 def test_a_command_killed_at_a_random_moment_leaves_a_complete_target(
-    material: Path, expected: dict[str, Path], tally: Counter, name: str
+    material: Path, expected: Expected, tally: Counter, name: str
 ) -> None:
     count = tally("writing", f"SIGKILL at random moments: {name}")
     job, folder = JOBS[name], material / f"moments {name}"
@@ -229,7 +237,7 @@ def test_a_command_killed_at_a_random_moment_leaves_a_complete_target(
 @pytest.mark.parametrize("name", SAMPLED)
 @pytest.mark.slow
 def test_a_full_disk_leaves_a_complete_target(
-    material: Path, expected: dict[str, Path], tally: Counter, name: str
+    material: Path, expected: Expected, tally: Counter, name: str
 ) -> None:
     """Files are limited to 0 bytes, a part of the header, a part of the tensors, or all except one byte."""
     count = tally("writing", f"no space left (RLIMIT_FSIZE): {name}")
@@ -247,8 +255,9 @@ def test_a_full_disk_leaves_a_complete_target(
         count.trial(found, lost=lost)
 
 
+@ONE_PROCESS
 def test_a_small_disk_leaves_a_complete_target(
-    material: Path, expected: dict[str, Path], tmp_path: Path, tally: Counter
+    material: Path, expected: Expected, tmp_path: Path, tally: Counter
 ) -> None:
     count = tally("writing", "no space left (a small tmpfs)")
     if (
@@ -282,8 +291,9 @@ def everybodys() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
+@ONE_PROCESS
 def test_missing_permissions_are_reported(
-    material: Path, everybodys: Path, expected: dict[str, Path], tally: Counter
+    material: Path, everybodys: Path, expected: Expected, tally: Counter
 ) -> None:
     count = tally("writing", "folders that may not be written")
     user = NOBODY if os.geteuid() == 0 else None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from math import prod
 from typing import Any, ClassVar, cast
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.projection import from_groups, to_groups
-from ...kernels.ranks import full_rank, low_rank, low_rank_of_channels
+from ...kernels.ranks import Pair, full_rank, low_rank, low_rank_of_channels, product
 from ...layers.harmonic import HarmonicMixin, to_harmonic
 from ...layers.low_rank import SPARSE
 from ...layers.ranked import empty_ranked, groups_of, is_ranked, is_transposed, matrices_of, pair_for, to_ranked
@@ -121,14 +121,29 @@ class ChannelAxis(Axis):
 
     def project(self, kernel: Tensor, kept: Kept) -> Tensor:
         """Return the kernel of this rank that is nearest to ``kernel``."""
-        own = cast(Rank, kept)
-        if own.rank is None:
-            return kernel
+        return self.projector(kernel)(kept)
+
+    def projector(self, kernel: Tensor) -> Callable[[Kept], Tensor]:
+        """Return a function that computes the kernel of a rank that is nearest to ``kernel``."""
         stored = kernel.flatten(2) if kernel.dim() > 2 else kernel[..., None]
-        matrices_GON = to_groups(stored, own.groups, own.transposed)
-        nearest = low_rank_of_channels if own.kernel_second else low_rank
-        product_GON = nearest(matrices_GON, stored.shape[2], own.rank).product_GON
-        return from_groups(product_GON, stored.shape[2], own.transposed).reshape(kernel.shape)
+
+        @cache
+        def pair_of(groups: int, transposed: bool, kernel_second: bool) -> Pair:
+            """Return the pair of full rank. Its first rows and columns are the nearest pair of a lower rank."""
+            matrices_GON = to_groups(stored, groups, transposed)
+            sizes = (matrices_GON.shape[1], matrices_GON.shape[2] // stored.shape[2], stored.shape[2])
+            nearest = low_rank_of_channels if kernel_second else low_rank
+            return nearest(matrices_GON, stored.shape[2], full_rank(*sizes, kernel_second))
+
+        def nearest_of(kept: Kept) -> Tensor:
+            own = cast(Rank, kept)
+            if own.rank is None:
+                return kernel
+            pair = pair_of(own.groups, own.transposed, own.kernel_second)
+            product_GON = product(pair.first_GRIF[:, : own.rank], pair.second_GORF[:, :, : own.rank])
+            return from_groups(product_GON, stored.shape[2], own.transposed).reshape(kernel.shape)
+
+        return nearest_of
 
     def convert(self, model: nn.Module, kept: Mapping[str, Kept], values: bool = True) -> nn.Module:
         """Return a copy of the network in which the weights of the named layers have a low rank."""
