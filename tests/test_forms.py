@@ -25,6 +25,8 @@ from harmconvert.layers import (
     FactoredMixin,
     HarmonicMixin,
     LayerInput,
+    LowRank,
+    RankedMixin,
     Times,
     harmonic_class,
     in_turns,
@@ -333,6 +335,24 @@ def test_factor_chooses_the_fastest_whole_network(
     if "factored" in whole and form != "factored":
         assert {one.why for one in chosen.layers} == {"factored, the whole network is no faster"}
     assert torch.allclose(outputs(chosen.model, X), outputs(harmonic, X), atol=1e-5)
+
+
+@pytest.mark.parametrize(("first", "factored"), [((2.0, 1.0), True), ((1.0, 2.0), False)])
+def test_the_first_of_two_layers_has_the_faster_form(
+    monkeypatch: pytest.MonkeyPatch, first: tuple[float, float], factored: bool
+) -> None:
+    """The times are fixed: two layers are faster than one, and the first of them has each of the two forms once."""
+    replace_everywhere(
+        monkeypatch, layer_times, lambda layer, _: (4.0, 1.0) if isinstance(layer, RankedMixin) else first
+    )
+    times = {"dense": 5.0, "dense, channels_last": 4.0, "factored": 3.0}
+    replace_everywhere(monkeypatch, in_turns, lambda runs, *_: {name: Times((times[name],)) for name in runs})
+    ranked = convert(seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 12, 3))), {"1": 2}, rank=3).model
+    chosen = factoring(ranked, X)
+    (two,) = (layer for layer in chosen.model if isinstance(layer, LowRank))
+    assert isinstance(two.first, FactoredMixin) == factored
+    assert [layer.first for layer in chosen.layers if layer.name == "1"] == ["factored" if factored else "dense"]
+    assert torch.allclose(outputs(chosen.model, X), outputs(ranked, X), atol=1e-5)
 
 
 def test_factor_measures_at_the_input_size_of_the_network_by_default() -> None:

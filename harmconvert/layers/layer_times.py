@@ -25,10 +25,12 @@ from ..errors import OutsideError
 from ..files import cache_folder, read_json, write_text
 from . import native
 from .harmonic import HarmonicMixin, basis_key
-from .low_rank import fast_form, plain_form
-from .ranked import base_of, is_ranked, sizes_of
+from .low_rank import can_factor_first, fast_form, plain_form, to_low_rank
+from .ranked import RankedMixin, base_of, is_ranked, sizes_of
 from .timing import in_turns
 
+# A form counts as faster only if it saves at least this share of the time.
+MARGIN = 0.02
 _MEMORY_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -54,6 +56,14 @@ def layer_times(conv: nn.Module, layer_input: LayerInput) -> tuple[float, float]
     return times_by_key[key]
 
 
+def first_is_faster_factored(ranked: RankedMixin, layer_input: LayerInput) -> bool:
+    """Return whether the first of the two layers of a low rank is faster as a factored convolution (`layer_times`)."""
+    if not can_factor_first(ranked):
+        return False
+    dense, factored = layer_times(to_low_rank(ranked, harmonic=True).first, layer_input)
+    return factored < (1 - MARGIN) * dense
+
+
 def kernels_to_channels_last(model: nn.Module) -> nn.Module:
     """Convert kernels to channels_last in place, so that the maps are channels_last, too; return the network."""
     for dimensions, memory_format in _MEMORY_FORMATS.items():
@@ -64,7 +74,9 @@ def kernels_to_channels_last(model: nn.Module) -> nn.Module:
 
 
 def _measure(conv: nn.Module, layer_input: LayerInput) -> tuple[float, float]:
-    dense, factored = (kernels_to_channels_last(form(conv)).eval() for form in (plain_form, fast_form))
+    first_factored = first_is_faster_factored(conv, layer_input) if is_ranked(conv) else None
+    forms = (plain_form(conv), fast_form(conv, first_factored))
+    dense, factored = (kernels_to_channels_last(form).eval() for form in forms)
     generator = torch.Generator().manual_seed(0)
     input = torch.randn(layer_input.shape, generator=generator).to(layer_input.device, layer_input.dtype)
     if memory_format := _MEMORY_FORMATS.get(input.dim()):

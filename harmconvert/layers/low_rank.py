@@ -237,21 +237,31 @@ def reason_without_fast_form(layer: nn.Module) -> str | None:
     return reason_not_splittable(layer) if is_ranked(layer) else reason_not_factorable(cast(HarmonicMixin, layer))
 
 
-def fast_form(layer: nn.Module) -> nn.Module:
-    """Return the form for speed of one converted layer; see `reason_without_fast_form`."""
+def fast_form(layer: nn.Module, first_factored: bool | None = None) -> nn.Module:
+    """Return the form for speed of one converted layer; see `reason_without_fast_form`.
+
+    Args:
+        first_factored: whether the first of the two layers of a low rank is a factored convolution; by default if
+            `factors_first`.
+    """
     if not is_ranked(layer):
         return to_factored(cast(HarmonicMixin, layer))
-    low = to_low_rank(layer, harmonic=(first := factors_first(layer)))
-    if first:
+    first_factored = factors_first(layer) if first_factored is None else first_factored
+    low = to_low_rank(layer, harmonic=first_factored)
+    if first_factored:
         low.first = to_factored(cast(HarmonicMixin, low.first))
     return low
 
 
+def can_factor_first(ranked: RankedMixin) -> bool:
+    """Return whether the first of the two layers can be a factored convolution."""
+    return not ranked.kernel_second and isinstance(ranked, HarmonicMixin) and not reason_not_factorable(ranked)
+
+
 def factors_first(ranked: RankedMixin) -> bool:
-    """Return whether the first of the two layers is fastest as a factored convolution: it has few frequencies."""
-    if ranked.kernel_second or not isinstance(ranked, HarmonicMixin) or reason_not_factorable(ranked):
-        return False
-    return SPARSE * len(ranked.frequencies) <= prod(cast("tuple[int, ...]", ranked.kernel_size))
+    """Return whether the first of the two layers is probably faster factored: it has few frequencies."""
+    size = prod(cast("tuple[int, ...]", getattr(ranked, "kernel_size", ())))
+    return can_factor_first(ranked) and SPARSE * len(cast(HarmonicMixin, ranked).frequencies) <= size
 
 
 def plain_form(layer: nn.Module) -> nn.Module:

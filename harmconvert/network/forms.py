@@ -16,9 +16,15 @@ from ..kernels.projection import all_finite, check_range
 from ..layers.block import HarmonicBlock2d, absorb_bias, fold_block
 from ..layers.factored import empty_factored, to_factored
 from ..layers.harmonic import empty_counterpart, to_dense
-from ..layers.layer_times import LayerInput, kernels_to_channels_last, layer_times
+from ..layers.layer_times import (
+    MARGIN,
+    LayerInput,
+    first_is_faster_factored,
+    kernels_to_channels_last,
+    layer_times,
+)
 from ..layers.low_rank import LowRank, factors_first, reason_without_fast_form
-from ..layers.ranked import is_ranked
+from ..layers.ranked import RankedMixin, is_ranked
 from ..layers.timing import in_turns
 from .exchange import exchange, replace_module
 from .form_check import check_form, compare_forms, make_runnable
@@ -28,15 +34,13 @@ from .running import call, evaluating, unchanged, usage_errors
 from .values import clone_tensors, default_input, tensors_in
 
 Choice = Literal["dense", "factored"]
-# A form counts as faster only if it saves at least this share of the time.
-MARGIN = 0.02
 
 
 @dataclass(frozen=True)
 class LayerForm:
     """The form chosen for one converted layer, the reason, and the median seconds of both forms if measured.
 
-    The factored form of a layer of low rank is two plain layers.
+    The factored form of a layer of low rank is two layers. ``first`` is the form of the first one, if measured.
     """
 
     name: str
@@ -44,6 +48,7 @@ class LayerForm:
     why: str
     dense_seconds: float | None = None
     factored_seconds: float | None = None
+    first: Choice | None = None
 
 
 @dataclass(frozen=True)
@@ -249,18 +254,25 @@ def _faster_form(name: str, conv: nn.Module, layer_input: LayerInput | None) -> 
         return LayerForm(name, "dense", "it does not run on this input")
     try:
         dense, factored = layer_times(conv, layer_input)
+        first: Choice | None = None
+        if is_ranked(conv):
+            first = "factored" if first_is_faster_factored(conv, layer_input) else "dense"
     except Exception as error:  # some layers run only inside the network, for example under its autocast
         return LayerForm(name, "dense", f"it cannot be timed by itself: {type(error).__name__}: {first_line(error)}")
     if factored < (1 - MARGIN) * dense:
-        return LayerForm(name, "factored", f"{dense / factored:.2f} times as fast as dense", dense, factored)
+        return LayerForm(name, "factored", f"{dense / factored:.2f} times as fast as dense", dense, factored, first)
     return LayerForm(name, "dense", f"factored it takes {factored / dense:.2f} times as long", dense, factored)
 
 
 def _with_forms(model: nn.Module, harmonic: Mapping[str, nn.Module], forms: list[LayerForm]) -> nn.Module:
-    chosen = {layer.name for layer in forms if layer.form == "factored"}
-    ranked = {name: layer for name in chosen if is_ranked(layer := harmonic[name])}
+    chosen = {form.name for form in forms if form.form == "factored"}
+    ranked = {form.name: form for form in forms if form.name in chosen and is_ranked(harmonic[form.name])}
     model = in_two_layers(model, ranked, harmonic=True)
-    chosen |= {state_key(name, "first") for name, layer in ranked.items() if factors_first(layer)}
+    chosen |= {
+        state_key(name, "first")
+        for name, form in ranked.items()
+        if (factors_first(cast(RankedMixin, harmonic[name])) if form.first is None else form.first == "factored")
+    }
     left = harmonic_layers(model)
     factored = {conv for name, conv in left.items() if name in chosen}
     fill: dict[nn.Module, Any] = {
