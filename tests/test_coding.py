@@ -341,7 +341,8 @@ def test_a_changed_weight_is_reported_and_stored_uncoded(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("network", "budget", "calibrated"),
-    [pytest.param("sample", "bytes=9%", True, marks=pytest.mark.slow), ("sample", "bytes=60kB", False), ("small", "bytes=60%", True),
+    [pytest.param("sample", "bytes=9%", True, marks=pytest.mark.slow), ("sample", "bytes=60kB", False),
+     ("small", "bytes=60%", True),
      ("small", "bytes=100%", True), ("small", "bytes=60%", False), ("small", "bytes=100%", False)],
 )  # fmt: skip
 def test_a_budget_of_bytes_is_never_exceeded(network: str, budget: str, calibrated: bool, tmp_path: Path) -> None:
