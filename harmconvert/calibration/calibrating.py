@@ -39,10 +39,12 @@ from .reading import in_runnable_precision
 from .records import Calibration, CalibrationSettings, LayerCalibration, Progress
 from .refit import Refit
 from .repeatability import check_repeatability
+from .sensitivity import effects_of_outputs
 from .tied_layers import Targets, find_tied_layers
 
 # Outputs of the original are stored up to this size: more saves little time and much memory.
 MOST_TARGETS = 1 << 30
+NO_EFFECTS = False
 # Re-estimated batch norms are kept only if they reduce the divergence to this share: with few held-back inputs, smaller
 # differences are chance.
 BATCH_NORM_GAIN = 0.9
@@ -64,6 +66,7 @@ class CalibrationContext:
     compare: Divergence
     whole: Mapping[str, WholeLayer] = field(default_factory=dict)
     precise: bool = False
+    effects: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, original: nn.Module, batches: Iterable[Any], settings: CalibrationSettings) -> CalibrationContext:
@@ -117,6 +120,8 @@ def calibrate(
     ranks = {name: kept for name, kept in plan.on(Rank.axis).items() if not kept.whole}
     # Ranks are reduced after the refit, in a network with whole weights; their matrices follow from the result.
     whole = apply_plan(context.original, plan.without(Rank.axis)) if ranks else runnable
+    if ranks and not context.effects and not NO_EFFECTS:
+        context.effects.update(effects_of_outputs(context.original, weighted_layers(context.original), context.data, settings.seed))
     plain = _copied_tensors(at_full_rank(runnable))
     with unchanged(context.original), unchanged(whole, set(batch_norms(whole).values()), weights=False):
         record = _calibrate(context.original, whole, cut, plain, context, settings, progress, ranks=ranks)
@@ -297,7 +302,7 @@ def _refit(
     records = []
     batches = (*data.fit, *data.held)
     with Forwards(converted, harmonic, memory // 4, batches, data.probes, data.runs.complete) as forwards:
-        refit = Refit(forwards, targets, data, settings, memory, whole, coder, ranks)
+        refit = Refit(forwards, targets, data, settings, memory, whole, coder, ranks, context.effects)
         for done, tied in enumerate(tied_layers):
             if progress:
                 progress(done, len(tied_layers), tied.names[0])

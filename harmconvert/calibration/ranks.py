@@ -18,11 +18,14 @@ from .solvers import ChannelEquations, NormalEquations, Operator, Samples
 # The share of the mean power of the responses that is added to every response, so that directions that the calibration
 # inputs hardly show count a little. The damping of the refit is used instead if it is larger.
 _DAMPING = 1e-3
+SHRINK = 0.1
 # A layer whose outputs differ by less than this, relative to their size, needs no refit before its rank is reduced.
 _NOTHING_TO_REFIT = 1e-6
 
 
-def reduced(fit: Problem, held: Problem, dampings: Sequence[float], rank: Rank) -> Choice:
+def reduced(
+    fit: Problem, held: Problem, dampings: Sequence[float], rank: Rank, effects_GOO: Tensor | None = None
+) -> Choice:
     """Return the coefficients of a rank whose error on the held-back inputs is the smallest.
 
     Each candidate is a solution of the refit, reduced to the rank in the metric of the inputs. The candidate without
@@ -30,13 +33,15 @@ def reduced(fit: Problem, held: Problem, dampings: Sequence[float], rank: Rank) 
 
     Args:
         dampings: of the refit, the strongest first.
+        effects_GOO: how much errors of the layer's outputs change those of the network, as a quadratic form.
     """
     coefficients_GON = fit.layer.coefficients
+    root_GOO = None if effects_GOO is None else _root(effects_GOO.to(coefficients_GON))
     plain = _nearest(coefficients_GON, fit, rank)
     assert plain is not None
     candidates: list[tuple[str, Tensor, float | None]] = [("projection", plain, None)]
     for damping, target_GON in _targets(fit, dampings):
-        if (near := _nearest(target_GON, fit, rank, max(damping, _DAMPING))) is not None:
+        if (near := _nearest(target_GON, fit, rank, max(damping, _DAMPING), root_GOO)) is not None:
             candidates.append(("refit" if target_GON is not coefficients_GON else "rank", near, damping))
     changes = []
     for decision, near_GON, used in candidates:
@@ -56,7 +61,18 @@ def _targets(fit: Problem, dampings: Sequence[float]) -> Iterator[tuple[float, T
         yield cast(float, change.damping), fit.layer.coefficients + change.coefficients
 
 
-def _nearest(target_GON: Tensor, problem: Problem, rank: Rank, damping: float | None = None) -> Tensor | None:
+def _root(effects_GOO: Tensor) -> Tensor:
+    """Return the Cholesky factor of the effects, shrunk towards their diagonal."""
+    powers_GO = effects_GOO.diagonal(dim1=1, dim2=2)
+    floor_GO = (_DAMPING * powers_GO.mean(1, keepdim=True)).clamp_min(torch.finfo(powers_GO.dtype).tiny)
+    return torch.linalg.cholesky(
+        (1 - SHRINK) * effects_GOO + torch.diag_embed(SHRINK * powers_GO + floor_GO)
+    )
+
+
+def _nearest(
+    target_GON: Tensor, problem: Problem, rank: Rank, damping: float | None = None, root_GOO: Tensor | None = None
+) -> Tensor | None:
     """Return the nearest coefficients of a rank; in the metric of the inputs if ``damping`` is given."""
     assert rank.rank is not None
     frequencies = len(problem.layer.basis)
@@ -64,11 +80,11 @@ def _nearest(target_GON: Tensor, problem: Problem, rank: Rank, damping: float | 
         gram_GNN = None if damping is None else _gram(problem, damping)
         if gram_GNN is None and damping is not None:
             return None
-        return low_rank_of_channels(target_GON, frequencies, rank.rank, gram_GNN).product_GON
+        return low_rank_of_channels(target_GON, frequencies, rank.rank, gram_GNN, root_GOO).product_GON
     outputs_GOO = None if damping is None else _outputs(target_GON, problem, damping)
     if outputs_GOO is None and damping is not None:
         return None
-    return low_rank(target_GON, frequencies, rank.rank, outputs_GOO).product_GON
+    return low_rank(target_GON, frequencies, rank.rank, outputs_GOO, root_GOO).product_GON
 
 
 def _outputs(target_GON: Tensor, problem: Problem, damping: float) -> Tensor | None:

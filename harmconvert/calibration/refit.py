@@ -41,6 +41,7 @@ class Refit:
         whole: equations of uncut layers, which are used instead of new runs.
         coder: codes the weights of the layers after their refit; None: they are not coded.
         ranks: what layers keep on the channel axis, by name; the weights of these layers get a low rank.
+        effects: how much errors of these layers' outputs change those of the network, by name (`effects_of_outputs`).
     """
 
     def __init__(
@@ -53,10 +54,11 @@ class Refit:
         whole: Mapping[str, WholeLayer],
         coder: Coder | None = None,
         ranks: Mapping[str, Rank] | None = None,
+        effects: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.forwards, self.targets, self.data = forwards, targets, data
         self.settings, self.memory, self.whole, self.coder = settings, memory, whole, coder
-        self.ranks = ranks or {}
+        self.ranks, self.effects = ranks or {}, effects or {}
 
     def __call__(self, tied: TiedLayers) -> LayerCalibration:
         """Refit layers that share coefficients. If this fails, they keep the projection, and the record says why."""
@@ -95,7 +97,10 @@ class Refit:
             raise UsageError("its activations are NaN or infinite on the calibration inputs")
         own_dampings = dampings(self.settings, fit.count / layer.unknowns)
         rank = self.ranks.get(tied.names[0])
-        choice = choose(fit, held, own_dampings) if rank is None else reduced(fit, held, own_dampings, rank)
+        if rank is None:
+            choice = choose(fit, held, own_dampings)
+        else:
+            choice = reduced(fit, held, own_dampings, rank, self.effects.get(tied.names[0]))
         bias_before = None if bias is None else bias.detach().clone()
         if choice.change is not None:
             _write(kernel, layer, choice, bias)

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..layers.ranked import groups_of
 from ..network.distributed import all_or_none, rank, sum_over_ranks
+from ..network.layers import kernel_size, parameter_of
 from ..network.running import call, evaluating, unchanged
 from ..network.side_effects import fixed_random_seed
 from ..network.values import clone_tensors, match_dtype, tensors_in
 from .divergence import class_count
-from .inputs import Batch
+from .inputs import Batch, CalibrationSet
 
 # Forwards with gradients, and examples in each; random directions of the outputs of each forward.
 _FORWARDS, _EXAMPLES, _DIRECTIONS = 16, 4, 2
@@ -87,6 +90,59 @@ def _own_sums(
                         change = changes(key, gradient.detach())
                         sums[key] = sums[key] + change if key in sums else change
     return sums, power
+
+
+def effects_of_outputs(
+    network: nn.Module, layers: Mapping[str, nn.Module], data: CalibrationSet, seed: int
+) -> dict[str, Tensor]:
+    """Return by name how much errors of a layer's outputs change the network's: a quadratic form (groups, O, O).
+
+    It is the second moment of the gradients of random directions of the network's outputs with respect to the
+    layer's outputs, over examples and positions. With torch.distributed, it is over the inputs of all processes.
+    """
+    generator = torch.Generator().manual_seed(seed + rank())
+    classes = class_count(network)
+    sums: dict[str, Tensor] = {}
+    watched: dict[str, list[Tensor]] = {}
+
+    def watch(name: str) -> Any:
+        def hook(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
+            watched[name].append(output)
+            return output.clone()  # what follows may change the clone in place
+
+        return hook
+
+    parameters = {name: parameter_of(layer) for name, layer in layers.items()}
+    handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
+    try:
+        with evaluating(network), _with_gradients(network, parameters.values()), unchanged(network):
+            for batch in _examples(data.fit):
+                watched.update((name, []) for name in layers)
+                with torch.enable_grad(), fixed_random_seed():
+                    output = call(network, match_dtype(clone_tensors(batch.input), network))
+                outputs = [one for one in tensors_in(output) if one.is_floating_point() and one.requires_grad]
+                logits = len(outputs) == 1 and outputs[0].dim() == 2 and outputs[0].shape[1] == classes
+                inner = [(name, one) for name, ones in watched.items() for one in ones]
+                for last in range(_DIRECTIONS - 1, -1, -1):
+                    directions = [_direction(one.detach(), logits, generator) for one in outputs]
+                    gradients = torch.autograd.grad(
+                        outputs, [one for _, one in inner], directions, retain_graph=last > 0, allow_unused=True
+                    )
+                    for (name, _), gradient in zip(inner, gradients, strict=True):
+                        if gradient is not None:
+                            moments = _moments(layers[name], gradient)
+                            sums[name] = sums[name] + moments if name in sums else moments
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sums
+
+
+def _moments(layer: nn.Module, gradient: Tensor) -> Tensor:
+    dimensions = len(kernel_size(layer))
+    rows_PO = gradient.detach().movedim(gradient.dim() - dimensions - 1, -1).flatten(0, -2).float()
+    rows_GPO = rows_PO.unflatten(1, (groups_of(layer), -1)).movedim(1, 0)
+    return (rows_GPO.mT @ rows_GPO).double()
 
 
 def _examples(batches: Sequence[Batch]) -> Iterator[Batch]:

@@ -60,7 +60,13 @@ def full_rank(rows: int, channels: int, frequencies: int, kernel_second: bool) -
     return min(rows * frequencies, channels) if kernel_second else min(rows, channels * frequencies)
 
 
-def low_rank(coefficients_GON: Tensor, frequencies: int, rank: int, outputs_GOO: Tensor | None = None) -> Pair:
+def low_rank(
+    coefficients_GON: Tensor,
+    frequencies: int,
+    rank: int,
+    outputs_GOO: Tensor | None = None,
+    root_GOO: Tensor | None = None,
+) -> Pair:
     """Return the map of a rank that is nearest to given coefficients; the first matrix has the frequencies.
 
     >>> pair = low_rank(torch.diag(torch.tensor([3.0, 2.0, 1.0]))[None].double(), 1, 2)
@@ -71,7 +77,14 @@ def low_rank(coefficients_GON: Tensor, frequencies: int, rank: int, outputs_GOO:
         coefficients_GON: float64, (groups, rows, channels x frequencies).
         rank: from 1 to the number of rows.
         outputs_GOO: second moments C G C^T of the outputs, the metric; None: those for the identity as G.
+        root_GOO: a lower triangular matrix T. An error e of the outputs counts as the square of T^T e; by default of e.
     """
+    if root_GOO is not None:
+        if outputs_GOO is not None:
+            outputs_GOO = root_GOO.mT @ outputs_GOO @ root_GOO
+        pair = low_rank(root_GOO.mT @ coefficients_GON, frequencies, rank, outputs_GOO)
+        second_GOR = torch.linalg.solve_triangular(root_GOO.mT, pair.second_GORF[..., 0], upper=True)
+        return Pair(pair.first_GRIF, second_GOR[..., None])
     rows, columns = coefficients_GON.shape[1:]
     if columns < rows:  # the outputs span at most `columns` directions: find the eigenvectors among these
         directions_GOQ, triangle_GQN = torch.linalg.qr(coefficients_GON)
@@ -86,7 +99,13 @@ def low_rank(coefficients_GON: Tensor, frequencies: int, rank: int, outputs_GOO:
     return Pair(first_GRIF, second_GOR[..., None].contiguous())
 
 
-def low_rank_of_channels(coefficients_GON: Tensor, frequencies: int, rank: int, gram_GNN: Tensor | None = None) -> Pair:
+def low_rank_of_channels(
+    coefficients_GON: Tensor,
+    frequencies: int,
+    rank: int,
+    gram_GNN: Tensor | None = None,
+    root_GOO: Tensor | None = None,
+) -> Pair:
     """Return a map of a rank that is near to given coefficients; the second matrix has the frequencies.
 
     Without moments it is the nearest one. With them, the first matrix is the best one in the metric of the channels,
@@ -100,9 +119,11 @@ def low_rank_of_channels(coefficients_GON: Tensor, frequencies: int, rank: int, 
         coefficients_GON: float64, (groups, rows, channels x frequencies).
         rank: from 1 to the number of channels.
         gram_GNN: second moments G of the responses, positive semidefinite.
+        root_GOO: as for `low_rank`. It is used for the choice of the first matrix.
     """
     C_GOIF = coefficients_GON.unflatten(2, (-1, frequencies))
-    unfolded_GMI = C_GOIF.transpose(2, 3).flatten(1, 2)
+    seen_GON = coefficients_GON if root_GOO is None else root_GOO.mT @ coefficients_GON
+    unfolded_GMI = seen_GON.unflatten(2, (-1, frequencies)).transpose(2, 3).flatten(1, 2)
     if gram_GNN is None:
         first_GRI = _leading(unfolded_GMI.mT @ unfolded_GMI, rank).mT.contiguous()
         return Pair(first_GRI[..., None], torch.einsum("goif,gri->gorf", C_GOIF, first_GRI))
