@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..codecs import Entry, stored_bytes
@@ -14,29 +14,28 @@ from .charts import Chart, Series, axis, counted
 from .facts import LayerBytes, total_bytes
 from .text import byte_unit, layer_name
 
-# The name of the last entry of `layer_bytes`.
-OTHERS = "other tensors"
-
 
 def layer_bytes(model: nn.Module, coded: Mapping[str, Entry]) -> tuple[LayerBytes, ...]:
     """Return the bytes of each layer in a file, in the order of the network; empty if no weight is coded.
 
-    Layers are the modules that have a coded weight, or another weight with several axes, such as an embedding. The last
-    entry, `OTHERS`, has all other tensors, such as those of norms. Tied tensors count once, for their first layer.
+    Layers are the modules that have a coded weight, or another tensor with several axes, such as an embedding. The
+    tensors of other modules, such as norms, count for the layer before them; those before the first layer count for the
+    first one. Tied tensors count once, for their first layer.
 
     Args:
         model: the network in harmonic form. coded: the entries of its coded tensors.
     """
     if not coded:
         return ()
-    unique = {id(tensor): (key, tensor) for key, tensor in reversed(tensors_of(model, keep_vars=True).items())}
-    tensors = [
-        (key.rpartition(".")[0], key, tensor) for key, tensor in reversed(unique.values()) if not is_lazy(tensor)
-    ]
+    unique: dict[int, tuple[str, str, Tensor]] = {}
+    for key, tensor in tensors_of(model, keep_vars=True).items():
+        unique.setdefault(id(tensor), (key.rpartition(".")[0], key, tensor))
+    tensors = [one for one in unique.values() if not is_lazy(one[2])]
     names = dict.fromkeys(owner for owner, key, tensor in tensors if key in coded or tensor.dim() > 1)
-    layers = {name: LayerBytes(name, 0, 0, 0) for name in (*names, OTHERS)}
+    layers = {name: LayerBytes(name, 0, 0, 0) for name in names}
+    name = next(iter(names))
     for owner, key, tensor in tensors:
-        name = owner if owner in names else OTHERS
+        name = owner if owner in names else name
         layer, size = layers[name], stored_bytes(tensor, coded.get(key))
         if key in coded:
             weights, coded_bytes = layer.weights + tensor.numel(), layer.coded_bytes + size
@@ -51,14 +50,17 @@ def bits_charts(layers: Sequence[LayerBytes]) -> list[Chart]:
     average = total_bytes(layers).bits
     if average is None:
         return []
-    x = counted("layer, in the order of the network; last: all other tensors", len(layers))
+    x = counted("layer, in the order of the network", len(layers))
     texts = [layer_text(layer) for layer in layers]
     numbered = list(enumerate(zip(layers, texts, strict=True), 1))
     bits = tuple((n, layer.bits, text) for n, (layer, text) in numbered if layer.bits is not None)
     y = axis("bits per coded weight", (value for _, value, _ in bits), zero=True)
-    mean = Series(f"average {average:.2f}", "line", "b", ((x.low, average, ""), (x.high, average, "")))
-    not_coded = tuple((n, y.high, text) for n, (layer, text) in numbered[:-1] if layer.bits is None)
-    series = [Series("coded", "bars", "a", bits), mean, Series("not coded, above the axis", "rings", "grey", not_coded)]
+    off_scale = tuple((n, y.high, text) for n, (layer, text) in numbered if layer.bits is None)
+    series = [
+        Series("coded", "bars", "a", bits),
+        Series("not coded, above the axis", "bars", "grey", off_scale),
+        Series(f"average {average:.2f}", "line", "b", ((x.low, average, ""), (x.high, average, ""))),
+    ]
     sizes = [layer.coded_bytes + layer.plain_bytes for layer in layers]
     size, unit = byte_unit(max(sizes))
     # The bars of all tensors are behind the bars of the coded tensors: the part that is not coded is visible.

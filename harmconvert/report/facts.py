@@ -96,7 +96,8 @@ class LayerFacts:
 class LayerBytes:
     """What the tensors of one layer need in a file with coded weights.
 
-    ``weights``: the number of coded weights, in ``coded_bytes``. ``plain_bytes``: of the tensors that are not coded.
+    ``weights``: the number of coded weights, in ``coded_bytes``. ``plain_bytes``: of the tensors that are not coded,
+    with those of norms and other modules between this layer and the next one.
     """
 
     name: str

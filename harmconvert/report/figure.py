@@ -195,12 +195,14 @@ def _tradeoff(network: Network, request: Openable, tested: TradeoffSettings, lis
         lam, uncut = _for_coding(network, request, listener)
     elif network.header is not None and not network.header.plan.whole:
         listener.say(_CUT_ALREADY)
-    model = ready(uncut, request, machine.device)
+    # The network of a file declares the pre-processing, and the network from which it was made may not.
+    declared = ready(network.model, request, machine.device)
+    model = declared if uncut is network.model else ready(uncut, request, machine.device)
     if given is not None:
-        given = replace(given, model=ready(given.model, request, machine.device))
+        given = replace(given, model=declared)
     loading, config = evaluation_loading(
         DataRequest.parse(tested.data, holdout=0.0),
-        model,
+        declared,
         machine,
         batch_size=tested.batch_size,
         workers=tested.workers,
@@ -210,7 +212,7 @@ def _tradeoff(network: Network, request: Openable, tested: TradeoffSettings, lis
     settings = tested.settings or CalibrationSettings(inputs=256)
     batches = calibration_batches(
         tested.calibration,
-        model,
+        declared,
         settings,
         batch_size=tested.calibration_batch_size,
         sizes=[tuple(config["input_size"])],

@@ -31,15 +31,16 @@ def draw_tradeoff(tradeoff: Tradeoff) -> Figure:
     axes[-1].set_xlabel(size.label)
     whole = size.value(tradeoff.uncut)
     above = axes[0].secondary_xaxis("top", functions=(lambda x: 100 * x / whole, lambda x: x * whole / 100))
-    above.set_xlabel(f"of the uncut network's {size.label.partition(',')[0]}, %")
+    above.set_xlabel(f"of the uncut network's {size.name}, %")
     axes[0].legend(loc="best")
     return figure
 
 
 @dataclass(frozen=True)
 class _Size:
-    """The quantity on the x axis: its label, and its value for a point."""
+    """The quantity on the x axis: its name, its label, and its value for a point."""
 
+    name: str
     label: str
     value: Callable[[Point], float]
 
@@ -47,13 +48,12 @@ class _Size:
 def _parameters(tradeoff: Tradeoff) -> _Size:
     units = ((1e9, ", thousand million"), (1e6, ", million"), (1e3, ", thousand"), (1.0, ""))
     scale, unit = next(one for one in units if tradeoff.uncut.parameters >= one[0] or one[0] == 1)
-    return _Size(f"parameters{unit}", lambda point: point.parameters / scale)
+    return _Size("parameters", f"parameters{unit}", lambda point: point.parameters / scale)
 
 
 def _coded_size(tradeoff: Tradeoff) -> _Size:
-    largest = max(point.bytes for point in tradeoff.every[1:])
-    scale, unit = byte_unit(largest)
-    return _Size(f"bytes of the tensors, {unit}", lambda point: point.bytes / scale)
+    scale, unit = byte_unit(max(point.bytes for point in tradeoff.every[1:]))
+    return _Size("bytes", f"bytes of the tensors, {unit}", lambda point: point.bytes / scale)
 
 
 @dataclass(frozen=True)
@@ -80,17 +80,16 @@ def _curves(ax: Axes, tradeoff: Tradeoff, size: _Size, quantity: _Quantity) -> N
         quantity.value(tradeoff.uncut), color=GREY, linewidth=1.0, linestyle=(0, (5, 3)), label="uncut", zorder=1
     )
     ax.axhspan(*quantity.interval(tradeoff.uncut), color=GREY, alpha=0.12, linewidth=0, zorder=0)
+    names = ("coded", "coded, calibrated") if tradeoff.coded else ("plain cut", "calibrated")
     plain = [point for point in tradeoff.points if not point.calibrated]
     calibrated = [point for point in tradeoff.points if point.calibrated]
     if plain:
-        _curve(ax, plain, size, quantity, ("coded" if tradeoff.coded else "plain cut", BLUE, "o"))
+        _curve(ax, plain, size, quantity, (names[0], BLUE, "o"))
         _labels(ax, plain, size, quantity, (BLUE, 1))
     if calibrated:
         # The uncut network is the right end of both curves, but only one of them has its label.
         whole = [point for point in plain if "full" in point.lambdas]
-        _curve(ax, [*whole, *calibrated], size, quantity, (
-            "coded, calibrated" if tradeoff.coded else "calibrated", VERMILION, "s",
-        ))  # fmt: skip
+        _curve(ax, [*whole, *calibrated], size, quantity, (names[1], VERMILION, "s"))
         _labels(ax, calibrated, size, quantity, (VERMILION, -1))
     if tradeoff.given:
         _curve(ax, [tradeoff.given], size, quantity, (f"this file, {tradeoff.given.bits:.3g} bits", "black", "D"))
