@@ -53,7 +53,7 @@ def _parameters(tradeoff: Tradeoff) -> _Size:
 
 def _coded_size(tradeoff: Tradeoff) -> _Size:
     scale, unit = byte_unit(max(point.bytes for point in tradeoff.every[1:]))
-    return _Size("bytes", f"bytes of the tensors, {unit}", lambda point: point.bytes / scale)
+    return _Size("bytes", f"tensors in the file, {unit}", lambda point: point.bytes / scale)
 
 
 @dataclass(frozen=True)
