@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -174,14 +175,14 @@ def test_a_comparison_has_the_bits_of_coded_files_and_a_dash_for_others() -> Non
 # --- the trade-off of several rates ---
 
 
-def measured(labels: bool = True, **more: Any) -> Tradeoff:
+def measured(labels: bool = True, make: Callable[[], nn.Module] = Small, **more: Any) -> Tradeoff:
     no_label = torch.full((16,), -1)
     batches = [Batch(x, y % 5 if labels else no_label, []) for x, y in zip(IMAGES, LABELS, strict=True)]
 
     def quality(converted: nn.Module, uncut: nn.Module | None) -> Evaluation:
         return evaluate(converted, batches, uncut)
 
-    return tradeoff(seeded(Small), quality, example_input=IMAGES[0][:1], **more)
+    return tradeoff(seeded(make), quality, example_input=IMAGES[0][:1], **more)
 
 
 def test_every_rate_is_coded_once_and_measured() -> None:
@@ -206,9 +207,12 @@ def test_every_rate_is_coded_once_and_measured() -> None:
 
 
 def test_rates_are_calibrated_if_there_are_inputs() -> None:
-    found = measured(bits=[3], calibration=IMAGES[:2])
+    def tiny() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    found = measured(make=tiny, bits=[3], calibration=IMAGES)
     assert [point.calibrated for point in found.points] == [True]
-    (plain,) = measured(bits=[3]).points
+    (plain,) = measured(make=tiny, bits=[3]).points
     assert found.points[0].divergence < plain.divergence
 
 

@@ -110,8 +110,8 @@ def bits_sheet(report: Report) -> Sheet:
         InputError: no weight is coded.
     """
     if not report.coding:
-        what = f"no weight of {report.name} is coded, so there are no bits to draw: harmconvert convert codes them with "
-        raise InputError(what, Argument("bits", 3))
+        what = f"no weight of {report.name} is coded, so there are no bits to draw"
+        raise InputError(what, ": harmconvert convert codes weights with ", Argument("bits", 3))
     keys = ("weights", "bits", "coded_bytes", "plain_bytes")
     numbers = [
         {"number": number, "layer": layer.name, **{key: getattr(layer, key) for key in keys}}

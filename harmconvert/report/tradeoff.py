@@ -233,27 +233,20 @@ def tradeoff(
 
     Raises: the errors of `convert`. Also InputError if no policy cuts a layer.
     """
-    kinds: list[tuple[tuple[str, ...], float | None, dict[str, Any]]] = []
     if bits:
         rates = sorted({BitsSetting.of(rate).average or 0.0 for rate in bits}, reverse=True)
-        kinds = [
-            ((), rate, {"lam": lam, "bits": rate, "include": include, "calibration": calibration}) for rate in rates
-        ]
+        jobs = [_Job((), rate, {"lam": lam, "include": include, "calibration": calibration}) for rate in rates]
     else:
-        for lambdas, plan in _distinct_plans(model, policies, example_input, include):
-            kinds.append((lambdas, None, {"lam": plan}))
-            if calibration is not None and not plan.whole:
-                kinds.append((lambdas, None, {"lam": plan, "calibration": calibration}))
-    total = 1 + len(kinds) + (given is not None)
+        plans = _distinct_plans(model, policies, example_input, include)
+        jobs = [job for lambdas, plan in plans for job in _cuts(lambdas, plan, calibration)]
+    total = 1 + len(jobs) + (given is not None)
     progress(0, total, "uncut")
     uncut_evaluation, points = evaluate(model, None), list[Point]()
-    for done, (lambdas, rate, arguments) in enumerate(kinds, 1):
-        calibrated = arguments.get("calibration") is not None
-        name = f"lambda {lambdas[0]}" if rate is None else bits_text(rate)
-        progress(done, total, name + (", calibrated" if calibrated else ""))
-        conversion = convert(model, **arguments, example_input=example_input, settings=settings)
+    for done, job in enumerate(jobs, 1):
+        progress(done, total, job.name)
+        conversion = convert(model, **job.arguments, bits=job.bits, example_input=example_input, settings=settings)
         evaluation = evaluate(conversion.model, model)
-        points.append(Point(lambdas, calibrated, conversion.cost, evaluation, _note(conversion), rate))
+        points.append(Point(job.lambdas, job.calibrated, conversion.cost, evaluation, _note(conversion), job.bits))
         del conversion  # before the next network is made
     cost = points[0].cost
     uncut = Point((), False, cost, uncut_evaluation)
@@ -264,6 +257,32 @@ def tradeoff(
     cost = replace(cost, harmonic_parameters=given.parameters, harmonic_bytes=given.bytes)
     evaluation = evaluate(given.model, model)
     return Tradeoff(uncut, tuple(points), Point((), given.calibrated, cost, evaluation, None, given.bits, given=True))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A conversion to make: its policies or bits, and its other arguments for `convert`."""
+
+    lambdas: tuple[str, ...]
+    bits: float | None
+    arguments: Mapping[str, Any]
+
+    @property
+    def calibrated(self) -> bool:
+        return self.arguments.get("calibration") is not None
+
+    @property
+    def name(self) -> str:
+        name = f"lambda {self.lambdas[0]}" if self.bits is None else bits_text(self.bits)
+        return name + (", calibrated" if self.calibrated else "")
+
+
+def _cuts(lambdas: tuple[str, ...], plan: Plan, calibration: Iterable[Any] | None) -> list[_Job]:
+    """Return the plain cut of a plan and, if it can differ, the calibrated one."""
+    plain = _Job(lambdas, None, {"lam": plan})
+    if calibration is None or plan.whole:
+        return [plain]
+    return [plain, _Job(lambdas, None, {"lam": plan, "calibration": calibration})]
 
 
 def _distinct_plans(
