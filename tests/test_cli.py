@@ -393,9 +393,10 @@ def test_the_command_line_is_frozen() -> None:
         "verify": sorted(["--as-planned", "--tolerance", *network, *common, *size, *loudness]),
         "inspect": sorted(["--no-pretrained", *network, *common, *size]),
         "report": sorted(
-            ["--figure", "--output", "-o", "--force", "--kernel-size", "--include", "--seed", "--batch-size", "-b",
-             "--latency", "--calibrate", "--calibration-batch-size", "--calibration-images", "--calibration-memory",
-             "--calibration-split", "--damping", "--device", *data, *network, *common, *size, *loudness]
+            ["--bits", "--figure", "--output", "-o", "--force", "--kernel-size", "--include", "--seed", "--batch-size",
+             "-b", "--latency", "--calibrate", "--calibration-batch-size", "--calibration-images",
+             "--calibration-memory", "--calibration-split", "--damping", "--device", *data, *network, *common, *size,
+             *loudness]
         ),
         "compare": sorted(["--all-layers", "--trust-code", "--model", *common, *size]),
         "benchmark": sorted(

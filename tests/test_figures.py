@@ -37,6 +37,7 @@ from harmconvert.report import (
     Spectrum,
     Strip,
     Tradeoff,
+    bits_sheet,
     drawing,
     error_sheet,
     figures,
@@ -415,6 +416,8 @@ DRAWN: dict[str, Callable[[], Any]] = {
     "errors, 1000 layers": lambda: error_sheet(test_report.deep()),
     "errors, hostile": lambda: error_sheet(test_report.hostile()),
     "training": lambda: training_sheet(calibrated_and_trained()),
+    "bits": lambda: bits_sheet(test_report.coded(5)),
+    "bits, 300 layers": lambda: bits_sheet(test_report.coded(300)),
     "layers": lambda: strip_of(3),
     "layers, 64": lambda: strip_of(64),
     "layers, 1000": lambda: strip_of(1000),
@@ -441,7 +444,7 @@ def test_image_files_are_valid_and_have_a_readable_size(name: str) -> None:
     assert 200 <= height <= 6500
 
 
-@pytest.mark.parametrize("name", ["filters, cut", "spectrum, hostile", "trade-off, linear", "errors", "layers"])
+@pytest.mark.parametrize("name", ["filters, cut", "spectrum, hostile", "trade-off, linear", "errors", "layers", "bits"])
 def test_the_same_numbers_give_the_same_bytes(name: str) -> None:
     for suffix in (".png", ".svg"):
         figures.save(figures.draw(DRAWN[name]()), Path(f"a{suffix}"), suffix)
@@ -601,11 +604,13 @@ def test_the_report_command_draws_the_charts_of_the_page() -> None:
         (
             ["--figure", "pie"],
             2,
-            "'pie' is not one of 'filters', 'spectrum', 'tradeoff', 'errors', 'training', 'layers'",
+            "'pie' is not one of 'filters', 'spectrum', 'tradeoff', 'errors', 'training', 'layers', 'bits'",
         ),
         (["--figure", "errors"], 2, "is not a harmonic checkpoint: make one first with: harmconvert convert"),
         (["--figure", "layers", "--kernel-size", "3"], 2, "--kernel-size works only with --figure filters or"),
         (["--figure", "training", "--include", "x"], 2, "--include works only with --figure tradeoff"),
+        (["--figure", "bits", "--bits", "2,3"], 2, "--bits works only with --figure tradeoff"),
+        (["--figure", "tradeoff", "--bits", "two"], 2, "'two' is not a list of numbers"),
         (["--figure", "errors", "--device", "cpu"], 2, "--device works only with --figure tradeoff or --latency"),
         (["--figure", "filters", "-o", "a.pdf"], 2, "a.pdf should end in .png or .svg"),
         (["--figure", "filters", "-o", "none/a.png"], 2, "the folder none does not exist"),

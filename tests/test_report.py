@@ -31,7 +31,18 @@ from harmconvert.errors import InputError, OutsideError, UsageError
 from harmconvert.layers import Times, in_turns
 from harmconvert.pipeline import convert
 from harmconvert.plan import Plan
-from harmconvert.report import Report, axis, comparison_of, counted, grid, page, report_of, shortened_name, write_report
+from harmconvert.report import (
+    LayerBytes,
+    Report,
+    axis,
+    comparison_of,
+    counted,
+    grid,
+    page,
+    report_of,
+    shortened_name,
+    write_report,
+)
 from harmconvert.search import SearchSettings
 from harmconvert.sources import open_source
 from harmconvert.storage import Header, Source, read_header
@@ -694,12 +705,25 @@ def resnet50() -> Report:
     return made(timm.create_model("resnet50").eval(), "progressive")
 
 
+def bytes_of_many(count: int) -> tuple[LayerBytes, ...]:
+    """Return layers of every appearance: coded with and without other tensors, not coded at all."""
+    layers = [LayerBytes(f"block{n}.conv", 1000 * (n % 3), 300 * (n % 3), 40 * (n % 2) + 4 * (n % 3 == 0))
+              for n in range(count)]  # fmt: skip
+    return tuple(layers)
+
+
+def coded(layers: int) -> Report:
+    """Return the report of a coded network; ``layers``: the number of layers whose bytes it shows."""
+    return replace(made(small(), "full", bits=3), coding=bytes_of_many(layers))
+
+
 def sample() -> Report:
     return made(open_source(SAMPLE).model, 2, {"training": [training()]})
 
 
 SHOWN: dict[str, Callable[[], Report]] = {
     "sample": sample, "everything": rich_report, "ResNet-50": resnet50, "1000 layers": deep, "hostile": hostile,
+    "coded": lambda: coded(5), "coded, 300 layers": lambda: coded(300),
 }  # fmt: skip
 
 
@@ -735,6 +759,9 @@ def test_pages_are_readable_in_a_browser(browser: Any, name: str) -> None:
                 )
                 assert visit.hover("[data-chart=loss]", x / 100, y / 100) == text
                 assert visit.page.locator(".ring").count() == 1
+            if report.coding:
+                text = visit.hover("[data-chart=bytes]", 0.5 / len(report.coding), 0.99)
+                assert text == "block0.conv\nnot coded: 4 bytes", "bars are found at any height"
             visit.page.mouse.move(1, 1)
             assert visit.hover("h1") == ""
             assert visit.page.locator(".ring, .cell, .on").count() == 0

@@ -34,8 +34,7 @@ def command(
     inputs.check()
     for source in sources:
         check_harmonic(source)
-    from ..report import compare
-    from ..report.tables import comparison_table, differences_table
+    from ..report import compare, comparison_table, differences_table
     from ..sources.opening import made_by_code
 
     requests = [

@@ -25,6 +25,13 @@ def tradeoff_options(command: Any) -> Any:
             metavar="PATTERN",
             help="tradeoff: convert only layers whose name matches, as convert does; repeatable.",
         ),
+        click.option(
+            "--bits",
+            type=types.Numbers(),
+            default=(),
+            help="tradeoff: code the network with these numbers of bits per weight, such as 2,3,4, instead of cutting "
+            "it by several lambdas.",
+        ),
     ):
         command = option(command)
     return command
@@ -37,8 +44,9 @@ def tradeoff_options(command: Any) -> Any:
     type=click.Choice(NETWORK_FIGURES + CHECKPOINT_FIGURES),
     help="Draw one figure instead of the page. For any network: filters (the DCT filters, and which of them lambda "
     "keeps), spectrum (the frequencies that each layer uses), tradeoff (error against parameters, for several "
-    "lambdas). For a harmonic checkpoint: errors (of each kernel and output, before and after calibration), training "
-    "(loss and top-1 of each epoch), layers (the share of frequencies that each layer keeps).",
+    "lambdas; with --bits: against bytes). For a harmonic checkpoint: errors (of each kernel and output, before and "
+    "after calibration), training (loss and top-1 of each epoch), layers (the share of frequencies that each layer "
+    "keeps), bits (bits per coded weight and bytes of each layer).",
 )
 @click.option(
     "-o",
@@ -80,7 +88,8 @@ def command(
     The page is one file. It shows what was done and what the forms cost, layer by layer, as far as the checkpoint
     records it; -o FILE.json writes its data. The figures are 2, 3 and 4 of the paper, for any network, and the charts
     of the page. Each figure has a .csv with its numbers. The trade-off tests on --dataset or --data-dir, as evaluate
-    does. With --calibrate, it also shows the calibrated cuts.
+    does. With --calibrate, it also shows the calibrated cuts. With --bits, it shows error against bytes of a network
+    that is coded with each of these numbers of bits, and the point of SOURCE if that is a coded checkpoint.
 
     \b
     Example:
@@ -90,6 +99,7 @@ def command(
       harmconvert report resnet50 --figure spectrum
       harmconvert report resnet50-harmonic-progressive.safetensors --figure errors
       harmconvert report sample:resnet_mnist5k --figure tradeoff --dataset sample:mnist5k --calibrate sample:mnist5k
+      harmconvert report sample:resnet_mnist5k --figure tradeoff --dataset sample:mnist5k --bits 1,2,3
     """
     from ..arguments import check_figure, check_harmonic
     from ..errors import UsageError
@@ -191,4 +201,5 @@ def _tradeoff_settings(values: dict[str, Any]) -> TradeoffSettings:
         values["calibration_batch_size"],
         values["workers"],
         values["device"],
+        values["bits"],
     )

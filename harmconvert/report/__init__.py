@@ -7,24 +7,27 @@ frequencies. Figures need matplotlib, an optional dependency, so `figures` is im
 from .charts import axis, counted
 from .compare import compare
 from .comparison import Column, Comparison, comparison_of
-from .facts import Report
+from .comparison_tables import comparison_table, differences_table
+from .facts import LayerBytes, Report
 from .figure import Figure, TradeoffSettings, figure
 from .page import page, write_report
 from .report import Reported, report
 from .reproduce import OPTION_NAMES, commands
-from .sheets import Sheet, Strip, error_sheet, layer_strip, search_sheet, training_sheet
+from .sheets import Sheet, Strip, bits_sheet, error_sheet, layer_strip, search_sheet, training_sheet
 from .space import Spectrum, filter_bank, spectrum
 from .summary import report_of
-from .tables import calibration_lines, comparison_table, differences_table, tradeoff_table
+from .tables import calibration_lines, tradeoff_table
 from .text import shortened_name
-from .tradeoff import Point, Tradeoff, tradeoff
+from .tradeoff import CodedFile, Point, Tradeoff, tradeoff
 from .writing import drawing, write_figure
 
 __all__ = [
     "OPTION_NAMES",
+    "CodedFile",
     "Column",
     "Comparison",
     "Figure",
+    "LayerBytes",
     "Point",
     "Report",
     "Reported",
@@ -34,6 +37,7 @@ __all__ = [
     "Tradeoff",
     "TradeoffSettings",
     "axis",
+    "bits_sheet",
     "calibration_lines",
     "commands",
     "compare",

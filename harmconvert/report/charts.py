@@ -16,6 +16,7 @@ from .text import layer_name
 
 # The largest ratio of values on a logarithmic axis; smaller values are drawn at its lower end.
 _LARGEST_RATIO = 1e6
+BAR_WIDTH = 0.8  # of a bar; the distance between the middles of two bars is 1
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Axis:
 class Series:
     """Points (x, y, text) under one name.
 
-    ``look``: ``line``, ``dots``, ``rings`` or ``halo``. ``colour``: the name of a colour of the page.
+    ``look``: ``line``, ``bars``, ``dots``, ``rings`` or ``halo``. ``colour``: the name of a colour of the page.
     """
 
     name: str
@@ -77,7 +78,15 @@ class Chart:
         positions = [(10 * self.x.place(x), 1000 - 10 * self.y.place(y)) for x, y, _ in series.points]
         if series.look == "line":
             return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in positions) if positions else ""
+        if series.look == "bars":
+            half = 10 * (self.x.place(self.x.low + BAR_WIDTH / 2))
+            return "".join(f"M{x - half:.1f} 1000V{y:.1f}H{x + half:.1f}V1000Z" for x, y in positions)
         return "".join(f"M{x:.1f} {y:.1f}h.01" for x, y in positions)
+
+    @property
+    def barred(self) -> bool:
+        """Return whether the chart has bars, so that pointing anywhere above a number of x shows its text."""
+        return any(series.look == "bars" for series in self.series)
 
     def stem_path(self) -> str:
         """Return the stems as an SVG path."""

@@ -10,6 +10,8 @@ from ..codecs import codec_of, stored_bytes, zero_share
 from ..errors import counted, shortened
 from ..network.state import tensors_of
 from ..pipeline.convert import Conversion
+from .coding import layer_bytes
+from .facts import total_bytes
 from .tables import fitted_table
 from .text import layer_name, megabytes
 
@@ -32,18 +34,16 @@ def coding_lines(conversion: Conversion) -> list[str]:
     entries = conversion.coded
     if not entries:
         return []
-    size = sum(codec_of(entry).bytes(entry) for entry in entries.values())
-    count = sum(prod(entry.shape) for entry in entries.values())
-    rest = conversion.cost.harmonic_bytes - size
-    share = rest / max(conversion.cost.harmonic_bytes, 1)
+    total = total_bytes(layer_bytes(conversion.model, entries))
+    share = total.plain_bytes / max(conversion.cost.harmonic_bytes, 1)
     large = [
         f"{key} ({megabytes(stored_bytes(tensor))})"
         for key, tensor in tensors_of(conversion.model).items()
         if key not in entries and stored_bytes(tensor) > LARGE * conversion.cost.harmonic_bytes
     ]
     lines = [
-        f"coded: {counted(len(entries), 'tensor')} with {count:,} weights in {megabytes(size)}, "
-        f"{8 * size / max(count, 1):.2f} bits per weight; not coded: {megabytes(rest)}, {share:.1%} of the tensors"
+        f"coded: {counted(len(entries), 'tensor')} with {total.weights:,} weights in {megabytes(total.coded_bytes)}, "
+        f"{total.bits:.2f} bits per weight; not coded: {megabytes(total.plain_bytes)}, {share:.1%} of the tensors"
     ]
     if large:
         lines.append(f"large tensors that are not coded: {shortened(large, 5)}")

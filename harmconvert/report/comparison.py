@@ -13,7 +13,10 @@ from .facts import Report, StageFacts
 
 @dataclass(frozen=True)
 class Column:
-    """One checkpoint: sizes, MACs per example in factored form, and its last known accuracy. None means not known."""
+    """One checkpoint: sizes, MACs per example in factored form, and its last known accuracy. None means not known.
+
+    ``bits``: per coded weight; None if no weight is coded.
+    """
 
     name: str
     source: str | None
@@ -26,6 +29,7 @@ class Column:
     uncut_parameters: int
     parameters: int
     bytes: int
+    bits: float | None
     dense_macs: int | None
     factored_macs: int | None
     calibration_inputs: int | None
@@ -112,6 +116,7 @@ def _column(report: Report) -> Column:
         uncut_parameters=dense.parameters,
         parameters=harmonic.parameters,
         bytes=harmonic.bytes,
+        bits=report.bits,
         dense_macs=dense.macs,
         factored_macs=factored.macs,
         calibration_inputs=calibration.get("inputs"),

@@ -5,7 +5,7 @@ A value that is neither recorded in the checkpoint nor measured is None.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Any
@@ -93,11 +93,31 @@ class LayerFacts:
 
 
 @dataclass(frozen=True)
+class LayerBytes:
+    """What the tensors of one layer need in a file with coded weights.
+
+    ``weights``: the number of coded weights, in ``coded_bytes``. ``plain_bytes``: of the tensors that are not coded,
+    with those of norms and other modules between this layer and the next one.
+    """
+
+    name: str
+    weights: int
+    coded_bytes: int
+    plain_bytes: int
+
+    @property
+    def bits(self) -> float | None:
+        """Return the bits per coded weight; None if no weight is coded."""
+        return 8 * self.coded_bytes / self.weights if self.weights else None
+
+
+@dataclass(frozen=True)
 class Report:
     """All that is known about a harmonic checkpoint.
 
     ``calibration``, ``search``, ``drops`` and ``training`` are copied from the checkpoint's history. ``timing``: the
-    machine and the settings with which the forms were timed; None if they were not timed.
+    machine and the settings with which the forms were timed; None if they were not timed. ``coding``: the bytes of each
+    layer, in the order of the network; empty if no weight is coded.
     """
 
     name: str
@@ -117,6 +137,7 @@ class Report:
     parameter_share_over_1x1: float | None = None
     timing: Mapping[str, Any] | None = None
     command_notes: tuple[str, ...] = ()
+    coding: tuple[LayerBytes, ...] = ()
 
     def form(self, name: str) -> Form:
         """Return the form with this name."""
@@ -138,6 +159,11 @@ class Report:
         return self.form("harmonic").parameters / max(self.form("dense").parameters, 1)
 
     @property
+    def bits(self) -> float | None:
+        """Return the bits per coded weight of the whole network; None if no weight is coded."""
+        return total_bytes(self.coding).bits
+
+    @property
     def from_scratch(self) -> bool:
         """Return whether the network was trained in harmonic form from the beginning, and not converted."""
         return bool(self.training) and not self.training[0].get("stages")
@@ -151,7 +177,16 @@ class Report:
         """Return a dict for JSON; `Plan.load` reads the plan from it."""
         plain = asdict(replace(self, plan=Plan(())))
         plain["layers"] = [{**asdict(layer), "share": layer.share} for layer in self.layers]
+        plain["coding"] = [{**asdict(layer), "bits": layer.bits} for layer in self.coding]
         return {
             "report_version": REPORT_VERSION, "harmconvert": version("harmconvert"), **plain,
-            "plan": self.plan.to_json(),
+            "bits": self.bits, "plan": self.plan.to_json(),
         }  # fmt: skip
+
+
+def total_bytes(layers: Sequence[LayerBytes]) -> LayerBytes:
+    """Return the sum over layers."""
+    weights, coded, plain = (
+        sum(getattr(layer, field) for layer in layers) for field in ("weights", "coded_bytes", "plain_bytes")
+    )
+    return LayerBytes("all layers", weights, coded, plain)

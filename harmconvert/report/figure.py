@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..arguments import CHECKPOINT_FIGURES, NETWORK_FIGURES, check_figure, check_harmonic
 from ..calibration import CalibrationSettings
 from ..data.datasets import DataRequest
 from ..data.variety import Variety
-from ..errors import Argument, UsageError
+from ..errors import Argument, HarmconvertError, UsageError
+from ..network.forms import dense_form
 from ..pipeline.calibrating import CalibrationData, calibration_batches, warn
 from ..pipeline.devices import machine_for, ready
 from ..pipeline.listener import SILENT, Listener
 from ..pipeline.networks import Openable, is_given, opened, text_of
 from ..pipeline.testing import evaluation_loading, note_unread
+from ..plan import Bits, Plan
+from ..sources.opening import open_original
+from ..sources.request import SourceRequest
 from ..storage.checkpoint import Network
 from ..training.evaluation import evaluate
 from . import sheets
 from .report import report
 from .space import FilterBank, Spectrum, filter_bank, spectrum
-from .tradeoff import Tradeoff, tradeoff
+from .tradeoff import CodedFile, Tradeoff, tradeoff
 from .writing import drawing, write_figure
 
+_CUT_ALREADY = "note: this checkpoint is cut already; here 'uncut' means this checkpoint"
 # The data that a figure can show.
 Content = FilterBank | Spectrum | Tradeoff | sheets.Sheet | sheets.Strip
 
@@ -58,7 +64,8 @@ class TradeoffSettings:
 
     ``data``: labelled images for the test, as for `harmconvert.evaluate`. ``calibration``: images without labels, or
     batches, as for `harmconvert.convert_to_file`; None: no calibrated cuts. ``preprocessing``: replaces that of the
-    network, for both. ``include``: patterns of layer names, as for `convert`.
+    network, for both. ``include``: patterns of layer names, as for `convert`. ``bits``: code the network with these
+    numbers of bits per weight, such as ``(2, 3, 4)``, instead of cutting it by several lambdas.
     """
 
     data: str | Path | DataRequest
@@ -70,6 +77,7 @@ class TradeoffSettings:
     calibration_batch_size: int = 32
     workers: int | None = None
     device: str | None = None
+    bits: Sequence[float] = ()
 
 
 def figure(
@@ -93,7 +101,8 @@ def figure(
     Args:
         model: a source string, a request or a network.
         kind: ``"filters"``, ``"spectrum"`` or ``"tradeoff"`` (the paper's figures 2, 3 and 4) for any network;
-            ``"errors"``, ``"training"`` or ``"layers"`` for a harmonic checkpoint.
+            ``"errors"``, ``"training"``, ``"layers"`` or ``"bits"`` (bits and bytes of each layer) for a harmonic
+            checkpoint.
         output: the .png or .svg file to write; default: NAME-FIGURE.png.
         kernel_size: for filters and spectrum: show only this kernel size.
         tested: for a trade-off: its images and settings.
@@ -128,6 +137,8 @@ def _from_checkpoint(model: Openable, kind: str, listener: Listener) -> tuple[st
     source = str(facts.source or text_of(model))
     if kind == "layers":
         return source, sheets.layer_strip(facts)
+    if kind == "bits":
+        return source, sheets.bits_sheet(facts)
     return source, sheets.error_sheet(facts) if kind == "errors" else sheets.training_sheet(facts)
 
 
@@ -142,7 +153,7 @@ def _from_network(
     if kind == "tradeoff" and tested is None:
         raise UsageError("a trade-off needs labelled images for the test: give ", Argument("tested"))
     # The filters of a kernel size do not depend on the weights, so pretrained weights need not be downloaded.
-    form = "dense" if kind == "tradeoff" else "harmonic"
+    form = "dense" if kind == "tradeoff" and not (tested and tested.bits) else "harmonic"
     network = opened(model, listener, pretrained=kind != "filters", form=form)
     source = str(network.source)
     if kind == "filters":
@@ -155,15 +166,43 @@ def _from_network(
     return source, content
 
 
+def _for_coding(network: Network, request: Openable, listener: Listener) -> tuple[Plan, nn.Module]:
+    """Return what codings of a checkpoint keep, and the network to code.
+
+    A coded checkpoint would be rounded a second time, so the network from which it was made is coded if it is known.
+    """
+    assert network.header is not None
+    plan = network.header.plan.without(Bits.axis)
+    if network.header.codecs.coded:
+        trusted = isinstance(request, SourceRequest) and (request.trust_code or bool(request.code))
+        try:
+            with listener.busy("loading the uncut network"):
+                return plan, open_original(network.header, trust_code=trusted)
+        except HarmconvertError as error:  # its remedies are for other flows
+            listener.say(f"note: the uncut network is not known ({str(error).partition(': ')[0]})")
+    if not network.header.plan.whole:
+        listener.say(_CUT_ALREADY)
+    return plan, dense_form(network.model)
+
+
 def _tradeoff(network: Network, request: Openable, tested: TradeoffSettings, listener: Listener) -> Tradeoff:
-    """Read the images, and test the uncut network and every cut on them."""
-    if network.header is not None and not network.header.plan.whole:
-        listener.say("note: this checkpoint is cut already; here 'uncut' means this checkpoint")
+    """Read the images, and test the uncut network and every cut or coding on them."""
     machine, preprocessing = machine_for(request, tested.device), tested.preprocessing or {}
-    model = ready(network.model, request, machine.device)
+    uncut, given = network.model, None
+    lam: str | Plan = "full"
+    if tested.bits and network.header is not None:
+        given = CodedFile.of(network.model, network.header)
+        lam, uncut = _for_coding(network, request, listener)
+    elif network.header is not None and not network.header.plan.whole:
+        listener.say(_CUT_ALREADY)
+    # The network of a file declares the pre-processing, and the network from which it was made may not.
+    declared = ready(network.model, request, machine.device)
+    model = declared if uncut is network.model else ready(uncut, request, machine.device)
+    if given is not None:
+        given = replace(given, model=declared)
     loading, config = evaluation_loading(
         DataRequest.parse(tested.data, holdout=0.0),
-        model,
+        declared,
         machine,
         batch_size=tested.batch_size,
         workers=tested.workers,
@@ -173,7 +212,7 @@ def _tradeoff(network: Network, request: Openable, tested: TradeoffSettings, lis
     settings = tested.settings or CalibrationSettings(inputs=256)
     batches = calibration_batches(
         tested.calibration,
-        model,
+        declared,
         settings,
         batch_size=tested.calibration_batch_size,
         sizes=[tuple(config["input_size"])],
@@ -189,6 +228,9 @@ def _tradeoff(network: Network, request: Openable, tested: TradeoffSettings, lis
             include=tested.include,
             calibration=batches,
             settings=settings,
+            bits=tested.bits,
+            lam=lam,
+            given=given,
             progress=progress,
         )
     warn(variety.warning(), listener)

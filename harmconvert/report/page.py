@@ -21,6 +21,7 @@ from ..errors import printable
 from ..files import write_text
 from . import grid
 from .charts import Chart, error_chart, search_chart, training_charts
+from .coding import bits_charts
 from .facts import LayerFacts, Report
 from .space import HeatMap, heat_maps, kept_text
 from .summary import HISTORY_ERRORS, invalid_history
@@ -64,7 +65,8 @@ def _rendered(report: Report, jinja2: ModuleType) -> str:
     }  # fmt: skip
     errors = [chart for chart in (error_chart(report.layers, True), error_chart(report.layers, False)) if chart]
     maps, search, training = heat_maps(report.layers), search_chart(report.search), training_charts(report)
-    charts = [*errors, *([search] if search else []), *training]
+    bits = bits_charts(report.coding)
+    charts = [*errors, *bits, *([search] if search else []), *training]
     return str(
         environment.get_template("page").render(
             r=report,
@@ -72,6 +74,7 @@ def _rendered(report: Report, jinja2: ModuleType) -> str:
             script=_trusted(script),
             script_hash=_script_hash(script),
             errors=errors,
+            bits=bits,
             search=search,
             training=training,
             maps=maps,

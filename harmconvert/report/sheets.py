@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import InputError
+from ..errors import Argument, InputError
 from ..search.records import Search
 from .charts import Chart, error_chart, search_chart, training_charts
+from .coding import bits_charts
 from .facts import LayerFacts, Report
 from .text import layer_name, size_text
 
@@ -100,6 +101,24 @@ def training_sheet(report: Report) -> Sheet:
         for number, (run, row) in enumerate(epochs, 1)
     ]
     return Sheet(tuple(charts), tuple(numbers))
+
+
+def bits_sheet(report: Report) -> Sheet:
+    """Return charts of the bits per coded weight and of the bytes of each layer.
+
+    Raises:
+        InputError: no weight is coded.
+    """
+    if not report.coding:
+        what = f"no weight of {report.name} is coded, so there are no bits to draw"
+        raise InputError(what, ": harmconvert convert codes weights with ", Argument("bits", 3))
+    keys = ("weights", "bits", "coded_bytes", "plain_bytes")
+    numbers = [
+        {"number": number, "layer": layer.name, **{key: getattr(layer, key) for key in keys}}
+        for number, layer in enumerate(report.coding, 1)
+    ]
+    names = tuple(layer_name(layer.name) for layer in report.coding)
+    return Sheet(tuple(bits_charts(report.coding)), tuple(numbers), names)
 
 
 def search_sheet(search: Search) -> Sheet:

@@ -20,6 +20,7 @@ from ..pipeline.convert import RECORD_KEY
 from ..plan import Cost, Plan, layer_costs, network_cost, parameter_count, tensor_bytes
 from ..storage.checkpoint import Header
 from ..training.evaluation import wilson_interval
+from .coding import layer_bytes
 from .facts import Form, LayerFacts, Report, StageFacts
 from .reproduce import reproduction
 from .space import block_facts, planned_facts, with_spectra
@@ -82,6 +83,7 @@ def report_of(
             file_bytes=Path(path).stat().st_size if path is not None else None,
             parameter_share_over_1x1=cost.parameter_share,
             timing=_timing(latency) if latency else None,
+            coding=layer_bytes(model, header.codecs.coded),
         )
     except HISTORY_ERRORS as error:
         raise invalid_history(name, error) from error

@@ -22,7 +22,6 @@ from ..plan.cost import Cost
 from ..search.dropping import Step
 from ..search.records import Search
 from ..training.evaluation import Evaluation
-from .comparison import Column, Comparison
 from .text import layer_name, megabytes, millions, size_text
 from .tradeoff import Tradeoff
 
@@ -178,63 +177,22 @@ def stages_table(stages: Sequence[Stage]) -> Table:
 
 
 def tradeoff_table(tradeoff: Tradeoff) -> Table:
-    """Return a row for each network: lambda, size, error with its interval, disagreement with the uncut network, KL."""
+    """Return a row for each network: what was changed, size, error with its interval, difference from the uncut one."""
     rows = []
-    for point in (tradeoff.uncut, *tradeoff.points):
+    for point in tradeoff.every:
         error = "" if point.error is None else f"{point.error:.2f}"
         interval = "" if point.error_interval is None else "{:.2f} to {:.2f}".format(*point.error_interval)
         macs = "" if point.mac_share is None else f"{point.mac_share:.1%}"
         size = [millions(point.parameters), f"{point.parameter_share:.1%}", macs]
-        name = (", ".join(point.lambdas) or "uncut") + (", calibrated" if point.calibrated else "")
-        difference = [f"{point.disagreement:.2f}", f"{point.divergence:.2g}"] if point.lambdas else ["", ""]
+        if tradeoff.coded:
+            size = ["" if point.bits is None else f"{point.bits:.3g}", f"{point.bytes:,}", f"{point.byte_share:.1%}"]
+        name = point.name + (", calibrated" if point.calibrated else "")
+        difference = [f"{point.disagreement:.2f}", f"{point.divergence:.2g}"] if point.converted else ["", ""]
         rows.append([name, *size, error, interval, *difference, point.note or ""])
     headings = ["lambda", "params", "of the whole", "MACs, factored"]
+    if tradeoff.coded:
+        headings = ["network", "bits per weight", "bytes of the tensors", "of the whole"]
     return fitted_table([*headings, "top-1 error, %", "95 %", "other than uncut, %", "KL", "note"], rows, left={0, 8})
-
-
-def comparison_table(comparison: Comparison) -> Table:
-    """Return a row for each fact, with a column for each checkpoint."""
-    columns = comparison.columns
-    facts: list[tuple[str, list[str]]] = [
-        ("network", [column.source or "not recorded" for column in columns]),
-        ("plan", [column.plan for column in columns]),
-        ("basis", [column.basis if column.basis != "dct" else "" for column in columns]),
-        ("layers cut", [f"{column.cut} of {column.converted}" for column in columns]),
-        ("skipped", [str(column.skipped or "") for column in columns]),
-        ("parameters", [f"{millions(c.parameters)} ({c.share:.1%})" for c in columns]),
-        ("tensors", [megabytes(column.bytes) for column in columns]),
-        ("MACs, factored", [_factored(column) for column in columns]),
-        (
-            "calibrated on",
-            [f"{counted(c.calibration_inputs, 'input')}" if c.calibration_inputs else "" for c in columns],
-        ),
-        ("divergence", ["" if c.divergence is None else f"{c.divergence:.3g}" for c in columns]),
-        ("trained", [f"{counted(column.epochs, 'epoch')}" if column.epochs else "" for column in columns]),
-        ("top-1", ["not known" if c.top1 is None else f"{c.top1:.2%} ({c.stage})" for c in columns]),
-        ("95 %", ["" if not c.top1_interval else "{:.2%} to {:.2%}".format(*c.top1_interval) for c in columns]),
-        ("as uncut", ["" if column.agreement is None else f"{column.agreement:.2%}" for column in columns]),
-    ]
-    rows = [[fact, *values] for fact, values in facts if any(values)]
-    return fitted_table(["", *(column.name for column in columns)], rows, left={0})
-
-
-def differences_table(comparison: Comparison) -> Table:
-    """Return a row for each layer of the comparison, with a column for each checkpoint."""
-    rows = [[layer_name(name), *map(_kept_of_total, row)] for name, row in comparison.layers.items()]
-    return fitted_table(["layer", *(column.name for column in comparison.columns)], rows, left={0})
-
-
-def _kept_of_total(counts: tuple[int, int] | None) -> str:
-    if counts is None:
-        return "-"
-    kept, total = counts
-    return f"{kept}/{total}" if kept else "skipped"
-
-
-def _factored(column: Column) -> str:
-    if column.factored_macs is None or not column.dense_macs:
-        return "unknown"
-    return f"{millions(column.factored_macs)} ({column.factored_macs / column.dense_macs:.1%})"
 
 
 def cost_lines(cost: Cost) -> list[str]:

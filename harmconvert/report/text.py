@@ -45,3 +45,13 @@ def millions(count: int | None) -> str:
 def megabytes(count: int) -> str:
     """Return a number of bytes in megabytes (10^6 bytes)."""
     return f"{count / 1e6:.2f} MB"
+
+
+def byte_unit(count: int) -> tuple[float, str]:
+    """Return the unit in which a number of bytes is written: its size and its name.
+
+    >>> byte_unit(70_000)
+    (1000.0, 'kB')
+    """
+    units = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "bytes"))
+    return next(unit for unit in units if count >= unit[0] or unit[0] == 1)

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 
-from ..charts import Axis, Chart, Series
+from ..charts import BAR_WIDTH, Axis, Chart, Series
 from ..sheets import Sheet
 from .canvas import BLUE, GREY, PALE, VERMILION, canvas, label
 
@@ -85,6 +85,9 @@ def _series(ax: Axes, series: Series, y: Axis) -> None:
     legend = series.name or "_"  # matplotlib omits names that begin with _ from the legend
     if series.look == "line":
         ax.plot(xs, ys, color=colour, linewidth=1.2, label=legend, clip_on=False)
+        return
+    if series.look == "bars":
+        ax.bar(xs, ys, BAR_WIDTH, color=colour, linewidth=0, label=legend)
         return
     size = 11.0 if series.look == "halo" else 4.5 if len(xs) <= 200 else 2.5
     hollow = {"markerfacecolor": "white" if series.look == "rings" else "none", "markeredgewidth": 1.3}

@@ -1,4 +1,4 @@
-"""Figure 4: error against parameters as lambda varies."""
+"""Figure 4: error against parameters as lambda varies; or against bytes as bits per weight vary."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
+from ..text import byte_unit
 from ..tradeoff import Point, Tradeoff
 from .canvas import BLUE, GREY, PALE, VERMILION, canvas
 
 
 def draw_tradeoff(tradeoff: Tradeoff) -> Figure:
-    """Draw the error against the parameters; without labels, the disagreement with the uncut network and the KL."""
-    units = ((1e9, "thousand million"), (1e6, "million"), (1e3, "thousand"), (1.0, ""))
-    size, unit = next(one for one in units if tradeoff.uncut.parameters >= one[0] or one[0] == 1)
+    """Draw the error against the size; without labels, the disagreement with the uncut network and the KL."""
+    size = _coded_size(tradeoff) if tradeoff.coded else _parameters(tradeoff)
     panels = 1 if tradeoff.labelled else 2
     figure = canvas(6.8, 0.8 + 3.4 * panels)
     figure.set_layout_engine("constrained", h_pad=0.1)
@@ -28,12 +28,32 @@ def draw_tradeoff(tradeoff: Tradeoff) -> Figure:
     else:
         _curves(axes[0], tradeoff, size, _DISAGREEMENT)
         _curves(axes[1], tradeoff, size, _DIVERGENCE)
-    axes[-1].set_xlabel(f"parameters, {unit}" if unit else "parameters")
-    whole = tradeoff.uncut.parameters / size
+    axes[-1].set_xlabel(size.label)
+    whole = size.value(tradeoff.uncut)
     above = axes[0].secondary_xaxis("top", functions=(lambda x: 100 * x / whole, lambda x: x * whole / 100))
-    above.set_xlabel("of the uncut network's parameters, %")
+    above.set_xlabel(f"of the uncut network's {size.name}, %")
     axes[0].legend(loc="best")
     return figure
+
+
+@dataclass(frozen=True)
+class _Size:
+    """The quantity on the x axis: its name, its label, and its value for a point."""
+
+    name: str
+    label: str
+    value: Callable[[Point], float]
+
+
+def _parameters(tradeoff: Tradeoff) -> _Size:
+    units = ((1e9, ", thousand million"), (1e6, ", million"), (1e3, ", thousand"), (1.0, ""))
+    scale, unit = next(one for one in units if tradeoff.uncut.parameters >= one[0] or one[0] == 1)
+    return _Size("parameters", f"parameters{unit}", lambda point: point.parameters / scale)
+
+
+def _coded_size(tradeoff: Tradeoff) -> _Size:
+    scale, unit = byte_unit(max(point.bytes for point in tradeoff.every[1:]))
+    return _Size("bytes", f"tensors in the file, {unit}", lambda point: point.bytes / scale)
 
 
 @dataclass(frozen=True)
@@ -54,22 +74,26 @@ _DIVERGENCE = _Quantity(
 )
 
 
-def _curves(ax: Axes, tradeoff: Tradeoff, size: float, quantity: _Quantity) -> None:
-    """Draw the plain and the calibrated cuts with their intervals, and the uncut network as a line."""
+def _curves(ax: Axes, tradeoff: Tradeoff, size: _Size, quantity: _Quantity) -> None:
+    """Draw the plain and the calibrated networks with their intervals, and the uncut network as a line."""
     ax.axhline(
         quantity.value(tradeoff.uncut), color=GREY, linewidth=1.0, linestyle=(0, (5, 3)), label="uncut", zorder=1
     )
     ax.axhspan(*quantity.interval(tradeoff.uncut), color=GREY, alpha=0.12, linewidth=0, zorder=0)
+    names = ("coded", "coded, calibrated") if tradeoff.coded else ("plain cut", "calibrated")
     plain = [point for point in tradeoff.points if not point.calibrated]
     calibrated = [point for point in tradeoff.points if point.calibrated]
-    _curve(ax, plain, size, quantity, ("plain cut", BLUE, "o"))
-    _labels(ax, plain, size, quantity, (BLUE, 1))
+    if plain:
+        _curve(ax, plain, size, quantity, (names[0], BLUE, "o"))
+        _labels(ax, plain, size, quantity, (BLUE, 1))
     if calibrated:
         # The uncut network is the right end of both curves, but only one of them has its label.
         whole = [point for point in plain if "full" in point.lambdas]
-        _curve(ax, [*whole, *calibrated], size, quantity, ("calibrated", VERMILION, "s"))
+        _curve(ax, [*whole, *calibrated], size, quantity, (names[1], VERMILION, "s"))
         _labels(ax, calibrated, size, quantity, (VERMILION, -1))
-    _scale(ax, [quantity.value(point) for point in (tradeoff.uncut, *tradeoff.points)])
+    if tradeoff.given:
+        _curve(ax, [tradeoff.given], size, quantity, (f"this file, {tradeoff.given.bits:.3g} bits", "black", "D"))
+    _scale(ax, [quantity.value(point) for point in tradeoff.every])
     ax.set_ylabel(quantity.label)
     ax.grid(axis="y", color=PALE, linewidth=0.6)
     ax.set_axisbelow(True)
@@ -77,7 +101,7 @@ def _curves(ax: Axes, tradeoff: Tradeoff, size: float, quantity: _Quantity) -> N
     ax.spines[["right"]].set_visible(False)
 
 
-def _curve(ax: Axes, points: Sequence[Point], size: float, quantity: _Quantity, look: tuple[str, str, str]) -> None:
+def _curve(ax: Axes, points: Sequence[Point], size: _Size, quantity: _Quantity, look: tuple[str, str, str]) -> None:
     name, colour, marker = look
     ys = [quantity.value(point) for point in points]
     bounds = [quantity.interval(point) for point in points]
@@ -86,19 +110,19 @@ def _curve(ax: Axes, points: Sequence[Point], size: float, quantity: _Quantity, 
         [max(0.0, y - low) for y, (low, _) in zip(ys, bounds, strict=True)],
         [max(0.0, high - y) for y, (_, high) in zip(ys, bounds, strict=True)],
     ]
-    xs = [point.parameters / size for point in points]
+    xs = [size.value(point) for point in points]
     ax.errorbar(
         xs, ys, reach, color=colour, marker=marker, markersize=5, linewidth=1.3, elinewidth=0.9, capsize=2.5, label=name
     )
 
 
-def _labels(ax: Axes, points: Sequence[Point], size: float, quantity: _Quantity, look: tuple[str, int]) -> None:
-    """Write the lambdas beside the points: above and to the right, or below and to the left."""
+def _labels(ax: Axes, points: Sequence[Point], size: _Size, quantity: _Quantity, look: tuple[str, int]) -> None:
+    """Write the lambdas or the bits beside the points: above and to the right, or below and to the left."""
     colour, side = look
     for point in points:
         ax.annotate(
-            ", ".join(f"λ = {lam}" if lam.isdecimal() else lam for lam in point.lambdas),
-            (point.parameters / size, quantity.value(point)),
+            ", ".join(f"λ = {lam}" if lam.isdecimal() else lam for lam in point.lambdas) or point.name,
+            (size.value(point), quantity.value(point)),
             (5 * side, 4 * side),
             textcoords="offset points",
             ha="left" if side > 0 else "right",

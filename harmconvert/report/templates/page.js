@@ -65,9 +65,12 @@
     const points = data.charts[area.dataset.chart];
     follow(area, (event) => {
       const box = area.getBoundingClientRect();
-      let best = null, least = 40 * 40;
+      // The texts of bars appear anywhere above or below them.
+      const high = area.dataset.bars === undefined ? box.height : 0;
+      let best = null, least = high ? 40 * 40 : Infinity;
       for (const [x, y, text] of points) {
-        const dx = box.left + x * box.width / 100 - event.clientX, dy = box.top + y * box.height / 100 - event.clientY;
+        const dx = box.left + x * box.width / 100 - event.clientX;
+        const dy = high && box.top + y * high / 100 - event.clientY;
         if (dx * dx + dy * dy < least) { least = dx * dx + dy * dy; best = [x, y, text]; }
       }
       if (!best) return;
