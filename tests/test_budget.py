@@ -271,14 +271,17 @@ def test_the_chosen_plan_is_the_best_of_those_tried_and_beats_the_uniform_plan()
 def test_scores_are_stored_and_measured_only_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, probes = hc.open_source(SAMPLE).model, tmp_path / "scores.json"
     first = convert(
-        model, budget="params=40%", calibration=digits(32), search=SearchSettings(trials=2, probes=str(probes))
+        model,
+        budget="params=40%",
+        calibration=digits(32),
+        search=SearchSettings(trials=2, probes=str(probes), axes=("space",)),
     )
     kept = json.loads(probes.read_text())
     assert len(kept["single"]) == 18 * 4
     assert len(kept["whole"]) == 2
     calls: list[str] = []
     replace_everywhere(monkeypatch, calibrate, lambda *a, **k: calls.append("calibrate"))
-    settings_ = SearchSettings(trials=0, probes=str(probes))
+    settings_ = SearchSettings(trials=0, probes=str(probes), axes=("space",))
     second = convert(model, budget="params=20%", calibration=digits(32), search=settings_)
     assert len(calls) == 1, "the delivered network alone is calibrated"
     assert second.cost.harmonic_parameters < first.cost.harmonic_parameters
@@ -306,7 +309,7 @@ def test_an_interrupted_search_continues_where_it_stopped(tmp_path: Path) -> Non
 
 def test_probes_of_other_weights_inputs_or_settings_are_refused(tmp_path: Path) -> None:
     model, probes = hc.open_source(SAMPLE).model, tmp_path / "scores.json"
-    search = SearchSettings(trials=1, probes=str(probes))
+    search = SearchSettings(trials=1, probes=str(probes), axes=("space",))
     convert(model, budget="params=95%", include=["stage3.2.*"], calibration=digits(16), search=search)
     arguments: dict[str, Any] = {"budget": "params=95%", "include": ["stage3.2.*"], "search": search}
     other = hc.open_source(SAMPLE).model

@@ -797,7 +797,7 @@ with joined():
         limits.free_memory = lambda device: (1 << 33) >> (18 * rank())
     kind = {"lam": 2}
     if sys.argv[3] == "best":
-        kind = {"budget": "params=60%", "search": SearchSettings(1, frequencies="best")}
+        kind = {"budget": "params=60%", "search": SearchSettings(1, frequencies="best", axes=("space",))}
     conversion = hc.convert(stack(), calibration=smooth((24, 3, 12, 12)).split(4), **kind)
     record = conversion.calibration
     found = {"state": conversion.model.state_dict(), "divergence": record.divergence}

@@ -97,12 +97,14 @@ class Silent(Branches):
         return self.point(self.norm(self.deep["odd name [x]"](x))).mean((2, 3))
 
 
-def probed(model: nn.Module, images: Sequence[Tensor], file: Path, shared: bool) -> dict[str, float]:
+def probed(
+    model: nn.Module, images: Sequence[Tensor], file: Path, shared: bool, axes: tuple[str, ...] = ("space", "channels")
+) -> dict[str, float]:
     """Return the scores of all single cuts, from moments that the cuts of a layer share, or with a refit for each."""
     with pytest.MonkeyPatch.context() as patch:
         if not shared:
             replace_everywhere(patch, whole_layers, lambda *arguments: iter(()))
-        search = SearchSettings(trials=0, probes=str(file))
+        search = SearchSettings(trials=0, probes=str(file), axes=axes)
         hc.convert(model, budget="params=90%", calibration=images, search=search, include=["*"])
     scores: dict[str, float] = json.loads(file.read_text())["single"]
     return scores
@@ -114,7 +116,8 @@ def test_probes_from_shared_moments_equal_those_of_separate_refits(
 ) -> None:
     """Layers that run twice, share their coefficients or never run have a refit of their own in both cases."""
     model, images = seeded(network, torch.float64) if network else stack(), smooth((16, 3, 20, 20)).split(8)
-    shared, separate = (probed(model, images, tmp_path / f"{way}.json", way) for way in (True, False))
+    axes = ("space",) if network else ("space", "channels")
+    shared, separate = (probed(model, images, tmp_path / f"{way}.json", way, axes) for way in (True, False))
     assert shared.keys() == separate.keys()
     for name, score in separate.items():
         assert shared[name] == pytest.approx(score, rel=1e-6, abs=1e-15), name

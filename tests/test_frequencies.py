@@ -45,7 +45,7 @@ from .networks import CONVOLUTIONS, Branches, random_input, seeded
 from .seams import replace_everywhere
 from .test_calibration import fitted_rows, launched, smooth
 
-BEST = SearchSettings(trials=2, frequencies="best")
+BEST = SearchSettings(trials=2, frequencies="best", axes=("space",))
 
 
 # --- the chain ---
@@ -247,7 +247,9 @@ def test_detail_that_the_images_lack_is_cut_first() -> None:
     model, images = reader(), barcodes(16).split(8)
     share = 0.4  # a third of each kernel, plus biases
     best = convert(model, budget={"params": share}, calibration=images, search=BEST)
-    plain = convert(model, budget={"params": share}, calibration=images, search=SearchSettings(trials=2))
+    plain = convert(
+        model, budget={"params": share}, calibration=images, search=SearchSettings(trials=2, axes=("space",))
+    )
     across = ((0, 0), (0, 1), (0, 2))
     assert [layer.frequencies for layer in best.plan.layers] == [across, across]
     assert best.search.best.measured < 1e-9 < 1e-3 * plain.search.best.measured
@@ -258,7 +260,12 @@ def test_detail_that_the_images_lack_is_cut_first() -> None:
 def test_a_layer_that_cannot_be_refitted_is_ordered_by_energy_and_noted() -> None:
     model = seeded(Branches)
     images = random_input((16, 3, 20, 20)).split(8)
-    found = convert(model, budget="params=80%", calibration=images, search=SearchSettings(trials=1, frequencies="best"))
+    found = convert(
+        model,
+        budget="params=80%",
+        calibration=images,
+        search=SearchSettings(trials=1, frequencies="best", axes=("space",)),
+    )
     assert found.search.notes == ("frequencies by energy (it does not run on the calibration inputs): unused",)
     names = {layer.name: layer.frequencies for layer in found.plan.layers}
     assert names["tied_a"] == names["tied_b"]
@@ -308,13 +315,13 @@ def test_a_layer_with_activations_that_are_not_finite_is_ordered_by_energy() -> 
 def test_orders_are_stored_with_the_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, probes = reader(), tmp_path / "scores.json"
     arguments: dict[str, Any] = {"calibration": barcodes(16).split(8)}
-    plain = SearchSettings(trials=0, probes=str(probes))
+    plain = SearchSettings(trials=0, probes=str(probes), axes=("space",))
     convert(model, budget="params=60%", search=plain, **arguments)
     kept = json.loads(probes.read_text())
     assert kept["orders"] == {}
     del kept["orders"]  # early files have no orders
     probes.write_text(json.dumps(kept))
-    best = SearchSettings(trials=0, probes=str(probes), frequencies="best")
+    best = SearchSettings(trials=0, probes=str(probes), frequencies="best", axes=("space",))
     first = convert(model, budget="params=60%", search=best, **arguments)
     more = json.loads(probes.read_text())
     assert set(kept["single"]) < set(more["single"])

@@ -61,7 +61,7 @@ def same(one: Quantised, other: Quantised) -> bool:
 # --- tables and the coder ---
 
 
-@pytest.mark.parametrize("largest", [0, 1, 7, 300, 8191])
+@pytest.mark.parametrize("largest", [0, 1, 7, 300, pytest.param(8191, marks=pytest.mark.slow)])
 def test_the_weights_of_every_table_sum_to_the_total(largest: int) -> None:
     for scale in (0, 3, 24, 60, 127):
         for shape in SHAPES:

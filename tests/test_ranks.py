@@ -31,7 +31,7 @@ from harmconvert.layers import (
     to_ranked,
 )
 from harmconvert.network import tensors_of, trace
-from harmconvert.plan import Plan, Rank, RankSetting
+from harmconvert.plan import AXES, Plan, Rank, RankSetting, projections
 from harmconvert.search import SearchSettings
 
 from . import oracle
@@ -106,6 +106,56 @@ def test_the_map_of_a_rank_is_the_best_one_in_the_metric(
     other = torch.randn(groups, rows, rank, generator=generator, dtype=torch.float64)
     rest = torch.linalg.lstsq(other, C).solution
     assert found <= error_in(G, C - other @ rest) + 1e-9 * scale
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 10**6), st.integers(2, 7), st.integers(1, 4), st.integers(1, 3), st.data())
+def test_the_map_of_a_rank_is_the_best_one_for_what_follows(
+    seed: int, rows: int, channels: int, frequencies: int, data: st.DataObject
+) -> None:
+    """Errors of the outputs count as what a following matrix makes of them."""
+    C, G = moments(seed, 2, rows, channels * frequencies)
+    follows = torch.randn(2, rows + 1, rows, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    root = torch.linalg.cholesky(follows.mT @ follows)
+    rank = data.draw(st.integers(1, full_rank(rows, channels, frequencies, False)))
+    pair = low_rank(C, frequencies, rank, C @ G @ C.mT, root)
+    seen = follows @ C
+    expected = [torch.from_numpy(oracle.best_low_rank(c.numpy(), g.numpy(), rank)) for c, g in zip(seen, G, strict=True)]
+    found = error_in(G, seen - follows @ pair.product_GON)
+    assert found == pytest.approx(error_in(G, seen - torch.stack(expected)), rel=1e-6, abs=1e-9 * error_in(G, seen))
+    second = low_rank_of_channels(C, frequencies, full_rank(rows, channels, frequencies, True), G, root)
+    torch.testing.assert_close(second.product_GON, C, rtol=1e-4, atol=1e-4)
+
+
+def test_a_rank_keeps_the_outputs_that_the_network_uses() -> None:
+    """The first layer has its largest outputs where the second one hardly uses them."""
+    first, second = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+    used = torch.cat([torch.ones(4), torch.full((4,), 1e-3)])
+    with torch.no_grad():
+        first.weight.copy_(torch.linalg.qr(torch.randn(8, 8))[0] / used.sqrt()[:, None])
+        second.weight.copy_(torch.diag(used))
+    model, x = nn.Sequential(first, second), torch.randn(256, 8)
+    ranked = hc.convert(model, rank={"0": 4}, calibration=x.split(64)).model
+    with torch.no_grad():
+        error = float((ranked(x) - model(x)).square().mean() / model(x).square().mean())
+        plain = hc.convert(model, rank={"0": 4}).model
+        assert float((plain(x) - model(x)).square().mean() / model(x).square().mean()) > 0.9
+    assert error < 0.01
+
+
+def test_projections_equal_those_of_each_axis_in_turn() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(8, 12, 3)), torch.float64)
+    weight = model[0].weight.detach()
+    choices = [
+        layer.keeps for lam in (1, 2) for rank in (2, 5) for layer in hc.convert(model, {"0": lam}, rank=rank).plan.layers
+    ]
+    found = list(projections(weight, [*choices, choices[0]]))
+    for keeps, one in zip([*choices, choices[0]], found, strict=True):
+        expected = weight
+        for kept in keeps:
+            expected = AXES[kept.axis].project(expected, kept)
+        torch.testing.assert_close(one, expected)
+    assert len({float(one.norm()) for one in found}) == 4
 
 
 @settings(deadline=None, max_examples=20)

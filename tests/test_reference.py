@@ -90,7 +90,10 @@ def outputs(model: nn.Module, x: Tensor) -> Tensor:
         return model(x)
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = ("resnet50_harm_blocks", "harm_resnet50_progressive_avg")  # as the other ResNet-50s, in other combinations
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CASES])
 def test_outputs_equal_those_of_the_reference_implementation(tmp_path: Path, name: str) -> None:
     case, path = CASES[name], written(tmp_path, name)
     expected, x = torch.from_numpy(recording()[f"{name}/output"]), case.input()

@@ -61,12 +61,18 @@ def known(library: str, name: str) -> bool:
     return library != "timm" or timm.is_model(name)
 
 
-LARGE = ("dm_nfnet_f0", "inception_v3", "r2plus1d_18", "mc3_18")
+# These take long, and another one that does not is of the same kind.
+SLOW = {
+    *("dm_nfnet_f0", "inception_v3", "r2plus1d_18", "mc3_18", "resnext26ts", "resnet26t", "seresnext26d_32x4d"),
+    *("densenet121", "hrnet_w18_small", "dla34", "repghostnet_050", "inception_next_atto", "resnetv2_50x1_bit"),
+    *("eca_nfnet_l0", "coatnet_pico_rw_224", "levit_128s", "xcit_nano_12_p16_224", "ssdlite320_mobilenet_v3_large"),
+    "tf_efficientnet_lite0",
+}
 
 
 @pytest.mark.parametrize(
     ("library", "name"),
-    [pytest.param(*one, marks=[pytest.mark.slow] if one[1] in LARGE else []) for one in ARCHITECTURES if known(*one)],
+    [pytest.param(*one, marks=[pytest.mark.slow] * (one[1] in SLOW)) for one in ARCHITECTURES if known(*one)],
 )
 def test_the_whole_basis_is_exact_on_architectures_of_timm_and_torchvision(library: str, name: str) -> None:
     with warnings.catch_warnings():
@@ -79,7 +85,11 @@ def test_the_whole_basis_is_exact_on_architectures_of_timm_and_torchvision(libra
     assert row.get("same_top1", True)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050", "regnetx_002", "tf_efficientnet_b0"])
+@pytest.mark.parametrize(
+    "name",
+    ["mobilenetv3_small_050", *(pytest.param(n, marks=pytest.mark.slow) for n in ("resnet18", "tf_efficientnet_b0")),
+     "regnetx_002"],
+)  # fmt: skip
 def test_ranks_are_the_same_network_in_both_forms_on_architectures_of_timm(name: str) -> None:
     row = zoo.check("timm", name, ranks=True)
     assert row["status"] == "ok", row

@@ -5,7 +5,7 @@ not: everything that needs data (`calibration`), searches (`search`) and files (
 """
 
 from .applying import apply_plan, plan_of_model
-from .axes import AXES, Axis, Check, Kept, LayerCost, WeightShape, register
+from .axes import AXES, Axis, Check, Kept, LayerCost, WeightShape, projections, register
 from .channels import ChannelAxis, Rank, RankSetting
 from .cost import Cost, layer_costs, network_cost, parameter_count, tensor_bytes
 from .making import make_plan, plannable

@@ -236,9 +236,7 @@ def test_a_command_killed_at_a_random_moment_leaves_a_complete_target(
 
 @pytest.mark.parametrize("name", SAMPLED)
 @pytest.mark.slow
-def test_a_full_disk_leaves_a_complete_target(
-    material: Path, expected: Expected, tally: Counter, name: str
-) -> None:
+def test_a_full_disk_leaves_a_complete_target(material: Path, expected: Expected, tally: Counter, name: str) -> None:
     """Files are limited to 0 bytes, a part of the header, a part of the tensors, or all except one byte."""
     count = tally("writing", f"no space left (RLIMIT_FSIZE): {name}")
     job, folder = JOBS[name], material / f"full {name}"
@@ -292,9 +290,7 @@ def everybodys() -> Iterator[Path]:
 
 
 @ONE_PROCESS
-def test_missing_permissions_are_reported(
-    material: Path, everybodys: Path, expected: Expected, tally: Counter
-) -> None:
+def test_missing_permissions_are_reported(material: Path, everybodys: Path, expected: Expected, tally: Counter) -> None:
     count = tally("writing", "folders that may not be written")
     user = NOBODY if os.geteuid() == 0 else None
     shutil.copy(material / "cut.safetensors", everybodys)
