@@ -120,7 +120,9 @@ def test_the_map_of_a_rank_is_the_best_one_for_what_follows(
     rank = data.draw(st.integers(1, full_rank(rows, channels, frequencies, False)))
     pair = low_rank(C, frequencies, rank, C @ G @ C.mT, root)
     seen = follows @ C
-    expected = [torch.from_numpy(oracle.best_low_rank(c.numpy(), g.numpy(), rank)) for c, g in zip(seen, G, strict=True)]
+    expected = [
+        torch.from_numpy(oracle.best_low_rank(c.numpy(), g.numpy(), rank)) for c, g in zip(seen, G, strict=True)
+    ]
     found = error_in(G, seen - follows @ pair.product_GON)
     assert found == pytest.approx(error_in(G, seen - torch.stack(expected)), rel=1e-6, abs=1e-9 * error_in(G, seen))
     second = low_rank_of_channels(C, frequencies, full_rank(rows, channels, frequencies, True), G, root)
@@ -130,24 +132,27 @@ def test_the_map_of_a_rank_is_the_best_one_for_what_follows(
 def test_a_rank_keeps_the_outputs_that_the_network_uses() -> None:
     """The first layer has its largest outputs where the second one hardly uses them."""
     first, second = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
-    used = torch.cat([torch.ones(4), torch.full((4,), 1e-3)])
+    used = torch.cat([torch.ones(3), torch.full((5,), 1e-3)])
     with torch.no_grad():
         first.weight.copy_(torch.linalg.qr(torch.randn(8, 8))[0] / used.sqrt()[:, None])
         second.weight.copy_(torch.diag(used))
     model, x = nn.Sequential(first, second), torch.randn(256, 8)
-    ranked = hc.convert(model, rank={"0": 4}, calibration=x.split(64)).model
+    ranked = hc.convert(model, rank={"0": 3}, calibration=x.split(64)).model
     with torch.no_grad():
         error = float((ranked(x) - model(x)).square().mean() / model(x).square().mean())
-        plain = hc.convert(model, rank={"0": 4}).model
+        plain = hc.convert(model, rank={"0": 3}).model
         assert float((plain(x) - model(x)).square().mean() / model(x).square().mean()) > 0.9
-    assert error < 0.01
+    assert error < 0.05
 
 
 def test_projections_equal_those_of_each_axis_in_turn() -> None:
     model = seeded(lambda: nn.Sequential(nn.Conv2d(8, 12, 3)), torch.float64)
     weight = model[0].weight.detach()
     choices = [
-        layer.keeps for lam in (1, 2) for rank in (2, 5) for layer in hc.convert(model, {"0": lam}, rank=rank).plan.layers
+        layer.keeps
+        for lam in (1, 2)
+        for rank in (2, 5)
+        for layer in hc.convert(model, {"0": lam}, rank={"0": rank}).plan.layers
     ]
     found = list(projections(weight, [*choices, choices[0]]))
     for keeps, one in zip([*choices, choices[0]], found, strict=True):

@@ -44,7 +44,6 @@ from .tied_layers import Targets, find_tied_layers
 
 # Outputs of the original are stored up to this size: more saves little time and much memory.
 MOST_TARGETS = 1 << 30
-NO_EFFECTS = False
 # Re-estimated batch norms are kept only if they reduce the divergence to this share: with few held-back inputs, smaller
 # differences are chance.
 BATCH_NORM_GAIN = 0.9
@@ -59,6 +58,7 @@ class CalibrationContext:
     ``original``: the network, or a float32 copy if it is stored in 16 bits and runs only in float32 (``precise``).
     ``data``: the calibration set. ``compare``: compares outputs with those of the original on held-back inputs.
     ``whole``: equations of uncut layers, by name, for calibrations in which only one layer is cut.
+    ``effects``: how much errors of the layers' outputs change those of the network, once they are measured.
     """
 
     original: nn.Module
@@ -77,6 +77,17 @@ class CalibrationContext:
             data = with_best_memory_format(original, calibration_set(batches, settings.inputs, original))
             data = replace(data, runs=check_repeatability(original, convolutions(original), data.probe))
             return cls(original, data, Divergence(original, data.held, undo=True), precise=precise)
+
+    def measure_effects(self, seed: int) -> tuple[str, ...]:
+        """Measure ``effects`` if this was not done before; return a note if it fails."""
+        if self.effects:
+            return ()
+        try:
+            self.effects.update(effects_of_outputs(self.original, weighted_layers(self.original), self.data.fit, seed))
+        except Exception as error:  # such as a network that runs without gradients
+            why = f"the effect of errors on the outputs could not be measured ({first_line(error)})"
+            return (f"{why}: ranks are fitted to each layer alone",)
+        return ()
 
     def runnable(self, network: nn.Module) -> nn.Module:
         """Return a network made from the original, or a float32 copy of it if the original runs only in float32."""
@@ -120,8 +131,7 @@ def calibrate(
     ranks = {name: kept for name, kept in plan.on(Rank.axis).items() if not kept.whole}
     # Ranks are reduced after the refit, in a network with whole weights; their matrices follow from the result.
     whole = apply_plan(context.original, plan.without(Rank.axis)) if ranks else runnable
-    if ranks and not context.effects and not NO_EFFECTS:
-        context.effects.update(effects_of_outputs(context.original, weighted_layers(context.original), context.data, settings.seed))
+    notes = context.measure_effects(settings.seed) if ranks else ()
     plain = _copied_tensors(at_full_rank(runnable))
     with unchanged(context.original), unchanged(whole, set(batch_norms(whole).values()), weights=False):
         record = _calibrate(context.original, whole, cut, plain, context, settings, progress, ranks=ranks)
@@ -131,7 +141,7 @@ def calibrate(
         blend(converted, _copied_tensors(runnable), before, 0.0)
     state = tensors_of(converted)
     changed = [key for key, tensor in before.items() if not torch.equal(state[key], tensor)]
-    return replace(record, changed=digests(converted, changed))
+    return replace(record, changed=digests(converted, changed), notes=(*record.notes, *notes))
 
 
 def _calibrate_and_code(

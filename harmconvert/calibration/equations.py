@@ -143,7 +143,7 @@ class Problem:
         """Return the relative output error |u - D z - b| / |y| after a change (None: without a change)."""
         squares, power = self.channels[4].sum().item(), self.channels[5].sum().item()
         if change is not None:
-            squares += self._change_of_squares(change)
+            squares += self.change_of_squares(change)
         return (max(squares, 0.0) / power) ** 0.5 if power > 0 else 0.0
 
     def rescaling(self) -> Change:
@@ -185,6 +185,10 @@ class Problem:
         """Return the tensors that are summed over the processes."""
         return []
 
-    def _change_of_squares(self, change: Change) -> float:
-        """Return by how much a change alters the sum of squared residuals."""
+    def change_of_squares(self, change: Change, effects_GOO: Tensor | None = None) -> float:
+        """Return by how much a change alters the sum of squared residuals.
+
+        Args:
+            effects_GOO: a quadratic form, in which squares of residuals are taken; `Operator` ignores it.
+        """
         raise NotImplementedError

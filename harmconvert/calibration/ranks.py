@@ -18,7 +18,8 @@ from .solvers import ChannelEquations, NormalEquations, Operator, Samples
 # The share of the mean power of the responses that is added to every response, so that directions that the calibration
 # inputs hardly show count a little. The damping of the refit is used instead if it is larger.
 _DAMPING = 1e-3
-SHRINK = 0.1
+# How far the effects of errors are shrunk towards their diagonal: they are estimated from few gradients.
+_SHRINKAGE = 0.3
 # A layer whose outputs differ by less than this, relative to their size, needs no refit before its rank is reduced.
 _NOTHING_TO_REFIT = 1e-6
 
@@ -26,7 +27,7 @@ _NOTHING_TO_REFIT = 1e-6
 def reduced(
     fit: Problem, held: Problem, dampings: Sequence[float], rank: Rank, effects_GOO: Tensor | None = None
 ) -> Choice:
-    """Return the coefficients of a rank whose error on the held-back inputs is the smallest.
+    """Return the coefficients of a rank whose error on the held-back inputs has the smallest effect.
 
     Each candidate is a solution of the refit, reduced to the rank in the metric of the inputs. The candidate without
     the metric is the nearest map to the weight.
@@ -36,20 +37,22 @@ def reduced(
         effects_GOO: how much errors of the layer's outputs change those of the network, as a quadratic form.
     """
     coefficients_GON = fit.layer.coefficients
-    root_GOO = None if effects_GOO is None else _root(effects_GOO.to(coefficients_GON))
+    root_GOO = None
+    if effects_GOO is not None:
+        effects_GOO = _shrunk(effects_GOO.to(coefficients_GON))
+        root_GOO = torch.linalg.cholesky(effects_GOO)
     plain = _nearest(coefficients_GON, fit, rank)
     assert plain is not None
     candidates: list[tuple[str, Tensor, float | None]] = [("projection", plain, None)]
     for damping, target_GON in _targets(fit, dampings):
         if (near := _nearest(target_GON, fit, rank, max(damping, _DAMPING), root_GOO)) is not None:
             candidates.append(("refit" if target_GON is not coefficients_GON else "rank", near, damping))
-    changes = []
-    for decision, near_GON, used in candidates:
-        change = fit.layer.reachable(fit.with_best_bias(near_GON - coefficients_GON, used))
-        changes.append((held.error(change), decision, change))
-    before = changes[0][0]
-    error, decision, change = min(changes, key=lambda one: one[0])
-    return Choice(decision, change, before, error)
+    changes = [
+        (decision, fit.layer.reachable(fit.with_best_bias(near_GON - coefficients_GON, used)))
+        for decision, near_GON, used in candidates
+    ]
+    decision, change = min(changes, key=lambda one: held.change_of_squares(one[1], effects_GOO))
+    return Choice(decision, change, held.error(changes[0][1]), held.error(change))
 
 
 def _targets(fit: Problem, dampings: Sequence[float]) -> Iterator[tuple[float, Tensor]]:
@@ -61,13 +64,11 @@ def _targets(fit: Problem, dampings: Sequence[float]) -> Iterator[tuple[float, T
         yield cast(float, change.damping), fit.layer.coefficients + change.coefficients
 
 
-def _root(effects_GOO: Tensor) -> Tensor:
-    """Return the Cholesky factor of the effects, shrunk towards their diagonal."""
+def _shrunk(effects_GOO: Tensor) -> Tensor:
+    """Return the effects shrunk towards their diagonal, positive definite and with a mean of 1 on the diagonal."""
     powers_GO = effects_GOO.diagonal(dim1=1, dim2=2)
-    floor_GO = (_DAMPING * powers_GO.mean(1, keepdim=True)).clamp_min(torch.finfo(powers_GO.dtype).tiny)
-    return torch.linalg.cholesky(
-        (1 - SHRINK) * effects_GOO + torch.diag_embed(SHRINK * powers_GO + floor_GO)
-    )
+    scale = powers_GO.mean()
+    return ((1 - _SHRINKAGE) * effects_GOO + torch.diag_embed(_SHRINKAGE * powers_GO + _DAMPING * scale)) / scale
 
 
 def _nearest(

@@ -1,4 +1,4 @@
-"""Measure how much errors of the weights change the network's outputs.
+"""Measure how much errors of the weights, or of a layer's outputs, change the network's outputs.
 
 Errors of a coded weight are spread over all directions in proportion to the inverse of the layer's metric. The mean
 squared change of the outputs by such errors, to first order, is a quadratic form of the gradients of the outputs.
@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers.ranked import groups_of
+from ..layers.ranked import channels_of, groups_of
 from ..network.distributed import all_or_none, rank, sum_over_ranks
 from ..network.layers import kernel_size, parameter_of
 from ..network.running import call, evaluating, unchanged
 from ..network.side_effects import fixed_random_seed
 from ..network.values import clone_tensors, match_dtype, tensors_in
 from .divergence import class_count
-from .inputs import Batch, CalibrationSet
+from .inputs import Batch
 
 # Forwards with gradients, and examples in each; random directions of the outputs of each forward.
 _FORWARDS, _EXAMPLES, _DIRECTIONS = 16, 4, 2
@@ -47,30 +47,96 @@ def squared_changes(
         RuntimeError: the outputs have no gradients, here or in another process.
     """
 
-    def own() -> tuple[dict[str, Tensor], float]:
-        return _own_sums(network, parameters, batches, changes, seed, progress)
+    sums: dict[str, Tensor] = {}
 
-    sums, power = all_or_none(own, RuntimeError("another process could not compute gradients"))
-    total = torch.tensor([power], dtype=torch.float64)
+    def own() -> float:
+        total = 0.0
+        tensors = list(parameters.values())
+        for power, gradients in _random_gradients(network, tensors, lambda: tensors, batches, seed, progress):
+            total += power
+            for key, gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None:
+                    change = changes(key, gradient)
+                    sums[key] = sums[key] + change if key in sums else change
+        return total
+
+    total = torch.tensor([all_or_none(own, _no_gradients())], dtype=torch.float64)
     sum_over_ranks([total, *sums.values()])
     return {key: changed / (_DIRECTIONS * max(float(total), 1e-300)) for key, changed in sums.items()}
 
 
-def _own_sums(
+def effects_of_outputs(
+    network: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Batch], seed: int
+) -> dict[str, Tensor]:
+    """Return by name how much errors of a layer's outputs change those of the network: quadratic forms (groups, O, O).
+
+    Each is the second moment of gradients with respect to the layer's outputs, over examples, positions and random
+    directions of the network's outputs. Layers without finite gradients are left out. With torch.distributed, the
+    inputs are those of all processes.
+
+    Raises:
+        RuntimeError: the outputs have no gradients, here or in another process.
+    """
+    sums: dict[str, Tensor] = {
+        name: torch.zeros(groups_of(layer), *(2 * [channels_of(layer)[1] // groups_of(layer)]))
+        for name, layer in layers.items()
+    }
+    seen: list[tuple[str, Tensor]] = []
+
+    def watch(name: str) -> Callable[..., Tensor]:
+        def hook(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
+            seen.append((name, output))
+            return output.clone()  # what follows may change the clone in place
+
+        return hook
+
+    def own() -> None:
+        parameters = [parameter_of(layer) for layer in layers.values()]
+        for _, gradients in _random_gradients(network, parameters, lambda: [pair[1] for pair in seen], batches, seed):
+            for (name, _), gradient in zip(seen, gradients, strict=True):
+                if gradient is not None:
+                    sums[name] += _moments(layers[name], gradient).to(sums[name])
+
+    start = network.register_forward_pre_hook(lambda *_: seen.clear())
+    handles = [start, *(layer.register_forward_hook(watch(name)) for name, layer in layers.items())]
+    try:
+        all_or_none(own, _no_gradients())
+    finally:
+        for handle in handles:
+            handle.remove()
+    sum_over_ranks(list(sums.values()))
+    return {name: moments for name, moments in sums.items() if bool(moments.isfinite().all()) and bool(moments.any())}
+
+
+def _moments(layer: nn.Module, gradient: Tensor) -> Tensor:
+    """Return the second moments of the channels of a layer's output (groups, O, O), summed over all else."""
+    channels_last = gradient.movedim(gradient.dim() - len(kernel_size(layer)) - 1, -1)
+    rows_GPO = channels_last.flatten(0, -2).float().unflatten(1, (groups_of(layer), -1)).movedim(1, 0)
+    return rows_GPO.mT @ rows_GPO
+
+
+def _no_gradients() -> RuntimeError:
+    return RuntimeError("another process could not compute gradients")
+
+
+def _random_gradients(
     network: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
+    parameters: Sequence[nn.Parameter],
+    tensors: Callable[[], Sequence[Tensor]],
     batches: Sequence[Batch],
-    changes: Callable[[str, Tensor], Tensor],
     seed: int,
-    progress: Callable[[int, int], None],
-) -> tuple[dict[str, Tensor], float]:
-    """Return the sums of squared changes on this process's inputs, and by what they are divided."""
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[tuple[float, Sequence[Tensor | None]]]:
+    """Yield gradients of random directions of the network's outputs, on few examples, and the power of these outputs.
+
+    Args:
+        parameters: those that have gradients.
+        tensors: called after each forward; returns the tensors with respect to which the gradients are.
+    """
     generator = torch.Generator().manual_seed(seed + rank())
     classes = class_count(network)
-    sums: dict[str, Tensor] = {}
-    power = 0.0
     picked = list(_examples(batches))
-    with evaluating(network), _with_gradients(network, parameters.values()), unchanged(network):
+    with evaluating(network), _with_gradients(network, parameters), unchanged(network):
         for number, batch in enumerate(picked):
             progress(number, len(picked))
             with torch.enable_grad(), fixed_random_seed():
@@ -79,70 +145,21 @@ def _own_sums(
             if not outputs:
                 raise RuntimeError("the outputs have no gradients")
             logits = len(outputs) == 1 and outputs[0].dim() == 2 and outputs[0].shape[1] == classes
-            power += len(batch) if logits else sum(float(o.detach().double().square().sum()) for o in outputs)
+            power = len(batch) if logits else sum(float(one.detach().double().square().sum()) for one in outputs)
+            wanted = [tensor if tensor.requires_grad else None for tensor in tensors()]
             for last in range(_DIRECTIONS - 1, -1, -1):
                 directions = [_direction(one.detach(), logits, generator) for one in outputs]
-                gradients = torch.autograd.grad(
-                    outputs, list(parameters.values()), directions, retain_graph=last > 0, allow_unused=True
-                )
-                for key, gradient in zip(parameters, gradients, strict=True):
-                    if gradient is not None:
-                        change = changes(key, gradient.detach())
-                        sums[key] = sums[key] + change if key in sums else change
-    return sums, power
-
-
-def effects_of_outputs(
-    network: nn.Module, layers: Mapping[str, nn.Module], data: CalibrationSet, seed: int
-) -> dict[str, Tensor]:
-    """Return by name how much errors of a layer's outputs change the network's: a quadratic form (groups, O, O).
-
-    It is the second moment of the gradients of random directions of the network's outputs with respect to the
-    layer's outputs, over examples and positions. With torch.distributed, it is over the inputs of all processes.
-    """
-    generator = torch.Generator().manual_seed(seed + rank())
-    classes = class_count(network)
-    sums: dict[str, Tensor] = {}
-    watched: dict[str, list[Tensor]] = {}
-
-    def watch(name: str) -> Any:
-        def hook(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
-            watched[name].append(output)
-            return output.clone()  # what follows may change the clone in place
-
-        return hook
-
-    parameters = {name: parameter_of(layer) for name, layer in layers.items()}
-    handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
-    try:
-        with evaluating(network), _with_gradients(network, parameters.values()), unchanged(network):
-            for batch in _examples(data.fit):
-                watched.update((name, []) for name in layers)
-                with torch.enable_grad(), fixed_random_seed():
-                    output = call(network, match_dtype(clone_tensors(batch.input), network))
-                outputs = [one for one in tensors_in(output) if one.is_floating_point() and one.requires_grad]
-                logits = len(outputs) == 1 and outputs[0].dim() == 2 and outputs[0].shape[1] == classes
-                inner = [(name, one) for name, ones in watched.items() for one in ones]
-                for last in range(_DIRECTIONS - 1, -1, -1):
-                    directions = [_direction(one.detach(), logits, generator) for one in outputs]
-                    gradients = torch.autograd.grad(
-                        outputs, [one for _, one in inner], directions, retain_graph=last > 0, allow_unused=True
+                known = iter(
+                    torch.autograd.grad(
+                        outputs,
+                        [one for one in wanted if one is not None],
+                        directions,
+                        retain_graph=last > 0,
+                        allow_unused=True,
                     )
-                    for (name, _), gradient in zip(inner, gradients, strict=True):
-                        if gradient is not None:
-                            moments = _moments(layers[name], gradient)
-                            sums[name] = sums[name] + moments if name in sums else moments
-    finally:
-        for handle in handles:
-            handle.remove()
-    return sums
-
-
-def _moments(layer: nn.Module, gradient: Tensor) -> Tensor:
-    dimensions = len(kernel_size(layer))
-    rows_PO = gradient.detach().movedim(gradient.dim() - dimensions - 1, -1).flatten(0, -2).float()
-    rows_GPO = rows_PO.unflatten(1, (groups_of(layer), -1)).movedim(1, 0)
-    return (rows_GPO.mT @ rows_GPO).double()
+                )
+                found = [None if one is None else next(known) for one in wanted]
+                yield (power if last == 0 else 0.0), [None if one is None else one.detach() for one in found]
 
 
 def _examples(batches: Sequence[Batch]) -> Iterator[Batch]:

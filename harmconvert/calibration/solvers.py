@@ -110,13 +110,15 @@ class NormalEquations(Problem):
             change_GON = torch.cholesky_solve(cross_GON.mT, factor_GNN).mT
             yield self.with_best_bias(change_GON, damping)
 
-    def _change_of_squares(self, change: Change) -> float:
+    def change_of_squares(self, change: Change, effects_GOO: Tensor | None = None) -> float:
         D = change.coefficients
-        squares = (D @ self.gram_GNN * D).sum() - 2 * (D * self.cross_GON).sum()
+        seen = D if effects_GOO is None else effects_GOO @ D
+        squares = (D @ self.gram_GNN * seen).sum() - 2 * (seen * self.cross_GON).sum()
         if change.bias is not None:
             b = change.bias
-            squares += self.count * (b * b).sum() - 2 * (b * self.channels[0]).sum()
-            squares += 2 * (b * (D @ self.sum_GN[..., None])[..., 0]).sum()
+            seen = b if effects_GOO is None else (effects_GOO @ b[..., None])[..., 0]
+            squares += self.count * (b * seen).sum() - 2 * (seen * self.channels[0]).sum()
+            squares += 2 * (seen * (D @ self.sum_GN[..., None])[..., 0]).sum()
         return float(squares)
 
 
@@ -197,12 +199,13 @@ class Samples(Problem):
             bias = (mean_G1O - mean_G1N @ change_GON.mT)[:, 0] if self.layer.fits_bias else None
             yield Change(change_GON, bias, damping)
 
-    def _change_of_squares(self, change: Change) -> float:
+    def change_of_squares(self, change: Change, effects_GOO: Tensor | None = None) -> float:
         z_GRN, u_GRO = self.all_samples()
         added_GRO = z_GRN @ change.coefficients.mT
         if change.bias is not None:
             added_GRO = added_GRO + change.bias[:, None]
-        return float((added_GRO * (added_GRO - 2 * u_GRO)).sum())
+        seen_GRO = added_GRO if effects_GOO is None else added_GRO @ effects_GOO
+        return float((seen_GRO * (added_GRO - 2 * u_GRO)).sum())
 
 
 @dataclass(frozen=True)
@@ -342,7 +345,7 @@ class Operator(Problem):
         coefficients = to_groups(coefficients_OIF, groups, self.layer.transposed)
         return _Unknowns(self.layer.restricted(coefficients), bias if self.layer.fits_bias else torch.zeros_like(bias))
 
-    def _change_of_squares(self, change: Change) -> float:
+    def change_of_squares(self, change: Change, effects_GOO: Tensor | None = None) -> float:
         total = self.channels.new_zeros(1)
         added = self._outputs(change.coefficients, change.bias)
         for (_, residual), one_map in zip(self._calls, added, strict=True):

@@ -54,6 +54,7 @@ __all__ = [
     "parameter_count",
     "plan_of_model",
     "plannable",
+    "projections",
     "register",
     "round_weights",
     "tensor_bytes",

@@ -333,7 +333,7 @@ MUTANTS = (
         "the bias adds what it should take away", REFIT,
     ),
     Mutant(
-        "calibration.solvers.NormalEquations._change_of_squares",
+        "calibration.solvers.NormalEquations.change_of_squares",
         "(D @ self.gram_GNN * D).sum() - 2 * (D * self.cross_GON).sum()",
         "(D @ self.gram_GNN * D).sum() - (D * self.cross_GON).sum()",
         "the error after a change counts half of the gain", REFIT,
