@@ -334,8 +334,8 @@ MUTANTS = (
     ),
     Mutant(
         "calibration.solvers.NormalEquations.change_of_squares",
-        "(D @ self.gram_GNN * D).sum() - 2 * (D * self.cross_GON).sum()",
-        "(D @ self.gram_GNN * D).sum() - (D * self.cross_GON).sum()",
+        "(D @ self.gram_GNN * seen).sum() - 2 * (seen * self.cross_GON).sum()",
+        "(D @ self.gram_GNN * seen).sum() - (seen * self.cross_GON).sum()",
         "the error after a change counts half of the gain", REFIT,
     ),
     Mutant(
