@@ -21,6 +21,7 @@ import io
 import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,7 @@ def in_onnx_runtime(dense: nn.Module, cut: nn.Module, x: Tensor) -> Pair:
 
 
 def in_openvino(dense: nn.Module, cut: nn.Module, x: Tensor, precision: str) -> Pair:
-    import openvino
-
+    openvino = import_module("openvino")
     core = openvino.Core()
     runs = []
     for network in (dense, cut):
