@@ -22,13 +22,14 @@ from ..errors import counted, first_line
 from ..layers.low_rank import reason_not_splittable
 from ..layers.ranked import pair_for
 from ..network.exchange import in_precision, in_sixteen_bits
-from ..network.layers import convolutions, kernel_size, state_key, stored_names, weighted_layers
+from ..network.layers import convolutions, kernel_size, observable_layers, state_key, stored_names, weighted_layers
 from ..network.low_rank import at_full_rank, in_one_layer, in_two_layers, ranked_layers
 from ..network.running import unchanged
 from ..network.state import tensors_of
 from ..plan import AXES, Bits, CodedWeight, LayerPlan, Plan, Rank, apply_plan, coded_weights, round_weights
 from .batch_norm import batch_norms, reestimate
 from .coding import Coder
+from .coding_metrics import UNOBSERVED
 from .cuts import WholeLayer
 from .divergence import Divergence
 from .holding import Forwards
@@ -284,8 +285,8 @@ def _refit(
     ranks: Mapping[str, Rank] | None,
 ) -> tuple[list[LayerCalibration], tuple[str, ...]]:
     """Refit the layers named in ``cut``; return their records and the fallbacks of the runs."""
-    data, layers = context.data, weighted_layers(converted)
-    harmonic = {name: layers[name] for name in cut}
+    data, layers = context.data, observable_layers(converted)
+    harmonic = {name: layers[name] for name in cut if name in layers}
     memory = memory_for(converted, settings)
     if not cut:
         return [], ()
@@ -306,7 +307,9 @@ def _refit(
         progress(len(tied_layers), len(tied_layers), "checking the outputs")
     for name in cut:
         if not any(name in tied.names for tied in tied_layers):
-            why = not_refittable.get(name, "it does not run on the calibration inputs")
+            why = not_refittable.get(
+                name, "it does not run on the calibration inputs" if name in layers else UNOBSERVED
+            )
             record = LayerCalibration(name, "projection", why=why)
             records.append(coder.finished([name], record) if coder else record)
     return records, forwards.fallbacks

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..network.layers import harmonic_layers, weighted_layers
+from ..network.layers import harmonic_layers, observable_layers
 from ..plan import CodedWeight
 from .collecting import EquationCollector, collect_together
 from .equations import Problem
@@ -26,6 +26,8 @@ from .tied_layers import LEAST_POSITIONS, TiedLayers, find_tied_layers
 MOST_COLUMNS = 8192
 # For the choice of the levels, a metric over this many positions for each column is enough.
 _POSITIONS_PER_COLUMN = 8
+# Why a recurrent layer, an embedding, an attention module, or a linear layer tied to one has no metric.
+UNOBSERVED = "its inputs cannot be observed"
 _STRIP = 512  # rows of the moments that are summed at a time
 
 
@@ -118,8 +120,8 @@ def measured_moments(
     Raises:
         UsageError: the network does not run on the inputs.
     """
-    layers = weighted_layers(network)
-    modules = {name: layers[name] for weight in weights for name in weight.names}
+    layers = observable_layers(network)
+    modules = {name: layers[name] for weight in weights for name in weight.names if name in layers}
     weight_of = {name: weight for weight in weights for name in weight.names}
     tied_layers, why = find_tied_layers(network, modules, data, memory)
     collectors = [_collector(tied, network, modules, data, seed, memory) for tied in tied_layers]
@@ -137,7 +139,8 @@ def measured_moments(
     for weight in weights:
         if weight.key not in measured:
             reasons = [why[name] for name in weight.names if name in why]
-            yield weight, reasons[0] if reasons else "it does not run on the calibration inputs"
+            unseen = "it does not run on the calibration inputs" if weight.names[0] in layers else UNOBSERVED
+            yield weight, reasons[0] if reasons else unseen
 
 
 def basis_norms(network: nn.Module, weight: CodedWeight) -> Tensor:

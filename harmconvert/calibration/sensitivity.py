@@ -84,7 +84,7 @@ def _own_sums(
                 )
                 for key, gradient in zip(parameters, gradients, strict=True):
                     if gradient is not None:
-                        change = changes(key, gradient.detach())
+                        change = changes(key, gradient.detach().to_dense())  # an embedding may have sparse ones
                         sums[key] = sums[key] + change if key in sums else change
     return sums, power
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from ..errors import UsageError
 from ..network.exchange import exchange
-from ..network.layers import kernel_size, weighted_layers
+from ..network.layers import kernel_size, matrix_names, weighted_layers
 from .axes import AXES, kept_by
 from .plan import LayerPlan, Plan
 
@@ -31,6 +31,14 @@ def apply_plan(model: nn.Module, plan: Plan, *, values: bool = True) -> nn.Modul
         if kept := plan.on(name):
             converted = axis.convert(model if converted is None else converted, kept, values)
     return exchange(model, {}) if converted is None else converted
+
+
+def fits(planned: LayerPlan, layer: nn.Module) -> bool:
+    """Return whether a layer has the kernel size of a layer of a plan and, if it has several matrices, its axes."""
+    axes = (AXES[kept.axis] for kept in planned.keeps)
+    return kernel_size(layer) == planned.kernel_size and (
+        not matrix_names(layer) or all(axis.matrices for axis in axes)
+    )
 
 
 def plan_of_model(model: nn.Module, known: Plan | None = None) -> Plan:
