@@ -8,7 +8,7 @@ It is estimated with random errors and random directions of the outputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,10 @@ def _own_sums(
     sums: dict[str, Tensor] = {}
     power = 0.0
     picked = list(_examples(batches))
-    with evaluating(network), _with_gradients(network, parameters.values()), unchanged(network):
+    # On a GPU, cuDNN computes gradients of recurrent layers only in training mode.
+    recurrent = any(isinstance(module, nn.RNNBase) for module in network.modules())
+    without_cudnn = torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
+    with without_cudnn, evaluating(network), _with_gradients(network, parameters.values()), unchanged(network):
         for number, batch in enumerate(picked):
             progress(number, len(picked))
             with torch.enable_grad(), fixed_random_seed():

@@ -220,7 +220,7 @@ def _weights_used_elsewhere(model: nn.Module) -> dict[int, str]:
         is_conv = isinstance(module, CONVOLUTIONS) and not is_harmonic_layer(module)
         for key, parameter in module._parameters.items():
             if parameter is not None and not (is_conv and key == "weight"):
-                elsewhere[id(parameter)] = f"{name}.{key}"
+                elsewhere[id(parameter)] = state_key(name, key)
     return elsewhere
 
 
