@@ -348,8 +348,12 @@ def test_an_inspection_counts_them() -> None:
 def test_a_network_of_only_such_layers_is_coded_on_inputs(tmp_path: Path) -> None:
     model = seeded(lambda: nn.Sequential(nn.Embedding(40, 16), nn.LSTM(16, 16)))
     conversion = hc.convert(model, bits=4, calibration=list((torch.arange(256) * 7 % 40).reshape(32, 8).split(8)))
-    hc.save(conversion, tmp_path / "coded.safetensors")
-    assert same_tensors(conversion.model, hc.load(tmp_path / "coded.safetensors", model=model))
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    hc.save(conversion, first)
+    assert same_tensors(conversion.model, hc.load(first, model=model))
+    hc.save(hc.storage.read_checkpoint(first, model=model), second)
+    assert {*hc.storage.read_header(second).codecs.coded} == {*conversion.coded}
+    assert same_tensors(conversion.model, hc.load(second, model=model))
 
 
 def test_a_network_of_timm_with_recurrent_layers_is_coded(tmp_path: Path) -> None:

@@ -29,7 +29,6 @@ from ..network.state import tensors_of
 from ..plan import AXES, Bits, CodedWeight, LayerPlan, Plan, Rank, apply_plan, coded_weights, round_weights
 from .batch_norm import batch_norms, reestimate
 from .coding import Coder
-from .coding_metrics import UNOBSERVED
 from .cuts import WholeLayer
 from .divergence import Divergence
 from .holding import Forwards
@@ -40,7 +39,7 @@ from .reading import in_runnable_precision
 from .records import Calibration, CalibrationSettings, LayerCalibration, Progress
 from .refit import Refit
 from .repeatability import check_repeatability
-from .tied_layers import Targets, find_tied_layers
+from .tied_layers import Targets, find_tied_layers, why_not_observed
 
 # Outputs of the original are stored up to this size: more saves little time and much memory.
 MOST_TARGETS = 1 << 30
@@ -307,9 +306,7 @@ def _refit(
         progress(len(tied_layers), len(tied_layers), "checking the outputs")
     for name in cut:
         if not any(name in tied.names for tied in tied_layers):
-            why = not_refittable.get(
-                name, "it does not run on the calibration inputs" if name in layers else UNOBSERVED
-            )
+            why = not_refittable.get(name) or why_not_observed(name, layers)
             record = LayerCalibration(name, "projection", why=why)
             records.append(coder.finished([name], record) if coder else record)
     return records, forwards.fallbacks

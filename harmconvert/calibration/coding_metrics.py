@@ -19,15 +19,13 @@ from .collecting import EquationCollector, collect_together
 from .equations import Problem
 from .inputs import CalibrationSet
 from .solvers import ChannelEquations, NormalEquations, Operator, Samples
-from .tied_layers import LEAST_POSITIONS, TiedLayers, find_tied_layers
+from .tied_layers import LEAST_POSITIONS, TiedLayers, find_tied_layers, why_not_observed
 
 # Weights with more columns are coded with the correlations within each input channel alone: a Cholesky factor of this
 # size takes about half a minute on two cores.
 MOST_COLUMNS = 8192
 # For the choice of the levels, a metric over this many positions for each column is enough.
 _POSITIONS_PER_COLUMN = 8
-# Why a recurrent layer, an embedding, an attention module, or a linear layer tied to one has no metric.
-UNOBSERVED = "its inputs cannot be observed"
 _STRIP = 512  # rows of the moments that are summed at a time
 
 
@@ -139,8 +137,7 @@ def measured_moments(
     for weight in weights:
         if weight.key not in measured:
             reasons = [why[name] for name in weight.names if name in why]
-            unseen = "it does not run on the calibration inputs" if weight.names[0] in layers else UNOBSERVED
-            yield weight, reasons[0] if reasons else unseen
+            yield weight, reasons[0] if reasons else why_not_observed(weight.names[0], layers)
 
 
 def basis_norms(network: nn.Module, weight: CodedWeight) -> Tensor:

@@ -48,16 +48,16 @@ def plan_of_model(model: nn.Module, known: Plan | None = None) -> Plan:
         known: a plan that may have more information, such as a policy. It is returned if it agrees with the layers.
 
     Raises:
-        UsageError: no layer of the network is converted.
+        UsageError: no layer of the network is converted, and ``known`` does not say that it is coded.
     """
     layers = []
     for name, module in weighted_layers(model).items():
         if keeps := kept_by(module):
             layers.append(LayerPlan(name, kernel_size(module), keeps))
+    if known is not None and known.layers and _readable(known) == {layer.name: layer for layer in layers}:
+        return known
     if not layers:
         raise UsageError(f"this {type(model).__name__} has no harmonic convolution: convert it first")
-    if known is not None and _readable(known) == {layer.name: layer for layer in layers}:
-        return known
     return Plan(tuple(layers))
 
 
