@@ -237,6 +237,15 @@ def test_tied_weights_are_coded_once_and_stay_tied(tmp_path: Path) -> None:
         assert skipped == {"decoder", "embedding"}
 
 
+def test_calibration_does_not_fit_a_decoder_whose_weight_is_an_embedding() -> None:
+    make, inputs, _ = NETWORKS["embeddings"]
+    record = hc.convert(seeded(make), bits=4, calibration=batches_of(inputs)).calibration
+    assert record is not None
+    decisions = {layer.name: (layer.decision, layer.why) for layer in record.layers}
+    assert decisions["decoder"] == decisions["embedding"] == ("projection", "its inputs cannot be observed")
+    assert decisions["conv"][0] == "refit"
+
+
 def test_a_weight_that_a_module_of_another_class_shares_is_coded_and_verified() -> None:
     class Tagger(nn.Module):
         def __init__(self) -> None:
@@ -336,6 +345,16 @@ def test_a_budget_of_bytes_counts_them(tmp_path: Path) -> None:
     assert conversion.search is not None
     assert 0.9 * conversion.search.limit < size <= conversion.search.limit
     assert size == conversion.cost.harmonic_bytes
+
+
+def test_they_are_coded_beside_layers_of_low_rank(tmp_path: Path) -> None:
+    make, inputs, matrices = NETWORKS["attention"]
+    model = seeded(make)
+    conversion = hc.convert(model, 2, rank={"encoder.linear1": 0.5}, bits=4, calibration=batches_of(inputs))
+    assert matrices | {"encoder.linear1.coefficients_in", "encoder.linear1.coefficients_out"} <= {*conversion.coded}
+    hc.save(conversion, tmp_path / "coded.safetensors")
+    assert same_tensors(conversion.model, hc.load(tmp_path / "coded.safetensors", model=model))
+    assert hc.verify(model, conversion, inputs[0][:2]).as_planned
 
 
 def test_an_inspection_counts_them() -> None:

@@ -195,13 +195,13 @@ def _joined_entries(
     parts: Sequence[CodedWeight], weights: Sequence[CodedWeight], entries: Mapping[str, Entry]
 ) -> dict[str, Entry]:
     """Return the entries of the weights of a network, from those of a network whose layers of low rank are split."""
-    part_of = {name: part for part in parts for name in part.names}
+    key_of = {name: part.key for part in parts for name in part.names}
     joined_entries = {}
     for weight in weights:
         stored = _PARTS.get(weight.key.rpartition(".")[2])
-        name = weight.names[0] if stored is None else state_key(weight.names[0], stored)
-        if (part := part_of.get(name)) is not None and part.key in entries:
-            joined_entries[weight.key] = weight.adopted(entries[part.key])
+        key = weight.key if stored is None else key_of.get(state_key(weight.names[0], stored))
+        if key is not None and key in entries:
+            joined_entries[weight.key] = weight.adopted(entries[key])
     return joined_entries
 
 
