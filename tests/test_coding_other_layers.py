@@ -329,6 +329,9 @@ def test_a_plan_that_gives_them_another_axis_is_refused(tmp_path: Path) -> None:
     plan = Plan((LayerPlan("recurrent", (), (Rank(2),)),))
     with pytest.raises(UsageError, match="layer recurrent is a GRU, without the axis channels"):
         hc.convert(model, plan)
+    space = {"name": "recurrent", "kernel_size": [], "space": {"frequencies": [[]]}}
+    with pytest.raises(InputError, match="layer 'recurrent': it has no kernel, so it keeps no frequencies"):
+        Plan.from_json({"layers": [space]})
     other = nn.Sequential()
     other.recurrent = nn.Linear(16, 16)
     hc.save(hc.convert(other, rank={"*": 2}), tmp_path / "ranked.safetensors")
