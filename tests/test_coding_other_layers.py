@@ -327,7 +327,7 @@ def test_weights_that_change_in_each_forward_or_are_computed_stay_in_floating_po
 def test_a_plan_that_gives_them_another_axis_is_refused(tmp_path: Path) -> None:
     model = seeded(_recogniser(nn.GRU, 16))
     plan = Plan((LayerPlan("recurrent", (), (Rank(2),)),))
-    with pytest.raises(UsageError, match="layer recurrent is a GRU, without the axis channels"):
+    with pytest.raises(UsageError, match=r"layer recurrent \(GRU\) has no axis channels"):
         hc.convert(model, plan)
     space = {"name": "recurrent", "kernel_size": [], "space": {"frequencies": [[]]}}
     with pytest.raises(InputError, match="layer 'recurrent': it has no kernel, so it keeps no frequencies"):

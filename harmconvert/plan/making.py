@@ -199,7 +199,7 @@ def _follow(plan: Plan, layers: Sequence[LayerInfo], skipped: Sequence[Skip], no
             )
         if others := [kept.axis for kept in layer.keeps if not has_axis(info, kept.axis)]:
             raise UsageError(
-                f"the plan does not fit this network: layer {layer.name} is a {info.kind}, without the axis {others[0]}"
+                f"the plan does not fit this network: layer {layer.name} ({info.kind}) has no axis {others[0]}"
             )
     if _same_for_tied_layers(plan.layers, layers) != list(plan.layers):
         raise UsageError("the plan does not fit this network: layers that share a weight keep different things")
