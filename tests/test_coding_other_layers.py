@@ -247,17 +247,19 @@ def test_calibration_does_not_fit_a_decoder_whose_weight_is_an_embedding() -> No
 
 
 def test_a_weight_that_a_module_of_another_class_shares_is_coded_and_verified() -> None:
-    class Tagger(nn.Module):
-        def __init__(self) -> None:
+    class Output(nn.Module):
+        def __init__(self, weight: nn.Parameter) -> None:
             super().__init__()
-            self.embedding = nn.Embedding(20, 8)
-            self.output = nn.Parameter(torch.empty(0))
-            self.output = self.embedding.weight
+            self.weight = weight
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.embedding(x) @ self.output.T
+            return x @ self.weight.T
 
-    model, tokens = seeded(Tagger), torch.arange(20).reshape(4, 5)
+    def make() -> nn.Module:
+        embedding = nn.Embedding(20, 8)
+        return nn.Sequential(embedding, Output(embedding.weight))
+
+    model, tokens = seeded(make), torch.arange(20).reshape(4, 5)
     conversion = hc.convert(model, bits=4)
     assert len(conversion.coded) == 1
     check = hc.verify(model, conversion, tokens)
