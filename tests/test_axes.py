@@ -150,7 +150,7 @@ def test_the_plan_has_every_layer_with_the_new_axis() -> None:
     }  # fmt: skip
     assert [skip.name for skip in plan.skipped] == ["0"]
     assert "1  3x3  keeps 3 of 9, 8 digits" in str(plan)
-    assert "5  linear  8 digits" in str(plan)
+    assert "5  matrix  8 digits" in str(plan)
 
 
 @pytest.mark.usefixtures("digits")

@@ -251,7 +251,7 @@ def test_an_unreadable_plan_file_raises_input_error(tmp_path: Path, content: byt
 
 def test_a_plan_is_printed_as_text() -> None:
     assert str(make_plan(SITES[:2], 2)).splitlines() == [
-        "plan 2: 2 convolutions, 0 skipped",
+        "plan 2: 2 layers, 0 skipped",
         "  stem         7x7  keeps 49 of 49",
         "  layer1.conv  3x3  keeps 3 of 9",
     ]

@@ -444,7 +444,7 @@ def test_a_cut_that_changes_no_output_does_not_pass() -> None:
     assert not check.as_planned
     assert check.max_relative_error == 0
     assert "the outputs are exactly the same although 2 kernels are cut" in check.verdict
-    assert "cut, but not run on these inputs: one, two" in check.notes
+    assert "cut, but not called on these inputs: one, two" in check.notes
     assert verify(model, convert(model, "full").model, X).ok  # nothing is cut, so nothing may change
 
 

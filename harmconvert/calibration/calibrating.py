@@ -22,7 +22,7 @@ from ..errors import counted, first_line
 from ..layers.low_rank import reason_not_splittable
 from ..layers.ranked import pair_for
 from ..network.exchange import in_precision, in_sixteen_bits
-from ..network.layers import convolutions, kernel_size, state_key, stored_names, weighted_layers
+from ..network.layers import convolutions, kernel_size, observable_layers, state_key, stored_names, weighted_layers
 from ..network.low_rank import at_full_rank, in_one_layer, in_two_layers, ranked_layers
 from ..network.running import unchanged
 from ..network.state import tensors_of
@@ -40,7 +40,7 @@ from .records import Calibration, CalibrationSettings, LayerCalibration, Progres
 from .refit import Refit
 from .repeatability import check_repeatability
 from .sensitivity import effects_of_outputs
-from .tied_layers import Targets, find_tied_layers
+from .tied_layers import Targets, find_tied_layers, why_not_observed
 
 # Outputs of the original are stored up to this size: more saves little time and much memory.
 MOST_TARGETS = 1 << 30
@@ -210,13 +210,13 @@ def _joined_entries(
     parts: Sequence[CodedWeight], weights: Sequence[CodedWeight], entries: Mapping[str, Entry]
 ) -> dict[str, Entry]:
     """Return the entries of the weights of a network, from those of a network whose layers of low rank are split."""
-    part_of = {name: part for part in parts for name in part.names}
+    key_of = {name: part.key for part in parts for name in part.names}
     joined_entries = {}
     for weight in weights:
         stored = _PARTS.get(weight.key.rpartition(".")[2])
-        name = weight.names[0] if stored is None else state_key(weight.names[0], stored)
-        if (part := part_of.get(name)) is not None and part.key in entries:
-            joined_entries[weight.key] = weight.adopted(entries[part.key])
+        key = weight.key if stored is None else key_of.get(state_key(weight.names[0], stored))
+        if key is not None and key in entries:
+            joined_entries[weight.key] = weight.adopted(entries[key])
     return joined_entries
 
 
@@ -299,8 +299,8 @@ def _refit(
     ranks: Mapping[str, Rank] | None,
 ) -> tuple[list[LayerCalibration], tuple[str, ...]]:
     """Refit the layers named in ``cut``; return their records and the fallbacks of the runs."""
-    data, layers = context.data, weighted_layers(converted)
-    harmonic = {name: layers[name] for name in cut}
+    data, layers = context.data, observable_layers(converted)
+    harmonic = {name: layers[name] for name in cut if name in layers}
     memory = memory_for(converted, settings)
     if not cut:
         return [], ()
@@ -321,7 +321,7 @@ def _refit(
         progress(len(tied_layers), len(tied_layers), "checking the outputs")
     for name in cut:
         if not any(name in tied.names for tied in tied_layers):
-            why = not_refittable.get(name, "it does not run on the calibration inputs")
+            why = not_refittable.get(name) or why_not_observed(name, layers)
             record = LayerCalibration(name, "projection", why=why)
             records.append(coder.finished([name], record) if coder else record)
     return records, forwards.fallbacks

@@ -232,7 +232,7 @@ class Coder:
         return coded
 
     def key_of(self, names: Sequence[str]) -> str | None:
-        """Return the key of the weight of these layers; None if it is not coded."""
+        """Return the key of the only weight of these layers; None if it is not coded."""
         return next((key for key, state in self.states.items() if set(names) & set(state.weight.names)), None)
 
     def code_layer(self, key: str, fit: Problem, held: Problem, scales_F: Tensor) -> Coded:
@@ -246,13 +246,16 @@ class Coder:
         return coded
 
     def finished(self, names: Sequence[str], record: LayerCalibration) -> LayerCalibration:
-        """Return the record of a layer with its bits; code the weight without equations if that was not done yet."""
-        if (key := self.key_of(names)) is None:
+        """Return the record of a layer with its bits; code weights without equations if that was not done yet."""
+        keys = [key for key, state in self.states.items() if set(names) & set(state.weight.names)]
+        for key in keys:
+            if key not in self.results:
+                self.code_alone(key)
+        if not keys:
             return record
-        if key not in self.entries:
-            self.code_alone(key)
-        coded = self.results[key]
-        return replace(record, bits=coded.bits, shrinkage=coded.shrinkage)
+        sizes = [(self.results[key].bits, self.states[key].weight.count) for key in keys]
+        bits = sum(bits * count for bits, count in sizes) / sum(count for _, count in sizes)
+        return replace(record, bits=bits, shrinkage=self.results[keys[0]].shrinkage)
 
     def code_alone(self, key: str) -> None:
         """Code the present coefficients of a weight in the metric that was measured before, or without any metric."""

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..network.layers import harmonic_layers, weighted_layers
+from ..network.layers import harmonic_layers, observable_layers
 from ..plan import CodedWeight
 from .collecting import EquationCollector, collect_together
 from .equations import Problem
 from .inputs import CalibrationSet
 from .solvers import ChannelEquations, NormalEquations, Operator, Samples
-from .tied_layers import LEAST_POSITIONS, TiedLayers, find_tied_layers
+from .tied_layers import LEAST_POSITIONS, TiedLayers, find_tied_layers, why_not_observed
 
 # Weights with more columns are coded with the correlations within each input channel alone: a Cholesky factor of this
 # size takes about half a minute on two cores.
@@ -118,8 +118,8 @@ def measured_moments(
     Raises:
         UsageError: the network does not run on the inputs.
     """
-    layers = weighted_layers(network)
-    modules = {name: layers[name] for weight in weights for name in weight.names}
+    layers = observable_layers(network)
+    modules = {name: layers[name] for weight in weights for name in weight.names if name in layers}
     weight_of = {name: weight for weight in weights for name in weight.names}
     tied_layers, why = find_tied_layers(network, modules, data, memory)
     collectors = [_collector(tied, network, modules, data, seed, memory) for tied in tied_layers]
@@ -137,7 +137,7 @@ def measured_moments(
     for weight in weights:
         if weight.key not in measured:
             reasons = [why[name] for name in weight.names if name in why]
-            yield weight, reasons[0] if reasons else "it does not run on the calibration inputs"
+            yield weight, reasons[0] if reasons else why_not_observed(weight.names[0], layers)
 
 
 def basis_norms(network: nn.Module, weight: CodedWeight) -> Tensor:

@@ -8,7 +8,7 @@ It is estimated with random errors and random directions of the outputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -136,7 +136,10 @@ def _random_gradients(
     generator = torch.Generator().manual_seed(seed + rank())
     classes = class_count(network)
     picked = list(_examples(batches))
-    with evaluating(network), _with_gradients(network, parameters), unchanged(network):
+    # On a GPU, cuDNN computes gradients of recurrent layers only in training mode.
+    recurrent = any(isinstance(module, nn.RNNBase) for module in network.modules())
+    without_cudnn = torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
+    with without_cudnn, evaluating(network), _with_gradients(network, parameters), unchanged(network):
         for number, batch in enumerate(picked):
             progress(number, len(picked))
             with torch.enable_grad(), fixed_random_seed():
@@ -158,8 +161,8 @@ def _random_gradients(
                         allow_unused=True,
                     )
                 )
-                found = [None if one is None else next(known) for one in wanted]
-                yield (power if last == 0 else 0.0), [None if one is None else one.detach() for one in found]
+                found = [None if one is None else next(known) for one in wanted]  # an embedding may have sparse ones
+                yield (power if last == 0 else 0.0), [None if one is None else one.detach().to_dense() for one in found]
 
 
 def _examples(batches: Sequence[Batch]) -> Iterator[Batch]:

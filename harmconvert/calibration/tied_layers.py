@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,6 +83,11 @@ def find_tied_layers(
     refittable = [calls for calls in groups if not any(name in not_refittable for name, _ in calls)]
     tied_layers = [_tied_layers(converted[calls[0][0]], calls, data, memory) for calls in refittable]
     return from_first_rank(tied_layers), not_refittable
+
+
+def why_not_observed(name: str, layers: Collection[str]) -> str:
+    """Return why a layer has no equations; ``layers``: names of the layers that can have some."""
+    return "it is not called on the calibration inputs" if name in layers else "its inputs cannot be observed"
 
 
 Target = tuple[str, tuple[int, ...], Tensor]  # layer, shape of its output, its values (N, P, O) at sampled positions

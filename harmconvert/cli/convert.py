@@ -88,10 +88,10 @@ def budget_options(command: Any) -> Any:
 @click.option(
     "--bits",
     metavar="N",
-    help="Quantise the weights of convolutions and linear layers to N bits per weight on average, for a small entropy "
-    "coded file: 2 to 4 are common. Or 'PATTERN=N,PATTERN=N': only these layers, each with N bits. Or auto with "
-    "--max-drop: the fewest bits. Give --calibrate as well: without images, the same quality needs two to three times "
-    "as many bits.",
+    help="Quantise the weights of all layers, recurrent ones and embeddings among them, to N bits per weight on "
+    "average, for a small entropy coded file: 2 to 4 are common. Or 'PATTERN=N,PATTERN=N': only these layers, each "
+    "with N bits. Or auto with --max-drop: the fewest bits. Give --calibrate as well: without images, the same quality "
+    "needs two to three times as many bits.",
 )
 @click.option(
     "--budget",

@@ -20,7 +20,17 @@ from .classifier import classifier_of
 from .copying import deep_copy, uncopyable_member
 from .dataflow import Dataflow, Findings, fixed_parameters
 from .exchange import in_precision, in_sixteen_bits
-from .layers import LayerInfo, convolutions, is_harmonic_layer, kernel_size, state_key, weighted_layers
+from .layers import (
+    LayerInfo,
+    all_layers,
+    convolutions,
+    is_harmonic_layer,
+    kernel_size,
+    matrix_names,
+    observable_layers,
+    state_key,
+    weighted_layers,
+)
 from .other_convolutions import other_convolutions
 from .running import call, evaluating, unchanged, usage_errors
 from .side_effects import preserve_random_states
@@ -69,7 +79,7 @@ class _NoModules:
 
 
 def find_layers(model: nn.Module, trace: Trace | None = None) -> list[LayerInfo]:
-    """Return the facts that a plan needs about each convolution and linear layer of a network.
+    """Return the facts that a plan needs about each layer of `all_layers`, and about other modules that convolve.
 
     Layers that cannot be converted have a reason (``skip``). Without a trace, the first convolution of the network is
     assumed to be the one that reads its input.
@@ -78,8 +88,12 @@ def find_layers(model: nn.Module, trace: Trace | None = None) -> list[LayerInfo]
     other_users, fixed = _weights_used_elsewhere(model), fixed_parameters(model)
     first_with: dict[int, str] = {}
     first_convolution, classifier = next(iter(convolutions(model)), None), classifier_of(model)
-    for name, layer in weighted_layers(model).items():
+    observable = observable_layers(model)
+    for name, layer in all_layers(model).items():
         run = trace.layers.get(name) if trace else None
+        if matrices := matrix_names(layer):
+            layers.append(_with_matrices(name, layer, matrices, first_with))
+            continue
         weight = layer._parameters.get("weight")
         groups, (inputs, outputs) = groups_of(layer), channels_of(layer)
         tied_to = first_with.setdefault(id(weight), name) if weight is not None else name
@@ -93,17 +107,29 @@ def find_layers(model: nn.Module, trace: Trace | None = None) -> list[LayerInfo]
                 fixed=id(weight) in fixed,
                 output_size=run.output_size if run else None,
                 tied_to=tied_to if tied_to != name else None,
-                skip=_reason_to_skip(name, layer, other_users, trace),
+                skip=_reason_to_skip(name, layer, other_users if name in observable else {}, trace),
                 groups=groups,
                 inputs=inputs,
                 outputs=outputs,
                 transposed=is_transposed(layer),
                 classifier=layer is classifier,
+                matrices=() if name in observable else ("weight",),
             )
         )
     others = other_convolutions(model, trace.findings.others if trace else None)
     layers += [LayerInfo(name, other.kind, other.kernel_size, skip=other.reason) for name, other in others.items()]
     return layers
+
+
+def _with_matrices(name: str, layer: nn.Module, matrices: tuple[str, ...], first_with: dict[int, str]) -> LayerInfo:
+    """Return the facts about a layer of `matrix_names`; ``first_with`` has the first layer with each weight, by id."""
+    keys = [id(layer._parameters[matrix]) for matrix in matrices]
+    first = next((first_with[key] for key in keys if key in first_with), name)
+    for key in keys:
+        first_with.setdefault(key, first)
+    skip = "it changes its weight in each forward pass (max_norm)" if getattr(layer, "max_norm", None) else None
+    kind, tied_to = type(layer).__name__, first if first != name else None
+    return LayerInfo(name, kind, (), tied_to=tied_to, skip=skip, matrices=matrices)
 
 
 def _reason_to_skip(name: str, layer: nn.Module, other_users: Mapping[int, str], trace: Trace | None) -> str | None:
@@ -194,7 +220,7 @@ def _weights_used_elsewhere(model: nn.Module) -> dict[int, str]:
         is_conv = isinstance(module, CONVOLUTIONS) and not is_harmonic_layer(module)
         for key, parameter in module._parameters.items():
             if parameter is not None and not (is_conv and key == "weight"):
-                elsewhere[id(parameter)] = f"{name}.{key}"
+                elsewhere[id(parameter)] = state_key(name, key)
     return elsewhere
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from math import isfinite, prod
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from ..calibration import Calibration
@@ -14,7 +15,7 @@ from ..codecs.codec import Entry
 from ..codecs.table import CodecTable
 from ..errors import Argument, Message, shortened
 from ..kernels.projection import check_range, relative_error
-from ..network.layers import weighted_layers
+from ..network.layers import all_layers, weights_of
 from ..network.tracing import Trace
 from ..plan import AXES, Cost, LayerPlan, Plan, network_cost
 from ..search.dropping import Step
@@ -27,7 +28,7 @@ RECORD_KEY = "conversion"  # the key in a checkpoint's history
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """The result for one convolution over 1x1.
+    """The result for one layer of the plan, or one that is skipped.
 
     ``kept`` of ``total`` frequencies remain; 0 if the layer is skipped. ``energy`` is their share of the kernel's
     squared norm. ``error`` is the relative Frobenius error of the new kernel. Both are None if the layer is skipped or
@@ -144,7 +145,7 @@ def conversion_of(model: nn.Module, converted: Converted, run: Trace | None) -> 
 
 def _records(model: nn.Module, converted: nn.Module, plan: Plan) -> tuple[LayerRecord, ...]:
     """Return the record of each layer of a plan, in the order of the network."""
-    before, after = weighted_layers(model), weighted_layers(converted)
+    before, after = all_layers(model), all_layers(converted)
     records = [
         _record(layer, before[layer.name], after[layer.name], plan.notes.get(layer.name)) for layer in plan.layers
     ]
@@ -162,7 +163,7 @@ def _other_axes_text(planned: LayerPlan, total: int) -> str:
 
 
 def _record(planned: LayerPlan, layer: nn.Module, converted: nn.Module, why: str | None) -> LayerRecord:
-    weight, total = cast(Tensor, layer.weight).detach(), prod(planned.kernel_size)
+    weight, total = _weight_of(layer), prod(planned.kernel_size)
     kept = planned.kept_share(total)
     record = LayerRecord(
         planned.name,
@@ -177,7 +178,7 @@ def _record(planned: LayerPlan, layer: nn.Module, converted: nn.Module, why: str
     )
     if weight.is_meta:
         return record
-    merged = cast(Tensor, converted.weight).detach()
+    merged = _weight_of(converted)
     error = relative_error(merged, weight)
     if not isfinite(error):
         for name, parameter in converted.named_parameters(recurse=False):
@@ -186,6 +187,12 @@ def _record(planned: LayerPlan, layer: nn.Module, converted: nn.Module, why: str
     facts = {key: value for one in planned.keeps for key, value in AXES[one.axis].facts(weight, one).items()}
     # In an orthonormal basis, the energy of the removed frequencies is exactly the squared error.
     return replace(record, energy=1.0 if planned.whole else max(0.0, 1 - error**2), error=error, **facts)
+
+
+def _weight_of(layer: nn.Module) -> Tensor:
+    """Return the weight of a layer; all weights in one vector if it has several."""
+    first, *others = (weight.detach() for weight in weights_of(layer))
+    return torch.cat([one.flatten() for one in (first, *others)]) if others else first
 
 
 def _rounded(value: Any) -> Any:

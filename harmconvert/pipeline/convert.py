@@ -78,9 +78,9 @@ def convert(
             and at most 1.0), or the rank (an integer); or a dict from pattern to ranks of layers. Without patterns, the
             layer that reads the input, depthwise layers and the classifier stay whole, and so does every layer that
             would not become smaller.
-        bits: quantise the weights of convolutions and linear layers to this many bits per weight on average, for an
-            entropy coded file; or a dict from pattern to bits of layers. Without it nothing is quantised. ``"auto"``
-            with ``max_drop``: find the fewest bits.
+        bits: quantise the weights of all layers (convolutions, linear and recurrent layers, embeddings, attention) to
+            this many bits per weight on average, for an entropy coded file; or a dict from pattern to bits of layers.
+            Without it nothing is quantised. ``"auto"`` with ``max_drop``: find the fewest bits.
         budget: instead of ``lam``: a share of the parameters, bytes, MACs or time on this machine of the whole network,
             such as ``{"params": 0.6}`` or ``"latency=50%"``, or an amount, such as ``"bytes=10MB"``. Time is that of
             the factored form on ``example_input``. A search finds the plan with the smallest error within the budget

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from ..codecs import stored_bytes
 from ..errors import UsageError
 from ..network.checks import check_network, check_weights
-from ..network.layers import LayerInfo, convolutions, weighted_layers
+from ..network.layers import LayerInfo, all_layers, convolutions, stored_names
 from ..network.tracing import find_layers, trace_if_possible
 from ..network.values import default_input
 from ..plan import Bits, BitsSetting, Cost, RankSetting, Skip, energies_kept, make_plan, network_cost
@@ -126,8 +126,9 @@ def inspect(model: nn.Module, example_input: Any = None, *, energies: bool = Tru
 
 def _codable(model: nn.Module, found_layers: Sequence[LayerInfo]) -> list[Tensor]:
     """Return the weights that a conversion with bits would code; tied ones once."""
-    modules = weighted_layers(model)
+    modules = all_layers(model)
     plan = make_plan(found_layers, "full", bits=BitsSetting.of(MOST_BITS))
-    weights = [modules[name]._parameters.get("weight") for name in plan.on(Bits.axis)]
+    named = plan.on(Bits.axis)
+    weights = [modules[name]._parameters.get(stored) for name in named for stored in stored_names(modules[name])]
     unique = {id(weight): weight for weight in weights if weight is not None and not is_lazy(weight)}
     return [weight for weight in unique.values() if weight.is_floating_point()]

@@ -17,7 +17,7 @@ from ..network.comparison import greatest_difference, relative_difference, top1_
 from ..network.dataflow import weight_state
 from ..network.exchange import in_precision
 from ..network.faults import user_code_error
-from ..network.layers import weighted_layers
+from ..network.layers import all_layers
 from ..network.running import call, evaluating, unchanged
 from ..network.side_effects import fixed_random_seed
 from ..network.values import clone_tensors, match_dtype, tensors_in
@@ -108,9 +108,9 @@ class _SideBySide:
             shared = parameter_count(self.original) > MOST_IN_FLOAT64
             copies = [in_precision(model, precision, shared) for model in networks]
             inputs = match_dtype(self.inputs, copies[0])
-            original_layers, converted_layers = weighted_layers(copies[0]), weighted_layers(copies[1])
+            original_layers, converted_layers = all_layers(copies[0]), all_layers(copies[1])
             result = Comparison(float("inf"), 0.0)
-            callers = [(n, layers[n]) for layers in map(weighted_layers, networks) for n in self.names if n in layers]
+            callers = [(n, layers[n]) for layers in map(all_layers, networks) for n in self.names if n in layers]
             watched = {name: original_layers[name] for name in self.names if per_layer}
             # Hooks of the copies may change objects that the caller's networks share.
             with unchanged(copies[0]), unchanged(copies[1]), evaluating(*copies), _calls(callers) as uncopied:

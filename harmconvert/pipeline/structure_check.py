@@ -13,7 +13,15 @@ from torch.nn.parameter import is_lazy
 from ..calibration import digests
 from ..codecs.codec import Entry, codec_of
 from ..layers.harmonic import CONVOLUTIONS
-from ..network.layers import convolutions, is_harmonic_layer, kernel_size, weighted_layers
+from ..network.layers import (
+    all_layers,
+    convolutions,
+    is_harmonic_layer,
+    kernel_size,
+    state_key,
+    stored_names,
+    weights_of,
+)
 from ..network.state import tensors_of
 from ..storage.tensors import equal
 
@@ -29,7 +37,7 @@ def pairs_of(
     The pairs are the convolutions over 1x1 and the ``planned`` layers, which the plan cuts.
     """
     original_layers, converted_layers = (
-        {name: layer for name, layer in weighted_layers(model).items() if name in convs or name in planned}
+        {name: layer for name, layer in all_layers(model).items() if name in convs or name in planned}
         for model, convs in ((original, convolutions(original)), (converted, convolutions(converted)))
     )
     problems = [f"{name}: only in the original" for name in original_layers if name not in converted_layers]
@@ -41,7 +49,7 @@ def pairs_of(
         other = converted_layers[name]
         if any(is_lazy(p) for p in conv.parameters(recurse=False)):
             continue
-        shapes = [tuple(cast(Tensor, c.weight).shape) for c in (conv, other)]
+        shapes = [", ".join(str(tuple(weight.shape)) for weight in weights_of(layer)) for layer in (conv, other)]
         if shapes[0] != shapes[1]:
             problems.append(f"{name}: its kernel has shape {shapes[1]}, the original's {shapes[0]}")
             continue
@@ -49,8 +57,8 @@ def pairs_of(
             values = [getattr(c, attribute, None) for c in (conv, other)]
             if values[0] != values[1]:
                 problems.append(f"{name}: {attribute} is {values[1]}, the original's {values[0]}")
-        real = cast(Tensor, conv.weight).is_floating_point()
-        if is_harmonic_layer(other) or name in planned or (prod(kernel_size(conv)) > 1 and real):
+        over_1x1 = prod(kernel_size(conv)) > 1 and cast(Tensor, conv.weight).is_floating_point()
+        if over_1x1 or is_harmonic_layer(other) or name in planned:
             pairs[name] = (conv, other)
     return pairs, problems
 
@@ -106,8 +114,13 @@ def altered_state(
     Tensors that calibration wrote must be unchanged since then (``written``), all others equal to the original's.
     """
     paired = {id(original.get_submodule(name)) for name in pairs}
-    names = [name for name, module in original.named_modules(remove_duplicate=False) if id(module) in paired]
-    kernels = {f"{name}.{key}".lstrip(".") for name in names for key in _KERNELS}
+    kernels = {
+        state_key(name, key)
+        for name, module in original.named_modules(remove_duplicate=False)
+        if id(module) in paired
+        for key in (*_KERNELS, *stored_names(module))
+    }
+    kernels |= _tied_to(kernels, original) & _tied_to(kernels, converted)
     original_tensors, converted_tensors = tensors_of(original), tensors_of(converted)
     problems = []
     for key, tensor in original_tensors.items():
@@ -126,6 +139,13 @@ def altered_state(
         if key not in original_tensors and key not in kernels
     ]
     return problems
+
+
+def _tied_to(keys: Collection[str], model: nn.Module) -> set[str]:
+    """Return the keys of the tensors of a network that are the same as one of those with these keys."""
+    tensors = tensors_of(model, keep_vars=True)
+    same = {id(tensors[key]) for key in keys if key in tensors}
+    return {key for key, tensor in tensors.items() if id(tensor) in same}
 
 
 def _equal(tensor: Tensor, other: Tensor) -> bool:

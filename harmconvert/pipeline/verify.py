@@ -182,7 +182,7 @@ def _cuts_without_effect(layers: Sequence[LayerCheck], worst: float, problems: l
     """Return whether kernels are cut although the outputs are exactly the same; add notes or a problem about it."""
     changed = [layer for layer in layers if _kernel_changed(layer)]
     if idle := [layer.name or "(root)" for layer in changed if layer.output_error is None]:
-        notes.append(f"cut, but not run on these inputs: {shortened(idle, 5)}")
+        notes.append(f"cut, but not called on these inputs: {shortened(idle, 5)}")
     if not changed or worst != 0:
         return False
     if any(layer.output_error for layer in changed):

@@ -4,7 +4,7 @@ What belongs here: the axes (`space`, `channels`, `precision`), plans as data, a
 not: everything that needs data (`calibration`), searches (`search`) and files (`storage`).
 """
 
-from .applying import apply_plan, plan_of_model
+from .applying import apply_plan, fits, plan_of_model
 from .axes import AXES, Axis, Check, Kept, LayerCost, WeightShape, projections, register
 from .channels import ChannelAxis, Rank, RankSetting
 from .cost import Cost, layer_costs, network_cost, parameter_count, tensor_bytes
@@ -47,6 +47,7 @@ __all__ = [
     "coded_weights",
     "cut_layer",
     "energies_kept",
+    "fits",
     "layer_costs",
     "make_plan",
     "network_cost",

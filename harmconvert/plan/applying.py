@@ -6,7 +6,7 @@ from torch import nn
 
 from ..errors import UsageError
 from ..network.exchange import exchange
-from ..network.layers import kernel_size, weighted_layers
+from ..network.layers import kernel_size, matrix_names, weighted_layers
 from .axes import AXES, kept_by
 from .plan import LayerPlan, Plan
 
@@ -33,6 +33,14 @@ def apply_plan(model: nn.Module, plan: Plan, *, values: bool = True) -> nn.Modul
     return exchange(model, {}) if converted is None else converted
 
 
+def fits(planned: LayerPlan, layer: nn.Module) -> bool:
+    """Return whether a layer has the kernel size of a layer of a plan and, if it has several matrices, its axes."""
+    axes = (AXES[kept.axis] for kept in planned.keeps)
+    return kernel_size(layer) == planned.kernel_size and (
+        not matrix_names(layer) or all(axis.matrices for axis in axes)
+    )
+
+
 def plan_of_model(model: nn.Module, known: Plan | None = None) -> Plan:
     """Return the plan of a converted network, read from its layers.
 
@@ -40,16 +48,16 @@ def plan_of_model(model: nn.Module, known: Plan | None = None) -> Plan:
         known: a plan that may have more information, such as a policy. It is returned if it agrees with the layers.
 
     Raises:
-        UsageError: no layer of the network is converted.
+        UsageError: no layer of the network is converted, and ``known`` does not say that it is coded.
     """
     layers = []
     for name, module in weighted_layers(model).items():
         if keeps := kept_by(module):
             layers.append(LayerPlan(name, kernel_size(module), keeps))
+    if known is not None and known.layers and _readable(known) == {layer.name: layer for layer in layers}:
+        return known
     if not layers:
         raise UsageError(f"this {type(model).__name__} has no harmonic convolution: convert it first")
-    if known is not None and _readable(known) == {layer.name: layer for layer in layers}:
-        return known
     return Plan(tuple(layers))
 
 

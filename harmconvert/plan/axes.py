@@ -88,7 +88,7 @@ class LayerCost:
     ``kept_bytes``: the same after conversion. ``constants``: float64 numbers that a file stores in addition.
     ``merge_macs``: multiply-adds to merge the kernel, once per forward. ``macs``: multiply-adds of the dense form per
     example. ``factored_macs``: those of the factored form, or of the dense form if there is no factored form. Both are
-    None without a trace.
+    None without a trace, and for layers that are no convolution or linear layer.
     """
 
     parameters: int
@@ -136,7 +136,8 @@ class Axis(ABC):
 
     ``budget_units``: the units of a budget that this axis can reduce. ``refits``: whether calibration refits a layer
     that keeps less on this axis. ``readable``: whether `read` can tell from a converted module what it keeps.
-    ``needs_setting``: layers have this axis only if the user gives a setting for it.
+    ``needs_setting``: layers have this axis only if the user gives a setting for it. ``matrices``: layers with several
+    matrices, or whose inputs do not determine their weight, have this axis, too (`LayerInfo.matrices`).
     """
 
     name: ClassVar[str]
@@ -144,10 +145,11 @@ class Axis(ABC):
     refits: ClassVar[bool] = False
     readable: ClassVar[bool] = False
     needs_setting: ClassVar[bool] = False
+    matrices: ClassVar[bool] = False
 
     @abstractmethod
     def applies(self, layer: LayerInfo) -> bool:
-        """Return whether a layer has this axis."""
+        """Return whether a layer has this axis; see `has_axis`."""
 
     @abstractmethod
     def whole(self, layer: LayerInfo, setting: Any = None) -> Kept:
@@ -234,6 +236,11 @@ AXES: dict[str, Axis] = {}
 def register(axis: Axis) -> None:
     """Add an axis. Axes are applied to a layer in the order of their registration."""
     AXES[axis.name] = axis
+
+
+def has_axis(layer: LayerInfo, axis: str) -> bool:
+    """Return whether a layer has an axis."""
+    return (AXES[axis].matrices or not layer.matrices) and AXES[axis].applies(layer)
 
 
 def kept_by(layer: nn.Module) -> tuple[Kept, ...]:

@@ -16,7 +16,7 @@ from ..codecs.plain import stored_bytes
 from ..layers.factored import FACTORABLE
 from ..layers.low_rank import SPLITTABLE
 from ..layers.ranked import channels_of
-from ..network.layers import convolutions, kernel_size, weighted_layers
+from ..network.layers import all_layers, convolutions, kernel_size, matrix_names, weights_of
 from ..network.other_convolutions import other_convolutions
 from ..network.running import evaluating
 from ..network.state import tensors_of
@@ -76,22 +76,21 @@ def tensor_bytes(model: nn.Module, coded: Mapping[str, Entry] | None = None) -> 
 
 def layer_costs(model: nn.Module, plan: Plan, trace: Trace | None = None) -> dict[str, LayerCost]:
     """Return the cost of every planned layer of the original ``model``, by name."""
-    layers = weighted_layers(model)
+    layers = all_layers(model)
     costs = {}
     for planned in plan.layers:
         layer = layers[planned.name]
-        weight = cast(Tensor, layer.weight)
+        weights, other = weights_of(layer), bool(matrix_names(layer))
+        count, size = sum(weight.numel() for weight in weights), sum(map(stored_bytes, weights))
         run = trace.layers.get(planned.name) if trace else None
-        macs = None if trace is None else run.macs // trace.batch if run else 0
-        positions = None if macs is None else macs // max(weight.numel(), 1)
-        inputs = channels_of(layer)[0]
+        macs = None if trace is None or other else run.macs // trace.batch if run else 0
+        positions = None if macs is None else macs // max(count, 1)
+        inputs = 0 if other else channels_of(layer)[0]
         stride = prod(cast("tuple[int, ...]", getattr(layer, "stride", ())))
         shape = WeightShape(
-            weight.numel(), planned.kernel_size, inputs, positions, type(layer) in FACTORABLE, stride,
-            type(layer) in SPLITTABLE,
+            count, planned.kernel_size, inputs, positions, type(layer) in FACTORABLE, stride, type(layer) in SPLITTABLE,
         )  # fmt: skip
-        size = stored_bytes(weight)
-        cost = LayerCost(weight.numel(), weight.numel(), size, size, macs=macs, factored_macs=macs)
+        cost = LayerCost(count, count, size, size, macs=macs, factored_macs=macs)
         for kept in planned.keeps:
             cost = AXES[kept.axis].cost(shape, kept, cost)
         costs[planned.name] = cost
@@ -101,10 +100,13 @@ def layer_costs(model: nn.Module, plan: Plan, trace: Trace | None = None) -> dic
 def network_cost(model: nn.Module, plan: Plan, trace: Trace | None = None) -> Cost:
     """Return the cost of the original ``model`` before and after ``plan``."""
     layers = layer_costs(model, plan, trace)
-    weighted, larger = weighted_layers(model), _over_1x1(model)
+    modules, larger = all_layers(model), _over_1x1(model)
     # A tied weight counts once, and so do its coefficients: its id is the key, so the last layer's entry remains.
     saved = {
-        id(weighted[name].weight): (cost.parameters - cost.kept_parameters, cost.bytes - cost.kept_bytes)
+        tuple(map(id, weights_of(modules[name]))): (
+            cost.parameters - cost.kept_parameters,
+            cost.bytes - cost.kept_bytes,
+        )
         for name, cost in layers.items()
     }
     # A basis that is fitted to a layer is stored with its coefficients, in float64.

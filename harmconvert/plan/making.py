@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import UsageError
 from ..kernels.basis import Basis
 from ..network.layers import LayerInfo
-from .axes import AXES
+from .axes import AXES, has_axis
 from .channels.ranks import RankSetting
 from .plan import LayerPlan, Plan, Skip
 from .precision.bits import BitsSetting
@@ -92,7 +92,9 @@ def _planned(
     plans = {layer.name: layer for layer in planned}
     for axis in axes:
         infos = [
-            replace(layer, kept_positions=plans[layer.name].kept_share(prod(layer.kernel_size))) for layer in layers
+            replace(layer, kept_positions=plans[layer.name].kept_share(prod(layer.kernel_size)))
+            for layer in layers
+            if has_axis(layer, axis)
         ]
         for name, kept in AXES[axis].plan(infos, settings.get(axis), named, notes).items():
             plans[name] = plans[name].keeping(kept)
@@ -102,8 +104,8 @@ def _planned(
 def plannable(layers: Sequence[LayerInfo], settings: Mapping[str, Any] | None = None) -> list[LayerInfo]:
     """Return the layers that have at least one axis, with the settings of the axes by name."""
     given = {name for name, setting in (settings or {}).items() if setting is not None}
-    axes = [axis for axis in AXES.values() if not axis.needs_setting or axis.name in given]
-    return [layer for layer in layers if any(axis.applies(layer) for axis in axes)]
+    axes = [name for name, axis in AXES.items() if not axis.needs_setting or name in given]
+    return [layer for layer in layers if any(has_axis(layer, axis) for axis in axes)]
 
 
 def _with_settings(
@@ -176,8 +178,8 @@ def _follow(plan: Plan, layers: Sequence[LayerInfo], skipped: Sequence[Skip], no
     """Check a plan against the network and remove the layers that the user excluded.
 
     Raises:
-        UsageError: the plan has a layer that cannot be converted, is not in the network, or has another kernel size;
-            or layers with the same weight keep different things.
+        UsageError: the plan has a layer that cannot be converted, is not in the network, has another kernel size, or
+            does not have an axis of the plan; or layers with the same weight keep different things.
     """
     skip_reasons = {skip.name: skip.why for skip in skipped}
     for layer in plan.layers:
@@ -194,6 +196,10 @@ def _follow(plan: Plan, layers: Sequence[LayerInfo], skipped: Sequence[Skip], no
             raise UsageError(
                 f"the plan does not fit this network: layer {layer.name} has kernel {info.kernel_size}, "
                 f"the plan says {layer.kernel_size}"
+            )
+        if others := [kept.axis for kept in layer.keeps if not has_axis(info, kept.axis)]:
+            raise UsageError(
+                f"the plan does not fit this network: layer {layer.name} ({info.kind}) has no axis {others[0]}"
             )
     if _same_for_tied_layers(plan.layers, layers) != list(plan.layers):
         raise UsageError("the plan does not fit this network: layers that share a weight keep different things")

@@ -108,9 +108,9 @@ class Plan:
 
     def __str__(self) -> str:
         width = max((len(layer.name) for layer in self.layers), default=0)
-        lines = [f"plan {self.policy}: {counted(len(self.layers), 'convolution')}, {len(self.skipped)} skipped"]
+        lines = [f"plan {self.policy}: {counted(len(self.layers), 'layer')}, {len(self.skipped)} skipped"]
         for layer in self.layers:
-            shape = "x".join(map(str, layer.kernel_size)) or "linear"
+            shape = "x".join(map(str, layer.kernel_size)) or "matrix"
             lines.append(f"  {layer.name:<{width}}  {shape}  {layer}")
         return "\n".join(lines)
 

@@ -14,7 +14,7 @@ from torch import nn
 from ..deploy.benchmark import Benchmark
 from ..errors import InputError
 from ..network.forms import dense_form
-from ..network.layers import weighted_layers
+from ..network.layers import all_layers
 from ..network.tracing import Trace, find_layers, trace_if_possible
 from ..pipeline.convert import RECORD_KEY
 from ..plan import Cost, Plan, layer_costs, network_cost, parameter_count, tensor_bytes
@@ -132,7 +132,7 @@ def _layers(
 
     ``recorded`` and ``refits``: what `convert` and the calibration recorded, by layer name.
     """
-    modules, costs = weighted_layers(dense), layer_costs(dense, plan, trace)
+    modules, costs = all_layers(dense), layer_costs(dense, plan, trace)
     planned = []
     for layer in plan.layers:
         record, refit, cost = recorded.get(layer.name, {}), refits.get(layer.name, {}), costs[layer.name]

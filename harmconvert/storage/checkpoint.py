@@ -31,10 +31,10 @@ from ..network.copying import deep_copy
 from ..network.declared import declare_preprocessing, preprocessing_record
 from ..network.exchange import replace_module
 from ..network.forms import dense_form, factor, fuse
-from ..network.layers import convolutions, harmonic_layers, is_harmonic_layer, kernel_size, state_key, weighted_layers
+from ..network.layers import all_layers, convolutions, harmonic_layers, is_harmonic_layer, kernel_size, state_key
 from ..network.low_rank import in_one_layer
 from ..network.state import tensors_of
-from ..plan import AXES, Plan, apply_plan, plan_of_model
+from ..plan import AXES, Plan, apply_plan, fits, plan_of_model
 from .header import METADATA_KEY, BlockRecord, Header, checksum, header_text
 from .source import Source, as_source, timm_source
 from .tensors import (
@@ -291,8 +291,8 @@ def harmonic_like(
         InputError: the network lacks a convolution of the plan; the message starts with ``where``.
     """
     complaint = f"{where} does not fit this {type(model).__name__}"
-    known = weighted_layers(model)
-    wrong = [p.name for p in plan.layers if p.name not in known or kernel_size(known[p.name]) != p.kernel_size]
+    known = all_layers(model)
+    wrong = [p.name for p in plan.layers if p.name not in known or not fits(p, known[p.name])]
     if wrong:
         raise InputError(f"{complaint}: it has no such convolution: {shortened(wrong)}")
     copied = apply_plan(model, plan, values=False)

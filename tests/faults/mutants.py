@@ -30,6 +30,7 @@ HOLDING = ("test_holding.py",)
 SEARCH = ("test_frequencies.py",)
 KNAPSACK = ("test_budget.py",)
 LAYOUT = ("test_layout.py",)
+OTHER_LAYERS = ("test_coding_other_layers.py",)
 
 MUTANTS = (
     Mutant(
@@ -247,6 +248,24 @@ MUTANTS = (
         "not _equal(tensor, converted_tensors[key])",
         "not torch.allclose(tensor, converted_tensors[key])",
         "what was not to change may change a little", VERIFY,
+    ),
+    Mutant(
+        "pipeline.structure_check.altered_state",
+        "_tied_to(kernels, original) & _tied_to(kernels, converted)",
+        "set()",
+        "a tensor that is tied to a coded weight must not differ", OTHER_LAYERS,
+    ),
+    Mutant(
+        "network.layers.observable_layers",
+        "id(layer._parameters.get('weight')) not in shared",
+        "shared is not None",
+        "a decoder is fitted although its weight is an embedding", OTHER_LAYERS,
+    ),
+    Mutant(
+        "plan.axes.has_axis",
+        "AXES[axis].matrices or not layer.matrices",
+        "True",
+        "recurrent layers get ranks", OTHER_LAYERS,
     ),
     Mutant(
         "pipeline.verify.verify",

@@ -17,15 +17,16 @@ from .bits import MOST_BITS, Bits, BitsSetting
 
 
 class PrecisionAxis(Axis):
-    """The bits of all convolutions and linear layers; used only with a setting."""
+    """The bits of all layers that a plan may contain; used only with a setting."""
 
     name: ClassVar[str] = "precision"
     budget_units: ClassVar[frozenset[str]] = frozenset()
     refits: ClassVar[bool] = True
     needs_setting: ClassVar[bool] = True
+    matrices: ClassVar[bool] = True
 
     def applies(self, layer: LayerInfo) -> bool:
-        """Return True: the axis is for convolutions and linear layers of every kernel size."""
+        """Return True: the axis is for all layers."""
         return True
 
     def whole(self, layer: LayerInfo, setting: Any = None) -> Bits:

@@ -68,20 +68,21 @@ class BitsSetting:
         return cls(_checked(bits, ""))
 
     def planned(self, layers: Sequence[LayerInfo]) -> dict[str, Kept]:
-        """Return what each layer keeps, by name.
+        """Return what each layer keeps, by name. Layers that share a weight keep the same.
 
         Raises:
             UsageError: a pattern matches no layer.
         """
         if self.average is not None:
             return {layer.name: Bits(self.average, shared=True) for layer in layers}
-        names, planned = [layer.name for layer in layers], dict[str, Kept]()
+        first = {layer.name: layer.tied_to or layer.name for layer in layers}
+        names, planned = list(first), dict[str, Kept]()
         for pattern, number in self.patterns.items():
             if not (matches := fnmatch.filter(names, pattern)):
                 known = shortened(names, 5) or "none"
-                raise UsageError(f"{pattern!r} matches no convolution or linear layer (there are: {known})")
-            planned.update(dict.fromkeys(matches, Bits(number)))
-        return planned
+                raise UsageError(f"{pattern!r} matches no layer with weights to code (there are: {known})")
+            planned.update(dict.fromkeys((first[name] for name in matches), Bits(number)))
+        return {layer.name: planned[first[layer.name]] for layer in layers if first[layer.name] in planned}
 
     def __str__(self) -> str:
         if self.average is not None:

@@ -16,7 +16,7 @@ from ...codecs.plain import stored_bytes
 from ...codecs.quantised import QUANTISED, layout_of, quantised_entry
 from ...codecs.stream import unpack
 from ...layers.ranked import groups_of, is_ranked, is_transposed
-from ...network.layers import stored_names, weighted_layers
+from ...network.layers import all_layers, stored_names
 from ...network.state import tensors_of
 from ..plan import LayerPlan, Plan
 from .bits import Bits
@@ -24,7 +24,7 @@ from .bits import Bits
 
 @dataclass(frozen=True)
 class CodedWeight:
-    """The weight of one layer, or of several tied layers, that is coded.
+    """One weight of a layer, or of several tied layers, that is coded.
 
     ``names``: of the layers. ``key``: of the tensor in the network's state. ``layout``: how the coefficients are
     arranged in groups, rows and columns. ``bits``: what the plan says.
@@ -82,7 +82,7 @@ def coded_weights(model: nn.Module, plan: Plan) -> tuple[CodedWeight, ...]:
     keys: dict[int, str] = {}
     for key, tensor in tensors_of(model, keep_vars=True).items():
         keys.setdefault(id(tensor), key)
-    layers, planned = weighted_layers(model), cast("Mapping[str, Bits]", plan.on("precision"))
+    layers, planned = all_layers(model), cast("Mapping[str, Bits]", plan.on("precision"))
     weights: dict[int, CodedWeight] = {}
     for name, bits in planned.items():
         layer = layers[name]

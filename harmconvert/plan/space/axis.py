@@ -73,6 +73,8 @@ class SpaceAxis(Axis):
 
     def from_json(self, data: Any, kernel_size: tuple[int, ...]) -> Frequencies:
         """Read the result of `Frequencies.to_json`."""
+        if not kernel_size:
+            raise ValueError("it has no kernel, so it keeps no frequencies")
         return Frequencies.from_json(data, kernel_size)
 
     def upgrade_json(self, layer: Mapping[str, Any], plan: Mapping[str, Any]) -> Mapping[str, Any]:

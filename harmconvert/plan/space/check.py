@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import isnan, prod
 from typing import Any, cast
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ...kernels.basis import Basis, all_frequencies
 from ...kernels.projection import energy_kept, project, reconstruct
 from ...layers.harmonic import HarmonicMixin
-from ...network.layers import is_harmonic_layer, kernel_size
+from ...network.layers import is_harmonic_layer, kernel_size, matrix_names, weights_of
 from ..axes import Check
 
 # Tolerances of kernels and coefficients in units of the dtype's epsilon: rounding of the coefficients and the product.
@@ -35,8 +36,7 @@ def check_kernel(conv: nn.Module, other: nn.Module, as_calibrated: bool | None) 
     # The last bit of a subnormal number is that of the smallest normal number.
     subnormal = KERNEL_TOLERANCE_EPS * rounding.eps * rounding.smallest_normal
     largest_error, wrong, within_tolerance = 0.0, 0, True
-    for rows in torch.arange(len(_values(conv))).split(max(1, _WEIGHTS_AT_ONCE // prod(_values(conv).shape[1:]))):
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
+    for part in _parts(_values(conv)):
         exact = _kernel_of(conv, part)
         scale = exact.abs().flatten(1).amax(1).clamp_min(torch.finfo(torch.float64).tiny)
         differences = (_kernel_of(other, part, merged=False) - exact).abs().flatten(1).amax(1)
@@ -63,18 +63,34 @@ def check_kernel(conv: nn.Module, other: nn.Module, as_calibrated: bool | None) 
 def kernel_difference(layer: nn.Module, other: nn.Module) -> tuple[int, int, float]:
     """Return how many frequencies ``other`` keeps, of how many, and the largest difference of its kernel.
 
-    The difference is relative to the largest weight of each filter. Both may be linear layers.
+    The difference is relative to the largest weight of each filter. Both may be layers of any class.
     """
     total = prod(kernel_size(layer))
     kept = len(other.frequencies) if is_harmonic_layer(other) else total
     largest = 0.0
-    for rows in torch.arange(len(_values(layer))).split(max(1, _WEIGHTS_AT_ONCE // prod(_values(layer).shape[1:]))):
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
-        exact = _kernel_of(layer, part).flatten(1)
+    for exact, converted in _filters(layer, other):
         scale = exact.abs().amax(1).clamp_min(torch.finfo(torch.float64).tiny)
-        error = ((_kernel_of(other, part).flatten(1) - exact).abs().amax(1) / scale).max().item()
+        error = ((converted - exact).abs().amax(1) / scale).max().item()
         largest = error if isnan(error) else max(largest, error)
     return kept, total, largest
+
+
+def _filters(layer: nn.Module, other: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield some filters of both layers at a time (filters, weights), float64: the rows of each matrix of a layer."""
+    if matrix_names(layer):
+        for pair in zip(weights_of(layer), weights_of(other), strict=True):
+            exact, converted = (matrix.detach().reshape(len(matrix), -1) for matrix in pair)
+            for part in _parts(exact):
+                yield exact[part].to(torch.float64), converted[part].to(torch.float64)
+        return
+    for part in _parts(_values(layer)):
+        yield _kernel_of(layer, part).flatten(1), _kernel_of(other, part).flatten(1)
+
+
+def _parts(weight: Tensor) -> Iterator[slice]:
+    """Yield slices that divide the filters of a weight."""
+    at_once = max(1, _WEIGHTS_AT_ONCE // prod(weight.shape[1:]))
+    yield from (slice(start, start + at_once) for start in range(0, len(weight), at_once))
 
 
 def _wrong_coefficients(conv: nn.Module, other: HarmonicMixin, exact: Tensor, part: slice) -> int:
