@@ -416,7 +416,7 @@ def test_layers_are_refitted_in_the_order_in_which_they_run() -> None:
     layers = conversion.calibration.layers
     assert [layer.name for layer in layers] == ["first", "twice", "last", "never"]
     assert layers[3].decision == "projection"
-    assert "does not run" in layers[3].why
+    assert "is not called" in layers[3].why
     assert measured_error(model, conversion.model, x[3::4]) < measured_error(
         model, hc.convert(model, {"*": 2}).model, x[3::4]
     )
@@ -784,24 +784,27 @@ sys.path.insert(0, sys.argv[2])
 from tests.test_calibration import smooth, stack
 torch.set_num_threads(1)
 
-def unlucky(take_in):
-    def wrapped(self, problem, site, batch):
-        if rank() == 1 and site.names[0] == "3":
+def unlucky(add_batch):
+    def wrapped(self, problem, tied, batch):
+        if rank() == 1 and tied.names[0] == "3":
             raise MemoryError("no memory left")
-        return take_in(self, problem, site, batch)
+        return add_batch(self, problem, tied, batch)
     return wrapped
 
 with joined():
     if sys.argv[3] == "trouble":
-        Refit._take_in = unlucky(Refit._take_in)
+        Refit._add_batch = unlucky(Refit._add_batch)
         limits.free_memory = lambda device: (1 << 33) >> (18 * rank())
     kind = {"lam": 2}
     if sys.argv[3] == "best":
         kind = {"budget": "params=60%", "search": SearchSettings(1, frequencies="best", axes=("space",))}
+    if sys.argv[3] == "coded":
+        kind = {"lam": 2, "rank": {"6": 4}, "bits": 3}
     conversion = hc.convert(stack(), calibration=smooth((24, 3, 12, 12)).split(4), **kind)
     record = conversion.calibration
     found = {"state": conversion.model.state_dict(), "divergence": record.divergence}
     found["layers"] = [[layer.decision, layer.solver, layer.why] for layer in record.layers]
+    found["streams"] = [entry.stream for entry in conversion.coded.values()]
     found["kept"] = [list(layer.frequencies) for layer in conversion.plan.layers]
     torch.save(found, f"{sys.argv[1]}{rank()}")
 """
@@ -838,6 +841,19 @@ def test_if_one_process_cannot_refit_a_layer_no_process_does(tmp_path: Path) -> 
     assert "no memory left" in second["layers"][0][2]
     assert first["layers"][1] == second["layers"][1]
     assert all(torch.equal(tensor, second["state"][key]) for key, tensor in first["state"].items())
+
+
+@pytest.mark.slow
+def test_two_processes_code_the_same_streams(tmp_path: Path) -> None:
+    """The effect of errors is measured in random directions, of which two processes use others than one."""
+    (one,) = launched(tmp_path, 1, "coded")
+    first, second = launched(tmp_path, 2, "coded")
+    assert len(first["streams"]) == len(one["streams"]) > 3
+    assert all(torch.equal(a, b) for a, b in zip(first["streams"], second["streams"], strict=True))
+    assert all(torch.equal(tensor, second["state"][key]) for key, tensor in first["state"].items())
+    sizes = [sum(len(stream) for stream in found["streams"]) for found in (one, first)]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.05)
+    assert first["divergence"] < 1.5 * one["divergence"]
 
 
 # --- what is fed to it ---

@@ -84,7 +84,9 @@ def test_the_bytes_of_each_layer_are_those_of_its_tensors_in_the_file() -> None:
 
 
 def test_tied_weights_count_once_and_low_ranks_are_one_layer() -> None:
-    net = seeded(lambda: nn.Sequential(*(nn.Conv2d(8, 8, 3, bias=False) for _ in range(3)), nn.Embedding(10, 4)))
+    net = seeded(
+        lambda: nn.Sequential(*(nn.Conv2d(8, 8, 3, bias=False) for _ in range(3)), nn.Embedding(10, 4, max_norm=1))
+    )
     net[2].weight = net[0].weight
     tied = reported(hc.convert(net, bits=4))
     assert [(layer.name, layer.weights, layer.plain_bytes) for layer in tied.coding] == [

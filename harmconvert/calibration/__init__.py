@@ -24,10 +24,11 @@ The files, from the whole network to its parts:
 """
 
 from .batch_norm import reestimate_batch_norm
-from .calibrating import CalibrationContext, blend, calibrate, digests, never_worse
+from .calibrating import blend, calibrate, digests, never_worse
 from .capture import ConvCall, watch_convolutions
 from .coding import Coder
 from .coding_metrics import ErrorMetric, moments_of
+from .context import CalibrationContext
 from .cuts import WholeLayer, whole_layers
 from .divergence import Divergence
 from .equations import Change, Problem

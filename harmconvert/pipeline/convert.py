@@ -165,7 +165,8 @@ def _planned(job: _Job, lam: str | int | Mapping[str, int] | Plan) -> tuple[Plan
         find_layers(model, run), lam, job.scope.include, job.scope.exclude, job.scope.basis, job.bits, job.rank
     )
     if not plan.layers:
-        reasons = shortened([f"{skip.name}: {skip.why}" for skip in plan.skipped], 3) or "it has none"
+        why = {skip.name: skip.why for skip in plan.skipped} | dict(plan.notes)
+        reasons = shortened([f"{name}: {reason}" for name, reason in why.items()], 3) or "it has none"
         every = job.bits is not None or job.rank is not None
         what = "convolution and no linear layer" if every else "convolution over 1x1"
         raise InputError(f"this {type(model).__name__} has no {what} to convert ({reasons})")
