@@ -36,7 +36,7 @@ PAGES = (".html", ".json")
 FIGURES = (".png", ".svg")
 # What a figure may show: of any network, and of a harmonic checkpoint.
 NETWORK_FIGURES = ("filters", "spectrum", "tradeoff")
-CHECKPOINT_FIGURES = ("errors", "training", "layers", "bits")
+CHECKPOINT_FIGURES = ("errors", "training", "layers", "bits", "ranks")
 # Prefixes of timm's data sets; those in STREAMS are read as a stream.
 STREAMS = ("hfids/", "tfds/", "wds/")
 PACKAGES = ("torch/", "hfds/", *STREAMS)

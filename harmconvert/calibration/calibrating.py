@@ -139,6 +139,9 @@ def _calibrate_and_code(
     # The streams of coded tensors have their values, so these need no digests.
     changed = (changed | set(first.changed if first else ())) - set(entries)
     notes = (*record.notes, *coder.notes)
+    # The reduction of ranks has records of its own: those of the coding are about the two matrices.
+    ranked = [layer for layer in first.layers if layer.spectrum is not None] if first else []
+    record = replace(record, layers=(*ranked, *record.layers))
     return replace(record, changed=digests(converted, sorted(changed)), coded=entries, notes=notes)
 
 

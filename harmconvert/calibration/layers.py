@@ -29,13 +29,15 @@ class RefitError(Exception):
 class Choice:
     """The solution that is best on the held-back inputs.
 
-    ``decision``: "refit", "rescaled" or "projection". Errors are relative output errors on the held-back inputs.
+    ``decision``: "refit", "rescaled" or "projection"; "rank" for a rank without a refit. Errors are relative output
+    errors on the held-back inputs. ``spectrum``: see `LayerCalibration`.
     """
 
     decision: str
     change: Change | None
     error_before: float
     error_after: float
+    spectrum: tuple[float, ...] | None = None
 
 
 def choose(fit: Problem, held: Problem, dampings: Sequence[float]) -> Choice:

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..kernels.ranks import low_rank, low_rank_of_channels
+from ..kernels.ranks import Pair, full_rank, low_rank, low_rank_of_channels, power_outside
 from ..plan import Rank
 from .coding_metrics import MOST_COLUMNS
 from .equations import Problem
@@ -43,16 +43,30 @@ def reduced(
         root_GOO = torch.linalg.cholesky(effects_GOO)
     plain = _nearest(coefficients_GON, fit, rank)
     assert plain is not None
-    candidates: list[tuple[str, Tensor, float | None]] = [("projection", plain, None)]
+    candidates: list[tuple[str, Pair, float | None]] = [("projection", plain, None)]
     for damping, target_GON in _targets(fit, dampings):
         if (near := _nearest(target_GON, fit, rank, max(damping, _DAMPING), root_GOO)) is not None:
             candidates.append(("refit" if target_GON is not coefficients_GON else "rank", near, damping))
     changes = [
-        (decision, fit.layer.reachable(fit.with_best_bias(near_GON - coefficients_GON, used)))
-        for decision, near_GON, used in candidates
+        fit.layer.reachable(fit.with_best_bias(pair.product_GON - coefficients_GON, used))
+        for _, pair, used in candidates
     ]
-    decision, change = min(changes, key=lambda one: held.change_of_squares(one[1], effects_GOO))
-    return Choice(decision, change, held.error(changes[0][1]), held.error(change))
+    squares = [held.change_of_squares(change, effects_GOO) for change in changes]
+    best = squares.index(min(squares))
+    # The projection was made without the metric. The next candidate reduces the same coefficients in the metric.
+    spectrum = _spectrum(candidates[max(best, 1)][1], fit, rank) if len(candidates) > 1 else None
+    change = changes[best]
+    return Choice(candidates[best][0], change, held.error(changes[0]), held.error(change), spectrum)
+
+
+def _spectrum(pair: Pair, problem: Problem, rank: Rank) -> tuple[float, ...] | None:
+    """Return the shares of the output power outside the leading directions; None for a layer without outputs."""
+    rows, columns = problem.layer.coefficients.shape[1:]
+    frequencies = len(problem.layer.basis)
+    assert pair.powers_GQ is not None
+    most = full_rank(rows, columns // frequencies, frequencies, rank.kernel_second)
+    outside = power_outside(pair.powers_GQ, most)
+    return tuple(float(f"{share:.4g}") for share in outside.tolist()) if bool(outside.isfinite().all()) else None
 
 
 def _targets(fit: Problem, dampings: Sequence[float]) -> Iterator[tuple[float, Tensor]]:
@@ -73,7 +87,7 @@ def _shrunk(effects_GOO: Tensor) -> Tensor:
 
 def _nearest(
     target_GON: Tensor, problem: Problem, rank: Rank, damping: float | None = None, root_GOO: Tensor | None = None
-) -> Tensor | None:
+) -> Pair | None:
     """Return the nearest coefficients of a rank; in the metric of the inputs if ``damping`` is given."""
     assert rank.rank is not None
     frequencies = len(problem.layer.basis)
@@ -81,11 +95,11 @@ def _nearest(
         gram_GNN = None if damping is None else _gram(problem, damping)
         if gram_GNN is None and damping is not None:
             return None
-        return low_rank_of_channels(target_GON, frequencies, rank.rank, gram_GNN, root_GOO).product_GON
+        return low_rank_of_channels(target_GON, frequencies, rank.rank, gram_GNN, root_GOO)
     outputs_GOO = None if damping is None else _outputs(target_GON, problem, damping)
     if outputs_GOO is None and damping is not None:
         return None
-    return low_rank(target_GON, frequencies, rank.rank, outputs_GOO, root_GOO).product_GON
+    return low_rank(target_GON, frequencies, rank.rank, outputs_GOO, root_GOO)
 
 
 def _outputs(target_GON: Tensor, problem: Problem, damping: float) -> Tensor | None:

@@ -59,7 +59,9 @@ class LayerCalibration:
     ``positions``: number of positions in the fit. ``unknowns``: per output channel. ``inputs_enough``: the number of
     inputs that would give ten positions per unknown. ``why``: why the layer was not refitted. ``bits``: per weight, if
     the weights were coded; then ``error_after`` includes their rounding. ``shrinkage``: the share of the metric of the
-    rounding that was not trusted, because it differs on held-back inputs.
+    rounding that was not trusted, because it differs on held-back inputs. ``spectrum``: if the rank was reduced, the
+    share of the power of the outputs that is outside the leading k directions, for k from 0 to the full rank in equal
+    steps, in the metric in which the rank was reduced.
     """
 
     name: str
@@ -77,11 +79,19 @@ class LayerCalibration:
     why: str | None = None
     bits: float | None = None
     shrinkage: float | None = None
+    spectrum: tuple[float, ...] | None = None
 
     @property
     def positions_per_unknown(self) -> float:
         """Return the number of positions in the fit for each unknown."""
         return self.positions / max(self.unknowns, 1)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a dict for JSON, without ``spectrum`` if there is none."""
+        record = {**asdict(self), "positions_per_unknown": self.positions_per_unknown}
+        if self.spectrum is None:
+            del record["spectrum"]
+        return record
 
 
 @dataclass(frozen=True)
@@ -126,7 +136,6 @@ class Calibration:
 
     def to_json(self) -> dict[str, Any]:
         """Return a dict for JSON."""
-        layers = [{**asdict(r), "positions_per_unknown": r.positions_per_unknown} for r in self.layers]
-        record = asdict(replace(self, coded={}))
+        record = asdict(replace(self, coded={}, layers=()))
         del record["coded"]
-        return {**record, "layers": layers}
+        return {**record, "layers": [layer.to_json() for layer in self.layers]}

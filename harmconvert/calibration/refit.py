@@ -121,6 +121,7 @@ class Refit:
             error_after=choice.error_after,
             positions=fit.count,
             inputs=fit.inputs + held.inputs,
+            spectrum=choice.spectrum,
             why=None if choice.change else "nothing lowers its error on held-back inputs",
         )
 

@@ -46,7 +46,8 @@ def tradeoff_options(command: Any) -> Any:
     "keeps), spectrum (the frequencies that each layer uses), tradeoff (error against parameters, for several "
     "lambdas; with --bits: against bytes). For a harmonic checkpoint: errors (of each kernel and output, before and "
     "after calibration), training (loss and top-1 of each epoch), layers (the share of frequencies that each layer "
-    "keeps), bits (bits per coded weight and bytes of each layer).",
+    "keeps), bits (bits per coded weight and bytes of each layer), ranks (the spectrum of each layer of low rank, and "
+    "the rank that it keeps).",
 )
 @click.option(
     "-o",

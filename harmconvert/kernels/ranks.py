@@ -17,6 +17,8 @@ from torch import Tensor
 
 # Added to the diagonal of moments, relative to their mean: responses that are always zero must not count infinitely.
 _DAMPING = 1e-9
+# The spectrum of a layer has this number of equal steps from no direction to the full rank.
+SPECTRUM_STEPS = 16
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,13 @@ class Pair:
     """Two matrices for each group, whose product is a map of low rank.
 
     ``first_GRIF``: (groups, rank, channels, frequencies). ``second_GORF``: (groups, rows, rank, frequencies). One of
-    the two has a single frequency.
+    the two has a single frequency. ``powers_GQ``: the eigenvalues of the moments from which the map was made, the
+    smallest first: the power of the outputs in each direction.
     """
 
     first_GRIF: Tensor
     second_GORF: Tensor
+    powers_GQ: Tensor | None = None
 
     @property
     def product_GON(self) -> Tensor:
@@ -84,7 +88,7 @@ def low_rank(
             outputs_GOO = root_GOO.mT @ outputs_GOO @ root_GOO
         pair = low_rank(root_GOO.mT @ coefficients_GON, frequencies, rank, outputs_GOO)
         second_GOR = torch.linalg.solve_triangular(root_GOO.mT, pair.second_GORF[..., 0], upper=True)
-        return Pair(pair.first_GRIF, second_GOR[..., None])
+        return Pair(pair.first_GRIF, second_GOR[..., None], pair.powers_GQ)
     rows, columns = coefficients_GON.shape[1:]
     if columns < rows:  # the outputs span at most `columns` directions: find the eigenvectors among these
         directions_GOQ, triangle_GQN = torch.linalg.qr(coefficients_GON)
@@ -92,11 +96,13 @@ def low_rank(
             moments_GQQ = triangle_GQN @ triangle_GQN.mT
         else:
             moments_GQQ = directions_GOQ.mT @ outputs_GOO @ directions_GOQ
-        second_GOR = directions_GOQ @ _leading(moments_GQQ, rank)
+        leading_GQR, powers_GQ = _leading(moments_GQQ, rank)
+        second_GOR = directions_GOQ @ leading_GQR
     else:
-        second_GOR = _leading(coefficients_GON @ coefficients_GON.mT if outputs_GOO is None else outputs_GOO, rank)
+        moments_GOO = coefficients_GON @ coefficients_GON.mT if outputs_GOO is None else outputs_GOO
+        second_GOR, powers_GQ = _leading(moments_GOO, rank)
     first_GRIF = (second_GOR.mT @ coefficients_GON).unflatten(2, (-1, frequencies))
-    return Pair(first_GRIF, second_GOR[..., None].contiguous())
+    return Pair(first_GRIF, second_GOR[..., None].contiguous(), powers_GQ)
 
 
 def low_rank_of_channels(
@@ -125,13 +131,14 @@ def low_rank_of_channels(
     seen_GON = coefficients_GON if root_GOO is None else root_GOO.mT @ coefficients_GON
     unfolded_GMI = seen_GON.unflatten(2, (-1, frequencies)).transpose(2, 3).flatten(1, 2)
     if gram_GNN is None:
-        first_GRI = _leading(unfolded_GMI.mT @ unfolded_GMI, rank).mT.contiguous()
-        return Pair(first_GRI[..., None], torch.einsum("goif,gri->gorf", C_GOIF, first_GRI))
+        leading_GIR, powers_GI = _leading(unfolded_GMI.mT @ unfolded_GMI, rank)
+        first_GRI = leading_GIR.mT.contiguous()
+        return Pair(first_GRI[..., None], torch.einsum("goif,gri->gorf", C_GOIF, first_GRI), powers_GI)
     gram_GIFJH = gram_GNN.unflatten(2, (-1, frequencies)).unflatten(1, (-1, frequencies))
     channels_GII = _damped(gram_GIFJH.diagonal(dim1=2, dim2=4).sum(-1))
     root_GII = torch.linalg.cholesky(channels_GII, upper=True)
     scaled_GMI = unfolded_GMI @ root_GII.mT
-    vectors_GIR = _leading(scaled_GMI.mT @ scaled_GMI, rank)
+    vectors_GIR, powers_GI = _leading(scaled_GMI.mT @ scaled_GMI, rank)
     first_GRI = torch.linalg.solve_triangular(root_GII, vectors_GIR, upper=True).mT.contiguous()
     # The moments of what the first matrix passes on: one response for each of its rows and each frequency.
     half_GRFN = torch.einsum("gri,gifn->grfn", first_GRI, gram_GNN.unflatten(1, (-1, frequencies)))
@@ -139,12 +146,36 @@ def low_rank_of_channels(
     cross_GOM = coefficients_GON @ half_GRFN.flatten(1, 2).mT
     factor_GMM = torch.linalg.cholesky(_damped(passed_GRFSH.flatten(3).flatten(1, 2)))
     second_GOM = torch.cholesky_solve(cross_GOM.mT, factor_GMM).mT
-    return Pair(first_GRI[..., None], second_GOM.unflatten(2, (-1, frequencies)))
+    return Pair(first_GRI[..., None], second_GOM.unflatten(2, (-1, frequencies)), powers_GI)
 
 
-def _leading(moments_GNN: Tensor, rank: int) -> Tensor:
-    """Return the eigenvectors of the largest eigenvalues, the largest first."""
-    return torch.linalg.eigh(moments_GNN)[1][..., -rank:].flip(-1)
+def power_outside(powers_GQ: Tensor, most: int, steps: int = SPECTRUM_STEPS) -> Tensor:
+    """Return the share of the power outside the leading k directions of each group, summed over groups.
+
+    k goes from 0 to ``most`` in equal steps. Between two whole numbers, the share is interpolated linearly.
+
+    >>> power_outside(torch.tensor([[1.0, 3.0]]), 2, 4).tolist()
+    [1.0, 0.625, 0.25, 0.125, 0.0]
+
+    Args:
+        powers_GQ: the power in each direction, the smallest first; see `Pair`.
+        most: the full rank of each group.
+
+    Returns:
+        ``steps`` + 1 shares; NaN if there is no power.
+    """
+    powers_Q = powers_GQ[:, -most:].clamp_min(0).sum(0)
+    outside_K = torch.cat([powers_Q.new_zeros(1), powers_Q.cumsum(0)]).flip(0)
+    ranks = torch.arange(steps + 1, dtype=outside_K.dtype, device=outside_K.device) * most / steps
+    lower = ranks.floor().long()
+    upper = (lower + 1).clamp_max(most)
+    return torch.lerp(outside_K[lower], outside_K[upper], ranks - lower) / outside_K[0]
+
+
+def _leading(moments_GNN: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the eigenvectors of the largest eigenvalues, the largest first, and all values, the smallest first."""
+    values_GN, vectors_GNN = torch.linalg.eigh(moments_GNN)
+    return vectors_GNN[..., -rank:].flip(-1), values_GN
 
 
 def _damped(gram_GNN: Tensor) -> Tensor:

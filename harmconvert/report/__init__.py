@@ -8,12 +8,12 @@ from .charts import axis, counted
 from .compare import compare
 from .comparison import Column, Comparison, comparison_of
 from .comparison_tables import comparison_table, differences_table
-from .facts import LayerBytes, Report
+from .facts import LayerBytes, LayerRank, Report
 from .figure import Figure, TradeoffSettings, figure
 from .page import page, write_report
 from .report import Reported, report
 from .reproduce import OPTION_NAMES, commands
-from .sheets import Sheet, Strip, bits_sheet, error_sheet, layer_strip, search_sheet, training_sheet
+from .sheets import Sheet, Strip, bits_sheet, error_sheet, layer_strip, ranks_sheet, search_sheet, training_sheet
 from .space import Spectrum, filter_bank, spectrum
 from .summary import report_of
 from .tables import calibration_lines, tradeoff_table
@@ -28,6 +28,7 @@ __all__ = [
     "Comparison",
     "Figure",
     "LayerBytes",
+    "LayerRank",
     "Point",
     "Report",
     "Reported",
@@ -51,6 +52,7 @@ __all__ = [
     "filter_bank",
     "layer_strip",
     "page",
+    "ranks_sheet",
     "report",
     "report_of",
     "search_sheet",

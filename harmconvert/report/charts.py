@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..arguments import UNITS
+from . import grid
 from .facts import LayerFacts, Report
 from .text import layer_name
 
@@ -46,7 +47,8 @@ class Axis:
 class Series:
     """Points (x, y, text) under one name.
 
-    ``look``: ``line``, ``bars``, ``dots``, ``rings`` or ``halo``. ``colour``: the name of a colour of the page.
+    ``look``: ``line``, ``bars``, ``levels``, ``dots``, ``rings`` or ``halo``. ``colour``: the name of a colour of the
+    page.
     """
 
     name: str
@@ -56,10 +58,40 @@ class Series:
 
 
 @dataclass(frozen=True)
+class Heat:
+    """The colours behind a chart, as a grid of cells that fills it.
+
+    ``rows``: from the top; the values of the cells, None if not known. ``label``: what the colours show. ``low``,
+    ``high``: the values at the ends of the logarithmic colour scale.
+    """
+
+    rows: tuple[tuple[float | None, ...], ...]
+    label: str
+    low: float
+    high: float
+
+    def shares(self) -> list[list[float | None]]:
+        """Return the place of each cell on the colour scale, from 0 to 1."""
+        scale = Axis(self.label, self.low, self.high, log=True)
+        return [[None if value is None else scale.place(value) / 100 for value in row] for row in self.rows]
+
+    @property
+    def image(self) -> str:
+        """Return a PNG file in base64, with one pixel for each cell."""
+        return grid.image([bytes(map(grid.steps, row)) for row in self.shares()])
+
+    @property
+    def complete(self) -> bool:
+        """Return whether all values are known."""
+        return all(value is not None for row in self.rows for value in row)
+
+
+@dataclass(frozen=True)
 class Chart:
     """Series on two axes.
 
     ``stems``: thin vertical lines (x, y, y) between pairs of points. ``limit``: the x of a vertical line, and its name.
+    ``heat``: colours behind the series.
     """
 
     name: str
@@ -69,6 +101,7 @@ class Chart:
     series: tuple[Series, ...]
     stems: tuple[tuple[float, float, float], ...] = ()
     limit: tuple[float, str] | None = None
+    heat: Heat | None = None
 
     def path(self, series: Series) -> str:
         """Return the series as an SVG path in a square of 1000.
@@ -81,12 +114,15 @@ class Chart:
         if series.look == "bars":
             half = 10 * (self.x.place(self.x.low + BAR_WIDTH / 2))
             return "".join(f"M{x - half:.1f} 1000V{y:.1f}H{x + half:.1f}V1000Z" for x, y in positions)
+        if series.look == "levels":
+            half = 10 * self.x.place(self.x.low + 0.5)
+            return "".join(f"M{x - half:.1f} {y:.1f}H{x + half:.1f}" for x, y in positions)
         return "".join(f"M{x:.1f} {y:.1f}h.01" for x, y in positions)
 
     @property
     def barred(self) -> bool:
-        """Return whether the chart has bars, so that pointing anywhere above a number of x shows its text."""
-        return any(series.look == "bars" for series in self.series)
+        """Return whether the chart has columns, so that pointing anywhere above a number of x shows its text."""
+        return any(series.look in ("bars", "levels") for series in self.series)
 
     def stem_path(self) -> str:
         """Return the stems as an SVG path."""

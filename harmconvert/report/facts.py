@@ -112,12 +112,49 @@ class LayerBytes:
 
 
 @dataclass(frozen=True)
+class LayerRank:
+    """The rank of one layer whose rank is reduced, in each group of channels.
+
+    ``spectrum``: the share of the power of its outputs that is outside the leading k directions, for k from 0 to the
+    full rank in equal steps; None if it is not recorded.
+    """
+
+    name: str
+    rank: int
+    full_rank: int
+    spectrum: tuple[float, ...] | None = None
+
+    @property
+    def share(self) -> float:
+        """Return the rank, divided by the full rank."""
+        return self.rank / self.full_rank
+
+    @property
+    def outside(self) -> float | None:
+        """Return the share of the power of the outputs that is outside the rank, or slightly more."""
+        return self.outside_at(self.share)
+
+    def outside_at(self, share: float) -> float | None:
+        """Return the share of the power outside a share of the full rank, interpolated linearly.
+
+        The spectrum is convex, so the exact value is not larger.
+        """
+        if self.spectrum is None:
+            return None
+        place = share * (len(self.spectrum) - 1)
+        first = min(int(place), len(self.spectrum) - 2)
+        low, high = self.spectrum[first : first + 2]
+        return low + (high - low) * (place - first)
+
+
+@dataclass(frozen=True)
 class Report:
     """All that is known about a harmonic checkpoint.
 
     ``calibration``, ``search``, ``drops`` and ``training`` are copied from the checkpoint's history. ``timing``: the
     machine and the settings with which the forms were timed; None if they were not timed. ``coding``: the bytes of each
-    layer, in the order of the network; empty if no weight is coded.
+    layer, in the order of the network; empty if no weight is coded. ``ranks``: the layers whose rank is reduced, in the
+    order of the network.
     """
 
     name: str
@@ -138,6 +175,7 @@ class Report:
     timing: Mapping[str, Any] | None = None
     command_notes: tuple[str, ...] = ()
     coding: tuple[LayerBytes, ...] = ()
+    ranks: tuple[LayerRank, ...] = ()
 
     def form(self, name: str) -> Form:
         """Return the form with this name."""
@@ -178,6 +216,7 @@ class Report:
         plain = asdict(replace(self, plan=Plan(())))
         plain["layers"] = [{**asdict(layer), "share": layer.share} for layer in self.layers]
         plain["coding"] = [{**asdict(layer), "bits": layer.bits} for layer in self.coding]
+        plain["ranks"] = [{**asdict(layer), "share": layer.share, "outside": layer.outside} for layer in self.ranks]
         return {
             "report_version": REPORT_VERSION, "harmconvert": version("harmconvert"), **plain,
             "bits": self.bits, "plan": self.plan.to_json(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from ..sources.request import SourceRequest
 from ..storage.checkpoint import Network
 from ..training.evaluation import evaluate
 from . import sheets
+from .facts import Report
 from .report import report
 from .space import FilterBank, Spectrum, filter_bank, spectrum
 from .tradeoff import CodedFile, Tradeoff, tradeoff
@@ -35,6 +36,13 @@ from .writing import drawing, write_figure
 _CUT_ALREADY = "note: this checkpoint is cut already; here 'uncut' means this checkpoint"
 # The data that a figure can show.
 Content = FilterBank | Spectrum | Tradeoff | sheets.Sheet | sheets.Strip
+_CONTENTS: Mapping[str, Callable[[Report], Content]] = {
+    "errors": sheets.error_sheet,
+    "training": sheets.training_sheet,
+    "layers": sheets.layer_strip,
+    "bits": sheets.bits_sheet,
+    "ranks": sheets.ranks_sheet,
+}
 
 
 @dataclass(frozen=True)
@@ -101,8 +109,8 @@ def figure(
     Args:
         model: a source string, a request or a network.
         kind: ``"filters"``, ``"spectrum"`` or ``"tradeoff"`` (the paper's figures 2, 3 and 4) for any network;
-            ``"errors"``, ``"training"``, ``"layers"`` or ``"bits"`` (bits and bytes of each layer) for a harmonic
-            checkpoint.
+            ``"errors"``, ``"training"``, ``"layers"``, ``"bits"`` (bits and bytes of each layer) or ``"ranks"`` (the
+            spectrum of each layer of low rank) for a harmonic checkpoint.
         output: the .png or .svg file to write; default: NAME-FIGURE.png.
         kernel_size: for filters and spectrum: show only this kernel size.
         tested: for a trade-off: its images and settings.
@@ -134,12 +142,13 @@ def _from_checkpoint(model: Openable, kind: str, listener: Listener) -> tuple[st
     facts = report(model, listener=listener).report
     if kind == "errors" and facts.calibration is None:
         listener.say("note: the checkpoint was not calibrated, so only the errors of the kernels are shown")
-    source = str(facts.source or text_of(model))
-    if kind == "layers":
-        return source, sheets.layer_strip(facts)
-    if kind == "bits":
-        return source, sheets.bits_sheet(facts)
-    return source, sheets.error_sheet(facts) if kind == "errors" else sheets.training_sheet(facts)
+    content = _CONTENTS[kind](facts)
+    if kind == "ranks" and all(layer.spectrum is None for layer in facts.ranks):
+        listener.say(
+            "note: the checkpoint records no spectra, so only the ranks are shown: convert records them if there are "
+            "calibration inputs"
+        )
+    return str(facts.source or text_of(model)), content
 
 
 def _from_network(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import struct
 import zlib
 from collections.abc import Sequence
@@ -55,6 +56,11 @@ def png(rows: Sequence[bytes]) -> bytes:
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
     )
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def image(rows: Sequence[bytes]) -> str:
+    """Return the image of `png` in base64, for a page."""
+    return base64.b64encode(png(rows)).decode("ascii")
 
 
 def edges(kept: Sequence[Sequence[bool]]) -> list[list[tuple[int, int]]]:

@@ -23,6 +23,7 @@ from . import grid
 from .charts import Chart, error_chart, search_chart, training_charts
 from .coding import bits_charts
 from .facts import LayerFacts, Report
+from .ranks import power_text, rank_chart
 from .space import HeatMap, heat_maps, kept_text
 from .summary import HISTORY_ERRORS, invalid_history
 from .text import layer_name, megabytes, millions, shortened_name, size_text
@@ -61,12 +62,12 @@ def _rendered(report: Report, jinja2: ModuleType) -> str:
     environment.filters |= {
         "count": millions, "megabytes": megabytes, "size": size_text, "percent": _percent, "short": shortened_name,
         "layer_name": layer_name, "colour": grid.hexadecimal, "plan_name": lambda name: shortened_name(name, 36),
-        "time": _time, "machine": _machine,
+        "time": _time, "machine": _machine, "power": power_text,
     }  # fmt: skip
     errors = [chart for chart in (error_chart(report.layers, True), error_chart(report.layers, False)) if chart]
     maps, search, training = heat_maps(report.layers), search_chart(report.search), training_charts(report)
-    bits = bits_charts(report.coding)
-    charts = [*errors, *bits, *([search] if search else []), *training]
+    bits, ranks = bits_charts(report.coding), rank_chart(report.ranks)
+    charts = [*errors, *([ranks] if ranks else []), *bits, *([search] if search else []), *training]
     return str(
         environment.get_template("page").render(
             r=report,
@@ -75,6 +76,7 @@ def _rendered(report: Report, jinja2: ModuleType) -> str:
             script_hash=_script_hash(script),
             errors=errors,
             bits=bits,
+            ranks=ranks,
             search=search,
             training=training,
             maps=maps,

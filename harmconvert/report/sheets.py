@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import Argument, InputError
+from ..kernels.ranks import SPECTRUM_STEPS
 from ..search.records import Search
 from .charts import Chart, error_chart, search_chart, training_charts
 from .coding import bits_charts
 from .facts import LayerFacts, Report
+from .ranks import rank_chart
 from .text import layer_name, size_text
 
 
@@ -119,6 +121,33 @@ def bits_sheet(report: Report) -> Sheet:
     ]
     names = tuple(layer_name(layer.name) for layer in report.coding)
     return Sheet(tuple(bits_charts(report.coding)), tuple(numbers), names)
+
+
+def ranks_sheet(report: Report) -> Sheet:
+    """Return the chart of the spectrum of each layer of low rank, and of the rank that it keeps.
+
+    The rows have ``outside``, the share of the output power outside the rank, and ``outside_0`` to ``outside_1``, this
+    share for ranks of these shares of the full rank.
+
+    Raises:
+        InputError: no layer has a low rank.
+    """
+    chart = rank_chart(report.ranks)
+    if chart is None:
+        what = f"no layer of {report.name} has a low rank, so there is no spectrum to draw"
+        raise InputError(what, ": harmconvert convert reduces ranks with ", Argument("rank", 0.5))
+    steps = [step / SPECTRUM_STEPS for step in range(SPECTRUM_STEPS + 1)]
+    keys = ("rank", "full_rank", "share", "outside")
+    numbers = [
+        {
+            "number": number,
+            "layer": layer.name,
+            **{key: getattr(layer, key) for key in keys},
+            **{f"outside_{share:g}": layer.outside_at(share) for share in steps},
+        }
+        for number, layer in enumerate(report.ranks, 1)
+    ]
+    return Sheet((chart,), tuple(numbers), tuple(layer_name(layer.name) for layer in report.ranks))
 
 
 def search_sheet(search: Search) -> Sheet:

@@ -22,6 +22,7 @@ from ..storage.checkpoint import Header
 from ..training.evaluation import wilson_interval
 from .coding import layer_bytes
 from .facts import Form, LayerFacts, Report, StageFacts
+from .ranks import layer_ranks
 from .reproduce import reproduction
 from .space import block_facts, planned_facts, with_spectra
 
@@ -84,6 +85,7 @@ def report_of(
             parameter_share_over_1x1=cost.parameter_share,
             timing=_timing(latency) if latency else None,
             coding=layer_bytes(model, header.codecs.coded),
+            ranks=layer_ranks(model, refits),
         )
     except HISTORY_ERRORS as error:
         raise invalid_history(name, error) from error

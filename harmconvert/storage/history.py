@@ -8,8 +8,17 @@ from __future__ import annotations
 from typing import Any
 
 from ..documents import check, count, finite, json_value, number, pair
+from ..kernels.ranks import SPECTRUM_STEPS
 
 _NUMBER, _TEXT = (number, None), (str, None)
+
+
+def rank_spectrum(value: Any) -> bool:
+    """Return whether the value is a list of shares from 0 to 1, one for each step of a spectrum."""
+    if not isinstance(value, list | tuple) or len(value) != SPECTRUM_STEPS + 1:
+        return False
+    return all(finite(share) and 0 <= share <= 1 for share in value)
+
 
 _EVALUATION = {
     **dict.fromkeys(("images", "labelled"), count),
@@ -22,6 +31,7 @@ _LAYER = {
     **dict.fromkeys(("decision", "solver", "why"), _TEXT),
     **dict.fromkeys(("damping", "condition", "error_before", "error_after", "seconds"), _NUMBER),
     **dict.fromkeys(("positions", "unknowns", "inputs", "inputs_enough"), count),
+    "spectrum": (rank_spectrum, None),
 }
 CALIBRATION = {
     "layers": [_LAYER],

@@ -6,13 +6,16 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 
-from ..charts import BAR_WIDTH, Axis, Chart, Series
+from ..charts import BAR_WIDTH, Axis, Chart, Heat, Series
 from ..sheets import Sheet
-from .canvas import BLUE, GREY, PALE, VERMILION, canvas, label
+from .canvas import BLUE, COLOURS, GREY, PALE, VERMILION, canvas, label, share_bar
 
 NAMED = 64  # the largest number of layers whose names are written
 _LONGEST = 32  # letters of a name; longer names are shortened
@@ -26,7 +29,7 @@ def draw_sheet(sheet: Sheet) -> Figure:
     figure.set_layout_engine("constrained", h_pad=0.1)
     axes = figure.subplots(len(sheet.charts), 1, squeeze=False)[:, 0]
     for ax, chart in zip(axes, sheet.charts, strict=True):
-        _chart(ax, chart)
+        _chart(figure, ax, chart)
     if named:
         for ax in axes[:-1]:
             ax.set_xlabel("")
@@ -45,7 +48,7 @@ def layer_names(ax: Axes, names: Sequence[str], first: float) -> None:
     ax.tick_params(axis="x", length=0, labelsize=min(8.0, 340 / len(names)), labelrotation=90)
 
 
-def _chart(ax: Axes, chart: Chart) -> None:
+def _chart(figure: Figure, ax: Axes, chart: Chart) -> None:
     _axis(ax, chart.x, "x")
     _axis(ax, chart.y, "y")
     entries = sum(bool(series.name) for series in chart.series) + bool(chart.limit)
@@ -53,18 +56,34 @@ def _chart(ax: Axes, chart: Chart) -> None:
     ax.set_title(chart.title, pad=12 + 14 * math.ceil(entries / columns))
     if chart.limit:
         ax.axvline(chart.limit[0], color=PALE, linewidth=4.0, zorder=0, label=chart.limit[1])
+    if chart.heat:
+        _heat(figure, ax, chart, chart.heat)
     for x, low, high in chart.stems:
         ax.plot([x, x], [low, high], color=GREY, linewidth=0.7, alpha=0.6, zorder=1.5)
     for series in chart.series:
         _series(ax, series, chart.y)
-    ax.grid(axis="y", color=PALE, linewidth=0.6)
-    ax.set_axisbelow(True)
+    if not chart.heat:
+        ax.grid(axis="y", color=PALE, linewidth=0.6)
+        ax.set_axisbelow(True)
     ax.spines[["top", "right", "left"]].set_visible(False)
     # Above the plot, so that the legend covers no points.
     ax.legend(
         loc="lower left", bbox_to_anchor=(0, 1.02), ncols=columns, borderaxespad=0, borderpad=0, handlelength=1.0,
         handletextpad=0.4, columnspacing=1.4,
     )  # fmt: skip
+
+
+def _heat(figure: Figure, ax: Axes, chart: Chart, heat: Heat) -> None:
+    """Draw the colours behind a chart, and their scale above it."""
+    cells = np.array(heat.shares(), dtype=float)  # None becomes NaN
+    ax.imshow(
+        np.ma.masked_invalid(cells), COLOURS, vmin=0, vmax=1, aspect="auto", interpolation="nearest", zorder=0.5,
+        extent=(chart.x.low, chart.x.high, chart.y.low, chart.y.high),
+    )  # fmt: skip
+    share_bar(figure, [ax], heat.label, ScalarMappable(LogNorm(heat.low, heat.high), COLOURS))
+    if not heat.complete:
+        ax.set_facecolor(PALE)
+        ax.scatter([], [], marker="s", color=PALE, label="not recorded")
 
 
 def _axis(ax: Axes, axis: Axis, which: Literal["x", "y"]) -> None:
@@ -88,6 +107,11 @@ def _series(ax: Axes, series: Series, y: Axis) -> None:
         return
     if series.look == "bars":
         ax.bar(xs, ys, BAR_WIDTH, color=colour, linewidth=0, label=legend)
+        return
+    if series.look == "levels":
+        for under, width in (("white", 3.2), (colour, 1.6)):
+            ends = [x - 0.5 for x in xs], [x + 0.5 for x in xs]
+            ax.hlines(ys, *ends, under, linewidth=width, label=legend if under == colour else "_", zorder=2)
         return
     size = 11.0 if series.look == "halo" else 4.5 if len(xs) <= 200 else 2.5
     hollow = {"markerfacecolor": "white" if series.look == "rings" else "none", "markeredgewidth": 1.3}

@@ -91,7 +91,7 @@ def heat_maps(layers: Sequence[LayerFacts]) -> list[HeatMap]:
             cut = _svg_path(grid.edges([layer.keeps for layer in same_size]))
         else:
             rows, cut = [_without_cut_cells(row, layer) for row, layer in zip(rows, same_size, strict=True)], ""
-        maps.append(replace(heat, image=base64.b64encode(grid.png(rows)).decode("ascii"), cut=cut))
+        maps.append(replace(heat, image=grid.image(rows), cut=cut))
     return maps
 
 
