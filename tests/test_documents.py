@@ -106,6 +106,10 @@ def test_unknown_and_missing_entries_are_allowed() -> None:
             {"calibration": {"layers": [{"name": "a", "error_before": "0.1"}]}},
             "layers: 0: error_before: '0.1' should be",
         ),
+        (
+            {"calibration": {"layers": [{"spectrum": [1, 0]}]}},
+            "spectrum: a list of 2 items should be a rank spectrum or",
+        ),
         ({"calibration": {"changed": {"a": 1}}}, "changed: a: 1 should be text"),
         ({"training": {}}, "history: training: a dict of 0 items should be a list"),
         (

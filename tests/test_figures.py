@@ -43,6 +43,7 @@ from harmconvert.report import (
     figures,
     filter_bank,
     layer_strip,
+    ranks_sheet,
     report_of,
     search_sheet,
     spectrum,
@@ -418,6 +419,8 @@ DRAWN: dict[str, Callable[[], Any]] = {
     "training": lambda: training_sheet(calibrated_and_trained()),
     "bits": lambda: bits_sheet(test_report.coded(5)),
     "bits, 300 layers": lambda: bits_sheet(test_report.coded(300)),
+    "ranks": lambda: ranks_sheet(test_report.ranked(3)),
+    "ranks, 300 layers": lambda: ranks_sheet(test_report.ranked(300)),
     "layers": lambda: strip_of(3),
     "layers, 64": lambda: strip_of(64),
     "layers, 1000": lambda: strip_of(1000),
@@ -444,7 +447,9 @@ def test_image_files_are_valid_and_have_a_readable_size(name: str) -> None:
     assert 200 <= height <= 6500
 
 
-@pytest.mark.parametrize("name", ["filters, cut", "spectrum, hostile", "trade-off, linear", "errors", "layers", "bits"])
+@pytest.mark.parametrize(
+    "name", ["filters, cut", "spectrum, hostile", "trade-off, linear", "errors", "layers", "bits", "ranks"]
+)
 def test_the_same_numbers_give_the_same_bytes(name: str) -> None:
     for suffix in (".png", ".svg"):
         figures.save(figures.draw(DRAWN[name]()), Path(f"a{suffix}"), suffix)
@@ -604,7 +609,7 @@ def test_the_report_command_draws_the_charts_of_the_page() -> None:
         (
             ["--figure", "pie"],
             2,
-            "'pie' is not one of 'filters', 'spectrum', 'tradeoff', 'errors', 'training', 'layers', 'bits'",
+            "'pie' is not one of 'filters', 'spectrum', 'tradeoff', 'errors', 'training', 'layers', 'bits', 'ranks'",
         ),
         (["--figure", "errors"], 2, "is not a harmonic checkpoint: make one first with: harmconvert convert"),
         (["--figure", "layers", "--kernel-size", "3"], 2, "--kernel-size works only with --figure filters or"),

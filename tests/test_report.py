@@ -33,6 +33,7 @@ from harmconvert.pipeline import convert
 from harmconvert.plan import Plan
 from harmconvert.report import (
     LayerBytes,
+    LayerRank,
     Report,
     axis,
     comparison_of,
@@ -717,6 +718,13 @@ def coded(layers: int) -> Report:
     return replace(made(small(), "full", bits=3), coding=bytes_of_many(layers))
 
 
+def ranked(layers: int) -> Report:
+    """Return a report with this number of layers of low rank; the spectrum of every fifth one is not recorded."""
+    spectra = [tuple((1 - step / 16) ** (1 + n % 9) for step in range(17)) if n % 5 else None for n in range(layers)]
+    ranks = tuple(LayerRank(f"block{n}.conv", 1 + n % 7, 8, spectrum) for n, spectrum in enumerate(spectra))
+    return replace(made(small(), "full"), ranks=ranks)
+
+
 def sample() -> Report:
     return made(open_source(SAMPLE).model, 2, {"training": [training()]})
 
@@ -724,6 +732,7 @@ def sample() -> Report:
 SHOWN: dict[str, Callable[[], Report]] = {
     "sample": sample, "everything": rich_report, "ResNet-50": resnet50, "1000 layers": deep, "hostile": hostile,
     "coded": lambda: coded(5), "coded, 300 layers": lambda: coded(300),
+    "ranked": lambda: ranked(3), "ranked, 300 layers": lambda: ranked(300),
 }  # fmt: skip
 
 
@@ -762,6 +771,9 @@ def test_pages_are_readable_in_a_browser(browser: Any, name: str) -> None:
             if report.coding:
                 text = visit.hover("[data-chart=bytes]", 0.5 / len(report.coding), 0.99)
                 assert text == "block0.conv\nnot coded: 4 bytes", "bars are found at any height"
+            if report.ranks:
+                text = visit.hover("[data-chart=ranks]", 0.5 / len(report.ranks), 0.01)
+                assert text == "block0.conv\nkeeps rank 1 of 8 (12%)\nspectrum not recorded"
             visit.page.mouse.move(1, 1)
             assert visit.hover("h1") == ""
             assert visit.page.locator(".ring, .cell, .on").count() == 0

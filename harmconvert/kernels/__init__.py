@@ -34,7 +34,7 @@ from .projection import (
     to_groups,
 )
 from .quantisation import Metric, metric_at, quantise, row_bits, shrunk, steps_at
-from .ranks import Pair, full_rank, low_rank, low_rank_of_channels, product
+from .ranks import Pair, full_rank, low_rank, low_rank_of_channels, power_outside, product
 
 __all__ = [
     "BASES",
@@ -65,6 +65,7 @@ __all__ = [
     "merge",
     "merge_channels_last",
     "metric_at",
+    "power_outside",
     "product",
     "project",
     "quantise",

@@ -49,7 +49,8 @@ def rank_chart(layers: Sequence[LayerRank]) -> Chart | None:
     heights = [(step + 0.5) / SPECTRUM_STEPS for step in reversed(range(SPECTRUM_STEPS))]
     rows = tuple(tuple(_percent(layer.outside_at(height)) for layer in layers) for height in heights)
     heat = Heat(rows, "output power outside a rank of this height", _LOW, _HIGH)
-    return Chart("ranks", "Spectrum of each layer", x, y, (Series("rank kept", "levels", "b", kept),), heat=heat)
+    levels = Series("rank kept", "levels", "b", kept)
+    return Chart("ranks", "Output power outside each rank", x, y, (levels,), heat=heat)
 
 
 def rank_text(layer: LayerRank) -> str:

@@ -51,7 +51,8 @@ def layer_names(ax: Axes, names: Sequence[str], first: float) -> None:
 def _chart(figure: Figure, ax: Axes, chart: Chart) -> None:
     _axis(ax, chart.x, "x")
     _axis(ax, chart.y, "y")
-    entries = sum(bool(series.name) for series in chart.series) + bool(chart.limit)
+    incomplete = chart.heat is not None and not chart.heat.complete
+    entries = sum(bool(series.name) for series in chart.series) + bool(chart.limit) + incomplete
     columns = entries if entries <= 3 else 2
     ax.set_title(chart.title, pad=12 + 14 * math.ceil(entries / columns))
     if chart.limit:
@@ -111,7 +112,8 @@ def _series(ax: Axes, series: Series, y: Axis) -> None:
     if series.look == "levels":
         for under, width in (("white", 3.2), (colour, 1.6)):
             ends = [x - 0.5 for x in xs], [x + 0.5 for x in xs]
-            ax.hlines(ys, *ends, under, linewidth=width, label=legend if under == colour else "_", zorder=2)
+            name = legend if under == colour else "_"
+            ax.hlines(ys, *ends, under, linewidth=width, label=name, zorder=2, capstyle="projecting")
         return
     size = 11.0 if series.look == "halo" else 4.5 if len(xs) <= 200 else 2.5
     hollow = {"markerfacecolor": "white" if series.look == "rings" else "none", "markeredgewidth": 1.3}

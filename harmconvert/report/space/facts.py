@@ -48,7 +48,7 @@ def with_spectra(
 
     The spectrum of the uncut kernel is used if `convert` recorded it, else that of the coefficients.
     """
-    if bases_text(plan) != "dct":
+    if bases_text(plan) != "dct" or not layers_of(model):
         return list(layers)
     spectra = {layer.name: layer.magnitudes for layer in spectrum(model).layers}
     facts = []

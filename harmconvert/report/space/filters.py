@@ -13,7 +13,7 @@ from torch import nn
 from ...errors import Argument, UsageError
 from ...kernels.basis import Frequency
 from ..text import size_text
-from .kernels import filters_of, layers_of, level, with_kernel
+from .kernels import filters_of, layers_with_kernel, level
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def filter_bank(model: nn.Module, kernel_size: Sequence[int] | None = None) -> F
         UsageError: no layer has this kernel size, or the kernel has more than two axes.
         InputError: no kernel is larger than 1x1.
     """
-    layers = with_kernel(layers_of(model), kernel_size)
+    layers = layers_with_kernel(model, kernel_size)
     counts = Counter(layer.kernel_size for layer in layers)
     drawable = [size for size, _ in counts.most_common() if len(size) <= 2]
     if not drawable:

@@ -51,11 +51,7 @@ class Layer:
 
 
 def layers_of(model: nn.Module) -> tuple[Layer, ...]:
-    """Return the layers with a kernel larger than 1x1, in the order of the network; shared layers appear once.
-
-    Raises:
-        InputError: the network has no such layer.
-    """
+    """Return the layers with a kernel larger than 1x1, in the order of the network; shared layers appear once."""
     layers = []
     for name, module in model.named_modules():
         if isinstance(module, HarmonicBlock2d) or (isinstance(module, CONVOLUTIONS) and prod(kernel_size(module)) > 1):
@@ -65,8 +61,6 @@ def layers_of(model: nn.Module) -> tuple[Layer, ...]:
             else:
                 kept = all_frequencies(size)
             layers.append(Layer(name, module, size, kept))
-    if not layers:
-        raise InputError(f"this {type(model).__name__} has no convolution over 1x1: there is nothing to draw")
     return tuple(layers)
 
 
@@ -87,14 +81,17 @@ def level(frequency: Frequency) -> int:
     return sum(frequency)
 
 
-def with_kernel(layers: Sequence[Layer], size: Sequence[int] | None) -> tuple[Layer, ...]:
-    """Return the layers with this kernel size (one number: the length of every axis); all layers for None.
+def layers_with_kernel(model: nn.Module, size: Sequence[int] | None) -> tuple[Layer, ...]:
+    """Return the layers of `layers_of` with this kernel size (one number: the length of every axis); all for None.
 
     Raises:
-        UsageError: no layer has this kernel size.
+        InputError: the network has no kernel larger than 1x1. UsageError: no layer has this kernel size.
     """
+    layers = layers_of(model)
+    if not layers:
+        raise InputError(f"this {type(model).__name__} has no convolution over 1x1: there is nothing to draw")
     if size is None:
-        return tuple(layers)
+        return layers
     matches = tuple(
         layer
         for layer in layers

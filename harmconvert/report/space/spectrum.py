@@ -12,7 +12,7 @@ from ...kernels.basis import Frequency, all_frequencies
 from ...network.checks import check_network, check_weights
 from ...plan import Skip
 from ..text import size_text
-from .kernels import Layer, layers_of, layers_without_spectrum, level, with_kernel
+from .kernels import Layer, layers_with_kernel, layers_without_spectrum, level
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def spectrum(model: nn.Module, kernel_size: Sequence[int] | None = None) -> Spec
     """
     check_network(model)
     check_weights(model)
-    layers = with_kernel(layers_of(model), kernel_size)
+    layers = layers_with_kernel(model, kernel_size)
     return Spectrum(tuple(map(_spectrum_of, layers)), layers_without_spectrum(model))
 
 
