@@ -130,6 +130,18 @@ def test_the_spectrum_is_weighted_by_the_effect_of_the_outputs() -> None:
     assert record.spectrum != pytest.approx(expected_spectrum([unweighted], 7), rel=0.05)
 
 
+def test_a_layer_that_keeps_the_projection_has_the_spectrum_in_the_metric() -> None:
+    model = seeded(lambda: WithoutGradients(nn.Linear(6, 8, bias=False)), torch.float64)
+    x = random_input((160, 6), torch.float64) * torch.logspace(0, -2, 6, dtype=torch.float64)
+    x[3::4] = x[3::4].flip(1)  # the inputs that are held back are of another kind
+    (record,) = hc.convert(model, rank={"layer": 3}, calibration=[x]).calibration.layers
+    assert record.decision == "projection"
+    weight, z = model.layer.weight.detach().numpy(), fit_part(x)
+    gram = z.T @ z
+    moments = weight @ (gram + 1e-3 * np.diag(gram).mean() * np.eye(6)) @ weight.T
+    assert record.spectrum == pytest.approx(expected_spectrum([moments], 6), rel=6e-4)
+
+
 def test_with_the_kernel_second_the_powers_are_those_of_the_channels() -> None:
     generator = torch.Generator().manual_seed(3)
     C = torch.randn(2, 5, 4 * 3, generator=generator, dtype=torch.float64)
