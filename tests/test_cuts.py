@@ -125,7 +125,7 @@ def test_probes_from_shared_moments_equal_those_of_separate_refits(
 
 def test_in_float32_the_probes_agree_within_rounding(tmp_path: Path) -> None:
     model, images = stack(torch.float32), smooth((16, 3, 12, 12), dtype=torch.float32).split(8)
-    shared, separate = (probed(model, images, tmp_path / f"{way}.json", way) for way in (True, False))
+    shared, separate = (probed(model, images, tmp_path / f"{way}.json", way, ("space",)) for way in (True, False))
     for name, score in separate.items():
         assert shared[name] == pytest.approx(score, rel=1e-3, abs=1e-9), name
 

@@ -737,7 +737,7 @@ SHOWN: dict[str, Callable[[], Report]] = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "1000 layers")) for name in SHOWN]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * name.endswith(" layers")) for name in SHOWN]
 )
 def test_pages_are_readable_in_a_browser(browser: Any, name: str) -> None:
     report = SHOWN[name]()
