@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers.std_conv import StdConv2d
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import harmconvert as hc
 from harmconvert.errors import InputError, UsageError
@@ -143,6 +144,38 @@ def test_a_rank_keeps_the_outputs_that_the_network_uses() -> None:
         plain = hc.convert(model, rank={"0": 3}).model
         assert float((plain(x) - model(x)).square().mean() / model(x).square().mean()) > 0.9
     assert error < 0.05
+
+
+class Recomputed(nn.Module):
+    """A part of the forward runs again for the gradients; or nothing has gradients."""
+
+    def __init__(self, gradients: bool = True) -> None:
+        super().__init__()
+        self.gradients = gradients
+        self.first, self.second = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 24, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.set_grad_enabled(self.gradients and torch.is_grad_enabled()):
+            return checkpoint(lambda y: self.second(self.first(y).relu()), x, use_reentrant=False).flatten(2)
+
+
+def test_effects_are_measured_on_networks_that_recompute() -> None:
+    known = hc.convert(seeded(Recomputed), rank={"second": 4}, calibration=IMAGES).calibration
+    assert known.notes == ()
+    without = hc.convert(seeded(lambda: Recomputed(False)), rank={"second": 4}, calibration=IMAGES).calibration
+    assert any(
+        "effect of errors on the outputs is not known for second: the outputs have no gr" in n for n in without.notes
+    )
+    assert [layer.decision for layer in without.layers] == ["rank"]
+
+
+def test_measuring_effects_does_not_change_the_network() -> None:
+    normed = nn.utils.parametrizations.spectral_norm(nn.Conv2d(8, 8, 1))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), normed, nn.Conv2d(8, 12, 1), nn.Flatten(2)).train()
+    before = copy.deepcopy(model.state_dict())
+    hc.convert(model, rank={"2": 3}, calibration=IMAGES)
+    assert model.training
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
 def test_projections_equal_those_of_each_axis_in_turn() -> None:

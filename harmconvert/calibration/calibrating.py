@@ -34,7 +34,7 @@ from .holding import Forwards
 from .inputs import CalibrationSet
 from .limits import memory_for
 from .records import Calibration, CalibrationSettings, LayerCalibration, Progress
-from .refit import Refit
+from .refit import Reduction, Refit
 from .tied_layers import Targets, find_tied_layers, why_not_observed
 
 # Outputs of the original are stored up to this size: more saves little time and much memory.
@@ -83,10 +83,11 @@ def calibrate(
     ranks = {name: kept for name, kept in plan.on(Rank.axis).items() if not kept.whole}
     # Ranks are reduced after the refit, in a network with whole weights; their matrices follow from the result.
     whole = apply_plan(context.original, plan.without(Rank.axis)) if ranks else runnable
-    notes = context.measure_effects(settings.seed) if ranks else ()
+    effects, notes = context.effects_on(ranks, settings.seed) if ranks else ({}, ())
     plain = _copied_tensors(at_full_rank(runnable))
     with unchanged(context.original), unchanged(whole, set(batch_norms(whole).values()), weights=False):
-        record = _calibrate(context.original, whole, cut, plain, context, settings, progress, ranks=ranks)
+        reduction = Reduction(ranks, effects)
+        record = _calibrate(context.original, whole, cut, plain, context, settings, progress, reduction=reduction)
     if ranks:
         _write_ranks(runnable, whole)
     if runnable is not converted:
@@ -138,7 +139,7 @@ def _calibrate_and_code(
     changed = {key for key, tensor in before.items() if not torch.equal(state[key], tensor)}
     # The streams of coded tensors have their values, so these need no digests.
     changed = (changed | set(first.changed if first else ())) - set(entries)
-    notes = (*record.notes, *coder.notes)
+    notes = tuple(dict.fromkeys((*(first.notes if first else ()), *record.notes, *coder.notes)))
     # The reduction of ranks has records of its own: those of the coding are about the two matrices.
     ranked = [layer for layer in first.layers if layer.spectrum is not None] if first else []
     record = replace(record, layers=(*ranked, *record.layers))
@@ -184,16 +185,16 @@ def _calibrate(
     settings: CalibrationSettings,
     progress: Progress | None,
     coder: Coder | None = None,
-    ranks: Mapping[str, Rank] | None = None,
+    reduction: Reduction | None = None,
 ) -> Calibration:
     """Calibrate and return the record, without digests of the changed tensors.
 
     Args:
         before: the tensors of the plain cut; with a coder, those of plain rounding.
-        ranks: the ranks to which weights are reduced, by layer; ``converted`` has them whole.
+        reduction: the ranks to which weights are reduced; ``converted`` has them whole.
     """
     data, compare = context.data, context.compare
-    layers, fallbacks = _refit(original, converted, cut, context, settings, progress, coder, ranks)
+    layers, fallbacks = _refit(original, converted, cut, context, settings, progress, coder, reduction)
     after = _copied_tensors(converted)
     blend(converted, before, before, 0.0)
     plain, why = compare(converted)
@@ -202,7 +203,7 @@ def _calibrate(
     refit, why_refit = compare(converted) if settings.refit else (plain, why)
     agreements[1.0] = compare.agreement
     # Neither coded weights nor weights of a low rank have values between two of their kind.
-    shares = () if coder or ranks else (0.5, 0.25)
+    shares = () if coder or (reduction and reduction.ranks) else (0.5, 0.25)
     kept, final = never_worse(compare, converted, before, plain, refit, shares)
     agreement = agreements.get(kept, compare.agreement)
     norms = 0
@@ -251,7 +252,7 @@ def _refit(
     settings: CalibrationSettings,
     progress: Progress | None,
     coder: Coder | None,
-    ranks: Mapping[str, Rank] | None,
+    reduction: Reduction | None,
 ) -> tuple[list[LayerCalibration], tuple[str, ...]]:
     """Refit the layers named in ``cut``; return their records and the fallbacks of the runs."""
     data, layers = context.data, observable_layers(converted)
@@ -267,7 +268,7 @@ def _refit(
     records = []
     batches = (*data.fit, *data.held)
     with Forwards(converted, harmonic, memory // 4, batches, data.probes, data.runs.complete) as forwards:
-        refit = Refit(forwards, targets, data, settings, memory, whole, coder, ranks, context.effects)
+        refit = Refit(forwards, targets, data, settings, memory, whole, coder, reduction)
         for done, tied in enumerate(tied_layers):
             if progress:
                 progress(done, len(tied_layers), tied.names[0])

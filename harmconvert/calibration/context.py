@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import first_line
+from ..errors import first_line, shortened
+from ..layers.ranked import channels_of, groups_of
 from ..network.exchange import in_precision, in_sixteen_bits
 from ..network.layers import convolutions, weighted_layers
 from ..network.running import unchanged
@@ -22,6 +23,18 @@ from .records import CalibrationSettings
 from .repeatability import check_repeatability
 from .sensitivity import effects_of_outputs
 
+# The effects of a layer with more outputs in a group are not measured: they need the square of this number of values.
+MOST_OUTPUTS = 4096
+
+
+@dataclass
+class _Effects:
+    """How much errors of the layers' outputs change those of the network, once this is measured."""
+
+    by_name: dict[str, Tensor] = field(default_factory=dict)
+    measured: bool = False
+    failure: str = ""
+
 
 @dataclass(frozen=True)
 class CalibrationContext:
@@ -30,7 +43,6 @@ class CalibrationContext:
     ``original``: the network, or a float32 copy if it is stored in 16 bits and runs only in float32 (``precise``).
     ``data``: the calibration set. ``compare``: compares outputs with those of the original on held-back inputs.
     ``whole``: equations of uncut layers, by name, for calibrations in which only one layer is cut.
-    ``effects``: how much errors of the layers' outputs change those of the network, once they are measured.
     """
 
     original: nn.Module
@@ -38,7 +50,7 @@ class CalibrationContext:
     compare: Divergence
     whole: Mapping[str, WholeLayer] = field(default_factory=dict)
     precise: bool = False
-    effects: dict[str, Tensor] = field(default_factory=dict)
+    _effects: _Effects = field(default_factory=_Effects)
 
     @classmethod
     def of(cls, original: nn.Module, batches: Iterable[Any], settings: CalibrationSettings) -> CalibrationContext:
@@ -50,16 +62,27 @@ class CalibrationContext:
             data = replace(data, runs=check_repeatability(original, convolutions(original), data.probe))
             return cls(original, data, Divergence(original, data.held, undo=True), precise=precise)
 
-    def measure_effects(self, seed: int) -> tuple[str, ...]:
-        """Measure ``effects`` if this was not done before; return a note if it fails."""
-        if self.effects:
-            return ()
-        try:
-            self.effects.update(effects_of_outputs(self.original, weighted_layers(self.original), self.data.fit, seed))
-        except Exception as error:  # such as a network that runs without gradients
-            why = f"the effect of errors on the outputs could not be measured ({first_line(error)})"
-            return (f"{why}: ranks are fitted to each layer alone",)
-        return ()
+    def effects_on(self, names: Collection[str], seed: int) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+        """Return the effects of the layers' outputs, and a note if some of those in ``names`` are not known.
+
+        They are measured for all layers when they are first asked for.
+        """
+        effects = self._effects
+        if not effects.measured:
+            effects.measured = True
+            layers = {
+                name: layer
+                for name, layer in weighted_layers(self.original).items()
+                if channels_of(layer)[1] // groups_of(layer) <= MOST_OUTPUTS
+            }
+            try:
+                effects.by_name = effects_of_outputs(self.original, layers, self.data.fit, seed)
+            except Exception as error:  # such as a network that runs without gradients
+                effects.failure = f": {first_line(error)}"
+        if not (missing := [name for name in names if name not in effects.by_name]):
+            return effects.by_name, ()
+        what = f"the effect of errors on the outputs is not known for {shortened(missing, 5)}{effects.failure}"
+        return effects.by_name, (f"{what}; the ranks of these layers are fitted to each layer alone",)
 
     def runnable(self, network: nn.Module) -> nn.Module:
         """Return a network made from the original, or a float32 copy of it if the original runs only in float32."""

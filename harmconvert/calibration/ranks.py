@@ -38,6 +38,8 @@ def reduced(
     """
     coefficients_GON = fit.layer.coefficients
     root_GOO = None
+    if isinstance(held, Operator):
+        effects_GOO = None  # its candidates could not be compared by their effects
     if effects_GOO is not None:
         effects_GOO = _shrunk(effects_GOO.to(coefficients_GON))
         root_GOO = torch.linalg.cholesky(effects_GOO)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,23 @@ DAMPINGS = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 DAMPING_TIMES_POSITIONS = 1e-3
 
 
+@dataclass(frozen=True)
+class Reduction:
+    """The ranks to which weights are reduced, by layer.
+
+    ``effects``: how much errors of the layers' outputs change those of the network (`effects_of_outputs`), by name.
+    """
+
+    ranks: Mapping[str, Rank] = field(default_factory=dict)
+    effects: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def effects_of(self, names: Sequence[str]) -> Tensor | None:
+        """Return the effects of layers that share a weight together; None if one of them is not known."""
+        if any(name not in self.effects for name in names):
+            return None
+        return torch.stack([self.effects[name] for name in names]).sum(0)
+
+
 class Refit:
     """Refits truncated layers in place: call it for each of the tied layers, in the order in which they run.
 
@@ -40,8 +57,7 @@ class Refit:
         memory: bytes that one layer's equations may use.
         whole: equations of uncut layers, which are used instead of new runs.
         coder: codes the weights of the layers after their refit; None: they are not coded.
-        ranks: what layers keep on the channel axis, by name; the weights of these layers get a low rank.
-        effects: how much errors of these layers' outputs change those of the network, by name (`effects_of_outputs`).
+        reduction: the ranks that the weights get after their refit; None: they keep their ranks.
     """
 
     def __init__(
@@ -53,12 +69,11 @@ class Refit:
         memory: int,
         whole: Mapping[str, WholeLayer],
         coder: Coder | None = None,
-        ranks: Mapping[str, Rank] | None = None,
-        effects: Mapping[str, Tensor] | None = None,
+        reduction: Reduction | None = None,
     ) -> None:
         self.forwards, self.targets, self.data = forwards, targets, data
         self.settings, self.memory, self.whole, self.coder = settings, memory, whole, coder
-        self.ranks, self.effects = ranks or {}, effects or {}
+        self.reduction = reduction or Reduction()
 
     def __call__(self, tied: TiedLayers) -> LayerCalibration:
         """Refit layers that share coefficients. If this fails, they keep the projection, and the record says why."""
@@ -96,11 +111,10 @@ class Refit:
         if not (fit.finite and held.finite):
             raise UsageError("its activations are NaN or infinite on the calibration inputs")
         own_dampings = dampings(self.settings, fit.count / layer.unknowns)
-        rank = self.ranks.get(tied.names[0])
-        if rank is None:
+        if (rank := self.reduction.ranks.get(tied.names[0])) is None:
             choice = choose(fit, held, own_dampings)
         else:
-            choice = reduced(fit, held, own_dampings, rank, self.effects.get(tied.names[0]))
+            choice = reduced(fit, held, own_dampings, rank, self.reduction.effects_of(tied.names))
         bias_before = None if bias is None else bias.detach().clone()
         if choice.change is not None:
             _write(kernel, layer, choice, bias)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..layers.ranked import channels_of, groups_of
 from ..network.distributed import all_or_none, rank, sum_over_ranks
-from ..network.layers import kernel_size, parameter_of
+from ..network.layers import kernel_size
 from ..network.running import call, evaluating, unchanged
 from ..network.side_effects import fixed_random_seed
 from ..network.values import clone_tensors, match_dtype, tensors_in
@@ -61,8 +61,13 @@ def squared_changes(
         return total
 
     total = torch.tensor([all_or_none(own, _no_gradients())], dtype=torch.float64)
-    sum_over_ranks([total, *sums.values()])
-    return {key: changed / (_DIRECTIONS * max(float(total), 1e-300)) for key, changed in sums.items()}
+    # All processes must sum the same tensors, also those without gradients on their own inputs.
+    ordered = {
+        key: sums[key] if key in sums else changes(key, torch.zeros_like(parameter)).zero_()
+        for key, parameter in parameters.items()
+    }
+    sum_over_ranks([total, *ordered.values()])
+    return {key: changed / (_DIRECTIONS * max(float(total), 1e-300)) for key, changed in ordered.items()}
 
 
 def effects_of_outputs(
@@ -82,6 +87,11 @@ def effects_of_outputs(
         for name, layer in layers.items()
     }
     seen: list[tuple[str, Tensor]] = []
+    picked: list[tuple[str, Tensor]] = []  # those of a whole forward; parts of it may run again for the gradients
+
+    def tensors() -> list[Tensor]:
+        picked[:] = seen
+        return [tensor for _, tensor in picked]
 
     def watch(name: str) -> Callable[..., Tensor]:
         def hook(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -91,9 +101,9 @@ def effects_of_outputs(
         return hook
 
     def own() -> None:
-        parameters = [parameter_of(layer) for layer in layers.values()]
-        for _, gradients in _random_gradients(network, parameters, lambda: [pair[1] for pair in seen], batches, seed):
-            for (name, _), gradient in zip(seen, gradients, strict=True):
+        parameters = [parameter for layer in layers.values() for parameter in layer.parameters()]
+        for _, gradients in _random_gradients(network, parameters, tensors, batches, seed):
+            for (name, _), gradient in zip(picked, gradients, strict=True):
                 if gradient is not None:
                     sums[name] += _moments(layers[name], gradient).to(sums[name])
 
@@ -161,8 +171,10 @@ def _random_gradients(
                         allow_unused=True,
                     )
                 )
-                found = [None if one is None else next(known) for one in wanted]  # an embedding may have sparse ones
-                yield (power if last == 0 else 0.0), [None if one is None else one.detach().to_dense() for one in found]
+                gradients = [None if one is None else next(known) for one in wanted]
+                # An embedding may have sparse gradients.
+                dense = [None if one is None else one.detach().to_dense() for one in gradients]
+                yield (power if last == 0 else 0.0), dense
 
 
 def _examples(batches: Sequence[Batch]) -> Iterator[Batch]:

@@ -79,7 +79,7 @@ def low_rank(
 
     Args:
         coefficients_GON: float64, (groups, rows, channels x frequencies).
-        rank: from 1 to the number of rows.
+        rank: from 1 to the smaller one of rows and columns.
         outputs_GOO: second moments C G C^T of the outputs, the metric; None: those for the identity as G.
         root_GOO: a lower triangular matrix T. An error e of the outputs counts as the square of T^T e; by default of e.
     """

@@ -92,7 +92,7 @@ def _cache_key(conv: nn.Module, layer_input: LayerInput) -> str:
         for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode")
     ]
     groups, rows, channels, _ = sizes_of(conv)
-    ranks = (conv.rank, conv.kernel_second) if is_ranked(conv) else ()
+    ranks = (conv.rank, conv.kernel_second, "first as measured") if is_ranked(conv) else ()
     parts = (
         base_of(conv).__name__, groups * channels, groups * rows, groups,
         *geometry, conv.bias is not None, *(basis_key(conv) if isinstance(conv, HarmonicMixin) else ()), *ranks,

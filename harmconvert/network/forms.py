@@ -121,11 +121,10 @@ def factor(model: nn.Module, example_input: Any = None, *, layers: str | Mapping
     """Return the factored form: a copy with its truncated convolutions factored (eq. 2) where that is faster.
 
     A factored convolution filters its input with the kept basis kernels and mixes the responses. A layer of low rank
-    becomes two plain layers. Each layer is
-    *measured* on this machine and stays dense if the factored form is not faster. If the whole network is not faster
-    than the dense one, all layers are dense. The copy uses channels_last if that is faster; `factoring` also returns
-    what was chosen. The copy can be trained, saved and fused like the harmonic form. Measured times are stored in the
-    cache folder (`harmconvert.layers.layer_times`).
+    becomes two layers. Each layer is *measured* on this machine and stays dense if the factored form is not faster. If
+    the whole network is not faster than the dense one, all layers are dense. The copy uses channels_last if that is
+    faster; `factoring` also returns what was chosen. The copy can be trained, saved and fused like the harmonic form.
+    Measured times are stored in the cache folder (`harmconvert.layers.layer_times`).
 
     Args:
         model: a network with harmonic convolutions, as `convert` returns it.

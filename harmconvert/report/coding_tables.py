@@ -43,7 +43,7 @@ def coding_lines(conversion: Conversion) -> list[str]:
     ]
     lines = [
         f"coded: {counted(len(entries), 'tensor')} with {total.weights:,} weights in {megabytes(total.coded_bytes)}, "
-        f"{total.bits:.2f} bits per weight; not coded: {megabytes(total.plain_bytes)}, {share:.1%} of the tensors"
+        f"{total.bits or 0:.2f} bits per weight; not coded: {megabytes(total.plain_bytes)}, {share:.1%} of the tensors"
     ]
     if large:
         lines.append(f"large tensors that are not coded: {shortened(large, 5)}")
