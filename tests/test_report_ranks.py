@@ -119,7 +119,7 @@ def test_the_spectrum_is_weighted_by_the_effect_of_the_outputs() -> None:
     context = CalibrationContext.of(model, [x], CalibrationSettings())
     plan = hc.convert(model, rank={"0": 2}).plan
     record = calibrate(model, apply_plan(model, plan), plan, context).layers[0]
-    effects = context.effects["0"][0].double().numpy()
+    effects = context.effects_on(["0"], 0)[0]["0"][0].double().numpy()
     own = np.diag(effects)
     root = np.linalg.cholesky((0.7 * effects + np.diag(0.3 * own + 1e-3 * own.mean())) / own.mean())
     weight, z = model[0].weight.detach().numpy(), fit_part(x)

@@ -83,11 +83,20 @@ def calibrate(
     ranks = {name: kept for name, kept in plan.on(Rank.axis).items() if not kept.whole}
     # Ranks are reduced after the refit, in a network with whole weights; their matrices follow from the result.
     whole = apply_plan(context.original, plan.without(Rank.axis)) if ranks else runnable
-    effects, notes = context.effects_on(ranks, settings.seed) if ranks else ({}, ())
     plain = _copied_tensors(at_full_rank(runnable))
-    with unchanged(context.original), unchanged(whole, set(batch_norms(whole).values()), weights=False):
-        reduction = Reduction(ranks, effects)
-        record = _calibrate(context.original, whole, cut, plain, context, settings, progress, reduction=reduction)
+
+    def calibrated(network: nn.Module, reduction: Reduction | None) -> Calibration:
+        with unchanged(context.original), unchanged(network, set(batch_norms(network).values()), weights=False):
+            return _calibrate(context.original, network, cut, plain, context, settings, progress, reduction=reduction)
+
+    record = calibrated(whole, Reduction(ranks) if ranks else None)
+    notes: tuple[str, ...] = ()
+    if ranks and settings.refit and not context.whole:
+        # Which of the two metrics is better depends on the network, so the outputs on held-back inputs decide.
+        effects, notes = context.effects_on(ranks, settings.seed)
+        other = apply_plan(context.original, plan.without(Rank.axis))
+        if effects and _is_nearer(again := calibrated(other, Reduction(ranks, effects)), record):
+            record, whole = again, other
     if ranks:
         _write_ranks(runnable, whole)
     if runnable is not converted:
@@ -95,6 +104,11 @@ def calibrate(
     state = tensors_of(converted)
     changed = [key for key, tensor in before.items() if not torch.equal(state[key], tensor)]
     return replace(record, changed=digests(converted, changed), notes=(*record.notes, *notes))
+
+
+def _is_nearer(one: Calibration, other: Calibration) -> bool:
+    """Return whether the outputs of one network are nearer to those of the original."""
+    return one.divergence is not None and other.divergence is not None and one.divergence < other.divergence
 
 
 def _calibrate_and_code(
