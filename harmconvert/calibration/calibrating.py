@@ -91,7 +91,7 @@ def calibrate(
 
     record = calibrated(whole, Reduction(ranks) if ranks else None)
     notes: tuple[str, ...] = ()
-    if ranks and settings.refit and not context.whole:
+    if ranks and settings.refit and not context.probe:
         # Which of the two metrics is better depends on the network, so the outputs on held-back inputs decide.
         effects, notes = context.effects_on(ranks, settings.seed)
         other = apply_plan(context.original, plan.without(Rank.axis))

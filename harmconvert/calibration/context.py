@@ -42,7 +42,8 @@ class CalibrationContext:
 
     ``original``: the network, or a float32 copy if it is stored in 16 bits and runs only in float32 (``precise``).
     ``data``: the calibration set. ``compare``: compares outputs with those of the original on held-back inputs.
-    ``whole``: equations of uncut layers, by name, for calibrations in which only one layer is cut.
+    ``whole``: equations of uncut layers, by name, for calibrations in which only one layer is cut. ``probe``: only the
+    divergence of one cut is asked for, so ranks are reduced in one metric only.
     """
 
     original: nn.Module
@@ -50,6 +51,7 @@ class CalibrationContext:
     compare: Divergence
     whole: Mapping[str, WholeLayer] = field(default_factory=dict)
     precise: bool = False
+    probe: bool = False
     _effects: _Effects = field(default_factory=_Effects)
 
     @classmethod

@@ -216,8 +216,8 @@ class Searching:
         layers = {name: layer for name, layer in weighted_layers(uncut).items() if name in alone}
         memory = memory_for(uncut, self.settings)
         for name, layer in whole_layers(uncut, layers, self._known.data, self.settings.seed, memory):
-            yield left.pop(name), replace(self._known, whole={name: layer})
-        yield from ((item, self._known) for item in left.values())
+            yield left.pop(name), replace(self._known, whole={name: layer}, probe=True)
+        yield from ((item, replace(self._known, probe=True)) for item in left.values())
 
     def _try_plans(self, search_space: SearchSpace, probes: Probes) -> tuple[Converted, Search]:
         """Return the network converted by the best of the plans that are measured as a whole, and a record of it."""
