@@ -134,10 +134,10 @@ def summary() -> None:
         rows = list(csv.DictReader(file))
     ways = list(dict.fromkeys(row["way"] for row in rows))
     print("| network | MACs | plan |", " | ".join(ways), "|\n|---|---|---|" + "---|" * len(ways))
-    found: dict[tuple[str, str, str], dict[str, str]] = {}
+    table: dict[tuple[str, str, str], dict[str, str]] = {}
     for row in rows:
-        found.setdefault((row["network"], row["macs"], row["plan"]), {})[row["way"]] = row["ratio"]
-    for (name, share, plan), ratios in found.items():
+        table.setdefault((row["network"], row["macs"], row["plan"]), {})[row["way"]] = row["ratio"]
+    for (name, share, plan), ratios in table.items():
         print(f"| {name} | {share} % | {plan} |", " | ".join(ratios.get(way, "not run") for way in ways), "|")
 
 

@@ -233,7 +233,10 @@ class Coder:
 
     def key_of(self, names: Sequence[str]) -> str | None:
         """Return the key of the only weight of these layers; None if it is not coded."""
-        return next((key for key, state in self.states.items() if set(names) & set(state.weight.names)), None)
+        return next(iter(self._keys_of(names)), None)
+
+    def _keys_of(self, names: Sequence[str]) -> list[str]:
+        return [key for key, state in self.states.items() if set(names) & set(state.weight.names)]
 
     def code_layer(self, key: str, fit: Problem, held: Problem, scales_F: Tensor) -> Coded:
         """Code the present coefficients of a weight on the equations of its layer, and write the coded values."""
@@ -247,7 +250,7 @@ class Coder:
 
     def finished(self, names: Sequence[str], record: LayerCalibration) -> LayerCalibration:
         """Return the record of a layer with its bits; code weights without equations if that was not done yet."""
-        keys = [key for key, state in self.states.items() if set(names) & set(state.weight.names)]
+        keys = self._keys_of(names)
         for key in keys:
             if key not in self.results:
                 self.code_alone(key)

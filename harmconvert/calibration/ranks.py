@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from ..kernels.quantisation import shrunk
 from ..kernels.ranks import Pair, full_rank, low_rank, low_rank_of_channels, power_outside
 from ..plan import Rank
 from .coding_metrics import MOST_COLUMNS
@@ -82,9 +83,10 @@ def _targets(fit: Problem, dampings: Sequence[float]) -> Iterator[tuple[float, T
 
 def _shrunk(effects_GOO: Tensor) -> Tensor:
     """Return the effects shrunk towards their diagonal, positive definite and with a mean of 1 on the diagonal."""
-    powers_GO = effects_GOO.diagonal(dim1=1, dim2=2)
-    scale = powers_GO.mean()
-    return ((1 - _SHRINKAGE) * effects_GOO + torch.diag_embed(_SHRINKAGE * powers_GO + _DAMPING * scale)) / scale
+    scaled_GOO = effects_GOO / effects_GOO.diagonal(dim1=1, dim2=2).mean()
+    shrunk_GOO = shrunk(scaled_GOO, _SHRINKAGE)
+    shrunk_GOO.diagonal(dim1=1, dim2=2).add_(_DAMPING)
+    return shrunk_GOO
 
 
 def _nearest(

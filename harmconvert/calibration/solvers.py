@@ -112,13 +112,13 @@ class NormalEquations(Problem):
 
     def change_of_squares(self, change: Change, effects_GOO: Tensor | None = None) -> float:
         D = change.coefficients
-        seen = D if effects_GOO is None else effects_GOO @ D
-        squares = (D @ self.gram_GNN * seen).sum() - 2 * (seen * self.cross_GON).sum()
+        weighted = D if effects_GOO is None else effects_GOO @ D
+        squares = (D @ self.gram_GNN * weighted).sum() - 2 * (weighted * self.cross_GON).sum()
         if change.bias is not None:
             b = change.bias
-            seen = b if effects_GOO is None else (effects_GOO @ b[..., None])[..., 0]
-            squares += self.count * (b * seen).sum() - 2 * (seen * self.channels[0]).sum()
-            squares += 2 * (seen * (D @ self.sum_GN[..., None])[..., 0]).sum()
+            weighted = b if effects_GOO is None else (effects_GOO @ b[..., None])[..., 0]
+            squares += self.count * (b * weighted).sum() - 2 * (weighted * self.channels[0]).sum()
+            squares += 2 * (weighted * (D @ self.sum_GN[..., None])[..., 0]).sum()
         return float(squares)
 
 
@@ -204,8 +204,8 @@ class Samples(Problem):
         added_GRO = z_GRN @ change.coefficients.mT
         if change.bias is not None:
             added_GRO = added_GRO + change.bias[:, None]
-        seen_GRO = added_GRO if effects_GOO is None else added_GRO @ effects_GOO
-        return float((seen_GRO * (added_GRO - 2 * u_GRO)).sum())
+        weighted_GRO = added_GRO if effects_GOO is None else added_GRO @ effects_GOO
+        return float((weighted_GRO * (added_GRO - 2 * u_GRO)).sum())
 
 
 @dataclass(frozen=True)

@@ -128,8 +128,8 @@ def low_rank_of_channels(
         root_GOO: as for `low_rank`. It is used for the choice of the first matrix.
     """
     C_GOIF = coefficients_GON.unflatten(2, (-1, frequencies))
-    seen_GON = coefficients_GON if root_GOO is None else root_GOO.mT @ coefficients_GON
-    unfolded_GMI = seen_GON.unflatten(2, (-1, frequencies)).transpose(2, 3).flatten(1, 2)
+    weighted_GON = coefficients_GON if root_GOO is None else root_GOO.mT @ coefficients_GON
+    unfolded_GMI = weighted_GON.unflatten(2, (-1, frequencies)).transpose(2, 3).flatten(1, 2)
     if gram_GNN is None:
         leading_GIR, powers_GI = _leading(unfolded_GMI.mT @ unfolded_GMI, rank)
         first_GRI = leading_GIR.mT.contiguous()

@@ -353,8 +353,8 @@ MUTANTS = (
     ),
     Mutant(
         "calibration.solvers.NormalEquations.change_of_squares",
-        "(D @ self.gram_GNN * seen).sum() - 2 * (seen * self.cross_GON).sum()",
-        "(D @ self.gram_GNN * seen).sum() - (seen * self.cross_GON).sum()",
+        "(D @ self.gram_GNN * weighted).sum() - 2 * (weighted * self.cross_GON).sum()",
+        "(D @ self.gram_GNN * weighted).sum() - (weighted * self.cross_GON).sum()",
         "the error after a change counts half of the gain", REFIT,
     ),
     Mutant(
