@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.basis import Frequency, all_frequencies
-from ..network.layers import is_harmonic_layer, kernel_size, parameter_of
+from ..layers.harmonic import is_harmonic_layer
+from ..network.layers import kernel_size, parameter_of
 from .collecting import EquationCollector, Equations, collect_together
 from .equations import Layer
 from .inputs import CalibrationSet

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.projection import all_finite, project, to_groups
-from ..network.layers import is_harmonic_layer, kernel_size, parameter_of
+from ..layers.harmonic import is_harmonic_layer
+from ..network.layers import kernel_size, parameter_of
 from .capture import ConvCall
 from .equations import Change, Layer, Problem
 

@@ -13,7 +13,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cache
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 import torch.fx
@@ -138,6 +138,11 @@ class HarmonicMixin(nn.Module):
         return _empty_harmonic, (base_class(self),), self.__getstate__()
 
 
+def is_harmonic_layer(module: nn.Module) -> TypeGuard[HarmonicMixin]:
+    """Return whether a module is a harmonic convolution."""
+    return isinstance(module, HarmonicMixin)
+
+
 @cache
 def harmonic_class(convolution: type[nn.Module]) -> type[nn.Module]:
     """Return the harmonic subclass of a convolution class (`HarmonicConv2d` for `Conv2d`), always the same object."""
@@ -152,7 +157,7 @@ def coefficients_to_channels_last(model: nn.Module) -> None:
     WRN-28-10 this halves the extra time of a training step in harmonic form.
     """
     for module in model.modules():
-        if isinstance(module, HarmonicMixin) and "coefficients" in module._parameters:
+        if is_harmonic_layer(module) and "coefficients" in module._parameters:
             module.coefficients.data = module.coefficients.data.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -168,7 +173,7 @@ def basis_key(conv: HarmonicMixin) -> list[Any]:
 
 def reason_not_convertible(conv: nn.Module) -> str | None:
     """Return why a convolution with a kernel larger than 1x1 cannot be converted, or None if it can be."""
-    if isinstance(conv, HarmonicMixin):
+    if is_harmonic_layer(conv):
         return "is harmonic already: fuse() the network first"
     if parametrize.is_parametrized(conv):
         return "its weight is parametrized: remove the parametrization first"
@@ -255,7 +260,7 @@ def to_dense(harmonic: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modu
     >>> to_dense(to_harmonic(nn.Conv2d(3, 8, 3)))
     Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
     """
-    if not isinstance(harmonic, HarmonicMixin):
+    if not is_harmonic_layer(harmonic):
         raise UsageError(f"{type(harmonic).__name__} is not a harmonic convolution")
     if parametrize.is_parametrized(harmonic):
         raise UsageError(
@@ -334,7 +339,7 @@ def _basis_kernels(
 
 def empty_counterpart(conv: nn.Module) -> nn.Module:
     """Return a module of the other form without state; `to_harmonic` or `to_dense` fills it when it is in ``memo``."""
-    return _empty_dense(conv) if isinstance(conv, HarmonicMixin) else cast(nn.Module, _empty_harmonic(type(conv)))
+    return _empty_dense(conv) if is_harmonic_layer(conv) else cast(nn.Module, _empty_harmonic(type(conv)))
 
 
 def _empty_harmonic(convolution: type[nn.Module]) -> Any:

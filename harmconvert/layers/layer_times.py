@@ -24,7 +24,7 @@ from ..documents import check, finite
 from ..errors import OutsideError
 from ..files import cache_folder, read_json, write_text
 from . import native
-from .harmonic import HarmonicMixin, basis_key
+from .harmonic import basis_key, is_harmonic_layer
 from .low_rank import can_factor_first, fast_form, plain_form, to_low_rank
 from .ranked import RankedMixin, base_of, is_ranked, sizes_of
 from .timing import in_turns
@@ -95,7 +95,7 @@ def _cache_key(conv: nn.Module, layer_input: LayerInput) -> str:
     ranks = (conv.rank, conv.kernel_second, "first as measured") if is_ranked(conv) else ()
     parts = (
         base_of(conv).__name__, groups * channels, groups * rows, groups,
-        *geometry, conv.bias is not None, *(basis_key(conv) if isinstance(conv, HarmonicMixin) else ()), *ranks,
+        *geometry, conv.bias is not None, *(basis_key(conv) if is_harmonic_layer(conv) else ()), *ranks,
         list(layer_input.shape), str(layer_input.dtype), str(next(conv.parameters()).dtype),
         str(layer_input.device.type),
     )  # fmt: skip

@@ -13,7 +13,7 @@ from ..kernels.basis import Basis, Frequency
 from ..kernels.projection import from_groups, project, reconstruct, to_groups
 from ..kernels.ranks import product
 from .factored import FACTORABLE, reason_not_factorable, replaced_method, to_factored
-from .harmonic import HarmonicMixin, harmonic_class, parameter_like, to_dense
+from .harmonic import HarmonicMixin, harmonic_class, is_harmonic_layer, parameter_like, to_dense
 from .ranked import (
     RankedMixin,
     as_kernel,
@@ -117,7 +117,7 @@ def to_low_rank(ranked: RankedMixin, memo: dict[int, Any] | None = None, harmoni
         bias._parameters["bias"] = copy.deepcopy(own, memo)
     low.first, low.second = (mixing, kernel) if second else (kernel, mixing)
     low.kernel_second, low.base, low.spectrum = second, base_of(ranked), None
-    if isinstance(ranked, HarmonicMixin):
+    if is_harmonic_layer(ranked):
         low.spectrum = ranked.frequencies, ranked.basis_spec, ranked.fitted_basis
     return cast(LowRank, low.train(ranked.training))
 
@@ -161,7 +161,7 @@ def _kernel_layer(
     ranked: RankedMixin, coefficients: Tensor, part: nn.Parameter, memo: dict[int, Any], harmonic: bool
 ) -> nn.Module:
     """Return the layer with the kernel: a copy of the original with other channels, without a bias."""
-    own = isinstance(ranked, HarmonicMixin)
+    own = is_harmonic_layer(ranked)
     base = cast(Any, base_of(ranked))
     cls = harmonic_class(base) if own and harmonic else base
     layer = cls.__new__(cls)
@@ -212,7 +212,7 @@ def _shared(part: nn.Parameter, values: Tensor, memo: dict[int, Any]) -> nn.Para
 
 def _stored(layer: nn.Module, spectrum: Any) -> Tensor:
     """Return the parameter of one of the two layers as coefficients (O, I, F), in torch's order."""
-    if isinstance(layer, HarmonicMixin):
+    if is_harmonic_layer(layer):
         return layer.coefficients.detach()
     weight = cast(Tensor, layer.weight).detach()
     if spectrum is None:
@@ -255,7 +255,7 @@ def fast_form(layer: nn.Module, first_factored: bool | None = None) -> nn.Module
 
 def can_factor_first(ranked: RankedMixin) -> bool:
     """Return whether the first of the two layers can be a factored convolution."""
-    return not ranked.kernel_second and isinstance(ranked, HarmonicMixin) and not reason_not_factorable(ranked)
+    return not ranked.kernel_second and is_harmonic_layer(ranked) and not reason_not_factorable(ranked)
 
 
 def factors_first(ranked: RankedMixin) -> bool:
@@ -267,4 +267,4 @@ def factors_first(ranked: RankedMixin) -> bool:
 def plain_form(layer: nn.Module) -> nn.Module:
     """Return the plain layer that computes the same as one converted layer."""
     full = to_full_rank(layer) if is_ranked(layer) else layer
-    return to_dense(full) if isinstance(full, HarmonicMixin) else full
+    return to_dense(full) if is_harmonic_layer(full) else full

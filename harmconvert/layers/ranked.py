@@ -21,6 +21,7 @@ from .harmonic import (
     base_class,
     copy_state,
     harmonic_class,
+    is_harmonic_layer,
     parameter_like,
     reason_not_convertible,
     without_autocast,
@@ -70,7 +71,7 @@ class RankedMixin(nn.Module):
         with without_autocast(self.coefficients_in.device.type):
             product_GON = product(pair.first_GRIF.to(dtype), pair.second_GORF.to(dtype))
         product_OIF = from_groups(product_GON, frequencies, is_transposed(self)).to(self.coefficients_in.dtype)
-        if isinstance(self, HarmonicMixin):
+        if is_harmonic_layer(self):
             return product_OIF
         return as_kernel(product_OIF.flatten(1), _dimensions(self))
 
@@ -88,7 +89,7 @@ class RankedMixin(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is created at run time, so pickle and copy need a function that creates it again.
-        return empty_ranked_of, (base_of(self), isinstance(self, HarmonicMixin)), self.__getstate__()
+        return empty_ranked_of, (base_of(self), is_harmonic_layer(self)), self.__getstate__()
 
 
 class _RankedCoefficients(RankedMixin, HarmonicMixin):
@@ -127,7 +128,7 @@ def reason_not_rankable(layer: nn.Module) -> str | None:
     """Return why a convolution or linear layer cannot have a low rank, or None if it can."""
     if is_ranked(layer):
         return "it has a low rank already: fuse() the network first"
-    if isinstance(layer, HarmonicMixin):
+    if is_harmonic_layer(layer):
         return None
     classes = (cls for cls in type(layer).__mro__ if not cls.__module__.startswith("torch."))
     own = {*vars(layer), *layer._parameters, *layer._buffers, *layer._modules}.union(*map(vars, classes))
@@ -158,7 +159,7 @@ def to_ranked(
         raise UsageError(f"cannot give this {type(layer).__name__} a low rank: {reason}")
     memo = {} if memo is None else memo
     ranked = memo.setdefault(id(layer), empty_ranked(layer))
-    name = "coefficients" if isinstance(layer, HarmonicMixin) else "weight"
+    name = _parameter_name(layer)
     parameter = cast(nn.Parameter, layer._parameters[name])
     groups, rows, channels, frequencies = sizes_of(layer)
     most = full_rank(rows, channels, frequencies, kernel_second)
@@ -196,8 +197,7 @@ def to_full_rank(ranked: nn.Module, memo: dict[int, Any] | None = None) -> nn.Mo
     if tie not in memo:
         with torch.no_grad():
             memo[tie] = parameter_like(ranked.coefficients_in, ranked._product(torch.float64).detach().contiguous())
-    name = "coefficients" if isinstance(ranked, HarmonicMixin) else "weight"
-    copy_state(ranked, full, _OWN_NAMES, {name: memo[tie]}, memo)
+    copy_state(ranked, full, _OWN_NAMES, {_parameter_name(ranked): memo[tie]}, memo)
     return full
 
 
@@ -210,7 +210,7 @@ def pair_for(layer: nn.Module, rank: int, kernel_second: bool) -> Pair:
 
 def matrices_of(layer: nn.Module) -> Tensor:
     """Return the coefficients of a layer, float64, (groups, rows, channels x frequencies)."""
-    stored = (layer.coefficients if isinstance(layer, HarmonicMixin) else cast(Tensor, layer.weight)).detach()
+    stored = cast(Tensor, getattr(layer, _parameter_name(layer))).detach()
     stored = stored.flatten(2) if stored.dim() > 2 else stored[..., None]
     return to_groups(stored.to(torch.float64), groups_of(layer), is_transposed(layer))
 
@@ -218,7 +218,7 @@ def matrices_of(layer: nn.Module) -> Tensor:
 def sizes_of(layer: nn.Module) -> tuple[int, int, int, int]:
     """Return the groups, and the rows, channels and frequencies of each group of a layer's coefficients."""
     groups = groups_of(layer)
-    frequencies = len(layer.frequencies) if isinstance(layer, HarmonicMixin) else 1
+    frequencies = len(layer.frequencies) if is_harmonic_layer(layer) else 1
     inputs, outputs = channels_of(layer)
     return groups, outputs // groups, inputs // groups, frequencies
 
@@ -242,14 +242,14 @@ def groups_of(layer: nn.Module) -> int:
 
 def empty_ranked(layer: nn.Module) -> Any:
     """Return a layer of low rank without state; `to_ranked` finds it in ``memo`` and fills it."""
-    harmonic = isinstance(layer, HarmonicMixin)
+    harmonic = is_harmonic_layer(layer)
     return empty_ranked_of(base_class(layer) if harmonic else type(layer), harmonic)
 
 
 def empty_full_rank(ranked: nn.Module) -> Any:
     """Return a layer of full rank without state; `to_full_rank` finds it in ``memo`` and fills it."""
     base = base_of(ranked)
-    cls = harmonic_class(cast(Any, base)) if isinstance(ranked, HarmonicMixin) else base
+    cls = harmonic_class(cast(Any, base)) if is_harmonic_layer(ranked) else base
     return cls.__new__(cls)
 
 
@@ -267,6 +267,10 @@ def base_of(ranked: nn.Module) -> type[nn.Module]:
 def is_transposed(layer: nn.Module) -> bool:
     """Return whether a layer is a transposed convolution."""
     return bool(getattr(layer, "transposed", False))
+
+
+def _parameter_name(layer: nn.Module) -> str:
+    return "coefficients" if is_harmonic_layer(layer) else "weight"
 
 
 def _dimensions(layer: nn.Module) -> int:

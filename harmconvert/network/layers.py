@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TypeGuard, cast
+from typing import cast
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..layers.harmonic import CONVOLUTIONS, HarmonicMixin
+from ..layers.harmonic import CONVOLUTIONS, HarmonicMixin, is_harmonic_layer
 from ..layers.low_rank import LowRank
 from ..layers.ranked import is_ranked
 
@@ -86,11 +86,6 @@ def converted_layers(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if (is_harmonic_layer(module) or is_ranked(module) or isinstance(module, LowRank)) and id(module) not in parts
     }
-
-
-def is_harmonic_layer(module: nn.Module) -> TypeGuard[HarmonicMixin]:
-    """Return whether a module is a harmonic convolution."""
-    return isinstance(module, HarmonicMixin)
 
 
 def parameter_of(layer: nn.Module) -> nn.Parameter:

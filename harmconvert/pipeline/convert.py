@@ -103,11 +103,28 @@ def convert(
     """
     check_network(model)
     check_weights(model)
+    _check_choices(lam, rank, bits, budget, max_drop, metric)
     setting = None if bits is None or isinstance(bits, str) else BitsSetting.of(bits)
     job = _Job(
         model, example_input, Scope(include, exclude, Basis(basis, normalization)), calibration,
         settings or CalibrationSettings(), progress, setting, None if rank is None else RankSetting.of(rank),
     )  # fmt: skip
+    if max_drop is not None and metric is not None:
+        if bits == "auto":
+            return _fewest_bits_within_drop(job, max_drop, metric)
+        return _convert_within_drop(job, max_drop, metric, search or SearchSettings())
+    if budget is not None:
+        parsed = Budget.parse(budget)
+        if parsed.unit == "bytes":
+            return _convert_within_bytes(job, lam, parsed)
+        return _convert_within_budget(job, parsed, search or SearchSettings())
+    return _convert_by_policy(job, lam)
+
+
+def _check_choices(
+    lam: Any, rank: Any, bits: Any, budget: str | Mapping[str, Any] | None, max_drop: float | None, metric: Any
+) -> None:
+    """Refuse arguments of `convert` that contradict each other."""
     if isinstance(bits, str) and (bits != "auto" or max_drop is None):
         raise UsageError(
             "bits='auto' finds the fewest bits within max_drop: give max_drop and metric, or a number of bits"
@@ -119,20 +136,10 @@ def convert(
             Argument("rank", rank), " and ", Argument("budget"), " or ", Argument("max_drop"),
             " both say what to keep: give only one",
         )  # fmt: skip
-    if max_drop is not None and metric is not None:
-        if budget is not None or lam != "full":
-            raise UsageError("max_drop finds the size of the network: leave out lam and budget")
-        if bits == "auto":
-            return _fewest_bits_within_drop(job, max_drop, metric)
-        return _convert_within_drop(job, max_drop, metric, search or SearchSettings())
-    if budget is not None:
-        parsed = Budget.parse(budget)
-        if parsed.unit == "bytes":
-            return _convert_within_bytes(job, lam, parsed)
-        if lam != "full":
-            raise UsageError(f"lam (={lam!r}) and budget (={budget!r}) both say what to keep: give only one")
-        return _convert_within_budget(job, parsed, search or SearchSettings())
-    return _convert_by_policy(job, lam)
+    if max_drop is not None and (budget is not None or lam != "full"):
+        raise UsageError("max_drop finds the size of the network: leave out lam and budget")
+    if lam != "full" and _counts(budget):
+        raise UsageError(f"lam (={lam!r}) and budget (={budget!r}) both say what to keep: give only one")
 
 
 def _counts(budget: str | Mapping[str, Any] | None) -> bool:

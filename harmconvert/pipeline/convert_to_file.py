@@ -138,27 +138,21 @@ def convert_to_file(
     dtype_named(dtype)
     settings = settings or CalibrationSettings(inputs=256)
     data = _Data(calibration, labelled, settings, batch_size, input_sizes, preprocessing or {}, listener)
-    target = _Target(source, str(output), dtype, input_sizes, force, command, listener)
+    target = _Target(source, str(output), dtype, input_sizes, force, command, listener, example_input)
     choices = (*(one is not None for one in (lam, rank, bits, plan, budget, labelled, calibration)), include, exclude)
     unchanged = stays_as_it_is(None if is_given(source) else text_of(source), choices, basis, normalization, dtype)
     options: dict[str, Any] = {
         "include": include, "exclude": exclude, "basis": basis, "normalization": normalization, "rank": rank,
         "bits": bits, "budget": budget, "max_drop": max_drop, "search": search or SearchSettings(say=listener.say),
-        "settings": settings,
-        "lam": _plan_in(plan) if plan is not None else "full" if lam is None else lam,
+        "settings": settings, "lam": _plan_in(plan) if plan is not None else "full" if lam is None else lam,
     }  # fmt: skip
     with joined():
         network = opened(source, listener, intact=True, form="harmonic" if unchanged else "dense")
         if unchanged and network.header:
             return _write_unchanged(network, target)
-        coded = bits is not None or (budget is not None and Budget.parse(budget).unit == "bytes")
-        if network.header and lam is None and plan is None and (coded or rank is not None):
-            # Coding and a lower rank keep the cut of a harmonic network.
-            kept = network.header.plan.without(Bits.axis)
-            options["lam"] = kept if rank is None else kept.without(Rank.axis)
+        if network.header and lam is None and plan is None:
+            options["lam"] = _kept_plan(network.header.plan, options)
         network = _prepared(network, source, data, device)
-        if example_input is not None:
-            target = replace(target, inputs=example_input)
         example = zeros_of(input_sizes, network.model, latency_batch) if example_input is None else example_input
         return _write(network, _convert(network.model, data, example, options), target)
 
@@ -251,6 +245,16 @@ def _convert(model: nn.Module, data: _Data, example_input: Any, options: Mapping
         held_out = parts.held_out(model, conversion.model) if parts else None  # in every process
     images = cast("Sequence[Tensor]", batches) if isinstance(data.calibration, str | Path | DataRequest) else ()
     return _Converted(conversion, held_out, images)
+
+
+def _kept_plan(plan: Plan, options: Mapping[str, Any]) -> Plan | str:
+    """Return what a conversion keeps of a harmonic network's plan: its cut, if it codes or lowers ranks only."""
+    rank, budget = options["rank"], options["budget"]
+    coded = options["bits"] is not None or (budget is not None and Budget.parse(budget).unit == "bytes")
+    if not coded and rank is None:
+        return "full"
+    kept = plan.without(Bits.axis)
+    return kept if rank is None else kept.without(Rank.axis)
 
 
 def _plan_in(file: str | Path) -> Plan:

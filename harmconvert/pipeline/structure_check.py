@@ -12,16 +12,8 @@ from torch.nn.parameter import is_lazy
 
 from ..calibration import digests
 from ..codecs.codec import Entry, codec_of
-from ..layers.harmonic import CONVOLUTIONS
-from ..network.layers import (
-    all_layers,
-    convolutions,
-    is_harmonic_layer,
-    kernel_size,
-    state_key,
-    stored_names,
-    weights_of,
-)
+from ..layers.harmonic import CONVOLUTIONS, is_harmonic_layer
+from ..network.layers import all_layers, convolutions, kernel_size, state_key, stored_names, weights_of
 from ..network.state import tensors_of
 from ..storage.tensors import equal
 

@@ -20,8 +20,9 @@ from ..codecs.codec import Entry
 from ..codecs.plain import WEIGHT_DTYPES, tolerance_of
 from ..errors import InputError, shortened
 from ..layers.block import HarmonicBlock2d
+from ..layers.harmonic import is_harmonic_layer
 from ..network.forms import fold_blocks
-from ..network.layers import converted_layers, is_harmonic_layer, state_key, stored_names
+from ..network.layers import converted_layers, state_key, stored_names
 from ..network.running import evaluating
 from ..network.state import tensors_of
 from ..network.values import batch_size, seeded_inputs

@@ -26,12 +26,13 @@ from ..documents import input_errors, parse_json
 from ..errors import Argument, DamageWarning, InputError, OutsideError, UsageError, first_line, shortened
 from ..files import check_output
 from ..layers.block import HarmonicBlock2d, to_block
+from ..layers.harmonic import is_harmonic_layer
 from ..network.checks import check_finite
 from ..network.copying import deep_copy
 from ..network.declared import declare_preprocessing, preprocessing_record
 from ..network.exchange import replace_module
 from ..network.forms import dense_form, factor, fuse
-from ..network.layers import all_layers, convolutions, harmonic_layers, is_harmonic_layer, kernel_size, state_key
+from ..network.layers import all_layers, convolutions, harmonic_layers, kernel_size, state_key
 from ..network.low_rank import in_one_layer
 from ..network.state import tensors_of
 from ..plan import AXES, Plan, apply_plan, fits, plan_of_model

@@ -14,9 +14,9 @@ from torch import nn
 
 from ..documents import check, count, json_value
 from ..errors import InputError, UsageError, first_line
-from ..layers.harmonic import base_class
+from ..layers.harmonic import base_class, is_harmonic_layer
 from ..network.declared import pretrained_config
-from ..network.layers import is_harmonic_layer, kernel_size
+from ..network.layers import kernel_size
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from torch import nn
 from ..errors import InputError, UsageError
 from ..kernels.basis import Basis
 from ..layers.block import HarmonicBlock2d, to_block
+from ..layers.harmonic import is_harmonic_layer
 from ..network.checks import check_network
 from ..network.exchange import replace_module
-from ..network.layers import is_harmonic_layer
 from ..network.tracing import find_layers, trace_if_possible
 from ..plan import Plan, apply_plan, make_plan, plannable
 

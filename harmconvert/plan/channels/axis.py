@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...kernels.projection import from_groups, to_groups
 from ...kernels.ranks import Pair, full_rank, low_rank, low_rank_of_channels, product
-from ...layers.harmonic import HarmonicMixin, to_harmonic
+from ...layers.harmonic import is_harmonic_layer, to_harmonic
 from ...layers.low_rank import SPARSE
 from ...layers.ranked import empty_ranked, groups_of, is_ranked, is_transposed, matrices_of, pair_for, to_ranked
 from ...network.exchange import exchange
@@ -189,7 +189,7 @@ class ChannelAxis(Axis):
 
 def _nearest(original: nn.Module, converted: Any) -> bool:
     """Return whether a product is as near to the original's coefficients as the nearest one, up to rounding."""
-    if isinstance(converted, HarmonicMixin) and not isinstance(original, HarmonicMixin):
+    if is_harmonic_layer(converted) and not is_harmonic_layer(original):
         original = to_harmonic(original, converted.frequencies, converted.basis_spec)
     exact_GON, own_GON = matrices_of(original), converted.pair.product_GON.detach().to("cpu", torch.float64)
     best_GON = pair_for(original, converted.rank, converted.kernel_second).product_GON

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ...errors import counted
 from ...kernels.basis import all_frequencies, dct_basis, level_count, scaled_levels
 from ...kernels.projection import project, reconstruct
-from ...layers.harmonic import to_harmonic
+from ...layers.harmonic import is_harmonic_layer, to_harmonic
 from ...network.exchange import exchange
-from ...network.layers import LayerInfo, convolutions, is_harmonic_layer, kernel_size
+from ...network.layers import LayerInfo, convolutions, kernel_size
 from ..axes import AXES, Axis, Check, Expected, Kept, LayerCost, WeightShape
 from .check import check_kernel
 from .cost import response_macs

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ...kernels.basis import Basis, all_frequencies
 from ...kernels.projection import energy_kept, project, reconstruct
-from ...layers.harmonic import HarmonicMixin
-from ...network.layers import is_harmonic_layer, kernel_size, matrix_names, weights_of
+from ...layers.harmonic import HarmonicMixin, is_harmonic_layer
+from ...network.layers import kernel_size, matrix_names, weights_of
 from ..axes import Check
 
 # Tolerances of kernels and coefficients in units of the dtype's epsilon: rounding of the coefficients and the product.

@@ -13,8 +13,8 @@ from ...errors import InputError, UsageError
 from ...kernels.basis import Frequency, all_frequencies, dct_basis
 from ...kernels.projection import project
 from ...layers.block import HarmonicBlock2d
-from ...layers.harmonic import CONVOLUTIONS
-from ...network.layers import convolutions, is_harmonic_layer, kernel_size
+from ...layers.harmonic import CONVOLUTIONS, is_harmonic_layer
+from ...network.layers import convolutions, kernel_size
 from ...network.tracing import find_layers
 from ...plan import Skip, plannable
 from ..text import layer_name, size_text
