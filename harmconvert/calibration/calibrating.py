@@ -10,7 +10,7 @@ keeps the plain cut. No labels and no training are needed.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -85,11 +85,12 @@ def calibrate(
     whole = apply_plan(context.original, plan.without(Rank.axis)) if ranks else runnable
     plain = _copied_tensors(at_full_rank(runnable))
 
-    def calibrated(network: nn.Module, reduction: Reduction | None) -> Calibration:
+    def calibrated(network: nn.Module, reduction: Reduction) -> Calibration:
         with unchanged(context.original), unchanged(network, set(batch_norms(network).values()), weights=False):
-            return _calibrate(context.original, network, cut, plain, context, settings, progress, reduction=reduction)
+            job = _Job(context.original, network, cut, context, settings, progress, reduction=reduction)
+            return _calibrate(job, plain)
 
-    record = calibrated(whole, Reduction(ranks) if ranks else None)
+    record = calibrated(whole, Reduction(ranks))
     notes: tuple[str, ...] = ()
     if ranks and settings.refit and not context.probe:
         # Which of the two metrics is better depends on the network, so the outputs on held-back inputs decide.
@@ -140,7 +141,7 @@ def _calibrate_and_code(
             working, parts, context.data, settings.seed, memory_for(working, settings),
             progress or (lambda done, total, what: None),
         )  # fmt: skip
-        record = _calibrate(original, working, names, rounded, context, settings, progress, coder)
+        record = _calibrate(_Job(original, working, names, context, settings, progress, coder), rounded)
     if record.kept > 0:
         entries = coder.entries
     if split:
@@ -190,25 +191,32 @@ def _joined_entries(
     return joined_entries
 
 
-def _calibrate(
-    original: nn.Module,
-    converted: nn.Module,
-    cut: list[str],
-    before: Mapping[str, Tensor],
-    context: CalibrationContext,
-    settings: CalibrationSettings,
-    progress: Progress | None,
-    coder: Coder | None = None,
-    reduction: Reduction | None = None,
-) -> Calibration:
+@dataclass(frozen=True)
+class _Job:
+    """What is calibrated: the layers of ``converted`` named in ``cut``.
+
+    ``coder`` codes the weights of layers after their refit; ``reduction`` has the ranks to which weights are reduced:
+    ``converted`` has these weights whole.
+    """
+
+    original: nn.Module
+    converted: nn.Module
+    cut: Sequence[str]
+    context: CalibrationContext
+    settings: CalibrationSettings
+    progress: Progress | None
+    coder: Coder | None = None
+    reduction: Reduction = field(default_factory=Reduction)
+
+
+def _calibrate(job: _Job, before: Mapping[str, Tensor]) -> Calibration:
     """Calibrate and return the record, without digests of the changed tensors.
 
     Args:
         before: the tensors of the plain cut; with a coder, those of plain rounding.
-        reduction: the ranks to which weights are reduced; ``converted`` has them whole.
     """
-    data, compare = context.data, context.compare
-    layers, fallbacks = _refit(original, converted, cut, context, settings, progress, coder, reduction)
+    converted, settings, data, compare = job.converted, job.settings, job.context.data, job.context.compare
+    layers, fallbacks = _refit(job)
     after = _copied_tensors(converted)
     blend(converted, before, before, 0.0)
     plain, why = compare(converted)
@@ -217,7 +225,7 @@ def _calibrate(
     refit, why_refit = compare(converted) if settings.refit else (plain, why)
     agreements[1.0] = compare.agreement
     # Neither coded weights nor weights of a low rank have values between two of their kind.
-    shares = () if coder or (reduction and reduction.ranks) else (0.5, 0.25)
+    shares = () if job.coder or job.reduction.ranks else (0.5, 0.25)
     kept, final = never_worse(compare, converted, before, plain, refit, shares)
     agreement = agreements.get(kept, compare.agreement)
     norms = 0
@@ -258,18 +266,10 @@ def digests(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
     return {key: tensors_sha256({key + contexts.get(key, ""): state[key]}) for key in keys if key in state}
 
 
-def _refit(
-    original: nn.Module,
-    converted: nn.Module,
-    cut: list[str],
-    context: CalibrationContext,
-    settings: CalibrationSettings,
-    progress: Progress | None,
-    coder: Coder | None,
-    reduction: Reduction | None,
-) -> tuple[list[LayerCalibration], tuple[str, ...]]:
-    """Refit the layers named in ``cut``; return their records and the fallbacks of the runs."""
-    data, layers = context.data, observable_layers(converted)
+def _refit(job: _Job) -> tuple[list[LayerCalibration], tuple[str, ...]]:
+    """Refit layers; return their records and the fallbacks of the runs."""
+    original, converted, cut, settings, progress = job.original, job.converted, job.cut, job.settings, job.progress
+    coder, data, layers = job.coder, job.context.data, observable_layers(converted)
     harmonic = {name: layers[name] for name in cut if name in layers}
     memory = memory_for(converted, settings)
     if not cut:
@@ -278,11 +278,11 @@ def _refit(
     if not settings.refit and coder is None:
         return [], ()
     targets = Targets(original, tied_layers, data, settings.seed, min(memory // 2, MOST_TARGETS))
-    whole = context.whole if len(cut) == 1 else {}  # if two layers are cut, one of them changes the other's input
+    whole = job.context.whole if len(cut) == 1 else {}  # if two layers are cut, one of them changes the other's input
     records = []
     batches = (*data.fit, *data.held)
     with Forwards(converted, harmonic, memory // 4, batches, data.probes, data.runs.complete) as forwards:
-        refit = Refit(forwards, targets, data, settings, memory, whole, coder, reduction)
+        refit = Refit(forwards, targets, data, settings, memory, whole, coder, job.reduction)
         for done, tied in enumerate(tied_layers):
             if progress:
                 progress(done, len(tied_layers), tied.names[0])

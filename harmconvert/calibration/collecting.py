@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from torch import nn
@@ -19,6 +20,7 @@ from .tied_layers import TiedLayers, rows_of
 Equations = NormalEquations | Samples
 
 
+@dataclass(eq=False)
 class EquationCollector:
     """Collects the equations of layers that share coefficients, for each part of the calibration inputs.
 
@@ -30,19 +32,17 @@ class EquationCollector:
         bytes: memory that the equations and their use need.
     """
 
-    def __init__(
-        self,
-        tied: TiedLayers,
-        converted: nn.Module,
-        layers: Mapping[str, nn.Module],
-        seed: int,
-        sample_count: int,
-        method: Callable[[Layer], Equations],
-        bytes: int,
-    ) -> None:
-        self.tied, self.seed, self.sample_count, self.method, self.bytes = tied, seed, sample_count, method, bytes
-        self.modules = {name: layers[name] for name in tied.names}
-        self.fits_bias = refittable_bias(converted, list(self.modules.values())) is not None
+    tied: TiedLayers
+    converted: nn.Module
+    layers: Mapping[str, nn.Module]
+    seed: int
+    sample_count: int
+    method: Callable[[Layer], Equations]
+    bytes: int
+
+    def __post_init__(self) -> None:
+        self.modules = {name: self.layers[name] for name in self.tied.names}
+        self.fits_bias = refittable_bias(self.converted, list(self.modules.values())) is not None
         self.parts: dict[int, Equations] = {}
         self.why_failed: str | None = None
 

@@ -48,6 +48,7 @@ class Reduction:
         return torch.stack([self.effects[name] for name in names]).sum(0)
 
 
+@dataclass
 class Refit:
     """Refits truncated layers in place: call it for each of the tied layers, in the order in which they run.
 
@@ -57,23 +58,17 @@ class Refit:
         memory: bytes that one layer's equations may use.
         whole: equations of uncut layers, which are used instead of new runs.
         coder: codes the weights of the layers after their refit; None: they are not coded.
-        reduction: the ranks that the weights get after their refit; None: they keep their ranks.
+        reduction: the ranks that the weights get after their refit.
     """
 
-    def __init__(
-        self,
-        forwards: Forwards,
-        targets: Targets,
-        data: CalibrationSet,
-        settings: CalibrationSettings,
-        memory: int,
-        whole: Mapping[str, WholeLayer],
-        coder: Coder | None = None,
-        reduction: Reduction | None = None,
-    ) -> None:
-        self.forwards, self.targets, self.data = forwards, targets, data
-        self.settings, self.memory, self.whole, self.coder = settings, memory, whole, coder
-        self.reduction = reduction or Reduction()
+    forwards: Forwards
+    targets: Targets
+    data: CalibrationSet
+    settings: CalibrationSettings
+    memory: int
+    whole: Mapping[str, WholeLayer]
+    coder: Coder | None = None
+    reduction: Reduction = field(default_factory=Reduction)
 
     def __call__(self, tied: TiedLayers) -> LayerCalibration:
         """Refit layers that share coefficients. If this fails, they keep the projection, and the record says why."""
