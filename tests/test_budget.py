@@ -261,7 +261,7 @@ def test_the_chosen_plan_is_the_best_of_those_tried_and_beats_the_uniform_plan()
     assert search.best.measured < origins["lambda 2"]
     assert all(plan.cost <= search.limit for plan in search.tried)
     assert found.calibration.divergence == search.best.measured
-    assert hc.verify(model, found.model).as_planned
+    assert hc.verify(model, found).as_planned
     again = convert(model, Plan.from_json(found.plan.to_json()), calibration=digits(64))
     assert again.calibration.divergence == pytest.approx(found.calibration.divergence, rel=1e-3)
     json.dumps(found.to_json())
@@ -383,6 +383,7 @@ def test_a_second_budget_reuses_the_scores_of_the_first(tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
     few = ["--calibrate", "sample:mnist5k", "--calibration-images", "16", "--include", "stage3.2.*", "--trials", "0"]
+    few += ["--axes", "space"]
     ok("convert", SAMPLE, "--budget", "params=95%", *few, "-o", "out/first.safetensors")
     kept = Path("out/resnet_mnist5k-harmonic.probes.json").read_text()
     assert len(json.loads(kept)["single"]) == 2 * 4

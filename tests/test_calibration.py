@@ -803,9 +803,9 @@ with joined():
     conversion = hc.convert(stack(), calibration=smooth((24, 3, 12, 12)).split(4), **kind)
     record = conversion.calibration
     found = {"state": conversion.model.state_dict(), "divergence": record.divergence}
-    found["layers"] = [[layer.decision, layer.solver, layer.why] for layer in record.layers]
+    found["layers"] = [[layer.decision, layer.solver, layer.why and str(layer.why)] for layer in record.layers]
     found["streams"] = [entry.stream for entry in conversion.coded.values()]
-    found["kept"] = [list(layer.frequencies) for layer in conversion.plan.layers]
+    found["kept"] = [list(kept.frequencies) for kept in conversion.plan.on("space").values()]
     torch.save(found, f"{sys.argv[1]}{rank()}")
 """
 
