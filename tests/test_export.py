@@ -20,7 +20,7 @@ import harmconvert as hc
 from harmconvert import load
 from harmconvert.deploy import export, graphs
 from harmconvert.errors import CheckError, InputError, OutsideError, UsageError
-from harmconvert.network import comparison_inputs, factor, fuse, tensors_in
+from harmconvert.network import comparison_inputs, factor, factoring, fuse, tensors_in
 from harmconvert.storage import rounded
 
 from .commands import SAMPLE, converted, fails, ok
@@ -348,7 +348,9 @@ def test_files_in_factored_form_give_the_outputs_of_the_harmonic_network(
     format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(graphs, "_speedup", lambda before, after, x: 2.0)
-    replace_everywhere(monkeypatch, factor, lambda model, x=None, layers="factored": factor(model, x, layers=layers))
+    replace_everywhere(
+        monkeypatch, factoring, lambda model, x=None, layers="factored": factoring(model, x, layers=layers)
+    )
     network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 3))
     model = hc.convert(seeded(lambda: network), {"*": 2}, example_input=X).model
     model[1]._conv_forward = _circular_in_x.__get__(model[1])
