@@ -327,11 +327,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="*", default=NETWORKS, metavar="NETWORK")
     parser.add_argument("--draws", type=int, default=3)
-    parser.add_argument("--methods", default="", help="only these, separated by commas")
+    parser.add_argument("--method", action="append", default=[], metavar="METHOD", help="only this one; repeatable")
     parser.add_argument("--summary", action="store_true", help="print the results only")
     args = parser.parse_args()
     if not args.summary:
-        run(args.networks, args.draws, args.methods.split(",") if args.methods else [])
+        run(args.networks, args.draws, args.method)
     summary()
 
 

@@ -322,7 +322,7 @@ def test_a_wrong_header_raises_input_error(saved: Path, change: Any, message: st
 
 
 def test_keys_that_do_not_fit_are_listed_up_to_ten(saved: Path) -> None:
-    with pytest.raises(InputError, match="does not fit this ResNet: it has no such convolution: stem, shared, tied_a"):
+    with pytest.raises(InputError, match="does not fit this ResNet: it has no such layer: stem, shared, tied_a"):
         load(saved, model=timm.create_model("resnet10t"))
     other: Any = seeded(Branches)
     other.norm = torch.nn.Sequential(*(torch.nn.BatchNorm2d(16) for _ in range(4)))

@@ -337,7 +337,7 @@ def test_a_plan_that_gives_them_another_axis_is_refused(tmp_path: Path) -> None:
     other = nn.Sequential()
     other.recurrent = nn.Linear(16, 16)
     hc.save(hc.convert(other, rank={"*": 2}), tmp_path / "ranked.safetensors")
-    with pytest.raises(InputError, match="does not fit this Recogniser: it has no such convolution: recurrent"):
+    with pytest.raises(InputError, match="does not fit this Recogniser: it has no such layer: recurrent"):
         hc.load(tmp_path / "ranked.safetensors", model=model)
 
 

@@ -216,6 +216,14 @@ def test_inputs_may_be_a_tuple_a_dict_or_a_list() -> None:
         assert trace(Two(), inputs).layers["conv"].reads_input
 
 
+def test_a_layer_behind_attention_does_not_read_the_input() -> None:
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    assert not any(run.reads_input for run in trace(encoder, torch.rand(1, 5, 16)).layers.values())
+    embedded = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 16))
+    assert not trace(embedded, torch.zeros(1, 5, dtype=torch.long)).layers["1"].reads_input
+    assert trace(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 4)), torch.rand(2, 8)).layers["1"].reads_input
+
+
 def test_macs_equal_a_calculation_by_hand() -> None:
     net = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1, groups=1), nn.ConvTranspose2d(8, 4, 2, stride=2), nn.Flatten(), nn.Linear(1024, 5)

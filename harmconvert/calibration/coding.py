@@ -54,6 +54,9 @@ _GRID = tuple(4.0**-k for k in range(-2, 10))
 _ERRORS, _ERROR_LEVEL = 3, 2.0**-6
 # The measured effects of the rows of one weight are brought nearer to their mean, and limited to this factor.
 _ROW_EXPONENT, _ROW_LIMIT = 0.8, 16.0
+# The table of bits by the logarithm of the level: the distance of its entries, and how far it goes below and above the
+# known levels.
+_TABLE_STEP, _TABLE_BELOW, _TABLE_ABOVE = 0.2, 12.0, 4.0
 # A number of bits for a single weight is met within this share.
 _NEAR = 0.02
 # The shrinkage is chosen on at most about so many columns of a weight.
@@ -97,6 +100,28 @@ class _State:
         return min(side, _MOST_SIDE_BITS * self.weight.count)
 
 
+class _Rates:
+    """The bits of several weights together as a function of the level, in a table.
+
+    So the level for the weights that are left is found in a time that does not depend on their number.
+    """
+
+    def __init__(self, states: Mapping[str, _State]) -> None:
+        low = min(s.log_levels[0] + s.log_effects_GO.min() for s in states.values()) - _TABLE_BELOW
+        high = max(s.log_levels[-1] + s.log_effects_GO.max() for s in states.values()) + _TABLE_ABOVE
+        self.log_levels = np.arange(low, high + _TABLE_STEP, _TABLE_STEP)
+        self._bits = {key: np.array([s.bits_at(x) for x in self.log_levels]) for key, s in states.items()}
+        self._total = np.sum(list(self._bits.values()), axis=0)
+
+    def remove(self, key: str) -> None:
+        """Leave out a weight that is coded."""
+        self._total = self._total - self._bits.pop(key, 0.0)
+
+    def level_at(self, bits: float) -> float:
+        """Return the level at which the weights together have this number of bits."""
+        return math.exp(np.interp(-bits, -self._total, self.log_levels))
+
+
 @dataclass
 class Coder:
     """Codes the weights of a network one after the other. Make it with `Coder.measured`."""
@@ -105,6 +130,7 @@ class Coder:
     results: dict[str, Coded] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     _first_level: float = 0.0
+    _rates: _Rates | None = None
     _excess: tuple[float, float] = (0.0, 0.0)  # bits above the prediction, and the weights for which it was seen
 
     @property
@@ -179,28 +205,20 @@ class Coder:
             else:
                 state.log_effects_GO = _smoothed(own.numpy() / state.weight.layout.columns)
 
-    def level_for(self, keys: Sequence[str], bits: float) -> float:
-        """Return the level at which these weights together have this number of bits; see `_State.bits_at`."""
-        count = sum(self.states[key].weight.count for key in keys)
-        seen_bits, seen = self._excess
-        excess = seen_bits / (seen + _TRUST_AFTER * sum(state.weight.count for state in self.states.values()))
-        low, high = -100.0, 100.0
-        for _ in range(40):
-            middle = (low + high) / 2
-            more = sum(self.states[key].bits_at(middle) for key in keys) + excess * count > bits
-            low, high = (middle, high) if more else (low, middle)
-        return math.exp((low + high) / 2)
-
     def level_of(self, key: str) -> float:
         """Return the level for the weight that is coded next."""
         state = self.states[key]
+        seen_bits, seen = self._excess
+        excess = seen_bits / (seen + _TRUST_AFTER * sum(state.weight.count for state in self.states.values()))
         if not state.weight.bits.shared:
-            return self.level_for([key], state.weight.bits.bits * state.weight.count)
-        shared = [k for k, s in self.states.items() if s.weight.bits.shared]
-        left = [k for k in shared if k not in self.results]
-        total = sum(self.states[k].weight.count for k in shared) * state.weight.bits.bits
-        used = sum(self.results[k].bits * self.states[k].weight.count for k in shared if k in self.results)
-        level = self.level_for(left, max(total - used, 0.0))
+            return _Rates({key: state}).level_at((state.weight.bits.bits - excess) * state.weight.count)
+        shared = {k: s for k, s in self.states.items() if s.weight.bits.shared}
+        if self._rates is None:
+            self._rates = _Rates(shared)
+        left = sum(s.weight.count for k, s in shared.items() if k not in self.results)
+        total = sum(s.weight.count for s in shared.values()) * state.weight.bits.bits
+        used = sum(self.results[k].bits * s.weight.count for k, s in shared.items() if k in self.results)
+        level = self._rates.level_at(max(total - used, 0.0) - excess * left)
         # Few weights are left at the end: they must not get all bits that the others needed less, or more.
         self._first_level = self._first_level or level
         return min(max(level, self._first_level / _MOST_CHANGE), self._first_level * _MOST_CHANGE)
@@ -228,6 +246,8 @@ class Coder:
         predicted = state.bits_at(math.log(level))
         self._excess = (self._excess[0] + coded.bits * weight.count - predicted, self._excess[1] + weight.count)
         self.results[key] = coded
+        if self._rates is not None:
+            self._rates.remove(key)
         state.moments = state.moments.of_columns(torch.empty(0, dtype=torch.long))  # not needed any more
         return coded
 

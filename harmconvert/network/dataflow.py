@@ -195,7 +195,9 @@ class Dataflow(TorchFunctionMode):
         """Derive from the arguments of a function what its results are: the input, learned, made of a kernel."""
         states = [self._is_input.get(tensor) for tensor in arguments]
         learned = any(id(tensor) in self._trained or tensor in self._learned for tensor in arguments)
-        if False in states or (True in states and learned and name in _MIXING):
+        mixed = True in states and learned and name in _MIXING
+        self.input_was_read |= mixed
+        if False in states or mixed:
             state: bool | None = False
         else:
             state = True if True in states else None

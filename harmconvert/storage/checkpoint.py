@@ -295,7 +295,7 @@ def harmonic_like(
     known = all_layers(model)
     wrong = [p.name for p in plan.layers if p.name not in known or not fits(p, known[p.name])]
     if wrong:
-        raise InputError(f"{complaint}: it has no such convolution: {shortened(wrong)}")
+        raise InputError(f"{complaint}: it has no such layer: {shortened(wrong)}")
     copied = apply_plan(model, plan, values=False)
     for name, block in (blocks or {}).items():
         conv = convolutions(copied).get(name)
