@@ -75,21 +75,22 @@ class Subject:
     labels: Tensor | None
 
 
-def subject(name: str) -> Subject:
+def subject(name: str, inputs: int = INPUTS) -> Subject:
+    """Return a network with so many calibration inputs in each draw."""
     if name == "efficientnet_lite0":
         model = hc.open_source("sample:efficientnet_lite0").model.eval()
         test = photographs.crops(photographs.TEST, 140, 224, 999)
-        return Subject(model, lambda draw: [*photographs.calibration_crops(INPUTS, 224, draw).split(BATCH)], test, None)
+        return Subject(model, lambda draw: [*photographs.calibration_crops(inputs, 224, draw).split(BATCH)], test, None)
     if name == "super_resolution":
 
         def grey(images: Tensor) -> Tensor:
             return networks.halved(images.mean(1, keepdim=True))
 
         test = grey(photographs.crops(photographs.TEST, 56, 128, 999, 0.0, 1.0))
-        draws = partial(photographs.calibration_crops, INPUTS, 96, mean=0.0, std=1.0)
+        draws = partial(photographs.calibration_crops, inputs, 96, mean=0.0, std=1.0)
         return Subject(networks.trained(name), lambda draw: [*grey(draws(seed=draw)).split(BATCH)], test, None)
     known = common.subject(name)
-    return Subject(known.model.eval(), lambda draw: known.calibration(INPUTS, draw), known.images, known.labels)
+    return Subject(known.model.eval(), lambda draw: known.calibration(inputs, draw), known.images, known.labels)
 
 
 def outputs(model: nn.Module, inputs: Tensor) -> Tensor:
