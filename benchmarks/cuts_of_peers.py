@@ -132,7 +132,7 @@ def _chain(layer: nn.Module, weights: Sequence[Tensor], kernel_at: int | None) -
         if isinstance(layer, nn.Linear):
             own = nn.Linear(weight.shape[1], weight.shape[0], bias)
         else:
-            conv = cast(nn.Conv2d, layer)
+            conv: Any = layer
             # A 1x1 convolution keeps its stride in the first of the two.
             whole = number == (kernel_at or 0)
             own = nn.Conv2d(

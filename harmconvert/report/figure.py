@@ -197,18 +197,18 @@ def _for_coding(network: Network, request: Openable, listener: Listener) -> tupl
 def _tradeoff(network: Network, request: Openable, tested: TradeoffSettings, listener: Listener) -> Tradeoff:
     """Read the images, and test the uncut network and every cut or coding on them."""
     machine, preprocessing = machine_for(request, tested.device), tested.preprocessing or {}
-    uncut, given = network.model, None
+    uncut, coded_file = network.model, None
     lam: str | Plan = "full"
     if tested.bits and network.header is not None:
-        given = CodedFile.of(network.model, network.header)
+        coded_file = CodedFile.of(network.model, network.header)
         lam, uncut = _for_coding(network, request, listener)
     elif network.header is not None and not network.header.plan.whole:
         listener.say(_CUT_ALREADY)
     # The network of a file declares the pre-processing, and the network from which it was made may not.
     declared = ready(network.model, request, machine.device)
     model = declared if uncut is network.model else ready(uncut, request, machine.device)
-    if given is not None:
-        given = replace(given, model=declared)
+    if coded_file is not None:
+        coded_file = replace(coded_file, model=declared)
     loading, config = evaluation_loading(
         DataRequest.parse(tested.data, holdout=0.0),
         declared,
@@ -239,7 +239,7 @@ def _tradeoff(network: Network, request: Openable, tested: TradeoffSettings, lis
             settings=settings,
             bits=tested.bits,
             lam=lam,
-            given=given,
+            coded_file=coded_file,
             progress=progress,
         )
     warn(variety.warning(), listener)

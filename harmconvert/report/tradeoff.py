@@ -28,7 +28,7 @@ class Point:
     """A network and its evaluation on the test images.
 
     ``lambdas``: the policies that give the plan of the network; empty for the uncut network, and for coded networks.
-    ``bits``: per coded weight. ``note``: layers that could not be calibrated. ``given``: the network is that of the
+    ``bits``: per coded weight. ``note``: layers that could not be calibrated. ``this_file``: the network is that of the
     user's file.
     """
 
@@ -38,7 +38,7 @@ class Point:
     evaluation: Evaluation
     note: str | None = None
     bits: float | None = None
-    given: bool = False
+    this_file: bool = False
 
     @property
     def converted(self) -> bool:
@@ -48,7 +48,7 @@ class Point:
     @property
     def name(self) -> str:
         """Return the lambdas or the bits of the network."""
-        if self.given:
+        if self.this_file:
             return "this file"
         return bits_text(self.bits) if self.bits is not None else ", ".join(self.lambdas) or "uncut"
 
@@ -166,12 +166,12 @@ class CodedFile:
 class Tradeoff:
     """The uncut network, and its plain and calibrated cuts or its codings; the largest network is first.
 
-    ``given``: the coded network of the user's file.
+    ``this_file``: the coded network of the user's file.
     """
 
     uncut: Point
     points: tuple[Point, ...]
-    given: Point | None = None
+    this_file: Point | None = None
 
     @property
     def coded(self) -> bool:
@@ -181,7 +181,7 @@ class Tradeoff:
     @property
     def every(self) -> tuple[Point, ...]:
         """Return all points; the uncut network is first."""
-        return (self.uncut, *self.points, *([self.given] if self.given else []))
+        return (self.uncut, *self.points, *([self.this_file] if self.this_file else []))
 
     @property
     def labelled(self) -> bool:
@@ -213,7 +213,7 @@ def tradeoff(
     policies: Sequence[str | int] = POLICIES,
     bits: Sequence[float] = (),
     lam: str | int | Mapping[str, int] | Plan = "full",
-    given: CodedFile | None = None,
+    coded_file: CodedFile | None = None,
     progress: Callable[[int, int, str], None] = lambda done, total, text: None,
 ) -> Tradeoff:
     """Convert a network by each policy, without and (if ``calibration`` is given) with calibration, and evaluate it.
@@ -228,7 +228,7 @@ def tradeoff(
             for each number of bits.
         bits: numbers of bits per weight, such as ``[2, 3, 4]``.
         lam: with ``bits``: what to keep of every coded network, as for `convert`.
-        given: with ``bits``: a coded checkpoint to show beside the others.
+        coded_file: with ``bits``: a coded checkpoint to show beside the others.
         progress: called with the number of finished networks, their total number, and a text with the lambda.
 
     Raises: the errors of `convert`. Also InputError if no policy cuts a layer.
@@ -239,7 +239,7 @@ def tradeoff(
     else:
         plans = _distinct_plans(model, policies, example_input, include)
         jobs = [job for lambdas, plan in plans for job in _cuts(lambdas, plan, calibration)]
-    total = 1 + len(jobs) + (given is not None)
+    total = 1 + len(jobs) + (coded_file is not None)
     progress(0, total, "uncut")
     uncut_evaluation, points = evaluate(model, None), list[Point]()
     for done, job in enumerate(jobs, 1):
@@ -251,12 +251,12 @@ def tradeoff(
     cost = points[0].cost
     uncut = Point((), False, cost, uncut_evaluation)
     points.sort(key=lambda point: -point.bytes if bits else -point.parameters)
-    if given is None or not bits:
+    if coded_file is None or not bits:
         return Tradeoff(uncut, tuple(points))
     progress(total - 1, total, "this file")
-    cost = replace(cost, harmonic_parameters=given.parameters, harmonic_bytes=given.bytes)
-    evaluation = evaluate(given.model, model)
-    return Tradeoff(uncut, tuple(points), Point((), given.calibrated, cost, evaluation, None, given.bits, given=True))
+    cost = replace(cost, harmonic_parameters=coded_file.parameters, harmonic_bytes=coded_file.bytes)
+    evaluation = evaluate(coded_file.model, model)
+    return Tradeoff(uncut, tuple(points), Point((), coded_file.calibrated, cost, evaluation, None, coded_file.bits, this_file=True))
 
 
 @dataclass(frozen=True)
