@@ -24,6 +24,7 @@ from ..plan import CodedWeight, Plan, coded_weights
 from .coding_metrics import ErrorMetric, identity, measured_moments, moments_of, pooled, spread_columns
 from .equations import Problem
 from .inputs import CalibrationSet
+from .limits import return_freed_memory
 from .records import LayerCalibration, Progress
 from .sensitivity import squared_changes
 from .weight_coding import (
@@ -158,6 +159,7 @@ class Coder:
             fit, held = (identity(weight), None) if isinstance(moments, str) else moments
             states[weight.key], errors[weight.key] = _state(weight, fit, held, seed + number)
             states[weight.key].measured = held is not None
+        return_freed_memory()
         coder = cls(states)
         coder._check_variety()
         coder._measure_effects(network, data, errors, seed, progress)

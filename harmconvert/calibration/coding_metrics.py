@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..network.layers import harmonic_layers, observable_layers
 from ..plan import CodedWeight
 from .collecting import EquationCollector, collect_together
-from .equations import Problem
+from .equations import Layer, Problem
 from .inputs import CalibrationSet
 from .solvers import ChannelEquations, NormalEquations, Operator, Samples
 from .tied_layers import LEAST_POSITIONS, TiedLayers, find_tied_layers, why_not_observed
@@ -147,7 +147,11 @@ def basis_norms(network: nn.Module, weight: CodedWeight) -> Tensor:
 
 
 class _QuickEquations(NormalEquations):
-    """Second moments whose products are computed in float32: exact enough for the choice of the levels."""
+    """Second moments in float32: exact enough for the choice of the levels, and those of all layers are in memory."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__(layer)
+        self.gram_GNN = self.gram_GNN.float()
 
     def accumulate(self, z_RGN: Tensor, residual_RGO: Tensor) -> None:
         """Add responses to the sums; the residuals are zero."""
@@ -161,7 +165,7 @@ class _QuickEquations(NormalEquations):
 def _collector(
     tied: TiedLayers, network: nn.Module, modules: Mapping[str, nn.Module], data: CalibrationSet, seed: int, memory: int
 ) -> EquationCollector:
-    bytes = 64 * tied.groups * tied.unknowns**2
+    bytes = 48 * tied.groups * tied.unknowns**2
     whole = bytes <= memory and tied.unknowns <= MOST_COLUMNS
     rows = sum(shape[0] for _, shape in tied.calls)
     wanted = max(_POSITIONS_PER_COLUMN * tied.unknowns, LEAST_POSITIONS // 4) if whole else LEAST_POSITIONS // 4

@@ -98,9 +98,9 @@ def collect_together(
             partial(_run_and_collect, converted, together, parts, complete),
             RuntimeError("another process could not process its inputs"),
         )
-        while together:
-            collector = together.pop(0)  # removed from the list, so that its memory is free after its use
+        for collector in together:
             yield collector, collector.result(len(parts))
+            collector.parts.clear()  # the caller has the other references to the equations
 
 
 def _run_and_collect(

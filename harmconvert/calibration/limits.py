@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from contextlib import suppress
 from pathlib import Path
 
@@ -31,6 +32,12 @@ def free_memory(device: torch.device) -> int:
     except (OSError, KeyError, ValueError):
         return 8 << 30
     return max(min(free, _left_in_container("memory", free)), 1 << 21)
+
+
+def return_freed_memory() -> None:
+    """Return memory that was freed to the system. glibc keeps it otherwise: 1.6 GB after the moments of ResNet-50."""
+    with suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def threads_free(most: int) -> int:

@@ -256,7 +256,9 @@ def tradeoff(
     progress(total - 1, total, "this file")
     cost = replace(cost, harmonic_parameters=coded_file.parameters, harmonic_bytes=coded_file.bytes)
     evaluation = evaluate(coded_file.model, model)
-    return Tradeoff(uncut, tuple(points), Point((), coded_file.calibrated, cost, evaluation, None, coded_file.bits, this_file=True))
+    return Tradeoff(
+        uncut, tuple(points), Point((), coded_file.calibrated, cost, evaluation, None, coded_file.bits, this_file=True)
+    )
 
 
 @dataclass(frozen=True)

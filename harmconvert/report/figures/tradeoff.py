@@ -92,7 +92,9 @@ def _curves(ax: Axes, tradeoff: Tradeoff, size: _Size, quantity: _Quantity) -> N
         _curve(ax, [*whole, *calibrated], size, quantity, (names[1], VERMILION, "s"))
         _labels(ax, calibrated, size, quantity, (VERMILION, -1))
     if tradeoff.this_file:
-        _curve(ax, [tradeoff.this_file], size, quantity, (f"this file, {tradeoff.this_file.bits:.3g} bits", "black", "D"))
+        _curve(
+            ax, [tradeoff.this_file], size, quantity, (f"this file, {tradeoff.this_file.bits:.3g} bits", "black", "D")
+        )
     _scale(ax, [quantity.value(point) for point in tradeoff.every])
     ax.set_ylabel(quantity.label)
     ax.grid(axis="y", color=PALE, linewidth=0.6)
