@@ -38,7 +38,7 @@ from .refit import Reduction, Refit
 from .tied_layers import Targets, find_tied_layers, why_not_observed
 
 # Outputs of the original are stored up to this size: more saves little time and much memory.
-MOST_TARGETS = 1 << 30
+MOST_TARGETS = 1 << 29
 # Re-estimated batch norms are kept only if they reduce the divergence to this share: with few held-back inputs, smaller
 # differences are chance.
 BATCH_NORM_GAIN = 0.9

@@ -30,8 +30,6 @@ from .tied_layers import Targets, TiedLayers, rows_of
 DAMPINGS = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 # The weakest damping is this number divided by the positions per unknown: with fewer positions a fit is less reliable.
 DAMPING_TIMES_POSITIONS = 1e-3
-# After layers with as many unknowns, memory is returned to the system.
-_LARGE = 1024
 
 
 @dataclass(frozen=True)
@@ -93,8 +91,7 @@ class Refit:
             record = replace(record, decision="failed", why=explain_error(error))
         finally:
             self.targets.forget(tied)
-            if tied.unknowns >= _LARGE:
-                return_freed_memory()
+            return_freed_memory()
         if self.coder is not None:
             record = self.coder.finished(tied.names, record)
         return replace(record, seconds=time.perf_counter() - start)

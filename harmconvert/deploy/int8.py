@@ -1,0 +1,210 @@
+"""Prepare a network for 8-bit integers: correct its biases, and find the layers whose rounding harms its outputs most.
+
+Runtimes round weights and activations themselves. Here this is simulated in torch: a weight gets 8 bits and a scale for
+each output channel, the input of its layer 8 bits and one scale, which is measured on calibration inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration import Batch, Divergence
+from ..network.copying import deep_copy
+from ..network.layers import weighted_layers
+from ..network.running import call, evaluating, unchanged
+from ..network.values import clone_tensors, first_tensor
+
+# Biases are corrected on at most so many values of the first input: 96 images of 224 pixels.
+_MOST_VALUES = 96 * 3 * 224 * 224
+_LEVELS = 255
+
+
+@dataclass(frozen=True)
+class Range:
+    """The smallest and the largest value of a layer's input; zero is between them."""
+
+    low: float = 0.0
+    high: float = 0.0
+
+    def with_values(self, input: Tensor) -> Range:
+        """Return the range that also has the values of a tensor."""
+        return Range(min(self.low, float(input.amin())), max(self.high, float(input.amax())))
+
+    def rounded(self, input: Tensor) -> Tensor:
+        """Return a tensor rounded to 256 values, of which zero is one."""
+        scale = (self.high - self.low) / _LEVELS
+        if not scale > 0:
+            return input
+        zero = round(-self.low / scale)
+        return ((input / scale).round() + zero).clamp(0, _LEVELS).sub(zero) * scale
+
+
+def rounded_weight(layer: nn.Module) -> Tensor:
+    """Return a layer's weight with 8 bits and a scale for each output channel.
+
+    >>> layer = nn.Linear(2, 1)
+    >>> layer.weight.data = torch.tensor([[1.27, 0.504]])
+    >>> rounded_weight(layer)
+    tensor([[1.2700, 0.5000]])
+    """
+    weight = cast(Tensor, layer.weight).detach()
+    channels = 1 if getattr(layer, "transposed", False) else 0
+    others = [axis for axis in range(weight.dim()) if axis != channels]
+    scale = (weight.abs().amax(others, keepdim=True) / 127).clamp_min(torch.finfo(weight.dtype).tiny)
+    return (weight / scale).round() * scale
+
+
+@contextmanager
+def simulated(layers: Mapping[str, nn.Module], ranges: Mapping[str, Range]) -> Iterator[None]:
+    """Round the weights and the inputs of layers inside the context, in place."""
+
+    def round_input(name: str) -> Callable[..., Any]:
+        def hook(layer: nn.Module, args: Any) -> Any:
+            return (ranges[name].rounded(args[0]), *args[1:]) if args and isinstance(args[0], Tensor) else None
+
+        return hook
+
+    before = {name: layer.weight for name, layer in layers.items()}
+    handles = [layer.register_forward_pre_hook(round_input(name)) for name, layer in layers.items()]
+    try:
+        for layer in layers.values():
+            layer.weight = nn.Parameter(rounded_weight(layer), requires_grad=False)
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.weight = cast(nn.Parameter, before[name])
+        for handle in handles:
+            handle.remove()
+
+
+def input_ranges(network: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Batch]) -> dict[str, Range]:
+    """Return the range of the input of each layer that runs; layers that do not run are left out."""
+    ranges: dict[str, Range] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, args: Any) -> None:
+            if (input := first_tensor(args)) is not None and input.is_floating_point():
+                ranges[name] = ranges.get(name, Range()).with_values(input)
+
+        return hook
+
+    with _hooks([layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]):
+        for batch in batches:
+            _run(network, batch.input)
+    return ranges
+
+
+def with_corrected_biases(network: nn.Module, batches: Sequence[Batch]) -> nn.Module:
+    """Return a copy whose biases make up for the shift of the mean outputs by rounding.
+
+    The layers are corrected in one run, in the order in which they run: the input of each comes from layers that are
+    rounded and corrected already. Layers that run more than once, or share their weight, are not corrected.
+    """
+    copied = deep_copy(network)
+    layers = weighted_layers(copied)
+    input = _examples(batches)
+    means: dict[str, list[Tensor]] = {}
+
+    def remember(name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, args: Any, output: Tensor) -> None:
+            means.setdefault(name, []).append(_channel_means(layer, output))
+
+        return hook
+
+    with _hooks([layer.register_forward_hook(remember(name)) for name, layer in layers.items()]):
+        _run(copied, input)
+    ranges = input_ranges(copied, layers, batches)
+    users: dict[int, int] = {}
+    for layer in layers.values():
+        users[id(layer.weight)] = users.get(id(layer.weight), 0) + 1
+    correctable = {
+        name: layer
+        for name, layer in layers.items()
+        if len(means.get(name, ())) == 1 and name in ranges and users[id(layer.weight)] == 1
+    }
+
+    biases: dict[str, Tensor] = {}
+
+    def correct(name: str) -> Callable[..., Tensor]:
+        def hook(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
+            shift = means[name][0] - _channel_means(layer, output)
+            biases[name] = shift if layer.bias is None else cast(Tensor, layer.bias).detach() + shift
+            return output + shift.view(_channel_shape(layer, output)).to(output)
+
+        return hook
+
+    rounded = {name: layer for name, layer in layers.items() if name in ranges}
+    handles = [layer.register_forward_hook(correct(name)) for name, layer in correctable.items()]
+    with simulated(rounded, ranges), _hooks(handles):
+        _run(copied, input)
+    for name, bias in biases.items():
+        layer = layers[name]
+        layer.bias = nn.Parameter(bias.to(cast(Tensor, layer.weight)), requires_grad=False)
+    return copied
+
+
+def layers_by_harm(network: nn.Module, batches: Sequence[Batch]) -> list[str]:
+    """Return the names of the layers, first that whose rounding alone changes the network's outputs most."""
+    layers = weighted_layers(network)
+    ranges = input_ranges(network, layers, batches)
+    compare = Divergence(network, [max(batches, key=len)])
+    harms = {}
+    for name in ranges:
+        # The original outputs are known before the first layer is rounded.
+        if not harms:
+            compare(network)
+        with simulated({name: layers[name]}, ranges):
+            divergence, _ = compare(network)
+        harms[name] = float("inf") if divergence is None else divergence
+    return sorted(harms, key=lambda name: -harms[name])
+
+
+def _examples(batches: Sequence[Batch]) -> Any:
+    """Return as many examples as fit into one run: those of several batches if inputs are single tensors."""
+    first = batches[0].input
+    if not isinstance(first, Tensor):
+        return first
+    parts, values = [first], first.numel()
+    for batch in batches[1:]:
+        values += batch.input.numel()
+        if values > _MOST_VALUES or batch.input.shape[1:] != first.shape[1:]:
+            break
+        parts.append(batch.input)
+    return torch.cat(parts)
+
+
+def _channel_shape(layer: nn.Module, output: Tensor) -> list[int]:
+    shape = [1] * output.dim()
+    axis = output.dim() - 1 if isinstance(layer, nn.Linear) else output.dim() - 1 - _dimensions(layer)
+    shape[axis] = -1
+    return shape
+
+
+def _channel_means(layer: nn.Module, output: Tensor) -> Tensor:
+    """Return the mean of each output channel, float64."""
+    axis = _channel_shape(layer, output).index(-1)
+    return output.detach().double().movedim(axis, 0).flatten(1).mean(1)
+
+
+def _dimensions(layer: nn.Module) -> int:
+    return len(cast("tuple[int, ...]", layer.kernel_size))
+
+
+@contextmanager
+def _hooks(handles: Sequence[Any]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _run(network: nn.Module, input: Any) -> None:
+    with torch.no_grad(), evaluating(network), unchanged(network):
+        call(network, clone_tensors(input))
