@@ -196,7 +196,8 @@ def whitened(subject: coding.Subject, budget: str, draw: int) -> Cut:
         plan = plan_with(subject.model, ranks_for(middle), example)
         low, high = (middle, high) if costs(subject.model, plan, example)[which] <= limit else (low, middle)
     plan = plan_with(subject.model, ranks_for(low), example)
-    plan = plan.map_layers(lambda layer: layer.keeping(replace(layer.on("channels"), kernel_second=False)))  # type: ignore[type-var, arg-type]
+    first = {name: replace(kept, kernel_second=False) for name, kept in plan.on("channels").items()}
+    plan = plan.map_layers(lambda layer: layer.keeping(first[layer.name]) if layer.name in first else layer)
     model = copy.deepcopy(subject.model)
     for name, kept in plan.on("channels").items():
         matrix = layers[name]
