@@ -17,11 +17,9 @@ from __future__ import annotations
 
 import argparse
 import csv
-import io
 import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,7 @@ from table import appended
 from torch import Tensor, nn
 
 import harmconvert as hc
-from harmconvert.deploy import graphs
+from harmconvert.deploy import Target, factor_for, onnx_bytes
 from harmconvert.layers import in_turns, kernels_to_channels_last
 from harmconvert.network import factoring, fuse
 from harmconvert.search import SearchSettings
@@ -65,25 +63,11 @@ def eager(dense: nn.Module, cut: nn.Module, x: Tensor, dtype: torch.dtype) -> Pa
     return first, second
 
 
-def in_onnx_runtime(dense: nn.Module, cut: nn.Module, x: Tensor) -> Pair:
-    runs = []
-    for network in (dense, cut):
-        session = graphs.open_session(graphs.onnx_bytes(network, x))
-        runs.append(partial(session.run, None, graphs.session_inputs(session, x)))
-    return runs[0], runs[1]
-
-
-def in_openvino(dense: nn.Module, cut: nn.Module, x: Tensor, precision: str) -> Pair:
-    openvino = import_module("openvino")
-    core = openvino.Core()
-    runs = []
-    for network in (dense, cut):
-        model = core.read_model(io.BytesIO(graphs.onnx_bytes(network, x)))
-        model.reshape(tuple(x.shape))
-        settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-        request = core.compile_model(model, "CPU", settings).create_infer_request()
-        runs.append(partial(request.infer, {0: x.numpy()}))
-    return runs[0], runs[1]
+def in_runtime(target: Target, model: nn.Module, x: Tensor) -> tuple[int, Pair]:
+    """Return the number of layers in two parts, and functions that run the dense network and the cut one."""
+    chosen = factor_for(target, model, x, lambda what: None)
+    first, second = (partial(target.open(onnx_bytes(one, x), x), x) for one in (fuse(model, x), chosen.model))
+    return len(chosen.factored), (first, second)
 
 
 def pairs(model: nn.Module, x: Tensor) -> Iterator[tuple[str, int, Pair]]:
@@ -94,12 +78,10 @@ def pairs(model: nn.Module, x: Tensor) -> Iterator[tuple[str, int, Pair]]:
     if has_bfloat16():
         copies = (fuse(model, x), factoring(model, x).model)
         yield "eager, bfloat16", layers, eager(*copies, x, torch.bfloat16)
-    exported = graphs.factor_for_onnx(model, x, lambda what: None)
-    layers, copies = len(exported.factored), (fuse(model, x), exported.model)
-    yield "ONNX Runtime", layers, in_onnx_runtime(*copies, x)
-    yield "OpenVINO", layers, in_openvino(*copies, x, "f32")
+    yield "ONNX Runtime", *in_runtime(Target("onnx"), model, x)
+    yield "OpenVINO", *in_runtime(Target("openvino"), model, x)
     if has_bfloat16():
-        yield "OpenVINO, bfloat16", layers, in_openvino(*copies, x, "bf16")
+        yield "OpenVINO, bfloat16", *in_runtime(Target("openvino", "bf16"), model, x)
 
 
 def run(args: argparse.Namespace) -> None:

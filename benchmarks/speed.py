@@ -38,7 +38,7 @@ from torch.nn import functional
 
 import harmconvert as hc
 import harmconvert.models
-from harmconvert.deploy import graphs
+from harmconvert.deploy import Target, factor_for, onnx_bytes
 from harmconvert.layers import (
     FactoredMixin,
     HarmonicMixin,
@@ -125,13 +125,12 @@ def onnx_ways(model: nn.Module, x: Tensor) -> Ways:
     """Return functions that run the dense network, and the factored one if it differs, in ONNX Runtime."""
     functions: Ways = {}
     networks = {"ONNX Runtime, dense": fuse(model).eval()}
-    cut = graphs.factor_for_onnx(model, x, lambda what: None).model
+    runtime = Target("onnx")
+    cut = factor_for(runtime, model, x, lambda what: None).model
     if any(isinstance(module, FactoredMixin) for module in cut.modules()):
         networks["ONNX Runtime, factored"] = cut
     for way, network in networks.items():
-        session = graphs.open_session(graphs.onnx_bytes(network, x))
-        feed = graphs.session_inputs(session, x)
-        functions[way] = partial(session.run, None, feed)
+        functions[way] = partial(runtime.open(onnx_bytes(network, x)), x)
     return functions
 
 

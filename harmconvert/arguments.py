@@ -41,8 +41,10 @@ CHECKPOINT_FIGURES = ("errors", "training", "layers", "bits", "ranks")
 STREAMS = ("hfids/", "tfds/", "wds/")
 PACKAGES = ("torch/", "hfds/", *STREAMS)
 _MOST_DIGITS = 9  # int() raises ValueError for text of thousands of digits
-FORMATS = ("dense", "timm", "onnx", "torch-export")
-GRAPHS = ("onnx", "torch-export")
+FORMATS = ("dense", "timm", "onnx", "openvino", "torch-export")
+GRAPHS = ("onnx", "openvino", "torch-export")
+# The precisions of a graph: its weights, and what the runtime computes in.
+PRECISIONS = {"onnx": ("f32", "int8"), "openvino": ("f32", "f16", "bf16", "int8")}
 TIMM_FILES = ("config.json", "model.safetensors")
 
 
@@ -178,23 +180,34 @@ def _is_decimal(text: str) -> bool:
     return text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS
 
 
-def check_format(path: str | Path, format: str, force: bool, dtype: str, form: str) -> None:
+def check_format(
+    path: str | Path, format: str, force: bool, dtype: str, form: str, precision: str = "f32", calibrated: bool = False
+) -> None:
     """Raise UsageError if an export to ``path`` is not possible.
 
-    The reasons are that ``path`` exists, or that the format does not fit the suffix of ``path``, the dtype or the form.
+    The reasons are that ``path`` exists, that the format does not fit the suffix of ``path``, the dtype, the form or
+    the precision, or that there are no calibration inputs for 8 bits.
     """
     if format not in FORMATS:
         raise UsageError(f"unknown format {format!r}: use one of {', '.join(FORMATS)}")
     if form not in ("dense", "factored") or (form == "factored" and format not in GRAPHS):
-        what = f" is not possible with {format}: only onnx and torch-export can be factored"
+        what = f" is not possible with {format}: only onnx, openvino and torch-export can be factored"
         raise UsageError(Argument("form", form), what)
     if format in GRAPHS and dtype != "float32":
         what = " is only for state dicts (dense, timm), which are loaded in float32; a graph computes in its dtype"
         raise UsageError(Argument("dtype", dtype), what, ": use float32")
+    if precision not in (known := PRECISIONS.get(format, ("f32",))):
+        raise UsageError(Argument("precision", precision), f" is not possible with {format}: use {', '.join(known)}")
+    if precision == "int8" and not calibrated:
+        what = " needs inputs on which the ranges of the activations are measured: give "
+        raise UsageError(Argument("precision", precision), what, Argument("calibrate", "images"))
     if format == "timm":
         check_folder(path, TIMM_FILES, force)
         return
-    check_output(path, force, {"onnx": ".onnx", "torch-export": ".pt2"}.get(format, ".safetensors"))
+    suffixes = {"onnx": ".onnx", "openvino": ".xml", "torch-export": ".pt2"}
+    check_output(path, force, suffixes.get(format, ".safetensors"))
+    if format == "openvino":
+        check_output(Path(path).with_suffix(".bin"), force)
 
 
 def check_run_outputs(output: str, resume: str | Path | None, force: bool) -> None:

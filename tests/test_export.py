@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 import harmconvert as hc
 from harmconvert import load
-from harmconvert.deploy import export, graphs
+from harmconvert.deploy import export, graph_files
+from harmconvert.deploy.runtimes import InRuntime
 from harmconvert.errors import CheckError, InputError, OutsideError, UsageError
 from harmconvert.network import comparison_inputs, factor, factoring, fuse, tensors_in
 from harmconvert.storage import rounded
@@ -70,13 +71,19 @@ def test_exported_architectures_give_the_same_outputs(name: str, tmp_path: Path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.onnx", "a.pt2", "a.safetensors"]
 
 
+def twice_as_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every factored layer and network seem twice as fast as the dense one in a runtime."""
+    monkeypatch.setattr(graph_files, "measured_once", lambda key, measure: (2.0, 1.0))
+    monkeypatch.setattr(graph_files, "times_of", lambda target, dense, factored, inputs: (2.0, 1.0))
+
+
 @pytest.mark.parametrize("format", ["onnx", "torch-export"])
 @pytest.mark.slow
 def test_factored_networks_export_as_standard_operators(
     format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both layers that can be factored are factored, even if this is not faster on this machine."""
-    monkeypatch.setattr(graphs, "_speedup", lambda before, after, x: 2.0)
+    twice_as_fast(monkeypatch)
     replace_everywhere(monkeypatch, factor, lambda model, x=None, layers="factored": factor(model, layers=layers))
     network = nn.Sequential(nn.Conv2d(3, 128, 3), nn.Conv2d(128, 128, 3, padding=1), nn.Conv2d(128, 4, 3), nn.Flatten())
     model = hc.convert(seeded(lambda: network), 1).model
@@ -140,13 +147,8 @@ def test_networks_with_several_inputs_and_outputs_are_exported(tmp_path: Path) -
 def test_a_mismatch_leaves_existing_files_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.onnx"
     path.write_text("mine")
-    run = graphs._session_outputs
-
-    def off(content: bytes) -> Any:
-        outputs = run(content)
-        return lambda inputs: [tensor * 1.001 for tensor in outputs(inputs)]
-
-    monkeypatch.setattr(graphs, "_session_outputs", off)
+    forward = InRuntime.forward
+    monkeypatch.setattr(InRuntime, "forward", lambda self, *args, **kwargs: forward(self, *args, **kwargs) * 1.001)
     with pytest.raises(
         CheckError,
         match=r"differ from those of the network by 1.0e-03 of the largest, tolerance 1e-04.*nothing was written",
@@ -193,7 +195,7 @@ def test_the_message_for_a_missing_package_names_it(
         ({"format": "dense", "dtype": "int8"}, "unknown dtype 'int8'"),
         ({"format": "onnx", "dtype": "bfloat16"}, "dtype=bfloat16 is only for state dicts"),
         ({"format": "torch-export", "dtype": "float16"}, "dtype=float16 is only for state dicts"),
-        ({"format": "dense", "form": "factored"}, "only onnx and torch-export can be factored"),
+        ({"format": "dense", "form": "factored"}, "only onnx, openvino and torch-export can be factored"),
         ({"format": "torch-export"}, "should end in .pt2"),
     ],
 )
@@ -213,7 +215,7 @@ def test_wrong_or_missing_example_inputs_are_refused(tmp_path: Path) -> None:
 
 
 def test_an_onnx_file_beyond_the_size_limit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "MAX_BYTES", 1000)
+    monkeypatch.setattr(graph_files, "MAX_BYTES", 1000)
     with pytest.raises(InputError, match="do not fit into one ONNX file"):
         export(hc.convert(seeded(Branches)).model, tmp_path / "a.onnx", "onnx", example_input=X)
 
@@ -347,7 +349,7 @@ def _circular_in_x(self: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | No
 def test_files_in_factored_form_give_the_outputs_of_the_harmonic_network(
     format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graphs, "_speedup", lambda before, after, x: 2.0)
+    twice_as_fast(monkeypatch)
     replace_everywhere(
         monkeypatch, factoring, lambda model, x=None, layers="factored": factoring(model, x, layers=layers)
     )

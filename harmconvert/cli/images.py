@@ -115,6 +115,34 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def comparison_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options for images on which low precision is calibrated and compared."""
+    for option in (
+        preprocessing_options,
+        click.option("--data-dir", metavar="DIR", help="Folder of a timm data set such as torch/cifar10."),
+        click.option("--calibration-split", default="train", show_default=True, help="Split of a timm data set."),
+        click.option(
+            "--seed", type=types.Count(min=0), default=0, show_default=True, help="Seed for the choice of images."
+        ),
+        click.option(
+            "--calibration-images",
+            type=types.Count(min=2),
+            default=256,
+            show_default=True,
+            help="Number of images; every fourth is held back for the comparison.",
+        ),
+        click.option(
+            "--calibrate",
+            "data",
+            metavar="DATA",
+            help="Images without labels, for int8 and for the comparison of low precision: a folder, sample:mnist5k, "
+            "sample:photographs, or a timm data set.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 def check_calibration(
     values: dict[str, Any], sizes: Sequence[tuple[int, ...]], own: options.Decorator = calibration_options
 ) -> None:

@@ -5,15 +5,23 @@ What belongs here: the steps after a conversion. What does not: the forms of a n
 
 from .benchmark import Benchmark, BenchmarkSettings, Row, peak_bytes, time_forms
 from .export import check_target, export
-from .graphs import Exported
+from .graph_files import PrecisionSettings, factor_for
+from .graphs import Exported, onnx_bytes
+from .quantised_graphs import HeldBack
+from .runtimes import Target
 
 __all__ = [
     "Benchmark",
     "BenchmarkSettings",
     "Exported",
+    "HeldBack",
+    "PrecisionSettings",
     "Row",
+    "Target",
     "check_target",
     "export",
+    "factor_for",
+    "onnx_bytes",
     "peak_bytes",
     "time_forms",
 ]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..arguments import FORMATS, GRAPHS, TIMM_FILES, check_format
+from ..arguments import FORMATS, GRAPHS, PRECISIONS, TIMM_FILES, check_format
 from ..errors import Argument, CheckError, UsageError, first_line
 from ..files import write_folder
 from ..network.copying import deep_copy
@@ -22,24 +22,35 @@ from ..network.forms import dense_form
 from ..network.values import default_input
 from ..storage.precision import check_rounding, dtype_named, in_float32, rounded
 from ..storage.weights import saving, untied_state, write_tensors
-from .graphs import Exported, check_packages, export_onnx, export_program
+from .graph_files import GraphJob, PrecisionSettings, export_graph
+from .graphs import Exported, export_program
+from .runtimes import Target
 
-__all__ = ["FORMATS", "Exported", "check_target", "export"]
+__all__ = ["FORMATS", "Exported", "PrecisionSettings", "check_target", "export"]
+
+_DEFAULTS = PrecisionSettings()
 
 
 def check_target(
-    path: str | Path, format: str, force: bool = False, dtype: str = "float32", form: str = "dense"
+    path: str | Path,
+    format: str,
+    force: bool = False,
+    dtype: str = "float32",
+    form: str = "dense",
+    precision: str = "f32",
+    calibrated: bool = False,
 ) -> None:
     """Check the arguments of `export`, so that errors appear before long work.
 
     Raises:
-        UsageError: the output exists, or the format does not fit its suffix, the dtype or the form.
+        UsageError: the output exists, the format does not fit its suffix, the dtype, the form or the precision, or
+            there are no calibration inputs for 8 bits.
         OutsideError: a package is missing.
     """
     dtype_named(dtype)
-    check_format(path, format, force, dtype, form)
-    if format == "onnx":
-        check_packages()
+    check_format(path, format, force, dtype, form, precision, calibrated)
+    if format in PRECISIONS:
+        Target(format, precision).check_packages()
 
 
 def export(
@@ -49,6 +60,8 @@ def export(
     *,
     form: str = "dense",
     dtype: str = "float32",
+    precision: str = "f32",
+    settings: PrecisionSettings = _DEFAULTS,
     example_input: Any = None,
     force: bool = False,
     progress: Callable[[str], None] = lambda description: None,
@@ -57,17 +70,21 @@ def export(
 
     ``dense``: a .safetensors state dict with the original network's keys and shapes, which timm and torchvision load
     strictly. ``timm``: a folder for ``timm.create_model("local-dir:PATH", pretrained=True)``. ``onnx``: one .onnx file
-    of standard operators, for any batch size. ``torch-export``: a .pt2 program of torch's operators.
+    of standard operators, for any batch size. ``openvino``: a .xml and a .bin file. ``torch-export``: a .pt2 program of
+    torch's operators.
 
     Each file is loaded again (ONNX: in ONNX Runtime) and compared with the harmonic network before it is written. The
     comparison uses the example input, or seeded random inputs if the example is all zeros. Without an input, layers are
     compared one by one.
 
     Args:
-        form: ``"dense"``, or (onnx, torch-export) ``"factored"``: a truncated convolution becomes a depthwise one and a
-            1x1 if that is faster. For onnx, layers are timed in ONNX Runtime on this machine; else `factor` decides.
+        form: ``"dense"``, or for graphs ``"factored"``: a truncated convolution becomes a depthwise one and a 1x1 if
+            that is faster. For onnx and openvino, layers are timed in the runtime and precision on this machine; else
+            `factor` decides.
         dtype: (dense, timm) ``"float16"`` or ``"bfloat16"`` store weights in 16 bits, if the outputs stay within a
             tolerance; ``"float32"`` does not change them. Graphs are float32.
+        precision: (onnx) ``"int8"``, (openvino) ``"f16"``, ``"bf16"`` or ``"int8"``: what the runtime computes in.
+        settings: the inputs for low precision, and its largest loss.
         example_input: as for `convert`; by default of the network's own input size. Graphs and 16 bits need it.
 
     Raises:
@@ -77,15 +94,17 @@ def export(
         CheckError: the outputs of the file differ from those of the network; nothing was written.
         OutsideError: the disk is full, permission or a package is missing.
     """
-    check_target(path, format, force, dtype, form)
+    check_target(path, format, force, dtype, form, precision, settings.calibration is not None)
     input = default_input(model) if example_input is None else example_input
     if input is None and (format in GRAPHS or dtype != "float32"):
         raise UsageError("this network does not declare its input size: give ", Argument("example_input"))
     if format in GRAPHS:
         # A graph computes in the dtype of its weights, and ONNX Runtime has no 16-bit convolutions on a CPU.
         model, input = make_runnable(in_float32(exchange(model, {})), input)
-        export_graph = export_onnx if format == "onnx" else export_program
-        return export_graph(model, Path(path), form, input, force, progress)
+        if format in PRECISIONS:
+            job = GraphJob(Path(path), Target(format, precision), form, settings, force, progress)
+            return export_graph(model, input, job)
+        return export_program(model, Path(path), form, input, force, progress)
     dense = dense_form(model)
     difference = check_form(model, _load_strictly(dense), "dense", example_input)
     if dtype != "float32":

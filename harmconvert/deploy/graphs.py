@@ -10,8 +10,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
-from glob import escape
-from importlib import import_module
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -19,23 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..codecs.plain import stored_bytes
-from ..errors import CheckError, HarmconvertError, InputError, OutsideError, first_line
+from ..errors import CheckError, HarmconvertError, InputError, first_line
 from ..files import write_file
-from ..layers.low_rank import fast_form, plain_form, reason_without_fast_form
-from ..layers.timing import in_turns
 from ..network.comparison import greatest_difference, top1_agreement
 from ..network.form_check import compare_outputs, comparison_inputs
-from ..network.forms import MARGIN, Factoring, factoring, fuse, layer_inputs
-from ..network.layers import converted_layers
+from ..network.forms import factoring, fuse
 from ..network.running import call, evaluating, unchanged
-from ..network.state import tensors_of
 from ..network.values import clone_tensors, tensors_in
-from ..plan.axes import kept_by
+from .quantised_graphs import HeldBack
+from .runtimes import Target, arguments_of, named_tensors, write_bytes
 
 # Relative to the largest output. ONNX Runtime adds in another order than torch; torch.export changes the order little.
-TOLERANCE = {"onnx": 1e-4, "torch-export": 1e-5}
-MAX_BYTES = 2**31 - 1  # the format (protobuf) does not allow larger ONNX files
+TOLERANCE = {"onnx": 1e-4, "openvino": 1e-4, "torch-export": 1e-5}
 # The batch size in the trace of a file for any batch size. torch.export treats sizes 0 and 1 as constants.
 TRACED_BATCH = 2
 
@@ -50,7 +43,8 @@ class Exported:
     """The accuracy of an exported file: relative difference of the outputs, share of the same top-1 (None: no logits).
 
     ``factored``: names of the layers in factored form. ``speedup``: speed of the file relative to the dense form, in
-    ONNX Runtime on this machine (None: not measured). ``notes``: restrictions of the file, for the user.
+    its runtime on this machine (None: not measured). ``notes``: restrictions of the file, for the user. ``held_back``:
+    the comparison on calibration inputs that were held back, if there are calibration inputs.
     """
 
     difference: float
@@ -58,39 +52,7 @@ class Exported:
     factored: tuple[str, ...]
     speedup: float | None = None
     notes: tuple[str, ...] = ()
-
-
-def check_packages() -> None:
-    """Raise OutsideError if a package for ONNX is missing."""
-    for name in ("onnx", "onnxscript", "onnxruntime"):
-        try:
-            import_module(name)
-        except ImportError as error:
-            raise OutsideError(f"ONNX needs {name}: pip install 'harmconvert[onnx]'") from error
-
-
-def export_onnx(
-    model: nn.Module, path: Path, form: str, example_input: Any, force: bool, progress: Callable[[str], None]
-) -> Exported:
-    """Write a .onnx file; see `harmconvert.deploy.export.export`."""
-    dense = fuse(model, example_input).eval()
-    size = sum(stored_bytes(tensor) for tensor in tensors_of(dense).values())
-    if size > MAX_BYTES:
-        raise InputError(f"{size / 2**30:.1f} GiB of weights do not fit into one ONNX file (2 GiB): use torch-export")
-    network, names = dense, tuple[str, ...]()
-    if form == "factored":
-        chosen = factor_for_onnx(model, example_input, progress)
-        network, names = chosen.model.eval(), chosen.factored
-    progress("exporting to ONNX")
-    content, exported = _export_and_check("onnx", network, model, example_input, progress)
-    if names:
-        speedup = _speedup(onnx_bytes(dense, example_input), content, example_input)
-        exported = replace(exported, factored=names, speedup=speedup)
-    elif form == "factored":
-        note = "in ONNX Runtime on this machine, no layer is faster in factored form: all layers are dense"
-        exported = replace(exported, notes=(*exported.notes, note))
-    _write(path, content, force)
-    return exported
+    held_back: HeldBack | None = None
 
 
 def export_program(
@@ -103,8 +65,8 @@ def export_program(
     else:
         network, names = fuse(model, example_input).eval(), ()
     progress("exporting")
-    content, exported = _export_and_check("torch-export", network, model, example_input, progress)
-    _write(path, content, force)
+    content, exported = export_and_check("torch-export", network, model, example_input, progress)
+    write_file(path, lambda staging: write_bytes(staging, content), force)
     return replace(exported, factored=names)
 
 
@@ -121,10 +83,10 @@ def onnx_bytes(network: nn.Module, example_input: Any) -> bytes:
 
 
 def _to_onnx(network: nn.Module, inputs: Any, dynamic: bool) -> bytes:
-    args, kwargs = _arguments(inputs)
+    args, kwargs = arguments_of(inputs)
     shapes = _dynamic_shapes(args, kwargs) if dynamic else None
     program = torch.onnx.export(
-        network, args, kwargs=kwargs, input_names=list(_by_name(inputs)), dynamic_shapes=shapes, dynamo=True,
+        network, args, kwargs=kwargs, input_names=list(named_tensors(args, kwargs)), dynamic_shapes=shapes, dynamo=True,
         verbose=False,
     )  # fmt: skip
     assert program is not None
@@ -132,7 +94,7 @@ def _to_onnx(network: nn.Module, inputs: Any, dynamic: bool) -> bytes:
 
 
 def _to_program(network: nn.Module, inputs: Any, dynamic: bool) -> bytes:
-    args, kwargs = _arguments(inputs)
+    args, kwargs = arguments_of(inputs)
     shapes = _dynamic_shapes(args, kwargs) if dynamic else None
     buffer = io.BytesIO()
     torch.export.save(torch.export.export(network, args, kwargs, dynamic_shapes=shapes), buffer)
@@ -144,12 +106,24 @@ def _program_outputs(content: bytes) -> Run:
     return lambda inputs: tensors_in(call(program, inputs))
 
 
+# Run a file of each format.
+_RUNS: dict[str, Callable[[bytes], Run]] = {
+    "onnx": lambda content: _runtime_outputs(Target("onnx").open(content)),
+    "openvino": lambda content: _runtime_outputs(Target("openvino").open(content)),
+    "torch-export": _program_outputs,
+}
+
+
+def _runtime_outputs(network: nn.Module) -> Run:
+    return lambda inputs: tensors_in(call(network, inputs))
+
+
 def _export(to_bytes: ToBytes, network: nn.Module, example_input: Any, batch: int | None) -> bytes:
     try:
-        with evaluating(network), _plain_outputs(network), _quiet():
+        with evaluating(network), _plain_outputs(network), quiet():
             return to_bytes(network, comparison_inputs(example_input, batch), batch is not None)
     except Exception as error:
-        raise InputError(f"this {type(network).__name__} cannot be exported: {_cause(error)}") from error
+        raise InputError(f"this {type(network).__name__} cannot be exported: {cause_of(error)}") from error
 
 
 @contextmanager
@@ -205,7 +179,7 @@ def _parts(output: Any) -> Iterator[Any]:
         yield from _parts(item)
 
 
-def _export_and_check(
+def export_and_check(
     format: str, network: nn.Module, model: nn.Module, example_input: Any, progress: Callable[[str], None]
 ) -> tuple[bytes, Exported]:
     """Export ``network`` for any batch size; if that fails, for the batch size of the example.
@@ -218,14 +192,14 @@ def _export_and_check(
         InputError: the network cannot be exported, or the file does not run.
         CheckError: the outputs of the file differ from those of the network.
     """
-    to_bytes, load = (_to_onnx, _session_outputs) if format == "onnx" else (_to_program, _program_outputs)
+    to_bytes = _to_program if format == "torch-export" else _to_onnx
     output_notes, other_classes = _output_notes(network, example_input)
     notes: tuple[str, ...] = ()
     for batch, compared in ((TRACED_BATCH, (None, TRACED_BATCH, TRACED_BATCH + 1)), (None, (None,))):
         try:
             content = _export(to_bytes, network, example_input, batch)
             progress("comparing")
-            difference, agreement = _compare(format, load(content), network, model, example_input, compared)
+            difference, agreement = _compare(format, _RUNS[format](content), network, model, example_input, compared)
             return content, Exported(difference, agreement, (), None, (*notes, *output_notes))
         except Exception as error:
             if batch is None and "ndarray" in other_classes and isinstance(error, InputError):
@@ -233,7 +207,7 @@ def _export_and_check(
             if batch is None:
                 raise
             cause = error.__cause__ if isinstance(error, InputError) and error.__cause__ else error
-            notes = (f"the batch size is fixed, because an export for any batch size fails: {_cause(cause)}",)
+            notes = (f"the batch size is fixed, because an export for any batch size fails: {cause_of(cause)}",)
     raise AssertionError("the last attempt returns or raises")
 
 
@@ -250,12 +224,12 @@ def _compare(
     largest, agreement, tolerance = 0.0, None, TOLERANCE[format]
     for batch in batches:
         inputs = comparison_inputs(example_input, batch)
-        with evaluating(network, model), unchanged(network), unchanged(model), _quiet():
+        with evaluating(network, model), unchanged(network), unchanged(model), quiet():
             expected, harmonic = (_cpu(tensors_in(call(each, clone_tensors(inputs)))) for each in (network, model))
             try:
                 outputs = _cpu(run(clone_tensors(inputs)))
             except Exception as error:
-                raise InputError(f"the exported file does not run: {_cause(error)}") from error
+                raise InputError(f"the exported file does not run: {cause_of(error)}") from error
         export_error, difference = greatest_difference(outputs, expected), greatest_difference(outputs, harmonic)
         same = top1_agreement(list(zip(harmonic, outputs, strict=True)), tolerance) if export_error < inf else None
         # Two forms of a network may differ by rounding: compare_outputs decides in float64 whether they do.
@@ -276,82 +250,6 @@ def _cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.detach().cpu() for tensor in tensors]
 
 
-def open_session(content: bytes) -> Any:
-    """Return ONNX Runtime's session for a file, with the number of threads of torch.
-
-    Raises:
-        InputError: ONNX Runtime refuses the file.
-    """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 4  # errors are also raised as exceptions
-    try:
-        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # the exceptions of ONNX Runtime have no common base class
-        raise InputError(f"ONNX Runtime refuses the exported file: {_cause(error)}") from error
-
-
-def session_inputs(session: Any, inputs: Any) -> dict[str, Any]:
-    """Return the arrays of an input by the names of a session's inputs."""
-    tensors = _by_name(inputs)
-    return {node.name: tensors[node.name].detach().cpu().numpy() for node in session.get_inputs()}
-
-
-def _by_name(inputs: Any) -> dict[str, Tensor]:
-    """Return the tensors of an input by their names in a graph: input or input_0, input_1, ..., and keywords."""
-    args, kwargs = _arguments(inputs)
-    tensors = tensors_in(args)
-    named = {f"input_{i}" if len(tensors) > 1 else "input": tensor for i, tensor in enumerate(tensors)}
-    for key, value in kwargs.items():
-        tensors = tensors_in(value)
-        named |= {f"{key}_{i}" if len(tensors) > 1 else key: tensor for i, tensor in enumerate(tensors)}
-    return named
-
-
-def _session_outputs(content: bytes) -> Run:
-    session = open_session(content)
-    return lambda inputs: [torch.from_numpy(array) for array in session.run(None, session_inputs(session, inputs))]
-
-
-def _speedup(before: bytes, after: bytes, example_input: Any) -> float:
-    inputs = comparison_inputs(example_input)
-    sessions = {"before": open_session(before), "after": open_session(after)}
-    feeds = {name: session_inputs(session, inputs) for name, session in sessions.items()}
-    runs = {name: lambda s=session, f=feeds[name]: s.run(None, f) for name, session in sessions.items()}
-    times = in_turns(runs, 7, 3, 10.0)
-    return times["before"].median / times["after"].median
-
-
-def factor_for_onnx(model: nn.Module, example_input: Any, progress: Callable[[str], None]) -> Factoring:
-    """Return the network with the layers factored that are then faster in ONNX Runtime on this machine.
-
-    Layers of the same shape are timed once.
-    """
-    factorable = {n: layer for n, layer in converted_layers(model).items() if not reason_without_fast_form(layer)}
-    chosen: dict[str, str] = dict.fromkeys(factorable, "dense")
-    known: dict[Any, str] = {}
-    inputs_by_name = layer_inputs(model, factorable, example_input)
-    for number, (name, layer_input) in enumerate(inputs_by_name.items()):
-        conv = factorable[name]
-        key = (layer_input, conv.extra_repr(), kept_by(conv))
-        if key not in known:
-            progress(f"timing {name} in ONNX Runtime ({number + 1}/{len(inputs_by_name)})")
-            input = torch.zeros(layer_input.shape)
-            dense, factored = (onnx_bytes(nn.Sequential(form(conv)).eval(), input) for form in (plain_form, fast_form))
-            known[key] = "factored" if _speedup(dense, factored, input) > 1 + MARGIN else "dense"
-        chosen[name] = known[key]
-    patterns = {escape(name): form for name, form in chosen.items()}
-    return factoring(model, example_input, layers=patterns or "dense")
-
-
-def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, dict):
-        return (), inputs
-    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
-
-
 def _dynamic_shapes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Return the dynamic shapes for torch.export: the first axis of every input is the batch."""
     batch = torch.export.Dim("batch")
@@ -366,15 +264,8 @@ def _dynamic_shapes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return {key: shape(value) for key, value in kwargs.items()} if kwargs else shape(args)
 
 
-def _write(path: Path, content: bytes, force: bool) -> None:
-    def fill(staging: Path) -> None:
-        staging.write_bytes(content)
-
-    write_file(path, fill, force)
-
-
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Suppress the reports that exporters write to stdout, stderr and the log; only their developers need them."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
@@ -386,7 +277,7 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _cause(error: BaseException) -> str:
+def cause_of(error: BaseException) -> str:
     """Return the innermost cause of an exporter's error, in one line without terminal colours."""
     while error.__cause__ is not None:
         error = error.__cause__

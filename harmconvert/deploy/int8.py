@@ -154,7 +154,7 @@ def layers_by_harm(network: nn.Module, batches: Sequence[Batch]) -> list[str]:
     layers = weighted_layers(network)
     ranges = input_ranges(network, layers, batches)
     compare = Divergence(network, [max(batches, key=len)])
-    harms = {}
+    harms: dict[str, float] = {}
     for name in ranges:
         # The original outputs are known before the first layer is rounded.
         if not harms:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -48,10 +48,15 @@ def layer_times(conv: nn.Module, layer_input: LayerInput) -> tuple[float, float]
 
     The two forms are timed in turns. The times of an earlier measurement are reused.
     """
-    path, key = _cache_path(), _cache_key(conv, layer_input)
+    return measured_once(layer_key(conv, layer_input), lambda: _measure(conv, layer_input))
+
+
+def measured_once(key: str, measure: Callable[[], tuple[float, float]]) -> tuple[float, float]:
+    """Return the seconds of the dense and of the factored form with this key: measured now, or earlier if known."""
+    path = _cache_path()
     times_by_key = _cached_times(path)
     if key not in times_by_key:
-        times_by_key[key] = _measure(conv, layer_input)
+        times_by_key[key] = measure()
         _save_times(times_by_key, path)
     return times_by_key[key]
 
@@ -86,7 +91,8 @@ def _measure(conv: nn.Module, layer_input: LayerInput) -> tuple[float, float]:
     return times["dense"].median, times["factored"].median
 
 
-def _cache_key(conv: nn.Module, layer_input: LayerInput) -> str:
+def layer_key(conv: nn.Module, layer_input: LayerInput) -> str:
+    """Return all that the time of a layer depends on, as text."""
     geometry = [
         cast(Any, getattr(conv, name, None))
         for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode")

@@ -140,8 +140,14 @@ def export_lines(exported: Exported, dtype: str) -> list[str]:
     top1 = "" if exported.top1_agreement is None else f"; same top-1 on {exported.top1_agreement:.0%}"
     lines = [f"{compared}: outputs differ by {exported.difference:.1e} of the largest{top1}"]
     if exported.factored:
-        times = "" if exported.speedup is None else f", {exported.speedup:.2f} times as fast as dense in ONNX Runtime"
+        times = "" if exported.speedup is None else f", {exported.speedup:.2f} times as fast as dense in its runtime"
         lines.append(f"{counted(len(exported.factored), 'layer')} factored{times}")
+    if (held := exported.held_back) is not None:
+        same = "" if held.agreement is None else f"same top-1 as the network on {held.agreement:.1%} of "
+        images = f"{counted(held.inputs, 'input')} held back"
+        lines.append(f"{same}{images}, divergence {held.divergence:.3g}")
+        if held.float_layers:
+            lines.append(f"in floating point: {', '.join(held.float_layers)}")
     return [*lines, *(f"note: {note}" for note in exported.notes)]
 
 

@@ -1,0 +1,211 @@
+"""Quantise a graph to 8 bits on calibration inputs, and keep in floating point the layers that this harms most.
+
+ONNX Runtime's quantiser makes the graph, for ONNX Runtime and for OpenVINO. What it does not do is done here: biases
+are corrected first, and the result is compared with the network on inputs that are held back.
+"""
+
+from __future__ import annotations
+
+import ast
+import logging
+import platform
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..calibration import Batch, CalibrationContext, CalibrationSettings
+from ..errors import InputError, UsageError, first_line
+from .int8 import layers_by_harm, with_corrected_biases
+from .runtimes import Target, arrays_of
+
+# Operators whose weights may stay in floating point.
+_WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+# After the number of layers in floating point has been doubled often enough, it is halved at most so often.
+_MOST_HALVINGS = 3
+
+Make = Callable[[nn.Module], bytes]
+
+
+@dataclass(frozen=True)
+class HeldBack:
+    """How a file in low precision differs from the network, on inputs that were held back.
+
+    ``inputs``: their number. ``agreement``: share with the same top-1 (None: the outputs are not logits).
+    ``divergence``: as for a calibration. ``drop``: the loss in %: inputs with another top-1, or else the squared
+    difference of the outputs relative to their squares. ``float_layers``: layers that stay in floating point.
+    ``notes``: how the file was made.
+    """
+
+    inputs: int
+    agreement: float | None
+    divergence: float
+    drop: float
+    float_layers: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A graph in 8 bits, and how it differs from the network."""
+
+    content: bytes
+    held_back: HeldBack
+
+
+def calibration_context(network: nn.Module, batches: Iterable[Any], inputs: int) -> CalibrationContext:
+    """Read calibration inputs, of which every fourth is held back.
+
+    Raises:
+        UsageError: there are too few inputs to hold one back, or the network does not run on them.
+        InputError: there are no inputs, or one has NaN.
+    """
+    context = CalibrationContext.of(network, batches, CalibrationSettings(inputs=inputs))
+    if context.data.fit_total == context.data.total:
+        raise UsageError(f"low precision is checked on inputs that are held back, but {context.data.why_nothing_held}")
+    return context
+
+
+def measured(context: CalibrationContext, run: nn.Module, float_layers: Collection[str] = ()) -> HeldBack:
+    """Compare a network in a runtime with the original on the inputs that are held back.
+
+    Raises:
+        InputError: the outputs cannot be compared.
+    """
+    divergence, why = context.compare(run)
+    if divergence is None:
+        raise InputError(f"the outputs of the exported file cannot be compared with those of the network: {why}")
+    agreement = context.compare.agreement
+    drop = 100 * (divergence if agreement is None else 1 - agreement)
+    held = context.data.total - context.data.fit_total
+    return HeldBack(held, agreement, divergence, drop, tuple(float_layers))
+
+
+def quantise_within(
+    network: nn.Module,
+    make: Make,
+    target: Target,
+    context: CalibrationContext,
+    max_drop: float,
+    progress: Callable[[str], None],
+) -> tuple[Quantised, bool]:
+    """Quantise a network to 8 bits; move layers back to floating point until the loss is at most ``max_drop``.
+
+    Args:
+        network: the dense or factored form.
+        make: exports a network as a graph in float32.
+        max_drop: in %, see `HeldBack`.
+
+    Returns:
+        The graph, and whether the loss is small enough; if not, it is the best of all attempts.
+    """
+    notes = ("weights have 7 bits, because this processor has no VNNI",) if sums_overflow() else ()
+    progress("correcting biases")
+    corrected = with_corrected_biases(network, context.data.fit)
+    plain_graph, corrected_graph = make(network), make(corrected)
+
+    def attempt(graph: bytes, float_layers: Sequence[str]) -> Quantised:
+        kept = f", {len(float_layers)} layers in floating point" if float_layers else ""
+        progress(f"quantising to 8 bits{kept}")
+        content = to_int8(graph, context.data.fit, float_layers)
+        held_back = measured(context, target.open(content), float_layers)
+        return Quantised(content, replace(held_back, notes=notes))
+
+    first = [attempt(graph, ()) for graph in (corrected_graph, plain_graph)]
+    best = min(first, key=lambda one: (one.held_back.drop, one.held_back.divergence))
+    if best.held_back.drop <= max_drop:
+        return best, True
+    graph = corrected_graph if best is first[0] else plain_graph
+    progress("measuring the harm of each layer")
+    order = layers_by_harm(network, context.data.fit)
+    failing, count, found = 0, 1, None
+    while found is None and failing < len(order):
+        count = min(count, len(order))
+        now = attempt(graph, order[:count])
+        best = min(best, now, key=lambda one: one.held_back.drop)
+        if now.held_back.drop <= max_drop:
+            found = now
+        else:
+            failing, count = count, 2 * count
+    if found is None:
+        return best, False
+    for _ in range(_MOST_HALVINGS):
+        middle = (failing + count) // 2
+        if middle == failing:
+            break
+        now = attempt(graph, order[:middle])
+        if now.held_back.drop <= max_drop:
+            found, count = now, middle
+        else:
+            failing = middle
+    return found, True
+
+
+def to_int8(graph: bytes, batches: Sequence[Batch], float_layers: Collection[str] = ()) -> bytes:
+    """Return a graph with weights of 8 bits (a scale for each channel) and activations of 8 bits.
+
+    Args:
+        batches: inputs on which the ranges of the activations are measured.
+        float_layers: names of the layers that stay in floating point.
+
+    Raises:
+        InputError: the quantiser fails.
+    """
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Inputs(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.left = iter(batches)
+
+        def get_next(self) -> dict[str, Any] | None:
+            batch = next(self.left, None)
+            return None if batch is None else arrays_of(batch.input)
+
+    with tempfile.TemporaryDirectory() as folder:
+        exported, prepared, quantised = (Path(folder) / f"{name}.onnx" for name in ("exported", "prepared", "int8"))
+        exported.write_bytes(graph)
+        before = logging.root.manager.disable
+        logging.disable(logging.CRITICAL)
+        try:
+            quant_pre_process(str(exported), str(prepared), skip_symbolic_shape=True)
+            quantize_static(
+                str(prepared), str(quantised), Inputs(), quant_format=QuantFormat.QDQ, per_channel=True,
+                activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, reduce_range=sums_overflow(),
+                nodes_to_exclude=nodes_of_layers(graph, float_layers),
+            )  # fmt: skip
+        except Exception as error:  # the quantiser raises exceptions of many classes
+            raise InputError(f"ONNX Runtime cannot quantise this network: {first_line(error)}") from error
+        finally:
+            logging.disable(before)
+        return quantised.read_bytes()
+
+
+def nodes_of_layers(graph: bytes, layers: Collection[str]) -> list[str]:
+    """Return the names of the nodes that compute the products of layers."""
+    import onnx
+
+    wanted = set(layers)
+    nodes = onnx.load_model_from_string(graph).graph.node if wanted else ()
+    return [node.name for node in nodes if node.op_type in _WEIGHTED and _layers_of(node) & wanted]
+
+
+def _layers_of(node: Any) -> set[str]:
+    """Return the names of the modules in which a node was exported, and of those whose weight it reads."""
+    scopes = [one.value for one in node.metadata_props if one.key == "pkg.torch.onnx.name_scopes"]
+    weights = {name.removesuffix(".weight") for name in node.input if name.endswith(".weight")}
+    # The last scope is that of the function itself.
+    return weights | {name for scope in scopes for name in ast.literal_eval(scope)[-2:-1]}
+
+
+def sums_overflow() -> bool:
+    """Return whether sums of products of 8 bits can overflow 16 bits: on x86 processors without VNNI."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    try:
+        return "vnni" not in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return True
