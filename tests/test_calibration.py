@@ -32,6 +32,7 @@ from harmconvert.calibration import (
     NormalEquations,
     Operator,
     Problem,
+    QuickEquations,
     RefitError,
     Samples,
     blend,
@@ -296,13 +297,15 @@ def test_the_error_of_a_change_is_the_error_of_the_output(method: type[Problem])
 
 @pytest.mark.parametrize("name", ["plain", "grouped", "ConvTranspose2d"])
 @pytest.mark.parametrize("strip", [1, 5, 100])
+@pytest.mark.parametrize(("method", "tolerance"), [(NormalEquations, 1e-9), (QuickEquations, 1e-4)])
 def test_second_moments_summed_in_strips_are_those_of_the_responses(
-    name: str, strip: int, monkeypatch: pytest.MonkeyPatch
+    name: str, strip: int, method: type[NormalEquations], tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(solvers, "_STRIP", strip)
-    built, conv, x = problem(NormalEquations, name, 6)
+    built, conv, x = problem(method, name, 6)
     for gram, matrix in zip(built.gram_GNN, oracle.design_matrix(conv, half((3, 3)), x), strict=True):
-        assert gram.numpy() == pytest.approx(matrix.T @ matrix, rel=1e-9, abs=1e-9)
+        exact = matrix.T @ matrix
+        assert np.abs(gram.numpy() - exact).max() <= tolerance * np.abs(exact).max()
 
 
 def test_the_rescaling_repairs_each_channels_mean_and_variance() -> None:

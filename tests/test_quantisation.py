@@ -72,6 +72,19 @@ def test_more_survivors_have_smaller_errors_and_plain_rounding_has_the_largest()
     assert means[1] < 0.5 * means[0]
 
 
+@pytest.mark.parametrize("survivors", [1, 4])
+def test_the_largest_integers_keep_their_place(survivors: int) -> None:
+    random = random_metric(2, 5, 40)
+    target = random.target_GON * 7 / random.target_GON.abs().amax(2, keepdim=True)
+    metric = Metric(target, random.factor_GNN)
+    free = quantise(metric, torch.ones(2, 40), survivors)
+    limited = quantise(metric, torch.ones(2, 40), survivors, largest=7)
+    assert limited.abs().max() == 7
+    fixed = target.abs() > 6.5
+    assert torch.equal(limited[fixed], target[fixed].round())
+    assert not torch.equal(free[fixed], target[fixed].round())  # the feedback would move some of them
+
+
 def test_rows_and_groups_are_divided_without_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
     metric = random_metric(4, 6, 40)
     steps = steps_at(metric, 0.05)

@@ -27,7 +27,7 @@ from .batch_norm import reestimate_batch_norm
 from .calibrating import blend, calibrate, digests, never_worse
 from .capture import ConvCall, watch_convolutions
 from .coding import Coder
-from .coding_metrics import ErrorMetric, moments_of
+from .coding_metrics import ErrorMetric, QuickEquations, measured_moments, moments_of, pooled
 from .context import CalibrationContext
 from .cuts import WholeLayer, whole_layers
 from .divergence import Divergence
@@ -68,6 +68,7 @@ __all__ = [
     "Operator",
     "Problem",
     "Progress",
+    "QuickEquations",
     "Reader",
     "Refit",
     "RefitError",
@@ -82,11 +83,13 @@ __all__ = [
     "dampings",
     "digests",
     "items",
+    "measured_moments",
     "memory_for",
     "moments_of",
     "never_worse",
     "outputs",
     "pick_positions",
+    "pooled",
     "reestimate_batch_norm",
     "response_moments",
     "solver",

@@ -26,7 +26,6 @@ from .tied_layers import LEAST_POSITIONS, TiedLayers, find_tied_layers, why_not_
 MOST_COLUMNS = 8192
 # For the choice of the levels, a metric over this many positions for each column is enough.
 _POSITIONS_PER_COLUMN = 8
-_STRIP = 512  # rows of the moments that are summed at a time
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ def basis_norms(network: nn.Module, weight: CodedWeight) -> Tensor:
     return torch.ones(1, dtype=torch.float64) if layer is None else layer.kernels.norm(dim=1).cpu()
 
 
-class _QuickEquations(NormalEquations):
+class QuickEquations(NormalEquations):
     """Second moments in float32: exact enough for the choice of the levels, and those of all layers are in memory."""
 
     def __init__(self, layer: Layer) -> None:
@@ -155,11 +154,7 @@ class _QuickEquations(NormalEquations):
 
     def accumulate(self, z_RGN: Tensor, residual_RGO: Tensor) -> None:
         """Add responses to the sums; the residuals are zero."""
-        z_GRN = z_RGN.transpose(0, 1).float()
-        for start in range(0, self.layer.unknowns, _STRIP):
-            rows = slice(start, start + _STRIP)
-            self.gram_GNN[:, rows, start:] += z_GRN[:, :, rows].mT @ z_GRN[:, :, start:]
-        self.sum_GN += z_RGN.sum(0)
+        self._add_moments(z_RGN)
 
 
 def _collector(
@@ -170,5 +165,5 @@ def _collector(
     rows = sum(shape[0] for _, shape in tied.calls)
     wanted = max(_POSITIONS_PER_COLUMN * tied.unknowns, LEAST_POSITIONS // 4) if whole else LEAST_POSITIONS // 4
     count = min(tied.sample_count, math.ceil(wanted / max(data.fit_total, 1) / rows))
-    method: type[NormalEquations] = _QuickEquations if whole else ChannelEquations
+    method: type[NormalEquations] = QuickEquations if whole else ChannelEquations
     return EquationCollector(tied, network, modules, seed, count, method, bytes if whole else 0)

@@ -43,14 +43,18 @@ class NormalEquations(Problem):
 
     def accumulate(self, z_RGN: Tensor, residual_RGO: Tensor) -> None:
         """Add responses and residuals to the sums."""
-        z_GRN = z_RGN.transpose(0, 1)
+        self._add_moments(z_RGN)
+        self.cross_GON += residual_RGO.permute(1, 2, 0) @ z_RGN.transpose(0, 1)
+
+    def _add_moments(self, z_RGN: Tensor) -> None:
+        """Add the second moments on and below the diagonal, in the dtype of their sums; `reduce` copies the others."""
+        z_GRN = z_RGN.transpose(0, 1).to(self.gram_GNN.dtype)
         for start in range(0, self.layer.unknowns, _STRIP):
             rows, left = slice(start, start + _STRIP), slice(start + _STRIP)
             if len(z_GRN) == 1:
-                self.gram_GNN[0, rows, left].addmm_(z_RGN[:, 0, rows].T, z_RGN[:, 0, left])
+                self.gram_GNN[0, rows, left].addmm_(z_GRN[0, :, rows].T, z_GRN[0, :, left])
             else:
                 self.gram_GNN[:, rows, left].baddbmm_(z_GRN[:, :, rows].mT, z_GRN[:, :, left])
-        self.cross_GON += residual_RGO.permute(1, 2, 0) @ z_GRN
         self.sum_GN += z_RGN.sum(0)
 
     def _sums(self) -> list[Tensor]:

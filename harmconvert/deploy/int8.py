@@ -1,4 +1,4 @@
-"""Prepare a network for 8-bit integers: correct its biases, and find the layers whose rounding harms its outputs most.
+"""Prepare a network for 8-bit integers: round its weights with feedback, correct its biases, find sensitive layers.
 
 Runtimes round weights and activations themselves. Here this is simulated in torch: a weight gets 8 bits and a scale for
 each output channel, the input of its layer 8 bits and one scale, which is measured on calibration inputs.
@@ -6,7 +6,7 @@ each output channel, the input of its layer 8 bits and one scale, which is measu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -14,15 +14,30 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..calibration import Batch, Divergence
+from ..calibration import (
+    Batch,
+    CalibrationContext,
+    CalibrationSettings,
+    Divergence,
+    Shrinkage,
+    measured_moments,
+    memory_for,
+    pooled,
+)
+from ..kernels.quantisation import Metric, quantise
 from ..network.copying import deep_copy
 from ..network.layers import weighted_layers
 from ..network.running import call, evaluating, unchanged
+from ..network.tracing import find_layers
 from ..network.values import clone_tensors, first_tensor
+from ..plan import BitsSetting, coded_weights, make_plan
 
 # Biases are corrected on at most so many values of the first input: 96 images of 224 pixels.
 _MOST_VALUES = 96 * 3 * 224 * 224
 _LEVELS = 255
+_BITS, _LARGEST = 8, 127
+# Relative to the mean power of a layer's responses.
+_LEAST_POWER = 1e-4
 
 
 @dataclass(frozen=True)
@@ -45,6 +60,11 @@ class Range:
         return ((input / scale).round() + zero).clamp(0, _LEVELS).sub(zero) * scale
 
 
+def plain_layers(network: nn.Module) -> dict[str, nn.Module]:
+    """Return the convolutions and linear layers whose weight is a parameter; that of factored layers is not."""
+    return {n: layer for n, layer in weighted_layers(network).items() if layer._parameters.get("weight") is not None}
+
+
 def rounded_weight(layer: nn.Module) -> Tensor:
     """Return a layer's weight with 8 bits and a scale for each output channel.
 
@@ -61,8 +81,10 @@ def rounded_weight(layer: nn.Module) -> Tensor:
 
 
 @contextmanager
-def simulated(layers: Mapping[str, nn.Module], ranges: Mapping[str, Range]) -> Iterator[None]:
-    """Round the weights and the inputs of layers inside the context, in place."""
+def simulated(
+    layers: Mapping[str, nn.Module], ranges: Mapping[str, Range], weights: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """Round the inputs of layers and let them have other weights inside the context, in place."""
 
     def round_input(name: str) -> Callable[..., Any]:
         def hook(layer: nn.Module, args: Any) -> Any:
@@ -73,8 +95,8 @@ def simulated(layers: Mapping[str, nn.Module], ranges: Mapping[str, Range]) -> I
     before = {name: layer.weight for name, layer in layers.items()}
     handles = [layer.register_forward_pre_hook(round_input(name)) for name, layer in layers.items()]
     try:
-        for layer in layers.values():
-            layer.weight = nn.Parameter(rounded_weight(layer), requires_grad=False)
+        for name, layer in layers.items():
+            layer.weight = nn.Parameter(weights[name], requires_grad=False)
         yield
     finally:
         for name, layer in layers.items():
@@ -100,14 +122,15 @@ def input_ranges(network: nn.Module, layers: Mapping[str, nn.Module], batches: S
     return ranges
 
 
-def with_corrected_biases(network: nn.Module, batches: Sequence[Batch]) -> nn.Module:
+def with_corrected_biases(network: nn.Module, original: nn.Module, batches: Sequence[Batch]) -> nn.Module:
     """Return a copy whose biases make up for the shift of the mean outputs by rounding.
 
-    The layers are corrected in one run, in the order in which they run: the input of each comes from layers that are
-    rounded and corrected already. Layers that run more than once, or share their weight, are not corrected.
+    The means are those of the layers of ``original``, which have the same names. The layers are corrected in one run,
+    in the order in which they run: the input of each comes from layers that are rounded and corrected already. Layers
+    that run more than once, or share their weight, are not corrected.
     """
     copied = deep_copy(network)
-    layers = weighted_layers(copied)
+    layers = plain_layers(copied)
     input = _examples(batches)
     means: dict[str, list[Tensor]] = {}
 
@@ -117,8 +140,9 @@ def with_corrected_biases(network: nn.Module, batches: Sequence[Batch]) -> nn.Mo
 
         return hook
 
-    with _hooks([layer.register_forward_hook(remember(name)) for name, layer in layers.items()]):
-        _run(copied, input)
+    originals = plain_layers(original)
+    with _hooks([originals[name].register_forward_hook(remember(name)) for name in layers if name in originals]):
+        _run(original, input)
     ranges = input_ranges(copied, layers, batches)
     users: dict[int, int] = {}
     for layer in layers.values():
@@ -141,7 +165,7 @@ def with_corrected_biases(network: nn.Module, batches: Sequence[Batch]) -> nn.Mo
 
     rounded = {name: layer for name, layer in layers.items() if name in ranges}
     handles = [layer.register_forward_hook(correct(name)) for name, layer in correctable.items()]
-    with simulated(rounded, ranges), _hooks(handles):
+    with simulated(rounded, ranges, {n: rounded_weight(layer) for n, layer in rounded.items()}), _hooks(handles):
         _run(copied, input)
     for name, bias in biases.items():
         layer = layers[name]
@@ -149,20 +173,38 @@ def with_corrected_biases(network: nn.Module, batches: Sequence[Batch]) -> nn.Mo
     return copied
 
 
-def layers_by_harm(network: nn.Module, batches: Sequence[Batch]) -> list[str]:
-    """Return the names of the layers, first that whose rounding alone changes the network's outputs most."""
-    layers = weighted_layers(network)
-    ranges = input_ranges(network, layers, batches)
-    compare = Divergence(network, [max(batches, key=len)])
+def layers_by_harm(original: nn.Module, prepared: nn.Module, batches: Sequence[Batch]) -> list[str]:
+    """Return the names of the layers, first that whose rounding alone changes the network's outputs most.
+
+    Args:
+        prepared: a copy of the network whose weights will be rounded (`prepared`).
+    """
+    layers, own = plain_layers(original), plain_layers(prepared)
+    ranges = input_ranges(original, layers, batches)
+    compare = Divergence(original, [max(batches, key=len)])
+    compare(original)  # the outputs are known before the first layer is rounded
     harms: dict[str, float] = {}
     for name in ranges:
-        # The original outputs are known before the first layer is rounded.
-        if not harms:
-            compare(network)
-        with simulated({name: layers[name]}, ranges):
-            divergence, _ = compare(network)
+        with simulated({name: layers[name]}, ranges, {name: rounded_weight(own[name])}):
+            divergence, _ = compare(original)
         harms[name] = float("inf") if divergence is None else divergence
     return sorted(harms, key=lambda name: -harms[name])
+
+
+def prepared(network: nn.Module, context: CalibrationContext) -> nn.Module:
+    """Return a copy of a network that loses less by 8 bits: with rounded weights, and then corrected biases."""
+    return with_corrected_biases(with_rounded_weights(network, context), network, context.data.fit)
+
+
+def with_layers_of(network: nn.Module, original: nn.Module, names: Collection[str]) -> nn.Module:
+    """Return a copy in which some layers have the weights and biases of another network."""
+    copied = deep_copy(network)
+    layers, originals = plain_layers(copied), plain_layers(original)
+    for name in names:
+        for key in ("weight", "bias"):
+            parameter = originals[name]._parameters.get(key)
+            layers[name]._parameters[key] = None if parameter is None else nn.Parameter(parameter.detach().clone())
+    return copied
 
 
 def _examples(batches: Sequence[Batch]) -> Any:
@@ -208,3 +250,34 @@ def _hooks(handles: Sequence[Any]) -> Iterator[None]:
 def _run(network: nn.Module, input: Any) -> None:
     with torch.no_grad(), evaluating(network), unchanged(network):
         call(network, clone_tensors(input))
+
+
+def with_rounded_weights(network: nn.Module, context: CalibrationContext) -> nn.Module:
+    """Return a copy whose weights are multiples of the scales that runtimes choose for 8 bits.
+
+    They are rounded with feedback in the metric of the layer's inputs (`kernels.quantisation`), so that a runtime,
+    which rounds each weight alone, finds nothing to round. Layers whose inputs are not observed keep their weights.
+    """
+    copied = deep_copy(network)
+    weights = coded_weights(copied, make_plan(find_layers(copied), "full", bits=BitsSetting.of(_BITS)))
+    memory = memory_for(copied, CalibrationSettings())
+    for weight, moments in measured_moments(copied, weights, context.data, 0, memory):
+        if isinstance(moments, str) or weight.key.rpartition(".")[2] != "weight":
+            continue
+        fit, held = moments
+        metric = fit if held is None else pooled(fit, held)
+        target_GON = weight.matrices()
+        scales_GO1 = (target_GON.abs().amax(2, keepdim=True) / _LARGEST).clamp_min(1e-30)
+        blocks_BON = metric.blocks(target_GON / scales_GO1)
+        gram_BNN = Shrinkage().of(metric.gram_BNN.double())
+        # Responses that were always zero must count a little, because they may not be zero on other inputs.
+        powers_BN = gram_BNN.diagonal(dim1=1, dim2=2)
+        powers_BN.add_(_LEAST_POWER * float(powers_BN.mean()) + 1e-30)
+        form = Metric(blocks_BON, torch.linalg.cholesky(gram_BNN, upper=True))
+        # The largest weight of a row decides the scale that a runtime chooses, so it must stay the largest.
+        integers_BON = quantise(form, torch.ones_like(form.lengths_GN), largest=_LARGEST)
+        rounded_GON = metric.from_blocks(integers_BON, weight.layout.groups)
+        values = weight.layout.from_matrices((rounded_GON * scales_GO1).numpy())
+        with torch.no_grad():
+            weight.parameter.copy_(torch.from_numpy(values).to(weight.parameter))
+    return copied

@@ -1,7 +1,8 @@
 """Quantise a graph to 8 bits on calibration inputs, and keep in floating point the layers that this harms most.
 
-ONNX Runtime's quantiser makes the graph, for ONNX Runtime and for OpenVINO. What it does not do is done here: biases
-are corrected first, and the result is compared with the network on inputs that are held back.
+ONNX Runtime's quantiser makes the graph, for ONNX Runtime and for OpenVINO. What it does not do is done here: weights
+are rounded with feedback and biases are corrected first (`int8`), and the result is compared with the network on inputs
+that are held back.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from typing import Any
 from torch import nn
 
 from ..calibration import Batch, CalibrationContext, CalibrationSettings
-from ..errors import InputError, UsageError, first_line
-from .int8 import layers_by_harm, with_corrected_biases
+from ..errors import InputError, UsageError, counted, first_line
+from .int8 import layers_by_harm, prepared, with_layers_of
 from .runtimes import Target, arrays_of
 
 # Operators whose weights may stay in floating point.
@@ -103,28 +104,26 @@ def quantise_within(
         The graph, and whether the loss is small enough; if not, it is the best of all attempts.
     """
     notes = ("weights have 7 bits, because this processor has no VNNI",) if sums_overflow() else ()
-    progress("correcting biases")
-    corrected = with_corrected_biases(network, context.data.fit)
-    plain_graph, corrected_graph = make(network), make(corrected)
+    progress("rounding weights with feedback, and correcting biases")
+    better = prepared(network, context)
 
-    def attempt(graph: bytes, float_layers: Sequence[str]) -> Quantised:
-        kept = f", {len(float_layers)} layers in floating point" if float_layers else ""
+    def attempt(source: nn.Module, float_layers: Sequence[str]) -> Quantised:
+        kept = f", {counted(len(float_layers), 'layer')} in floating point" if float_layers else ""
         progress(f"quantising to 8 bits{kept}")
+        graph = make(with_layers_of(source, network, float_layers))
         content = to_int8(graph, context.data.fit, float_layers)
-        held_back = measured(context, target.open(content), float_layers)
-        return Quantised(content, replace(held_back, notes=notes))
+        return Quantised(content, replace(measured(context, target.open(content), float_layers), notes=notes))
 
-    first = [attempt(graph, ()) for graph in (corrected_graph, plain_graph)]
-    best = min(first, key=lambda one: (one.held_back.drop, one.held_back.divergence))
+    first = [(source, attempt(source, ())) for source in (better, network)]
+    source, best = min(first, key=lambda one: (one[1].held_back.drop, one[1].held_back.divergence))
     if best.held_back.drop <= max_drop:
         return best, True
-    graph = corrected_graph if best is first[0] else plain_graph
     progress("measuring the harm of each layer")
-    order = layers_by_harm(network, context.data.fit)
+    order = layers_by_harm(network, source, context.data.fit)
     failing, count, found = 0, 1, None
     while found is None and failing < len(order):
         count = min(count, len(order))
-        now = attempt(graph, order[:count])
+        now = attempt(source, order[:count])
         best = min(best, now, key=lambda one: one.held_back.drop)
         if now.held_back.drop <= max_drop:
             found = now
@@ -136,7 +135,7 @@ def quantise_within(
         middle = (failing + count) // 2
         if middle == failing:
             break
-        now = attempt(graph, order[:middle])
+        now = attempt(source, order[:middle])
         if now.held_back.drop <= max_drop:
             found, count = now, middle
         else:
@@ -166,14 +165,14 @@ def to_int8(graph: bytes, batches: Sequence[Batch], float_layers: Collection[str
             return None if batch is None else arrays_of(batch.input)
 
     with tempfile.TemporaryDirectory() as folder:
-        exported, prepared, quantised = (Path(folder) / f"{name}.onnx" for name in ("exported", "prepared", "int8"))
+        exported, simplified, quantised = (Path(folder) / f"{one}.onnx" for one in ("exported", "simplified", "int8"))
         exported.write_bytes(graph)
         before = logging.root.manager.disable
         logging.disable(logging.CRITICAL)
         try:
-            quant_pre_process(str(exported), str(prepared), skip_symbolic_shape=True)
+            quant_pre_process(str(exported), str(simplified), skip_symbolic_shape=True)
             quantize_static(
-                str(prepared), str(quantised), Inputs(), quant_format=QuantFormat.QDQ, per_channel=True,
+                str(simplified), str(quantised), Inputs(), quant_format=QuantFormat.QDQ, per_channel=True,
                 activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, reduce_range=sums_overflow(),
                 nodes_to_exclude=nodes_of_layers(graph, float_layers),
             )  # fmt: skip

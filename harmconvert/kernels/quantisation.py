@@ -119,7 +119,7 @@ def steps_at(metric: Metric, level: float) -> Tensor:
     return math.sqrt(12 * level) / metric.lengths_GN
 
 
-def quantise(metric: Metric, steps_GN: Tensor, survivors: int = 1) -> Tensor:
+def quantise(metric: Metric, steps_GN: Tensor, survivors: int = 1, largest: float = math.inf) -> Tensor:
     """Return integers (groups, rows, columns), float64: integers times steps have a small error in the metric.
 
     With one survivor, the error of each row is at most the sum over the columns of (R_ii steps_i)^2 / 4. More survivors
@@ -132,6 +132,7 @@ def quantise(metric: Metric, steps_GN: Tensor, survivors: int = 1) -> Tensor:
     Args:
         steps_GN: the step of each column, above 0.
         survivors: partial roundings of each row that are kept. The time is proportional to their number.
+        largest: the largest magnitude of an integer. Coefficients that have it keep it, whatever the feedback says.
     """
     groups, rows, columns = metric.target_GON.shape
     each = 8 * survivors * max(columns, 1)
@@ -143,11 +144,11 @@ def quantise(metric: Metric, steps_GN: Tensor, survivors: int = 1) -> Tensor:
         for start in range(0, rows, row_count):
             part = slice(start, start + row_count)
             target = metric.target_GON[some, part]
-            out_GON[some, part] = _quantise(target, metric.factor_GNN[some], steps_GN[some], survivors)
+            out_GON[some, part] = _quantise(target, metric.factor_GNN[some], steps_GN[some], survivors, largest)
     return out_GON
 
 
-def _quantise(target_GON: Tensor, factor_GNN: Tensor, steps_GN: Tensor, survivors: int) -> Tensor:
+def _quantise(target_GON: Tensor, factor_GNN: Tensor, steps_GN: Tensor, survivors: int, largest: float) -> Tensor:
     """Quantise all rows at once. Values are in units of the steps, so that they are rounded to integers."""
     groups, rows, columns = target_GON.shape
     weights_GN = (factor_GNN.diagonal(dim1=1, dim2=2) * steps_GN).square()
@@ -157,7 +158,7 @@ def _quantise(target_GON: Tensor, factor_GNN: Tensor, steps_GN: Tensor, survivor
     costs = target_GON.new_zeros(groups, rows, 1)
     blocks: list[tuple[Tensor, Tensor]] = []
     for block in _blocks_from_last(columns):
-        search = _BlockSearch(pending[..., block], costs, survivors)
+        search = _BlockSearch(pending[..., block], costs, survivors, largest)
         for column in range(block.stop - 1, block.start - 1, -1):
             ratios_GB = ratios_GNN[:, block, column]
             search.round(column - block.start, target_GON[..., column], weights_GN[:, column], ratios_GB)
@@ -196,20 +197,20 @@ class _BlockSearch:
     ``costs``: the squared errors of the survivors, (groups, rows, survivors).
     """
 
-    def __init__(self, pending: Tensor, costs: Tensor, most: int) -> None:
-        self._pending, self.costs, self._most = pending.clone(), costs, most
+    def __init__(self, pending: Tensor, costs: Tensor, most: int, largest: float) -> None:
+        self._pending, self.costs, self._most, self._largest = pending.clone(), costs, most, largest
         self._steps: list[tuple[Tensor, Tensor | None]] = []
 
     def round(self, column: int, target_GO: Tensor, weight_G: Tensor, ratios_GB: Tensor) -> None:
         """Round one column of all survivors, and correct the columns before it."""
         x = self._pending[..., column]
-        nearest = x.round()
+        nearest = self._within(x.round(), target_GO)
         parents = None
         if self._most == 1:
             chosen = nearest
             self.costs = self.costs + weight_G[:, None, None] * (x - nearest).square()
         else:
-            second = nearest + torch.where(x >= nearest, 1.0, -1.0).to(x)
+            second = self._within(nearest + torch.where(x >= nearest, 1.0, -1.0).to(x), target_GO)
             integers, count = torch.cat([nearest, second], 2), x.shape[2]
             costs = self.costs.repeat(1, 1, 2) + weight_G[:, None, None] * (x.repeat(1, 1, 2) - integers).square()
             self.costs, best = costs.topk(min(self._most, 2 * count), 2, largest=False, sorted=False)
@@ -219,6 +220,16 @@ class _BlockSearch:
         if column:
             errors = target_GO[..., None] - chosen
             self._pending[..., :column] += errors[..., None] * ratios_GB[:, None, None, :column]
+
+    def _within(self, integers_GOK: Tensor, target_GO: Tensor) -> Tensor:
+        """Return integers that are not larger than the largest; those whose target is the largest are equal to it."""
+        if self._largest == math.inf:
+            return integers_GOK
+        fixed_GO1 = target_GO.round()[..., None]
+        limited_GOK = integers_GOK.clamp(-self._largest, self._largest)
+        return torch.where(
+            fixed_GO1.abs() >= self._largest, fixed_GO1.clamp(-self._largest, self._largest), limited_GOK
+        )
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Return the integers of the block (G, O, survivors, columns), and the survivor from which each one began."""

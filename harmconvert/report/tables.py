@@ -307,8 +307,10 @@ def inspection_lines(inspection: Inspection) -> list[str]:
 
 
 def file_size(path: str | Path) -> str:
-    """Return the size of a file, or of all files in a folder."""
+    """Return the size of a file, or of all files in a folder; the .bin file of a model of OpenVINO belongs to it."""
     path = Path(path)
+    if path.suffix == ".xml" and path.with_suffix(".bin").exists():
+        return megabytes(path.stat().st_size + path.with_suffix(".bin").stat().st_size)
     return megabytes(sum(f.stat().st_size for f in path.rglob("*")) if path.is_dir() else path.stat().st_size)
 
 

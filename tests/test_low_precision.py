@@ -1,0 +1,310 @@
+"""Export in 8 and 16 bits: rounding of weights, corrected biases, layers in floating point, files of both runtimes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+import harmconvert as hc
+from harmconvert.calibration import CalibrationContext, CalibrationSettings
+from harmconvert.deploy import PrecisionSettings, Target, export, graph_files, int8, onnx_bytes, quantised_graphs
+from harmconvert.errors import CheckError, InputError, OutsideError, UsageError
+from harmconvert.samples import mnist5k_held_back
+
+from .commands import SAMPLE, converted, fails, ok
+from .networks import random_input, seeded
+
+pytest.importorskip("openvino")
+
+
+class Small(nn.Module):
+    """A classifier with a grouped layer, batch norm, and a linear layer."""
+
+    num_classes = 5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+        self.point = nn.Conv2d(8, 16, 1)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x)).relu()
+        return self.head(self.point(self.depthwise(x)).relu().mean((2, 3)))
+
+
+def batches(count: int = 64) -> list[Tensor]:
+    """Return smooth maps, whose neighbouring values are much alike."""
+    noise = random_input((count, 3, 16, 16))
+    return list(nn.functional.avg_pool2d(noise, 5, 1).split(16))
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
+
+
+def context_of(network: nn.Module) -> CalibrationContext:
+    return CalibrationContext.of(network, batches(), CalibrationSettings())
+
+
+def settings(max_drop: float = 100.0) -> PrecisionSettings:
+    return PrecisionSettings(batches(), 64, max_drop)
+
+
+# --- the simulation ---
+
+
+def test_rounded_weights_are_multiples_of_a_scale_for_each_channel() -> None:
+    for layer in (nn.Conv2d(4, 6, 3), nn.Linear(5, 7), nn.ConvTranspose2d(4, 6, 3), nn.Conv2d(6, 6, 3, groups=6)):
+        weight, rounded = layer.weight.detach(), int8.rounded_weight(layer)
+        if isinstance(layer, nn.ConvTranspose2d):
+            weight, rounded = weight.transpose(0, 1), rounded.transpose(0, 1)
+        for exact, row in zip(weight.flatten(1), rounded.flatten(1), strict=True):
+            scale = exact.abs().max() / 127
+            assert torch.allclose(row / scale, (exact / scale).round(), atol=1e-3)
+            assert (row - exact).abs().max() <= 0.5001 * scale
+
+
+def test_a_range_has_zero_among_its_values() -> None:
+    rounded = int8.Range(-0.7, 2.3).rounded(torch.linspace(-1, 3, 999))
+    assert len(rounded.unique()) == 256
+    assert 0.0 in rounded
+    inside = torch.linspace(-0.69, 2.29, 99)
+    assert (int8.Range(-0.7, 2.3).rounded(inside) - inside).abs().max() <= 0.5001 * 3.0 / 255
+    assert torch.equal(int8.Range().rounded(inside), inside)
+
+
+def test_rounding_with_feedback_is_better_than_plain_rounding_and_needs_no_rounding_again() -> None:
+    """The feedback leaves shifts of the mean outputs to the biases, so both are compared with corrected biases."""
+    network = seeded(Small)
+    context = context_of(network)
+    better = int8.prepared(network, context)
+    plain = int8.with_corrected_biases(network, network, context.data.fit)
+    for name, layer in int8.plain_layers(better).items():
+        torch.testing.assert_close(int8.rounded_weight(layer), layer.weight.detach(), rtol=1e-5, atol=1e-7, msg=name)
+    for layer in int8.plain_layers(plain).values():
+        layer.weight.data = int8.rounded_weight(layer)
+    errors = [context.compare(one)[0] for one in (better, plain)]
+    assert errors[0] < 0.9 * errors[1]
+
+
+def test_corrected_biases_keep_the_mean_outputs_of_every_layer() -> None:
+    network = seeded(Small)
+    corrected = int8.with_corrected_biases(network, network, context_of(network).data.fit)
+    assert corrected.depthwise.bias is not None  # it had none
+    assert not torch.equal(corrected.stem.bias, network.stem.bias)
+    layers = int8.plain_layers(corrected)
+    ranges = int8.input_ranges(network, int8.plain_layers(network), context_of(network).data.fit)
+    x = torch.cat([batch.input for batch in context_of(network).data.fit])
+    with torch.no_grad(), int8.simulated(layers, ranges, {n: int8.rounded_weight(own) for n, own in layers.items()}):
+        rounded = corrected(x).mean(0)
+    with torch.no_grad():
+        exact = network(x).mean(0)
+    torch.testing.assert_close(rounded, exact, rtol=1e-3, atol=1e-4)
+    assert network.depthwise.bias is None
+
+
+def test_the_layer_that_rounding_harms_most_is_the_first() -> None:
+    network = seeded(Small)
+    with torch.no_grad():
+        network.point.weight[:, 0] *= 300  # the other weights of each row are rounded to nearly nothing
+        network.depthwise.weight[0] = 0
+    assert int8.layers_by_harm(network, network, context_of(network).data.fit)[0] == "point"
+
+
+# --- graphs ---
+
+
+def kinds(path: Path) -> list[str]:
+    return [node.op_type for node in onnx.load(path).graph.node]
+
+
+def test_an_onnx_file_in_8_bits_runs_and_is_near_the_network(tmp_path: Path) -> None:
+    network = seeded(Small)
+    model = hc.convert(network).model
+    found = export(
+        model, tmp_path / "a.onnx", "onnx", precision="int8", settings=settings(), example_input=batches()[0]
+    )
+    assert found.held_back is not None
+    assert (found.held_back.inputs, found.held_back.float_layers) == (16, ())
+    assert found.held_back.divergence < 1e-3
+    assert "DequantizeLinear" in kinds(tmp_path / "a.onnx")
+    types = {tensor.data_type for tensor in onnx.load(tmp_path / "a.onnx").graph.initializer if len(tensor.dims) > 1}
+    assert types == {onnx.TensorProto.INT8}
+    for count in (1, 3):  # any batch size
+        x = random_input((count, 3, 12, 12), seed=7)
+        with torch.no_grad():
+            output = Target("onnx", "int8").open((tmp_path / "a.onnx").read_bytes())(x)
+            assert (output - network(x)).abs().max() < 0.05 * network(x).abs().max()
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("f32", 1e-5), ("f16", 2e-3), ("bf16", 2e-2), ("int8", 5e-2)])
+def test_openvino_reads_the_two_files(precision: str, tolerance: float, tmp_path: Path) -> None:
+    import openvino
+
+    network, path = seeded(Small), tmp_path / "a.xml"
+    export(network, path, "openvino", precision=precision, settings=settings(), example_input=batches()[0])
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.bin", "a.xml"]
+    hint = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32"}
+    compiled = openvino.Core().compile_model(str(path), "CPU", hint)
+    x = random_input((3, 3, 12, 12), seed=7)
+    with torch.no_grad():
+        expected = network(x).numpy()
+    output = compiled(x.numpy())[0]
+    assert np.abs(output - expected).max() < tolerance * np.abs(expected).max()
+    if precision == "f32":
+        assert (output.argmax(1) == expected.argmax(1)).all()
+
+
+def test_layers_that_lose_too_much_stay_in_floating_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each layer in 8 bits costs a fourth of the inputs here, so three of four must stay in floating point."""
+    measured = quantised_graphs.measured
+
+    def lossy(context: Any, run: nn.Module, float_layers: Any = ()) -> Any:
+        found = measured(context, run, float_layers)
+        return hc.deploy.HeldBack(found.inputs, None, 1.0, 25.0 * (4 - len(float_layers)), tuple(float_layers))
+
+    monkeypatch.setattr(quantised_graphs, "measured", lossy)
+    network, path = seeded(Small), tmp_path / "a.onnx"
+    found = export(network, path, "onnx", precision="int8", settings=settings(25.0), example_input=batches()[0])
+    order = int8.layers_by_harm(network, network, context_of(network).data.fit)
+    assert set(found.held_back.float_layers) <= set(order)
+    assert len(found.held_back.float_layers) == 3
+    graph = onnx.load(path).graph
+    integers = [tensor.name for tensor in graph.initializer if tensor.name.endswith("weight_quantized")]
+    assert len(integers) == 1
+    assert not any(name.startswith(tuple(found.held_back.float_layers)) for name in integers)
+
+
+def test_if_the_loss_is_too_large_the_best_attempt_is_kept_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = quantised_graphs.measured
+
+    def lossy(context: Any, run: nn.Module, float_layers: Any = ()) -> Any:
+        found = measured(context, run, float_layers)
+        return hc.deploy.HeldBack(found.inputs, 0.9, 1.0, 10.0 - len(float_layers), tuple(float_layers))
+
+    monkeypatch.setattr(quantised_graphs, "measured", lossy)
+    path = tmp_path / "a.onnx"
+    with pytest.raises(
+        CheckError, match=r"loses 6.00 % on 16 inputs held back with 4 layers.*attempt is .*a-best.onnx"
+    ):
+        export(seeded(Small), path, "onnx", precision="int8", settings=settings(1.0), example_input=batches()[0])
+    assert [file.name for file in tmp_path.iterdir()] == ["a-best.onnx"]
+
+
+def test_a_cut_network_is_exported_in_factored_form_in_8_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph_files, "measured_once", lambda key, measure: (2.0, 1.0))
+    monkeypatch.setattr(graph_files, "times_of", lambda target, dense, factored, inputs: (2.0, 1.0))
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten())
+    model = hc.convert(seeded(lambda: network), {"2": 1}).model
+    arguments = {"form": "factored", "precision": "int8", "settings": settings(), "example_input": batches()[0]}
+    found = export(model, tmp_path / "a.xml", "openvino", **arguments)
+    assert found.factored == ("2",)
+    assert found.speedup == 2.0
+    monkeypatch.setattr(graph_files, "times_of", lambda target, dense, factored, inputs: (1.0, 2.0))
+    slower = export(model, tmp_path / "b.xml", "openvino", **arguments)
+    assert slower.factored == ()
+    assert "the factored form is not faster as a whole" in slower.notes[-1]
+
+
+def test_times_are_measured_once_for_each_runtime_and_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys: list[str] = []
+    monkeypatch.setattr(graph_files, "measured_once", lambda key, measure: keys.append(key) or measure())
+    network = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3))
+    model = hc.convert(seeded(lambda: network), {"1": 1}).model
+    for target in (Target("onnx"), Target("onnx", "int8"), Target("openvino"), Target("openvino", "bf16")):
+        chosen = graph_files.factor_for(target, model, batches()[0], lambda what: None)
+        assert {layer.form for layer in chosen.layers} <= {"dense", "factored"}
+    assert len(set(keys)) == 4
+
+
+# --- the command line, and what goes wrong ---
+
+
+def test_the_command_writes_8_bits_and_prints_the_comparison() -> None:
+    converted("coded.safetensors", "--bits", "4")
+    arguments = ["--precision", "int8", "--calibrate", "sample:mnist5k", "--calibration-images", "128"]
+    text = ok("export", "coded.safetensors", "--format", "openvino", *arguments, "-o", "a.xml").stdout
+    assert "same top-1 as the network on 100.0% of 32 inputs held back" in text
+    size = sum(Path(f"a.{suffix}").stat().st_size for suffix in ("xml", "bin"))
+    assert f"wrote a.xml ({size / 1e6:.2f} MB)" in text
+    found = json.loads(ok("export", SAMPLE, "--format", "onnx", *arguments, "-o", "a.onnx", "--json").stdout)
+    assert found["precision"] == "int8"
+    assert found["check"]["held_back"]["agreement"] == 1.0
+    images, labels = mnist5k_held_back()
+    network = Target("onnx", "int8").open(Path("a.onnx").read_bytes())
+    assert (network(images).argmax(1) == labels).double().mean() > 0.99
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--format", "onnx", "--precision", "int8", "-o", "a.onnx"],
+            "--precision int8 needs inputs on which",
+        ),
+        (
+            ["--format", "onnx", "--precision", "bf16", "-o", "a.onnx"],
+            "--precision bf16 is not possible with onnx: use f32, int8",
+        ),
+        (["--precision", "int8", "-o", "a.safetensors"], "--precision int8 is not possible with dense: use f32"),
+        (["--format", "openvino", "-o", "a.onnx"], ".xml"),
+        (["--format", "onnx", "--calibration-images", "64", "-o", "a.onnx"], "--calibrate DATA"),
+    ],
+)
+def test_options_that_do_not_fit_together_are_refused(arguments: list[str], message: str) -> None:
+    fails(2, message, "export", SAMPLE, *arguments)
+    assert list(Path().iterdir()) == []
+
+
+def test_inputs_that_cannot_be_used_are_reported(tmp_path: Path) -> None:
+    network, path = seeded(Small), tmp_path / "a.onnx"
+    for calibration, error, message in (
+        ([batches()[0][:1]], UsageError, "held back, but one input: none can be held back"),
+        ([], InputError, "holds no input"),
+        ([torch.full((4, 3, 12, 12), torch.nan)], InputError, "NaN"),
+        ([random_input((4, 1, 12, 12))], UsageError, "does not run"),
+    ):
+        with pytest.raises(error, match=message):
+            export(
+                network, path, "onnx", precision="int8", settings=PrecisionSettings(calibration),
+                example_input=batches()[0],
+            )  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_bin_file_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_text("mine")
+    with pytest.raises(UsageError, match=r"a\.bin exists"):
+        export(seeded(Small), tmp_path / "a.xml", "openvino", example_input=batches()[0])
+    assert (tmp_path / "a.bin").read_text() == "mine"
+    export(seeded(Small), tmp_path / "a.xml", "openvino", example_input=batches()[0], force=True)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.bin", "a.xml"]
+
+
+def test_the_message_for_missing_openvino_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(OutsideError, match=r"OpenVINO needs openvino: pip install 'harmconvert\[openvino\]'"):
+        export(seeded(Small), tmp_path / "a.xml", "openvino", example_input=batches()[0])
+
+
+def test_nodes_are_found_by_the_layers_that_they_compute() -> None:
+    graph = onnx_bytes(seeded(Small), batches()[0])
+    names = {node.name: node.op_type for node in onnx.load_model_from_string(graph).graph.node}
+    assert [names[name] for name in quantised_graphs.nodes_of_layers(graph, ["depthwise"])] == ["Conv"]
+    assert [names[name] for name in quantised_graphs.nodes_of_layers(graph, ["head"])] == ["Gemm"]
+    assert len(quantised_graphs.nodes_of_layers(graph, ["stem", "point", "head", "depthwise"])) == 4
