@@ -357,6 +357,8 @@ def test_the_command_line_is_frozen() -> None:
     size = ["--input-size"]
     data = ["--data-dir", "--dataset", "--train-split", "--val-split", "--img-size", "--workers", "-j", "--holdout",
             "--mean", "--std", "--interpolation", "--crop-pct", "--preprocess"]  # fmt: skip
+    images = ["--calibrate", "--data", "--calibration-images", "--calibration-split", "--data-dir", "--seed",
+              "--mean", "--std", "--interpolation", "--crop-pct", "--preprocess"]  # fmt: skip
     training = [
         "--epochs", "--batch-size", "-b", "--lr", "--opt", "--momentum", "--weight-decay", "--sched",
         "--warmup-epochs", "--decay-epochs", "--decay-milestones", "--decay-rate", "--padding", "--min-lr",
@@ -401,10 +403,11 @@ def test_the_command_line_is_frozen() -> None:
         "compare": sorted(["--all-layers", "--trust-code", "--model", *common, *size]),
         "benchmark": sorted(
             ["--batch-size", "-b", "--threads", "--form", "--layout", "--torchcompile", "--repeats", "--layers",
-             "--device", *network, *common, *size, *loudness]
+             "--device", "--runtime", "--precision", *images, *network, *common, *size, *loudness]
         ),
         "export": sorted(
-            ["--force", "--form", "--format", "--dtype", "--output", "-o", *network, *common, *size, *loudness]
+            ["--force", "--form", "--format", "--dtype", "--output", "-o", "--precision", "--max-drop", *images,
+             *network, *common, *size, *loudness]
         ),
         "demo": sorted(common),
     }  # fmt: skip

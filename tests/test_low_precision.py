@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,18 @@ from torch import Tensor, nn
 
 import harmconvert as hc
 from harmconvert.calibration import CalibrationContext, CalibrationSettings
-from harmconvert.deploy import PrecisionSettings, Target, export, graph_files, int8, onnx_bytes, quantised_graphs
+from harmconvert.deploy import (
+    Benchmark,
+    PrecisionSettings,
+    Row,
+    Target,
+    export,
+    graph_files,
+    int8,
+    onnx_bytes,
+    quantised_graphs,
+)
+from harmconvert.deploy.runtime_rows import RUNTIMES, has_bfloat16
 from harmconvert.errors import CheckError, InputError, OutsideError, UsageError
 from harmconvert.samples import mnist5k_held_back
 
@@ -42,7 +54,7 @@ class Small(nn.Module):
         return self.head(self.point(self.depthwise(x)).relu().mean((2, 3)))
 
 
-def batches(count: int = 64) -> list[Tensor]:
+def images_of(count: int = 64) -> list[Tensor]:
     """Return smooth maps, whose neighbouring values are much alike."""
     noise = random_input((count, 3, 16, 16))
     return list(nn.functional.avg_pool2d(noise, 5, 1).split(16))
@@ -54,11 +66,11 @@ def _in_an_empty_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: p
 
 
 def context_of(network: nn.Module) -> CalibrationContext:
-    return CalibrationContext.of(network, batches(), CalibrationSettings())
+    return CalibrationContext.of(network, images_of(), CalibrationSettings())
 
 
 def settings(max_drop: float = 100.0) -> PrecisionSettings:
-    return PrecisionSettings(batches(), 64, max_drop)
+    return PrecisionSettings(images_of(), 64, max_drop)
 
 
 # --- the simulation ---
@@ -133,7 +145,7 @@ def test_an_onnx_file_in_8_bits_runs_and_is_near_the_network(tmp_path: Path) -> 
     network = seeded(Small)
     model = hc.convert(network).model
     found = export(
-        model, tmp_path / "a.onnx", "onnx", precision="int8", settings=settings(), example_input=batches()[0]
+        model, tmp_path / "a.onnx", "onnx", precision="int8", settings=settings(), example_input=images_of()[0]
     )
     assert found.held_back is not None
     assert (found.held_back.inputs, found.held_back.float_layers) == (16, ())
@@ -153,7 +165,7 @@ def test_openvino_reads_the_two_files(precision: str, tolerance: float, tmp_path
     import openvino
 
     network, path = seeded(Small), tmp_path / "a.xml"
-    export(network, path, "openvino", precision=precision, settings=settings(), example_input=batches()[0])
+    export(network, path, "openvino", precision=precision, settings=settings(), example_input=images_of()[0])
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.bin", "a.xml"]
     hint = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32"}
     compiled = openvino.Core().compile_model(str(path), "CPU", hint)
@@ -176,7 +188,7 @@ def test_layers_that_lose_too_much_stay_in_floating_point(tmp_path: Path, monkey
 
     monkeypatch.setattr(quantised_graphs, "measured", lossy)
     network, path = seeded(Small), tmp_path / "a.onnx"
-    found = export(network, path, "onnx", precision="int8", settings=settings(25.0), example_input=batches()[0])
+    found = export(network, path, "onnx", precision="int8", settings=settings(25.0), example_input=images_of()[0])
     order = int8.layers_by_harm(network, network, context_of(network).data.fit)
     assert set(found.held_back.float_layers) <= set(order)
     assert len(found.held_back.float_layers) == 3
@@ -200,7 +212,7 @@ def test_if_the_loss_is_too_large_the_best_attempt_is_kept_aside(
     with pytest.raises(
         CheckError, match=r"loses 6.00 % on 16 inputs held back with 4 layers.*attempt is .*a-best.onnx"
     ):
-        export(seeded(Small), path, "onnx", precision="int8", settings=settings(1.0), example_input=batches()[0])
+        export(seeded(Small), path, "onnx", precision="int8", settings=settings(1.0), example_input=images_of()[0])
     assert [file.name for file in tmp_path.iterdir()] == ["a-best.onnx"]
 
 
@@ -209,7 +221,7 @@ def test_a_cut_network_is_exported_in_factored_form_in_8_bits(tmp_path: Path, mo
     monkeypatch.setattr(graph_files, "times_of", lambda target, dense, factored, inputs: (2.0, 1.0))
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten())
     model = hc.convert(seeded(lambda: network), {"2": 1}).model
-    arguments = {"form": "factored", "precision": "int8", "settings": settings(), "example_input": batches()[0]}
+    arguments = {"form": "factored", "precision": "int8", "settings": settings(), "example_input": images_of()[0]}
     found = export(model, tmp_path / "a.xml", "openvino", **arguments)
     assert found.factored == ("2",)
     assert found.speedup == 2.0
@@ -225,7 +237,7 @@ def test_times_are_measured_once_for_each_runtime_and_precision(monkeypatch: pyt
     network = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3))
     model = hc.convert(seeded(lambda: network), {"1": 1}).model
     for target in (Target("onnx"), Target("onnx", "int8"), Target("openvino"), Target("openvino", "bf16")):
-        chosen = graph_files.factor_for(target, model, batches()[0], lambda what: None)
+        chosen = graph_files.factor_for(target, model, images_of()[0], lambda what: None)
         assert {layer.form for layer in chosen.layers} <= {"dense", "factored"}
     assert len(set(keys)) == 4
 
@@ -272,7 +284,7 @@ def test_options_that_do_not_fit_together_are_refused(arguments: list[str], mess
 def test_inputs_that_cannot_be_used_are_reported(tmp_path: Path) -> None:
     network, path = seeded(Small), tmp_path / "a.onnx"
     for calibration, error, message in (
-        ([batches()[0][:1]], UsageError, "held back, but one input: none can be held back"),
+        ([images_of()[0][:1]], UsageError, "held back, but one input: none can be held back"),
         ([], InputError, "holds no input"),
         ([torch.full((4, 3, 12, 12), torch.nan)], InputError, "NaN"),
         ([random_input((4, 1, 12, 12))], UsageError, "does not run"),
@@ -280,7 +292,7 @@ def test_inputs_that_cannot_be_used_are_reported(tmp_path: Path) -> None:
         with pytest.raises(error, match=message):
             export(
                 network, path, "onnx", precision="int8", settings=PrecisionSettings(calibration),
-                example_input=batches()[0],
+                example_input=images_of()[0],
             )  # fmt: skip
     assert list(tmp_path.iterdir()) == []
 
@@ -288,9 +300,9 @@ def test_inputs_that_cannot_be_used_are_reported(tmp_path: Path) -> None:
 def test_an_existing_bin_file_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_text("mine")
     with pytest.raises(UsageError, match=r"a\.bin exists"):
-        export(seeded(Small), tmp_path / "a.xml", "openvino", example_input=batches()[0])
+        export(seeded(Small), tmp_path / "a.xml", "openvino", example_input=images_of()[0])
     assert (tmp_path / "a.bin").read_text() == "mine"
-    export(seeded(Small), tmp_path / "a.xml", "openvino", example_input=batches()[0], force=True)
+    export(seeded(Small), tmp_path / "a.xml", "openvino", example_input=images_of()[0], force=True)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.bin", "a.xml"]
 
 
@@ -299,12 +311,55 @@ def test_the_message_for_missing_openvino_names_it(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(OutsideError, match=r"OpenVINO needs openvino: pip install 'harmconvert\[openvino\]'"):
-        export(seeded(Small), tmp_path / "a.xml", "openvino", example_input=batches()[0])
+        export(seeded(Small), tmp_path / "a.xml", "openvino", example_input=images_of()[0])
 
 
 def test_nodes_are_found_by_the_layers_that_they_compute() -> None:
-    graph = onnx_bytes(seeded(Small), batches()[0])
+    graph = onnx_bytes(seeded(Small), images_of()[0])
     names = {node.name: node.op_type for node in onnx.load_model_from_string(graph).graph.node}
     assert [names[name] for name in quantised_graphs.nodes_of_layers(graph, ["depthwise"])] == ["Conv"]
     assert [names[name] for name in quantised_graphs.nodes_of_layers(graph, ["head"])] == ["Gemm"]
     assert len(quantised_graphs.nodes_of_layers(graph, ["stem", "point", "head", "depthwise"])) == 4
+
+
+# --- times ---
+
+
+def test_a_benchmark_times_every_runtime_and_precision_and_compares_them_on_images() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = hc.convert(seeded(lambda: network), {"2": 1}).model
+    every = {"runtimes": RUNTIMES, "precisions": ("f32", "bf16", "int8"), "layouts": ["channels_last"], "repeats": 3}
+    found = hc.benchmark(model, images_of(64)[0][:1], batches=[2], data=images_of(64), **every)
+    where = [(row.runtime, row.precision) for row in found.rows if row.form == "dense"]
+    bf16 = [("torch", "bf16")] * has_bfloat16()
+    openvino = [("openvino", "f32"), *[("openvino", "bf16")] * has_bfloat16(), ("openvino", "int8")]
+    assert where == [("torch", "f32"), *bf16, ("onnx", "f32"), ("onnx", "int8"), *openvino]
+    for row in found.rows:
+        assert row.seconds is not None, row.note
+        assert row.error < (1e-5 if row.precision == "f32" else 0.3)
+        assert (row.agreement is None) == (row.precision == "f32")
+    assert found.notes == ()
+    assert found.to_json()["rows"][-1]["runtime"] == "openvino"
+
+
+def test_the_advice_leaves_out_low_precision_whose_loss_is_too_large_or_unknown() -> None:
+    dense = Row("dense", False, "contiguous", 1, 1, 1.0, 0.0, 1.0, None, 0.0)
+    lossy = dataclasses.replace(dense, runtime="openvino", precision="int8", seconds=0.1, agreement=0.97)
+    unknown = dataclasses.replace(lossy, seconds=0.2, agreement=None)
+    [line] = Benchmark((dense, lossy), {}, {}).advice()
+    assert line.startswith("batch 1, 1 thread: deploy the dense form, contiguous, eager")
+    assert line.endswith("the dense form, OpenVINO with int8, 10.00 times (same top-1 on 97.0% of the images)")
+    assert Benchmark((dense, lossy), {}, {}).fastest(1, 1, max_drop=3.0) == lossy
+    assert Benchmark((dense, lossy), {}, {}).fastest(1, 1, max_drop=2.9) == dense
+    [line] = Benchmark((dense, unknown), {}, {}).advice()
+    assert "5.00 times (its loss is not measured without images)" in line
+
+
+def test_a_missing_runtime_is_named_once_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    found = hc.benchmark(seeded(Small), images_of(2)[0][:1], batches=[1, 2], runtimes=RUNTIMES, repeats=3)
+    assert {row.runtime for row in found.rows} == {"torch", "onnx"}
+    note = "OpenVINO was not timed, because openvino is not installed: pip install 'harmconvert[openvino]'"
+    assert found.notes == (note,)

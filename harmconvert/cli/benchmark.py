@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from . import inputs, options, types
+from . import images, inputs, options, types
 from .listening import CommandLine
 
 
@@ -43,6 +43,24 @@ from .listening import CommandLine
     show_default=True,
     help="Memory layouts to measure; repeatable.",
 )
+@click.option(
+    "--runtime",
+    "runtimes",
+    type=click.Choice(["torch", "onnx", "openvino"]),
+    multiple=True,
+    default=("torch", "onnx", "openvino"),
+    show_default=True,
+    help="Where to measure, if it is installed; repeatable.",
+)
+@click.option(
+    "--precision",
+    "precisions",
+    type=click.Choice(["f32", "bf16", "int8"]),
+    multiple=True,
+    default=("f32", "bf16", "int8"),
+    show_default=True,
+    help="What to compute in, if the runtime and the processor can; repeatable.",
+)
 @click.option("--torchcompile", is_flag=True, help="Measure each form under torch.compile, too.")
 @click.option(
     "--repeats", type=types.Count(min=3), default=9, show_default=True, help="Repeats of each measurement, in turns."
@@ -50,6 +68,7 @@ from .listening import CommandLine
 @click.option("--layers", is_flag=True, help="Print for each layer which form was chosen, and why.")
 @options.input_size
 @options.device
+@images.comparison_options
 @options.network_options
 @options.verbosity
 @options.common
@@ -59,13 +78,15 @@ def command(
     threads: tuple[int, ...],
     forms: tuple[str, ...],
     layouts: tuple[str, ...],
+    runtimes: tuple[str, ...],
+    precisions: tuple[str, ...],
     torchcompile: bool,
     repeats: int,
     layers: bool,
     input_size: Any,
     device: str | None,
     as_json: bool,
-    **network_options: Any,
+    **values: Any,
 ) -> None:
     """Measure the forms of the network SOURCE on this machine, and say which one to deploy.
 
@@ -75,12 +96,14 @@ def command(
       harmconvert benchmark resnet50-harmonic-2.safetensors --torchcompile --threads 1 --threads 2 --json
     """
     inputs.check()
+    images.check_calibration(values, input_size, images.comparison_options)
+    from ..calibration import CalibrationSettings
     from ..errors import counted
     from ..pipeline.benchmark import benchmark
     from ..report import tables
 
     result = benchmark(
-        options.request(source, network_options),
+        options.request(source, values),
         input_sizes=input_size,
         batches=batches,
         threads=threads,
@@ -88,6 +111,11 @@ def command(
         layouts=layouts,
         compiled=torchcompile,
         repeats=repeats,
+        runtimes=runtimes,
+        precisions=precisions,
+        data=images.calibration_request(values),
+        settings=CalibrationSettings(seed=values["seed"], inputs=values["calibration_images"]),
+        preprocessing=images.preprocessing_overrides(values),
         device=device,
         listener=CommandLine(),
     )
@@ -99,5 +127,5 @@ def command(
     if layers:
         for (batch, count), chosen in result.factorings.items():
             console.print(tables.factored_layers(chosen, f"batch {batch}, {counted(count, 'thread')}"))
-    for line in result.advice():
+    for line in (*result.advice(), *(f"note: {note}" for note in result.notes)):
         console.print(line, markup=False)

@@ -133,6 +133,7 @@ def comparison_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--calibrate",
+            "--data",
             "data",
             metavar="DATA",
             help="Images without labels, for int8 and for the comparison of low precision: a folder, sample:mnist5k, "

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..calibration import CalibrationContext
 from ..errors import Argument, UsageError, counted, first_line
 from ..layers import native
 from ..layers.layer_times import kernels_to_channels_last
@@ -30,9 +31,11 @@ from ..network.layers import harmonic_layers
 from ..network.running import call, evaluating, unchanged
 from ..network.values import clone_tensors, default_input, images_to_channels_last, map_tensors, tensors_in
 from ..storage.precision import in_float32
+from .runtime_rows import RUNTIMES, TIMED_PRECISIONS, in_low_precision_and_runtimes, missing_runtimes
 
 FORMS = ("dense", "harmonic", "factored")
 LAYOUTS = ("contiguous", "channels_last")
+_RUNTIME_NAMES = {"torch": "torch", "onnx": "ONNX Runtime", "openvino": "OpenVINO"}
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ class Row:
     ``seconds``: median of a forward pass. ``spread``: half the distance of the quartiles, as a share of the median.
     ``peak_bytes``: the most memory in use, minus the memory in use before (None: the system does not report it).
     ``error``: greatest difference from the outputs of the original network, relative to the largest output. ``note``:
-    why there are no measurements.
+    why there are no measurements. ``runtime``, ``precision``: what runs the network (torch, onnx or openvino), and what
+    it computes in (f32, bf16 or int8). ``agreement``: share of the images with the same top-1 as the original.
     """
 
     form: str
@@ -56,27 +60,35 @@ class Row:
     peak_bytes: int | None = None
     error: float | None = None
     note: str | None = None
+    runtime: str = "torch"
+    precision: str = "f32"
+    agreement: float | None = None
 
 
 @dataclass(frozen=True)
 class Benchmark:
     """All rows, the result of `factor` for each (batch, threads), the machine, and the source of the network.
 
-    ``source`` is None if it is unknown.
+    ``source`` is None if it is unknown. ``notes``: runtimes that are not installed.
     """
 
     rows: tuple[Row, ...]
     factorings: dict[tuple[int, int], Factoring]
     machine: dict[str, Any]
     source: str | None = None
+    notes: tuple[str, ...] = ()
 
-    def fastest(self, batch: int, threads: int) -> Row:
+    def fastest(self, batch: int, threads: int, max_drop: float | None = 0.0) -> Row:
         """Return the row of the fastest form.
+
+        Args:
+            max_drop: leave out low precision that gives another top-1 on more than this share of the images, in %, or
+                whose loss is not known; None: leave out nothing.
 
         Raises:
             UsageError: there is no time for this batch size and number of threads.
         """
-        timed = [row for row in self._rows(batch, threads) if row.seconds is not None]
+        timed = [row for row in self._rows(batch, threads) if row.seconds is not None and _within(row, max_drop)]
         if not timed:
             raise UsageError(f"nothing was timed at batch {batch} with {counted(threads, 'thread')}")
         return min(timed, key=lambda row: row.seconds or 0.0)
@@ -94,12 +106,25 @@ class Benchmark:
         if not any(row.seconds for row in rows):
             return f"{condition}: {rows[0].note}"
         best = self.fastest(batch, threads)
-        dense = [row.seconds for row in rows if row.form == "dense" and row.seconds and not row.compiled]
+        dense = [row.seconds for row in rows if row.seconds and _is_dense_eager(row)]
         speedup = ""
         if dense and best.seconds:
             speedup = f": {min(dense) / best.seconds:.2f} times as fast as the dense form, eager"
         form = f"{best.form} form, {best.layout}, {'compiled' if best.compiled else 'eager'}"
-        return f"{condition}: deploy the {form}{speedup}"
+        if (best.runtime, best.precision) != ("torch", "f32"):
+            form = f"{best.form} form, {_RUNTIME_NAMES[best.runtime]} with {best.precision}"
+        return f"{condition}: deploy the {form}{speedup}{self._low_precision(batch, threads, best, dense)}"
+
+    def _low_precision(self, batch: int, threads: int, best: Row, dense: list[float]) -> str:
+        """Return a sentence about the fastest row of low precision, if it is faster than ``best``."""
+        row = self.fastest(batch, threads, None)
+        if row is best or not row.seconds or not dense:
+            return ""
+        where = f"{row.form} form, {_RUNTIME_NAMES[row.runtime]} with {row.precision}"
+        known = "its loss is not measured without images"
+        if row.agreement is not None:
+            known = f"same top-1 on {row.agreement:.1%} of the images"
+        return f"; faster still: the {where}, {min(dense) / row.seconds:.2f} times ({known})"
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-able dict."""
@@ -110,8 +135,19 @@ class Benchmark:
         source = {} if self.source is None else {"source": self.source}
         return {
             **source, "machine": self.machine, "rows": [asdict(row) for row in self.rows], "factored": factorings,
-            "advice": self.advice(),
+            "advice": self.advice(), "notes": list(self.notes),
         }  # fmt: skip
+
+
+def _within(row: Row, max_drop: float | None) -> bool:
+    """Return whether the loss of a row is at most ``max_drop`` %; in float32 nothing is lost."""
+    if row.precision == "f32" or max_drop is None:
+        return True
+    return row.agreement is not None and round(100 * (1 - row.agreement), 6) <= max_drop
+
+
+def _is_dense_eager(row: Row) -> bool:
+    return (row.form, row.runtime, row.precision, row.compiled) == ("dense", "torch", "f32", False)
 
 
 @dataclass(frozen=True)
@@ -119,7 +155,9 @@ class BenchmarkSettings:
     """Which forms of a network to time, and how.
 
     ``threads``: numbers of threads of torch; empty: the current number. ``compiled``: time each form also under
-    torch.compile. ``repeats``: how often each form is timed; fewer times if a forward pass takes long.
+    torch.compile. ``repeats``: how often each form is timed; fewer times if a forward pass takes long. ``runtimes``,
+    ``precisions``: where networks are timed, as far as installed and supported by the processor. ``context``: images on
+    which low precision is calibrated and compared.
     """
 
     batches: Sequence[int] = (1, 16)
@@ -128,9 +166,15 @@ class BenchmarkSettings:
     layouts: Sequence[str] = LAYOUTS
     compiled: bool = False
     repeats: int = 9
+    runtimes: Sequence[str] = ("torch",)
+    precisions: Sequence[str] = ("f32",)
+    context: CalibrationContext | None = None
 
     def __post_init__(self) -> None:
-        for names, known, kind in ((self.forms, FORMS, "form"), (self.layouts, LAYOUTS, "layout")):
+        for names, known, kind in (
+            (self.forms, FORMS, "form"), (self.layouts, LAYOUTS, "layout"), (self.runtimes, RUNTIMES, "runtime"),
+            (self.precisions, TIMED_PRECISIONS, "precision"),
+        ):  # fmt: skip
             if unknown := [name for name in names if name not in known]:
                 raise UsageError(f"unknown {kind} {unknown[0]!r}: use {', '.join(known)}")
 
@@ -185,7 +229,8 @@ def time_forms(
     progress(total, total, "done")
     if rows and not any(row.seconds for row in rows):
         raise UsageError(f"the network does not run at batch {', '.join(map(str, settings.batches))}: {rows[0].note}")
-    return Benchmark(tuple(rows), factorings, {"device": str(device), **describe_machine()})
+    machine = {"device": str(device), **describe_machine()}
+    return Benchmark(tuple(rows), factorings, machine, notes=tuple(missing_runtimes(settings.runtimes)))
 
 
 def _report(progress: Callable[[int, int, str], None], before: int, total: int, description: str, done: int) -> None:
@@ -254,6 +299,20 @@ def _time_input(
                 row = replace(row, error=difference, peak_bytes=peak_bytes(run, device))
                 runs[str(len(rows))] = run
             rows.append(replace(row, note=note))
+        for deployed in in_low_precision_and_runtimes(
+            model, settings.forms, input, settings.runtimes, settings.precisions, settings.context
+        ):
+            row = Row(
+                deployed.form, False, "channels_last" if deployed.runtime == "torch" else "", batch, threads,
+                note=deployed.note, runtime=deployed.runtime, precision=deployed.precision,
+            )  # fmt: skip
+            if deployed.network is not None:
+                run, note = _warm_run(deployed.network, deployed.input, False)
+                row = replace(row, note=note, agreement=deployed.agreement(settings.context) if run else None)
+                if run is not None:
+                    row = replace(row, error=greatest_difference(_float64_tensors(run()), expected))
+                    runs[str(len(rows))] = run
+            rows.append(row)
         times = in_turns(runs, settings.repeats, 3, 20.0, warm=1, progress=report)
     for index, result in times.items():
         speed = batch / result.median

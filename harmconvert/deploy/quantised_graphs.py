@@ -80,7 +80,7 @@ def measured(context: CalibrationContext, run: nn.Module, float_layers: Collecti
     if divergence is None:
         raise InputError(f"the outputs of the exported file cannot be compared with those of the network: {why}")
     agreement = context.compare.agreement
-    drop = 100 * (divergence if agreement is None else 1 - agreement)
+    drop = round(100 * (divergence if agreement is None else 1 - agreement), 6)  # 1 - 0.99 is a little over 0.01
     held = context.data.total - context.data.fit_total
     return HeldBack(held, agreement, divergence, drop, tuple(float_layers))
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from ..calibration import CalibrationSettings
 from ..deploy.benchmark import FORMS, LAYOUTS, Benchmark, BenchmarkSettings, time_forms
+from ..deploy.quantised_graphs import calibration_context
+from .calibrating import CalibrationData, calibration_batches
 from .devices import place
+from .export import BATCH_SIZE
 from .inputs import Sizes, random_of
 from .listener import SILENT, Listener
 from .networks import Openable, opened, own
@@ -24,6 +28,11 @@ def benchmark(
     layouts: Sequence[str] = LAYOUTS,
     compiled: bool = False,
     repeats: int = 9,
+    runtimes: Sequence[str] = ("torch",),
+    precisions: Sequence[str] = ("f32",),
+    data: CalibrationData | None = None,
+    settings: CalibrationSettings | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
     device: str | None = None,
     listener: Listener = SILENT,
 ) -> Benchmark:
@@ -43,6 +52,11 @@ def benchmark(
         forms, layouts: ``"dense"``, ``"harmonic"``, ``"factored"``; ``"contiguous"``, ``"channels_last"``.
         compiled: time each form also under torch.compile.
         repeats: how often each form is timed; fewer times if a forward pass takes long.
+        runtimes: of ``"torch"``, ``"onnx"`` and ``"openvino"``; those that are installed are timed, on a CPU.
+        precisions: of ``"f32"``, ``"bf16"`` and ``"int8"``; those that the processor and the runtime have are timed.
+        data: images, as the ``calibration`` of `convert_to_file`, on which low precision is calibrated and compared.
+        settings: the number of these images.
+        preprocessing: of images, with timm's names, if it is not the network's own (`harmconvert.data.preprocessing`).
         device: where to run; default: the device of a network object, else the CPU.
         listener: receives messages and progress.
 
@@ -50,13 +64,20 @@ def benchmark(
         UsageError: a form or a layout is unknown, no input size is known, or the network does not accept the input.
         CheckError: the outputs of a form differ from those of the network.
     """
-    settings = BenchmarkSettings(batches, threads, forms, layouts, compiled, repeats)
+    images = settings or CalibrationSettings(inputs=256)
+    timed = BenchmarkSettings(batches, threads, forms, layouts, compiled, repeats, runtimes, precisions)
     network = opened(model, listener)
     if device is not None:
         network = own(network, model)
         place(network.model, device)
     if example_input is None:
         example_input = random_of(input_sizes, network.model)
+    given = calibration_batches(
+        data, network.model, images, batch_size=BATCH_SIZE, sizes=input_sizes, preprocessing=preprocessing or {},
+        listener=listener,
+    )  # fmt: skip
+    if given is not None:
+        timed = replace(timed, context=calibration_context(network.model, given, images.inputs))
     with listener.progress() as progress:
-        result = time_forms(network.model, example_input, settings, progress)
+        result = time_forms(network.model, example_input, timed, progress)
     return replace(result, source=str(network.source))

@@ -110,16 +110,18 @@ def benchmark_rows(benchmark: Benchmark) -> Table:
     rows = []
     for row in benchmark.rows:
         layout = row.layout.replace("channels_last", "ch. last")
-        settings = [row.form, "compiled" if row.compiled else "eager", layout, str(row.batch), str(row.threads)]
+        mode = "compiled" if row.compiled else "eager" if row.runtime == "torch" else row.runtime
+        settings = [row.form, mode, row.precision, layout, str(row.batch), str(row.threads)]
         if row.seconds is None or row.examples_per_second is None:
-            rows.append([*settings, "", "", "", "", row.note or ""])
+            rows.append([*settings, "", "", "", "", row.note or "", ""])
             continue
         peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.0f}"
         speed = f"{row.examples_per_second:,.1f}"
         error = "" if row.error is None else f"{row.error:.0e}"
-        rows.append([*settings, f"{1e3 * row.seconds:,.1f}", f"{row.spread or 0:.0%}", speed, peak, error])
-    headings = ["form", "mode", "layout", "batch", "thr", "ms", "+-", "per s", "MiB", "error"]
-    return fitted_table(headings, rows, left={0, 1, 2, 9})
+        same = "" if row.agreement is None else f"{row.agreement:.1%}"
+        rows.append([*settings, f"{1e3 * row.seconds:,.1f}", f"{row.spread or 0:.0%}", speed, peak, error, same])
+    headings = ["form", "mode", "in", "layout", "batch", "thr", "ms", "+-", "per s", "MiB", "error", "same top-1"]
+    return fitted_table(headings, rows, left={0, 1, 2, 3, 10})
 
 
 def factored_layers(factoring: Factoring, title: str) -> Table:
