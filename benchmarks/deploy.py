@@ -11,8 +11,8 @@ did not see. Calibration: 256 images.
 
 Ways: torch (channels_last) in float32 and bfloat16, ONNX Runtime, OpenVINO; in 8 bits: `ours` is export --precision
 int8 with --max-drop 100 (all layers in 8 bits) or 1 (layers in floating point until at most 1 % of the images held back
-change their top-1); `ONNX Runtime's quantiser` is quantize_static with a scale for each channel; `NNCF` is nncf.quantize
-with its defaults. NNCF's rows need `nncf`.
+change their top-1); `ONNX Runtime's quantiser` is quantize_static with a scale for each channel; `NNCF` is
+nncf.quantize with its defaults. NNCF's rows need `nncf`.
 """
 
 from __future__ import annotations
@@ -171,8 +171,8 @@ def summary() -> None:
             agreement = f"{float(row['agreement']):9.1%}" if row["agreement"] else " " * 9
             kept = f"  {row['float_layers']} layers in floating point" if row["float_layers"] not in ("", "0") else ""
             print(
-                f"{row['way']:42} {float(row['median_ms']):8.1f} {float(row['spread']):8.1%} {float(row['ratio']):6.2f} "
-                f"{agreement} {row['kl']:>9}{kept}"
+                f"{row['way']:42} {float(row['median_ms']):8.1f} {float(row['spread']):8.1%} "
+                f"{float(row['ratio']):6.2f} {agreement} {row['kl']:>9}{kept}"
             )
 
 
