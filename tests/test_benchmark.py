@@ -101,7 +101,7 @@ def test_benchmark_refuses_invalid_arguments(arguments: dict[str, list[str]], me
 def test_the_benchmark_command_prints_and_writes_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     converted("a.safetensors", "--lambda", "2")
-    text = ok("benchmark", "a.safetensors", "-b", "2", "--repeats", "3", "--layers").stdout
+    text = ok("benchmark", "a.safetensors", "-b", "2", "--repeats", "3", "--layers", "--runtime", "torch").stdout
     assert "deploy the" in text
     assert "it keeps the whole basis" in text
     data = json.loads(ok("benchmark", "a.safetensors", "-b", "2", "--form", "dense", "--repeats", "3", "--json").stdout)

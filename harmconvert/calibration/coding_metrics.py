@@ -100,7 +100,7 @@ def moments_of(problem: Problem, scales_F: Tensor) -> ErrorMetric | None:
     if isinstance(problem, Operator) or layer.unknowns > MOST_COLUMNS:
         return None
     assert isinstance(problem, NormalEquations | Samples)
-    gram_GNN = problem.centred_gram
+    gram_GNN = problem.centred_gram.to(torch.float64)
     # The moments of a large layer are a large part of the memory in use, so the new copy is changed in place.
     gram_GNN = layer.restricted(layer.restricted(gram_GNN / problem.count).mT)
     scales_N = scales_F.repeat(gram_GNN.shape[1] // len(scales_F)).to(gram_GNN)

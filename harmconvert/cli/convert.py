@@ -263,7 +263,7 @@ class _ResultPrinter(listening.CommandLine):
 
         if isinstance(result, Conversion):
             for part in _parts(result):
-                self.console.print(part, markup=False)
+                self.console.print(part, markup=not isinstance(part, str))  # the cells of tables are escaped
         elif isinstance(result, Verification):
             self.console.print(result.verdict, markup=False)
         elif isinstance(result, Rounding):

@@ -9,6 +9,7 @@ from glob import escape
 from math import isfinite
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -31,6 +32,8 @@ from .quantised_graphs import Quantised, calibration_context, measured, quantise
 from .runtimes import Target
 
 MAX_BYTES = 2**31 - 1  # the format (protobuf) does not allow larger ONNX files
+# Exported layers in both forms: they are timed in several runtimes and precisions.
+_LAYER_GRAPHS: WeakKeyDictionary[nn.Module, dict[LayerInput, list[bytes]]] = WeakKeyDictionary()
 # What a user must know of the precision in which OpenVINO computes.
 _HINT = "OpenVINO computes in bf16 where the processor can, unless INFERENCE_PRECISION_HINT is f32"
 _NOTES = {"bf16": "for bf16 on other processors, compile the model with INFERENCE_PRECISION_HINT=bf16"}
@@ -198,7 +201,10 @@ def factor_for(target: Target, model: nn.Module, example_input: Any, progress: C
 def _layer_times(target: Target, layer: nn.Module, layer_input: LayerInput) -> tuple[float, float]:
     """Return the seconds of one layer in both forms in a runtime."""
     input = torch.randn(layer_input.shape, generator=torch.Generator().manual_seed(0))
-    graphs = [onnx_bytes(nn.Sequential(form(layer)).eval(), input) for form in (plain_form, fast_form)]
+    known = _LAYER_GRAPHS.setdefault(layer, {})
+    if layer_input not in known:
+        known[layer_input] = [onnx_bytes(nn.Sequential(form(layer)).eval(), input) for form in (plain_form, fast_form)]
+    graphs = known[layer_input]
     if target.precision == "int8":
         graphs = [to_int8(graph, [Batch(input, tuple(range(len(input))), 0)]) for graph in graphs]
     dense, factored = graphs

@@ -8,7 +8,6 @@ from pathlib import Path
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
-from rich.text import Text
 
 from ..calibration import ENOUGH_POSITIONS, Calibration
 from ..deploy.benchmark import Benchmark
@@ -356,6 +355,6 @@ def fitted_table(headings: list[str], rows: list[list[str]], left: set[int]) -> 
     return table
 
 
-def _plain(text: str) -> Text:
-    """Return a cell without console markup and control characters, because names come from files."""
-    return Text(one_line(text))
+def _plain(text: str) -> str:
+    """Escape console markup and control characters, because names come from files."""
+    return one_line(text).replace("[", "\\[")
