@@ -6,7 +6,8 @@
 
 Networks and their test inputs are those of coding.py: efficientnet_lite0 (ImageNet weights; agreement and KL on crops
 of photographs that calibration did not see) and trained networks with labelled test images; mobilenetv2_mnist5k is a
-small MobileNetV2. There are 256 calibration inputs, as by default. `parameters` and `macs` are shares of the uncut
+small MobileNetV2. There are 256 calibration inputs, as by default; rows with 128 `inputs` are of code before the second
+metric of ranks. `parameters` and `macs` are shares of the uncut
 network; the MACs are those of the factored form. Each draw takes other calibration inputs; no choice is made on the
 test inputs.
 
@@ -60,7 +61,7 @@ from harmconvert.search import SearchSettings
 from harmconvert.training import Callbacks, MachineSettings, recipe_named, train
 
 RESULTS = Path(__file__).parent / "results" / "ranks.csv"
-KEYS = ["network", "method", "budget", "draw", "epochs"]
+KEYS = ["network", "method", "budget", "draw", "inputs", "epochs"]
 FIELDS = [*KEYS, "parameters", "macs", "kl", "agreement", "top1"]
 NETWORKS = ["resnet_mnist5k", "efficientnet_lite0", "wrn16_4_mnist5k", "resnet18_elpv", "mobilenetv2_mnist5k"]
 INPUTS = 256
@@ -284,7 +285,7 @@ def run(names: list[str], draws: int, trials: int, only: list[str], epochs: list
                 for method, budget, make in methods(subject, draw, trials):
                     if method not in (wanted_methods or [method]) or budget not in (wanted_budgets or [budget]):
                         continue
-                    missing = [e for e in epochs if (name, method, budget, str(draw), str(e)) not in done]
+                    missing = [e for e in epochs if (name, method, budget, str(draw), str(INPUTS), str(e)) not in done]
                     if not missing:
                         continue
                     try:
@@ -302,33 +303,33 @@ def run(names: list[str], draws: int, trials: int, only: list[str], epochs: list
                     for epoch, model in itertools.chain(
                         results, distilled(name, cut, subject.model, draw, later) if later else ()
                     ):
-                        row = {"network": name, "method": method, "budget": budget, "draw": draw, "epochs": epoch}
+                        row = {"network": name, "method": method, "budget": budget, "draw": draw, "inputs": INPUTS}
+                        row |= {"epochs": epoch}
                         row |= {"parameters": f"{parameters:.4f}", "macs": f"{macs:.4f}"}
                         result = coding.scores(model, subject, original)
                         write({**row, **{field: result[field] for field in FIELDS if field in result}})
 
 
-def _row_kind(row: Mapping[str, str]) -> tuple[str, str, str]:
-    return row["budget"], row["method"], row["epochs"]
+def _row_kind(row: Mapping[str, str]) -> tuple[str, str, str, str]:
+    return row["budget"], row["method"], row["inputs"], row["epochs"]
 
 
 def summary() -> None:
     with RESULTS.open(newline="") as file:
         rows = list(csv.DictReader(file))
     for name in dict.fromkeys(row["network"] for row in rows):
-        print(
-            f"\n{name}\nbudget      method             epochs parameters     MACs      KL   agreement    top-1  draws"
-        )
+        print(f"\n{name}\nbudget      method             inputs epochs  parameters     MACs      KL  agreement", end="")
+        print("    top-1  draws")
         own = [row for row in rows if row["network"] == name]
         rows_of = itertools.groupby(sorted(own, key=_row_kind, reverse=True), _row_kind)
-        for (budget, method, epochs), found in rows_of:
+        for (budget, method, inputs, epochs), found in rows_of:
             same = list(found)
 
             def value(field: str, same: list[dict[str, str]] = same) -> float:
                 return mean(float(row[field]) for row in same) if same[0][field] else float("nan")
 
             print(
-                f"{budget:11} {method:18} {epochs:>6} {value('parameters'):10.1%} {value('macs'):8.1%} "
+                f"{budget:11} {method:18} {inputs:>6} {epochs:>6} {value('parameters'):10.1%} {value('macs'):8.1%} "
                 f"{value('kl'):7.2g} {value('agreement'):11.2%} {value('top1'):8.2%} {len(same):6}"
             )
 
