@@ -6,9 +6,12 @@ each output channel, the input of its layer 8 bits and one scale, which is measu
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -35,7 +38,7 @@ from ..plan import BitsSetting, coded_weights, make_plan
 # Biases are corrected on at most so many values of the first input: 96 images of 224 pixels.
 _MOST_VALUES = 96 * 3 * 224 * 224
 _LEVELS = 255
-_BITS, _LARGEST = 8, 127
+_BITS = 8
 # Relative to the mean power of a layer's responses.
 _LEAST_POWER = 1e-4
 
@@ -60,6 +63,22 @@ class Range:
         return ((input / scale).round() + zero).clamp(0, _LEVELS).sub(zero) * scale
 
 
+@cache
+def sums_overflow() -> bool:
+    """Return whether sums of products of 8 bits can overflow 16 bits: on x86 processors without VNNI."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    try:
+        return "vnni" not in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return True
+
+
+def largest_integer() -> int:
+    """Return the largest integer of a weight: of 8 bits, or of 7 bits where sums could overflow."""
+    return 64 if sums_overflow() else 127
+
+
 def plain_layers(network: nn.Module) -> dict[str, nn.Module]:
     """Return the convolutions and linear layers whose weight is a parameter; that of factored layers is not."""
     return {n: layer for n, layer in weighted_layers(network).items() if layer._parameters.get("weight") is not None}
@@ -69,14 +88,14 @@ def rounded_weight(layer: nn.Module) -> Tensor:
     """Return a layer's weight with 8 bits and a scale for each output channel.
 
     >>> layer = nn.Linear(2, 1)
-    >>> layer.weight.data = torch.tensor([[1.27, 0.504]])
+    >>> layer.weight.data = torch.tensor([[1.27, 0.0001]])
     >>> rounded_weight(layer)
-    tensor([[1.2700, 0.5000]])
+    tensor([[1.2700, 0.0000]])
     """
     weight = cast(Tensor, layer.weight).detach()
     channels = 1 if getattr(layer, "transposed", False) else 0
     others = [axis for axis in range(weight.dim()) if axis != channels]
-    scale = (weight.abs().amax(others, keepdim=True) / 127).clamp_min(torch.finfo(weight.dtype).tiny)
+    scale = (weight.abs().amax(others, keepdim=True) / largest_integer()).clamp_min(torch.finfo(weight.dtype).tiny)
     return (weight / scale).round() * scale
 
 
@@ -267,7 +286,7 @@ def with_rounded_weights(network: nn.Module, context: CalibrationContext) -> nn.
         fit, held = moments
         metric = fit if held is None else pooled(fit, held)
         target_GON = weight.matrices()
-        scales_GO1 = (target_GON.abs().amax(2, keepdim=True) / _LARGEST).clamp_min(1e-30)
+        scales_GO1 = (target_GON.abs().amax(2, keepdim=True) / largest_integer()).clamp_min(1e-30)
         blocks_BON = metric.blocks(target_GON / scales_GO1)
         gram_BNN = Shrinkage().of(metric.gram_BNN.double())
         # Responses that were always zero must count a little, because they may not be zero on other inputs.
@@ -275,7 +294,7 @@ def with_rounded_weights(network: nn.Module, context: CalibrationContext) -> nn.
         powers_BN.add_(_LEAST_POWER * float(powers_BN.mean()) + 1e-30)
         form = Metric(blocks_BON, torch.linalg.cholesky(gram_BNN, upper=True))
         # The largest weight of a row decides the scale that a runtime chooses, so it must stay the largest.
-        integers_BON = quantise(form, torch.ones_like(form.lengths_GN), largest=_LARGEST)
+        integers_BON = quantise(form, torch.ones_like(form.lengths_GN), largest=largest_integer())
         rounded_GON = metric.from_blocks(integers_BON, weight.layout.groups)
         values = weight.layout.from_matrices((rounded_GON * scales_GO1).numpy())
         with torch.no_grad():

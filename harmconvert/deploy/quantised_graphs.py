@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import logging
-import platform
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from torch import nn
 
 from ..calibration import Batch, CalibrationContext, CalibrationSettings
 from ..errors import InputError, UsageError, counted, first_line
-from .int8 import layers_by_harm, prepared, with_layers_of
+from .int8 import layers_by_harm, prepared, sums_overflow, with_layers_of
 from .runtimes import Target, arrays_of
 
 # Operators whose weights may stay in floating point.
@@ -198,13 +197,3 @@ def _layers_of(node: Any) -> set[str]:
     weights = {name.removesuffix(".weight") for name in node.input if name.endswith(".weight")}
     # The last scope is that of the function itself.
     return weights | {name for scope in scopes for name in ast.literal_eval(scope)[-2:-1]}
-
-
-def sums_overflow() -> bool:
-    """Return whether sums of products of 8 bits can overflow 16 bits: on x86 processors without VNNI."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return False
-    try:
-        return "vnni" not in Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return True
