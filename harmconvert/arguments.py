@@ -186,7 +186,7 @@ def check_format(
     """Raise UsageError if an export to ``path`` is not possible.
 
     The reasons are that ``path`` exists, that the format does not fit the suffix of ``path``, the dtype, the form or
-    the precision, or that there are no calibration inputs for 8 bits.
+    the precision, or that calibration inputs are missing for 8 bits or not needed.
     """
     if format not in FORMATS:
         raise UsageError(f"unknown format {format!r}: use one of {', '.join(FORMATS)}")
@@ -201,6 +201,9 @@ def check_format(
     if precision == "int8" and not calibrated:
         what = " needs inputs on which the ranges of the activations are measured: give "
         raise UsageError(Argument("precision", precision), what, Argument("calibrate", "images"))
+    if calibrated and format not in PRECISIONS:
+        what = f" is for graphs in low precision (onnx, openvino), not for {format}: leave it out"
+        raise UsageError(Argument("calibrate", "images"), what)
     if format == "timm":
         check_folder(path, TIMM_FILES, force)
         return

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from . import images, inputs, options
+from . import images, inputs, options, types
 from .listening import CommandLine
 
 
@@ -38,7 +38,7 @@ from .listening import CommandLine
 )
 @click.option(
     "--max-drop",
-    type=click.FloatRange(min=0),
+    type=types.FiniteRange(min=0),
     default=1.0,
     show_default=True,
     help="The largest loss of low precision, in % of the images that are held back: those with another top-1. Layers "
