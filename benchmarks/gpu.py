@@ -68,10 +68,10 @@ def works(device: str) -> Iterator[dict[str, object]]:
     for (name, make), (_, on_cpu) in zip(flows(device), flows("cpu"), strict=True):
         start = time.perf_counter()
         try:
-            model = make().eval()
+            model, reference = make().eval(), on_cpu().eval()
             with torch.no_grad():
                 outputs = model(images.to(next(model.parameters()).device)).cpu()
-                expected = on_cpu().eval()(images)
+                expected = reference.cpu()(images)
             difference = float((outputs - expected).abs().max() / expected.abs().max())
             same = float((outputs.argmax(1) == expected.argmax(1)).double().mean())
             result = f"outputs within {difference:.1e} of the CPU's, same top-1 on {same:.1%}"
