@@ -29,7 +29,7 @@ import coding
 import photographs
 import timm
 import torch
-from table import appended
+from table import appended, processor
 from torch import Tensor, nn
 
 from harmconvert.calibration import CalibrationContext, CalibrationSettings
@@ -44,11 +44,6 @@ FIELDS = [*KEYS, "median_ms", "spread", "ratio", "agreement", "kl", "bytes", "fl
 TRAINED = ("efficientnet_lite0", "resnet_mnist5k")
 RANDOM = ("resnet18", "resnet50", "mobilenetv2_100")
 INPUTS, BATCH = 256, 8
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
 
 
 def subject(name: str) -> coding.Subject:

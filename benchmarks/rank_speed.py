@@ -25,11 +25,12 @@ from typing import Any
 
 import timm
 import torch
-from table import appended
+from table import appended, processor
 from torch import Tensor, nn
 
 import harmconvert as hc
 from harmconvert.deploy import Target, factor_for, onnx_bytes
+from harmconvert.deploy.runtime_rows import has_bfloat16
 from harmconvert.layers import in_turns, kernels_to_channels_last
 from harmconvert.network import factoring, fuse
 from harmconvert.search import SearchSettings
@@ -42,18 +43,7 @@ FIELDS = [*KEYS, "split_layers", "dense_ms", "median_ms", "spread", "ratio", "tu
 Pair = tuple[Callable[[], Any], Callable[[], Any]]
 
 
-def has_bfloat16() -> bool:
-    """Return whether the processor multiplies in bfloat16."""
-    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    return any(name in flags for name in ("avx512_bf16", "amx_bf16"))
-
-
 WAYS = {"eager", "ONNX Runtime", "OpenVINO"} | ({"eager, bfloat16", "OpenVINO, bfloat16"} if has_bfloat16() else set())
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
 
 
 def eager(dense: nn.Module, cut: nn.Module, x: Tensor, dtype: torch.dtype) -> Pair:

@@ -31,3 +31,9 @@ def appended(
             print(*row.values(), flush=True)
 
         yield done, write
+
+
+def processor() -> str:
+    """Return the name of the processor."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))

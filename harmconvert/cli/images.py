@@ -51,6 +51,10 @@ def preprocessing_overrides(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**{key: values[key] for key in chosen}, "trust_code": values["trust_code"]}
 
 
+_DATA_DIR = click.option("--data-dir", metavar="DIR", help="Folder of a timm data set such as torch/cifar10.")
+_SPLIT = click.option("--calibration-split", default="train", show_default=True, help="Split of a timm data set.")
+
+
 def calibration_data_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options of a calibration, without those for the place of the data and its pre-processing."""
     for option in (
@@ -65,7 +69,7 @@ def calibration_data_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Strength with which each refit stays near the plain cut, relative to the layer's mean square "
             "response; default: chosen on the held-back images.",
         ),
-        click.option("--calibration-split", default="train", show_default=True, help="Split of a timm data set."),
+        _SPLIT,
         click.option(
             "--calibration-batch-size",
             type=types.Count(min=1),
@@ -101,7 +105,7 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
             is_flag=True,
             help="Exit with 0 if a layer cannot be refitted and keeps the plain cut.",
         ),
-        click.option("--data-dir", metavar="DIR", help="Folder of a timm data set such as torch/cifar10."),
+        _DATA_DIR,
         click.option(
             "--seed",
             type=types.Count(min=0),
@@ -119,8 +123,8 @@ def comparison_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options for images on which low precision is calibrated and compared."""
     for option in (
         preprocessing_options,
-        click.option("--data-dir", metavar="DIR", help="Folder of a timm data set such as torch/cifar10."),
-        click.option("--calibration-split", default="train", show_default=True, help="Split of a timm data set."),
+        _DATA_DIR,
+        _SPLIT,
         click.option(
             "--seed", type=types.Count(min=0), default=0, show_default=True, help="Seed for the choice of images."
         ),

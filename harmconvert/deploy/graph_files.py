@@ -110,13 +110,13 @@ def _made(
             network, lambda one: onnx_bytes(one, example_input), target, context, max_drop, progress
         )
         return _Made(quantised.content, _lowered(exported, quantised), within)
-    held_back = None
+    run, held_back = target.open(content), None
     if context is not None:
         progress("comparing on calibration inputs")
-        held_back = measured(context, target.open(content))
+        held_back = measured(context, run)
     notes = (_HINT,) if target == Target("openvino") else (_NOTES.get(target.precision),)
     if target.precision != "f32":
-        exported = replace(exported, **_differences(model, target.open(content), example_input))
+        exported = replace(exported, **_differences(model, run, example_input))
     exported = replace(exported, held_back=held_back, notes=(*exported.notes, *filter(None, notes)))
     return _Made(content, exported, held_back is None or held_back.drop <= max_drop)
 

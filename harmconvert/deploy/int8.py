@@ -141,6 +141,37 @@ def input_ranges(network: nn.Module, layers: Mapping[str, nn.Module], batches: S
     return ranges
 
 
+def with_rounded_weights(network: nn.Module, context: CalibrationContext) -> nn.Module:
+    """Return a copy whose weights are multiples of the scales that runtimes choose for 8 bits.
+
+    They are rounded with feedback in the metric of the layer's inputs (`kernels.quantisation`), so that a runtime,
+    which rounds each weight alone, finds nothing to round. Layers whose inputs are not observed keep their weights.
+    """
+    copied = deep_copy(network)
+    weights = coded_weights(copied, make_plan(find_layers(copied), "full", bits=BitsSetting.of(_BITS)))
+    memory = memory_for(copied, CalibrationSettings())
+    for weight, moments in measured_moments(copied, weights, context.data, 0, memory):
+        if isinstance(moments, str) or weight.key.rpartition(".")[2] != "weight":
+            continue
+        fit, held = moments
+        metric = fit if held is None else pooled(fit, held)
+        target_GON = weight.matrices()
+        scales_GO1 = (target_GON.abs().amax(2, keepdim=True) / largest_integer()).clamp_min(1e-30)
+        blocks_BON = metric.blocks(target_GON / scales_GO1)
+        gram_BNN = Shrinkage().of(metric.gram_BNN.double())
+        # Responses that were always zero must count a little, because they may not be zero on other inputs.
+        powers_BN = gram_BNN.diagonal(dim1=1, dim2=2)
+        powers_BN.add_(_LEAST_POWER * float(powers_BN.mean()) + 1e-30)
+        form = Metric(blocks_BON, torch.linalg.cholesky(gram_BNN, upper=True))
+        # The largest weight of a row decides the scale that a runtime chooses, so it must stay the largest.
+        integers_BON = quantise(form, torch.ones_like(form.lengths_GN), largest=largest_integer())
+        rounded_GON = metric.from_blocks(integers_BON, weight.layout.groups)
+        values = weight.layout.from_matrices((rounded_GON * scales_GO1).numpy())
+        with torch.no_grad():
+            weight.parameter.copy_(torch.from_numpy(values).to(weight.parameter))
+    return copied
+
+
 def with_corrected_biases(network: nn.Module, original: nn.Module, batches: Sequence[Batch]) -> nn.Module:
     """Return a copy whose biases make up for the shift of the mean outputs by rounding.
 
@@ -192,13 +223,13 @@ def with_corrected_biases(network: nn.Module, original: nn.Module, batches: Sequ
     return copied
 
 
-def layers_by_harm(original: nn.Module, prepared: nn.Module, batches: Sequence[Batch]) -> list[str]:
+def layers_by_harm(original: nn.Module, better: nn.Module, batches: Sequence[Batch]) -> list[str]:
     """Return the names of the layers, first that whose rounding alone changes the network's outputs most.
 
     Args:
-        prepared: a copy of the network whose weights will be rounded (`prepared`).
+        better: the network whose weights will be rounded: the original, or a copy of it from `prepared`.
     """
-    layers, own = plain_layers(original), plain_layers(prepared)
+    layers, own = plain_layers(original), plain_layers(better)
     ranges = input_ranges(original, layers, batches)
     compare = Divergence(original, [max(batches, key=len)])
     compare(original)  # the outputs are known before the first layer is rounded
@@ -269,34 +300,3 @@ def _hooks(handles: Sequence[Any]) -> Iterator[None]:
 def _run(network: nn.Module, input: Any) -> None:
     with torch.no_grad(), evaluating(network), unchanged(network):
         call(network, clone_tensors(input))
-
-
-def with_rounded_weights(network: nn.Module, context: CalibrationContext) -> nn.Module:
-    """Return a copy whose weights are multiples of the scales that runtimes choose for 8 bits.
-
-    They are rounded with feedback in the metric of the layer's inputs (`kernels.quantisation`), so that a runtime,
-    which rounds each weight alone, finds nothing to round. Layers whose inputs are not observed keep their weights.
-    """
-    copied = deep_copy(network)
-    weights = coded_weights(copied, make_plan(find_layers(copied), "full", bits=BitsSetting.of(_BITS)))
-    memory = memory_for(copied, CalibrationSettings())
-    for weight, moments in measured_moments(copied, weights, context.data, 0, memory):
-        if isinstance(moments, str) or weight.key.rpartition(".")[2] != "weight":
-            continue
-        fit, held = moments
-        metric = fit if held is None else pooled(fit, held)
-        target_GON = weight.matrices()
-        scales_GO1 = (target_GON.abs().amax(2, keepdim=True) / largest_integer()).clamp_min(1e-30)
-        blocks_BON = metric.blocks(target_GON / scales_GO1)
-        gram_BNN = Shrinkage().of(metric.gram_BNN.double())
-        # Responses that were always zero must count a little, because they may not be zero on other inputs.
-        powers_BN = gram_BNN.diagonal(dim1=1, dim2=2)
-        powers_BN.add_(_LEAST_POWER * float(powers_BN.mean()) + 1e-30)
-        form = Metric(blocks_BON, torch.linalg.cholesky(gram_BNN, upper=True))
-        # The largest weight of a row decides the scale that a runtime chooses, so it must stay the largest.
-        integers_BON = quantise(form, torch.ones_like(form.lengths_GN), largest=largest_integer())
-        rounded_GON = metric.from_blocks(integers_BON, weight.layout.groups)
-        values = weight.layout.from_matrices((rounded_GON * scales_GO1).numpy())
-        with torch.no_grad():
-            weight.parameter.copy_(torch.from_numpy(values).to(weight.parameter))
-    return copied
