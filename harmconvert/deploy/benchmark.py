@@ -31,7 +31,7 @@ from ..network.layers import harmonic_layers
 from ..network.running import call, evaluating, unchanged
 from ..network.values import clone_tensors, default_input, images_to_channels_last, map_tensors, tensors_in
 from ..storage.precision import in_float32
-from .runtime_rows import RUNTIMES, TIMED_PRECISIONS, in_low_precision_and_runtimes, missing_runtimes
+from .runtime_rows import RUNTIMES, TIMED_PRECISIONS, EightBits, in_low_precision_and_runtimes, missing_runtimes
 
 FORMS = ("dense", "harmonic", "factored")
 LAYOUTS = ("contiguous", "channels_last")
@@ -214,6 +214,7 @@ def time_forms(
     model, example_input = make_runnable(model, example_input)
     conditions = list(itertools.product(settings.batches, settings.threads or [torch.get_num_threads()]))
     total = len(conditions) * settings.repeats
+    eight_bits = EightBits(settings.context)
     rows: list[Row] = []
     factorings: dict[tuple[int, int], Factoring] = {}
     for index, (batch, threads) in enumerate(conditions):
@@ -222,7 +223,7 @@ def time_forms(
         report(0)
         with _torch_threads(threads):
             input = map_tensors(partial(_repeat_examples, batch=batch), example_input)
-            new_rows, chosen = _time_input(model, input, batch, settings, report)
+            new_rows, chosen = _time_input(model, input, batch, settings, eight_bits, report)
         rows += new_rows
         if chosen is not None:
             factorings[batch, threads] = chosen
@@ -272,7 +273,12 @@ def _status(key: str) -> int:
 
 
 def _time_input(
-    model: nn.Module, input: Any, batch: int, settings: BenchmarkSettings, report: Callable[[int], None]
+    model: nn.Module,
+    input: Any,
+    batch: int,
+    settings: BenchmarkSettings,
+    eight_bits: EightBits,
+    report: Callable[[int], None],
 ) -> tuple[list[Row], Factoring | None]:
     """Return a row for each form in each layout, and the result of `factor` if the factored form is timed."""
     threads = torch.get_num_threads()
@@ -300,7 +306,7 @@ def _time_input(
                 runs[str(len(rows))] = run
             rows.append(replace(row, note=note))
         for deployed in in_low_precision_and_runtimes(
-            model, settings.forms, input, settings.runtimes, settings.precisions, settings.context
+            model, settings.forms, input, settings.runtimes, settings.precisions, eight_bits
         ):
             row = Row(
                 deployed.form, False, "channels_last" if deployed.runtime == "torch" else "", batch, threads,

@@ -65,9 +65,37 @@ class _InBfloat16(nn.Module):
         return map_tensors(lambda t: t.float() if t.is_floating_point() else t, self.network(*args, **kwargs))
 
 
+class EightBits:
+    """Makes graphs in 8 bits. Those that are calibrated on images are made once for each runtime, for all batch sizes.
+
+    Args:
+        context: calibration inputs; without them, 8 bits are calibrated on the example input: this does not change the
+            time.
+    """
+
+    def __init__(self, context: CalibrationContext | None) -> None:
+        self.context = context
+        self._graphs: dict[str, bytes] = {}
+
+    def of_input(self, graph: bytes, input: Any) -> bytes:
+        """Return a graph in 8 bits that is calibrated on one input."""
+        return to_int8(graph, [Batch(input, tuple(range(batch_size(input) or 1)), 0)])
+
+    def of_dense(self, dense: nn.Module, graph: bytes, target: Target, input: Any) -> bytes:
+        """Return the graph of the dense form in 8 bits."""
+        if self.context is None:
+            return self.of_input(graph, input)
+        if target.runtime not in self._graphs:
+            quantised, _ = quantise_within(
+                dense, lambda one: onnx_bytes(one, input), target, self.context, 100.0, lambda what: None
+            )
+            self._graphs[target.runtime] = quantised.content
+        return self._graphs[target.runtime]
+
+
 def in_low_precision_and_runtimes(
     model: nn.Module, forms: Sequence[str], input: Any, runtimes: Sequence[str], precisions: Sequence[str],
-    context: CalibrationContext | None,
+    eight_bits: EightBits,
 ) -> Iterator[Deployed]:  # fmt: skip
     """Yield the networks in other precisions and runtimes than float32 under torch."""
     on_cpu = tensors_in(input)[0].device.type == "cpu"
@@ -75,7 +103,7 @@ def in_low_precision_and_runtimes(
         yield from in_bfloat16(model, forms, input)
     wanted = [one for one in targets(runtimes, precisions) if not one.missing_packages()]
     if on_cpu and wanted:
-        yield from in_runtimes(model, forms, input, wanted, context)
+        yield from in_runtimes(model, forms, input, wanted, eight_bits)
 
 
 def targets(runtimes: Sequence[str], precisions: Sequence[str]) -> list[Target]:
@@ -112,14 +140,9 @@ def in_bfloat16(model: nn.Module, forms: Sequence[str], input: Any) -> Iterator[
 
 
 def in_runtimes(
-    model: nn.Module, forms: Sequence[str], input: Any, wanted: Sequence[Target], context: CalibrationContext | None
+    model: nn.Module, forms: Sequence[str], input: Any, wanted: Sequence[Target], eight_bits: EightBits
 ) -> Iterator[Deployed]:
-    """Yield the dense form of a network in each runtime and precision, and the factored form if it has faster layers.
-
-    Args:
-        context: calibration inputs for 8 bits; without them, 8 bits are calibrated on ``input``: this does not change
-            the time.
-    """
+    """Yield the dense form in each runtime and precision, and the factored form if it has faster layers."""
 
     @cache
     def dense() -> nn.Module:
@@ -140,8 +163,10 @@ def in_runtimes(
                 graph = graph_of(form, Target("onnx") if form == "dense" else target)
                 if not graph:  # no layer is faster in factored form
                     continue
-                if target.precision == "int8":
-                    graph = _in_8_bits(graph, form, dense, target, input, context)
+                if target.precision == "int8" and form == "dense":
+                    graph = eight_bits.of_dense(dense(), graph, target, input)
+                elif target.precision == "int8":
+                    graph = eight_bits.of_input(graph, input)
                 yield Deployed(
                     target.runtime, target.precision, form, target.open(graph, input), input,
                     for_any_batch=partial(target.open, graph),
@@ -149,15 +174,3 @@ def in_runtimes(
             except Exception as error:  # an operator that a runtime lacks must not end the benchmark
                 note = f"does not run ({type(error).__name__}: {first_line(error)})"
                 yield Deployed(target.runtime, target.precision, form, None, note=note)
-
-
-def _in_8_bits(
-    graph: bytes, form: str, dense: Callable[[], nn.Module], target: Target, input: Any,
-    context: CalibrationContext | None,
-) -> bytes:  # fmt: skip
-    if context is None or form != "dense":
-        return to_int8(graph, [Batch(input, tuple(range(batch_size(input) or 1)), 0)])
-    quantised, _ = quantise_within(
-        dense(), lambda one: onnx_bytes(one, input), target, context, 100.0, lambda what: None
-    )
-    return quantised.content
