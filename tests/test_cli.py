@@ -403,7 +403,7 @@ def test_the_command_line_is_frozen() -> None:
         "compare": sorted(["--all-layers", "--trust-code", "--model", *common, *size]),
         "benchmark": sorted(
             ["--batch-size", "-b", "--threads", "--form", "--layout", "--torchcompile", "--repeats", "--layers",
-             "--device", "--runtime", "--precision", *images, *network, *common, *size, *loudness]
+             "--device", "--runtime", "--precision", "--max-drop", *images, *network, *common, *size, *loudness]
         ),
         "export": sorted(
             ["--force", "--form", "--format", "--dtype", "--output", "-o", "--precision", "--max-drop", *images,

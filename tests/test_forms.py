@@ -75,47 +75,67 @@ def test_a_c_compiler_is_available_for_these_tests() -> None:
     levels=st.integers(1, 7),
     batch=st.integers(1, 3),
     bias=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 2**20),
 )
 def test_the_compiled_kernel_computes_the_convolution(
     sizes: tuple[int, int], channels: tuple[int, int], kernel: tuple[int, int], stride: tuple[int, int],
-    dilation: tuple[int, int], padding: tuple[int, int], levels: int, batch: int, bias: bool, seed: int,
+    dilation: tuple[int, int], padding: tuple[int, int], levels: int, batch: int, bias: bool, dtype: torch.dtype,
+    seed: int,
 ) -> None:  # fmt: skip
     """The reference is `oracle.convolution`: a sum for every output, in float64."""
     torch.manual_seed(seed)
     size = tuple(max(n, d * (k - 1) + 1 - 2 * p) for n, k, d, p in zip(sizes, kernel, dilation, padding, strict=True))
     conv = nn.Conv2d(*channels, kernel, stride, padding, dilation, bias=bias)
-    factored = to_factored(truncated(conv, min(levels, level_count(kernel))))
-    x = torch.randn(batch, channels[0], *size)
-    merged = to_dense(factored)
-    kernel_OIAB = merged.weight.detach().double().numpy()
+    factored = to_factored(truncated(conv, min(levels, level_count(kernel))).to(dtype))
+    x = torch.randn(batch, channels[0], *size).to(dtype)
+    merged = to_dense(copy.deepcopy(factored).double())
+    kernel_OIAB = merged.weight.detach().numpy()
     expected = oracle.convolution(x.double().numpy(), kernel_OIAB, stride, padding, dilation)
+    scale = oracle.convolution(x.double().abs().numpy(), np.abs(kernel_OIAB), stride, padding, dilation).max()
     if bias:
-        expected += merged.bias.detach().double().numpy()[:, None, None]
+        expected += merged.bias.detach().numpy()[:, None, None]
     found = outputs(factored, x)
     assert factored._packed is not None, "computed another way"
     assert found.shape == expected.shape
-    assert np.abs(found.double().numpy() - expected).max() <= 1e-5 * max(1, np.abs(expected).max())
+    assert found.dtype == dtype
+    error = np.abs(found.double().numpy() - expected).max()
+    assert error <= (1e-5 if dtype == torch.float32 else 2**-7) * max(1, scale)
 
 
 @pytest.mark.parametrize(
     ("channels", "size", "batch"), [(160, 16, 2), (64, 30, 3), (512, 5, 2), (33, 17, 1), (700, 3, 1)]
 )
 @pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_channels_beyond_one_block_and_tile_are_computed_correctly(
-    channels: int, size: int, batch: int, threads: int
+    channels: int, size: int, batch: int, threads: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    conv = truncated(nn.Conv2d(channels, channels + 7, 3, padding=1))
-    x = torch.randn(batch, channels, size, size)
+    monkeypatch.setattr(native, "CACHED_RESPONSES", 3 * 512 * 25)  # one image of 512 channels at a time
+    conv = truncated(nn.Conv2d(channels, channels + 7, 3, padding=1)).to(dtype)
+    x = torch.randn(batch, channels, size, size).to(dtype)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         found = outputs(to_factored(conv), x)
     finally:
         torch.set_num_threads(before)
-    expected = outputs(to_dense(conv).double(), x.double())
-    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    expected = outputs(to_dense(conv.double()), x.double())
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-7
+    assert (found - expected).abs().max() < tolerance * expected.abs().max()
     assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_numbers_that_are_not_finite_stay_so_in_bfloat16() -> None:
+    conv = truncated(nn.Conv2d(17, 3, 3, padding=1)).bfloat16()
+    for value in (float("nan"), float("inf")):
+        x = torch.zeros(1, 17, 5, 9, dtype=torch.bfloat16)
+        x[0, 16, 2, 4] = value
+        x[0, 3, 0, 0] = value
+        found = outputs(to_factored(conv), x)
+        assert not found[0, :, 2, 4].isfinite().any()
+        assert not found[0, :, 0, 0].isfinite().any()
+        assert found[0, :, 4, 8].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

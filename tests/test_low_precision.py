@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -329,6 +330,26 @@ def test_nodes_are_found_by_the_layers_that_they_compute() -> None:
 
 
 # --- times ---
+
+
+def test_a_benchmark_prints_commands_that_write_the_forms_of_its_advice() -> None:
+    """The time decides which of the two rows is advised; both rows are of this runtime, and each command runs."""
+    arguments = ["--calibrate", "sample:mnist5k", "--calibration-images", "64", "--max-drop", "50"]
+    for runtime, suffix in (("onnx", "onnx"), ("openvino", "xml")):
+        text = ok("benchmark", SAMPLE, "-b", "1", "--repeats", "3", "--runtime", runtime, *arguments).stdout
+        commands = [line.split(": ", 1)[1] for line in text.splitlines() if line.startswith(f"dense, {runtime}, ")]
+        assert commands
+        for command in commands:
+            assert ok(*shlex.split(command)[1:]).returncode == 0
+            assert Path(shlex.split(command)[-1]).suffix == f".{suffix}"
+
+
+def test_the_forms_of_the_advice_are_listed_once() -> None:
+    dense = Row("dense", False, "contiguous", 1, 1, 1.0, 0.0, 1.0, None, 0.0)
+    lossy = dataclasses.replace(dense, runtime="openvino", precision="int8", seconds=0.1, agreement=0.97)
+    more = [dataclasses.replace(row, batch=16) for row in (dense, lossy)]
+    assert Benchmark((dense, lossy, *more), {}, {}).advised() == [dense, lossy]
+    assert Benchmark((dense, lossy, *more), {}, {}, max_drop=3.0).advised() == [lossy]
 
 
 def test_a_benchmark_times_every_runtime_and_precision_and_compares_them_on_images() -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from . import images, inputs, options, types
 from .listening import CommandLine
+
+if TYPE_CHECKING:
+    from ..deploy.benchmark import Benchmark, Row
+
+_SUFFIXES = {"onnx": "onnx", "openvino": "xml"}
 
 
 @click.command(name="benchmark")
@@ -65,6 +72,14 @@ from .listening import CommandLine
 @click.option(
     "--repeats", type=types.Count(min=3), default=9, show_default=True, help="Repeats of each measurement, in turns."
 )
+@click.option(
+    "--max-drop",
+    type=types.FiniteRange(min=0),
+    default=1.0,
+    show_default=True,
+    help="With --calibrate: the largest loss of low precision that the advice allows, in % of the images that are held "
+    "back: those with another top-1.",
+)
 @click.option("--layers", is_flag=True, help="Print for each layer which form was chosen, and why.")
 @options.input_size
 @options.device
@@ -82,6 +97,7 @@ def command(
     precisions: tuple[str, ...],
     torchcompile: bool,
     repeats: int,
+    max_drop: float,
     layers: bool,
     input_size: Any,
     device: str | None,
@@ -114,6 +130,7 @@ def command(
         runtimes=runtimes,
         precisions=precisions,
         data=images.calibration_request(values),
+        max_drop=max_drop,
         settings=CalibrationSettings(seed=values["seed"], inputs=values["calibration_images"]),
         preprocessing=images.preprocessing_overrides(values),
         device=device,
@@ -127,5 +144,29 @@ def command(
     if layers:
         for (batch, count), chosen in result.factorings.items():
             console.print(tables.factored_layers(chosen, f"batch {batch}, {counted(count, 'thread')}"))
-    for line in (*result.advice(), *(f"note: {note}" for note in result.notes)):
+    for line in (*result.advice(), *_commands(result, source, values["data"]), *(f"note: {n}" for n in result.notes)):
         console.print(line, markup=False)
+
+
+def _commands(result: Benchmark, source: str, data: str | None) -> list[str]:
+    """Return a line for each form that the advice names: the command or the Python code that makes it."""
+    return [f"{_description(row)}: {_command(row, result.max_drop, source, data)}" for row in result.advised()]
+
+
+def _description(row: Row) -> str:
+    return f"{row.form}, {row.runtime}, {row.precision}"
+
+
+def _command(row: Row, max_drop: float, source: str, data: str | None) -> str:
+    name, form = Path(source).stem.replace(":", "-"), "" if row.form == "dense" else f" --form {row.form}"
+    if row.runtime == "torch":
+        if (row.form, row.precision) == ("dense", "f32"):
+            return f"harmconvert export {shlex.quote(source)} -o {name}-dense.safetensors"
+        half = ".bfloat16()" if row.precision == "bf16" else ""
+        return f"hc.load({source!r}, form={row.form!r}){half}"
+    command = f"harmconvert export {shlex.quote(source)} --format {row.runtime}{form}"
+    if row.precision != "f32":
+        command += f" --precision {row.precision}"
+    if row.precision == "int8":
+        command += f" --calibrate {shlex.quote(data or 'FOLDER')} --max-drop {max_drop:g}"
+    return f"{command} -o {name}{'' if row.precision == 'f32' else '-' + row.precision}.{_SUFFIXES[row.runtime]}"

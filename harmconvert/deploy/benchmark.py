@@ -69,7 +69,8 @@ class Row:
 class Benchmark:
     """All rows, the result of `factor` for each (batch, threads), the machine, and the source of the network.
 
-    ``source`` is None if it is unknown. ``notes``: runtimes that are not installed.
+    ``source`` is None if it is unknown. ``notes``: runtimes that are not installed. ``max_drop``: the largest loss of
+    low precision that the advice allows, in % (`fastest`).
     """
 
     rows: tuple[Row, ...]
@@ -77,6 +78,7 @@ class Benchmark:
     machine: dict[str, Any]
     source: str | None = None
     notes: tuple[str, ...] = ()
+    max_drop: float = 1.0
 
     def fastest(self, batch: int, threads: int, max_drop: float | None = 0.0) -> Row:
         """Return the row of the fastest form.
@@ -98,21 +100,30 @@ class Benchmark:
 
     def advice(self) -> list[str]:
         """Return a sentence for each batch size and number of threads."""
-        return [self._advice(*key) for key in dict.fromkeys((row.batch, row.threads) for row in self.rows)]
+        return [self._advice(*key) for key in self._inputs()]
+
+    def advised(self) -> list[Row]:
+        """Return the rows that the advice names, each form once, within the allowed loss first."""
+        inputs = [key for key in self._inputs() if any(row.seconds for row in self._rows(*key))]
+        rows = [self.fastest(*key, drop) for drop in (self.max_drop, None) for key in inputs]
+        return [*{(row.form, row.runtime, row.precision): row for row in reversed(rows)}.values()][::-1]
+
+    def _inputs(self) -> list[tuple[int, int]]:
+        return [*dict.fromkeys((row.batch, row.threads) for row in self.rows)]
 
     def _advice(self, batch: int, threads: int) -> str:
         rows = self._rows(batch, threads)
         condition = f"batch {batch}, {counted(threads, 'thread')}"
         if not any(row.seconds for row in rows):
             return f"{condition}: {rows[0].note}"
-        best = self.fastest(batch, threads)
+        best = self.fastest(batch, threads, self.max_drop)
         dense = [row.seconds for row in rows if row.seconds and _is_dense_eager(row)]
         speedup = ""
         if dense and best.seconds:
             speedup = f": {min(dense) / best.seconds:.2f} times as fast as the dense form, eager"
         form = f"{best.form} form, {best.layout}, {'compiled' if best.compiled else 'eager'}"
         if (best.runtime, best.precision) != ("torch", "f32"):
-            form = f"{best.form} form, {_RUNTIME_NAMES[best.runtime]} with {best.precision}"
+            form = f"{best.form} form, {_RUNTIME_NAMES[best.runtime]} with {best.precision}{_agreement_of(best)}"
         return f"{condition}: deploy the {form}{speedup}{self._low_precision(batch, threads, best, dense)}"
 
     def _low_precision(self, batch: int, threads: int, best: Row, dense: list[float]) -> str:
@@ -121,10 +132,8 @@ class Benchmark:
         if row is best or not row.seconds or not dense:
             return ""
         where = f"{row.form} form, {_RUNTIME_NAMES[row.runtime]} with {row.precision}"
-        known = "its loss is not measured without images"
-        if row.agreement is not None:
-            known = f"same top-1 on {row.agreement:.1%} of the images"
-        return f"; faster still: the {where}, {min(dense) / row.seconds:.2f} times ({known})"
+        known = _agreement_of(row) or " (its loss is not measured without images)"
+        return f"; faster still: the {where}, {min(dense) / row.seconds:.2f} times{known}"
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-able dict."""
@@ -144,6 +153,10 @@ def _within(row: Row, max_drop: float | None) -> bool:
     if row.precision == "f32" or max_drop is None:
         return True
     return row.agreement is not None and round(100 * (1 - row.agreement), 6) <= max_drop
+
+
+def _agreement_of(row: Row) -> str:
+    return "" if row.agreement is None else f" (same top-1 on {row.agreement:.1%} of the images)"
 
 
 def _is_dense_eager(row: Row) -> bool:

@@ -14,7 +14,7 @@ from ..calibration import Batch, CalibrationContext
 from ..errors import first_line
 from ..layers.layer_times import kernels_to_channels_last
 from ..network.exchange import exchange
-from ..network.forms import fuse
+from ..network.forms import factoring, fuse
 from ..network.layers import converted_layers
 from ..network.values import batch_size, images_to_channels_last, map_tensors, tensors_in
 from .graph_files import factor_for
@@ -132,11 +132,15 @@ def has_bfloat16() -> bool:
 
 
 def in_bfloat16(model: nn.Module, forms: Sequence[str], input: Any) -> Iterator[Deployed]:
-    """Yield the dense form of a network in bfloat16 under torch, with channels_last."""
+    """Yield the forms of a network in bfloat16 under torch: dense, and factored if it has faster layers."""
+    half = exchange(model, {}).to(torch.bfloat16)
+    halves = images_to_channels_last(map_tensors(lambda t: t.bfloat16() if t.is_floating_point() else t, input))
     if "dense" in forms:
-        network = kernels_to_channels_last(exchange(fuse(model, input), {}).to(torch.bfloat16))
-        bfloat16 = map_tensors(lambda t: t.bfloat16() if t.is_floating_point() else t, input)
-        yield Deployed("torch", "bf16", "dense", network, images_to_channels_last(bfloat16))
+        yield Deployed("torch", "bf16", "dense", kernels_to_channels_last(fuse(half, halves)), halves)
+    if "factored" in forms and converted_layers(model):
+        chosen = factoring(half, halves)
+        if chosen.factored:
+            yield Deployed("torch", "bf16", "factored", chosen.model, halves)
 
 
 def in_runtimes(

@@ -2,8 +2,8 @@
 
 With lambda 2 a 3x3 kernel keeps three of its nine frequencies, so that the 1x1 convolution needs a third of the
 multiplications. A factored convolution is a subclass of the harmonic one with the same parameters and state. Only its
-forward differs: factored.c computes it in float32 on a CPU; else there is one depthwise convolution per frequency and
-a 1x1 convolution over all responses.
+forward differs: factored.c computes it in float32 and, with torch's matrix product, in bfloat16 on a CPU; else there is
+one depthwise convolution per frequency and a 1x1 convolution over all responses.
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ class FactoredMixin(HarmonicMixin):
             return False
         if not torch.compiler.is_compiling() and (_inside_torch_func() or type(input) not in (Tensor, nn.Parameter)):
             return False
-        if input.dim() != 4 or input.dtype != torch.float32 or input.device.type != "cpu" or input.numel() == 0:
+        if input.dim() != 4 or input.device.type != "cpu" or input.numel() == 0:
+            return False
+        if input.dtype not in native.DTYPES or input.dtype != self.coefficients.dtype:
             return False
         if input.shape[1] != cast(int, self.in_channels) or min(_out_sizes(self, input.shape[2:], pads)) < 1:
             return False  # torch's own operators raise an error that says what is wrong with the input
@@ -107,7 +109,7 @@ class FactoredMixin(HarmonicMixin):
             and max(kernel_size) <= 64
             and cast(int, self.groups) == 1
             and not self.basis_spec.fitted
-            and coefficients.dtype == torch.float32
+            and coefficients.dtype in native.DTYPES
             and coefficients.device.type == "cpu"
             and native.reason_unavailable() is None
         )

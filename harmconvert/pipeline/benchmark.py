@@ -31,6 +31,7 @@ def benchmark(
     runtimes: Sequence[str] = ("torch",),
     precisions: Sequence[str] = ("f32",),
     data: CalibrationData | None = None,
+    max_drop: float = 1.0,
     settings: CalibrationSettings | None = None,
     preprocessing: Mapping[str, Any] | None = None,
     device: str | None = None,
@@ -55,6 +56,7 @@ def benchmark(
         runtimes: of ``"torch"``, ``"onnx"`` and ``"openvino"``; those that are installed are timed, on a CPU.
         precisions: of ``"f32"``, ``"bf16"`` and ``"int8"``; those that the processor and the runtime have are timed.
         data: images, as the ``calibration`` of `convert_to_file`, on which low precision is calibrated and compared.
+        max_drop: the largest loss of low precision that the advice allows: the images with another top-1, in %.
         settings: the number of these images.
         preprocessing: of images, with timm's names, if it is not the network's own (`harmconvert.data.preprocessing`).
         device: where to run; default: the device of a network object, else the CPU.
@@ -80,4 +82,4 @@ def benchmark(
         timed = replace(timed, context=calibration_context(network.model, given, images.inputs))
     with listener.progress() as progress:
         result = time_forms(network.model, example_input, timed, progress)
-    return replace(result, source=str(network.source))
+    return replace(result, source=str(network.source), max_drop=max_drop)

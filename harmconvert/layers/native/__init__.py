@@ -27,10 +27,13 @@ from ...errors import first_line
 from ...files import cache_folder
 
 SOURCE = Path(__file__).with_name("factored.c")
+DTYPES = (torch.float32, torch.bfloat16)
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fPIC")
 # Target number of responses of one pixel for one block of channels. With fewer, computing the responses takes more time
 # than the product with the coefficients; with more, the responses do not fit into the cache.
 DEPTH = 288
+# Target number of responses in bfloat16 that are computed at a time.
+CACHED_RESPONSES = 1 << 23
 
 
 class _Shape(ctypes.Structure):
@@ -61,8 +64,8 @@ class Packed:
     """A layer in the memory layout of factored.c.
 
     ``vertical`` (V, rows) and ``horizontal`` (F, columns): factors of the basis kernels, float32. ``vertical_of`` (F,):
-    index of the vertical vector of each basis kernel, int32. ``weights``: coefficients in panels of output channels.
-    ``bias``: padded to whole panels.
+    index of the vertical vector of each basis kernel, int32. ``weights``: in float32 the coefficients in panels of
+    output channels, and ``bias`` is padded to whole panels; in bfloat16 the coefficients (O, F x I), and ``bias`` (O,).
     """
 
     vertical: Tensor
@@ -96,32 +99,31 @@ def pack(
     library, reason = _library()
     if library is None:
         raise RuntimeError(reason)
-    panel = library.harmconvert_panel()
+    factors = vertical.float().contiguous(), horizontal.float().contiguous(), vertical_of.to(torch.int32)
     out, channels, frequencies = coefficients_OIF.shape
+    if coefficients_OIF.dtype == torch.bfloat16:
+        weights = coefficients_OIF.detach().transpose(1, 2).flatten(1).contiguous()
+        return Packed(*factors, weights, weights.new_zeros(out) if bias_O is None else bias_O.detach().clone())
+    panel = library.harmconvert_panel()
     missing = -out % panel
     blocks = []
     for part_OIF in coefficients_OIF.detach().float().split(channels_per_block(channels, frequencies), 1):
         depth_O = functional.pad(part_OIF.permute(2, 1, 0).flatten(0, 1), (0, missing))
         blocks.append(depth_O.unflatten(1, (-1, panel)).transpose(0, 1).flatten())
     bias = torch.zeros(out) if bias_O is None else bias_O.detach().float()
-    return Packed(
-        vertical.float().contiguous(),
-        horizontal.float().contiguous(),
-        vertical_of.to(torch.int32),
-        torch.cat(blocks).contiguous(),
-        functional.pad(bias, (0, missing)).contiguous(),
-    )
+    return Packed(*factors, torch.cat(blocks).contiguous(), functional.pad(bias, (0, missing)).contiguous())
 
 
 def run(x_NCHW: Tensor, layer: Packed, out_channels: int, geometry: Geometry) -> Tensor:
-    """Return the factored convolution of a float32 map (N, C, H, W) in CPU memory; the result is channels_last.
+    """Return the factored convolution of a map (N, C, H, W) in CPU memory; the result is channels_last.
+
+    The map is in float32 or bfloat16, and the layer was packed from coefficients of the same dtype.
 
     Raises:
         RuntimeError: the map does not have the layer's number of channels, or there is not enough memory.
     """
     x = x_NCHW.contiguous(memory_format=torch.channels_last)
     batch, channels, height, width = x.shape
-    y = torch.empty((batch, out_channels, *geometry.out), dtype=x.dtype, memory_format=torch.channels_last)
     verticals, rows = layer.vertical.shape
     frequencies, columns = layer.horizontal.shape
     if layer.weights.numel() != layer.bias.numel() * channels * frequencies:  # factored.c would read past its end
@@ -131,17 +133,38 @@ def run(x_NCHW: Tensor, layer: Packed, out_channels: int, geometry: Geometry) ->
         *geometry.dilation, geometry.top, geometry.left, verticals, frequencies,
         channels_per_block(channels, frequencies),
     )  # fmt: skip
-    library = _library()[0]
-    assert library is not None
-    tensors = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, *_packed_tensors(layer), y))
-    if y.numel() and library.harmconvert_factored(ctypes.byref(shape), *tensors, torch.get_num_threads()):
-        raise RuntimeError("not enough memory for the responses of a tile")
+    if x.dtype == torch.bfloat16:
+        return _run_in_bfloat16(x, layer, shape)
+    y = torch.empty((batch, out_channels, *geometry.out), dtype=x.dtype, memory_format=torch.channels_last)
+    if y.numel():
+        _call("harmconvert_factored", shape, x, *_factors(layer), layer.weights, layer.bias, y)
     return y
 
 
-def _packed_tensors(layer: Packed) -> tuple[Tensor, ...]:
-    """Return the tensors of a packed layer in the order of factored.c (dataclasses.astuple would copy them)."""
-    return layer.vertical, layer.horizontal, layer.vertical_of, layer.weights, layer.bias
+def _run_in_bfloat16(x: Tensor, layer: Packed, shape: _Shape) -> Tensor:
+    """Compute the responses of a few images at a time, so that they stay in the cache, and multiply them by torch."""
+    out_NHWO = x.new_empty((shape.batch, shape.out_height, shape.out_width, shape.out_channels))
+    pixels, depth = shape.out_height * shape.out_width, shape.frequencies * shape.channels
+    images = min(shape.batch, max(1, CACHED_RESPONSES // max(pixels * depth, 1)))
+    responses = x.new_empty((images * pixels, depth))
+    weights, parts = layer.weights.t(), zip(x.split(images), out_NHWO.flatten(0, 2).split(images * pixels), strict=True)
+    for part, out in parts:
+        shape.batch, z = len(part), responses[: len(out)]
+        if z.numel():
+            _call("harmconvert_responses", shape, part, *_factors(layer), z)
+        torch.addmm(layer.bias, z, weights, out=out)
+    return out_NHWO.permute(0, 3, 1, 2)
+
+
+def _call(function: str, shape: _Shape, *tensors: Tensor) -> None:
+    pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)
+    if getattr(_library()[0], function)(ctypes.byref(shape), *pointers, torch.get_num_threads()):
+        raise RuntimeError("not enough memory for the responses of a tile")
+
+
+def _factors(layer: Packed) -> tuple[Tensor, ...]:
+    """Return the factors of the basis kernels in the order of factored.c."""
+    return layer.vertical, layer.horizontal, layer.vertical_of
 
 
 @cache
@@ -154,8 +177,9 @@ def _library() -> tuple[ctypes.CDLL | None, str | None]:
         compiler_output = (getattr(error, "stderr", None) or b"").decode(errors="replace")
         return None, f"no compiled kernel ({first_line(RuntimeError(compiler_output)) or first_line(error)})"
     library.harmconvert_panel.restype = ctypes.c_int64
-    library.harmconvert_factored.restype = ctypes.c_int
-    library.harmconvert_factored.argtypes = [*[ctypes.c_void_p] * 8, ctypes.c_int]
+    for function, pointers in ((library.harmconvert_factored, 8), (library.harmconvert_responses, 6)):
+        function.restype = ctypes.c_int
+        function.argtypes = [*[ctypes.c_void_p] * pointers, ctypes.c_int]
     return library, None
 
 

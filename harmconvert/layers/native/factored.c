@@ -4,14 +4,19 @@
  *   y[p, o] = bias[o] + sum_c sum_f coefficient[o, c, f] * response[p, c, f]
  *   response[p, c, f] = sum_ij vertical[v(f)][i] * horizontal[f][j] * x[row(p, i), column(p, j), c]
  *
- * The maps of responses are F times as large as x and are never written to memory. All numbers are float32. The code is
- * plain C with the vector types of GCC and clang; it needs no header except those of the standard library.
+ * In float32 the maps of responses, which are F times as large as x, are never written to memory. In bfloat16 only the
+ * responses are computed here, in float32, and written in bfloat16: the product is left to a library that uses the
+ * matrix instructions of the processor. The code is plain C with the vector types of GCC and clang; it needs no header
+ * except those of the standard library.
  */
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #ifdef _OPENMP
 #include <omp.h>
+#endif
+#ifdef __AVX512BF16__
+#include <immintrin.h>
 #endif
 
 #if defined(__AVX512F__)
@@ -28,6 +33,9 @@
 #define CACHE_FLOATS (160 * 1024) /* largest size of a tile's responses and sums, so that they fit into the L2 cache */
 
 typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias)); /* numbers in bfloat16 */
+typedef union { float number; uint32_t word; } bits_t;
 
 typedef struct {
     int64_t batch, height, width, channels;          /* of x */
@@ -81,8 +89,50 @@ static void tiles(int64_t m, int64_t depth, const float *a, int64_t stride_a, co
     }
 }
 
+INLINE uint32_t rounded(uint32_t word) { return (word + 0x7fff + (word >> 16 & 1)) >> 16; }
+
+/* Read and write vectors and single numbers; `half`: they are in bfloat16 in memory. It is known at compile time. */
+INLINE vector load(const int half, const void *from, int64_t at)
+{
+    if (!half)
+        return *(const vector *)((const float *)from + at);
+    return (vector)(__builtin_convertvector(*(const halves *)((const uint16_t *)from + at), words) << 16);
+}
+
+INLINE void store(const int half, void *to, int64_t at, vector value)
+{
+    if (half) {
+#ifdef __AVX512BF16__
+        *(halves *)((uint16_t *)to + at) = (halves)_mm512_cvtneps_pbh((__m512)value);
+#else
+        const words word = (words)value, nan = (words)(value != value);
+        const words round = (word + 0x7fff + (word >> 16 & 1)) >> 16;
+        *(halves *)((uint16_t *)to + at) = __builtin_convertvector((nan & 0x7fc0) | (~nan & round), halves);
+#endif
+    } else
+        *(vector *)((float *)to + at) = value;
+}
+
+INLINE float load_one(const int half, const void *from, int64_t at)
+{
+    if (!half)
+        return ((const float *)from)[at];
+    const bits_t bits = {.word = (uint32_t)((const uint16_t *)from)[at] << 16};
+    return bits.number;
+}
+
+INLINE void store_one(const int half, void *to, int64_t at, float value)
+{
+    const bits_t bits = {.number = value};
+    if (half)
+        ((uint16_t *)to)[at] = value != value ? 0x7fc0 : (uint16_t)rounded(bits.word);
+    else
+        ((float *)to)[at] = value;
+}
+
 /* to[0 : count] = sum_i weight[i] * from[i][0 : count]; if from[i] is NULL, its values are zeros. */
-INLINE void combine(float *restrict to, int64_t count, const float *const *from, const float *weight, int64_t terms)
+INLINE void combine(const int to_half, void *restrict to, int64_t count, const int from_half, const void *const *from,
+                    const float *weight, int64_t terms)
 {
     int64_t c = 0;
     for (; c + 4 * LANES <= count; c += 4 * LANES) {
@@ -90,37 +140,41 @@ INLINE void combine(float *restrict to, int64_t count, const float *const *from,
         for (int64_t i = 0; i < terms; i++) {
             if (!from[i] || weight[i] == 0)
                 continue;
-            const vector *f = (const vector *)(from[i] + c);
-            s0 += weight[i] * f[0];
-            s1 += weight[i] * f[1];
-            s2 += weight[i] * f[2];
-            s3 += weight[i] * f[3];
+            s0 += weight[i] * load(from_half, from[i], c);
+            s1 += weight[i] * load(from_half, from[i], c + LANES);
+            s2 += weight[i] * load(from_half, from[i], c + 2 * LANES);
+            s3 += weight[i] * load(from_half, from[i], c + 3 * LANES);
         }
-        vector *t = (vector *)(to + c);
-        t[0] = s0, t[1] = s1, t[2] = s2, t[3] = s3;
+        store(to_half, to, c, s0);
+        store(to_half, to, c + LANES, s1);
+        store(to_half, to, c + 2 * LANES, s2);
+        store(to_half, to, c + 3 * LANES, s3);
     }
     for (; c + LANES <= count; c += LANES) {
         vector s = {0};
         for (int64_t i = 0; i < terms; i++)
             if (from[i])
-                s += weight[i] * *(const vector *)(from[i] + c);
-        *(vector *)(to + c) = s;
+                s += weight[i] * load(from_half, from[i], c);
+        store(to_half, to, c, s);
     }
     for (; c < count; c++) {
         float s = 0;
         for (int64_t i = 0; i < terms; i++)
             if (from[i])
-                s += weight[i] * from[i][c];
-        to[c] = s;
+                s += weight[i] * load_one(from_half, from[i], c);
+        store_one(to_half, to, c, s);
     }
 }
 
-/* Compute the responses of the pixels first .. last, all in one row of one map, for the channels c .. c + count. */
-static void responses(const shape_t *s, const float *x, const float *vertical, const float *horizontal,
+/* Compute the responses of the pixels first .. last, all in one row of one map, for the channels c .. c + count.
+ * `half`: x and the responses are in bfloat16, and the responses of frequency f are `apart_f` numbers behind those of
+ * f - 1. */
+INLINE void responses(const int half, const shape_t *s, const void *x, const float *vertical, const float *horizontal,
                       const int32_t *vertical_of, int64_t first, int64_t last, int64_t c, int64_t count, float *columns,
-                      float *a, int64_t stride_a)
+                      void *a, int64_t stride_a, int64_t apart_f)
 {
-    const float *from[64];
+    const void *from[64];
+    const int64_t size = half ? sizeof(uint16_t) : sizeof(float);
     const int64_t out_row = first / s->out_width, out_column = first % s->out_width;
     const int64_t image = out_row / s->out_height, pixels = last - first;
     const int64_t top = out_row % s->out_height * s->stride_y - s->top;
@@ -138,16 +192,17 @@ static void responses(const shape_t *s, const float *x, const float *vertical, c
             const int64_t row = top + i * s->dilation_y;
             from[i] = row < 0 || row >= s->height
                           ? NULL
-                          : x + ((image * s->height + row) * s->width + at) * s->channels + c;
+                          : (const char *)x + (((image * s->height + row) * s->width + at) * s->channels + c) * size;
         }
         for (int64_t v = 0; v < s->verticals; v++)
-            combine(to + v * count, count, from, vertical + v * s->rows, s->rows);
+            combine(0, to + v * count, count, half, from, vertical + v * s->rows, s->rows);
     }
     for (int64_t pixel = 0; pixel < pixels; pixel++)
         for (int64_t f = 0; f < s->frequencies; f++) {
             for (int64_t j = 0; j < s->columns; j++)
                 from[j] = columns + (pixel * s->stride_x + j * s->dilation_x) * apart + vertical_of[f] * count;
-            combine(a + pixel * stride_a + f * count, count, from, horizontal + f * s->columns, s->columns);
+            combine(half, (char *)a + (pixel * stride_a + f * apart_f) * size, count, 0, from,
+                    horizontal + f * s->columns, s->columns);
         }
 }
 
@@ -166,8 +221,8 @@ static void work(const shape_t *s, const float *x, const float *vertical, const 
         const int64_t count = least(s->block, s->channels - c), depth = s->frequencies * count;
         for (int64_t p = p0; p < p1;) {
             const int64_t end = least(p1, (p / s->out_width + 1) * s->out_width);
-            responses(s, x, vertical, horizontal, vertical_of, p, end, c, count, columns, a + (p - p0) * stride_a,
-                      stride_a);
+            responses(0, s, x, vertical, horizontal, vertical_of, p, end, c, count, columns, a + (p - p0) * stride_a,
+                      stride_a, count);
             p = end;
         }
         for (int64_t q = q0; q < q1; q++) {
@@ -221,6 +276,38 @@ int harmconvert_factored(const shape_t *s, const float *x, const float *vertical
                  panels * share / shares, panels * (share + 1) / shares, room, columns, edge);
         }
         free(room);
+    }
+    return failed;
+}
+
+/* Write the responses z (N, H', W', F, C) of x (N, H, W, C), both in bfloat16; the other arguments are as above.
+ * Returns 0, or 1 if there is not enough memory. */
+int harmconvert_responses(const shape_t *s, const uint16_t *x, const float *vertical, const float *horizontal,
+                          const int32_t *vertical_of, uint16_t *z, int threads)
+{
+    const int64_t needed = (s->out_width - 1) * s->stride_x + (s->columns - 1) * s->dilation_x + 1;
+    const int64_t stride_z = s->frequencies * s->channels;
+    int64_t block = CACHE_FLOATS / 2 / (needed * s->verticals) / LANES * LANES;
+    block = least(s->channels, block < LANES ? LANES : block);
+    int failed = 0;
+#pragma omp parallel num_threads(threads)
+    {
+        float *columns = NULL;
+        if (posix_memalign((void **)&columns, 64, needed * s->verticals * block * sizeof(float)))
+            columns = NULL;
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < s->batch * s->out_height; row++) {
+            if (!columns) {
+#pragma omp atomic write
+                failed = 1;
+                continue;
+            }
+            const int64_t first = row * s->out_width;
+            for (int64_t c = 0; c < s->channels; c += block)
+                responses(1, s, x, vertical, horizontal, vertical_of, first, first + s->out_width, c,
+                          least(block, s->channels - c), columns, z + first * stride_z + c, stride_z, s->channels);
+        }
+        free(columns);
     }
     return failed;
 }
