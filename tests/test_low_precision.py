@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import onnx
 import pytest
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 import harmconvert as hc
 from harmconvert.calibration import CalibrationContext, CalibrationSettings
+from harmconvert.cli import main
 from harmconvert.deploy import (
     Benchmark,
     PrecisionSettings,
@@ -314,8 +317,6 @@ def test_an_existing_bin_file_is_not_replaced(tmp_path: Path) -> None:
 
 
 def test_the_message_for_missing_openvino_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(OutsideError, match=r"OpenVINO needs openvino: pip install 'harmconvert\[openvino\]'"):
         export(seeded(Small), tmp_path / "a.xml", "openvino", example_input=images_of()[0])
@@ -332,16 +333,32 @@ def test_nodes_are_found_by_the_layers_that_they_compute() -> None:
 # --- times ---
 
 
-def test_a_benchmark_prints_commands_that_write_the_forms_of_its_advice() -> None:
-    """The time decides which of the two rows is advised; both rows are of this runtime, and each command runs."""
-    arguments = ["--calibrate", "sample:mnist5k", "--calibration-images", "64", "--max-drop", "50"]
-    for runtime, suffix in (("onnx", "onnx"), ("openvino", "xml")):
-        text = ok("benchmark", SAMPLE, "-b", "1", "--repeats", "3", "--runtime", runtime, *arguments).stdout
-        commands = [line.split(": ", 1)[1] for line in text.splitlines() if line.startswith(f"dense, {runtime}, ")]
-        assert commands
-        for command in commands:
-            assert ok(*shlex.split(command)[1:]).returncode == 0
-            assert Path(shlex.split(command)[-1]).suffix == f".{suffix}"
+def test_a_benchmark_prints_commands_that_write_the_forms_of_its_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+    converted("a.safetensors", "--lambda", "2")
+    dense = Row("dense", False, "contiguous", 1, 1, 1.0, 0.0, 1.0, None, 0.0)
+    lossy = dataclasses.replace(dense, runtime="openvino", precision="int8", seconds=0.1)
+
+    images = ["--calibrate", "sample:mnist5k", "--calibration-images", "8"]
+
+    def commands(*rows: Row) -> list[str]:
+        module = sys.modules["harmconvert.pipeline.benchmark"]
+        monkeypatch.setattr(module, "time_forms", lambda *_: Benchmark(rows, {}, {}))
+        lines = ok("benchmark", "a.safetensors", "-b", "1", *images).stdout.splitlines()
+        return [line.split(": ", 1)[1] for line in lines if line.split(", ")[0] in ("dense", "factored")]
+
+    first, second = commands(dense, lossy)
+    assert first == "harmconvert export a.safetensors -o a-dense.safetensors"
+    options = "--format openvino --precision int8 --calibrate sample:mnist5k --max-drop 1 -o a-int8.xml"
+    assert second == f"harmconvert export a.safetensors {options}"
+    [third] = commands(dataclasses.replace(dense, form="factored", runtime="onnx"))
+    assert third == "harmconvert export a.safetensors --format onnx --form factored -o a.onnx"
+    [fourth] = commands(dataclasses.replace(dense, form="factored", precision="bf16", agreement=1.0))
+    assert fourth == "hc.load('a.safetensors', form='factored').bfloat16()"
+    ok(*shlex.split(first)[1:])
+    assert Path("a-dense.safetensors").is_file()
+    for command in (second, third):
+        name, *arguments = shlex.split(command)[1:]
+        assert main.get_command(click.Context(main), name).make_context(name, arguments)
 
 
 def test_the_forms_of_the_advice_are_listed_once() -> None:
@@ -383,8 +400,6 @@ def test_the_advice_leaves_out_low_precision_whose_loss_is_too_large_or_unknown(
 
 
 def test_a_missing_runtime_is_named_once_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, "openvino", None)
     found = hc.benchmark(seeded(Small), images_of(2)[0][:1], batches=[1, 2], runtimes=RUNTIMES, repeats=3)
     assert {row.runtime for row in found.rows} == {"torch", "onnx"}

@@ -163,7 +163,10 @@ def _command(row: Row, max_drop: float, source: str, data: str | None) -> str:
         if (row.form, row.precision) == ("dense", "f32"):
             return f"harmconvert export {shlex.quote(source)} -o {name}-dense.safetensors"
         half = ".bfloat16()" if row.precision == "bf16" else ""
-        return f"hc.load({source!r}, form={row.form!r}){half}"
+        opened = (
+            f"hc.load({source!r}, form={row.form!r})" if Path(source).is_file() else f"hc.open_source({source!r}).model"
+        )
+        return f"{opened}{half}"
     command = f"harmconvert export {shlex.quote(source)} --format {row.runtime}{form}"
     if row.precision != "f32":
         command += f" --precision {row.precision}"
