@@ -7,7 +7,12 @@
 Networks: efficientnet_lite0 (ImageNet weights) and resnet_mnist5k, with the test images of coding.py, and networks with
 random weights, whose accuracy says nothing. All ways of a network run in turns; `ratio` is the time of `eager f32`
 divided by that of the row. `agreement` and `kl` compare with the network itself, on test images that the calibration
-did not see. Calibration: 256 images.
+did not see. Calibration: 256 images; 32 for random weights.
+
+`cut` is empty for the whole network; `lambda 2`, or `half the MACs` (ranks and frequencies of --budget macs=50%), for
+a smaller one, which is calibrated where the weights are trained. Its ways are those of `factor` and of export --form
+factored, which take the faster form of each layer in the runtime and the precision; `twin` is the time of the whole
+network in the same way (with our 8 bits) divided by that of the row, so 1.00 is the speed of the dense form.
 
 Ways: torch (channels_last) in float32 and bfloat16, ONNX Runtime, OpenVINO; in 8 bits: `ours` is export --precision
 int8 with --max-drop 100 (all layers in 8 bits) or 1 (layers in floating point until at most 1 % of the images held back
@@ -20,7 +25,8 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,17 +38,24 @@ import torch
 from table import appended, processor
 from torch import Tensor, nn
 
+import harmconvert as hc
+import harmconvert.models
 from harmconvert.calibration import CalibrationContext, CalibrationSettings
-from harmconvert.deploy import Target, onnx_bytes
+from harmconvert.deploy import Target, factor_for, onnx_bytes
 from harmconvert.deploy.quantised_graphs import quantise_within, to_int8
 from harmconvert.deploy.runtime_rows import has_bfloat16
 from harmconvert.layers import in_turns, kernels_to_channels_last
+from harmconvert.network import factoring
+from harmconvert.search import SearchSettings
+
+assert harmconvert.models
 
 RESULTS = Path(__file__).parent / "results" / "deploy.csv"
-KEYS = ["network", "way", "batch", "threads"]
-FIELDS = [*KEYS, "median_ms", "spread", "ratio", "agreement", "kl", "bytes", "float_layers", "processor", "torch"]
+KEYS = ["network", "cut", "way", "batch", "threads", "processor"]
+FIELDS = [*KEYS, "median_ms", "spread", "ratio", "twin", "agreement", "kl", "bytes", "float_layers", "torch"]
 TRAINED = ("efficientnet_lite0", "resnet_mnist5k")
-RANDOM = ("resnet18", "resnet50", "mobilenetv2_100")
+RANDOM = ("resnet18", "resnet50", "wrn28_10", "vgg16_bn", "mobilenetv2_100")
+CUTS: dict[str, dict[str, Any]] = {"lambda 2": {"lam": 2}, "half the MACs": {"budget": "macs=50%"}}
 INPUTS, BATCH = 256, 8
 
 
@@ -50,17 +63,23 @@ def subject(name: str) -> coding.Subject:
     if name in TRAINED:
         return coding.subject(name, INPUTS)
     torch.manual_seed(0)
-    draws = partial(photographs.calibration_crops, INPUTS, 224)
-    return coding.Subject(
-        timm.create_model(name).eval(), lambda draw: [*draws(seed=draw).split(32)], torch.zeros(0), None
-    )
+    size = 32 if name == "wrn28_10" else 224
+    draws = partial(photographs.calibration_crops, 32, size)
+    model = timm.create_model(name).eval()
+    return coding.Subject(model, lambda draw: [*draws(seed=draw).split(32)], torch.zeros(0), None)
 
 
+@dataclass(frozen=True)
 class Way:
     """A network as it would be deployed: how to run it, its bytes, and its layers in floating point."""
 
-    def __init__(self, run: Callable[[Any], Any], size: int | None = None, float_layers: int | None = None) -> None:
-        self.run, self.size, self.float_layers = run, size, float_layers
+    run: Callable[[Any], Any]
+    size: int | None = None
+    float_layers: int | None = None
+
+
+# Makes a network for inputs of one shape, or for any batch.
+Maker = Callable[["Tensor | None"], Way]
 
 
 def nncf_model(graph: bytes, batches: list[Tensor]) -> Any:
@@ -78,69 +97,112 @@ def in_openvino(model: Any) -> Callable[[Tensor], Tensor]:
     return lambda x: torch.from_numpy(compiled(x.numpy())[0].copy())
 
 
-def ours(model: nn.Module, batches: list[Tensor], target: Target, max_drop: float) -> tuple[bytes, int]:
-    """Return the graph that `export` writes, as ONNX, and the number of layers in floating point."""
-    context = CalibrationContext.of(model, batches, CalibrationSettings(inputs=INPUTS))
-    make = partial(onnx_bytes, example_input=batches[0][:1])
-    quantised, _ = quantise_within(model, make, target, context, max_drop, lambda what: None)
-    return quantised.content, len(quantised.held_back.float_layers)
+def in_runtime(target: Target, graph: bytes, float_layers: int | None = None) -> Maker:
+    return lambda x: Way(target.open(graph, x), len(graph), float_layers)
 
 
-def ways(name: str, model: nn.Module, batches: list[Tensor]) -> dict[str, Callable[[Tensor | None], Way]]:
-    """Return functions that make each way, for inputs of one shape, or for any batch."""
-    graph = onnx_bytes(model, batches[0][:1])
-    fit = CalibrationContext.of(model, batches, CalibrationSettings(inputs=INPUTS)).data.fit
-    made: dict[str, Callable[[Tensor | None], Way]] = {
-        "eager f32": lambda x: Way(kernels_to_channels_last(model)),
-        "ONNX Runtime f32": lambda x: Way(Target("onnx").open(graph, x), len(graph)),
-        "OpenVINO f32": lambda x: Way(Target("openvino").open(graph, x), len(graph)),
-    }
-    if has_bfloat16():
-        half = kernels_to_channels_last(copy.deepcopy(model).bfloat16())
-        made["eager bf16"] = lambda x: Way(lambda y: half(y.bfloat16()).float())
-        compiled = torch.compile(half)
-        made["torch.compile bf16"] = lambda x: Way(lambda y: compiled(y.bfloat16()).float())
-        made["OpenVINO bf16"] = lambda x: Way(Target("openvino", "bf16").open(graph, x))
-    plain = to_int8(graph, fit)
-    made["ONNX Runtime's quantiser"] = lambda x: Way(Target("onnx", "int8").open(plain, x), len(plain))
-    quantised = nncf_model(graph, [batch.input for batch in fit])
+def in_torch(network: nn.Module, dtype: torch.dtype = torch.float32, compiled: bool = False) -> Maker:
+    fast = kernels_to_channels_last(network.to(dtype))
+    run = torch.compile(fast) if compiled else fast
+    return lambda x: Way(lambda y: run(y.to(dtype)).float())
 
-    def nncf_way(x: Tensor | None) -> Way:
-        own = quantised.clone()
-        if x is not None:
-            own.reshape(tuple(x.shape))
-        return Way(in_openvino(own))
 
-    made["NNCF"] = nncf_way
-    for target in (Target("onnx", "int8"), Target("openvino", "int8")):
-        for max_drop in (100.0, 1.0) if name in TRAINED else (100.0,):
-            content, count = ours(model, batches, target, max_drop)
-            made[f"ours, {target}, max drop {max_drop:g} %"] = lambda x, t=target, c=content, n=count: Way(
-                t.open(c, x), len(c), n
-            )  # type: ignore[misc]
-    return made
+class Ways:
+    """All ways to deploy a network and its cuts.
+
+    Args:
+        batches: calibration inputs.
+        trained: whether the accuracy is of interest.
+    """
+
+    def __init__(self, model: nn.Module, batches: list[Tensor], trained: bool) -> None:
+        self.model, self.trained, self.example = model, trained, batches[0][:1]
+        self.batches = batches
+        self.context = CalibrationContext.of(model, batches, CalibrationSettings(inputs=INPUTS))
+
+    def of_network(self) -> Iterator[tuple[str, Maker]]:
+        """Yield the ways of the whole network: ours, and what a user would pick instead."""
+        graph, fit = onnx_bytes(self.model, self.example), self.context.data.fit
+        yield "eager f32", in_torch(copy.deepcopy(self.model))
+        yield "ONNX Runtime f32", in_runtime(Target("onnx"), graph)
+        yield "OpenVINO f32", in_runtime(Target("openvino"), graph)
+        if has_bfloat16():
+            yield "eager bf16", in_torch(copy.deepcopy(self.model), torch.bfloat16)
+            yield "torch.compile bf16", in_torch(copy.deepcopy(self.model), torch.bfloat16, compiled=True)
+            yield "OpenVINO bf16", in_runtime(Target("openvino", "bf16"), graph)
+        yield "ONNX Runtime's quantiser", in_runtime(Target("onnx", "int8"), to_int8(graph, fit))
+        quantised = nncf_model(graph, [batch.input for batch in fit])
+
+        def nncf_way(x: Tensor | None) -> Way:
+            own = quantised.clone()
+            if x is not None:
+                own.reshape(tuple(x.shape))
+            return Way(in_openvino(own))
+
+        yield "NNCF", nncf_way
+        for target in (Target("onnx", "int8"), Target("openvino", "int8")):
+            for max_drop in (100.0, 1.0) if self.trained else (100.0,):
+                content, count = self.in_8_bits(self.model, target, max_drop)
+                yield f"ours, {target}, max drop {max_drop:g} %", in_runtime(target, content, count)
+
+    def of_cut(self, options: Mapping[str, Any], x: Tensor) -> Iterator[tuple[str, Maker]]:
+        """Yield the ways of a cut network that have a layer in factored form."""
+        cut = hc.convert(self.model, **options, search=SearchSettings(trials=0), example_input=self.example)
+        if self.trained:
+            cut = hc.convert(self.model, cut.plan, calibration=self.batches, example_input=self.example)
+        for name, dtype in {
+            "eager f32": torch.float32,
+            **({"eager bf16": torch.bfloat16} if has_bfloat16() else {}),
+        }.items():
+            fast = factoring(copy.deepcopy(cut.model).to(dtype), x.to(dtype))
+            if fast.factored:
+                yield name, in_torch(fast.model, dtype)
+        targets = [Target("onnx"), Target("openvino"), Target("onnx", "int8"), Target("openvino", "int8")]
+        for target in [*targets, *([Target("openvino", "bf16")] if has_bfloat16() else [])]:
+            chosen = factor_for(target, cut.model, x, lambda what: None)
+            if not chosen.factored:
+                continue
+            if target.precision == "int8":
+                content, count = self.in_8_bits(chosen.model.eval(), target, 100.0)
+                yield f"ours, {target}, max drop 100 %", in_runtime(target, content, count)
+            else:
+                graph = onnx_bytes(chosen.model.eval(), self.example)
+                yield f"{Target(target.runtime)} {target.precision}", in_runtime(target, graph)
+
+    def in_8_bits(self, form: nn.Module, target: Target, max_drop: float) -> tuple[bytes, int]:
+        """Return the graph that `export` writes, as ONNX, and the number of layers in floating point."""
+        make = partial(onnx_bytes, example_input=self.example)
+        quantised, _ = quantise_within(form, make, target, self.context, max_drop, lambda what: None)
+        return quantised.content, len(quantised.held_back.float_layers)
 
 
 def run(names: list[str], turns: int) -> None:
     with appended(RESULTS, FIELDS, KEYS) as (done, write), torch.no_grad():
         for name in names:
-            own = subject(name)
+            own, threads = subject(name), torch.get_num_threads()
+            keys = {"network": name, "batch": BATCH, "threads": threads, "processor": processor()}
+            if tuple(str({**keys, "cut": "", "way": "eager f32"}[key]) for key in KEYS) in done:
+                continue
             batches = own.calibration(0)
             x = batches[0][:BATCH].contiguous(memory_format=torch.channels_last)
-            made = ways(name, own.model, batches)
-            key = {"network": name, "batch": BATCH, "threads": torch.get_num_threads()}
+            ways = Ways(own.model, batches, name in TRAINED)
+            made = {("", way): make for way, make in ways.of_network()}
+            for cut, options in CUTS.items():
+                made |= {(cut, way): make for way, make in ways.of_cut(options, x)}
             fixed = {way: make(x) for way, make in made.items()}
-            runs = {way: partial(one.run, x) for way, one in fixed.items()}
-            times = in_turns(runs, turns, 3, 120.0, warm=2)
+            runs = {"|".join(way): partial(one.run, x) for way, one in fixed.items()}
+            times = in_turns(runs, turns, 3, 20.0 * len(runs), warm=2)
+            median = {way: times["|".join(way)].median for way in made}
             original = coding.outputs(own.model, own.test) if len(own.test) else None
-            for way, make in made.items():
-                if tuple(str({**key, "way": way}[k]) for k in KEYS) in done:
-                    continue
-                row = {**key, "way": way, "median_ms": f"{1e3 * times[way].median:.2f}"}
-                row |= {"spread": f"{times[way].spread:.3f}"}
-                row |= {"ratio": f"{times['eager f32'].median / times[way].median:.2f}"}
-                row |= {"bytes": fixed[way].size, "float_layers": fixed[way].float_layers}
-                row |= {"processor": processor(), "torch": torch.__version__}
+            for (cut, way), make in made.items():
+                seconds, one = median[cut, way], fixed[cut, way]
+                row = {**keys, "cut": cut, "way": way, "median_ms": f"{1e3 * seconds:.2f}"}
+                row |= {
+                    "spread": f"{times[f'{cut}|{way}'].spread:.3f}",
+                    "ratio": f"{median['', 'eager f32'] / seconds:.2f}",
+                }
+                row |= {"twin": f"{median['', way] / seconds:.2f}" if cut else "", "torch": torch.__version__}
+                row |= {"bytes": one.size, "float_layers": one.float_layers}
                 if original is not None:
                     found = coding.scores(_Module(make(None).run), own, original)
                     row |= {"agreement": found["agreement"], "kl": found["kl"]}
@@ -160,14 +222,15 @@ class _Module(nn.Module):
 def summary() -> None:
     with RESULTS.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    for name in dict.fromkeys(row["network"] for row in rows):
-        print(f"\n{name}\nway                                              ms   spread  ratio  agreement        KL")
-        for row in (row for row in rows if row["network"] == name):
+    title = f"{'cut':14} {'way':42} {'ms':>8} {'spread':>8} {'ratio':>6} {'twin':>5} {'agreement':>9} {'KL':>9}"
+    for name, machine in dict.fromkeys((row["network"], row["processor"]) for row in rows):
+        print(f"\n{name}, {machine}\n{title}")
+        for row in (row for row in rows if (row["network"], row["processor"]) == (name, machine)):
             agreement = f"{float(row['agreement']):9.1%}" if row["agreement"] else " " * 9
             kept = f"  {row['float_layers']} layers in floating point" if row["float_layers"] not in ("", "0") else ""
             print(
-                f"{row['way']:42} {float(row['median_ms']):8.1f} {float(row['spread']):8.1%} "
-                f"{float(row['ratio']):6.2f} {agreement} {row['kl']:>9}{kept}"
+                f"{row['cut']:14} {row['way']:42} {float(row['median_ms']):8.1f} {float(row['spread']):8.1%} "
+                f"{float(row['ratio']):6.2f} {row['twin']:>5} {agreement} {row['kl']:>9}{kept}"
             )
 
 

@@ -34,6 +34,10 @@ def appended(
 
 
 def processor() -> str:
-    """Return the name of the processor."""
+    """Return the name of the processor, and its instructions for 8 and 16 bits."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    name, flags = (
+        next(line.split(":")[1] for line in lines if line.startswith(key)) for key in ("model name", "flags")
+    )
+    known = {"avx512_vnni": "VNNI", "avx512_bf16": "BF16", "amx_tile": "AMX"}
+    return ", ".join([name.strip(), *(short for flag, short in known.items() if flag in flags.split())])
