@@ -212,12 +212,15 @@ def test_a_header_with_another_spectrum_is_refused() -> None:
     conversion = linear()
     hc.save(conversion, "net.safetensors")
     document = read_header("net.safetensors").to_json()
-    layer = document["history"]["calibration"]["layers"][0]
+    layers = document["history"]["calibration"]["layers"]
     for spectrum in ([1.0, 0.0], [2.0] * 17, [float("nan")] * 17, ["1"] * 17, 3, {}):
-        layer["spectrum"] = spectrum
+        layers["spectrum"] = [spectrum]
         with pytest.raises(InputError, match=r"layers: 0: spectrum: .* should be a rank spectrum"):
             Header.from_json(document)
-    del layer["spectrum"]
+    layers["spectrum"] = []
+    with pytest.raises(InputError, match="its header is unreadable"):
+        Header.from_json(document)
+    del layers["spectrum"]
     report = report_of(conversion.model, Header.from_json(document), "old")
     assert report.ranks == (LayerRank("0", 3, 12),)
 

@@ -19,7 +19,7 @@ from ..errors import InputError
 from ..kernels.basis import BASES, NORMALIZATIONS
 from ..network.declared import check_preprocessing
 from ..plan.plan import Plan
-from .history import check_history
+from .history import check_history, with_columns, with_layers
 from .source import Source
 
 FORMAT_VERSION = 2
@@ -79,7 +79,7 @@ class Header:
             "codecs": self.codecs.to_json(),
             "blocks": {name: asdict(block) for name, block in self.blocks.items()},
             "tied": dict(self.tied),
-            "history": dict(self.history),
+            "history": with_columns(self.history),
             "versions": dict(self.versions),
             **({"preprocessing": dict(self.preprocessing)} if self.preprocessing else {}),
             "crc32": self.crc32,
@@ -111,13 +111,14 @@ class Header:
         # A version 1 file has only plain tensors, and its plan is not nested.
         codecs = CodecTable() if version == 1 else CodecTable.from_json(data.get("codecs"))
         with input_errors("its header is unreadable"):
-            check_history(data.get("history", {}))
+            history = with_layers(data.get("history", {}))
+            check_history(history)
             check_preprocessing(data.get("preprocessing"))
             return cls(
                 Plan.from_json(data if version == 1 else data["plan"]),
                 source,
                 {str(k): str(v) for k, v in data.get("tied", {}).items()},
-                dict(data.get("history", {})),
+                history,
                 {str(k): str(v) for k, v in data.get("versions", {}).items()},
                 {str(k): BlockRecord.from_json(v) for k, v in data.get("blocks", {}).items()},
                 codecs,
