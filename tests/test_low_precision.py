@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import harmconvert as hc
-from harmconvert.calibration import CalibrationContext, CalibrationSettings
+from harmconvert.calibration import Batch, CalibrationContext, CalibrationSettings
 from harmconvert.cli import main
 from harmconvert.deploy import (
     Benchmark,
@@ -328,6 +328,23 @@ def test_nodes_are_found_by_the_layers_that_they_compute() -> None:
     assert [names[name] for name in quantised_graphs.nodes_of_layers(graph, ["depthwise"])] == ["Conv"]
     assert [names[name] for name in quantised_graphs.nodes_of_layers(graph, ["head"])] == ["Gemm"]
     assert len(quantised_graphs.nodes_of_layers(graph, ["stem", "point", "head", "depthwise"])) == 4
+
+
+def test_activations_that_can_be_negative_have_a_zero_point_of_0_in_openvino() -> None:
+    network, x = seeded(Small).eval(), images_of()[0]
+    graph = onnx_bytes(network, x[:1])
+    zeros: dict[str, list[np.ndarray]] = {}
+    for runtime in ("onnx", "openvino"):
+        found = onnx.load_model_from_string(quantised_graphs.to_int8(graph, [Batch(x, (0,), 0)], runtime)).graph
+        values = {one.name: onnx.numpy_helper.to_array(one) for one in found.initializer}
+        nodes = [node for node in found.node if node.op_type == "QuantizeLinear" and node.input[0] not in values]
+        assert nodes[0].input[0] == found.input[0].name
+        zeros[runtime] = [values[node.input[2]] for node in nodes]
+        assert {zero.dtype.name for zero in zeros[runtime]} <= {"uint8", "int8"}
+    assert zeros["onnx"][0].dtype == np.uint8
+    assert zeros["onnx"][0] > 0
+    assert zeros["openvino"][0].dtype == np.int8
+    assert not any(zero for zero in zeros["openvino"] if zero.dtype == np.int8)
 
 
 # --- times ---

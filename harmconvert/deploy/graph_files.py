@@ -206,6 +206,6 @@ def _layer_times(target: Target, layer: nn.Module, layer_input: LayerInput) -> t
         known[layer_input] = [onnx_bytes(nn.Sequential(form(layer)).eval(), input) for form in (plain_form, fast_form)]
     graphs = known[layer_input]
     if target.precision == "int8":
-        graphs = [to_int8(graph, [Batch(input, tuple(range(len(input))), 0)]) for graph in graphs]
+        graphs = [to_int8(graph, [Batch(input, tuple(range(len(input))), 0)], target.runtime) for graph in graphs]
     dense, factored = graphs
     return times_of(target, dense, factored, input)

@@ -110,7 +110,7 @@ def quantise_within(
         kept = f", {counted(len(float_layers), 'layer')} in floating point" if float_layers else ""
         progress(f"quantising to 8 bits{kept}")
         graph = make(with_layers_of(source, network, float_layers))
-        content = to_int8(graph, context.data.fit, float_layers)
+        content = to_int8(graph, context.data.fit, target.runtime, float_layers)
         return Quantised(content, replace(measured(context, target.open(content), float_layers), notes=notes))
 
     first = [(source, attempt(source, ())) for source in (better, network)]
@@ -142,11 +142,12 @@ def quantise_within(
     return found, True
 
 
-def to_int8(graph: bytes, batches: Sequence[Batch], float_layers: Collection[str] = ()) -> bytes:
+def to_int8(graph: bytes, batches: Sequence[Batch], runtime: str, float_layers: Collection[str] = ()) -> bytes:
     """Return a graph with weights of 8 bits (a scale for each channel) and activations of 8 bits.
 
     Args:
         batches: inputs on which the ranges of the activations are measured.
+        runtime: ``onnx`` or ``openvino``.
         float_layers: names of the layers that stay in floating point.
 
     Raises:
@@ -170,16 +171,33 @@ def to_int8(graph: bytes, batches: Sequence[Batch], float_layers: Collection[str
         logging.disable(logging.CRITICAL)
         try:
             quant_pre_process(str(exported), str(simplified), skip_symbolic_shape=True)
+            signed = _signed_activations(simplified.read_bytes()) if runtime == "openvino" else ()
+            overrides = {name: [{"quant_type": QuantType.QInt8, "symmetric": True}] for name in signed}
             quantize_static(
                 str(simplified), str(quantised), Inputs(), quant_format=QuantFormat.QDQ, per_channel=True,
                 activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, reduce_range=sums_overflow(),
                 nodes_to_exclude=nodes_of_layers(graph, float_layers),
+                extra_options={"TensorQuantOverrides": overrides},
             )  # fmt: skip
         except Exception as error:  # the quantiser raises exceptions of many classes
             raise InputError(f"ONNX Runtime cannot quantise this network: {first_line(error)}") from error
         finally:
             logging.disable(before)
         return quantised.read_bytes()
+
+
+def _signed_activations(graph: bytes) -> set[str]:
+    """Return the inputs of a graph, and the outputs of its convolutions that are not rectified.
+
+    With a zero point of 0 for these, OpenVINO was 10 % faster on ResNet-18 on a processor with AMX.
+    """
+    import onnx
+
+    network = onnx.load_model_from_string(graph).graph
+    weights = {one.name for one in network.initializer}
+    rectified = {name for node in network.node if node.op_type in ("Relu", "Clip") for name in node.input[:1]}
+    outputs = {name for node in network.node if node.op_type == "Conv" for name in node.output}
+    return {one.name for one in network.input} - weights | (outputs - rectified)
 
 
 def nodes_of_layers(graph: bytes, layers: Collection[str]) -> list[str]:

@@ -77,14 +77,14 @@ class EightBits:
         self.context = context
         self._graphs: dict[str, bytes] = {}
 
-    def of_input(self, graph: bytes, input: Any) -> bytes:
+    def of_input(self, graph: bytes, runtime: str, input: Any) -> bytes:
         """Return a graph in 8 bits that is calibrated on one input."""
-        return to_int8(graph, [Batch(input, tuple(range(batch_size(input) or 1)), 0)])
+        return to_int8(graph, [Batch(input, tuple(range(batch_size(input) or 1)), 0)], runtime)
 
     def of_dense(self, dense: nn.Module, graph: bytes, target: Target, input: Any) -> bytes:
         """Return the graph of the dense form in 8 bits."""
         if self.context is None:
-            return self.of_input(graph, input)
+            return self.of_input(graph, target.runtime, input)
         if target.runtime not in self._graphs:
             quantised, _ = quantise_within(
                 dense, lambda one: onnx_bytes(one, input), target, self.context, 100.0, lambda what: None
@@ -170,7 +170,7 @@ def in_runtimes(
                 if target.precision == "int8" and form == "dense":
                     graph = eight_bits.of_dense(dense(), graph, target, input)
                 elif target.precision == "int8":
-                    graph = eight_bits.of_input(graph, input)
+                    graph = eight_bits.of_input(graph, target.runtime, input)
                 yield Deployed(
                     target.runtime, target.precision, form, target.open(graph, input), input,
                     for_any_batch=partial(target.open, graph),

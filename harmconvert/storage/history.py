@@ -85,9 +85,9 @@ def with_columns(history: Mapping[str, Any]) -> dict[str, Any]:
     {'calibration': {'layers': {'name': ['a', 'b'], 'damping': [0.1, None]}}}
     """
     calibration = history.get("calibration")
-    layers = calibration.get("layers") if isinstance(calibration, Mapping) else None
-    if not isinstance(layers, list) or not layers:
+    if not isinstance(calibration, Mapping) or not calibration.get("layers"):
         return dict(history)
+    layers = calibration["layers"]
     names = dict.fromkeys(name for layer in layers for name in layer)
     columns = {name: [layer.get(name) for layer in layers] for name in names}
     return {**history, "calibration": {**calibration, "layers": columns}}
@@ -102,9 +102,9 @@ def with_layers(history: Any) -> Any:
         ValueError: the lists of the entries have different lengths.
     """
     calibration = history.get("calibration") if isinstance(history, Mapping) else None
-    columns = calibration.get("layers") if isinstance(calibration, Mapping) else None
-    if not isinstance(columns, Mapping):
+    if not isinstance(calibration, Mapping) or not isinstance(calibration.get("layers"), Mapping):
         return history
+    columns = calibration["layers"]
     check(columns, {...: [json_value]}, "history['calibration']['layers']")
     layers = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return {**history, "calibration": {**calibration, "layers": layers}}
