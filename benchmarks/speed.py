@@ -187,11 +187,8 @@ def distinct_layers() -> Iterator[tuple[str, Any, tuple[int, ...]]]:
             if kind not in seen:
                 seen.add(kind)
                 yield f"{name} {layer}", conv, layer_input.shape
-    yield (
-        "256 channels",
-        hc.convert(nn.Sequential(nn.Conv2d(256, 256, 3, padding=1)), {"0": 2}).model[0],
-        (8, 256, 28, 28),
-    )
+    wide: Any = hc.convert(nn.Sequential(nn.Conv2d(256, 256, 3, padding=1)), {"0": 2}).model
+    yield "256 channels", wide[0], (8, 256, 28, 28)
 
 
 def layers(args: argparse.Namespace) -> None:
