@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from .sources.request import SourceRequest
     from .training.recipe import Recipe
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CalibrationSettings",

@@ -17,6 +17,7 @@ from typing import Any
 
 import click
 
+from .. import __version__
 from ..errors import HarmconvertError, HarmconvertWarning, one_line, printable
 from .verbosity import NOTHING_WRITTEN, interruption_note
 
@@ -142,7 +143,7 @@ def _terminate(number: int, frame: Any) -> None:
 
 
 @click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="harmconvert")
+@click.version_option(__version__)
 def main() -> None:
     """Convert pretrained CNNs to harmonic form: exactly, or smaller, without the high DCT frequencies.
 
