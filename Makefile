@@ -18,7 +18,7 @@ test-slow: $(VENV)/.dev
 # The fast suite on the oldest versions that pyproject.toml allows, on the oldest of these Pythons that is here. Without
 # tests/faults and without figures and pages, which matplotlib, jinja2 and a browser make: no oldest version is
 # promised of these.
-OLDEST = $(shell sed -n '/^dependencies = /,/^]/s/^ *"\([a-z]*\)>=\([0-9.]*\)",$$/\1==\2/p' pyproject.toml)
+OLDEST = $(shell sed -n '/^dependencies = /,/^]/s/^ *"\([a-z_]*\)>=\([0-9.]*\)",$$/\1==\2/p' pyproject.toml)
 OLDEST_PYTHON ?= $(shell for p in python3.10 python3.11 python3.12 $(PYTHON); do \
 	$$p -c 'import venv, ensurepip' 2>/dev/null && echo $$p && break; done)
 test-oldest: $(VENV)-oldest/.dev

@@ -22,7 +22,8 @@ from ..errors import HarmconvertError, HarmconvertWarning, one_line, printable
 from .verbosity import NOTHING_WRITTEN, interruption_note
 
 COMMANDS = (
-    "convert", "finetune", "evaluate", "train", "verify", "inspect", "report", "compare", "benchmark", "export", "demo",
+    "convert", "finetune", "evaluate", "train", "verify", "inspect", "report", "compare", "benchmark", "export", "push",
+    "demo",
 )  # fmt: skip
 
 
