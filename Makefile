@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --retries 5
 
-.PHONY: demo test test-slow test-oldest faults lint browser clean
+.PHONY: demo test test-slow test-oldest faults lint docs browser clean
 
 demo: $(VENV)/.samples
 	$(BIN)/harmconvert demo
@@ -37,6 +37,11 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site of docs/, in site/.
+docs: $(VENV)/.dev
+	$(BIN)/python docs/tables.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 # What the tests of the report page open it in; without it they are skipped, and say so.
 browser:
 	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
@@ -60,4 +65,4 @@ $(VENV)-oldest/.dev: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

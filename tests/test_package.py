@@ -148,49 +148,6 @@ def test_functions_keep_their_names_when_their_modules_are_imported() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def python_blocks(path: Path) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
-
-
-def test_the_python_examples_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    blocks = python_blocks(ROOT / "README.md")
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
-
-
-def shell_commands(path: Path) -> list[str]:
-    blocks = re.findall(r"```(?:console|sh)\n(.*?)```", path.read_text(), re.DOTALL)
-    lines = [line.split("  #")[0].strip().removeprefix("$ ") for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line.startswith("harmconvert ")]
-
-
-def test_the_commands_of_the_readme_are_valid() -> None:
-    """Every command line in README names a command and options that exist; those on samples run in test_cli.py."""
-    import shlex
-
-    import click
-
-    from harmconvert.cli import main
-
-    commands = shell_commands(ROOT / "README.md")
-    assert len(commands) >= 5
-    for line in commands:
-        name, *arguments = shlex.split(line)[1:]
-        command = main.get_command(click.Context(main), name)
-        assert command is not None, line
-        command.make_context(name, arguments)
-
-
-def test_the_readme_names_every_command() -> None:
-    from harmconvert.cli import COMMANDS
-
-    text = (ROOT / "README.md").read_text()
-    for name in COMMANDS:
-        assert f"`{name}" in text, name
-
-
 def test_benchmarks_name_their_command_and_machine() -> None:
     text = (ROOT / "benchmarks" / "README.md").read_text()
     for script in (ROOT / "benchmarks").glob("*.py"):

@@ -1,4 +1,4 @@
-"""Show results: tables for the terminal, figures, and the page.
+"""Show results: tables for the terminal, figures, the page, and a card that is published with a checkpoint.
 
 What belongs here: showing results that exist as data. What does not: measurements. `space` contains everything about
 frequencies. Figures need matplotlib, an optional dependency, so `figures` is imported only when a figure is drawn.
