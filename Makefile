@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --retries 5
 
-.PHONY: demo test test-slow test-oldest faults lint browser clean
+.PHONY: demo test test-slow test-oldest faults lint docs browser clean
 
 demo: $(VENV)/.samples
 	$(BIN)/harmconvert demo
@@ -18,7 +18,7 @@ test-slow: $(VENV)/.dev
 # The fast suite on the oldest versions that pyproject.toml allows, on the oldest of these Pythons that is here. Without
 # tests/faults and without figures and pages, which matplotlib, jinja2 and a browser make: no oldest version is
 # promised of these.
-OLDEST = $(shell sed -n '/^dependencies = /,/^]/s/^ *"\([a-z]*\)>=\([0-9.]*\)",$$/\1==\2/p' pyproject.toml)
+OLDEST = $(shell sed -n '/^dependencies = /,/^]/s/^ *"\([a-z_]*\)>=\([0-9.]*\)",$$/\1==\2/p' pyproject.toml)
 OLDEST_PYTHON ?= $(shell for p in python3.10 python3.11 python3.12 $(PYTHON); do \
 	$$p -c 'import venv, ensurepip' 2>/dev/null && echo $$p && break; done)
 test-oldest: $(VENV)-oldest/.dev
@@ -36,6 +36,11 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site of docs/, in site/.
+docs: $(VENV)/.dev
+	$(BIN)/python docs/tables.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # What the tests of the report page open it in; without it they are skipped, and say so.
 browser:
@@ -60,4 +65,4 @@ $(VENV)-oldest/.dev: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

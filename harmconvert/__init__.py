@@ -37,12 +37,13 @@ if TYPE_CHECKING:
     from .plan.plan import Plan
     from .report.compare import compare
     from .report.figure import TradeoffSettings, figure
+    from .report.push import push
     from .report.report import report
     from .sources.opening import load, open_source
     from .sources.request import SourceRequest
     from .training.recipe import Recipe
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CalibrationSettings",
@@ -69,6 +70,7 @@ __all__ = [
     "inspect",
     "load",
     "open_source",
+    "push",
     "reestimate_batch_norm",
     "report",
     "save",
@@ -101,6 +103,7 @@ _HOME = {
     "inspect": "pipeline.inspect",
     "load": "sources.opening",
     "open_source": "sources.opening",
+    "push": "report.push",
     "reestimate_batch_norm": "calibration",
     "report": "report.report",
     "save": "pipeline.saving",

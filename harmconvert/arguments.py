@@ -45,6 +45,8 @@ FORMATS = ("dense", "timm", "onnx", "openvino", "torch-export")
 GRAPHS = ("onnx", "openvino", "torch-export")
 # The precisions of a graph: its weights, and what the runtime computes in.
 PRECISIONS = {"onnx": ("f32", "int8"), "openvino": ("f32", "f16", "bf16", "int8")}
+# The harmonic checkpoint in a repository of the hub, beside the files that timm reads.
+HARMONIC_FILE = "harmonic.safetensors"
 TIMM_FILES = ("config.json", "model.safetensors")
 
 
@@ -316,8 +318,10 @@ def may_be_harmonic(source: str) -> bool:
     >>> may_be_harmonic("sample:resnet_mnist5k"), may_be_harmonic("reference:model_best.pth.tar")
     (False, True)
     """
-    if source.startswith("reference:"):
-        return True
+    if source.startswith(("reference:", "hf-hub:", "hf_hub:")):
+        return True  # what a repository holds is known when it is opened
+    if source.replace("_", "-", 1).startswith("local-dir:"):
+        source = f"{source.partition(':')[2]}/{HARMONIC_FILE}"
     if Path(source).suffix != ".safetensors" or not Path(source).is_file():
         return False
     try:
@@ -354,3 +358,12 @@ def check_harmonic(source: str) -> None:
 def not_harmonic(source: str) -> UsageError:
     """Return the error for a source that is not a harmonic checkpoint."""
     return UsageError(f"{source} is not a harmonic checkpoint: make one first with: harmconvert convert {source}")
+
+
+def check_hub_name(repository: str) -> None:
+    """Raise UsageError unless a text names a repository of the Hugging Face hub.
+
+    >>> check_hub_name("me/resnet50-small")
+    """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository, re.ASCII) or ".." in repository or "--" in repository:
+        raise UsageError(f"{repository!r} is not the name of a repository: give USER/REPO")

@@ -409,6 +409,9 @@ def test_the_command_line_is_frozen() -> None:
             ["--force", "--form", "--format", "--dtype", "--output", "-o", "--precision", "--max-drop", *images,
              *network, *common, *size, *loudness]
         ),
+        "push": sorted(
+            ["--local", "--license", "--private", "--force", "--trust-code", "--model", *common, *loudness]
+        ),
         "demo": sorted(common),
     }  # fmt: skip
 

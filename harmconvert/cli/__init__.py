@@ -17,11 +17,13 @@ from typing import Any
 
 import click
 
+from .. import __version__
 from ..errors import HarmconvertError, HarmconvertWarning, one_line, printable
 from .verbosity import NOTHING_WRITTEN, interruption_note
 
 COMMANDS = (
-    "convert", "finetune", "evaluate", "train", "verify", "inspect", "report", "compare", "benchmark", "export", "demo",
+    "convert", "finetune", "evaluate", "train", "verify", "inspect", "report", "compare", "benchmark", "export", "push",
+    "demo",
 )  # fmt: skip
 
 
@@ -142,7 +144,7 @@ def _terminate(number: int, frame: Any) -> None:
 
 
 @click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="harmconvert")
+@click.version_option(__version__)
 def main() -> None:
     """Convert pretrained CNNs to harmonic form: exactly, or smaller, without the high DCT frequencies.
 

@@ -4,7 +4,7 @@ What belongs here: the steps after a conversion. What does not: the forms of a n
 """
 
 from .benchmark import Benchmark, BenchmarkSettings, Row, peak_bytes, time_forms
-from .export import check_target, export
+from .export import check_target, export, write_timm_files
 from .graph_files import PrecisionSettings, factor_for
 from .graphs import Exported, onnx_bytes
 from .quantised_graphs import HeldBack
@@ -24,4 +24,5 @@ __all__ = [
     "onnx_bytes",
     "peak_bytes",
     "time_forms",
+    "write_timm_files",
 ]

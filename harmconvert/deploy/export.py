@@ -146,24 +146,39 @@ def _full_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _export_timm_folder(dense: nn.Module, path: Path, input: Any, force: bool) -> None:
+    _check_timm(dense)
+    with saving(path):
+        write_folder(path, TIMM_FILES, lambda folder: write_timm_files(dense, folder, input), force)
+
+
+def _check_timm(dense: nn.Module) -> None:
     architecture = pretrained_config(dense).get("architecture")
     if not architecture or not timm.is_model(architecture):
         problem = f"a timm folder needs a timm network, and this is a {type(dense).__name__}"
         raise UsageError(problem, ": use ", Argument("format", "dense"))
+
+
+def write_timm_files(dense: nn.Module, folder: Path, input: Any = None) -> None:
+    """Write the files of a timm network into an existing folder, and compare what timm reads from it.
+
+    Args:
+        dense: the network in dense form.
+        input: an input for the comparison; None: the files are only loaded.
+
+    Raises:
+        UsageError: the network is not from timm.
+        CheckError: timm does not make the same network from the files.
+    """
+    _check_timm(dense)
     arguments = {"in_chans": dense.in_chans} if isinstance(getattr(dense, "in_chans", None), int) else {}
-
-    def fill(folder: Path) -> None:
-        timm.models.save_for_hf(dense, folder, model_args=arguments or None, safe_serialization=True)
-        try:
-            other = timm.create_model(f"local-dir:{folder}", pretrained=False)
-            other.load_state_dict(load_file(folder / "model.safetensors"))
-        except Exception as error:  # timm's exceptions have no common base class
-            problem: str | None = f"{type(error).__name__}: {first_line(error)}"
-        else:
-            problem = None if input is None else compare_outputs(dense, other, comparison_inputs(input)).problem
-        if problem:
-            message = f"timm does not make this {type(dense).__name__} from the folder ({problem})"
-            raise CheckError(message, "; nothing was written: use ", Argument("format", "dense"))
-
-    with saving(path):
-        write_folder(path, TIMM_FILES, fill, force)
+    timm.models.save_for_hf(dense, folder, model_args=arguments or None, safe_serialization=True)
+    try:
+        other = timm.create_model(f"local-dir:{folder}", pretrained=False)
+        other.load_state_dict(load_file(folder / "model.safetensors"))
+    except Exception as error:  # timm's exceptions have no common base class
+        problem: str | None = f"{type(error).__name__}: {first_line(error)}"
+    else:
+        problem = None if input is None else compare_outputs(dense, other, comparison_inputs(input)).problem
+    if problem:
+        message = f"timm does not make this {type(dense).__name__} from the folder ({problem})"
+        raise CheckError(message, "; nothing was written: use ", Argument("format", "dense"))

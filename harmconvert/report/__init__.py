@@ -1,4 +1,4 @@
-"""Show results: tables for the terminal, figures, and the page.
+"""Show results: tables for the terminal, figures, the page, and a card that is published with a checkpoint.
 
 What belongs here: showing results that exist as data. What does not: measurements. `space` contains everything about
 frequencies. Figures need matplotlib, an optional dependency, so `figures` is imported only when a figure is drawn.
@@ -11,6 +11,7 @@ from .comparison_tables import comparison_table, differences_table
 from .facts import LayerBytes, LayerRank, Report
 from .figure import Figure, TradeoffSettings, figure
 from .page import page, write_report
+from .push import Pushed, push
 from .report import Reported, report
 from .reproduce import OPTION_NAMES, commands
 from .sheets import Sheet, Strip, bits_sheet, error_sheet, layer_strip, ranks_sheet, search_sheet, training_sheet
@@ -30,6 +31,7 @@ __all__ = [
     "LayerBytes",
     "LayerRank",
     "Point",
+    "Pushed",
     "Report",
     "Reported",
     "Sheet",
@@ -52,6 +54,7 @@ __all__ = [
     "filter_bank",
     "layer_strip",
     "page",
+    "push",
     "ranks_sheet",
     "report",
     "report_of",

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from typing import Any
 
+from .. import __version__
 from ..plan import Plan, bases_text, normalizations_text
 from ..storage.checkpoint import Source
 
@@ -218,7 +218,7 @@ class Report:
         plain["coding"] = [{**asdict(layer), "bits": layer.bits} for layer in self.coding]
         plain["ranks"] = [{**asdict(layer), "share": layer.share, "outside": layer.outside} for layer in self.ranks]
         return {
-            "report_version": REPORT_VERSION, "harmconvert": version("harmconvert"), **plain,
+            "report_version": REPORT_VERSION, "harmconvert": __version__, **plain,
             "bits": self.bits, "plan": self.plan.to_json(),
         }  # fmt: skip
 

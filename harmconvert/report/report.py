@@ -12,6 +12,7 @@ from ..pipeline.benchmark import benchmark
 from ..pipeline.inputs import Sizes, zeros_of
 from ..pipeline.listener import SILENT, Listener
 from ..pipeline.networks import Openable, is_given, opened, text_of
+from ..sources import published_checkpoint
 from .facts import Report
 from .page import write_report
 from .summary import report_of
@@ -72,10 +73,12 @@ def report(
         checkpoint, activity = file, f"writing {output}" if output is not None else f"reading {text}"
     else:
         check_harmonic(text)
-        checkpoint, activity = Path(text.removeprefix("reference:")), f"reading {text}"
+        checkpoint, activity = None, f"reading {text}"
     network = opened(model, listener)
     if network.header is None:
         raise not_harmonic(text)
+    if not is_given(model):
+        checkpoint = published_checkpoint(text) or Path(text.removeprefix("reference:"))
     example = zeros_of(input_sizes, network.model) if input_sizes else example_input
     times = None
     if latency:

@@ -5,6 +5,7 @@ What belongs here: how each kind of source builds its network and finds its weig
 """
 
 from .downloads import torchvision_loading
+from .hub import published_checkpoint
 from .limits import built_within
 from .opening import (
     check_rebuilds,
@@ -30,6 +31,7 @@ __all__ = [
     "open_original",
     "open_reference",
     "open_source",
+    "published_checkpoint",
     "rebuild",
     "torchvision_loading",
 ]

@@ -22,6 +22,7 @@ from ..storage.source import parse_source as parse_source
 from ..storage.tensors import memory_limit
 from ..storage.weights import load_weights
 from ..user_code import functions_in
+from .hub import published_checkpoint
 from .limits import built_within
 from .makers import build, build_structure, declare_size, renamed, with_weights_name
 from .reference import open_reference
@@ -48,9 +49,10 @@ def open_source(
     """Return the network that a source string names, with its weights, in eval mode.
 
     Args:
-        text: ``NAME`` or ``timm:NAME``, ``torchvision:NAME``, ``hf-hub:USER/REPO``, ``local-dir:PATH``,
-            ``package.module:factory``, ``file.py:factory``, ``sample:NAME``, ``reference:FILE`` (a checkpoint of the
-            reference implementation: `harmconvert.sources.reference`), or the path of a harmonic checkpoint.
+        text: ``NAME`` or ``timm:NAME``, ``torchvision:NAME``, ``hf-hub:USER/REPO`` or ``local-dir:PATH`` (a harmonic
+            checkpoint in it is used first), ``package.module:factory``, ``file.py:factory``, ``sample:NAME``,
+            ``reference:FILE`` (a checkpoint of the reference implementation: `harmconvert.sources.reference`), or the
+            path of a harmonic checkpoint.
         weights: a .safetensors or .pth file that replaces the weights; only plain tensors are unpickled.
         weights_key, strip_prefix: which part of that file to read: ``key`` and ``prefix`` of `load_weights`.
         arguments: keyword arguments for the function that builds the network, such as num_classes.
@@ -89,6 +91,8 @@ def open_source(
         return Network(model.eval(), source, header)
     if is_checkpoint_path(text):
         return _open_checkpoint(text, weights, arguments, form, trust_code, code)
+    if weights is None and not arguments and (published := published_checkpoint(text)) is not None:
+        return _open_checkpoint(str(published), None, None, form, trust_code, code)
     if code is not None:
         raise UsageError(f"{text} is not a harmonic checkpoint: name {code} as the source instead")
     source = with_weights_name(parse_source(text, arguments))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .. import __version__
 from ..codecs.codec import codec_of
 from ..codecs.table import CodecTable
 from ..documents import input_errors, parse_json
@@ -87,7 +88,7 @@ def write_checkpoint(
     tensors, tied = untied_state(model)
     stored, coded = encode_tensors(tensors, header.codecs.coded if header else {})
     source = as_source(source) or (header.source if header else None) or timm_source(model)
-    versions = {name: version(name) for name in ("harmconvert", "torch", "timm")}
+    versions = {"harmconvert": __version__, **{name: version(name) for name in ("torch", "timm")}}
     record = {**(header.history if header else {}), **(history or {})}
     codecs = CodecTable.of({tensor.dtype for key, tensor in stored.items() if key not in coded}, coded)
     written = Header(plan, source, tied, record, versions, _blocks_of(model), codecs)

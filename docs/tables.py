@@ -1,0 +1,116 @@
+"""Write the tables of docs/benchmarks from benchmarks/results.
+
+python docs/tables.py            # replaces what is between `<!-- table: NAME -->` and `<!-- end of table -->`
+python docs/tables.py --check    # exit code 1 if a table is not what the results say
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted((ROOT / "docs" / "benchmarks").glob("*.md"))
+BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+def results(name: str) -> list[dict[str, str]]:
+    """Return the rows of a table in benchmarks/results."""
+    with (ROOT / "benchmarks" / "results" / f"{name}.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Return a table in Markdown."""
+    headings = list(headings)
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def share(text: str) -> str:
+    """Return a share of 1 as a percentage."""
+    return f"{100 * float(text):.1f} %" if text else ""
+
+
+def number(text: str) -> str:
+    """Return a number with two digits that count."""
+    return f"{float(text):.2g}" if text else ""
+
+
+def coding(network: str) -> str:
+    """All rates of one network."""
+    rows = [row for row in results("coding") if row["network"] == network and row["draw"] == "0"]
+    rows.sort(key=lambda row: (row["method"] != "ours", row["method"], float(row["bits"])))
+    return table(
+        ("method", "bits per weight", "bytes", "KL or relative squared error", "as the original", "top-1"),
+        (
+            (
+                row["method"], f"{float(row['bits']):.2f}", f"{int(row['bytes']):,}", number(row["kl"]),
+                share(row["agreement"]), share(row["top1"]),
+            )
+            for row in rows
+        ),
+    )  # fmt: skip
+
+
+def deployment(network: str) -> str:
+    """Times and agreement of one network in each runtime and precision, on each processor."""
+    rows = [row for row in results("deploy") if row["network"] == network]
+    parts = []
+    for processor in dict.fromkeys(row["processor"] for row in rows):
+        lines = (
+            (
+                row["cut"] or "whole", row["way"], f"{float(row['median_ms']):.1f}", row["ratio"], row["twin"],
+                share(row["spread"]), share(row["agreement"]), number(row["kl"]),
+            )
+            for row in rows if row["processor"] == processor
+        )  # fmt: skip
+        columns = ("cut", "way", "ms", "speed", "against dense", "spread", "same top-1", "KL")
+        parts.append(f"Processor: {processor}\n\n{table(columns, lines)}")
+    return "\n\n".join(parts)
+
+
+def rank_speed() -> str:
+    """Times as fast as the dense network, for each plan and runtime."""
+    rows = results("rank_speed")
+    return table(
+        ("plan", "runtime", "dense, ms", "ranks, ms", "speed", "layers in two parts"),
+        (
+            (row["plan"], row["way"], row["dense_ms"], row["median_ms"], row["ratio"], row["split_layers"])
+            for row in rows
+        ),
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    **{
+        f"coding-{network}": (lambda network=network: coding(network))  # type: ignore[misc]
+        for network in ("resnet_mnist5k", "wrn16_4_mnist5k", "super_resolution", "efficientnet_lite0")
+    },
+    **{
+        f"deployment-{network}": (lambda network=network: deployment(network))  # type: ignore[misc]
+        for network in ("efficientnet_lite0", "resnet18")
+    },
+    "rank-speed": rank_speed,
+}
+
+
+def updated(text: str) -> str:
+    """Return the text of a page with its tables made again."""
+    return BLOCK.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}", text)
+
+
+def main() -> int:
+    stale = [page for page in PAGES if updated(page.read_text()) != page.read_text()]
+    for page in stale:
+        print(f"{page.relative_to(ROOT)} {'is not what the results say' if '--check' in sys.argv else 'updated'}")
+        if "--check" not in sys.argv:
+            page.write_text(updated(page.read_text()))
+    return int(bool(stale) and "--check" in sys.argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
