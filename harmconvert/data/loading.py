@@ -33,13 +33,15 @@ NO_LABEL = -1
 
 
 class Batch(NamedTuple):
-    """Images (N, C, H, W), labels (N,; -1: no label), and the names of pictures that could not be read.
+    """Inputs, targets, and the names of samples that could not be read.
 
-    ``too_many_unreadable``: `REPLACEMENTS` pictures in a row could not be read.
+    ``inputs``: images (N, C, H, W), or any other input that `harmconvert.network.call` takes. ``targets``: labels (N,;
+    -1: no label), or targets of another task (None: there are none). ``too_many_unreadable``: `REPLACEMENTS` samples in
+    a row could not be read.
     """
 
-    images: Tensor
-    labels: Tensor
+    inputs: Any
+    targets: Any
     unreadable: list[str]
     too_many_unreadable: bool = False
 
@@ -73,6 +75,10 @@ class BatchLoader:
     steps: int | None
     images: int | None
     set_epoch: Callable[[int], None]
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the batches of the first epoch."""
+        return self.epoch(0)
 
     def unread_note(self, read: int) -> Message | None:
         """Return a note if fewer images were read than the set has: each worker reads whole shards of a stream."""

@@ -13,13 +13,13 @@ from torch import nn
 
 from ..deploy.benchmark import Benchmark
 from ..errors import InputError
+from ..metrics.intervals import wilson_interval
 from ..network.forms import dense_form
 from ..network.layers import all_layers
 from ..network.tracing import Trace, find_layers, trace_if_possible
 from ..pipeline.convert import RECORD_KEY
 from ..plan import Cost, Plan, layer_costs, network_cost, parameter_count, tensor_bytes
 from ..storage.checkpoint import Header
-from ..training.evaluation import wilson_interval
 from .coding import layer_bytes
 from .facts import Form, LayerFacts, Report, StageFacts
 from .ranks import layer_ranks
