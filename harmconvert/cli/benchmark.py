@@ -68,6 +68,7 @@ from .listening import CommandLine
 @click.option("--layers", is_flag=True, help="Print for each layer which form was chosen, and why.")
 @options.input_size
 @options.device
+@options.metric
 @images.comparison_options
 @options.network_options
 @options.verbosity
@@ -81,6 +82,7 @@ def command(
     runtimes: tuple[str, ...],
     precisions: tuple[str, ...],
     torchcompile: bool,
+    metric: str | None,
     repeats: int,
     layers: bool,
     input_size: Any,
@@ -114,6 +116,7 @@ def command(
         runtimes=runtimes,
         precisions=precisions,
         data=images.calibration_request(values),
+        metric=metric,
         settings=CalibrationSettings(seed=values["seed"], inputs=values["calibration_images"]),
         preprocessing=images.preprocessing_overrides(values),
         device=device,

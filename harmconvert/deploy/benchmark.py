@@ -22,6 +22,7 @@ from ..errors import Argument, UsageError, counted, first_line
 from ..layers import native
 from ..layers.layer_times import kernels_to_channels_last
 from ..layers.timing import in_turns
+from ..metrics.metric import Measurement
 from ..network.checks import check_network
 from ..network.comparison import greatest_difference
 from ..network.exchange import exchange
@@ -47,6 +48,7 @@ class Row:
     ``error``: greatest difference from the outputs of the original network, relative to the largest output. ``note``:
     why there are no measurements. ``runtime``, ``precision``: what runs the network (torch, onnx or openvino), and what
     it computes in (f32, bf16 or int8). ``agreement``: share of the images with the same top-1 as the original.
+    ``measurement``: of a metric on the data of the benchmark.
     """
 
     form: str
@@ -63,6 +65,7 @@ class Row:
     runtime: str = "torch"
     precision: str = "f32"
     agreement: float | None = None
+    measurement: Measurement | None = None
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,7 @@ class BenchmarkSettings:
     ``threads``: numbers of threads of torch; empty: the current number. ``compiled``: time each form also under
     torch.compile. ``repeats``: how often each form is timed; fewer times if a forward pass takes long. ``runtimes``,
     ``precisions``: where networks are timed, as far as installed and supported by the processor. ``context``: images on
-    which low precision is calibrated and compared.
+    which low precision is calibrated and compared. ``measured``: measures a network with a metric.
     """
 
     batches: Sequence[int] = (1, 16)
@@ -169,6 +172,7 @@ class BenchmarkSettings:
     runtimes: Sequence[str] = ("torch",)
     precisions: Sequence[str] = ("f32",)
     context: CalibrationContext | None = None
+    measured: Callable[[nn.Module], Measurement] | None = None
 
     def __post_init__(self) -> None:
         for names, known, kind in (
@@ -228,6 +232,11 @@ def time_forms(
         if chosen is not None:
             factorings[batch, threads] = chosen
     progress(total, total, "done")
+    if settings.measured is not None:  # all forms in float32 have the same outputs up to rounding
+        measurement = settings.measured(model)
+        rows = [
+            replace(row, measurement=measurement) if row.precision == "f32" and row.seconds else row for row in rows
+        ]
     if rows and not any(row.seconds for row in rows):
         raise UsageError(f"the network does not run at batch {', '.join(map(str, settings.batches))}: {rows[0].note}")
     machine = {"device": str(device), **describe_machine()}
@@ -317,6 +326,8 @@ def _time_input(
                 row = replace(row, note=note, agreement=deployed.agreement(settings.context) if run else None)
                 if run is not None:
                     row = replace(row, error=greatest_difference(_float64_tensors(run()), expected))
+                    if settings.measured is not None and row.precision != "f32":
+                        row = replace(row, measurement=settings.measured(deployed.for_batches()))
                     runs[str(len(rows))] = run
             rows.append(row)
         times = in_turns(runs, settings.repeats, 3, 20.0, warm=1, progress=report)

@@ -28,7 +28,9 @@ def _labelled(outcome: Outcome) -> tuple[Tensor, Tensor]:
         return logits[:0], torch.empty(0, dtype=torch.long)
     labels = outcome.targets
     if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.is_floating_point():
-        raise InputError(f"a classifier is measured with one class number for each sample: these are {describe(labels)}")
+        raise InputError(
+            f"a classifier is measured with one class number for each sample: these are {describe(labels)}"
+        )
     labels = labels.long().cpu()
     if len(labels) != len(logits):
         raise InputError(f"the network has {counted(len(logits), 'output')} for {counted(len(labels), 'label')}")
@@ -60,7 +62,9 @@ def _both(outcome: Outcome) -> tuple[Tensor, Tensor]:
     for output in (outcome.outputs, outcome.uncut):
         logits = main_output(output)
         if not isinstance(logits, Tensor) or logits.dim() < 2 or not logits.is_floating_point():
-            raise InputError(f"classes are compared by their logits (samples, classes, ...): this is {describe(logits)}")
+            raise InputError(
+                f"classes are compared by their logits (samples, classes, ...): this is {describe(logits)}"
+            )
         both.append(logits.double().cpu().flatten(2) if logits.dim() > 2 else logits.double().cpu()[..., None])
     if both[0].shape != both[1].shape:
         classes = f"{both[0].shape[1]} and {counted(both[1].shape[1], 'class')}"

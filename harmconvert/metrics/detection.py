@@ -128,7 +128,8 @@ def _precision_of(images: Sequence[Image]) -> Callable[[np.ndarray], float]:
 def _sorted_boxes(images: Sequence[Image], category: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return, for a class, the boxes of all images by falling score.
 
-    The image of each box (D,), whether it is right and whether it is wrong (10, D), the wanted boxes of each image (N,).
+    These are the image of each box (D,), whether it is right and whether it is wrong (10, D), and the number of wanted
+    boxes of each image (N,).
     """
     wanted = np.zeros(len(images))
     parts = []

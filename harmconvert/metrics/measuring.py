@@ -53,8 +53,10 @@ class Collected:
             raise InputError(f"{metric.name} compares with {needs}, and {data or 'the data'} has no targets")
         where = f"on {counted(samples, 'sample')}" + (f" of {data}" if data else "")
         if not math.isfinite(value):
-            raise InputError(f"{metric.name} is {value} {where}: the outputs of the network are not finite, or the "
-                             "metric has no value there")
+            raise InputError(
+                f"{metric.name} is {value} {where}: the outputs of the network are not finite, or the "
+                "metric has no value there"
+            )
         return Measurement(
             metric.name, metric.title, metric.points(value), self._interval(value), metric.unit,
             metric.higher_is_better, samples, data,
@@ -184,6 +186,11 @@ def measure_whole(model: nn.Module, batches: Iterable[Batch], metric: Metric) ->
         start = time.perf_counter()
         value = metric.whole(model, _Pairs(model, batches, done))
         done.seconds = time.perf_counter() - start
+    if not done.samples and not done.unreadable:
+        raise InputError(
+            f"the metric {metric.name} read no sample: the data is empty, it is an iterator that was read before, or "
+            "the function does not use its loader"
+        )
     done.states[metric.name] = [np.array([[value * done.samples, done.samples]])] if done.samples else []
     return done.measured([metric])
 
@@ -283,7 +290,9 @@ class TaskBatches:
 
     def __init__(self, loader: Iterable[Any]) -> None:
         if isinstance(loader, Tensor | np.ndarray | str | bytes | Mapping) or not isinstance(loader, Iterable):
-            raise UsageError(f"the data is a {type(loader).__name__}: give a list or a loader of (inputs, targets) pairs")
+            raise UsageError(
+                f"the data is a {type(loader).__name__}: give a list or a loader of (inputs, targets) pairs"
+            )
         self.loader = loader
 
     def __iter__(self) -> Iterator[Batch]:

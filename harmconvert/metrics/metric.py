@@ -45,9 +45,11 @@ class Metric:
 
     ``states`` turns the outcome of a batch into one state for each sample that can be measured (an array with a row for
     each, or a list). ``summary`` turns the states of all samples into a function that returns the value if each sample
-    counts so often; this makes the bootstrap cheap. A value times ``scale`` is in points of ``unit``. ``compares_with``:
-    what it needs, ``"targets"`` or ``"uncut"`` (the outputs of the uncut network); if it has both, the first that is
-    there is used. ``finite``: whether a network that is compared with itself has a value. ``whole``, instead of states: a function of the network and of (inputs, targets) pairs.
+    counts so often; this makes the bootstrap cheap. A value times ``scale`` is in points of ``unit``.
+
+    ``compares_with``: what it needs, ``"targets"`` or ``"uncut"`` (the outputs of the uncut network); if it has both,
+    the first that is there is used. ``finite``: whether a network that is compared with itself has a value. ``whole``,
+    instead of states: a function of the network and of (inputs, targets) pairs.
 
     >>> errors = lambda outcome: (outcome.outputs - outcome.targets).abs().flatten(1).mean(1).numpy()
     >>> Metric("mae", "mean absolute error", errors, higher_is_better=False).points(0.5)

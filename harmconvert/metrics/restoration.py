@@ -30,8 +30,10 @@ def _pairs(outcome: Outcome, name: str) -> tuple[Tensor, Tensor]:
     if not expected.is_floating_point():
         return images.double() / 255, expected.double() / 255
     if expected.numel() and float(expected.abs().max()) > _LARGEST:
-        raise InputError(f"{name} expects values from 0 to 1, but they reach {float(expected.abs().max()):.3g}: scale "
-                         "outputs and targets, or give targets of whole numbers from 0 to 255")
+        raise InputError(
+            f"{name} expects values from 0 to 1, but they reach {float(expected.abs().max()):.3g}: scale "
+            "outputs and targets, or give targets of whole numbers from 0 to 255"
+        )
     return images.double(), expected.double()
 
 

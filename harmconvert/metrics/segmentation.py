@@ -34,37 +34,37 @@ def pixel_logits(output: Any, size: tuple[int, int]) -> Tensor:
     return functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
 
 
-def check_masks(masks: Any, logits_classes: int) -> Tensor:
-    """Return masks (N, H, W) of class numbers.
+def masks_of(targets: Any) -> Tensor:
+    """Return the masks (N, H, W) of class numbers in the targets of a batch.
 
     Raises:
-        InputError: these are no masks, or a class is beyond those of the network.
+        InputError: these are no masks.
     """
-    if not isinstance(masks, Tensor) or masks.dim() != 3 or masks.is_floating_point():
-        raise InputError(f"pixels are measured with masks (images, H, W) of class numbers: these are {describe(masks)}")
-    masks = masks.long()
-    largest = _largest(masks)
-    if largest >= logits_classes or int(masks.min()) < 0:
-        wrong = largest if largest >= logits_classes else int(masks.min())
-        raise InputError(f"a mask has the class {wrong}, the network has {counted(logits_classes, 'class')}: the classes "
-                         f"are numbered from 0, and {IGNORED} is not counted")
-    return masks
+    if not isinstance(targets, Tensor) or targets.dim() != 3 or targets.is_floating_point():
+        raise InputError(
+            f"pixels are measured with masks (images, H, W) of class numbers: these are {describe(targets)}"
+        )
+    return targets.long()
 
 
-def _largest(masks: Tensor) -> int:
+def check_masks(masks: Tensor, classes: int) -> None:
+    """Raise InputError if masks have a class that the network does not have."""
     known = masks[masks != IGNORED]
-    return int(known.max()) if known.numel() else 0
+    extremes = (int(known.min()), int(known.max())) if known.numel() else ()
+    if wrong := [number for number in extremes if not 0 <= number < classes]:
+        raise InputError(
+            f"a mask has the class {wrong[0]}, the network has {counted(classes, 'class')}: classes are numbered from "
+            f"0, and {IGNORED} is not counted"
+        )
 
 
 def _intersections_and_unions(outcome: Outcome) -> np.ndarray:
     """Return, for each image, the pixels in the intersection and in the union of each class (N, 2, classes)."""
-    if not isinstance(outcome.targets, Tensor):
-        raise InputError(f"pixels are measured with masks (images, H, W) of class numbers: these are "
-                         f"{describe(outcome.targets)}")
-    size = (outcome.targets.shape[-2], outcome.targets.shape[-1])
-    logits = pixel_logits(outcome.outputs, size)
+    masks = masks_of(outcome.targets)
+    logits = pixel_logits(outcome.outputs, (masks.shape[1], masks.shape[2]))
     classes = max(2, logits.shape[1])
-    masks = check_masks(outcome.targets, classes).to(logits.device)
+    check_masks(masks, classes)
+    masks = masks.to(logits.device)
     predicted = logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > 0).long()
     states = []
     for mask, guess in zip(masks, predicted, strict=True):

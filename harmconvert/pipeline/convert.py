@@ -91,10 +91,10 @@ def convert(
         max_drop: instead of ``lam``: find the fewest parameters at which ``metric`` falls by at most this many points.
             The search bisects over budgets; `Conversion.drops` has its steps. With ``bits="auto"`` it finds the fewest
             bits per weight instead.
-        metric: what measures the quality of a network: a name, a `harmconvert.metrics.Metric` or a function of (outputs,
-            targets) or (model, loader), as for `evaluate`, on ``labelled``; default: top-1. Without ``labelled``, a
-            function of a network that returns points. Higher is better, unless the function has the attribute
-            ``higher_is_better = False``.
+        metric: what measures the quality of a network: a name, a `harmconvert.metrics.Metric` or a function of
+            (outputs, targets) or (model, loader), as for `evaluate`, on ``labelled``; default: top-1. Without
+            ``labelled``, a function of a network that returns points. Higher is better, unless the function has the
+            attribute ``higher_is_better = False``.
         labelled: batches of (inputs, targets) on which ``metric`` is measured, as for `evaluate`.
         calibration: batches of 32 inputs or more in total for the refit: tensors, (input, target) pairs whose target is
             ignored, or dicts of keywords. They are read once.
@@ -137,7 +137,9 @@ def _check_choices(
             "bits='auto' finds the fewest bits within max_drop: give max_drop and metric, or a number of bits"
         )
     if (max_drop is None) != (metric is None):
-        raise UsageError("max_drop needs a metric of the network, or labelled batches, and these need max_drop: give both")
+        raise UsageError(
+            "max_drop needs a metric of the network or labelled batches, and these need max_drop: give both"
+        )
     if rank is not None and bits != "auto" and (max_drop is not None or _counts(budget)):
         raise UsageError(
             Argument("rank", rank), " and ", Argument("budget"), " or ", Argument("max_drop"),
@@ -209,7 +211,7 @@ def _convert_within_bytes(job: _Job, lam: str | int | Mapping[str, int] | Plan, 
 
 
 def _fewest_bits_within_drop(job: _Job, max_drop: float, metric: NetworkMetric) -> Conversion:
-    """Return the conversion with the fewest bits whose metric is at most ``max_drop`` points worse than the original's."""
+    """Return the conversion with the fewest bits whose metric is at most ``max_drop`` points worse."""
     uncut_metric = metric(job.model)
     job = replace(job, calibration=None if job.calibration is None else tuple(job.calibration))
     low, high = (math.log2(bits) for bits in _DROP_BITS)
@@ -224,8 +226,8 @@ def _fewest_bits_within_drop(job: _Job, max_drop: float, metric: NetworkMetric) 
             high, best = math.log2(bits), conversion
         elif best is None:
             raise UsageError(
-                f"with {bits:g} bits per weight {metric.name} is worse by {drop:.2f} points, more than {max_drop:g}: allow a "
-                "larger drop, or give calibration inputs"
+                f"with {bits:g} bits per weight {metric.name} is worse by {drop:.2f} points, more than {max_drop:g}: "
+                "allow a larger drop, or give calibration inputs"
             )
         else:
             low = math.log2(bits)
@@ -254,10 +256,8 @@ def _searching(job: _Job, budget: Budget, search: SearchSettings) -> Searching:
     return searching
 
 
-def _convert_within_drop(
-    job: _Job, max_drop: float, metric: NetworkMetric, search: SearchSettings
-) -> Conversion:
-    """Return the smallest conversion whose metric is at most ``max_drop`` points worse than that of the uncut network."""
+def _convert_within_drop(job: _Job, max_drop: float, metric: NetworkMetric, search: SearchSettings) -> Conversion:
+    """Return the smallest conversion whose metric is at most ``max_drop`` points worse than the uncut one's."""
     images = None if job.calibration is None else tuple(job.calibration)
     job = replace(job, calibration=images)
     least_share = _searching(job, Budget("params", 1.0), SearchSettings()).least_share()

@@ -26,11 +26,12 @@ from .calibrating import CalibrationData, calibration_batches
 from .convert import Conversion, convert
 from .devices import place
 from .inputs import Sizes, declare_inputs, verification_inputs, zeros_of
-from .labelled import Halves, LabelledData, halves
+from .labelled import Halves, halves
 from .listener import SILENT, Listener
 from .networks import Openable, is_given, known_source, opened, text_of
 from .precision import in_fewer_bits
 from .saving import save
+from .testing import TaskData
 from .verification import Verification
 from .verify import verify
 
@@ -80,7 +81,7 @@ def convert_to_file(
     budget: str | Mapping[str, Any] | None = None,
     max_drop: float | None = None,
     metric: MetricLike | None = None,
-    labelled: LabelledData | None = None,
+    labelled: TaskData | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     basis: str = "dct",
@@ -169,7 +170,7 @@ class _Data:
     """The images of a conversion, for the calibration and for ``max_drop``, and how to read them."""
 
     calibration: CalibrationData | None
-    labelled: LabelledData | None
+    labelled: TaskData | None
     metric: Metric | None
     settings: CalibrationSettings
     batch_size: int
@@ -194,8 +195,9 @@ class _Data:
         if self.labelled is None:
             return None
         return halves(
-            self.labelled, model, self.metric, sizes=self.sizes, preprocessing=self.preprocessing, listener=self.listener
-        )
+            self.labelled, model, self.metric, sizes=self.sizes, preprocessing=self.preprocessing,
+            listener=self.listener,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

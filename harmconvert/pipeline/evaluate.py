@@ -25,7 +25,7 @@ from .calibrating import warn
 from .devices import machine_for, ready
 from .listener import SILENT, Listener
 from .networks import Openable, opened
-from .testing import evaluation_loading, note_unread
+from .testing import evaluation_loading, metric_for, note_unread, own_loader
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ def evaluate(
 
     Args:
         model: a source string, a request, or a network object, which is not changed.
-        data: a folder with a folder for each class, ``sample:NAME``, a timm data set, or batches of your own: (inputs,
+        data: a folder with a folder for each class, ``sample:NAME``, a timm data set, a folder or file of another
+            kind (see the guide), ``FILE.py:FUNCTION`` that returns a loader, or batches of your own: (inputs,
             targets) pairs, inputs alone, or dicts of keywords with the targets under ``labels`` or ``targets``.
         metric: a name (`harmconvert.metrics.METRICS`), ``FILE.py:FUNCTION``, a `harmconvert.metrics.Metric` or a
             function. A function takes (outputs, targets) of a batch and returns a number for each example, or their
@@ -103,18 +104,21 @@ def evaluate(
         other = None
         if compare is not None:
             other = ready(_second_network(compare, compare_weights, network, listener).model, compare, machine.device)
-        loading, config, name = None, dict(preprocessing or {}), ""
+        loading, batches, config = None, None, dict(preprocessing or {})
+        data, name = own_loader(data)
         if isinstance(data, str | Path | DataRequest):
             request = DataRequest.parse(data, holdout=0.0)
             loading, config = evaluation_loading(
                 request, network.model, machine,
                 batch_size=batch_size, workers=workers, preprocessing=config, listener=listener,
             )  # fmt: skip
-            name = request.name
+            name, chosen = request.name, metric_for(chosen, config.get("task", ""))
+        else:
+            batches = TaskBatches(data)
         tested, variety = ready(network.model, model, machine.device), Variety()
         with listener.progress() as progress:
             result = evaluation.evaluate(
-                tested, loading or TaskBatches(data), other, metric=chosen, data=name,
+                tested, loading or batches or (), other, metric=chosen, data=name,
                 autocast=partial(autocast, amp, machine.device), variety=variety if loading or chosen is None else None,
                 progress=_batch_counter(progress, loading),
             )  # fmt: skip

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from ..data.datasets import DataRequest, Subset, open_data
+from ..data.datasets import DataRequest, Subset
 from ..data.loading import Batch, evaluation_batches
 from ..data.pictures import Pictures
-from ..data.preprocessing import color_mode, evaluation_transform
+from ..data.preprocessing import color_mode, sample_transform
 from ..errors import Argument, InputError, UsageError, counted
 from ..metrics import AGREEMENT, KL, TOP1, Metric, NetworkMetric, TaskBatches
 from ..metrics.metric import UNCUT
@@ -21,10 +21,9 @@ from ..training.evaluation import Evaluation, evaluate
 from .finetuning import check_classes
 from .inputs import Sizes, image_config
 from .listener import Listener
+from .testing import TaskData, metric_for, opened_data, own_loader
 
 BATCH_SIZE = 256
-# The data with targets of a flow: its name, or batches of the caller.
-LabelledData = str | Path | DataRequest | Iterable[Any]
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Halves:
 
 
 def halves(
-    data: LabelledData,
+    data: TaskData,
     model: nn.Module,
     metric: Metric | None = None,
     *,
@@ -82,28 +81,29 @@ def halves(
         UsageError: the images do not exist, or are a stream.
         InputError: the images have no labels or other classes than the network, or there are fewer than two.
     """
+    data, name = own_loader(data)
     if not isinstance(data, str | Path | DataRequest):
         batches = tuple(TaskBatches(data))
         if len(batches) < 2:
             number = counted(len(batches), "batch")
             raise InputError(Argument("labelled"), f" has {number}: one half chooses, the other measures; give two")
-        return Halves(model, (batches[::2], batches[1::2]), metric, "the labelled batches")
+        return Halves(model, (batches[::2], batches[1::2]), metric, name or "the labelled batches")
     request = DataRequest.parse(data, holdout=0.0)
     argument = Argument("labelled", request.dataset or request.data_dir)
-    opened = open_data(request, ("test",))
-    pictures = opened.test
+    opened = opened_data(request, ("test",), listener)
+    pictures, metric = opened.test, metric_for(metric, opened.task)
     if not isinstance(pictures, Pictures):
         raise UsageError(argument, " is a stream, which cannot be divided: give a folder or another data set")
     if not pictures.labelled and (metric is None or metric.needs_targets):
         raise InputError(argument, " has no labels: give a folder with a folder for each class")
     if len(pictures) < 2:
         raise InputError(argument, f" has {len(pictures)} image: give two or more")
-    config = image_config(model, preprocessing, listener, sizes[0] if sizes else None)
+    config = image_config(model, preprocessing, listener, sizes[0] if sizes else None, opened.task)
     if metric is None or metric not in (AGREEMENT, KL):
         check_classes(opened, model, "convert a network of the data's classes")
     parts = [
         evaluation_batches(
-            Subset(pictures, np.arange(start, len(pictures), 2)), evaluation_transform(config), color_mode(config),
+            Subset(pictures, np.arange(start, len(pictures), 2)), sample_transform(config), color_mode(config),
             BATCH_SIZE,
         )
         for start in (0, 1)

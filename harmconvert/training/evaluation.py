@@ -82,7 +82,7 @@ def evaluate(
     variety: Variety | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
-    """Return top-1, top-5, loss and agreement with another network, or another metric, over the batches of all processes.
+    """Return top-1, top-5, loss and agreement with another network, or another metric, over all processes.
 
     The network runs in eval mode on its own device; its state is restored afterwards.
 
@@ -95,15 +95,17 @@ def evaluate(
 
     Raises:
         UsageError: the network does not run on images of this size.
-        InputError: there are no images, a label is beyond the network's classes, or the output or the targets do not fit
-            the metric.
+        InputError: there are no images, a label is beyond the network's classes, or the outputs or the targets do not
+            fit the metric.
     """
     if metric is not None and metric.whole is not None:
         with autocast():
             return _evaluation(measure_whole(model, batches, metric), metric, data)
     compared = (AGREEMENT, KL) if other is not None else ()
-    of_classes = (TOP1, TOP5, LOSS, *compared)
-    metrics = of_classes if metric is None or metric in of_classes else (metric,)
+    labelled = (TOP1, TOP5, LOSS)
+    metrics: tuple[Metric, ...] = (*labelled, *compared)
+    if metric is not None and metric not in labelled:
+        metrics = compared if metric in compared else (metric,)
     measured = measure(model, batches, metrics, other, autocast=autocast, variety=variety, progress=progress)
     return _evaluation(measured, metric, data)
 
@@ -115,7 +117,11 @@ def _evaluation(measured: Measured, metric: Metric | None, data: str) -> Evaluat
     return Evaluation(
         measured.samples,
         len(measured[TOP1]) if TOP1.name in measured.collected else 0,
-        *map(value, (TOP1, TOP5, LOSS, AGREEMENT, KL)),
+        value(TOP1),
+        value(TOP5),
+        value(LOSS),
+        value(AGREEMENT),
+        value(KL),
         measured.samples / max(measured.seconds, 1e-9),
         measured.unreadable,
         None if metric is None else measured.measurement(metric, data),
