@@ -11,10 +11,10 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform, resolve_data_config
 from torch import Tensor, nn
 from torchvision import transforms
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from ..errors import Argument, InputError, UsageError, counted, first_line
 from ..network.declared import input_sizes, pretrained_config
+from ..network.heads import heads_of
 from ..user_code import import_function
 from .joint import JointTransform
 from .pictures import BOXES, CLASSES, IMAGES, TENSORS
@@ -102,7 +102,7 @@ def task_preprocessing(model: nn.Module, overrides: Mapping[str, Any], task: str
         return {"task": task, "input_size": (), "resize": False}
     options = {key: value for key, value in overrides.items() if value is not None}
     known = bool(options.get("input_size")) or (len(sizes := input_sizes(model)) == 1 and len(sizes[0]) == 3)
-    own = task == BOXES and isinstance(getattr(model, "transform", None), GeneralizedRCNNTransform)
+    own = task == BOXES and bool(heads_of(model))
     if not known:
         options["input_size"] = (channels, 32, 32)  # pictures are not resized to it
     declared = pretrained_config(model).get("mean") or pretrained_config(model).get("function")
