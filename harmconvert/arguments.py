@@ -40,6 +40,8 @@ CHECKPOINT_FIGURES = ("errors", "training", "layers", "bits", "ranks")
 # Prefixes of timm's data sets; those in STREAMS are read as a stream.
 STREAMS = ("hfids/", "tfds/", "wds/")
 PACKAGES = ("torch/", "hfds/", *STREAMS)
+# Files that are data by themselves: an archive of class folders, boxes in COCO's format, tensors.
+DATA_FILES = (".tar", ".json", ".npy", ".pt")
 _MOST_DIGITS = 9  # int() raises ValueError for text of thousands of digits
 FORMATS = ("dense", "timm", "onnx", "openvino", "torch-export")
 GRAPHS = ("onnx", "openvino", "torch-export")
@@ -234,9 +236,23 @@ def interrupted(path: Path) -> UsageError:
     )
 
 
+def is_function(data: str) -> bool:
+    """Return whether the text names data as the function of a file: ``FILE.py:FUNCTION``.
+
+    >>> is_function("loaders.py:digits"), is_function("torch/cifar10")
+    (True, False)
+    """
+    return data.rpartition(":")[0].endswith(".py")
+
+
+def is_data_path(data: str) -> bool:
+    """Return whether the text is the path of a folder, or of a file that is data by itself, and it exists."""
+    return Path(data).is_dir() or (data.endswith(DATA_FILES) and Path(data).is_file())
+
+
 def check_labelled(dataset: str, data_dir: str | None) -> None:
     """Raise UsageError unless a data set or a folder with labelled images is named."""
-    if dataset.startswith(("sample:", *PACKAGES)):
+    if dataset.startswith(("sample:", *PACKAGES)) or is_function(dataset):
         return
     if dataset:
         raise UsageError(
@@ -247,20 +263,20 @@ def check_labelled(dataset: str, data_dir: str | None) -> None:
         raise UsageError(
             "no images are named: give ", Argument("data_dir", "FOLDER"), ", or ", Argument("dataset", "NAME")
         )
-    if not (Path(data_dir).is_dir() or (data_dir.endswith(".tar") and Path(data_dir).is_file())):
+    if not is_data_path(data_dir):
         folder = Argument("data_dir", "FOLDER")
         raise UsageError(f"there is no folder {data_dir}: give ", folder, " with a folder for each class")
 
 
 def check_unlabelled(data: str) -> None:
     """Raise UsageError unless the text names images to calibrate on: a folder, a sample or a timm data set."""
-    if data in ("sample:mnist5k", "sample:photographs") or Path(data).is_dir():
+    if data in ("sample:mnist5k", "sample:photographs") or is_data_path(data) or is_function(data):
         return
     if data.startswith("sample:"):
         raise UsageError(f"there is no sample data set {data!r}: use sample:mnist5k or sample:photographs")
-    if Path(data).is_file() and not data.endswith(".tar"):
+    if Path(data).is_file():
         raise UsageError(f"{data} is a file: give the folder that holds the images")
-    if not (Path(data).is_file() or data.startswith(PACKAGES)):
+    if not data.startswith(PACKAGES):
         raise UsageError(
             f"there is no folder {data}: give a folder of images, sample:mnist5k, sample:photographs, "
             "or a timm data set such as torch/cifar10 or hfds/USER/NAME"

@@ -369,7 +369,7 @@ def test_the_command_line_is_frozen() -> None:
     ]  # fmt: skip
     assert found == {
         "convert": sorted(
-            ["--axes", "--basis", "--bits", "--budget", "--dtype", "--max-drop", "--labelled", "--rank",
+            ["--axes", "--basis", "--bits", "--budget", "--dtype", "--max-drop", "--labelled", "--metric", "--rank",
              "--search-figure",
              "--trials", "--frequencies", "--probes", "--save-plan", "--latency-batch",
              "--exclude",
@@ -380,13 +380,13 @@ def test_the_command_line_is_frozen() -> None:
              *network, *common, *size, *loudness]
         ),
         "finetune": sorted(
-            ["--recode", "--train-only",
+            ["--recode", "--train-only", "--metric",
              "--num-classes", "--distill", "--distill-temperature", "--teacher", "--calibration-images",
              "--trust-code", "--model", "--report", *data, *training, *common, *size, *loudness]
         ),
         "evaluate": sorted(
-            ["--seed", "--batch-size", "-b", "--compare", "--compare-checkpoint", "--amp", "--device", *data, *network,
-             *common, *size]
+            ["--seed", "--batch-size", "-b", "--compare", "--compare-checkpoint", "--amp", "--metric", "--device",
+             *data, *network, *common, *size]
         ),
         "train": sorted(
             ["--recipe", "--harmonic", "--no-normalize-first", "--basis", "--lambda", *data, *training, *network,
@@ -400,10 +400,14 @@ def test_the_command_line_is_frozen() -> None:
              "--calibration-memory", "--calibration-split", "--damping", "--device", *data, *network, *common, *size,
              *loudness]
         ),
-        "compare": sorted(["--all-layers", "--trust-code", "--model", *common, *size]),
+        "compare": sorted(
+            ["--all-layers", "--labelled", "--metric", "--mean", "--std", "--interpolation", "--crop-pct",
+             "--preprocess", "--trust-code", "--model", *common, *size]
+        ),
         "benchmark": sorted(
             ["--batch-size", "-b", "--threads", "--form", "--layout", "--torchcompile", "--repeats", "--layers",
-             "--device", "--runtime", "--precision", "--max-drop", *images, *network, *common, *size, *loudness]
+             "--device", "--metric", "--runtime", "--precision", "--max-drop", *images, *network, *common, *size,
+             *loudness]
         ),
         "export": sorted(
             ["--force", "--form", "--format", "--dtype", "--output", "-o", "--precision", "--max-drop", *images,

@@ -259,7 +259,7 @@ def digits(folder: Path, each: int = 4) -> object:
 def test_every_epoch_has_another_order_with_every_picture_once(tmp_path: Path) -> None:
     loading = training_batches(digits(tmp_path), TO_TENSOR, "L", 10)
     assert loading.steps == 4
-    epochs = [torch.cat([batch.images for batch in loading.epoch(epoch)]) for epoch in (0, 1, 0)]
+    epochs = [torch.cat([batch.inputs for batch in loading.epoch(epoch)]) for epoch in (0, 1, 0)]
     assert torch.equal(epochs[0], epochs[2])
     assert not torch.equal(epochs[0], epochs[1])
     flat = [sorted(image.sum().item() for image in epoch) for epoch in epochs]
@@ -274,8 +274,8 @@ def test_an_epoch_resumed_in_the_middle_has_the_remaining_batches(tmp_path: Path
     rest = list(loading.epoch(2, first_step=3))
     assert len(rest) == 2
     for batch, expected in zip(rest, whole[3:], strict=True):
-        assert torch.equal(batch.images, expected.images)
-        assert torch.equal(batch.labels, expected.labels)
+        assert torch.equal(batch.inputs, expected.inputs)
+        assert torch.equal(batch.targets, expected.targets)
 
 
 def test_augmentation_depends_only_on_seed_epoch_and_picture(tmp_path: Path) -> None:
@@ -283,8 +283,8 @@ def test_augmentation_depends_only_on_seed_epoch_and_picture(tmp_path: Path) -> 
     first = next(training_batches(pictures, RANDOM, "L", 10, seed=0).epoch(0))
     torch.manual_seed(99)
     np.random.seed(99)
-    assert torch.equal(first.images, next(training_batches(pictures, RANDOM, "L", 10, seed=0).epoch(0)).images)
-    assert not torch.equal(first.images, next(training_batches(pictures, RANDOM, "L", 10, seed=1).epoch(0)).images)
+    assert torch.equal(first.inputs, next(training_batches(pictures, RANDOM, "L", 10, seed=0).epoch(0)).inputs)
+    assert not torch.equal(first.inputs, next(training_batches(pictures, RANDOM, "L", 10, seed=1).epoch(0)).inputs)
 
 
 def test_loading_does_not_change_the_random_state_of_the_run(tmp_path: Path) -> None:
@@ -306,18 +306,18 @@ def test_processes_divide_each_batch(tmp_path: Path, monkeypatch: pytest.MonkeyP
         with monkeypatch.context() as patch:
             replace_everywhere(patch, rank, lambda number=number: number)
             replace_everywhere(patch, world_size, lambda: 2)
-            shares.append([batch.images for batch in training_batches(pictures, RANDOM, "L", 8).epoch(0)])
-            test_shares += [batch.labels for batch in evaluation_batches(pictures, TO_TENSOR, "L", 7).epoch(0)]
+            shares.append([batch.inputs for batch in training_batches(pictures, RANDOM, "L", 8).epoch(0)])
+            test_shares += [batch.targets for batch in evaluation_batches(pictures, TO_TENSOR, "L", 7).epoch(0)]
     for step, batch in enumerate(whole):
-        assert torch.equal(torch.cat([shares[0][step], shares[1][step]]), batch.images)
-    assert sorted(torch.cat(test_shares).tolist()) == sorted(torch.cat([b.labels for b in tested]).tolist())
+        assert torch.equal(torch.cat([shares[0][step], shares[1][step]]), batch.inputs)
+    assert sorted(torch.cat(test_shares).tolist()) == sorted(torch.cat([b.targets for b in tested]).tolist())
 
 
 def test_training_leaves_out_the_incomplete_batch_and_evaluation_includes_it(tmp_path: Path) -> None:
     pictures = digits(tmp_path)
-    assert [len(b.images) for b in training_batches(pictures, TO_TENSOR, "L", 16).epoch(0)] == [16, 16]
-    assert [len(b.images) for b in evaluation_batches(pictures, TO_TENSOR, "L", 16).epoch(0)] == [16, 16, 8]
-    assert [len(b.images) for b in training_batches(pictures, TO_TENSOR, "L", 100).epoch(0)] == [40]
+    assert [len(b.inputs) for b in training_batches(pictures, TO_TENSOR, "L", 16).epoch(0)] == [16, 16]
+    assert [len(b.inputs) for b in evaluation_batches(pictures, TO_TENSOR, "L", 16).epoch(0)] == [16, 16, 8]
+    assert [len(b.inputs) for b in training_batches(pictures, TO_TENSOR, "L", 100).epoch(0)] == [40]
 
 
 def test_a_broken_picture_is_replaced_in_training_and_left_out_in_evaluation(tmp_path: Path) -> None:
@@ -325,12 +325,12 @@ def test_a_broken_picture_is_replaced_in_training_and_left_out_in_evaluation(tmp
     (folder / "4" / "0.png").write_bytes(b"nothing")
     pictures = open_data(DataRequest(data_dir=str(folder), holdout=0), ("train",)).train
     (batch,) = training_batches(pictures, TO_TENSOR, "L", 20).epoch(0)
-    assert len(batch.images) == 20
-    assert sorted(batch.labels.tolist()).count(4) == 2  # the next picture, which replaces it, is the other 4
+    assert len(batch.inputs) == 20
+    assert sorted(batch.targets.tolist()).count(4) == 2  # the next picture, which replaces it, is the other 4
     assert len(batch.unreadable) == 1
     assert "4/0.png (cannot identify image file" in batch.unreadable[0]
     (batch,) = evaluation_batches(pictures, TO_TENSOR, "L", 20).epoch(0)
-    assert len(batch.images) == 19
+    assert len(batch.inputs) == 19
     assert len(batch.unreadable) == 1
 
 
@@ -367,11 +367,11 @@ class _Counted(IterableDataset):
 def test_a_stream_is_read_once_in_each_epoch() -> None:
     loading = training_batches(Stream(_Counted()), TO_TENSOR, "L", 3)
     assert loading.steps is None
-    assert [batch.labels.tolist() for batch in loading.epoch(0)] == [[0, 1, 2], [3, 4, 5]]
-    assert [batch.labels.tolist() for batch in loading.epoch(1, first_step=1)] == [[3, 4, 5]]
+    assert [batch.targets.tolist() for batch in loading.epoch(0)] == [[0, 1, 2], [3, 4, 5]]
+    assert [batch.targets.tolist() for batch in loading.epoch(1, first_step=1)] == [[3, 4, 5]]
     (first, *_) = loading.epoch(1)
-    assert (first.images[0] * 255).round().max() == 10
-    assert sum(len(batch.images) for batch in evaluation_batches(Stream(_Counted()), TO_TENSOR, "L", 3).epoch(0)) == 7
+    assert (first.inputs[0] * 255).round().max() == 10
+    assert sum(len(batch.inputs) for batch in evaluation_batches(Stream(_Counted()), TO_TENSOR, "L", 3).epoch(0)) == 7
 
 
 def test_unlabelled_pictures_have_no_label_in_a_batch(tmp_path: Path) -> None:
@@ -379,4 +379,4 @@ def test_unlabelled_pictures_have_no_label_in_a_batch(tmp_path: Path) -> None:
         Image.new("L", (8, 8), number).save(tmp_path / f"{number}.png")
     pictures = open_data(DataRequest(data_dir=str(tmp_path), holdout=0), ("train",)).train
     (batch,) = training_batches(pictures, TO_TENSOR, "L", 4).epoch(0)
-    assert batch.labels.tolist() == [NO_LABEL] * 4
+    assert batch.targets.tolist() == [NO_LABEL] * 4

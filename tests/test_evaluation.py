@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from harmconvert.data import Batch
 from harmconvert.errors import InputError
-from harmconvert.training import Evaluation, evaluate, wilson_interval
+from harmconvert.metrics import wilson_interval
+from harmconvert.training import Evaluation, evaluate
 
 from . import oracle
 

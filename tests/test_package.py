@@ -21,7 +21,7 @@ PACKAGE = ROOT / "harmconvert"
 ORDER = [
     "errors", "documents", "files", "arguments", "user_code",
     "kernels", "codecs", "layers", "network", "plan", "calibration", "search", "storage",
-    "models", "samples", "data", "sources", "training", "deploy", "pipeline", "report", "cli",
+    "models", "samples", "data", "metrics", "sources", "training", "deploy", "pipeline", "report", "cli",
 ]  # fmt: skip
 
 

@@ -82,7 +82,7 @@ def test_training_equals_gradient_descent_with_momentum_and_decay() -> None:
 
     def loss() -> Tensor:
         batch = next(order)
-        return functional.cross_entropy(theirs(batch.images), batch.labels)
+        return functional.cross_entropy(theirs(batch.inputs), batch.targets)
 
     oracle.sgd(list(theirs.parameters()), loss, 8, RECIPE.lr, RECIPE.momentum, RECIPE.weight_decay)
     assert torch.allclose(values(ours), values(theirs), rtol=1e-10, atol=1e-12)
@@ -216,7 +216,7 @@ def test_a_truncated_network_learns_from_the_uncut_network_without_labels() -> N
     train(teacher, noise(), replace(RECIPE, epochs=10), machine=PLAIN)
     before = copy.deepcopy(teacher.state_dict())
     cut = hc.convert(teacher, {"1": 1}).model
-    unlabelled = Given([batch._replace(labels=torch.full((8,), -1)) for batch in noise().batches])
+    unlabelled = Given([batch._replace(targets=torch.full((8,), -1)) for batch in noise().batches])
     rows = train(cut, unlabelled, replace(RECIPE, distill=1.0, epochs=5), teacher=teacher, machine=PLAIN)
     assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
     assert all(torch.equal(tensor, before[key]) for key, tensor in teacher.state_dict().items())
@@ -227,8 +227,8 @@ def test_labels_and_teacher_share_the_loss() -> None:
     recipe = replace(RECIPE, distill=0.25, epochs=1, lr=0.0)
     batch = noise(1, dtype=torch.float64).batches[0]
     (row,) = train(model, Given([batch]), recipe, teacher=teacher, machine=PLAIN)
-    ours, theirs = model(batch.images), teacher(batch.images)
-    expected = 0.75 * functional.cross_entropy(ours, batch.labels) + 0.25 * distillation(ours, theirs, 2.0)
+    ours, theirs = model(batch.inputs), teacher(batch.inputs)
+    expected = 0.75 * functional.cross_entropy(ours, batch.targets) + 0.25 * distillation(ours, theirs, 2.0)
     assert row["loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -319,7 +319,7 @@ def test_unreadable_recipes_are_refused() -> None:
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_the_message_says_where(tmp_path: Path) -> None:
     batches = noise()
-    batches.batches[2].images[0, 0, 0, 0] = float("nan")
+    batches.batches[2].inputs[0, 0, 0, 0] = float("nan")
     state_file = StateFile(tmp_path / "run.state.pth", every=1)
     with pytest.raises(
         CheckError,
@@ -336,7 +336,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
     state_file = StateFile(tmp_path / "run.state.pth", every=1)
     batches = noise(dtype=torch.float64)
     for batch in batches.batches:
-        batch.images.mul_(1e3)
+        batch.inputs.mul_(1e3)
     with pytest.raises(CheckError, match=r"0.weight is no longer finite in epoch 1, step 1"):
         train(bare(), batches, replace(RECIPE, lr=1e308), machine=PLAIN, state_file=state_file)
     assert not (tmp_path / "run.state.pth").exists()
@@ -344,14 +344,14 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
 
 def test_labels_beyond_the_classes_stop_the_training() -> None:
     batches = noise()
-    batches.batches[0].labels[3] = 5
+    batches.batches[0].targets[3] = 5
     with pytest.raises(InputError, match="label 5 is beyond the 3 classes"):
         train(small(), batches, RECIPE, machine=PLAIN)
 
 
 def test_images_without_labels_need_a_teacher() -> None:
     batches = noise()
-    batches.batches[0].labels[3] = -1
+    batches.batches[0].targets[3] = -1
     with pytest.raises(InputError, match=r"have no labels: give a folder for each class, or .*\(distill\)"):
         train(small(), batches, RECIPE, machine=PLAIN)
 

@@ -21,6 +21,7 @@ from ..codecs.digests import tensors_sha256
 from ..errors import counted, first_line
 from ..layers.low_rank import reason_not_splittable
 from ..layers.ranked import pair_for
+from ..network.heads import compared_text
 from ..network.layers import kernel_size, observable_layers, state_key, stored_names, weighted_layers
 from ..network.low_rank import at_full_rank, in_one_layer, in_two_layers, ranked_layers
 from ..network.running import unchanged
@@ -242,6 +243,7 @@ def _calibrate(job: _Job, before: Mapping[str, Tensor]) -> Calibration:
     elif incomparable:
         which = "of the plain cut" if why else "after the refit"
         notes.append(f"the outputs {which} cannot be compared ({incomparable})")
+    notes += [note for note in (compared_text(job.original),) if note is not None]
     if data.more_available:
         read = f"{counted(data.total, 'input')} {'was' if data.total == 1 else 'were'} read"
         notes.append(f"only the first {read} (settings: inputs={settings.inputs})")

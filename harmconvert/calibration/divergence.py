@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..network.comparison import top1_agreement
 from ..network.declared import pretrained_config
 from ..network.distributed import gathered, sum_over_ranks
+from ..network.heads import compared_outputs
 from ..network.values import tensors_in
 from .capture import explain_error, forward
 from .inputs import Batch
@@ -45,8 +46,9 @@ class Divergence:
         """Return the divergence of a network's outputs from the original's, and why it is None if it is.
 
         For a classifier (a network with ``num_classes``) this is the mean KL divergence of the class probabilities, in
-        nats; for other networks the squared difference of all floating-point outputs, divided by their squares. It is
-        None if the outputs have other shapes or are not finite, or if the network does not run.
+        nats; for other networks the squared difference of all floating-point outputs, divided by their squares (of
+        detectors: the outputs of their heads). It is None if the outputs have other shapes or are not finite, or if the
+        network does not run.
         """
         self.agreement = None
         # distance, its divisor, examples with the same top-1 class, examples compared, batches that cannot be compared
@@ -55,7 +57,7 @@ class Divergence:
         for index, batch in enumerate(self._batches):
             try:
                 expected = self._original_outputs(index)
-                actual = _floats(forward(converted, batch.input, undo=self._undo))
+                actual = _floats(self._run(converted, batch.input))
                 sums[:2] += _distance(expected, actual, class_count(self._original))
                 sums[2:4] += _same_top1(expected, actual)
             except Exception as error:  # every process must reach the sum below
@@ -75,13 +77,16 @@ class Divergence:
         if index in self._stored:
             return self._stored[index]
         # Cloned, because a network may return one of its buffers.
-        output = forward(self._original, self._batches[index].input, undo=self._undo)
+        output = self._run(self._original, self._batches[index].input)
         outputs = [tensor.clone() for tensor in _floats(output)]
         bytes = sum(tensor.numel() * tensor.element_size() for tensor in outputs)
         if self._bytes + bytes <= MOST_BYTES:
             self._stored[index] = outputs
             self._bytes += bytes
         return outputs
+
+    def _run(self, network: nn.Module, input: Any) -> Any:
+        return compared_outputs(network, lambda: forward(network, input, undo=self._undo))
 
 
 def _floats(outputs: Any) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..network.comparison import close
 from ..network.distributed import any_rank, rank, world_size
+from ..network.heads import compared_outputs
 from ..network.values import batch_size, rebuild_sequence, tensors_in
 from .capture import forward
 from .reading import Reader
@@ -152,7 +154,7 @@ def _depends_on_whole_batches(model: nn.Module, batches: Sequence[Batch], count:
     if batch_size(one.input) != 1 or batch_size(two.input) != 2:
         return True  # batches of this form cannot be divided
     try:
-        outputs = [forward(model, part.input, undo=True) for part in (one, two)]
+        outputs = [compared_outputs(model, partial(forward, model, part.input, undo=True)) for part in (one, two)]
     except Exception:
         return True
     alone, beside = (tensors_in(output, arrays=True) for output in outputs)

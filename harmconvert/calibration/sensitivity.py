@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from ..layers.ranked import channels_of, groups_of
 from ..network.distributed import all_or_none, rank, sum_over_ranks
+from ..network.heads import compared_outputs
 from ..network.layers import kernel_size
 from ..network.running import call, evaluating, unchanged
 from ..network.side_effects import fixed_random_seed
@@ -153,7 +155,8 @@ def _random_gradients(
         for number, batch in enumerate(picked):
             progress(number, len(picked))
             with torch.enable_grad(), fixed_random_seed():
-                output = call(network, match_dtype(clone_tensors(batch.input), network))
+                input = match_dtype(clone_tensors(batch.input), network)
+                output = compared_outputs(network, partial(call, network, input))
             outputs = [tensor for tensor in tensors_in(output) if tensor.is_floating_point() and tensor.requires_grad]
             if not outputs:
                 raise RuntimeError("the outputs have no gradients")

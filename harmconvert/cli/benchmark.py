@@ -12,7 +12,7 @@ from . import images, inputs, options, types
 from .listening import CommandLine
 
 if TYPE_CHECKING:
-    from ..deploy.benchmark import Benchmark, Row
+    from ..deploy.advice import Benchmark, Row
 
 _SUFFIXES = {"onnx": "onnx", "openvino": "xml"}
 
@@ -83,6 +83,7 @@ _SUFFIXES = {"onnx": "onnx", "openvino": "xml"}
 @click.option("--layers", is_flag=True, help="Print for each layer which form was chosen, and why.")
 @options.input_size
 @options.device
+@options.metric
 @images.comparison_options
 @options.network_options
 @options.verbosity
@@ -96,6 +97,7 @@ def command(
     runtimes: tuple[str, ...],
     precisions: tuple[str, ...],
     torchcompile: bool,
+    metric: str | None,
     repeats: int,
     max_drop: float,
     layers: bool,
@@ -131,6 +133,7 @@ def command(
         precisions=precisions,
         data=images.calibration_request(values),
         max_drop=max_drop,
+        metric=metric,
         settings=CalibrationSettings(seed=values["seed"], inputs=values["calibration_images"]),
         preprocessing=images.preprocessing_overrides(values),
         device=device,

@@ -6,20 +6,36 @@ from typing import Any
 
 import click
 
-from . import inputs, options
+from . import images, inputs, options
 from .listening import CommandLine
 
 
 @click.command(name="compare")
 @click.argument("sources", type=inputs.SourceText(), nargs=-1, required=True, metavar="A B [C ...]")
 @click.option("--all-layers", is_flag=True, help="Also show layers that keep the same in all checkpoints.")
+@options.metric
+@click.option(
+    "--labelled",
+    metavar="DATA",
+    help="Measure the networks on this data: a folder with a folder for each class, sample:mnist5k, or a timm data "
+    "set. Default: show what the checkpoints record.",
+)
+@images.preprocessing_options
 @options.input_size
 @options.trust_code
 @options.common
 def command(
-    sources: tuple[str, ...], all_layers: bool, input_size: Any, trust_code: bool, code: str | None, as_json: bool
+    sources: tuple[str, ...],
+    all_layers: bool,
+    metric: str | None,
+    labelled: str | None,
+    input_size: Any,
+    trust_code: bool,
+    code: str | None,
+    as_json: bool,
+    **values: Any,
 ) -> None:
-    """Show the harmonic checkpoints A, B, ... side by side: sizes, recorded accuracies, and differences of the plans.
+    """Show the harmonic checkpoints A, B, ... side by side: sizes, accuracies, and differences of the plans.
 
     \b
     Example:
@@ -32,6 +48,10 @@ def command(
     if len(sources) < 2:
         raise UsageError("a comparison needs two checkpoints or more")
     inputs.check()
+    if labelled is not None:
+        inputs.check_labelled(labelled, None)
+    else:
+        options.only_with(images.preprocessing_options, "--labelled DATA")
     for source in sources:
         check_harmonic(source)
     from ..report import compare, comparison_table, differences_table
@@ -41,7 +61,11 @@ def command(
         options.request(source, {"trust_code": trust_code, "code": code if made_by_code(source) else None})
         for source in sources
     ]
-    comparison = compare(*requests, all_layers=all_layers, input_sizes=input_size, listener=CommandLine())
+    comparison = compare(
+        *requests, all_layers=all_layers, input_sizes=input_size, metric=metric,
+        data=images.labelled_request(labelled, {"data_dir": None}),
+        preprocessing=images.preprocessing_overrides({**values, "trust_code": trust_code}), listener=CommandLine(),
+    )  # fmt: skip
     if as_json:
         options.print_json(comparison.to_json())
         return

@@ -106,8 +106,10 @@ def budget_options(command: Any) -> Any:
     "--max-drop",
     type=types.FiniteRange(min=0),
     metavar="POINTS",
-    help="Instead of a lambda: find the smallest network that loses at most POINTS of top-1 on --labelled.",
+    help="Instead of a lambda: find the smallest network that loses at most POINTS of top-1, or of --metric in its own "
+    "unit, on --labelled.",
 )
+@options.metric
 @click.option(
     "--labelled",
     metavar="DATA",
@@ -157,6 +159,7 @@ def command(
     plan_file: str | None,
     budget: tuple[str, ...],
     max_drop: float | None,
+    metric: str | None,
     labelled: str | None,
     search_figure: str | None,
     trials: int,
@@ -222,6 +225,7 @@ def command(
         plan=plan_file,
         budget=budget[0] if budget else None,
         max_drop=max_drop,
+        metric=metric,
         labelled=images.labelled_request(labelled, values),
         include=include,
         exclude=exclude,
@@ -358,5 +362,6 @@ def _parse_policy(
     if (max_drop is None) != (labelled is None):
         raise UsageError("--max-drop POINTS is measured on --labelled DATA: give both")
     if not budget and max_drop is None:
+        options.only_with(options.metric, "--max-drop POINTS")
         options.only_with(budget_options, "--budget")
     return None if lam is None else parse_lambda(lam), Budget.parse(budget[0]) if budget else None

@@ -13,6 +13,7 @@ from .listening import CommandLine
 @click.command(name="evaluate", cls=types.OptionalValues)
 @click.argument("source", type=inputs.SourceText())
 @training_options.evaluation_options
+@options.metric
 @options.input_size
 @click.option(
     "--compare",
@@ -32,9 +33,15 @@ from .listening import CommandLine
 @options.network_options
 @options.common
 def command(
-    source: str, compare: str | None, compare_weights: str | None, amp: str, as_json: bool, **values: Any
+    source: str,
+    compare: str | None,
+    compare_weights: str | None,
+    metric: str | None,
+    amp: str,
+    as_json: bool,
+    **values: Any,
 ) -> None:
-    """Measure the network SOURCE on labelled images: top-1 with its 95 % interval, top-5, loss, images/s.
+    """Measure the network SOURCE on data: top-1 with its 95 % interval, top-5, loss, images/s; or another metric.
 
     \b
     Example:
@@ -58,6 +65,7 @@ def command(
     result = evaluate(
         options.request(source, values),
         training_options.data_request(values),
+        metric=metric,
         compare=other,
         compare_weights=compare_weights,
         batch_size=values["batch_size"],

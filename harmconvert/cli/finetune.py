@@ -19,6 +19,7 @@ from .recording import command_words
 @training_options.image_options
 @training_options.holdout
 @training_options.recipe_options
+@options.metric
 @click.option(
     "--train-only",
     type=click.Choice(["all", "coefficients"]),
@@ -75,6 +76,7 @@ def command(
     output: str | None,
     report: str | None,
     force: bool,
+    metric: str | None,
     teacher: str | None,
     num_classes: int | None,
     calibration_images: int,
@@ -109,6 +111,7 @@ def command(
         options.request(source, {"trust_code": trust_code, "code": code}),
         training_options.data_request(values),
         output,
+        metric=metric,
         teacher=teacher,
         num_classes=num_classes,
         calibration_images=calibration_images,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -189,9 +188,10 @@ def calibration_settings(values: Mapping[str, Any]) -> CalibrationSettings:
 
 def labelled_request(data: str | None, values: Mapping[str, Any]) -> DataRequest | None:
     """Return the images that --labelled names; None without it."""
+    from ..arguments import is_data_path
     from ..data.datasets import DataRequest
 
-    if data is None or Path(data).is_dir() or data.endswith(".tar"):
+    if data is None or is_data_path(data):
         return None if data is None else DataRequest(data_dir=data, holdout=0.0)
     return DataRequest(data, values["data_dir"], holdout=0.0)
 

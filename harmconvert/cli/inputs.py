@@ -126,12 +126,12 @@ def check() -> None:
 
 def check_labelled(data: str, data_dir: str | None) -> None:
     """Raise UsageError if --labelled names no images."""
-    from ..arguments import PACKAGES, check_labelled
+    from ..arguments import DATA_FILES, PACKAGES, check_labelled, is_data_path, is_function
     from ..errors import UsageError
 
-    if Path(data).is_dir() or (data.endswith(".tar") and Path(data).is_file()):
+    if is_data_path(data) or is_function(data):
         return
-    if (os.sep in data or data.endswith(".tar")) and not data.startswith(PACKAGES):
+    if (os.sep in data or data.endswith(DATA_FILES)) and not data.startswith(PACKAGES):
         raise UsageError(f"there is no folder {data}: give --labelled a folder with a folder for each class")
     check_labelled(data, data_dir)
 

@@ -124,6 +124,12 @@ dtype = click.option(
     help="Type of the weights in the file. 16 bits halve its size; the outputs stay within a tolerance (2e-2, bfloat16 "
     "1e-1).",
 )
+metric = click.option(
+    "--metric",
+    metavar="NAME",
+    help="What to measure: top1, top5, miou (masks), map (boxes), psnr or ssim (images), kl or agreement (with the "
+    "uncut network, without labels); or FILE.py:FUNCTION of (outputs, targets) or of (model, loader). Default: top1.",
+)
 force = click.option("--force", is_flag=True, help="Replace the output if it exists.")
 
 

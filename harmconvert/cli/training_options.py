@@ -27,14 +27,15 @@ data_options = _stacked(
     click.option(
         "--data-dir",
         metavar="DIR",
-        help="Folder with one folder of images for each class, directly or in train/ and val/; or the folder of "
-        "--dataset.",
+        help="Folder with one folder of images for each class, directly or in train/ and val/; or with images/ and "
+        "masks/, images/ and annotations.json, input/ and target/, or files of tensors; or the folder of --dataset.",
     ),
     click.option(
         "--dataset",
         default="",
         metavar="NAME",
-        help="sample:mnist5k, or a timm data set: torch/cifar10, hfds/USER/NAME, wds/NAME, tfds/NAME.",
+        help="sample:mnist5k, a timm data set (torch/cifar10, hfds/USER/NAME, wds/NAME, tfds/NAME), or "
+        "FILE.py:FUNCTION, which returns a loader of (inputs, targets).",
     ),
     click.option("--train-split", default="train", show_default=True, help="Name of the split to train on."),
     click.option("--val-split", default="validation", show_default=True, help="Name of the split to test on."),

@@ -56,7 +56,11 @@ def progress(epochs: int) -> Iterator[TrainingProgress]:
 def epoch_line(row: Mapping[str, Any], epochs: int) -> str:
     """Return one line with the results of an epoch."""
     tested = ""
-    if row.get("test_top1") is not None:
+    known = ("test_top1", "test_top5", "test_loss", "test_agreement", "test_divergence")
+    metric = next((key for key in row if key.startswith("test_") and key not in known), None)
+    if metric is not None:
+        tested = f", test {metric.removeprefix('test_')} {row[metric]:.4g}"
+    elif row.get("test_top1") is not None:
         tested = f", test top-1 {row['test_top1']:.2%}"
     elif row.get("test_agreement") is not None:
         tested = f", test agreement {row['test_agreement']:.2%}"

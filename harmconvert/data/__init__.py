@@ -1,11 +1,12 @@
-"""Images for a network, from folders, timm's data sets or the samples, pre-processed as the network expects them.
+"""Inputs and targets for a network, from folders, files, timm's data sets or the samples, pre-processed as it expects.
 
 What belongs here: opening, pre-processing and batching, with the same result for any number of workers. What does not:
 the use of the batches (`calibration`, `training`).
 """
 
 from .calibration import CalibrationImages, calibration_images
-from .datasets import Data, DataRequest, Stream, Subset, open_data
+from .datasets import Data, DataRequest, Stream, Subset, open_data, user_loader
+from .joint import JointTransform
 from .loading import NO_LABEL, Batch, Batches, BatchLoader, choose_images, evaluation_batches, training_batches
 from .pictures import Pictures, convert_mode
 from .preprocessing import (
@@ -17,8 +18,12 @@ from .preprocessing import (
     padded_crop_transform,
     preprocessing,
     preprocessing_record,
+    sample_transform,
+    task_preprocessing,
     training_transform,
 )
+from .recognising import recognised
+from .tensor_files import tensor_in
 from .variety import Variety, uniform_output_warning
 
 __all__ = [
@@ -29,6 +34,7 @@ __all__ = [
     "CalibrationImages",
     "Data",
     "DataRequest",
+    "JointTransform",
     "Pictures",
     "Stream",
     "Subset",
@@ -46,7 +52,12 @@ __all__ = [
     "padded_crop_transform",
     "preprocessing",
     "preprocessing_record",
+    "recognised",
+    "sample_transform",
+    "task_preprocessing",
+    "tensor_in",
     "training_batches",
     "training_transform",
     "uniform_output_warning",
+    "user_loader",
 ]

@@ -1,10 +1,10 @@
-"""Read images without labels for calibration, from folders, timm's data sets or the samples."""
+"""Read inputs without their targets for calibration, from folders, files, timm's data sets or the samples."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from itertools import count as count_from
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,12 @@ from ..arguments import STREAMS, check_unlabelled
 from ..errors import HarmconvertError, InputError, UsageError, counted, first_line, shortened
 from ..network.distributed import gathered, world_size
 from ..samples import mnist5k
-from .datasets import DataRequest, Stream, open_timm, pictures_from_timm
+from .datasets import DataRequest, Stream, open_timm, pictures_from_timm, split_folder
 from .folders import Files
-from .pictures import UNREADABLE, Pictures, convert_mode, photographs, random_crop
-from .preprocessing import color_mode, evaluation_transform, preprocessing
+from .joint import JointTransform
+from .pictures import BOXES, CLASSES, UNREADABLE, Pictures, convert_mode, photographs, random_crop
+from .preprocessing import color_mode, sample_transform, task_preprocessing
+from .recognising import recognised
 
 # A data set may have up to three broken files, or up to this share of the requested images.
 UNREADABLE_SHARE = 0.1
@@ -29,9 +31,12 @@ UNREADABLE_SHARE = 0.1
 
 @dataclass(frozen=True)
 class CalibrationImages:
-    """Pre-processed ``batches`` (N, C, H, W), their pre-processing config, and the files that could not be read."""
+    """Pre-processed ``batches`` (N, C, H, W), their pre-processing config, and the files that could not be read.
 
-    batches: tuple[Tensor, ...]
+    Batches for a detector are lists of images (C, H, W), those from files of tensors (N, ...).
+    """
+
+    batches: tuple[Any, ...]
     preprocessing: Mapping[str, Any]
     unreadable: tuple[str, ...] = ()
 
@@ -46,16 +51,18 @@ def calibration_images(
     batch_size: int = 32,
     *,
     overrides: Mapping[str, Any] | None = None,
+    channels: int = 3,
     seed: int = 0,
 ) -> CalibrationImages:
-    """Return up to ``count`` images of a data set, chosen by ``seed``, with the network's own pre-processing.
+    """Return up to ``count`` inputs of a data set, chosen by ``seed``, with the network's own pre-processing.
 
     Args:
         data: a folder (all images below it are used; labels and structure do not matter), ``sample:mnist5k``,
             ``sample:photographs`` (random crops of two photographs), or a timm data set (``torch/cifar10``,
             ``hfds/USER/NAME``, ``wds/NAME``, ``tfds/NAME``). A request also names the folder of a timm data set, and
-            its ``train_split`` is read.
+            its ``train_split`` is read. Of a folder or file of another kind of data, the inputs are used.
         overrides: changes to the pre-processing, see `preprocessing`.
+        channels: of the network's input, if its size is not known; see `task_preprocessing`.
 
     Raises:
         UsageError: the data set does not exist, or the network's input size or pre-processing is unknown.
@@ -65,19 +72,43 @@ def calibration_images(
     if count < 1 or batch_size < 1:
         raise UsageError(f"{counted(count, 'calibration image')} in batches of {batch_size}: both must be at least 1")
     request = DataRequest.parse(data)
-    config = preprocessing(model, overrides or {})
-    transform, mode = evaluation_transform(config), color_mode(config)
+    samples = _other_kind(request)
+    config = task_preprocessing(model, overrides or {}, CLASSES if samples is None else samples.task, channels)
+    transform, mode = sample_transform(config), color_mode(config)
     unreadable: list[str] = []
     is_stream = request.name.startswith(STREAMS)  # a stream gives each process its own part
     own_count = -(-count // world_size()) if is_stream else count
-    pictures = islice(_pictures(request, count, seed, mode, unreadable), own_count)
-    images = [transform(picture) for picture in pictures]
+    if samples is not None:
+        read = _readable_samples(samples, request.name, count, np.random.default_rng(seed), mode, unreadable)
+    else:
+        read = ((picture, None) for picture in _pictures(request, count, seed, mode, unreadable))
+    images = [
+        transform(*sample)[0] if isinstance(transform, JointTransform) else transform(sample[0])
+        for sample in islice(read, own_count)
+    ]
     if is_stream:
         images = list(chain.from_iterable(gathered(images)))[:count]
     if not images:
         raise InputError(f"{request.name} has no image: give a folder of images, sample:NAME or a timm data set")
-    stacked = torch.stack(images)
-    return CalibrationImages(tuple(stacked.split(batch_size)), config, tuple(unreadable))
+    batches = _batches(images, batch_size, as_lists=config.get("task") == BOXES)
+    return CalibrationImages(batches, config, tuple(unreadable))
+
+
+def _other_kind(request: DataRequest) -> Pictures | None:
+    """Return the samples of a folder or file that has another kind of data than pictures with or without labels."""
+    root = Path(request.name)
+    if not root.exists() or request.name.endswith(".tar"):
+        return None
+    folder = split_folder(root, request.train_split, "train") if root.is_dir() else None
+    return recognised(root, (request.train_split, "train")) or (recognised(folder) if folder else None)
+
+
+def _batches(samples: list[Tensor], size: int, as_lists: bool) -> tuple[Any, ...]:
+    """Return batches of up to ``size`` samples in their order: lists, or tensors of samples of one shape."""
+    if as_lists:
+        return tuple(samples[start : start + size] for start in range(0, len(samples), size))
+    runs = (list(run) for _, run in groupby(samples, key=lambda sample: sample.shape))
+    return tuple(batch for run in runs for batch in torch.stack(run).split(size))
 
 
 def _pictures(
@@ -93,22 +124,27 @@ def _pictures(
         pictures = photographs()
         return (convert_mode(random_crop(pictures, generator), mode) for _ in count_from(0))
     if Path(data).is_dir():
-        return _readable_pictures(Files(Path(data)), data, count, generator, mode, unreadable)
+        return _inputs(_readable_samples(Files(Path(data)), data, count, generator, mode, unreadable))
     name, root = ("", data) if data.endswith(".tar") else (data, request.data_dir)
     opened = pictures_from_timm(open_timm(name, root, split=request.train_split, seed=0))
     if isinstance(opened, Stream):  # a stream has no random access: use its first images
         return (convert_mode(item[0], mode) for item in opened.dataset)
-    return _readable_pictures(opened, data, count, generator, mode, unreadable)
+    return _inputs(_readable_samples(opened, data, count, generator, mode, unreadable))
 
 
-def _readable_pictures(
+def _inputs(samples: Iterator[tuple[Any, Any]]) -> Iterator[Any]:
+    return (input for input, _ in samples)
+
+
+def _readable_samples(
     pictures: Pictures, data: str, count: int, generator: np.random.Generator, mode: str | None, unreadable: list[str]
-) -> Iterator[Image.Image]:
-    """Yield the pictures in random order; skip broken pictures and add their names to ``unreadable``."""
+) -> Iterator[tuple[Any, Any]]:
+    """Yield inputs and targets in random order; skip broken pictures and add their names to ``unreadable``."""
     limit = max(3, int(UNREADABLE_SHARE * count))
     for index in generator.permutation(len(pictures)):
         try:
-            yield convert_mode(pictures.read(int(index))[0], mode)
+            input, target = pictures.read(int(index))
+            yield (convert_mode(input, mode) if isinstance(input, Image.Image) else input), target
         except HarmconvertError:
             raise
         except UNREADABLE as error:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from timm.data import create_dataset
 from torch.utils.data import IterableDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from ..arguments import PACKAGES, check_labelled
-from ..errors import Argument, InputError, OutsideError, UsageError, counted, first_line
+from ..arguments import DATA_FILES, PACKAGES, check_labelled, is_function
+from ..errors import Argument, HarmconvertError, InputError, OutsideError, UsageError, counted, first_line
 from ..samples import mnist5k, mnist5k_held_back_pixels
+from ..user_code import import_function
 from .folders import class_folders, open_labelled_folder
-from .pictures import Pictures, open_picture, photographs, random_crop
+from .pictures import CLASSES, Pictures, open_picture, photographs, random_crop
+from .recognising import recognised
 
 _SYNONYMS = {
     "train": ("train", "training"),
@@ -34,6 +37,7 @@ class Stream:
     dataset: Any
     classes: Sequence[str] | None = None
     labelled: bool = True
+    task: str = CLASSES
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,16 @@ class Data:
         """Return the number of classes; None without labels, or if the data set does not name its classes."""
         counts = [len(p.classes) for p in (self.train, self.test) if p is not None and p.labelled and p.classes]
         return max(counts) if counts else None
+
+    @property
+    def task(self) -> str:
+        """Return the kind of the data."""
+        return next((part.task for part in (self.train, self.test) if part is not None), CLASSES)
+
+    @property
+    def largest_label(self) -> int:
+        """Return the largest category of boxes; 0 for other kinds of data."""
+        return max((one.largest_label for one in (self.train, self.test) if isinstance(one, Pictures)), default=0)
 
     def identity(self) -> dict[str, Any]:
         """Return the numbers of images and classes. They must be the same when a run is resumed."""
@@ -86,7 +100,7 @@ class DataRequest:
         if isinstance(data, DataRequest):
             return data
         text = str(data)
-        is_path = Path(text).is_dir() or text.endswith(".tar")
+        is_path = Path(text).is_dir() or text.endswith(DATA_FILES)
         return cls("" if is_path else text, text if is_path else None, **settings)
 
     @property
@@ -115,9 +129,38 @@ def open_data(request: DataRequest, parts: Sequence[str] = ("train", "test")) ->
         return Data(opened.get("train"), opened.get("test"))
     check_labelled(name, root)
     assert root is not None
+    if Path(root).is_file() and (samples := recognised(Path(root))) is not None:
+        return _split_by_holdout(samples, request, parts, (f"{root}: {samples.description}",))
     if not Path(root).is_dir():
         return _split_by_holdout(_ReaderPictures(open_timm("", root).reader), request, parts)
     return _open_folders(Path(root), request, parts)
+
+
+def user_loader(request: DataRequest, part: str = "test") -> Iterable[Any] | None:
+    """Return the loader of the user's function that a request names as ``FILE.py:FUNCTION``; None if it names none.
+
+    If the function has an argument ``split``, it gets the name of the split: that of training or that of testing.
+
+    Raises:
+        UsageError: there is no such file or function. InputError: the function fails, or returns no loader.
+    """
+    name = request.dataset
+    if not is_function(name):
+        return None
+    function = import_function(name)
+    split = request.train_split if part == "train" else request.val_split
+    try:
+        takes_split = "split" in inspect.signature(function).parameters
+        loader = function(split=split) if takes_split else function()
+    except HarmconvertError:
+        raise
+    except Exception as error:
+        raise InputError(f"{name} fails: {type(error).__name__}: {first_line(error)}") from error
+    if isinstance(loader, str | bytes) or not isinstance(loader, Iterable):
+        raise InputError(
+            f"{name} returns a {type(loader).__name__}: it should return a loader of (inputs, targets) pairs"
+        )
+    return loader
 
 
 def open_timm(name: str, root: str | None, **options: Any) -> Any:
@@ -211,17 +254,21 @@ class Subset(Pictures):
 
     whole: Pictures
     indices: np.ndarray
+    task: str = field(init=False)
+    largest_label: int = field(init=False)
     classes: Sequence[str] | None = field(init=False)
     labelled: bool = field(init=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "task", self.whole.task)
+        object.__setattr__(self, "largest_label", self.whole.largest_label)
         object.__setattr__(self, "classes", self.whole.classes)
         object.__setattr__(self, "labelled", self.whole.labelled)
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def read(self, index: int) -> tuple[Image.Image, int | None]:
+    def read(self, index: int) -> tuple[Any, Any]:
         return self.whole.read(int(self.indices[index]))
 
     def name(self, index: int) -> str:
@@ -260,22 +307,47 @@ def pictures_from_timm(dataset: Any) -> Pictures | Stream:
 
 
 def _open_folders(root: Path, request: DataRequest, parts: Sequence[str]) -> Data:
-    train = _split_folder(root, request.train_split, "train")
-    test = _split_folder(root, request.val_split, "validation")
+    train = split_folder(root, request.train_split, "train")
+    test = split_folder(root, request.val_split, "validation")
+    if (root / "images").is_dir() and (annotated := _annotated(root, request, parts)) is not None:
+        return annotated
     if train is None and test is None:
         if inner := _only_folder(root, request):
             raise UsageError(f"{root} has one folder, which has the splits: give ", Argument("data_dir", inner))
-        pictures, notes = open_labelled_folder(root)
+        pictures, notes = _open_folder(root)
         return _split_by_holdout(pictures, request, parts, notes)
     if train is None and "train" in parts:
         problem = f"{root} has a folder {test.name if test else ''} but no folder of training images: name it with "
         raise UsageError(problem, Argument("train_split"))
-    train_files, notes = open_labelled_folder(train) if train is not None else (None, ())
+    train_files, notes = _open_folder(train) if train is not None else (None, ())
     if test is None:
         assert train_files is not None
         return _split_by_holdout(train_files, request, parts, notes)
-    test_files, more = open_labelled_folder(test, train_files) if "test" in parts else (None, ())
+    test_files, more = _open_folder(test, train_files) if "test" in parts else (None, ())
     return Data(train_files if "train" in parts else None, test_files, (*(notes if "train" in parts else ()), *more))
+
+
+def _open_folder(folder: Path, train: Pictures | None = None) -> tuple[Pictures, tuple[str, ...]]:
+    """Return the samples of a folder, and notes that say what was recognised."""
+    samples = recognised(folder)
+    if samples is None:
+        return open_labelled_folder(folder, train)
+    if train is not None and train.task != samples.task:
+        raise InputError(f"{folder} has {samples.description}, but the training data is of another kind")
+    return samples, (f"{folder}: {samples.description}",)
+
+
+def _annotated(root: Path, request: DataRequest, parts: Sequence[str]) -> Data | None:
+    """Return the data of a folder whose pictures are in ``images``; each split may have its own file of annotations."""
+    splits = {"train": (request.train_split, "train"), "test": (request.val_split, "validation")}
+    names = {part: (split, *_SYNONYMS[kind]) for part, (split, kind) in splits.items()}
+    if len([*root.glob("annotations*.json"), *(root / "annotations").glob("*.json")]) < 2:
+        samples = recognised(root)
+        note = () if samples is None else (f"{root}: {samples.description}",)
+        return None if samples is None else _split_by_holdout(samples, request, parts, note)
+    opened = {part: recognised(root, names[part]) for part in parts}
+    notes = tuple(f"{root}: {one.description}" for one in opened.values() if one is not None)
+    return Data(opened.get("train"), opened.get("test"), notes)
 
 
 def _only_folder(root: Path, request: DataRequest) -> Path | None:
@@ -284,10 +356,11 @@ def _only_folder(root: Path, request: DataRequest) -> Path | None:
     if len(folders) != 1 or any(entry.suffix.lower() in IMG_EXTENSIONS for entry in root.iterdir() if entry.is_file()):
         return None
     splits = ((request.train_split, "train"), (request.val_split, "validation"))
-    return folders[0] if all(_split_folder(folders[0], *split) for split in splits) else None
+    return folders[0] if all(split_folder(folders[0], *split) for split in splits) else None
 
 
-def _split_folder(root: Path, split: str, kind: str) -> Path | None:
+def split_folder(root: Path, split: str, kind: str) -> Path | None:
+    """Return the folder of a split, also under a common other name of it; None if there is none."""
     names = (split, *(_SYNONYMS[kind] if split in _SYNONYMS[kind] else ()))
     return next((root / name for name in names if (root / name).is_dir()), None)
 

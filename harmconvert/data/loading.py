@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
@@ -24,8 +25,12 @@ from ..errors import Argument, HarmconvertError, InputError, Message, OutsideErr
 from ..network.distributed import gathered, rank, world_size
 from ..network.side_effects import preserve_random_states
 from .datasets import Stream
+from .joint import JointTransform
 from .pictures import UNREADABLE, Pictures, convert_mode
 from .preprocessing import Transform
+
+# What is applied to the input of a sample alone, or to the input together with its target.
+AnyTransform = Transform | JointTransform
 
 # A broken picture is replaced by the next readable one; this many broken pictures in a row are an error.
 REPLACEMENTS = 10
@@ -33,13 +38,15 @@ NO_LABEL = -1
 
 
 class Batch(NamedTuple):
-    """Images (N, C, H, W), labels (N,; -1: no label), and the names of pictures that could not be read.
+    """Inputs, targets, and the names of samples that could not be read.
 
-    ``too_many_unreadable``: `REPLACEMENTS` pictures in a row could not be read.
+    ``inputs``: images (N, C, H, W), or any other input that `harmconvert.network.call` takes. ``targets``: labels (N,;
+    -1: no label), or targets of another task (None: there are none). ``too_many_unreadable``: `REPLACEMENTS` samples in
+    a row could not be read.
     """
 
-    images: Tensor
-    labels: Tensor
+    inputs: Any
+    targets: Any
     unreadable: list[str]
     too_many_unreadable: bool = False
 
@@ -73,6 +80,10 @@ class BatchLoader:
     steps: int | None
     images: int | None
     set_epoch: Callable[[int], None]
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the batches of the first epoch."""
+        return self.epoch(0)
 
     def unread_note(self, read: int) -> Message | None:
         """Return a note if fewer images were read than the set has: each worker reads whole shards of a stream."""
@@ -117,7 +128,7 @@ class BatchLoader:
 
 def training_batches(
     pictures: Pictures | Stream,
-    transform: Transform,
+    transform: AnyTransform,
     mode: str | None,
     batch_size: int,
     *,
@@ -131,7 +142,7 @@ def training_batches(
         InputError: there are fewer images than processes.
     """
     if isinstance(pictures, Stream):
-        stream = _TransformedStream(pictures.dataset, transform, mode, seed)
+        stream = _TransformedStream(pictures.dataset, cast(Transform, transform), mode, seed)
         return _load_stream(stream, batch_size, workers, pin_memory, drop_last=True)
     batch_size = min(batch_size, len(pictures) // world_size() * world_size())
     if batch_size == 0:
@@ -144,7 +155,7 @@ def training_batches(
 
 def evaluation_batches(
     pictures: Pictures | Stream,
-    transform: Transform,
+    transform: AnyTransform,
     mode: str | None,
     batch_size: int,
     *,
@@ -153,7 +164,7 @@ def evaluation_batches(
 ) -> BatchLoader:
     """Return batches with every picture once, in order; leave out broken pictures, which `Batch.unreadable` names."""
     if isinstance(pictures, Stream):
-        stream = _TransformedStream(pictures.dataset, transform, mode, 0)
+        stream = _TransformedStream(pictures.dataset, cast(Transform, transform), mode, 0)
         return _load_stream(stream, batch_size, workers, pin_memory, drop_last=False)
     items = _TransformedPictures(pictures, transform, mode, 0, replace=False)
     return _load_by_index(items, _BatchSampler(len(pictures), batch_size, 0, shuffle=False), workers, pin_memory)
@@ -203,24 +214,27 @@ class _BatchSampler:
 class _TransformedPictures(Dataset[Any]):
     """Pre-processed pictures by (epoch, index)."""
 
-    def __init__(self, pictures: Pictures, transform: Transform, mode: str | None, seed: int, replace: bool) -> None:
+    def __init__(self, pictures: Pictures, transform: AnyTransform, mode: str | None, seed: int, replace: bool) -> None:
         self.pictures, self.transform, self.mode, self.seed, self.replace = pictures, transform, mode, seed, replace
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor | None, int, list[str]]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, Any, list[str]]:
         epoch, index = key
         unreadable: list[str] = []
         for attempt in range(REPLACEMENTS if self.replace else 1):
             replacement = (index + attempt) % len(self.pictures)
             try:
-                image, label = self.pictures.read(replacement)
-                image = convert_mode(image, self.mode)
+                image, target = self.pictures.read(replacement)
+                if isinstance(image, Image.Image):
+                    image = convert_mode(image, self.mode)
             except HarmconvertError:
                 raise
             except UNREADABLE as error:
                 unreadable.append(f"{self.pictures.name(replacement)} ({first_line(error) or type(error).__name__})")
                 continue
             with _fixed_seed(self.seed, epoch, index):
-                return self.transform(image), NO_LABEL if label is None else label, unreadable
+                if isinstance(self.transform, JointTransform):
+                    return *self.transform(image, target), unreadable
+                return self.transform(image), NO_LABEL if target is None else target, unreadable
         return None, NO_LABEL, unreadable
 
 
@@ -286,14 +300,27 @@ def _ignore_first_signal(worker: int) -> None:
     signal.signal(signal.SIGTERM, end_on_next_signal)
 
 
-def _collate(items: Sequence[tuple[Tensor | None, int, list[str]]]) -> Batch:
+def _collate(items: Sequence[tuple[Any, Any, list[str]]]) -> Batch:
     unreadable = [name for _, _, names in items for name in names]
-    readable = [(image, label) for image, label, _ in items if image is not None]
+    readable = [(image, target) for image, target, _ in items if image is not None]
     too_many = any(image is None and len(names) >= REPLACEMENTS for image, _, names in items)
     if not readable:
         return Batch(torch.empty(0), torch.empty(0, dtype=torch.long), unreadable, too_many)
-    images = torch.stack([image for image, _ in readable])
-    return Batch(images, torch.tensor([label for _, label in readable]), unreadable, too_many)
+    inputs, targets = [image for image, _ in readable], [target for _, target in readable]
+    if isinstance(targets[0], dict):  # detectors take lists of images of any size
+        return Batch(inputs, targets, unreadable, too_many)
+    stacked = _stacked(targets) if isinstance(targets[0], Tensor) else torch.tensor(targets)
+    return Batch(_stacked(inputs), stacked, unreadable, too_many)
+
+
+def _stacked(samples: Sequence[Tensor]) -> Tensor:
+    sizes = sorted({"x".join(map(str, sample.shape)) for sample in samples})
+    if len(sizes) > 1:
+        raise InputError(
+            f"the samples of a batch have different sizes ({shortened(sizes, 3)}): give ",
+            Argument("batch_size", 1), ", or a size to which they are resized: ", Argument("input_size", "C,H,W"),
+        )  # fmt: skip
+    return torch.stack([*samples])
 
 
 @contextmanager

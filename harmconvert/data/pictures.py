@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image, TiffImagePlugin
@@ -20,18 +20,30 @@ _PHOTOMETRIC, _SAMPLES, _EXTRA_SAMPLES = 262, 277, 338
 _CMYK = 5
 
 
-class Pictures(ABC):
-    """A set of pictures; each index has a Pillow image and its label (None: no label)."""
+# The kinds of data: pictures with labels or without, with masks, with boxes, with target pictures; files of tensors.
+CLASSES, MASKS, BOXES, IMAGES, TENSORS = "classes", "masks", "boxes", "images", "tensors"
 
+
+class Pictures(ABC):
+    """A set of samples of one kind (``task``); each index has an input and its target (None: no target).
+
+    The inputs are Pillow images, or tensors if they come from files of tensors. The targets are labels, masks (H, W) of
+    class numbers, dicts of ``boxes`` (N, 4; corners in pixels), ``labels`` (N,) and ``iscrowd`` (N,), or images.
+    ``description`` says what was recognised, ``largest_label`` is the largest category of boxes.
+    """
+
+    task: str = CLASSES
     classes: Sequence[str] | None = None
     labelled: bool = True
+    description: str = ""
+    largest_label: int = 0
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def read(self, index: int) -> tuple[Image.Image, int | None]:
-        """Return the picture and its label; raise one of `UNREADABLE` for a broken file."""
+    def read(self, index: int) -> tuple[Any, Any]:
+        """Return the input and its target; raise one of `UNREADABLE` for a broken file."""
 
     def name(self, index: int) -> str:
         """Return the name of a picture for messages."""

@@ -14,7 +14,10 @@ from torchvision import transforms
 
 from ..errors import Argument, InputError, UsageError, counted, first_line
 from ..network.declared import input_sizes, pretrained_config
+from ..network.heads import heads_of
 from ..user_code import import_function
+from .joint import JointTransform
+from .pictures import BOXES, CLASSES, IMAGES, TENSORS
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -79,6 +82,55 @@ def preprocessing(model: nn.Module, overrides: Mapping[str, Any]) -> dict[str, A
     return config | ({"function": function} if function else {}) | ({} if known else {"assumed": True})
 
 
+def task_preprocessing(model: nn.Module, overrides: Mapping[str, Any], task: str, channels: int = 3) -> dict[str, Any]:
+    """Return the config for samples of a kind of data, as `preprocessing` does for pictures with labels.
+
+    Pictures with masks or boxes are resized to the network's input size if that is known; pairs of pictures keep their
+    size. Detectors of torchvision resize and normalise themselves. Pairs are not normalised if nothing says so. The
+    entry ``task`` has the kind, and ``resize`` says whether pictures are resized.
+
+    Args:
+        channels: of the network's input, if its size is not known.
+
+    Raises:
+        UsageError: see `preprocessing` and `check_preprocessing`; or a function would change pictures without their
+            targets.
+    """
+    if task == CLASSES:
+        return preprocessing(model, overrides)
+    if task == TENSORS:
+        return {"task": task, "input_size": (), "resize": False}
+    options = {key: value for key, value in overrides.items() if value is not None}
+    known = bool(options.get("input_size")) or (len(sizes := input_sizes(model)) == 1 and len(sizes[0]) == 3)
+    own = task == BOXES and bool(heads_of(model))
+    if not known:
+        options["input_size"] = (channels, 32, 32)  # pictures are not resized to it
+    declared = pretrained_config(model).get("mean") or pretrained_config(model).get("function")
+    if (own or task == IMAGES) and not {"mean", "preprocess"} & set(options) and not declared:
+        options["preprocess"] = "none"
+    config = preprocessing(model, options)
+    if "function" in config:
+        raise UsageError(
+            f"{config['function']} changes pictures without their targets: give ", Argument("mean"), " and ",
+            Argument("std"), ", or ", Argument("preprocess"), " imagenet or none",
+        )  # fmt: skip
+    check_preprocessing(config)
+    return {**config, "task": task, "resize": known and not own and task != IMAGES}
+
+
+def sample_transform(config: Mapping[str, Any]) -> Transform | JointTransform:
+    """Return the transform for testing on the kind of data that the config is for."""
+    task = config.get("task", CLASSES)
+    if task == CLASSES:
+        return evaluation_transform(config)
+    return _unchanged if task == TENSORS else JointTransform(config)
+
+
+def _unchanged(sample: Any) -> Tensor:
+    tensor: Tensor = sample
+    return tensor
+
+
 def _image_size(model: nn.Module, options: Mapping[str, Any]) -> tuple[int, ...]:
     sizes = [tuple(options["input_size"])] if options.get("input_size") else input_sizes(model)
     if not sizes:
@@ -132,6 +184,8 @@ def check_preprocessing(config: Mapping[str, Any]) -> None:
 
 def preprocessing_record(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the part of a config that a checkpoint records, for the argument of `harmconvert.save`."""
+    if not config.get("resize", True):  # the input size is not known
+        return {key: config[key] for key in ("mean", "std") if key in config}
     recorded = ("function",) if "function" in config else ("mean", "std", "interpolation", "crop_pct", "crop_mode")
     return {"input_sizes": [config["input_size"]], **{key: config[key] for key in recorded if key in config}}
 
@@ -142,10 +196,17 @@ def describe_preprocessing(config: Mapping[str, Any]) -> str:
     >>> describe_preprocessing(preprocessing(nn.Conv2d(1, 2, 3), {"input_size": (1, 28, 28), "preprocess": "none"}))
     '1x28x28, mean 0, std 1, bicubic, squashed'
     """
+    if config.get("task") == TENSORS:
+        return "used as they are"
     size = "x".join(map(str, config["input_size"]))
+    if not config.get("resize", True):
+        size = "own size"
     if "function" in config:
         return f"{size}, by {config['function']}"
     mean, std = (",".join(f"{number:.4g}" for number in config[key]) for key in ("mean", "std"))
+    if "task" in config:
+        resized = f", {config['interpolation']}, squashed" if config["resize"] else ""
+        return f"{size}, mean {mean}, std {std}{resized}"
     squashed = config.get("crop_mode") == "squash"
     crop = "squashed" if squashed and config["crop_pct"] == 1 else f"crop {config['crop_pct']:.3g}"
     return f"{size}, mean {mean}, std {std}, {config['interpolation']}, {crop}"
@@ -222,6 +283,8 @@ def color_mode(config: Mapping[str, Any]) -> str | None:
     Raises:
         UsageError: the channels are not those of an image.
     """
+    if config.get("task") == TENSORS:
+        return None
     channels = config["input_size"][0]
     if channels not in (1, 3) and "function" in config:
         return None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..network.running import evaluating
-from ..network.values import tensors_in
+from ..network.values import match_dtype, tensors_in
 
 # A smaller number of images does not allow a conclusion.
 _MIN_IMAGES = 16
@@ -72,12 +72,11 @@ class Variety:
 def uniform_output_warning(model: nn.Module, batches: Iterable[Any]) -> str | None:
     """Run a network on batches of inputs; return `Variety.warning`, or None if the network does not run."""
     variety = Variety()
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     try:
         with evaluating(model):
             for batch in batches:
-                outputs = tensors_in(model(batch.to(device)))
-                if not outputs or outputs[0].shape[:1] != batch.shape[:1]:
+                outputs = tensors_in(model(match_dtype(batch, model)))
+                if not isinstance(batch, Tensor) or not outputs or outputs[0].shape[:1] != batch.shape[:1]:
                     return None
                 variety.add(outputs[0])
     except (RuntimeError, ValueError, TypeError, IndexError):  # the calibration reports this error

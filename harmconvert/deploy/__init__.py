@@ -3,7 +3,8 @@
 What belongs here: the steps after a conversion. What does not: the forms of a network (`network`).
 """
 
-from .benchmark import Benchmark, BenchmarkSettings, Row, peak_bytes, time_forms
+from .advice import Benchmark, Row
+from .benchmark import BenchmarkSettings, peak_bytes, time_forms
 from .export import check_target, export, write_timm_files
 from .graph_files import PrecisionSettings, factor_for
 from .graphs import Exported, onnx_bytes

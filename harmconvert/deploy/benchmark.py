@@ -1,4 +1,4 @@
-"""Time each form of a network on this machine, and advise which form to deploy."""
+"""Time each form of a network on this machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from ..errors import Argument, UsageError, counted, first_line
 from ..layers import native
 from ..layers.layer_times import kernels_to_channels_last
 from ..layers.timing import in_turns
+from ..metrics.metric import Measurement
 from ..network.checks import check_network
 from ..network.comparison import greatest_difference
 from ..network.exchange import exchange
@@ -31,136 +32,11 @@ from ..network.layers import harmonic_layers
 from ..network.running import call, evaluating, unchanged
 from ..network.values import clone_tensors, default_input, images_to_channels_last, map_tensors, tensors_in
 from ..storage.precision import in_float32
+from .advice import Benchmark, Row
 from .runtime_rows import RUNTIMES, TIMED_PRECISIONS, EightBits, in_low_precision_and_runtimes, missing_runtimes
 
 FORMS = ("dense", "harmonic", "factored")
 LAYOUTS = ("contiguous", "channels_last")
-_RUNTIME_NAMES = {"torch": "torch", "onnx": "ONNX Runtime", "openvino": "OpenVINO"}
-
-
-@dataclass(frozen=True)
-class Row:
-    """The measurements of one form of a network in one layout, for one batch size and number of threads.
-
-    ``seconds``: median of a forward pass. ``spread``: half the distance of the quartiles, as a share of the median.
-    ``peak_bytes``: the most memory in use, minus the memory in use before (None: the system does not report it).
-    ``error``: greatest difference from the outputs of the original network, relative to the largest output. ``note``:
-    why there are no measurements. ``runtime``, ``precision``: what runs the network (torch, onnx or openvino), and what
-    it computes in (f32, bf16 or int8). ``agreement``: share of the images with the same top-1 as the original.
-    """
-
-    form: str
-    compiled: bool
-    layout: str
-    batch: int
-    threads: int
-    seconds: float | None = None
-    spread: float | None = None
-    examples_per_second: float | None = None
-    peak_bytes: int | None = None
-    error: float | None = None
-    note: str | None = None
-    runtime: str = "torch"
-    precision: str = "f32"
-    agreement: float | None = None
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """All rows, the result of `factor` for each (batch, threads), the machine, and the source of the network.
-
-    ``source`` is None if it is unknown. ``notes``: runtimes that are not installed. ``max_drop``: the largest loss of
-    low precision that the advice allows, in % (`fastest`).
-    """
-
-    rows: tuple[Row, ...]
-    factorings: dict[tuple[int, int], Factoring]
-    machine: dict[str, Any]
-    source: str | None = None
-    notes: tuple[str, ...] = ()
-    max_drop: float = 1.0
-
-    def fastest(self, batch: int, threads: int, max_drop: float | None = 0.0) -> Row:
-        """Return the row of the fastest form.
-
-        Args:
-            max_drop: leave out low precision that gives another top-1 on more than this share of the images, in %, or
-                whose loss is not known; None: leave out nothing.
-
-        Raises:
-            UsageError: there is no time for this batch size and number of threads.
-        """
-        timed = [row for row in self._rows(batch, threads) if row.seconds is not None and _within(row, max_drop)]
-        if not timed:
-            raise UsageError(f"nothing was timed at batch {batch} with {counted(threads, 'thread')}")
-        return min(timed, key=lambda row: row.seconds or 0.0)
-
-    def _rows(self, batch: int, threads: int) -> list[Row]:
-        return [row for row in self.rows if (row.batch, row.threads) == (batch, threads)]
-
-    def advice(self) -> list[str]:
-        """Return a sentence for each batch size and number of threads."""
-        return [self._advice(*key) for key in self._inputs()]
-
-    def advised(self) -> list[Row]:
-        """Return the rows that the advice names, each form once, within the allowed loss first."""
-        inputs = [key for key in self._inputs() if any(row.seconds for row in self._rows(*key))]
-        rows = [self.fastest(*key, drop) for drop in (self.max_drop, None) for key in inputs]
-        return [*{(row.form, row.runtime, row.precision): row for row in reversed(rows)}.values()][::-1]
-
-    def _inputs(self) -> list[tuple[int, int]]:
-        return [*dict.fromkeys((row.batch, row.threads) for row in self.rows)]
-
-    def _advice(self, batch: int, threads: int) -> str:
-        rows = self._rows(batch, threads)
-        condition = f"batch {batch}, {counted(threads, 'thread')}"
-        if not any(row.seconds for row in rows):
-            return f"{condition}: {rows[0].note}"
-        best = self.fastest(batch, threads, self.max_drop)
-        dense = [row.seconds for row in rows if row.seconds and _is_dense_eager(row)]
-        speedup = ""
-        if dense and best.seconds:
-            speedup = f": {min(dense) / best.seconds:.2f} times as fast as the dense form, eager"
-        form = f"{best.form} form, {best.layout}, {'compiled' if best.compiled else 'eager'}"
-        if (best.runtime, best.precision) != ("torch", "f32"):
-            form = f"{best.form} form, {_RUNTIME_NAMES[best.runtime]} with {best.precision}{_agreement_of(best)}"
-        return f"{condition}: deploy the {form}{speedup}{self._low_precision(batch, threads, best, dense)}"
-
-    def _low_precision(self, batch: int, threads: int, best: Row, dense: list[float]) -> str:
-        """Return a sentence about the fastest row of low precision, if it is faster than ``best``."""
-        row = self.fastest(batch, threads, None)
-        if row is best or not row.seconds or not dense:
-            return ""
-        where = f"{row.form} form, {_RUNTIME_NAMES[row.runtime]} with {row.precision}"
-        known = _agreement_of(row) or " (its loss is not measured without images)"
-        return f"; faster still: the {where}, {min(dense) / row.seconds:.2f} times{known}"
-
-    def to_json(self) -> dict[str, Any]:
-        """Return a JSON-able dict."""
-        factorings = [
-            {"batch": batch, "threads": threads, **factoring.to_json()}
-            for (batch, threads), factoring in self.factorings.items()
-        ]
-        source = {} if self.source is None else {"source": self.source}
-        return {
-            **source, "machine": self.machine, "rows": [asdict(row) for row in self.rows], "factored": factorings,
-            "advice": self.advice(), "notes": list(self.notes),
-        }  # fmt: skip
-
-
-def _within(row: Row, max_drop: float | None) -> bool:
-    """Return whether the loss of a row is at most ``max_drop`` %; in float32 nothing is lost."""
-    if row.precision == "f32" or max_drop is None:
-        return True
-    return row.agreement is not None and round(100 * (1 - row.agreement), 6) <= max_drop
-
-
-def _agreement_of(row: Row) -> str:
-    return "" if row.agreement is None else f" (same top-1 on {row.agreement:.1%} of the images)"
-
-
-def _is_dense_eager(row: Row) -> bool:
-    return (row.form, row.runtime, row.precision, row.compiled) == ("dense", "torch", "f32", False)
 
 
 @dataclass(frozen=True)
@@ -170,7 +46,7 @@ class BenchmarkSettings:
     ``threads``: numbers of threads of torch; empty: the current number. ``compiled``: time each form also under
     torch.compile. ``repeats``: how often each form is timed; fewer times if a forward pass takes long. ``runtimes``,
     ``precisions``: where networks are timed, as far as installed and supported by the processor. ``context``: images on
-    which low precision is calibrated and compared.
+    which low precision is calibrated and compared. ``measured``: measures a network with a metric.
     """
 
     batches: Sequence[int] = (1, 16)
@@ -182,6 +58,7 @@ class BenchmarkSettings:
     runtimes: Sequence[str] = ("torch",)
     precisions: Sequence[str] = ("f32",)
     context: CalibrationContext | None = None
+    measured: Callable[[nn.Module], Measurement] | None = None
 
     def __post_init__(self) -> None:
         for names, known, kind in (
@@ -241,6 +118,11 @@ def time_forms(
         if chosen is not None:
             factorings[batch, threads] = chosen
     progress(total, total, "done")
+    if settings.measured is not None:  # all forms in float32 have the same outputs up to rounding
+        measurement = settings.measured(model)
+        rows = [
+            replace(row, measurement=measurement) if row.precision == "f32" and row.seconds else row for row in rows
+        ]
     if rows and not any(row.seconds for row in rows):
         raise UsageError(f"the network does not run at batch {', '.join(map(str, settings.batches))}: {rows[0].note}")
     machine = {"device": str(device), **describe_machine()}
@@ -330,6 +212,8 @@ def _time_input(
                 row = replace(row, note=note, agreement=deployed.agreement(settings.context) if run else None)
                 if run is not None:
                     row = replace(row, error=greatest_difference(_float64_tensors(run()), expected))
+                    if settings.measured is not None and row.precision != "f32":
+                        row = replace(row, measurement=settings.measured(deployed.for_batches()))
                     runs[str(len(rows))] = run
             rows.append(row)
         times = in_turns(runs, settings.repeats, 3, 20.0, warm=1, progress=report)

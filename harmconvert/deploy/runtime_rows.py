@@ -49,8 +49,13 @@ class Deployed:
         """Return the share of images held back with the same top-1 as the original; None if there are none."""
         if context is None or self.precision == "f32" or self.network is None:
             return None
-        context.compare(self.for_any_batch() if self.for_any_batch else _InBfloat16(self.network))
+        context.compare(self.for_batches())
         return context.compare.agreement
+
+    def for_batches(self) -> nn.Module:
+        """Return the network for any batch size, with inputs and outputs in float32."""
+        assert self.network is not None
+        return self.for_any_batch() if self.for_any_batch else _InBfloat16(self.network)
 
 
 class _InBfloat16(nn.Module):

@@ -30,6 +30,7 @@ from .distributed import (
 from .exchange import exchange, in_precision, in_sixteen_bits, replace_module
 from .form_check import check_form, compare_outputs, comparison_inputs, make_runnable
 from .forms import MARGIN, Factoring, dense_form, factor, factoring, fold_blocks, fuse, layer_inputs, run_times
+from .heads import compared_outputs, compared_text, floating_tensors, heads_of
 from .layers import (
     LayerInfo,
     convolutions,
@@ -84,6 +85,8 @@ __all__ = [
     "clone_tensors",
     "close",
     "compare_outputs",
+    "compared_outputs",
+    "compared_text",
     "comparison_inputs",
     "convolutions",
     "declare_preprocessing",
@@ -98,12 +101,14 @@ __all__ = [
     "fill",
     "find_layers",
     "fixed_random_seed",
+    "floating_tensors",
     "fold_blocks",
     "from_first_rank",
     "fuse",
     "gathered",
     "greatest_difference",
     "harmonic_layers",
+    "heads_of",
     "images_to_channels_last",
     "in_precision",
     "in_sixteen_bits",

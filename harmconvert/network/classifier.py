@@ -54,6 +54,22 @@ def classifier_of(model: nn.Module) -> nn.Module | None:
     return _last_layer(model)
 
 
+def detector_classes(model: nn.Module) -> int | None:
+    """Return the number of classes of a detector, the background among them; None if it is not known.
+
+    The heads of torchvision's detectors have it as ``num_classes``, or as the outputs of ``cls_score``.
+    """
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        if last == "cls_score" and isinstance(module, nn.Linear):
+            return module.out_features
+        if last == "classification_head" and isinstance(columns := getattr(module, "num_columns", None), int):
+            return columns
+        if last == "classification_head" and isinstance(classes := getattr(module, "num_classes", None), int):
+            return classes
+    return None
+
+
 def _last_layer(model: nn.Module) -> nn.Module | None:
     """Return the last linear layer or plain convolution of the classifier, or None."""
     for name in _NAMES:

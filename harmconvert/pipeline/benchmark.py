@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ..calibration import CalibrationSettings
-from ..deploy.benchmark import FORMS, LAYOUTS, Benchmark, BenchmarkSettings, time_forms
+from ..data.datasets import DataRequest
+from ..data.loading import Batch
+from ..deploy.advice import Benchmark
+from ..deploy.benchmark import FORMS, LAYOUTS, BenchmarkSettings, time_forms
 from ..deploy.quantised_graphs import calibration_context
+from ..errors import Argument, UsageError
+from ..metrics import MetricLike, TaskBatches, measured_on, metric_of
+from ..training.trainer import MachineSettings
 from .calibrating import CalibrationData, calibration_batches
 from .devices import place
 from .export import BATCH_SIZE
 from .inputs import Sizes, random_of
 from .listener import SILENT, Listener
 from .networks import Openable, opened, own
+from .testing import evaluation_loading, own_loader
 
 
 def benchmark(
@@ -32,6 +42,7 @@ def benchmark(
     precisions: Sequence[str] = ("f32",),
     data: CalibrationData | None = None,
     max_drop: float = 1.0,
+    metric: MetricLike | None = None,
     settings: CalibrationSettings | None = None,
     preprocessing: Mapping[str, Any] | None = None,
     device: str | None = None,
@@ -39,7 +50,6 @@ def benchmark(
 ) -> Benchmark:
     """Measure the forms of a network in turns, for each batch size and number of threads.
 
-    >>> from torch import nn
     >>> result = benchmark(nn.Conv2d(3, 4, 3), input_sizes=[(3, 8, 8)], batches=[2], repeats=3)
     >>> [(row.form, row.layout, row.batch) for row in result.rows]
     [('dense', 'contiguous', 2), ('dense', 'channels_last', 2)]
@@ -57,6 +67,8 @@ def benchmark(
         precisions: of ``"f32"``, ``"bf16"`` and ``"int8"``; those that the processor and the runtime have are timed.
         data: images, as the ``calibration`` of `convert_to_file`, on which low precision is calibrated and compared.
         max_drop: the largest loss of low precision that the advice allows: the images with another top-1, in %.
+        metric: also measure the network in each precision with this metric, as for `evaluate`, on the test images of
+            ``data``, or on its batches: then these are (inputs, targets) pairs if the metric needs targets.
         settings: the number of these images.
         preprocessing: of images, with timm's names, if it is not the network's own (`harmconvert.data.preprocessing`).
         device: where to run; default: the device of a network object, else the CPU.
@@ -66,6 +78,10 @@ def benchmark(
         UsageError: a form or a layout is unknown, no input size is known, or the network does not accept the input.
         CheckError: the outputs of a form differ from those of the network.
     """
+    if metric is not None and data is None:
+        raise UsageError(Argument("metric"), " is measured on data: give ", Argument("data", "DATA"))
+    chosen = None if metric is None else metric_of(metric)
+    data = tuple(data) if isinstance(data, Iterator) else data
     images = settings or CalibrationSettings(inputs=256)
     timed = BenchmarkSettings(batches, threads, forms, layouts, compiled, repeats, runtimes, precisions)
     network = opened(model, listener)
@@ -80,6 +96,24 @@ def benchmark(
     )  # fmt: skip
     if given is not None:
         timed = replace(timed, context=calibration_context(network.model, given, images.inputs))
+    if chosen is not None and data is not None:
+        tested, name = _test_batches(data, network.model, preprocessing or {}, listener)
+        timed = replace(timed, measured=lambda one: measured_on(chosen, tested, one, network.model, name))
     with listener.progress() as progress:
         result = time_forms(network.model, example_input, timed, progress)
     return replace(result, source=str(network.source), max_drop=max_drop)
+
+
+def _test_batches(
+    data: CalibrationData, model: nn.Module, preprocessing: Mapping[str, Any], listener: Listener
+) -> tuple[Iterable[Batch], str]:
+    """Return the batches on which a metric is measured, and the name of the data."""
+    data, name = own_loader(data)
+    if not isinstance(data, str | Path | DataRequest):
+        return TaskBatches(data), name
+    request = DataRequest.parse(data, holdout=0.0)
+    loading, _ = evaluation_loading(
+        request, model, MachineSettings(), batch_size=BATCH_SIZE, workers=0, preprocessing=preprocessing,
+        listener=listener,
+    )  # fmt: skip
+    return loading, request.name

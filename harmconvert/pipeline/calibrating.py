@@ -10,11 +10,11 @@ from torch import nn
 
 from ..calibration import CalibrationSettings
 from ..data.calibration import CalibrationImages, calibration_images
-from ..data.datasets import DataRequest
+from ..data.datasets import DataRequest, user_loader
 from ..data.preprocessing import describe_preprocessing
 from ..data.variety import uniform_output_warning
 from ..errors import Argument, UsageError, counted, shortened
-from .inputs import Sizes
+from .inputs import Sizes, input_channels
 from .listener import Listener
 
 # The data on which a flow calibrates.
@@ -51,6 +51,8 @@ def calibration_batches(
         )
     request = DataRequest.parse(data)
     name = request.name
+    if (loader := user_loader(request, "train")) is not None:
+        return loader
     with listener.busy(f"reading images of {name}"):
         images = calibration_images(
             request,
@@ -58,6 +60,7 @@ def calibration_batches(
             settings.inputs,
             batch_size,
             overrides={"input_size": sizes[0] if sizes else None, **preprocessing},
+            channels=input_channels(model),
             seed=settings.seed,
         )
     _report_images(name, images, model, listener)
@@ -66,7 +69,8 @@ def calibration_batches(
 
 def _report_images(name: str, images: CalibrationImages, model: nn.Module, listener: Listener) -> None:
     how = describe_preprocessing(images.preprocessing)
-    listener.say(f"calibrating on {counted(len(images), 'image')} of {name}, {how}")
+    what = "sample" if "task" in images.preprocessing else "image"
+    listener.say(f"calibrating on {counted(len(images), what)} of {name}, {how}")
     warn(uniform_output_warning(model, images.batches), listener)
     if images.unreadable:
         names = shortened(list(images.unreadable), 3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from ..calibration import CalibrationSettings, Progress, calibrate
 from ..calibration.reading import Reader, items
 from ..errors import Argument, InputError, UsageError, UserCodeError, shortened
 from ..kernels.basis import Basis
+from ..metrics import MetricLike, NetworkMetric, network_metric
 from ..network.checks import check_network, check_weights
 from ..network.tracing import Trace, find_layers, trace, trace_if_possible
 from ..network.values import default_input
@@ -48,7 +49,8 @@ def convert(
     bits: float | str | Mapping[str, float] | None = None,
     budget: str | Mapping[str, Any] | None = None,
     max_drop: float | None = None,
-    metric: Callable[[nn.Module], float] | None = None,
+    metric: MetricLike | NetworkMetric | None = None,
+    labelled: Iterable[Any] | None = None,
     calibration: Iterable[Any] | None = None,
     settings: CalibrationSettings | None = None,
     search: SearchSettings | None = None,
@@ -89,7 +91,11 @@ def convert(
         max_drop: instead of ``lam``: find the fewest parameters at which ``metric`` falls by at most this many points.
             The search bisects over budgets; `Conversion.drops` has its steps. With ``bits="auto"`` it finds the fewest
             bits per weight instead.
-        metric: a function that measures the quality of a network in points, such as top-1 in %; higher is better.
+        metric: what measures the quality of a network: a name, a `harmconvert.metrics.Metric` or a function of
+            (outputs, targets) or (model, loader), as for `evaluate`, on ``labelled``; default: top-1. Without
+            ``labelled``, a function of a network that returns points. Higher is better, unless the function has the
+            attribute ``higher_is_better = False``.
+        labelled: batches of (inputs, targets) on which ``metric`` is measured, as for `evaluate`.
         calibration: batches of 32 inputs or more in total for the refit: tensors, (input, target) pairs whose target is
             ignored, or dicts of keywords. They are read once.
         settings: settings of the calibration.
@@ -103,16 +109,17 @@ def convert(
     """
     check_network(model)
     check_weights(model)
-    _check_choices(lam, rank, bits, budget, max_drop, metric)
+    _check_choices(lam, rank, bits, budget, max_drop, labelled if metric is None else metric)
     setting = None if bits is None or isinstance(bits, str) else BitsSetting.of(bits)
     job = _Job(
         model, example_input, Scope(include, exclude, Basis(basis, normalization)), calibration,
         settings or CalibrationSettings(), progress, setting, None if rank is None else RankSetting.of(rank),
     )  # fmt: skip
-    if max_drop is not None and metric is not None:
+    if max_drop is not None:
+        quality = network_metric(metric, labelled, model)
         if bits == "auto":
-            return _fewest_bits_within_drop(job, max_drop, metric)
-        return _convert_within_drop(job, max_drop, metric, search or SearchSettings())
+            return _fewest_bits_within_drop(job, max_drop, quality)
+        return _convert_within_drop(job, max_drop, quality, search or SearchSettings())
     if budget is not None:
         parsed = Budget.parse(budget)
         if parsed.unit == "bytes":
@@ -130,7 +137,9 @@ def _check_choices(
             "bits='auto' finds the fewest bits within max_drop: give max_drop and metric, or a number of bits"
         )
     if (max_drop is None) != (metric is None):
-        raise UsageError("max_drop and metric (a function that measures a network) need each other: give both")
+        raise UsageError(
+            "max_drop needs a metric of the network or labelled batches, and these need max_drop: give both"
+        )
     if rank is not None and bits != "auto" and (max_drop is not None or _counts(budget)):
         raise UsageError(
             Argument("rank", rank), " and ", Argument("budget"), " or ", Argument("max_drop"),
@@ -201,8 +210,8 @@ def _convert_within_bytes(job: _Job, lam: str | int | Mapping[str, int] | Plan, 
     return code_within(job.model, plan, budget, calibration, job.settings, job.progress, run)
 
 
-def _fewest_bits_within_drop(job: _Job, max_drop: float, metric: Callable[[nn.Module], float]) -> Conversion:
-    """Return the conversion with the fewest bits whose metric is at most ``max_drop`` points below the original's."""
+def _fewest_bits_within_drop(job: _Job, max_drop: float, metric: NetworkMetric) -> Conversion:
+    """Return the conversion with the fewest bits whose metric is at most ``max_drop`` points worse."""
     uncut_metric = metric(job.model)
     job = replace(job, calibration=None if job.calibration is None else tuple(job.calibration))
     low, high = (math.log2(bits) for bits in _DROP_BITS)
@@ -211,14 +220,14 @@ def _fewest_bits_within_drop(job: _Job, max_drop: float, metric: Callable[[nn.Mo
     for number in range(_DROP_STEPS + 1):
         bits = 2 ** ((low + high) / 2 if number else high)
         conversion = _convert_by_policy(replace(job, bits=BitsSetting(bits)), "full")
-        drop = uncut_metric - metric(conversion.model)
+        drop = metric.drop(uncut_metric, conversion.model)
         steps.append(Step(conversion.cost.harmonic_bytes / max(conversion.cost.bytes, 1), drop))
         if drop <= max_drop:
             high, best = math.log2(bits), conversion
         elif best is None:
             raise UsageError(
-                f"with {bits:g} bits per weight the metric falls by {drop:.2f} points, more than {max_drop:g}: allow a "
-                "larger drop, or give calibration inputs"
+                f"with {bits:g} bits per weight {metric.name} is worse by {drop:.2f} points, more than {max_drop:g}: "
+                "allow a larger drop, or give calibration inputs"
             )
         else:
             low = math.log2(bits)
@@ -247,10 +256,8 @@ def _searching(job: _Job, budget: Budget, search: SearchSettings) -> Searching:
     return searching
 
 
-def _convert_within_drop(
-    job: _Job, max_drop: float, metric: Callable[[nn.Module], float], search: SearchSettings
-) -> Conversion:
-    """Return the smallest conversion whose metric is at most ``max_drop`` points below that of the uncut network."""
+def _convert_within_drop(job: _Job, max_drop: float, metric: NetworkMetric, search: SearchSettings) -> Conversion:
+    """Return the smallest conversion whose metric is at most ``max_drop`` points worse than the uncut one's."""
     images = None if job.calibration is None else tuple(job.calibration)
     job = replace(job, calibration=images)
     least_share = _searching(job, Budget("params", 1.0), SearchSettings()).least_share()
@@ -261,7 +268,7 @@ def _convert_within_drop(
         def attempt(share: float) -> tuple[Conversion, float]:
             budget = Budget.parse({"params": share})
             conversion = _convert_within_budget(job, budget, settings) if share < 1 else _convert_by_policy(job, "full")
-            return conversion, uncut_metric - metric(conversion.model)
+            return conversion, metric.drop(uncut_metric, conversion.model)
 
         conversion, steps = smallest_within(attempt, least_share, max_drop)
     return replace(conversion, drops=steps)

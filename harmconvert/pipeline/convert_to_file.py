@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ..arguments import Budget, stays_as_it_is
 from ..calibration import CalibrationSettings
 from ..data.datasets import DataRequest
-from ..errors import CheckError
+from ..errors import Argument, CheckError, UsageError
 from ..files import check_output, write_file
+from ..metrics import Metric, MetricLike, metric_of
 from ..network.distributed import joined, on_first_rank
 from ..network.forms import dense_form
 from ..plan import Bits, Plan, Rank
@@ -30,6 +31,7 @@ from .listener import SILENT, Listener
 from .networks import Openable, is_given, known_source, opened, text_of
 from .precision import in_fewer_bits
 from .saving import save
+from .testing import TaskData
 from .verification import Verification
 from .verify import verify
 
@@ -78,7 +80,8 @@ def convert_to_file(
     plan: str | Path | None = None,
     budget: str | Mapping[str, Any] | None = None,
     max_drop: float | None = None,
-    labelled: str | Path | DataRequest | None = None,
+    metric: MetricLike | None = None,
+    labelled: TaskData | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     basis: str = "dct",
@@ -114,7 +117,9 @@ def convert_to_file(
             a harmonic network are to be coded, None keeps its cut.
         plan: a file with a plan, instead of ``lam``: JSON, or a harmonic checkpoint.
         rank, bits, budget, max_drop, include, exclude, basis, normalization, settings, search: as for `convert`.
-        labelled: images for ``max_drop``: every second test image chooses the size, the others measure the loss.
+        metric: what ``max_drop`` limits, as for `evaluate`; default: the top-1 of a classifier.
+        labelled: data for ``max_drop``, as for `evaluate`: every second test image (of your own batches, every second
+            batch) chooses the size, the others measure the loss.
         dtype: type of the weights in the file: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
         calibration: a folder of images, ``sample:NAME``, a timm data set, or batches of your own.
         batch_size: calibration images in one forward pass.
@@ -137,7 +142,10 @@ def convert_to_file(
     check_output(output, force, ".safetensors")
     dtype_named(dtype)
     settings = settings or CalibrationSettings(inputs=256)
-    data = _Data(calibration, labelled, settings, batch_size, input_sizes, preprocessing or {}, listener)
+    if metric is not None and labelled is None:
+        raise UsageError(Argument("metric"), " is measured on data: give ", Argument("labelled", "DATA"))
+    chosen = None if metric is None else metric_of(metric)
+    data = _Data(calibration, labelled, chosen, settings, batch_size, input_sizes, preprocessing or {}, listener)
     target = _Target(source, str(output), dtype, input_sizes, force, command, listener, example_input)
     choices = (*(one is not None for one in (lam, rank, bits, plan, budget, labelled, calibration)), include, exclude)
     unchanged = stays_as_it_is(None if is_given(source) else text_of(source), choices, basis, normalization, dtype)
@@ -162,7 +170,8 @@ class _Data:
     """The images of a conversion, for the calibration and for ``max_drop``, and how to read them."""
 
     calibration: CalibrationData | None
-    labelled: str | Path | DataRequest | None
+    labelled: TaskData | None
+    metric: Metric | None
     settings: CalibrationSettings
     batch_size: int
     sizes: Sizes
@@ -185,7 +194,10 @@ class _Data:
         """Return the halves of the labelled images; None without labelled images."""
         if self.labelled is None:
             return None
-        return halves(self.labelled, model, sizes=self.sizes, preprocessing=self.preprocessing, listener=self.listener)
+        return halves(
+            self.labelled, model, self.metric, sizes=self.sizes, preprocessing=self.preprocessing,
+            listener=self.listener,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -239,10 +251,10 @@ def _convert(model: nn.Module, data: _Data, example_input: Any, options: Mapping
     with data.listener.progress("converting") as progress:
         conversion = convert(
             model, example_input=example_input, calibration=batches, progress=progress,
-            metric=parts.metric if parts else None, **options,
+            metric=parts.chooser() if parts else None, **options,
         )  # fmt: skip
     with data.listener.busy("testing on held-out images"):
-        held_out = parts.held_out(model, conversion.model) if parts else None  # in every process
+        held_out = parts.held_out(conversion.model) if parts else None  # in every process
     images = cast("Sequence[Tensor]", batches) if isinstance(data.calibration, str | Path | DataRequest) else ()
     return _Converted(conversion, held_out, images)
 

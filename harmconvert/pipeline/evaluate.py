@@ -1,58 +1,57 @@
-"""evaluate(): measure a network on labelled images, or with a metric of the caller."""
+"""evaluate(): measure a network on data, with the accuracy of a classifier or with any metric."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from ..data.datasets import DataRequest
-from ..data.loading import NO_LABEL, Batch, BatchLoader
+from ..data.loading import BatchLoader
 from ..data.variety import Variety
 from ..errors import Argument, Message, UsageError
+from ..metrics import MetricLike, TaskBatches, metric_of
 from ..network.distributed import joined
 from ..sources.opening import open_for_comparison
 from ..sources.request import SourceRequest
 from ..storage.checkpoint import Network
 from ..training import evaluation
-from ..training.evaluation import Evaluation, measure
+from ..training.evaluation import Evaluation
 from ..training.trainer import autocast
 from .calibrating import warn
 from .devices import machine_for, ready
 from .listener import SILENT, Listener
 from .networks import Openable, opened
-from .testing import evaluation_loading, note_unread
+from .testing import evaluation_loading, metric_for, note_unread, own_loader
 
 
 @dataclass(frozen=True)
 class Evaluated(Evaluation):
-    """An `Evaluation` with the source of the network and the pre-processing of the images.
-
-    ``metric`` is the mean of the caller's metric; None without one.
-    """
+    """An `Evaluation` with the source of the network and the pre-processing of the images."""
 
     source: str = ""
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
-    metric: float | None = None
+
+    @property
+    def metric(self) -> float | None:
+        """Return the value of the metric that was asked for, in points; None if none was."""
+        return None if self.measurement is None else self.measurement.value
 
     def to_json(self) -> dict[str, Any]:
         """Return the evaluation and its interval as JSON values."""
         result = super().to_json()
-        metric = result.pop("metric")
         first = {"source": result.pop("source"), "preprocessing": dict(result.pop("preprocessing"))}
-        return {**first, **result, **({} if metric is None else {"metric": metric})}
+        return {**first, **result, **({} if self.metric is None else {"metric": self.metric})}
 
 
 def evaluate(
     model: Openable,
     data: str | Path | DataRequest | Iterable[Any],
     *,
-    metric: Callable[[Any, Any], Any] | None = None,
+    metric: MetricLike | None = None,
     compare: Openable | None = None,
     compare_weights: str | Path | None = None,
     batch_size: int = 256,
@@ -62,21 +61,27 @@ def evaluate(
     device: str | None = None,
     listener: Listener = SILENT,
 ) -> Evaluated:
-    """Measure top-1 with its 95 % interval, top-5, loss and speed of a classifier; or the mean of a metric.
+    """Measure top-1 with its 95 % interval, top-5, loss and speed of a classifier; or another metric of any network.
 
     >>> result = evaluate("sample:resnet_mnist5k", "sample:mnist5k")
     >>> result.images, result.top1
     (1000, 0.994)
+    >>> import torch
+    >>> from torch import nn
     >>> squares = lambda outputs, targets: (outputs - targets).square().flatten(1).mean(1)
     >>> evaluate(nn.Identity(), [(torch.ones(4, 3), torch.zeros(4, 3))], metric=squares).metric
     1.0
 
     Args:
         model: a source string, a request, or a network object, which is not changed.
-        data: a folder with a folder for each class, ``sample:NAME``, a timm data set, or batches of your own: (images,
-            labels) pairs, or images alone.
-        metric: a function of the outputs and the targets of a batch: it returns a number for each example, or their
-            mean. With a metric, the network need not be a classifier, and your own batches may hold any inputs.
+        data: a folder with a folder for each class, ``sample:NAME``, a timm data set, a folder or file of another
+            kind (see the guide), ``FILE.py:FUNCTION`` that returns a loader, or batches of your own: (inputs,
+            targets) pairs, inputs alone, or dicts of keywords with the targets under ``labels`` or ``targets``.
+        metric: a name (`harmconvert.metrics.METRICS`), ``FILE.py:FUNCTION``, a `harmconvert.metrics.Metric` or a
+            function. A function takes (outputs, targets) of a batch and returns a number for each example, or their
+            mean. If its first parameter is named model, network, net or module (or its attribute ``takes`` is
+            ``"model"``), it takes (model, loader) and returns one number. With a metric that is not one of classes, the
+            network need not be a classifier, and your own batches may hold any inputs.
         compare: a second network, such as the uncut one, to measure the agreement with.
         compare_weights: weights for the second network.
         batch_size: images in one forward pass.
@@ -88,36 +93,39 @@ def evaluate(
 
     Raises:
         UsageError: the data does not exist, or the network does not run on images of this size.
-        InputError: there are no images, labels are beyond the network's classes, or the network is no classifier.
-        OutsideError: a download fails.
+        InputError: there are no images, labels are beyond the network's classes, or the metric does not fit the outputs
+            or the targets.
+        OutsideError: a download fails, or a package is not installed.
     """
+    chosen = None if metric is None else metric_of(metric)
     with joined():
         machine = machine_for(model, device)
         network = opened(model, listener, form="dense")
         other = None
         if compare is not None:
             other = ready(_second_network(compare, compare_weights, network, listener).model, compare, machine.device)
-        loading, config = None, dict(preprocessing or {})
+        loading, batches, config = None, None, dict(preprocessing or {})
+        data, name = own_loader(data)
         if isinstance(data, str | Path | DataRequest):
             request = DataRequest.parse(data, holdout=0.0)
             loading, config = evaluation_loading(
                 request, network.model, machine,
                 batch_size=batch_size, workers=workers, preprocessing=config, listener=listener,
             )  # fmt: skip
-            data = loading.epoch(0)
+            name, chosen = request.name, metric_for(chosen, config.get("task", ""))
+        else:
+            batches = TaskBatches(data)
         tested, variety = ready(network.model, model, machine.device), Variety()
-        with listener.progress() as progress, autocast(amp, machine.device):
-            count_batch = _batch_counter(progress, loading)
-            if metric is not None:
-                result = _measured(tested, data, metric, count_batch)
-            else:
-                result = Evaluated(
-                    **asdict(evaluation.evaluate(tested, _labelled(data), other, variety=variety, progress=count_batch))
-                )
+        with listener.progress() as progress:
+            result = evaluation.evaluate(
+                tested, loading or batches or (), other, metric=chosen, data=name,
+                autocast=partial(autocast, amp, machine.device), variety=variety if loading or chosen is None else None,
+                progress=_batch_counter(progress, loading),
+            )  # fmt: skip
         warn(variety.warning(), listener)
         if loading:
             note_unread(loading, result, listener)
-    return replace(result, source=str(network.source), preprocessing=config)
+    return Evaluated(**vars(result), source=str(network.source), preprocessing=config)
 
 
 def _second_network(compare: Openable, weights: str | Path | None, network: Network, listener: Listener) -> Network:
@@ -147,23 +155,3 @@ def _batch_counter(progress: Callable[[int, int, str], None], loading: BatchLoad
     """Return a function that reports one more batch, and the number of all batches if that is known."""
     done, steps = itertools.count(1), (loading.steps if loading else None) or 0
     return lambda images: progress(next(done), steps, "batches")
-
-
-def _labelled(batches: Iterable[Any]) -> Iterator[Batch]:
-    """Yield the caller's batches as `Batch`; they are (images, labels) pairs, or images alone."""
-    for batch in batches:
-        if isinstance(batch, Batch):
-            yield batch
-        elif isinstance(batch, Tensor):
-            yield Batch(batch, torch.full((len(batch),), NO_LABEL), [])
-        else:
-            images, labels = batch
-            yield Batch(torch.as_tensor(images), torch.as_tensor(labels).long(), [])
-
-
-def _measured(
-    model: nn.Module, batches: Iterable[Any], metric: Callable[[Any, Any], Any], progress: Callable[[int], None]
-) -> Evaluated:
-    pairs = ((batch[0], batch[1]) for batch in batches)
-    count, value, seconds = measure(model, pairs, metric, progress)
-    return Evaluated(count, 0, None, None, None, None, None, count / max(seconds, 1e-9), metric=value)

@@ -14,6 +14,7 @@ from ..codecs.table import CodecTable
 from ..data.datasets import Data, DataRequest
 from ..data.preprocessing import preprocessing_record
 from ..errors import Argument, HarmconvertError, Message, UsageError, counted
+from ..metrics import MetricLike, metric_of
 from ..network.distributed import joined, on_first_rank
 from ..network.exchange import exchange
 from ..network.state import weights_sha256
@@ -39,6 +40,7 @@ def finetune(
     output: str | Path | None = None,
     *,
     recipe: str | Recipe = "finetune",
+    metric: MetricLike | None = None,
     teacher: str | Path | nn.Module | None = None,
     num_classes: int | None = None,
     calibration_images: int = 256,
@@ -73,6 +75,8 @@ def finetune(
         data: a folder with a folder for each class, ``sample:NAME`` or a timm data set.
         output: the .safetensors file to write; None: write no file, and save no state.
         recipe: the name of a recipe, or a `Recipe`.
+        metric: what the network is tested with at each stage and after each epoch, as for `evaluate`; default: the
+            accuracy of a classifier.
         changes: fields of the recipe with other values, such as ``epochs`` or ``lr``.
         teacher: the uncut network, its source or a file of its weights; default: the source of the checkpoint.
         num_classes: give the network a new classifier, for data with other classes.
@@ -101,15 +105,19 @@ def finetune(
         check_run_outputs(target, resume, force)
     if not is_given(model):
         check_harmonic(text_of(model))
+    chosen = None if metric is None else metric_of(metric)
     with joined():
         cut = _open_cut(model, num_classes, teacher, listener)
         if recode and not cut.header.codecs.coded:
             what = " codes the weights again, but those of this network are not coded: code them with "
             raise UsageError(Argument("recode"), what, Argument("bits", "N"), " of a conversion")
         run = _prepare_run(cut, data, recipe, changes, resume, listener)
+        if chosen is not None and chosen.needs_uncut and cut.original is None:
+            problem = f"{chosen.name} compares with the uncut network: "
+            raise UsageError(problem, cut.why, "; name it with ", Argument("teacher", "SOURCE"))
         config = image_config(cut.model, preprocessing or {}, listener)
         setup = TrainingSetup(
-            config, machine or machine_on(), workers_for(workers, run.dataset),
+            config, machine or machine_on(), workers_for(workers, run.dataset), metric=chosen, data=run.name,
             state_file=state_file_for(target, resume, save_every, _identity(cut, run, config, recode), force, listener),
             say=listener.say,
         )  # fmt: skip
@@ -208,9 +216,10 @@ RANKED_CLIP = 1.0
 
 @dataclass(frozen=True)
 class _Run:
-    """The data, its name, and the recipe of a run."""
+    """The data, the name of a data set (empty: a folder), the name of the data, and the recipe of a run."""
 
     dataset: str
+    name: str
     data: Data
     recipe: Recipe
 
@@ -244,7 +253,7 @@ def _prepare_run(
         effect = "), so its accuracy and that of a cut are not known"
         listener.say(Message("note: the uncut network is not known (", cut.why, effect, *remedy))
     listener.say(str(final))
-    return _Run(request.dataset, images, final)
+    return _Run(request.dataset, request.name, images, final)
 
 
 def _changes_for_ranks(

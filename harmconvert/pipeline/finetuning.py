@@ -18,11 +18,13 @@ from ..calibration import CalibrationSettings, calibrate
 from ..codecs.codec import Entry, codec_of
 from ..data.datasets import Data
 from ..data.loading import NO_LABEL, Batch, choose_images, evaluation_batches, training_batches
+from ..data.pictures import BOXES
 from ..data.preprocessing import color_mode, evaluation_transform
 from ..data.variety import Variety
 from ..documents import check
 from ..errors import Argument, HarmconvertError, InputError, Message, UsageError, counted, first_line
-from ..network.classifier import replace_classifier
+from ..metrics.metric import Metric
+from ..network.classifier import detector_classes, replace_classifier
 from ..network.distributed import world_size
 from ..network.forms import dense_form
 from ..plan import Bits
@@ -48,13 +50,12 @@ class Stage:
 
     def to_json(self) -> dict[str, Any]:
         """Return the stage as JSON values; `from_json` is the inverse."""
-        return asdict(self)
+        return {**asdict(self), "evaluation": self.evaluation.to_json() if self.evaluation else None}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Stage:
         """Return the stage that `to_json` wrote."""
-        fields = dict(data["evaluation"]) if data["evaluation"] else None
-        evaluation = Evaluation(**{**fields, "unreadable": tuple(fields["unreadable"])}) if fields else None
+        evaluation = Evaluation.from_json(data["evaluation"]) if data["evaluation"] else None
         return cls(data["name"], evaluation, data["why"])
 
 
@@ -105,6 +106,7 @@ class FineTuning:
 class TrainingSetup:
     """Pre-processing, machine, loading and state of a training, and the functions that receive its messages.
 
+    ``metric`` is what the network is tested with (None: the accuracy of a classifier), ``data`` the name of the data.
     ``on_step`` receives the running means, ``on_test_batch`` the number of tested batches and of all batches (None for
     a stream), ``epoch_done`` the rows of metrics so far.
     """
@@ -113,6 +115,8 @@ class TrainingSetup:
     machine: MachineSettings
     workers: int = 0
     evaluation_batch_size: int = 256
+    metric: Metric | None = None
+    data: str = ""
     state_file: StateFile = field(default_factory=StateFile)
     say: Callable[[str], None] = lambda message: None
     on_step: Callable[[StepProgress], None] = lambda progress: None
@@ -262,18 +266,21 @@ def evaluator(
     )
 
     def evaluation_of(network: nn.Module) -> Evaluation:
-        other = None if network is original else original
+        compared = setup.metric is not None and setup.metric.needs_uncut
+        other = None if network is original and not compared else original
         precision = partial(autocast, recipe.amp, setup.machine.device)
         batches: Iterable[Batch] = loading.epoch(0)
         if recipe.distill == 1 and data.classes not in (None, number_of_classes(network)):
             # Training uses no labels, so the labels may be of other classes than the network's.
-            batches = (batch._replace(labels=torch.full_like(batch.labels, NO_LABEL)) for batch in batches)
+            batches = (batch._replace(targets=torch.full_like(batch.targets, NO_LABEL)) for batch in batches)
         done = itertools.count(1)
         variety = Variety()
         evaluation = evaluate(
             network,
             batches,
             other,
+            metric=setup.metric,
+            data=setup.data,
             autocast=precision,
             variety=variety,
             progress=lambda _: setup.on_test_batch(next(done), loading.steps),
@@ -289,10 +296,23 @@ def evaluator(
 
 def check_classes(data: Data, model: nn.Module, *remedy: str | Argument) -> None:
     """Raise InputError if the data has another number of classes than the network; ``remedy`` ends the message."""
+    if data.task == BOXES:
+        _check_categories(data, model)
+        return
     classes = number_of_classes(model)
     if data.classes is not None and classes is not None and data.classes != classes:
         what = f"the data has {counted(data.classes, 'class')}, the network {classes}"
         raise InputError(f"{what}: name data of the network's classes (", Argument("data"), "), or ", *remedy)
+
+
+def _check_categories(data: Data, model: nn.Module) -> None:
+    """Raise InputError if boxes have a category that a detector does not have."""
+    classes, largest = detector_classes(model), data.largest_label
+    if classes is not None and largest >= classes:
+        raise InputError(
+            f"category {largest} is beyond the {counted(classes, 'class')} of this network, of which 0 is the "
+            "background: name data of the network's classes (", Argument("data"), ")",
+        )  # fmt: skip
 
 
 def new_classifier(model: nn.Module, classes: int, source: Source) -> Source:

@@ -6,10 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..calibration.inputs import HELD_BACK
-from ..data.preprocessing import check_preprocessing, describe_preprocessing, preprocessing, preprocessing_record
+from ..data.pictures import CLASSES
+from ..data.preprocessing import (
+    check_preprocessing,
+    describe_preprocessing,
+    preprocessing,
+    preprocessing_record,
+    task_preprocessing,
+)
 from ..errors import Argument, UsageError, counted
 from ..layers.block import HarmonicBlock2d
 from ..layers.harmonic import CONVOLUTIONS
@@ -45,14 +52,17 @@ def random_of(sizes: Sizes, model: nn.Module) -> Any:
     return _one_or_all([match_dtype(torch.randn(1, *size, generator=generator), model) for size in sizes])
 
 
-def verification_inputs(sizes: Sizes, source: Source, images: Sequence[Tensor] = ()) -> dict[str, Any]:
+def verification_inputs(sizes: Sizes, source: Source, images: Sequence[Any] = ()) -> dict[str, Any]:
     """Return arguments for `verify`: the inputs, and whether they are random.
 
     The inputs are the first of these that is available: some of the held-back calibration ``images``, two random inputs
     of each size, the images of a sample network, or None. For None, `verify` makes two random inputs.
     """
+    if images and isinstance(images[0], list):
+        return {"inputs": [image for batch in images for image in batch][-1:]}
     if images:
-        return {"inputs": torch.cat(list(images))[HELD_BACK - 1 :: HELD_BACK][:16]}
+        alike = [batch for batch in images if batch.shape[1:] == images[0].shape[1:]]
+        return {"inputs": torch.cat(alike)[HELD_BACK - 1 :: HELD_BACK][:16]}
     if sizes:
         generator = torch.Generator().manual_seed(0)
         inputs = _one_or_all([torch.randn(2, *size, generator=generator) for size in sizes])
@@ -61,17 +71,21 @@ def verification_inputs(sizes: Sizes, source: Source, images: Sequence[Tensor] =
 
 
 def image_config(
-    model: nn.Module, overrides: Mapping[str, Any], listener: Listener, size: Sequence[int] | None = None
-) -> dict[str, Any]:
+    model: nn.Module, overrides: Mapping[str, Any], listener: Listener, size: Sequence[int] | None = None,
+    task: str = CLASSES,
+) -> dict[str, Any]:  # fmt: skip
     """Return the pre-processing of images, and send it to the listener.
 
-    ``size`` replaces the network's own size. An ``input_size`` of one number is the side of a square image.
+    ``size`` replaces the network's own size, ``task`` is the kind of the data. An ``input_size`` of one
+    number is the side of a square image.
 
     Raises:
         UsageError: neither the network nor the caller defines the pre-processing, or the inputs are not images.
     """
-    config = preprocessing(model, {**overrides, "input_size": size_of(model, {"input_size": size, **overrides})})
-    check_preprocessing(config)
+    options = {**overrides, "input_size": size_of(model, {"input_size": size, **overrides})}
+    config = task_preprocessing(model, options, task, input_channels(model))
+    if task == CLASSES:
+        check_preprocessing(config)
     listener.say(f"preprocessing: {describe_preprocessing(config)}")
     return config
 
@@ -98,10 +112,10 @@ def declare_inputs(model: nn.Module, overrides: Mapping[str, Any], sizes: Sizes)
 def size_of(model: nn.Module, overrides: Mapping[str, Any]) -> tuple[int, ...] | None:
     """Return the input size in overrides of the pre-processing; one number is the side of a square image."""
     size = overrides.get("input_size")
-    return (_input_channels(model), size, size) if isinstance(size, int) else size
+    return (input_channels(model), size, size) if isinstance(size, int) else size
 
 
-def _input_channels(model: nn.Module) -> int:
+def input_channels(model: nn.Module) -> int:
     """Return the input channels of the first convolution, else those that the network declares, else 3."""
     size = pretrained_config(model).get("input_size")
     first = next((module for module in model.modules() if isinstance(module, (HarmonicBlock2d, *CONVOLUTIONS))), None)

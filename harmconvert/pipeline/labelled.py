@@ -1,8 +1,8 @@
-"""Divide labelled images into two halves: one chooses the size of a network, the other measures the loss."""
+"""Divide data with targets into two halves: one chooses the size of a network, the other measures the loss."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,73 +10,102 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from ..data.datasets import DataRequest, Subset, open_data
-from ..data.loading import evaluation_batches
+from ..data.datasets import DataRequest, Subset
+from ..data.loading import Batch, evaluation_batches
 from ..data.pictures import Pictures
-from ..data.preprocessing import color_mode, evaluation_transform
-from ..errors import Argument, InputError, UsageError
+from ..data.preprocessing import color_mode, sample_transform
+from ..errors import Argument, InputError, UsageError, counted
+from ..metrics import AGREEMENT, KL, TOP1, Metric, NetworkMetric, TaskBatches
+from ..metrics.metric import UNCUT
 from ..training.evaluation import Evaluation, evaluate
 from .finetuning import check_classes
 from .inputs import Sizes, image_config
 from .listener import Listener
+from .testing import TaskData, metric_for, opened_data, own_loader
 
 BATCH_SIZE = 256
 
 
 @dataclass(frozen=True)
 class Halves:
-    """Test images in two halves: ``evaluate`` uses half 0, which chooses, or half 1, which is held out."""
+    """Test data in two halves: one chooses, the other is held out.
 
-    evaluate: Callable[[int, nn.Module], Evaluation]
+    ``uncut`` is the network that is converted. ``metric`` is None for the top-1 of a classifier.
+    """
 
-    def metric(self, network: nn.Module) -> float:
-        """Return the top-1 in % of a network on the half that chooses."""
-        return 100 * (self.evaluate(0, network).top1 or 0.0)
+    uncut: nn.Module
+    parts: tuple[Iterable[Batch], Iterable[Batch]]
+    metric: Metric | None
+    data: str
 
-    def held_out(self, uncut: nn.Module, converted: nn.Module) -> dict[str, Evaluation]:
+    def chooser(self) -> NetworkMetric:
+        """Return the metric, in points, on the half that chooses."""
+        metric = self.metric or TOP1
+
+        def value(network: nn.Module) -> float:
+            measurement = self._evaluate(0, network, metric).measurement
+            assert measurement is not None
+            return measurement.value
+
+        return NetworkMetric(value, metric.name, metric.higher_is_better)
+
+    def held_out(self, converted: nn.Module) -> dict[str, Evaluation]:
         """Evaluate both networks on the held-out half; return the evaluations by name."""
-        return {"uncut": self.evaluate(1, uncut), "converted": self.evaluate(1, converted)}
+        networks = {"uncut": self.uncut, "converted": converted}
+        return {name: self._evaluate(1, network, self.metric) for name, network in networks.items()}
+
+    def _evaluate(self, half: int, network: nn.Module, metric: Metric | None) -> Evaluation:
+        compared = metric is not None and UNCUT in metric.compares_with and metric.finite
+        other = self.uncut if compared else None
+        return evaluate(network, self.parts[half], other, metric=metric, data=f"half of {self.data}")
 
 
 def halves(
-    data: str | Path | DataRequest,
+    data: TaskData,
     model: nn.Module,
+    metric: Metric | None = None,
     *,
     sizes: Sizes,
     preprocessing: Mapping[str, Any],
     listener: Listener,
 ) -> Halves:
-    """Divide labelled test images into two halves.
+    """Divide test data into two halves.
 
     Args:
-        data: a folder with a folder for each class, ``sample:mnist5k`` or a timm data set.
+        data: a folder with a folder for each class, ``sample:mnist5k`` or a timm data set; or batches of your own.
+        metric: what is measured; None: the top-1 of a classifier. Metrics that compare with the uncut network need no
+            labels.
         sizes: the sizes (C, H, W) of the network's inputs, if the caller gives them.
 
     Raises:
         UsageError: the images do not exist, or are a stream.
         InputError: the images have no labels or other classes than the network, or there are fewer than two.
     """
+    data, name = own_loader(data)
+    if not isinstance(data, str | Path | DataRequest):
+        batches = tuple(TaskBatches(data))
+        if len(batches) < 2:
+            number = counted(len(batches), "batch")
+            raise InputError(Argument("labelled"), f" has {number}: one half chooses, the other measures; give two")
+        return Halves(model, (batches[::2], batches[1::2]), metric, name or "the labelled batches")
     request = DataRequest.parse(data, holdout=0.0)
     argument = Argument("labelled", request.dataset or request.data_dir)
-    opened = open_data(request, ("test",))
-    pictures = opened.test
+    opened = opened_data(request, ("test",), listener)
+    pictures, metric = opened.test, metric_for(metric, opened.task)
     if not isinstance(pictures, Pictures):
         raise UsageError(argument, " is a stream, which cannot be divided: give a folder or another data set")
-    unlabelled = InputError(argument, " has no labels: give a folder with a folder for each class")
-    if not pictures.labelled:
-        raise unlabelled
+    if not pictures.labelled and (metric is None or metric.needs_targets):
+        raise InputError(argument, " has no labels: give a folder with a folder for each class")
     if len(pictures) < 2:
         raise InputError(argument, f" has {len(pictures)} image: give two or more")
-    config = image_config(model, preprocessing, listener, sizes[0] if sizes else None)
-    image_halves = [Subset(pictures, np.arange(start, len(pictures), 2)) for start in (0, 1)]
-    check_classes(opened, model, "convert a network of the data's classes")
-
-    def evaluate_on(half: int, network: nn.Module) -> Evaluation:
-        transform = evaluation_transform(config)
-        loading = evaluation_batches(image_halves[half], transform, color_mode(config), BATCH_SIZE)
-        evaluation = evaluate(network, loading.epoch(0))
-        if evaluation.top1 is None:
-            raise unlabelled
-        return evaluation
-
-    return Halves(evaluate_on)
+    config = image_config(model, preprocessing, listener, sizes[0] if sizes else None, opened.task)
+    if metric is None or metric not in (AGREEMENT, KL):
+        check_classes(opened, model, "convert a network of the data's classes")
+    parts = [
+        evaluation_batches(
+            Subset(pictures, np.arange(start, len(pictures), 2)), sample_transform(config), color_mode(config),
+            BATCH_SIZE,
+        )
+        for start in (0, 1)
+    ]  # fmt: skip
+    return Halves(model, (parts[0], parts[1]), metric, request.name)

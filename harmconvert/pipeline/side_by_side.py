@@ -17,6 +17,7 @@ from ..network.comparison import greatest_difference, relative_difference, top1_
 from ..network.dataflow import weight_state
 from ..network.exchange import in_precision
 from ..network.faults import user_code_error
+from ..network.heads import compared_outputs, floating_tensors
 from ..network.layers import all_layers
 from ..network.running import call, evaluating, unchanged
 from ..network.side_effects import fixed_random_seed
@@ -165,7 +166,7 @@ class _SideBySide:
         self.tick(f"outputs in {str(precision).removeprefix('torch.')}")
         try:
             with fixed_random_seed():
-                return tensors_in(call(model, clone_tensors(inputs)))
+                return floating_tensors(compared_outputs(model, lambda: call(model, clone_tensors(inputs))))
         except _NoRunError:
             raise
         except Exception as failure:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ..data.datasets import Data, DataRequest, open_data
+from ..data.datasets import Data, DataRequest, open_data, user_loader
 from ..data.loading import BatchLoader, evaluation_batches
-from ..data.preprocessing import color_mode, evaluation_transform
+from ..data.pictures import BOXES, IMAGES, MASKS
+from ..data.preprocessing import color_mode, sample_transform
+from ..metrics import Metric, metric_of
 from ..training.evaluation import Evaluation
 from ..training.trainer import MachineSettings
 from .devices import workers_for
 from .finetuning import check_classes
 from .inputs import image_config
 from .listener import Listener
+
+# The data of a flow: its name, or batches of the caller.
+TaskData = str | Path | DataRequest | Iterable[Any]
 
 
 def opened_data(request: DataRequest, parts: Sequence[str], listener: Listener) -> Data:
@@ -24,6 +30,15 @@ def opened_data(request: DataRequest, parts: Sequence[str], listener: Listener) 
     for note in data.notes:
         listener.say(f"note: {note}")
     return data
+
+
+def own_loader(data: TaskData) -> tuple[TaskData, str]:
+    """Return the loader of the user's function if the data names one, else the data; and the name of the data."""
+    if not isinstance(data, str | Path | DataRequest):
+        return data, ""
+    request = DataRequest.parse(data)
+    loader = user_loader(request)
+    return (data if loader is None else loader), request.name
 
 
 def evaluation_loading(
@@ -46,16 +61,22 @@ def evaluation_loading(
     assert data.test is not None
     if data.labelled:
         check_classes(data, model, "evaluate a network of these classes")
-    config = image_config(model, preprocessing, listener)
+    config = image_config(model, preprocessing, listener, task=data.task)
     loading = evaluation_batches(
         data.test,
-        evaluation_transform(config),
+        sample_transform(config),
         color_mode(config),
         batch_size,
         workers=workers_for(workers, request.dataset),
         pin_memory=machine.device.type == "cuda",
     )
     return loading, config
+
+
+def metric_for(metric: Metric | None, task: str) -> Metric | None:
+    """Return the metric that is asked for, else that of the kind of data; None: the accuracy of a classifier."""
+    name = {MASKS: "miou", BOXES: "map", IMAGES: "psnr"}.get(task)
+    return metric if metric is not None or name is None else metric_of(name)
 
 
 def note_unread(loading: BatchLoader, evaluation: Evaluation, listener: Listener) -> None:

@@ -22,6 +22,7 @@ from ..errors import InputError, shortened
 from ..layers.block import HarmonicBlock2d
 from ..layers.harmonic import is_harmonic_layer
 from ..network.forms import fold_blocks
+from ..network.heads import compared_text
 from ..network.layers import converted_layers, state_key, stored_names
 from ..network.running import evaluating
 from ..network.state import tensors_of
@@ -98,7 +99,7 @@ def verify(
     altered = [] if structural else altered_state(original, converted, pairs, written)
     tick = _ticker(progress, 2 * len(pairs) + 2 * (1 if dtype == torch.float64 else 2))
     kernels = _kernel_checks(pairs, planned, written, tick)
-    notes: list[str] = []
+    notes = [note for note in (compared_text(original),) if note is not None]
     results = comparisons(original, converted, inputs, dtype, list(pairs), notes, tick)
     first = next(iter(results.values()))
     rewritten = {name for one in results.values() for name in one.rewritten}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..errors import UsageError
+from ..metrics.metric import Measurement
 from ..plan import bases_text
 from .facts import Report, StageFacts
 
@@ -15,7 +16,8 @@ from .facts import Report, StageFacts
 class Column:
     """One checkpoint: sizes, MACs per example in factored form, and its last known accuracy. None means not known.
 
-    ``bits``: per coded weight; None if no weight is coded.
+    ``bits``: per coded weight; None if no weight is coded. ``measurement``: of a metric other than the accuracy, or of
+    the metric that was asked for.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Column:
     top1_interval: tuple[float, float] | None
     agreement: float | None
     images: int | None
+    measurement: Measurement | None = None
 
     @property
     def share(self) -> float:
@@ -68,6 +71,9 @@ class Comparison:
             notes.append("these checkpoints were converted from different weights of the same network")
         if len({column.images for column in self.columns if column.top1 is not None}) > 1:
             notes.append("the accuracies were measured on different numbers of images")
+        measured = [column.measurement for column in self.columns if column.measurement is not None]
+        if len({(one.metric, one.samples, one.data) for one in measured}) > 1:
+            notes.append("the metrics were measured on different data: " + "; ".join(map(str, measured)))
         return tuple(notes)
 
     def to_json(self) -> dict[str, Any]:
@@ -82,11 +88,16 @@ def check_enough(what: Sequence[Any]) -> None:
         raise UsageError("a comparison needs two checkpoints or more")
 
 
-def comparison_of(reports: Sequence[Report], all_layers: bool = False) -> Comparison:
+def comparison_of(
+    reports: Sequence[Report], all_layers: bool = False, metric: str | None = None,
+    measurements: Sequence[Measurement | None] = (),
+) -> Comparison:  # fmt: skip
     """Compare the reports of two or more checkpoints.
 
     Args:
         all_layers: list all layers, and not only those of which the checkpoints keep different numbers of parts.
+        metric: the name of the metric whose recorded value is shown; None: the last one that is recorded.
+        measurements: of each checkpoint, instead of those that are recorded.
 
     Raises:
         UsageError: there are fewer than two reports.
@@ -96,7 +107,16 @@ def comparison_of(reports: Sequence[Report], all_layers: bool = False) -> Compar
     names = dict.fromkeys(layer.name for report in reports for layer in report.layers)
     rows = {name: tuple(by_name.get(name) for by_name in kept) for name in names}
     listed = {name: row for name, row in rows.items() if all_layers or len(set(row)) > 1}
-    return Comparison(tuple(map(_column, reports)), listed)
+    shown = measurements or [_recorded(report, metric) for report in reports]
+    columns = [replace(_column(report), measurement=one) for report, one in zip(reports, shown, strict=True)]
+    return Comparison(tuple(columns), listed)
+
+
+def _recorded(report: Report, metric: str | None) -> Measurement | None:
+    """Return the last measurement that is recorded, of a metric of this name if one is given."""
+    measured = [stage.measurement for stage in report.stages if stage.measurement is not None]
+    chosen = [one for one in measured if metric in (None, one.metric)]
+    return chosen[-1] if chosen else None
 
 
 def _column(report: Report) -> Column:

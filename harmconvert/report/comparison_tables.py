@@ -32,10 +32,22 @@ def comparison_table(comparison: Comparison) -> Table:
         ("trained", [f"{counted(column.epochs, 'epoch')}" if column.epochs else "" for column in columns]),
         ("top-1", ["not known" if c.top1 is None else f"{c.top1:.2%} ({c.stage})" for c in columns]),
         ("95 %", ["" if not c.top1_interval else "{:.2%} to {:.2%}".format(*c.top1_interval) for c in columns]),
+        *_measurements(columns),
         ("as uncut", ["" if column.agreement is None else f"{column.agreement:.2%}" for column in columns]),
     ]
     rows = [[fact, *values] for fact, values in facts if any(values)]
     return fitted_table(["", *(column.name for column in columns)], rows, left={0})
+
+
+def _measurements(columns: tuple[Column, ...]) -> list[tuple[str, list[str]]]:
+    """Return a row for each metric that was measured, and one for its interval."""
+    rows = []
+    for title in dict.fromkeys(c.measurement.title for c in columns if c.measurement is not None):
+        found = [c.measurement if c.measurement is not None and c.measurement.title == title else None for c in columns]
+        rows.append((title, ["not known" if m is None else m.in_unit(m.value) for m in found]))
+        bounds = ["" if m is None or m.interval is None else " to ".join(map(m.in_unit, m.interval)) for m in found]
+        rows.append((f"{title}, 95 %", bounds))
+    return rows
 
 
 def differences_table(comparison: Comparison) -> Table:

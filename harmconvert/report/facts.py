@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .. import __version__
+from ..metrics.metric import Measurement
 from ..plan import Plan, bases_text, normalizations_text
 from ..storage.checkpoint import Source
 
@@ -36,7 +37,10 @@ class Form:
 
 @dataclass(frozen=True)
 class StageFacts:
-    """The accuracy of the network at one stage, as shares from 0 to 1; ``why``: why it was not measured."""
+    """The accuracy of the network at one stage, as shares from 0 to 1, and its value of another metric.
+
+    ``why``: why it was not measured.
+    """
 
     name: str
     images: int | None = None
@@ -46,6 +50,11 @@ class StageFacts:
     agreement: float | None = None
     divergence: float | None = None
     why: str | None = None
+    measurement: Measurement | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a dict for JSON; it has a measurement only if there is one."""
+        return {key: value for key, value in asdict(self).items() if key != "measurement" or value is not None}
 
 
 @dataclass(frozen=True)
@@ -214,6 +223,7 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Return a dict for JSON; `Plan.load` reads the plan from it."""
         plain = asdict(replace(self, plan=Plan(())))
+        plain["stages"] = [stage.to_json() for stage in self.stages]
         plain["layers"] = [{**asdict(layer), "share": layer.share} for layer in self.layers]
         plain["coding"] = [{**asdict(layer), "bits": layer.bits} for layer in self.coding]
         plain["ranks"] = [{**asdict(layer), "share": layer.share, "outside": layer.outside} for layer in self.ranks]

@@ -11,15 +11,16 @@ from typing import Any
 
 from torch import nn
 
-from ..deploy.benchmark import Benchmark
+from ..deploy.advice import Benchmark
 from ..errors import InputError
+from ..metrics.intervals import wilson_interval
+from ..metrics.metric import Measurement
 from ..network.forms import dense_form
 from ..network.layers import all_layers
 from ..network.tracing import Trace, find_layers, trace_if_possible
 from ..pipeline.convert import RECORD_KEY
 from ..plan import Cost, Plan, layer_costs, network_cost, parameter_count, tensor_bytes
 from ..storage.checkpoint import Header
-from ..training.evaluation import wilson_interval
 from .coding import layer_bytes
 from .facts import Form, LayerFacts, Report, StageFacts
 from .ranks import layer_ranks
@@ -187,7 +188,9 @@ def _stage(name: str, evaluation: Mapping[str, Any] | None, why: str | None) -> 
     top1, labelled = _number(evaluation["top1"]), int(evaluation["labelled"])
     interval = None if top1 is None or not labelled else wilson_interval(top1, labelled)
     loss, agreement, divergence = (_number(evaluation[key]) for key in ("loss", "agreement", "divergence"))
-    return StageFacts(name, labelled or int(evaluation["images"]), top1, interval, loss, agreement, divergence, why)
+    images, measured = labelled or int(evaluation["images"]), evaluation.get("measurement")
+    measurement = Measurement.from_json(measured) if measured else None
+    return StageFacts(name, images, top1, interval, loss, agreement, divergence, why, measurement)
 
 
 def _number(value: Any) -> float | None:

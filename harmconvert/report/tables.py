@@ -10,7 +10,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from ..calibration import ENOUGH_POSITIONS, Calibration
-from ..deploy.benchmark import Benchmark
+from ..deploy.advice import Benchmark
 from ..deploy.export import Exported
 from ..errors import Argument, Message, counted, one_line, shortened
 from ..network.forms import Factoring
@@ -106,20 +106,36 @@ def calibration_lines(calibration: Calibration) -> list[str]:
 
 def benchmark_rows(benchmark: Benchmark) -> Table:
     """Return a row for each way in which the network was run."""
-    rows = []
+    rows, metric = [], next((row.measurement.title for row in benchmark.rows if row.measurement is not None), "metric")
     for row in benchmark.rows:
         layout = row.layout.replace("channels_last", "ch. last")
         mode = "compiled" if row.compiled else "eager" if row.runtime == "torch" else row.runtime
         settings = [row.form, mode, row.precision, layout, str(row.batch), str(row.threads)]
         if row.seconds is None or row.examples_per_second is None:
-            rows.append([*settings, "", "", "", "", row.note or "", ""])
+            rows.append([*settings, "", "", "", "", row.note or "", "", ""])
             continue
         peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.0f}"
         speed = f"{row.examples_per_second:,.1f}"
         error = "" if row.error is None else f"{row.error:.0e}"
         same = "" if row.agreement is None else f"{row.agreement:.1%}"
-        rows.append([*settings, f"{1e3 * row.seconds:,.1f}", f"{row.spread or 0:.0%}", speed, peak, error, same])
-    headings = ["form", "mode", "in", "layout", "batch", "thr", "ms", "+-", "per s", "MiB", "error", "same top-1"]
+        time = [f"{1e3 * row.seconds:,.1f}", f"{row.spread or 0:.0%}", speed]
+        measured = "" if row.measurement is None else row.measurement.text
+        rows.append([*settings, *time, peak, error, same, measured])
+    headings = [
+        "form",
+        "mode",
+        "in",
+        "layout",
+        "batch",
+        "thr",
+        "ms",
+        "+-",
+        "per s",
+        "MiB",
+        "error",
+        "same top-1",
+        metric,
+    ]
     return fitted_table(headings, rows, left={0, 1, 2, 3, 10})
 
 
@@ -159,7 +175,8 @@ def evaluation_lines(evaluation: Evaluation) -> list[str]:
         lines.append(f"top-5 {evaluation.top5:.2%}, loss {evaluation.loss:.4f}")
     if evaluation.agreement is not None and evaluation.top1 is not None:
         lines.append(f"agreement {evaluation.agreement:.2%}, KL {evaluation.divergence:.3g}")
-    lines.append(f"{evaluation.images_per_second:,.0f} images/s")
+    speed = evaluation.images_per_second
+    lines.append(f"{speed:,.0f} {'images' if evaluation.measurement is None else 'samples'}/s")
     if evaluation.unreadable:
         names = shortened(list(evaluation.unreadable), 3)
         lines.append(f"{counted(len(evaluation.unreadable), 'image')} could not be read: {names}")
@@ -167,8 +184,8 @@ def evaluation_lines(evaluation: Evaluation) -> list[str]:
 
 
 def stages_table(stages: Sequence[Stage]) -> Table:
-    """Return a row for each stage of a fine-tuning: top-1 with its interval, loss, agreement with the uncut network."""
-    rows = []
+    """Return a row for each stage of a fine-tuning: top-1 or a metric with its interval, loss, agreement."""
+    rows, headings = [], set()
     for stage in stages:
         evaluation = stage.evaluation
         if evaluation is None:
@@ -180,8 +197,15 @@ def stages_table(stages: Sequence[Stage]) -> Table:
         )
         loss = "" if evaluation.loss is None else f"{evaluation.loss:.4f}"
         agreement = "" if evaluation.agreement is None else f"{evaluation.agreement:.2%}"
+        heading, measured = "top-1", evaluation.measurement
+        if measured is not None:
+            heading, top1 = measured.title, measured.in_unit(measured.value)
+            bounds = () if measured.interval is None else map(measured.in_unit, measured.interval)
+            interval = " to ".join(bounds)
+        headings.add(heading)
         rows.append([stage.name, top1, interval, loss, agreement, ""])
-    return fitted_table(["stage", "top-1", "95 %", "loss", "agreement with uncut", "note"], rows, left={0, 5})
+    heading = ", ".join(sorted(headings)) or "top-1"
+    return fitted_table(["stage", heading, "95 %", "loss", "agreement with uncut", "note"], rows, left={0, 5})
 
 
 def tradeoff_table(tradeoff: Tradeoff) -> Table:

@@ -10,13 +10,14 @@ from torch import nn
 
 from ..calibration import CalibrationSettings
 from ..errors import Argument, InputError, counted, shortened
+from ..metrics.intervals import wilson_interval
 from ..network.checks import check_network
 from ..network.tracing import find_layers, trace_if_possible
 from ..pipeline.convert import Conversion, convert
 from ..plan import BitsSetting, Plan, make_plan, parameter_count
 from ..plan.cost import Cost
 from ..storage.checkpoint import Header
-from ..training.evaluation import Evaluation, wilson_interval
+from ..training.evaluation import Evaluation
 from .coding import layer_bytes
 from .facts import total_bytes
 

@@ -21,11 +21,19 @@ def rank_spectrum(value: Any) -> bool:
     return all(finite(share) and 0 <= share <= 1 for share in value)
 
 
+_MEASUREMENT = {
+    **dict.fromkeys(("metric", "title", "unit", "data"), str),
+    "value": number,
+    "interval": (pair, None),
+    "higher_is_better": bool,
+    "samples": count,
+}
 _EVALUATION = {
     **dict.fromkeys(("images", "labelled"), count),
     **dict.fromkeys(("top1", "top5", "loss", "agreement", "divergence", "images_per_second"), _NUMBER),
     "top1_interval": ([number], None),
     "unreadable": [str],
+    "measurement": (_MEASUREMENT, None),
 }
 _LAYER = {
     "name": str,

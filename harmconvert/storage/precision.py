@@ -14,9 +14,10 @@ from ..errors import CheckError, InputError, UsageError
 from ..network.comparison import greatest_difference
 from ..network.copying import deep_copy
 from ..network.exchange import in_sixteen_bits
+from ..network.heads import compared_outputs, floating_tensors
 from ..network.running import call, evaluating
 from ..network.state import fill, tensors_of
-from ..network.values import clone_tensors, match_dtype, tensors_in
+from ..network.values import clone_tensors, match_dtype
 
 
 def dtype_named(name: str) -> torch.dtype:
@@ -97,4 +98,6 @@ def _name_and_alternatives(dtype: torch.dtype) -> tuple[str, str]:
 
 
 def _outputs(network: nn.Module, inputs: Any) -> list[Tensor]:
-    return tensors_in(call(network, clone_tensors(match_dtype(inputs, network))))
+    return floating_tensors(
+        compared_outputs(network, lambda: call(network, clone_tensors(match_dtype(inputs, network))))
+    )

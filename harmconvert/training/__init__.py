@@ -1,10 +1,10 @@
-"""Training and evaluation: recipe, loop, state to resume from, distillation, accuracy on labelled images.
+"""Training and evaluation: recipe, loop, state to resume from, distillation, evaluation by a metric.
 
 What belongs here: training and evaluation of any network. What does not: the stages of fine-tuning a converted network
 (`pipeline`).
 """
 
-from .evaluation import Evaluation, evaluate, wilson_interval
+from .evaluation import Evaluation, evaluate
 from .harmonize import harmonize
 from .interrupts import SignalError, StopRequest
 from .loop import Callbacks, StepProgress, train
@@ -36,6 +36,5 @@ __all__ = [
     "read_record",
     "recipe_named",
     "train",
-    "wilson_interval",
     "write_metrics",
 ]

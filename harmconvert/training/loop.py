@@ -202,6 +202,8 @@ class _Run:
             tested = self.callbacks.test(self.trainer.result_network())
             row |= {"test_top1": tested.top1, "test_top5": tested.top5, "test_loss": tested.loss}
             row |= {"test_agreement": tested.agreement, "test_divergence": tested.divergence}
+            if tested.measurement is not None:
+                row |= {f"test_{tested.measurement.title}": tested.measurement.value}
         return row
 
     def _save(self) -> None:

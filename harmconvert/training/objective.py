@@ -9,7 +9,8 @@ from torch.nn import functional
 
 from ..data.loading import NO_LABEL
 from ..errors import Argument, InputError
-from .evaluation import check_labels, class_logits
+from ..metrics.classification import check_labels
+from ..metrics.outputs import class_logits
 from .recipe import Recipe
 
 

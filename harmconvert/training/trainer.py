@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from ..data.loading import Batch
 from ..errors import Argument, InputError, UsageError, first_line
 from ..layers.harmonic import coefficients_to_channels_last
+from ..metrics.measuring import run_on
+from ..metrics.outputs import class_logits
 from ..network.distributed import sum_over_ranks, world_size
 from ..network.layers import converted_layers, stored_names
 from ..network.state import fill, tensors_of
 from ..network.values import images_to_channels_last
 from ..storage.weights import load_exactly
 from .coded_rows import CodedRows
-from .evaluation import class_logits, run_on_images
 from .interrupts import SIGNALS, StopRequest
 from .objective import Objective
 from .recipe import Recipe
@@ -88,10 +89,10 @@ class Trainer:
     def step(self, batch: Batch, epoch: int, step: int) -> None:
         """Do one optimiser step on a batch, divided into ``grad_accum_steps`` parts."""
         self._set_learning_rate(epoch, step)
-        images = batch.images.to(self.machine.device, non_blocking=True)
+        images = batch.inputs.to(self.machine.device, non_blocking=True)
         if self.machine.channels_last:
             images = images_to_channels_last(images)
-        images, targets = self.objective.prepare(images, batch.labels.to(self.machine.device, non_blocking=True))
+        images, targets = self.objective.prepare(images, batch.targets.to(self.machine.device, non_blocking=True))
         count = self.recipe.grad_accum_steps
         parts = list(zip(images.chunk(count), targets.chunk(count), strict=True))
         self.optimizer.zero_grad(set_to_none=True)
@@ -100,7 +101,7 @@ class Trainer:
             network = cast(Any, self.network)
             with network.no_sync() if world_size() > 1 and not last else nullcontext():
                 with self.autocast():
-                    output = run_on_images(network, part)
+                    output = run_on(network, part)
                     loss = self.objective(output, part, target)
                 self.scaler.scale(loss * (len(part) / len(images))).backward()
             self._add_to_sums(loss, output, target)
