@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --retries 5
 
-.PHONY: demo test test-slow test-oldest faults lint docs browser clean
+.PHONY: demo test test-slow test-oldest examples faults lint docs browser clean
 
 demo: $(VENV)/.samples
 	$(BIN)/harmconvert demo
@@ -14,6 +14,9 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2
+
+examples: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 tests/test_examples.py
 
 # The fast suite on the oldest versions that pyproject.toml allows, on the oldest of these Pythons that is here. Without
 # tests/faults and without figures and pages, which matplotlib, jinja2 and a browser make: no oldest version is
