@@ -8,6 +8,8 @@ import torch
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import Tensor, nn
+from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+from torchvision.models.detection.ssd import SSD
 
 # Name -> (function that makes it, input shape): every class of convolution, with every unusual setting.
 CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -35,6 +37,28 @@ CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "ScaledStdConv2d": (lambda: ScaledStdConv2d(3, 8, 3), (2, 3, 9, 9)),
     "ScaledStdConv2dSame": (lambda: ScaledStdConv2dSame(3, 8, 3, stride=2), (2, 3, 9, 9)),
 }
+
+
+class _Features(nn.Module):
+    """The backbone of a tiny detector: one map of features, at an eighth of the size."""
+
+    out_channels = (8,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.second = nn.Conv2d(8, 8, 3, stride=4, padding=1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"0": self.second(self.first(x).relu()).relu()}
+
+
+def tiny_detector() -> nn.Module:
+    """Return torchvision's SSD with two small convolutions, for two classes and the background."""
+    return SSD(
+        _Features(), DefaultBoxGenerator([[2]], scales=[0.2, 0.5]), (64, 64), 3, score_thresh=0.3,
+        detections_per_img=20, topk_candidates=20,
+    )  # fmt: skip
 
 
 class Branches(nn.Module):

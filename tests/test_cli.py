@@ -380,7 +380,7 @@ def test_the_command_line_is_frozen() -> None:
              *network, *common, *size, *loudness]
         ),
         "finetune": sorted(
-            ["--recode", "--train-only", "--metric",
+            ["--recode", "--train-only", "--metric", "--loss",
              "--num-classes", "--distill", "--distill-temperature", "--teacher", "--calibration-images",
              "--trust-code", "--model", "--report", *data, *training, *common, *size, *loudness]
         ),

@@ -16,7 +16,7 @@ import harmconvert as hc
 from harmconvert.calibration import Divergence, calibration_set
 from harmconvert.network import compared_outputs, floating_tensors, heads_of
 
-from .networks import random_input, seeded
+from .networks import random_input, seeded, tiny_detector
 
 
 @dataclass
@@ -76,7 +76,7 @@ def test_networks_with_several_outputs_are_calibrated(form: str) -> None:
 
 @pytest.fixture(scope="module")
 def detector() -> nn.Module:
-    return seeded(lambda: ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3))
+    return seeded(tiny_detector)
 
 
 def images(number: int, seed: int = 0) -> list[Tensor]:
@@ -95,7 +95,7 @@ def test_detectors_are_compared_by_the_outputs_of_their_heads(detector: nn.Modul
 
 
 def test_a_cut_detector_is_verified_although_it_finds_other_boxes(detector: nn.Module) -> None:
-    cut = hc.convert(detector, {"backbone.features.0.0.0": 2, "head.*": 2}, example_input=images(1))
+    cut = hc.convert(detector, {"*": 2}, example_input=images(1))
     check = hc.verify(detector, cut, images(1))
     assert check.as_planned
     assert 0 < check.max_relative_error < 1
@@ -119,14 +119,23 @@ def test_a_detector_of_two_stages_is_compared_by_its_regions() -> None:
     assert (why, value is not None and value > 0) == (None, True)
 
 
-@pytest.mark.slow
 def test_a_detector_is_calibrated_on_lists_of_images(detector: nn.Module) -> None:
-    record = hc.convert(
-        detector, {"head.*": 1}, example_input=images(1), calibration=[images(4, seed) for seed in range(8)]
-    ).calibration
+    batches = [images(4, seed) for seed in range(8)]
+    record = hc.convert(detector, {"*": 1}, example_input=images(1), calibration=batches).calibration
     assert record is not None
     assert record.divergence is not None
+    assert record.plain_divergence is not None
+    assert record.divergence < record.plain_divergence
     assert any(note.startswith("the outputs of head are compared") for note in record.notes)
+
+
+@pytest.mark.slow
+def test_a_detector_of_torchvision_is_verified() -> None:
+    net = seeded(lambda: ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3))
+    cut = hc.convert(net, {"backbone.features.0.0.0": 2, "head.*": 2}, example_input=images(1))
+    check = hc.verify(net, cut, images(1))
+    assert check.as_planned
+    assert 0 < check.max_relative_error < 1
 
 
 def test_a_network_of_torchvision_with_an_auxiliary_head_is_verified() -> None:

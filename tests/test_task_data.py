@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 
 import harmconvert as hc
 from harmconvert.data import (
@@ -25,7 +24,7 @@ from harmconvert.data import (
 from harmconvert.errors import InputError, UsageError
 
 from .commands import fails, ok
-from .networks import seeded
+from .networks import seeded, tiny_detector
 from .test_flows import Recorder
 
 PLAIN = {"preprocess": "none"}
@@ -93,7 +92,7 @@ class Upscaler(nn.Module):
 
 @pytest.fixture(scope="module")
 def detector() -> nn.Module:
-    return seeded(lambda: ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3))
+    return seeded(tiny_detector)
 
 
 # --- kinds ---

@@ -21,6 +21,13 @@ from .recording import command_words
 @training_options.recipe_options
 @options.metric
 @click.option(
+    "--loss",
+    metavar="NAME",
+    help="cross-entropy (classes or pixels), l1, l2, detector (the losses of torchvision's detectors), distillation "
+    "(from the outputs of the uncut network, without targets), or FILE.py:FUNCTION of (outputs, targets). Default: "
+    "that of the kind of data.",
+)
+@click.option(
     "--train-only",
     type=click.Choice(["all", "coefficients"]),
     help="What to train; coefficients: only the coefficients of harmonic layers.",
@@ -36,7 +43,7 @@ from .recording import command_words
     type=types.FiniteRange(0, 1),
     is_flag=False,
     flag_value=1.0,
-    help="Share of the loss that compares with the logits of the uncut network; --distill alone: 1, which needs no "
+    help="Share of the loss that compares with the outputs of the uncut network; --distill alone: 1, which needs no "
     "labels. Default: 0, or 1 if the images have no labels.",
 )
 @click.option(
@@ -77,6 +84,7 @@ def command(
     report: str | None,
     force: bool,
     metric: str | None,
+    loss: str | None,
     teacher: str | None,
     num_classes: int | None,
     calibration_images: int,
@@ -112,6 +120,7 @@ def command(
         training_options.data_request(values),
         output,
         metric=metric,
+        loss=loss,
         teacher=teacher,
         num_classes=num_classes,
         calibration_images=calibration_images,

@@ -37,7 +37,8 @@ def progress(epochs: int) -> Iterator[TrainingProgress]:
 
         def step_done(at: StepProgress) -> None:
             steps = at.steps or at.step
-            text = f"{at.epoch + 1}/{epochs}  loss {at.loss:.3f}  {at.accuracy:.1%}  {at.images_per_second:,.0f} img/s"
+            right = "" if at.accuracy is None else f"  {at.accuracy:.1%}"
+            text = f"{at.epoch + 1}/{epochs}  loss {at.loss:.3f}{right}  {at.images_per_second:,.0f} img/s"
             bar.update(task, completed=at.epoch * steps + at.step, total=epochs * steps, description=text)
 
         testing = bar.add_task("testing", visible=False)

@@ -7,7 +7,16 @@ the use of the batches (`calibration`, `training`).
 from .calibration import CalibrationImages, calibration_images
 from .datasets import Data, DataRequest, Stream, Subset, open_data, user_loader
 from .joint import JointTransform
-from .loading import NO_LABEL, Batch, Batches, BatchLoader, choose_images, evaluation_batches, training_batches
+from .loading import (
+    NO_LABEL,
+    Batch,
+    Batches,
+    BatchLoader,
+    choose_inputs,
+    evaluation_batches,
+    input_batches,
+    training_batches,
+)
 from .pictures import Pictures, convert_mode
 from .preprocessing import (
     Transform,
@@ -42,12 +51,13 @@ __all__ = [
     "Variety",
     "calibration_images",
     "check_preprocessing",
-    "choose_images",
+    "choose_inputs",
     "color_mode",
     "convert_mode",
     "describe_preprocessing",
     "evaluation_batches",
     "evaluation_transform",
+    "input_batches",
     "open_data",
     "padded_crop_transform",
     "preprocessing",

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain, groupby, islice
+from itertools import chain, islice
 from itertools import count as count_from
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from ..arguments import STREAMS, check_unlabelled
 from ..errors import HarmconvertError, InputError, UsageError, counted, first_line, shortened
@@ -21,6 +20,7 @@ from ..samples import mnist5k
 from .datasets import DataRequest, Stream, open_timm, pictures_from_timm, split_folder
 from .folders import Files
 from .joint import JointTransform
+from .loading import input_batches
 from .pictures import BOXES, CLASSES, UNREADABLE, Pictures, convert_mode, photographs, random_crop
 from .preprocessing import color_mode, sample_transform, task_preprocessing
 from .recognising import recognised
@@ -90,7 +90,7 @@ def calibration_images(
         images = list(chain.from_iterable(gathered(images)))[:count]
     if not images:
         raise InputError(f"{request.name} has no image: give a folder of images, sample:NAME or a timm data set")
-    batches = _batches(images, batch_size, as_lists=config.get("task") == BOXES)
+    batches = input_batches(images, batch_size, as_lists=config.get("task") == BOXES)
     return CalibrationImages(batches, config, tuple(unreadable))
 
 
@@ -101,14 +101,6 @@ def _other_kind(request: DataRequest) -> Pictures | None:
         return None
     folder = split_folder(root, request.train_split, "train") if root.is_dir() else None
     return recognised(root, (request.train_split, "train")) or (recognised(folder) if folder else None)
-
-
-def _batches(samples: list[Tensor], size: int, as_lists: bool) -> tuple[Any, ...]:
-    """Return batches of up to ``size`` samples in their order: lists, or tensors of samples of one shape."""
-    if as_lists:
-        return tuple(samples[start : start + size] for start in range(0, len(samples), size))
-    runs = (list(run) for _, run in groupby(samples, key=lambda sample: sample.shape))
-    return tuple(batch for run in runs for batch in torch.stack(run).split(size))
 
 
 def _pictures(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +14,10 @@ from torch.utils.data import IterableDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..arguments import DATA_FILES, PACKAGES, check_labelled, is_function
-from ..errors import Argument, HarmconvertError, InputError, OutsideError, UsageError, counted, first_line
+from ..errors import Argument, InputError, OutsideError, UsageError, counted, first_line
 from ..samples import mnist5k, mnist5k_held_back_pixels
-from ..user_code import import_function
 from .folders import class_folders, open_labelled_folder
+from .loaded import LoadedSamples, loader_of
 from .pictures import CLASSES, Pictures, open_picture, photographs, random_crop
 from .recognising import recognised
 
@@ -63,6 +62,11 @@ class Data:
     def task(self) -> str:
         """Return the kind of the data."""
         return next((part.task for part in (self.train, self.test) if part is not None), CLASSES)
+
+    @property
+    def prepared(self) -> bool:
+        """Return whether the inputs need no pre-processing."""
+        return any(isinstance(part, Pictures) and part.prepared for part in (self.train, self.test))
 
     @property
     def largest_label(self) -> int:
@@ -128,6 +132,8 @@ def open_data(request: DataRequest, parts: Sequence[str] = ("train", "test")) ->
         opened = {part: _open_package(name, root, splits[part], part == "train", request.seed) for part in parts}
         return Data(opened.get("train"), opened.get("test"))
     check_labelled(name, root)
+    if is_function(name):
+        return _open_loaders(request, parts)
     assert root is not None
     if Path(root).is_file() and (samples := recognised(Path(root))) is not None:
         return _split_by_holdout(samples, request, parts, (f"{root}: {samples.description}",))
@@ -137,30 +143,10 @@ def open_data(request: DataRequest, parts: Sequence[str] = ("train", "test")) ->
 
 
 def user_loader(request: DataRequest, part: str = "test") -> Iterable[Any] | None:
-    """Return the loader of the user's function that a request names as ``FILE.py:FUNCTION``; None if it names none.
-
-    If the function has an argument ``split``, it gets the name of the split: that of training or that of testing.
-
-    Raises:
-        UsageError: there is no such file or function. InputError: the function fails, or returns no loader.
-    """
-    name = request.dataset
-    if not is_function(name):
+    """Return the loader that the user's function in a request returns; None if it names none. See `loader_of`."""
+    if not is_function(request.dataset):
         return None
-    function = import_function(name)
-    split = request.train_split if part == "train" else request.val_split
-    try:
-        takes_split = "split" in inspect.signature(function).parameters
-        loader = function(split=split) if takes_split else function()
-    except HarmconvertError:
-        raise
-    except Exception as error:
-        raise InputError(f"{name} fails: {type(error).__name__}: {first_line(error)}") from error
-    if isinstance(loader, str | bytes) or not isinstance(loader, Iterable):
-        raise InputError(
-            f"{name} returns a {type(loader).__name__}: it should return a loader of (inputs, targets) pairs"
-        )
-    return loader
+    return loader_of(request.dataset, request.train_split if part == "train" else request.val_split)
 
 
 def open_timm(name: str, root: str | None, **options: Any) -> Any:
@@ -256,12 +242,14 @@ class Subset(Pictures):
     indices: np.ndarray
     task: str = field(init=False)
     largest_label: int = field(init=False)
+    prepared: bool = field(init=False)
     classes: Sequence[str] | None = field(init=False)
     labelled: bool = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "task", self.whole.task)
         object.__setattr__(self, "largest_label", self.whole.largest_label)
+        object.__setattr__(self, "prepared", self.whole.prepared)
         object.__setattr__(self, "classes", self.whole.classes)
         object.__setattr__(self, "labelled", self.whole.labelled)
 
@@ -325,6 +313,17 @@ def _open_folders(root: Path, request: DataRequest, parts: Sequence[str]) -> Dat
         return _split_by_holdout(train_files, request, parts, notes)
     test_files, more = _open_folder(test, train_files) if "test" in parts else (None, ())
     return Data(train_files if "train" in parts else None, test_files, (*(notes if "train" in parts else ()), *more))
+
+
+def _open_loaders(request: DataRequest, parts: Sequence[str]) -> Data:
+    """Return the samples of the loaders that a function of the user returns for each split."""
+    name, opened = request.dataset, {}
+    for part in parts:
+        loader = user_loader(request, part)
+        assert loader is not None
+        opened[part] = LoadedSamples(loader, name)
+    notes = tuple(f"{name}: {one.description}" for one in opened.values())
+    return Data(opened.get("train"), opened.get("test"), notes)
 
 
 def _open_folder(folder: Path, train: Pictures | None = None) -> tuple[Pictures, tuple[str, ...]]:

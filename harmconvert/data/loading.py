@@ -12,7 +12,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
@@ -170,8 +170,10 @@ def evaluation_batches(
     return _load_by_index(items, _BatchSampler(len(pictures), batch_size, 0, shuffle=False), workers, pin_memory)
 
 
-def choose_images(pictures: Pictures | Stream, transform: Transform, mode: str | None, count: int, seed: int) -> Tensor:
-    """Return up to ``count`` pre-processed images (N, C, H, W), the same ones in every process; skip broken pictures.
+def choose_inputs(
+    pictures: Pictures | Stream, transform: AnyTransform, mode: str | None, count: int, seed: int
+) -> list[Tensor]:
+    """Return up to ``count`` pre-processed inputs, the same ones in every process; skip broken pictures.
 
     ``seed`` chooses the images. From a stream, each process takes the first images of its part.
 
@@ -180,7 +182,7 @@ def choose_images(pictures: Pictures | Stream, transform: Transform, mode: str |
     """
     if isinstance(pictures, Stream):
         share = islice(pictures.dataset, -(-count // world_size()))
-        own = [transform(convert_mode(item[0], mode)) for item in share]
+        own = [cast(Transform, transform)(convert_mode(item[0], mode)) for item in share]
         images = list(chain.from_iterable(gathered(own)))[:count]
     else:
         items = _TransformedPictures(pictures, transform, mode, seed, replace=False)
@@ -189,7 +191,15 @@ def choose_images(pictures: Pictures | Stream, transform: Transform, mode: str |
         images = list(islice((image for image in read if image is not None), count))
     if not images:
         raise InputError("no training image can be read: repair the data")
-    return torch.stack(images)
+    return images
+
+
+def input_batches(samples: Sequence[Tensor], size: int, as_lists: bool = False) -> tuple[Any, ...]:
+    """Return batches of up to ``size`` samples in their order: lists, or tensors of samples of one shape."""
+    if as_lists:
+        return tuple([*samples[start : start + size]] for start in range(0, len(samples), size))
+    runs = (list(run) for _, run in groupby(samples, key=lambda sample: sample.shape))
+    return tuple(batch for run in runs for batch in torch.stack(run).split(size))
 
 
 class _BatchSampler:

@@ -30,6 +30,7 @@ class Pictures(ABC):
     The inputs are Pillow images, or tensors if they come from files of tensors. The targets are labels, masks (H, W) of
     class numbers, dicts of ``boxes`` (N, 4; corners in pixels), ``labels`` (N,) and ``iscrowd`` (N,), or images.
     ``description`` says what was recognised, ``largest_label`` is the largest category of boxes.
+    ``prepared``: the inputs are tensors that need no pre-processing.
     """
 
     task: str = CLASSES
@@ -37,6 +38,7 @@ class Pictures(ABC):
     labelled: bool = True
     description: str = ""
     largest_label: int = 0
+    prepared: bool = False
 
     @abstractmethod
     def __len__(self) -> int: ...

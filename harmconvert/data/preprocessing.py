@@ -82,7 +82,9 @@ def preprocessing(model: nn.Module, overrides: Mapping[str, Any]) -> dict[str, A
     return config | ({"function": function} if function else {}) | ({} if known else {"assumed": True})
 
 
-def task_preprocessing(model: nn.Module, overrides: Mapping[str, Any], task: str, channels: int = 3) -> dict[str, Any]:
+def task_preprocessing(
+    model: nn.Module, overrides: Mapping[str, Any], task: str, channels: int = 3, prepared: bool = False
+) -> dict[str, Any]:
     """Return the config for samples of a kind of data, as `preprocessing` does for pictures with labels.
 
     Pictures with masks or boxes are resized to the network's input size if that is known; pairs of pictures keep their
@@ -91,15 +93,16 @@ def task_preprocessing(model: nn.Module, overrides: Mapping[str, Any], task: str
 
     Args:
         channels: of the network's input, if its size is not known.
+        prepared: the inputs are tensors that are used as they are.
 
     Raises:
         UsageError: see `preprocessing` and `check_preprocessing`; or a function would change pictures without their
             targets.
     """
+    if task == TENSORS or prepared:
+        return {"task": task, "input_size": (), "resize": False, "prepared": True}
     if task == CLASSES:
         return preprocessing(model, overrides)
-    if task == TENSORS:
-        return {"task": task, "input_size": (), "resize": False}
     options = {key: value for key, value in overrides.items() if value is not None}
     known = bool(options.get("input_size")) or (len(sizes := input_sizes(model)) == 1 and len(sizes[0]) == 3)
     own = task == BOXES and bool(heads_of(model))
@@ -120,10 +123,9 @@ def task_preprocessing(model: nn.Module, overrides: Mapping[str, Any], task: str
 
 def sample_transform(config: Mapping[str, Any]) -> Transform | JointTransform:
     """Return the transform for testing on the kind of data that the config is for."""
-    task = config.get("task", CLASSES)
-    if task == CLASSES:
-        return evaluation_transform(config)
-    return _unchanged if task == TENSORS else JointTransform(config)
+    if config.get("prepared"):
+        return _unchanged
+    return JointTransform(config) if "task" in config else evaluation_transform(config)
 
 
 def _unchanged(sample: Any) -> Tensor:
@@ -196,7 +198,7 @@ def describe_preprocessing(config: Mapping[str, Any]) -> str:
     >>> describe_preprocessing(preprocessing(nn.Conv2d(1, 2, 3), {"input_size": (1, 28, 28), "preprocess": "none"}))
     '1x28x28, mean 0, std 1, bicubic, squashed'
     """
-    if config.get("task") == TENSORS:
+    if config.get("prepared"):
         return "used as they are"
     size = "x".join(map(str, config["input_size"]))
     if not config.get("resize", True):
@@ -283,7 +285,7 @@ def color_mode(config: Mapping[str, Any]) -> str | None:
     Raises:
         UsageError: the channels are not those of an image.
     """
-    if config.get("task") == TENSORS:
+    if config.get("prepared"):
         return None
     channels = config["input_size"][0]
     if channels not in (1, 3) and "function" in config:

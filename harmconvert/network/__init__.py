@@ -30,7 +30,7 @@ from .distributed import (
 from .exchange import exchange, in_precision, in_sixteen_bits, replace_module
 from .form_check import check_form, compare_outputs, comparison_inputs, make_runnable
 from .forms import MARGIN, Factoring, dense_form, factor, factoring, fold_blocks, fuse, layer_inputs, run_times
-from .heads import compared_outputs, compared_text, floating_tensors, heads_of
+from .heads import compared_outputs, compared_text, floating_tensors, heads_of, run_with_heads
 from .layers import (
     LayerInfo,
     convolutions,
@@ -133,6 +133,7 @@ __all__ = [
     "replace_classifier",
     "replace_module",
     "run_times",
+    "run_with_heads",
     "seeded_inputs",
     "state_key",
     "state_of",

@@ -36,12 +36,8 @@ def heads_of(model: nn.Module) -> dict[str, nn.Module]:
     return heads
 
 
-def compared_outputs(model: nn.Module, run: Callable[[], Any]) -> Any:
-    """Run a network in eval mode; return its outputs, or those of the heads of a detector, by name.
-
-    >>> compared_outputs(nn.Identity(), lambda: 3)
-    3
-    """
+def run_with_heads(model: nn.Module, run: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
+    """Run a network; return its outputs, and those of the heads of a detector, by name (empty if it has none)."""
     heads, outputs = heads_of(model), {}
 
     def keep(name: str) -> Callable[..., None]:
@@ -52,11 +48,20 @@ def compared_outputs(model: nn.Module, run: Callable[[], Any]) -> Any:
 
     handles = [head.register_forward_hook(keep(name)) for name, head in heads.items()]
     try:
-        result = run()
+        return run(), outputs
     finally:
         for handle in handles:
             handle.remove()
-    return outputs if len(outputs) == len(heads) and heads else result
+
+
+def compared_outputs(model: nn.Module, run: Callable[[], Any]) -> Any:
+    """Run a network in eval mode; return its outputs, or those of the heads of a detector, by name.
+
+    >>> compared_outputs(nn.Identity(), lambda: 3)
+    3
+    """
+    outputs, heads = run_with_heads(model, run)
+    return heads or outputs
 
 
 def floating_tensors(outputs: Any) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from ..sources.opening import check_rebuilds, open_original
 from ..sources.request import SourceRequest
 from ..storage.checkpoint import Header, Network, write_checkpoint
 from ..storage.precision import in_float32
+from ..training.losses import DISTILLATION, loss_of
 from ..training.recipe import Recipe
 from ..training.trainer import MachineSettings, number_of_classes
 from .devices import machine_on, workers_for
@@ -31,7 +32,7 @@ from .inputs import image_config
 from .listener import SILENT, Listener
 from .networks import Openable, is_given, known_source, opened, own, text_of
 from .runs import data_identity, recipe_for, reporting, resume_hint, state_file_for
-from .testing import opened_data
+from .testing import metric_for, opened_data
 
 
 def finetune(
@@ -41,6 +42,7 @@ def finetune(
     *,
     recipe: str | Recipe = "finetune",
     metric: MetricLike | None = None,
+    loss: str | Callable[[Any, Any], Any] | None = None,
     teacher: str | Path | nn.Module | None = None,
     num_classes: int | None = None,
     calibration_images: int = 256,
@@ -72,11 +74,16 @@ def finetune(
 
     Args:
         model: the path of a harmonic checkpoint, a request, or a harmonic network object, which is not changed.
-        data: a folder with a folder for each class, ``sample:NAME`` or a timm data set.
+        data: a folder with a folder for each class, or of another kind (see the guide), ``sample:NAME`` or a timm data
+            set.
         output: the .safetensors file to write; None: write no file, and save no state.
         recipe: the name of a recipe, or a `Recipe`.
         metric: what the network is tested with at each stage and after each epoch, as for `evaluate`; default: the
             accuracy of a classifier.
+        loss: ``"cross-entropy"`` (of classes or pixels), ``"l1"``, ``"l2"``, ``"detector"`` (the losses that
+            torchvision's detectors compute), ``"distillation"`` (from the outputs of the uncut network; no targets are
+            needed), ``FILE.py:FUNCTION``, or a function of the outputs and targets of a batch that returns a scalar
+            tensor; default: that of the kind of data.
         changes: fields of the recipe with other values, such as ``epochs`` or ``lr``.
         teacher: the uncut network, its source or a file of its weights; default: the source of the checkpoint.
         num_classes: give the network a new classifier, for data with other classes.
@@ -106,6 +113,7 @@ def finetune(
     if not is_given(model):
         check_harmonic(text_of(model))
     chosen = None if metric is None else metric_of(metric)
+    changes = _with_loss(loss, changes)
     with joined():
         cut = _open_cut(model, num_classes, teacher, listener)
         if recode and not cut.header.codecs.coded:
@@ -115,9 +123,11 @@ def finetune(
         if chosen is not None and chosen.needs_uncut and cut.original is None:
             problem = f"{chosen.name} compares with the uncut network: "
             raise UsageError(problem, cut.why, "; name it with ", Argument("teacher", "SOURCE"))
-        config = image_config(cut.model, preprocessing or {}, listener)
+        config = image_config(cut.model, preprocessing or {}, listener, task=run.data.task, prepared=run.data.prepared)
         setup = TrainingSetup(
-            config, machine or machine_on(), workers_for(workers, run.dataset), metric=chosen, data=run.name,
+            config, machine or machine_on(), workers_for(workers, run.dataset), data=run.name,
+            metric=metric_for(chosen, run.data.task),
+            loss=loss_of(loss if callable(loss) else run.recipe.loss, run.data.task),
             state_file=state_file_for(target, resume, save_every, _identity(cut, run, config, recode), force, listener),
             say=listener.say,
         )  # fmt: skip
@@ -130,6 +140,15 @@ def finetune(
             result = _write(result, cut, target, setup, made_by, force)
         listener.wrote(target)
     return result
+
+
+def _with_loss(loss: str | Callable[[Any, Any], Any] | None, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the changes of the recipe with the name of the loss, which must be the same when a run is resumed."""
+    if loss is None:
+        return dict(changes)
+    if loss == DISTILLATION:
+        return {"distill": 1.0, **changes}
+    return {**changes, "loss": loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__)}
 
 
 def _write(

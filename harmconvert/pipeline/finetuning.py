@@ -17,9 +17,9 @@ from torch import nn
 from ..calibration import CalibrationSettings, calibrate
 from ..codecs.codec import Entry, codec_of
 from ..data.datasets import Data
-from ..data.loading import NO_LABEL, Batch, choose_images, evaluation_batches, training_batches
-from ..data.pictures import BOXES
-from ..data.preprocessing import color_mode, evaluation_transform
+from ..data.loading import NO_LABEL, Batch, choose_inputs, evaluation_batches, input_batches, training_batches
+from ..data.pictures import BOXES, CLASSES
+from ..data.preprocessing import color_mode, sample_transform
 from ..data.variety import Variety
 from ..documents import check
 from ..errors import Argument, HarmconvertError, InputError, Message, UsageError, counted, first_line
@@ -27,6 +27,7 @@ from ..metrics.metric import Metric
 from ..network.classifier import detector_classes, replace_classifier
 from ..network.distributed import world_size
 from ..network.forms import dense_form
+from ..network.values import map_tensors
 from ..plan import Bits
 from ..storage.checkpoint import Header
 from ..storage.history import CALIBRATION, STAGES
@@ -34,9 +35,10 @@ from ..storage.source import Source
 from ..training.coded_rows import CodedRows
 from ..training.evaluation import Evaluation, evaluate
 from ..training.loop import Callbacks, StepProgress, train
+from ..training.losses import Loss, loss_of
 from ..training.recipe import Recipe
 from ..training.state import StateFile, read_record
-from ..training.trainer import MachineSettings, autocast, number_of_classes
+from ..training.trainer import MachineSettings, TrainingTask, autocast, number_of_classes
 from .convert import convert
 
 
@@ -106,7 +108,8 @@ class FineTuning:
 class TrainingSetup:
     """Pre-processing, machine, loading and state of a training, and the functions that receive its messages.
 
-    ``metric`` is what the network is tested with (None: the accuracy of a classifier), ``data`` the name of the data.
+    ``metric`` is what the network is tested with (None: the accuracy of a classifier), ``loss`` with what it is trained
+    (None: that of the kind of data), ``data`` the name of the data.
     ``on_step`` receives the running means, ``on_test_batch`` the number of tested batches and of all batches (None for
     a stream), ``epoch_done`` the rows of metrics so far.
     """
@@ -116,6 +119,7 @@ class TrainingSetup:
     workers: int = 0
     evaluation_batch_size: int = 256
     metric: Metric | None = None
+    loss: Loss | None = None
     data: str = ""
     state_file: StateFile = field(default_factory=StateFile)
     say: Callable[[str], None] = lambda message: None
@@ -189,6 +193,7 @@ def run_finetuning(
         model, train_loading(data, recipe, setup), recipe, teacher=original if recipe.distill else None,
         machine=setup.machine, state_file=replace(setup.state_file, record=record),
         callbacks=Callbacks(evaluation_of, setup.on_step, setup.epoch_done), coded=coded,
+        task=TrainingTask(data.task, setup.loss or loss_of(recipe.loss, data.task)),
     )  # fmt: skip
     entries = coded.entries() if coded else {}
     stages.append(Stage("fine-tuned", evaluation_of(model)))
@@ -212,14 +217,16 @@ def _coded_again(
     return conversion.model, conversion.coded, conversion.calibration.to_json()
 
 
-def _calibration_batches(data: Data, setup: TrainingSetup, count: int, seed: int) -> tuple[torch.Tensor, ...]:
-    """Return batches of training images, without their labels."""
+def _calibration_batches(data: Data, setup: TrainingSetup, count: int, seed: int) -> tuple[Any, ...]:
+    """Return batches of training inputs, without their targets."""
     assert data.train is not None
     config = setup.preprocessing
-    images = choose_images(data.train, evaluation_transform(config), color_mode(config), count, seed)
-    setup.say(f"calibrating on {counted(len(images), 'training image')}, without their labels")
+    images = choose_inputs(data.train, sample_transform(config), color_mode(config), count, seed)
+    what, targets = ("image", "labels") if data.task == CLASSES else ("sample", "targets")
+    setup.say(f"calibrating on {counted(len(images), f'training {what}')}, without their {targets}")
     size = max(1, min(32, len(images) // (4 * world_size())))  # small enough that every process gets batches
-    return tuple(batch.to(setup.machine.device) for batch in images.split(size))
+    batches = input_batches(images, size, as_lists=data.task == BOXES)
+    return tuple(map_tensors(lambda tensor: tensor.to(setup.machine.device), batch) for batch in batches)
 
 
 def recorded_stages(path: Path) -> tuple[list[Stage], Mapping[str, Any] | None]:
@@ -258,7 +265,7 @@ def evaluator(
     config = setup.preprocessing
     loading = evaluation_batches(
         data.test,
-        evaluation_transform(config),
+        sample_transform(config),
         color_mode(config),
         setup.evaluation_batch_size,
         workers=setup.workers,

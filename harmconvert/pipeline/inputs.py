@@ -73,6 +73,7 @@ def verification_inputs(sizes: Sizes, source: Source, images: Sequence[Any] = ()
 def image_config(
     model: nn.Module, overrides: Mapping[str, Any], listener: Listener, size: Sequence[int] | None = None,
     task: str = CLASSES,
+    prepared: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the pre-processing of images, and send it to the listener.
 
@@ -83,8 +84,8 @@ def image_config(
         UsageError: neither the network nor the caller defines the pre-processing, or the inputs are not images.
     """
     options = {**overrides, "input_size": size_of(model, {"input_size": size, **overrides})}
-    config = task_preprocessing(model, options, task, input_channels(model))
-    if task == CLASSES:
+    config = task_preprocessing(model, options, task, input_channels(model), prepared)
+    if task == CLASSES and not prepared:
         check_preprocessing(config)
     listener.say(f"preprocessing: {describe_preprocessing(config)}")
     return config

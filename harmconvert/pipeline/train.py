@@ -23,8 +23,9 @@ from ..training.evaluation import Evaluation
 from ..training.harmonize import harmonize
 from ..training.loop import Callbacks
 from ..training.loop import train as run_training
+from ..training.losses import loss_of
 from ..training.recipe import Recipe
-from ..training.trainer import MachineSettings
+from ..training.trainer import MachineSettings, TrainingTask
 from .devices import machine_on, workers_for
 from .finetuning import TrainingSetup, check_classes, evaluator, train_loading
 from .inputs import image_config, size_of, zeros_of
@@ -32,7 +33,7 @@ from .listener import SILENT, Listener
 from .networks import Openable, known_source, opened, own, text_of
 from .runs import data_identity, recipe_for, reporting, resume_hint, state_file_for
 from .saving import save
-from .testing import opened_data
+from .testing import metric_for, opened_data
 
 
 @dataclass(frozen=True)
@@ -112,14 +113,15 @@ def train(
         request = replace(DataRequest.parse(data), seed=final.seed)
         images = _open_data(request, to_train, listener)
         listener.say(str(final))
-        config = image_config(to_train, preprocessing, listener)
+        config = image_config(to_train, preprocessing, listener, task=images.task, prepared=images.prepared)
         identity = {
             "recipe": final.to_json(), "data": data_identity(images, request.dataset, config),
             "network": [text_of(model), harmonic, _lambda_text(lam), basis, not normalize_first],
             "arguments": dict(network.source.arguments),
         }  # fmt: skip
         setup = TrainingSetup(
-            config, machine or machine_on(), workers_for(workers, request.dataset),
+            config, machine or machine_on(), workers_for(workers, request.dataset), data=request.name,
+            metric=metric_for(None, images.task),
             state_file=state_file_for(target, resume, save_every, identity, force, listener),
         )  # fmt: skip
         with setup.state_file.lock():
@@ -159,6 +161,7 @@ def _train(model: nn.Module, data: Data, recipe: Recipe, setup: TrainingSetup) -
     rows = run_training(
         model, train_loading(data, recipe, setup), recipe, machine=setup.machine, state_file=setup.state_file,
         callbacks=Callbacks(evaluation_of, setup.on_step, setup.epoch_done),
+        task=TrainingTask(data.task, loss_of(recipe.loss, data.task)),
     )  # fmt: skip
     return Trained(model, recipe, rows, evaluation_of(model))
 

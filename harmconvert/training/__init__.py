@@ -8,16 +8,18 @@ from .evaluation import Evaluation, evaluate
 from .harmonize import harmonize
 from .interrupts import SignalError, StopRequest
 from .loop import Callbacks, StepProgress, train
+from .losses import LOSSES, Loss, distillation, loss_of, output_distillation
 from .metrics import TensorBoardEvents, write_metrics
-from .objective import distillation
 from .recipe import RECIPES, Recipe, recipe_named
 from .state import Position, StateFile, read_identity, read_record
 from .trainer import MachineSettings, Trainer, autocast, number_of_classes
 
 __all__ = [
+    "LOSSES",
     "RECIPES",
     "Callbacks",
     "Evaluation",
+    "Loss",
     "MachineSettings",
     "Position",
     "Recipe",
@@ -31,7 +33,9 @@ __all__ = [
     "distillation",
     "evaluate",
     "harmonize",
+    "loss_of",
     "number_of_classes",
+    "output_distillation",
     "read_identity",
     "read_record",
     "recipe_named",

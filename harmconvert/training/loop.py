@@ -24,18 +24,21 @@ from .evaluation import Evaluation
 from .interrupts import SignalError, StopRequest, watch_signals
 from .recipe import Recipe
 from .state import Position, StateFile
-from .trainer import MachineSettings, Trainer
+from .trainer import CLASSIFICATION, MachineSettings, Trainer, TrainingTask
 
 
 @dataclass(frozen=True)
 class StepProgress:
-    """The progress of a run: means over the epoch so far, and images per second of all processes."""
+    """The progress of a run: means over the epoch so far, and images per second of all processes.
+
+    ``accuracy`` is None if the targets are no labels.
+    """
 
     epoch: int
     step: int
     steps: int | None
     loss: float
-    accuracy: float
+    accuracy: float | None
     images_per_second: float
 
 
@@ -66,14 +69,16 @@ def train(
     state_file: StateFile | None = None,
     callbacks: Callbacks = _NO_CALLBACKS,
     coded: CodedRows | None = None,
+    task: TrainingTask = CLASSIFICATION,
 ) -> tuple[Mapping[str, Any], ...]:
     """Train ``model`` in place by a recipe; return a row of metrics for each epoch.
 
     Args:
-        model: a classifier in the form to train. After training, it is on ``machine.device``, in eval mode.
+        model: a network in the form to train. After training, it is on ``machine.device``, in eval mode.
         teacher: the network for the recipe's ``distill``, on the same device.
         state_file: saves the state of the run; if its ``resume`` is set, the run continues from the saved state.
         coded: coded weights that keep their integers.
+        task: the kind of the data, and the loss; default: classes, with cross-entropy.
 
     Raises:
         CheckError: the loss or a weight is no longer finite. The state that was saved before is kept.
@@ -85,7 +90,7 @@ def train(
     machine, state_file = machine or MachineSettings(), state_file or StateFile()
     _check(recipe, batches, teacher)
     _seed(recipe.seed + rank())
-    trainer = Trainer(model, recipe, machine, batches.steps, teacher, coded)
+    trainer = Trainer(model, recipe, machine, batches.steps, teacher, coded, task)
     position = Position()
     if state_file.resume:
         position, state = state_file.load()
@@ -167,9 +172,12 @@ class _Run:
             loss, correct, images = self.position.sums
             speed = (images - images_before) / max(time.perf_counter() - start, 1e-9)
             self.callbacks.progress(
-                StepProgress(epoch, step + 1, self.batches.steps, loss / images, correct / images, speed)
+                StepProgress(epoch, step + 1, self.batches.steps, loss / images, self._accuracy(correct, images), speed)
             )
         return unreadable
+
+    def _accuracy(self, correct: float, images: float) -> float | None:
+        return correct / images if self.trainer.objective.classifies else None
 
     def _add_sums(self, step: int) -> int:
         """Add the trainer's sums to those of the epoch; return the signal that arrived (0: none)."""
@@ -194,7 +202,7 @@ class _Run:
             "epoch": self.position.epoch + 1,
             "lr": self.trainer.lr(),
             "loss": loss / images,
-            "accuracy": correct / images,
+            "accuracy": self._accuracy(correct, images),
             "images": int(images),
             "seconds": round(seconds, 3),
         }

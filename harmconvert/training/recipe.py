@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from ..data.preprocessing import Transform, padded_crop_transform, training_transform
+from ..data.joint import JointTransform
+from ..data.preprocessing import Transform, padded_crop_transform, sample_transform, training_transform
 from ..documents import check, count, finite, pair
 from ..errors import InputError, UsageError, counted
 
@@ -28,11 +29,11 @@ class Recipe:
     ``batch_size``: images in one optimiser step, over all processes. ``opt``, ``sched`` and their arguments are timm's
     (timm's ``sgd`` has Nesterov momentum, ``momentum`` does not). ``crop``: ``resized`` (random area and aspect, as for
     ImageNet), ``padded`` (by ``padding`` pixels, then a random crop, as for CIFAR) or ``none``. ``amp``: precision of
-    the forward pass. ``distill``: share (0 to 1) of the loss that compares with the teacher's logits, softened by
-    ``temperature``; 1 needs no labels. ``ema``: decay of a moving average of the weights (0: no average); the average
-    is then the result. ``grad_accum_steps``: number of parts into which the images of a step are divided.
-    ``freeze_bn``: batch norms keep their statistics and weights. ``train_only``: ``coefficients`` trains only harmonic
-    coefficients.
+    the forward pass. ``loss``: of the outputs and targets (empty: that of the kind of data). ``distill``: share (0 to
+    1) of the loss that compares with the teacher's outputs; logits are softened by ``temperature``; 1 needs no targets.
+    ``ema``: decay of a moving average of the weights (0: no average); the average is then the result.
+    ``grad_accum_steps``: number of parts into which the images of a step are divided. ``freeze_bn``: batch norms keep
+    their statistics and weights. ``train_only``: ``coefficients`` trains only harmonic coefficients.
     """
 
     name: str = "finetune"
@@ -66,6 +67,7 @@ class Recipe:
     grad_accum_steps: int = 1
     freeze_bn: bool = False
     train_only: str = "all"
+    loss: str = ""
     distill: float = 0.0
     temperature: float = 2.0
     seed: int = 0
@@ -131,8 +133,16 @@ class Recipe:
         except ValueError as error:  # UsageError is a ValueError
             raise InputError(f"cannot read the recipe: {error}") from error
 
-    def transform(self, config: Mapping[str, Any]) -> Transform:
-        """Return the transform of training images; ``config`` comes from `harmconvert.data.preprocessing`."""
+    def transform(self, config: Mapping[str, Any]) -> Transform | JointTransform:
+        """Return the transform of training images; ``config`` comes from `harmconvert.data.preprocessing`.
+
+        Pictures with masks are cropped and mirrored with them, pictures with boxes or target pictures are mirrored.
+        """
+        if config.get("prepared"):
+            return sample_transform(config)
+        if "task" in config:
+            scale = self.scale if self.crop == "resized" else None
+            return JointTransform(config, scale=scale, ratio=self.ratio, hflip=self.hflip, vflip=self.vflip)
         if self.crop == "padded":
             return padded_crop_transform(config, self.padding, self.hflip, self.vflip)
         return training_transform(

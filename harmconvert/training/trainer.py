@@ -15,17 +15,19 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from ..data.loading import Batch
+from ..data.pictures import CLASSES
 from ..errors import Argument, InputError, UsageError, first_line
 from ..layers.harmonic import coefficients_to_channels_last
-from ..metrics.measuring import run_on
-from ..metrics.outputs import class_logits
+from ..metrics.measuring import samples_in
+from ..metrics.outputs import main_output
 from ..network.distributed import sum_over_ranks, world_size
 from ..network.layers import converted_layers, stored_names
 from ..network.state import fill, tensors_of
-from ..network.values import images_to_channels_last
+from ..network.values import images_to_channels_last, map_tensors
 from ..storage.weights import load_exactly
 from .coded_rows import CodedRows
 from .interrupts import SIGNALS, StopRequest
+from .losses import CROSS_ENTROPY, Loss
 from .objective import Objective
 from .recipe import Recipe
 
@@ -43,6 +45,17 @@ class MachineSettings:
     sync_bn: bool = True
 
 
+@dataclass(frozen=True)
+class TrainingTask:
+    """The kind of the data that is trained on, and its loss."""
+
+    kind: str = CLASSES
+    loss: Loss = CROSS_ENTROPY
+
+
+CLASSIFICATION = TrainingTask()
+
+
 class Trainer:
     """The network in training, and all that has state in training: optimiser, schedule, scaler, moving average."""
 
@@ -54,6 +67,7 @@ class Trainer:
         steps: int | None,
         teacher: nn.Module | None,
         coded: CodedRows | None = None,
+        task: TrainingTask = CLASSIFICATION,
     ) -> None:
         self.model, self.recipe, self.machine, self.coded = model, recipe, machine, coded
         model.to(machine.device)
@@ -61,7 +75,7 @@ class Trainer:
             model.to(memory_format=torch.channels_last)
             coefficients_to_channels_last(model)
         choose_parameters(model, recipe)
-        self.objective = Objective(recipe, teacher, number_of_classes(model) or 1 << 31)
+        self.objective = Objective(recipe, teacher, number_of_classes(model) or 1 << 31, task.loss, task.kind)
         self.optimizer, self.scheduler = _optimizer_and_scheduler(model, recipe, steps)
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=recipe.amp == "float16")
         self.ema = ModelEmaV3(model, recipe.ema) if recipe.ema else None
@@ -89,22 +103,21 @@ class Trainer:
     def step(self, batch: Batch, epoch: int, step: int) -> None:
         """Do one optimiser step on a batch, divided into ``grad_accum_steps`` parts."""
         self._set_learning_rate(epoch, step)
-        images = batch.inputs.to(self.machine.device, non_blocking=True)
+        inputs, targets = (self._on_device(part) for part in (batch.inputs, batch.targets))
         if self.machine.channels_last:
-            images = images_to_channels_last(images)
-        images, targets = self.objective.prepare(images, batch.targets.to(self.machine.device, non_blocking=True))
-        count = self.recipe.grad_accum_steps
-        parts = list(zip(images.chunk(count), targets.chunk(count), strict=True))
+            inputs = images_to_channels_last(inputs)
+        inputs, targets = self.objective.prepare(inputs, targets)
+        parts = _parts(inputs, targets, self.recipe.grad_accum_steps)
+        total = samples_in(inputs)
         self.optimizer.zero_grad(set_to_none=True)
         for number, (part, target) in enumerate(parts):
             last = number == len(parts) - 1
             network = cast(Any, self.network)
             with network.no_sync() if world_size() > 1 and not last else nullcontext():
                 with self.autocast():
-                    output = run_on(network, part)
-                    loss = self.objective(output, part, target)
-                self.scaler.scale(loss * (len(part) / len(images))).backward()
-            self._add_to_sums(loss, output, target)
+                    loss, output = self.objective(network, part, target)
+                self.scaler.scale(loss * (samples_in(part) / total)).backward()
+            self._add_to_sums(loss, output, target, samples_in(part))
         if self.recipe.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
@@ -117,12 +130,19 @@ class Trainer:
             self.ema.update(self.model, step=self.updates)
 
     @torch.no_grad()
-    def _add_to_sums(self, loss: Tensor, output: object, targets: Tensor) -> None:
-        labels = targets if targets.dim() == 1 else targets.argmax(1)
-        correct = (class_logits(output).argmax(1) == labels).sum()
+    def _add_to_sums(self, loss: Tensor, output: object, targets: Any, count: int) -> None:
+        correct = loss.new_zeros(())
+        logits = main_output(output)
+        if self.objective.classifies and isinstance(logits, Tensor) and logits.dim() == 2:
+            labels = targets if targets.dim() == 1 else targets.argmax(1)
+            correct = (logits.argmax(1) == labels).sum()
         self.sums += torch.stack(
-            [loss.detach().double() * len(targets), correct.double(), loss.new_tensor(len(targets)).double()]
+            [loss.detach().double() * count, correct.double(), loss.new_tensor(count, dtype=torch.float64)]
         )
+
+    def _on_device(self, value: Any) -> Any:
+        device = self.machine.device
+        return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), value)
 
     def _set_learning_rate(self, epoch: int, step: int) -> None:
         if self.scheduler is None:
@@ -187,6 +207,15 @@ class Trainer:
             self.updates = int(state["updates"])
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
             raise InputError(f"the training state does not fit this network: {first_line(error)}") from error
+
+
+def _parts(inputs: Any, targets: Any, count: int) -> list[tuple[Any, Any]]:
+    """Divide a batch into ``count`` parts; inputs of other forms than a tensor or a list of images are one part."""
+    if count == 1 or not isinstance(inputs, Tensor | list):
+        return [(inputs, targets)]
+    size = -(-len(inputs) // count)
+    rows = [slice(start, start + size) for start in range(0, len(inputs), size)]
+    return [(inputs[part], None if targets is None else targets[part]) for part in rows]
 
 
 def autocast(amp: str, device: torch.device) -> AbstractContextManager[Any]:
