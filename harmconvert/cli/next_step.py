@@ -39,21 +39,17 @@ def to_convert(source: str, share_over_1x1: float) -> list[str]:
     return ["convert", source, *network, *(("--lambda", "progressive") if choice else ("--bits", "4"))]
 
 
-def to_export(checkpoint: str, source: str = "", code: str | None = None) -> list[str]:
+def to_export(checkpoint: str, source: str = "", code: str | None = None, trust_code: bool = False) -> list[str]:
     """Return the words of a command that writes plain weights of a checkpoint.
 
-    ``source``: from which it was made. ``code``: the user's function that makes its network, if an option names it.
+    ``source``: from which it was made. ``code``, ``trust_code``: what options say about the user's code that makes its
+    network.
     """
     from ..storage.source import parse_source
 
     code = source if source and parse_source(source).scheme == "code" else code
-    return [
-        "export",
-        checkpoint,
-        *(("--model", code) if code else ()),
-        "-o",
-        f"{Path(checkpoint).stem}-dense.safetensors",
-    ]
+    own = ["--model", code] if code else ["--trust-code"] if trust_code else []
+    return ["export", checkpoint, *own, "-o", f"{Path(checkpoint).stem}-dense.safetensors"]
 
 
 def after_conversion(console: Console, source: str, file: ConvertedFile, chosen: bool, code: str | None) -> None:
