@@ -113,6 +113,11 @@ class _Handler(BaseHTTPRequestHandler):
                 for one in json.loads(body)["files"]
             ]  # fmt: skip
             self._send(200, {"files": modes})
+        elif "/tree/" in path:
+            files = hub.repositories[path.removeprefix("/api/models/").partition("/tree/")[0]]
+            self._send(
+                200, [{"type": "file", "path": name, "size": len(files[name]), "oid": COMMIT} for name in sorted(files)]
+            )
         elif "/commit/" in path:
             self._commit(path.removeprefix("/api/models/").partition("/commit/")[0], body)
         else:
@@ -132,6 +137,8 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif entry["key"] == "lfsFile":
                 files[value["path"]] = self.hub.objects[value["oid"]]
+            elif entry["key"] == "deletedFile":
+                del files[value["path"]]
         url = f"{self.hub.address}/{repository}/commit/{COMMIT}"
         self._send(200, {"commitUrl": url, "commitOid": COMMIT, "success": True})
 

@@ -134,6 +134,16 @@ def test_a_page_runs_from_top_to_bottom(
             del sys.modules[name]
 
 
+@pytest.mark.parametrize(
+    "name", ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "benchmarks/README.md"]
+)
+def test_links_to_files_of_the_repository_lead_somewhere(name: str) -> None:
+    """mkdocs checks the links between the pages of docs/."""
+    page = ROOT / name
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
 def test_the_site_has_every_page() -> None:
     listed = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text()))
     assert listed == {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}

@@ -111,6 +111,15 @@ def test_an_existing_repository_gets_a_commit_only_with_force(hub: Hub, checkpoi
     assert len(hub.messages) == 2
 
 
+def test_files_for_timm_of_an_earlier_network_are_removed(hub: Hub, checkpoint: Path) -> None:
+    hc.push(checkpoint, REPOSITORY, license="mit")
+    hub.repositories[REPOSITORY]["notes.txt"] = b"mine"
+    hc.save(hc.convert(nn.Sequential(nn.Conv2d(3, 4, 3)), 2), "own.safetensors", source="own.py:make")
+    Path("own.py").write_text("from torch import nn\ndef make():\n    return nn.Sequential(nn.Conv2d(3, 4, 3))\n")
+    hc.push(hc.SourceRequest("own.safetensors", trust_code=True), REPOSITORY, license="mit", force=True)
+    assert sorted(hub.repositories[REPOSITORY]) == ["README.md", "harmonic.safetensors", "notes.txt"]
+
+
 def test_without_a_login_nothing_is_sent(hub: Hub, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     fails(4, "you are not logged in to the hub: log in with `hf auth login`", "push", str(checkpoint), REPOSITORY)

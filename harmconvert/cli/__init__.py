@@ -143,7 +143,7 @@ def _terminate(number: int, frame: Any) -> None:
     sys.exit(143)
 
 
-@click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(__version__)
 def main() -> None:
     """Convert pretrained CNNs to harmonic form: exactly, or smaller, without the high DCT frequencies.

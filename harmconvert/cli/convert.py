@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import images, inputs, listening, options, outputs, pages, types
+from . import images, inputs, listening, next_step, options, outputs, pages, types
 from .advice import adapted
+from .groups import Grouped
 from .recording import command_words
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def budget_options(command: Any) -> Any:
     )(command)
 
 
-@click.command(name="convert")
+@click.command(name="convert", cls=Grouped)
 @click.argument("source", type=inputs.SourceText())
 @click.option(
     "--lambda",
@@ -209,7 +210,8 @@ def command(
     parsed_rank = None if rank is None else parse_rank(rank)
     choices = (lam, rank, bits, plan_file, budget, labelled, include, exclude, values["data"])
     default_output = default_name(source, _kept_text(lam, plan_file, parsed_budget, max_drop), bits, rank)
-    if stays_as_it_is(source, choices, basis, normalization, values["dtype"]):
+    unchanged = stays_as_it_is(source, choices, basis, normalization, values["dtype"])
+    if unchanged and not source.startswith(("hf-hub:", "hf_hub:")):  # what a repository holds is not known yet
         default_output = default_output.replace("-harmonic-full", "-harmonic")
     output = output or default_output
     page, figure = outputs.check(source, output, save_plan, report, search_figure, force)
@@ -250,6 +252,8 @@ def command(
     if file.conversion is None:
         return 0
     _write_figure_and_plan(file.conversion, figure, save_plan, force)
+    chosen = any(choices) or values["dtype"] != "float32"
+    next_step.after_conversion(options.console(quiet=as_json), source, file, chosen, values["code"])
     return images.verdict(file.conversion, output, values["allow_fallback"])
 
 

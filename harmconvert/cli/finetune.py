@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from . import inputs, options, pages, training_options, types
+from . import inputs, next_step, options, pages, training_options, types
 from .advice import adapted
 from .listening import CommandLine
 from .recording import command_words
@@ -139,6 +139,7 @@ def command(
         assert result.header is not None
         pages.write_page(result.model, result.header, output, page, force)
         console.print(f"wrote {page}", markup=False)
+    next_step.suggest(console, *next_step.to_export(output, code=code, trust_code=trust_code))
     if as_json:
         options.print_json(result.to_json() | ({"report": str(page)} if page else {}))
 

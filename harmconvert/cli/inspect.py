@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from . import inputs, options
+from . import inputs, next_step, options
 
 
 @click.command(name="inspect")
@@ -45,3 +45,4 @@ def command(source: str, no_pretrained: bool, input_size: Any, as_json: bool, **
     for line in tables.inspection_lines(inspection):
         console.print(line, markup=False)
     console.print(tables.inspection_policies(inspection))
+    next_step.suggest(console, *next_step.to_convert(source, inspection.parameter_share))

@@ -6,8 +6,9 @@ from typing import Any
 
 import click
 
-from . import inputs, options
+from . import inputs, next_step, options
 from .listening import CommandLine
+from .recording import command_words
 
 
 @click.command(name="push")
@@ -69,3 +70,6 @@ def command(
     for note in pushed.notes:
         console.print(f"note: {note}", markup=False)
     console.print(f"wrote {pushed.place}" if local else f"published {pushed.place}", markup=False)
+    if local:
+        words = command_words(leave_out=("local",))["words"]
+        next_step.suggest(console, "push", checkpoint, repository, *words)

@@ -33,6 +33,7 @@ data_options = _stacked(
     click.option(
         "--dataset",
         default="",
+        show_default=False,
         metavar="NAME",
         help="sample:mnist5k, a timm data set (torch/cifar10, hfds/USER/NAME, wds/NAME, tfds/NAME), or "
         "FILE.py:FUNCTION, which returns a loader of (inputs, targets).",

@@ -9,10 +9,12 @@ from typing import Any
 
 import click
 
+from .groups import Grouped
+
 LARGEST_COUNT = 2**31 - 1  # the largest count that all parts of torch, NumPy and Pillow accept
 
 
-class OptionalValues(click.Command):
+class OptionalValues(Grouped):
     """A command with options whose value is optional (``--amp``).
 
     The word after such an option is its value if it is a valid value. Otherwise it is an argument of the command.

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from . import inputs, options, types
+from . import inputs, next_step, options, types
 
 
 @click.command(name="verify")
@@ -46,6 +46,7 @@ def command(
       harmconvert verify resnet50 resnet50-harmonic-progressive.safetensors --as-planned
     """
     inputs.check()
+    from ..arguments import may_be_harmonic
     from ..pipeline.inputs import verification_inputs
     from ..pipeline.verify import verify
     from ..report import tables
@@ -67,4 +68,6 @@ def command(
     if not passed:
         advice = "; --as-planned accepts a cut" if check.as_planned and any(layer.cut for layer in check.layers) else ""
         options.say(f"harmconvert: check failed: {check.verdict}{advice}", urgent=True)
+    elif may_be_harmonic(converted):
+        next_step.suggest(console, *next_step.to_export(converted, original, network_options["code"]))
     return 0 if passed else 1

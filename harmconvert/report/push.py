@@ -25,6 +25,7 @@ from ..pipeline.listener import SILENT, Listener
 from ..pipeline.networks import opened
 from ..sources import SourceRequest
 from ..storage.checkpoint import Network
+from ..storage.weights import saving
 from .card import model_card
 from .facts import Report
 from .summary import report_of
@@ -91,7 +92,9 @@ def push(
     check_hub_name(repository)
     request = checkpoint if isinstance(checkpoint, SourceRequest) else SourceRequest(checkpoint)
     path = Path(request.text)
-    if path.is_file() and not may_be_harmonic(str(path)):
+    if not path.is_file():
+        raise InputError(f"no such file: {path} does not exist")
+    if not may_be_harmonic(str(path)):
         raise InputError(f"{path} is not a harmonic checkpoint: make one first with harmconvert convert")
     if local is None:
         _check_repository(repository, force)
@@ -106,7 +109,7 @@ def push(
     notes: list[str] = []
     fill = partial(_fill, path, network, repository, license, notes)
     if local is not None:
-        with listener.busy(f"writing {local}"):
+        with listener.busy(f"writing {local}"), saving(local):
             write_folder(local, FILES, fill, force)
         listener.wrote(local)
         return Pushed(str(local), _sizes(Path(local)), tuple(notes))
@@ -176,8 +179,12 @@ def _check_repository(repository: str, force: bool) -> None:
 
 def _send(folder: Path, repository: str, private: bool) -> str:
     """Send the files of a folder in one commit; return the address of the repository."""
-    files = [huggingface_hub.CommitOperationAdd(file.name, file) for file in sorted(folder.iterdir())]
+    new = sorted(file.name for file in folder.iterdir())
     with _hub(repository) as hub:
         address = hub.create_repo(repository, private=private, exist_ok=True)
-        hub.create_commit(repository, files, commit_message="Add a network made with harmconvert")
+        # Files for timm of an earlier network would be read as if they were of this one.
+        stale = sorted({*hub.list_repo_files(repository)} & {*FILES} - {*new})
+        changes: list[Any] = [huggingface_hub.CommitOperationAdd(name, folder / name) for name in new]
+        changes += [huggingface_hub.CommitOperationDelete(name) for name in stale]
+        hub.create_commit(repository, changes, commit_message="Add a network made with harmconvert")
     return str(address)

@@ -1,0 +1,62 @@
+"""The last line of a command: the command that usually comes next, as it can be typed."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from .recording import command_words
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..pipeline.convert_to_file import ConvertedFile
+
+# Options that say how to make the network of SOURCE: the next command needs them, too.
+_NETWORK = ("weights", "weights_key", "strip_prefix", "arguments", "code", "trust_code", "input_size")
+# A smaller share of the parameters is not worth a cut.
+_LEAST_SHARE = 0.01
+
+
+def suggest(console: Console, *words: str) -> None:
+    """Print a command as the next step, in one line: a line break would make two commands of it."""
+    console.print(f"Next: {shlex.join(['harmconvert', *words])}", markup=False, soft_wrap=True)
+
+
+def to_convert(source: str, share_over_1x1: float) -> list[str]:
+    """Return the words of a conversion that makes a network smaller.
+
+    ``share_over_1x1``: the share of its parameters in convolutions over 1x1, which alone have frequencies to cut.
+    """
+    from ..arguments import may_be_harmonic
+
+    names = {parameter.name or "" for parameter in click.get_current_context().command.params}
+    choice = share_over_1x1 >= _LEAST_SHARE and not may_be_harmonic(source)
+    network = command_words(leave_out=names - set(_NETWORK))["words"]
+    return ["convert", source, *network, *(("--lambda", "progressive") if choice else ("--bits", "4"))]
+
+
+def to_export(checkpoint: str, source: str = "", code: str | None = None, trust_code: bool = False) -> list[str]:
+    """Return the words of a command that writes plain weights of a checkpoint.
+
+    ``source``: from which it was made. ``code``, ``trust_code``: what options say about the user's code that makes its
+    network.
+    """
+    from ..storage.source import parse_source
+
+    code = source if source and parse_source(source).scheme == "code" else code
+    own = ["--model", code] if code else ["--trust-code"] if trust_code else []
+    return ["export", checkpoint, *own, "-o", f"{Path(checkpoint).stem}-dense.safetensors"]
+
+
+def after_conversion(console: Console, source: str, file: ConvertedFile, chosen: bool, code: str | None) -> None:
+    """Print what comes after a conversion; ``chosen``: an option says what to keep."""
+    conversion = file.conversion
+    if conversion is not None and not chosen and conversion.plan.whole:
+        console.print("The whole basis is exact and saves nothing: a lambda, a rank, bits or a budget does.")
+        suggest(console, *to_convert(source, conversion.cost.parameter_share))
+    else:
+        suggest(console, *to_export(file.output, source, code))
