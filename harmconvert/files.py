@@ -148,7 +148,11 @@ def short_name(source: str) -> str:
 
     >>> short_name("sample:resnet_mnist5k"), short_name("reference:folder/resnet50.pth.tar")
     ('resnet_mnist5k', 'resnet50')
+    >>> short_name("smp:unet/resnet34")
+    'unet-resnet34'
     """
+    if re.fullmatch(r"smp:[^/]+/[^/]+", source):  # an encoder alone is the name of another network
+        source = source.replace("/", "-")
     name = re.sub(r"(\.(safetensors|pth|pt7?|tar))+$", "", source).rstrip("/").replace(":", "/").split("/")[-1]
     return re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "network"
 

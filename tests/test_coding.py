@@ -490,3 +490,25 @@ def test_recode_trains_all_weights_and_codes_them_again(coded_digits: hc.Convers
 def test_recode_needs_a_coded_network() -> None:
     with pytest.raises(UsageError, match="codes the weights again, but those of this network are not coded"):
         hc.finetune(hc.convert(seeded(Digits)), "sample:mnist5k", preprocessing=DIGITS, recode=True)
+
+
+def test_a_layer_whose_inputs_hardly_vary_is_coded() -> None:
+    """Behind a mean over all positions, the variance can be less than the rounding error of the sums."""
+
+    class Excited(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 32, 3)
+            self.norm = nn.BatchNorm2d(32, affine=False)
+            self.reduce = nn.Conv2d(32, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(self.conv(x))
+            return self.reduce((1e-6 * y + 0.3).mean((2, 3), keepdim=True)).flatten(1) + y.mean((2, 3))[:, :4]
+
+    network, x = seeded(Excited), random_input((4, 3, 16, 16), seed=1)
+    conversion = hc.convert(network, bits=6, calibration=list(random_input((32, 3, 16, 16)).split(16)))
+    assert conversion.coded
+    with torch.no_grad():
+        actual, expected = conversion.model(x), network(x)
+    assert (actual - expected).norm() < 0.1 * (expected - expected.mean(0)).norm()

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from harmconvert.codecs import Layout, Quantised, pack
-from harmconvert.kernels import Metric, metric_at, quantise, steps_at
+from harmconvert.kernels import Metric, metric_at, quantise, row_bits, steps_at
 
 from . import oracle
+from .networks import random_input
 
 
 def ill_conditioned(groups: int, columns: int, decades: float, seed: int = 0) -> Tensor:
@@ -150,3 +151,16 @@ def test_equal_steps_are_far_from_the_bound() -> None:
     equal_bits, equal_error = bits_at(equal)
     # 6 dB are one bit.
     assert equal_bits + 0.5 * math.log2(equal_error / own_error) > own_bits + 0.2
+
+
+def test_the_bits_of_a_row_are_known_if_there_were_fewer_inputs_than_coefficients() -> None:
+    """The second moments are then singular, and rounding in float32 makes them indefinite."""
+    responses = 1e3 * random_input((5, 64), torch.float64)
+    gram = (responses.T @ responses)[None]
+    variances = torch.ones(1, 64, dtype=torch.float64)
+    levels = [1e-4, 1e-2, 1e4]
+    spectrum = torch.linalg.eigvalsh(gram).clamp_min(0)
+    expected = torch.stack([(1 + spectrum / level).log2().sum(1) / 2 for level in levels])
+    with pytest.raises(torch.linalg.LinAlgError):
+        torch.linalg.cholesky(gram.float() / levels[0] + torch.eye(64))
+    torch.testing.assert_close(row_bits(gram.float(), variances.float(), levels).double(), expected, rtol=0.05, atol=0)

@@ -26,6 +26,8 @@ from .tied_layers import LEAST_POSITIONS, TiedLayers, find_tied_layers, why_not_
 MOST_COLUMNS = 8192
 # For the choice of the levels, a metric over this many positions for each column is enough.
 _POSITIONS_PER_COLUMN = 8
+# Coding adds more than this share of the mean to the diagonal of a metric.
+_TRUSTED = 2.0**-10
 
 
 @dataclass(frozen=True)
@@ -100,13 +102,30 @@ def moments_of(problem: Problem, scales_F: Tensor) -> ErrorMetric | None:
     if isinstance(problem, Operator) or layer.unknowns > MOST_COLUMNS:
         return None
     assert isinstance(problem, NormalEquations | Samples)
-    gram_GNN = problem.centred_gram.to(torch.float64)
+    gram_GNN = _semidefinite(problem.centred_gram.to(torch.float64))
     # The moments of a large layer are a large part of the memory in use, so the new copy is changed in place.
     gram_GNN = layer.restricted(layer.restricted(gram_GNN / problem.count).mT)
     scales_N = scales_F.repeat(gram_GNN.shape[1] // len(scales_F)).to(gram_GNN)
     gram_GNN *= scales_N
     gram_GNN *= scales_N[:, None]
     return ErrorMetric(gram_GNN.cpu(), isinstance(problem, ChannelEquations), problem.count)
+
+
+def _semidefinite(gram_GNN: Tensor) -> Tensor:
+    """Return second moments without negative eigenvalues.
+
+    Centred moments are differences of sums in float32. Where inputs hardly vary, they are rounding errors, for example
+    behind a mean over all positions.
+    """
+    diagonal_GN = gram_GNN.diagonal(dim1=-2, dim2=-1)
+    added_G1 = _TRUSTED * diagonal_GN.mean(-1, keepdim=True)
+    diagonal_GN += added_G1
+    semidefinite = not torch.linalg.cholesky_ex(gram_GNN)[1].any()
+    diagonal_GN -= added_G1
+    if semidefinite:
+        return gram_GNN
+    values_GN, vectors_GNN = torch.linalg.eigh(gram_GNN)
+    return vectors_GNN * values_GN.clamp_min(0)[..., None, :] @ vectors_GNN.mT
 
 
 def measured_moments(

@@ -183,8 +183,9 @@ def command(
 ) -> int:
     """Convert the network SOURCE to harmonic form, verify it, and write one .safetensors file.
 
-    SOURCE: a timm name, torchvision:NAME, hf-hub:USER/REPO, local-dir:PATH, sample:NAME, FILE.py:FACTORY,
-    package.module:factory, a harmonic checkpoint, or reference:FILE. The last is a checkpoint of the paper's own code
+    SOURCE: a timm name, torchvision:NAME, transformers:NAME_OR_FOLDER, smp:ARCH/ENCODER, diffusers:NAME_OR_FOLDER,
+    hf-hub:USER/REPO, local-dir:PATH, sample:NAME, FILE.py:FACTORY, package.module:factory, a harmonic checkpoint, or
+    reference:FILE. The last is a checkpoint of the paper's own code
     (matej-ulicny/harmonic-networks). If its ResNet has a pooling layer after the stem, give --model-kwargs pool=max or
     pool=avg.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, cast
 
@@ -68,6 +69,27 @@ def detector_classes(model: nn.Module) -> int | None:
         if last == "classification_head" and isinstance(classes := getattr(module, "num_classes", None), int):
             return classes
     return None
+
+
+def classes_of_weights(shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> int | None:
+    """Return the number of classes of weights that differ from a network only in the outputs of its classifier.
+
+    >>> classes_of_weights({"fc.weight": ((1000, 512), (5, 512)), "fc.bias": ((1000,), (5,))})
+    5
+
+    Args:
+        shapes: for each tensor whose shape differs, its shape in the network and in the file.
+
+    Returns:
+        None if something else differs. A detector may have several outputs for each class, so that the least number of
+        outputs counts.
+    """
+    if any(len(own) != len(read) or own[1:] != read[1:] or not own for own, read in shapes.values()):
+        return None
+    outputs = {(own[0], read[0]) for own, read in shapes.values()}
+    least_own, least_read = min(outputs, default=(0, 0))
+    proportional = all(own * least_read == read * least_own for own, read in outputs)
+    return least_read if outputs and least_read and proportional else None
 
 
 def _last_layer(model: nn.Module) -> nn.Module | None:

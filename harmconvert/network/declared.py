@@ -48,10 +48,13 @@ def _channels(model: nn.Module, config: Mapping[str, Any], declared: int) -> int
 
 
 def _input_size(value: Any) -> bool:
-    """Return whether the value can be an input size: one to five whole numbers above 0, and not too many elements."""
+    """Return whether the value can be an input size: at most five whole numbers above 0, and not too many elements.
+
+    The size of an input with one number for each example, such as a time step, is empty.
+    """
     return (
         isinstance(value, list | tuple)
-        and 1 <= len(value) <= 5
+        and len(value) <= 5
         and all(count(part) and part > 0 for part in value)
         and prod(value) <= _MOST_ELEMENTS
     )

@@ -125,9 +125,10 @@ def _source_text(source: Source) -> str:
 
 def _source_options(source: Source) -> list[str]:
     words, weights = [], source.weights or {}
-    if "architecture" not in source.arguments:  # sources on a hub and folders contain their own arguments
+    with_config = "config" in source.arguments
+    if "architecture" not in source.arguments or with_config:  # timm's repositories contain their own arguments
         for key, value in source.arguments.items():
-            words += ["--model-kwargs", f"{key}={value}"]
+            words += [] if with_config and key in ("architecture", "config") else ["--model-kwargs", f"{key}={value}"]
     if "file" in weights and source.scheme != "local-dir":
         words += ["--checkpoint", weights["file"]]
         words += ["--checkpoint-key", weights["key"]] if "key" in weights else []

@@ -8,7 +8,7 @@ import socket
 import urllib.error
 import urllib.parse
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ import huggingface_hub.errors
 import torchvision.models._api as torchvision_api
 from torch import nn
 
-from ..errors import Argument, InputError, Message, OutsideError, first_line
+from ..errors import Argument, HarmconvertError, InputError, Message, OutsideError, first_line
 from ..samples import SAMPLES
 
 _OFFLINE = Message(
@@ -33,12 +33,12 @@ _BAD_ARGUMENTS = (TypeError, ValueError, AssertionError, AttributeError, LookupE
 @contextmanager
 def downloading(what: str) -> Iterator[None]:
     """Turn every failure of a download into one error; without an internet connection, use only the local caches."""
-    offline = huggingface_hub.constants.HF_HUB_OFFLINE
     try:
-        if not _hub_resolves():
-            # Otherwise the hub's client would retry for nearly a minute.
-            huggingface_hub.constants.HF_HUB_OFFLINE = True
-        yield
+        # Without a connection, the hub's client would retry for nearly a minute.
+        with nullcontext() if _hub_resolves() else offline():
+            yield
+    except HarmconvertError:
+        raise
     except (urllib.error.URLError, huggingface_hub.errors.HfHubHTTPError, OSError) as error:
         raise OutsideError(f"the weights of {what} cannot be fetched: {first_line(error)}; ", _OFFLINE) from error
     except RuntimeError as error:
@@ -48,8 +48,17 @@ def downloading(what: str) -> Iterator[None]:
         raise InputError(f"{what} cannot be made: {first_line(error)}") from error
     except _BAD_ARGUMENTS as error:
         raise InputError(f"{what} cannot be made: {first_line(error)}") from error
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """Let the hub's client use its local cache only."""
+    before = huggingface_hub.constants.HF_HUB_OFFLINE
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    try:
+        yield
     finally:
-        huggingface_hub.constants.HF_HUB_OFFLINE = offline
+        huggingface_hub.constants.HF_HUB_OFFLINE = before
 
 
 def _hub_resolves() -> bool:

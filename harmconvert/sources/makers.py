@@ -25,7 +25,9 @@ from ..storage.source import SCHEMES, Source
 from ..storage.weights import load_state, load_weights
 from ..user_code import import_function
 from .downloads import downloading, torchvision_loading, torchvision_preprocessing
+from .libraries import LIBRARIES, SMP, network_class
 from .reference import open_reference
+from .repositories import Repository, plain_config
 
 log = logging.getLogger(__name__)
 
@@ -161,6 +163,54 @@ def with_weights_name(source: Source) -> Source:
     return replace(source, name=f"{source.name}.{torchvision.models.get_model_weights(source.name)['DEFAULT'].name}")
 
 
+def _from_library(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
+    """Build a network of transformers, segmentation-models-pytorch or diffusers.
+
+    The source then has the config, so that a checkpoint can be opened without the repository.
+    """
+    library, arguments = LIBRARIES[source.scheme], dict(source.arguments)
+    config, name = arguments.pop("config", None), arguments.pop("architecture", None)
+    library.imported()
+    with downloading(str(source)):
+        if config is not None and not pretrained:
+            return library.build(library.network_class(name), config, arguments), source
+        if source.scheme == "smp" and (pair := SMP.pair(source.name)) is not None:
+            return _smp_network(source, pair, pretrained)
+        repository = Repository.named(source.name)
+        config = _config_in(repository, source)
+        kind = network_class(library, config, name, f"{repository}/config.json")
+        model = library.build(kind, config, arguments)
+        if declared := library.declaration(model, repository):
+            cast(Any, model).pretrained_cfg = declared
+        file = repository.weights(library.weights) if pretrained else None
+    if file is not None:
+        record = load_weights(model, file, rename=renamed)
+        source = replace(source, weights={"left_out": record["left_out"]} if "left_out" in record else None)
+    recorded = {"architecture": kind.__name__, "config": plain_config(config), **arguments}
+    return model, replace(source, arguments=recorded)
+
+
+def _smp_network(source: Source, pair: tuple[str, str], pretrained: bool) -> tuple[nn.Module, Source]:
+    if pretrained:
+        file = Argument("weights", "FILE")
+        raise InputError(f"{source} has no pretrained weights, only its encoder may have: give some with ", file)
+    architecture, encoder = pair
+    model = SMP.build(SMP.network_class(architecture), {"encoder_name": encoder}, source.arguments)
+    return model, source
+
+
+def _config_in(repository: Repository, source: Source) -> dict[str, Any]:
+    """Return the config of a repository; if it is a pipeline of networks, the message names them."""
+    if (config := repository.json("config.json")) is not None:
+        return config
+    pipeline = repository.json("model_index.json") or {}
+    parts = [name for name, part in pipeline.items() if isinstance(part, list) and part[:1] == ["diffusers"]]
+    networks = [f"{source}/{name}" for name in parts if "scheduler" not in name]
+    if networks:
+        raise InputError(f"{repository} is a pipeline: name one of its networks, such as {' or '.join(networks)}")
+    raise InputError(f"{repository} is no network of {source.scheme}: it has no config.json")
+
+
 def _from_sample(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
     if source.name not in SAMPLES:
         raise UsageError(f"there is no sample {source.name!r}: use one of {', '.join(SAMPLES)}")
@@ -196,19 +246,23 @@ def _from_code(source: Source, pretrained: bool) -> tuple[nn.Module, Source]:
 
 
 def renamed(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the state dict under this network's keys; timm's own filter renames the keys of older files."""
+    """Return the state dict under this network's keys; functions of the libraries rename the keys of older files."""
     if set(state) == set(tensors_of(model)):
         return state
-    if not type(model).__module__.startswith("timm."):
-        return state
-    rename = getattr(importlib.import_module(type(model).__module__), "checkpoint_filter_fn", None)
-    if rename is None:
+    package = type(model).__module__.partition(".")[0]
+    library = next((one for one in LIBRARIES.values() if one.module == package), None)
+    if library is None and package != "timm":
         return state
     try:
-        return dict(rename(dict(state), model))
-    except Exception as error:  # the error about the file's own keys is clearer than timm's
-        log.info("timm does not rename the weights for this %s: %s", type(model).__name__, first_line(error))
+        return _renamed_by_timm(model, state) if library is None else library.renamed(model, state)
+    except Exception as error:  # the error about the file's own keys is clearer than the library's
+        log.info("%s does not rename the weights for this %s: %s", package, type(model).__name__, first_line(error))
         return state
+
+
+def _renamed_by_timm(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    rename = getattr(importlib.import_module(type(model).__module__), "checkpoint_filter_fn", None)
+    return state if rename is None else dict(rename(dict(state), model))
 
 
 def _with_config(source: Source, model: nn.Module, architecture: str, model_arguments: Mapping[str, Any]) -> Source:
@@ -224,7 +278,7 @@ def _suggestion(name: str, names: list[str]) -> str:
     return (
         f": did you mean {', '.join(matches)}?"
         if matches
-        else "; other schemes are torchvision:, hf-hub:, local-dir:, sample:"
+        else "; other schemes are torchvision:, transformers:, smp:, diffusers:, hf-hub:, local-dir:, sample:"
     )
 
 
@@ -235,5 +289,6 @@ _MAKERS: dict[str, Callable[[Source, bool], tuple[nn.Module, Source]]] = {
     "torchvision": _from_torchvision,
     "sample": _from_sample,
     "reference": _from_reference,
+    **dict.fromkeys(LIBRARIES, _from_library),
     "code": _from_code,
 }

@@ -22,10 +22,13 @@ from ..storage.source import parse_source as parse_source
 from ..storage.tensors import memory_limit
 from ..storage.weights import load_weights
 from ..user_code import functions_in
+from .downloads import offline
 from .hub import published_checkpoint
+from .libraries import LIBRARIES
 from .limits import built_within
 from .makers import build, build_structure, declare_size, renamed, with_weights_name
 from .reference import open_reference
+from .repositories import loads_files
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +53,9 @@ def open_source(
 
     Args:
         text: ``NAME`` or ``timm:NAME``, ``torchvision:NAME``, ``hf-hub:USER/REPO`` or ``local-dir:PATH`` (a harmonic
-            checkpoint in it is used first), ``package.module:factory``, ``file.py:factory``, ``sample:NAME``,
+            checkpoint in it is used first), ``transformers:NAME_OR_FOLDER``, ``smp:ARCH/ENCODER`` or
+            ``smp:NAME_OR_FOLDER``, ``diffusers:NAME_OR_FOLDER``, ``package.module:factory``, ``file.py:factory``,
+            ``sample:NAME``,
             ``reference:FILE`` (a checkpoint of the reference implementation: `harmconvert.sources.reference`), or the
             path of a harmonic checkpoint.
         weights: a .safetensors or .pth file that replaces the weights; only plain tensors are unpickled.
@@ -249,7 +254,7 @@ def open_original(header: Header, teacher: str | None = None, trust_code: bool =
         raise UsageError(what, ", so there is no uncut network to compare with: name one with ", teacher_argument)
     rebuild(source, trust_code)  # refuses a source that a file must not name
     arguments = dict(source.arguments)
-    if source.scheme != "reference":  # hubs and folders name the architecture; a reference file does not
+    if source.scheme in ("hf-hub", "local-dir"):  # they name the architecture
         arguments.pop("architecture", None)
     if source.scheme == "sample":  # the classes of a fine-tuned network do not fit the sample's own weights
         arguments.pop("num_classes", None)
@@ -317,7 +322,11 @@ def rebuild(source: Source | str, trust_code: bool = False, limit: int | None = 
             Argument("trust_code", True), " if you know the file, or ", Argument("code", "FILE.py:FACTORY"),
         )  # fmt: skip
     try:
-        if "architecture" in source.arguments:  # recorded from the config of a hub or a folder
+        if source.scheme in LIBRARIES:
+            if not _rebuilt_from_record(source):
+                raise InputError(f"the recorded source {source} sets arguments that load files or weights: refused")
+            make = partial(build_structure, source)
+        elif "architecture" in source.arguments:  # recorded from the config of a hub or a folder
             arguments = dict(source.arguments)
             if not timm.is_model(str(arguments["architecture"])) or {*arguments} & _NOT_FOR_REBUILDING:
                 raise InputError(f"the recorded source {source} sets arguments that load files or weights: refused")
@@ -327,7 +336,8 @@ def rebuild(source: Source | str, trust_code: bool = False, limit: int | None = 
         else:
             make = partial(build_structure, source)
         limited = limit is not None and source.scheme != "code"  # trusted code has no limit
-        model = built_within(make, cast(int, limit), f"the recorded source {source}") if limited else make()
+        with offline():
+            model = built_within(make, cast(int, limit), f"the recorded source {source}") if limited else make()
         declare_size(model, source.arguments)
         return model
     except HarmconvertError as error:
@@ -337,6 +347,13 @@ def rebuild(source: Source | str, trust_code: bool = False, limit: int | None = 
         raise type(error)(error.message, "; or name the code with ", code) from error
     except Exception as error:
         raise InputError(f"the recorded source {source} cannot be built: {first_line(error)}; pass model=") from error
+
+
+def _rebuilt_from_record(source: Source) -> bool:
+    """Return whether the record of a network of a library is enough to build it, without any file."""
+    config = source.arguments.get("config")
+    alone = isinstance(config, Mapping) if "config" in source.arguments else source.scheme == "smp"
+    return alone and not loads_files(source.arguments)
 
 
 def made_by_code(text: str) -> bool:

@@ -20,7 +20,9 @@ from ..network.layers import kernel_size
 
 log = logging.getLogger(__name__)
 
-SCHEMES = ("timm", "torchvision", "hf-hub", "local-dir", "sample", "reference")
+SCHEMES = (
+    "timm", "torchvision", "transformers", "smp", "diffusers", "hf-hub", "local-dir", "sample", "reference",
+)  # fmt: skip
 
 _SOURCE = {
     "scheme": str, "name": str, "arguments": {...: json_value}, "sha256": (str, None), "licence": json_value,

@@ -8,6 +8,7 @@ import warnings
 import zipfile
 import zlib
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -127,6 +128,15 @@ def read_pickle(path: str | Path) -> Any:
         warnings.simplefilter("ignore")  # torch warns of old pickles
         # TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD does not override an explicit weights_only=True.
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def placeholder_kind(content: Any, depth: int = 5) -> str | None:
+    """Return the class of an object that is neither a tensor nor a plain container; None if there is none."""
+    if isinstance(content, Placeholder):
+        return f"an object of the class {content.kind[:80]}"
+    if isinstance(content, Mapping) and depth:
+        return next((kind for value in content.values() if (kind := placeholder_kind(value, depth - 1))), None)
+    return None
 
 
 def why_pickle_unreadable(path: str | Path, error: Exception) -> str:

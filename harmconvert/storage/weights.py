@@ -16,10 +16,11 @@ from torch.nn.parameter import is_lazy
 
 from ..errors import Argument, InputError, Message, OutsideError, UsageError, first_line, shortened
 from ..files import outside_error, read_json, write_file
+from ..network.classifier import classes_of_weights
 from ..network.state import fill, loads_by_itself, state_of, take_dtypes, tensors_of
 from ..network.state import weights_sha256 as weights_sha256
 from .containers import Names, StateDict, names_in, state_dicts, with_key, without_wrapper
-from .unpickling import UNREADABLE, Placeholder, read_weights_pickle, why_pickle_unreadable, why_tensor_refused
+from .unpickling import UNREADABLE, placeholder_kind, read_weights_pickle, why_pickle_unreadable, why_tensor_refused
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +115,7 @@ def _states(path: str | Path, key: str | None = None) -> list[StateDict]:
     content = _read_pth(path)
     states = state_dicts(content)
     if not states:
-        if kind := _placeholder_kind(content):
+        if kind := placeholder_kind(content):
             raise InputError(
                 f"{path} holds more than tensors, and reading it would run code: refused ({kind}); save its "
                 "state_dict as .safetensors where you trust it"
@@ -148,15 +149,6 @@ def _read_pth(path: str | Path) -> Any:
                 f".safetensors where you trust it"
             ) from error
         raise InputError(f"{path} is not a readable .pth file: {why_pickle_unreadable(path, error)}") from error
-
-
-def _placeholder_kind(content: Any, depth: int = 5) -> str | None:
-    """Return the class of an object that is neither a tensor nor a plain container; None if there is none."""
-    if isinstance(content, Placeholder):
-        return f"an object of the class {content.kind[:80]}"
-    if isinstance(content, Mapping) and depth:
-        return next((kind for value in content.values() if (kind := _placeholder_kind(value, depth - 1))), None)
-    return None
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
@@ -310,6 +302,9 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], where: str, *, pre
             raise InputError(f"{where}: {name!r:.80} is a {type(value).__name__}: a state dict has only named tensors")
     own = tensors_of(model, keep_vars=True)
     names = names_in(own, state, prefix)
+    if not names.complete and prefix is None:  # a prefix under which only shapes differ makes the message clearer
+        by_name = names_in(own, [*state])
+        names = by_name if by_name.complete and not by_name.alternatives else names
     complaint = f"{where} does not fit this {type(model).__name__}"
     if names.alternatives:
         prefixes = shortened([repr(one) for one in (names.prefix, *names.alternatives)])
@@ -359,13 +354,17 @@ def _problems(own: Mapping[str, Tensor], names: Names, state: Mapping[str, Tenso
     if names.unexpected:
         problems.append(f"unexpected: {shortened(list(names.unexpected))}")
     pairs = {key: (own[key], state[in_file]) for key, in_file in names.file_names.items() if not is_lazy(own[key])}
-    shapes = [
-        f"{key} {tuple(read.shape)} instead of {tuple(tensor.shape)}"
+    shapes = {
+        key: (tuple(tensor.shape), tuple(read.shape))
         for key, (tensor, read) in pairs.items()
         if read.shape != tensor.shape and (tensor.dim(), tuple(read.shape)) != (0, (1,))  # torch loads (1,) into ()
-    ]
+    }
     if shapes:
-        problems.append(f"other shape: {shortened(shapes)}")
+        differing = shortened([f"{key} {read} instead of {own}" for key, (own, read) in shapes.items()])
+        problems.append(f"other shape: {differing}")
+        if (classes := classes_of_weights(shapes)) is not None:
+            what = f"the weights are for {classes} classes: build the network with as many ("
+            problems.append(Message(what, Argument("arguments", {"num_classes": classes}), ")"))
     kinds = [
         f"{key} {str(read.dtype).removeprefix('torch.')}"
         for key, (tensor, read) in pairs.items()
