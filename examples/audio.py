@@ -24,7 +24,7 @@ def sound(kind: str, generator: np.random.Generator) -> np.ndarray:
     times = np.arange(LENGTH)
     bend = {"falling": -0.3, "rising": 1.0, "steady": 0.0}[kind] * change
     phase = 2 * np.pi * (start * times + 0.5 * bend * times**2 / LENGTH) + generator.uniform(0, 6)
-    return (np.sin(phase) + generator.normal(0, 0.5, LENGTH)).astype(np.float32)[None]
+    return (np.sin(phase) + generator.normal(0, 0.3, LENGTH)).astype(np.float32)[None]
 
 
 def write_folder(folder: Path, count: int, seed: int) -> Path:
@@ -52,7 +52,7 @@ def trained_network(batches: list[tuple[Tensor, Tensor]]) -> nn.Module:
         layers += [nn.Conv1d(channels, out, 9, stride=4, padding=4), nn.BatchNorm1d(out), nn.ReLU()]
     network = nn.Sequential(*layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(64, len(CLASSES)))
     optimizer = torch.optim.AdamW(network.parameters(), 3e-3)
-    for _ in range(8):
+    for _ in range(15):
         for sounds, labels in batches:
             functional.cross_entropy(network(sounds), labels).backward()
             optimizer.step()
@@ -67,7 +67,7 @@ def main(folder: Path) -> None:
 
     conversion = hc.convert(network, {"3": 5, "6": 5}, bits=4, calibration=[sounds for sounds, _ in batches])
     hc.save(conversion, folder / "small.safetensors")
-    tuned = hc.finetune(conversion, train, epochs=1, teacher=network)
+    tuned = hc.finetune(conversion, train, teacher=network)
     for name, model in {"network": network, "small": conversion.model, "fine-tuned": tuned.model}.items():
         print(f"{name}: {hc.evaluate(model, tested)}")
     exported = hc.export(tuned.model, folder / "small.onnx", "onnx", example_input=tested[0][0][:1])

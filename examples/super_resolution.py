@@ -74,9 +74,7 @@ def main(folder: Path) -> None:
 
     conversion = hc.convert(network, {"body.2": 2}, bits=4, calibration=[inputs for inputs, _ in batches])
     hc.save(conversion, folder / "small.safetensors")
-    tuned = hc.finetune(
-        conversion, train, preprocessing={"preprocess": "none"}, metric="psnr", epochs=1, teacher=network
-    )
+    tuned = hc.finetune(conversion, train, preprocessing={"preprocess": "none"}, metric="psnr", teacher=network)
     for name, model in {"network": network, "small": conversion.model, "fine-tuned": tuned.model}.items():
         print(f"{name}: {hc.evaluate(model, tested, metric='psnr')}")
     exported = hc.export(tuned.model, folder / "small.onnx", "onnx", example_input=tested[0][0][:1])

@@ -51,7 +51,7 @@ def trained_network(batches: list[tuple[Tensor, Tensor]]) -> nn.Module:
         layers += [nn.Conv3d(channels, out, 3, stride, padding=1), nn.BatchNorm3d(out), nn.ReLU()]
     network = nn.Sequential(*layers, nn.AdaptiveMaxPool3d(1), nn.Flatten(), nn.Linear(32, len(CLASSES)))
     optimizer = torch.optim.AdamW(network.parameters(), 3e-3)
-    for _ in range(8):
+    for _ in range(12):
         for volumes, labels in batches:
             functional.cross_entropy(network(volumes), labels).backward()
             optimizer.step()
@@ -66,7 +66,7 @@ def main(folder: Path) -> None:
 
     conversion = hc.convert(network, {"3": 2, "6": 2}, bits=4, calibration=[volumes for volumes, _ in batches])
     hc.save(conversion, folder / "small.safetensors")
-    tuned = hc.finetune(conversion, train, epochs=1, teacher=network)
+    tuned = hc.finetune(conversion, train, teacher=network)
     for name, model in {"network": network, "small": conversion.model, "fine-tuned": tuned.model}.items():
         print(f"{name}: {hc.evaluate(model, tested)}")
     exported = hc.export(tuned.model, folder / "small.onnx", "onnx", example_input=tested[0][0][:1])
