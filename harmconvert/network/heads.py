@@ -69,7 +69,7 @@ def floating_tensors(outputs: Any) -> list[Tensor]:
 
     Whole numbers beside them, such as the class of the largest logit, follow from the others up to rounding.
     """
-    tensors = tensors_in(outputs, arrays=True)
+    tensors = tensors_in(outputs)
     return [tensor for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()] or tensors
 
 
