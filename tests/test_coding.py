@@ -512,3 +512,13 @@ def test_a_layer_whose_inputs_hardly_vary_is_coded() -> None:
     with torch.no_grad():
         actual, expected = conversion.model(x), network(x)
     assert (actual - expected).norm() < 0.1 * (expected - expected.mean(0)).norm()
+
+
+def test_a_layer_of_few_weights_is_coded_saved_and_loaded(tmp_path: Path) -> None:
+    """Its stream has more bytes than its weights in float32."""
+    network = seeded(lambda: nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU(), nn.Conv2d(2, 1, 1), nn.Linear(14, 1)))
+    conversion = hc.convert(network, bits=4, calibration=list(random_input((32, 3, 16, 16)).split(16)))
+    hc.save(conversion, tmp_path / "net.safetensors")
+    again = hc.load(tmp_path / "net.safetensors", model=network)
+    x = random_input((2, 3, 16, 16))
+    assert torch.equal(again.eval()(x), conversion.model.eval()(x))

@@ -15,6 +15,10 @@ from ..axes import Axis, Check, Kept, LayerCost, WeightShape
 from ..space.check import kernel_difference
 from .bits import MOST_BITS, Bits, BitsSetting
 
+# A plan in a file has the bits that were written. A stream has some bytes of its own, so that a layer of few weights
+# has many bits per weight.
+_MOST_MEASURED = 4096
+
 
 class PrecisionAxis(Axis):
     """The bits of all layers that a plan may contain; used only with a setting."""
@@ -50,7 +54,7 @@ class PrecisionAxis(Axis):
     def from_json(self, data: Any, kernel_size: tuple[int, ...]) -> Bits:
         """Read the result of `Bits.to_json`."""
         bits, shared = data["bits"], data.get("shared", False)
-        if isinstance(bits, bool) or not isinstance(bits, int | float) or not 0 <= bits <= 4 * MOST_BITS:
+        if isinstance(bits, bool) or not isinstance(bits, int | float) or not 0 <= bits <= _MOST_MEASURED:
             raise ValueError(f"{bits!r:.40} bits are out of range")
         if not isinstance(shared, bool) or len(data) > 2:
             raise ValueError("its bits are not a number")
