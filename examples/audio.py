@@ -20,9 +20,9 @@ CLASSES, LENGTH = ("falling", "rising", "steady"), 1024
 
 def sound(kind: str, generator: np.random.Generator) -> np.ndarray:
     """Return a noisy tone (1, LENGTH), float32, with a rising, falling or steady frequency."""
-    start, change = generator.uniform(0.05, 0.15), generator.uniform(0.05, 0.15)
+    start, change = generator.uniform(0.12, 0.2), generator.uniform(0.05, 0.1)
     times = np.arange(LENGTH)
-    bend = {"falling": -0.3, "rising": 1.0, "steady": 0.0}[kind] * change
+    bend = {"falling": -1, "rising": 1, "steady": 0}[kind] * change
     phase = 2 * np.pi * (start * times + 0.5 * bend * times**2 / LENGTH) + generator.uniform(0, 6)
     return (np.sin(phase) + generator.normal(0, 0.3, LENGTH)).astype(np.float32)[None]
 
@@ -67,7 +67,7 @@ def main(folder: Path) -> None:
 
     conversion = hc.convert(network, {"3": 5, "6": 5}, bits=4, calibration=[sounds for sounds, _ in batches])
     hc.save(conversion, folder / "small.safetensors")
-    tuned = hc.finetune(conversion, train, teacher=network)
+    tuned = hc.finetune(conversion, train, loss="distillation", batch_size=16, teacher=network)
     for name, model in {"network": network, "small": conversion.model, "fine-tuned": tuned.model}.items():
         print(f"{name}: {hc.evaluate(model, tested)}")
     exported = hc.export(tuned.model, folder / "small.onnx", "onnx", example_input=tested[0][0][:1])

@@ -1,4 +1,4 @@
-"""Detection: torchvision's SSDLite with MobileNetV3 on drawn squares.
+"""Detection: torchvision's SSD with a small backbone on drawn squares.
 
 python examples/detection.py
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,28 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.models.detection import ssdlite320_mobilenet_v3_large
+from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+from torchvision.models.detection.ssd import SSD, SSDHead
 
 import harmconvert as hc
 
-CLASSES, SIZE = 2, 128  # background, squares
+CLASSES, SIZE = 2, 96  # background, squares
+
+
+class Features(nn.Module):
+    """Returns maps of an eighth and a sixteenth of the image's size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for channels, out in ((3, 16), (16, 32), (32, 64)):
+            layers += [nn.Conv2d(channels, out, 3, stride=2, padding=1), nn.BatchNorm2d(out), nn.ReLU()]
+        self.eighth = nn.Sequential(*layers, nn.Conv2d(64, 64, 3, padding=1), nn.ReLU())
+        self.sixteenth = nn.Sequential(nn.Conv2d(64, 64, 3, stride=2, padding=1), nn.ReLU())
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        eighth = self.eighth(x)
+        return OrderedDict({"eighth": eighth, "sixteenth": self.sixteenth(eighth)})
 
 
 def write_folder(folder: Path, count: int, seed: int) -> Path:
@@ -29,7 +47,7 @@ def write_folder(folder: Path, count: int, seed: int) -> Path:
     boxes: list[dict[str, Any]] = []
     for number in range(count):
         image = generator.integers(0, 90, (SIZE, SIZE, 3)).astype(np.uint8)
-        side = int(generator.integers(24, 56))
+        side = int(generator.integers(20, 44))
         x, y = map(int, generator.integers(0, SIZE - side, 2))
         image[y : y + side, x : x + side] = (230, 140, 60)
         Image.fromarray(image).save(folder / "images" / f"{number}.png")
@@ -55,11 +73,12 @@ def samples_of(folder: Path) -> list[tuple[list[Tensor], list[dict[str, Tensor]]
 
 def trained_network(batches: list[tuple[list[Tensor], list[dict[str, Tensor]]]]) -> nn.Module:
     torch.manual_seed(0)
-    network = ssdlite320_mobilenet_v3_large(weights_backbone=None, num_classes=CLASSES)
-    optimizer = torch.optim.AdamW(network.parameters(), 1e-3)
-    for _ in range(4):
+    boxes = DefaultBoxGenerator([[], []], scales=[0.25, 0.4, 0.6])
+    network = SSD(Features(), boxes, (SIZE, SIZE), CLASSES, head=SSDHead([64, 64], boxes.num_anchors_per_location(), 2))
+    optimizer = torch.optim.AdamW(network.parameters(), 2e-3)
+    for _ in range(25):
         for images, targets in batches:
-            sum(network(images, targets).values()).backward()
+            torch.stack([*network(images, targets).values()]).sum().backward()
             optimizer.step()
             optimizer.zero_grad()
     return network.eval()

@@ -1,4 +1,4 @@
-"""Segmentation: torchvision's LR-ASPP with MobileNetV3 on drawn shapes.
+"""Segmentation: torchvision's FCN with the first half of ResNet-18 on drawn shapes.
 
 python examples/segmentation.py
 """
@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
-from torchvision.models.segmentation import lraspp_mobilenet_v3_large
+from torchvision.models import resnet18
+from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.models.segmentation.fcn import FCN, FCNHead
 
 import harmconvert as hc
 
@@ -55,7 +57,7 @@ def batches_of(folder: Path) -> list[tuple[Tensor, Tensor]]:
 
 def trained_network(batches: list[tuple[Tensor, Tensor]]) -> nn.Module:
     torch.manual_seed(0)
-    network = lraspp_mobilenet_v3_large(weights_backbone=None, num_classes=CLASSES)
+    network = FCN(create_feature_extractor(resnet18(), {"layer2": "out"}), FCNHead(128, CLASSES))
     optimizer = torch.optim.AdamW(network.parameters(), 2e-3)
     for _ in range(6):
         for images, masks in batches:
@@ -73,7 +75,7 @@ def main(folder: Path) -> None:
     conversion = hc.convert(network, 2, bits=4, calibration=[images for images, _ in batches])
     hc.save(conversion, folder / "small.safetensors")
     drawn = {"input_size": (3, SIZE, SIZE), "preprocess": "none"}
-    tuned = hc.finetune(conversion, train, preprocessing=drawn, metric="miou", epochs=1, teacher=network)
+    tuned = hc.finetune(conversion, train, preprocessing=drawn, metric="miou", epochs=2, teacher=network)
     for name, model in {"network": network, "small": conversion.model, "fine-tuned": tuned.model}.items():
         print(f"{name}: {hc.evaluate(model, tested, metric='miou')}")
     exported = hc.export(tuned.model, folder / "small.onnx", "onnx", example_input=tested[0][0][:1])

@@ -60,13 +60,13 @@ def trained_network(batches: list[tuple[Tensor, Tensor]]) -> nn.Module:
 
 
 def main(folder: Path) -> None:
-    train, test = write_folder(folder / "train", 120, seed=0), write_folder(folder / "test", 50, seed=1)
+    train, test = write_folder(folder / "train", 120, seed=0), write_folder(folder / "test", 100, seed=1)
     batches, tested = batches_of(train), batches_of(test)
     network = trained_network(batches)
 
     conversion = hc.convert(network, {"3": 2, "6": 2}, bits=4, calibration=[volumes for volumes, _ in batches])
     hc.save(conversion, folder / "small.safetensors")
-    tuned = hc.finetune(conversion, train, teacher=network)
+    tuned = hc.finetune(conversion, train, loss="distillation", batch_size=16, teacher=network)
     for name, model in {"network": network, "small": conversion.model, "fine-tuned": tuned.model}.items():
         print(f"{name}: {hc.evaluate(model, tested)}")
     exported = hc.export(tuned.model, folder / "small.onnx", "onnx", example_input=tested[0][0][:1])
