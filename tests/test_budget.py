@@ -496,7 +496,7 @@ def test_labelled_images_have_the_requested_size(tmp_path: Path, monkeypatch: py
 
 
 def test_max_drop_needs_a_metric_and_allows_no_lambda() -> None:
-    with pytest.raises(UsageError, match=r"max_drop and metric .* need each other"):
+    with pytest.raises(UsageError, match=r"max_drop needs a metric .* these need max_drop"):
         convert(nn.Conv2d(3, 4, 3), max_drop=1.0)
     with pytest.raises(UsageError, match="max_drop finds the size of the network"):
         convert(nn.Conv2d(3, 4, 3), 2, max_drop=1.0, metric=lambda network: 1.0)

@@ -36,6 +36,7 @@ COMPLETE = {
     "train": ["resnet50", *DATA], "verify": ["resnet50", "resnet18"], "inspect": ["resnet50"],
     "report": ["resnet50", "--figure", "tradeoff", *DATA], "compare": ["resnet50", "resnet18"],
     "benchmark": ["resnet50"], "export": ["resnet50", "-o", "new.safetensors"],
+    "push": ["there.safetensors", "me/network"],
 }  # fmt: skip
 REFUSED = [
     (["convert", "resnet50", "-o", "there.safetensors"], 2, "there.safetensors exists: use --force"),

@@ -643,7 +643,7 @@ def test_fine_tuning_writes_its_report() -> None:
     digit_folders(Path("digits") / "val", 2, first=4)
     how = ["--hflip", "0", "--crop", "padded", "-b", "10", "--workers", "0", "--epochs", "1"]
     found = ok("finetune", "cut.safetensors", "--data-dir", "digits", *how, "--report", "a.json", "-o", "b.safetensors")
-    assert found.stdout.splitlines()[-1] == "wrote a.json"
+    assert "wrote a.json" in found.stdout.splitlines()
     report = json.loads(Path("a.json").read_text())
     assert [stage["name"] for stage in report["stages"]] == ["uncut", "cut", "calibrated", "fine-tuned"]
     assert report["layers"][1]["energy"] > 0, "what convert recorded is still there"

@@ -7,7 +7,7 @@ import click
 # The groups in the order of the help, and their options. Options of no group come last.
 GROUPS: dict[str, tuple[str, ...]] = {
     "What to keep": (
-        "--lambda", "--rank", "--bits", "--budget", "--max-drop", "--labelled", "--plan", "--include", "--exclude",
+        "--lambda", "--rank", "--bits", "--budget", "--max-drop", "--metric", "--labelled", "--plan", "--include", "--exclude",
         "--basis", "--normalization", "--harmonic", "--no-normalize-first",
     ),
     "Calibration": (
@@ -25,7 +25,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Recipe (default of finetune: the paper's 5 epochs; of train: that of --recipe)": (
         "--recipe", "--epochs", "--batch-size", "--lr", "--opt", "--momentum", "--weight-decay", "--sched",
         "--warmup-epochs", "--decay-epochs", "--decay-milestones", "--decay-rate", "--min-lr", "--clip-grad",
-        "--model-ema-decay", "--smoothing", "--mixup", "--cutmix", "--freeze-bn", "--train-only", "--recode",
+        "--model-ema-decay", "--smoothing", "--mixup", "--cutmix", "--freeze-bn", "--train-only", "--recode", "--loss",
     ),
     "Augmentation": (
         "--crop", "--padding", "--scale", "--ratio", "--hflip", "--vflip", "--color-jitter", "--aa", "--reprob",

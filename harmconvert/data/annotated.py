@@ -86,9 +86,8 @@ class BoxFiles(Pictures):
             if box["image_id"] not in listed:
                 raise InputError(f"{annotations} has a box for image {box['image_id']}, which it does not list")
             if len(box["bbox"]) != 4:
-                raise InputError(
-                    f"{annotations} has a box of {len(box['bbox'])} numbers: it should have x, y, width, height"
-                )
+                has = counted(len(box["bbox"]), "number")
+                raise InputError(f"{annotations} has a box of {has}: it should have x, y, width, height")
             boxes[box["image_id"]].append(box)
         if not listed:
             raise InputError(f"{annotations} lists no image")

@@ -67,10 +67,10 @@ def push(
 
     >>> import tempfile
     >>> import harmconvert as hc
-    >>> folder = tempfile.TemporaryDirectory()
+    >>> folder = tempfile.mkdtemp()
     >>> network = hc.open_source("sample:resnet_mnist5k").model
-    >>> header = hc.save(hc.convert(network, 2), f"{folder.name}/cut.safetensors", source="sample:resnet_mnist5k")
-    >>> pushed = push(f"{folder.name}/cut.safetensors", "me/digits", local=f"{folder.name}/hub", license="apache-2.0")
+    >>> header = hc.save(hc.convert(network, 2), f"{folder}/cut.safetensors", source="sample:resnet_mnist5k")
+    >>> pushed = push(f"{folder}/cut.safetensors", "me/digits", local=f"{folder}/hub", license="apache-2.0")
     >>> sorted(pushed.files)
     ['README.md', 'config.json', 'harmonic.safetensors', 'model.safetensors']
 

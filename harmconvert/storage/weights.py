@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..errors import Argument, InputError, Message, OutsideError, UsageError, first_line, shortened
+from ..errors import Argument, InputError, Message, OutsideError, UsageError, counted, first_line, shortened
 from ..files import outside_error, read_json, write_file
 from ..network.classifier import classes_of_weights
 from ..network.state import fill, loads_by_itself, state_of, take_dtypes, tensors_of
@@ -363,7 +363,7 @@ def _problems(own: Mapping[str, Tensor], names: Names, state: Mapping[str, Tenso
         differing = shortened([f"{key} {read} instead of {own}" for key, (own, read) in shapes.items()])
         problems.append(f"other shape: {differing}")
         if (classes := classes_of_weights(shapes)) is not None:
-            what = f"the weights are for {classes} classes: build the network with as many ("
+            what = f"the weights are for {counted(classes, 'class')}: build the network with as many ("
             problems.append(Message(what, Argument("arguments", {"num_classes": classes}), ")"))
     kinds = [
         f"{key} {str(read.dtype).removeprefix('torch.')}"
