@@ -117,11 +117,11 @@ def _semidefinite(gram_GNN: Tensor) -> Tensor:
     Centred moments are differences of sums in float32. Where inputs hardly vary, they are rounding errors, for example
     behind a mean over all positions.
     """
-    diagonal_GN = gram_GNN.diagonal(dim1=-2, dim2=-1)
-    added_G1 = _TRUSTED * diagonal_GN.mean(-1, keepdim=True)
-    diagonal_GN += added_G1
+    diagonal_GN = gram_GNN.diagonal(dim1=-2, dim2=-1)  # changed in place: a copy of the moments would need memory
+    values_GN = diagonal_GN.clone()
+    diagonal_GN += _TRUSTED * values_GN.mean(-1, keepdim=True)
     semidefinite = not torch.linalg.cholesky_ex(gram_GNN)[1].any()
-    diagonal_GN -= added_G1
+    diagonal_GN.copy_(values_GN)
     if semidefinite:
         return gram_GNN
     values_GN, vectors_GNN = torch.linalg.eigh(gram_GNN)

@@ -7,8 +7,8 @@ import click
 # The groups in the order of the help, and their options. Options of no group come last.
 GROUPS: dict[str, tuple[str, ...]] = {
     "What to keep": (
-        "--lambda", "--rank", "--bits", "--budget", "--max-drop", "--metric", "--labelled", "--plan", "--include", "--exclude",
-        "--basis", "--normalization", "--harmonic", "--no-normalize-first",
+        "--lambda", "--rank", "--bits", "--budget", "--max-drop", "--metric", "--labelled", "--plan", "--include",
+        "--exclude", "--basis", "--normalization", "--harmonic", "--no-normalize-first",
     ),
     "Calibration": (
         "--calibrate", "--calibration-images", "--calibration-split", "--calibration-batch-size",
