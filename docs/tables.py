@@ -85,6 +85,20 @@ def rank_speed() -> str:
     )
 
 
+def tasks() -> str:
+    """The metric of each task, the bytes of the file, and the time, for each way to make a network smaller."""
+    return table(
+        ("task", "way", "metric", "value", "95 %", "bytes", "ms"),
+        (
+            (
+                row["task"].replace("_", " "), row["way"], row["metric"], row["value"], f"{row['low']} to {row['high']}",
+                f"{int(row['bytes']):,}", row["ms"],
+            )
+            for row in results("tasks")
+        ),
+    )  # fmt: skip
+
+
 TABLES: dict[str, Callable[[], str]] = {
     **{
         f"coding-{network}": (lambda network=network: coding(network))  # type: ignore[misc]
@@ -95,6 +109,7 @@ TABLES: dict[str, Callable[[], str]] = {
         for network in ("efficientnet_lite0", "resnet18")
     },
     "rank-speed": rank_speed,
+    "tasks": tasks,
 }
 
 
