@@ -13,7 +13,7 @@ other calibration inputs; no choice is made on the test inputs.
 
 Methods:
 
-- `ours`: --bits on 128 calibration inputs; `ours, no inputs`: --bits alone,
+- `ours`: --bits on 256 calibration inputs (column `inputs`); `ours, no inputs`: --bits alone,
 - `ours, lambda 3` and `ours, lambda 2`: the same after a cut; `ours, pixels`: the same without the DCT,
 - `equal steps`: rounding with feedback and equal steps in each layer (GPTQ), with our metric, levels and entropy coder,
 - `plain rounding`: one step in each layer, the same relative error in all layers, with our entropy coder,
@@ -58,10 +58,10 @@ Integers = npt.NDArray[np.int32]
 
 RESULTS = Path(__file__).parent / "results" / "coding.csv"
 KEYS = ["network", "method", "setting", "draw"]
-FIELDS = [*KEYS, "bits", "bytes", "kl", "agreement", "top1", "psnr"]
+FIELDS = [*KEYS, "inputs", "bits", "bytes", "kl", "agreement", "top1", "psnr"]
 NETWORKS = ["resnet_mnist5k", "super_resolution", "efficientnet_lite0", "wrn16_4_mnist5k", "resnet18_elpv"]
 BITS = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0)
-INPUTS, BATCH = 128, 32
+INPUTS, BATCH = 256, 32  # as many inputs as `convert` takes by default
 QPS = (-12, -16, -20, -24, -28, -32, -36)
 
 
@@ -281,7 +281,13 @@ def run(names: list[str], draws: int, only: list[str]) -> None:
                     if tuple(map(str, key.values())) in done:
                         continue
                     coded = make()
-                    row = {**key, "bits": f"{coded.bits:.3f}", "bytes": coded.bytes}
+                    with_inputs = method.startswith(("ours", "equal")) and method != "ours, no inputs"
+                    row = {
+                        **key,
+                        "inputs": INPUTS if with_inputs else "",
+                        "bits": f"{coded.bits:.3f}",
+                        "bytes": coded.bytes,
+                    }
                     row |= scores(coded.model, own, original)
                     write(row)
 
