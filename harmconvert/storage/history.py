@@ -87,7 +87,7 @@ HISTORY = {
 def with_columns(history: Mapping[str, Any]) -> dict[str, Any]:
     """Return a history in which the layers of a calibration are a list for each entry; inverse of `with_layers`.
 
-    In a small file, the names of the entries of all layers would take a third of the bytes.
+    In a small file, the names of the entries of all layers would take some per cent of the bytes.
 
     >>> with_columns({"calibration": {"layers": [{"name": "a", "damping": 0.1}, {"name": "b", "damping": None}]}})
     {'calibration': {'layers': {'name': ['a', 'b'], 'damping': [0.1, None]}}}
