@@ -91,8 +91,8 @@ def tasks() -> str:
         ("task", "way", "metric", "value", "95 %", "bytes", "ms"),
         (
             (
-                row["task"].replace("_", " "), row["way"], row["metric"], row["value"], f"{row['low']} to {row['high']}",
-                f"{int(row['bytes']):,}", row["ms"],
+                row["task"].replace("_", " "), row["way"], row["metric"], row["value"],
+                f"{row['low']} to {row['high']}", f"{int(row['bytes']):,}", row["ms"],
             )
             for row in results("tasks")
         ),
@@ -106,7 +106,7 @@ TABLES: dict[str, Callable[[], str]] = {
     },
     **{
         f"deployment-{network}": (lambda network=network: deployment(network))  # type: ignore[misc]
-        for network in ("efficientnet_lite0", "resnet18")
+        for network in ("efficientnet_lite0", "resnet18", "wrn28_10")
     },
     "rank-speed": rank_speed,
     "tasks": tasks,
