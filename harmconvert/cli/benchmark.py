@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from . import images, inputs, options, types
+from . import images, inputs, next_step, options, types
 from .listening import CommandLine
-
-if TYPE_CHECKING:
-    from ..deploy.advice import Benchmark, Row
-
-_SUFFIXES = {"onnx": "onnx", "openvino": "xml"}
 
 
 @click.command(name="benchmark")
@@ -147,32 +140,6 @@ def command(
     if layers:
         for (batch, count), chosen in result.factorings.items():
             console.print(tables.factored_layers(chosen, f"batch {batch}, {counted(count, 'thread')}"))
-    for line in (*result.advice(), *_commands(result, source, values["data"]), *(f"note: {n}" for n in result.notes)):
-        console.print(line, markup=False)
-
-
-def _commands(result: Benchmark, source: str, data: str | None) -> list[str]:
-    """Return a line for each form that the advice names: the command or the Python code that makes it."""
-    return [f"{_description(row)}: {_command(row, result.max_drop, source, data)}" for row in result.advised()]
-
-
-def _description(row: Row) -> str:
-    return f"{row.form}, {row.runtime}, {row.precision}"
-
-
-def _command(row: Row, max_drop: float, source: str, data: str | None) -> str:
-    name, form = Path(source).stem.replace(":", "-"), "" if row.form == "dense" else f" --form {row.form}"
-    if row.runtime == "torch":
-        if (row.form, row.precision) == ("dense", "f32"):
-            return f"harmconvert export {shlex.quote(source)} -o {name}-dense.safetensors"
-        half = ".bfloat16()" if row.precision == "bf16" else ""
-        opened = (
-            f"hc.load({source!r}, form={row.form!r})" if Path(source).is_file() else f"hc.open_source({source!r}).model"
-        )
-        return f"{opened}{half}"
-    command = f"harmconvert export {shlex.quote(source)} --format {row.runtime}{form}"
-    if row.precision != "f32":
-        command += f" --precision {row.precision}"
-    if row.precision == "int8":
-        command += f" --calibrate {shlex.quote(data or 'FOLDER')} --max-drop {max_drop:g}"
-    return f"{command} -o {name}{'' if row.precision == 'f32' else '-' + row.precision}.{_SUFFIXES[row.runtime]}"
+    made = [next_step.to_make(row, result.max_drop, source, values["data"]) for row in result.advised()]
+    for line in (*result.advice(), *made, *(f"note: {note}" for note in result.notes)):
+        console.print(line, markup=False, soft_wrap=True)

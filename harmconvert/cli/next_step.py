@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..files import short_name
 from .recording import command_words
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..deploy.advice import Row
     from ..pipeline.convert_to_file import ConvertedFile
 
 # Options that say how to make the network of SOURCE: the next command needs them, too.
 _NETWORK = ("weights", "weights_key", "strip_prefix", "arguments", "code", "trust_code", "input_size")
+_SUFFIXES = {"onnx": "onnx", "openvino": "xml"}
 # A smaller share of the parameters is not worth a cut.
 _LEAST_SHARE = 0.01
 
@@ -33,10 +36,38 @@ def to_convert(source: str, share_over_1x1: float) -> list[str]:
     """
     from ..arguments import may_be_harmonic
 
-    names = {parameter.name or "" for parameter in click.get_current_context().command.params}
     choice = share_over_1x1 >= _LEAST_SHARE and not may_be_harmonic(source)
-    network = command_words(leave_out=names - set(_NETWORK))["words"]
-    return ["convert", source, *network, *(("--lambda", "progressive") if choice else ("--bits", "4"))]
+    return ["convert", source, *_network_words(), *(("--lambda", "progressive") if choice else ("--bits", "4"))]
+
+
+def _network_words() -> list[str]:
+    """Return the options of the running command that say how to make the network of SOURCE."""
+    names = {parameter.name or "" for parameter in click.get_current_context().command.params}
+    return list(command_words(leave_out=names - set(_NETWORK))["words"])
+
+
+def to_make(row: Row, max_drop: float, source: str, data: str | None) -> str:
+    """Return a line with the command, or the Python code, that makes a form of SOURCE that a benchmark advises.
+
+    ``max_drop``: the largest loss of 8 bits, in %. ``data``: images on which 8 bits are calibrated.
+    """
+    title, name = f"{row.form}, {row.runtime}, {row.precision}", short_name(source)
+    if row.runtime == "torch" and (row.form, row.precision) != ("dense", "f32"):
+        load = (
+            f"hc.load({source!r}, form={row.form!r})" if Path(source).is_file() else f"hc.open_source({source!r}).model"
+        )
+        return f"{title}: {load}{'.bfloat16()' if row.precision == 'bf16' else ''}"
+    words = ["export", source, *_network_words()]
+    if row.runtime == "torch":
+        words += ["-o", f"{name}-dense.safetensors"]
+    else:
+        words += ["--format", row.runtime, *(() if row.form == "dense" else ("--form", row.form))]
+        words += [] if row.precision == "f32" else ["--precision", row.precision]
+        if row.precision == "int8":
+            words += ["--calibrate", data or "FOLDER", "--max-drop", f"{max_drop:g}"]
+        precision = "" if row.precision == "f32" else f"-{row.precision}"
+        words += ["-o", f"{name}{precision}.{_SUFFIXES[row.runtime]}"]
+    return f"{title}: {shlex.join(['harmconvert', *words])}"
 
 
 def to_export(checkpoint: str, source: str = "", code: str | None = None, trust_code: bool = False) -> list[str]:
