@@ -550,6 +550,7 @@ def test_the_command_converts_verifies_exports_and_finetunes_ranks(
     assert Path(path).exists()
     ok("verify", SAMPLE, path, "--as-planned")
     ok("export", path, "-o", "dense.safetensors")
+    ok("verify", path, "dense.safetensors")  # its layers hold the product of the two matrices
     kept = ok("convert", path, "--bits", "4", "-o", "coded.safetensors", "--json")
     layers = {layer["name"]: layer for layer in json.loads(kept.stdout)["plan"]["layers"]}
     assert layers["stage3.0.conv2"]["channels"] == {"rank": 32}

@@ -14,6 +14,7 @@ from ..calibration import digests
 from ..codecs.codec import Entry, codec_of
 from ..layers.harmonic import CONVOLUTIONS, is_harmonic_layer
 from ..network.layers import all_layers, convolutions, kernel_size, state_key, stored_names, weights_of
+from ..network.low_rank import ranked_layers
 from ..network.state import tensors_of
 from ..storage.tensors import equal
 
@@ -26,8 +27,10 @@ def pairs_of(
 ) -> tuple[dict[str, tuple[nn.Module, nn.Module]], list[str]]:
     """Return the pairs of layers to compare, by name, and the differences of the structure.
 
-    The pairs are the convolutions over 1x1 and the ``planned`` layers, which the plan cuts.
+    The pairs are the convolutions over 1x1, the ``planned`` layers, which the plan cuts, and the original's layers of low
+    rank, which a dense network holds as one weight.
     """
+    planned = {*planned, *ranked_layers(original)}
     original_layers, converted_layers = (
         {name: layer for name, layer in all_layers(model).items() if name in convs or name in planned}
         for model, convs in ((original, convolutions(original)), (converted, convolutions(converted)))
