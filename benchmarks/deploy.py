@@ -12,8 +12,9 @@ time.
 
 `cut` is empty for the whole network; `lambda 2`, or `half the MACs` (ranks and frequencies of --budget macs=50%), for
 a smaller one, which is calibrated where the weights are trained. Its ways are those of `factor` and of export --form
-factored, which take the faster form of each layer in the runtime and the precision; `twin` is the time of the whole
-network in the same way (with our 8 bits) divided by that of the row, so 1.00 is the speed of the dense form.
+factored, which take the faster form of each layer in the runtime and the precision, and no row where they leave all
+layers dense, because no layer is faster or the whole is not; `twin` is the time of the whole network in the same way
+(with our 8 bits) divided by that of the row, so 1.00 is the speed of the dense form.
 
 Ways: torch (channels_last) in float32 and bfloat16, ONNX Runtime, OpenVINO; in 8 bits: `ours` is export --precision
 int8 with --max-drop 100 (all layers in 8 bits) or 1 (layers in floating point until at most 1 % of the images held back
@@ -43,10 +44,11 @@ import harmconvert as hc
 import harmconvert.models
 from harmconvert.calibration import CalibrationContext, CalibrationSettings
 from harmconvert.deploy import Target, factor_for, onnx_bytes
+from harmconvert.deploy.graph_files import times_of
 from harmconvert.deploy.quantised_graphs import quantise_within, to_int8
 from harmconvert.deploy.runtime_rows import has_bfloat16
 from harmconvert.layers import in_turns, kernels_to_channels_last
-from harmconvert.network import factoring
+from harmconvert.network import factoring, fuse
 from harmconvert.search import SearchSettings
 
 assert harmconvert.models
@@ -95,7 +97,7 @@ def in_openvino(model: Any) -> Callable[[Tensor], Tensor]:
 
     hints = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     compiled = openvino.Core().compile_model(model, "CPU", hints)
-    return lambda x: torch.from_numpy(compiled(x.numpy())[0].copy())
+    return lambda x: torch.from_numpy(compiled(x.contiguous().numpy())[0].copy())
 
 
 def in_runtime(target: Target, graph: bytes, float_layers: int | None = None) -> Maker:
@@ -147,7 +149,7 @@ class Ways:
                 yield f"ours, {target}, max drop {max_drop:g} %", in_runtime(target, content, count)
 
     def of_cut(self, options: Mapping[str, Any], x: Tensor) -> Iterator[tuple[str, Maker]]:
-        """Yield the ways of a cut network that have a layer in factored form."""
+        """Yield the ways of a cut network in factored form, without those that `export` leaves dense."""
         cut = hc.convert(self.model, **options, search=SearchSettings(trials=0), example_input=self.example)
         if self.trained:
             cut = hc.convert(self.model, cut.plan, calibration=self.batches, example_input=self.example)
@@ -163,12 +165,18 @@ class Ways:
             chosen = factor_for(target, cut.model, x, lambda what: None)
             if not chosen.factored:
                 continue
-            if target.precision == "int8":
-                content, count = self.in_8_bits(chosen.model.eval(), target, 100.0)
-                yield f"ours, {target}, max drop 100 %", in_runtime(target, content, count)
-            else:
-                graph = onnx_bytes(chosen.model.eval(), self.example)
-                yield f"{Target(target.runtime)} {target.precision}", in_runtime(target, graph)
+            way = f"ours, {target}, max drop 100 %"
+            if target.precision != "int8":
+                way = f"{Target(target.runtime)} {target.precision}"
+            (dense, _), (factored, count) = (self.in_target(form, target) for form in (fuse(cut.model), chosen.model))
+            before, after = times_of(target, dense, factored, x)
+            if before >= after:
+                yield way, in_runtime(target, factored, count)
+
+    def in_target(self, form: nn.Module, target: Target) -> tuple[bytes, int | None]:
+        if target.precision == "int8":
+            return self.in_8_bits(form.eval(), target, 100.0)
+        return onnx_bytes(form.eval(), self.example), None
 
     def in_8_bits(self, form: nn.Module, target: Target, max_drop: float) -> tuple[bytes, int]:
         """Return the graph that `export` writes, as ONNX, and the number of layers in floating point."""

@@ -347,6 +347,37 @@ def test_activations_that_can_be_negative_have_a_zero_point_of_0_in_openvino() -
     assert not any(zero for zero in zeros["openvino"] if zero.dtype == np.int8)
 
 
+class Preactivated(nn.Module):
+    """A batch norm that alone reads a sum, and an output that is read again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.norm, self.head = nn.BatchNorm2d(8), nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = self.first(x).relu()
+        logits = self.head((self.norm(self.second(y) + y)).relu().mean((2, 3)))
+        return logits, logits + 1
+
+
+@pytest.mark.parametrize("runtime", ["onnx", "openvino"])
+def test_outputs_and_what_only_a_batch_norm_reads_are_not_rounded(runtime: str) -> None:
+    network, x = seeded(Preactivated).eval(), images_of()[0]
+    network.norm.running_var.fill_(0.5)
+    content = quantised_graphs.to_int8(onnx_bytes(network, x[:1]), [Batch(x, (0,), 0)], runtime)
+    graph = onnx.load_model_from_string(content).graph
+    producers = {name: node for node in graph.node for name in node.output}
+    assert producers[graph.output[1].name].op_type == "Add"
+    (norm,) = (node for node in graph.node if node.op_type == "BatchNormalization")
+    assert producers[norm.input[0]].op_type == "Add"
+    assert sum(node.op_type == "QuantizeLinear" for node in graph.node) >= 6
+    with torch.no_grad():
+        expected = network(x)
+    for actual, wanted in zip(Target(runtime, "int8").open(content)(x), expected, strict=True):
+        assert (actual - wanted).norm() < 0.05 * wanted.norm()
+
+
 # --- times ---
 
 

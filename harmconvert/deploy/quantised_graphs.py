@@ -24,6 +24,16 @@ from .runtimes import Target, arrays_of
 
 # Operators whose weights may stay in floating point.
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+# Operators that the runtimes run in float32 even if their input has 8 bits.
+_IN_FLOAT = (
+    "BatchNormalization",
+    "InstanceNormalization",
+    "LayerNormalization",
+    "GroupNormalization",
+    "Softmax",
+    "LogSoftmax",
+)
+_UNROUND = "DequantizeLinear"
 # After the number of layers in floating point has been doubled often enough, it is halved at most so often.
 _MOST_HALVINGS = 3
 
@@ -183,11 +193,45 @@ def to_int8(graph: bytes, batches: Sequence[Batch], runtime: str, float_layers: 
             raise InputError(f"ONNX Runtime cannot quantise this network: {first_line(error)}") from error
         finally:
             logging.disable(before)
-        return quantised.read_bytes()
+        return _without_idle_rounding(quantised.read_bytes())
+
+
+def _without_idle_rounding(graph: bytes) -> bytes:
+    """Return a graph that does not round the outputs of the network, and what only operators in float32 read."""
+    import onnx
+
+    model = onnx.load_model_from_string(graph)
+    network = model.graph
+    readers: dict[str, list[Any]] = {}
+    for node in network.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    constants, outputs = {one.name for one in network.initializer}, {one.name for one in network.output}
+    idle: list[Any] = []
+    renamed: dict[str, str] = {}
+    for node in network.node:
+        name = node.input[0] if node.input else ""
+        after = readers.get(node.output[0], [])
+        if node.op_type != "QuantizeLinear" or name in constants or any(one.op_type != _UNROUND for one in after):
+            continue
+        results = [one.output[0] for one in after]
+        used_by = [one for result in results for one in readers.get(result, [])]
+        if any(one.op_type not in _IN_FLOAT for one in used_by) or len(outputs & set(results)) > 1:
+            continue
+        idle += [node, *after]
+        # The producer writes to the name of the output of the network, if it is one.
+        kept = next((result for result in results if result in outputs), name)
+        renamed |= dict.fromkeys([name, *results], kept)
+    for node in idle:
+        network.node.remove(node)
+    for node in network.node:
+        for names in (node.input, node.output):
+            names[:] = [renamed.get(one, one) for one in names]
+    return model.SerializeToString()
 
 
 def _signed_activations(graph: bytes) -> set[str]:
-    """Return the inputs of a graph, and the outputs of its convolutions that are not rectified.
+    """Return the inputs of a graph, and the outputs of its convolutions and sums that are not rectified.
 
     OpenVINO is faster if these have a zero point of 0, as in the graphs of NNCF.
     """
@@ -196,7 +240,7 @@ def _signed_activations(graph: bytes) -> set[str]:
     network = onnx.load_model_from_string(graph).graph
     weights = {one.name for one in network.initializer}
     rectified = {name for node in network.node if node.op_type in ("Relu", "Clip") for name in node.input[:1]}
-    outputs = {name for node in network.node if node.op_type == "Conv" for name in node.output}
+    outputs = {name for node in network.node if node.op_type in ("Conv", "Add") for name in node.output}
     return {one.name for one in network.input} - weights | (outputs - rectified)
 
 

@@ -95,7 +95,8 @@ def arrays_of(inputs: Any) -> dict[str, Any]:
 
 
 def _arrays(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    return {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
+    # OpenVINO takes milliseconds to read arrays that are not contiguous, such as those of channels_last.
+    return {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in tensors.items()}
 
 
 def _can_import(name: str) -> bool:

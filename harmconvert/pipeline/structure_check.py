@@ -27,8 +27,8 @@ def pairs_of(
 ) -> tuple[dict[str, tuple[nn.Module, nn.Module]], list[str]]:
     """Return the pairs of layers to compare, by name, and the differences of the structure.
 
-    The pairs are the convolutions over 1x1, the ``planned`` layers, which the plan cuts, and the original's layers of low
-    rank, which a dense network holds as one weight.
+    The pairs are the convolutions over 1x1, the ``planned`` layers, which the plan cuts, and the original's layers of
+    low rank, which a dense network holds as one weight.
     """
     planned = {*planned, *ranked_layers(original)}
     original_layers, converted_layers = (
