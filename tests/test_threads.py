@@ -5,6 +5,7 @@ Each test names its thread. The threads are about the other tools, and none of t
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -173,6 +174,80 @@ def test_the_graph_of_a_network_of_low_rank_is_as_small_as_its_parameters(
         sizes.append((tmp_path / f"{form}.onnx").stat().st_size)
     saved = 4 * (64 * 64 * 9 - 8 * (64 * 9 + 64))
     assert sizes[0] - sizes[1] > 0.9 * saved
+
+
+class Pyramid(nn.Module):
+    """A detector with a feature pyramid, skip connections, and heads that all levels share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        channels = (3, 16, 32, 64)
+        self.stages = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(a, b, 3, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
+            for a, b in itertools.pairwise(channels)
+        )
+        self.lateral = nn.ModuleList(nn.Conv2d(width, 24, 1) for width in channels[1:])
+        self.smooth = nn.ModuleList(nn.Conv2d(24, 24, 3, padding=1) for _ in channels[1:])
+        self.loc, self.conf = nn.Conv2d(24, 8, 3, padding=1), nn.Conv2d(24, 6, 3, padding=1)
+
+    def forward(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        maps: list[Tensor] = []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        above: Tensor | None = None
+        levels = []
+        for lateral, smooth, one in reversed([*zip(self.lateral, self.smooth, maps, strict=True)]):
+            here = lateral(one)
+            above = here if above is None else here + nn.functional.interpolate(above, scale_factor=2.0)
+            levels.append(smooth(above) + above)
+        return [(self.loc(level), self.conf(level)) for level in levels]
+
+
+def test_a_feature_pyramid_with_skip_connections_gets_smaller_in_every_form(tmp_path: Path) -> None:
+    """The tool cannot make a pruned detector small: https://github.com/microsoft/nni/issues/5738"""
+    network, x = seeded(Pyramid).eval(), random_input((2, 3, 64, 64))
+    conversion = hc.convert(network, 2, rank=0.5, example_input=x[:1])
+    before, after = (sum(p.numel() for p in one.parameters()) for one in (network, conversion.model))
+    assert after < 0.55 * before
+    hc.save(conversion, tmp_path / "cut.safetensors")
+    expected = outputs(conversion.model.eval(), x)
+    for form in ("harmonic", "dense", "factored"):
+        actual = outputs(hc.load(tmp_path / "cut.safetensors", form=form, model=seeded(Pyramid), example_input=x), x)
+        assert len(actual) == len(expected) == 6
+        for one, other in zip(actual, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+class Branches(nn.Module):
+    """Two convolutions that read the same concatenation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(3, 32, 1)
+        self.left, self.right = nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        both = torch.cat([self.first(x).relu(), self.second(x).relu()], 1)
+        return self.left(both).relu(), self.right(both)
+
+
+@pytest.mark.parametrize("runtime", ["onnx", "openvino"])
+def test_two_layers_that_read_one_concatenation_get_8_bits(runtime: str, tmp_path: Path) -> None:
+    """No bias is found for them, and the file in 8 bits is larger: https://github.com/openvinotoolkit/nncf/issues/1936"""
+    pytest.importorskip("onnxruntime" if runtime == "onnx" else "openvino")
+    network, images = seeded(Branches).eval(), [smooth(16) for _ in range(2)]
+    sizes = {}
+    for precision in ("f32", "int8"):
+        path = tmp_path / f"{precision}.{'onnx' if runtime == 'onnx' else 'xml'}"
+        data = {"calibration": images, "max_drop": 2.0} if precision == "int8" else {}
+        exported = hc.export(network, path, runtime, precision=precision, example_input=images[0][:1], **data)
+        sizes[precision] = (path if runtime == "onnx" else path.with_suffix(".bin")).stat().st_size
+    assert exported.check is not None
+    assert exported.check.held_back is not None
+    assert not exported.check.held_back.float_layers
+    assert exported.check.held_back.divergence < 0.01
+    assert sizes["int8"] < 0.4 * sizes["f32"]
 
 
 # --- accuracy ---

@@ -193,15 +193,22 @@ def to_int8(graph: bytes, batches: Sequence[Batch], runtime: str, float_layers: 
             raise InputError(f"ONNX Runtime cannot quantise this network: {first_line(error)}") from error
         finally:
             logging.disable(before)
-        return _without_idle_rounding(quantised.read_bytes())
+        return _without_idle_rounding(quantised.read_bytes(), simplified.read_bytes())
 
 
-def _without_idle_rounding(graph: bytes) -> bytes:
-    """Return a graph that does not round the outputs of the network, and what only operators in float32 read."""
+def _without_idle_rounding(graph: bytes, before: bytes) -> bytes:
+    """Return a graph that does not round the outputs of the network, and what only operators in float32 read.
+
+    ``before``: the graph in float32. Where rounding limits values in place of a Relu or a Clip, it stays.
+    """
     import onnx
 
     model = onnx.load_model_from_string(graph)
     network = model.graph
+    made_by, made_by_before = (
+        {name: node.op_type for node in nodes for name in node.output}
+        for nodes in (network.node, onnx.load_model_from_string(before).graph.node)
+    )
     readers: dict[str, list[Any]] = {}
     for node in network.node:
         for name in node.input:
@@ -217,6 +224,9 @@ def _without_idle_rounding(graph: bytes) -> bytes:
         results = [one.output[0] for one in after]
         used_by = [one for result in results for one in readers.get(result, [])]
         if any(one.op_type not in _IN_FLOAT for one in used_by) or len(outputs & set(results)) > 1:
+            continue
+        original = name if name in made_by_before else next((one for one in results if one in made_by_before), name)
+        if made_by.get(name) != made_by_before.get(original):
             continue
         idle += [node, *after]
         # The producer writes to the name of the output of the network, if it is one.
