@@ -48,6 +48,7 @@ from harmconvert.deploy.graph_files import times_of
 from harmconvert.deploy.quantised_graphs import quantise_within, to_int8
 from harmconvert.deploy.runtime_rows import has_bfloat16
 from harmconvert.layers import in_turns, kernels_to_channels_last
+from harmconvert.layers.timing import SETTLING
 from harmconvert.network import factoring, fuse
 from harmconvert.search import SearchSettings
 
@@ -202,7 +203,7 @@ def run(names: list[str], turns: int) -> None:
                 made |= {(cut, way): make for way, make in ways.of_cut(options, x)}
             fixed = {way: make(x) for way, make in made.items()}
             runs = {"|".join(way): partial(one.run, x) for way, one in fixed.items()}
-            times = in_turns(runs, turns, 3, 20.0 * len(runs), warm=2)
+            times = in_turns(runs, turns, 3, 20.0 * len(runs), settling=SETTLING)
             median = {way: times["|".join(way)].median for way in made}
             original = coding.outputs(own.model, own.test) if len(own.test) else None
             for (cut, way), make in made.items():

@@ -21,7 +21,7 @@ from ..calibration import CalibrationContext
 from ..errors import Argument, UsageError, counted, first_line
 from ..layers import native
 from ..layers.layer_times import kernels_to_channels_last
-from ..layers.timing import in_turns
+from ..layers.timing import SETTLING, in_turns
 from ..metrics.metric import Measurement
 from ..network.checks import check_network
 from ..network.comparison import greatest_difference
@@ -216,7 +216,7 @@ def _time_input(
                         row = replace(row, measurement=settings.measured(deployed.for_batches()))
                     runs[str(len(rows))] = run
             rows.append(row)
-        times = in_turns(runs, settings.repeats, 3, 20.0, warm=1, progress=report)
+        times = in_turns(runs, settings.repeats, 3, 20.0, 1, SETTLING, report)
     for index, result in times.items():
         speed = batch / result.median
         rows[int(index)] = replace(
