@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from harmconvert.deploy import benchmark
 from harmconvert.samples import SAMPLES, mnist5k_held_back
 
 # For two cores: one process with two threads, or (pytest-xdist) two processes with one thread each; the same for child
@@ -44,3 +45,9 @@ def _few_images_to_verify_on() -> Iterator[None]:
     SAMPLES["resnet_mnist5k"] = replace(sample, images=lambda: mnist5k_held_back()[0][::100])
     yield
     SAMPLES["resnet_mnist5k"] = sample
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _times_need_not_be_exact() -> None:
+    """Time runs at once, without waiting until the threads of other runtimes are at rest."""
+    benchmark.SETTLING = 0.0
