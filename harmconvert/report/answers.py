@@ -62,7 +62,7 @@ def worse(report: Report) -> Answer:
         if record.get("plain_agreement") is not None:
             details.append(f"without calibration: {percent(record['plain_agreement'])}")
         details.append("Accuracy on labels was not measured.")
-        return Answer(question, _agreement(record['agreement']), tuple(details))
+        return Answer(question, _agreement(record["agreement"]), tuple(details))
     if report.saves_nothing and not report.training:
         return Answer(question, "not worse", ("Nothing is cut: the outputs are the original's, up to rounding.",))
     details = ["The accuracy was not measured."]
@@ -96,7 +96,9 @@ def _measured(stage: StageFacts, uncut: StageFacts | None) -> tuple[str, tuple[s
     if uncut is None or uncut.top1 is None:
         return f"top-1 {top1}", tuple(details)
     points = 100 * (uncut.top1 - stage.top1)
-    value = "no difference" if abs(points) < 0.005 else f"{abs(points):.2f} points {'worse' if points > 0 else 'better'}"
+    value = (
+        "no difference" if abs(points) < 0.005 else f"{abs(points):.2f} points {'worse' if points > 0 else 'better'}"
+    )
     inside = low <= uncut.top1 <= high
     details[1] += ", which includes the uncut network's" if inside else ""
     return value, (f"top-1 {top1}, uncut {percent(uncut.top1, 2)}", *details)

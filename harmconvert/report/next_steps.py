@@ -37,19 +37,17 @@ def _improving(report: Report, checkpoint: str) -> Iterator[tuple[str, list[str]
     name = short_name(checkpoint)
     if report.saves_nothing and not report.from_scratch:
         if (report.parameter_share_over_1x1 or 0.0) >= _LEAST_SHARE:
-            words = ["--lambda", "progressive", "-o", f"{name}-progressive.safetensors"]
+            words = ["convert", checkpoint, "--lambda", "progressive", "-o", f"{name}-progressive.safetensors"]
             yield "Nothing is cut yet. Cut the high frequencies of the layers with small maps.", words
         else:
-            words = ["--bits", "4", "-o", f"{name}-4bit.safetensors"]
+            words = ["convert", checkpoint, "--bits", "4", "-o", f"{name}-4bit.safetensors"]
             yield "Nothing is smaller yet. Code the weights with 4 bits.", words
     calibration, _ = _data(report)
     untouched = report.calibration is None and not report.training and not report.saves_nothing
     if untouched and calibration and report.commands:
-        words = shlex.split(report.commands[0])[1:-1]
-        yield (
-            "Reduce the error of the cut: calibrate on images without labels.",
-            [*words[:-1], "--calibrate", calibration, "-o", f"{name}-calibrated.safetensors"],
-        )
+        words = [*shlex.split(report.commands[0])[1:-2], "--calibrate", calibration]
+        why = "Reduce the error: calibrate on images without labels."
+        yield why, [*words, "-o", f"{name}-calibrated.safetensors"]
 
 
 def _measuring(report: Report, header: Header, checkpoint: str) -> Iterator[tuple[str, list[str]]]:

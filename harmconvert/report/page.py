@@ -27,7 +27,7 @@ from .facts import Report
 from .ranks import power_text, rank_chart
 from .space import HeatMap, heat_maps
 from .summary import HISTORY_ERRORS, invalid_history
-from .text import bytes_text, layer_name, megabytes, milliseconds, millions, percent, shortened_name, size_text
+from .text import bytes_text, layer_name, megabytes, millions, milliseconds, percent, shortened_name, size_text
 
 
 def write_report(report: Report, path: Path, force: bool = False) -> None:
