@@ -351,8 +351,8 @@ def test_steps_that_no_command_can_repeat_are_described() -> None:
     assert found.commands == (f"harmconvert convert {SAMPLE} --lambda 2=1,3=2 -o again-cut.safetensors",)
     options = "--epochs 2 --lr 0.01 --decay-milestones 1,2 --scale 0.5 1.0 --model-ema-decay 0.9 --freeze-bn"
     assert found.command_notes[0] == (
-        "again-cut.safetensors was fine-tuned to again-net.safetensors on images that the file does not name: give them to "
-        f"harmconvert finetune with --data-dir, and {options}"
+        "again-cut.safetensors was fine-tuned to again-net.safetensors on images that the file does not name: give "
+        f"them to harmconvert finetune with --data-dir, and {options}"
     )
     for recipe, words in (({"lr": 0.01}, "--lr 0.01"), ({"distill": 1.0}, "--distill 1.0")):
         whole = {"training": [training(**recipe_named("finetune", **recipe).to_json())]}  # with every field
@@ -426,7 +426,8 @@ def test_the_page_is_valid_html_and_has_every_section() -> None:
     outline = Outline(page(report))
     assert outline.open == []
     assert outline.text["h2"] == [
-        "What next?", "Accuracy after each step", "Size and cost of each form", "The network, layer by layer", "Frequencies that the layers use",
+        "What next?", "Accuracy after each step",
+        "Size and cost of each form", "The network, layer by layer", "Frequencies that the layers use",
         "Errors after the cut and after calibration", "Search under a budget", "Training", "The plan",
         "Source of the network",
     ]  # fmt: skip
@@ -451,7 +452,8 @@ def test_the_page_is_valid_html_and_has_every_section() -> None:
 def test_empty_sections_are_left_out() -> None:
     headings = Outline(page(made(small(), "full"))).text["h2"]
     assert headings == [
-        "What next?", "Size and cost of each form", "The network, layer by layer", "Frequencies that the layers use", "The plan",
+        "What next?",
+        "Size and cost of each form", "The network, layer by layer", "Frequencies that the layers use", "The plan",
         "Source of the network",
     ]  # fmt: skip
     assert "nothing is cut" in page(made(small(), "full"))
