@@ -27,7 +27,7 @@ from .facts import Report
 from .ranks import power_text, rank_chart
 from .space import HeatMap, heat_maps
 from .summary import HISTORY_ERRORS, invalid_history
-from .text import layer_name, megabytes, millions, milliseconds, percent, shortened_name, size_text
+from .text import bytes_text, layer_name, millions, milliseconds, percent, shortened_name, size_text
 
 
 def write_report(report: Report, path: Path, force: bool = False) -> None:
@@ -61,7 +61,7 @@ def _rendered(report: Report, jinja2: ModuleType) -> str:
         loader=jinja2.DictLoader({"page": (folder / "page.html.j2").read_text(encoding="utf-8")}),
     )  # fmt: skip
     environment.filters |= {
-        "count": millions, "megabytes": megabytes, "size": size_text, "percent": percent, "short": shortened_name,
+        "count": millions, "bytes": bytes_text, "size": size_text, "percent": percent, "short": shortened_name,
         "layer_name": layer_name, "colour": grid.hexadecimal, "plan_name": lambda name: shortened_name(name, 36),
         "time": milliseconds, "machine": _machine, "power": power_text,
     }  # fmt: skip
