@@ -435,7 +435,7 @@ def test_the_page_is_valid_html_and_has_every_section() -> None:
     classes = [attributes.get("class") for _, attributes in outline.tags]
     assert classes.count("heat") == 2, "one for each kernel size"
     assert classes.count("area") == 5, "two of errors, one of the search, two of training"
-    assert sum("data-i" in attributes for _, attributes in outline.tags) == 3
+    assert sum("data-i" in attributes for _, attributes in outline.tags) == 4, "three layers and the rest"
     assert any("99.00 %" in text for text in outline.text["span"])
     assert "20.0 ms " in outline.text["td"]
     assert "± 2 %" in outline.text["span"]
