@@ -36,8 +36,9 @@ def executed(path: Path) -> Any:
     """Return a copy of a notebook that was run in an empty folder."""
     notebook = read(path)
     with tempfile.TemporaryDirectory() as folder:
-        # Bars of progress need another package in a notebook, and say so.
-        environment = {**os.environ, "PYTHONWARNINGS": "ignore:IProgress not found"}
+        # With one thread, sums do not depend on the number of cores. Progress bars need another package in a notebook,
+        # and warn without it.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore:IProgress not found"}
         NotebookClient(notebook, timeout=300, resources={"metadata": {"path": folder}}).execute(env=environment)
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{number}"
