@@ -15,6 +15,7 @@ test: $(VENV)/.dev
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2
 
+# The scripts and the notebooks of examples/.
 examples: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 tests/test_examples.py
 

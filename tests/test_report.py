@@ -221,7 +221,13 @@ def test_unknown_values_are_none() -> None:
     assert cut.spectrum is not None
     assert [value == 0 for value in cut.spectrum] == [not kept for kept in cut.keeps]
     text = page(found)
-    for words in ("Accuracy is not known", "unknown", "was not measured", "not recorded", "Errors are not recorded"):
+    for words in (
+        "The accuracy was not measured",
+        "unknown",
+        "was not measured",
+        "not recorded",
+        "Errors are not recorded",
+    ):
         assert words in text, words
 
 
@@ -270,21 +276,19 @@ def test_an_invalid_history_is_reported_in_one_line(history: dict[str, Any]) -> 
 def test_the_report_lists_commands_that_make_the_checkpoint_again() -> None:
     ok("convert", SAMPLE, "--lambda", "3", "-o", "first.safetensors", "--report", "first.json")
     (line,) = json.loads(Path("first.json").read_text())["commands"]
-    assert line == f"harmconvert convert {SAMPLE} --lambda 3 -o first.safetensors"
-    ok(*line.split()[1:-1], "again.safetensors")
-    assert read_header("again.safetensors") == read_header("first.safetensors")
-    one, other = (safetensors.torch.load_file(f"{name}.safetensors") for name in ("again", "first"))
+    assert line == f"harmconvert convert {SAMPLE} --lambda 3 -o again-first.safetensors"
+    rerun([line])
+    assert read_header("again-first.safetensors") == read_header("first.safetensors")
+    one, other = (safetensors.torch.load_file(f"{name}.safetensors") for name in ("again-first", "first"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 def rerun(lines: list[str]) -> None:
-    """Run each printed line in a folder without its output."""
+    """Run each line as printed, in the folder of the files from which the report was made."""
     for line in lines:
         program, *words = shlex.split(line)
         assert program == "harmconvert"
-        Path(words[words.index("-o") + 1]).unlink(missing_ok=True)
-        Path(words[words.index("-o") + 1]).with_suffix(".metrics.csv").unlink(missing_ok=True)
         ok(*words)
 
 
@@ -316,10 +320,10 @@ def test_the_printed_commands_of_every_step_can_be_run() -> None:
     assert "DATA" not in " ".join(found["commands"])
     weights = safetensors.torch.load_file("tuned.safetensors")
     rerun(found["commands"])
-    again = read_header("tuned.safetensors")
+    again = read_header("again-tuned.safetensors")
     assert (again.plan, again.preprocessing) == (before.plan, before.preprocessing)
     assert again.history["training"][0]["recipe"] == before.history["training"][0]["recipe"]
-    for key, tensor in safetensors.torch.load_file("tuned.safetensors").items():
+    for key, tensor in safetensors.torch.load_file("again-tuned.safetensors").items():
         assert torch.allclose(tensor, weights[key], atol=1e-5), key
 
 
@@ -344,11 +348,11 @@ def test_a_plan_without_a_lambda_is_read_from_the_checkpoint() -> None:
 def test_steps_that_no_command_can_repeat_are_described() -> None:
     history = {"training": [training(scale=[0.5, 1.0], freeze_bn=True, ema=0.9, decay_milestones=[1, 2], hflip=0.5)]}
     found = made(small(), {"2": 1, "3": 2}, history)
-    assert found.commands == (f"harmconvert convert {SAMPLE} --lambda 2=1,3=2 -o cut.safetensors",)
+    assert found.commands == (f"harmconvert convert {SAMPLE} --lambda 2=1,3=2 -o again-cut.safetensors",)
     options = "--epochs 2 --lr 0.01 --decay-milestones 1,2 --scale 0.5 1.0 --model-ema-decay 0.9 --freeze-bn"
     assert found.command_notes[0] == (
-        "cut.safetensors was fine-tuned to net.safetensors on images that the file does not name: give them to "
-        f"harmconvert finetune with --data-dir, and {options}"
+        "again-cut.safetensors was fine-tuned to again-net.safetensors on images that the file does not name: give "
+        f"them to harmconvert finetune with --data-dir, and {options}"
     )
     for recipe, words in (({"lr": 0.01}, "--lr 0.01"), ({"distill": 1.0}, "--distill 1.0")):
         whole = {"training": [training(**recipe_named("finetune", **recipe).to_json())]}  # with every field
@@ -357,7 +361,7 @@ def test_steps_that_no_command_can_repeat_are_described() -> None:
         history = {"training": [training(distill=1.0, freeze_bn=frozen)]}
         assert made(small(), 2, history=history).command_notes[0].endswith(f"--lr 0.01 {word}")
     calibrated = made(small(), 2, calibration=[torch.randn(40, 1, 16, 16)], settings=CalibrationSettings(0.1, seed=7))
-    assert calibrated.commands == (f"harmconvert convert {SAMPLE} --lambda 2 -o net.safetensors",)
+    assert calibrated.commands == (f"harmconvert convert {SAMPLE} --lambda 2 -o again-net.safetensors",)
     assert "calibrated on 40 inputs that the file does not name" in calibrated.command_notes[0]
     assert "--calibration-images 40 --seed 7 --damping 0.1" in calibrated.command_notes[0]
     assert calibrated.command_notes[0] in html.unescape(page(calibrated))
@@ -422,6 +426,7 @@ def test_the_page_is_valid_html_and_has_every_section() -> None:
     outline = Outline(page(report))
     assert outline.open == []
     assert outline.text["h2"] == [
+        "What next?", "Accuracy after each step",
         "Size and cost of each form", "The network, layer by layer", "Frequencies that the layers use",
         "Errors after the cut and after calibration", "Search under a budget", "Training", "The plan",
         "Source of the network",
@@ -430,7 +435,7 @@ def test_the_page_is_valid_html_and_has_every_section() -> None:
     classes = [attributes.get("class") for _, attributes in outline.tags]
     assert classes.count("heat") == 2, "one for each kernel size"
     assert classes.count("area") == 5, "two of errors, one of the search, two of training"
-    assert sum("data-i" in attributes for _, attributes in outline.tags) == 3
+    assert sum("data-i" in attributes for _, attributes in outline.tags) == 4, "three layers and the rest"
     assert any("99.00 %" in text for text in outline.text["span"])
     assert "20.0 ms " in outline.text["td"]
     assert "± 2 %" in outline.text["span"]
@@ -447,10 +452,11 @@ def test_the_page_is_valid_html_and_has_every_section() -> None:
 def test_empty_sections_are_left_out() -> None:
     headings = Outline(page(made(small(), "full"))).text["h2"]
     assert headings == [
+        "What next?",
         "Size and cost of each form", "The network, layer by layer", "Frequencies that the layers use", "The plan",
         "Source of the network",
     ]  # fmt: skip
-    assert "No layer is cut" in page(made(small(), "full"))
+    assert "nothing is cut" in page(made(small(), "full"))
     assert "the basis is haar" in page(made(small(), 2, basis="haar"))
 
 

@@ -8,7 +8,7 @@ from .charts import axis, counted
 from .compare import compare
 from .comparison import Column, Comparison, comparison_of
 from .comparison_tables import comparison_table, differences_table
-from .facts import LayerBytes, LayerRank, Report
+from .facts import LayerBytes, LayerRank, NextStep, Report
 from .figure import Figure, TradeoffSettings, figure
 from .page import page, write_report
 from .push import Pushed, push
@@ -30,6 +30,7 @@ __all__ = [
     "Figure",
     "LayerBytes",
     "LayerRank",
+    "NextStep",
     "Point",
     "Pushed",
     "Report",

@@ -228,7 +228,7 @@ def search_chart(search: Mapping[str, Any] | None) -> Chart | None:
         (uniform if plan["origin"].startswith("lambda") else searched).append(point)
         if number == search["taken"]:
             taken.append((*point[:2], f"taken: {point[2]}"))
-    unit = "KL from the uncut network, nats" if scored == "divergence" else "energy cut, layers summed"
+    unit = "KL divergence from the uncut network" if scored == "divergence" else "energy cut, layers summed"
     series = [
         Series("best by the scores of single layers", "line", "grey", tuple(front)),
         Series("uniform and progressive, tried", "dots", "a", tuple(uniform)),
@@ -248,7 +248,7 @@ def training_charts(report: Report) -> list[Chart]:
     rows = [row for run in report.training for row in run.get("epochs") or []]
     charts = []
     for name, title, label, keys, scale in (
-        ("loss", "Loss by epoch", "loss, nats", ("loss", "test_loss"), 1.0),
+        ("loss", "Loss by epoch", "loss", ("loss", "test_loss"), 1.0),
         ("top1", "Top-1 by epoch", "top-1, %", ("accuracy", "test_top1"), 100.0),
     ):
         series = []

@@ -33,7 +33,7 @@ def comparison_table(comparison: Comparison) -> Table:
         ("top-1", ["not known" if c.top1 is None else f"{c.top1:.2%} ({c.stage})" for c in columns]),
         ("95 %", ["" if not c.top1_interval else "{:.2%} to {:.2%}".format(*c.top1_interval) for c in columns]),
         *_measurements(columns),
-        ("as uncut", ["" if column.agreement is None else f"{column.agreement:.2%}" for column in columns]),
+        ("same class as uncut", ["" if column.agreement is None else f"{column.agreement:.2%}" for column in columns]),
     ]
     rows = [[fact, *values] for fact, values in facts if any(values)]
     return fitted_table(["", *(column.name for column in columns)], rows, left={0})

@@ -157,13 +157,21 @@ class LayerRank:
 
 
 @dataclass(frozen=True)
+class NextStep:
+    """A command that is useful next, and why. The command runs as printed."""
+
+    why: str
+    command: str
+
+
+@dataclass(frozen=True)
 class Report:
     """All that is known about a harmonic checkpoint.
 
     ``calibration``, ``search``, ``drops`` and ``training`` are copied from the checkpoint's history. ``timing``: the
     machine and the settings with which the forms were timed; None if they were not timed. ``coding``: the bytes of each
     layer, in the order of the network; empty if no weight is coded. ``ranks``: the layers whose rank is reduced, in the
-    order of the network.
+    order of the network. ``commands``: they make the checkpoint again, under new names, and run as printed.
     """
 
     name: str
@@ -185,6 +193,7 @@ class Report:
     command_notes: tuple[str, ...] = ()
     coding: tuple[LayerBytes, ...] = ()
     ranks: tuple[LayerRank, ...] = ()
+    next_steps: tuple[NextStep, ...] = ()
 
     def form(self, name: str) -> Form:
         """Return the form with this name."""
@@ -209,6 +218,11 @@ class Report:
     def bits(self) -> float | None:
         """Return the bits per coded weight of the whole network; None if no weight is coded."""
         return total_bytes(self.coding).bits
+
+    @property
+    def saves_nothing(self) -> bool:
+        """Return whether nothing is cut, no rank is reduced and no weight is coded."""
+        return self.plan.whole and not self.cut and not self.coding and not self.ranks
 
     @property
     def from_scratch(self) -> bool:

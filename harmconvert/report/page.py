@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.resources import files
@@ -20,13 +19,15 @@ from ..documents import json_text
 from ..errors import printable
 from ..files import write_text
 from . import grid
+from .answers import answers
+from .blocks import Block, layer_blocks
 from .charts import Chart, error_chart, search_chart, training_charts
 from .coding import bits_charts
-from .facts import LayerFacts, Report
+from .facts import Report
 from .ranks import power_text, rank_chart
-from .space import HeatMap, heat_maps, kept_text
+from .space import HeatMap, heat_maps
 from .summary import HISTORY_ERRORS, invalid_history
-from .text import layer_name, megabytes, millions, shortened_name, size_text
+from .text import bytes_text, layer_name, millions, milliseconds, percent, shortened_name, size_text
 
 
 def write_report(report: Report, path: Path, force: bool = False) -> None:
@@ -60,17 +61,20 @@ def _rendered(report: Report, jinja2: ModuleType) -> str:
         loader=jinja2.DictLoader({"page": (folder / "page.html.j2").read_text(encoding="utf-8")}),
     )  # fmt: skip
     environment.filters |= {
-        "count": millions, "megabytes": megabytes, "size": size_text, "percent": _percent, "short": shortened_name,
+        "count": millions, "bytes": bytes_text, "size": size_text, "percent": percent, "short": shortened_name,
         "layer_name": layer_name, "colour": grid.hexadecimal, "plan_name": lambda name: shortened_name(name, 36),
-        "time": _time, "machine": _machine, "power": power_text,
+        "time": milliseconds, "machine": _machine, "power": power_text,
     }  # fmt: skip
     errors = [chart for chart in (error_chart(report.layers, True), error_chart(report.layers, False)) if chart]
     maps, search, training = heat_maps(report.layers), search_chart(report.search), training_charts(report)
     bits, ranks = bits_charts(report.coding), rank_chart(report.ranks)
+    blocks = layer_blocks(report)
     charts = [*errors, *([ranks] if ranks else []), *bits, *([search] if search else []), *training]
     return str(
         environment.get_template("page").render(
             r=report,
+            answers=answers(report),
+            blocks=blocks,
             style=_trusted(style),
             script=_trusted(script),
             script_hash=_script_hash(script),
@@ -81,48 +85,21 @@ def _rendered(report: Report, jinja2: ModuleType) -> str:
             training=training,
             maps=maps,
             names_width=max((cell_len(shortened_name(name)) for one in maps for _, name in one.names), default=0),
-            data=_hover_data(report, charts, maps),
+            data=_hover_data(blocks, charts, maps),
             plan_json=_one_line_per_item(report.plan.to_json()),
         )
     )
 
 
-def _hover_data(report: Report, charts: Sequence[Chart], maps: Sequence[HeatMap]) -> str:
+def _hover_data(blocks: Sequence[Block], charts: Sequence[Chart], maps: Sequence[HeatMap]) -> str:
     """Return the texts that appear when the pointer hovers, as JSON without characters that HTML could interpret."""
     content = {
-        "layers": [printable(layer_text(layer)) for layer in report.layers],
+        "layers": [printable(block.text) for block in blocks],
         "charts": {chart.name: [(x, y, printable(text)) for x, y, text in chart.hover()] for chart in charts},
         "maps": [one.hover() for one in maps],
     }
     text = json.dumps(content, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def layer_text(layer: LayerFacts) -> str:
-    """Describe a layer in a few lines."""
-    lines = [layer_name(layer.name), f"{layer.kind}, {size_text(layer.kernel)}"]
-    if not layer.kept:
-        return "\n".join([*lines, f"skipped: {layer.why}"])
-    lines.append(kept_text(layer))
-    if layer.other_axes:
-        lines.append(f"keeps {layer.other_axes}")
-    if layer.parameters is not None and layer.kept_parameters is not None:
-        lines.append(f"{millions(layer.parameters)} -> {millions(layer.kept_parameters)} parameters")
-    if layer.cut and layer.energy is not None:
-        lines.append(f"energy kept {layer.energy:.1%}")
-    if layer.output_error_before is not None and layer.output_error_after is not None:
-        lines.append(f"output error {layer.output_error_before:.1%} -> {layer.output_error_after:.1%}")
-    return "\n".join([*lines, *([layer.why] if layer.why else [])])
-
-
-def _percent(share: float | None, digits: int = 1) -> str:
-    return "" if share is None else f"{100 * share:.{digits}f} %"
-
-
-def _time(seconds: float) -> str:
-    """Return milliseconds with three significant digits, without a power of ten."""
-    milliseconds = 1000 * seconds
-    return f"{milliseconds:.{max(0, 2 - math.floor(math.log10(max(milliseconds, 0.01))))}f} ms"
 
 
 def _machine(machine: Mapping[str, Any]) -> str:

@@ -87,7 +87,10 @@ def report(
         )
     with listener.busy(activity):
         name = short_name(text if file is None else str(file))
-        facts = report_of(network.model, network.header, name, path=checkpoint, example_input=example, latency=times)
+        facts = report_of(
+            network.model, network.header, name, path=checkpoint, example_input=example, latency=times,
+            checkpoint=str(file or f"{name}.safetensors") if is_given(model) else text,
+        )  # fmt: skip
         if path is not None:
             write_report(facts, path, force)
             listener.wrote(path)

@@ -33,17 +33,20 @@ class Reproduction:
     notes: tuple[str, ...] = ()
 
 
-def reproduction(header: Header, name: str, layers: Sequence[LayerInfo]) -> Reproduction:
-    """Return a line for each step that a command did or that follows from the plan."""
-    output = f"{short_name(name)}.safetensors"
+def reproduction(header: Header, checkpoint: str, layers: Sequence[LayerInfo]) -> Reproduction:
+    """Return a line for each step that a command did or that follows from the plan.
+
+    The lines write files with new names, because the checkpoint and the files before it usually exist.
+    """
+    output = _again(checkpoint)
     runs = header.history.get("training", [])
     finetunings = [run for run in runs if run.get("stages")]
-    inputs = [_input_of(run, number) for number, run in enumerate(finetunings)]
-    files = [*(f"cut-{file}" if file == output else file for file in inputs), output]
+    inputs = [_again(_input_of(run, number)) for number, run in enumerate(finetunings)]
+    files = [*(_again(f"cut-{short_name(checkpoint)}") if file == output else file for file in inputs), output]
     if runs and runs[0] not in finetunings:
         line, notes = _training(runs[0], header, files[0])
     else:
-        line, notes = _conversion(header, files[0], output, layers)
+        line, notes = _conversion(header, files[0], checkpoint, layers)
     lines = [line] if line else []
     for run, before, after in zip(finetunings, files, files[1:], strict=False):
         if run.get("command"):
@@ -55,13 +58,18 @@ def reproduction(header: Header, name: str, layers: Sequence[LayerInfo]) -> Repr
                 f"finetune with --data-dir" + (f", and {words}" if words else "")
             )
     if lines:
-        notes.append("Paths are as they were given. A file that exists is replaced with --force only.")
+        notes.append("Paths are as they were given. Each command writes a new file.")
     return Reproduction(tuple(lines), tuple(notes))
 
 
-def commands(header: Header, name: str, layers: Sequence[LayerInfo]) -> tuple[str, ...]:
+def commands(header: Header, checkpoint: str, layers: Sequence[LayerInfo]) -> tuple[str, ...]:
     """Return the lines of `reproduction`."""
-    return reproduction(header, name, layers).lines
+    return reproduction(header, checkpoint, layers).lines
+
+
+def _again(file: str) -> str:
+    """Return the name of the file that is made again."""
+    return f"again-{short_name(file)}.safetensors"
 
 
 def _input_of(run: Mapping[str, Any], number: int) -> str:
@@ -71,14 +79,15 @@ def _input_of(run: Mapping[str, Any], number: int) -> str:
     return f"finetuned-{number}.safetensors" if number else "cut.safetensors"
 
 
-def _conversion(header: Header, file: str, output: str, layers: Sequence[LayerInfo]) -> tuple[str | None, list[str]]:
-    """Return the line and the notes of the conversion that wrote ``file``; ``output``: the checkpoint of the report."""
+def _conversion(
+    header: Header, file: str, checkpoint: str, layers: Sequence[LayerInfo]
+) -> tuple[str | None, list[str]]:
+    """Return the line and the notes of the conversion that writes ``file``; ``checkpoint``: that of the report."""
     command, source, calibration = header.history.get("command"), header.source, header.history.get("calibration")
     if command is not None:
         words = list(command["words"])
         if "--plan" in words:  # the plan file may have changed, but the checkpoint contains the plan
-            words[words.index("--plan") + 1] = output
-            file = f"again-{output}" if file == output else file
+            words[words.index("--plan") + 1] = checkpoint
         key = (source.weights or {}).get("key") if source else None
         if key and "--checkpoint" in words and "--checkpoint-key" not in words:  # make the default key explicit
             position = words.index("--checkpoint") + 2
@@ -95,8 +104,7 @@ def _conversion(header: Header, file: str, output: str, layers: Sequence[LayerIn
         words += ["--basis", basis.name] if basis.name != "dct" else []
         words += ["--normalization", basis.normalization] if basis.normalization != "ortho" else []
     else:
-        words += ["--plan", output]
-        file = f"again-{output}" if file == output else file
+        words += ["--plan", checkpoint]
     notes = []
     if calibration and not _calibrated_by_finetuning(header):
         settings = calibration.get("settings") or {}
@@ -121,6 +129,11 @@ def _source_text(source: Source) -> str:
     weights = source.weights or {}
     tagged = source.scheme == "timm" and "tag" in weights and "." not in source.name
     return f"{source}.{weights['tag']}" if tagged else str(source)
+
+
+def source_words(source: Source) -> list[str]:
+    """Return the words that name a network and its weights in a command."""
+    return [_source_text(source), *_source_options(source)]
 
 
 def _source_options(source: Source) -> list[str]:

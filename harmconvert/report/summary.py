@@ -13,8 +13,10 @@ from torch import nn
 
 from ..deploy.advice import Benchmark
 from ..errors import InputError
+from ..files import short_name
 from ..metrics.intervals import wilson_interval
 from ..metrics.metric import Measurement
+from ..network.declared import input_sizes
 from ..network.forms import dense_form
 from ..network.layers import all_layers
 from ..network.tracing import Trace, find_layers, trace_if_possible
@@ -23,6 +25,7 @@ from ..plan import Cost, Plan, layer_costs, network_cost, parameter_count, tenso
 from ..storage.checkpoint import Header
 from .coding import layer_bytes
 from .facts import Form, LayerFacts, Report, StageFacts
+from .next_steps import next_steps
 from .ranks import layer_ranks
 from .reproduce import reproduction
 from .space import block_facts, planned_facts, with_spectra
@@ -39,6 +42,7 @@ def report_of(
     path: str | Path | None = None,
     example_input: Any = None,
     latency: Benchmark | None = None,
+    checkpoint: str | None = None,
 ) -> Report:
     """Make the report of a harmonic network.
 
@@ -49,6 +53,7 @@ def report_of(
         example_input: the input on which MACs are counted. None: an input of the network's own size; if that is not
             known either, the MACs are not known.
         latency: the times of the forms, not compiled, for one batch size and one number of threads.
+        checkpoint: the text that names the checkpoint in commands; default: the name with ``.safetensors``.
 
     Raises:
         InputError: the history in the header is invalid.
@@ -66,8 +71,9 @@ def report_of(
         }
         training = tuple(dict(entry) for entry in history.get("training", []))
         layers = _layers(model, dense, header.plan, trace, record.get("layers") or {}, refits)
-        reproduced = reproduction(header, name, find_layers(dense, trace))
-        return Report(
+        checkpoint = checkpoint or f"{short_name(name)}.safetensors"
+        reproduced = reproduction(header, checkpoint, find_layers(dense, trace))
+        report = Report(
             name=name,
             source=header.source,
             plan=header.plan,
@@ -88,6 +94,7 @@ def report_of(
             coding=layer_bytes(model, header.codecs.coded),
             ranks=layer_ranks(model, refits),
         )
+        return replace(report, next_steps=next_steps(report, header, checkpoint, bool(input_sizes(model))))
     except HISTORY_ERRORS as error:
         raise invalid_history(name, error) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 
@@ -45,6 +46,35 @@ def millions(count: int | None) -> str:
 def megabytes(count: int) -> str:
     """Return a number of bytes in megabytes (10^6 bytes)."""
     return f"{count / 1e6:.2f} MB"
+
+
+def bytes_text(count: int) -> str:
+    """Return a number of bytes with three significant digits.
+
+    >>> bytes_text(1_088_000), bytes_text(112_345), bytes_text(84)
+    ('1.09 MB', '112 kB', '84 bytes')
+    """
+    size, unit = byte_unit(count)
+    return f"{count / size:.3g} {unit}"
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """Return a share in percent; an empty text for None.
+
+    >>> percent(0.345), percent(0.9876, 2)
+    ('34.5 %', '98.76 %')
+    """
+    return "" if share is None else f"{100 * share:.{digits}f} %"
+
+
+def milliseconds(seconds: float) -> str:
+    """Return milliseconds with three significant digits, without a power of ten.
+
+    >>> milliseconds(0.02), milliseconds(1.2345)
+    ('20.0 ms', '1234 ms')
+    """
+    count = 1000 * seconds
+    return f"{count:.{max(0, 2 - math.floor(math.log10(max(count, 0.01))))}f} ms"
 
 
 def byte_unit(count: int) -> tuple[float, str]:

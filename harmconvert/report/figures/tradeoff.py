@@ -70,7 +70,7 @@ _DISAGREEMENT = _Quantity(
     "top-1 other than the uncut network's, %", lambda p: p.disagreement, lambda p: p.disagreement_interval
 )
 _DIVERGENCE = _Quantity(
-    "KL from the uncut network, nats", lambda p: p.divergence, lambda p: (p.divergence, p.divergence)
+    "KL divergence from the uncut network", lambda p: p.divergence, lambda p: (p.divergence, p.divergence)
 )
 
 
