@@ -29,6 +29,7 @@ from .inputs import Sizes, declare_inputs, verification_inputs, zeros_of
 from .labelled import Halves, halves
 from .listener import SILENT, Listener
 from .networks import Openable, is_given, known_source, opened, text_of
+from .overview import overview
 from .precision import in_fewer_bits
 from .saving import save
 from .testing import TaskData
@@ -44,7 +45,7 @@ class Rounding:
     difference: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ConvertedFile:
     """A harmonic checkpoint that is written and verified.
 
@@ -62,6 +63,11 @@ class ConvertedFile:
     conversion: Conversion | None = None
     rounding: Rounding | None = None
     held_out: Mapping[str, Evaluation] | None = None
+
+    def __repr__(self) -> str:
+        if self.conversion is None:
+            return f"{self.output}: {self.source}, already harmonic and written unchanged; {self.verification.verdict}"
+        return f"{self.output}\n{overview(self.conversion, self.verification.verdict)}"
 
     def to_json(self) -> dict[str, Any]:
         """Return everything except the network as JSON values."""
