@@ -227,7 +227,7 @@ def test_a_class_without_test_images_does_not_shift_the_others(split_folder: Pat
     [
         (DataRequest(), "give data_dir=FOLDER, or dataset=NAME"),
         (DataRequest(data_dir="nowhere"), "there is no folder nowhere"),
-        (DataRequest("cifar10"), "there is no data set 'cifar10': use sample:mnist5k, a timm data set"),
+        (DataRequest("cifar10"), "there is no folder and no data set 'cifar10': give a folder"),
         (DataRequest("sample:cats"), "there is no sample data set 'sample:cats'"),
         (DataRequest("torch/cifar10"), "needs a folder: name it with data_dir=DIR"),
         (DataRequest("torch/nothing", "."), "timm cannot open torch/nothing"),

@@ -625,7 +625,7 @@ def test_the_report_command_draws_the_charts_of_the_page() -> None:
         (["--figure", "spectrum", "--calibrate", "x"], 2, "--calibrate works only with --figure tradeoff"),
         (["--figure", "spectrum", "--include", "x"], 2, "--include works only with --figure tradeoff"),
         (["--figure", "tradeoff", "--kernel-size", "3"], 2, "--kernel-size works only with --figure filters or"),
-        (["--figure", "tradeoff"], 2, "no images are named: give --data-dir FOLDER, or --dataset NAME"),
+        (["--figure", "tradeoff"], 2, "no data is named: give --data DATA"),
         (["--figure", "tradeoff", "--dataset", "sample:mnist5k", "--damping", "1"], 2, "--damping works only with"),
     ],
 )

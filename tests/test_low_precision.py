@@ -283,7 +283,7 @@ def test_8_bits_classify_images_as_well_as_the_network() -> None:
         (["--precision", "int8", "-o", "a.safetensors"], "--precision int8 is not possible with dense: use f32"),
         (["--format", "openvino", "-o", "a.onnx"], ".xml"),
         (["--calibrate", "sample:mnist5k", "-o", "a.safetensors"], "--calibrate images is for graphs in low precision"),
-        (["--format", "onnx", "--calibration-images", "64", "-o", "a.onnx"], "--calibrate DATA"),
+        (["--format", "onnx", "--calibration-images", "64", "-o", "a.onnx"], "--data DATA"),
     ],
 )
 def test_options_that_do_not_fit_together_are_refused(arguments: list[str], message: str) -> None:

@@ -9,7 +9,7 @@ import click
 import pytest
 
 from harmconvert.cli import main
-from harmconvert.cli.groups import GROUPS
+from harmconvert.cli.groups import GROUPS, main_name
 
 from .commands import SAMPLE, ok
 
@@ -79,7 +79,7 @@ def test_a_network_without_kernels_over_1x1_is_not_advised_to_cut_frequencies() 
 def test_every_option_of_a_long_help_is_in_one_group(name: str) -> None:
     command = main.get_command(click.Context(main), name)
     assert command is not None
-    options = [max(one.opts, key=len) for one in command.params if isinstance(one, click.Option)]
+    options = [main_name(one) for one in command.params if isinstance(one, click.Option) and not one.hidden]
     grouped = [option for names in GROUPS.values() for option in names]
     assert len(grouped) == len(set(grouped))
     assert set(options) <= set(grouped)

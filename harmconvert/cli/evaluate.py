@@ -45,8 +45,8 @@ def command(
 
     \b
     Example:
-      harmconvert evaluate resnet50-harmonic-progressive.safetensors --data-dir imagenet/val
-      harmconvert evaluate sample:resnet_mnist5k --dataset sample:mnist5k
+      harmconvert evaluate resnet50-harmonic-progressive.safetensors --data imagenet/val
+      harmconvert evaluate sample:resnet_mnist5k --data sample:mnist5k
     """
     inputs.check_run(values)
     from ..errors import UsageError

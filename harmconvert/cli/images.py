@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import options, types
+from . import groups, inputs, options, types
 from .advice import adapted
 
 if TYPE_CHECKING:
@@ -83,16 +83,18 @@ def calibration_data_options(command: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             help="Number of images; more images improve layers with large kernels.",
         ),
-        click.option(
-            "--calibrate",
-            "data",
-            metavar="DATA",
-            help="Images for calibration, which reduces the error of the cut without labels or training: a folder, "
-            "sample:mnist5k, sample:photographs, or a timm data set.",
-        ),
     ):
         command = option(command)
     return command
+
+
+calibrate_option = click.option(
+    "--calibrate",
+    "data",
+    metavar="DATA",
+    help="Images for calibration, which reduces the error of the cut without labels or training: a folder, "
+    "sample:mnist5k, sample:photographs, or a timm data set.",
+)
 
 
 def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -113,6 +115,17 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Seed for the choice of images and positions.",
         ),
         calibration_data_options,
+        click.option(
+            "--data",
+            "--calibrate",
+            "data",
+            cls=groups.Renamed,
+            metavar="DATA",
+            help="Data for calibration, which reduces the error of the cut without labels or training: a folder of "
+            "images or of another kind of data, sample:mnist5k, sample:photographs, a timm data set, or "
+            "FILE.py:FUNCTION. With --max-drop, the data has labels, and measures the loss, too: its training part "
+            "calibrates, its test part measures; data without parts is divided in half. (Also: --calibrate.)",
+        ),
     ):
         command = option(command)
     return command
@@ -135,12 +148,13 @@ def comparison_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Number of images; every fourth is held back for the comparison.",
         ),
         click.option(
-            "--calibrate",
             "--data",
+            "--calibrate",
             "data",
+            cls=groups.Renamed,
             metavar="DATA",
             help="Images without labels, for int8 and for the comparison of low precision: a folder, sample:mnist5k, "
-            "sample:photographs, or a timm data set.",
+            "sample:photographs, or a timm data set. (Also: --calibrate.)",
         ),
     ):
         command = option(command)
@@ -148,9 +162,12 @@ def comparison_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check_calibration(
-    values: dict[str, Any], sizes: Sequence[tuple[int, ...]], own: options.Decorator = calibration_options
+    values: dict[str, Any],
+    sizes: Sequence[tuple[int, ...]],
+    own: options.Decorator = calibration_options,
+    name: str = "--data",
 ) -> None:
-    """Check the options ``own`` of a calibration, before torch is imported.
+    """Check the options ``own`` of a calibration on the data of the option ``name``, before torch is imported.
 
     Raises:
         UsageError: the images do not exist, options need images, or there are several input sizes.
@@ -159,18 +176,17 @@ def check_calibration(
     from ..errors import UsageError
 
     if values["data"] is None:
-        options.only_with(own, "--calibrate DATA", but=preprocessing_options)
+        options.only_with(own, f"{name} DATA", but=preprocessing_options)
         return
     if len(sizes) > 1:
         raise UsageError(
-            "--calibrate names images, which are one input: for a network with several inputs, use calibration= in "
-            "Python"
+            f"{name} names images, which are one input: for a network with several inputs, use calibration= in Python"
         )
     check_unlabelled(values["data"])
 
 
 def calibration_request(values: Mapping[str, Any]) -> DataRequest | None:
-    """Return the images that --calibrate names; None without it."""
+    """Return the images for calibration; None without any."""
     from ..data.datasets import DataRequest
 
     if values["data"] is None:
@@ -187,13 +203,20 @@ def calibration_settings(values: Mapping[str, Any]) -> CalibrationSettings:
 
 
 def labelled_request(data: str | None, values: Mapping[str, Any]) -> DataRequest | None:
-    """Return the images that --labelled names; None without it."""
-    from ..arguments import is_data_path
+    """Return the data with labels that an option names; None without it."""
     from ..data.datasets import DataRequest
 
-    if data is None or is_data_path(data):
-        return None if data is None else DataRequest(data_dir=data, holdout=0.0)
-    return DataRequest(data, values["data_dir"], holdout=0.0)
+    if data is None:
+        return None
+    return DataRequest(*inputs.named_data({"dataset": data, "data_dir": values["data_dir"]}), holdout=0.0)
+
+
+def divided_request(values: Mapping[str, Any]) -> DataRequest:
+    """Return the data that calibrates and measures, in two parts."""
+    from ..data.datasets import DIVIDED, DataRequest
+
+    named = inputs.named_data({"dataset": values["data"], "data_dir": values["data_dir"]})
+    return DataRequest(*named, values["calibration_split"], holdout=DIVIDED, seed=values["seed"])
 
 
 def verdict(conversion: Conversion, output: str, allow_fallback: bool) -> int:

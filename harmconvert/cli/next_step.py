@@ -64,7 +64,7 @@ def to_make(row: Row, max_drop: float, source: str, data: str | None) -> str:
         words += ["--format", row.runtime, *(() if row.form == "dense" else ("--form", row.form))]
         words += [] if row.precision == "f32" else ["--precision", row.precision]
         if row.precision == "int8":
-            words += ["--calibrate", data or "FOLDER", "--max-drop", f"{max_drop:g}"]
+            words += ["--data", data or "FOLDER", "--max-drop", f"{max_drop:g}"]
         precision = "" if row.precision == "f32" else f"-{row.precision}"
         words += ["-o", f"{name}{precision}.{_SUFFIXES[row.runtime]}"]
     return f"{title}: {shlex.join(['harmconvert', *words])}"

@@ -70,9 +70,9 @@ def command(
 
     \b
     Example:
-      harmconvert train wrn28_10 --recipe cifar-wrn --harmonic all --lambda 3 --dataset torch/cifar10 --data-dir cifar/
-      harmconvert train resnet50 --recipe imagenet-resnet --harmonic none --data-dir imagenet/ --amp
-      harmconvert train sample:resnet_mnist5k --harmonic none --recipe cifar-wrn --dataset sample:mnist5k --hflip 0
+      harmconvert train wrn28_10 --recipe cifar-wrn --harmonic all --lambda 3 --data torch/cifar10 --data-dir cifar/
+      harmconvert train resnet50 --recipe imagenet-resnet --harmonic none --data imagenet/ --amp
+      harmconvert train sample:resnet_mnist5k --harmonic none --recipe cifar-wrn --data sample:mnist5k --hflip 0
     """
     from ..arguments import check_run_outputs, parse_lambda
 

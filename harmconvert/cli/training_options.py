@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import images, inputs, options, types
+from . import groups, images, inputs, options, types
 
 if TYPE_CHECKING:
     from ..data.datasets import DataRequest
@@ -25,18 +25,22 @@ def _stacked(*stack: Callable[..., Any]) -> Callable[[Callable[..., Any]], Calla
 
 data_options = _stacked(
     click.option(
-        "--data-dir",
-        metavar="DIR",
-        help="Folder with one folder of images for each class, directly or in train/ and val/; or with images/ and "
-        "masks/, images/ and annotations.json, input/ and target/, or files of tensors; or the folder of --dataset.",
-    ),
-    click.option(
+        "--data",
         "--dataset",
+        "dataset",
+        cls=groups.Renamed,
         default="",
         show_default=False,
-        metavar="NAME",
-        help="sample:mnist5k, a timm data set (torch/cifar10, hfds/USER/NAME, wds/NAME, tfds/NAME), or "
-        "FILE.py:FUNCTION, which returns a loader of (inputs, targets).",
+        metavar="DATA",
+        help="A folder with one folder of images for each class, directly or in train/ and val/; or with images/ and "
+        "masks/, images/ and annotations.json, input/ and target/, or files of tensors. Or sample:mnist5k, a timm data "
+        "set (torch/cifar10, hfds/USER/NAME, wds/NAME, tfds/NAME), or FILE.py:FUNCTION, which returns a loader of "
+        "(inputs, targets). (Also: --dataset.)",
+    ),
+    click.option(
+        "--data-dir",
+        metavar="DIR",
+        help="Folder of a timm data set such as torch/cifar10. (Without --data: the same as --data DIR.)",
     ),
     click.option("--train-split", default="train", show_default=True, help="Name of the split to train on."),
     click.option("--val-split", default="validation", show_default=True, help="Name of the split to test on."),
@@ -192,7 +196,7 @@ def data_request(values: Mapping[str, Any]) -> DataRequest:
     from ..data.datasets import DataRequest
 
     splits = values["train_split"], values["val_split"]
-    return DataRequest(values["dataset"], values["data_dir"], *splits, values["holdout"], values["seed"] or 0)
+    return DataRequest(*inputs.named_data(values), *splits, values["holdout"], values["seed"] or 0)
 
 
 def image_overrides(values: Mapping[str, Any]) -> dict[str, Any]:
