@@ -11,12 +11,21 @@ import pytest
 from harmconvert.cli import main
 from harmconvert.cli.groups import GROUPS, main_name
 
-from .commands import SAMPLE, ok
+from .commands import SAMPLE, converted, ok
+from .pictures import digit_folders
 
 OWN = """
 from torch import nn
 def make():
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 2))
+"""
+
+SMALL = """
+from torch import nn
+def make():
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, stride=2), nn.ReLU(), nn.Conv2d(4, 4, 3, stride=2), nn.Flatten(), nn.Linear(144, 10)
+    )
 """
 
 
@@ -67,6 +76,53 @@ def test_the_next_command_names_code_and_weights_of_your_own() -> None:
     assert export[2:4] == ["--model", "net_of_mine.py:make"]
     ok(*export)
     assert Path(export[-1]).exists()
+
+
+def digits(each: int = 3) -> str:
+    digit_folders(Path("digits"), each)
+    return "digits"
+
+
+def test_after_an_evaluation_comes_the_smallest_file_or_the_plain_weights() -> None:
+    Path("small.py").write_text(SMALL)
+    words = next_of("evaluate", "small.py:make", "--preprocess", "none", "--input-size", "1,28,28", "--data", digits())
+    assert words[:2] == ["convert", "small.py:make"]
+    assert words[-6:] == ["--bits", "auto", "--max-drop", "1", "--data", "digits"]
+    ok(*words, "-o", "cut.safetensors")
+    export = next_of("evaluate", "cut.safetensors", "--trust-code", "--data", "digits")
+    assert export == ["export", "cut.safetensors", "--trust-code", "-o", "cut-dense.safetensors"]
+    ok(*export)
+    assert "Next:" not in ok("evaluate", "cut.safetensors", "--trust-code", "--data", "digits", "--json").stdout
+
+
+@pytest.mark.parametrize("harmonic", ["none", "all"])
+def test_after_a_training_comes_a_cut_or_the_plain_weights(harmonic: str) -> None:
+    Path("small.py").write_text(SMALL)
+    words = ("--preprocess", "none", "--input-size", "1,28,28", "--epochs", "1", "--crop", "none", "--hflip", "0")
+    train = ("train", "small.py:make", "--data", digits(), "--harmonic", harmonic, "--recipe", "finetune", *words)
+    following = next_of(*train, "--workers", "0", "-o", "trained.safetensors")
+    assert following[0] == ("convert" if harmonic == "none" else "export")
+    ok(*following)
+
+
+def test_export_names_the_page_and_the_page_names_the_measurement() -> None:
+    pytest.importorskip("jinja2")
+    pytest.importorskip("matplotlib")
+    converted("cut.safetensors", "--lambda", "2")
+    page = next_of("export", "cut.safetensors", "-o", "dense.safetensors")
+    assert page == ["report", "cut.safetensors"]
+    benchmark = next_of(*page)
+    assert benchmark == ["benchmark", "cut.safetensors"]
+    short = ("-b", "1", "--repeats", "3", "--runtime", "torch", "--precision", "f32", "--layout", "contiguous")
+    ok(*benchmark, *short, "--form", "dense", "--threads", "1")
+    assert "Next:" not in ok("export", SAMPLE, "-o", "uncut.safetensors").stdout
+
+
+def test_a_benchmark_names_the_command_that_makes_the_form_it_advises() -> None:
+    short = ("-b", "1", "--repeats", "3", "--runtime", "torch", "--precision", "f32", "--layout", "contiguous")
+    export = next_of("benchmark", SAMPLE, *short, "--form", "dense", "--threads", "1")
+    assert export == ["export", SAMPLE, "-o", "resnet_mnist5k-dense.safetensors"]
+    ok(*export)
 
 
 def test_a_network_without_kernels_over_1x1_is_not_advised_to_cut_frequencies() -> None:

@@ -143,3 +143,4 @@ def command(
     made = [next_step.to_make(row, result.max_drop, source, values["data"]) for row in result.advised()]
     for line in (*result.advice(), *made, *(f"note: {note}" for note in result.notes)):
         console.print(line, markup=False, soft_wrap=True)
+    next_step.after_benchmark(console, made)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from . import options
+from . import next_step, options
 from .listening import CommandLine
 
 if TYPE_CHECKING:
@@ -40,6 +40,9 @@ def command(as_json: bool) -> None:
         result = demo(_StepPrinter(say))
     if as_json:
         options.print_json(result.to_json())
+    else:
+        console, sample = options.console(), "sample:resnet_mnist5k"
+        next_step.suggest(console, "convert", sample, "--lambda", "2", "--data", "sample:mnist5k")
 
 
 class _StepPrinter(CommandLine):

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from . import inputs, options, training_options, types
+from . import inputs, next_step, options, training_options, types
 from .listening import CommandLine
 
 
@@ -78,5 +78,7 @@ def command(
     if as_json:
         options.print_json(result.to_json())
         return
+    console = options.console()
     for line in tables.evaluation_lines(result):
-        options.console().print(line, markup=False)
+        console.print(line, markup=False)
+    next_step.after_evaluation(console, source, {**values, "metric": metric})

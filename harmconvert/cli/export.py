@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from . import images, inputs, options, types
+from . import images, inputs, next_step, options, types
 from .listening import CommandLine
 
 
@@ -106,3 +106,4 @@ def command(
     for line in tables.export_lines(exported.check, dtype) if exported.check else ():
         console.print(line, markup=False)
     console.print(f"wrote {output} ({tables.file_size(output)})", markup=False)
+    next_step.after_export(console, source)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..arguments import CHECKPOINT_FIGURES, NETWORK_FIGURES
-from . import images, inputs, options, training_options, types
+from . import images, inputs, next_step, options, training_options, types
 from .listening import CommandLine
 
 if TYPE_CHECKING:
@@ -186,7 +186,10 @@ def _write_page(
     if as_json:
         options.print_json(result.to_json())
         return
-    options.console().print(f"wrote {path}", markup=False)
+    console = options.console()
+    console.print(f"wrote {path}", markup=False)
+    if latency is None:
+        next_step.after_page(console, source)
 
 
 def _tradeoff_settings(values: dict[str, Any]) -> TradeoffSettings:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from . import inputs, options, training_options, types
+from . import inputs, next_step, options, training_options, types
 from .listening import CommandLine
 from .recording import command_words
 
@@ -101,7 +101,9 @@ def command(
     if as_json:
         options.print_json(result.to_json())
         return
-    options.console().print(f"{result.evaluation}\nwrote {output}", markup=False)
+    console = options.console()
+    console.print(f"{result.evaluation}\nwrote {output}", markup=False)
+    next_step.after_training(console, source, output, harmonic == "none", values)
 
 
 def default_output(source: str) -> str:
