@@ -20,11 +20,20 @@ EARLIER = {
     "report": "--dataset", "compare": "--labelled", "benchmark": "--calibrate", "export": "--calibrate",
 }  # fmt: skip
 CUT = "cut.safetensors"
+SMALL = """
+from torch import nn
+def make():
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, stride=2), nn.ReLU(), nn.Conv2d(4, 4, 3, stride=2), nn.Flatten(), nn.Linear(144, 10)
+    )
+"""
+DROP = ("convert", "small.py:make", "--preprocess", "none", "--input-size", "1,28,28", "--bits", "auto", "-o", CUT)
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "small.py").write_text(SMALL)
     return tmp_path
 
 
@@ -58,7 +67,8 @@ def test_messages_name_the_present_word() -> None:
     for name in ("convert", "export", "benchmark"):
         more = ("-o", "x.safetensors") if name == "export" else ()
         fails(2, "--calibration-images works only with --data DATA", name, SAMPLE, "--calibration-images", "8", *more)
-    fails(2, "--mean works only with --data DATA", "compare", "a.safetensors", "b.safetensors", "--mean", "0")
+    converted(CUT, "--lambda", "2")
+    fails(2, "--mean works only with --data DATA", "compare", CUT, CUT, "--mean", "0")
 
 
 def test_a_file_records_the_data_under_names_that_every_version_reads(folder: Path) -> None:
@@ -76,7 +86,7 @@ def test_a_file_records_the_data_under_names_that_every_version_reads(folder: Pa
 
 def test_data_of_one_folder_calibrates_and_measures_different_images(folder: Path) -> None:
     digit_folders(folder / "digits", 6)
-    words = ("convert", SAMPLE, "--bits", "auto", "--max-drop", "20", "-o", CUT, "--json")
+    words = (*DROP, "--max-drop", "100", "--json")
     result = RUNNER.invoke(main, [*words, "--data", "digits"])
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
@@ -84,14 +94,14 @@ def test_data_of_one_folder_calibrates_and_measures_different_images(folder: Pat
     assert found["calibration"]["inputs"] == 30
     assert found["held_out"]["uncut"]["images"] == 15
     assert "digits has one split: 30 of its 60 images (seed 0) are used for testing only" in result.stderr
-    ok(*words, "--calibrate", "digits", "--labelled", "sample:mnist5k", "--force")
+    ok(*words, "--calibrate", "digits", "--labelled", "digits", "--force")
 
 
 def test_data_with_splits_calibrates_on_the_training_part(folder: Path) -> None:
     digit_folders(folder / "digits" / "train", 4)
     digit_folders(folder / "digits" / "val", 2, first=4)
     (folder / "digits" / "val" / "0" / "broken.png").write_bytes(b"no image")
-    result = run("convert", SAMPLE, "--bits", "auto", "--max-drop", "20", "--data", "digits", "-o", CUT, "--json")
+    result = run(*DROP, "--max-drop", "100", "--data", "digits", "--json")
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["calibration"]["inputs"] == 40
@@ -104,7 +114,7 @@ def test_largest_drop_needs_data_with_labels_or_a_metric_without(folder: Path) -
     images.mkdir()
     for number, path in enumerate(sorted((folder / "digits").rglob("*.png"))):
         path.rename(images / f"{number}.png")
-    words = ("convert", SAMPLE, "--bits", "auto", "--max-drop", "50", "-o", CUT)
+    words = (*DROP, "--max-drop", "100")
     fails(2, "--max-drop POINTS is measured on data: give --data DATA", *words)
     message = "plain has no labels: give a folder with a folder for each class, or --metric agreement"
     fails(3, message, *words, "--data", "plain")
@@ -115,6 +125,7 @@ def test_a_ratio_to_the_uncut_network_names_metrics_that_have_a_drop() -> None:
     import torch
     from torch import nn
 
-    network, images = nn.Conv2d(3, 3, 3, padding=1), [torch.rand(2, 3, 8, 8) for _ in range(2)]
+    network = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1))
+    images = [torch.rand(2, 3, 8, 8) for _ in range(2)]
     with pytest.raises(hc.HarmconvertError, match="to measure a drop without targets, use ssim, agreement or kl"):
         hc.convert(network, max_drop=1, metric="psnr", labelled=images)

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 import pytest
 
+import harmconvert as hc
 from harmconvert.cli import main
 from harmconvert.cli.groups import GROUPS, main_name
 
@@ -156,7 +157,32 @@ def test_every_group_has_an_option_that_exists() -> None:
     assert {option for names in GROUPS.values() for option in names} <= known | {"--help"}
 
 
+def test_the_help_of_finetune_shows_the_defaults_of_its_recipe() -> None:
+    command = main.get_command(click.Context(main), "finetune")
+    assert command is not None
+    shown = {
+        one.name or "": one.show_default
+        for one in command.params
+        if isinstance(one, click.Option) and isinstance(one.show_default, str)
+    }
+    assert len(shown) >= 25
+    for name, text in shown.items():
+        value = getattr(hc.Recipe(), name)
+        for number, part in zip(value if isinstance(value, tuple) else [value], str(text).split(), strict=False):
+            if isinstance(number, str):
+                assert part == number, name
+            else:
+                assert float(part.rstrip(":")) == pytest.approx(number, abs=0.004), name
+    assert "[default: (5); x>=1]" in ok("finetune", "--help").stdout
+
+
+def test_rare_options_are_not_in_the_help_and_work() -> None:
+    assert "--vflip" not in ok("train", "--help").stdout
+    assert "--normalization" not in ok("convert", "--help").stdout
+    ok("convert", SAMPLE, "--normalization", "l1", "-o", "l1.safetensors")
+
+
 def test_the_help_shows_defaults() -> None:
     text = " ".join(ok("convert", "--help").stdout.split())
-    for default in ("[default: dct]", "[default: 256; x>=", "[default: ortho]", "[default: 8; x>=0]"):
+    for default in ("[default: dct]", "[default: 256; x>=", "[default: float32]", "[default: 8; x>=0]"):
         assert default in text, default

@@ -33,6 +33,7 @@ def budget_options(command: Any) -> Any:
     )(command)
     command = click.option(
         "--probes",
+        hidden=True,
         metavar="FILE",
         help="budget: file for the scores of layers, which a search with another budget reads again; default: "
         "NAME-harmonic.probes.json beside the output.",
@@ -48,6 +49,7 @@ def budget_options(command: Any) -> Any:
     )(command)
     command = click.option(
         "--latency-batch",
+        hidden=True,
         type=types.Count(min=1),
         default=1,
         show_default=True,
@@ -142,6 +144,7 @@ labelled_option = click.option(
 @options.basis
 @click.option(
     "--normalization",
+    hidden=True,
     type=click.Choice(["ortho", "l1"]),
     default="ortho",
     show_default=True,

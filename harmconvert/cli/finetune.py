@@ -15,6 +15,7 @@ from .recipe import recipe
 from .recording import command_words
 
 
+@training_options.with_shown_defaults
 @click.command(name="finetune", cls=types.OptionalValues)
 @click.argument("source", type=inputs.SourceText())
 @recipe

@@ -59,11 +59,13 @@ def calibration_data_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option(
             "--calibration-memory",
+            hidden=True,
             type=types.Bytes(),
             help="Largest memory for the equations of one layer, such as 2G; default: half of the free memory.",
         ),
         click.option(
             "--damping",
+            hidden=True,
             type=types.FiniteRange(min=0),
             help="Strength with which each refit stays near the plain cut, relative to the layer's mean square "
             "response; default: chosen on the held-back images.",

@@ -159,7 +159,7 @@ def named_data(values: Mapping[str, Any]) -> tuple[str, str | None]:
     from ..errors import UsageError
 
     data, folder = values["dataset"], values["data_dir"]
-    if not is_data_path(data):
+    if not data or not is_data_path(data):
         return data, folder
     if folder is not None:
         raise UsageError(f"--data {data} and --data-dir {folder} both name a folder: give --data only")
