@@ -211,13 +211,10 @@ def command(
     from ..files import default_name
 
     policy, parsed_budget = _parse_policy(plan_file, lam, budget, max_drop, labelled or values["data"])
-    if labelled is not None and max_drop is None:
-        options.only_with(labelled_option, "--max-drop POINTS")
     inputs.check()
     images.check_calibration(values, input_size)
     if max_drop is not None:
         inputs.check_labelled(labelled or values["data"], values["data_dir"])
-    divided = images.divided_request(values) if max_drop is not None and labelled is None else None
     parsed_bits = None if bits is None else parse_bits(bits)
     parsed_rank = None if rank is None else parse_rank(rank)
     choices = (lam, rank, bits, plan_file, budget, max_drop is not None, include, exclude, values["data"])
@@ -231,6 +228,7 @@ def command(
         probes, output, source, bool((parsed_budget or max_drop is not None) and values["data"])
     )
     options.begin(source)
+    calibrated, tested = images.conversion_requests(values, labelled, max_drop is not None)
     from ..pipeline.convert_to_file import convert_to_file
     from ..search.records import SearchSettings
 
@@ -242,7 +240,7 @@ def command(
         budget=budget[0] if budget else None,
         max_drop=max_drop,
         metric=metric,
-        labelled=divided or images.labelled_request(labelled, values),
+        labelled=tested,
         include=include,
         exclude=exclude,
         basis=basis,
@@ -250,7 +248,7 @@ def command(
         rank=parsed_rank,
         bits=parsed_bits,
         dtype=values["dtype"],
-        calibration=divided or images.calibration_request(values),
+        calibration=calibrated,
         settings=images.calibration_settings(values),
         batch_size=values["calibration_batch_size"],
         search=SearchSettings(trials, probes, options.say, frequencies, axes or None),
@@ -379,6 +377,8 @@ def _parse_policy(
         raise UsageError("--plan, --lambda, --budget and --max-drop each say what to keep: give one of them, once")
     if max_drop is not None and data is None:
         raise UsageError("--max-drop POINTS is measured on data: give --data DATA")
+    if max_drop is None:
+        options.only_with(labelled_option, "--max-drop POINTS")
     if not budget and max_drop is None:
         options.only_with(options.metric, "--max-drop POINTS")
         options.only_with(budget_options, "--budget")

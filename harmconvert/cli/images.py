@@ -213,12 +213,20 @@ def labelled_request(data: str | None, values: Mapping[str, Any]) -> DataRequest
     return DataRequest(*inputs.named_data({"dataset": data, "data_dir": values["data_dir"]}), holdout=0.0)
 
 
-def divided_request(values: Mapping[str, Any]) -> DataRequest:
-    """Return the data that calibrates and measures, in two parts."""
+def conversion_requests(
+    values: Mapping[str, Any], labelled: str | None, measured: bool
+) -> tuple[DataRequest | None, DataRequest | None]:
+    """Return the data on which a conversion calibrates, and the data on which it is ``measured``.
+
+    If one option names both, they are the same request: the library divides the data.
+    """
     from ..data.datasets import DIVIDED, DataRequest
 
+    if not measured or labelled is not None:
+        return calibration_request(values), labelled_request(labelled, values)
     named = inputs.named_data({"dataset": values["data"], "data_dir": values["data_dir"]})
-    return DataRequest(*named, values["calibration_split"], holdout=DIVIDED, seed=values["seed"])
+    both = DataRequest(*named, values["calibration_split"], holdout=DIVIDED, seed=values["seed"])
+    return both, both
 
 
 def verdict(conversion: Conversion, output: str, allow_fallback: bool) -> int:
