@@ -41,8 +41,7 @@ def command(as_json: bool) -> None:
     if as_json:
         options.print_json(result.to_json())
     else:
-        console, sample = options.console(), "sample:resnet_mnist5k"
-        next_step.suggest(console, "convert", sample, "--lambda", "2", "--data", "sample:mnist5k")
+        next_step.after_demo(options.console())
 
 
 class _StepPrinter(CommandLine):

@@ -89,6 +89,11 @@ def after_export(console: Console, source: str) -> None:
         suggest(console, "report", source, *_network_words())
 
 
+def after_demo(console: Console) -> None:
+    """Print a conversion that is a part of the demonstration."""
+    suggest(console, "convert", "sample:resnet_mnist5k", "--lambda", "2", "--data", "sample:mnist5k")
+
+
 def after_page(console: Console, source: str) -> None:
     """Print the command that measures the forms of a checkpoint."""
     suggest(console, "benchmark", source, *_network_words())
