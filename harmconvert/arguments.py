@@ -256,16 +256,13 @@ def check_labelled(dataset: str, data_dir: str | None) -> None:
         return
     if dataset:
         raise UsageError(
-            f"there is no data set {dataset!r}: use sample:mnist5k, a timm data set such as torch/cifar10 or "
-            "hfds/USER/NAME, or a folder with ", Argument("data_dir"),
-        )  # fmt: skip
-    if data_dir is None:
-        raise UsageError(
-            "no images are named: give ", Argument("data_dir", "FOLDER"), ", or ", Argument("dataset", "NAME")
+            f"there is no folder and no data set {dataset!r}: give a folder with a folder for each class, "
+            "sample:mnist5k, or a timm data set such as torch/cifar10 or hfds/USER/NAME"
         )
+    if data_dir is None:
+        raise UsageError("no data is named: give ", Argument("data", "DATA"))
     if not is_data_path(data_dir):
-        folder = Argument("data_dir", "FOLDER")
-        raise UsageError(f"there is no folder {data_dir}: give ", folder, " with a folder for each class")
+        raise UsageError(f"there is no folder {data_dir}: give a folder with a folder for each class")
 
 
 def check_unlabelled(data: str) -> None:

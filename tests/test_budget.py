@@ -413,10 +413,10 @@ def test_a_second_budget_reuses_the_scores_of_the_first(tmp_path: Path, monkeypa
         (["--budget", "params=30%", "--frequencies", "worst"], "'worst' is not one of 'lambda', 'best'"),
         (["--budget", "params=0%"], "is no share of the network"),
         (["--budget", "params=1%"], "cannot be met"),
-        (["--max-drop", "1"], "--max-drop POINTS is measured on --labelled DATA: give both"),
-        (["--labelled", "sample:mnist5k"], "give both"),
+        (["--max-drop", "1"], "--max-drop POINTS is measured on data: give --data DATA"),
+        (["--labelled", "sample:mnist5k"], "--labelled works only with --max-drop POINTS"),
         (["--max-drop", "1", "--labelled", "sample:mnist5k", "--lambda", "2"], "give one of them, once"),
-        (["--max-drop", "1", "--labelled", "nowhere"], "there is no data set 'nowhere'"),
+        (["--max-drop", "1", "--labelled", "nowhere"], "there is no folder and no data set 'nowhere'"),
     ],
 )
 def test_options_that_do_not_fit_a_budget_are_refused(arguments: list[str], message: str) -> None:

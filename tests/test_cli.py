@@ -355,8 +355,8 @@ def test_the_command_line_is_frozen() -> None:
     common = ["--debug", "--json"]
     loudness = ["--quiet", "-q", "--verbose", "-v"]
     size = ["--input-size"]
-    data = ["--data-dir", "--dataset", "--train-split", "--val-split", "--img-size", "--workers", "-j", "--holdout",
-            "--mean", "--std", "--interpolation", "--crop-pct", "--preprocess"]  # fmt: skip
+    data = ["--data", "--data-dir", "--dataset", "--train-split", "--val-split", "--img-size", "--workers", "-j",
+            "--holdout", "--mean", "--std", "--interpolation", "--crop-pct", "--preprocess"]  # fmt: skip
     images = ["--calibrate", "--data", "--calibration-images", "--calibration-split", "--data-dir", "--seed",
               "--mean", "--std", "--interpolation", "--crop-pct", "--preprocess"]  # fmt: skip
     training = [
@@ -369,18 +369,19 @@ def test_the_command_line_is_frozen() -> None:
     ]  # fmt: skip
     assert found == {
         "convert": sorted(
-            ["--axes", "--basis", "--bits", "--budget", "--dtype", "--max-drop", "--labelled", "--metric", "--rank",
+            ["--recipe", "--axes", "--basis", "--bits", "--budget", "--dtype", "--max-drop", "--labelled", "--metric",
+             "--rank",
              "--search-figure",
              "--trials", "--frequencies", "--probes", "--save-plan", "--latency-batch",
              "--exclude",
              "--force", "--include", "--lambda", "--normalization", "--output", "--plan", "-o",
-             "--allow-fallback", "--calibrate", "--calibration-batch-size", "--calibration-images",
+             "--allow-fallback", "--calibrate", "--data", "--calibration-batch-size", "--calibration-images",
              "--calibration-memory", "--calibration-split", "--crop-pct", "--damping", "--data-dir", "--device",
              "--interpolation", "--mean", "--preprocess", "--seed", "--std", "--report",
              *network, *common, *size, *loudness]
         ),
         "finetune": sorted(
-            ["--recode", "--train-only", "--metric", "--loss",
+            ["--recipe", "--recode", "--train-only", "--metric", "--loss",
              "--num-classes", "--distill", "--distill-temperature", "--teacher", "--calibration-images",
              "--trust-code", "--model", "--report", *data, *training, *common, *size, *loudness]
         ),
@@ -401,7 +402,7 @@ def test_the_command_line_is_frozen() -> None:
              *loudness]
         ),
         "compare": sorted(
-            ["--all-layers", "--labelled", "--metric", "--mean", "--std", "--interpolation", "--crop-pct",
+            ["--all-layers", "--labelled", "--data", "--metric", "--mean", "--std", "--interpolation", "--crop-pct",
              "--preprocess", "--trust-code", "--model", *common, *size]
         ),
         "benchmark": sorted(
@@ -584,7 +585,7 @@ def test_commands_work_with_closed_streams_and_without_a_terminal() -> None:
 def test_an_option_with_an_optional_value_does_not_consume_the_source() -> None:
     found = json.loads(ok("evaluate", "--amp", SAMPLE, "--dataset", "sample:mnist5k", "--json").stdout)
     assert found["images"] == 1000
-    fails(2, "no images are named", "evaluate", "--amp", "float16", SAMPLE)
+    fails(2, "no data is named: give --data DATA", "evaluate", "--amp", "float16", SAMPLE)
     fails(2, "'fp16' is not one of", "evaluate", SAMPLE, "--amp", "fp16")
     fails(2, "1.5 is not in the range", "finetune", "--distill", "1.5", "a.safetensors")
     fails(2, "not a harmonic checkpoint", "finetune", "--distill", SAMPLE, "--dataset", "sample:mnist5k")

@@ -130,7 +130,7 @@ def test_a_layer_that_fails_keeps_its_projection_and_the_command_exits_with_1() 
         (2, "0 is not in the range x>=1", ["--calibrate", "sample:mnist5k", "--calibration-images", "0"]),
         (2, "--device nonsense", ["--device", "nonsense"]),
         (2, "--device meta holds no values", ["--device", "meta"]),
-        (2, "--damping works only with --calibrate DATA", ["--damping", "0.1"]),
+        (2, "--damping works only with --data DATA", ["--damping", "0.1"]),
         (2, "-1 is not in the range x>=0", ["--seed", "-1"]),
         (2, "'foo' is not one of", ["--interpolation", "foo"]),
         (2, "--std is a divisor", ["--calibrate", "sample:mnist5k", "--std", "0"]),

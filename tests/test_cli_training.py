@@ -242,7 +242,7 @@ def test_the_teacher_may_be_a_file_of_weights() -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["cut.safetensors"], 2, "no images are named: give --data-dir FOLDER, or --dataset NAME"),
+        (["cut.safetensors"], 2, "no data is named: give --data DATA"),
         ([SAMPLE, "--data-dir", "digits"], 2, "is not a harmonic checkpoint: make one first with: harmconvert convert"),
         (["cut.safetensors", "--data-dir", "digits", "-o", "cut.safetensors"], 2, "cut.safetensors exists"),
         (["cut.safetensors", "--data-dir", "digits", "--resume", "no.pth"], 3, "no.pth does not exist"),
@@ -494,7 +494,7 @@ def test_evaluate_prints_the_accuracy_with_its_confidence_interval() -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ([SAMPLE], 2, "no images are named"),
+        ([SAMPLE], 2, "no data is named"),
         ([SAMPLE, "--data-dir", "nowhere"], 2, "there is no folder nowhere"),
         ([SAMPLE, "--dataset", "sample:mnist5k", "--compare", "nothing"], 2, "timm has no model 'nothing'"),
         (["sample:efficientnet_lite0", "--data-dir", "digits"], 3, "the data has 10 classes, the network 1000"),

@@ -193,7 +193,7 @@ def test_the_message_names_an_inner_folder_with_splits(tmp_path: Path) -> None:
     digit_folders(tmp_path / "digits" / "train", 1)
     digit_folders(tmp_path / "digits" / "val", 1)
     (tmp_path / "__MACOSX").mkdir()
-    with pytest.raises(UsageError, match=r"has one folder, which has the splits: give data_dir=.*digits"):
+    with pytest.raises(UsageError, match=r"has one folder, which has the splits: give data=.*digits"):
         open_data(DataRequest(data_dir=str(tmp_path)))
 
 
@@ -225,9 +225,9 @@ def test_a_class_without_test_images_does_not_shift_the_others(split_folder: Pat
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (DataRequest(), "give data_dir=FOLDER, or dataset=NAME"),
+        (DataRequest(), "no data is named: give data=DATA"),
         (DataRequest(data_dir="nowhere"), "there is no folder nowhere"),
-        (DataRequest("cifar10"), "there is no data set 'cifar10': use sample:mnist5k, a timm data set"),
+        (DataRequest("cifar10"), "there is no folder and no data set 'cifar10': give a folder"),
         (DataRequest("sample:cats"), "there is no sample data set 'sample:cats'"),
         (DataRequest("torch/cifar10"), "needs a folder: name it with data_dir=DIR"),
         (DataRequest("torch/nothing", "."), "timm cannot open torch/nothing"),

@@ -28,7 +28,7 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 FENCE = re.compile(
     r"(?:^<!-- (not run|file|output): ([^\n]+) -->\n)?^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL
 )
-LANGUAGES = ("console", "sh", "python", "text")
+LANGUAGES = ("console", "sh", "python", "text", "yaml")
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,13 @@ def page_name(page: Path) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
-def test_commands_name_commands_and_options_that_exist(page: Path) -> None:
+def test_commands_name_commands_and_options_that_exist(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     for block in blocks(page):
+        if block.mark == "file":  # a recipe file is read before the other options
+            Path(block.text).write_text(block.code)
         for words, _ in commands(block):
             command = main.get_command(click.Context(main), words[0])
             assert command is not None, words

@@ -621,11 +621,11 @@ def test_the_report_command_draws_the_charts_of_the_page() -> None:
         (["--figure", "filters", "-o", "none/a.png"], 2, "the folder none does not exist"),
         (["--figure", "filters", "--kernel-size", "7"], 2, "no layer has a kernel of 7 (there are: 3x3)"),
         (["--figure", "filters", "--kernel-size", "big"], 2, "'big' is not a size such as 3 or 1x7"),
-        (["--figure", "filters", "--dataset", "x"], 2, "--dataset works only with --figure tradeoff"),
+        (["--figure", "filters", "--dataset", "x"], 2, "--data works only with --figure tradeoff"),
         (["--figure", "spectrum", "--calibrate", "x"], 2, "--calibrate works only with --figure tradeoff"),
         (["--figure", "spectrum", "--include", "x"], 2, "--include works only with --figure tradeoff"),
         (["--figure", "tradeoff", "--kernel-size", "3"], 2, "--kernel-size works only with --figure filters or"),
-        (["--figure", "tradeoff"], 2, "no images are named: give --data-dir FOLDER, or --dataset NAME"),
+        (["--figure", "tradeoff"], 2, "no data is named: give --data DATA"),
         (["--figure", "tradeoff", "--dataset", "sample:mnist5k", "--damping", "1"], 2, "--damping works only with"),
     ],
 )

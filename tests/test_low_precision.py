@@ -282,8 +282,8 @@ def test_8_bits_classify_images_as_well_as_the_network() -> None:
         ),
         (["--precision", "int8", "-o", "a.safetensors"], "--precision int8 is not possible with dense: use f32"),
         (["--format", "openvino", "-o", "a.onnx"], ".xml"),
-        (["--calibrate", "sample:mnist5k", "-o", "a.safetensors"], "--calibrate images is for graphs in low precision"),
-        (["--format", "onnx", "--calibration-images", "64", "-o", "a.onnx"], "--calibrate DATA"),
+        (["--calibrate", "sample:mnist5k", "-o", "a.safetensors"], "--data images is for graphs in low precision"),
+        (["--format", "onnx", "--calibration-images", "64", "-o", "a.onnx"], "--data DATA"),
     ],
 )
 def test_options_that_do_not_fit_together_are_refused(arguments: list[str], message: str) -> None:
@@ -396,7 +396,7 @@ def test_a_benchmark_prints_commands_that_write_the_forms_of_its_advice(monkeypa
 
     first, second = commands(dense, lossy)
     assert first == "harmconvert export a.safetensors -o a-dense.safetensors"
-    options = "--format openvino --precision int8 --calibrate sample:mnist5k --max-drop 1 -o a-int8.xml"
+    options = "--format openvino --precision int8 --data sample:mnist5k --max-drop 1 -o a-int8.xml"
     assert second == f"harmconvert export a.safetensors {options}"
     [third] = commands(dataclasses.replace(dense, form="factored", runtime="onnx"))
     assert third == "harmconvert export a.safetensors --format onnx --form factored -o a.onnx"

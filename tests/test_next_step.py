@@ -8,15 +8,25 @@ from pathlib import Path
 import click
 import pytest
 
+import harmconvert as hc
 from harmconvert.cli import main
-from harmconvert.cli.groups import GROUPS
+from harmconvert.cli.groups import GROUPS, main_name
 
-from .commands import SAMPLE, ok
+from .commands import SAMPLE, converted, ok
+from .pictures import digit_folders
 
 OWN = """
 from torch import nn
 def make():
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 2))
+"""
+
+SMALL = """
+from torch import nn
+def make():
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, stride=2), nn.ReLU(), nn.Conv2d(4, 4, 3, stride=2), nn.Flatten(), nn.Linear(144, 10)
+    )
 """
 
 
@@ -69,6 +79,53 @@ def test_the_next_command_names_code_and_weights_of_your_own() -> None:
     assert Path(export[-1]).exists()
 
 
+def digits(each: int = 3) -> str:
+    digit_folders(Path("digits"), each)
+    return "digits"
+
+
+def test_after_an_evaluation_comes_the_smallest_file_or_the_plain_weights() -> None:
+    Path("small.py").write_text(SMALL)
+    words = next_of("evaluate", "small.py:make", "--preprocess", "none", "--input-size", "1,28,28", "--data", digits())
+    assert words[:2] == ["convert", "small.py:make"]
+    assert words[-6:] == ["--bits", "auto", "--max-drop", "1", "--data", "digits"]
+    ok(*words, "-o", "cut.safetensors")
+    export = next_of("evaluate", "cut.safetensors", "--trust-code", "--data", "digits")
+    assert export == ["export", "cut.safetensors", "--trust-code", "-o", "cut-dense.safetensors"]
+    ok(*export)
+    assert "Next:" not in ok("evaluate", "cut.safetensors", "--trust-code", "--data", "digits", "--json").stdout
+
+
+@pytest.mark.parametrize("harmonic", ["none", "all"])
+def test_after_a_training_comes_a_cut_or_the_plain_weights(harmonic: str) -> None:
+    Path("small.py").write_text(SMALL)
+    words = ("--preprocess", "none", "--input-size", "1,28,28", "--epochs", "1", "--crop", "none", "--hflip", "0")
+    train = ("train", "small.py:make", "--data", digits(), "--harmonic", harmonic, "--recipe", "finetune", *words)
+    following = next_of(*train, "--workers", "0", "-o", "trained.safetensors")
+    assert following[0] == ("convert" if harmonic == "none" else "export")
+    ok(*following)
+
+
+def test_export_names_the_page_and_the_page_names_the_measurement() -> None:
+    pytest.importorskip("jinja2")
+    pytest.importorskip("matplotlib")
+    converted("cut.safetensors", "--lambda", "2")
+    page = next_of("export", "cut.safetensors", "-o", "dense.safetensors")
+    assert page == ["report", "cut.safetensors"]
+    benchmark = next_of(*page)
+    assert benchmark == ["benchmark", "cut.safetensors"]
+    short = ("-b", "1", "--repeats", "3", "--runtime", "torch", "--precision", "f32", "--layout", "contiguous")
+    ok(*benchmark, *short, "--form", "dense", "--threads", "1")
+    assert "Next:" not in ok("export", SAMPLE, "-o", "uncut.safetensors").stdout
+
+
+def test_a_benchmark_names_the_command_that_makes_the_form_it_advises() -> None:
+    short = ("-b", "1", "--repeats", "3", "--runtime", "torch", "--precision", "f32", "--layout", "contiguous")
+    export = next_of("benchmark", SAMPLE, *short, "--form", "dense", "--threads", "1")
+    assert export == ["export", SAMPLE, "-o", "resnet_mnist5k-dense.safetensors"]
+    ok(*export)
+
+
 def test_a_network_without_kernels_over_1x1_is_not_advised_to_cut_frequencies() -> None:
     Path("pointwise.py").write_text("from torch import nn\ndef make():\n    return nn.Conv2d(8, 8, 1)\n")
     words = next_of("inspect", "pointwise.py:make", "--input-size", "8,4,4")
@@ -79,7 +136,7 @@ def test_a_network_without_kernels_over_1x1_is_not_advised_to_cut_frequencies() 
 def test_every_option_of_a_long_help_is_in_one_group(name: str) -> None:
     command = main.get_command(click.Context(main), name)
     assert command is not None
-    options = [max(one.opts, key=len) for one in command.params if isinstance(one, click.Option)]
+    options = [main_name(one) for one in command.params if isinstance(one, click.Option) and not one.hidden]
     grouped = [option for names in GROUPS.values() for option in names]
     assert len(grouped) == len(set(grouped))
     assert set(options) <= set(grouped)
@@ -100,7 +157,32 @@ def test_every_group_has_an_option_that_exists() -> None:
     assert {option for names in GROUPS.values() for option in names} <= known | {"--help"}
 
 
+def test_the_help_of_finetune_shows_the_defaults_of_its_recipe() -> None:
+    command = main.get_command(click.Context(main), "finetune")
+    assert command is not None
+    shown = {
+        one.name or "": one.show_default
+        for one in command.params
+        if isinstance(one, click.Option) and isinstance(one.show_default, str)
+    }
+    assert len(shown) >= 25
+    for name, text in shown.items():
+        value = getattr(hc.Recipe(), name)
+        for number, part in zip(value if isinstance(value, tuple) else [value], str(text).split(), strict=False):
+            if isinstance(number, str):
+                assert part == number, name
+            else:
+                assert float(part.rstrip(":")) == pytest.approx(number, abs=0.004), name
+    assert "[default: (5); x>=1]" in ok("finetune", "--help").stdout
+
+
+def test_rare_options_are_not_in_the_help_and_work() -> None:
+    assert "--vflip" not in ok("train", "--help").stdout
+    assert "--normalization" not in ok("convert", "--help").stdout
+    ok("convert", SAMPLE, "--normalization", "l1", "-o", "l1.safetensors")
+
+
 def test_the_help_shows_defaults() -> None:
     text = " ".join(ok("convert", "--help").stdout.split())
-    for default in ("[default: dct]", "[default: 256; x>=", "[default: ortho]", "[default: 8; x>=0]"):
+    for default in ("[default: dct]", "[default: 256; x>=", "[default: float32]", "[default: 8; x>=0]"):
         assert default in text, default

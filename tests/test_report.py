@@ -316,7 +316,7 @@ def test_the_printed_commands_of_every_step_can_be_run() -> None:
     ok("report", "tuned.safetensors", "--trust-code", "-o", "tuned.json")
     found, before = json.loads(Path("tuned.json").read_text()), read_header("tuned.safetensors")
     assert len(found["commands"]) == 2
-    assert "--calibrate 'some digits'" in found["commands"][0]
+    assert "--data 'some digits'" in found["commands"][0]
     assert "DATA" not in " ".join(found["commands"])
     weights = safetensors.torch.load_file("tuned.safetensors")
     rerun(found["commands"])

@@ -558,3 +558,10 @@ def test_a_network_that_was_fused_and_converted_again_matches_its_plan(dtype: to
     check = verify(harmonic, again, X)
     assert check.ok, check.verdict
     assert check.as_planned
+
+
+def test_the_example_input_has_the_same_name_as_in_convert() -> None:
+    model, cut = pair(2)
+    assert verify(model, cut, example_input=X) == verify(model, cut, inputs=X) == verify(model, cut, X)
+    with pytest.raises(UsageError, match="example_input and inputs are two names of one argument"):
+        verify(model, cut, X, inputs=X)

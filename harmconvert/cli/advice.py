@@ -13,13 +13,13 @@ from collections.abc import Mapping, Set
 import click
 
 from ..errors import Argument, Message
+from .groups import Renamed, main_name
 
 # The option for an argument, if its name is not that of the argument.
 OPTION_NAMES = {
     "arguments": "--model-kwargs",
     "code": "--model",
     "compare_weights": "--compare-checkpoint",
-    "data": "--data-dir, --dataset",
     "example_input": "--input-size C,H,W",
     "inputs": "--input-size C,H,W",
     "kind": "--figure",
@@ -27,7 +27,7 @@ OPTION_NAMES = {
     "output": "output with -o",
     "settings.inputs": "--calibration-images",
     "settings.memory": "--calibration-memory",
-    "tested": "--data-dir",
+    "tested": "--data",
     "the size of a batch": "--calibration-batch-size",
     "weights": "--checkpoint",
     "weights_key": "--checkpoint-key",
@@ -41,6 +41,12 @@ OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z]")
 def options_of(command: click.Command) -> set[str]:
     """Return all options of a command, as the user types them."""
     return {text for parameter in command.params for text in (*parameter.opts, *parameter.secondary_opts)}
+
+
+def present_names(command: click.Command | None) -> dict[str, str]:
+    """Return the present name of each option of a command that has an earlier one, by the earlier name."""
+    options = [one for one in command.params if isinstance(one, Renamed)] if command is not None else []
+    return {earlier: main_name(option) for option in options for earlier in option.earlier_names}
 
 
 def fitting(text: str, command: str, options: Mapping[str, Set[str]]) -> str:
@@ -90,4 +96,6 @@ def adapted(text: str, command: str | None = None) -> str:
     if name not in COMMANDS or not OPTION.search(text):
         return text
     commands = {other: main.get_command(click.Context(main), other) for other in COMMANDS}
+    present = present_names(commands[name])
+    text = OPTION.sub(lambda match: present.get(match[0], match[0]), text)
     return fitting(text, name, {other: options_of(one) for other, one in commands.items() if one is not None})

@@ -70,7 +70,7 @@ from .listening import CommandLine
     type=types.FiniteRange(min=0),
     default=1.0,
     show_default=True,
-    help="With --calibrate: the largest loss of low precision that the advice allows, in % of the images that are held "
+    help="With --data: the largest loss of low precision that the advice allows, in % of the images that are held "
     "back: those with another top-1.",
 )
 @click.option("--layers", is_flag=True, help="Print for each layer which form was chosen, and why.")
@@ -143,3 +143,4 @@ def command(
     made = [next_step.to_make(row, result.max_drop, source, values["data"]) for row in result.advised()]
     for line in (*result.advice(), *made, *(f"note: {note}" for note in result.notes)):
         console.print(line, markup=False, soft_wrap=True)
+    next_step.after_benchmark(console, made)

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from . import images, inputs, options
+from . import groups, images, inputs, options
 from .listening import CommandLine
 
 
@@ -15,10 +15,13 @@ from .listening import CommandLine
 @click.option("--all-layers", is_flag=True, help="Also show layers that keep the same in all checkpoints.")
 @options.metric
 @click.option(
+    "--data",
     "--labelled",
+    "labelled",
+    cls=groups.Renamed,
     metavar="DATA",
     help="Measure the networks on this data: a folder with a folder for each class, sample:mnist5k, or a timm data "
-    "set. Default: show what the checkpoints record.",
+    "set. Default: show what the checkpoints record. (Also: --labelled.)",
 )
 @images.preprocessing_options
 @options.input_size
@@ -51,7 +54,7 @@ def command(
     if labelled is not None:
         inputs.check_labelled(labelled, None)
     else:
-        options.only_with(images.preprocessing_options, "--labelled DATA")
+        options.only_with(images.preprocessing_options, "--data DATA")
     for source in sources:
         check_harmonic(source)
     from ..report import compare, comparison_table, differences_table

@@ -11,6 +11,7 @@ import click
 from . import images, inputs, listening, next_step, options, outputs, pages, types
 from .advice import adapted
 from .groups import Grouped
+from .recipe import recipe
 from .recording import command_words
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def budget_options(command: Any) -> Any:
     )(command)
     command = click.option(
         "--probes",
+        hidden=True,
         metavar="FILE",
         help="budget: file for the scores of layers, which a search with another budget reads again; default: "
         "NAME-harmonic.probes.json beside the output.",
@@ -47,6 +49,7 @@ def budget_options(command: Any) -> Any:
     )(command)
     command = click.option(
         "--latency-batch",
+        hidden=True,
         type=types.Count(min=1),
         default=1,
         show_default=True,
@@ -68,8 +71,17 @@ def budget_options(command: Any) -> Any:
     )(command)
 
 
+labelled_option = click.option(
+    "--labelled",
+    metavar="DATA",
+    help="max-drop: measure the loss on this data, if it is other data than that of --data. Half of the test images "
+    "choose the size, the other half measure the loss.",
+)
+
+
 @click.command(name="convert", cls=Grouped)
 @click.argument("source", type=inputs.SourceText())
+@recipe
 @click.option(
     "--lambda",
     "lam",
@@ -83,7 +95,7 @@ def budget_options(command: Any) -> Any:
     metavar="RANK",
     help="Give the weights of convolutions and linear layers a low rank: a share of the full rank such as 0.5, or a "
     "whole number. Or 'PATTERN=R,PATTERN=R': only these layers. It saves multiply-adds in every runtime. Give "
-    "--calibrate as well, and fine-tune afterwards. The input layer, depthwise layers and the classifier stay whole "
+    "--data as well, and fine-tune afterwards. The input layer, depthwise layers and the classifier stay whole "
     "unless a pattern names them.",
 )
 @click.option(
@@ -91,7 +103,7 @@ def budget_options(command: Any) -> Any:
     metavar="N",
     help="Quantise the weights of all layers, recurrent ones and embeddings among them, to N bits per weight on "
     "average, for a small entropy coded file: 2 to 4 are common. Or 'PATTERN=N,PATTERN=N': only these layers, each "
-    "with N bits. Or auto with --max-drop: the fewest bits. Give --calibrate as well: without images, the same quality "
+    "with N bits. Or auto with --max-drop: the fewest bits. Give --data as well: without images, the same quality "
     "needs two to three times as many bits.",
 )
 @click.option(
@@ -101,22 +113,17 @@ def budget_options(command: Any) -> Any:
     help="Instead of a lambda, a limit for the whole network: a share (params=60%, bytes=60%, macs=60% of the factored "
     "form, latency=60%) or an amount (params=5M, bytes=10MB, macs=1G, latency=5ms). Latency is measured on this "
     "machine, each layer in its faster form. A search finds the plan with the smallest error within the limit. It uses "
-    "the images of --calibrate; without them, the energy that is kept.",
+    "the images of --data; without them, the energy that is kept.",
 )
 @click.option(
     "--max-drop",
     type=types.FiniteRange(min=0),
     metavar="POINTS",
     help="Instead of a lambda: find the smallest network that loses at most POINTS of top-1, or of --metric in its own "
-    "unit, on --labelled.",
+    "unit, on --data.",
 )
 @options.metric
-@click.option(
-    "--labelled",
-    metavar="DATA",
-    help="max-drop: a folder with a folder for each class, sample:mnist5k, or a timm data set. Half of the test images "
-    "choose the size, the other half measure the loss.",
-)
+@labelled_option
 @budget_options
 @click.option("--save-plan", metavar="FILE", help="Write the plan as JSON. You can edit it and use it with --plan.")
 @click.option(
@@ -137,6 +144,7 @@ def budget_options(command: Any) -> Any:
 @options.basis
 @click.option(
     "--normalization",
+    hidden=True,
     type=click.Choice(["ortho", "l1"]),
     default="ortho",
     show_default=True,
@@ -192,32 +200,35 @@ def command(
     \b
     Example:
       harmconvert convert resnet50 --lambda progressive
-      harmconvert convert resnet50 --lambda 2 --calibrate photographs/
-      harmconvert convert resnet50 --rank 0.5 --calibrate photographs/
-      harmconvert convert resnet50 --bits 3 --calibrate photographs/
-      harmconvert convert resnet50 --budget params=60% --calibrate photographs/
+      harmconvert convert resnet50 --lambda 2 --data photographs/
+      harmconvert convert resnet50 --rank 0.5 --data photographs/
+      harmconvert convert resnet50 --bits 3 --data photographs/
+      harmconvert convert resnet50 --budget params=60% --data photographs/
       harmconvert convert sample:resnet_mnist5k --lambda 'stage3.*=2' -o cut.safetensors
       harmconvert convert reference:model_best.pth.tar
     """
     from ..arguments import parse_bits, parse_rank, stays_as_it_is
     from ..files import default_name
 
-    policy, parsed_budget = _parse_policy(plan_file, lam, budget, max_drop, labelled)
+    policy, parsed_budget = _parse_policy(plan_file, lam, budget, max_drop, labelled or values["data"])
     inputs.check()
     images.check_calibration(values, input_size)
-    if labelled is not None:
-        inputs.check_labelled(labelled, values["data_dir"])
+    if max_drop is not None:
+        inputs.check_labelled(labelled or values["data"], values["data_dir"])
     parsed_bits = None if bits is None else parse_bits(bits)
     parsed_rank = None if rank is None else parse_rank(rank)
-    choices = (lam, rank, bits, plan_file, budget, labelled, include, exclude, values["data"])
+    choices = (lam, rank, bits, plan_file, budget, max_drop is not None, include, exclude, values["data"])
     default_output = default_name(source, _kept_text(lam, plan_file, parsed_budget, max_drop), bits, rank)
     unchanged = stays_as_it_is(source, choices, basis, normalization, values["dtype"])
     if unchanged and not source.startswith(("hf-hub:", "hf_hub:")):  # what a repository holds is not known yet
         default_output = default_output.replace("-harmonic-full", "-harmonic")
     output = output or default_output
     page, figure = outputs.check(source, output, save_plan, report, search_figure, force)
-    probes = outputs.check_probes(probes, output, source, bool((parsed_budget or labelled) and values["data"]))
+    probes = outputs.check_probes(
+        probes, output, source, bool((parsed_budget or max_drop is not None) and values["data"])
+    )
     options.begin(source)
+    calibrated, tested = images.conversion_requests(values, labelled, max_drop is not None)
     from ..pipeline.convert_to_file import convert_to_file
     from ..search.records import SearchSettings
 
@@ -229,7 +240,7 @@ def command(
         budget=budget[0] if budget else None,
         max_drop=max_drop,
         metric=metric,
-        labelled=images.labelled_request(labelled, values),
+        labelled=tested,
         include=include,
         exclude=exclude,
         basis=basis,
@@ -237,7 +248,7 @@ def command(
         rank=parsed_rank,
         bits=parsed_bits,
         dtype=values["dtype"],
-        calibration=images.calibration_request(values),
+        calibration=calibrated,
         settings=images.calibration_settings(values),
         batch_size=values["calibration_batch_size"],
         search=SearchSettings(trials, probes, options.say, frequencies, axes or None),
@@ -352,7 +363,7 @@ def _kept_text(lam: str | None, plan_file: str | None, budget: Budget | None, ma
 
 
 def _parse_policy(
-    plan_file: str | None, lam: str | None, budget: tuple[str, ...], max_drop: float | None, labelled: str | None
+    plan_file: str | None, lam: str | None, budget: tuple[str, ...], max_drop: float | None, data: str | None
 ) -> tuple[Any, Budget | None]:
     """Return the lambda and the budget that the options name.
 
@@ -364,8 +375,10 @@ def _parse_policy(
 
     if sum((plan_file is not None, lam is not None, bool(budget), max_drop is not None)) > 1 or len(budget) > 1:
         raise UsageError("--plan, --lambda, --budget and --max-drop each say what to keep: give one of them, once")
-    if (max_drop is None) != (labelled is None):
-        raise UsageError("--max-drop POINTS is measured on --labelled DATA: give both")
+    if max_drop is not None and data is None:
+        raise UsageError("--max-drop POINTS is measured on data: give --data DATA")
+    if max_drop is None:
+        options.only_with(labelled_option, "--max-drop POINTS")
     if not budget and max_drop is None:
         options.only_with(options.metric, "--max-drop POINTS")
         options.only_with(budget_options, "--budget")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from . import options
+from . import next_step, options
 from .listening import CommandLine
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ def command(as_json: bool) -> None:
         result = demo(_StepPrinter(say))
     if as_json:
         options.print_json(result.to_json())
+    else:
+        next_step.after_demo(options.console())
 
 
 class _StepPrinter(CommandLine):

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from . import inputs, options, training_options, types
+from . import inputs, next_step, options, training_options, types
 from .listening import CommandLine
 
 
@@ -45,8 +45,8 @@ def command(
 
     \b
     Example:
-      harmconvert evaluate resnet50-harmonic-progressive.safetensors --data-dir imagenet/val
-      harmconvert evaluate sample:resnet_mnist5k --dataset sample:mnist5k
+      harmconvert evaluate resnet50-harmonic-progressive.safetensors --data imagenet/val
+      harmconvert evaluate sample:resnet_mnist5k --data sample:mnist5k
     """
     inputs.check_run(values)
     from ..errors import UsageError
@@ -78,5 +78,7 @@ def command(
     if as_json:
         options.print_json(result.to_json())
         return
+    console = options.console()
     for line in tables.evaluation_lines(result):
-        options.console().print(line, markup=False)
+        console.print(line, markup=False)
+    next_step.after_evaluation(console, source, {**values, "metric": metric})

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from . import images, inputs, options, types
+from . import images, inputs, next_step, options, types
 from .listening import CommandLine
 
 
@@ -34,7 +34,7 @@ from .listening import CommandLine
     type=click.Choice(["f32", "f16", "bf16", "int8"]),
     default="f32",
     show_default=True,
-    help="openvino; for onnx f32 or int8. int8 needs --calibrate.",
+    help="openvino; for onnx f32 or int8. int8 needs --data.",
 )
 @click.option(
     "--max-drop",
@@ -72,7 +72,7 @@ def command(
       harmconvert export resnet50-harmonic-progressive.safetensors -o resnet50-dense.safetensors
       harmconvert export resnet50-harmonic-progressive.safetensors --format timm -o resnet50/
       harmconvert export resnet50-harmonic-2.safetensors --format onnx --form factored -o resnet50.onnx
-      harmconvert export resnet50 --format openvino --precision int8 --calibrate photos/ -o resnet50.xml
+      harmconvert export resnet50 --format openvino --precision int8 --data photos/ -o resnet50.xml
     """
     from ..arguments import check_format
 
@@ -106,3 +106,4 @@ def command(
     for line in tables.export_lines(exported.check, dtype) if exported.check else ():
         console.print(line, markup=False)
     console.print(f"wrote {output} ({tables.file_size(output)})", markup=False)
+    next_step.after_export(console, source)

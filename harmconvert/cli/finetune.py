@@ -11,11 +11,14 @@ import click
 from . import inputs, next_step, options, pages, training_options, types
 from .advice import adapted
 from .listening import CommandLine
+from .recipe import recipe
 from .recording import command_words
 
 
+@training_options.with_shown_defaults
 @click.command(name="finetune", cls=types.OptionalValues)
 @click.argument("source", type=inputs.SourceText())
+@recipe
 @training_options.image_options
 @training_options.holdout
 @training_options.recipe_options
@@ -101,9 +104,9 @@ def command(
 
     \b
     Example:
-      harmconvert finetune resnet50-harmonic-progressive.safetensors --data-dir imagenet/
-      harmconvert finetune cut.safetensors --data-dir photographs/ --distill      # no labels needed
-      harmconvert finetune cut.safetensors --dataset sample:mnist5k --hflip 0 --scale 0.7 1
+      harmconvert finetune resnet50-harmonic-progressive.safetensors --data imagenet/
+      harmconvert finetune cut.safetensors --data photographs/ --distill      # no labels needed
+      harmconvert finetune cut.safetensors --data sample:mnist5k --hflip 0 --scale 0.7 1
     """
     from ..arguments import check_harmonic, check_run_outputs
 

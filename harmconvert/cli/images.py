@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import options, types
+from . import groups, inputs, options, types
 from .advice import adapted
 
 if TYPE_CHECKING:
@@ -59,11 +59,13 @@ def calibration_data_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option(
             "--calibration-memory",
+            hidden=True,
             type=types.Bytes(),
             help="Largest memory for the equations of one layer, such as 2G; default: half of the free memory.",
         ),
         click.option(
             "--damping",
+            hidden=True,
             type=types.FiniteRange(min=0),
             help="Strength with which each refit stays near the plain cut, relative to the layer's mean square "
             "response; default: chosen on the held-back images.",
@@ -83,16 +85,18 @@ def calibration_data_options(command: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             help="Number of images; more images improve layers with large kernels.",
         ),
-        click.option(
-            "--calibrate",
-            "data",
-            metavar="DATA",
-            help="Images for calibration, which reduces the error of the cut without labels or training: a folder, "
-            "sample:mnist5k, sample:photographs, or a timm data set.",
-        ),
     ):
         command = option(command)
     return command
+
+
+calibrate_option = click.option(
+    "--calibrate",
+    "data",
+    metavar="DATA",
+    help="Images for calibration, which reduces the error of the cut without labels or training: a folder, "
+    "sample:mnist5k, sample:photographs, or a timm data set.",
+)
 
 
 def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -113,6 +117,17 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Seed for the choice of images and positions.",
         ),
         calibration_data_options,
+        click.option(
+            "--data",
+            "--calibrate",
+            "data",
+            cls=groups.Renamed,
+            metavar="DATA",
+            help="Data for calibration, which reduces the error of the cut without labels or training: a folder of "
+            "images or of another kind of data, sample:mnist5k, sample:photographs, a timm data set, or "
+            "FILE.py:FUNCTION. With --max-drop, the data has labels, and measures the loss, too: its training part "
+            "calibrates, its test part measures; data without parts is divided in half. (Also: --calibrate.)",
+        ),
     ):
         command = option(command)
     return command
@@ -135,12 +150,13 @@ def comparison_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Number of images; every fourth is held back for the comparison.",
         ),
         click.option(
-            "--calibrate",
             "--data",
+            "--calibrate",
             "data",
+            cls=groups.Renamed,
             metavar="DATA",
             help="Images without labels, for int8 and for the comparison of low precision: a folder, sample:mnist5k, "
-            "sample:photographs, or a timm data set.",
+            "sample:photographs, or a timm data set. (Also: --calibrate.)",
         ),
     ):
         command = option(command)
@@ -148,9 +164,12 @@ def comparison_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check_calibration(
-    values: dict[str, Any], sizes: Sequence[tuple[int, ...]], own: options.Decorator = calibration_options
+    values: dict[str, Any],
+    sizes: Sequence[tuple[int, ...]],
+    own: options.Decorator = calibration_options,
+    name: str = "--data",
 ) -> None:
-    """Check the options ``own`` of a calibration, before torch is imported.
+    """Check the options ``own`` of a calibration on the data of the option ``name``, before torch is imported.
 
     Raises:
         UsageError: the images do not exist, options need images, or there are several input sizes.
@@ -159,18 +178,17 @@ def check_calibration(
     from ..errors import UsageError
 
     if values["data"] is None:
-        options.only_with(own, "--calibrate DATA", but=preprocessing_options)
+        options.only_with(own, f"{name} DATA", but=preprocessing_options)
         return
     if len(sizes) > 1:
         raise UsageError(
-            "--calibrate names images, which are one input: for a network with several inputs, use calibration= in "
-            "Python"
+            f"{name} names images, which are one input: for a network with several inputs, use calibration= in Python"
         )
     check_unlabelled(values["data"])
 
 
 def calibration_request(values: Mapping[str, Any]) -> DataRequest | None:
-    """Return the images that --calibrate names; None without it."""
+    """Return the images for calibration; None without any."""
     from ..data.datasets import DataRequest
 
     if values["data"] is None:
@@ -187,13 +205,28 @@ def calibration_settings(values: Mapping[str, Any]) -> CalibrationSettings:
 
 
 def labelled_request(data: str | None, values: Mapping[str, Any]) -> DataRequest | None:
-    """Return the images that --labelled names; None without it."""
-    from ..arguments import is_data_path
+    """Return the data with labels that an option names; None without it."""
     from ..data.datasets import DataRequest
 
-    if data is None or is_data_path(data):
-        return None if data is None else DataRequest(data_dir=data, holdout=0.0)
-    return DataRequest(data, values["data_dir"], holdout=0.0)
+    if data is None:
+        return None
+    return DataRequest(*inputs.named_data({"dataset": data, "data_dir": values["data_dir"]}), holdout=0.0)
+
+
+def conversion_requests(
+    values: Mapping[str, Any], labelled: str | None, measured: bool
+) -> tuple[DataRequest | None, DataRequest | None]:
+    """Return the data on which a conversion calibrates, and the data on which it is ``measured``.
+
+    If one option names both, they are the same request: the library divides the data.
+    """
+    from ..data.datasets import DIVIDED, DataRequest
+
+    if not measured or labelled is not None:
+        return calibration_request(values), labelled_request(labelled, values)
+    named = inputs.named_data({"dataset": values["data"], "data_dir": values["data_dir"]})
+    both = DataRequest(*named, values["calibration_split"], holdout=DIVIDED, seed=values["seed"])
+    return both, both
 
 
 def verdict(conversion: Conversion, output: str, allow_fallback: bool) -> int:

@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from .groups import is_given, main_name
+
 # A name with one of these endings is always a path.
 SUFFIXES = (
     ".safetensors", ".pth", ".pt", ".pt2", ".pt7", ".bin", ".ckpt", ".tar", ".onnx", ".json", ".py",
@@ -113,26 +115,25 @@ def check() -> None:
     from ..errors import UsageError
 
     context = click.get_current_context()
-    typed = click.core.ParameterSource.COMMANDLINE
     for parameter in context.command.params:
         value = context.params.get(parameter.name or "")
         optional = isinstance(parameter, click.Option)
-        if optional and value in ("", ("",)) and context.get_parameter_source(parameter.name or "") is typed:
-            raise UsageError(f"{parameter.opts[0]} has an empty value: give one, or leave the option out")
+        if optional and value in ("", ("",)) and is_given(context, parameter.name):
+            raise UsageError(f"{main_name(parameter)} has an empty value: give one, or leave the option out")
         if isinstance(parameter.type, InputFile) and value is not None:
             for text in value if isinstance(value, tuple) else (value,):
                 parameter.type.check(text)
 
 
 def check_labelled(data: str, data_dir: str | None) -> None:
-    """Raise UsageError if --labelled names no images."""
+    """Raise UsageError if the text names no data with labels."""
     from ..arguments import DATA_FILES, PACKAGES, check_labelled, is_data_path, is_function
     from ..errors import UsageError
 
     if is_data_path(data) or is_function(data):
         return
     if (os.sep in data or data.endswith(DATA_FILES)) and not data.startswith(PACKAGES):
-        raise UsageError(f"there is no folder {data}: give --labelled a folder with a folder for each class")
+        raise UsageError(f"there is no folder {data}: give a folder with a folder for each class")
     check_labelled(data, data_dir)
 
 
@@ -144,5 +145,22 @@ def check_run(values: Mapping[str, Any]) -> None:
     """
     from ..arguments import check_labelled
 
-    check_labelled(values["dataset"], values["data_dir"])
+    check_labelled(*named_data(values))
     check()
+
+
+def named_data(values: Mapping[str, Any]) -> tuple[str, str | None]:
+    """Return the name of a data set and a folder, from the options for data.
+
+    Raises:
+        UsageError: two options name a folder.
+    """
+    from ..arguments import is_data_path
+    from ..errors import UsageError
+
+    data, folder = values["dataset"], values["data_dir"]
+    if not data or not is_data_path(data):
+        return data, folder
+    if folder is not None:
+        raise UsageError(f"--data {data} and --data-dir {folder} both name a folder: give --data only")
+    return "", data

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 # Options that say how to make the network of SOURCE: the next command needs them, too.
 _NETWORK = ("weights", "weights_key", "strip_prefix", "arguments", "code", "trust_code", "input_size")
+_PREPROCESSING = ("preprocess", "mean", "std", "interpolation", "crop_pct")
 _SUFFIXES = {"onnx": "onnx", "openvino": "xml"}
 # A smaller share of the parameters is not worth a cut.
 _LEAST_SHARE = 0.01
@@ -40,10 +43,60 @@ def to_convert(source: str, share_over_1x1: float) -> list[str]:
     return ["convert", source, *_network_words(), *(("--lambda", "progressive") if choice else ("--bits", "4"))]
 
 
-def _network_words() -> list[str]:
-    """Return the options of the running command that say how to make the network of SOURCE."""
+def _network_words(*more: str, leave_out: tuple[str, ...] = ()) -> list[str]:
+    """Return the options of the running command that say how to make the network of SOURCE, and ``more`` of them."""
     names = {parameter.name or "" for parameter in click.get_current_context().command.params}
-    return list(command_words(leave_out=names - set(_NETWORK))["words"])
+    return list(command_words(leave_out=names - {*_NETWORK, *more} | {*leave_out})["words"])
+
+
+def after_evaluation(console: Console, source: str, values: Mapping[str, Any]) -> None:
+    """Print what comes after an evaluation: plain weights of a cut network, or the smallest file of an uncut one."""
+    from ..arguments import STREAMS, may_be_harmonic
+
+    if may_be_harmonic(source):
+        suggest(console, *to_export(source, code=values["code"], trust_code=values["trust_code"]))
+        return
+    data, words = values["dataset"] or values["data_dir"], _network_words(*_PREPROCESSING)
+    if data.startswith(STREAMS):
+        suggest(console, "convert", source, *words, "--bits", "4")
+        return
+    words += ["--data-dir", values["data_dir"]] if values["dataset"] and values["data_dir"] else []
+    words += ["--metric", values["metric"]] if values["metric"] else []
+    suggest(console, "convert", source, *words, "--bits", "auto", "--max-drop", "1", "--data", data)
+
+
+def after_training(console: Console, source: str, output: str, plain: bool, values: Mapping[str, Any]) -> None:
+    """Print what comes after a training; ``plain``: the output is plain weights, not a harmonic checkpoint."""
+    if plain:
+        words = _network_words(leave_out=("weights", "weights_key", "strip_prefix"))
+        suggest(console, "convert", source, *words, "--checkpoint", output, "--lambda", "progressive")
+    else:
+        suggest(console, *to_export(output, source, values["code"], values["trust_code"]))
+
+
+def after_benchmark(console: Console, lines: Sequence[str]) -> None:
+    """Print the first command among the lines that say how to make the advised forms."""
+    commands = [line.partition(": harmconvert ")[2] for line in lines if "FOLDER" not in line]
+    if found := next(filter(None, commands), None):
+        suggest(console, *shlex.split(found))
+
+
+def after_export(console: Console, source: str) -> None:
+    """Print the command for the page of a harmonic checkpoint, if the packages for it are installed."""
+    from ..arguments import may_be_harmonic
+
+    if may_be_harmonic(source) and find_spec("jinja2") and find_spec("matplotlib"):
+        suggest(console, "report", source, *_network_words())
+
+
+def after_demo(console: Console) -> None:
+    """Print a conversion that is a part of the demonstration."""
+    suggest(console, "convert", "sample:resnet_mnist5k", "--lambda", "2", "--data", "sample:mnist5k")
+
+
+def after_page(console: Console, source: str) -> None:
+    """Print the command that measures the forms of a checkpoint."""
+    suggest(console, "benchmark", source, *_network_words())
 
 
 def to_make(row: Row, max_drop: float, source: str, data: str | None) -> str:
@@ -64,7 +117,7 @@ def to_make(row: Row, max_drop: float, source: str, data: str | None) -> str:
         words += ["--format", row.runtime, *(() if row.form == "dense" else ("--form", row.form))]
         words += [] if row.precision == "f32" else ["--precision", row.precision]
         if row.precision == "int8":
-            words += ["--calibrate", data or "FOLDER", "--max-drop", f"{max_drop:g}"]
+            words += ["--data", data or "FOLDER", "--max-drop", f"{max_drop:g}"]
         precision = "" if row.precision == "f32" else f"-{row.precision}"
         words += ["-o", f"{name}{precision}.{_SUFFIXES[row.runtime]}"]
     return f"{title}: {shlex.join(['harmconvert', *words])}"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import inputs, types
+from .groups import is_given, main_name
 from .printing import console as console
 from .printing import print_json as print_json
 from .verbosity import NOTHING_WRITTEN as NOTHING_WRITTEN
@@ -92,9 +93,9 @@ def only_with(own: Decorator, what: str, but: Decorator = lambda command: comman
     context = click.get_current_context()
     others = {p.name for p in getattr(but(lambda: None), "__click_params__", [])}
     names = [p for p in own(lambda: None).__click_params__ if p.name not in others]  # type: ignore[attr-defined]
-    typed = [p for p in names if context.get_parameter_source(p.name) is click.core.ParameterSource.COMMANDLINE]
+    typed = [p for p in names if is_given(context, p.name)]
     if typed:
-        raise UsageError(f"{typed[0].opts[0]} works only with {what}")
+        raise UsageError(f"{main_name(typed[0])} works only with {what}")
 
 
 input_size = click.option(

@@ -8,10 +8,13 @@ from typing import Any
 
 import click
 
+from ..arguments import is_data_path
+from .groups import is_given, main_name
+
 # Options for the place of the output, the messages and the machine: they do not change the result.
 _NOT_RECORDED = (
     *("output", "report", "force", "as_json", "quiet", "verbose", "debug", "save_plan", "search_figure", "probes"),
-    *("device", "workers", "resume", "save_every", "log", "calibration_memory"),
+    *("recipe_file", "device", "workers", "resume", "save_every", "log", "calibration_memory"),
 )
 
 
@@ -21,14 +24,15 @@ def command_words(leave_out: Collection[str] = ()) -> dict[str, Any]:
     words: list[str] = []
     for parameter in context.command.params:
         name = parameter.name or ""
-        typed = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
-        if isinstance(parameter, click.Option) and typed and name not in (*_NOT_RECORDED, *leave_out):
+        if isinstance(parameter, click.Option) and is_given(context, name) and name not in (*_NOT_RECORDED, *leave_out):
             words += _words(parameter, context.params[name])
     return {"name": context.command.name, "words": words}
 
 
 def _words(option: click.Option, value: Any) -> list[str]:
-    name = max(option.opts, key=len)
+    name = main_name(option)
+    if "--dataset" in option.opts:  # a model card looks for the data of a training under these names
+        name = "--data-dir" if is_data_path(value) else "--dataset"
     if option.is_flag and option.is_bool_flag:
         return [name if value else option.secondary_opts[0]]
     if option.multiple:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..arguments import CHECKPOINT_FIGURES, NETWORK_FIGURES
-from . import images, inputs, options, training_options, types
+from . import images, inputs, next_step, options, training_options, types
 from .listening import CommandLine
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ def tradeoff_options(command: Any) -> Any:
     """Add the options that only the trade-off figure uses."""
     for option in (
         images.calibration_data_options,
+        images.calibrate_option,
         training_options.evaluation_options,
         click.option(
             "--include",
@@ -88,9 +89,9 @@ def command(
 
     The page is one file. It shows what was done and what the forms cost, layer by layer, as far as the checkpoint
     records it; -o FILE.json writes its data. The figures are 2, 3 and 4 of the paper, for any network, and the charts
-    of the page. Each figure has a .csv with its numbers. The trade-off tests on --dataset or --data-dir, as evaluate
-    does. With --calibrate, it also shows the calibrated cuts. With --bits, it shows error against bytes of a network
-    that is coded with each of these numbers of bits, and the point of SOURCE if that is a coded checkpoint.
+    of the page. Each figure has a .csv with its numbers. The trade-off tests on --data, as evaluate does. With
+    --calibrate, it also shows the calibrated cuts. With --bits, it shows error against bytes of a network that is coded
+    with each of these numbers of bits, and the point of SOURCE if that is a coded checkpoint.
 
     \b
     Example:
@@ -99,8 +100,8 @@ def command(
       harmconvert report resnet50 --figure filters -o filters.svg
       harmconvert report resnet50 --figure spectrum
       harmconvert report resnet50-harmonic-progressive.safetensors --figure errors
-      harmconvert report sample:resnet_mnist5k --figure tradeoff --dataset sample:mnist5k --calibrate sample:mnist5k
-      harmconvert report sample:resnet_mnist5k --figure tradeoff --dataset sample:mnist5k --bits 1,2,3
+      harmconvert report sample:resnet_mnist5k --figure tradeoff --data sample:mnist5k --calibrate sample:mnist5k
+      harmconvert report sample:resnet_mnist5k --figure tradeoff --data sample:mnist5k --bits 1,2,3
     """
     from ..arguments import check_figure, check_harmonic
     from ..errors import UsageError
@@ -122,7 +123,7 @@ def command(
     check_figure(source, figure, output, force)
     if figure == "tradeoff":
         inputs.check_run(values)
-        images.check_calibration(values, (), images.calibration_data_options)
+        images.check_calibration(values, (), images.calibration_data_options, "--calibrate")
     inputs.check()
     if figure in CHECKPOINT_FIGURES:
         check_harmonic(source)
@@ -185,7 +186,10 @@ def _write_page(
     if as_json:
         options.print_json(result.to_json())
         return
-    options.console().print(f"wrote {path}", markup=False)
+    console = options.console()
+    console.print(f"wrote {path}", markup=False)
+    if latency is None:
+        next_step.after_page(console, source)
 
 
 def _tradeoff_settings(values: dict[str, Any]) -> TradeoffSettings:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from . import inputs, options, training_options, types
+from . import inputs, next_step, options, training_options, types
 from .listening import CommandLine
 from .recording import command_words
 
@@ -70,9 +70,9 @@ def command(
 
     \b
     Example:
-      harmconvert train wrn28_10 --recipe cifar-wrn --harmonic all --lambda 3 --dataset torch/cifar10 --data-dir cifar/
-      harmconvert train resnet50 --recipe imagenet-resnet --harmonic none --data-dir imagenet/ --amp
-      harmconvert train sample:resnet_mnist5k --harmonic none --recipe cifar-wrn --dataset sample:mnist5k --hflip 0
+      harmconvert train wrn28_10 --recipe cifar-wrn --harmonic all --lambda 3 --data torch/cifar10 --data-dir cifar/
+      harmconvert train resnet50 --recipe imagenet-resnet --harmonic none --data imagenet/ --amp
+      harmconvert train sample:resnet_mnist5k --harmonic none --recipe cifar-wrn --data sample:mnist5k --hflip 0
     """
     from ..arguments import check_run_outputs, parse_lambda
 
@@ -101,7 +101,9 @@ def command(
     if as_json:
         options.print_json(result.to_json())
         return
-    options.console().print(f"{result.evaluation}\nwrote {output}", markup=False)
+    console = options.console()
+    console.print(f"{result.evaluation}\nwrote {output}", markup=False)
+    next_step.after_training(console, source, output, harmonic == "none", values)
 
 
 def default_output(source: str) -> str:

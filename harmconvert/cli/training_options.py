@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import images, inputs, options, types
+from . import groups, images, inputs, options, types
 
 if TYPE_CHECKING:
     from ..data.datasets import DataRequest
@@ -25,22 +25,28 @@ def _stacked(*stack: Callable[..., Any]) -> Callable[[Callable[..., Any]], Calla
 
 data_options = _stacked(
     click.option(
-        "--data-dir",
-        metavar="DIR",
-        help="Folder with one folder of images for each class, directly or in train/ and val/; or with images/ and "
-        "masks/, images/ and annotations.json, input/ and target/, or files of tensors; or the folder of --dataset.",
-    ),
-    click.option(
+        "--data",
         "--dataset",
+        "dataset",
+        cls=groups.Renamed,
         default="",
         show_default=False,
-        metavar="NAME",
-        help="sample:mnist5k, a timm data set (torch/cifar10, hfds/USER/NAME, wds/NAME, tfds/NAME), or "
-        "FILE.py:FUNCTION, which returns a loader of (inputs, targets).",
+        metavar="DATA",
+        help="A folder with one folder of images for each class, directly or in train/ and val/; or with images/ and "
+        "masks/, images/ and annotations.json, input/ and target/, or files of tensors. Or sample:mnist5k, a timm data "
+        "set (torch/cifar10, hfds/USER/NAME, wds/NAME, tfds/NAME), or FILE.py:FUNCTION, which returns a loader of "
+        "(inputs, targets). (Also: --dataset.)",
+    ),
+    click.option(
+        "--data-dir",
+        metavar="DIR",
+        help="Folder of a timm data set such as torch/cifar10. (Without --data: the same as --data DIR.)",
     ),
     click.option("--train-split", default="train", show_default=True, help="Name of the split to train on."),
     click.option("--val-split", default="validation", show_default=True, help="Name of the split to test on."),
-    click.option("--img-size", type=types.Count(min=1), help="Side of the images; default: the network's own."),
+    click.option(
+        "--img-size", hidden=True, type=types.Count(min=1), help="Side of the images; default: the network's own."
+    ),
     click.option(
         "--workers", "-j", type=types.Count(min=0), help="Processes that load images; default: one for each core."
     ),
@@ -81,31 +87,49 @@ recipe_options = _stacked(
     ),
     click.option("--lr", type=types.FiniteRange(min=0), help="Learning rate."),
     click.option("--opt", help="Optimiser, by timm's name: momentum, sgd (Nesterov), adamw, ..."),
-    click.option("--momentum", type=types.FiniteRange(), help="Momentum of the optimiser."),
+    click.option("--momentum", hidden=True, type=types.FiniteRange(), help="Momentum of the optimiser."),
     click.option("--weight-decay", type=types.FiniteRange(min=0), help="Weight decay of every parameter."),
     click.option("--sched", help="Schedule, by timm's name: none (constant), cosine, step, multistep, ..."),
     click.option("--warmup-epochs", type=types.Count(min=0), help="Epochs in which the learning rate rises."),
     click.option(
-        "--decay-epochs", type=types.FiniteRange(min=0, min_open=True), help="step: epochs between two decays."
+        "--decay-epochs",
+        hidden=True,
+        type=types.FiniteRange(min=0, min_open=True),
+        help="step: epochs between two decays.",
     ),
     click.option(
-        "--decay-milestones", type=types.Numbers(), help="multistep: epochs of the decays, such as 60,120,160."
+        "--decay-milestones",
+        hidden=True,
+        type=types.Numbers(),
+        help="multistep: epochs of the decays, such as 60,120,160.",
     ),
-    click.option("--decay-rate", type=types.FiniteRange(min=0), help="step, multistep: factor of one decay."),
-    click.option("--min-lr", type=types.FiniteRange(min=0), help="Learning rate at the end of the schedule."),
+    click.option(
+        "--decay-rate", hidden=True, type=types.FiniteRange(min=0), help="step, multistep: factor of one decay."
+    ),
+    click.option(
+        "--min-lr", hidden=True, type=types.FiniteRange(min=0), help="Learning rate at the end of the schedule."
+    ),
     click.option(
         "--crop",
         type=click.Choice(["resized", "padded", "none"]),
         help="Augmentation: resized: random area and aspect ratio (ImageNet); padded: pad, then crop (CIFAR); or none.",
     ),
-    click.option("--padding", type=types.Count(min=0), help="Pixels of padding for a padded crop."),
+    click.option("--padding", hidden=True, type=types.Count(min=0), help="Pixels of padding for a padded crop."),
     click.option("--scale", type=types.FiniteRange(), nargs=2, help="Smallest and largest area of a resized crop."),
     click.option(
-        "--ratio", type=types.FiniteRange(), nargs=2, help="Smallest and largest aspect ratio of a resized crop."
+        "--ratio",
+        hidden=True,
+        type=types.FiniteRange(),
+        nargs=2,
+        help="Smallest and largest aspect ratio of a resized crop.",
     ),
     click.option("--hflip", type=types.FiniteRange(0, 1), help="Share of images that are mirrored; use 0 for text."),
-    click.option("--vflip", type=types.FiniteRange(0, 1), help="Share of images that are turned upside down."),
-    click.option("--color-jitter", type=types.FiniteRange(min=0), help="Strength of random changes of colour."),
+    click.option(
+        "--vflip", hidden=True, type=types.FiniteRange(0, 1), help="Share of images that are turned upside down."
+    ),
+    click.option(
+        "--color-jitter", hidden=True, type=types.FiniteRange(min=0), help="Strength of random changes of colour."
+    ),
     click.option("--aa", metavar="POLICY", help="timm's auto-augmentation, such as rand-m9-mstd0.5."),
     click.option("--reprob", type=types.FiniteRange(0, 1), help="Share of images in which a random part is erased."),
     click.option("--mixup", type=types.FiniteRange(min=0), help="Mixup's alpha."),
@@ -139,13 +163,35 @@ recipe_options = _stacked(
     click.option("--seed", type=types.Count(min=0), help="Seed for the order, the augmentation and the hold-out."),
 )
 
+# The defaults of finetune, for its help; those of train depend on --recipe.
+_FINETUNE = {
+    "epochs": "5", "batch_size": "256", "lr": "0.001", "opt": "momentum", "momentum": "0.9", "weight_decay": "0.0001",
+    "sched": "none", "warmup_epochs": "0", "decay_epochs": "30", "decay_rate": "0.1", "min_lr": "0", "crop": "resized",
+    "padding": "4", "scale": "0.08 1", "ratio": "0.75 1.33", "hflip": "0.5", "vflip": "0", "color_jitter": "0",
+    "reprob": "0", "mixup": "0", "cutmix": "0", "smoothing": "0", "ema": "0: no average", "amp": "float32",
+    "grad_accum_steps": "1", "seed": "0", "train_only": "all", "temperature": "2",
+}  # fmt: skip
+
+
+def with_shown_defaults(command: click.Command) -> click.Command:
+    """Make the help of finetune show the defaults of its recipe."""
+    for option in command.params:
+        if isinstance(option, click.Option) and option.name in _FINETUNE:
+            option.show_default = _FINETUNE[option.name]
+    return command
+
+
 run_options = _stacked(
     options.device,
     click.option(
         "--torchcompile", is_flag=True, help="Compile the network first; training is faster after some minutes."
     ),
-    click.option("--no-channels-last", is_flag=True, help="Do not change the memory format of the network."),
-    click.option("--no-sync-bn", is_flag=True, help="Each process computes batch norms from its own images only."),
+    click.option(
+        "--no-channels-last", hidden=True, is_flag=True, help="Do not change the memory format of the network."
+    ),
+    click.option(
+        "--no-sync-bn", hidden=True, is_flag=True, help="Each process computes batch norms from its own images only."
+    ),
     click.option(
         "--save-every", type=types.Count(min=1), metavar="STEPS", help="Save the state after every STEPS steps, too."
     ),
@@ -192,7 +238,7 @@ def data_request(values: Mapping[str, Any]) -> DataRequest:
     from ..data.datasets import DataRequest
 
     splits = values["train_split"], values["val_split"]
-    return DataRequest(values["dataset"], values["data_dir"], *splits, values["holdout"], values["seed"] or 0)
+    return DataRequest(*inputs.named_data(values), *splits, values["holdout"], values["seed"] or 0)
 
 
 def image_overrides(values: Mapping[str, Any]) -> dict[str, Any]:

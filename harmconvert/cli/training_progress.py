@@ -23,6 +23,7 @@ def progress(epochs: int) -> Iterator[TrainingProgress]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from ..pipeline.listener import TrainingProgress
+    from ..pipeline.showing import epoch_line
 
     console = Console(stderr=True, force_terminal=sys.stderr.isatty())
     if os.environ.get("RANK", "0") != "0" or options.has_verbosity("quiet"):
@@ -52,21 +53,6 @@ def progress(epochs: int) -> Iterator[TrainingProgress]:
             bar.console.print(epoch_line(row, epochs), markup=False, highlight=False)
 
         yield TrainingProgress(step_done, epoch_done, tested)
-
-
-def epoch_line(row: Mapping[str, Any], epochs: int) -> str:
-    """Return one line with the results of an epoch."""
-    tested = ""
-    known = ("test_top1", "test_top5", "test_loss", "test_agreement", "test_divergence")
-    metric = next((key for key in row if key.startswith("test_") and key not in known), None)
-    if metric is not None:
-        tested = f", test {metric.removeprefix('test_')} {row[metric]:.4g}"
-    elif row.get("test_top1") is not None:
-        tested = f", test top-1 {row['test_top1']:.2%}"
-    elif row.get("test_agreement") is not None:
-        tested = f", test agreement {row['test_agreement']:.2%}"
-    speed = row["images"] / max(row["seconds"], 1e-9)
-    return f"epoch {row['epoch']}/{epochs}: loss {row['loss']:.4f}{tested}, lr {row['lr']:.3g}, {speed:,.0f} images/s"
 
 
 def _print_now_and_then(epochs: int) -> Callable[[StepProgress], None]:

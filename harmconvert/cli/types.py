@@ -21,7 +21,7 @@ class OptionalValues(Grouped):
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        loose = {name: option for option in self.params if _flag_needs_value(option) for name in option.opts}
+        loose = {name: option for option in self.params if value_is_optional(option) for name in option.opts}
         words = list(args)
         for place, (word, behind) in enumerate(pairwise(args)):
             option = loose.get(word)
@@ -38,7 +38,8 @@ class OptionalValues(Grouped):
                 raise error from None  # the word is a wrong value
 
 
-def _flag_needs_value(option: click.Parameter) -> bool:
+def value_is_optional(option: click.Parameter) -> bool:
+    """Return whether an option may stand without a value, such as --amp."""
     return bool(getattr(option, "_flag_needs_value", False))
 
 

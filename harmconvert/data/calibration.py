@@ -17,7 +17,7 @@ from ..arguments import STREAMS, check_unlabelled
 from ..errors import HarmconvertError, InputError, UsageError, counted, first_line, shortened
 from ..network.distributed import gathered, world_size
 from ..samples import mnist5k
-from .datasets import DataRequest, Stream, open_timm, pictures_from_timm, split_folder
+from .datasets import DataRequest, Stream, open_data, open_timm, pictures_from_timm, split_folder
 from .folders import Files
 from .joint import JointTransform
 from .loading import input_batches
@@ -53,6 +53,7 @@ def calibration_images(
     overrides: Mapping[str, Any] | None = None,
     channels: int = 3,
     seed: int = 0,
+    training_part: bool = False,
 ) -> CalibrationImages:
     """Return up to ``count`` inputs of a data set, chosen by ``seed``, with the network's own pre-processing.
 
@@ -63,6 +64,7 @@ def calibration_images(
             its ``train_split`` is read. Of a folder or file of another kind of data, the inputs are used.
         overrides: changes to the pre-processing, see `preprocessing`.
         channels: of the network's input, if its size is not known; see `task_preprocessing`.
+        training_part: of a folder or file, use only the part that is not for testing.
 
     Raises:
         UsageError: the data set does not exist, or the network's input size or pre-processing is unknown.
@@ -72,7 +74,7 @@ def calibration_images(
     if count < 1 or batch_size < 1:
         raise UsageError(f"{counted(count, 'calibration image')} in batches of {batch_size}: both must be at least 1")
     request = DataRequest.parse(data)
-    samples = _other_kind(request)
+    samples = _training_samples(request) if training_part else _other_kind(request)
     config = task_preprocessing(model, overrides or {}, CLASSES if samples is None else samples.task, channels)
     transform, mode = sample_transform(config), color_mode(config)
     unreadable: list[str] = []
@@ -92,6 +94,14 @@ def calibration_images(
         raise InputError(f"{request.name} has no image: give a folder of images, sample:NAME or a timm data set")
     batches = input_batches(images, batch_size, as_lists=config.get("task") == BOXES)
     return CalibrationImages(batches, config, tuple(unreadable))
+
+
+def _training_samples(request: DataRequest) -> Pictures | None:
+    """Return the samples of a folder or file that are not for testing; None for other data, which has splits."""
+    if not Path(request.name).exists():
+        return None
+    samples = open_data(request).train
+    return samples if isinstance(samples, Pictures) else None
 
 
 def _other_kind(request: DataRequest) -> Pictures | None:

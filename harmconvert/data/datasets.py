@@ -25,6 +25,8 @@ _SYNONYMS = {
     "train": ("train", "training"),
     "validation": ("validation", "val", "valid", "eval", "evaluation", "test"),
 }
+# The share that measures, of data without splits that also calibrates.
+DIVIDED = 0.5
 # Number of random crops of the photographs in an epoch.
 PHOTOGRAPH_CROPS = {"train": 2000, "validation": 200}
 
@@ -301,7 +303,7 @@ def _open_folders(root: Path, request: DataRequest, parts: Sequence[str]) -> Dat
         return annotated
     if train is None and test is None:
         if inner := _only_folder(root, request):
-            raise UsageError(f"{root} has one folder, which has the splits: give ", Argument("data_dir", inner))
+            raise UsageError(f"{root} has one folder, which has the splits: give ", Argument("data", inner))
         pictures, notes = _open_folder(root)
         return _split_by_holdout(pictures, request, parts, notes)
     if train is None and "train" in parts:

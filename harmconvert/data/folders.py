@@ -11,7 +11,7 @@ from PIL import Image
 from timm.utils.misc import natural_key
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from ..errors import Argument, InputError, counted, shortened
+from ..errors import InputError, counted, shortened
 from .pictures import Pictures, open_picture
 
 # Folders that archives, file servers and notebooks create; they are never classes.
@@ -80,8 +80,7 @@ def open_labelled_folder(root: Path, train: Pictures | None = None) -> tuple[Fil
     beside = [Path(path).name for path in paths if not _top_folder(path, root)]
     inside, known = len(paths) - len(beside), train.classes if train is not None else None
     if not paths:
-        folder = Argument("data_dir")
-        raise InputError(f"{root} has no image: give ", folder, " a folder with a folder of images for each class")
+        raise InputError(f"{root} has no image: give a folder with a folder of images for each class")
     filled = [name for name in folders if counts[name]]
     if beside and (len(beside) > inside or (len(filled) < 2 and not set(filled) <= set(known or ()))):
         below = f", and {inside} in its folders ({shortened(filled, 3)})" if inside else ""

@@ -23,6 +23,8 @@ from ..network.values import batch_size, describe_input, first_tensor, match_dty
 from .intervals import bootstrap_interval, wilson_interval
 from .metric import TARGETS, UNCUT, Measurement, Metric, Outcome
 
+# The uncut network compared with itself has no value of such a metric, so there is no drop from it.
+_WITHOUT_TARGETS = "to measure a drop without targets, use ssim, agreement or kl"
 _NEEDS = {TARGETS: "the targets of the data", UNCUT: "the outputs of the uncut network"}
 
 
@@ -50,7 +52,8 @@ class Collected:
         metric, value = self.metric, self.value
         if value is None:
             needs = " or ".join(_NEEDS[one] for one in metric.compares_with)
-            raise InputError(f"{metric.name} compares with {needs}, and {data or 'the data'} has no targets")
+            remedy = "" if metric.finite else f"; {_WITHOUT_TARGETS}"
+            raise InputError(f"{metric.name} compares with {needs}, and {data or 'the data'} has no targets{remedy}")
         where = f"on {counted(samples, 'sample')}" + (f" of {data}" if data else "")
         if not math.isfinite(value):
             raise InputError(

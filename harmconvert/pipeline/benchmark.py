@@ -22,8 +22,9 @@ from .calibrating import CalibrationData, calibration_batches
 from .devices import place
 from .export import BATCH_SIZE
 from .inputs import Sizes, random_of
-from .listener import SILENT, Listener
+from .listener import Listener
 from .networks import Openable, opened, own
+from .showing import listener_for
 from .testing import evaluation_loading, own_loader
 
 
@@ -46,7 +47,8 @@ def benchmark(
     settings: CalibrationSettings | None = None,
     preprocessing: Mapping[str, Any] | None = None,
     device: str | None = None,
-    listener: Listener = SILENT,
+    progress: bool | None = None,
+    listener: Listener | None = None,
 ) -> Benchmark:
     """Measure the forms of a network in turns, for each batch size and number of threads.
 
@@ -72,12 +74,14 @@ def benchmark(
         settings: the number of these images.
         preprocessing: of images, with timm's names, if it is not the network's own (`harmconvert.data.preprocessing`).
         device: where to run; default: the device of a network object, else the CPU.
-        listener: receives messages and progress.
+        progress: show progress bars; None: in an interactive session (a Python prompt, IPython, a notebook).
+        listener: receives messages and progress instead; without it, the logger ``harmconvert`` gets them.
 
     Raises:
         UsageError: a form or a layout is unknown, no input size is known, or the network does not accept the input.
         CheckError: the outputs of a form differ from those of the network.
     """
+    listener = listener_for(listener, progress)
     if metric is not None and data is None:
         raise UsageError(Argument("metric"), " is measured on data: give ", Argument("data", "DATA"))
     chosen = None if metric is None else metric_of(metric)
@@ -99,8 +103,8 @@ def benchmark(
     if chosen is not None and data is not None:
         tested, name = _test_batches(data, network.model, preprocessing or {}, listener)
         timed = replace(timed, measured=lambda one: measured_on(chosen, tested, one, network.model, name))
-    with listener.progress() as progress:
-        result = time_forms(network.model, example_input, timed, progress)
+    with listener.progress() as report:
+        result = time_forms(network.model, example_input, timed, report)
     return replace(result, source=str(network.source), max_drop=max_drop)
 
 

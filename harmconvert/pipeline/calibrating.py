@@ -30,6 +30,7 @@ def calibration_batches(
     sizes: Sizes,
     preprocessing: Mapping[str, Any],
     listener: Listener,
+    training_part: bool = False,
 ) -> Iterable[Any] | None:
     """Return the batches for a calibration: read from the images that ``data`` names, else ``data`` itself.
 
@@ -37,6 +38,7 @@ def calibration_batches(
         data: a folder, ``sample:NAME`` or a timm data set (its ``train_split``); or an iterable of batches; or None.
         settings: the number of images, and the seed that selects them.
         sizes: the sizes of the network's inputs, if the caller gives them.
+        training_part: of a folder or file, use only the part that is not for testing.
 
     Raises:
         UsageError: the images do not exist, or the network has several inputs.
@@ -62,6 +64,7 @@ def calibration_batches(
             overrides={"input_size": sizes[0] if sizes else None, **preprocessing},
             channels=input_channels(model),
             seed=settings.seed,
+            training_part=training_part,
         )
     _report_images(name, images, model, listener)
     return images.batches

@@ -22,6 +22,7 @@ from ..search.dropping import Step
 from ..search.records import Search
 from ..search.searching import Converted
 from ..storage.checkpoint import Header
+from .overview import overview
 
 RECORD_KEY = "conversion"  # the key in a checkpoint's history
 
@@ -58,9 +59,11 @@ _DIGITS = 4  # significant digits of the numbers in the history of a coded file
 LEAST_CUT = 0.01  # share of the parameters; a smaller cut is not useful, so `Conversion.advice` says so
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Conversion:
     """A converted network, its plan, the result for each layer, the cost, and the record of the calibration.
+
+    Printed, it is some lines that fit on a screen.
 
     ``drops`` are the steps of a search with ``max_drop``. ``coded`` has the codec entries of the tensors that a file
     does not store as plain values.
@@ -74,6 +77,9 @@ class Conversion:
     search: Search | None = None
     drops: tuple[Step, ...] = ()
     coded: Mapping[str, Entry] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return overview(self)
 
     @property
     def advice(self) -> str | None:

@@ -29,6 +29,7 @@ from ..search.records import SearchSettings
 from ..search.searching import Converted, Scope, Searching
 from .coding import code, code_within, coded_conversion
 from .conversion import LEAST_CUT, RECORD_KEY, Conversion, LayerRecord, conversion_of
+from .showing import log, reported
 
 __all__ = ["LEAST_CUT", "RECORD_KEY", "Conversion", "LayerRecord", "convert"]
 
@@ -54,7 +55,7 @@ def convert(
     calibration: Iterable[Any] | None = None,
     settings: CalibrationSettings | None = None,
     search: SearchSettings | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Conversion:
     """Convert a network's convolutions over 1x1 to harmonic form; ``model`` itself is never changed.
 
@@ -100,7 +101,8 @@ def convert(
             ignored, or dicts of keywords. They are read once.
         settings: settings of the calibration.
         search: settings of the search for a budget.
-        progress: called with (layers done, layers, layer) during the calibration.
+        progress: show a progress bar; None: in an interactive session (a Python prompt, IPython, a notebook). Or a
+            function of (steps done, steps, name of the step). The logger ``harmconvert`` gets a line for each stage.
 
     Raises:
         UsageError: the lambda is unknown, a pattern matches no layer, or the network does not accept the input.
@@ -111,21 +113,23 @@ def convert(
     check_weights(model)
     _check_choices(lam, rank, bits, budget, max_drop, labelled if metric is None else metric)
     setting = None if bits is None or isinstance(bits, str) else BitsSetting.of(bits)
-    job = _Job(
-        model, example_input, Scope(include, exclude, Basis(basis, normalization)), calibration,
-        settings or CalibrationSettings(), progress, setting, None if rank is None else RankSetting.of(rank),
-    )  # fmt: skip
-    if max_drop is not None:
-        quality = network_metric(metric, labelled, model)
-        if bits == "auto":
-            return _fewest_bits_within_drop(job, max_drop, quality)
-        return _convert_within_drop(job, max_drop, quality, search or SearchSettings())
-    if budget is not None:
-        parsed = Budget.parse(budget)
-        if parsed.unit == "bytes":
-            return _convert_within_bytes(job, lam, parsed)
-        return _convert_within_budget(job, parsed, search or SearchSettings())
-    return _convert_by_policy(job, lam)
+    search = search or SearchSettings(say=log.info)
+    with reported(progress, "converting") as report:
+        job = _Job(
+            model, example_input, Scope(include, exclude, Basis(basis, normalization)), calibration,
+            settings or CalibrationSettings(), report, setting, None if rank is None else RankSetting.of(rank),
+        )  # fmt: skip
+        if max_drop is not None:
+            quality = network_metric(metric, labelled, model)
+            if bits == "auto":
+                return _fewest_bits_within_drop(job, max_drop, quality)
+            return _convert_within_drop(job, max_drop, quality, search)
+        if budget is not None:
+            parsed = Budget.parse(budget)
+            if parsed.unit == "bytes":
+                return _convert_within_bytes(job, lam, parsed)
+            return _convert_within_budget(job, parsed, search)
+        return _convert_by_policy(job, lam)
 
 
 def _check_choices(
@@ -165,7 +169,7 @@ class _Job:
     scope: Scope
     calibration: Iterable[Any] | None
     settings: CalibrationSettings
-    progress: Progress | None
+    progress: Progress
     bits: BitsSetting | None = None
     rank: RankSetting | None = None
 
@@ -222,6 +226,7 @@ def _fewest_bits_within_drop(job: _Job, max_drop: float, metric: NetworkMetric) 
         conversion = _convert_by_policy(replace(job, bits=BitsSetting(bits)), "full")
         drop = metric.drop(uncut_metric, conversion.model)
         steps.append(Step(conversion.cost.harmonic_bytes / max(conversion.cost.bytes, 1), drop))
+        log.info("%g bits per weight: %s is worse by %.2f points", bits, metric.name, drop)
         if drop <= max_drop:
             high, best = math.log2(bits), conversion
         elif best is None:
@@ -251,8 +256,7 @@ def _searching(job: _Job, budget: Budget, search: SearchSettings) -> Searching:
     searching = Searching(
         job.model, budget, find_layers(job.model, run), run, job.scope, images, job.settings, search, example
     )
-    if job.progress is not None:
-        searching.progress = job.progress
+    searching.progress = job.progress
     return searching
 
 
@@ -268,7 +272,9 @@ def _convert_within_drop(job: _Job, max_drop: float, metric: NetworkMetric, sear
         def attempt(share: float) -> tuple[Conversion, float]:
             budget = Budget.parse({"params": share})
             conversion = _convert_within_budget(job, budget, settings) if share < 1 else _convert_by_policy(job, "full")
-            return conversion, metric.drop(uncut_metric, conversion.model)
+            drop = metric.drop(uncut_metric, conversion.model)
+            log.info("%.0f%% of the parameters: %s is worse by %.2f points", 100 * share, metric.name, drop)
+            return conversion, drop
 
         conversion, steps = smallest_within(attempt, least_share, max_drop)
     return replace(conversion, drops=steps)

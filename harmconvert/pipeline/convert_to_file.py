@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..arguments import Budget, stays_as_it_is
 from ..calibration import CalibrationSettings
-from ..data.datasets import DataRequest
+from ..data.datasets import DIVIDED, DataRequest
 from ..errors import Argument, CheckError, UsageError
 from ..files import check_output, write_file
 from ..metrics import Metric, MetricLike, metric_of
@@ -27,10 +27,12 @@ from .convert import Conversion, convert
 from .devices import place
 from .inputs import Sizes, declare_inputs, verification_inputs, zeros_of
 from .labelled import Halves, halves
-from .listener import SILENT, Listener
+from .listener import Listener
 from .networks import Openable, is_given, known_source, opened, text_of
+from .overview import overview
 from .precision import in_fewer_bits
 from .saving import save
+from .showing import listener_for
 from .testing import TaskData
 from .verification import Verification
 from .verify import verify
@@ -44,7 +46,7 @@ class Rounding:
     difference: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ConvertedFile:
     """A harmonic checkpoint that is written and verified.
 
@@ -62,6 +64,11 @@ class ConvertedFile:
     conversion: Conversion | None = None
     rounding: Rounding | None = None
     held_out: Mapping[str, Evaluation] | None = None
+
+    def __repr__(self) -> str:
+        if self.conversion is None:
+            return f"{self.output}: {self.source}, already harmonic and written unchanged; {self.verification.verdict}"
+        return f"{self.output}\n{overview(self.conversion, self.verification.verdict)}"
 
     def to_json(self) -> dict[str, Any]:
         """Return everything except the network as JSON values."""
@@ -100,7 +107,8 @@ def convert_to_file(
     device: str | None = None,
     force: bool = False,
     command: Mapping[str, Any] | None = None,
-    listener: Listener = SILENT,
+    progress: bool | None = None,
+    listener: Listener | None = None,
 ) -> ConvertedFile:
     """Open a network, convert it, verify it, and write one harmonic checkpoint.
 
@@ -121,7 +129,9 @@ def convert_to_file(
         labelled: data for ``max_drop``, as for `evaluate`: every second test image (of your own batches, every second
             batch) chooses the size, the others measure the loss.
         dtype: type of the weights in the file: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
-        calibration: a folder of images, ``sample:NAME``, a timm data set, or batches of your own.
+        calibration: a folder of images, ``sample:NAME``, a timm data set, or batches of your own. If it names the same
+            data as ``labelled``, the training part calibrates and the test part measures; data without splits are
+            divided in half.
         batch_size: calibration images in one forward pass.
         latency_batch: examples in the forward pass that is measured for a budget of latency.
         input_sizes: size of each input of one example, (C, H, W); default: the network's own.
@@ -131,7 +141,9 @@ def convert_to_file(
             on its device.
         force: replace an existing file.
         command: name and options of the running command, for the history of the file.
-        listener: receives messages and progress, and the results `Conversion`, `Verification` and `Rounding`.
+        progress: show progress bars; None: in an interactive session (a Python prompt, IPython, a notebook).
+        listener: receives messages and progress instead, and the results `Conversion`, `Verification` and `Rounding`;
+            without it, the logger ``harmconvert`` gets the messages.
 
     Raises:
         UsageError: the output exists, arguments contradict each other, or as in `convert`.
@@ -139,12 +151,15 @@ def convert_to_file(
         OutsideError: the disk, the internet or a package is not available.
         CheckError: the converted network is not what its plan says; no file was written.
     """
+    listener = listener_for(listener, progress)
     check_output(output, force, ".safetensors")
     dtype_named(dtype)
     settings = settings or CalibrationSettings(inputs=256)
     if metric is not None and labelled is None:
         raise UsageError(Argument("metric"), " is measured on data: give ", Argument("labelled", "DATA"))
     chosen = None if metric is None else metric_of(metric)
+    if labelled is not None and isinstance(calibration, str | Path | DataRequest) and calibration == labelled:
+        calibration = labelled = DataRequest.parse(calibration, holdout=DIVIDED)
     data = _Data(calibration, labelled, chosen, settings, batch_size, input_sizes, preprocessing or {}, listener)
     target = _Target(source, str(output), dtype, input_sizes, force, command, listener, example_input)
     choices = (*(one is not None for one in (lam, rank, bits, plan, budget, labelled, calibration)), include, exclude)
@@ -188,6 +203,7 @@ class _Data:
         return calibration_batches(
             self.calibration, model, self.settings, batch_size=self.batch_size, sizes=self.sizes,
             preprocessing=self.preprocessing, listener=self.listener,
+            training_part=self.labelled is not None and self.calibration is self.labelled,
         )  # fmt: skip
 
     def halves(self, model: nn.Module) -> Halves | None:
@@ -287,7 +303,7 @@ def _write_unchanged(network: Network, target: _Target) -> ConvertedFile:
             file = staging.with_name("network.safetensors")  # behind a link, the target may have another suffix
             header = save(network, file, history=None if recorded else target.command_record(network), force=True)
             loaded = read_checkpoint(file, model=dense_form(network.model))
-            check = verify(network.model, loaded, **inputs)
+            check = verify(network.model, loaded, **inputs, progress=False)
             if not check.ok:
                 raise CheckError(f"{output}, read back: {check.verdict}; nothing was written")
             file.replace(staging)

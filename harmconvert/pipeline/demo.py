@@ -104,7 +104,7 @@ def _steps() -> Iterator[Step]:
     yield Step("uncut", _accuracy(original, images, labels), images=len(labels))
     with tempfile.TemporaryDirectory() as folder:
         for lam in ("full", "progressive", 2):
-            conversion = convert(original, lam)
+            conversion = convert(original, lam, progress=False)
             path = Path(folder) / f"{lam}.safetensors"
             save(conversion, path, source=source.source)
             converted = load(path)
@@ -114,7 +114,7 @@ def _steps() -> Iterator[Step]:
                 _agreement(original, converted, images),
                 cost=conversion.cost,
                 bytes=path.stat().st_size,
-                check=verify(original, converted, images[::10]) if lam == "full" else None,
+                check=verify(original, converted, images[::10], progress=False) if lam == "full" else None,
             )
     try:
         yield from _calibrate_and_train(original, images, labels)
@@ -129,7 +129,7 @@ def _steps() -> Iterator[Step]:
 def _calibrate_and_train(original: nn.Module, images: Tensor, labels: Tensor) -> Iterator[Step]:
     """Cut with lambda 2, calibrate, fine-tune and export."""
     inputs = calibration_images("sample:mnist5k", original, 128)
-    model = convert(original, 2, calibration=inputs.batches).model
+    model = convert(original, 2, calibration=inputs.batches, progress=False).model
     yield Step("calibrated", _accuracy(model, images, labels), _agreement(original, model, images), len(inputs))
 
     data = open_data(DataRequest("sample:mnist5k"), ("train",))
@@ -150,8 +150,10 @@ def _calibrate_and_train(original: nn.Module, images: Tensor, labels: Tensor) ->
 
 def _photographs() -> Step:
     network, crops = open_source("sample:efficientnet_lite0").model, photographs()
-    conversion = convert(network)
-    return Step(PHOTOGRAPHS, images=len(crops), cost=conversion.cost, check=verify(network, conversion, crops))
+    conversion = convert(network, progress=False)
+    return Step(
+        PHOTOGRAPHS, images=len(crops), cost=conversion.cost, check=verify(network, conversion, crops, progress=False)
+    )
 
 
 def _predictions(model: nn.Module, images: Tensor) -> Tensor:

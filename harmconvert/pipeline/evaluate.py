@@ -23,8 +23,9 @@ from ..training.evaluation import Evaluation
 from ..training.trainer import autocast
 from .calibrating import warn
 from .devices import machine_for, ready
-from .listener import SILENT, Listener
+from .listener import Listener
 from .networks import Openable, opened
+from .showing import listener_for
 from .testing import evaluation_loading, metric_for, note_unread, own_loader
 
 
@@ -59,7 +60,8 @@ def evaluate(
     amp: str = "float32",
     preprocessing: Mapping[str, Any] | None = None,
     device: str | None = None,
-    listener: Listener = SILENT,
+    progress: bool | None = None,
+    listener: Listener | None = None,
 ) -> Evaluated:
     """Measure top-1 with its 95 % interval, top-5, loss and speed of a classifier; or another metric of any network.
 
@@ -89,7 +91,8 @@ def evaluate(
         amp: precision of the forward pass: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         preprocessing: of images, with timm's names, if it is not the network's own (`harmconvert.data.preprocessing`).
         device: ``"cpu"`` or ``"cuda"``; default: the device of a network object, else a GPU if there is one.
-        listener: receives messages and progress.
+        progress: show progress bars; None: in an interactive session (a Python prompt, IPython, a notebook).
+        listener: receives messages and progress instead; without it, the logger ``harmconvert`` gets them.
 
     Raises:
         UsageError: the data does not exist, or the network does not run on images of this size.
@@ -97,6 +100,7 @@ def evaluate(
             or the targets.
         OutsideError: a download fails, or a package is not installed.
     """
+    listener = listener_for(listener, progress)
     chosen = None if metric is None else metric_of(metric)
     with joined():
         machine = machine_for(model, device)
@@ -116,11 +120,11 @@ def evaluate(
         else:
             batches = TaskBatches(data)
         tested, variety = ready(network.model, model, machine.device), Variety()
-        with listener.progress() as progress:
+        with listener.progress("testing") as report:
             result = evaluation.evaluate(
                 tested, loading or batches or (), other, metric=chosen, data=name,
                 autocast=partial(autocast, amp, machine.device), variety=variety if loading or chosen is None else None,
-                progress=_batch_counter(progress, loading),
+                progress=_batch_counter(report, loading),
             )  # fmt: skip
         warn(variety.warning(), listener)
         if loading:

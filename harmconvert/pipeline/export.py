@@ -15,8 +15,9 @@ from ..deploy.graphs import Exported
 from ..errors import Argument, UsageError
 from .calibrating import CalibrationData, calibration_batches
 from .inputs import Sizes, zeros_of
-from .listener import SILENT, Listener
+from .listener import Listener
 from .networks import Openable, opened
+from .showing import listener_for
 
 BATCH_SIZE = 32  # calibration images in one forward pass
 
@@ -53,7 +54,8 @@ def export(
     input_sizes: Sizes = (),
     example_input: Any = None,
     force: bool = False,
-    listener: Listener = SILENT,
+    progress: bool | None = None,
+    listener: Listener | None = None,
 ) -> ExportedFile:
     """Write a network with plain convolutions, and compare the file with the network.
 
@@ -83,7 +85,8 @@ def export(
         input_sizes: size of each input of one example, (C, H, W); default: the network's own.
         example_input: instead of ``input_sizes``, as for `convert`.
         force: replace an existing output.
-        listener: receives messages and progress.
+        progress: show progress bars; None: in an interactive session (a Python prompt, IPython, a notebook).
+        listener: receives messages and progress instead; without it, the logger ``harmconvert`` gets them.
 
     Raises:
         UsageError: the output exists, the format does not support the form or the dtype, or no input size is known.
@@ -92,6 +95,7 @@ def export(
             ``max_drop``; then the best attempt is written beside the output, with -best in its name.
         OutsideError: the disk is full, or a permission or a package is missing.
     """
+    listener = listener_for(listener, progress)
     check_target(output, format, force, dtype, form, precision, calibration is not None)
     if not max_drop >= 0:
         raise UsageError(Argument("max_drop", max_drop), " must be a percentage from 0 on")

@@ -29,9 +29,10 @@ from ..training.trainer import MachineSettings, number_of_classes
 from .devices import machine_on, workers_for
 from .finetuning import CutNetwork, FineTuning, TrainingSetup, new_classifier, run_finetuning
 from .inputs import image_config
-from .listener import SILENT, Listener
+from .listener import Listener
 from .networks import Openable, is_given, known_source, opened, own, text_of
 from .runs import data_identity, recipe_for, reporting, resume_hint, state_file_for
+from .showing import listener_for
 from .testing import metric_for, opened_data
 
 
@@ -55,7 +56,8 @@ def finetune(
     log: str | None = None,
     force: bool = False,
     command: Mapping[str, Any] | None = None,
-    listener: Listener = SILENT,
+    progress: bool | None = None,
+    listener: Listener | None = None,
     **changes: Any,
 ) -> FineTuning:
     """Fine-tune a harmonic network for the paper's 5 epochs, or as another recipe says.
@@ -98,7 +100,8 @@ def finetune(
         log: ``"tensorboard"`` writes events beside the output.
         force: replace existing files.
         command: name and options of the running command, for the history of the file.
-        listener: receives messages and progress.
+        progress: show progress bars; None: in an interactive session (a Python prompt, IPython, a notebook).
+        listener: receives messages and progress instead; without it, the logger ``harmconvert`` gets them.
 
     Raises:
         UsageError: the network is not harmonic, an output exists, or settings contradict each other.
@@ -107,6 +110,7 @@ def finetune(
         OutsideError: the disk, the internet or a package is not available.
         SignalError: the user stopped the run; its state is saved.
     """
+    listener = listener_for(listener, progress)
     target = None if output is None else str(output)
     if target is not None:
         check_run_outputs(target, resume, force)

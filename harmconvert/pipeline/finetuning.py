@@ -212,7 +212,9 @@ def _coded_again(
     batches = _calibration_batches(data, setup, count, recipe.seed)
     settings = CalibrationSettings(seed=recipe.seed, inputs=count)
     trained = dense_form(cut.model)
-    conversion = convert(trained, cut.header.plan.without(Bits.axis), bits=bits, calibration=batches, settings=settings)
+    conversion = convert(
+        trained, cut.header.plan.without(Bits.axis), bits=bits, calibration=batches, settings=settings, progress=False
+    )
     assert conversion.calibration is not None
     return conversion.model, conversion.coded, conversion.calibration.to_json()
 
@@ -357,7 +359,7 @@ class _FirstStages:
         if header.calibrated:
             cut = Stage("cut", why=self.cut.why)
             if original is not None:
-                cut = self._stage("cut", convert(original, header.plan).model)
+                cut = self._stage("cut", convert(original, header.plan, progress=False).model)
             return [uncut, cut, self._stage("before", model)]
         before = self._stage("before", model)
         return [uncut, before, self._calibrated(data, calibration_images, seed)]

@@ -89,15 +89,15 @@ def halves(
             raise InputError(Argument("labelled"), f" has {number}: one half chooses, the other measures; give two")
         return Halves(model, (batches[::2], batches[1::2]), metric, name or "the labelled batches")
     request = DataRequest.parse(data, holdout=0.0)
-    argument = Argument("labelled", request.dataset or request.data_dir)
     opened = opened_data(request, ("test",), listener)
     pictures, metric = opened.test, metric_for(metric, opened.task)
     if not isinstance(pictures, Pictures):
-        raise UsageError(argument, " is a stream, which cannot be divided: give a folder or another data set")
+        raise UsageError(f"{request.name} is a stream, which cannot be divided: give a folder or another data set")
     if not pictures.labelled and (metric is None or metric.needs_targets):
-        raise InputError(argument, " has no labels: give a folder with a folder for each class")
+        remedy = "give a folder with a folder for each class, or "
+        raise InputError(f"{request.name} has no labels: ", remedy, Argument("metric", "agreement"))
     if len(pictures) < 2:
-        raise InputError(argument, f" has {len(pictures)} image: give two or more")
+        raise InputError(f"{request.name} has {len(pictures)} image: give two or more")
     config = image_config(model, preprocessing, listener, sizes[0] if sizes else None, opened.task)
     if metric is None or metric not in (AGREEMENT, KL):
         check_classes(opened, model, "convert a network of the data's classes")

@@ -29,10 +29,11 @@ from ..training.trainer import MachineSettings, TrainingTask
 from .devices import machine_on, workers_for
 from .finetuning import TrainingSetup, check_classes, evaluator, train_loading
 from .inputs import image_config, size_of, zeros_of
-from .listener import SILENT, Listener
+from .listener import Listener
 from .networks import Openable, known_source, opened, own, text_of
 from .runs import data_identity, recipe_for, reporting, resume_hint, state_file_for
 from .saving import save
+from .showing import listener_for
 from .testing import metric_for, opened_data
 
 
@@ -77,7 +78,8 @@ def train(
     log: str | None = None,
     force: bool = False,
     command: Mapping[str, Any] | None = None,
-    listener: Listener = SILENT,
+    progress: bool | None = None,
+    listener: Listener | None = None,
     **changes: Any,
 ) -> Trained:
     """Train a network from scratch, plain or harmonic, by one of the paper's recipes or your own.
@@ -97,11 +99,12 @@ def train(
         lam: what the layers after the first keep, as for `convert`.
         basis: basis of the layers after the first.
         normalize_first: False leaves out the normalisation of the spectrum in the first layer.
-        data, recipe, changes, preprocessing, machine, workers, save_every, resume, log, force, command, listener: as
-            for `finetune`.
+        data, recipe, changes, preprocessing, machine, workers, save_every, resume, log, force, command, progress,
+            listener: as for `finetune`.
 
     Raises the errors of `finetune` and `harmonize`.
     """
+    listener = listener_for(listener, progress)
     target, preprocessing = None if output is None else str(output), preprocessing or {}
     if target is not None:
         check_run_outputs(target, resume, force)

@@ -16,9 +16,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from ..calibration import Progress
 from ..codecs.codec import Entry
 from ..codecs.plain import WEIGHT_DTYPES, tolerance_of
-from ..errors import InputError, shortened
+from ..errors import InputError, UsageError, shortened
 from ..layers.block import HarmonicBlock2d
 from ..layers.harmonic import is_harmonic_layer
 from ..network.forms import fold_blocks
@@ -31,6 +32,7 @@ from ..plan import Check, LayerPlan, Plan, plan_of_model
 from ..storage.checkpoint import Network
 from .convert import Conversion
 from .layer_check import check_layer
+from .showing import reported
 from .side_by_side import Comparison, comparisons
 from .structure_check import altered_state, as_calibrated, as_coded, differing_modules, pairs_of
 from .verification import LayerCheck, Verification
@@ -52,12 +54,13 @@ CHANGED_KERNEL = 1e-3
 def verify(
     original: nn.Module,
     converted: nn.Module | Conversion | Network,
-    inputs: Any = None,
+    example_input: Any = None,
     *,
+    inputs: Any = None,
     tolerance: float | None = None,
     calibrated: Mapping[str, str] | None = None,
     random_inputs: bool = False,
-    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    progress: Progress | bool | None = None,
 ) -> Verification:
     """Compare ``converted`` with the ``original`` from which it was made; neither is changed.
 
@@ -69,20 +72,38 @@ def verify(
 
     Args:
         converted: a network, or the result of `convert` or `open_source`, which also has the digests of calibration.
-        inputs: a tensor, a tuple of arguments, a dict of keywords, or a list (one argument); default: two seeded random
-            inputs of the model's own size.
+        example_input: a tensor, a tuple of arguments, a dict of keywords, or a list (one argument), as for `convert`;
+            give several examples in one batch. Default: two seeded random inputs of the model's own size.
+        inputs: another name of ``example_input``.
         tolerance: the relative difference of outputs to accept. If it is given, only the structure and the outputs
             decide. By default it depends on the weights' dtype (1e-12 for float64, 1e-5 for float32), top-1 must be the
             same on every input, and tensors that a conversion does not change must be equal.
         calibrated: keys of the tensors that calibration wrote, with their sha256 (`Calibration.changed`); default: read
             from a `Conversion` or a checkpoint. These tensors must be unchanged since the calibration.
-        random_inputs: ``inputs`` are noise, so the verdict does not mention the top-1. Always so if ``inputs`` is None.
-        progress: called with (steps done, steps, name of the step).
+        random_inputs: the inputs are noise, so the verdict does not mention the top-1. Always so if no input is given.
+        progress: show a progress bar; None: in an interactive session (a Python prompt, IPython, a notebook). Or a
+            function of (steps done, steps, name of the step).
 
     Raises:
-        UsageError: no input size is known, or the original does not run on the inputs.
+        UsageError: no input size is known, the original does not run on the inputs, or the inputs have both names.
         InputError: a network has no values (meta device).
     """
+    if inputs is not None and example_input is not None:
+        raise UsageError("example_input and inputs are two names of one argument: give one of them")
+    inputs = example_input if inputs is None else inputs
+    with reported(progress, "verifying") as report:
+        return _verified(original, converted, inputs, tolerance, calibrated, random_inputs, report)
+
+
+def _verified(
+    original: nn.Module,
+    converted: nn.Module | Conversion | Network,
+    inputs: Any,
+    tolerance: float | None,
+    calibrated: Mapping[str, str] | None,
+    random_inputs: bool,
+    progress: Progress,
+) -> Verification:
     coded = _coded(converted)
     planned = {layer.name: layer for layer in _plan_of(converted).layers if not layer.whole}
     calibrated = _written_by_calibration(converted) if calibrated is None else calibrated
@@ -253,7 +274,7 @@ def _weight_dtype(model: nn.Module) -> torch.dtype:
     return max(dtypes, key=tolerance_of, default=torch.float32)
 
 
-def _ticker(progress: Callable[[int, int, str], None], total: int) -> Callable[[str], None]:
+def _ticker(progress: Progress, total: int) -> Callable[[str], None]:
     done = itertools.count()
     # A layer that runs twice calls this twice.
     return lambda what: progress(min(next(done), total), total, what)
