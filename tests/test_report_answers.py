@@ -206,7 +206,7 @@ def test_what_next_for_a_plain_cut_and_for_a_calibrated_one_runs_as_printed() ->
     converted("cut.safetensors", "--lambda", "2")
     lines = steps("cut.safetensors")
     assert lines[0] == (
-        f"harmconvert convert {SAMPLE} --lambda 2 --calibrate sample:mnist5k -o cut-calibrated.safetensors"
+        f"harmconvert convert {SAMPLE} --lambda 2 --data sample:mnist5k -o cut-calibrated.safetensors"
     )
     rerun(lines)
     rerun(steps("cut-calibrated.safetensors"))

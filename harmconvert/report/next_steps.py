@@ -45,7 +45,7 @@ def _improving(report: Report, checkpoint: str) -> Iterator[tuple[str, list[str]
     calibration, _ = _data(report)
     untouched = report.calibration is None and not report.training and not report.saves_nothing
     if untouched and calibration and report.commands:
-        words = [*shlex.split(report.commands[0])[1:-2], "--calibrate", calibration]
+        words = [*shlex.split(report.commands[0])[1:-2], "--data", calibration]
         why = "Reduce the error: calibrate on images without labels."
         yield why, [*words, "-o", f"{name}-calibrated.safetensors"]
 
@@ -55,7 +55,7 @@ def _measuring(report: Report, header: Header, checkpoint: str) -> Iterator[tupl
     _, labelled = _data(report)
     source = header.source
     if labelled and all(stage.top1 is None for stage in report.stages):
-        yield "Measure the accuracy.", ["evaluate", checkpoint, "--dataset", labelled]
+        yield "Measure the accuracy.", ["evaluate", checkpoint, "--data", labelled]
     elif source is not None and source.sha256 and source.scheme != "reference" and not worse(report).known:
         words = ["verify", *source_words(source), checkpoint, "--as-planned"]
         yield "Compare the outputs with those of the uncut network, layer by layer.", words
