@@ -144,7 +144,7 @@ def test_nothing_is_written_if_the_flow_fails(monkeypatch: pytest.MonkeyPatch) -
     network = hc.open_source(SAMPLE).model
     Path("digits/0").mkdir(parents=True)
     Image.new("L", (28, 28)).save("digits/0/a.png")
-    with pytest.raises(InputError, match="labelled=digits has 1 image"):
+    with pytest.raises(InputError, match="digits has 1 image"):
         hc.convert_to_file(network, "a.safetensors", max_drop=1, labelled=DataRequest(data_dir="digits", holdout=0.0))
 
     def astray(*_: object, **__: object) -> object:
