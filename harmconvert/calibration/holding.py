@@ -93,7 +93,7 @@ class Forwards:
     def __exit__(self, *raised: Any) -> None:
         self._leaving.__exit__(*raised)
         for fallback in self.fallbacks:
-            log.info(fallback)
+            log.debug(fallback)
 
     @property
     def fallbacks(self) -> tuple[str, ...]:

@@ -178,9 +178,13 @@ def _in_openvino(graph: bytes, precision: str, inputs: Any = None) -> InRuntime:
     except Exception as error:
         raise InputError(f"OpenVINO refuses the exported graph: {first_line(error)}") from error
 
+    outputs = range(len(compiled.outputs))
+    names: list[str] = []  # of the inputs, found once: it takes longer than a small network
+
     def run(arrays: dict[str, Any]) -> list[Any]:
-        results = compiled({port: arrays[_name_of(port, arrays)] for port in compiled.inputs})
-        return [results[port].copy() for port in compiled.outputs]
+        names.extend(_name_of(port, arrays) for port in (() if names else compiled.inputs))
+        results = compiled([arrays[name] for name in names])
+        return [results[index] for index in outputs]
 
     return InRuntime(run)
 
