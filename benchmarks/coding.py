@@ -2,6 +2,7 @@
 
     python benchmarks/coding.py                       # writes results/coding.csv; hours
     python benchmarks/coding.py resnet_mnist5k --draws 1
+    python benchmarks/coding.py efficientnet_lite0 --draws 1 --method ours --bits 3.8
     HARMCONVERT_NNCODEC=/path/to/venv/bin/python python benchmarks/coding.py     # also NNCodec, from its own venv
     python benchmarks/coding.py --summary
 
@@ -32,7 +33,7 @@ import itertools
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -247,11 +248,11 @@ def nncodec(subject: Subject, qp: int) -> Coded:
     return Coded(model, size, 8 * size / weights)
 
 
-def methods(name: str, subject: Subject, draw: int) -> Iterator[tuple[str, str, Callable[[], Coded]]]:
-    for bits in BITS:
+def methods(subject: Subject, draw: int, rates: Sequence[float]) -> Iterator[tuple[str, str, Callable[[], Coded]]]:
+    for bits in rates:
         yield "ours", str(bits), partial(ours, subject, bits, draw)
     if draw == 0:
-        for bits in BITS:
+        for bits in rates:
             yield "ours, no inputs", str(bits), partial(ours, subject, bits, None)
             yield "plain rounding", str(bits), partial(plain_rounding, subject, bits)
         yield "int8", "8", partial(integers, subject, 8)
@@ -260,21 +261,21 @@ def methods(name: str, subject: Subject, draw: int) -> Iterator[tuple[str, str, 
         if "HARMCONVERT_NNCODEC" in os.environ:
             for qp in QPS:
                 yield "NNCodec", str(qp), partial(nncodec, subject, qp)
-    for bits in BITS:
+    for bits in rates:
         yield "equal steps", str(bits), partial(equal_steps, subject, bits, draw)
-    for bits in BITS[:4]:
+    for bits in rates[:4]:
         yield "ours, pixels", str(bits), partial(in_pixels, subject, bits, draw)
         for lam in (3, 2):
             yield f"ours, lambda {lam}", str(bits), partial(ours, subject, bits, draw, lam)
 
 
-def run(names: list[str], draws: int, only: list[str]) -> None:
+def run(names: list[str], draws: int, only: list[str], rates: Sequence[float]) -> None:
     with appended(RESULTS, FIELDS, KEYS) as (done, write):
         for draw in range(draws):
             for name in names:
                 own = subject(name)
                 original = outputs(own.model, own.test)
-                for method, setting, make in methods(name, own, draw):
+                for method, setting, make in methods(own, draw, rates):
                     if only and method not in only:
                         continue
                     key = {"network": name, "method": method, "setting": setting, "draw": draw}
@@ -335,10 +336,11 @@ def main() -> None:
     parser.add_argument("networks", nargs="*", default=NETWORKS, metavar="NETWORK")
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--method", action="append", default=[], metavar="METHOD", help="only this one; repeatable")
+    parser.add_argument("--bits", type=float, action="append", default=[], help="only this rate; repeatable")
     parser.add_argument("--summary", action="store_true", help="print the results only")
     args = parser.parse_args()
     if not args.summary:
-        run(args.networks, args.draws, args.method)
+        run(args.networks, args.draws, args.method, args.bits or BITS)
     summary()
 
 

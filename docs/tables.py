@@ -73,6 +73,44 @@ def deployment(network: str) -> str:
     return "\n\n".join(parts)
 
 
+AMX = "Intel(R) Xeon(R) Processor, VNNI, BF16, AMX"
+WAYS = {
+    "eager f32": "eager, float32, channels_last",
+    "ONNX Runtime f32": "ONNX Runtime, float32",
+    "OpenVINO f32": "OpenVINO, float32",
+    "eager bf16": "eager, bfloat16, channels_last",
+    "torch.compile bf16": "torch.compile, bfloat16",
+    "OpenVINO bf16": "OpenVINO, bfloat16",
+    "ONNX Runtime's quantiser": "ONNX Runtime's quantiser, int8",
+    "ours, ONNX Runtime with int8, max drop 100 %": "**ours**, int8 in ONNX Runtime",
+    "NNCF": "NNCF, int8 in OpenVINO",
+    "ours, OpenVINO with int8, max drop 100 %": "**ours**, int8 in OpenVINO",
+}
+
+
+def deployment_ways() -> str:
+    """How many times as fast as eager float32 each network is as a whole in each way, with AMX."""
+    rows = [row for row in results("deploy") if row["processor"] == AMX and not row["cut"]]
+    speeds = {(row["network"], row["way"]): row["ratio"] for row in rows}
+    networks = list(dict.fromkeys(row["network"] for row in rows))
+    eager = {row["network"]: f"{float(row['median_ms']):.1f} ms" for row in rows if row["way"] == "eager f32"}
+    lines = [
+        (title, *(eager[one] if way == "eager f32" else speeds.get((one, way), "") for one in networks))
+        for way, title in WAYS.items()
+    ]
+    return table(("", *networks), lines)
+
+
+def deployment_cuts() -> str:
+    """How many times as fast as the whole network in the same way a cut network is, with AMX."""
+    rows = [row for row in results("deploy") if row["processor"] == AMX and row["cut"]]
+    gains = {(row["network"], row["cut"], row["way"]): row["twin"] for row in rows}
+    columns = sorted({(row["network"], row["cut"]) for row in rows}, key=lambda pair: (pair[0], pair[1] != "lambda 2"))
+    ways = [way for way in WAYS if any(row["way"] == way for row in rows)]
+    lines = [(WAYS[way], *(gains.get((*column, way), "dense") for column in columns)) for way in ways]
+    return table(("", *(f"{network}, {cut}" for network, cut in columns)), lines)
+
+
 def rank_speed() -> str:
     """Times as fast as the dense network, for each plan and runtime."""
     rows = results("rank_speed")
@@ -106,8 +144,12 @@ TABLES: dict[str, Callable[[], str]] = {
     },
     **{
         f"deployment-{network}": (lambda network=network: deployment(network))  # type: ignore[misc]
-        for network in ("efficientnet_lite0", "resnet18", "wrn28_10")
+        for network in (
+            "efficientnet_lite0", "resnet_mnist5k", "resnet18", "resnet50", "wrn28_10", "vgg16_bn", "mobilenetv2_100",
+        )
     },
+    "deployment-ways": deployment_ways,
+    "deployment-cuts": deployment_cuts,
     "rank-speed": rank_speed,
     "tasks": tasks,
 }

@@ -352,7 +352,7 @@ def test_steps_that_no_command_can_repeat_are_described() -> None:
     options = "--epochs 2 --lr 0.01 --decay-milestones 1,2 --scale 0.5 1.0 --model-ema-decay 0.9 --freeze-bn"
     assert found.command_notes[0] == (
         "again-cut.safetensors was fine-tuned to again-net.safetensors on images that the file does not name: give "
-        f"them to harmconvert finetune with --data-dir, and {options}"
+        f"them to harmconvert finetune with --data, and {options}"
     )
     for recipe, words in (({"lr": 0.01}, "--lr 0.01"), ({"distill": 1.0}, "--distill 1.0")):
         whole = {"training": [training(**recipe_named("finetune", **recipe).to_json())]}  # with every field

@@ -125,7 +125,7 @@ def _accuracy(report: Report, repository: str) -> Iterator[str]:
     known = [stage for stage in report.stages if stage.top1 is not None or stage.agreement is not None]
     if not known:
         yield "The file records no accuracy. Measure it on your images:"
-        yield f"\n```sh\nharmconvert evaluate hf-hub:{repository} --data-dir FOLDER\n```"
+        yield f"\n```sh\nharmconvert evaluate hf-hub:{repository} --data FOLDER\n```"
         return
     yield from _table("network", "images", "top-1 (95 % interval)", "same top-1 as the original", "KL divergence")
     for stage in known:

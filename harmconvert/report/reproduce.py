@@ -55,7 +55,7 @@ def reproduction(header: Header, checkpoint: str, layers: Sequence[LayerInfo]) -
             words = " ".join(_recipe(run["recipe"]))
             notes.append(
                 f"{before} was fine-tuned to {after} on images that the file does not name: give them to harmconvert "
-                f"finetune with --data-dir" + (f", and {words}" if words else "")
+                f"finetune with --data" + (f", and {words}" if words else "")
             )
     if lines:
         notes.append("Paths are as they were given. Each command writes a new file.")
@@ -113,7 +113,7 @@ def _conversion(
         options += ["--damping", str(settings["damping"])] if settings.get("damping") is not None else []
         notes.append(
             f"The network was calibrated on {counted(calibration['inputs'], 'input')} that the file does not name: "
-            f"give images with --calibrate, and {' '.join(options)}."
+            f"give images with --data, and {' '.join(options)}."
         )
     return _line("convert", _source_text(source), words, file), notes
 
