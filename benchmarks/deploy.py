@@ -125,6 +125,14 @@ class Ways:
         self.batches = batches
         self.context = CalibrationContext.of(model, batches, CalibrationSettings(inputs=INPUTS))
 
+    def all(self, x: Tensor) -> Iterator[tuple[tuple[str, str], Maker]]:
+        """Yield all ways, with the cut and the name of each."""
+        for way, make in self.of_network():
+            yield ("", way), make
+        for cut, options in CUTS.items():
+            for way, make in self.of_cut(options, x):
+                yield (cut, way), make
+
     def of_network(self) -> Iterator[tuple[str, Maker]]:
         """Yield the ways of the whole network: ours, and what a user would pick instead."""
         graph, fit = onnx_bytes(self.model, self.example), self.context.data.fit
@@ -199,10 +207,11 @@ def run(names: list[str], turns: int) -> None:
             batches = own.calibration(0)
             x = batches[0][:BATCH].contiguous(memory_format=torch.channels_last)
             ways = Ways(own.model, batches, name in TRAINED)
-            made = {("", way): make for way, make in ways.of_network()}
-            for cut, options in CUTS.items():
-                made |= {(cut, way): make for way, make in ways.of_cut(options, x)}
-            fixed = {way: make(x) for way, make in made.items()}
+            made: dict[tuple[str, str], Maker | None] = {}
+            fixed: dict[tuple[str, str], Way] = {}
+            for name_of_way, maker in ways.all(x):
+                fixed[name_of_way] = maker(x)
+                made[name_of_way] = maker if len(own.test) else None  # a graph has the size of the network
             runs = {"|".join(way): partial(one.run, x) for way, one in fixed.items()}
             times = in_turns(runs, turns, 3, 20.0 * len(runs), settling=SETTLING)
             median = {way: times["|".join(way)].median for way in made}
@@ -216,7 +225,7 @@ def run(names: list[str], turns: int) -> None:
                 }
                 row |= {"twin": f"{median['', way] / seconds:.2f}" if cut else "", "torch": torch.__version__}
                 row |= {"bytes": one.size, "float_layers": one.float_layers}
-                if original is not None:
+                if original is not None and make is not None:
                     found = coding.scores(_Module(make(None).run), own, original)
                     row |= {"agreement": found["agreement"], "kl": found["kl"]}
                 write(row)
