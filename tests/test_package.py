@@ -117,7 +117,7 @@ def test_files_and_functions_are_short(path: Path) -> None:
 
 
 # These modules print commands for readers of a report or a card, so they must name options.
-WRITES_COMMANDS = {PACKAGE / "report" / "reproduce.py", PACKAGE / "report" / "card.py"}
+WRITES_COMMANDS = {PACKAGE / "report" / name for name in ("reproduce.py", "card.py", "next_steps.py")}
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z]")
 
 

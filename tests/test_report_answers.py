@@ -205,9 +205,7 @@ def test_a_network_of_unknown_size_is_not_run_next() -> None:
 def test_what_next_for_a_plain_cut_and_for_a_calibrated_one_runs_as_printed() -> None:
     converted("cut.safetensors", "--lambda", "2")
     lines = steps("cut.safetensors")
-    assert lines[0] == (
-        f"harmconvert convert {SAMPLE} --lambda 2 --data sample:mnist5k -o cut-calibrated.safetensors"
-    )
+    assert lines[0] == (f"harmconvert convert {SAMPLE} --lambda 2 --data sample:mnist5k -o cut-calibrated.safetensors")
     rerun(lines)
     rerun(steps("cut-calibrated.safetensors"))
 

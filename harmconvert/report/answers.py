@@ -88,9 +88,9 @@ def _measured(stage: StageFacts, uncut: StageFacts | None) -> tuple[str, tuple[s
         return f"{one.title} {one.in_unit(one.value)}", (f"{one.text}, {where}", f"uncut: {other}")
     if stage.top1 is None:
         return _agreement(stage.agreement or 0.0), (
-            f"of {stage.images or 0:,} images without labels, compared with the uncut network",
+            f"of {counted(stage.images or 0, 'image')} without labels, compared with the uncut network",
         )
-    top1, details = percent(stage.top1, 2), [f"{stage.name}, measured on {stage.images or 0:,} images"]
+    top1, details = percent(stage.top1, 2), [f"{stage.name}, measured on {counted(stage.images or 0, 'image')}"]
     low, high = stage.top1_interval or (stage.top1, stage.top1)
     details.append(f"95 % interval: {percent(low, 2)} to {percent(high, 2)}")
     if uncut is None or uncut.top1 is None:
