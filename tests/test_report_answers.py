@@ -92,17 +92,24 @@ def test_the_first_screen_answers_four_questions(kind: str) -> None:
         assert unescape(re.sub("<.*?>", "", line)) == step.command
 
 
-def test_smaller_compares_the_bytes_of_all_tensors() -> None:
-    value, *details = shown(made(small(), 2))["How much smaller?"]
+def test_smaller_compares_the_bytes_of_the_file_with_the_uncut_tensors() -> None:
     report = made(small(), 2)
+    written = replace(report, file_bytes=report.form("dense").bytes // 4)
+    value, size, *_ = shown(written)["How much smaller?"]
+    assert value == "4.0x smaller"
+    assert size.startswith("the file: ")
+    assert size.endswith(" are the header")
+    report = replace(report, file_bytes=report.form("harmonic").bytes)
+    value, *details = shown(report)["How much smaller?"]
     assert value == f"{report.form('dense').bytes / report.form('harmonic').bytes:.1f}x smaller"
     assert details[-1] == f"{report.form('harmonic').parameters} of {report.form('dense').parameters} parameters " + (
         f"({100 * report.share:.1f} %)"
     )
-    assert shown(made(small(), "full"))["How much smaller?"][0] == "same size"
+    whole = made(small(), "full")
+    assert shown(replace(whole, file_bytes=whole.form("dense").bytes))["How much smaller?"][0] == "same size"
     assert "bits per coded weight" in shown(KINDS["coded"]())["How much smaller?"][-1]
     forms = [replace(form, bytes=110 if form.name == "harmonic" else 100) for form in report.forms]
-    assert shown(replace(report, forms=tuple(forms)))["How much smaller?"][0] == "10.0 % larger"
+    assert shown(replace(report, forms=tuple(forms), file_bytes=110))["How much smaller?"][0] == "10.0 % larger"
 
 
 def test_worse_is_the_difference_to_the_uncut_network_with_its_uncertainty() -> None:

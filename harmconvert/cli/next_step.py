@@ -24,7 +24,7 @@ _NETWORK = ("weights", "weights_key", "strip_prefix", "arguments", "code", "trus
 _PREPROCESSING = ("preprocess", "mean", "std", "interpolation", "crop_pct")
 _SUFFIXES = {"onnx": "onnx", "openvino": "xml"}
 # A smaller share of the parameters is not worth a cut.
-_LEAST_SHARE = 0.01
+_LEAST_SHARE = 0.05
 
 
 def suggest(console: Console, *words: str) -> None:

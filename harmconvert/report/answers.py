@@ -28,15 +28,19 @@ def answers(report: Report) -> tuple[Answer, ...]:
 
 
 def smaller(report: Report) -> Answer:
-    """Return how much smaller the tensors became."""
+    """Return how much smaller the file is than the uncut tensors; for a network without a file, its tensors."""
     dense, harmonic = report.form("dense"), report.form("harmonic")
+    size = report.file_bytes or harmonic.bytes
     details = [f"{bytes_text(harmonic.bytes)} of tensors, uncut {bytes_text(dense.bytes)}"]
+    if report.file_bytes:
+        header = max(report.file_bytes - harmonic.bytes, 0)
+        details.insert(0, f"the file: {bytes_text(report.file_bytes)}, of which {bytes_text(header)} are the header")
     if harmonic.parameters != dense.parameters:
         count = f"{millions(harmonic.parameters)} of {millions(dense.parameters)} parameters"
         details.append(f"{count} ({percent(report.share)})")
     if report.bits is not None:
         details.append(f"{report.bits:.2f} bits per coded weight")
-    return Answer("How much smaller?", _size_text(harmonic.bytes, dense.bytes), tuple(details))
+    return Answer("How much smaller?", _size_text(size, dense.bytes), tuple(details))
 
 
 def _size_text(now: int, before: int) -> str:

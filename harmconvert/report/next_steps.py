@@ -14,7 +14,7 @@ from .reproduce import source_words
 # The data in the package for its sample networks: images for calibration, and images with labels.
 _DATA = {"resnet_mnist5k": ("sample:mnist5k", "sample:mnist5k"), "efficientnet_lite0": ("sample:photographs", None)}
 # A smaller share of the parameters in convolutions over 1x1 is not worth a cut.
-_LEAST_SHARE = 0.01
+_LEAST_SHARE = 0.05
 
 
 def next_steps(report: Report, header: Header, checkpoint: str, sized: bool) -> tuple[NextStep, ...]:
