@@ -99,7 +99,7 @@ def in_openvino(model: Any) -> nn.Module:
 
     hints = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     compiled = openvino.Core().compile_model(model, "CPU", hints)
-    return InRuntime(lambda arrays: [compiled([arrays["input"]])[0]])
+    return InRuntime(lambda arrays: [compiled([arrays["input"]])[0].copy()])
 
 
 def in_runtime(target: Target, graph: bytes, float_layers: int | None = None) -> Maker:

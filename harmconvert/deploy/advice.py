@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,6 +10,8 @@ from ..errors import UsageError, counted
 from ..metrics.metric import Measurement
 from ..network.forms import Factoring
 
+# Times that vary more than this between runs do not tell which form is faster.
+_MOST_SPREAD = 0.2
 _RUNTIME_NAMES = {"torch": "torch", "onnx": "ONNX Runtime", "openvino": "OpenVINO"}
 
 
@@ -93,14 +96,16 @@ class Benchmark:
         if not any(row.seconds for row in rows):
             return f"{condition}: {rows[0].note}"
         best = self.fastest(batch, threads, self.max_drop)
-        dense = [row.seconds for row in rows if row.seconds and _is_dense_eager(row)]
+        eager = [row for row in rows if row.seconds and _is_dense_eager(row)]
+        dense = [row.seconds for row in eager if row.seconds]
         speedup = ""
         if dense and best.seconds:
             speedup = f": {min(dense) / best.seconds:.2f} times as fast as the dense form, eager"
         form = f"{best.form} form, {best.layout}, {'compiled' if best.compiled else 'eager'}"
         if (best.runtime, best.precision) != ("torch", "f32"):
             form = f"{best.form} form, {_RUNTIME_NAMES[best.runtime]} with {best.precision}{_agreement_of(best)}"
-        return f"{condition}: deploy the {form}{speedup}{self._low_precision(batch, threads, best, dense)}"
+        low_precision = self._low_precision(batch, threads, best, dense)
+        return f"{condition}: deploy the {form}{speedup}{low_precision}{_doubt([best, *eager])}"
 
     def _low_precision(self, batch: int, threads: int, best: Row, dense: list[float]) -> str:
         """Return a sentence about the fastest row of low precision, if it is faster than ``best``."""
@@ -129,6 +134,14 @@ def _within(row: Row, max_drop: float | None) -> bool:
     if row.precision == "f32" or max_drop is None:
         return True
     return row.agreement is not None and round(100 * (1 - row.agreement), 6) <= max_drop
+
+
+def _doubt(rows: Sequence[Row]) -> str:
+    """Return a sentence if the times of rows vary too much to be compared."""
+    largest = max(row.spread or 0.0 for row in rows)
+    if largest <= _MOST_SPREAD:
+        return ""
+    return f"; these times vary by {largest:.0%} between runs: repeat this on an idle machine before you rely on it"
 
 
 def _agreement_of(row: Row) -> str:

@@ -184,7 +184,7 @@ def _in_openvino(graph: bytes, precision: str, inputs: Any = None) -> InRuntime:
     def run(arrays: dict[str, Any]) -> list[Any]:
         names.extend(_name_of(port, arrays) for port in (() if names else compiled.inputs))
         results = compiled([arrays[name] for name in names])
-        return [results[index] for index in outputs]
+        return [results[index].copy() for index in outputs]
 
     return InRuntime(run)
 
