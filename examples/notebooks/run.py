@@ -43,6 +43,8 @@ def executed(path: Path) -> Any:
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{number}"
         cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":  # progress bars are written to stderr
+            cell.outputs = [one for one in cell.outputs if one.get("name") != "stderr"]
     notebook.metadata.pop("widgets", None)
     # The version of Python would change with each machine.
     notebook.metadata.pop("language_info", None)
