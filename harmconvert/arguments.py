@@ -22,6 +22,8 @@ from .files import check_folder, check_output, metrics_path, short_name, state_p
 UNITS = {
     "params": "parameters", "macs": "MACs in factored form", "bytes": "bytes", "latency": "microseconds",
 }  # fmt: skip
+# A cut is advised if convolutions over 1x1, which alone have frequencies, hold at least this share of the parameters.
+WORTH_A_CUT = 0.05
 # Suffixes of amounts, with their factors. A number without a suffix is a share, because a user who writes 60 more
 # likely forgot the % than means 60 parameters.
 SUFFIXES = {

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 _NETWORK = ("weights", "weights_key", "strip_prefix", "arguments", "code", "trust_code", "input_size")
 _PREPROCESSING = ("preprocess", "mean", "std", "interpolation", "crop_pct")
 _SUFFIXES = {"onnx": "onnx", "openvino": "xml"}
-# A smaller share of the parameters is not worth a cut.
-_LEAST_SHARE = 0.05
 
 
 def suggest(console: Console, *words: str) -> None:
@@ -37,9 +35,9 @@ def to_convert(source: str, share_over_1x1: float) -> list[str]:
 
     ``share_over_1x1``: the share of its parameters in convolutions over 1x1, which alone have frequencies to cut.
     """
-    from ..arguments import may_be_harmonic
+    from ..arguments import WORTH_A_CUT, may_be_harmonic
 
-    choice = share_over_1x1 >= _LEAST_SHARE and not may_be_harmonic(source)
+    choice = share_over_1x1 >= WORTH_A_CUT and not may_be_harmonic(source)
     return ["convert", source, *_network_words(), *(("--lambda", "progressive") if choice else ("--bits", "4"))]
 
 

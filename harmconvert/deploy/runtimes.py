@@ -95,7 +95,7 @@ def arrays_of(inputs: Any) -> dict[str, Any]:
 
 
 def _arrays(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    # OpenVINO takes milliseconds to read arrays that are not contiguous, such as those of channels_last.
+    # OpenVINO reads arrays that are not contiguous, such as those of channels_last, more slowly.
     return {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in tensors.items()}
 
 

@@ -52,8 +52,8 @@ def in_turns(
         repeats: how often each function is timed.
         min_repeats: the repeats that are always done; after them the loop stops once ``seconds`` have passed.
         warm: runs of each function before the first one that is timed.
-        settling: before each short run that is timed, the function runs for so many seconds, at least once. The threads
-            of ONNX Runtime wait actively for up to 30 ms after a run, in which other runtimes take twice their time.
+        settling: before each short run that is timed, the function runs for so many seconds, at least once. Threads of
+            ONNX Runtime wait actively for some time after a run, and then slow the runs of other runtimes.
         progress: called with the number of repeats done, after each repeat.
     """
     for run in functions.values():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 
+from ..arguments import WORTH_A_CUT
 from ..files import short_name
 from ..storage.checkpoint import Header
 from .answers import worse
@@ -13,8 +14,6 @@ from .reproduce import source_words
 
 # The data in the package for its sample networks: images for calibration, and images with labels.
 _DATA = {"resnet_mnist5k": ("sample:mnist5k", "sample:mnist5k"), "efficientnet_lite0": ("sample:photographs", None)}
-# A smaller share of the parameters in convolutions over 1x1 is not worth a cut.
-_LEAST_SHARE = 0.05
 
 
 def next_steps(report: Report, header: Header, checkpoint: str, sized: bool) -> tuple[NextStep, ...]:
@@ -36,7 +35,7 @@ def _improving(report: Report, checkpoint: str) -> Iterator[tuple[str, list[str]
     """Yield the step that makes the network smaller or better, if one can run without more data."""
     name = short_name(checkpoint)
     if report.saves_nothing and not report.from_scratch:
-        if (report.parameter_share_over_1x1 or 0.0) >= _LEAST_SHARE:
+        if (report.parameter_share_over_1x1 or 0.0) >= WORTH_A_CUT:
             words = ["convert", checkpoint, "--lambda", "progressive", "-o", f"{name}-progressive.safetensors"]
             yield "Nothing is cut yet. Cut the high frequencies of the layers with small maps.", words
         else:
