@@ -47,7 +47,7 @@ from harmconvert.deploy import Target, factor_for, onnx_bytes
 from harmconvert.deploy.graph_files import times_of
 from harmconvert.deploy.quantised_graphs import quantise_within, to_int8
 from harmconvert.deploy.runtime_rows import has_bfloat16
-from harmconvert.deploy.runtimes import InRuntime
+from harmconvert.deploy.runtimes import InRuntime, openvino_core
 from harmconvert.layers import in_turns, kernels_to_channels_last
 from harmconvert.layers.timing import SETTLING
 from harmconvert.network import factoring, fuse
@@ -89,16 +89,13 @@ Maker = Callable[["Tensor | None"], Way]
 
 def nncf_model(graph: bytes, batches: list[Tensor]) -> Any:
     import nncf
-    import openvino
 
-    return nncf.quantize(openvino.Core().read_model(graph), nncf.Dataset([batch.numpy() for batch in batches]))
+    return nncf.quantize(openvino_core().read_model(graph), nncf.Dataset([batch.numpy() for batch in batches]))
 
 
 def in_openvino(model: Any) -> nn.Module:
-    import openvino
-
     hints = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    compiled = openvino.Core().compile_model(model, "CPU", hints)
+    compiled = openvino_core().compile_model(model, "CPU", hints)
     return InRuntime(lambda arrays: [compiled([arrays["input"]])[0].copy()])
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from harmconvert.deploy import (
     quantised_graphs,
 )
 from harmconvert.deploy.runtime_rows import RUNTIMES, has_bfloat16
+from harmconvert.deploy.runtimes import openvino_core
 from harmconvert.errors import CheckError, InputError, OutsideError, UsageError
 from harmconvert.samples import mnist5k_held_back
 
@@ -166,13 +169,11 @@ def test_an_onnx_file_in_8_bits_runs_and_is_near_the_network(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("f32", 1e-5), ("f16", 2e-3), ("bf16", 2e-2), ("int8", 5e-2)])
 def test_openvino_reads_the_two_files(precision: str, tolerance: float, tmp_path: Path) -> None:
-    import openvino
-
     network, path = seeded(Small), tmp_path / "a.xml"
     export(network, path, "openvino", precision=precision, settings=settings(), example_input=images_of()[0])
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.bin", "a.xml"]
     hint = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32"}
-    compiled = openvino.Core().compile_model(str(path), "CPU", hint)
+    compiled = openvino_core().compile_model(str(path), "CPU", hint)
     x = random_input((3, 3, 12, 12), seed=7)
     with torch.no_grad():
         expected = network(x).numpy()
@@ -180,6 +181,20 @@ def test_openvino_reads_the_two_files(precision: str, tolerance: float, tmp_path
     assert np.abs(output - expected).max() < tolerance * np.abs(expected).max()
     if precision == "f32":
         assert (output.argmax(1) == expected.argmax(1)).all()
+
+
+def test_a_signal_is_handled_after_graphs_were_opened_and_freed() -> None:
+    """On processors with AMX, a freed Core of OpenVINO can leave a freed stack for signals."""
+    graph = onnx_bytes(seeded(Small), images_of()[0])
+    opened = [Target("openvino").open(graph) for _ in range(2)]
+    while opened:
+        opened.pop(0)(images_of()[0])
+        gc.collect()
+    seen: list[int] = []
+    previous = signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
+    signal.raise_signal(signal.SIGUSR1)
+    signal.signal(signal.SIGUSR1, previous)
+    assert seen == [signal.SIGUSR1]
 
 
 def test_layers_that_lose_too_much_stay_in_floating_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

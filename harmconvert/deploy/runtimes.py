@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -147,11 +148,22 @@ def _in_onnx_runtime(graph: bytes) -> InRuntime:
     return InRuntime(lambda arrays: session.run(None, {name: arrays[name] for name in names}))
 
 
-def _read_openvino(graph: bytes) -> Any:
+@cache
+def openvino_core() -> Any:
+    """Return the only OpenVINO Core of this process; it is never freed.
+
+    On processors with AMX each Core changes the stack on which the main thread handles signals, and restores the
+    previous one when it is freed. Of two Cores the second can so restore the memory that the first has freed, and the
+    next signal, such as Ctrl-C, then ends the process with a segmentation fault.
+    """
     import openvino
 
+    return openvino.Core()
+
+
+def _read_openvino(graph: bytes) -> Any:
     try:
-        return openvino.Core().read_model(graph)
+        return openvino_core().read_model(graph)
     except Exception as error:
         raise InputError(f"OpenVINO cannot read the exported graph: {first_line(error)}") from error
 
@@ -172,9 +184,9 @@ def _in_openvino(graph: bytes, precision: str, inputs: Any = None) -> InRuntime:
         if precision in ("f16", "bf16"):  # the weights have 16 bits in the file, so they are rounded here, too
             with tempfile.TemporaryDirectory() as folder:
                 openvino.save_model(model, f"{folder}/model.xml", compress_to_fp16=True)
-                compiled = openvino.Core().compile_model(f"{folder}/model.xml", "CPU", config)
+                compiled = openvino_core().compile_model(f"{folder}/model.xml", "CPU", config)
         else:
-            compiled = openvino.Core().compile_model(model, "CPU", config)
+            compiled = openvino_core().compile_model(model, "CPU", config)
     except Exception as error:
         raise InputError(f"OpenVINO refuses the exported graph: {first_line(error)}") from error
 
