@@ -9,15 +9,19 @@ PIP = $(BIN)/python -m pip install --quiet --retries 5
 demo: $(VENV)/.samples
 	$(BIN)/harmconvert demo
 
+# Two processes with one thread each. Many tests start Python, which is slow if it may not keep its compiled files.
+unexport PYTHONDONTWRITEBYTECODE
+PYTEST = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+	$(PYTEST) --dist loadgroup -m "not slow"
 
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2
+	$(PYTEST)
 
 # The scripts and the notebooks of examples/.
 examples: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 tests/test_examples.py
+	$(PYTEST) tests/test_examples.py
 
 # The fast suite on the oldest versions that pyproject.toml allows, on the oldest of these Pythons that is here. Without
 # tests/faults and without figures and pages, which matplotlib, jinja2 and a browser make: no oldest version is
@@ -33,7 +37,7 @@ test-oldest: $(VENV)-oldest/.dev
 FAULTS = benchmarks/results/faults.csv
 faults: $(VENV)/.dev
 	rm -f $(FAULTS)
-	HARMCONVERT_FAULTS=long HARMCONVERT_FAULTS_TABLE=$(CURDIR)/$(FAULTS) $(BIN)/python -m pytest -n 2 tests/faults
+	HARMCONVERT_FAULTS=long HARMCONVERT_FAULTS_TABLE=$(CURDIR)/$(FAULTS) $(PYTEST) tests/faults
 	$(BIN)/python -m tests.faults.tally $(FAULTS)
 
 lint: $(VENV)/.dev

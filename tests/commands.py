@@ -29,14 +29,19 @@ def ok(*arguments: str) -> Result:
 
 def fails(code: int, message: str, *arguments: str) -> None:
     """Run a command; check its exit code, its one-line error with ``message``, and that it writes nothing."""
-    before = sorted(os.listdir())
+    before = written_files()
     result = run(*arguments)
     assert result.exit_code == code, (result.stderr, result.exception)
     lines = [line for line in result.stderr.splitlines() if line.startswith("harmconvert: ")]
     assert len(lines) == 1, result.stderr
     assert message in lines[0]
     assert "Traceback" not in result.stderr
-    assert sorted(os.listdir()) == before, "nothing may be written"
+    assert written_files() == before, "nothing may be written"
+
+
+def written_files() -> list[str]:
+    """Return the names in the working folder, without the folder in which Python keeps compiled user code."""
+    return sorted(name for name in os.listdir() if name != "__pycache__")
 
 
 def converted(path: str | Path, *options: str) -> None:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -51,3 +53,27 @@ def _few_images_to_verify_on() -> Iterator[None]:
 def _times_need_not_be_exact() -> None:
     """Time runs at once, without waiting until the threads of other runtimes are at rest."""
     benchmark.SETTLING = 0.0
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _operators_of_onnx_are_read_once() -> Iterator[None]:
+    """Keep what torch.onnx reads in each export, its table of operators: a second for each of many exports."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # the import takes longer than one export
+        yield
+        return
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    read = ONNXRegistry.from_torchlib.__func__
+    tables: dict[Any, ONNXRegistry] = {}
+
+    def from_torchlib(cls: type[ONNXRegistry], *version: Any, **named: Any) -> ONNXRegistry:
+        key = (version, *named.items())
+        if key not in tables:
+            tables[key] = read(cls, *version, **named)
+        table = copy.copy(tables[key])
+        table.functions = {operator: list(ways) for operator, ways in table.functions.items()}
+        return table
+
+    ONNXRegistry.from_torchlib = classmethod(from_torchlib)
+    yield
+    ONNXRegistry.from_torchlib = classmethod(read)

@@ -164,7 +164,7 @@ def test_tied_convolutions_share_a_fitted_basis(tmp_path: Path) -> None:
     assert hc.verify(model, hc.load(path, model=model), X.float()).ok
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "dct")) for n in BASES])
 def test_calibration_improves_a_truncated_network_in_any_basis(name: str) -> None:
     network = hc.open_source("sample:resnet_mnist5k").model
     images = random_digits(96)

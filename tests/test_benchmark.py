@@ -101,6 +101,7 @@ def test_benchmark_refuses_invalid_arguments(arguments: dict[str, list[str]], me
         time_forms(seeded(Branches), X, BenchmarkSettings(**arguments))
 
 
+@pytest.mark.slow
 def test_the_benchmark_command_prints_and_writes_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     converted("a.safetensors", "--lambda", "2")

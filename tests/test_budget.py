@@ -192,7 +192,9 @@ def test_every_uniform_lambda_is_among_the_choices(size: tuple[int, ...]) -> Non
         assert uniform.layers[0].frequencies in sets
 
 
-@pytest.mark.parametrize("share", [0.9, 0.5, 0.3, 0.15])
+@pytest.mark.parametrize(
+    "share", [pytest.param(0.9, marks=pytest.mark.slow), 0.5, pytest.param(0.3, marks=pytest.mark.slow), 0.15]
+)
 @pytest.mark.parametrize("unit", ["params", "macs"])
 @pytest.mark.parametrize("frequencies", ["lambda", "best"])
 def test_a_budget_is_never_exceeded(frequencies: str, unit: str, share: float) -> None:

@@ -1169,7 +1169,7 @@ class FloatHead(nn.Module):
         return self.head(self.body(images))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_a_16_bit_network_that_only_runs_in_float32_is_calibrated_in_float32(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     network = FloatHead(dtype).eval()

@@ -316,6 +316,7 @@ def test_a_network_with_two_inputs_takes_two_sizes() -> None:
     ok("verify", "net.py:Two", "a.safetensors", *sizes)
 
 
+@pytest.mark.slow
 def test_a_torchvision_detector_is_converted_with_weights_from_a_file() -> None:
     import torchvision
 

@@ -159,6 +159,7 @@ def test_a_finetuned_checkpoint_can_be_exported_and_finetuned_again() -> None:
         assert torch.allclose(dense(x), harmonic(x), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_calibrated_checkpoint_is_compared_with_its_plain_cut() -> None:
     ok("convert", SAMPLE, "--lambda", "2", "--calibrate", "digits/train", "-o", "calibrated.safetensors")
     result = ok("finetune", "calibrated.safetensors", "--data-dir", "digits", *DIGITS, "--epochs", "1", "--json")
@@ -178,6 +179,7 @@ def test_a_rerun_of_an_interrupted_run_explains_how_to_resume() -> None:
         assert "a.state.pth is the state of an interrupted run: go on with --resume a.state.pth" in message
 
 
+@pytest.mark.slow
 def test_images_without_labels_are_used_with_the_uncut_network_as_teacher() -> None:
     Path("flat").mkdir()
     for number, path in enumerate(sorted(Path("digits").glob("*/*/*.png"))):
@@ -232,6 +234,7 @@ def test_a_network_trained_from_scratch_has_no_uncut_network() -> None:
     assert "--distill needs the uncut network" in message
 
 
+@pytest.mark.slow
 def test_the_teacher_may_be_a_file_of_weights() -> None:
     ok("export", SAMPLE, "-o", "uncut.safetensors")
     quick = ["--data-dir", "digits", *DIGITS, "--epochs", "1", "--distill", "0.5"]
@@ -444,6 +447,7 @@ def shard(path: str, folder: Path) -> int:
     return len(images)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves shards open
 def test_a_webdataset_is_streamed() -> None:
     pytest.importorskip("webdataset")

@@ -145,7 +145,7 @@ def test_steps_of_a_depthwise_weight_are_simplified_and_those_of_many_rows_are_n
 # --- bits ---
 
 
-@pytest.mark.parametrize("bits", [1.0, 2.5, 6.0])
+@pytest.mark.parametrize("bits", [1.0, 2.5, pytest.param(6.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("calibration", [None, IMAGES])
 def test_the_streams_have_the_bits_per_weight_that_are_asked_for(bits: float, calibration: Any) -> None:
     model = hc.open_source(SAMPLE, form="dense").model if calibration is None else seeded(Small)
@@ -368,6 +368,7 @@ def test_a_budget_below_what_is_not_coded_says_the_smallest_size() -> None:
         hc.convert(model, budget="bytes=1%")
 
 
+@pytest.mark.slow
 def test_the_fewest_bits_within_a_drop_are_found() -> None:
     model = seeded(Small)
     test = torch.cat(IMAGES)
@@ -400,6 +401,7 @@ def test_the_command_codes_and_prints_the_bytes_of_each_layer(tmp_path: Path) ->
     fails(2, "unknown bits 'x'", "convert", SAMPLE, "--bits", "x")
 
 
+@pytest.mark.slow
 def test_the_default_name_of_a_coded_file_has_the_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     ok("convert", SAMPLE, "--lambda", "2", "--bits", "2.5", "--dtype", "float16")
@@ -469,6 +471,7 @@ def test_finetuning_a_coded_network_keeps_its_integers_and_the_size_of_the_file(
     assert all(torch.equal(expected[key], tensor) for key, tensor in tensors_of(loaded).items())
 
 
+@pytest.mark.slow
 def test_recode_trains_all_weights_and_codes_them_again(coded_digits: hc.Conversion, tmp_path: Path) -> None:
     after = tmp_path / "after.safetensors"
     tuned = hc.finetune(

@@ -110,7 +110,10 @@ def probed(
     return scores
 
 
-@pytest.mark.parametrize("network", [None, pytest.param(Branches, marks=pytest.mark.slow), Backwards, Silent])
+@pytest.mark.parametrize(
+    "network",
+    [pytest.param(None, marks=pytest.mark.slow), pytest.param(Branches, marks=pytest.mark.slow), Backwards, Silent],
+)
 def test_probes_from_shared_moments_equal_those_of_separate_refits(
     network: type[nn.Module] | None, tmp_path: Path
 ) -> None:
@@ -178,6 +181,7 @@ def test_moments_of_one_layer_are_not_used_for_two() -> None:
     assert all(torch.equal(states[0][key], tensor) for key, tensor in states[1].items())
 
 
+@pytest.mark.slow
 def test_the_network_runs_only_once_for_all_cuts_of_its_layers(tmp_path: Path) -> None:
     model, runs = stack(), []
     model[3].register_forward_hook(lambda *_: runs.append(1))

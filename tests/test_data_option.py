@@ -84,6 +84,7 @@ def test_a_file_records_the_data_under_names_that_every_version_reads(folder: Pa
     assert command["words"] == ["--lambda", "2", "--data", "digits"]
 
 
+@pytest.mark.slow
 def test_data_of_one_folder_calibrates_and_measures_different_images(folder: Path) -> None:
     digit_folders(folder / "digits", 6)
     words = (*DROP, "--max-drop", "100", "--json")
@@ -97,6 +98,7 @@ def test_data_of_one_folder_calibrates_and_measures_different_images(folder: Pat
     ok(*words, "--calibrate", "digits", "--labelled", "digits", "--force")
 
 
+@pytest.mark.slow
 def test_data_with_splits_calibrates_on_the_training_part(folder: Path) -> None:
     digit_folders(folder / "digits" / "train", 4)
     digit_folders(folder / "digits" / "val", 2, first=4)

@@ -102,8 +102,8 @@ def test_blocks_that_are_no_commands_of_harmconvert_say_that_they_are_not_run(pa
 
 # The pages that take more than about ten seconds.
 SLOW = {
-    "docs/index.md", "docs/how-to/read-the-report.md", "docs/tutorials/byte-budget.md", "docs/tutorials/calibrate.md",
-    "docs/tutorials/deploy.md",
+    "docs/index.md", "docs/how-to/read-the-report.md", "docs/how-to/recipes.md", "docs/tutorials/byte-budget.md",
+    "docs/tutorials/calibrate.md", "docs/tutorials/deploy.md",
 }  # fmt: skip
 RUNNABLE = [
     pytest.param(page, id=page_name(page), marks=[pytest.mark.slow] if page_name(page) in SLOW else [])

@@ -448,8 +448,10 @@ def test_image_files_are_valid_and_have_a_readable_size(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["filters, cut", "spectrum, hostile", "trade-off, linear", "errors", "layers", "bits", "ranks"]
-)
+    "name",
+    ["filters, cut", "spectrum, hostile", "trade-off, linear", "errors", "layers",
+     pytest.param("bits", marks=pytest.mark.slow), pytest.param("ranks", marks=pytest.mark.slow)],
+)  # fmt: skip
 def test_the_same_numbers_give_the_same_bytes(name: str) -> None:
     for suffix in (".png", ".svg"):
         figures.save(figures.draw(DRAWN[name]()), Path(f"a{suffix}"), suffix)

@@ -119,6 +119,7 @@ def test_a_plan_is_read_from_a_plan_file_or_a_checkpoint() -> None:
     assert hc.convert_to_file(network, "p.safetensors", Plan.load("plan.json"), **size).header.plan == plan
 
 
+@pytest.mark.slow
 def test_calibration_images_are_named_or_passed_as_batches() -> None:
     settings, listener = hc.CalibrationSettings(inputs=40), Recorder()
     options = {"settings": settings, "include": ["stage3.2.*"]}
@@ -161,6 +162,7 @@ def test_nothing_is_written_if_the_flow_fails(monkeypatch: pytest.MonkeyPatch) -
 # --- evaluate ---
 
 
+@pytest.mark.slow
 def test_a_network_is_evaluated_by_its_name_or_in_memory(capfd: pytest.CaptureFixture[str]) -> None:
     listener = Recorder()
     found = hc.evaluate(SAMPLE, "sample:mnist5k", listener=listener)
@@ -238,6 +240,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_finetuned(digits: Path, capfd: pytest.CaptureFixture[str]) -> None:
     hc.convert_to_file(SAMPLE, "cut.safetensors", 2)
     listener = Recorder()

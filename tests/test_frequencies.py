@@ -122,7 +122,10 @@ def test_moments_equal_those_of_the_responses_and_give_the_same_order(name: str)
     assert chain.errors == pytest.approx(errors, rel=0.05)
 
 
-@pytest.mark.parametrize("name", ["plain", "strided, padded, no bias", "grouped", "ConvTranspose2d"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("plain", marks=pytest.mark.slow), "strided, padded, no bias", "grouped", "ConvTranspose2d"],
+)
 def test_in_a_large_layer_each_channel_is_eliminated_separately(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moments, "MOST_UNKNOWNS", 8)
     make, shape = CONVOLUTIONS[name]
@@ -257,6 +260,7 @@ def test_detail_that_the_images_lack_is_cut_first() -> None:
     assert hc.verify(model, best.model, inputs=images[0]).as_planned
 
 
+@pytest.mark.slow
 def test_a_layer_that_cannot_be_refitted_is_ordered_by_energy_and_noted() -> None:
     model = seeded(Branches)
     images = random_input((16, 3, 20, 20)).split(8)

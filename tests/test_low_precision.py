@@ -197,6 +197,7 @@ def test_a_signal_is_handled_after_graphs_were_opened_and_freed() -> None:
     assert seen == [signal.SIGUSR1]
 
 
+@pytest.mark.slow
 def test_layers_that_lose_too_much_stay_in_floating_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each layer in 8 bits costs a fourth of the inputs here, so three of four must stay in floating point."""
     measured = quantised_graphs.measured
@@ -235,6 +236,7 @@ def test_if_the_loss_is_too_large_the_best_attempt_is_kept_aside(
     assert [file.name for file in tmp_path.iterdir()] == ["a-best.onnx"]
 
 
+@pytest.mark.slow
 def test_a_cut_network_is_exported_in_factored_form_in_8_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph_files, "measured_once", lambda key, measure: (2.0, 1.0))
     monkeypatch.setattr(graph_files, "times_of", lambda target, dense, factored, inputs: (2.0, 1.0))
@@ -250,6 +252,7 @@ def test_a_cut_network_is_exported_in_factored_form_in_8_bits(tmp_path: Path, mo
     assert "the factored form is not faster as a whole" in slower.notes[-1]
 
 
+@pytest.mark.slow
 def test_times_are_measured_once_for_each_runtime_and_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     keys: list[str] = []
     monkeypatch.setattr(graph_files, "measured_once", lambda key, measure: keys.append(key) or measure())
@@ -264,6 +267,7 @@ def test_times_are_measured_once_for_each_runtime_and_precision(monkeypatch: pyt
 # --- the command line, and what goes wrong ---
 
 
+@pytest.mark.slow
 def test_the_command_writes_8_bits_and_prints_the_comparison() -> None:
     converted("coded.safetensors", "--bits", "4")
     arguments = ["--precision", "int8", "--calibrate", "sample:mnist5k", "--calibration-images", "32"]
@@ -432,6 +436,7 @@ def test_the_forms_of_the_advice_are_listed_once() -> None:
     assert Benchmark((dense, lossy, *more), {}, {}, max_drop=3.0).advised() == [lossy]
 
 
+@pytest.mark.slow
 def test_a_benchmark_times_every_runtime_and_precision_and_compares_them_on_images() -> None:
     network = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     model = hc.convert(seeded(lambda: network), {"2": 1}).model

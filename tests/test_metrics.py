@@ -420,6 +420,7 @@ def test_convert_allows_a_drop_of_agreement_without_labels(tmp_path: Path, monke
     assert record["held_out"]["uncut"]["measurement"]["value"] == 100
 
 
+@pytest.mark.slow
 def test_a_benchmark_measures_low_precision_with_a_metric() -> None:
     pytest.importorskip("onnxruntime")
     net = seeded(lambda: nn.Sequential(nn.Conv2d(1, 3, 3, padding=1)))

@@ -155,10 +155,7 @@ IMPORTS = {
 }
 
 
-EVERY_DAY = (
-    "timm after",
-    "a part of timm",
-)  # each case starts a process that imports torch; the others are marked slow
+EVERY_DAY = ("a part of timm",)  # each case starts a process that imports torch; the others are marked slow
 
 
 @pytest.mark.parametrize(

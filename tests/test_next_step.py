@@ -84,6 +84,7 @@ def digits(each: int = 3) -> str:
     return "digits"
 
 
+@pytest.mark.slow
 def test_after_an_evaluation_comes_the_smallest_file_or_the_plain_weights() -> None:
     Path("small.py").write_text(SMALL)
     words = next_of("evaluate", "small.py:make", "--preprocess", "none", "--input-size", "1,28,28", "--data", digits())

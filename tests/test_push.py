@@ -198,6 +198,7 @@ def test_a_folder_gets_the_same_files_and_is_a_source(hub: Hub, checkpoint: Path
     fails(2, "folder holds other files (notes.txt)", *again, "--force")
 
 
+@pytest.mark.slow
 def test_the_card_says_what_the_file_records(tmp_path: Path) -> None:
     network = hc.open_source("sample:resnet_mnist5k").model
     conversion = hc.convert(network, {"stage3.*": 2}, bits=4)

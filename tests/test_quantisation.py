@@ -126,7 +126,7 @@ def distance_from_bound(decades: float, level: float, survivors: int) -> tuple[f
     return bits, bits - oracle.gaussian_rate(torch.linalg.eigvalsh(gram[0]), distortion)
 
 
-@pytest.mark.parametrize("decades", [0.0, 2.0, 4.0])
+@pytest.mark.parametrize("decades", [0.0, 2.0, pytest.param(4.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("survivors", [1, 4])
 def test_the_file_is_near_the_rate_distortion_bound(decades: float, survivors: int) -> None:
     reached = [distance_from_bound(decades, level * 10**-decades, survivors) for level in (3e-4, 3e-3, 1e-2)]

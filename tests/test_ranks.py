@@ -478,6 +478,7 @@ def test_every_way_to_solve_fits_ranks(case: str) -> None:
     assert errors[1] < errors[0]
 
 
+@pytest.mark.slow
 def test_ranks_and_coding_together(tmp_path: Path) -> None:
     model, images = seeded(Mixed), correlated(96, 1)
     for calibration in (None, images.split(32)):
@@ -516,6 +517,7 @@ def test_a_budget_chooses_ranks_where_there_are_no_frequencies() -> None:
         hc.convert(model, budget="params=60%", search=SearchSettings(axes=("space",)), include=["0"])
 
 
+@pytest.mark.slow
 def test_a_search_over_both_axes_is_never_worse_than_over_one() -> None:
     model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(),
                                          nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 8, 1)))  # fmt: skip

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 import harmconvert as hc
+from harmconvert.storage import read_header
 
-from .commands import SAMPLE, converted, fails, ok
+from .commands import SAMPLE, fails, ok
 
 TRAINING = """
 data: sample:mnist5k
@@ -20,6 +21,13 @@ freeze-bn: false
 calibration_images: 0
 workers: 0
 batch-size: 1000
+"""
+
+SMALL = """import torch
+from torch import nn
+def make():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 7, stride=4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
 """
 
 
@@ -60,10 +68,12 @@ def test_the_command_line_wins_over_the_recipe() -> None:
 
 
 def test_a_recipe_of_a_training_has_values_of_all_kinds() -> None:
-    converted("cut.safetensors", "--lambda", "2")
+    Path("small.py").write_text(SMALL)
+    images = ["--input-size", "1,28,28", "--preprocess", "none"]
+    ok("convert", "small.py:make", *images, "--lambda", "2", "--include", "0", "-o", "cut.safetensors")
     Path("training.yaml").write_text(TRAINING)
-    ok("finetune", "cut.safetensors", "--recipe", "training.yaml", "-o", "tuned.safetensors")
-    (run,) = hc.open_source("tuned.safetensors").header.history["training"]  # type: ignore[union-attr]
+    ok("finetune", "cut.safetensors", "--trust-code", "--recipe", "training.yaml", "-o", "tuned.safetensors")
+    (run,) = read_header("tuned.safetensors").history["training"]
     recipe = run["recipe"]
     assert (recipe["epochs"], recipe["lr"], tuple(recipe["scale"])) == (1, 1e-3, (0.9, 1.0))
     assert recipe["freeze_bn"] is False

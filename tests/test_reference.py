@@ -90,7 +90,8 @@ def outputs(model: nn.Module, x: Tensor) -> Tensor:
         return model(x)
 
 
-SLOW = ("resnet50_harm_blocks", "harm_resnet50_progressive_avg")  # as the other ResNet-50s, in other combinations
+# As the other networks, in other combinations.
+SLOW = ("resnet50_harm_blocks", "harm_resnet50_progressive_avg", "harm_resnet50")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CASES])
@@ -193,6 +194,7 @@ def test_the_original_of_a_converted_reference_network_is_its_file(tmp_path: Pat
         open_original(header)
 
 
+@pytest.mark.slow
 def test_the_pooling_of_a_file_is_recorded(tmp_path: Path) -> None:
     name = "harm1_resnet50_max"
     network = opened(written(tmp_path, name), name)

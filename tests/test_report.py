@@ -643,6 +643,7 @@ def test_quiet_prints_nothing_and_verbose_prints_seconds() -> None:
     assert any("stage3.2.conv2" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_fine_tuning_writes_its_report() -> None:
     converted("cut.safetensors", "--lambda", "2")
     digit_folders(Path("digits") / "train", 4)
@@ -742,9 +743,10 @@ SHOWN: dict[str, Callable[[], Report]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * name.endswith(" layers")) for name in SHOWN]
-)
+SLOW = {"ResNet-50", "coded", "ranked", *(name for name in SHOWN if name.endswith(" layers"))}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in SHOWN])
 def test_pages_are_readable_in_a_browser(browser: Any, name: str) -> None:
     report = SHOWN[name]()
     path = Path("page.html")
@@ -786,6 +788,7 @@ def test_pages_are_readable_in_a_browser(browser: Any, name: str) -> None:
             assert visit.complaints == []
 
 
+@pytest.mark.slow
 def test_the_page_has_light_and_dark_colours_and_prints_every_section(browser: Any) -> None:
     write_report(rich_report(), Path("page.html"))
     seen = set()
@@ -800,6 +803,7 @@ def test_the_page_has_light_and_dark_colours_and_prints_every_section(browser: A
     assert len(seen) == 2
 
 
+@pytest.mark.slow
 def test_the_browser_test_detects_words_that_are_cut_off(browser: Any) -> None:
     write_report(made(small()), Path("page.html"))
     with Visit(browser, Path("page.html"), 360) as visit:

@@ -165,6 +165,7 @@ def test_without_times_fast_shows_the_multiply_adds_and_says_that_no_time_was_me
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_words_of_the_page_are_those_of_the_glossary() -> None:
     for kind in KINDS.values():
         Path("net.safetensors").unlink(missing_ok=True)
@@ -181,6 +182,7 @@ def steps(path: str) -> list[str]:
     return [step["command"] for step in json.loads(Path("now.json").read_text())["next_steps"]]
 
 
+@pytest.mark.slow
 def test_what_next_for_a_network_without_a_cut_runs_as_printed() -> None:
     converted("whole.safetensors")
     first, _, last = steps("whole.safetensors")
@@ -249,6 +251,7 @@ def test_the_answers_and_the_next_command_are_on_the_first_screen(browser: Any, 
             assert lowest < 900, "of the window"
 
 
+@pytest.mark.slow
 def test_a_mark_of_a_legend_stays_beside_its_words(browser: Any) -> None:
     write_report(rich_report(), Path("page.html"))
     with Visit(browser, Path("page.html"), 390) as visit:
@@ -275,6 +278,7 @@ def test_the_width_of_a_block_shows_its_parameters_and_its_height_what_is_kept(b
     assert kept[1] == f"{100 * report.layers[1].share:.1f}%"
 
 
+@pytest.mark.slow
 def test_the_words_of_the_frequency_map_are_beside_it_on_a_wide_screen(browser: Any) -> None:
     write_report(resnet50(), Path("page.html"))
     for width, beside in ((1440, True), (390, False)):

@@ -251,7 +251,14 @@ def test_the_recorded_header_is_converted_to_json_and_back() -> None:
     assert Source.from_json(json.loads(json.dumps(asdict(source)))) == source
 
 
-@pytest.mark.parametrize("name", ["inception_v3", "googlenet", "fcn_resnet50"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("inception_v3", marks=pytest.mark.slow),
+        "googlenet",
+        pytest.param("fcn_resnet50", marks=pytest.mark.slow),
+    ],
+)
 def test_torchvision_networks_are_rebuilt_with_the_structure_for_their_weights(name: str, tmp_path: Path) -> None:
     """The structure for pretrained weights differs from the untrained one: input transforms, auxiliary heads."""
     with torchvision_loading(fetch=False):

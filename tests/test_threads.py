@@ -233,6 +233,7 @@ class Branches(nn.Module):
         return self.left(both).relu(), self.right(both)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", ["onnx", "openvino"])
 def test_two_layers_that_read_one_concatenation_get_8_bits(runtime: str, tmp_path: Path) -> None:
     """No bias is found for them, and the file in 8 bits is larger: https://github.com/openvinotoolkit/nncf/issues/1936"""

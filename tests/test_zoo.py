@@ -66,7 +66,7 @@ SLOW = {
     *("dm_nfnet_f0", "inception_v3", "r2plus1d_18", "mc3_18", "resnext26ts", "resnet26t", "seresnext26d_32x4d"),
     *("densenet121", "hrnet_w18_small", "dla34", "repghostnet_050", "inception_next_atto", "resnetv2_50x1_bit"),
     *("eca_nfnet_l0", "coatnet_pico_rw_224", "levit_128s", "xcit_nano_12_p16_224", "ssdlite320_mobilenet_v3_large"),
-    "tf_efficientnet_lite0",
+    *("tf_efficientnet_lite0", "efficientnet_cc_b0_4e", "repvgg_a0", "resnetblur18", "tf_mixnet_s"),
 }
 
 

@@ -18,6 +18,7 @@ from .tally import LONG, Counter, size
 QUICK = [m for m in MUTANTS if set(m.tests) <= {"test_basis.py", "test_projection.py", "test_plan.py"}]
 
 
+@pytest.mark.slow
 def test_every_mutant_can_be_made() -> None:
     assert [reason for mutant in MUTANTS if (reason := mutations.stale(mutant))] == []
     assert all((mutations.ROOT / "tests" / test).is_file() for mutant in MUTANTS for test in mutant.tests)

@@ -289,6 +289,7 @@ def everybodys() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 @ONE_PROCESS
 def test_missing_permissions_are_reported(material: Path, everybodys: Path, expected: Expected, tally: Counter) -> None:
     count = tally("writing", "folders that may not be written")
