@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -58,7 +58,8 @@ TIMM_FILES = ("config.json", "model.safetensors")
 class Budget:
     """A limit for one unit: a share of the whole network's cost (above 0, at most 1), or an amount.
 
-    Units of amounts: parameters, bytes of the tensors, MACs of the factored form, microseconds on this machine.
+    Units of amounts: parameters, bytes of the file, MACs of the factored form, microseconds on this machine.
+    ``reserved``: bytes that the file will need in addition to those of `harmconvert.save` without its own arguments.
 
     >>> Budget.parse("params=60%"), Budget.parse({"bytes": "10MB"})
     (Budget(unit='params', share=0.6, amount=None), Budget(unit='bytes', share=None, amount=10000000))
@@ -69,14 +70,17 @@ class Budget:
     unit: str
     share: float | None = None
     amount: int | None = None
+    reserved: int = field(default=0, repr=False, compare=False)
 
     @classmethod
-    def parse(cls, budget: str | Mapping[str, Any]) -> Budget:
+    def parse(cls, budget: str | Mapping[str, Any] | Budget) -> Budget:
         """Parse ``"params=60%"``, ``"params=0.6"``, ``"params=5M"``, or a dict with one such entry.
 
         Raises:
             UsageError: the unit is unknown, there is more than one, or the value is neither a share nor an amount.
         """
+        if isinstance(budget, Budget):
+            return budget
         pairs = dict([budget.partition("=")[::2]]) if isinstance(budget, str) else dict(budget)
         if len(pairs) != 1:
             raise UsageError(f"a budget is one of {', '.join(UNITS)}: {budget!r} names {len(pairs)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -91,11 +92,16 @@ def quantised_entry(quantised: Quantised, layout: Layout, dtype: torch.dtype) ->
         ValueError: an integer or a step is out of range.
     """
     stream = torch.frombuffer(bytearray(pack(quantised, layout)), dtype=torch.uint8)
-    parameters: dict[str, Any] = {"bytes": len(stream)}
+    return replace(entry_of_size(len(stream), layout, dtype), stream=stream)
+
+
+def entry_of_size(size: int, layout: Layout, dtype: torch.dtype) -> Entry:
+    """Return the entry of a tensor whose stream has this number of bytes, without the stream."""
+    parameters: dict[str, Any] = {"bytes": size}
     for key, value in (("groups", layout.groups), ("transposed", layout.transposed)):
         if value != _DEFAULTS[key]:
             parameters[key] = value
-    return Entry(QUANTISED.name, QUANTISED.version, layout.shape, dtype, parameters, stream)
+    return Entry(QUANTISED.name, QUANTISED.version, layout.shape, dtype, parameters)
 
 
 def zero_share(entry: Entry) -> float:

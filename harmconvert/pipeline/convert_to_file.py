@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -177,7 +178,8 @@ def convert_to_file(
             options["lam"] = _kept_plan(network.header.plan, options)
         network = _prepared(network, source, data, device)
         example = zeros_of(input_sizes, network.model, latency_batch) if example_input is None else example_input
-        return _write(network, _convert(network.model, data, example, options), target)
+        reserved = target.record_bytes(network)
+        return _write(network, _convert(network.model, data, example, options, reserved), target)
 
 
 @dataclass(frozen=True)
@@ -250,6 +252,12 @@ class _Target:
         text = text_of(self.source) if network.header else str(network.source)
         return {"command": {**self.command, "source": text}}
 
+    def record_bytes(self, network: Network) -> int:
+        """Return the most bytes that the source and the command need in the header of the file."""
+        source = known_source(network)
+        record = {**self.command_record(network), "source": asdict(source) if source else None}
+        return len(json.dumps(json.dumps(record)))
+
 
 def _prepared(network: Network, source: Openable, data: _Data, device: str | None) -> Network:
     """Return the network, or a copy of the caller's, in dense form, with its inputs declared and on its device."""
@@ -261,9 +269,17 @@ def _prepared(network: Network, source: Openable, data: _Data, device: str | Non
     return network
 
 
-def _convert(model: nn.Module, data: _Data, example_input: Any, options: Mapping[str, Any]) -> _Converted:
-    """Convert a network with the ``options`` of `convert`, and evaluate it on held-out images."""
+def _convert(
+    model: nn.Module, data: _Data, example_input: Any, options: Mapping[str, Any], reserved: int
+) -> _Converted:
+    """Convert a network with the ``options`` of `convert`, and evaluate it on held-out images.
+
+    ``reserved``: bytes of a budget for the records that the file gets beside the network.
+    """
     parts, batches = data.halves(model), data.batches(model)
+    options = dict(options)
+    if _in_bytes(options["budget"]):
+        options["budget"] = replace(Budget.parse(options["budget"]), reserved=reserved)
     with data.listener.progress("converting") as progress:
         conversion = convert(
             model, example_input=example_input, calibration=batches, progress=progress,
@@ -278,11 +294,15 @@ def _convert(model: nn.Module, data: _Data, example_input: Any, options: Mapping
 def _kept_plan(plan: Plan, options: Mapping[str, Any]) -> Plan | str:
     """Return what a conversion keeps of a harmonic network's plan: its cut, if it codes or lowers ranks only."""
     rank, budget = options["rank"], options["budget"]
-    coded = options["bits"] is not None or (budget is not None and Budget.parse(budget).unit == "bytes")
+    coded = options["bits"] is not None or _in_bytes(budget)
     if not coded and rank is None:
         return "full"
     kept = plan.without(Bits.axis)
     return kept if rank is None else kept.without(Rank.axis)
+
+
+def _in_bytes(budget: str | Mapping[str, Any] | None) -> bool:
+    return budget is not None and Budget.parse(budget).unit == "bytes"
 
 
 def _plan_in(file: str | Path) -> Plan:

@@ -16,12 +16,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .. import __version__
-from ..codecs.codec import codec_of
+from ..codecs.codec import Entry, codec_of
 from ..codecs.table import CodecTable
 from ..documents import input_errors, parse_json
 from ..errors import Argument, DamageWarning, InputError, OutsideError, UsageError, first_line, shortened
@@ -84,21 +85,45 @@ def write_checkpoint(
     check_output(path, force, ".safetensors")
     model = in_one_layer(model)
     check_finite(model)
-    plan = header.plan if header else plan_in(model)
+    header = header or Header(plan_in(model))
+    header = replace(header, source=as_source(source) or header.source or timm_source(model))
+    header = replace(header, history={**header.history, **(history or {})})
     tensors, tied = untied_state(model)
-    stored, coded = encode_tensors(tensors, header.codecs.coded if header else {})
-    source = as_source(source) or (header.source if header else None) or timm_source(model)
-    versions = {"harmconvert": __version__, **{name: version(name) for name in ("torch", "timm")}}
-    record = {**(header.history if header else {}), **(history or {})}
-    codecs = CodecTable.of({tensor.dtype for key, tensor in stored.items() if key not in coded}, coded)
-    written = Header(plan, source, tied, record, versions, _blocks_of(model), codecs)
-    written = replace(written, preprocessing=preprocessing_record(model, preprocessing))
+    stored, coded = encode_tensors(tensors, header.codecs.coded)
+    written = _completed(header, model, stored, coded, tied, preprocessing)
     text = header_text(written, stored)
     with input_errors(f"the header of {path} could not be read again"):
         written = replace(written, crc32=parse_json(text)["crc32"])
-    metadata = {"format": "pt", METADATA_KEY: text}
-    write_tensors(stored, path, metadata, force, partial(_check_written, model=model, header=written, tensors=tensors))
+    check = partial(_check_written, model=model, header=written, tensors=tensors)
+    write_tensors(stored, path, _metadata(text), force, check)
     return written
+
+
+def file_bytes(model: nn.Module, header: Header) -> int:
+    """Return the bytes of the file that `write_checkpoint` makes of a network with this header, without making it."""
+    model = in_one_layer(model)
+    header = replace(header, source=header.source or timm_source(model))
+    tensors, tied = untied_state(model)
+    coded = {key: entry for key, entry in header.codecs.coded.items() if key in tensors}
+    streams = {key: torch.zeros(codec_of(entry).bytes(entry), dtype=torch.uint8) for key, entry in coded.items()}
+    stored = {**tensors, **streams}
+    text = header_text(_completed(header, model, stored, coded, tied), stored)
+    return len(safetensors.torch.save(stored, _metadata(text)))
+
+
+def _completed(
+    header: Header, model: nn.Module, stored: Mapping[str, Tensor], coded: Mapping[str, Entry], tied: dict[str, str],
+    preprocessing: Mapping[str, Any] | None = None,
+) -> Header:  # fmt: skip
+    """Return the header with all entries that follow from the network and from how its tensors are stored."""
+    versions = {"harmconvert": __version__, **{name: version(name) for name in ("torch", "timm")}}
+    codecs = CodecTable.of({tensor.dtype for key, tensor in stored.items() if key not in coded}, coded)
+    written = Header(header.plan, header.source, tied, header.history, versions, _blocks_of(model), codecs)
+    return replace(written, preprocessing=preprocessing_record(model, preprocessing))
+
+
+def _metadata(text: str) -> dict[str, str]:
+    return {"format": "pt", METADATA_KEY: text}
 
 
 def _check_written(staging: Path, model: nn.Module, header: Header, tensors: Mapping[str, Tensor]) -> None:
