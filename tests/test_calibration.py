@@ -54,6 +54,7 @@ from harmconvert.calibration.responses import responses
 from harmconvert.errors import InputError, UsageError
 from harmconvert.kernels import Basis, from_groups, project, to_groups
 from harmconvert.layers import to_harmonic
+from harmconvert.metrics.intervals import wilson_interval
 from harmconvert.plan import Plan, cut_layer
 from harmconvert.report import calibration_lines
 from harmconvert.storage import read_checkpoint, read_header
@@ -675,7 +676,11 @@ def test_the_share_of_held_back_images_with_the_same_top1_is_recorded_and_printe
     shares = [(top1[0] == other).double().mean().item() for other in top1[1:]]
     assert shares[1] > shares[0]
     assert (record.plain_agreement, record.agreement) == (pytest.approx(shares[0]), pytest.approx(shares[1]))
-    line = f"same top-1 as the uncut network on {shares[1]:.1%} of 16 held-back inputs (plain cut: {shares[0]:.1%})"
+    low, high = wilson_interval(shares[1], 16)
+    line = (
+        f"same top-1 as the uncut network on {shares[1]:.1%} of 16 held-back inputs (95 %: {low:.1%} to {high:.1%}) "
+        f"(plain cut: {shares[0]:.1%})"
+    )
     assert line in calibration_lines(record)
     hc.save(conversion, tmp_path / "saved.safetensors")
     header = read_header(tmp_path / "saved.safetensors")

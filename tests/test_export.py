@@ -297,7 +297,7 @@ def test_the_export_command_writes_files_and_prints_the_comparison(
     monkeypatch.chdir(tmp_path)
     converted("a.safetensors", "--lambda", "2")
     text = ok("export", "a.safetensors", "--format", "onnx", "-o", "a.onnx").stdout
-    assert "compared: outputs differ by" in text
+    assert "compared with the network in torch: outputs differ by" in text
     assert "same top-1 on 100%" in text
     data = json.loads(ok("export", "a.safetensors", "--format", "torch-export", "-o", "a.pt2", "--json").stdout)
     assert data["check"]["difference"] < 1e-5

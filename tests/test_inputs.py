@@ -55,6 +55,8 @@ REFUSED = [
     (["convert", "resnet50", "--device", "gpu"], 2, "--device gpu: give cpu, cuda, or cuda:N"),
     (["convert", "runs/cut"], 3, "no such file: runs/cut does not exist"),
     (["convert", "net.py"], 3, "no such file: net.py does not exist"),
+    (["inspect", "there.onnx"], 3, "there.onnx is a graph for a runtime, not a network in PyTorch: name what it was"),
+    (["convert", "resnet50", "--checkpoint", "there.onnx"], 3, "there.onnx is a graph for a runtime"),
     (["convert", "there.py"], 2, "there.py is Python: name the function"),
     (["convert", "net.py:make"], 2, "there is no file net.py"),
     (["convert", "https://example.org/net.pth"], 2, "is an address: download the file"),
@@ -103,7 +105,7 @@ def test_invalid_arguments_are_refused_before_torch_is_imported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("there.safetensors", "there.html", "there.png", "there.py", "run.state.pth"):
+    for name in ("there.safetensors", "there.html", "there.png", "there.py", "there.onnx", "run.state.pth"):
         Path(name).write_text("mine")
     Path("folder").mkdir()
     Path("link.pth").symlink_to("gone.pth")

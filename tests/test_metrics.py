@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 import harmconvert as hc
 from harmconvert.errors import InputError, OutsideError, UsageError
 from harmconvert.metrics import METRICS, Measurement, Metric, bootstrap_interval, mean_of, metric_of, network_metric
+from harmconvert.report.tables import evaluation_lines
+from harmconvert.training.evaluation import Evaluation
 
 from .commands import SAMPLE, converted, fails, ok
 from .networks import seeded
@@ -379,6 +382,62 @@ def test_a_metric_of_data_needs_data() -> None:
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 1, 3))
     with pytest.raises(InputError, match=r"psnr compares with the targets of the data .* has no targets"):
         hc.convert(net, max_drop=1.0, metric="psnr", labelled=[random(2, 1, 8, 8)])
+
+
+# --- differences from a second network ---
+
+
+def test_the_difference_from_a_second_network_is_that_of_the_two_values_with_a_paired_interval() -> None:
+    targets = torch.arange(200) % 5
+    logits = torch.eye(5)[targets]
+
+    class Wrong(nn.Module):
+        def __init__(self, wrong: slice) -> None:
+            super().__init__()
+            self.wrong = wrong
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = x.clone()
+            out[self.wrong] = out[self.wrong].roll(1, 1)
+            return out
+
+    batches = [(logits, targets)]
+    own, other = Wrong(slice(0, 20)), Wrong(slice(12, 24))  # 12 errors of the first alone, 4 of the second alone
+    found = hc.evaluate(own, batches, compare=other)
+    values = [hc.evaluate(one, batches).top1 or 0.0 for one in (own, other)]
+    assert found.difference is not None
+    assert found.difference.value == pytest.approx(100 * (values[0] - values[1]))
+    # Agresti and Min 2005: half a sample in each of the four cells.
+    share = (4.5 - 12.5) / 202
+    spread = 1.959964 * math.sqrt(17 - 64 / 202) / 202
+    assert found.difference.interval == pytest.approx((100 * (share - spread), 100 * (share + spread)), rel=1e-4)
+    low, high = found.difference.interval or (0, 0)
+    assert high - low < 2 * 1.96 * 100 * math.sqrt(2 * 0.9 * 0.1 / 200), "narrower than for separate samples"
+    assert hc.evaluate(own, batches).difference is None
+    assert "difference" not in hc.evaluate(own, batches).to_json()
+    assert Evaluation.from_json(json.loads(json.dumps(found.to_json()))).difference == found.difference
+    assert "second network: top-1 94.00%; difference -4.00 points (95 %: " in "\n".join(evaluation_lines(found))
+
+
+def test_the_difference_of_any_metric_is_resampled_in_pairs() -> None:
+    inputs, targets = random(40, 1, 4, 4), random(40, 1, 4, 4)
+    distance = lambda outputs, targets: (outputs - targets).square().flatten(1).mean(1)  # noqa: E731
+    batches = [(inputs[:25], targets[:25]), (inputs[25:], targets[25:])]
+    shifted = nn.Conv2d(1, 1, 1)
+    with torch.no_grad():
+        shifted.weight.fill_(1.0), shifted.bias.fill_(0.5)
+    found = hc.evaluate(nn.Identity(), batches, metric=distance, compare=shifted)
+    errors = [((x - targets) ** 2).flatten(1).mean(1).numpy() for x in (inputs, inputs + 0.5)]
+    pairs = errors[0] - errors[1]
+    assert found.difference is not None
+    assert found.difference.value == pytest.approx(pairs.mean(), rel=1e-5)
+    low, high = found.difference.interval or (0.0, 0.0)
+    spread = 1.96 * pairs.std() / math.sqrt(40)
+    assert (low, high) == (
+        pytest.approx(pairs.mean() - spread, abs=0.02),
+        pytest.approx(pairs.mean() + spread, abs=0.02),
+    )
+    assert hc.evaluate(nn.Identity(), [inputs], metric="psnr", compare=shifted).difference is None
 
 
 # --- commands ---

@@ -264,8 +264,8 @@ def command(
     if file.conversion is None:
         return 0
     _write_figure_and_plan(file.conversion, figure, save_plan, force)
-    chosen = any(choices) or values["dtype"] != "float32"
-    next_step.after_conversion(options.console(quiet=as_json), source, file, chosen, values["code"])
+    chosen = any(choices[:-1]) or values["dtype"] != "float32"  # images alone say nothing of the size
+    next_step.after_conversion(options.console(quiet=as_json), source, file, chosen, values)
     return images.verdict(file.conversion, output, values["allow_fallback"])
 
 

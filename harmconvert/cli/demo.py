@@ -60,7 +60,7 @@ class _StepPrinter(CommandLine):
                 self.print_line(line)
 
     def _lines(self, step: Step) -> list[str]:
-        from ..pipeline.demo import PHOTOGRAPHS, TRAINING_STEPS
+        from ..pipeline.demo import CODED, PHOTOGRAPHS, TRAINING_STEPS
 
         if step.why is not None:
             return [f"{'  ' if step.name == TRAINING_STEPS else 'sample:'}{step.name}: left out: {step.why}"]
@@ -70,6 +70,8 @@ class _StepPrinter(CommandLine):
             return [f"sample:resnet_mnist5k, trained on handwritten digits: {right}"]
         if step.name == PHOTOGRAPHS:
             return _photograph_lines(step)
+        if step.name == CODED:
+            return _coded_lines(step)
         return _cut_lines(step, self.uncut) if step.cost is not None else _refined_lines(step)
 
 
@@ -85,6 +87,16 @@ def _cut_lines(step: Step, uncut: float) -> list[str]:
     points = ((step.accuracy or 0.0) - uncut) * 100
     plain = f"{step.accuracy:.1%} right ({points:+.1f} points), the same prediction on {step.agreement:.1%}"
     return [f"  lambda {step.name}: {size} ({kept / whole:.0%});", f"    the plain cut: {plain}"]
+
+
+def _coded_lines(step: Step) -> list[str]:
+    from ..pipeline.demo import CODED_BITS
+    from ..report.text import bytes_text
+
+    assert step.cost is not None
+    size = f"{bytes_text(step.bytes or 0)} of {bytes_text(step.cost.bytes)} ({(step.bytes or 0) / step.cost.bytes:.0%})"
+    right = f"{step.accuracy:.1%} right, the same prediction on {step.agreement:.1%}"
+    return [f"  {CODED_BITS} bits per weight (--bits {CODED_BITS}), no training: {size};", f"    {right}"]
 
 
 def _refined_lines(step: Step) -> list[str]:

@@ -16,6 +16,8 @@ from .groups import is_given, main_name
 SUFFIXES = (
     ".safetensors", ".pth", ".pt", ".pt2", ".pt7", ".bin", ".ckpt", ".tar", ".onnx", ".json", ".py",
 )  # fmt: skip
+# Files of runtimes, from which no network in PyTorch can be made.
+GRAPHS = (".onnx", ".ort", ".xml", ".tflite", ".engine", ".mlmodel", ".mlpackage")
 DEVICES = ("cpu", "cuda", "hip", "hpu", "meta", "mps", "mtia", "xla", "xpu")
 
 
@@ -45,6 +47,11 @@ class InputFile(click.ParamType):
             raise InputError(f"{text} is not a regular file")
         if not os.access(path, os.R_OK):
             raise outside_error(PermissionError(13, os.strerror(13)), f"cannot read {text}")
+        if path.suffix.lower() in GRAPHS:
+            raise InputError(
+                f"{text} is a graph for a runtime, not a network in PyTorch: name what it was exported from, as a "
+                "checkpoint, weights (--checkpoint) or FILE.py:FACTORY"
+            )
 
 
 class SourceText(InputFile):

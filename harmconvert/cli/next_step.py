@@ -89,7 +89,7 @@ def after_export(console: Console, source: str) -> None:
 
 def after_demo(console: Console) -> None:
     """Print a conversion that is a part of the demonstration."""
-    suggest(console, "convert", "sample:resnet_mnist5k", "--lambda", "2", "--data", "sample:mnist5k")
+    suggest(console, "convert", "sample:resnet_mnist5k", "--bits", "3", "--data", "sample:mnist5k")
 
 
 def after_page(console: Console, source: str) -> None:
@@ -127,18 +127,29 @@ def to_export(checkpoint: str, source: str = "", code: str | None = None, trust_
     ``source``: from which it was made. ``code``, ``trust_code``: what options say about the user's code that makes its
     network.
     """
-    from ..storage.source import parse_source
-
-    code = source if source and parse_source(source).scheme == "code" else code
-    own = ["--model", code] if code else ["--trust-code"] if trust_code else []
+    own = _own_code(source, code, trust_code)
     return ["export", checkpoint, *own, "-o", f"{Path(checkpoint).stem}-dense.safetensors"]
 
 
-def after_conversion(console: Console, source: str, file: ConvertedFile, chosen: bool, code: str | None) -> None:
+def _own_code(source: str, code: str | None, trust_code: bool) -> list[str]:
+    """Return the options that allow the user's code to make the network of a checkpoint."""
+    from ..storage.source import parse_source
+
+    code = source if source and parse_source(source).scheme == "code" else code
+    return ["--model", code] if code else ["--trust-code"] if trust_code else []
+
+
+def after_conversion(
+    console: Console, source: str, file: ConvertedFile, chosen: bool, values: Mapping[str, Any]
+) -> None:
     """Print what comes after a conversion; ``chosen``: an option says what to keep."""
-    conversion = file.conversion
+    conversion, code = file.conversion, values["code"]
     if conversion is not None and not chosen and conversion.plan.whole:
         console.print("The whole basis is exact and saves nothing: a lambda, a rank, bits or a budget does.")
         suggest(console, *to_convert(source, conversion.cost.parameter_share))
+    elif conversion is not None and conversion.coded and values["data"]:
+        own = _own_code(source, code, values["trust_code"])
+        compared = () if own or values["weights"] else ("--compare", source)
+        suggest(console, "evaluate", file.output, *own, "--data", str(values["data"]), *compared)
     else:
         suggest(console, *to_export(file.output, source, code))

@@ -1,4 +1,4 @@
-"""95 % intervals of what was measured on some samples: Wilson's for shares, the bootstrap for all else."""
+"""95 % intervals of what was measured on samples: of shares, of their differences, and of all else (bootstrap)."""
 
 from __future__ import annotations
 
@@ -23,6 +23,24 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
     spread = Z_95 * math.sqrt(share * (1 - share) / count + Z_95**2 / (4 * count**2))
     middle, scale = share + Z_95**2 / (2 * count), 1 + Z_95**2 / count
     return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
+
+
+def paired_interval(only_first: int, only_second: int, count: int) -> tuple[float, float]:
+    """Return the 95 % interval of the difference of two shares that were measured in the same ``count`` trials.
+
+    Half a trial is added to each of the four cells (Agresti and Min 2005), so that it is not empty for equal results.
+
+    >>> tuple(round(bound, 4) for bound in paired_interval(1, 4, 1000))
+    (-0.0078, 0.0018)
+
+    Args:
+        only_first: trials in which only the first one succeeded.
+        only_second: trials in which only the second one succeeded.
+    """
+    first, second, trials = only_first + 0.5, only_second + 0.5, count + 2
+    middle = (first - second) / trials
+    spread = Z_95 * math.sqrt(first + second - (first - second) ** 2 / trials) / trials
+    return max(-1.0, middle - spread), min(1.0, middle + spread)
 
 
 def bootstrap_interval(

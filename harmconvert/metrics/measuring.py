@@ -20,7 +20,7 @@ from ..network.distributed import gathered, sum_over_ranks
 from ..network.faults import user_code_error
 from ..network.running import call, evaluating
 from ..network.values import batch_size, describe_input, first_tensor, match_dtype
-from .intervals import bootstrap_interval, wilson_interval
+from .intervals import bootstrap_interval, paired_interval, wilson_interval
 from .metric import TARGETS, UNCUT, Measurement, Metric, Outcome
 
 # The uncut network compared with itself has no value of such a metric, so there is no drop from it.
@@ -67,9 +67,12 @@ class Collected:
 
     def _interval(self, value: float) -> tuple[float, float] | None:
         states: Any = self.states
-        is_share = self.metric.unit == "%" and np.ndim(states) == 1 and all(one in (0.0, 1.0) for one in states)
-        if is_share:
-            interval: tuple[float, float] | None = wilson_interval(value, len(self))
+        interval: tuple[float, float] | None
+        if self.metric.unit == "%" and np.ndim(states) == 1 and all(one in (0.0, 1.0) for one in states):
+            interval = wilson_interval(value, len(self))
+        elif self.metric.unit == "%" and self.metric.paired and set(np.ravel(states)) <= {0.0, 1.0}:
+            own, other = np.transpose(states)
+            interval = paired_interval(int((own > other).sum()), int((own < other).sum()), len(self))
         else:
             interval = bootstrap_interval(self.metric.summary(states), len(self))
         return None if interval is None else (self.metric.points(interval[0]), self.metric.points(interval[1]))

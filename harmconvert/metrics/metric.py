@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,8 @@ class Metric:
 
     ``compares_with``: what it needs, ``"targets"`` or ``"uncut"`` (the outputs of the uncut network); if it has both,
     the first that is there is used. ``finite``: whether a network that is compared with itself has a value. ``whole``,
-    instead of states: a function of the network and of (inputs, targets) pairs.
+    instead of states: a function of the network and of (inputs, targets) pairs. ``paired``: each state is a pair, of
+    the network and of the one it is compared with (`difference_of`).
 
     >>> errors = lambda outcome: (outcome.outputs - outcome.targets).abs().flatten(1).mean(1).numpy()
     >>> Metric("mae", "mean absolute error", errors, higher_is_better=False).points(0.5)
@@ -66,6 +67,7 @@ class Metric:
     compares_with: tuple[str, ...] = (TARGETS,)
     finite: bool = True
     whole: Callable[[nn.Module, Iterable[Any]], Any] | None = field(default=None, repr=False)
+    paired: bool = False
 
     @property
     def needs_targets(self) -> bool:
@@ -80,6 +82,33 @@ class Metric:
     def points(self, value: float) -> float:
         """Return a value in points: per cent of a share, decibels, nats."""
         return self.scale * value
+
+
+def difference_of(metric: Metric) -> Metric:
+    """Return the metric of a network minus that of the network it is compared with, on the same samples.
+
+    >>> mae = Metric("mae", "error", lambda outcome: abs(outcome.outputs - outcome.targets))
+    >>> outcome = Outcome(np.array([2.0, 3.0]), np.array([1.0, 1.0]), np.array([1.0, 2.0]), 2)
+    >>> difference_of(mae).states(outcome) == [(1.0, 0.0), (2.0, 1.0)]
+    True
+    """
+
+    def states(outcome: Outcome) -> list[tuple[Any, Any]]:
+        if outcome.targets is None:
+            return []
+        other = replace(outcome, outputs=outcome.uncut, uncut=None)
+        return list(zip(metric.states(outcome), metric.states(other), strict=True))
+
+    def summary(pairs: Any) -> Callable[[np.ndarray], float]:
+        own, other = (metric.summary(_as_states(side)) for side in zip(*pairs, strict=True))
+        return lambda counts: own(counts) - other(counts)
+
+    title = f"{metric.title} minus that of the second network"
+    return replace(metric, name=f"{metric.name} difference", title=title, states=states, summary=summary, paired=True)
+
+
+def _as_states(samples: Sequence[Any]) -> Any:
+    return np.stack(samples) if isinstance(samples[0], np.ndarray | np.generic) else list(samples)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.calibration import calibration_images
+from ..data.calibration import CalibrationImages, calibration_images
 from ..data.datasets import DataRequest, open_data
 from ..data.loading import training_batches
 from ..data.preprocessing import color_mode, preprocessing
@@ -29,7 +29,8 @@ from .saving import save
 from .verification import Verification
 from .verify import verify
 
-TRAINING_STEPS, PHOTOGRAPHS = "calibration and fine-tuning", "efficientnet_lite0"
+TRAINING_STEPS, PHOTOGRAPHS, CODED = "calibration and fine-tuning", "efficientnet_lite0", "coded"
+CODED_BITS = 3
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def _steps() -> Iterator[Step]:
 
 
 def _calibrate_and_train(original: nn.Module, images: Tensor, labels: Tensor) -> Iterator[Step]:
-    """Cut with lambda 2, calibrate, fine-tune and export."""
+    """Cut with lambda 2, calibrate, fine-tune and export; code the uncut network."""
     inputs = calibration_images("sample:mnist5k", original, 128)
     model = convert(original, 2, calibration=inputs.batches, progress=False).model
     yield Step("calibrated", _accuracy(model, images, labels), _agreement(original, model, images), len(inputs))
@@ -146,6 +147,18 @@ def _calibrate_and_train(original: nn.Module, images: Tensor, labels: Tensor) ->
         export(model, path)
         exported = open_source("sample:resnet_mnist5k", weights=path).model
         yield Step("exported", agreement=_agreement(model, exported, images), bytes=path.stat().st_size)
+    yield _coded(original, images, labels, inputs)
+
+
+def _coded(original: nn.Module, images: Tensor, labels: Tensor, inputs: CalibrationImages) -> Step:
+    """Code all weights, without a cut."""
+    conversion = convert(original, bits=CODED_BITS, calibration=inputs.batches, progress=False)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "coded.safetensors"
+        save(conversion, path)
+        model, size = load(path, model=original), path.stat().st_size
+    agreement = _agreement(original, model, images)
+    return Step(CODED, _accuracy(model, images, labels), agreement, len(inputs), conversion.cost, size)
 
 
 def _photographs() -> Step:

@@ -124,7 +124,7 @@ def evaluate(
             result = evaluation.evaluate(
                 tested, loading or batches or (), other, metric=chosen, data=name,
                 autocast=partial(autocast, amp, machine.device), variety=variety if loading or chosen is None else None,
-                progress=_batch_counter(report, loading),
+                paired=True, progress=_batch_counter(report, loading),
             )  # fmt: skip
         warn(variety.warning(), listener)
         if loading:

@@ -98,14 +98,14 @@ def _calibration(conversion: Conversion) -> Iterator[str]:
     if calibration.divergence is not None and calibration.plain_divergence is not None:
         yield (
             f"  outputs     divergence on held-back inputs {calibration.plain_divergence:.3g} -> "
-            f"{calibration.divergence:.3g}" + _agreement(calibration.agreement)
+            f"{calibration.divergence:.3g}" + _agreement(calibration.agreement, calibration.held_back)
         )
     if calibration.failed:
         yield f"  warning     not calibrated: {shortened([layer.name for layer in calibration.failed], _NAMES)}"
 
 
-def _agreement(share: float | None) -> str:
-    return "" if share is None else f", same top-1 on {share:.1%}"
+def _agreement(share: float | None, inputs: int) -> str:
+    return "" if share is None else f", same top-1 on {round(share * inputs)} of {inputs}"
 
 
 def _change(before: int, after: int, unit: str = "") -> str:

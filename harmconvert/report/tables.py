@@ -13,6 +13,7 @@ from ..calibration import ENOUGH_POSITIONS, Calibration
 from ..deploy.advice import Benchmark
 from ..deploy.export import Exported
 from ..errors import Argument, Message, counted, one_line, shortened
+from ..metrics.intervals import wilson_interval
 from ..network.forms import Factoring
 from ..pipeline.convert import Conversion, LayerRecord
 from ..pipeline.finetuning import Stage
@@ -87,7 +88,10 @@ def calibration_lines(calibration: Calibration) -> list[str]:
         if layer.unknowns and layer.inputs < layer.inputs_enough
     ]
     if too_few_positions:
-        lines.append(f"there are few positions, so the damping is stronger: {shortened(too_few_positions, 3)}")
+        lines.append(
+            "there are few positions (outputs of a layer over all inputs), so the damping is stronger; give more or "
+            f"larger inputs: {shortened(too_few_positions, 3)}"
+        )
     what = "plain rounding" if any(layer.bits is not None for layer in calibration.layers) else "plain cut"
     if calibration.plain_divergence is not None and calibration.divergence is not None:
         plain, after = calibration.plain_divergence, calibration.divergence
@@ -95,7 +99,10 @@ def calibration_lines(calibration: Calibration) -> list[str]:
     if calibration.agreement is not None:
         plain_agreement = calibration.plain_agreement
         before = "" if plain_agreement is None else f" ({what}: {plain_agreement:.1%})"
-        same = f"{calibration.agreement:.1%} of {calibration.held_back} held-back inputs"
+        low, high = wilson_interval(calibration.agreement, max(calibration.held_back, 1))
+        same = (
+            f"{calibration.agreement:.1%} of {calibration.held_back} held-back inputs (95 %: {low:.1%} to {high:.1%})"
+        )
         lines.append(f"same top-1 as the uncut network on {same}{before}")
     if calibration.kept < 1 and calibration.layers:
         lines.append(f"the refit made the outputs worse: {calibration.kept:.0%} of its change was kept")
@@ -153,7 +160,7 @@ def factored_layers(factoring: Factoring, title: str) -> Table:
 
 def export_lines(exported: Exported, dtype: str) -> list[str]:
     """Return the accuracy and the content of an exported file in a few lines."""
-    compared = "compared" if dtype == "float32" else f"rounded to {dtype}"
+    compared = "compared with the network in torch" if dtype == "float32" else f"rounded to {dtype}"
     top1 = "" if exported.top1_agreement is None else f"; same top-1 on {exported.top1_agreement:.0%}"
     lines = [f"{compared}: outputs differ by {exported.difference:.1e} of the largest{top1}"]
     if exported.factored:
@@ -175,12 +182,30 @@ def evaluation_lines(evaluation: Evaluation) -> list[str]:
         lines.append(f"top-5 {evaluation.top5:.2%}, loss {evaluation.loss:.4f}")
     if evaluation.agreement is not None and evaluation.top1 is not None:
         lines.append(f"agreement {evaluation.agreement:.2%}, KL {evaluation.divergence:.3g}")
+    if evaluation.difference is not None:
+        lines.append(_second_network(evaluation))
     speed = evaluation.images_per_second
     lines.append(f"{speed:,.0f} {'images' if evaluation.measurement is None else 'samples'}/s")
     if evaluation.unreadable:
         names = shortened(list(evaluation.unreadable), 3)
         lines.append(f"{counted(len(evaluation.unreadable), 'image')} could not be read: {names}")
     return lines
+
+
+def _second_network(evaluation: Evaluation) -> str:
+    """Return the metric of the second network, and how much it differs from the first one's."""
+    difference, measured = evaluation.difference, evaluation.measurement
+    assert difference is not None
+    own = 100 * evaluation.top1 if measured is None and evaluation.top1 is not None else measured.value  # type: ignore[union-attr]
+    title = "top-1" if measured is None else measured.title
+    text = f"second network: {title} {difference.in_unit(own - difference.value)}; difference "
+    bounds = [
+        f"{point:+.2f}" if difference.unit == "%" else f"{point:+.3g}"
+        for point in (difference.value, *(difference.interval or ()))
+    ]
+    unit = "points" if difference.unit == "%" else difference.unit
+    between = f" (95 %: {bounds[1]} to {bounds[2]})" if difference.interval else ""
+    return f"{text}{bounds[0]} {unit}".rstrip() + between
 
 
 def stages_table(stages: Sequence[Stage]) -> Table:

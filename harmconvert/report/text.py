@@ -44,8 +44,12 @@ def millions(count: int | None) -> str:
 
 
 def megabytes(count: int) -> str:
-    """Return a number of bytes in megabytes (10^6 bytes)."""
-    return f"{count / 1e6:.2f} MB"
+    """Return a number of bytes in megabytes (10^6 bytes), or a small one as `bytes_text` writes it.
+
+    >>> megabytes(1_094_000), megabytes(4_328)
+    ('1.09 MB', '4.33 kB')
+    """
+    return f"{count / 1e6:.2f} MB" if count >= 100_000 or not count else bytes_text(count)
 
 
 def bytes_text(count: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -15,7 +15,9 @@ from ..errors import counted
 from ..metrics.classification import AGREEMENT, KL, LOSS, TOP1, TOP5
 from ..metrics.intervals import wilson_interval
 from ..metrics.measuring import Measured, measure, measure_whole
-from ..metrics.metric import Measurement, Metric
+from ..metrics.metric import Measurement, Metric, difference_of
+
+_MEASUREMENTS = ("measurement", "difference")
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class Evaluation:
     probabilities, in nats) compare with a second network; they are None without one. ``images_per_second``: speed of
     the forward passes alone. ``unreadable``: names of images that could not be read and were left out.
     ``measurement``: of the metric that was asked for; None if none was. For a metric that is not one of classes, all
-    accuracies are None.
+    accuracies are None. ``difference``: of top-1, or of the metric, from that of the second network, with a paired
+    interval; None if it was not asked for.
     """
 
     images: int
@@ -41,6 +44,7 @@ class Evaluation:
     images_per_second: float
     unreadable: tuple[str, ...] = ()
     measurement: Measurement | None = None
+    difference: Measurement | None = None
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -60,15 +64,14 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-able dict, including the confidence interval."""
         result = {**asdict(self), "top1_interval": self.interval}
-        return {key: value for key, value in result.items() if key != "measurement" or value is not None}
+        return {key: value for key, value in result.items() if key not in _MEASUREMENTS or value is not None}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Evaluation:
         """Return the evaluation that `to_json` wrote."""
         known = {key: data[key] for key in cls.__dataclass_fields__ if key in data}
-        measured = known.get("measurement")
-        measurement = Measurement.from_json(measured) if measured else None
-        return cls(**{**known, "unreadable": tuple(known["unreadable"]), "measurement": measurement})
+        known |= {key: Measurement.from_json(known[key]) for key in _MEASUREMENTS if known.get(key)}
+        return cls(**{**known, "unreadable": tuple(known["unreadable"])})
 
 
 def evaluate(
@@ -80,6 +83,7 @@ def evaluate(
     data: str = "",
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     variety: Variety | None = None,
+    paired: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
     """Return top-1, top-5, loss and agreement with another network, or another metric, over all processes.
@@ -91,6 +95,7 @@ def evaluate(
         metric: what to measure; None: the accuracy of a classifier.
         data: the name of the data, for the measurement.
         variety: collects the outputs of this process, to check whether they vary.
+        paired: also measure the difference from the other network.
         progress: called with the number of images of each batch.
 
     Raises:
@@ -106,8 +111,15 @@ def evaluate(
     metrics: tuple[Metric, ...] = (*labelled, *compared)
     if metric is not None and metric not in labelled:
         metrics = compared if metric in compared else (metric,)
-    measured = measure(model, batches, metrics, other, autocast=autocast, variety=variety, progress=progress)
-    return _evaluation(measured, metric, data)
+    judged = TOP1 if metric is None else metric
+    differences = (difference_of(judged),) if paired and other is not None and not judged.needs_uncut else ()
+    measured = measure(
+        model, batches, (*metrics, *differences), other, autocast=autocast, variety=variety, progress=progress
+    )
+    found = [one for one in differences if len(measured[one])]
+    return replace(
+        _evaluation(measured, metric, data), difference=measured.measurement(found[0], data) if found else None
+    )
 
 
 def _evaluation(measured: Measured, metric: Metric | None, data: str) -> Evaluation:
