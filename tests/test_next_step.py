@@ -133,7 +133,7 @@ def test_a_network_without_kernels_over_1x1_is_not_advised_to_cut_frequencies() 
     assert words[-2:] == ["--bits", "4"]
 
 
-@pytest.mark.parametrize("name", ["convert", "finetune", "train"])
+@pytest.mark.parametrize("name", ["convert", "finetune", "train", "export", "benchmark"])
 def test_every_option_of_a_long_help_is_in_one_group(name: str) -> None:
     command = main.get_command(click.Context(main), name)
     assert command is not None
@@ -143,7 +143,7 @@ def test_every_option_of_a_long_help_is_in_one_group(name: str) -> None:
     assert set(options) <= set(grouped)
     text = ok(name, "--help").stdout
     assert "Other options" not in text
-    assert "Output:" in text
+    assert "Messages:" in text
     assert all(option in text for option in options)
 
 

@@ -7,10 +7,11 @@ from typing import Any
 import click
 
 from . import images, inputs, next_step, options, types
+from .groups import Grouped
 from .listening import CommandLine
 
 
-@click.command(name="benchmark")
+@click.command(name="benchmark", cls=Grouped)
 @click.argument("source", type=inputs.SourceText())
 @click.option(
     "-b",

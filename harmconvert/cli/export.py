@@ -7,10 +7,11 @@ from typing import Any
 import click
 
 from . import images, inputs, next_step, options, types
+from .groups import Grouped
 from .listening import CommandLine
 
 
-@click.command(name="export")
+@click.command(name="export", cls=Grouped)
 @click.argument("source", type=inputs.SourceText())
 @click.option(
     "--format",

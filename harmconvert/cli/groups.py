@@ -9,7 +9,10 @@ import click
 # The groups in the order of the help, and their options. Options of no group come last.
 GROUPS: dict[str, tuple[str, ...]] = {
     "Recipe": ("--recipe",),
-    "What to keep": (
+    "What to write or to measure": (
+        "--format", "--form", "--precision", "--runtime", "--layout", "--threads", "--repeats", "--layers",
+    ),
+    "What to keep, and what may be lost": (
         "--lambda", "--rank", "--bits", "--budget", "--max-drop", "--metric", "--plan", "--include",
         "--exclude", "--basis", "--normalization", "--harmonic", "--no-normalize-first",
     ),
@@ -21,14 +24,14 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "--trials", "--axes", "--frequencies", "--latency-batch", "--probes", "--save-plan", "--search-figure",
     ),
     "Data": (
-        "--data", "--labelled", "--data-dir", "--train-split", "--val-split", "--holdout", "--workers", "--num-classes",
-        "--seed",
+        "--data", "--labelled", "--data-dir", "--train-split", "--val-split", "--holdout", "--batch-size", "--workers",
+        "--num-classes", "--seed",
     ),
     "Pre-processing": (
         "--input-size", "--img-size", "--preprocess", "--mean", "--std", "--interpolation", "--crop-pct",
     ),
     "Training (default of finetune: the paper's 5 epochs; of train: those of --recipe)": (
-        "--epochs", "--batch-size", "--lr", "--opt", "--momentum", "--weight-decay", "--sched",
+        "--epochs", "--lr", "--opt", "--momentum", "--weight-decay", "--sched",
         "--warmup-epochs", "--decay-epochs", "--decay-milestones", "--decay-rate", "--min-lr", "--clip-grad",
         "--model-ema-decay", "--smoothing", "--mixup", "--cutmix", "--freeze-bn", "--train-only", "--recode", "--loss",
     ),

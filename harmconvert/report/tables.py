@@ -71,7 +71,8 @@ def calibration_table(calibration: Calibration) -> Table:
         seconds = f"{layer.seconds:.1f}"
         rows.append([layer.name, layer.decision, before, after, *bits, damping, ratio, seconds, layer.why or ""])
     bits = ["bits"] if coded else []
-    headings = ["layer", "decision", "error before", "after", *bits, "damping", "positions/unknown", "s", "note"]
+    errors = ["error, plain rounding", "with feedback"] if coded else ["error, plain cut", "refitted"]
+    headings = ["layer", "decision", *errors, *bits, "damping", "positions/unknown", "s", "note"]
     return fitted_table(headings, rows, left={0, 1, len(headings) - 1})
 
 
@@ -288,7 +289,7 @@ def verification_table(verification: Verification) -> Table:
         ]
         for layer in verification.layers
     ]
-    return fitted_table(["layer", "kept", "kernel error", "output error", "problem"], rows, left={0, 4})
+    return fitted_table(["layer", "kept", "kernel, from the plan's", "output error", "problem"], rows, left={0, 4})
 
 
 def inspection_layers(inspection: Inspection) -> Table:
