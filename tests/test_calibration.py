@@ -54,7 +54,7 @@ from harmconvert.calibration.responses import responses
 from harmconvert.errors import InputError, UsageError
 from harmconvert.kernels import Basis, from_groups, project, to_groups
 from harmconvert.layers import to_harmonic
-from harmconvert.metrics.intervals import wilson_interval
+from harmconvert.metrics import wilson_interval
 from harmconvert.plan import Plan, cut_layer
 from harmconvert.report import calibration_lines
 from harmconvert.storage import read_checkpoint, read_header

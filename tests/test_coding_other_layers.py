@@ -347,9 +347,9 @@ def test_a_budget_of_bytes_counts_them(tmp_path: Path) -> None:
     hc.save(conversion, tmp_path / "coded.safetensors")
     with safetensors.safe_open(tmp_path / "coded.safetensors", "pt") as file:
         size = sum(file.get_tensor(key).nbytes for key in file.keys())  # noqa: SIM118  not a dict
-    assert conversion.search is not None
-    assert 0.9 * conversion.search.limit < size <= conversion.search.limit
     assert size == conversion.cost.harmonic_bytes
+    assert conversion.search is not None
+    assert 0.9 * conversion.search.limit < (tmp_path / "coded.safetensors").stat().st_size <= conversion.search.limit
 
 
 def test_they_are_coded_beside_layers_of_low_rank(tmp_path: Path) -> None:
@@ -447,7 +447,7 @@ def test_the_commands_code_inspect_and_read_them(folder: Path) -> None:
     ok("report", "a.safetensors", "--trust-code", "-o", "report.html")
     ok("convert", "a.safetensors", "--trust-code", "--bits", "3", "--dtype", "float16", *own, "-o", "b.safetensors")
     assert (folder / "b.safetensors").stat().st_size < (folder / "a.safetensors").stat().st_size
-    ok("convert", "net.py:make", *own, "--budget", "bytes=20%", "-o", "c.safetensors")
+    ok("convert", "net.py:make", *own, "--budget", "bytes=30%", "-o", "c.safetensors")
     fails(
         2,
         "matches no layer with weights to code",

@@ -21,7 +21,7 @@ import harmconvert as hc
 from harmconvert.errors import InputError, OutsideError, UsageError
 from harmconvert.metrics import METRICS, Measurement, Metric, bootstrap_interval, mean_of, metric_of, network_metric
 from harmconvert.report.tables import evaluation_lines
-from harmconvert.training.evaluation import Evaluation
+from harmconvert.training import Evaluation
 
 from .commands import SAMPLE, converted, fails, ok
 from .networks import seeded

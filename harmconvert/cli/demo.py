@@ -96,7 +96,7 @@ def _coded_lines(step: Step) -> list[str]:
     assert step.cost is not None
     size = f"{bytes_text(step.bytes or 0)} of {bytes_text(step.cost.bytes)} ({(step.bytes or 0) / step.cost.bytes:.0%})"
     right = f"{step.accuracy:.1%} right, the same prediction on {step.agreement:.1%}"
-    return [f"  {CODED_BITS} bits per weight (--bits {CODED_BITS}), no training: {size};", f"    {right}"]
+    return [f"  {CODED_BITS} bits per weight, no training: {size};", f"    {right}"]
 
 
 def _refined_lines(step: Step) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,8 +26,10 @@ from .conversion import Conversion, conversion_of
 LEAST_BITS, ATTEMPTS = 0.1, 5
 # Bytes of steps and tables of each weight, at least, and about those of the record of its calibration.
 _LEAST_SIDE_BYTES, _RECORD_BYTES = 16, 165
+# A file that uses so much of the budget is good enough; the next one is aimed at this much.
+_USED, _AIM = 0.94, 0.98
 # Bytes by which the header can grow when the size of the file is written into it.
-_DIGITS = 32
+_DIGITS = 64
 
 
 def code(
@@ -69,7 +71,7 @@ def code_within(
 ) -> Conversion:
     """Return a conversion whose file, with its header, has at most the bytes of a budget.
 
-    The bits per weight follow from the bytes. They are lowered if the file is larger than expected.
+    The bits per weight follow from the bytes. They are corrected until the file uses most of the budget.
 
     Raises:
         UsageError: what is not coded needs more bytes than the budget; the message says the smallest size.
@@ -85,28 +87,17 @@ def code_within(
         file_bytes(example, expected) + budget.reserved + (0 if calibration is None else _RECORD_BYTES * len(weights))
     )
     del example
-    bits = min(max(size.bits_beside(fixed), LEAST_BITS), MOST_BITS)
     context = None if calibration is None else CalibrationContext.of(model, calibration, settings)
-    tried: list[Tried] = []
-    for _ in range(ATTEMPTS):
+    attempts = _Attempts(size, fixed)
+    while (bits := attempts.next_bits()) is not None:
         own = plan.map_layers(lambda layer, bits=bits: layer.keeping(Bits(bits, shared=True)))  # type: ignore[misc]
         converted = Converted(own, apply_plan(model, own))
         record, entries = code(model, converted, context, settings, progress)
-        tried.append(Tried(f"{bits:.3g} bits", size.limit, bits, record.divergence if record else None))
         conversion = coded_conversion(model, converted, record, entries, run)
         conversion = replace(conversion, plan=replace(conversion.plan, policy=str(budget)))
-        conversion = replace(conversion, search=size.search(tried, fixed))
-        needed = file_bytes(conversion.model, conversion.header()) + budget.reserved + _DIGITS
-        tried[-1] = replace(tried[-1], cost=needed)
-        fixed = needed - sum(stored_bytes(weight.parameter, entries.get(weight.key)) for weight in weights)
-        if needed <= size.limit:
-            return replace(conversion, search=size.search(tried, fixed))
-        size.check(fixed)
-        # The later, the further down: of a small weight, the steps and tables need most bytes.
-        bits *= (0.99 * (size.limit - fixed) / max(needed - fixed, 1)) ** 2 ** (len(tried) - 1)
-    raise UsageError(
-        f"the budget {budget} was not met in {counted(ATTEMPTS, 'attempt')}: the last has {needed:,} bytes"
-    )
+        tried = Tried(f"{bits:.3g} bits", size.limit, bits, record.divergence if record else None)
+        attempts.add(conversion, tried, sum(stored_bytes(w.parameter, entries.get(w.key)) for w in weights))
+    return attempts.best()
 
 
 @dataclass(frozen=True)
@@ -140,9 +131,60 @@ class _Size:
                 + (f"{share:g}% or more" if share <= 100 else f"bytes={smallest}B or more")
             )
 
-    def search(self, tried: list[Tried], fixed: int) -> Search:
-        """Return the record of the attempts; the last one is taken."""
+    def search(self, tried: Sequence[Tried], fixed: int, taken: int) -> Search:
+        """Return the record of the attempts, of which one is taken."""
         return Search(
             str(self.budget), self.budget.unit, self.whole, self.limit, self.smallest(fixed), "bits per weight",
-            tuple(tried), len(tried) - 1, (), False,
+            tuple(tried), taken, (), False,
         )  # fmt: skip
+
+
+class _Attempts:
+    """The attempts to meet a budget: the largest file within it counts, and one that uses most of it ends the search.
+
+    ``fixed``: expected bytes of all that is not a coded weight.
+    """
+
+    def __init__(self, size: _Size, fixed: int) -> None:
+        self.size, self.fixed = size, fixed
+        self.tried: list[Tried] = []
+        self._best: tuple[int, Conversion] | None = None
+
+    def add(self, conversion: Conversion, tried: Tried, coded: int) -> None:
+        """Add an attempt; ``coded``: the bytes of its coded weights."""
+        record = self.size.search([*self.tried, tried], self.fixed, len(self.tried))
+        file = file_bytes(conversion.model, replace(conversion, search=record).header())
+        needed = file + self.size.budget.reserved + _DIGITS
+        self.tried.append(replace(tried, cost=needed))
+        self.fixed = needed - coded
+        if needed <= self.size.limit and (self._best is None or needed > self.tried[self._best[0]].cost):
+            self._best = len(self.tried) - 1, conversion
+
+    def next_bits(self) -> float | None:
+        """Return the bits per weight to try next; None if the best attempt is good enough, or the last one."""
+        if not self.tried:
+            return min(max(self.size.bits_beside(self.fixed), LEAST_BITS), MOST_BITS)
+        last = self.tried[-1]
+        if self._best is None:
+            self.size.check(self.fixed)
+        elif self.tried[self._best[0]].cost >= _USED * self.size.limit or last.expected >= MOST_BITS:
+            return None
+        if len(self.tried) == ATTEMPTS:
+            return None
+        aim = _AIM * self.size.limit
+        slope = (last.cost - self.fixed) / last.expected  # bytes for each bit, as if steps and tables needed none
+        if len(self.tried) > 1 and (other := self.tried[-2]).expected != last.expected:
+            slope = (last.cost - other.cost) / (last.expected - other.expected)
+        bits = last.expected + (aim - last.cost) / slope if slope > 0 else last.expected / 2
+        return min(max(bits, last.expected / 3, LEAST_BITS / 4), 3 * last.expected, MOST_BITS)
+
+    def best(self) -> Conversion:
+        """Return the largest conversion within the budget."""
+        if self._best is None:
+            raise UsageError(
+                f"the budget {self.size.budget} was not met in {counted(len(self.tried), 'attempt')}: the smallest has "
+                f"{min(tried.cost for tried in self.tried):,} bytes"
+            )
+        taken, conversion = self._best
+        # The record of later attempts would make the file larger than its size that was counted.
+        return replace(conversion, search=self.size.search(self.tried[: taken + 1], self.fixed, taken))

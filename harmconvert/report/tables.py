@@ -184,29 +184,13 @@ def evaluation_lines(evaluation: Evaluation) -> list[str]:
     if evaluation.agreement is not None and evaluation.top1 is not None:
         lines.append(f"agreement {evaluation.agreement:.2%}, KL {evaluation.divergence:.3g}")
     if evaluation.difference is not None:
-        lines.append(_second_network(evaluation))
+        lines.append(f"second network: {evaluation.second_network}")
     speed = evaluation.images_per_second
     lines.append(f"{speed:,.0f} {'images' if evaluation.measurement is None else 'samples'}/s")
     if evaluation.unreadable:
         names = shortened(list(evaluation.unreadable), 3)
         lines.append(f"{counted(len(evaluation.unreadable), 'image')} could not be read: {names}")
     return lines
-
-
-def _second_network(evaluation: Evaluation) -> str:
-    """Return the metric of the second network, and how much it differs from the first one's."""
-    difference, measured = evaluation.difference, evaluation.measurement
-    assert difference is not None
-    own = 100 * evaluation.top1 if measured is None and evaluation.top1 is not None else measured.value  # type: ignore[union-attr]
-    title = "top-1" if measured is None else measured.title
-    text = f"second network: {title} {difference.in_unit(own - difference.value)}; difference "
-    bounds = [
-        f"{point:+.2f}" if difference.unit == "%" else f"{point:+.3g}"
-        for point in (difference.value, *(difference.interval or ()))
-    ]
-    unit = "points" if difference.unit == "%" else difference.unit
-    between = f" (95 %: {bounds[1]} to {bounds[2]})" if difference.interval else ""
-    return f"{text}{bounds[0]} {unit}".rstrip() + between
 
 
 def stages_table(stages: Sequence[Stage]) -> Table:

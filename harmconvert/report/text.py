@@ -49,7 +49,7 @@ def megabytes(count: int) -> str:
     >>> megabytes(1_094_000), megabytes(4_328)
     ('1.09 MB', '4.33 kB')
     """
-    return f"{count / 1e6:.2f} MB" if count >= 100_000 or not count else bytes_text(count)
+    return f"{count / 1e6:.2f} MB" if count >= 5000 or not count else bytes_text(count)
 
 
 def bytes_text(count: int) -> str:

@@ -51,6 +51,19 @@ class Evaluation:
         """Return the 95 % confidence interval of top-1 (`wilson_interval`)."""
         return None if self.top1 is None else wilson_interval(self.top1, self.labelled)
 
+    @property
+    def second_network(self) -> str:
+        """Return the metric of the second network, and the difference of the first one from it; empty without one."""
+        difference, measured = self.difference, self.measurement
+        if difference is None:
+            return ""
+        title = "top-1" if measured is None else measured.title
+        own = 100 * (self.top1 or 0.0) if measured is None else measured.value
+        form, unit = ("+.2f", "points") if difference.unit == "%" else ("+.3g", difference.unit)
+        between = " to ".join(f"{bound:{form}}" for bound in difference.interval or ())
+        gap = f"difference {difference.value:{form}} {unit}".rstrip() + (f" (95 %: {between})" if between else "")
+        return f"{title} {difference.in_unit(own - difference.value)}; {gap}"
+
     def __str__(self) -> str:
         if self.measurement is not None:
             return str(self.measurement)
