@@ -12,12 +12,12 @@ import click
 
 from .groups import is_given, main_name
 
+# Files of runtimes, from which no network in PyTorch can be made.
+GRAPHS = (".onnx", ".ort", ".xml", ".tflite", ".engine", ".mlmodel")
 # A name with one of these endings is always a path.
 SUFFIXES = (
-    ".safetensors", ".pth", ".pt", ".pt2", ".pt7", ".bin", ".ckpt", ".tar", ".onnx", ".json", ".py",
+    ".safetensors", ".pth", ".pt", ".pt2", ".pt7", ".bin", ".ckpt", ".tar", ".json", ".py", *GRAPHS,
 )  # fmt: skip
-# Files of runtimes, from which no network in PyTorch can be made.
-GRAPHS = (".onnx", ".ort", ".xml", ".tflite", ".engine", ".mlmodel", ".mlpackage")
 DEVICES = ("cpu", "cuda", "hip", "hpu", "meta", "mps", "mtia", "xla", "xpu")
 
 
