@@ -144,7 +144,7 @@ TABLES: dict[str, Callable[[], str]] = {
     },
     **{
         f"deployment-{network}": (lambda network=network: deployment(network))  # type: ignore[misc]
-        for network in ("efficientnet_lite0", "resnet_mnist5k", "resnet18", "resnet50", "mobilenetv2_100")
+        for network in ("efficientnet_lite0", "resnet_mnist5k", "resnet18", "resnet50", "wrn28_10", "mobilenetv2_100")
     },
     "deployment-ways": deployment_ways,
     "deployment-cuts": deployment_cuts,
