@@ -59,7 +59,7 @@ class Budget:
     """A limit for one unit: a share of the whole network's cost (above 0, at most 1), or an amount.
 
     Units of amounts: parameters, bytes of the file, MACs of the factored form, microseconds on this machine.
-    ``reserved``: bytes that the file will need in addition to those of `harmconvert.save` without its own arguments.
+    ``reserved``: bytes of the budget for what the file records besides the network: its source and the command.
 
     >>> Budget.parse("params=60%"), Budget.parse({"bytes": "10MB"})
     (Budget(unit='params', share=0.6, amount=None), Budget(unit='bytes', share=None, amount=10000000))
@@ -74,7 +74,7 @@ class Budget:
 
     @classmethod
     def parse(cls, budget: str | Mapping[str, Any] | Budget) -> Budget:
-        """Parse ``"params=60%"``, ``"params=0.6"``, ``"params=5M"``, or a dict with one such entry.
+        """Parse ``"params=60%"``, ``"params=0.6"``, ``"params=5M"``, or a dict with one such entry; keep a `Budget`.
 
         Raises:
             UsageError: the unit is unknown, there is more than one, or the value is neither a share nor an amount.

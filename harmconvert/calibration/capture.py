@@ -98,7 +98,7 @@ def watch_convolutions(
             if failure or (stop_after is not None and count > stop_after):
                 raise LayerReached  # a second time: the network has caught the first one
             try:
-                with _without_autocast(calls), torch._C.DisableTorchFunction():
+                with _without_autocast(calls):
                     on_call(name, calls[0] if len(calls) == 1 else None)
             except Exception as error:
                 failure.append(error)

@@ -87,9 +87,9 @@ def convert(
         budget: instead of ``lam``: a share of the parameters, bytes, MACs or time on this machine of the whole network,
             such as ``{"params": 0.6}`` or ``"latency=50%"``, or an amount, such as ``"bytes=10MB"``. Time is that of
             the factored form on ``example_input``. A search finds the plan with the smallest error within the budget
-            (`harmconvert.search.choosing`). Bytes are those of the file that `save` writes, and a share is one of the
-            tensors' bytes now: all weights are quantised to the bits per weight that the budget allows, and ``lam`` may
-            be given as well.
+            (`harmconvert.search.choosing`). Bytes are those of the file that `save` writes, and a share is
+            relative to the bytes of the tensors now. All weights are quantised to the bits per weight that the budget
+            allows, and ``lam`` may be given as well.
         max_drop: instead of ``lam``: find the fewest parameters at which ``metric`` falls by at most this many points.
             The search bisects over budgets; `Conversion.drops` has its steps. With ``bits="auto"`` it finds the fewest
             bits per weight instead.
