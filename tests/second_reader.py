@@ -7,8 +7,10 @@ import json
 import math
 import struct
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Context, Decimal, localcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +61,7 @@ def read(path: Path) -> Checkpoint:
     coded = check_codecs(header["codecs"], entries) if version == 2 else {}
     stored = {key: data[slice(*entry["data_offsets"])] for key, entry in entries.items()}
     tensors = {
-        key: quantised(coded[key], stored[key]) if key in coded else values(entry, stored[key])
-        for key, entry in entries.items()
+        key: coded[key](stored[key]) if key in coded else values(entry, stored[key]) for key, entry in entries.items()
     }
     tensors |= {key: tensors[other] for key, other in header["tied"].items()}
     merged: dict[str, Array] = {}
@@ -210,16 +211,31 @@ def distribution(index: int, shape: int, largest: int) -> list[int]:
     return [*reversed(above), (1 << 24) - 2 * sum(above), *above]
 
 
-def check_codecs(codecs: dict[str, Any], entries: dict[str, Any]) -> dict[str, Any]:
-    """Section 3: return the entries of the quantised tensors; raise UnreadableError for an unknown codec."""
+def packed(entry: dict[str, Any], stream: bytes) -> Array:
+    """Section 3, the codec `packed`: the values of a stream."""
+    kind, exponent, least, bits = struct.unpack("<BhiB", stream[:8])
+    every = int.from_bytes(stream[8:], "little")
+    numbers = [least + (every >> place * bits) % (1 << bits) for place in range(entry["shape"][0])]
+    if every >> bits * len(numbers) or kind > 1:
+        raise UnreadableError("the stream is not that of a packed vector")
+    return (np.ldexp(numbers, exponent) if kind == 0 else steps(np.array(numbers))).astype(entry["dtype"])
+
+
+def check_codecs(codecs: dict[str, Any], entries: dict[str, Any]) -> dict[str, Callable[[bytes], Array]]:
+    """Section 3: return a decoder for each tensor that has an entry; raise UnreadableError for an unknown codec."""
+    decoders = {"quantised": quantised, "packed": packed}
     for name, codec in codecs.items():
-        if name not in (*PLAIN.values(), "raw", "quantised") or codec["version"] != 1:
+        if name not in (*PLAIN.values(), "raw", *decoders) or codec["version"] != 1:
             raise UnreadableError(f"codec {name} version {codec['version']}")
-    coded = codecs.get("quantised", {}).get("tensors", {})
+    coded = {
+        key: partial(decoder, entry)
+        for name, decoder in decoders.items()
+        for key, entry in codecs.get(name, {}).get("tensors", {}).items()
+    }
     used = {PLAIN.get(entry["dtype"], "raw") for key, entry in entries.items() if key not in coded}
-    if set(codecs) - {"quantised"} != used:
+    if set(codecs) - {*decoders} != used:
         raise UnreadableError("the codec table is not that of the tensors")
-    return dict(coded)
+    return coded
 
 
 def key_of(name: str, tensor: str) -> str:

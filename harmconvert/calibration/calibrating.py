@@ -26,7 +26,17 @@ from ..network.layers import kernel_size, observable_layers, state_key, stored_n
 from ..network.low_rank import at_full_rank, in_one_layer, in_two_layers, ranked_layers
 from ..network.running import unchanged
 from ..network.state import tensors_of
-from ..plan import AXES, Bits, CodedWeight, LayerPlan, Plan, Rank, apply_plan, coded_weights, round_weights
+from ..plan import (
+    AXES,
+    Bits,
+    CodedWeight,
+    LayerPlan,
+    Plan,
+    Rank,
+    apply_plan,
+    coded_weights,
+    round_weights,
+)
 from .batch_norm import batch_norms, reestimate
 from .coding import Coder
 from .context import CalibrationContext
@@ -37,6 +47,7 @@ from .limits import memory_for
 from .records import Calibration, CalibrationSettings, LayerCalibration, Progress
 from .refit import Reduction, Refit
 from .tied_layers import Targets, find_tied_layers, why_not_observed
+from .vectors import with_rounded_vectors
 
 # Outputs of the original are stored up to this size: more saves little time and much memory.
 MOST_TARGETS = 1 << 29
@@ -159,6 +170,7 @@ def _calibrate_and_code(
     # The reduction of ranks has records of its own: those of the coding are about the two matrices.
     ranked = [layer for layer in first.layers if layer.spectrum is not None] if first else []
     record = replace(record, layers=(*ranked, *record.layers))
+    record = with_rounded_vectors(context, converted, plan, record)
     return replace(record, changed=digests(converted, sorted(changed)), coded=entries, notes=notes)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..documents import check, count, input_errors, json_value
 from ..errors import InputError, shortened
 from .codec import CODECS, Codec, Entry, codec_of
+from .packed import PACKED
 from .plain import RAW, plain_codec
 
 # The dtypes of decoded tensors, by their names in a codec table.
@@ -49,7 +50,9 @@ class Stored:
 
 @dataclass(frozen=True)
 class CodecTable:
-    """The codecs of a file: its plain codecs (name and version), and the entries of its coded tensors, by key.
+    """The codecs of a file: its plain codecs (name and version), and the entries of other tensors, by key.
+
+    ``coded``: the coded weights. ``packed``: the packed vectors.
 
     >>> table = CodecTable.of({torch.float32, torch.int64})
     >>> table.to_json()
@@ -58,12 +61,23 @@ class CodecTable:
 
     plain: frozenset[tuple[str, int]] = frozenset()
     coded: Mapping[str, Entry] = field(default_factory=dict)
+    packed: Mapping[str, Entry] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, dtypes: Iterable[torch.dtype], coded: Mapping[str, Entry] | None = None) -> CodecTable:
-        """Return the table of a file that has plain tensors of some dtypes, and coded tensors."""
+    def of(cls, dtypes: Iterable[torch.dtype], entries: Mapping[str, Entry] | None = None) -> CodecTable:
+        """Return the table of a file that has plain tensors of some dtypes, and tensors with entries."""
         codecs = {plain_codec(dtype) for dtype in dtypes}
-        return cls(frozenset((codec.name, codec.version) for codec in codecs), dict(coded or {}))
+        return cls._of(((codec.name, codec.version) for codec in codecs), entries or {})
+
+    @classmethod
+    def _of(cls, plain: Iterable[tuple[str, int]], entries: Mapping[str, Entry]) -> CodecTable:
+        packed = {key: entry for key, entry in entries.items() if entry.codec == PACKED.name}
+        return cls(frozenset(plain), {key: one for key, one in entries.items() if key not in packed}, packed)
+
+    @property
+    def entries(self) -> dict[str, Entry]:
+        """Return the entries of all tensors that are not stored as plain values."""
+        return {**self.coded, **self.packed}
 
     def with_streams(self, stored: Mapping[str, Tensor]) -> CodecTable:
         """Return the table with the tensors of its file as the streams of its entries (`Entry.stream`)."""
@@ -72,7 +86,7 @@ class CodecTable:
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-able dict with the entries grouped by codec; inverse of `from_json`."""
         table: dict[str, Any] = {name: {"version": version} for name, version in sorted(self.plain)}
-        for key, entry in self.coded.items():
+        for key, entry in self.entries.items():
             group = table.setdefault(entry.codec, {"version": entry.version, "tensors": {}})
             dtype = str(entry.dtype).removeprefix("torch.")
             group["tensors"][key] = {"shape": list(entry.shape), "dtype": dtype, **entry.parameters}
@@ -89,38 +103,38 @@ class CodecTable:
             check(data, _TABLE, "codecs")
             versions = {name: group["version"] for name, group in data.items()}
         codecs = {name: _registered(name, version) for name, version in versions.items()}
-        coded: dict[str, Entry] = {}
+        entries: dict[str, Entry] = {}
         with input_errors(_UNREADABLE):
             for name, group in data.items():
                 if codecs[name].plain != ("tensors" not in group):
                     raise ValueError(f"{name}: it should {'not ' if codecs[name].plain else ''}list tensors")
                 for key, entry in group.get("tensors", {}).items():
-                    if key in coded:
+                    if key in entries:
                         raise ValueError(f"{key!r:.80} has two codecs")
-                    coded[key] = _entry_from_json(codecs[name], key, entry)
-        return cls(frozenset((name, codec.version) for name, codec in codecs.items() if codec.plain), coded)
+                    entries[key] = _entry_from_json(codecs[name], key, entry)
+        return cls._of(((name, codec.version) for name, codec in codecs.items() if codec.plain), entries)
 
     def check(self, stored: Mapping[str, Stored], limit: int) -> None:
         """Compare the table with the tensors of its file.
 
         Args:
             stored: all tensors of the file, by key.
-            limit: the most bytes that all coded tensors may need after decoding.
+            limit: the most bytes that all tensors with an entry may need after decoding.
 
         Raises:
             InputError: the table does not belong to this file, or claims tensors that are too large.
         """
-        for key, entry in self.coded.items():
+        for key, entry in self.entries.items():
             shape, dtype = codec_of(entry).stored(entry)
             tensor = stored.get(key)
             if tensor is None or tensor.shape != tuple(shape) or STORED_NAMES.get(tensor.dtype) != dtype:
                 expected = next((name for name, known in STORED_NAMES.items() if known == dtype), str(dtype))
                 actual = "it is missing" if tensor is None else f"it is {tensor.dtype} {list(tensor.shape)}"
                 raise InputError(f"{_DISAGREE}: {key[:80]} should be {expected} {list(shape)}, {actual}")
-        plain = {tensor.codec for key, tensor in stored.items() if key not in self.coded}
+        plain = {tensor.codec for key, tensor in stored.items() if key not in self.entries}
         if differing := self.plain ^ {(codec.name, codec.version) for codec in plain}:
             raise InputError(f"{_DISAGREE}: only one of them has {shortened(sorted(name for name, _ in differing))}")
-        if (size := sum(entry.decoded_bytes for entry in self.coded.values())) > limit:
+        if (size := sum(entry.decoded_bytes for entry in self.entries.values())) > limit:
             raise InputError(f"its codec table claims tensors of {size:,} bytes, far more than the file holds: refused")
 
 

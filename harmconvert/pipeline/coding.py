@@ -15,8 +15,18 @@ from ..codecs.plain import stored_bytes
 from ..codecs.quantised import entry_of_size
 from ..errors import UsageError, counted
 from ..network.tracing import Trace
-from ..plan import Bits, Plan, apply_plan, coded_weights, round_weights, tensor_bytes, with_coded_bits
-from ..plan.precision import MOST_BITS
+from ..plan import (
+    Bits,
+    Plan,
+    apply_plan,
+    coded_weights,
+    round_vectors,
+    round_weights,
+    tensor_bytes,
+    vector_bits,
+    with_coded_bits,
+)
+from ..plan.precision import MOST_BITS, VECTOR_BITS
 from ..search.records import Search, Tried
 from ..search.searching import Converted
 from ..storage.checkpoint import file_bytes
@@ -41,7 +51,10 @@ def code(
 ) -> tuple[Calibration | None, dict[str, Entry]]:
     """Code the weights of a converted network in place, on calibration inputs or without; return the entries."""
     if calibration is None:
-        return None, round_weights(converted.model, converted.plan)
+        entries = round_weights(converted.model, converted.plan)
+        for precision in vector_bits(converted.plan)[:1]:
+            round_vectors(converted.model, precision)
+        return None, entries
     record = calibrate(model, converted.model, converted.plan, calibration, settings, progress)
     return record, dict(record.coded)
 
@@ -79,13 +92,12 @@ def code_within(
     example = apply_plan(model, plan)
     weights = coded_weights(example, plan)
     size = _Size(budget, tensor_bytes(model), sum(weight.count for weight in weights))
-    uncoded = tensor_bytes(example) - sum(weight.parameter.element_size() * weight.count for weight in weights)
-    size.check(uncoded + _LEAST_SIDE_BYTES * len(weights))
+    round_vectors(example, VECTOR_BITS[0])
     entries = {w.key: entry_of_size(_LEAST_SIDE_BYTES, w.layout, w.parameter.dtype) for w in weights}
     expected = replace(conversion_of(model, Converted(plan, example), run), coded=entries).header()
-    fixed = (
-        file_bytes(example, expected) + budget.reserved + (0 if calibration is None else _RECORD_BYTES * len(weights))
-    )
+    fixed = file_bytes(example, expected) + budget.reserved
+    size.check(fixed)
+    fixed += 0 if calibration is None else _RECORD_BYTES * len(weights)
     del example
     context = None if calibration is None else CalibrationContext.of(model, calibration, settings)
     attempts = _Attempts(size, fixed)

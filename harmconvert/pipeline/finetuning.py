@@ -16,6 +16,7 @@ from torch import nn
 
 from ..calibration import CalibrationSettings, calibrate
 from ..codecs.codec import Entry, codec_of
+from ..codecs.packed import packed_entry
 from ..data.datasets import Data
 from ..data.loading import NO_LABEL, Batch, choose_inputs, evaluation_batches, input_batches, training_batches
 from ..data.pictures import BOXES, CLASSES
@@ -27,8 +28,10 @@ from ..metrics.metric import Metric
 from ..network.classifier import detector_classes, replace_classifier
 from ..network.distributed import world_size
 from ..network.forms import dense_form
+from ..network.state import tensors_of
 from ..network.values import map_tensors
 from ..plan import Bits
+from ..plan.precision import round_vectors, suiting
 from ..storage.checkpoint import Header
 from ..storage.history import CALIBRATION, STAGES
 from ..storage.source import Source
@@ -189,6 +192,7 @@ def run_finetuning(
     record = json.loads(json.dumps(record))  # plain values: a state must not hold objects such as a `Message`
     entries = cut.header.codecs.coded
     coded = CodedRows(model, entries) if entries and not recode else None
+    packed = any(packed_entry(key, tensor) for key, tensor in tensors_of(model).items())
     rows = train(
         model, train_loading(data, recipe, setup), recipe, teacher=original if recipe.distill else None,
         machine=setup.machine, state_file=replace(setup.state_file, record=record),
@@ -196,6 +200,8 @@ def run_finetuning(
         task=TrainingTask(data.task, setup.loss or loss_of(recipe.loss, data.task)),
     )  # fmt: skip
     entries = coded.entries() if coded else {}
+    if coded and packed:
+        round_vectors(model, suiting(_average_bits(entries)))
     stages.append(Stage("fine-tuned", evaluation_of(model)))
     if cut.header.codecs.coded and recode:
         model, entries, calibration = _coded_again(cut, data, recipe, setup, max(calibration_images, 64))
@@ -208,7 +214,7 @@ def _coded_again(
 ) -> tuple[nn.Module, Mapping[str, Entry], Mapping[str, Any]]:
     """Code the weights of the trained network with as many bits as before, on training images without labels."""
     entries = cut.header.codecs.coded
-    bits = 8 * sum(codec_of(one).bytes(one) for one in entries.values()) / sum(prod(o.shape) for o in entries.values())
+    bits = _average_bits(entries)
     batches = _calibration_batches(data, setup, count, recipe.seed)
     settings = CalibrationSettings(seed=recipe.seed, inputs=count)
     trained = dense_form(cut.model)
@@ -217,6 +223,10 @@ def _coded_again(
     )
     assert conversion.calibration is not None
     return conversion.model, conversion.coded, conversion.calibration.to_json()
+
+
+def _average_bits(entries: Mapping[str, Entry]) -> float:
+    return 8 * sum(codec_of(one).bytes(one) for one in entries.values()) / sum(prod(o.shape) for o in entries.values())
 
 
 def _calibration_batches(data: Data, setup: TrainingSetup, count: int, seed: int) -> tuple[Any, ...]:

@@ -16,6 +16,7 @@ from ..layers.harmonic import CONVOLUTIONS, is_harmonic_layer
 from ..network.layers import all_layers, convolutions, kernel_size, state_key, stored_names, weights_of
 from ..network.low_rank import ranked_layers
 from ..network.state import tensors_of
+from ..plan.precision import VECTOR_BITS, rounded_vectors
 from ..storage.tensors import equal
 
 _KERNELS = ("weight", "coefficients", "coefficients_in", "coefficients_out", "fitted_basis")
@@ -98,6 +99,17 @@ def as_coded(converted: nn.Module, coded: Mapping[str, Entry]) -> dict[str, bool
         key: key in tensors and equal(codec_of(entry).decode(entry.stream, entry), tensors[key])
         for key, entry in coded.items()
         if entry.stream is not None
+    }
+
+
+def as_rounded(original: nn.Module, converted: nn.Module) -> dict[str, bool]:
+    """Return the keys of the tensors of the original that are in the converted network as `rounded_vectors`."""
+    tensors = tensors_of(converted)
+    return {
+        key: True
+        for bits in VECTOR_BITS
+        for key, value in rounded_vectors(original, bits).items()
+        if key in tensors and _equal(value, tensors[key])
     }
 
 

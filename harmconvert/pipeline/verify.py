@@ -34,7 +34,7 @@ from .convert import Conversion
 from .layer_check import check_layer
 from .showing import reported
 from .side_by_side import Comparison, comparisons
-from .structure_check import altered_state, as_calibrated, as_coded, differing_modules, pairs_of
+from .structure_check import altered_state, as_calibrated, as_coded, as_rounded, differing_modules, pairs_of
 from .verification import LayerCheck, Verification
 
 _UNCOPIED = (
@@ -117,6 +117,8 @@ def _verified(
     with evaluating(original, converted):  # in training mode, reading a weight with spectral normalisation changes it
         pairs, structural = pairs_of(original, converted, planned)
     written = as_calibrated(converted, calibrated) | as_coded(converted, coded)
+    if coded:
+        written = as_rounded(original, converted) | written
     altered = [] if structural else altered_state(original, converted, pairs, written)
     tick = _ticker(progress, 2 * len(pairs) + 2 * (1 if dtype == torch.float64 else 2))
     kernels = _kernel_checks(pairs, planned, written, tick)

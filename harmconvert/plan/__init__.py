@@ -16,7 +16,10 @@ from .precision import (
     CodedWeight,
     PrecisionAxis,
     coded_weights,
+    round_vectors,
     round_weights,
+    rounded_vectors,
+    vector_bits,
     with_coded_bits,
 )
 from .space import Frequencies, SpaceAxis, bases_of, bases_text, cut_layer, energies_kept, normalizations_text
@@ -57,8 +60,11 @@ __all__ = [
     "plannable",
     "projections",
     "register",
+    "round_vectors",
     "round_weights",
+    "rounded_vectors",
     "tensor_bytes",
+    "vector_bits",
     "with_coded_bits",
 ]
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..codecs.codec import Entry
+from ..codecs.packed import entry_in_file
 from ..codecs.plain import stored_bytes
 from ..layers.factored import FACTORABLE
 from ..layers.low_rank import SPLITTABLE
@@ -70,8 +71,8 @@ def tensor_bytes(model: nn.Module, coded: Mapping[str, Entry] | None = None) -> 
     """
     entries = coded or {}
     tensors = tensors_of(model, keep_vars=True)
-    unique = {id(tensor): (tensor, entries.get(key)) for key, tensor in reversed(tensors.items())}
-    return sum(stored_bytes(tensor, entry) for tensor, entry in unique.values() if not is_lazy(tensor))
+    unique = {id(tensor): (key, tensor) for key, tensor in reversed(tensors.items()) if not is_lazy(tensor)}
+    return sum(stored_bytes(tensor, entry_in_file(key, tensor, entries)) for key, tensor in unique.values())
 
 
 def layer_costs(model: nn.Module, plan: Plan, trace: Trace | None = None) -> dict[str, LayerCost]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..codecs import Entry, stored_bytes
+from ..codecs import Entry, entry_in_file, stored_bytes
 from ..network.state import tensors_of
 from .charts import Chart, Series, axis, counted
 from .facts import LayerBytes, total_bytes
@@ -36,7 +36,7 @@ def layer_bytes(model: nn.Module, coded: Mapping[str, Entry]) -> tuple[LayerByte
     name = next(iter(names))
     for owner, key, tensor in tensors:
         name = owner if owner in names else name
-        layer, size = layers[name], stored_bytes(tensor, coded.get(key))
+        layer, size = layers[name], stored_bytes(tensor, entry_in_file(key, tensor, coded))
         if key in coded:
             weights, coded_bytes = layer.weights + tensor.numel(), layer.coded_bytes + size
             layers[name] = replace(layer, weights=weights, coded_bytes=coded_bytes)

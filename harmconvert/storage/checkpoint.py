@@ -48,6 +48,7 @@ from .tensors import (
     memory_limit,
     read_stored,
     stored_tensors,
+    with_packed,
 )
 from .weights import load_exactly, open_safetensors, untied_state, why_unreadable, write_tensors
 
@@ -106,7 +107,7 @@ def file_bytes(model: nn.Module, header: Header) -> int:
     tensors, tied = untied_state(model)
     coded = {key: entry for key, entry in header.codecs.coded.items() if key in tensors}
     streams = {key: torch.zeros(codec_of(entry).bytes(entry), dtype=torch.uint8) for key, entry in coded.items()}
-    stored = {**tensors, **streams}
+    stored, coded = with_packed({**tensors, **streams}, coded)
     text = header_text(_completed(header, model, stored, coded, tied), stored)
     return len(safetensors.torch.save(stored, _metadata(text)))
 
@@ -150,7 +151,7 @@ def _check_written(staging: Path, model: nn.Module, header: Header, tensors: Map
     header_read, text = _header_of(staging)
     stored = StoredTensors(staging)
     if checksum(text, stored) == header.crc32:
-        coded = header_read.codecs.coded
+        coded = header_read.codecs.entries
         again = decode_tensors({key: stored[key] for key in coded}, coded)
         if all(equal(tensor, tensors[key]) for key, tensor in again.items()):
             return
@@ -204,7 +205,7 @@ def _header_of(path: str | Path) -> tuple[Header, str]:
     except InputError as error:
         raise InputError(f"{path}: ", error.message) from error
     shapes = {key: list(tensor.shape) for key, tensor in stored.items()}
-    shapes |= {key: list(entry.shape) for key, entry in header.codecs.coded.items()}
+    shapes |= {key: list(entry.shape) for key, entry in header.codecs.entries.items()}
     _check_shapes(path, header, shapes)
     return header, metadata[METADATA_KEY]
 
@@ -271,13 +272,13 @@ def read_checkpoint(
     del model  # a network that ``rebuild`` made is freed here
     stored = read_stored(path)
     if header.crc32 is not None and checksum(text, stored) != header.crc32:
-        if any(codec_of(entry).entropy_coded for entry in header.codecs.coded.values()):
+        if any(codec_of(entry).entropy_coded for entry in header.codecs.entries.values()):
             raise InputError(f"{path} is damaged, or was changed after harmconvert wrote it: get the file again")
         remark = f"{path} is damaged, or was changed after harmconvert wrote it: verify it against its original"
         warnings.warn(remark, DamageWarning, stacklevel=2)
     _check_coded(harmonic, header, path)
     with input_errors(str(path)):
-        state = decode_tensors(stored, header.codecs.coded)
+        state = decode_tensors(stored, header.codecs.entries)
     header = replace(header, codecs=header.codecs.with_streams(stored))
     del stored
     state |= {alias: state[key] for alias, key in header.tied.items() if key in state}
@@ -293,7 +294,7 @@ def read_checkpoint(
 def _check_coded(harmonic: nn.Module, header: Header, path: str | Path) -> None:
     """Raise InputError if a coded tensor does not fit the network, before memory is allocated for its values."""
     own = tensors_of(harmonic, keep_vars=True)
-    for key, entry in header.codecs.coded.items():
+    for key, entry in header.codecs.entries.items():
         if key not in own or (not is_lazy(own[key]) and tuple(own[key].shape) != entry.shape):
             actual = f"the network's has {tuple(own[key].shape)}" if key in own else "the network has no such tensor"
             raise InputError(

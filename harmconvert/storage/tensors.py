@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..codecs.codec import Entry, codec_of
+from ..codecs.packed import packed_entry
 from ..codecs.table import Stored
 from ..errors import HarmconvertWarning, InputError, first_line, shortened
 from .weights import open_safetensors
@@ -62,6 +63,8 @@ def encode_tensors(
 ) -> tuple[dict[str, Tensor], dict[str, Entry]]:
     """Encode the tensors that have an entry; return all tensors for the file, and the entries that it needs.
 
+    If there are entries, vectors are packed, too (`with_packed`).
+
     A tensor is stored plain, with a warning, if its codec would change it: its values were changed after its entry was
     made, for example by training.
     """
@@ -86,7 +89,20 @@ def encode_tensors(
             HarmconvertWarning,
             stacklevel=4,
         )
-    return stored, kept
+    return with_packed(stored, kept)
+
+
+def with_packed(
+    stored: Mapping[str, Tensor], entries: Mapping[str, Entry]
+) -> tuple[dict[str, Tensor], dict[str, Entry]]:
+    """Pack the vectors of a file with coded tensors where this saves bytes; return its tensors and entries."""
+    packed = {
+        key: entry
+        for key, tensor in (stored.items() if entries else ())
+        if key not in entries and (entry := packed_entry(key, tensor)) is not None
+    }
+    streams = {key: entry.stream for key, entry in packed.items() if entry.stream is not None}
+    return {**stored, **streams}, {**entries, **packed}
 
 
 def decode_tensors(stored: Mapping[str, Tensor], entries: Mapping[str, Entry]) -> dict[str, Tensor]:

@@ -8,15 +8,21 @@ inputs. What does not: rounding with feedback (`kernels`), entropy coding (`code
 from .axis import PrecisionAxis
 from .bits import MOST_BITS, Bits, BitsSetting
 from .rounding import round_weights
+from .vectors import VECTOR_BITS, round_vectors, rounded_vectors, suiting, vector_bits
 from .weights import CodedWeight, coded_weights, with_coded_bits
 
 __all__ = [
     "MOST_BITS",
+    "VECTOR_BITS",
     "Bits",
     "BitsSetting",
     "CodedWeight",
     "PrecisionAxis",
     "coded_weights",
+    "round_vectors",
     "round_weights",
+    "rounded_vectors",
+    "suiting",
+    "vector_bits",
     "with_coded_bits",
 ]
