@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..documents import check, count
+from ..errors import counted
 from .codec import Codec, Entry
 from .integers import MOST_INDEX, step_indices, step_sizes
 
@@ -74,7 +75,9 @@ class PackedCodec(Codec):
         if kind not in (LINEAR, LOGARITHMIC) or bits > _MOST_BITS or abs(exponent) > _MOST_EXPONENT:
             raise ValueError("its grid is unknown")
         if len(data) != _PREFIX.size + -(-length * bits // 8):
-            raise ValueError(f"{len(data)} bytes do not hold {length} numbers of {bits} bits")
+            raise ValueError(
+                f"its {counted(len(data), 'byte')} do not hold {counted(length, 'number')} of {counted(bits, 'bit')}"
+            )
         places = np.unpackbits(np.frombuffer(data, np.uint8, offset=_PREFIX.size), bitorder="little")
         if places[length * bits :].any():
             raise ValueError("the bits after its last number are not zero")

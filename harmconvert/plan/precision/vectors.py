@@ -66,8 +66,8 @@ def rounded_vectors(model: nn.Module, bits: int) -> dict[str, Tensor]:
     >>> norm = nn.BatchNorm1d(2)
     >>> norm.running_var[:] = torch.tensor([1.0, 9.0])
     >>> rounded = rounded_vectors(norm, 8)
-    >>> rounded["running_var"].tolist(), rounded["weight"].tolist()
-    ([1.0, 9.513657569885254], [1.0, 1.02734375])
+    >>> (4 * rounded["running_var"].log2()).tolist(), rounded["weight"].tolist()
+    ([0.0, 13.0], [1.0, 1.02734375])
 
     Args:
         bits: a vector has steps of at most 2^-bits of its root mean square.
