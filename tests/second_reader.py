@@ -211,14 +211,16 @@ def distribution(index: int, shape: int, largest: int) -> list[int]:
     return [*reversed(above), (1 << 24) - 2 * sum(above), *above]
 
 
-def packed(entry: dict[str, Any], stream: bytes) -> Array:
+def packed(entry: list[Any], stream: bytes) -> Array:
     """Section 3, the codec `packed`: the values of a stream."""
     kind, exponent, least, bits = struct.unpack("<BhiB", stream[:8])
     every = int.from_bytes(stream[8:], "little")
-    numbers = [least + (every >> place * bits) % (1 << bits) for place in range(entry["shape"][0])]
+    numbers = [least + (every >> place * bits) % (1 << bits) for place in range(entry[0])]
     if every >> bits * len(numbers) or kind > 1:
         raise UnreadableError("the stream is not that of a packed vector")
-    return (np.ldexp(numbers, exponent) if kind == 0 else steps(np.array(numbers))).astype(entry["dtype"])
+    return (np.ldexp(numbers, exponent) if kind == 0 else steps(np.array(numbers))).astype(
+        entry[2] if len(entry) > 2 else "float32"
+    )
 
 
 def check_codecs(codecs: dict[str, Any], entries: dict[str, Any]) -> dict[str, Callable[[bytes], Array]]:

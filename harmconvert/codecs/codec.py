@@ -76,6 +76,21 @@ class Codec(ABC):
             ValueError: the stored values cannot be decoded.
         """
 
+    def entry_to_json(self, entry: Entry) -> Any:
+        """Return the entry as it is in the codec table of a file."""
+        dtype = str(entry.dtype).removeprefix("torch.")
+        return {"shape": list(entry.shape), "dtype": dtype, **entry.parameters}
+
+    def fields(self, data: Any) -> Mapping[str, Any]:
+        """Return the shape, the dtype and the parameters of an entry in a codec table; the data is not checked.
+
+        Raises:
+            ValueError: the data is not an entry of this codec.
+        """
+        if not isinstance(data, Mapping):
+            raise ValueError("its entry is not an object")
+        return data
+
     def check(self, entry: Entry) -> None:
         """Raise ValueError if the entry is invalid, or if decoding it would need much more than `Entry.decoded_bytes`.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,9 +29,9 @@ _PREFIX = struct.Struct("<BhiB")
 LINEAR, LOGARITHMIC = 0, 1
 _MOST_BITS, _MOST_EXPONENT = 31, 1100
 # For fewer values, the entry of the codec table would need most of the bytes that are saved.
-_LEAST_VALUES = 64
+_LEAST_VALUES = 32
 # An entry is about so much longer than its key.
-_ENTRY_BYTES = 45
+_ENTRY_BYTES = 16
 
 
 class PackedCodec(Codec):
@@ -55,6 +56,16 @@ class PackedCodec(Codec):
 
     def stored(self, entry: Entry) -> tuple[tuple[int, ...], torch.dtype]:
         return (int(entry.parameters["bytes"]),), torch.uint8
+
+    def entry_to_json(self, entry: Entry) -> Any:
+        """Return a list, because a network has many vectors: their length and bytes, and a dtype other than float32."""
+        dtype = () if entry.dtype == torch.float32 else (str(entry.dtype).removeprefix("torch."),)
+        return [*entry.shape, entry.parameters["bytes"], *dtype]
+
+    def fields(self, data: Any) -> Mapping[str, Any]:
+        if not isinstance(data, list) or len(data) not in (2, 3):
+            raise ValueError("its entry is not a list of the length, the bytes and the dtype")
+        return {"shape": data[:1], "bytes": data[1], "dtype": (*data[2:], "float32")[0]}
 
     def encode(self, tensor: Tensor, entry: Entry) -> Tensor:
         values = tensor.detach().to("cpu", torch.float64).numpy()

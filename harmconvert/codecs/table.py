@@ -32,7 +32,8 @@ STORED_NAMES = {
 
 _MOST_AXES = 16
 _UNREADABLE, _DISAGREE = "its codec table is unreadable", "its codec table and tensors disagree"
-_TABLE = {...: {"version": count, "tensors": {...: {"shape": [count], "dtype": str, ...: json_value}}}}
+_TABLE = {...: {"version": count, "tensors": {...: json_value}}}
+_ENTRY = {"shape": [count], "dtype": str, ...: json_value}
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,7 @@ class CodecTable:
         table: dict[str, Any] = {name: {"version": version} for name, version in sorted(self.plain)}
         for key, entry in self.entries.items():
             group = table.setdefault(entry.codec, {"version": entry.version, "tensors": {}})
-            dtype = str(entry.dtype).removeprefix("torch.")
-            group["tensors"][key] = {"shape": list(entry.shape), "dtype": dtype, **entry.parameters}
+            group["tensors"][key] = codec_of(entry).entry_to_json(entry)
         return table
 
     @classmethod
@@ -147,9 +147,14 @@ def _registered(name: str, version: int) -> Codec:
     return codec
 
 
-def _entry_from_json(codec: Codec, key: str, data: Mapping[str, Any]) -> Entry:
+def _entry_from_json(codec: Codec, key: str, data: Any) -> Entry:
     """Return the entry of one tensor."""
     where = f"{codec.name}: {key[:80]}"
+    try:
+        data = codec.fields(data)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    check(data, _ENTRY, f"codecs[{codec.name!r}]['tensors'][{key!r:.80}]")
     shape = tuple(data["shape"])
     if len(shape) > _MOST_AXES or prod(shape) >= 1 << 63:
         raise ValueError(f"{where}: its shape is out of range")

@@ -87,17 +87,21 @@ HISTORY = {
 def with_columns(history: Mapping[str, Any]) -> dict[str, Any]:
     """Return a history in which the layers of a calibration are a list for each entry; inverse of `with_layers`.
 
-    In a small file, the names of the entries of all layers would take some per cent of the bytes.
+    A value that all layers have is there once. In a small file, names and values of all layers would take some per cent
+    of the bytes.
 
-    >>> with_columns({"calibration": {"layers": [{"name": "a", "damping": 0.1}, {"name": "b", "damping": None}]}})
-    {'calibration': {'layers': {'name': ['a', 'b'], 'damping': [0.1, None]}}}
+    >>> with_columns({"calibration": {"layers": [{"name": "a", "inputs": 64}, {"name": "b", "inputs": 64}]}})
+    {'calibration': {'layers': {'name': ['a', 'b'], 'inputs': 64}}}
     """
     calibration = history.get("calibration")
     if not isinstance(calibration, Mapping) or not calibration.get("layers"):
         return dict(history)
     layers = calibration["layers"]
     names = dict.fromkeys(name for layer in layers for name in layer)
-    columns = {name: [layer.get(name) for layer in layers] for name in names}
+    columns: dict[str, Any] = {name: [layer.get(name) for layer in layers] for name in names}
+    for name, values in columns.items():
+        if name != "name" and not isinstance(values[0], list | dict) and values.count(values[0]) == len(values) > 1:
+            columns[name] = values[0]
     return {**history, "calibration": {**calibration, "layers": columns}}
 
 
@@ -107,13 +111,15 @@ def with_layers(history: Any) -> Any:
     Other values are returned as they are.
 
     Raises:
-        ValueError: the lists of the entries have different lengths.
+        ValueError: the lists of the entries have different lengths, or there is no list.
     """
     calibration = history.get("calibration") if isinstance(history, Mapping) else None
     if not isinstance(calibration, Mapping) or not isinstance(calibration.get("layers"), Mapping):
         return history
     columns = calibration["layers"]
-    check(columns, {...: [json_value]}, "history['calibration']['layers']")
+    check(columns, {"name": [json_value], ...: json_value}, "history['calibration']['layers']")
+    number_of_layers = len(columns["name"])
+    columns = {key: own if isinstance(own, list) else [own] * number_of_layers for key, own in columns.items()}
     layers = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return {**history, "calibration": {**calibration, "layers": layers}}
 
