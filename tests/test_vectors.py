@@ -279,3 +279,11 @@ def test_a_network_without_coded_weights_is_stored_as_it_is(tmp_path: Path) -> N
     round_vectors(network, 8)
     header = hc.save(hc.convert(network, 2), tmp_path / "cut.safetensors")
     assert not header.codecs.packed
+
+
+def test_inspect_counts_packed_vectors() -> None:
+    network = wide()
+    inspection = hc.inspect(network, X)
+    conversion = hc.convert(network, bits=4)
+    assert inspection.coded_bytes(4) == pytest.approx(conversion.cost.harmonic_bytes, rel=0.03)
+    assert hc.inspect(wide().to("meta"), energies=False).other_bytes > inspection.other_bytes

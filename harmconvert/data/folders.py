@@ -28,7 +28,7 @@ class Files(Pictures):
     """
 
     def __init__(self, root: Path, classes: Sequence[str] | None = None, paths: Iterable[str] | None = None) -> None:
-        self.classes, self.labelled = classes, classes is not None
+        self.root, self.classes, self.labelled = root, classes, classes is not None
         labels = {name: label for label, name in enumerate(classes or ())}
         paths = image_files(root) if paths is None else paths
         labelled = [(path, labels.get(_top_folder(path, root))) for path in paths]

@@ -9,14 +9,15 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..codecs import stored_bytes
+from ..codecs import packed_entry, stored_bytes
 from ..errors import UsageError
 from ..network.checks import check_network, check_weights
 from ..network.layers import LayerInfo, all_layers, convolutions, stored_names
+from ..network.state import tensors_of
 from ..network.tracing import find_layers, trace_if_possible
 from ..network.values import default_input
 from ..plan import Bits, BitsSetting, Cost, RankSetting, Skip, energies_kept, make_plan, network_cost
-from ..plan.precision import MOST_BITS
+from ..plan.precision import MOST_BITS, VECTOR_BITS, rounded_vectors
 
 LAMBDAS = (1, 2, 3, 4)
 # The shares of the full rank of which an inspection shows the cost.
@@ -44,7 +45,7 @@ class Inspection:
 
     ``policies`` maps each lambda to a cost, ``ranks`` each share of the full rank. ``one_by_one`` is the number of 1x1
     convolutions. ``codable_parameters``: number of weights that can be coded with fewer bits. ``other_bytes``: bytes of
-    all other tensors.
+    all other tensors in a file with coded weights, where vectors are packed.
     """
 
     layers: tuple[LayerInspection, ...]
@@ -117,11 +118,20 @@ def inspect(model: nn.Module, example_input: Any = None, *, energies: bool = Tru
         layers.append(LayerInspection(layer.name, kind, layer.kernel_size, weight.numel(), size[layer.name], energy))
     ones = len(convs) - len(plan.layers) - sum(skip.name in convs for skip in plan.skipped)
     coded = _codable(model, found_layers)
-    total, own = policies["full"].bytes, sum(stored_bytes(parameter) for parameter in coded)
+    total, own = policies["full"].bytes, sum(stored_bytes(parameter) for parameter in coded) + _saved_by_packing(model)
     return Inspection(
         tuple(layers), plan.skipped, policies["full"].parameters, policies, ones,
         sum(parameter.numel() for parameter in coded), total - own, ranks,
     )  # fmt: skip
+
+
+def _saved_by_packing(model: nn.Module) -> int:
+    """Return how many bytes less the vectors need in a file with coded weights; 0 if the network has no values."""
+    tensors = tensors_of(model, keep_vars=True)
+    rounded = rounded_vectors(model, VECTOR_BITS[0])
+    unique = {id(tensors[key]): (key, vector) for key, vector in rounded.items()}
+    entries = [(vector, packed_entry(key, vector)) for key, vector in unique.values()]
+    return sum(stored_bytes(vector) - stored_bytes(vector, entry) for vector, entry in entries if entry)
 
 
 def _codable(model: nn.Module, found_layers: Sequence[LayerInfo]) -> list[Tensor]:

@@ -9,9 +9,11 @@ from typing import Any
 from torch import nn
 
 from ..data.datasets import Data, DataRequest, open_data, user_loader
+from ..data.folders import Files
 from ..data.loading import BatchLoader, evaluation_batches
 from ..data.pictures import BOXES, IMAGES, MASKS
 from ..data.preprocessing import color_mode, sample_transform
+from ..errors import counted
 from ..metrics import Metric, metric_of
 from ..training.evaluation import Evaluation
 from ..training.trainer import MachineSettings
@@ -25,10 +27,13 @@ TaskData = str | Path | DataRequest | Iterable[Any]
 
 
 def opened_data(request: DataRequest, parts: Sequence[str], listener: Listener) -> Data:
-    """Return the data of a request; send its notes to the listener."""
+    """Return the data of a request; send its notes, and which folder is used for what, to the listener."""
     data = open_data(request, parts)
     for note in data.notes:
         listener.say(f"note: {note}")
+    for samples, use in ((data.train, "training"), (data.test, "testing")):
+        if isinstance(samples, Files):
+            listener.say(f"{use} on {counted(len(samples), 'image')} of {samples.root}")
     return data
 
 
