@@ -53,6 +53,9 @@ _MOST_CHANGE = 2**0.5
 _GRID = tuple(4.0**-k for k in range(-2, 10))
 # Number of random errors of each weight, and the level at which they are drawn.
 _ERRORS, _ERROR_LEVEL = 3, 2.0**-6
+# Errors of coded weights are not small. Their effect on a divergence is nearer to that of small errors on probabilities
+# at this temperature: classes that are unlikely now can become likely.
+_TEMPERATURE = 2.0
 # The measured effects of the rows of one weight are brought nearer to their mean, and limited to this factor.
 _ROW_EXPONENT, _ROW_LIMIT = 0.8, 16.0
 # The table of bits by the logarithm of the level: the distance of its entries, and how far it goes below and above the
@@ -193,7 +196,7 @@ class Coder:
 
         parameters = {key: state.weight.parameter for key, state in self.states.items()}
         try:
-            effects = squared_changes(network, parameters, data.fit, changes, seed, tick)
+            effects = squared_changes(network, parameters, data.fit, changes, seed, tick, _TEMPERATURE)
         except Exception as error:  # such as a network that runs without gradients
             self.notes.append(
                 f"the effect of errors on the outputs could not be measured ({first_line(error)}): all layers get the "

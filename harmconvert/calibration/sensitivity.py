@@ -36,6 +36,7 @@ def squared_changes(
     changes: Callable[[str, Tensor], Tensor],
     seed: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    temperature: float = 1.0,
 ) -> dict[str, Tensor]:
     """Return, by key, the mean of squared changes of the outputs, in the unit of the network's divergence.
 
@@ -44,6 +45,7 @@ def squared_changes(
     Args:
         changes: for a key and the gradient of one direction of the outputs with respect to this parameter, the squared
             changes in this direction, one for each row of the weight.
+        temperature: the probabilities of a classifier are those of its logits divided by this.
 
     Raises:
         RuntimeError: the outputs have no gradients, here or in another process.
@@ -54,7 +56,9 @@ def squared_changes(
     def own() -> float:
         total = 0.0
         tensors = list(parameters.values())
-        for power, gradients in _random_gradients(network, tensors, lambda: tensors, batches, seed, progress):
+        for power, gradients in _random_gradients(
+            network, tensors, lambda: tensors, batches, seed, progress, temperature
+        ):
             total += power
             for key, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
@@ -138,12 +142,14 @@ def _random_gradients(
     batches: Sequence[Batch],
     seed: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    temperature: float = 1.0,
 ) -> Iterator[tuple[float, Sequence[Tensor | None]]]:
     """Yield gradients of random directions of the network's outputs, on few examples, and the power of these outputs.
 
     Args:
         parameters: those that have gradients.
         tensors: called after each forward; returns the tensors with respect to which the gradients are.
+        temperature: the probabilities of a classifier are those of its logits divided by this.
     """
     generator = torch.Generator().manual_seed(seed + rank())
     classes = class_count(network)
@@ -164,7 +170,7 @@ def _random_gradients(
             power = len(batch) if logits else sum(float(one.detach().double().square().sum()) for one in outputs)
             wanted = [tensor if tensor.requires_grad else None for tensor in tensors()]
             for last in range(_DIRECTIONS - 1, -1, -1):
-                directions = [_direction(one.detach(), logits, generator) for one in outputs]
+                directions = [_direction(one.detach(), logits, generator, temperature) for one in outputs]
                 known = iter(
                     torch.autograd.grad(
                         outputs,
@@ -195,12 +201,12 @@ def _examples(batches: Sequence[Batch]) -> Iterator[Batch]:
             yield batch if len(some) == len(batch) else batch.rows(some)
 
 
-def _direction(output: Tensor, logits: bool, generator: torch.Generator) -> Tensor:
+def _direction(output: Tensor, logits: bool, generator: torch.Generator, temperature: float) -> Tensor:
     """Return a random direction whose mean square is the divergence: the Fisher metric of logits, else all the same."""
     noise = torch.randn(output.shape, generator=generator).to(output)
     if not logits:
         return noise
-    p = output.softmax(1)
+    p = (output / temperature).softmax(1)
     return (p.sqrt() * noise - p * (p.sqrt() * noise).sum(1, keepdim=True)) * 0.5**0.5
 
 
