@@ -134,6 +134,28 @@ def test_the_measured_effect_of_errors_is_their_mean_squared_effect_on_the_outpu
     assert all(parameter.requires_grad for parameter in network.parameters())
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_measured_effect_on_a_classifier_is_the_divergence_at_its_temperature(temperature: float) -> None:
+    network: Any = seeded(lambda: nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 5)), torch.float64)
+    network.num_classes = 5
+    inputs = random_input((64, 6), torch.float64)
+    batches = [Batch(part, tuple(range(16 * i, 16 * i + 16)), i) for i, part in enumerate(inputs.split(16))]
+    errors = random_input((200, 5, 4), torch.float64, 5)
+
+    def changes(key: str, gradient: Tensor) -> Tensor:
+        return (errors * gradient).sum(-1).square().mean(0)
+
+    parameters = {"1.weight": network[1].weight}
+    estimates = [
+        squared_changes(network, parameters, batches, changes, seed, temperature=temperature)["1.weight"]
+        for seed in range(60)
+    ]
+    with torch.no_grad():
+        p, hidden = (network(inputs) / temperature).softmax(1), network[0](inputs)
+        expected = 0.5 * (p * (1 - p) * (hidden @ errors.transpose(1, 2)).square().mean(0)).mean(0)
+    assert torch.allclose(torch.stack(estimates).mean(0), expected, rtol=0.25)
+
+
 def test_steps_of_a_depthwise_weight_are_simplified_and_those_of_many_rows_are_not() -> None:
     generator = np.random.default_rng(0)
     steps = generator.integers(-3, 4, (32, 9)).astype(np.int32)
