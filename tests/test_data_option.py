@@ -7,12 +7,16 @@ from pathlib import Path
 
 import click
 import pytest
+from PIL import Image
+from torch import nn
 
 import harmconvert as hc
 from harmconvert.cli import main
 from harmconvert.cli.groups import Renamed
+from harmconvert.data import calibration_images
 
 from .commands import RUNNER, SAMPLE, converted, fails, ok, run
+from .networks import seeded
 from .pictures import digit_folders
 
 EARLIER = {
@@ -131,3 +135,16 @@ def test_a_ratio_to_the_uncut_network_names_metrics_that_have_a_drop() -> None:
     images = [torch.rand(2, 3, 8, 8) for _ in range(2)]
     with pytest.raises(hc.HarmconvertError, match="to measure a drop without targets, use ssim, agreement or kl"):
         hc.convert(network, max_drop=1, metric="psnr", labelled=images)
+
+
+def test_images_for_testing_are_not_used_for_calibration(tmp_path: Path) -> None:
+    for part, shade in (("train", 50), ("val", 250)):
+        (tmp_path / part / "a").mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (8, 8), (shade, shade, shade)).save(tmp_path / part / "a" / f"{number}.png")
+    network = seeded(lambda: nn.Conv2d(3, 4, 3))
+    overrides = {"input_size": (3, 8, 8), "mean": (0.0,) * 3, "std": (1.0,) * 3}
+    images = calibration_images(tmp_path, network, overrides=overrides)
+    assert len(images) == 4
+    assert max(float(batch.max()) for batch in images.batches) < 0.5
+    assert len(calibration_images(tmp_path / "val", network, overrides=overrides)) == 4

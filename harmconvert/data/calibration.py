@@ -58,10 +58,11 @@ def calibration_images(
     """Return up to ``count`` inputs of a data set, chosen by ``seed``, with the network's own pre-processing.
 
     Args:
-        data: a folder (all images below it are used; labels and structure do not matter), ``sample:mnist5k``,
-            ``sample:photographs`` (random crops of two photographs), or a timm data set (``torch/cifar10``,
-            ``hfds/USER/NAME``, ``wds/NAME``, ``tfds/NAME``). A request also names the folder of a timm data set, and
-            its ``train_split`` is read. Of a folder or file of another kind of data, the inputs are used.
+        data: a folder (all images below it are used, labels do not matter; if it has a folder for training and one for
+            testing, those for training), ``sample:mnist5k``, ``sample:photographs`` (random crops of two photographs),
+            or a timm data set (``torch/cifar10``, ``hfds/USER/NAME``, ``wds/NAME``, ``tfds/NAME``). A request also
+            names the folder of a timm data set, and its ``train_split`` is read. Of a folder or file of another kind
+            of data, the inputs are used.
         overrides: changes to the pre-processing, see `preprocessing`.
         channels: of the network's input, if its size is not known; see `task_preprocessing`.
         training_part: of a folder or file, use only the part that is not for testing.
@@ -126,12 +127,19 @@ def _pictures(
         pictures = photographs()
         return (convert_mode(random_crop(pictures, generator), mode) for _ in count_from(0))
     if Path(data).is_dir():
-        return _inputs(_readable_samples(Files(Path(data)), data, count, generator, mode, unreadable))
+        return _inputs(_readable_samples(Files(_root(request)), data, count, generator, mode, unreadable))
     name, root = ("", data) if data.endswith(".tar") else (data, request.data_dir)
     opened = pictures_from_timm(open_timm(name, root, split=request.train_split, seed=0))
     if isinstance(opened, Stream):  # a stream has no random access: use its first images
         return (convert_mode(item[0], mode) for item in opened.dataset)
     return _inputs(_readable_samples(opened, data, count, generator, mode, unreadable))
+
+
+def _root(request: DataRequest) -> Path:
+    """Return the folder of training images if a folder has one beside one of test images, else the folder itself."""
+    root = Path(request.name)
+    train = split_folder(root, request.train_split, "train")
+    return train if train is not None and split_folder(root, request.val_split, "validation") else root
 
 
 def _inputs(samples: Iterator[tuple[Any, Any]]) -> Iterator[Any]:
