@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import harmconvert as hc
+from harmconvert.calibration import calibrating
 from harmconvert.codecs import PACKED, CodecTable, packed_entry
 from harmconvert.errors import InputError
 from harmconvert.plan import round_vectors, rounded_vectors
@@ -262,6 +263,24 @@ def test_on_calibration_inputs_the_divergence_is_that_of_the_rounded_network(bit
     assert header.codecs.packed
     assert not {*header.calibrated} & {"1.running_var"}, "rounding alone is no calibration"
     assert not hc.verify(network, read_checkpoint(tmp_path / "coded.safetensors", model=wide()), X).problems
+
+
+def test_verify_accepts_vectors_that_were_calibrated_and_then_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrating, "BATCH_NORM_GAIN", 100.0)
+    network, inputs = wide(), random_input((32, 3, 12, 12))
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    network.train()(inputs)  # the statistics are those of the inputs, so that they can be estimated again
+    network.eval()
+    conversion = hc.convert(network, 2, bits=2, calibration=[inputs])
+    assert conversion.calibration is not None
+    assert conversion.calibration.batch_norms == 2
+    assert {"1.weight", "1.running_var", "4.running_mean"} <= {*conversion.calibration.changed}
+    assert not hc.verify(network, conversion, X).problems
+    with torch.no_grad():
+        conversion.model[1].weight[0] += 0.5
+    assert hc.verify(network, conversion, X).problems == ("1.weight: is not what calibration wrote",)
 
 
 def test_vectors_stay_if_rounding_them_would_matter(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,7 @@ from ..plan import (
     coded_weights,
     round_weights,
 )
+from ..plan.precision import rounded_keys
 from .batch_norm import batch_norms, reestimate
 from .coding import Coder
 from .context import CalibrationContext
@@ -162,15 +163,15 @@ def _calibrate_and_code(
     if runnable is not converted:
         blend(converted, _copied_tensors(runnable), before, 0.0)
     entries = {w.key: w.restore(entries[w.key]) for w in coded_weights(converted, plan) if w.key in entries}
-    state = tensors_of(converted)
-    changed = {key for key, tensor in before.items() if not torch.equal(state[key], tensor)}
-    # The streams of coded tensors have their values, so these need no digests.
-    changed = (changed | set(first.changed if first else ())) - set(entries)
     notes = tuple(dict.fromkeys((*(first.notes if first else ()), *record.notes, *coder.notes)))
     # The reduction of ranks has records of its own: those of the coding are about the two matrices.
     ranked = [layer for layer in first.layers if layer.spectrum is not None] if first else []
     record = replace(record, layers=(*ranked, *record.layers))
     record = with_rounded_vectors(context, converted, plan, record)
+    state = tensors_of(converted)
+    changed = {key for key, tensor in before.items() if not torch.equal(state[key], tensor)}
+    # The streams of coded tensors have their values, and vectors that are only rounded follow from the original.
+    changed = (changed - rounded_keys(context.original, converted) | set(first.changed if first else ())) - set(entries)
     return replace(record, changed=digests(converted, sorted(changed)), coded=entries, notes=notes)
 
 

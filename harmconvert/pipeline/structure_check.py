@@ -16,7 +16,7 @@ from ..layers.harmonic import CONVOLUTIONS, is_harmonic_layer
 from ..network.layers import all_layers, convolutions, kernel_size, state_key, stored_names, weights_of
 from ..network.low_rank import ranked_layers
 from ..network.state import tensors_of
-from ..plan.precision import VECTOR_BITS, rounded_vectors
+from ..plan.precision import rounded_keys
 from ..storage.tensors import equal
 
 _KERNELS = ("weight", "coefficients", "coefficients_in", "coefficients_out", "fitted_basis")
@@ -103,14 +103,8 @@ def as_coded(converted: nn.Module, coded: Mapping[str, Entry]) -> dict[str, bool
 
 
 def as_rounded(original: nn.Module, converted: nn.Module) -> dict[str, bool]:
-    """Return the keys of the tensors of the original that are in the converted network as `rounded_vectors`."""
-    tensors = tensors_of(converted)
-    return {
-        key: True
-        for bits in VECTOR_BITS
-        for key, value in rounded_vectors(original, bits).items()
-        if key in tensors and _equal(value, tensors[key])
-    }
+    """Return the keys of the tensors that are vectors of the original, rounded as in coded networks."""
+    return dict.fromkeys(rounded_keys(original, converted), True)
 
 
 def altered_state(

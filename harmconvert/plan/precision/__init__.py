@@ -8,7 +8,7 @@ inputs. What does not: rounding with feedback (`kernels`), entropy coding (`code
 from .axis import PrecisionAxis
 from .bits import MOST_BITS, Bits, BitsSetting
 from .rounding import round_weights
-from .vectors import VECTOR_BITS, round_vectors, rounded_vectors, suiting, vector_bits
+from .vectors import VECTOR_BITS, round_vectors, rounded_keys, rounded_vectors, suiting, vector_bits
 from .weights import CodedWeight, coded_weights, with_coded_bits
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "coded_weights",
     "round_vectors",
     "round_weights",
+    "rounded_keys",
     "rounded_vectors",
     "suiting",
     "vector_bits",

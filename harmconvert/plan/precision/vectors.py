@@ -90,6 +90,17 @@ def rounded_vectors(model: nn.Module, bits: int) -> dict[str, Tensor]:
     return {key: value for key, (_, value) in known.items() if value is not None and bool(torch.isfinite(value).all())}
 
 
+def rounded_keys(original: nn.Module, converted: nn.Module) -> set[str]:
+    """Return the keys of the tensors of a converted network that are vectors of the original after rounding."""
+    tensors = tensors_of(converted)
+    return {
+        key
+        for bits in VECTOR_BITS
+        for key, values in rounded_vectors(original, bits).items()
+        if key in tensors and torch.equal(values.to(tensors[key]), tensors[key])
+    }
+
+
 def _own(module: nn.Module) -> dict[str, Tensor]:
     """Return the parameters and buffers of a module itself, by their names in it."""
     own = {**module._parameters, **module._buffers}
