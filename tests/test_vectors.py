@@ -177,8 +177,9 @@ def test_a_rounded_norm_has_the_same_output_apart_from_the_steps_of_its_weight_a
 
 
 def test_channels_without_variance_keep_their_output() -> None:
-    norm = norm_of(torch.ones(4), torch.ones(4), torch.tensor([0.0, 1, 2, 3]), torch.tensor([0.0, 1e-9, 1, 4]))
-    inputs = norm.running_mean + torch.zeros(2, 4)  # type: ignore[operator]
+    mean, variance = torch.arange(40.0), torch.tensor([0.0, 1e-9, 1, 4]).repeat(10)
+    norm = norm_of(torch.ones(40), torch.ones(40), mean, variance)
+    inputs = mean.repeat(2, 1)
     before = norm(inputs)
     round_vectors(norm, 12)
     assert torch.allclose(norm(inputs), before, atol=1e-3)
@@ -196,6 +197,7 @@ def test_only_vectors_of_known_layers_are_rounded() -> None:
         "own": Own(), "plain": nn.BatchNorm2d(70, affine=False), "linear": nn.Linear(3, 70), "norm": nn.LayerNorm(70),
         "forgets": nn.BatchNorm2d(70, track_running_stats=False), "lstm": nn.LSTM(3, 70),
     })  # fmt: skip
+    network["short"] = nn.BatchNorm2d(31)
     assert {*rounded_vectors(network, 8)} == {
         "linear.bias", "norm.weight", "norm.bias", "forgets.weight", "forgets.bias",
     }  # fmt: skip

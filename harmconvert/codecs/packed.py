@@ -29,7 +29,7 @@ _PREFIX = struct.Struct("<BhiB")
 LINEAR, LOGARITHMIC = 0, 1
 _MOST_BITS, _MOST_EXPONENT = 31, 1100
 # For fewer values, the entry of the codec table would need most of the bytes that are saved.
-_LEAST_VALUES = 32
+LEAST_VALUES = 32
 # An entry is about so much longer than its key.
 _ENTRY_BYTES = 16
 
@@ -118,7 +118,7 @@ PACKED = PackedCodec()
 
 def packed_entry(key: str, tensor: Tensor) -> Entry | None:
     """Return the entry, with its stream, of a vector that needs fewer bytes packed than plain; else None."""
-    if tensor.dim() != 1 or tensor.numel() < _LEAST_VALUES or not tensor.is_floating_point() or tensor.is_meta:
+    if tensor.dim() != 1 or tensor.numel() < LEAST_VALUES or not tensor.is_floating_point() or tensor.is_meta:
         return None
     if not bool(torch.isfinite(tensor).all()):
         return None

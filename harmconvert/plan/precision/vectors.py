@@ -16,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from ...codecs.entropy import PER_OCTAVE
+from ...codecs.packed import LEAST_VALUES
 from ...network.state import tensors_of
 from ..plan import Plan
 from .bits import Bits
@@ -59,15 +60,15 @@ def round_vectors(model: nn.Module, bits: int) -> None:
 def rounded_vectors(model: nn.Module, bits: int) -> dict[str, Tensor]:
     """Return the vectors of a network after rounding, in their own dtypes, by key.
 
-    These are the weights and biases of norms, and the biases of convolutions and linear layers. The running variances
-    of a batch norm become powers of 2^(1/4), and its weight is changed so that the output stays the same in evaluation
-    mode; so is its bias for the running means.
+    These are the weights and biases of norms, and the biases of convolutions and linear layers, if they are long enough
+    to be packed. The running variances of a batch norm become powers of 2^(1/4), and its weight is changed so that the
+    output stays the same in evaluation mode; so is its bias for the running means.
 
-    >>> norm = nn.BatchNorm1d(2)
-    >>> norm.running_var[:] = torch.tensor([1.0, 9.0])
+    >>> norm = nn.BatchNorm1d(32)
+    >>> norm.running_var[:] = 9
     >>> rounded = rounded_vectors(norm, 8)
-    >>> (4 * rounded["running_var"].log2()).tolist(), rounded["weight"].tolist()
-    ([0.0, 13.0], [1.0, 1.02734375])
+    >>> float(4 * rounded["running_var"][0].log2()), float(rounded["weight"][0])
+    (13.0, 1.02734375)
 
     Args:
         bits: a vector has steps of at most 2^-bits of its root mean square.
@@ -108,7 +109,9 @@ def _own(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _is_vector(tensor: Tensor) -> bool:
-    return not is_lazy(tensor) and not tensor.is_meta and tensor.dim() == 1 and tensor.is_floating_point()
+    if is_lazy(tensor) or tensor.is_meta or tensor.dim() != 1 or tensor.numel() < LEAST_VALUES:
+        return False
+    return tensor.is_floating_point()
 
 
 def _rounded_norm(values: dict[str, Tensor], eps: float, bits: int) -> dict[str, Tensor]:
