@@ -9,6 +9,7 @@ import itertools
 import os
 import subprocess
 import sys
+import zipfile
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -327,6 +328,50 @@ def test_an_exported_graph_gives_the_same_scores_and_the_file_keeps_the_preproce
     assert exported.check is not None
     assert exported.check.difference <= 1e-4
     assert exported.check.top1_agreement == 1
+
+
+def test_a_graph_in_8_bits_is_right_on_processors_whose_sums_of_8_bits_overflow(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Other results in 8 bits on another processor: https://github.com/openvinotoolkit/nncf/issues/1935
+
+    Without VNNI, sums of products saturate unless the weights have 7 bits. The graph is then right on all processors.
+    """
+    onnx = pytest.importorskip("onnx")
+    from harmconvert.deploy import int8, quantised_graphs
+
+    for module in (int8, quantised_graphs):
+        monkeypatch.setattr(module, "sums_overflow", lambda: True)
+    images = list(smooth(64).split(16))
+    done = hc.export(
+        seeded(classifier), tmp_path / "a.onnx", "onnx", precision="int8", calibration=images, example_input=images[0]
+    )
+    assert done.check is not None
+    assert done.check.held_back is not None
+    assert done.check.held_back.notes == ("weights have 7 bits, because this processor has no VNNI",)
+    graph = onnx.load(tmp_path / "a.onnx").graph
+    weights = [t for t in graph.initializer if t.data_type == onnx.TensorProto.INT8 and len(t.dims) > 1]
+    assert len(weights) == 5
+    assert all(abs(onnx.numpy_helper.to_array(weight).astype(int)).max() <= 64 for weight in weights)
+
+
+def test_a_file_needs_no_class_of_the_tool_and_no_pickle(digits: nn.Module, tmp_path: Path) -> None:
+    """A pruned model that cannot be loaded: https://github.com/ultralytics/ultralytics/issues/7498
+
+    Nor one whose checkpoint needs the tool: https://github.com/openvinotoolkit/nncf/issues/2846
+    """
+    hc.save(hc.convert(digits, 2, rank=0.5, bits=4), tmp_path / "coded.safetensors", source=SAMPLE)
+    assert not zipfile.is_zipfile(tmp_path / "coded.safetensors")
+    with safetensors.safe_open(tmp_path / "coded.safetensors", "pt") as file:
+        assert {*file.keys()}
+    hc.export(tmp_path / "coded.safetensors", tmp_path / "dense.safetensors")
+    state = safetensors.torch.load_file(tmp_path / "dense.safetensors")
+    assert {*state} == {*digits.state_dict()}
+    plain = deepcopy(digits)
+    plain.load_state_dict(state)
+    coded = hc.load(tmp_path / "coded.safetensors", form="dense").eval()
+    images, _ = mnist5k_held_back()
+    assert torch.equal(outputs(plain, images[:20])[0], outputs(coded, images[:20])[0])
 
 
 @pytest.mark.slow
