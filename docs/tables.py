@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import mean
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs" / "benchmarks").glob("*.md"))
@@ -41,17 +42,32 @@ def number(text: str) -> str:
 
 
 def coding(network: str) -> str:
-    """All rates of one network."""
-    rows = [row for row in results("coding") if row["network"] == network and row["draw"] == "0"]
-    rows.sort(key=lambda row: (row["method"] != "ours", row["method"], float(row["bits"])))
+    """All rates of one network: the means of all draws of calibration inputs, and the range of the divergence."""
+    rates: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in results("coding"):
+        if row["network"] == network:
+            rates.setdefault((row["method"], row["setting"]), []).append(row)
+
+    def average(rows: list[dict[str, str]], field: str) -> float:
+        return mean(float(row[field]) for row in rows)
+
+    def shares(rows: list[dict[str, str]], field: str) -> str:
+        return share(str(average(rows, field))) if rows[0][field] else ""
+
+    def divergence(rows: list[dict[str, str]]) -> str:
+        values = [float(row["kl"]) for row in rows]
+        spread = f" ({min(values):.2g} to {max(values):.2g})" if len(values) > 1 else ""
+        return f"{mean(values):.2g}{spread}"
+
+    order = sorted(rates.items(), key=lambda one: (one[0][0] != "ours", one[0][0], average(one[1], "bits")))
     return table(
-        ("method", "bits per weight", "bytes", "KL or relative squared error", "as the original", "top-1"),
+        ("method", "bits per weight", "bytes", "KL or relative squared error", "as the original", "top-1", "draws"),
         (
             (
-                row["method"], f"{float(row['bits']):.2f}", f"{int(row['bytes']):,}", number(row["kl"]),
-                share(row["agreement"]), share(row["top1"]),
+                method, f"{average(rows, 'bits'):.2f}", f"{average(rows, 'bytes'):,.0f}", divergence(rows),
+                shares(rows, "agreement"), shares(rows, "top1"), str(len(rows)),
             )
-            for row in rows
+            for (method, _), rows in order
         ),
     )  # fmt: skip
 

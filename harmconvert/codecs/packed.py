@@ -96,7 +96,8 @@ class PackedCodec(Codec):
         for bit in range(bits):
             numbers += places[bit : length * bits : bits].astype(np.int64) << bit
         if kind == LINEAR:
-            values = np.ldexp(numbers.astype(np.float64), exponent)
+            with np.errstate(over="ignore"):  # infinite values are refused with the network
+                values = np.ldexp(numbers.astype(np.float64), exponent)
         elif np.abs(numbers).max(initial=0) > MOST_INDEX:
             raise ValueError("a value is out of range")
         else:
@@ -159,6 +160,8 @@ def _multiples(values: Floats) -> tuple[int, Numbers]:
     whole = np.ldexp(mantissas, 53).astype(np.int64)
     lowest_bits = (whole & -whole).astype(np.float64)
     exponent = int((exponents - 53 + np.log2(lowest_bits).astype(np.int64)).min())
-    if abs(exponent) > _MOST_EXPONENT or np.abs(np.ldexp(values, -exponent)).max() >= 2**_MOST_BITS:
+    with np.errstate(over="ignore"):
+        multiples = np.ldexp(values, -exponent)
+    if abs(exponent) > _MOST_EXPONENT or np.abs(multiples).max() >= 2**_MOST_BITS:
         raise ValueError("the values have no common grid of this size")
-    return exponent, np.ldexp(values, -exponent).astype(np.int64)
+    return exponent, multiples.astype(np.int64)

@@ -77,7 +77,7 @@ def rounded_vectors(model: nn.Module, bits: int) -> dict[str, Tensor]:
     rounded: dict[int, Tensor] = {}
     for module in model.modules():
         vectors = {name: t for name, t in _own(module).items() if name in _VECTORS and _is_vector(t)}
-        values = {name: tensor.double() for name, tensor in vectors.items()}
+        values = {name: tensor.to("cpu", torch.float64) for name, tensor in vectors.items()}
         alone = all(uses[id(tensor)] == 1 for tensor in vectors.values())
         if isinstance(module, _NormBase) and len(vectors) == len(_VECTORS) and alone:
             values = _rounded_norm(values, module.eps, bits)
