@@ -16,7 +16,7 @@ from ..data.datasets import DataRequest, open_data
 from ..data.loading import training_batches
 from ..data.preprocessing import color_mode, preprocessing
 from ..deploy.export import export
-from ..errors import OutsideError
+from ..errors import OutsideError, counted
 from ..network.running import evaluating
 from ..plan.cost import Cost
 from ..samples import mnist5k_held_back, photographs
@@ -93,13 +93,13 @@ def demo(listener: Listener = SILENT) -> Demo:
         OutsideError: a package with a sample that the first steps need is not installed.
     """
     steps = []
-    for step in _steps():
+    for step in _steps(listener):
         listener.result(step)
         steps.append(step)
     return Demo(tuple(steps))
 
 
-def _steps() -> Iterator[Step]:
+def _steps(listener: Listener) -> Iterator[Step]:
     source = open_source("sample:resnet_mnist5k")
     original, (images, labels) = source.model, mnist5k_held_back()
     yield Step("uncut", _accuracy(original, images, labels), images=len(labels))
@@ -118,7 +118,7 @@ def _steps() -> Iterator[Step]:
                 check=verify(original, converted, images[::10], progress=False) if lam == "full" else None,
             )
     try:
-        yield from _calibrate_and_train(original, images, labels)
+        yield from _calibrate_and_train(original, images, labels, listener)
     except OutsideError as error:
         yield Step(TRAINING_STEPS, why=str(error))
     try:
@@ -127,7 +127,7 @@ def _steps() -> Iterator[Step]:
         yield Step(PHOTOGRAPHS, why=str(error))
 
 
-def _calibrate_and_train(original: nn.Module, images: Tensor, labels: Tensor) -> Iterator[Step]:
+def _calibrate_and_train(original: nn.Module, images: Tensor, labels: Tensor, listener: Listener) -> Iterator[Step]:
     """Cut with lambda 2, calibrate, fine-tune and export; code the uncut network."""
     inputs = calibration_images("sample:mnist5k", original, 128)
     model = convert(original, 2, calibration=inputs.batches, progress=False).model
@@ -137,6 +137,7 @@ def _calibrate_and_train(original: nn.Module, images: Tensor, labels: Tensor) ->
     recipe = recipe_named("finetune", batch_size=64, crop="padded", hflip=0.0)  # a mirrored digit is not a digit
     config = preprocessing(original, {})
     assert data.train is not None
+    listener.say(f"fine-tuning for {counted(recipe.epochs, 'epoch')}")
     batches = training_batches(data.train, recipe.transform(config), color_mode(config), recipe.batch_size)
     rows = train(model, batches, recipe)
     seconds = sum(row["seconds"] for row in rows)
