@@ -30,6 +30,7 @@ HOLDING = ("test_holding.py",)
 SEARCH = ("test_frequencies.py",)
 KNAPSACK = ("test_budget.py",)
 LAYOUT = ("test_layout.py",)
+VECTORS = ("test_vectors.py",)
 OTHER_LAYERS = ("test_coding_other_layers.py",)
 
 MUTANTS = (
@@ -494,5 +495,29 @@ MUTANTS = (
         "relative_difference(actual, expected) <= rounding",
         "relative_difference(actual, expected) >= 0",
         "networks that misread another layout are calibrated in it", LAYOUT,
+    ),
+    Mutant(
+        "plan.precision.vectors._rounded_norm",
+        'values["weight"] * rounded_deviation / deviation',
+        'values["weight"] * deviation / rounded_deviation',
+        "the weight of a norm does not make up for its rounded variance", VECTORS,
+    ),
+    Mutant(
+        "plan.precision.vectors._rounded_norm",
+        "rounded_mean - mean",
+        "mean - rounded_mean",
+        "the bias of a norm does not make up for its rounded mean", VECTORS,
+    ),
+    Mutant(
+        "codecs.packed.PackedCodec.decode",
+        "places[bit : length * bits : bits].astype(np.int64) << bit",
+        "places[bit : length * bits : bits].astype(np.int64) << bits - 1 - bit",
+        "the bits of a number are in the wrong order", VECTORS,
+    ),
+    Mutant(
+        "calibration.sensitivity._direction",
+        "(output / temperature).softmax(1)",
+        "output.softmax(1)",
+        "the temperature of measured effects is ignored", ("test_coding.py",),
     ),
 )  # fmt: skip
