@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import csv
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from statistics import median
 
 import timm
 import torch
-from table import appended
+from table import appended, processor
 
 import harmconvert as hc
 from harmconvert.codecs import codec_of
@@ -61,7 +60,7 @@ def measure(name: str, count: int) -> None:
         write({
             "network": name, "images": count, "parameters": weights, "bits": f"{8 * size / weights:.2f}",
             "encode_s": f"{encode:.0f}", "peak_gb": f"{peak:.2f}", "decode_s": f"{median(times):.3f}",
-            "threads": threads, "machine": f"{os.cpu_count()} cores {platform.machine()}", "torch": torch.__version__,
+            "threads": threads, "machine": f"{os.cpu_count()} cores {processor()}", "torch": torch.__version__,
         })  # fmt: skip
 
 
