@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import harmconvert as hc
-from harmconvert.calibration import calibrating
+from harmconvert.calibration import CalibrationContext, CalibrationSettings, calibrating
 from harmconvert.codecs import PACKED, CodecTable, packed_entry
 from harmconvert.errors import InputError
 from harmconvert.plan import round_vectors, rounded_vectors
 from harmconvert.plan.precision import VECTOR_BITS
 from harmconvert.storage import read_checkpoint, read_header
+from harmconvert.storage.history import MOST_LAYERS, with_layers
 
 from . import second_reader
 from .networks import random_input, seeded
@@ -129,6 +130,8 @@ def test_a_damaged_stream_is_refused(change: dict[int, int], message: str) -> No
         stream[place] = value
     with pytest.raises(ValueError, match=message):
         PACKED.decode(stream, entry)
+    with pytest.raises(ValueError, match="the stream ends in its prefix"):
+        PACKED.decode(stream[:7], entry)
 
 
 @pytest.mark.parametrize(
@@ -186,6 +189,13 @@ def test_channels_without_variance_keep_their_output() -> None:
     assert (norm.running_var > 0).all()  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("state", [{"running_var": 65000.0}, {"eps": 0.0, "running_var": 0.0}])
+def test_all_vectors_of_a_norm_are_rounded_or_none(state: dict[str, float]) -> None:
+    norm = norm_of(torch.randn(40), torch.randn(40), torch.randn(40), torch.full((40,), state["running_var"]))
+    norm.eps = state.get("eps", norm.eps)
+    assert not rounded_vectors(norm.half(), 8)
+
+
 def test_only_vectors_of_known_layers_are_rounded() -> None:
     class Own(nn.Module):
         def __init__(self) -> None:
@@ -241,11 +251,10 @@ def test_the_file_of_a_coded_network_is_smaller_and_has_the_same_outputs(tmp_pat
 def test_verify_accepts_rounded_vectors_and_no_others() -> None:
     network = wide()
     conversion = hc.convert(network, bits=4)
-    tolerant = {"example_input": X}
-    assert not hc.verify(network, conversion, **tolerant).problems
+    assert not hc.verify(network, conversion, X).problems
     with torch.no_grad():
         conversion.model[1].bias[3] += 2**-6
-    assert hc.verify(network, conversion, **tolerant).problems == ("1.bias: differs from the original's",)
+    assert hc.verify(network, conversion, X).problems == ("1.bias: differs from the original's",)
 
 
 def test_bits_for_single_layers_leave_all_vectors_as_they_are() -> None:
@@ -260,7 +269,8 @@ def test_on_calibration_inputs_the_divergence_is_that_of_the_rounded_network(bit
     network, batches = wide(), [random_input((16, 3, 12, 12), seed=seed) for seed in range(4)]
     conversion = hc.convert(network, bits=bits, calibration=batches)
     assert conversion.calibration is not None
-    assert conversion.calibration.divergence is not None
+    context = CalibrationContext.of(network, batches, CalibrationSettings())
+    assert conversion.calibration.divergence == pytest.approx(context.compare(conversion.model)[0])
     header = hc.save(conversion, tmp_path / "coded.safetensors")
     assert header.codecs.packed
     assert not {*header.calibrated} & {"1.running_var"}, "rounding alone is no calibration"
@@ -300,6 +310,13 @@ def test_a_network_without_coded_weights_is_stored_as_it_is(tmp_path: Path) -> N
     round_vectors(network, 8)
     header = hc.save(hc.convert(network, 2), tmp_path / "cut.safetensors")
     assert not header.codecs.packed
+
+
+def test_values_that_all_layers_share_cannot_fill_the_memory() -> None:
+    names = [*map(str, range(MOST_LAYERS + 1))]
+    for columns in ({"name": names, "inputs": 1}, {"name": ["a"], **dict.fromkeys(names[:50], 1)}):
+        with pytest.raises(ValueError, match="are too many"):
+            with_layers({"calibration": {"layers": columns}})
 
 
 def test_inspect_counts_packed_vectors() -> None:

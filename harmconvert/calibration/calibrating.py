@@ -26,17 +26,7 @@ from ..network.layers import kernel_size, observable_layers, state_key, stored_n
 from ..network.low_rank import at_full_rank, in_one_layer, in_two_layers, ranked_layers
 from ..network.running import unchanged
 from ..network.state import tensors_of
-from ..plan import (
-    AXES,
-    Bits,
-    CodedWeight,
-    LayerPlan,
-    Plan,
-    Rank,
-    apply_plan,
-    coded_weights,
-    round_weights,
-)
+from ..plan import AXES, Bits, CodedWeight, LayerPlan, Plan, Rank, apply_plan, coded_weights, round_weights
 from ..plan.precision import rounded_keys
 from .batch_norm import batch_norms, reestimate
 from .coding import Coder

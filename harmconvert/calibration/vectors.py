@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..network.state import tensors_of
-from ..plan import Plan, rounded_vectors, vector_bits
+from ..plan import Plan, round_vectors, vector_bits
 from .context import CalibrationContext
 from .records import Calibration
 
@@ -26,10 +26,7 @@ def with_rounded_vectors(
     """
     own = tensors_of(converted, keep_vars=True)
     for bits in vector_bits(plan):
-        rounded = rounded_vectors(converted, bits)
-        before = {key: own[key].clone() for key in rounded}
-        for key, values in rounded.items():
-            own[key].copy_(values)
+        before = round_vectors(converted, bits)
         divergence, _ = context.compare(context.runnable(converted))
         if record.divergence is None or (divergence is not None and divergence <= MOST_CHANGE * record.divergence):
             return replace(record, divergence=divergence, agreement=context.compare.agreement)

@@ -82,6 +82,8 @@ class PackedCodec(Codec):
 
     def decode(self, stored: Tensor, entry: Entry) -> Tensor:
         data, length = stored.numpy().tobytes(), entry.shape[0]
+        if len(data) < _PREFIX.size:
+            raise ValueError("the stream ends in its prefix")
         kind, exponent, least, bits = _PREFIX.unpack_from(data)
         if kind not in (LINEAR, LOGARITHMIC) or bits > _MOST_BITS or abs(exponent) > _MOST_EXPONENT:
             raise ValueError("its grid is unknown")

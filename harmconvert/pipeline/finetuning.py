@@ -192,7 +192,7 @@ def run_finetuning(
     record = json.loads(json.dumps(record))  # plain values: a state must not hold objects such as a `Message`
     entries = cut.header.codecs.coded
     coded = CodedRows(model, entries) if entries and not recode else None
-    packed = any(packed_entry(key, tensor) for key, tensor in tensors_of(model).items())
+    packed = coded is not None and any(packed_entry(key, tensor) for key, tensor in tensors_of(model).items())
     rows = train(
         model, train_loading(data, recipe, setup), recipe, teacher=original if recipe.distill else None,
         machine=setup.machine, state_file=replace(setup.state_file, record=record),

@@ -9,8 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..documents import check, count, finite, json_value, number, pair
+from ..errors import counted
 from ..kernels.ranks import SPECTRUM_STEPS
 
+# A value that all layers share is in a file once, so a small file could otherwise claim any number of them.
+MOST_LAYERS, MOST_COLUMNS = 100_000, 40
 _NUMBER, _TEXT = (number, None), (str, None)
 
 
@@ -111,15 +114,18 @@ def with_layers(history: Any) -> Any:
     Other values are returned as they are.
 
     Raises:
-        ValueError: the lists of the entries have different lengths, or there is no list.
+        ValueError: the lists of the entries have different lengths, or there is no list of names, or there are far more
+            layers or columns than a network has.
     """
     calibration = history.get("calibration") if isinstance(history, Mapping) else None
     if not isinstance(calibration, Mapping) or not isinstance(calibration.get("layers"), Mapping):
         return history
     columns = calibration["layers"]
     check(columns, {"name": [json_value], ...: json_value}, "history['calibration']['layers']")
-    number_of_layers = len(columns["name"])
-    columns = {key: own if isinstance(own, list) else [own] * number_of_layers for key, own in columns.items()}
+    length = len(columns["name"])
+    if length > MOST_LAYERS or len(columns) > MOST_COLUMNS:
+        raise ValueError(f"{counted(length, 'layer')} with {counted(len(columns), 'column')} are too many")
+    columns = {key: own if isinstance(own, list) else [own] * length for key, own in columns.items()}
     layers = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return {**history, "calibration": {**calibration, "layers": layers}}
 
