@@ -86,6 +86,11 @@ def test_a_file_records_the_data_under_names_that_every_version_reads(folder: Pa
     ok("convert", SAMPLE, "--lambda", "2", "--data", "digits", "-o", "calibrated.safetensors")
     command = hc.open_source("calibrated.safetensors").header.history["command"]  # type: ignore[union-attr]
     assert command["words"] == ["--lambda", "2", "--data", "digits"]
+    digit_folders(folder / "others" / "val", 1, first=4)
+    for file, use in {CUT: None, "tuned.safetensors": "trained", "calibrated.safetensors": "calibrated"}.items():
+        known = f"the network was {use} on images of digits, so the figures can be too good: test it on other images"
+        assert (known in ok("evaluate", file, "--data", "digits").stderr) == (use is not None)
+        assert "too good" not in ok("evaluate", file, "--data", "others").stderr
 
 
 @pytest.mark.slow
@@ -111,6 +116,7 @@ def test_data_with_splits_calibrates_on_the_training_part(folder: Path) -> None:
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["calibration"]["inputs"] == 40
+    assert "calibrating on 40 images of digits/train, " in result.stderr
     assert "could not be read" not in result.stderr.split("calibrating on")[1].splitlines()[0]
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from harmconvert.training import loss_of, output_distillation
 from .commands import fails, ok
 from .networks import seeded, tiny_detector
 from .pictures import digit_folders
+from .test_cli_training import command, environment, started, tensors, torchrun
 from .test_task_data import PLAIN, Segmenter, Upscaler, boxes, masks, pairs
 
 FAST = {"epochs": 2, "batch_size": 8, "workers": 0, "crop": "none", "hflip": 0.0}
@@ -195,6 +199,58 @@ def test_the_command_line_fine_tunes_and_resumes_with_the_same_loss(
     assert record["stages"][-1]["evaluation"]["measurement"]["metric"] == "miou"
     assert "mIoU" in ok("compare", "cut.safetensors", "a.safetensors", "--trust-code").stdout
     fails(2, "--loss l1 is not for this data (masks)", *arguments, "--loss", "l1", "-o", "b.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["masks", "pairs", "boxes"])
+def test_two_processes_and_a_killed_run_give_the_same_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The networks have no batch norms, and the sets divide evenly, so that two processes see what one sees."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    Path("net.py").write_text(
+        "from tests.networks import seeded, tiny_detector\n"
+        "from tests.test_task_data import Segmenter, Upscaler\n"
+        "def masks(): return seeded(Segmenter)\ndef pairs(): return seeded(Upscaler)\n"
+        "def boxes(): return seeded(tiny_detector)\n"
+    )
+    make, size, pattern = {
+        "masks": (masks, "3,16,24", "*=2"),
+        "pairs": (partial(pairs, scale=2), "3,16,12", "*=2"),
+        "boxes": (boxes, "3,64,64", "head.*=2"),
+    }[kind]
+    for split, number in (("train", 8), ("val", 4)):
+        make(tmp_path / "data" / split, number)
+    ok("convert", f"net.py:{kind}", "--lambda", pattern, "--input-size", size, "-o", "cut.safetensors")
+    run = ["finetune", "cut.safetensors", "--data", "data", "--preprocess", "none", "--workers", "0", "--trust-code",
+           "--crop", "none", "--hflip", "0", "--batch-size", "4", "--epochs", "3", "--calibration-images", "0",
+           "--lr", "0.01", "--save-every", "1"]  # fmt: skip
+    results = {}
+    for processes in (1, 2):
+        done = torchrun(processes, *run, "-o", f"{processes}.safetensors", "--json")
+        assert done.returncode == 0, done.stderr[-3000:]
+        results[processes] = json.loads(done.stdout)
+    for one, two in zip(results[1]["epochs"], results[2]["epochs"], strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
+    measured = [[stage["evaluation"]["measurement"] for stage in result["stages"]] for result in results.values()]
+    for one, two in zip(*measured, strict=True):
+        assert one["metric"] == two["metric"] == {"masks": "miou", "pairs": "psnr", "boxes": "map"}[kind]
+        assert one["value"] == pytest.approx(two["value"], abs=0.01)
+    weights = {name: tensors(f"{name}.safetensors") for name in ("1", "2")}
+    for key, tensor in weights["1"].items():
+        assert torch.allclose(tensor.double(), weights["2"][key].double(), rtol=1e-3, atol=1e-5), key
+    state, arguments = Path("killed.state.pth"), [*run, "-o", "killed.safetensors"]
+    process = started(*arguments)
+    while process.poll() is None and not state.exists():
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    assert state.exists(), "the run ended before it was killed"
+    done = subprocess.run(command(*arguments, "--resume", str(state)), capture_output=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    killed = tensors("killed.safetensors")
+    assert all(torch.equal(tensor, killed[key]) for key, tensor in weights["1"].items())
 
 
 def test_classes_are_trained_as_before_and_take_a_loss_of_the_user(tmp_path: Path) -> None:

@@ -33,12 +33,14 @@ UNREADABLE_SHARE = 0.1
 class CalibrationImages:
     """Pre-processed ``batches`` (N, C, H, W), their pre-processing config, and the files that could not be read.
 
-    Batches for a detector are lists of images (C, H, W), those from files of tensors (N, ...).
+    Batches for a detector are lists of images (C, H, W), those from files of tensors (N, ...). ``origin``: the name of
+    the data, or the folder with the images.
     """
 
     batches: tuple[Any, ...]
     preprocessing: Mapping[str, Any]
     unreadable: tuple[str, ...] = ()
+    origin: str = ""
 
     def __len__(self) -> int:
         return sum(map(len, self.batches))
@@ -94,7 +96,14 @@ def calibration_images(
     if not images:
         raise InputError(f"{request.name} has no image: give a folder of images, sample:NAME or a timm data set")
     batches = input_batches(images, batch_size, as_lists=config.get("task") == BOXES)
-    return CalibrationImages(batches, config, tuple(unreadable))
+    return CalibrationImages(batches, config, tuple(unreadable), _origin(request, samples))
+
+
+def _origin(request: DataRequest, samples: Pictures | None) -> str:
+    """Return the folder with the images, or the name of the data."""
+    if isinstance(samples, Files):
+        return str(samples.root)
+    return str(_root(request)) if samples is None and Path(request.name).is_dir() else request.name
 
 
 def _training_samples(request: DataRequest) -> Pictures | None:

@@ -66,14 +66,14 @@ def calibration_batches(
             seed=settings.seed,
             training_part=training_part,
         )
-    _report_images(name, images, model, listener)
+    _report_images(images, model, listener)
     return images.batches
 
 
-def _report_images(name: str, images: CalibrationImages, model: nn.Module, listener: Listener) -> None:
+def _report_images(images: CalibrationImages, model: nn.Module, listener: Listener) -> None:
     how = describe_preprocessing(images.preprocessing)
     what = "sample" if "task" in images.preprocessing else "image"
-    listener.say(f"calibrating on {counted(len(images), what)} of {name}, {how}")
+    listener.say(f"calibrating on {counted(len(images), what)} of {images.origin}, {how}")
     warn(uniform_output_warning(model, images.batches), listener)
     if images.unreadable:
         names = shortened(list(images.unreadable), 3)

@@ -26,7 +26,7 @@ from .devices import machine_for, ready
 from .listener import Listener
 from .networks import Openable, opened
 from .showing import listener_for
-from .testing import evaluation_loading, metric_for, note_unread, own_loader
+from .testing import evaluation_loading, metric_for, note_known_images, note_unread, own_loader
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,7 @@ def evaluate(
         data, name = own_loader(data)
         if isinstance(data, str | Path | DataRequest):
             request = DataRequest.parse(data, holdout=0.0)
+            note_known_images(network.header, request, listener)
             loading, config = evaluation_loading(
                 request, network.model, machine,
                 batch_size=batch_size, workers=workers, preprocessing=config, listener=listener,

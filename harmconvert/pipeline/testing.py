@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ..data.datasets import Data, DataRequest, open_data, user_loader
+from ..data.datasets import Data, DataRequest, open_data, split_folder, user_loader
 from ..data.folders import Files
 from ..data.loading import BatchLoader, evaluation_batches
 from ..data.pictures import BOXES, IMAGES, MASKS
 from ..data.preprocessing import color_mode, sample_transform
 from ..errors import counted
 from ..metrics import Metric, metric_of
+from ..storage.checkpoint import Header
 from ..training.evaluation import Evaluation
 from ..training.trainer import MachineSettings
 from .devices import workers_for
@@ -22,6 +24,8 @@ from .finetuning import check_classes
 from .inputs import image_config
 from .listener import Listener
 
+# The options that name a folder of images in the command that a checkpoint records.
+_FOLDER_OPTIONS = ("--calibrate", "--data", "--data-dir")
 # The data of a flow: its name, or batches of the caller.
 TaskData = str | Path | DataRequest | Iterable[Any]
 
@@ -35,6 +39,24 @@ def opened_data(request: DataRequest, parts: Sequence[str], listener: Listener) 
         if isinstance(samples, Files):
             listener.say(f"{use} on {counted(len(samples), 'image')} of {samples.root}")
     return data
+
+
+def note_known_images(header: Header | None, request: DataRequest, listener: Listener) -> None:
+    """Send a note to the listener if the commands that made a checkpoint read the folder on which it is tested."""
+    if header is None or not request.data_dir or not Path(request.data_dir).is_dir():
+        return
+    root = Path(request.data_dir)
+    tested = (split_folder(root, request.val_split, "validation") or root).resolve()
+    history = header.history
+    for use, step in (("calibrated", history), *(("trained", run) for run in history.get("training", []))):
+        words = (step.get("command") or {}).get("words", [])
+        folders = [value for option, value in pairwise(words) if option in _FOLDER_OPTIONS]
+        if any(Path(folder).resolve() == tested for folder in folders):
+            listener.say(
+                f"note: the network was {use} on images of {tested.name}, so the figures can be too good: test it on "
+                "other images"
+            )
+            return
 
 
 def own_loader(data: TaskData) -> tuple[TaskData, str]:
