@@ -3,6 +3,7 @@
     python benchmarks/deploy.py                               # writes results/deploy.csv
     python benchmarks/deploy.py efficientnet_lite0 --turns 30
     python benchmarks/deploy.py --summary
+    python benchmarks/deploy.py resnet18 --kernels            # only compares what OpenVINO executes for ours and NNCF's
 
 Networks: efficientnet_lite0 (ImageNet weights) and resnet_mnist5k, with the test images of coding.py, and networks with
 random weights, whose accuracy says nothing. All ways of a network run in turns; `ratio` is the time of `eager f32`
@@ -27,6 +28,7 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -93,9 +95,13 @@ def nncf_model(graph: bytes, batches: list[Tensor]) -> Any:
     return nncf.quantize(openvino_core().read_model(graph), nncf.Dataset([batch.numpy() for batch in batches]))
 
 
-def in_openvino(model: Any) -> nn.Module:
+def compiled_by_openvino(model: Any) -> Any:
     hints = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    compiled = openvino_core().compile_model(model, "CPU", hints)
+    return openvino_core().compile_model(model, "CPU", hints)
+
+
+def in_openvino(model: Any) -> nn.Module:
+    compiled = compiled_by_openvino(model)
     return InRuntime(lambda arrays: [compiled([arrays["input"]])[0].copy()])
 
 
@@ -228,6 +234,27 @@ def run(names: list[str], turns: int) -> None:
                 write(row)
 
 
+def compare_kernels(name: str) -> None:
+    """Print whether OpenVINO executes the same kernels, in the same order, for our 8 bits and for NNCF's."""
+    own = subject(name)
+    batches = own.calibration(0)
+    ways = Ways(own.model, batches, False)
+    graph, fit = onnx_bytes(own.model, ways.example), ways.context.data.fit
+    ours = openvino_core().read_model(to_int8(graph, fit, "openvino"))
+    executed = []
+    for model in (ours, nncf_model(graph, [batch.input for batch in fit])):
+        model.reshape(tuple(batches[0][:BATCH].shape))
+        operators = compiled_by_openvino(model).get_runtime_model().get_ordered_ops()
+        info = ("layerType", "primitiveType", "outputPrecisions")
+        executed.append([tuple(op.get_rt_info()[key].astype(str) for key in info) for op in operators])
+    names = f"{name}: {len(executed[0])} operators of ours, {len(executed[1])} of NNCF's"
+    if executed[0] == executed[1]:
+        print(f"{names}: the same kernels in the same order")
+        return
+    first, second = (Counter(one) for one in executed)
+    print(f"{names}; only ours: {dict(first - second)}; only NNCF's: {dict(second - first)}")
+
+
 class _Module(nn.Module):
     def __init__(self, run: Callable[[Any], Any]) -> None:
         super().__init__()
@@ -258,7 +285,12 @@ def main() -> None:
     parser.add_argument("networks", nargs="*", default=[*TRAINED, *RANDOM], metavar="NETWORK")
     parser.add_argument("--turns", type=int, default=21)
     parser.add_argument("--summary", action="store_true", help="print the results only")
+    parser.add_argument("--kernels", action="store_true", help="compare what OpenVINO executes, and time nothing")
     args = parser.parse_args()
+    if args.kernels:
+        for name in args.networks:
+            compare_kernels(name)
+        return
     if not args.summary:
         run(args.networks, args.turns)
     summary()

@@ -123,7 +123,7 @@ _SMP: dict[str, dict[str, Any]] = {
     "unetplusplus/tu-mobilenetv3_small_050": _CHANNELS,
     "manet/tu-mobilenetv3_small_050": {**_CHANNELS, "decoder_pab_channels": 16},
     "linknet/tu-mobilenetv3_small_050": {},
-    "fpn/tu-mobilenetv3_small_050": {"decoder_pyramid_channels": 32, "decoder_segmentation_channels": 16},
+    "fpn/tu-mobilenetv3_small_050": {"decoder_pyramid_channels": 32, "decoder_segmentation_channels": 32},
     "pspnet/tu-mobilenetv3_small_050": {"psp_out_channels": 32},
     "upernet/tu-mobilenetv3_small_050": {"decoder_channels": 32},
     "deeplabv3/mobilenet_v2": {"decoder_channels": 16},
