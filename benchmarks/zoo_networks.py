@@ -296,7 +296,8 @@ def small_network(library: str, name: str) -> tuple[nn.Module, tuple[Size, ...]]
 
         architecture, encoder = name.split("/")
         side = 128 if architecture == "pan" else 64  # its pyramid halves the last map three times
-        return smp.create_model(architecture, encoder, encoder_weights=None, classes=3, **_SMP[name]), ((3, side, side),)
+        network = smp.create_model(architecture, encoder, encoder_weights=None, classes=3, **_SMP[name])
+        return network, ((3, side, side),)
     if library == "monai":
         import monai.networks.nets
 

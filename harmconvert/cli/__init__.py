@@ -146,7 +146,7 @@ def _terminate(number: int, frame: Any) -> None:
 @click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(__version__)
 def main() -> None:
-    """Convert pretrained CNNs to harmonic form: exactly, or smaller, without the high DCT frequencies.
+    """Make pretrained CNNs smaller: fewer DCT frequencies, lower ranks, fewer bits; then verify and export them.
 
     \b
     Example:

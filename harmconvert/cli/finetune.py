@@ -47,7 +47,7 @@ from .recording import command_words
     is_flag=False,
     flag_value=1.0,
     help="Share of the loss that compares with the outputs of the uncut network; --distill alone: 1, which needs no "
-    "labels. Default: 0, or 1 if the images have no labels.",
+    "labels. Default: 0; 1 if the images have no labels, or the checkpoint has low ranks.",
 )
 @click.option(
     "--distill-temperature",
@@ -97,7 +97,7 @@ def command(
     as_json: bool,
     **values: Any,
 ) -> None:
-    """Fine-tune the harmonic checkpoint SOURCE: the paper's 5 epochs, unless options say otherwise.
+    """Fine-tune the harmonic checkpoint SOURCE: 5 epochs of SGD as in the paper, unless options say otherwise.
 
     Writes a harmonic checkpoint, and prints the accuracy of the network uncut, cut, calibrated and fine-tuned. Batch
     sizes count all processes together: `torchrun --nproc-per-node N -m harmconvert finetune ...` gives the same result.

@@ -13,7 +13,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "--format", "--form", "--precision", "--runtime", "--layout", "--threads", "--repeats", "--layers",
     ),
     "What to keep, and what may be lost": (
-        "--lambda", "--rank", "--bits", "--budget", "--max-drop", "--metric", "--plan", "--include",
+        "--lambda", "--rank", "--bits", "--budget", "--max-drop", "--plan", "--include",
         "--exclude", "--basis", "--normalization", "--harmonic", "--no-normalize-first",
     ),
     "Calibration": (
@@ -23,14 +23,15 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Search under a budget": (
         "--trials", "--axes", "--frequencies", "--latency-batch", "--probes", "--save-plan", "--search-figure",
     ),
-    "Data": (
-        "--data", "--labelled", "--data-dir", "--train-split", "--val-split", "--holdout", "--batch-size", "--workers",
+    "Data, and what is measured on it": (
+        "--data", "--metric", "--compare", "--compare-checkpoint", "--labelled", "--data-dir", "--train-split",
+        "--val-split", "--holdout", "--batch-size", "--workers",
         "--num-classes", "--seed",
     ),
     "Pre-processing": (
         "--input-size", "--img-size", "--preprocess", "--mean", "--std", "--interpolation", "--crop-pct",
     ),
-    "Training (default of finetune: the paper's 5 epochs; of train: those of --recipe)": (
+    "Training": (
         "--epochs", "--lr", "--opt", "--momentum", "--weight-decay", "--sched",
         "--warmup-epochs", "--decay-epochs", "--decay-milestones", "--decay-rate", "--min-lr", "--clip-grad",
         "--model-ema-decay", "--smoothing", "--mixup", "--cutmix", "--freeze-bn", "--train-only", "--recode", "--loss",

@@ -135,7 +135,11 @@ recipe_options = _stacked(
     click.option("--mixup", type=types.FiniteRange(min=0), help="Mixup's alpha."),
     click.option("--cutmix", type=types.FiniteRange(min=0), help="CutMix's alpha."),
     click.option("--smoothing", type=types.FiniteRange(0, 1), help="Label smoothing."),
-    click.option("--clip-grad", type=types.FiniteRange(min=0, min_open=True), help="Largest norm of the gradient."),
+    click.option(
+        "--clip-grad",
+        type=types.FiniteRange(min=0, min_open=True),
+        help="Largest norm of the gradient; finetune limits it for low ranks.",
+    ),
     click.option(
         "--model-ema-decay",
         "ema",
