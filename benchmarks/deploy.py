@@ -3,7 +3,7 @@
     python benchmarks/deploy.py                               # writes results/deploy.csv
     python benchmarks/deploy.py efficientnet_lite0 --turns 30
     python benchmarks/deploy.py --summary
-    python benchmarks/deploy.py resnet18 --kernels            # only compares what OpenVINO executes for ours and NNCF's
+    python benchmarks/deploy.py --nncf                        # ours beside NNCF's alone; results/deploy_nncf.csv
 
 Networks: efficientnet_lite0 (ImageNet weights) and resnet_mnist5k, with the test images of coding.py, and networks with
 random weights, whose accuracy says nothing. All ways of a network run in turns; `ratio` is the time of `eager f32`
@@ -21,6 +21,9 @@ Ways: torch (channels_last) in float32 and bfloat16, ONNX Runtime, OpenVINO; in 
 int8 with --max-drop 100 (all layers in 8 bits) or 1 (layers in floating point until at most 1 % of the images held back
 change their top-1); `ONNX Runtime's quantiser` is quantize_static with a scale for each channel; `NNCF` is
 nncf.quantize with its defaults. NNCF's rows need `nncf`.
+
+deploy_nncf.csv: these two graphs alone, in turns; `ratio` is NNCF's time divided by ours. `kernels` counts the
+operators that OpenVINO executes; `only_ours` and `only_nncf` are those that the other graph lacks.
 """
 
 from __future__ import annotations
@@ -60,6 +63,9 @@ assert harmconvert.models
 RESULTS = Path(__file__).parent / "results" / "deploy.csv"
 KEYS = ["network", "cut", "way", "batch", "threads", "processor"]
 FIELDS = [*KEYS, "median_ms", "spread", "ratio", "twin", "agreement", "kl", "bytes", "float_layers", "torch"]
+PAIRS = RESULTS.with_name("deploy_nncf.csv")
+KEYS_OF_PAIRS = ["network", "batch", "threads", "processor"]
+PAIR_FIELDS = [*KEYS_OF_PAIRS, "ours_ms", "nncf_ms", "ratio", "spread", "kernels", "only_ours", "only_nncf"]
 TRAINED = ("efficientnet_lite0", "resnet_mnist5k")
 RANDOM = ("resnet18", "resnet50", "wrn28_10", "vgg16_bn", "mobilenetv2_100")
 CUTS: dict[str, dict[str, Any]] = {"lambda 2": {"lam": 2}, "half the MACs": {"budget": "macs=50%"}}
@@ -100,8 +106,7 @@ def compiled_by_openvino(model: Any) -> Any:
     return openvino_core().compile_model(model, "CPU", hints)
 
 
-def in_openvino(model: Any) -> nn.Module:
-    compiled = compiled_by_openvino(model)
+def in_openvino(compiled: Any) -> nn.Module:
     return InRuntime(lambda arrays: [compiled([arrays["input"]])[0].copy()])
 
 
@@ -153,7 +158,7 @@ class Ways:
             own = quantised.clone()
             if x is not None:
                 own.reshape(tuple(x.shape))
-            return Way(in_openvino(own))
+            return Way(in_openvino(compiled_by_openvino(own)))
 
         yield "NNCF", nncf_way
         for target in (Target("onnx", "int8"), Target("openvino", "int8")):
@@ -234,25 +239,40 @@ def run(names: list[str], turns: int) -> None:
                 write(row)
 
 
-def compare_kernels(name: str) -> None:
-    """Print whether OpenVINO executes the same kernels, in the same order, for our 8 bits and for NNCF's."""
-    own = subject(name)
-    batches = own.calibration(0)
-    ways = Ways(own.model, batches, False)
-    graph, fit = onnx_bytes(own.model, ways.example), ways.context.data.fit
-    ours = openvino_core().read_model(to_int8(graph, fit, "openvino"))
-    executed = []
-    for model in (ours, nncf_model(graph, [batch.input for batch in fit])):
-        model.reshape(tuple(batches[0][:BATCH].shape))
-        operators = compiled_by_openvino(model).get_runtime_model().get_ordered_ops()
-        info = ("layerType", "primitiveType", "outputPrecisions")
-        executed.append([tuple(op.get_rt_info()[key].astype(str) for key in info) for op in operators])
-    names = f"{name}: {len(executed[0])} operators of ours, {len(executed[1])} of NNCF's"
-    if executed[0] == executed[1]:
-        print(f"{names}: the same kernels in the same order")
-        return
-    first, second = (Counter(one) for one in executed)
-    print(f"{names}; only ours: {dict(first - second)}; only NNCF's: {dict(second - first)}")
+def compare_with_nncf(names: list[str], turns: int) -> None:
+    """Time our 8 bits and NNCF's in OpenVINO, these two alone, and compare the kernels that OpenVINO executes."""
+    with appended(PAIRS, PAIR_FIELDS, KEYS_OF_PAIRS) as (done, write), torch.no_grad():
+        for name in names:
+            keys = {"network": name, "batch": BATCH, "threads": torch.get_num_threads(), "processor": processor()}
+            if tuple(str(keys[key]) for key in KEYS_OF_PAIRS) in done:
+                continue
+            own = subject(name)
+            batches = own.calibration(0)
+            x, ways = batches[0][:BATCH].contiguous(), Ways(own.model, batches, False)
+            graph, fit = onnx_bytes(own.model, ways.example), ways.context.data.fit
+            models = {
+                "ours": openvino_core().read_model(to_int8(graph, fit, "openvino")),
+                "nncf": nncf_model(graph, [batch.input for batch in fit]),
+            }
+            runs, kernels = {}, {}
+            for way, model in models.items():
+                model.reshape(tuple(x.shape))
+                compiled = compiled_by_openvino(model)
+                operators = compiled.get_runtime_model().get_ordered_ops()
+                info = ("layerType", "primitiveType", "outputPrecisions")
+                kernels[way] = Counter(tuple(op.get_rt_info()[key].astype(str) for key in info) for op in operators)
+                runs[way] = partial(in_openvino(compiled), x)
+            times = in_turns(runs, turns, 3, 60.0, settling=SETTLING)
+            ours, nncf = (times[way] for way in ("ours", "nncf"))
+            other = [
+                "; ".join(f"{count} {' '.join(kernel)}" for kernel, count in (kernels[a] - kernels[b]).items())
+                for a, b in (("ours", "nncf"), ("nncf", "ours"))
+            ]
+            write({
+                **keys, "ours_ms": f"{1e3 * ours.median:.3f}", "nncf_ms": f"{1e3 * nncf.median:.3f}",
+                "ratio": f"{nncf.median / ours.median:.3f}", "spread": f"{max(ours.spread, nncf.spread):.3f}",
+                "kernels": kernels["ours"].total(), "only_ours": other[0], "only_nncf": other[1],
+            })  # fmt: skip
 
 
 class _Module(nn.Module):
@@ -285,11 +305,10 @@ def main() -> None:
     parser.add_argument("networks", nargs="*", default=[*TRAINED, *RANDOM], metavar="NETWORK")
     parser.add_argument("--turns", type=int, default=21)
     parser.add_argument("--summary", action="store_true", help="print the results only")
-    parser.add_argument("--kernels", action="store_true", help="compare what OpenVINO executes, and time nothing")
+    parser.add_argument("--nncf", action="store_true", help="only compare our 8 bits with NNCF's in OpenVINO")
     args = parser.parse_args()
-    if args.kernels:
-        for name in args.networks:
-            compare_kernels(name)
+    if args.nncf:
+        compare_with_nncf(args.networks, args.turns)
         return
     if not args.summary:
         run(args.networks, args.turns)

@@ -145,6 +145,17 @@ def deployment_cuts() -> str:
     return table(("", *(f"{network}, {cut}" for network, cut in columns)), lines)
 
 
+def deployment_nncf() -> str:
+    """Our 8 bits beside NNCF's, both in OpenVINO."""
+    return table(
+        ("", "ours, ms", "NNCF, ms", "NNCF's time / ours", "spread"),
+        (
+            (row["network"], row["ours_ms"], row["nncf_ms"], row["ratio"], share(row["spread"]))
+            for row in results("deploy_nncf")
+        ),
+    )
+
+
 def rank_speed() -> str:
     """Times as fast as the dense network, for each plan and runtime."""
     rows = results("rank_speed")
@@ -190,6 +201,7 @@ TABLES: dict[str, Callable[[], str]] = {
     },
     "deployment-exact": deployment_exact,
     "deployment-ways": deployment_ways,
+    "deployment-nncf": deployment_nncf,
     "deployment-cuts": deployment_cuts,
     "rank-speed": rank_speed,
     "tasks": tasks,

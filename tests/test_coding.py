@@ -557,3 +557,22 @@ def test_a_layer_of_few_weights_is_coded_saved_and_loaded(tmp_path: Path) -> Non
     again = hc.load(tmp_path / "net.safetensors", model=network)
     x = random_input((2, 3, 16, 16))
     assert torch.equal(again.eval()(x), conversion.model.eval()(x))
+
+
+def test_a_layer_with_more_columns_than_a_cholesky_factor_takes_is_coded() -> None:
+    """Its metric has the correlations within each input channel alone, as in the first layer of VGG's classifier."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16 * 24 * 24, 32)).eval()
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        network[1].weight.copy_(torch.randn(32, 16 * 24 * 24, generator=generator) / 96)
+        loud = torch.where(torch.rand(1, 16, 24, 24, generator=generator) < 0.2, 10.0, 1.0)
+        batches = [loud * torch.randn(16, 16, 24, 24, generator=generator) for _ in range(2)]
+        conversion = hc.convert(network, bits=2, calibration=batches)
+        outputs = network(batches[0])
+        errors = [
+            float((one.model(batches[0]) - outputs).square().mean())
+            for one in (conversion, hc.convert(network, bits=2))
+        ]
+    (layer,) = conversion.calibration.layers
+    assert layer.bits == pytest.approx(2, abs=0.2)
+    assert errors[0] < errors[1], "the loud inputs count more"

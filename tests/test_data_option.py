@@ -87,9 +87,9 @@ def test_a_file_records_the_data_under_names_that_every_version_reads(folder: Pa
     command = hc.open_source("calibrated.safetensors").header.history["command"]  # type: ignore[union-attr]
     assert command["words"] == ["--lambda", "2", "--data", "digits"]
     digit_folders(folder / "others" / "val", 1, first=4)
-    for file, use in {CUT: None, "tuned.safetensors": "trained", "calibrated.safetensors": "calibrated"}.items():
-        known = f"the network was {use} on images of digits, so the figures can be too good: test it on other images"
-        assert (known in ok("evaluate", file, "--data", "digits").stderr) == (use is not None)
+    for file, name in {CUT: None, "tuned.safetensors": "finetune", "calibrated.safetensors": "convert"}.items():
+        known = f"note: {name} read images of digits when it made this network, so the figures can be too good: test it"
+        assert (known in ok("evaluate", file, "--data", "digits").stderr) == (name is not None)
         assert "too good" not in ok("evaluate", file, "--data", "others").stderr
 
 

@@ -98,8 +98,8 @@ def moments_of(problem: Problem, scales_F: Tensor) -> ErrorMetric | None:
     Args:
         scales_F: the norm of each basis kernel.
     """
-    layer = problem.layer
-    if isinstance(problem, Operator) or layer.unknowns > MOST_COLUMNS:
+    layer, apart = problem.layer, isinstance(problem, ChannelEquations)
+    if isinstance(problem, Operator) or (layer.unknowns > MOST_COLUMNS and not apart):
         return None
     assert isinstance(problem, NormalEquations | Samples)
     gram_GNN = _semidefinite(problem.centred_gram.to(torch.float64))
@@ -108,7 +108,7 @@ def moments_of(problem: Problem, scales_F: Tensor) -> ErrorMetric | None:
     scales_N = scales_F.repeat(gram_GNN.shape[1] // len(scales_F)).to(gram_GNN)
     gram_GNN *= scales_N
     gram_GNN *= scales_N[:, None]
-    return ErrorMetric(gram_GNN.cpu(), isinstance(problem, ChannelEquations), problem.count)
+    return ErrorMetric(gram_GNN.cpu(), apart, problem.count)
 
 
 def _semidefinite(gram_GNN: Tensor) -> Tensor:

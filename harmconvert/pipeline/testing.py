@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,6 @@ from .finetuning import check_classes
 from .inputs import image_config
 from .listener import Listener
 
-# The options that name a folder of images in the command that a checkpoint records.
-_FOLDER_OPTIONS = ("--calibrate", "--data", "--data-dir")
 # The data of a flow: its name, or batches of the caller.
 TaskData = str | Path | DataRequest | Iterable[Any]
 
@@ -42,19 +39,17 @@ def opened_data(request: DataRequest, parts: Sequence[str], listener: Listener) 
 
 
 def note_known_images(header: Header | None, request: DataRequest, listener: Listener) -> None:
-    """Send a note to the listener if the commands that made a checkpoint read the folder on which it is tested."""
+    """Send a note to the listener if a command that made a checkpoint read the folder on which it is tested."""
     if header is None or not request.data_dir or not Path(request.data_dir).is_dir():
         return
     root = Path(request.data_dir)
     tested = (split_folder(root, request.val_split, "validation") or root).resolve()
-    history = header.history
-    for use, step in (("calibrated", history), *(("trained", run) for run in history.get("training", []))):
-        words = (step.get("command") or {}).get("words", [])
-        folders = [value for option, value in pairwise(words) if option in _FOLDER_OPTIONS]
-        if any(Path(folder).resolve() == tested for folder in folders):
+    for step in (header.history, *header.history.get("training", [])):
+        command = step.get("command") or {"name": "", "words": []}
+        if any(Path(word).resolve() == tested for word in command["words"]):
             listener.say(
-                f"note: the network was {use} on images of {tested.name}, so the figures can be too good: test it on "
-                "other images"
+                f"note: {command['name']} read images of {tested.name} when it made this network, so the figures can "
+                "be too good: test it on other images"
             )
             return
 
