@@ -100,7 +100,7 @@ _TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "deformable_detr": (
         "DeformableDetrForObjectDetection", "DeformableDetrConfig",
         {"backbone_config": ("ResNetConfig", {"embedding_size": 8, **_FOUR, "out_features": ["stage4"]}),
-         "use_timm_backbone": False, **_DETR, **_DEFORMABLE, "d_model": 32}, 64,
+         "use_timm_backbone": False, **_DETR, **_DEFORMABLE, "decoder_layers": 2, "d_model": 32}, 64,
     ),
     "rt_detr": (
         "RTDetrForObjectDetection", "RTDetrConfig",
