@@ -576,3 +576,26 @@ def test_a_layer_with_more_columns_than_a_cholesky_factor_takes_is_coded() -> No
     (layer,) = conversion.calibration.layers
     assert layer.bits == pytest.approx(2, abs=0.2)
     assert errors[0] < errors[1], "the loud inputs count more"
+
+
+def test_layers_without_an_effect_on_the_outputs_do_not_take_the_bits_of_the_others() -> None:
+    """Residual branches that begin at zero, and auxiliary heads that do not run in eval mode, have no gradients."""
+
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 16, 3, padding=1), nn.Linear(16, 5)
+            self.silent, self.unused = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x).relu()
+            return self.last((y + 0 * self.silent(y)).mean((2, 3)))
+
+    network, x = seeded(Branches), random_input((64, 3, 12, 12))
+    conversion = hc.convert(network, bits=4, calibration=list(x.split(16)))
+    bits = {key: 8 * int(e.parameters["bytes"]) / math.prod(e.shape) for key, e in conversion.coded.items()}
+    assert len(bits) == 4
+    assert min(bits.values()) > 2.5
+    with torch.no_grad():
+        outputs = network(x)
+        assert (conversion.model(x) - outputs).norm() < 0.2 * (outputs - outputs.mean(0)).norm()

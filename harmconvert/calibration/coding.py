@@ -203,12 +203,19 @@ class Coder:
                 "same relative error"
             )
             effects = {}
+        unknown, offsets, counts = [], [0.0], [0]
         for key, state in self.states.items():
-            own = effects.get(key)
+            own, relative_GO = effects.get(key), _relative_effects(state)
             if own is None or not bool(own.isfinite().all()) or not float(own.sum()) > 0:
-                state.log_effects_GO = _relative_effects(state)
-            else:
-                state.log_effects_GO = _smoothed(own.numpy() / state.weight.layout.columns)
+                state.log_effects_GO = relative_GO
+                unknown.append(state)
+                continue
+            state.log_effects_GO = _smoothed(own.numpy() / state.weight.layout.columns)
+            offsets.append(float((state.log_effects_GO - relative_GO).mean()))
+            counts.append(state.weight.count)
+        # Layers without an effect, or that do not run, get the mean relative error of the others.
+        for state in unknown:
+            state.log_effects_GO += np.average(offsets, weights=counts) if len(counts) > 1 else 0.0
 
     def level_of(self, key: str) -> float:
         """Return the level for the weight that is coded next."""

@@ -28,6 +28,8 @@ MOST_COLUMNS = 8192
 _POSITIONS_PER_COLUMN = 8
 # Coding adds more than this share of the mean to the diagonal of a metric.
 _TRUSTED = 2.0**-10
+# An eigendecomposition of this size takes a second.
+_LARGEST_EIGENPROBLEM = 1024
 
 
 @dataclass(frozen=True)
@@ -115,15 +117,21 @@ def _semidefinite(gram_GNN: Tensor) -> Tensor:
     """Return second moments without negative eigenvalues.
 
     Centred moments are differences of sums in float32. Where inputs hardly vary, they are rounding errors, for example
-    behind a mean over all positions.
+    behind a mean over all positions. Large moments get a multiple of the identity instead of an eigendecomposition,
+    which would take minutes: the least of a few multiples that is enough.
     """
     diagonal_GN = gram_GNN.diagonal(dim1=-2, dim2=-1)  # changed in place: a copy of the moments would need memory
     values_GN = diagonal_GN.clone()
-    diagonal_GN += _TRUSTED * values_GN.mean(-1, keepdim=True)
-    semidefinite = not torch.linalg.cholesky_ex(gram_GNN)[1].any()
+    mean_G1, share_G1 = values_GN.mean(-1, keepdim=True), torch.full_like(values_GN[:, :1], _TRUSTED)
+    large = gram_GNN.shape[-1] > _LARGEST_EIGENPROBLEM
+    while bool((share_G1 <= (1 if large else _TRUSTED)).all()):
+        diagonal_GN.copy_(values_GN + share_G1 * mean_G1)
+        failed_G1 = torch.linalg.cholesky_ex(gram_GNN)[1][:, None] != 0
+        if not failed_G1.any():
+            diagonal_GN.copy_(values_GN + torch.where(share_G1 > _TRUSTED, share_G1, 0.0) * mean_G1)
+            return gram_GNN
+        share_G1 = torch.where(failed_G1, 4 * share_G1, share_G1)
     diagonal_GN.copy_(values_GN)
-    if semidefinite:
-        return gram_GNN
     values_GN, vectors_GNN = torch.linalg.eigh(gram_GNN)
     return vectors_GNN * values_GN.clamp_min(0)[..., None, :] @ vectors_GNN.mT
 

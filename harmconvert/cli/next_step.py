@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ..deploy.advice import Row
+    from ..pipeline.conversion import Conversion
     from ..pipeline.convert_to_file import ConvertedFile
 
 # Options that say how to make the network of SOURCE: the next command needs them, too.
@@ -151,5 +152,17 @@ def after_conversion(
         own = _own_code(source, code, values["trust_code"])
         compared = () if own or values["weights"] else ("--compare", source)
         suggest(console, "evaluate", file.output, *own, "--data", str(values["data"]), *compared)
+    elif conversion is not None and _fewer_macs(conversion) and find_spec("onnxruntime") and find_spec("onnxscript"):
+        known = _network_words(leave_out=tuple(name for name in _NETWORK if name != "input_size"))
+        own = _own_code(source, code, values["trust_code"])
+        name = f"{Path(file.output).stem}.onnx"
+        suggest(console, "export", file.output, *own, *known, "--format", "onnx", "--form", "factored", "-o", name)
     else:
         suggest(console, *to_export(file.output, source, code))
+
+
+def _fewer_macs(conversion: Conversion) -> bool:
+    """Return whether only the factored form saves what was asked for: layers of low rank have two parts there."""
+    from ..plan import Rank
+
+    return any(not kept.whole for kept in conversion.plan.on(Rank.axis).values())

@@ -102,14 +102,15 @@ def row_bits(gram_GNN: Tensor, variances_GN: Tensor, levels: Sequence[float]) ->
     """
     root_GN = variances_GN.sqrt()
     form_GNN = root_GN[..., None] * gram_GNN * root_GN[:, None]
-    bits = []
+    bits, spectrum_GN = [], None
     for level in levels:
         factor_GNN, info_G = torch.linalg.cholesky_ex(form_GNN / level + torch.eye(form_GNN.shape[1]).to(form_GNN))
         row_G = factor_GNN.diagonal(dim1=1, dim2=2).log2().sum(1)
         if info_G.any():  # rounding made a singular form indefinite: there were few inputs, and the level is low
-            spectrum_GN = torch.linalg.eigvalsh(form_GNN.double())
-            rounding_G1 = torch.finfo(form_GNN.dtype).eps * spectrum_GN.amax(1, keepdim=True)
-            spectrum_GN = spectrum_GN.where(spectrum_GN > rounding_G1, 0)
+            if spectrum_GN is None:
+                spectrum_GN = torch.linalg.eigvalsh(form_GNN.double())
+                rounding_G1 = torch.finfo(form_GNN.dtype).eps * spectrum_GN.amax(1, keepdim=True)
+                spectrum_GN = spectrum_GN.where(spectrum_GN > rounding_G1, 0)
             row_G = ((1 + spectrum_GN / level).log2().sum(1) / 2).to(row_G)
         bits.append(row_G)
     return torch.stack(bits)

@@ -43,10 +43,10 @@ def note_known_images(header: Header | None, request: DataRequest, listener: Lis
     if header is None or not request.data_dir or not Path(request.data_dir).is_dir():
         return
     root = Path(request.data_dir)
-    tested = (split_folder(root, request.val_split, "validation") or root).resolve()
+    tested = (split_folder(root, request.val_split, "validation") or root).absolute()
     for step in (header.history, *header.history.get("training", [])):
         command = step.get("command") or {"name": "", "words": []}
-        if any(Path(word).resolve() == tested for word in command["words"]):
+        if any(Path(word).absolute() == tested for word in command["words"]):
             listener.say(
                 f"note: {command['name']} read images of {tested.name} when it made this network, so the figures can "
                 "be too good: test it on other images"

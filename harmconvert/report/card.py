@@ -39,7 +39,9 @@ def model_card(report: Report, repository: str, license: str, sizes: Mapping[str
         "Size": _size(report, sizes),
         "Accuracy": _accuracy(report, repository),
         "Calibration": _calibration(report),
-        "Licence": [f"The weights have the licence `{license}`, that of the network from which they were made."],
+        "Licence": [
+            f"The publisher names the licence `{license}`, as that of the network from which the weights were made."
+        ],
     }
     bodies = {title: "\n".join(lines) for title, lines in sections.items()}
     text = "\n\n".join(f"## {title}\n\n{body}" for title, body in bodies.items() if body)

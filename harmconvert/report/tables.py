@@ -162,6 +162,7 @@ def factored_layers(factoring: Factoring, title: str) -> Table:
 def export_lines(exported: Exported, dtype: str) -> list[str]:
     """Return the accuracy and the content of an exported file in a few lines."""
     compared = "compared with the network in torch" if dtype == "float32" else f"rounded to {dtype}"
+    compared = compared if exported.held_back is None else f"before the rounding, {compared}"
     top1 = "" if exported.top1_agreement is None else f"; same top-1 on {exported.top1_agreement:.0%}"
     lines = [f"{compared}: outputs differ by {exported.difference:.1e} of the largest{top1}"]
     if exported.factored:
