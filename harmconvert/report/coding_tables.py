@@ -17,7 +17,6 @@ from .text import layer_name, megabytes
 
 # Tensors that are not coded are named if they have more than this share of the bytes.
 LARGE = 0.02
-_LEAST_LARGE = 4096
 
 
 def coding_table(conversion: Conversion) -> Table:
@@ -40,7 +39,7 @@ def coding_lines(conversion: Conversion) -> list[str]:
     large = [
         f"{key} ({megabytes(stored_bytes(tensor))})"
         for key, tensor in tensors_of(conversion.model).items()
-        if key not in entries and stored_bytes(tensor) > max(LARGE * conversion.cost.harmonic_bytes, _LEAST_LARGE)
+        if key not in entries and stored_bytes(tensor) > LARGE * conversion.cost.harmonic_bytes
     ]
     lines = [
         f"coded: {counted(len(entries), 'tensor')} with {total.weights:,} weights in {megabytes(total.coded_bytes)}, "
