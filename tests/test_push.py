@@ -182,6 +182,8 @@ def test_an_unknown_licence_must_be_named(hub: Hub, tmp_path: Path) -> None:
     assert front["license_name"] == "Our own terms"
     assert front["library_name"] == "harmconvert"
     assert "import timm" not in body
+    assert 'hc.load(file, model=make(), form="dense")' in body, "others do not have the code of the author"
+    assert "--model FILE.py:FUNCTION --data FOLDER" in body
 
 
 def test_a_folder_gets_the_same_files_and_is_a_source(hub: Hub, checkpoint: Path) -> None:

@@ -34,7 +34,7 @@ def model_card(report: Report, repository: str, license: str, sizes: Mapping[str
         timm_name: the architecture, if stock timm or timm with harmconvert reads the files; None: it does not.
     """
     sections: dict[str, Iterable[str]] = {
-        "Load it": _loading(repository, timm_name),
+        "Load it": _loading(repository, timm_name) if _anyone_can_open(report) else _loading_own_code(repository),
         "What was kept": _kept(report),
         "Size": _size(report, sizes),
         "Accuracy": _accuracy(report, repository),
@@ -93,6 +93,19 @@ def _loading(repository: str, timm_name: str | None) -> Iterator[str]:
     yield "```"
 
 
+def _anyone_can_open(report: Report) -> bool:
+    """Return whether a reader can make the network without code of the author."""
+    return report.source is not None and report.source.scheme != "code"
+
+
+def _loading_own_code(repository: str) -> Iterator[str]:
+    yield from ("The code of the author makes the network. It is not in this repository:", "", "```python")
+    yield from ("from huggingface_hub import hf_hub_download", "", "import harmconvert as hc", "")
+    yield f'file = hf_hub_download("{repository}", "harmonic.safetensors")'
+    yield 'network = hc.load(file, model=make(), form="dense")  # make() returns the network before the conversion'
+    yield "```"
+
+
 def _stock(timm_name: str) -> bool:
     """Return whether an architecture is in timm itself."""
     import timm
@@ -127,7 +140,8 @@ def _accuracy(report: Report, repository: str) -> Iterator[str]:
     known = [stage for stage in report.stages if stage.top1 is not None or stage.agreement is not None]
     if not known:
         yield "The file records no accuracy. Measure it on your images:"
-        yield f"\n```sh\nharmconvert evaluate hf-hub:{repository} --data FOLDER\n```"
+        more = "" if _anyone_can_open(report) else " --model FILE.py:FUNCTION"
+        yield f"\n```sh\nharmconvert evaluate hf-hub:{repository}{more} --data FOLDER\n```"
         return
     yield from _table("network", "images", "top-1 (95 % interval)", "same top-1 as the original", "KL divergence")
     for stage in known:
