@@ -203,19 +203,21 @@ class Coder:
                 "same relative error"
             )
             effects = {}
-        unknown, offsets, counts = [], [0.0], [0]
+        known, unknown = [], []
         for key, state in self.states.items():
-            own, relative_GO = effects.get(key), _relative_effects(state)
+            own = effects.get(key)
             if own is None or not bool(own.isfinite().all()) or not float(own.sum()) > 0:
-                state.log_effects_GO = relative_GO
+                state.log_effects_GO = _relative_effects(state)
                 unknown.append(state)
-                continue
-            state.log_effects_GO = _smoothed(own.numpy() / state.weight.layout.columns)
-            offsets.append(float((state.log_effects_GO - relative_GO).mean()))
-            counts.append(state.weight.count)
-        # Layers without an effect, or that do not run, get the mean relative error of the others.
-        for state in unknown:
-            state.log_effects_GO += np.average(offsets, weights=counts) if len(counts) > 1 else 0.0
+            else:
+                state.log_effects_GO = _smoothed(own.numpy() / state.weight.layout.columns)
+                known.append(state)
+        if known and unknown:
+            # Layers without an effect, or that do not run, get the mean relative error of the others.
+            offsets = [float((state.log_effects_GO - _relative_effects(state)).mean()) for state in known]
+            offset = np.average(offsets, weights=[state.weight.count for state in known])
+            for state in unknown:
+                state.log_effects_GO = state.log_effects_GO + offset
 
     def level_of(self, key: str) -> float:
         """Return the level for the weight that is coded next."""

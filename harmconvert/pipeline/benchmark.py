@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..calibration import CalibrationSettings
 from ..data.datasets import DataRequest
@@ -58,7 +58,8 @@ def benchmark(
 
     Args:
         model: a source string, a request, or a network object, which is not changed.
-        example_input: as for `convert`; default: one seeded random example of each of ``input_sizes``.
+        example_input: as for `convert`; default: the first image of ``data``, else one seeded random example of each of
+            ``input_sizes``.
         input_sizes: size of each input of one example, (C, H, W); default: the network's own.
         batches: batch sizes.
         threads: numbers of threads of torch; default: the current number.
@@ -92,12 +93,16 @@ def benchmark(
     if device is not None:
         network = own(network, model)
         place(network.model, device)
-    if example_input is None:
-        example_input = random_of(input_sizes, network.model)
     given = calibration_batches(
         data, network.model, images, batch_size=BATCH_SIZE, sizes=input_sizes, preprocessing=preprocessing or {},
         listener=listener,
     )  # fmt: skip
+    if example_input is None and isinstance(given, tuple) and given and isinstance(given[0], Tensor):
+        # The ranges of 8 bits suit the images: on random values their error would say nothing.
+        parameter = next(network.model.parameters(), given[0])
+        example_input = given[0][:1].to(parameter.device, parameter.dtype)
+    elif example_input is None:
+        example_input = random_of(input_sizes, network.model)
     if given is not None:
         timed = replace(timed, context=calibration_context(network.model, given, images.inputs))
     if chosen is not None and data is not None:
