@@ -527,15 +527,16 @@ def test_recode_needs_a_coded_network() -> None:
         hc.finetune(hc.convert(seeded(Digits)), "sample:mnist5k", preprocessing=DIGITS, recode=True)
 
 
-def test_a_layer_whose_inputs_hardly_vary_is_coded() -> None:
+@pytest.mark.parametrize("channels", [32, 1100])
+def test_a_layer_whose_inputs_hardly_vary_is_coded(channels: int) -> None:
     """Behind a mean over all positions, the variance can be less than the rounding error of the sums."""
 
     class Excited(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv = nn.Conv2d(3, 32, 3)
-            self.norm = nn.BatchNorm2d(32, affine=False)
-            self.reduce = nn.Conv2d(32, 4, 1)
+            self.conv = nn.Conv2d(3, channels, 3)
+            self.norm = nn.BatchNorm2d(channels, affine=False)
+            self.reduce = nn.Conv2d(channels, 4, 1)
 
         def forward(self, x: Tensor) -> Tensor:
             y = self.norm(self.conv(x))

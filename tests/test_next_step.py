@@ -56,6 +56,17 @@ def test_from_inspection_to_plain_weights_each_command_names_the_next() -> None:
     assert "Next:" not in ok("verify", SAMPLE, cut, "--as-planned", "--json").stdout
 
 
+def test_a_network_with_low_ranks_is_exported_in_the_form_that_saves_multiply_adds() -> None:
+    Path("own.py").write_text(SMALL.replace("4, 4, 3", "4, 32, 3").replace("144", "1152"))
+    words = ("--input-size", "1,28,28", "--rank", "*=1", "-o", "low.safetensors")
+    export = next_of("convert", "own.py:make", *words)
+    size = ["--input-size", "1,28,28"]
+    assert export[:4] == ["export", "low.safetensors", "--model", "own.py:make"]
+    assert export[4:] == [*size, "--format", "onnx", "--form", "factored", "-o", "low.onnx"]
+    ok(*export)
+    assert Path("low.onnx").exists()
+
+
 def test_a_conversion_without_a_choice_says_that_it_saves_nothing() -> None:
     result = ok("convert", SAMPLE)
     assert "The whole basis is exact and saves nothing: a lambda, a rank, bits or a budget does." in result.stdout

@@ -25,8 +25,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Data, and what is measured on it": (
         "--data", "--metric", "--compare", "--compare-checkpoint", "--labelled", "--data-dir", "--train-split",
-        "--val-split", "--holdout", "--batch-size", "--workers",
-        "--num-classes", "--seed",
+        "--val-split", "--holdout", "--batch-size", "--workers", "--num-classes", "--seed",
     ),
     "Pre-processing": (
         "--input-size", "--img-size", "--preprocess", "--mean", "--std", "--interpolation", "--crop-pct",

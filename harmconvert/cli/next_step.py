@@ -17,10 +17,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ..deploy.advice import Row
-    from ..pipeline.conversion import Conversion
     from ..pipeline.convert_to_file import ConvertedFile
 
-# Options that say how to make the network of SOURCE: the next command needs them, too.
+# Options that say how to make the network of SOURCE, and last the size of its inputs: the next command needs them, too.
 _NETWORK = ("weights", "weights_key", "strip_prefix", "arguments", "code", "trust_code", "input_size")
 _PREPROCESSING = ("preprocess", "mean", "std", "interpolation", "crop_pct")
 _SUFFIXES = {"onnx": "onnx", "openvino": "xml"}
@@ -122,14 +121,19 @@ def to_make(row: Row, max_drop: float, source: str, data: str | None) -> str:
     return f"{title}: {shlex.join(['harmconvert', *words])}"
 
 
-def to_export(checkpoint: str, source: str = "", code: str | None = None, trust_code: bool = False) -> list[str]:
-    """Return the words of a command that writes plain weights of a checkpoint.
+def to_export(
+    checkpoint: str, source: str = "", code: str | None = None, trust_code: bool = False, factored: bool = False
+) -> list[str]:
+    """Return the words of a command that writes plain weights of a checkpoint, or the graph of its ``factored`` form.
 
     ``source``: from which it was made. ``code``, ``trust_code``: what options say about the user's code that makes its
-    network.
+    network. A network with low ranks needs fewer multiply-adds only in factored form.
     """
-    own = _own_code(source, code, trust_code)
-    return ["export", checkpoint, *own, "-o", f"{Path(checkpoint).stem}-dense.safetensors"]
+    own, name = _own_code(source, code, trust_code), Path(checkpoint).stem
+    if factored and find_spec("onnxruntime") and find_spec("onnxscript"):
+        size = _network_words(leave_out=_NETWORK[:-1])
+        return ["export", checkpoint, *own, *size, "--format", "onnx", "--form", "factored", "-o", f"{name}.onnx"]
+    return ["export", checkpoint, *own, "-o", f"{name}-dense.safetensors"]
 
 
 def _own_code(source: str, code: str | None, trust_code: bool) -> list[str]:
@@ -152,17 +156,8 @@ def after_conversion(
         own = _own_code(source, code, values["trust_code"])
         compared = () if own or values["weights"] else ("--compare", source)
         suggest(console, "evaluate", file.output, *own, "--data", str(values["data"]), *compared)
-    elif conversion is not None and _fewer_macs(conversion) and find_spec("onnxruntime") and find_spec("onnxscript"):
-        known = _network_words(leave_out=tuple(name for name in _NETWORK if name != "input_size"))
-        own = _own_code(source, code, values["trust_code"])
-        name = f"{Path(file.output).stem}.onnx"
-        suggest(console, "export", file.output, *own, *known, "--format", "onnx", "--form", "factored", "-o", name)
     else:
-        suggest(console, *to_export(file.output, source, code))
+        from ..network.low_rank import ranked_layers
 
-
-def _fewer_macs(conversion: Conversion) -> bool:
-    """Return whether only the factored form saves what was asked for: layers of low rank have two parts there."""
-    from ..plan import Rank
-
-    return any(not kept.whole for kept in conversion.plan.on(Rank.axis).values())
+        ranked = conversion is not None and bool(ranked_layers(conversion.model))
+        suggest(console, *to_export(file.output, source, code, factored=ranked))

@@ -17,6 +17,7 @@ from ..deploy.benchmark import FORMS, LAYOUTS, BenchmarkSettings, time_forms
 from ..deploy.quantised_graphs import calibration_context
 from ..errors import Argument, UsageError
 from ..metrics import MetricLike, TaskBatches, measured_on, metric_of
+from ..network.values import match_dtype
 from ..training.trainer import MachineSettings
 from .calibrating import CalibrationData, calibration_batches
 from .devices import place
@@ -99,8 +100,7 @@ def benchmark(
     )  # fmt: skip
     if example_input is None and isinstance(given, tuple) and given and isinstance(given[0], Tensor):
         # The ranges of 8 bits suit the images: on random values their error would say nothing.
-        parameter = next(network.model.parameters(), given[0])
-        example_input = given[0][:1].to(parameter.device, parameter.dtype)
+        example_input = match_dtype(given[0][:1], network.model)
     elif example_input is None:
         example_input = random_of(input_sizes, network.model)
     if given is not None:
